@@ -1,0 +1,102 @@
+"""What commands share: flags, config files, and the runtime (devices, processes, allocator)."""
+
+import argparse
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
+
+from gpt_jax import config
+from gpt_jax.errors import UsageError
+
+
+class Flags(argparse.ArgumentParser):
+    """argparse whose errors are UsageErrors: one line and exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
+    """How many devices and processes take part."""
+    group = flags.add_argument_group("devices and processes")
+    group.add_argument("--cpu_devices", type=int, default=0, metavar="N",
+                       help="run on N fake CPU devices, to try a mesh without hardware; 0: the devices there are")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 of a job of several processes")
+    group.add_argument("--num_processes", type=int, default=1, help="processes of the job")
+    group.add_argument("--process_id", type=int, default=0, help="which of them this is")
+    group.add_argument("--distributed", action="store_true",
+                       help="find coordinator and processes from the cluster (TPU pod, SLURM)")
+
+
+def start_runtime(args: argparse.Namespace) -> None:
+    """Allocator, fake devices and process group, in the order in which JAX wants them. Call before any array exists."""
+    keep_memory()
+    import jax
+
+    if args.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    if args.num_processes > 1 and not args.coordinator:
+        raise UsageError(f"--num_processes={args.num_processes}: needs --coordinator=HOST:PORT of process 0")
+    if not 0 <= args.process_id < args.num_processes:
+        raise UsageError(f"--process_id={args.process_id}: expected 0 to {args.num_processes - 1}")
+    if args.distributed:
+        jax.distributed.initialize()
+    elif args.num_processes > 1:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+
+
+def keep_memory() -> None:
+    """Stops glibc from giving big buffers back to the kernel after every step: on CPU the page faults of getting them
+    anew cost about a third of a small step. Elsewhere, and under other C libraries, nothing happens."""
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX of malloc.h
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1)):
+            mallopt(parameter, value)
+
+
+def load_config(spec: str, overrides: list[str]) -> config.Config:
+    """The Config of `path.py[:argument]` with `--config.section.key=value` overrides. Raises UsageError."""
+    path, _, argument = spec.partition(":")
+    file = Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise UsageError(f"--config={spec}: no such file" + (f"; there are {', '.join(near)}" if near else ""))
+    sys.path.insert(0, str(file.resolve().parent))  # a config may import its neighbours
+    try:
+        module_spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UsageError(f"--config={spec}: the file has no get_config()")
+        values = (module.get_config(argument) if argument else module.get_config()).to_dict()
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--config={spec}: {error}") from None
+    finally:
+        sys.path.pop(0)
+    for key, text in split_overrides(overrides):
+        config.override(values, key, text)
+    return config.from_dict(values)
+
+
+def split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """`["--config.a.b=1", "--config.c", "2"]` -> [("a.b", "1"), ("c", "2")]; anything else is a UsageError."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config."):
+            raise UsageError(f"unknown argument {flag!r}; overrides look like --config.optim.learning_rate=3e-4")
+        key, equals, text = flag.removeprefix("--config.").partition("=")
+        if not equals:
+            if not rest:
+                raise UsageError(f"{flag}: needs a value, as in {flag}=…")
+            text = rest.pop(0)
+        pairs.append((key, text))
+    return pairs

@@ -1,0 +1,73 @@
+"""`gpt-jax <command> …`: picks the command, imports only that one, and turns failures into exit codes."""
+
+import importlib
+import os
+import sys
+import traceback
+
+from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError
+
+COMMANDS = {
+    "train": "train a model from a config, or resume it where its workdir stands",
+    "evaluate": "loss, perplexity, bits per byte and accuracy of a checkpoint on text",
+    "generate": "continue prompts from a checkpoint",
+}
+
+
+def usage() -> str:
+    """What `gpt-jax --help` prints."""
+    rows = [f"  {name:<10} {line}" for name, line in COMMANDS.items()]
+    codes = [f"  {code:>3} {meaning}" for code, meaning in EXIT_CODES.items()]
+    return "\n".join(["usage: gpt-jax <command> [flags]      gpt-jax <command> --help", "", "commands", *rows, "",
+                      "exit codes", *codes])
+
+
+def run(arguments: list[str]) -> None:
+    """Runs one command; raises Exit for every planned end but success."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
+    importlib.import_module(f"gpt_jax.commands.{name}").main(arguments[1:])
+
+
+def _processes() -> int:
+    """Processes of this job; 1 without asking JAX when no process group was made."""
+    if "jax" not in sys.modules:
+        return 1
+    import jax
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one line for a planned end, a traceback for a bug, and the exit code either way."""
+    code = 0
+    try:
+        run(sys.argv[1:] if arguments is None else arguments)
+    except Exit as end:
+        print(f"gpt-jax: {end}", file=sys.stderr)
+        code = end.code
+    except KeyboardInterrupt:
+        print("gpt-jax: interrupted; the last checkpoint is untouched", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of `generate | head` has gone
+        sys.stdout = open(os.devnull, "w")
+    except Exception as error:
+        traceback.print_exc()
+        code = 1
+        if _processes() > 1 and type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+            print("gpt-jax: a collective failed: a peer process is gone, its log has the reason", file=sys.stderr)
+            code = PeerFailed.code
+    finish(code)
+
+
+def finish(code: int) -> None:
+    """Ends the process. Over several processes a normal exit would wait for the others in a barrier, for minutes when one
+    of them has failed: leave at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and _processes() > 1:
+        os._exit(code)
+    sys.exit(code)

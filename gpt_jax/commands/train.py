@@ -1,0 +1,54 @@
+"""`gpt-jax train`: trains from a config, or resumes the run in its workdir."""
+
+from pathlib import Path
+
+from gpt_jax import config as configs
+from gpt_jax.commands.flags import Flags, add_runtime_flags, load_config, start_runtime
+from gpt_jax.errors import UsageError
+
+
+def main(arguments: list[str]) -> None:
+    """Raises UsageError for what cannot be run, Stopped, Diverged, DataError, SaveFailed, NoCheckpoint otherwise."""
+    flags = Flags(prog="gpt-jax train", description="Train from a config; the same command again resumes. Any field is "
+                  "set by --config.section.field=value, as in --config.optim.learning_rate=3e-4.")
+    flags.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant")
+    flags.add_argument("--workdir", help="where the run's files go, and where it resumes from")
+    flags.add_argument("--print_config", action="store_true", help="print the resolved config as JSON and stop")
+    flags.add_argument("--profile", metavar="START:STOP", help="write a trace of these steps to WORKDIR/profile")
+    add_runtime_flags(flags)
+    args, rest = flags.parse_known_args(arguments)
+    config = load_config(args.config, rest)
+    if args.print_config:
+        print(configs.to_json(configs.resolve(config)))
+        return
+    if not args.workdir:
+        raise UsageError("--workdir is missing: where should the run's files go?")
+    profile = parse_profile(args.profile, config.train.steps) if args.profile else None
+    workdir = make_workdir(args.workdir)
+    start_runtime(args)
+    import jax
+
+    from gpt_jax import experiment
+
+    say = (lambda line: print(line, flush=True)) if jax.process_index() == 0 else (lambda line: None)
+    experiment.run(experiment.build(config, say), workdir, profile, say)
+
+
+def parse_profile(text: str, steps: int) -> tuple[int, int]:
+    """ "10:20" -> (10, 20)."""
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop) <= steps):
+        raise UsageError(f"--profile={text}: expected START:STOP with 1 <= START <= STOP <= {steps} steps")
+    return int(start), int(stop)
+
+
+def make_workdir(text: str) -> Path:
+    """The workdir, made and writable."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise UsageError(f"--workdir={text}: cannot be written: {error.strerror}") from None
+    return path

@@ -1,0 +1,115 @@
+"""From `config.Data` to token files: `prepare` for a run, `load_text` for any text with a given tokenizer (called by
+experiment, evals, commands).
+
+The cache is keyed by the content of the files, how they are split and what tokenizes them, so a changed source is another
+cache and an unchanged one is found again.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable
+
+from gpt_jax import config
+from gpt_jax.data import sources, split, store
+from gpt_jax.data.store import Tokens
+from gpt_jax.data.tokenizer import Tokenizer, bpe_vocab, byte_tokenizer, char_tokenizer, read_tokenizer, train_bpe
+from gpt_jax.errors import DataError, UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a run trains and is measured on."""
+
+    train: Tokens
+    eval: Tokens | None  # None: config.data.eval_fraction is 0 and there is no eval_path
+    tokenizer: Tokenizer
+    folder: Path  # where it all lies
+
+
+def _known_tokenizer(data: config.Data) -> Tokenizer | None:
+    """The tokenizer, when it does not depend on the text; UsageError for one that cannot be had."""
+    if data.tokenizer == "char" or bpe_vocab(data.tokenizer):
+        return None
+    return byte_tokenizer() if data.tokenizer == "bytes" else read_tokenizer(data.tokenizer)
+
+
+def _made_tokenizer(corpus: split.Corpus, report: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer that is made from the text: characters of all of it, BPE of the training side only."""
+    if corpus.data.tokenizer == "char":
+        return char_tokenizer(corpus.characters)
+    report(f"data: training a byte-level BPE of {bpe_vocab(corpus.data.tokenizer):,} tokens")
+    return train_bpe(corpus.side(split.TRAIN), bpe_vocab(corpus.data.tokenizer))
+
+
+def _key(data: config.Data, found, held, hashes: list[str], tokenizer: Tokenizer | None) -> str:
+    splitting = None if held else [data.split, data.eval_fraction]
+    what = [store.FORMAT, [s.name for s in (*found, *held)], len(found), hashes, data.field, data.errors, splitting,
+            tokenizer.fingerprint if tokenizer else data.tokenizer]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
+
+
+def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report):
+    """(sides, tokenizer, folder) for training sources `found` and held-out sources `held`, built if need be."""
+    root = Path(data.cache).expanduser()
+    try:
+        hashes = store.content_hashes((*found, *held), root, data.workers)
+        folder = root / _key(data, found, held, hashes, tokenizer)
+
+        def build(building: Path) -> None:
+            corpus = split.plan(found, held, data)
+            if corpus.replaced:
+                report(f"data: {corpus.replaced:,} undecodable places replaced by U+FFFD")
+            using = tokenizer or _made_tokenizer(corpus, report)
+            store.write(building, corpus.texts(), using, data.workers, report,
+                        {"sources": [[s.name, h] for s, h in zip((*found, *held), hashes)]})
+            if store.content_hashes((*found, *held), root, data.workers) != hashes:
+                raise DataError(f"{', '.join(data.path)}: changed while being read; start again")
+
+        sides, using = store.obtain(folder, build, report)
+    except OSError as error:
+        raise UsageError(f"config.data.cache = {data.cache!r}: {error.strerror or error}; choose a folder that can "
+                         "be written and has room") from None
+    return sides, using, folder
+
+
+def _count(tokens: Tokens | None) -> str:
+    return f"{len(tokens.tokens):,} tokens in {tokens.documents:,} documents" if tokens else "nothing"
+
+
+def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None) -> Prepared:
+    """Tokens to train on and held-out tokens, from the cache or built now; `tokenizer` (of a checkpoint) takes the place
+    of `data.tokenizer`.
+
+    UsageError for paths, files, settings or a cache folder that cannot be used; DataError if a source changes meanwhile.
+    """
+    tokenizer = tokenizer or _known_tokenizer(data)
+    found = sources.find(data.path)
+    held = sources.find(data.eval_path, "config.data.eval_path") if data.eval_path else ()
+    sides, tokenizer, folder = _obtain(data, found, held, tokenizer, report)
+    train, held_out = sides["train"], sides["eval"]
+    if train is None:
+        raise UsageError(f"config.data.path = {', '.join(data.path)}: the tokenizer makes no tokens of it")
+    report(f"data: train on {_count(train)}, held out {_count(held_out)}; tokenizer {tokenizer.name} of "
+           f"{tokenizer.vocab:,} ids; {folder}")
+    return Prepared(train, held_out, tokenizer, folder)
+
+
+def load_text(paths: tuple[str, ...], tokenizer: Tokenizer, data: config.Data, key: str = "--text",
+              report: Callable[[str], None] = print) -> Tokens:
+    """All documents of `paths` as held-out tokens, cached like any other; of `data` only field, errors, cache and workers
+    count. UsageError, naming the flag `key`, when there is no text."""
+    data = replace(data, path=tuple(paths), eval_path=(), tokenizer="bytes")
+    sides, _, folder = _obtain(data, (), sources.find(data.path, key), tokenizer, report)
+    if sides["eval"] is None:
+        raise UsageError(f"{key} = {', '.join(paths)}: the tokenizer makes no tokens of it")
+    report(f"data: {_count(sides['eval'])}; {folder}")
+    return sides["eval"]
+
+
+def heldout_text(data: config.Data) -> bytes:
+    """The held-out documents' text as UTF-8, joined: what another compressor is compared on. Reads the sources again."""
+    held = sources.find(data.eval_path, "config.data.eval_path") if data.eval_path else ()
+    corpus = split.plan(sources.find(data.path), held, data)
+    return "".join(corpus.side(split.EVAL)).encode()

@@ -1,0 +1,102 @@
+"""Which text is held out (called by cache).
+
+`plan` reads the sources once and decides; `Corpus.texts` reads them again and says of each text on which side it falls.
+Two readings instead of one keep memory at one document, whatever the size of the corpus.
+"""
+
+import hashlib
+from array import array
+from dataclasses import dataclass
+from typing import Iterator
+
+import numpy as np
+
+from gpt_jax import config
+from gpt_jax.data.sources import Document, Source, documents
+from gpt_jax.errors import DataError, UsageError
+
+TRAIN, EVAL = "train", "eval"
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Sources with a decision for every document."""
+
+    sources: tuple[Source, ...]
+    eval_sources: tuple[Source, ...]
+    data: config.Data
+    held_out: np.ndarray  # bool [documents of sources]
+    cut: int  # the character at which the only document is cut in two; 0: none is
+    characters: str  # all that occur, sorted; empty unless the tokenizer is `char`
+    replaced: int  # undecodable places that became U+FFFD
+
+    def texts(self) -> Iterator[tuple[str, str, str]]:
+        """(side, document name, text) in the order read; DataError if the sources changed since `plan`."""
+        count = 0
+        for count, document in enumerate(_read(self.sources, self.data), 1):
+            if count > len(self.held_out):
+                break
+            if self.cut:
+                yield TRAIN, document.name, document.text[:self.cut]
+                yield EVAL, document.name, document.text[self.cut:]
+            else:
+                yield (EVAL if self.held_out[count - 1] else TRAIN), document.name, document.text
+        if count != len(self.held_out):
+            raise DataError(f"{', '.join(self.data.path)}: changed while being read; start again")
+        for document in _read(self.eval_sources, self.data):
+            yield EVAL, document.name, document.text
+
+    def side(self, side: str) -> Iterator[str]:
+        return (text for where, _, text in self.texts() if where == side)
+
+
+def _read(sources, data: config.Data) -> Iterator[Document]:
+    return documents(sources, data.field, data.errors)
+
+
+def _tail(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, int]:
+    """The last part by position. One document is cut as nanoGPT cuts its file; of many, those that begin after the cut
+    are held out, and at least the last."""
+    cut = int(sizes.sum() * (1 - fraction))
+    if len(sizes) == 1:
+        if not 0 < cut < sizes[0]:
+            raise UsageError(f"config.data.eval_fraction = {fraction}: leaves no text on one side of a document of "
+                             f"{sizes[0]} characters; give more text or config.data.eval_path")
+        return np.zeros(1, bool), cut
+    held_out = np.cumsum(sizes) - sizes >= cut
+    held_out[0], held_out[-1] = False, True
+    return held_out, 0
+
+
+def _by_document(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, int]:
+    """By a hash of the text alone: adding documents moves none to the other side, and copies of one text stay together."""
+    if len(set(hashes.tolist())) < 2:
+        raise UsageError("config.data.split = 'document': needs at least two different documents and there is one; use "
+                         "--config.data.split=tail or give config.data.eval_path")
+    order = np.unique(hashes)
+    limit = min(max(int(fraction * 2.0**64), int(order[0])), int(order[-2]))  # something on either side
+    return hashes <= np.uint64(limit), 0
+
+
+SPLITS = {"tail": _tail, "document": _by_document}
+
+
+def plan(sources: tuple[Source, ...], eval_sources: tuple[Source, ...], data: config.Data) -> Corpus:
+    """Reads everything once. UsageError when there is no text, or too little to hold some out."""
+    sizes, hashes, replaced, characters = array("q"), array("Q"), 0, set()
+    for group in (sources, eval_sources):
+        size = 0
+        for document in _read(group, data):
+            size, replaced = len(document.text), replaced + document.replaced
+            characters.update(document.text if data.tokenizer == "char" else "")
+            if group is sources:
+                digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
+                sizes.append(size), hashes.append(int.from_bytes(digest, "little"))
+        if group and not size:
+            raise UsageError(f"{group[0].path}: no text in this file{f' and {len(group) - 1} more' if group[1:] else ''}; "
+                             "the data must have some")
+    sizes, hashes = np.frombuffer(sizes, np.int64), np.frombuffer(hashes, np.uint64)
+    held_out, cut = np.zeros(len(sizes), bool), 0
+    if data.eval_fraction and not eval_sources:
+        held_out, cut = SPLITS[data.split](sizes, hashes, data.eval_fraction)
+    return Corpus(sources, eval_sources, data, held_out, cut, "".join(sorted(characters)), replaced)

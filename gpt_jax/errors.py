@@ -1,0 +1,72 @@
+"""Exit codes and the exceptions that carry them (floor 0, imported everywhere).
+
+Every failure that a person or a scheduler has to tell apart is one row of `EXIT_CODES`. `gpt_jax.commands` turns an
+`Exit` into one line on standard error and its code; anything else is a bug and keeps its traceback.
+"""
+
+EXIT_CODES = {
+    0: "done",
+    2: "config or usage: what was typed cannot be run as it is",
+    10: "stopped on request, state saved",
+    20: "data turned bad during the run",
+    30: "training diverged",
+    31: "hardware suspected",
+    40: "a peer process failed",
+    41: "no progress within the time limit",
+    50: "saving a checkpoint failed",
+    51: "no valid checkpoint",
+}
+
+
+class Exit(Exception):
+    """A planned end of the program: `code` is a key of `EXIT_CODES`, the message one clear line."""
+
+    code = 1
+
+
+class UsageError(Exit):
+    """What the user typed cannot be run: names the field, the value and the way out."""
+
+    code = 2
+
+
+class Stopped(Exit):
+    """Stopped on request (SIGTERM, SIGUSR1), after saving."""
+
+    code = 10
+
+
+class DataError(Exit):
+    """Data that was fine at the start turned bad during the run."""
+
+    code = 20
+
+
+class Diverged(Exit):
+    """The loss or a gradient is no longer finite."""
+
+    code = 30
+
+
+class PeerFailed(Exit):
+    """Another process of this job failed."""
+
+    code = 40
+
+
+class Hang(Exit):
+    """No step finished within the time limit."""
+
+    code = 41
+
+
+class SaveFailed(Exit):
+    """A checkpoint could not be written; the last good one is untouched."""
+
+    code = 50
+
+
+class NoCheckpoint(Exit):
+    """No checkpoint could be restored and verified."""
+
+    code = 51

@@ -1,0 +1,42 @@
+"""What is measured on held-out text, and samples (floor 3; called by experiment and the evaluate command)."""
+
+import lzma
+from typing import Callable, Iterable
+
+import jax
+
+from gpt_jax import config, sharding
+from gpt_jax.infer.decode import Sampling, generate
+from gpt_jax.metrics import Sums, add, divide, perplexity
+
+
+def heldout_sums(step: Callable, params, batches: Iterable, mesh, batch_size: int) -> Sums:
+    """Sums of `step(params, batch)` over all `batches` (this process's rows of each); fetched once, at the end."""
+    total: Sums = {}
+    for columns in batches:
+        total = add(total, step(params, sharding.to_devices(mesh, columns, batch_size)))
+    return jax.device_get(total)
+
+
+def heldout_metrics(sums: Sums, prefix: str = "eval") -> dict[str, float]:
+    """loss (nats a token), perplexity, bits_per_byte and accuracy, each under `prefix/`."""
+    means = divide(sums)
+    return {f"{prefix}/loss": means["loss"], f"{prefix}/perplexity": perplexity(*sums["loss"]),
+            f"{prefix}/bits_per_byte": means["bits_per_byte"], f"{prefix}/accuracy": means["accuracy"]}
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+    """What `xz -9` needs for `text`: a yardstick that anyone can check, in the model's own unit."""
+    return 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+def samples(model: config.Model, params, tokenizer, knobs: config.Eval, seed: int, count: int,
+            report: Callable[[str], None]) -> list[str]:
+    """`count` texts, prompts in turn, each with its prompt in front. Every process of a job calls it together."""
+    prompts = knobs.sample_prompts[:count]
+    each = -(-count // len(prompts))
+    sampling = Sampling(max_new_tokens=knobs.sample_tokens, temperature=knobs.sample_temperature,
+                        top_k=knobs.sample_top_k, seed=seed, num_samples=each)
+    done = generate(model, params, tokenizer, prompts, sampling, report)
+    rows = [(i % len(prompts)) * each + i // len(prompts) for i in range(count)]
+    return [prompts[done[row].prompt] + done[row].text for row in rows]

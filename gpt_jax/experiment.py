@@ -1,0 +1,355 @@
+"""A run: `build(config)` makes its parts, `run(parts)` is the one loop (floor 3; called by the train command).
+
+All processes of a job execute the same lines; only process 0 writes and prints.
+"""
+
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax import config as configs
+from gpt_jax import devices, evals, report, sharding
+from gpt_jax.data.cache import Prepared, heldout_text, prepare
+from gpt_jax.data.pipeline import make_eval_batches, make_stream
+from gpt_jax.data.tokenizer import from_json
+from gpt_jax.errors import Diverged, Stopped, UsageError
+from gpt_jax.metrics import (BarWriter, Clock, JsonlWriter, OneStepLate, TensorBoardWriter, Writers, divide,
+                             read_jsonl, replace_file)
+from gpt_jax.model import kernels
+from gpt_jax.model.transformer import Transformer, abstract_params, count_params, init_params, layer_specs
+from gpt_jax.stops import StopRequest, watchdog
+from gpt_jax.train import checkpoint
+from gpt_jax.train.loss import Network
+from gpt_jax.train.optim import describe, make_optimizer
+from gpt_jax.train.schedule import make_schedule
+from gpt_jax.train.step import TrainState, eval_step, init_state, train_step
+
+
+class Parts(NamedTuple):
+    """What a run consists of. `config` is resolved; `init`, `train_step` and `eval_step` are jitted."""
+
+    config: configs.Config
+    mesh: jax.sharding.Mesh
+    prepared: Prepared
+    init: Callable[[], TrainState]
+    abstract: TrainState  # shapes, dtypes and shardings of the state
+    train_step: Callable  # (state, batch) -> (state, Sums); donates the state
+    eval_step: Callable  # (params, batch) -> Sums
+    notes: tuple[str, ...]  # what was chosen, and why
+
+
+def make_network(model: configs.Model) -> Network:
+    """The model as the two pure functions that train/ works with."""
+    module = Transformer(model)
+
+    def features(params, batch, key):
+        return module.apply({"params": params}, batch, rngs=None if key is None else {"dropout": key},
+                            method="features")
+
+    return Network(features, lambda params, hidden: module.apply({"params": params}, hidden, method="unembed"))
+
+
+def choose_kernel(model: configs.Model, seq_len: int, mesh, segments: bool) -> tuple[configs.Model, str]:
+    """The model with a concrete attention kernel, proved against the reference on this mesh, and a line about it."""
+    name, reason = kernels.choose(model.kernel, kernels.problem(model, seq_len, mesh.devices.flat[0].platform))
+    line = f"attention kernel: {name} ({reason})"
+    if name != "reference":
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        error = kernels.conformance(name, model, segments, rows)
+        line += f"; differs from reference by {error:.1e} on these devices" + ", no segment leak" * segments
+    return replace(model, kernel=name), line
+
+
+def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
+    """Everything a run needs, checked before anything long compiles. Raises UsageError for what cannot be run."""
+    configs.check(configs.resolve(config), jax.device_count())  # before the data, which may take a while
+    prepared = prepare(config.data, say)
+    vocab = prepared.tokenizer.vocab
+    config = configs.resolve(config, vocab)
+    mesh = sharding.make_mesh(configs.check(config, jax.device_count(), vocab))
+    return build_on(config, mesh, prepared)
+
+
+def build_on(config: configs.Config, mesh, prepared: Prepared) -> Parts:
+    """`build` for a resolved config on a given mesh."""
+    train, seed = config.train, config.seed
+    with jax.set_mesh(mesh):
+        model, line = choose_kernel(config.model, train.seq_len, mesh, config.data.rows == "packed")
+        config = replace(config, model=model)
+        network = make_network(model)
+        like = abstract_params(model)
+        tx = make_optimizer(config.optim, like, sharding.spread)
+        make_state = lambda: init_state(init_params(model, jax.random.key(seed)), tx, train)
+        abstract = sharding.concrete(jax.eval_shape(make_state), mesh)
+        key = lambda: jax.random.fold_in(jax.random.key(seed), 1)  # init has the seed's own key
+        jitted_step = jax.jit(lambda state, batch: train_step(state, batch, key(), network=network, tx=tx, train=train),
+                              donate_argnums=0)
+        whole = sharding.unsharded(abstract.params)
+        counts = count_params(model)
+        notes = [describe_mesh(mesh), line,
+                 f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, {counts['embedding']:,} looked up); "
+                 f"{model.dtype} compute, float32 parameters and sums, remat {model.remat}",
+                 f"tokens: {train.batch_size * train.seq_len:,} a step in {train.accumulate} microbatch"
+                 f"{'es' * (train.accumulate > 1)}, {train.batch_size * train.seq_len * train.steps:,} in all, "
+                 f"{train.batch_size * train.seq_len * train.steps / counts['total']:.1f} per parameter",
+                 *(f"optimiser: {row.optimizer} for {row.group}: {row.tensors} tensors, {row.parameters:,} parameters, "
+                   f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}" for row in describe(config.optim, like)),
+                 *(f"not sharded although over 1 MiB: {path}" for path in whole)]
+        return Parts(config, mesh, prepared, jax.jit(make_state), abstract, jitted_step,
+                     jax.jit(partial(eval_step, network=network, train=train)), tuple(notes))
+
+
+def describe_mesh(mesh) -> str:
+    """One line: processes, devices, axes longer than 1."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "no axis longer than 1"
+    return f"mesh: {axes}; {mesh.size} {mesh.devices.flat[0].device_kind} devices, {jax.process_count()} processes"
+
+
+def saved_config(meta: dict) -> configs.Config:
+    """The Config a checkpoint was written with."""
+    return configs.from_dict(meta["config"])
+
+
+def check_resume(parts: Parts, meta: dict, directory: Path, say) -> None:
+    """Reports every changed key; UsageError when one of them changes what the saved arrays mean."""
+    found = configs.changes(saved_config(meta), parts.config)
+    for key, old, new, may in found:
+        say(f"config.{key} changed since the checkpoint: {old!r} -> {new!r}" + ("" if may else " (not possible)"))
+    blocked = [f"config.{key} ({old!r} there, {new!r} now)" for key, old, new, may in found if not may]
+    if blocked:
+        raise UsageError(f"{directory.parent} holds a run with another {', '.join(blocked)}; use its values or another "
+                         "--workdir")
+    if meta["tokenizer"] != parts.prepared.tokenizer.to_json():
+        raise UsageError(f"{directory.parent} holds a run with another tokenizer: the text it is made from has changed; "
+                         "give the same text or another --workdir")
+
+
+def start_state(parts: Parts, checkpoints, say) -> TrainState:
+    """The state of the newest valid checkpoint, or a fresh one."""
+    step = checkpoints.latest
+    if step is None:
+        return parts.init()
+    check_resume(parts, checkpoint.read_meta(checkpoints.directory, step), checkpoints.directory, say)
+    abstract = parts.abstract
+    loaded = checkpoint.restore(checkpoints.directory, step,
+                                {"params": abstract.params, "train": abstract._replace(params={})})
+    say(f"resumed from step {step} of {checkpoints.directory}")
+    return loaded["train"]._replace(params=loaded["params"])
+
+
+class Loop:
+    """What `run` carries along besides the state: writers, clock, and the numbers for the next log line."""
+
+    def __init__(self, parts: Parts, workdir: Path, start: int, resumed: bool):
+        config, model = parts.config, parts.config.model
+        self.parts, self.workdir, self.config, self.start = parts, workdir, config, start
+        self.clock, self.late, self.began = Clock(), OneStepLate(), time.perf_counter()
+        self.peak = devices.find_peak(parts.mesh.devices.flatten().tolist())
+        with jax.set_mesh(parts.mesh):
+            self.counts = count_params(model)
+        flops = partial(devices.flops_per_token, self.counts["matmul"], [spec.window for spec in layer_specs(model)],
+                        model.heads * model.head_dim, config.train.seq_len)
+        self.flops = flops(), flops(causal=True)
+        self.schedule = make_schedule(config.optim)
+        self.batch_tokens = config.train.batch_size * config.train.seq_len
+        self.mark = start, time.perf_counter()
+        self.evaluated: dict[str, float] = {}
+        self.writers = self._make_writers(start if resumed else None)
+
+    def _make_writers(self, resumed_at: int | None) -> Writers:
+        if jax.process_index() != 0:
+            return Writers()
+        log, steps = self.config.log, self.config.train.steps
+        made = [JsonlWriter(self.workdir / "metrics.jsonl", resumed_at)]
+        if log.tensorboard:
+            made.append(TensorBoardWriter(self.workdir / "tensorboard", resumed_at))
+        return Writers([*made, BarWriter(steps, self.start, log.progress)])
+
+    def restart_rate(self, step: int) -> None:
+        """Throughput counts from here: evaluation, saving and sampling are not part of it."""
+        self.mark = step, time.perf_counter()
+
+    def record(self, late: tuple[int, Any] | None) -> None:
+        """A finished step's sums: checks that they are finite, and writes a line where one is due."""
+        if late is None:
+            return
+        step, means = late[0], divide(late[1])
+        if not means["objective"] - means["objective"] == 0:  # nan and infinities both fail this
+            raise Diverged(f"the loss at step {step} is {means['objective']}; the last checkpoint is from before it. Lower "
+                           "config.optim.learning_rate, or set config.optim.clip")
+        if step % self.config.log.every_steps and step != self.config.train.steps:
+            return
+        values = {f"train/{name}": means[name] for name in ("loss", "bits_per_byte", "accuracy", "grad_norm",
+                                                            "param_norm")}
+        values["train/learning_rate"] = self.config.optim.learning_rate * float(self.schedule(step - 1))
+        values["throughput/tokens_seen"] = step * self.batch_tokens
+        before, since = self.mark
+        if step > before:
+            rate = (step - before) * self.batch_tokens / (time.perf_counter() - since)
+            values["throughput/tokens_per_second"] = rate
+            values |= devices.mfu_metrics(*self.flops, rate, self.peak.flops)
+            self.restart_rate(step)
+        with self.clock.phase("log"):
+            self.writers.write(step, values | self.clock.metrics())
+
+
+def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
+        say: Callable[[str], None] = print) -> report.Summary:
+    """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one; returns the numbers.
+
+    `profile`: (first, last) step of a trace in `workdir`/profile. Raises Stopped after a SIGTERM or SIGUSR1 (saved),
+    Diverged, DataError, SaveFailed, NoCheckpoint, UsageError."""
+    config, prepared, mesh = parts.config, parts.prepared, parts.mesh
+    train, rows = config.train, sharding.process_rows(mesh, config.train.batch_size)
+    for note in parts.notes:
+        say(note)
+    stop = StopRequest()
+    with jax.set_mesh(mesh), watchdog(train.hang_minutes) as beat:
+        checkpoints = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, config.checkpoint, say)
+        state = start_state(parts, checkpoints, say)
+        start = checkpoints.latest or 0
+        if jax.process_index() == 0:
+            replace_file(workdir / "config.json", configs.to_json(config).encode())
+        loop = Loop(parts, workdir, start, checkpoints.latest is not None)
+        say(loop.peak.line)
+        stream = make_stream(prepared.train, prepared.tokenizer, config.data, train.seq_len, train.batch_size, config.seed,
+                             rows, start)
+        say(stream.summary)
+        try:
+            for step in range(start + 1, train.steps + 1):
+                with loop.clock.phase("data", blocked=True):
+                    columns = next(stream)
+                state = one_step(loop, state, step, columns, profile)
+                beat()
+                checkpoints.check()
+                stopping = stop(step)
+                if due(config.eval.every_steps, step) or step == train.steps:
+                    evaluate(loop, state, step)
+                if due(config.eval.sample_every_steps, step):
+                    write_samples(loop, state, step, 1)
+                if checkpoints.should_save(step) or stopping or step == train.steps:
+                    save(loop, checkpoints, state, step)
+                if stopping and step < train.steps:
+                    with loop.clock.phase("checkpoint", blocked=True):
+                        checkpoints.wait()
+                    finish(loop, step)
+                    raise Stopped(f"stopped on request after step {step} of {train.steps}, saved in "
+                                  f"{checkpoints.directory}; the same command goes on from there")
+            return conclude(loop, checkpoints, state, say)
+        finally:
+            stream.close()
+            checkpoints.close()
+            loop.writers.close()
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something done every so many steps (0: never) is due after `step`."""
+    return every > 0 and step % every == 0
+
+
+def one_step(loop: Loop, state: TrainState, step: int, columns, profile) -> TrainState:
+    """Dispatches update `step` and handles the sums of the one before."""
+    parts, first = loop.parts, step == loop.start + 1
+    if profile and step == profile[0]:
+        jax.profiler.start_trace(str(loop.workdir / "profile"))
+    with loop.clock.phase("data"):
+        batch = sharding.to_devices(parts.mesh, columns, loop.config.train.batch_size)
+    with loop.clock.phase("compile" if first else "step"):
+        state, sums = parts.train_step(state, batch)
+        if first:
+            jax.block_until_ready(sums)
+            loop.restart_rate(step)
+    with loop.clock.phase("step", blocked=True):
+        late = loop.late.push(step, sums)
+    loop.record(late)
+    if profile and step == profile[1]:
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+    return state
+
+
+def settle(loop: Loop) -> None:
+    """Waits for the last dispatched step and records it, so that what follows is timed and ordered by itself."""
+    with loop.clock.phase("step", blocked=True):
+        late = loop.late.flush()
+    loop.record(late)
+
+
+def best_params(loop: Loop, state: TrainState):
+    """The averaged weights where the run keeps them, else the current ones."""
+    return state.ema if loop.config.train.ema else state.params
+
+
+def evaluate(loop: Loop, state: TrainState, step: int) -> None:
+    """Held-out metrics after update `step`."""
+    config, prepared, mesh = loop.config, loop.parts.prepared, loop.parts.mesh
+    settle(loop)
+    if prepared.eval is not None:
+        knobs = config.eval
+        with loop.clock.phase("eval"):
+            batches = make_eval_batches(prepared.eval, prepared.tokenizer, config.data, config.train.seq_len,
+                                        knobs.batch_size, sharding.process_rows(mesh, knobs.batch_size), knobs.batches)
+            sums = evals.heldout_sums(loop.parts.eval_step, best_params(loop, state), batches, mesh, knobs.batch_size)
+            loop.evaluated = evals.heldout_metrics(sums)
+        loop.writers.write(step, loop.evaluated)
+    loop.restart_rate(step)
+
+
+def write_samples(loop: Loop, state: TrainState, step: int, count: int) -> None:
+    """`count` samples, into the writers."""
+    settle(loop)
+    with loop.clock.phase("sample"):
+        texts = evals.samples(loop.config.model, best_params(loop, state), loop.parts.prepared.tokenizer, loop.config.eval,
+                              loop.config.seed + step, count, lambda line: None)
+    for i, text in enumerate(texts):
+        loop.writers.text(step, f"sample/{i}", text)
+    loop.restart_rate(step)
+
+
+def save(loop: Loop, checkpoints, state: TrainState, step: int) -> None:
+    """Starts an asynchronous checkpoint of everything that evaluating, generating and resuming need."""
+    settle(loop)
+    with loop.clock.phase("checkpoint"):
+        meta = {"config": configs.to_dict(loop.config), "tokenizer": loop.parts.prepared.tokenizer.to_json(),
+                "data": {"next": step}}
+        checkpoints.save(step, state.params, state._replace(params={}), meta, loop.evaluated)
+    loop.restart_rate(step)
+
+
+def finish(loop: Loop, step: int, **facts) -> report.Summary | None:
+    """loss.png and report.html from what metrics.jsonl holds by now (process 0)."""
+    loop.writers.write(step, loop.clock.metrics())
+    if jax.process_index() != 0:
+        return None
+    rows = read_jsonl(loop.workdir / "metrics.jsonl")
+    summary = report.summarize(rows, parameters=loop.counts["total"], peak=loop.peak.line,
+                               wall_seconds=time.perf_counter() - loop.began, **facts)
+    kind = loop.parts.mesh.devices.flat[0].device_kind
+    report.write_report(loop.workdir, title=loop.workdir.name, summary=summary, samples=report.samples_in(rows),
+                        versions={"device": f"{loop.parts.mesh.size} x {kind}"} | report.library_versions())
+    return summary
+
+
+def conclude(loop: Loop, checkpoints, state: TrainState, say) -> report.Summary | None:
+    """The end of a run that got to its last step: three samples, the report, and where everything is."""
+    config, steps = loop.config, loop.config.train.steps
+    if not loop.evaluated:  # resumed at its end: nothing was trained now
+        evaluate(loop, state, steps)
+    write_samples(loop, state, steps, 3)
+    with loop.clock.phase("checkpoint", blocked=True):
+        checkpoints.wait()
+    facts = {}
+    if config.eval.compare_xz and jax.process_index() == 0:
+        facts["xz_bits_per_byte"] = evals.xz_bits_per_byte(heldout_text(config.data))
+    summary = finish(loop, steps, **facts)
+    if summary is not None:
+        names = {"checkpoints": checkpoints.directory, "metrics": "metrics.jsonl", "loss curve": "loss.png",
+                 "report": "report.html"}
+        for line in report.summary_lines(summary, {name: loop.workdir / path for name, path in names.items()}):
+            say(line)
+    return summary

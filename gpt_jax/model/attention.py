@@ -1,0 +1,145 @@
+"""Self-attention with every variant as data, and its KV cache (called by transformer).
+
+Shapes: B batch, T query, S cache slots, D embed, N heads, K kv heads, H head_dim.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gpt_jax import config, sharding
+from gpt_jax.model import kernels
+from gpt_jax.model.layers import Dense, Embed, dropout, rotate
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass shares. `angles`: cos and sin [B or 1, T, R / 2], or None; `lengths` [B]:
+    tokens already in the cache before this pass (decode) or valid tokens of the prompt (prefill)."""
+
+    tokens: jax.Array
+    segment: jax.Array | None = None
+    block: jax.Array | None = None
+    angles: tuple[jax.Array, jax.Array] | None = None
+    lengths: jax.Array | None = None
+
+
+def cache_slots(window: int, max_seq: int) -> int:
+    """Slots a layer's cache needs: a windowed layer never looks further back than its window."""
+    return min(window, max_seq) if window else max_seq
+
+
+def slot_positions(lengths: jax.Array, slots: int) -> jax.Array:
+    """Position held by each slot of a ring of `slots` after `lengths` [B] tokens -> [B, S]; negative: nothing yet."""
+    last = lengths[:, None] - 1
+    return last - (last - jnp.arange(slots)[None]) % slots
+
+
+def fill(values: jax.Array, lengths: jax.Array, slots: int) -> jax.Array:
+    """The cache [B, S, K, H] after a prompt's keys or values [B, T, K, H] of which the first `lengths` [B] are real."""
+    position = slot_positions(lengths, slots)
+    found = jnp.take_along_axis(values, jnp.clip(position, 0, values.shape[1] - 1)[..., None, None], axis=1)
+    return jnp.where((position >= 0)[..., None, None], found, 0)
+
+
+def _decode(q, k, v, cached_k, cached_v, lengths, cap):
+    """One new token a row: writes k, v [B, 1, K, H] into its slot, attends over the slots that hold something."""
+    slots = cached_k.shape[1]
+    here = (jnp.arange(slots)[None] == (lengths % slots)[:, None])[..., None, None]
+    cached_k, cached_v = jnp.where(here, k, cached_k), jnp.where(here, v, cached_v)
+    mask = (slot_positions(lengths + 1, slots) >= 0)[:, None]
+    return kernels.attend(q, cached_k, cached_v, mask, cap), cached_k, cached_v
+
+
+def _rms(x):
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+class QkNorm(nn.Module):
+    """RMS norm over head_dim of [B, T, N, H] (Henry et al. 2020), scaled where the model's norm has a scale."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, x):
+        x = _rms(x)
+        if self.model.norm != "plain_rmsnorm":
+            scale = self.param("scale", sharding.stored(nn.initializers.ones, ("scale",)), (x.shape[-1],))
+            x = (x * scale).astype(x.dtype)
+        return x * jnp.asarray(self.model.qk_scale, x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention [B, T, D] -> ([B, T, D], new cache).
+
+    `cache` None: plain pass. A pair (k, v) [B, S, K, H]: a single token a row is appended and attends over the cache; a
+    longer input is a prompt that starts an empty cache (Context.lengths tells its real tokens)."""
+
+    model: config.Model
+    window: int
+    value_embed: bool
+
+    @nn.compact
+    def __call__(self, x, context: Context, cache=None):
+        model = self.model
+        B, T = x.shape[:2]
+        bias = model.bias and model.qkv_bias
+
+        def heads(name, axis, count):
+            y = Dense(count * model.head_dim, ("embed", axis), "qkv", model, bias, name=name)(x)
+            return sharding.reshape(y, (B, T, count, model.head_dim), "batch", "seq", axis, "head_dim")
+
+        q, k = heads("q", "heads", model.heads), heads("k", "kv_heads", model.kv_heads)
+        v = heads("v", "kv_heads", model.kv_heads)
+        if self.value_embed:
+            v = v + self._value_embedding(x, context.tokens)
+        norm = [QkNorm(model, name=f"{n}_norm") for n in "qk"] if model.qk_norm else []
+        if norm and not model.qk_norm_after_rope:
+            q, k = norm[0](q), norm[1](k)
+        if context.angles is not None:
+            q, k = rotate(q, *context.angles), rotate(k, *context.angles)
+        if norm and model.qk_norm_after_rope:
+            q, k = norm[0](q), norm[1](k)
+
+        if cache is not None and T == 1:
+            y, *cache = self._decode(q, k, v, cache, context.lengths)
+        else:
+            pattern = kernels.Pattern(self.window, context.segment, context.block)
+            y = kernels.attention(model.kernel, q, k, v, pattern, model.attention_softcap, self._keep(B, T))
+            if cache is not None:
+                cache = [self._fill(x, context.lengths, cache[0].shape[1]) for x in (k, v)]
+        y = sharding.reshape(y, (B, T, model.heads * model.head_dim), "batch", "seq", "heads")
+        y = Dense(model.embed, ("heads", "embed"), "attention_out", model, model.bias, name="out")(y)
+        return dropout(self, y, model.dropout), None if cache is None else tuple(cache)
+
+    def _value_embedding(self, x, tokens):
+        """Zhou et al. 2024's value residual as modded-nanogpt has it: a second embedding of the token, gated per head by
+        3 * sigmoid of a few channels of the stream, joins the values. [B, T, K, H]."""
+        model = self.model
+        width = model.kv_heads * model.head_dim
+        embedded = Embed(model.vocab, width, "value_embed", model, name="value_embed")(tokens).astype(x.dtype)
+        embedded = sharding.reshape(embedded, (*tokens.shape, model.kv_heads, model.head_dim), "batch", "seq",
+                                    None, "head_dim")
+        gate = Dense(model.kv_heads, ("gate", "kv_heads"), "gate", model, False, name="value_gate")
+        strength = 3 * jax.nn.sigmoid(gate(x[..., :model.value_embed_gate]))
+        return sharding.constrain(embedded, "batch", "seq", "kv_heads", "head_dim") * strength[..., None]
+
+    def _keep(self, B, T):
+        """Attention dropout as factors [B, N, T, T], or None."""
+        rate = self.model.attention_dropout
+        if rate == 0.0 or not self.has_rng("dropout"):
+            return None
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (B, self.model.heads, T, T))
+        return sharding.constrain(keep / (1 - rate), "batch", "heads", "seq", "keys")
+
+    def _decode(self, q, k, v, cache, lengths):
+        query, keys = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "kv_heads", "head_dim")
+        run = lambda *args: _decode(*args, self.model.attention_softcap)
+        return sharding.local(run, (query, keys, keys, keys, keys, ("batch",)), (query, keys, keys))(
+            q, k, v, *cache, lengths)
+
+    def _fill(self, values, lengths, slots):
+        keys = ("batch", "seq", "kv_heads", "head_dim")
+        return sharding.local(lambda x, n: fill(x, n, slots), (keys, ("batch",)), keys)(values, lengths)

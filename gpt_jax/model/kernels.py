@@ -1,0 +1,199 @@
+"""Attention kernels as one table, the choice among them, and the check of the chosen one (called by model/attention
+and by experiment).
+
+Shapes: B batch, T query, S key, N heads, K kv heads, G = N / K, H head_dim. Every kernel honours causal order, windows,
+segments and `ar` blocks, or says before anything compiles which of them it cannot do.
+"""
+
+from functools import partial
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_jax import config, sharding
+from gpt_jax.errors import UsageError
+from gpt_jax.model.layers import softcap
+
+
+class Pattern(NamedTuple):
+    """Who may look at whom. `segment` [B, T]: only the same, 0 is padding; `block` [B, T]: the running sum of the `ar`
+    column (a query sees every key whose block is not later: causal where ar is 1, both ways where it is 0); None of them:
+    one document, causal. `window`: keys within reach, the query's own included; 0: all."""
+
+    window: int = 0
+    segment: jax.Array | None = None
+    block: jax.Array | None = None
+
+
+def make_mask(pattern: Pattern, length: int) -> jax.Array:
+    """The pattern as booleans [B or 1, T, T], True where query t may look at key s."""
+    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    if pattern.block is None:
+        mask = (key <= query)[None]
+    else:
+        mask = pattern.block[:, None, :] <= pattern.block[:, :, None]
+    if pattern.window:
+        mask = mask & (query - key < pattern.window)[None]
+    if pattern.segment is not None:
+        same = pattern.segment[:, None, :] == pattern.segment[:, :, None]
+        mask = mask & same & (pattern.segment != 0)[:, None, :]
+    return mask
+
+
+def attend(q, k, v, mask, cap: float = 0.0, keep=None):
+    """Softmax attention with an explicit mask, scores and softmax in float32.
+
+    q [B, T, N, H], k and v [B, S, K, H], mask [B or 1, T, S] -> [B, T, N, H]. `keep` [B, N, T, S] multiplies the
+    probabilities (dropout). A query that may look at nothing gets the mean of v, which a weight of 0 removes."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    q = q.reshape(B, T, K, N // K, H) * jnp.asarray(H ** -0.5, q.dtype)
+    scores = softcap(jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32), cap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1)
+    if keep is not None:
+        probs = probs * keep.reshape(B, K, N // K, T, S)
+    return jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v).reshape(B, T, N, H)
+
+
+def _reference(q, k, v, pattern, cap, keep):
+    return attend(q, k, v, make_mask(pattern, q.shape[1]), cap, keep)
+
+
+def _jax_attention(implementation, q, k, v, pattern, cap, keep):
+    """jax.nn.dot_product_attention. Segments and blocks go in as a mask: without one its kernels would ignore them."""
+    plain = pattern.segment is None and pattern.block is None
+    window = {"local_window_size": (pattern.window - 1, 0)} if plain and pattern.window else {}
+    mask = None if plain else make_mask(pattern, q.shape[1])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain, implementation=implementation, **window)
+
+
+def _splash(q, k, v, pattern, cap, keep, interpret=False):
+    """Pallas splash attention for TPU: skips the blocks that causal order and windows rule out."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, N, H = q.shape[1:]
+    mask = masks.LocalMask((T, T), (pattern.window - 1, 0), 0) if pattern.window else masks.CausalMask((T, T))
+    kernel = splash.make_splash_mha(mask=masks.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1,
+                                    attn_logits_soft_cap=cap or None, interpret=interpret)
+    segment = pattern.segment
+    ids = None if segment is None else splash.SegmentIds(q=segment, kv=segment)
+    heads_first = lambda x: x.swapaxes(1, 2)
+    q = heads_first(q) * jnp.asarray(H ** -0.5, q.dtype)
+    run = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids), in_axes=(0, 0, 0, None if ids is None else 0))
+    return heads_first(run(q, heads_first(k), heads_first(v), ids))
+
+
+class Problem(NamedTuple):
+    """What a kernel is asked to do: read off a config by `problem`."""
+
+    platform: str
+    dtype: str
+    head_dim: int
+    seq_len: int
+    softcap: bool
+    dropout: bool
+    ar: bool
+
+
+def _xla_cannot(p: Problem) -> str:
+    return "has no soft-cap" if p.softcap else "has no attention dropout" if p.dropout else ""
+
+
+def _cudnn_cannot(p: Problem) -> str:
+    if p.platform != "gpu":
+        return f"needs a GPU, this is {p.platform}"
+    if p.dtype == "float32":
+        return "needs config.model.dtype = bfloat16 or float16"
+    return "needs head_dim divisible by 8" if p.head_dim % 8 else _xla_cannot(p)
+
+
+def _splash_cannot(p: Problem) -> str:
+    if p.platform != "tpu":
+        return f"needs a TPU, this is {p.platform}"
+    if p.dropout or p.ar:
+        return "has no attention dropout and no ar blocks"
+    return "needs seq_len divisible by 128" if p.seq_len % 128 else ""
+
+
+class Kernel(NamedTuple):
+    run: Callable  # (q, k, v, pattern, cap, keep) -> [B, T, N, H]
+    cannot: Callable  # Problem -> "" or the reason it cannot
+
+
+KERNELS = {"reference": Kernel(_reference, lambda p: ""),
+           "xla": Kernel(partial(_jax_attention, "xla"), _xla_cannot),
+           "cudnn": Kernel(partial(_jax_attention, "cudnn"), _cudnn_cannot),
+           "splash": Kernel(_splash, _splash_cannot)}
+PREFERENCE = {"cpu": ("reference",), "gpu": ("cudnn", "xla", "reference"), "tpu": ("splash", "xla", "reference")}
+
+
+def problem(model: config.Model, seq_len: int, platform: str, ar: bool = False) -> Problem:
+    """The attention problem that a model poses on `platform` (cpu, gpu or tpu)."""
+    return Problem(platform, model.dtype, model.head_dim, seq_len, model.attention_softcap > 0,
+                   model.attention_dropout > 0, ar)
+
+
+def choose(name: str, p: Problem) -> tuple[str, str]:
+    """(kernel, reason). A named kernel is taken or UsageError says why it cannot; `auto` takes the first that can."""
+    if name != "auto":
+        if reason := KERNELS[name].cannot(p):
+            raise UsageError(f"config.model.kernel = {name!r}: {reason}; choose auto or another kernel")
+        return name, "asked for"
+    passed = []
+    for candidate in PREFERENCE.get(p.platform, ("reference",)):
+        reason = KERNELS[candidate].cannot(p)
+        if not reason:
+            return candidate, "; ".join(passed) or f"fastest known on {p.platform}"
+        passed.append(f"{candidate} {reason}")
+    raise UsageError(f"config.model.kernel = 'auto': nothing can do this: {'; '.join(passed)}")
+
+
+def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None):
+    """Kernel `name` on each device's own batch rows and heads; shapes as in `attend`."""
+
+    def run(q, k, v, segment, block, keep):
+        return KERNELS[name].run(q, k, v, Pattern(pattern.window, segment, block), cap, keep)
+
+    heads = lambda n: ("batch", "seq", n, "head_dim")
+    column = lambda x: None if x is None else ("batch", "seq")
+    axes = (heads("heads"), heads("kv_heads"), heads("kv_heads"), column(pattern.segment), column(pattern.block),
+            None if keep is None else ("batch", "heads", "seq", "keys"))
+    return sharding.local(run, axes, heads("heads"))(q, k, v, pattern.segment, pattern.block, keep)
+
+
+def conformance(name: str, model: config.Model, segments: bool, rows: int) -> float:
+    """Largest difference between kernel `name` and `reference` on a tiny packed batch, on the devices of the current mesh.
+
+    `rows`: batch rows, a multiple of data x fsdp. With `segments`, changing the first document must not change the second
+    in the slightest. Raises UsageError when the kernel is wrong; returns the error relative to the largest value."""
+    length = 256 if name == "splash" else 32
+    window = min((w for w in model.windows if w), default=0)
+    rng, dtype = np.random.default_rng(0), jnp.dtype(model.dtype)
+    q, k, v = (jnp.asarray(rng.standard_normal((rows, length, heads, model.head_dim)), dtype)
+               for heads in (model.heads, model.kv_heads, model.kv_heads))
+    segment = jnp.asarray(np.repeat([[1] * (length // 2) + [2] * (length // 2)], rows, 0)) if segments else None
+    place = lambda x, axis: sharding.constrain(x, "batch", "seq", axis, "head_dim")
+
+    @partial(jax.jit, static_argnums=0)
+    def run(kernel, q, k, v):
+        column = None if segment is None else sharding.constrain(segment, "batch", "seq")
+        q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
+        return attention(kernel, q, k, v, Pattern(min(window, length), column), model.attention_softcap)
+
+    ours, reference = run(name, q, k, v), run("reference", q, k, v)
+    error = float(jnp.max(jnp.abs(ours - reference).astype(jnp.float32)) / jnp.max(jnp.abs(reference)))
+    limit = 1e-4 if model.dtype == "float32" else 3e-2
+    if not error <= limit:
+        raise UsageError(f"config.model.kernel = {name!r}: differs from reference by {error:.1e} on this machine (limit "
+                         f"{limit:.0e}); choose another kernel")
+    if segments:
+        first = jnp.arange(length)[None, :, None, None] < length // 2
+        leaked = run(name, q, k, jnp.where(first, v + 100, v))[:, length // 2:] != ours[:, length // 2:]
+        if bool(leaked.any()):
+            raise UsageError(f"config.model.kernel = {name!r}: lets a document see the one before it in a packed row; "
+                             "choose another kernel")
+    return error

@@ -1,0 +1,178 @@
+"""The small parts of a transformer: matmuls, norms, embeddings, positions, feed-forwards (called by model/).
+
+Shapes: B batch, T sequence, D embed, N heads, H head_dim, F mlp, V vocab. Parameters are float32; `dtype` is what is
+multiplied; norms, softmax and logits are summed in float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_jax import config, sharding
+from gpt_jax.model.init import make_init
+
+
+def matmul(x: jax.Array, kernel: jax.Array, out_axis: str | None, precise=None) -> jax.Array:
+    """x [B, T, D] @ kernel [D, F] -> [B, T, F], on activations flattened to two dims: XLA's CPU backend runs the
+    backward pass of the three-dim form at half the speed, and no other backend minds. `precise`: the result's dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = jnp.matmul(rows, kernel, preferred_element_type=precise, out_sharding=sharding.out("batch", out_axis))
+    return sharding.reshape(y, (*x.shape[:-1], kernel.shape[-1]), "batch", "seq", out_axis)
+
+
+class Dense(nn.Module):
+    """A linear map [B, T, in] -> [B, T, features]; `axes` are the kernel's logical axes."""
+
+    features: int
+    axes: tuple[str, str]
+    role: str
+    model: config.Model
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = jnp.dtype(self.model.dtype)
+        init = sharding.stored(make_init(self.role, self.model), self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        y = matmul(x, sharding.use(kernel, self.axes, dtype), self.axes[1])
+        if self.bias:
+            bias = self.param("bias", sharding.stored(nn.initializers.zeros, self.axes[1:]), (self.features,))
+            y = y + sharding.use(bias, self.axes[1:], dtype)
+        return y
+
+
+def _layernorm(x, epsilon):
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
+
+
+def _rmsnorm(x, epsilon):
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
+
+
+# name -> (function in float32, has a scale, has a bias)
+NORMS = {"layernorm": (_layernorm, True, True),  # Ba et al. 2016
+         "rmsnorm": (_rmsnorm, True, False),  # Zhang & Sennrich 2019
+         "plain_rmsnorm": (_rmsnorm, False, False)}
+
+
+class Norm(nn.Module):
+    """Normalises the last dim in float32 and returns the input's dtype."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, x):
+        function, has_scale, has_bias = NORMS[self.model.norm]
+        y = function(x.astype(jnp.float32), self.model.norm_epsilon)
+        if has_scale:
+            y = y * self.param("scale", sharding.stored(nn.initializers.ones, ("scale",)), (x.shape[-1],))
+        if has_bias and self.model.bias:
+            y = y + self.param("bias", sharding.stored(nn.initializers.zeros, ("scale",)), (x.shape[-1],))
+        return y.astype(x.dtype)
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of table [V, D] for tokens [B, T] -> [B, T, D]. Over a tensor-sharded vocabulary each device looks up what it
+    holds and the parts are summed (Shoeybi et al. 2019). In float32: the backward pass sums rows of equal tokens."""
+
+    def rows(table, tokens):
+        return table[tokens]
+
+    def own_rows(table, tokens):
+        mine = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+        inside = (mine >= 0) & (mine < table.shape[0])
+        found = jnp.where(inside[..., None], table[jnp.clip(mine, 0, table.shape[0] - 1)], 0)
+        return jax.lax.psum(found, "tensor")
+
+    function = rows if sharding.axis_size("tensor") == 1 else own_rows
+    table = sharding.use(table, ("vocab", "embed"), jnp.float32)
+    return sharding.local(function, (("vocab", "embed"), ("batch", "seq")), ("batch", "seq", "embed"))(table, tokens)
+
+
+class Embed(nn.Module):
+    """A table [rows, features] and its lookup."""
+
+    rows: int
+    features: int
+    role: str
+    model: config.Model
+
+    def setup(self):
+        init = sharding.stored(make_init(self.role, self.model), ("vocab", "embed"))
+        self.table = self.param("table", init, (self.rows, self.features))
+
+    def __call__(self, tokens):
+        return lookup(self.table, tokens)
+
+
+def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    """x [B, T, D] with entries dropped at `rate`, only when the caller passed a "dropout" key to `apply`."""
+    if rate == 0.0 or not module.has_rng("dropout"):
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(sharding.constrain(keep, "batch", "seq", None), x / (1 - rate), 0).astype(x.dtype)
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap) (Gemma 2); cap 0: x."""
+    return x if cap == 0.0 else cap * jnp.tanh(x / cap)
+
+
+def rotary_frequencies(model: config.Model) -> np.ndarray:
+    """Radians per position [R / 2] for the R = rope_fraction * head_dim rotating channels (Su et al. 2021), with
+    Llama-3's scaling of the long wavelengths where `rope_scale_factor` > 1."""
+    rotating = int(model.head_dim * model.rope_fraction)
+    frequencies = model.rope_base ** -(np.arange(0, rotating, 2, dtype=np.float64) / rotating)
+    if model.rope_scale_factor > 1:
+        turns = model.rope_scale_original_seq * frequencies / (2 * np.pi)  # over the original context
+        smooth = (turns - model.rope_scale_low) / (model.rope_scale_high - model.rope_scale_low)
+        smooth = np.clip(smooth, 0, 1)
+        frequencies = frequencies * (smooth + (1 - smooth) / model.rope_scale_factor)
+    return frequencies.astype(np.float32)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the first channels of x [B, T, N, H] by angles whose cos and sin are [B or 1, T, R / 2], in float32.
+    Channel i pairs with i + R / 2 (the layout of GPT-NeoX and Hugging Face's Llama)."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    first, second, rest = x[..., :half].astype(jnp.float32), x[..., half:2 * half].astype(jnp.float32), x[..., 2 * half:]
+    turned = (first * cos - second * sin, first * sin + second * cos)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+
+
+def sinusoids(position: jax.Array, width: int) -> jax.Array:
+    """Vaswani et al. 2017: [B or 1, T] positions -> [B or 1, T, width], sines then cosines."""
+    rates = np.float32(10_000.0) ** -(np.arange(0, width, 2, dtype=np.float32) / width)
+    angles = position[..., None].astype(jnp.float32) * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]
+
+
+# name -> (activation, has a gate)
+FFNS = {"relu": (jax.nn.relu, False),
+        "gelu": (lambda x: jax.nn.gelu(x, approximate=False), False),
+        "gelu_tanh": (lambda x: jax.nn.gelu(x, approximate=True), False),
+        "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),  # So et al. 2021
+        "swiglu": (jax.nn.silu, True),  # Shazeer 2020
+        "geglu": (lambda x: jax.nn.gelu(x, approximate=True), True)}
+
+
+class Mlp(nn.Module):
+    """The feed-forward [B, T, D] -> [B, T, D] of table row `name`."""
+
+    name_of_row: str
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, x):
+        model = self.model
+        activation, gated = FFNS[self.name_of_row]
+        hidden = Dense(model.mlp, ("embed", "mlp"), "mlp_in", model, model.bias, name="up")(x)
+        if gated:
+            gate = Dense(model.mlp, ("embed", "mlp"), "mlp_in", model, model.bias, name="gate")(x)
+            hidden = activation(gate) * hidden
+        else:
+            hidden = activation(hidden)
+        return Dense(model.embed, ("mlp", "embed"), "mlp_out", model, model.bias, name="down")(hidden)

@@ -1,0 +1,266 @@
+"""The transformer: blocks laid out by pattern, scanned over depth (called by experiment and infer).
+
+Shapes: B batch, T sequence, D embed, V vocab. Parameter paths are API:
+  embed/table [V, D]   position/table [max_seq, D]   blocks/<i>/… [repeats, …]   tail/<i>/… […]   final_norm/…
+  residual/x, residual/x0 [layers]   head/kernel [D, V]
+`blocks/<i>` holds layers i, i + period, i + 2 period, …; `tail` the layers after the last whole period.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gpt_jax import config, sharding
+from gpt_jax.errors import UsageError
+from gpt_jax.model.attention import Attention, Context, cache_slots
+from gpt_jax.model.init import make_init, residual_ramp
+from gpt_jax.model.layers import Dense, Embed, Mlp, Norm, dropout, matmul, rotary_frequencies, sinusoids, softcap
+
+MIXERS = {"attention": Attention}
+REMATS = {"block": None,  # recompute the block from its input
+          "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results
+          "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")}
+
+
+class LayerSpec(NamedTuple):
+    mixer: str
+    ffn: str
+    window: int
+    value_embed: bool
+
+
+class Layout(NamedTuple):
+    """`repeats` times the layers `period`, then the layers `tail`."""
+
+    period: tuple[LayerSpec, ...]
+    repeats: int
+    tail: tuple[LayerSpec, ...]
+
+
+def layer_specs(model: config.Model) -> tuple[LayerSpec, ...]:
+    """One row a layer: patterns tiled over depth."""
+    layers, last = model.layers, model.layers - 1
+    window = lambda i: 0 if i == last and model.last_window_full else model.windows[i % len(model.windows)]
+    return tuple(LayerSpec(*model.pattern[i % len(model.pattern)], window(i), model.value_embed and (last - i) % 2 == 0)
+                 for i in range(layers))
+
+
+def layout(specs: tuple[LayerSpec, ...]) -> Layout:
+    """The split that compiles the fewest layers."""
+
+    def split(size):
+        repeats = 1
+        while specs[repeats * size:(repeats + 1) * size] == specs[:size]:
+            repeats += 1
+        return Layout(specs[:size], repeats, specs[repeats * size:])
+
+    return min(map(split, range(1, len(specs) + 1)), key=lambda found: len(found.period) + len(found.tail))
+
+
+class Block(nn.Module):
+    """One layer: a mixer and a feed-forward, each with its norm and residual."""
+
+    model: config.Model
+    spec: LayerSpec
+
+    @nn.compact
+    def __call__(self, x, x0, scalars, cache, context: Context):
+        model, spec = self.model, self.spec
+        pre = model.norm_position == "pre"
+        norms = [Norm(model, name=name) for name in ("mixer_norm", "mlp_norm")]
+        before = lambda i, x: norms[i](x) if pre else x
+        after = lambda i, x: x if pre else norms[i](x)
+        if scalars is not None:
+            x = (scalars[0] * x + scalars[1] * x0).astype(x.dtype)
+        mixer = MIXERS[spec.mixer](model, spec.window, spec.value_embed, name=spec.mixer)
+        y, cache = mixer(before(0, x), context, cache)
+        x = after(0, x + y)
+        y = dropout(self, Mlp(spec.ffn, model, name="mlp")(before(1, x)), model.dropout)
+        x = after(1, x + y)
+        self.sow("intermediates", "residual", x)
+        return x, cache
+
+
+class Period(nn.Module):
+    """The layers `specs` in order: the body of the scan over depth, and the tail. `scalars`: [layers here] pairs."""
+
+    model: config.Model
+    specs: tuple[LayerSpec, ...]
+
+    @nn.compact
+    def __call__(self, carry, scalars, caches, context: Context):
+        x, x0 = carry
+        block, policy = Block, self.model.remat
+        if policy != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMATS[policy])
+        new = {}
+        for i, spec in enumerate(self.specs):
+            scalar = None if scalars is None else (scalars[0][i], scalars[1][i])
+            cache = None if caches is None else caches[str(i)]
+            x, new[str(i)] = block(self.model, spec, name=str(i))(x, x0, scalar, cache, context)
+        return (x, x0), None if caches is None else new
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model. `model.kernel` is a concrete kernel name (see kernels.choose)."""
+
+    model: config.Model
+
+    def setup(self):
+        model = self.model
+        self.plan = layout(layer_specs(model))
+        self.embed = Embed(model.vocab, model.embed, "embed", model)
+        if model.position == "learned":
+            self.position = PositionTable(model)
+        scanned = nn.scan(Period, variable_axes={"params": 0, "intermediates": 0},
+                          split_rngs={"params": True, "dropout": True}, in_axes=(0, 0, nn.broadcast),
+                          length=self.plan.repeats, unroll=model.unroll or self.plan.repeats)
+        self.blocks = scanned(model, self.plan.period)
+        if self.plan.tail:
+            self.tail = Period(model, self.plan.tail)
+        if model.embed_norm:
+            self.embed_norm = Norm(model)
+        if model.final_norm:
+            self.final_norm = Norm(model)
+        if model.residual_scalars:
+            self.residual = ResidualScalars(model.layers)
+        if not model.tied:
+            self.head = Head(model)
+
+    def __call__(self, batch: dict) -> jax.Array:
+        """Logits [B, T, V] in float32 for `batch` columns tokens [B, T] and, where given, segment, position and ar
+        (see `features`)."""
+        return self.unembed(self.features(batch))
+
+    def features(self, batch: dict) -> jax.Array:
+        """The last hidden state [B, T, D] in the compute dtype. Columns that are absent mean: one document (segment),
+        0 … T-1 (position), causal (ar)."""
+        return self._forward(batch, None, None)[0]
+
+    def step(self, batch: dict, cache: dict, lengths: jax.Array) -> tuple[jax.Array, dict]:
+        """One pass with a KV cache from `make_cache`: a prompt of which `lengths` [B] tokens are real (right-padded), or
+        one token a row with `lengths` tokens before it. -> (hidden [B, T, D], cache)."""
+        return self._forward(batch, cache, lengths)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """hidden [B, T, D] -> logits [B, T, V], float32."""
+        model = self.model
+        if model.tied:
+            kernel = sharding.use(self.embed.table, ("vocab", "embed"), hidden.dtype).T
+        else:
+            kernel = self.head()
+        logits = matmul(hidden, kernel, "vocab", jnp.float32)
+        return softcap(logits, model.logit_softcap)
+
+    def _forward(self, batch, cache, lengths):
+        model, plan = self.model, self.plan
+        tokens = batch["tokens"]
+        position = batch["position"] if "position" in batch else jnp.arange(tokens.shape[1])[None]
+        block = jnp.cumsum(batch["ar"], axis=1) if "ar" in batch else None
+        angles = None
+        if model.position == "rotary":
+            radians = position[..., None].astype(jnp.float32) * rotary_frequencies(model)
+            angles = (jnp.cos(radians), jnp.sin(radians))
+        context = Context(tokens, batch["segment"] if "segment" in batch else None, block, angles, lengths)
+        x = self._embed(tokens, position)
+        scalars = self.residual() if model.residual_scalars else None
+        split = len(plan.period) * plan.repeats
+        first = None if scalars is None else tuple(s[:split].reshape(plan.repeats, -1) for s in scalars)
+        caches = (None, None) if cache is None else (cache["blocks"], cache["tail"])
+        carry, blocks = self.blocks((x, x), first, caches[0], context)
+        tail = caches[1]
+        if plan.tail:
+            carry, tail = self.tail(carry, None if scalars is None else tuple(s[split:] for s in scalars), tail, context)
+        x = self.final_norm(carry[0]) if model.final_norm else carry[0]
+        return x, None if cache is None else {"blocks": blocks, "tail": tail}
+
+    def _embed(self, tokens, position):
+        model = self.model
+        x = self.embed(tokens)
+        if model.position == "learned":
+            x = x + self.position(position)
+        elif model.position == "sinusoidal":
+            x = x + sinusoids(position, model.embed)
+        x = dropout(self, x.astype(jnp.dtype(model.dtype)), model.dropout)
+        return self.embed_norm(x) if model.embed_norm else x
+
+
+class PositionTable(nn.Module):
+    """Learned positions: [B or 1, T] -> [B or 1, T, D]."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, position):
+        axes = ("position", "embed")
+        table = self.param("table", sharding.stored(make_init("position", self.model), axes),
+                           (self.model.max_seq, self.model.embed))
+        table = sharding.use(table, axes, jnp.float32)
+        if position.shape[0] == 1:
+            return table[position]
+        return sharding.local(lambda t, p: t[p], (axes, ("batch", "seq")), ("batch", "seq", None))(table, position)
+
+
+class ResidualScalars(nn.Module):
+    """Factors of the stream and of the embedding at every layer: two [layers] vectors."""
+
+    layers: int
+
+    @nn.compact
+    def __call__(self):
+        make = lambda name, first, last: self.param(name, residual_ramp(first, last), (self.layers,))
+        return make("x", 1.15, 1.05), make("x0", 0.20, 0.05)
+
+
+class Head(nn.Module):
+    """The untied output matrix [D, V]."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self):
+        axes = ("embed", "vocab")
+        kernel = self.param("kernel", sharding.stored(make_init("head", self.model), axes),
+                            (self.model.embed, self.model.vocab))
+        return sharding.use(kernel, axes, jnp.dtype(self.model.dtype))
+
+
+def make_cache(model: config.Model, rows: int, length: int) -> dict:
+    """An empty KV cache for `rows` sequences of up to `length` tokens: per layer (k, v), each
+    [rows, slots, kv_heads, head_dim], stacked over repeats under `blocks`."""
+    if length > model.max_seq and model.position == "learned":
+        raise UsageError(f"{length} tokens do not fit the model's context of {model.max_seq}")
+    plan, dtype = layout(layer_specs(model)), jnp.dtype(model.dtype)
+
+    def layer(spec, *lead):
+        shape = (*lead, rows, cache_slots(spec.window, length), model.kv_heads, model.head_dim)
+        return tuple(sharding.constrain(jnp.zeros(shape, dtype), *(None,) * len(lead), "batch", "seq", "kv_heads",
+                                        "head_dim") for _ in "kv")
+
+    return {"blocks": {str(i): layer(spec, plan.repeats) for i, spec in enumerate(plan.period)},
+            "tail": {str(i): layer(spec) for i, spec in enumerate(plan.tail)} if plan.tail else None}
+
+
+def init_params(model: config.Model, key: jax.Array) -> dict:
+    """Fresh parameters, float32, laid out by the STORED rules; the same values on every mesh. Call it under jit."""
+    rows = sharding.axis_size("data") * sharding.axis_size("fsdp")
+    tokens = sharding.constrain(jnp.zeros((rows, 8), jnp.int32), "batch", "seq")
+    return Transformer(replace(model, kernel="reference")).init(key, {"tokens": tokens})["params"]
+
+
+def abstract_params(model: config.Model) -> dict:
+    """The parameters' shapes and dtypes (with shardings under a mesh), without making them."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def count_params(model: config.Model) -> dict[str, int]:
+    """`total`, `embedding` (rows looked up) and `matmul` (weights multiplied, a tied head counted) parameters."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
+    sizes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    kernels = sum(leaf.size for path, leaf in sizes.items() if path.endswith("/kernel"))
+    return {"total": sum(leaf.size for leaf in sizes.values()),
+            "embedding": sum(leaf.size for path, leaf in sizes.items() if path.endswith("/table")),
+            "matmul": kernels + (model.vocab * model.embed if model.tied else 0)}

@@ -1,0 +1,64 @@
+"""When a run ends before its last step: requests to stop, and the watchdog for hangs (floor 0, called by experiment)."""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import jax
+
+from gpt_jax.errors import Hang
+
+
+class StopRequest:
+    """SIGTERM and SIGUSR1 as a question asked once a step. Over several processes JAX's preemption service makes all of
+    them answer yes at the same step; it owns SIGTERM there, so SIGUSR1 is passed on as one."""
+
+    def __init__(self):
+        self.seen = False
+        self.shared = jax.process_count() > 1
+        if self.shared:
+            signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        else:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._note)
+
+    def _note(self, *_):
+        self.seen = True
+
+    def __call__(self, step: int) -> bool:
+        """True when the run should save and stop after `step`."""
+        if self.shared:
+            from jax.experimental import multihost_utils
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.seen
+
+
+@contextmanager
+def watchdog(minutes: float):
+    """Yields `beat()`; when it is not called for `minutes`, prints every thread's stack and ends the process with code 41.
+    A thread of its own, since a hung collective never returns to Python. 0 minutes: off."""
+    last, done = [time.monotonic()], threading.Event()
+
+    def watch():
+        while not done.wait(min(5.0, minutes * 15)):
+            if time.monotonic() - last[0] > minutes * 60:
+                print(f"gpt-jax: no step ended for {minutes} minutes (config.train.hang_minutes); stacks follow",
+                      file=sys.stderr)
+                faulthandler.dump_traceback()
+                sys.stderr.flush()
+                os._exit(Hang.code)
+
+    if minutes:
+        threading.Thread(target=watch, daemon=True, name="watchdog").start()
+
+    def beat():
+        last[0] = time.monotonic()
+
+    try:
+        yield beat
+    finally:
+        done.set()

@@ -1,0 +1,70 @@
+"""Objectives: logits and a batch in, mergeable sums out (called by train/step and evals).
+
+Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`, divided once, by whoever prints it.
+"""
+
+import math
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax import config, sharding
+
+
+class Network(NamedTuple):
+    """The model as two pure functions: `features(params, batch, key or None) -> [B, T, D]` (a key turns dropout on) and
+    `unembed(params, hidden) -> logits [B, T, V]` in float32."""
+
+    features: Callable
+    unembed: Callable
+
+
+def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:
+    """Cross-entropy of `targets` under logits [B, T, V] where `weight` is not 0.
+
+    Sums: objective (what is minimised: with label smoothing and z-loss), loss (plain nats a token), accuracy, and
+    bits_per_byte, whose weight is the UTF-8 bytes that the targets stand for. The target's logit is taken by comparing
+    with an iota and not by a gather, which a vocab-sharded logit cannot do."""
+    targets, weight = batch["targets"][..., None], batch["weight"]
+    vocab = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
+    vocab = sharding.constrain(vocab, None, None, "vocab")
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    at_target = jnp.where(vocab == targets, logits, 0.0).sum(-1)
+    loss = log_z - at_target
+    best = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    first_best = jnp.where(logits == best, vocab, logits.shape[-1]).min(-1)
+    objective = loss
+    if train.label_smoothing:
+        objective = (1 - train.label_smoothing) * loss + train.label_smoothing * (log_z - logits.mean(-1))
+    if train.z_loss:  # Chowdhery et al. 2022: keeps the normaliser near 1
+        objective = objective + train.z_loss * jnp.square(log_z)
+    total = weight.sum()
+    summed = lambda values: (values * weight).sum()
+    return {"objective": (summed(objective), total), "loss": (summed(loss), total),
+            "accuracy": (summed((first_best == targets[..., 0]).astype(jnp.float32)), total),
+            "bits_per_byte": (summed(loss) / math.log(2), summed(batch["bytes"].astype(jnp.float32)))}
+
+
+OBJECTIVES = {"next_token": next_token}
+
+
+def batch_sums(network: Network, params, batch: dict, key, train: config.Train) -> dict:
+    """Sums of the configured objective over a batch of columns [B, T]. With `loss_chunk` only that many tokens of each
+    row have logits at a time, and the backward pass makes them again."""
+    objective = OBJECTIVES[train.objective]
+    hidden = network.features(params, batch, key)
+    if not train.loss_chunk or train.loss_chunk >= hidden.shape[1]:
+        return objective(network.unembed(params, hidden), batch, train)
+
+    def chunks(x):
+        return jnp.moveaxis(sharding.reshape(x, (x.shape[0], -1, train.loss_chunk, *x.shape[2:]), "batch", None, "seq",
+                                             *(None,) * (x.ndim - 2)), 1, 0)
+
+    @jax.checkpoint
+    def one(params, hidden, columns):
+        return objective(network.unembed(params, hidden), columns, train)
+
+    columns = {name: chunks(batch[name]) for name in ("targets", "weight", "bytes")}
+    _, parts = jax.lax.scan(lambda _, x: (None, one(params, *x)), None, (chunks(hidden), columns))
+    return jax.tree.map(lambda x: x.sum(0), parts)

@@ -1,0 +1,215 @@
+"""From `config.Optim` to one `optax.GradientTransformation` (floor 2; called by experiment.py).
+
+Parameters are a nested dict of float32 arrays; a path joins its keys with "/". Everything under `blocks/` is stacked
+over layers: its first axis does not count as its own. Each parameter belongs to exactly one group, and each group has
+its own optimiser, rate and decay.
+"""
+
+import math
+import re
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gpt_jax import config
+from gpt_jax.errors import UsageError
+from gpt_jax.train import muon
+from gpt_jax.train.schedule import make_schedule
+
+STACKED = "blocks/"
+LAYERS = ("blocks/", "tail/")  # where the default Muon finds its matrices
+
+
+class GroupRow(NamedTuple):
+    """One line of the table that a run prints before it starts."""
+
+    group: str
+    optimizer: str
+    tensors: int
+    parameters: int
+    peak_rate: float
+    weight_decay: float
+
+
+def path_of(keys) -> str:
+    """`blocks/0/attention/q/kernel` from the keys that `jax.tree_util` gives."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def leaf_dims(path: str, leaf) -> int:
+    """How many dims a parameter has of its own: the layer axis of `blocks/` is not counted."""
+    return leaf.ndim - path.startswith(STACKED)
+
+
+def _leaves(params_like) -> dict[str, Any]:
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params_like)}
+
+
+def groups_of(optim: config.Optim) -> dict[str, config.Group]:
+    """Every group by label, in the order of `assign`'s indices: those of the config, the default, and for a default
+    Muon the AdamW that takes what is no matrix of a layer, with the same rate, betas, eps and decay."""
+    fallback = {"default": optim.optimizer} | ({"default_adamw": "adamw"} if optim.optimizer == "muon" else {})
+    return {f"group{i}": group for i, group in enumerate(optim.groups)} | {
+        label: config.Group(match=label, optimizer=optimizer, rate=1.0, b1=optim.b1, b2=optim.b2, eps=optim.eps,
+                            weight_decay=optim.weight_decay)
+        for label, optimizer in fallback.items()}
+
+
+def _patterns(optim: config.Optim) -> list[re.Pattern]:
+    compiled = []
+    for i, group in enumerate(optim.groups):
+        try:
+            compiled.append(re.compile(group.match))
+        except re.error as error:
+            raise UsageError(f"config.optim.groups[{i}].match = {group.match!r}: not a regular expression: "
+                             f"{error}") from None
+    return compiled
+
+
+def _check_groups(optim: config.Optim, patterns, leaves, index) -> None:
+    for i, group in enumerate(optim.groups):
+        field = f"config.optim.groups[{i}].match = {group.match!r}"
+        if i not in index.values():
+            earlier = [index[path] for path in leaves if patterns[i].search(path)]
+            raise UsageError(f"{field}: every parameter it finds is taken by config.optim.groups[{earlier[0]}]; put "
+                             "the narrower one first" if earlier else
+                             f"{field}: found in no parameter path; paths look like {', '.join(list(leaves)[:4])}")
+        if group.optimizer == "muon":
+            for path, leaf in leaves.items():
+                if index[path] == i and leaf_dims(path, leaf) != 2:
+                    raise UsageError(f"{field}: takes {path}, which is no matrix {leaf.shape}, and muon takes matrices "
+                                     "only; narrow the expression or put a group for it first")
+
+
+def assign(optim: config.Optim, params_like) -> dict[str, int]:
+    """Path -> index of its group, for every parameter: the first of `optim.groups` whose `match` is found in the path;
+    else the default, index `len(optim.groups)`. When the default is Muon it keeps the matrices inside layers, and
+    embeddings, head, norms, biases and scalars go to AdamW, index `len(optim.groups) + 1`.
+
+    `params_like`: arrays or ShapeDtypeStructs. Raises UsageError, naming the group's field, for an expression that is
+    none, for a group that takes no parameter, and for a Muon group that takes something that is no matrix."""
+    patterns, leaves, default = _patterns(optim), _leaves(params_like), len(optim.groups)
+
+    def index_of(path, leaf):
+        for i, pattern in enumerate(patterns):
+            if pattern.search(path):
+                return i
+        matrix = path.startswith(LAYERS) and leaf_dims(path, leaf) == 2
+        return default + (optim.optimizer == "muon" and not matrix)
+
+    index = {path: index_of(path, leaf) for path, leaf in leaves.items()}
+    _check_groups(optim, patterns, leaves, index)
+    return index
+
+
+def describe(optim: config.Optim, params_like) -> list[GroupRow]:
+    """One row for every group that has parameters; tensors count a stack of layers as one, decay is the knob's value
+    (which leaves it touches is `optim.decay`'s matter)."""
+    index, leaves = assign(optim, params_like), _leaves(params_like)
+    rows = []
+    for i, (label, group) in enumerate(groups_of(optim).items()):
+        sizes = [math.prod(leaf.shape) for path, leaf in leaves.items() if index[path] == i]
+        if sizes:
+            name = f"{label} {group.match}" if i < len(optim.groups) else label
+            rows.append(GroupRow(name, group.optimizer, len(sizes), sum(sizes), optim.learning_rate * group.rate,
+                                 group.weight_decay))
+    return rows
+
+
+def _by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` on stacks, once for each layer: its statistics do not mix layers."""
+
+    def init(params):
+        return (jax.vmap(tx.init) if jax.tree.leaves(params) else tx.init)(params)
+
+    def update(updates, state, params):
+        return (jax.vmap(tx.update) if jax.tree.leaves(updates) else tx.update)(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _stacking(tree):
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: "stacked" if path_of(keys).startswith(STACKED) else "single", tree)
+
+
+def _decay(optim: config.Optim, group: config.Group) -> optax.GradientTransformation:
+    least = {"matrices": 2, "all": 0}[optim.decay]
+
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(lambda keys, p: leaf_dims(path_of(keys), p) >= least, params)
+
+    return optax.add_decayed_weights(group.weight_decay, mask)
+
+
+def _adamw(optim, group, spread, dtype):
+    return optax.chain(optax.scale_by_adam(group.b1, group.b2, group.eps), _decay(optim, group))
+
+
+def _adafactor(optim, group, spread, dtype):
+    # Built from parts: the ready-made one does not multiply the decay by the learning rate.
+    rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
+    return optax.chain(optax.partition({"single": rule, "stacked": _by_layer(rule)}, _stacking), _decay(optim, group))
+
+
+def _lion(optim, group, spread, dtype):
+    return optax.chain(optax.scale_by_lion(group.b1, group.b2), _decay(optim, group))
+
+
+def _sgd(optim, group, spread, dtype):
+    momentum = optax.trace(group.b1) if group.b1 else optax.identity()
+    return optax.chain(momentum, _decay(optim, group))
+
+
+# Each row makes a group's step before the learning rate: (optim, group, spread, dtype) -> transformation.
+OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "sgd": _sgd, "muon": muon.make_muon}
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Gradients times min(1, limit / (norm + 1e-6)), norm over all of them: torch's `clip_grad_norm_` to the letter
+    (the library's own lacks the 1e-6, which shows when the limit is small)."""
+
+    def clip(updates, params):
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * factor, updates)
+
+    return optax.stateless(clip)
+
+
+def make_optimizer(optim: config.Optim, params_like, spread: Callable = lambda x: x,
+                   dtype=jnp.float32) -> optax.GradientTransformation:
+    """The whole optimiser: clipping over all gradients, then each group's own rule, decay and rate.
+
+    A group's rate at a step is `learning_rate * group.rate * make_schedule(optim)(step)`, step 0 for the first update.
+    Weight decay is decoupled and multiplied by that rate for every optimiser (torch's AdamW). Knobs by optimiser:
+    adamw: b1, b2, eps (outside the root). lion: b1, b2. sgd: b1, the momentum (torch's, without dampening).
+    muon: see muon.py. adafactor: none (no momentum, second moment 1 - step^-0.8); its rate is relative to the root
+    mean square of each parameter, layer by layer (arXiv 1804.04235), so 1e-2 is usual.
+
+    `params_like` gives paths and shapes; `spread` and `dtype` are Muon's: where and in which dtype matrices are
+    orthogonalised (muon.scale_by_muon). On an Explicit mesh with cut matrices Muon needs a `spread`. State arrays are
+    sharded like the parameters, also under `jit(tx.init)`. Raises what `assign` and `make_schedule` raise."""
+    index, groups, schedule = assign(optim, params_like), groups_of(optim), make_schedule(optim)
+    names = list(groups)
+    labels = jax.tree_util.tree_map_with_path(lambda keys, _: names[index[path_of(keys)]], params_like)
+
+    def make_group(group):
+        return optax.chain(
+            OPTIMIZERS[group.optimizer](optim, group, spread, dtype),
+            optax.scale_by_learning_rate(lambda step: optim.learning_rate * group.rate * schedule(step)))
+
+    used = {name: make_group(groups[name]) for i, name in enumerate(names) if i in index.values()}
+    return optax.chain(clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
+                       optax.partition(used, labels))
+
+
+def ema_init(params):
+    """Averaged weights at the start: a copy of `params` (a copy, so that both may be donated)."""
+    return jax.tree.map(jnp.copy, params)
+
+
+def ema_update(ema, params, decay: float):
+    """`decay * ema + (1 - decay) * params`, leaf by leaf, float32."""
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)

@@ -1,0 +1,82 @@
+"""Learning-rate schedules as factors of the peak rate (floor 2; called by optim.py and, for the log, by the loop).
+
+A step is counted from 0: `schedule(0)` scales the first update. Letters: `step` float32, `start` the step after warmup,
+`end` = `optim.decay_steps`, `last` = `optim.final_fraction`.
+"""
+
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax import config
+from gpt_jax.errors import UsageError
+
+
+def _progress(step, start: int, end: int) -> jax.Array:
+    """0 at `start`, 1 at `end` and beyond; a span of no steps is over as soon as it begins."""
+    if end <= start:
+        return (step >= start).astype(jnp.float32)
+    return jnp.clip((step - start) / (end - start), 0.0, 1.0)
+
+
+def _constant(optim: config.Optim, step) -> jax.Array:
+    return jnp.ones_like(step)
+
+
+def _cosine(optim: config.Optim, step) -> jax.Array:
+    done = _progress(step, optim.warmup_steps, optim.decay_steps)
+    return optim.final_fraction + (1 - optim.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+
+def _linear(optim: config.Optim, step) -> jax.Array:
+    done = _progress(step, optim.warmup_steps, optim.decay_steps)
+    return 1 - (1 - optim.final_fraction) * done
+
+
+def _wsd(optim: config.Optim, step) -> jax.Array:
+    done = _progress(step, _wsd_start(optim), optim.decay_steps)
+    return 1 - (1 - optim.final_fraction) * done
+
+
+def _wsd_start(optim: config.Optim) -> int:
+    return optim.decay_steps - round(optim.decay_fraction * optim.decay_steps)
+
+
+def _inverse_sqrt(optim: config.Optim, step) -> jax.Array:
+    # Meets the warmup's line, (step + 1) / (warmup + 1), at 1.
+    return jnp.maximum(optim.final_fraction, jnp.sqrt((optim.warmup_steps + 1) / (step + 1)))
+
+
+SCHEDULES = {"constant": _constant, "cosine": _cosine, "linear": _linear, "wsd": _wsd, "inverse_sqrt": _inverse_sqrt}
+ENDLESS = ("constant", "inverse_sqrt")  # need no decay_steps
+
+
+def make_schedule(optim: config.Optim) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+    """`schedule(step) -> factor` in [0, 1], float32, the shape of `step`; usable inside jit and on plain integers.
+
+    - warmup, all schedules: (step + 1) / (warmup_steps + 1) while step < warmup_steps (nanoGPT's `get_lr`);
+    - constant: 1;
+    - cosine: from 1 to final_fraction at decay_steps, constant beyond (nanoGPT);
+    - linear: the same, straight;
+    - wsd (warmup, stable, decay; Hu et al. 2024, arXiv 2404.06395): 1, then straight to final_fraction over the last
+      decay_fraction of decay_steps;
+    - inverse_sqrt: sqrt((warmup_steps + 1) / (step + 1)), never below final_fraction.
+
+    Raises UsageError when the schedule needs an end and decay_steps is not resolved (0), and when wsd would decay
+    before its warmup ends."""
+    if not optim.decay_steps and optim.schedule not in ENDLESS:
+        raise UsageError(f"config.optim.decay_steps = 0: schedule {optim.schedule!r} needs its last step; "
+                         "set it, or resolve the config first")
+    if optim.schedule == "wsd" and _wsd_start(optim) < optim.warmup_steps:
+        raise UsageError(f"config.optim.decay_fraction = {optim.decay_fraction}: decay would start at step "
+                         f"{_wsd_start(optim)}, before config.optim.warmup_steps = {optim.warmup_steps} are over; "
+                         "lower one of them")
+    after = SCHEDULES[optim.schedule]
+
+    def schedule(step) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        warmup = (step + 1) / (optim.warmup_steps + 1)
+        return jnp.where(step < optim.warmup_steps, warmup, after(optim, step))
+
+    return schedule

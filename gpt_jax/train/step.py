@@ -1,0 +1,78 @@
+"""The train step and the eval step: free functions of (state, batch) (called by experiment and evals)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gpt_jax import config, sharding
+from gpt_jax.train.loss import Network, batch_sums
+from gpt_jax.train.optim import ema_init, ema_update
+
+
+class TrainState(NamedTuple):
+    """Arrays only. `ema` is {} when averaging is off; randomness is the seed and the step, so no key is stored."""
+
+    step: jax.Array  # updates done, int32
+    params: Any
+    opt: Any
+    ema: Any
+
+
+def init_state(params, tx: optax.GradientTransformation, train: config.Train) -> TrainState:
+    """The state before the first update."""
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema_init(params) if train.ema else {})
+
+
+def _microbatches(batch: dict, count: int) -> dict:
+    """Columns [B, …] -> [count, B / count, …]. Microbatch a takes rows a, a + count, …: each device splits its own rows,
+    and which rows meet makes no difference to sums."""
+
+    def split(x):
+        rest = (None,) * (x.ndim - 1)
+        x = sharding.reshape(x, (x.shape[0] // count, count, *x.shape[1:]), "batch", None, *rest)
+        return jnp.swapaxes(x, 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def gradients(network: Network, params, batch: dict, key, train: config.Train):
+    """(gradient of the weighted mean objective, Sums) over the batch in `train.accumulate` microbatches. Sums are added
+    and divided once, so that the result is the big batch's whatever the masks."""
+
+    def total(params, batch, key):
+        sums = batch_sums(network, params, batch, key, train)
+        return sums["objective"][0], sums
+
+    grad = jax.grad(total, has_aux=True)
+    if train.accumulate == 1:
+        grads, sums = grad(params, batch, key)
+    else:
+        def add(carry, x):
+            index, micro = x
+            grads = grad(params, micro, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, carry, grads), None
+
+        micro = _microbatches(batch, train.accumulate)
+        first = grad(params, jax.tree.map(lambda x: x[0], micro), jax.random.fold_in(key, 0))
+        rest = (jnp.arange(1, train.accumulate), jax.tree.map(lambda x: x[1:], micro))
+        (grads, sums), _ = jax.lax.scan(add, first, rest)
+    weight = jnp.maximum(sums["objective"][1], 1e-9)
+    return jax.tree.map(lambda g: g / weight, grads), sums
+
+
+def train_step(state: TrainState, batch: dict, key, *, network: Network, tx, train: config.Train):
+    """One update: (new state, Sums with gradient and parameter norms added). `key` is the run's; the step is folded in."""
+    grads, sums = gradients(network, state.params, batch, jax.random.fold_in(key, state.step), train)
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = ema_update(state.ema, params, train.ema) if train.ema else {}
+    sums["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
+    sums["param_norm"] = (optax.tree.norm(params), jnp.ones(()))
+    return TrainState(state.step + 1, params, opt, ema), sums
+
+
+def eval_step(params, batch: dict, *, network: Network, train: config.Train) -> dict:
+    """Sums over a held-out batch, without dropout."""
+    return batch_sums(network, params, batch, None, train)

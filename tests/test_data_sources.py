@@ -1,0 +1,138 @@
+"""Files to documents: formats, order, and every kind of unusable input in one clear line."""
+
+import gzip
+import json
+import lzma
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from gpt_jax.data import sources
+from gpt_jax.errors import UsageError
+
+TEXT = "first\r\nsecond\u2028third\x85 我\n\n\ttail "
+
+
+def read(*paths, field="text", errors="strict"):
+    return list(sources.documents(sources.find(tuple(map(str, paths))), field, errors))
+
+
+def pack(raw, suffix):
+    """`raw` in two frames where the format has frames."""
+    half = len(raw) // 2
+    one = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    return one(raw[:half]) + one(raw[half:])
+
+
+@pytest.mark.parametrize("packing", sources.OPENERS)
+@pytest.mark.parametrize("kind", [".txt", ".md", ".py", ".jsonl"])
+def test_text_comes_out_exactly(tmp_path, kind, packing):
+    rows = [TEXT, "", "two"]
+    path = tmp_path / f"a{kind}{packing}"
+    if kind == ".jsonl":
+        raw = "\n".join(json.dumps({"id": i, "text": t}, ensure_ascii=False) for i, t in enumerate(rows)) + "\n\n"
+        path.write_bytes(pack(raw.encode(), packing))
+        assert [(d.name, d.text) for d in read(path)] == [(f"{path.name}:1", TEXT), (f"{path.name}:3", "two")]
+    else:
+        path.write_bytes(pack(TEXT.encode(), packing))
+        assert [(d.name, d.text, d.replaced) for d in read(path)] == [(path.name, TEXT, 0)]
+
+
+def test_parquet(tmp_path):
+    table = pyarrow.table({"id": [1, 2, 3], "body": [TEXT, "", "two"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [(d.name, d.text) for d in read(tmp_path, field="body")] == [
+        (f"{tmp_path.name}/a.parquet:1", TEXT), (f"{tmp_path.name}/a.parquet:3", "two")]
+    with pytest.raises(UsageError, match=r"a.parquet: config.data.field = 'text' is missing; columns there: id, body"):
+        read(tmp_path)
+    with pytest.raises(UsageError, match="config.data.field = 'id' holds int64, expected text"):
+        read(tmp_path, field="id")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a.parquet:2: .* is null"):
+        read(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UsageError, match="a.parquet: not a readable parquet file"):
+        read(tmp_path)
+
+
+def test_folders_globs_and_order(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/b.py", "a.txt", ".hidden.txt", ".git/x.txt", "a/picture.png", "c.rst"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    names = [s.name.partition("/")[2] for s in sources.find((str(tmp_path),))]
+    assert names == ["a/b.py", "a/z.md", "a.txt", "b.txt"]
+    assert [d.text for d in read(tmp_path / "*.txt")] == ["a.txt", "b.txt"]
+    assert [d.text for d in read(tmp_path / "**/*.md")] == ["a/z.md"]
+    assert [d.text for d in read(tmp_path / "b.txt", tmp_path, tmp_path / "a*")] == ["b.txt", "a/b.py", "a/z.md", "a.txt"]
+
+
+def test_standard_library_has_no_tests():
+    found = sources.find(("stdlib",))
+    assert len(found) > 200 and {"stdlib/json/decoder.py", "stdlib/argparse.py"} <= {s.name for s in found}
+    assert not any({"test", "tests", "site-packages", "idle_test"} & set(s.name.split("/")) for s in found)
+    assert sum(1 for _ in sources.documents(found, "text", "strict")) > 200
+
+
+def test_undecodable(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good \xef\xbf\xbd text \xff\xfe end \xe6")
+    with pytest.raises(UsageError, match=r"a.txt: not UTF-8 at byte 14 \(0xff\).*--config.data.errors=replace"):
+        read(path)
+    [document] = read(path, errors="replace")
+    assert document.text == "good \ufffd text \ufffd\ufffd end \ufffd" and document.replaced == 3
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
+    with pytest.raises(UsageError, match="a.jsonl: not UTF-8 at byte 25"):
+        read(path)
+    assert [(d.text, d.replaced) for d in read(path, errors="replace")] == [("ok", 0), ("\ufffd", 1)]
+    path.write_text(r'{"text": "a\ud800b \ud83d\udc4d"}')
+    with pytest.raises(UsageError, match="a.jsonl:1: character 1 is a lone surrogate"):
+        read(path)
+    assert [(d.text, d.replaced) for d in read(path, errors="replace")] == [("a\ufffdb 👍", 1)]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{\"text\": 1}", r"a.jsonl:2: config.data.field = 'text' holds int, expected text"),
+    ("{\"body\": \"x\", \"id\": 3}", r"a.jsonl:2: config.data.field = 'text' is missing; fields there: body, id"),
+    ("[1]", "a.jsonl:2: expected a JSON object, got list"),
+    ("{\"text\": \"x\"", "a.jsonl:2: not JSON"),
+    ("[" * 100_000, "a.jsonl:2: not JSON"),
+])
+def test_bad_lines(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "fine"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path / "a.jsonl")
+
+
+def test_binary_file_among_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").write_bytes(b"\x89PNG\r\n\0\0")
+    for errors in ("strict", "replace"):
+        with pytest.raises(UsageError, match="b.txt: byte 6 is NUL, so this is a binary file"):
+            read(tmp_path, errors=errors)
+
+
+@pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
+def test_incomplete_or_damaged_archive(tmp_path, packing):
+    path, raw = tmp_path / f"a.txt{packing}", pack(TEXT.encode() * 50, packing)
+    for damaged in (raw[:-3], raw[: len(raw) // 2 - 3], b"this is no archive", raw + b"more"):
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match=f"a.txt{packing}: a damaged or incomplete {packing} file"):
+            read(path)
+
+
+def test_paths_that_cannot_be_used(tmp_path):
+    (tmp_path / "a.rst").write_text("x")
+    for path, message in [((), "config.data.path is empty"),
+                          ((str(tmp_path / "none"),), r"none': no such file or directory"),
+                          ((str(tmp_path / "*.txt"),), r"\*.txt': no file matches"),
+                          ((str(tmp_path),), r"no usable files; read are .txt .md .py .jsonl .parquet"),
+                          ((str(tmp_path / "a.rst"),), "a.rst': no usable files"),
+                          ((str(tmp_path / "*"),), "no usable files")]:
+        with pytest.raises(UsageError, match=message):
+            sources.find(path)
+    with pytest.raises(UsageError, match="config.data.eval_path = "):
+        sources.find(("nowhere",), "config.data.eval_path")
