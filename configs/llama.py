@@ -40,10 +40,11 @@ def get_config(arg: str = "8b") -> ConfigDict:
     rows = 2**22 // seq_len
     return ConfigDict(dict(
         model=dict(layers=size["layers"], embed=size["embed"], heads=size["heads"], kv_heads=8, mlp=size["mlp"],
-                   vocab=128_256, max_seq=131_072, pattern=(("attention", "swiglu"),), norm="rmsnorm", norm_epsilon=1e-5,
-                   position="rotary", rope_base=500_000.0, rope_scale_factor=size["rope_scale_factor"],
-                   rope_scale_low=1.0, rope_scale_high=4.0, rope_scale_original_seq=8192, tied=size["tied"], bias=False,
-                   init="gpt2", dtype="bfloat16", remat="block"),
+                   vocab=128_256, max_seq=131_072, pattern=(("attention", "swiglu"),), norm="rmsnorm",
+                   norm_epsilon=1e-5, position="rotary", rope_base=500_000.0,
+                   rope_scale_factor=size["rope_scale_factor"], rope_scale_low=1.0, rope_scale_high=4.0,
+                   rope_scale_original_seq=8192, tied=size["tied"], bias=False, init="gpt2", dtype="bfloat16",
+                   remat="block"),
         data=dict(tokenizer="bpe:128256", rows="packed", split="document", eval_fraction=0.001),
         mesh=dict(data=1, fsdp=-1),
         optim=dict(optimizer="adamw", learning_rate=size["learning_rate"], b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1,

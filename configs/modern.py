@@ -17,7 +17,7 @@ What the dial derives (computed below; vocabulary 32,768):
 
     depth  width  layer matrices + head  tokens    batch     steps
     d12      768   84.9 M + 25.2 M        1.32 B   524,288    2,520
-    d20     1280  393.2 M + 41.9 M        5.22 B   1,048,576  4,979
+    d20     1280  393.2 M + 41.9 M        5.22 B   1,048,576  4,980
     d26     1664  863.9 M + 54.5 M       11.02 B   1,048,576 10,510
 
 Not here, though nanochat has them: smear (a gate that mixes in the previous token's embedding) and backout (a share of
@@ -25,10 +25,12 @@ the middle layer subtracted at the end), both worth little; Muon's momentum fall
 equilibration before and rescaling after orthogonalisation; rows that always begin with a document; gates that start
 slightly above neutral.
 
-Sized for 8 devices with 32 rows each. On another machine choose --config.train.accumulate so that a microbatch fits (on
-one 80 GB GPU d12 with 8). For experiments on a CPU derive a small one:
-    --config=configs/modern.py:d2 --config.model.dtype=float32 --config.data.tokenizer=bpe:4096 --config.model.vocab=4096
-    --config.train.seq_len=256 --config.train.batch_size=16 --config.train.steps=500 --config.eval.batch_size=16
+Sized for 8 devices with 32 rows each, as nanochat; on one, --config.train.accumulate=8 --config.eval.batch_size=32 (d20
+and up: 16 and 32). A part turned off leaves its optimiser group without parameters, which is an error: give
+--config.optim.groups too. For experiments on a CPU derive a small one:
+    --config=configs/modern.py:d2 --config.model.dtype=float32 --config.data.tokenizer=bpe:4096
+    --config.model.vocab=4096 --config.train.seq_len=256 --config.train.batch_size=16
+    --config.train.steps=500 --config.eval.batch_size=16
 """
 
 from ml_collections import ConfigDict
@@ -62,8 +64,9 @@ def batch_tokens(depth: int) -> int:
 def make_groups(width: int, weight_decay: float) -> tuple[dict, ...]:
     """The first that matches takes a parameter. Rates are absolute below and become factors of the matrices' rate."""
     narrow = (width / 768)**-0.5  # Adam's rates were tuned at width 768
-    adam = lambda match, rate, b1, b2, decay: dict(match=match, optimizer="adamw", rate=rate / MATRIX_RATE, b1=b1, b2=b2,
-                                                   eps=1e-10, weight_decay=decay)
+    adam = lambda match, rate, b1, b2, decay: dict(match=match, optimizer="adamw", rate=rate / MATRIX_RATE, b1=b1,
+                                                   b2=b2, eps=1e-10, weight_decay=decay,
+                                                   optional=match.startswith(("/value_embed", "^residual")))
     return (adam("^head/", 0.008 * narrow, 0.8, 0.96, 0.01),
             adam("^embed/", 0.3 * narrow, 0.8, 0.995, 0.001),
             adam("/value_embed/", 0.15 * narrow, 0.8, 0.995, 0.01),
@@ -90,7 +93,7 @@ def get_config(arg: str = "d12") -> ConfigDict:
                    qk_scale=1.2, windows=(SEQ_LEN // 4,) * 3 + (0,) if suffix else (0,), last_window_full=True,
                    logit_softcap=15.0, tied=False, bias=False, value_embed=True, value_embed_gate=GATE,
                    residual_scalars=True, init="modern", dtype="bfloat16",
-                   remat="none" if depth <= 16 else "block"),  # 32 rows of d16 keep about 50 GB of activations
+                   remat="none" if depth <= 16 else "block"),  # 32 rows of d16: some 50 GB to keep, an estimate
         data=dict(tokenizer=f"bpe:{VOCAB}", rows="chunk", split="document", eval_fraction=0.01),
         mesh=dict(data=1, fsdp=-1),
         optim=dict(optimizer="adamw", learning_rate=MATRIX_RATE * scale, weight_decay=0.0, decay="all", clip=0.0,

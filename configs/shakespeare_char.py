@@ -1,7 +1,7 @@
 """nanoGPT's character-level Shakespeare, setting by setting.
 
-    gpt-jax train --config=configs/shakespeare_char.py --config.data.path=tinyshakespeare.txt --workdir=runs/shakespeare
-    gpt-jax train --config=configs/shakespeare_char.py:gpu --config.data.path=tinyshakespeare.txt --workdir=runs/shakespeare
+    gpt-jax train --config=configs/shakespeare_char.py:cpu --config.data.path=tinyshakespeare.txt --workdir=runs/cpu
+    gpt-jax train --config=configs/shakespeare_char.py:gpu --config.data.path=tinyshakespeare.txt --workdir=runs/gpu
 
 The text is Karpathy's tinyshakespeare (1,115,394 characters, 65 different ones), split 90 / 10 by position.
 

@@ -1,8 +1,9 @@
 """The frozen `Config`: every knob of a run, its default and its limits (floor 0).
 
-A config file returns a `ConfigDict` holding only what it changes; `from_dict` turns it into one `Config` and is the last
-place that sees a ConfigDict. Each room receives its own section. Values that must agree with each other are checked in
-`check`, before anything compiles. A knob whose value 0 means "derived" says so in its comment; `resolve` fills it in.
+A config file returns a `ConfigDict` holding only what it changes; `from_dict` turns it into one `Config` and is the
+last place that sees a ConfigDict. Each room receives its own section. Values that must agree with each other are
+checked in `check`, before anything compiles. A knob whose value 0 means "derived" says so in its comment; `resolve`
+fills it in.
 """
 
 import dataclasses
@@ -99,7 +100,7 @@ class Data:
     rows: str = knob("window", choices=ROWS)  # window: random windows; chunk: each token once an epoch; packed: the
     #                                           same with documents kept apart by segments and positions
     cache: str = "~/.cache/gpt_jax"  # token files, keyed by content and tokenizer
-    workers: int = knob(0, low=0)  # tokenizing processes; 0: one a core
+    workers: int = knob(0, low=0)  # tokenizing threads; 0: one a core
     prefetch: int = knob(4, low=1)  # batches ready ahead of the device
 
 
@@ -121,6 +122,7 @@ class Group:
 
     match: str = ".*"  # regular expression searched in paths such as blocks/0/attention/q/kernel
     optimizer: str = knob("adamw", choices=OPTIMIZERS)
+    optional: bool = False  # may find no parameter (a part of the model that can be switched off); else that is an error
     rate: float = knob(1.0, low=0.0)  # factor on optim.learning_rate
     b1: float = knob(0.9, low=0.0, high=0.9999)  # momentum of sgd, muon and lion too
     b2: float = knob(0.95, low=0.0, high=0.99999)
@@ -231,12 +233,12 @@ def _describe(kind) -> str:
 
 
 def _coerce(kind, value, path: str):
-    """`value` as `kind`, or a UsageError naming `path`. Ints pass as floats; lists pass as tuples; nothing else bends."""
+    """`value` as `kind`, or a UsageError naming `path`. Ints pass as floats, lists as tuples; nothing else bends."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return from_dict(value, kind, path)
     if origin is tuple:
-        if isinstance(value, str) and args[0] is str:
+        if isinstance(value, str) and args == (str, Ellipsis):
             value = (value,)
         if not isinstance(value, (tuple, list)):
             raise UsageError(f"{path} = {value!r}: expected a tuple, such as (a, b)")
@@ -258,7 +260,7 @@ def _limits(spec: dataclasses.Field, value, path: str) -> None:
     if choices is not None and value not in choices:
         raise UsageError(f"{path} = {value!r}: choose one of {', '.join(choices)}")
     if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        bounds = f"at least {low}" if high is None else f"{low} (reserved)" if low == high else f"from {low} to {high}"
         raise UsageError(f"{path} = {value!r}: expected {bounds}")
 
 
@@ -343,7 +345,7 @@ def parse(kind, text: str, path: str):
             return tuple(part for part in text.split(",") if part)
         value = ast.literal_eval(text)
         return value if isinstance(value, tuple) else (value,)
-    except (ValueError, KeyError, SyntaxError):
+    except (ValueError, KeyError, SyntaxError, OverflowError):
         raise UsageError(f"{path} = {text!r}: expected {_describe(kind)}") from None
 
 
@@ -354,7 +356,7 @@ def resolve(config: Config, vocab: int = 0) -> Config:
     filled = dataclasses.replace(
         model,
         kv_heads=model.kv_heads or model.heads,
-        head_dim=model.head_dim or max(1, model.embed // model.heads),
+        head_dim=model.head_dim or (0 if model.embed % model.heads else model.embed // model.heads),  # 0: check refuses
         mlp=model.mlp or 4 * model.embed,
         max_seq=model.max_seq or train.seq_len,
         vocab=model.vocab or -(-vocab // multiple) * multiple)
@@ -375,7 +377,7 @@ def mesh_shape(mesh: Mesh, devices: int) -> dict[str, int]:
         raise UsageError(f"config.mesh.{free[1]} = -1: only one axis may be -1, and config.mesh.{free[0]} is")
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if devices % fixed or (not free and fixed != devices):
-        axes = ", ".join(f"config.mesh.{a} = {s}" for a, s in sizes.items() if s != 1)
+        axes = ", ".join(f"config.mesh.{a} = {s}" for a, s in sizes.items() if s != 1) or "config.mesh.data = 1"
         raise UsageError(f"{axes}: {fixed} does not match {devices} devices; "
                          "set one axis to -1 or make the product equal")
     return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
@@ -396,13 +398,13 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
                 value = getattr(value, part)
             raise UsageError(f"config.{path} = {value!r}: {way_out}")
 
-    need(model.embed % model.heads == 0 or config.model.head_dim * model.heads != 0, "model.heads",
-         f"does not divide config.model.embed = {model.embed}")
-    need(model.head_dim * model.heads == model.embed or model.head_dim != model.embed // model.heads, "model.heads",
+    need(model.head_dim > 0, "model.heads",
          f"does not divide config.model.embed = {model.embed}; choose a divisor or set config.model.head_dim")
     need(model.heads % model.kv_heads == 0, "model.kv_heads", f"must divide config.model.heads = {model.heads}")
     need(int(model.head_dim * model.rope_fraction) % 2 == 0 or model.position != "rotary", "model.rope_fraction",
          f"rotates an odd number of the {model.head_dim} channels of a head; choose an even part")
+    need(model.rope_scale_low < model.rope_scale_high, "model.rope_scale_high",
+         f"must be above config.model.rope_scale_low = {model.rope_scale_low}")
     need(model.max_seq >= train.seq_len, "model.max_seq", f"is shorter than config.train.seq_len = {train.seq_len}")
     need(bool(model.pattern), "model.pattern", "needs at least one (mixer, feed-forward) pair")
     need(bool(model.windows), "model.windows", "needs at least one entry; 0 means no window")
@@ -431,5 +433,5 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
     need(not train.loss_chunk or train.seq_len % train.loss_chunk == 0, "train.loss_chunk",
          f"must divide config.train.seq_len = {train.seq_len}")
     need(optim.warmup_steps <= optim.decay_steps, "optim.warmup_steps",
-         f"is beyond the end of the schedule at step {optim.decay_steps}")
+         f"is beyond the end of the schedule at step {optim.decay_steps}; lower it or set config.optim.decay_steps")
     return shape

@@ -26,10 +26,9 @@ def make_tokens(sizes, seed=0):
 @pytest.mark.parametrize("size", [*range(1, 40), 63, 64, 65, 100, 255, 257, 1000, 4097, 12345])
 def test_permutation_is_a_bijection_and_differs_by_epoch_and_seed(size):
     index = np.arange(size)
-    first = order.permute(index, size, 3, np.zeros(size, int))
-    assert sorted(first) == list(range(size))
-    second, other = order.permute(index, size, 3, np.ones(size, int)), order.permute(index, size, 4, np.zeros(size, int))
-    assert sorted(second) == list(range(size)) and sorted(other) == list(range(size))
+    zeros, ones = np.zeros(size, int), np.ones(size, int)
+    first, second, other = (order.permute(index, size, *key) for key in ((3, zeros), (3, ones), (4, zeros)))
+    assert all(sorted(out) == list(range(size)) for out in (first, second, other))
     if size > 60:
         assert max((first == index).mean(), (first == second).mean(), (first == other).mean()) < 0.1
     one_by_one = [order.permute(np.array([i]), size, 3, np.array([0]))[0] for i in range(min(size, 50))]
@@ -95,7 +94,8 @@ def slow_packed(tokens, start, seq_len):
 @pytest.mark.parametrize("seq_len", [1, 4, 16])
 def test_packed_rows_against_a_loop(sizes, seq_len):
     tokens = make_tokens(sizes)
-    train, held = ROWS["packed"](tokens, BYTES.token_bytes, seq_len, 0), InOrder(tokens, BYTES.token_bytes, seq_len, True)
+    train = ROWS["packed"](tokens, BYTES.token_bytes, seq_len, 0)
+    held = InOrder(tokens, BYTES.token_bytes, seq_len, True)
     cases = [(train.rows(np.arange(train.count)), train.starts(np.arange(train.count))),
              (held.rows(np.arange(held.count + 2)), np.arange(held.count + 2) * seq_len)]
     for got, starts in cases:

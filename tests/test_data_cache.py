@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +69,18 @@ def test_many_documents_stay_whole(folder, how, tokenizer):
     if how == "tail":
         sizes = np.array([len(t) for t in files])
         assert len(held) == sum(np.cumsum(sizes) - sizes >= int(sizes.sum() * 0.7))
+
+
+def test_tail_of_equal_documents_and_of_one_that_is_too_long(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text("0123456789")
+    data = config.Data(path=(str(tmp_path),), eval_fraction=0.2)
+    assert cache.heldout_text(data) == b"0123456789" * 2  # the first of them begins exactly at the cut
+    (tmp_path / "9.txt").write_text("long" * 1000)
+    assert cache.heldout_text(data) == b"long" * 1000
+    (tmp_path / "9.txt").write_text("x")
+    (tmp_path / "0.txt").write_text("long" * 1000)
+    assert cache.heldout_text(data).startswith(b"0123456789")  # never the first
 
 
 def test_split_by_document_moves_no_text_when_files_are_added(folder):
@@ -143,7 +156,7 @@ def test_a_damaged_cache_is_rebuilt_and_said(folder, damage, reason):
 
 
 KILLED = """
-import sys, time
+import time, sys
 from gpt_jax import config
 from gpt_jax.data import cache, store
 save = store._save
@@ -160,7 +173,7 @@ print("tokens", len(got.train.tokens))
 
 def start(folder, how):
     return subprocess.Popen([sys.executable, "-c", KILLED, str(folder / "text"), str(folder / "cache"), how],
-                            stdout=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, text=True, cwd=Path(config.__file__).parents[1])
 
 
 def test_kill_while_building_leaves_nothing_usable(folder):
@@ -202,6 +215,16 @@ def test_a_source_that_changes_while_it_is_read(folder, monkeypatch):
     with pytest.raises(DataError, match="changed while being read"):
         cache.prepare(data_for(folder), quiet)
     assert not [path for path in (folder / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("after", ['{"text": "a"}\n', '{"text": "a"}\n' * 3, ""])
+def test_documents_that_come_or_go_between_two_readings(tmp_path, after):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 2)
+    data = config.Data(path=(str(tmp_path),), eval_fraction=0.5)
+    corpus = split.plan(cache.sources.find(data.path), (), data)
+    (tmp_path / "a.jsonl").write_text(after)
+    with pytest.raises(DataError, match="changed while being read; start again"):
+        list(corpus.texts())
 
 
 def test_cache_folder_that_cannot_be_used(folder, monkeypatch):

@@ -28,13 +28,15 @@ def sentencepiece_json():
         {p: i for i, p in enumerate(pieces)}, [("▁", "a"), ("a", "b")], unk_token="<unk>", byte_fallback=True))
     library.add_special_tokens(["<unk>", "</s>"])
     library.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     library.decoder = tokenizers.decoders.Sequence([
         tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
     return library.to_str()
 
 
 def every_kind(bpe):
-    return [tk.byte_tokenizer(), tk.char_tokenizer("".join(TEXTS)), bpe, tk.json_tokenizer(sentencepiece_json(), "llama")]
+    llama = tk.json_tokenizer(sentencepiece_json(), "llama")
+    return [tk.byte_tokenizer(), tk.char_tokenizer("".join(TEXTS)), bpe, llama]
 
 
 def test_round_trip_and_bytes_of_tokens(bpe):

@@ -1,8 +1,8 @@
 """From `config.Data` to token files: `prepare` for a run, `load_text` for any text with a given tokenizer (called by
 experiment, evals, commands).
 
-The cache is keyed by the content of the files, how they are split and what tokenizes them, so a changed source is another
-cache and an unchanged one is found again.
+The cache is keyed by the content of the files, how they are split and what tokenizes them, so a changed source is
+another cache and an unchanged one is found again.
 """
 
 import hashlib
@@ -75,14 +75,16 @@ def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report)
 
 
 def _count(tokens: Tokens | None) -> str:
-    return f"{len(tokens.tokens):,} tokens in {tokens.documents:,} documents" if tokens else "nothing"
+    if tokens is None:
+        return "nothing"
+    return f"{len(tokens.tokens):,} tokens in {tokens.documents:,} document{'s' * (tokens.documents > 1)}"
 
 
 def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None) -> Prepared:
-    """Tokens to train on and held-out tokens, from the cache or built now; `tokenizer` (of a checkpoint) takes the place
-    of `data.tokenizer`.
+    """Tokens to train on and held-out tokens, from the cache or built now; `tokenizer` (of a checkpoint) takes the
+    place of `data.tokenizer`.
 
-    UsageError for paths, files, settings or a cache folder that cannot be used; DataError if a source changes meanwhile.
+    UsageError for paths, files, settings or a cache folder of no use; DataError if a source changes meanwhile.
     """
     tokenizer = tokenizer or _known_tokenizer(data)
     found = sources.find(data.path)
@@ -98,8 +100,8 @@ def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer:
 
 def load_text(paths: tuple[str, ...], tokenizer: Tokenizer, data: config.Data, key: str = "--text",
               report: Callable[[str], None] = print) -> Tokens:
-    """All documents of `paths` as held-out tokens, cached like any other; of `data` only field, errors, cache and workers
-    count. UsageError, naming the flag `key`, when there is no text."""
+    """All documents of `paths` as held-out tokens, cached like any other; of `data` only field, errors, cache and
+    workers count. UsageError, naming the flag `key`, when there is no text."""
     data = replace(data, path=tuple(paths), eval_path=(), tokenizer="bytes")
     sides, _, folder = _obtain(data, (), sources.find(data.path, key), tokenizer, report)
     if sides["eval"] is None:
@@ -109,7 +111,7 @@ def load_text(paths: tuple[str, ...], tokenizer: Tokenizer, data: config.Data, k
 
 
 def heldout_text(data: config.Data) -> bytes:
-    """The held-out documents' text as UTF-8, joined: what another compressor is compared on. Reads the sources again."""
+    """The held-out documents' text as UTF-8, joined: what another compressor is compared on. Reads the files again."""
     held = sources.find(data.eval_path, "config.data.eval_path") if data.eval_path else ()
     corpus = split.plan(sources.find(data.path), held, data)
     return "".join(corpus.side(split.EVAL)).encode()

@@ -1,7 +1,7 @@
 """Rows to streams: batches as a Grain data set, read ahead off the main thread (called by experiment and evals).
 
-A batch is a pure function of its number, so the only state is the number of the next one, and the share of a process is a
-slice of the rows: nothing here knows how many processes there are.
+A batch is a pure function of its number, so the only state is the number of the next one, and the share of a process is
+a slice of the rows: nothing here knows how many processes there are.
 """
 
 from typing import Iterator
@@ -15,8 +15,8 @@ from gpt_jax.data.store import Tokens
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UsageError
 
-# A batch is a few numpy calls that release the interpreter's lock only in part: one thread made as many tokens a second as
-# two did, and leaves the other cores to the device.
+# A batch is a few numpy calls that release the interpreter's lock only in part: one thread made as many tokens a second
+# as two did, and leaves the other cores to the device.
 READ_THREADS = 1
 ENDLESS = 2**62  # batches in a stream that has no end; Grain wants a length
 
@@ -51,7 +51,7 @@ class Stream:
         return self
 
     def __next__(self) -> Columns:
-        """The next batch: numpy columns [rows of this process, T], see rows.columns. DataError if the data turned bad."""
+        """The next batch: numpy columns [rows of this process, T], see rows.columns. DataError for data turned bad."""
         return next(self._iterator)
 
     def state(self) -> dict[str, int]:
@@ -82,22 +82,22 @@ class EvalBatches:
 def make_stream(tokens: Tokens, tokenizer: Tokenizer, data: config.Data, seq_len: int, batch_size: int, seed: int,
                 rows: slice, start: int = 0) -> Stream:
     """Training batches without end. `batch_size` rows make a global batch, of which this process gets `rows`; row i of
-    batch n is example n * batch_size + i whatever the slices. UsageError if the text is shorter than a row or a batch."""
+    batch n is example n * batch_size + i whatever the slices. UsageError for a text shorter than a row or a batch."""
     source = ROWS[data.rows](tokens, tokenizer.token_bytes, seq_len, seed)
     if source.count < batch_size:
-        raise UsageError(f"config.train.batch_size = {batch_size}: the training text of {len(tokens.tokens)} tokens has "
-                         f"{source.count} rows of config.train.seq_len = {seq_len}, less than a batch; give more text, "
-                         "shorter rows or a smaller batch")
+        raise UsageError(f"config.train.batch_size = {batch_size}: the training text of {len(tokens.tokens)} tokens "
+                         f"has {source.count} rows of config.train.seq_len = {seq_len}, less than a batch; give more "
+                         "text, shorter rows or a smaller batch")
     summary = f"{data.rows} rows: {source.count:,} of {seq_len:,} tokens an epoch"
     if source.left_out:
         summary += f"; the last {source.left_out:,} tokens of the text fill no row and are left out"
     return Stream(Batches(source, batch_size, rows, ENDLESS), data.prefetch, start, summary)
 
 
-def make_eval_batches(tokens: Tokens, tokenizer: Tokenizer, data: config.Data, seq_len: int, batch_size: int, rows: slice,
-                      limit: int = 0) -> EvalBatches:
-    """All held-out text in order, or its first `limit` batches (0: all); as many batches on every process. Documents are
-    kept apart where `data.rows` is `packed`, and columns are those of training."""
+def make_eval_batches(tokens: Tokens, tokenizer: Tokenizer, data: config.Data, seq_len: int, batch_size: int,
+                      rows: slice, limit: int = 0) -> EvalBatches:
+    """All held-out text in order, or its first `limit` batches (0: all); as many batches on every process. Documents
+    are kept apart where `data.rows` is `packed`, and columns are those of training."""
     source = InOrder(tokens, tokenizer.token_bytes, seq_len, ROWS[data.rows].apart)
     count = -(-source.count // batch_size)
     return EvalBatches(Batches(source, batch_size, rows, min(limit, count) if limit else count), data.prefetch)

@@ -1,7 +1,7 @@
 """Tokens to rows: numpy columns of B rows by T tokens (called by pipeline).
 
-A row of ROWS makes training rows; `InOrder` reads held-out text once from front to back. The shift by one between `tokens`
-and `targets` happens here and nowhere else.
+A row of ROWS makes training rows; `InOrder` reads held-out text once from front to back. The shift by one between
+`tokens` and `targets` happens here and nowhere else.
 """
 
 from typing import Callable
@@ -20,7 +20,8 @@ def _take(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[np.ndarray, 
     tokens.check()
     ids = np.zeros((len(starts), length), np.int32)
     there = np.clip(len(tokens.tokens) - starts, 0, length)
-    for row, start, count in zip(ids, starts.tolist(), there.tolist()):  # copies; indexing by an array is 5 times slower
+    # Slices give a third more tokens a second than one array of indices.
+    for row, start, count in zip(ids, starts.tolist(), there.tolist()):
         row[:count] = tokens.tokens[start: start + count]
     return ids, np.arange(length) < there[:, None]
 
@@ -37,11 +38,11 @@ def _document_starts(tokens: Tokens, starts: np.ndarray, length: int) -> np.ndar
 
 
 def columns(tokens: Tokens, token_bytes: np.ndarray, starts: np.ndarray, seq_len: int, apart: bool) -> Columns:
-    """The rows that begin at `starts` (int64 [N]), each of T = seq_len tokens; what lies beyond the last token is padding.
+    """The rows that begin at `starts` (int64 [N]), each of T = seq_len tokens; beyond the last token is padding.
 
     tokens, targets  int32 [N, T]    targets[i] follows tokens[i]; padding is 0
-    weight           float32 [N, T]  1 where the target is to be predicted; 0 in padding, and if `apart` where the target
-                                     begins another document
+    weight           float32 [N, T]  1 where the target is to be predicted; 0 in padding, and if `apart` where the
+                                     target begins another document
     bytes            int32 [N, T]    UTF-8 bytes of each predicted target, 0 elsewhere
     segment          int32 [N, T]    only if `apart`: 1, 2, … by document within the row; 0 in padding
     position         int32 [N, T]    only if `apart`: place in the document, from 0 where the document or the row begins
@@ -50,8 +51,8 @@ def columns(tokens: Tokens, token_bytes: np.ndarray, starts: np.ndarray, seq_len
     """
     ids, inside = _take(tokens, starts, seq_len + 1)
     if ids.max(initial=0) >= len(token_bytes):
-        raise DataError(f"{tokens.label}: holds the id {ids.max()} and the tokenizer only {len(token_bytes)}; delete it, "
-                        "and it is built again")
+        raise DataError(f"{tokens.label}: holds the id {ids.max()} and the tokenizer only {len(token_bytes)}; delete "
+                        "it, and it is built again")
     predicted, kept = inside[:, 1:], {}
     if apart:
         begins = _document_starts(tokens, starts, seq_len + 1)
@@ -60,21 +61,22 @@ def columns(tokens: Tokens, token_bytes: np.ndarray, starts: np.ndarray, seq_len
         segment = np.cumsum(begins, axis=1, dtype=np.int32) + 1
         position = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
         kept = {"segment": segment * inside, "position": position * inside}
-    return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weight": predicted.astype(np.float32),
-            "bytes": token_bytes[ids[:, 1:]] * predicted, **kept}
+    targets = ids[:, 1:].copy()  # contiguous here, off the main thread, so that the transfer need not copy
+    return {"tokens": ids[:, :-1].copy(), "targets": targets, "weight": predicted.astype(np.float32),
+            "bytes": token_bytes[targets] * predicted, **kept}
 
 
 def _need(tokens: Tokens, seq_len: int) -> None:
     if len(tokens.tokens) <= seq_len:
-        raise UsageError(f"config.train.seq_len = {seq_len}: the training text has {len(tokens.tokens)} tokens and a row "
-                         f"needs {seq_len + 1}; give more text or a shorter row")
+        raise UsageError(f"config.train.seq_len = {seq_len}: the training text has {len(tokens.tokens)} tokens and a "
+                         f"row needs {seq_len + 1}; give more text or a shorter row")
 
 
 class Window:
-    """Rows at random places, with replacement, every place where T + 1 tokens exist equally likely (nanoGPT's get_batch).
+    """Rows at random places, with replacement, every place where T + 1 tokens exist as likely (nanoGPT's get_batch).
 
-    `rows(indices)`: int64 [N] -> columns; a pure function of (seed, index). `count`: rows that hold as many tokens as the
-    text. `left_out`: tokens that no row of an epoch has.
+    `rows(indices)`: int64 [N] -> columns; a pure function of (seed, index). `count`: rows that hold as many tokens
+    as the text. `left_out`: tokens that no row of an epoch has.
     """
 
     apart = False
@@ -119,8 +121,8 @@ class InOrder:
 
     def __init__(self, tokens: Tokens, token_bytes: np.ndarray, seq_len: int, apart: bool):
         if len(tokens.tokens) < 2:
-            raise UsageError(f"the {tokens.name} text has {len(tokens.tokens)} token and there is nothing to predict; hold "
-                             "out more by config.data.eval_fraction or give config.data.eval_path")
+            raise UsageError(f"the {tokens.name} text has {len(tokens.tokens)} token and there is nothing to predict; "
+                             "hold out more by config.data.eval_fraction or give config.data.eval_path")
         self.tokens, self.token_bytes, self.seq_len, self.apart = tokens, token_bytes, seq_len, apart
         self.count = -(-(len(tokens.tokens) - 1) // seq_len)
 

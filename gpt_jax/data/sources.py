@@ -29,7 +29,7 @@ class Document(NamedTuple):
 
 
 class _Zstd(io.RawIOBase):
-    """Decompressed frames of a .zst file. zstandard's own reader ends silently where a file was cut; this one raises."""
+    """Decompressed frames of a .zst file. zstandard's own reader ends silently where a file is cut; this raises."""
 
     def __init__(self, file: BinaryIO):
         import zstandard
@@ -70,8 +70,8 @@ OPENERS = {"": lambda path: open(path, "rb"), ".gz": gzip.open, ".xz": lzma.open
 def _text(raw: bytes, path: Path, start: int, errors: str) -> tuple[str, int]:
     """(text, places replaced) of bytes that begin at byte `start` of the file."""
     if (nul := raw.find(b"\0")) >= 0:
-        raise UsageError(f"{path}: byte {start + nul} is NUL, so this is a binary file (or UTF-16) among the text; take it "
-                         "out of the data, or convert it to UTF-8")
+        raise UsageError(f"{path}: byte {start + nul} is NUL, so this is a binary file (or UTF-16) among the text; "
+                         "take it out of the data, or convert it to UTF-8")
     try:
         return raw.decode("utf-8"), 0
     except UnicodeDecodeError as error:
@@ -226,7 +226,7 @@ def documents(sources: Iterable[Source], field: str, errors: str) -> Iterator[Do
         try:
             yield from (d for d in READERS[kind](source, OPENERS[packing], field, errors) if d.text)
         except ImportError as error:
-            raise UsageError(f"{source.path}: reading it needs the package {error.name}; pip install {error.name}") from None
+            raise UsageError(f"{source.path}: reading it needs a package; pip install {error.name}") from None
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise UsageError(f"{source.path}: a damaged or incomplete {packing} file: {error}") from None
         except OSError as error:

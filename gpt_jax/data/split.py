@@ -69,7 +69,7 @@ def _tail(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.nd
 
 
 def _by_document(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, int]:
-    """By a hash of the text alone: adding documents moves none to the other side, and copies of one text stay together."""
+    """By a hash of the text alone: adding documents moves none across, and copies of one text stay together."""
     if len(set(hashes.tolist())) < 2:
         raise UsageError("config.data.split = 'document': needs at least two different documents and there is one; use "
                          "--config.data.split=tail or give config.data.eval_path")
@@ -93,8 +93,8 @@ def plan(sources: tuple[Source, ...], eval_sources: tuple[Source, ...], data: co
                 digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
                 sizes.append(size), hashes.append(int.from_bytes(digest, "little"))
         if group and not size:
-            raise UsageError(f"{group[0].path}: no text in this file{f' and {len(group) - 1} more' if group[1:] else ''}; "
-                             "the data must have some")
+            more = f" and {len(group) - 1} more" if group[1:] else ""
+            raise UsageError(f"{group[0].path}: no text in this file{more}; the data must have some")
     sizes, hashes = np.frombuffer(sizes, np.int64), np.frombuffer(hashes, np.uint64)
     held_out, cut = np.zeros(len(sizes), bool), 0
     if data.eval_fraction and not eval_sources:

@@ -1,8 +1,8 @@
 """Token files: how they are written, opened, proved whole, and built once (called by cache and rows).
 
-A cache is a folder: `train.tokens` and `eval.tokens` (uint16 or uint32), `*.offsets` (int64: where each document starts,
-then the end), `tokenizer.json`, `meta.json`. It is built under another name and renamed into place when all of it is on
-disk, so a kill in the middle leaves nothing that looks usable.
+A cache is a folder: `train.tokens` and `eval.tokens` (uint16 or uint32), `*.offsets` (int64: where each document
+starts, then the end), `names.json`, `tokenizer.json`, `meta.json`. It is built under another name and renamed when all
+of it is on disk, so a kill in the middle leaves nothing that looks usable.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ class Tokens:
         except OSError as error:
             raise DataError(f"{self.label}: cannot be read any more: {error.strerror}") from None
         if size != self.tokens.nbytes:
-            raise DataError(f"{self.label}: changed during the run from {self.tokens.nbytes} to {size} bytes; start again, "
-                            "and it is rebuilt")
+            raise DataError(f"{self.label}: changed during the run from {self.tokens.nbytes} to {size} bytes; start "
+                            "again, and it is rebuilt")
 
 
 @dataclass
@@ -97,7 +97,7 @@ def _encoded(texts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, worker
 
 def write(folder: Path, texts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, workers: int,
           report: Callable[[str], None], about: dict) -> None:
-    """Fills `folder` with the tokens of `texts` (side, name, text); `about` goes into the meta, which is written last."""
+    """Fills `folder` with the tokens of `texts` (side, name, text); `about` goes into the meta, written last."""
     dtype = np.uint16 if tokenizer.vocab <= 2**16 else np.uint32
     ending = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype)
     told = time.monotonic()
@@ -143,7 +143,7 @@ class Unusable(Exception):
 
 
 def load(folder: Path) -> tuple[dict[str, Tokens | None], Tokenizer]:
-    """({side: Tokens, or None without text}, tokenizer) of a cache folder; Unusable when anything in it does not fit."""
+    """({side: Tokens, or None without text}, tokenizer) of a cache folder; Unusable when anything does not fit."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         if meta["format"] != FORMAT:
@@ -209,8 +209,8 @@ def obtain(folder: Path, build: Callable[[Path], None], report: Callable[[str], 
 
 
 def content_hashes(sources: tuple[Source, ...], root: Path, workers: int) -> list[str]:
-    """SHA-256 of every file. A file whose size and time are those of the last hashing is not read again, unless it was so
-    young then that a change could have hidden in the clock's grain."""
+    """SHA-256 of every file. A file whose size and time are those of the last hashing is not read again, unless it was
+    so young then that a change could have hidden in the clock's grain."""
     key = hashlib.sha256("\0".join(str(s.path.resolve()) for s in sources).encode()).hexdigest()[:16]
     stamps = root / f"{key}.stamps"
     known = {}
@@ -234,7 +234,7 @@ def content_hashes(sources: tuple[Source, ...], root: Path, workers: int) -> lis
         found = dict(pool.map(look, sources))
     old = {path: entry for path, entry in found.items() if now - entry[1] > 2_000_000_000}
     if old != known:
-        with contextlib.suppress(OSError):  # a finished cache may be read-only; an unfinished one fails where it is built
+        with contextlib.suppress(OSError):  # a finished cache may be read-only; building one fails with a message
             root.mkdir(parents=True, exist_ok=True)
             temporary = stamps.with_suffix(f".{os.getpid()}-{now}")
             temporary.write_text(json.dumps(old))

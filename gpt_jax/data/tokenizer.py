@@ -1,4 +1,4 @@
-"""Text to ids and back: bytes, characters, byte-level BPE, any `tokenizer.json` (called by cache, infer, evals, commands).
+"""Text to ids and back: bytes, characters, byte-level BPE, any `tokenizer.json` (called by cache, evals, commands).
 
 Every id stands for fixed bytes, `Tokenizer.pieces[id]`, empty for special tokens. Decoding joins pieces, so it is exact
 and can stream; how text becomes ids is one function per kind, a row of `KINDS`.
@@ -54,7 +54,7 @@ class Tokenizer:
         return hashlib.sha256(f"{self.kind}\0{self.content}".encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [tokens]. UsageError for text that is no Unicode, or a character that a char tokenizer does not know."""
+        """int32 [tokens]. UsageError for text that is no Unicode, or a character unknown to a char tokenizer."""
         try:
             return self.encoder(text)
         except UnicodeEncodeError as error:
@@ -65,7 +65,7 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def parts(self, text: str) -> Iterator[str]:
-        """`text` in parts whose encodings, joined, are the encoding of the whole: so one long text can use all cores."""
+        """`text` in parts whose encodings, joined, are the encoding of the whole: one long text can use all cores."""
         return self.cutter(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -130,7 +130,7 @@ def byte_tokenizer(content: str = "", name: str = "bytes") -> Tokenizer:
 
 
 def char_tokenizer(content: str, name: str = "char") -> Tokenizer:
-    """One id per character of `content`, in code point order (nanoGPT's data/shakespeare_char/prepare.py); no specials."""
+    """One id per character of `content`, in code point order (nanoGPT's shakespeare_char/prepare.py); no specials."""
     characters = "".join(sorted(set(content)))
     codes = np.frombuffer(characters.encode("utf-32-le"), "<u4")
     table = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # the last entry stands for all code points beyond
@@ -225,8 +225,8 @@ def from_json(text: str) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE with GPT-2's pre-tokenizer: `<|endoftext|>`, 256 bytes, then merges, at most `vocab` ids (fewer when
-    the text has no pair left that occurs twice)."""
+    """Byte-level BPE with GPT-2's pre-tokenizer: `<|endoftext|>`, 256 bytes, then merges, at most `vocab` ids (fewer
+    when the text has no pair left that occurs twice)."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -252,5 +252,5 @@ def read_tokenizer(spec: str) -> Tokenizer:
     try:
         return json_tokenizer(path.read_text(encoding="utf-8"), path.name)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config.data.tokenizer = {spec!r}: expected bytes, char, bpe:N or the path of a tokenizer.json "
-                         f"({error})") from None
+        raise UsageError(f"config.data.tokenizer = {spec!r}: expected bytes, char, bpe:N or the path of a "
+                         f"tokenizer.json ({error})") from None

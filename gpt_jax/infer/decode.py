@@ -1,4 +1,4 @@
-"""Text from a model: sampling, the KV-cached loop, streaming (called by evals and the generate command).
+"""Text from a model: prompts, the KV-cached loop, streaming (called by evals and the generate command).
 
 Shapes: B rows, T prompt tokens, D embed, V rows of the embedding. One row is one sample of one prompt. Prompts are
 right-padded to a shape bucket, so that `_start` compiles once per (rows, prompt, total) bucket and `_next` once per
@@ -6,7 +6,6 @@ right-padded to a shape bucket, so that `_start` compiles once per (rows, prompt
 """
 
 import dataclasses
-from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -15,42 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax import config, sharding
-from gpt_jax.config import knob
 from gpt_jax.data.tokenizer import StreamDecoder, Tokenizer
 from gpt_jax.errors import UsageError
+from gpt_jax.infer.sampling import Knobs, Sampling, check, sample
 from gpt_jax.model import kernels
 from gpt_jax.model.transformer import Transformer, make_cache
 
 SMALLEST_BUCKET = 16  # tokens; more than one, because a single token is a decoding step to the model
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn and when a row ends. Filters apply in the order of Hugging Face's: repetition penalty,
-    temperature, top_k, top_p (of what top_k left), min_p."""
-
-    max_new_tokens: int = knob(100, low=1)
-    temperature: float = knob(1.0, low=0.0)  # 0: the most likely token
-    top_k: int = knob(0, low=0)  # only the k most likely tokens; 0: off
-    top_p: float = knob(1.0, low=0.0, high=1.0)  # the fewest tokens that hold this probability (Holtzman et al. 2020)
-    min_p: float = knob(0.0, low=0.0, high=1.0)  # tokens of at least this part of the best one's probability
-    repetition_penalty: float = knob(1.0, low=1e-3)  # over 1: tokens already in the row are less likely (CTRL, 2019)
-    seed: int = knob(0, low=0, high=2**32 - 1)
-    num_samples: int = knob(1, low=1)  # rows for each prompt
-    stop: tuple[str, ...] = ()  # a row ends before the first of these strings
-    truncate: bool = False  # a prompt that fills the context keeps its last tokens instead of raising
-
-
-class Knobs(NamedTuple):
-    """What differs from row to row on the device, all [B]: a new value compiles nothing."""
-
-    seed: jax.Array
-    sample: jax.Array  # index among the samples of a prompt
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition_penalty: jax.Array
 
 
 class Completion(NamedTuple):
@@ -70,64 +40,6 @@ class Piece(NamedTuple):
     row: int
     text: str
     completion: Completion | None
-
-
-# ---- sampling ----
-
-def _ordered(x: jax.Array) -> jax.Array:
-    """float32 as uint32 in the same order."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _cutoff(ordered_BV, weight_BV, need_B):
-    """The largest threshold [B] such that the weights at or above it sum to `need`: bit by bit, 32 sums instead of a
-    sort, which is several times slower on every backend at vocabularies of 50,000."""
-
-    def one(i, threshold):
-        higher = threshold | jnp.uint32(1) << (31 - i).astype(jnp.uint32)
-        total = jnp.where(ordered_BV >= higher[:, None], weight_BV, 0).sum(-1)
-        return jnp.where(total >= need_B, higher, threshold)
-
-    return jax.lax.fori_loop(0, 32, one, jnp.zeros(need_B.shape, jnp.uint32))
-
-
-def _filter(scaled_BV, knobs: Knobs):
-    """-inf where top_k or top_p rules a token out; `scaled` has its largest value, 0, in every row. Ties stay."""
-    ordered = _ordered(scaled_BV)
-    wanted = jnp.where(knobs.top_k > 0, knobs.top_k, scaled_BV.shape[-1])
-    ordered = jnp.where(ordered >= _cutoff(ordered, jnp.ones_like(ordered, jnp.int32), wanted)[:, None], ordered, 0)
-    mass = jnp.where(ordered > 0, jnp.exp(scaled_BV), 0)
-    nucleus = _cutoff(ordered, mass, knobs.top_p * mass.sum(-1))
-    nucleus = jnp.where(knobs.top_p < 1, jnp.minimum(nucleus, ordered.max(-1)), 1)
-    return jnp.where(ordered >= nucleus[:, None], scaled_BV, -jnp.inf)
-
-
-def _draw(logits_BV, position_B, knobs: Knobs):
-    scaled = logits_BV - logits_BV.max(-1, keepdims=True)
-    scaled = scaled / jnp.where(knobs.temperature > 0, knobs.temperature, 1)[:, None]
-    filtering = jnp.any((knobs.top_k > 0) | (knobs.top_p < 1))
-    scaled = jax.lax.cond(filtering, _filter, lambda x, _: x, scaled, knobs)
-    scaled = jnp.where(scaled >= jnp.log(knobs.min_p)[:, None], scaled, -jnp.inf)
-
-    def noise(seed, sample, position):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
-        return jax.random.gumbel(key, scaled.shape[-1:])
-
-    return jnp.argmax(scaled + jax.vmap(noise)(knobs.seed, knobs.sample, position_B), axis=-1)
-
-
-def sample(logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, seen_BV: jax.Array, vocab: int) -> jax.Array:
-    """The tokens [B], int32, that come at `position_B`, from float32 logits; ids from `vocab` on (padding rows of the
-    embedding) never come. `seen_BV`: which tokens the row already holds. A pure function of (logits, seed, sample,
-    position) row by row: the batch around a row makes no difference."""
-    penalty = knobs.repetition_penalty[:, None]
-    penalised = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    logits = jnp.where(seen_BV, penalised, logits_BV)
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
-    best = jnp.argmax(logits, axis=-1)
-    drawn = jax.lax.cond(jnp.any(knobs.temperature > 0), _draw, lambda *_: best, logits, position_B, knobs)
-    return jnp.where(knobs.temperature > 0, drawn, best).astype(jnp.int32)
 
 
 # ---- the two programs ----
@@ -230,19 +142,9 @@ class _Row:
 
 # ---- the loop ----
 
-def _check(sampling: Sampling) -> None:
-    for spec in dataclasses.fields(sampling):
-        value, (low, high) = getattr(sampling, spec.name), (spec.metadata.get("low"), spec.metadata.get("high"))
-        if low is not None and not low <= value <= (np.inf if high is None else high):
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise UsageError(f"--{spec.name} = {value!r}: expected {bounds}")
-    if "" in sampling.stop:
-        raise UsageError("--stop = '': an empty string would stop at once; leave it out")
-
-
-def bucket(size: int, low: int, high: int) -> int:
-    """The power of two from `low` on that holds `size`, at most `high`."""
-    return min(max(low, 1 << (size - 1).bit_length()), high)
+def bucket(size: int, smallest: int = 1) -> int:
+    """The first power of two, from `smallest` on, that holds `size`."""
+    return max(smallest, 1 << (size - 1).bit_length())
 
 
 def fit_prompt(number: int, text: str, tokenizer: Tokenizer, context: int, sampling: Sampling, report) -> np.ndarray:
@@ -278,8 +180,9 @@ def _kernels_once(params, dtype: str):
 def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
     """(tokens [B, T], lengths [B], seen [B, vocab], Knobs) for `rows` of (prompt, sample), padded to the bucket."""
     shards = sharding.axis_size("data") * sharding.axis_size("fsdp")
-    B = shards * bucket(-(-len(rows) // shards), 1, len(rows))
-    tokens = np.zeros((B, bucket(max(len(prompts[p]) for p, _ in rows), SMALLEST_BUCKET, context)), np.int32)
+    B = shards * bucket(-(-len(rows) // shards))
+    T = min(bucket(max(len(prompts[p]) for p, _ in rows), SMALLEST_BUCKET), context)
+    tokens = np.zeros((B, T), np.int32)
     lengths, seen, index = np.ones(B, np.int32), np.zeros((B, vocab), bool), np.zeros(B, np.int32)
     for b, (p, s) in enumerate(rows):
         ids = prompts[p]
@@ -291,13 +194,22 @@ def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
     return tokens, lengths, seen, knobs
 
 
+def _prompt_kernel(model: config.Model, length: int) -> str:
+    """The model's own attention kernel where it can do a prompt of `length`, which its choice did not ask (splash wants
+    multiples of 128); else the choice of `auto`."""
+    problem = kernels.problem(model, length, jax.default_backend())
+    named = model.kernel != "auto" and not kernels.KERNELS[model.kernel].cannot(problem)
+    return model.kernel if named else kernels.choose("auto", problem)[0]
+
+
 def _stream_rows(model, params, tokenizer, prompts, rows, sampling) -> Iterator[Piece]:
     """The pieces of one batch of rows (prompt, sample)."""
     context = model.max_seq
     tokens, lengths, seen, knobs = _host_arrays(rows, prompts, sampling, model.vocab, context)
     limits = [min(sampling.max_new_tokens, context - len(prompts[p])) for p, _ in rows]
-    length = bucket(max(len(prompts[p]) + n for (p, _), n in zip(rows, limits)), SMALLEST_BUCKET, context)
-    kernel, _ = kernels.choose(model.kernel, kernels.problem(model, tokens.shape[1], jax.default_backend()))
+    longest = max(len(prompts[p]) + limit for (p, _), limit in zip(rows, limits))
+    length = min(bucket(longest, SMALLEST_BUCKET), context)
+    kernel = _prompt_kernel(model, tokens.shape[1])
     static = {"model": dataclasses.replace(model, kernel=kernel), "vocab": tokenizer.vocab}
     live = {b: _Row(tokenizer, sampling.stop, limit) for b, limit in enumerate(limits)}
     state, ready = _start(params, tokens, lengths, seen, knobs, length=length, **static)
@@ -320,14 +232,14 @@ def _stream_rows(model, params, tokenizer, prompts, rows, sampling) -> Iterator[
 
 
 def stream(model: config.Model, params, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling,
-           report: Callable[[str], None] = print, max_rows: int = 32) -> Iterator[Piece]:
+           report: Callable[[str], None], max_rows: int = 32) -> Iterator[Piece]:
     """Text as it comes, `num_samples` rows for each prompt, `max_rows` at a time. Input is checked before this returns.
 
     `model` is resolved (no field left to derive); `params` may live on the current mesh, whatever its shape. `report`
     gets one line for each prompt that was cut or that reaches the end of the context early. Raises UsageError for
     sampling values out of range, a prompt that does not fit, or one that the tokenizer cannot encode.
     """
-    _check(sampling)
+    check(sampling)
     model = dataclasses.replace(model, remat="none", dropout=0.0, attention_dropout=0.0)
     fitted = [fit_prompt(i + 1, text, tokenizer, model.max_seq, sampling, report) for i, text in enumerate(prompts)]
     rows = [(p, s) for p in range(len(fitted)) for s in range(sampling.num_samples)]
@@ -337,7 +249,7 @@ def stream(model: config.Model, params, tokenizer: Tokenizer, prompts: Sequence[
 
 
 def generate(model: config.Model, params, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling,
-             report: Callable[[str], None] = print, max_rows: int = 32) -> list[Completion]:
+             report: Callable[[str], None], max_rows: int = 32) -> list[Completion]:
     """`stream` to its end: one Completion for each row, in the order of rows."""
     pieces = stream(model, params, tokenizer, prompts, sampling, report, max_rows)
     return [done for _, done in sorted((piece.row, piece.completion) for piece in pieces if piece.completion)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gpt_jax import config, sharding
 from gpt_jax.model import kernels
-from gpt_jax.model.layers import Dense, Embed, dropout, rotate
+from gpt_jax.model.layers import NORMS, Dense, Embed, dropout, rotate
 
 
 class Context(NamedTuple):
@@ -52,11 +52,6 @@ def _decode(q, k, v, cached_k, cached_v, lengths, cap):
     return kernels.attend(q, cached_k, cached_v, mask, cap), cached_k, cached_v
 
 
-def _rms(x):
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
 class QkNorm(nn.Module):
     """RMS norm over head_dim of [B, T, N, H] (Henry et al. 2020), scaled where the model's norm has a scale."""
 
@@ -64,7 +59,7 @@ class QkNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = _rms(x)
+        x = NORMS["plain_rmsnorm"][0](x.astype(jnp.float32), self.model.norm_epsilon).astype(x.dtype)
         if self.model.norm != "plain_rmsnorm":
             scale = self.param("scale", sharding.stored(nn.initializers.ones, ("scale",)), (x.shape[-1],))
             x = (x * scale).astype(x.dtype)

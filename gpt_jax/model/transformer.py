@@ -85,17 +85,21 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-    """The layers `specs` in order: the body of the scan over depth, and the tail. `scalars`: [layers here] pairs."""
+    """The layers `specs` in order: the body of the scan over depth, and the tail. `scalars`: [layers here] pairs.
+    `looped`: compiled as the body of a loop, and not inline."""
 
     model: config.Model
     specs: tuple[LayerSpec, ...]
+    looped: bool
 
     @nn.compact
     def __call__(self, carry, scalars, caches, context: Context):
         x, x0 = carry
         block, policy = Block, self.model.remat
         if policy != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMATS[policy])
+            # Inline, the compiler would merge the second computation with the first and keep everything after all; a
+            # loop's backward pass is a loop of its own, out of its reach.
+            block = nn.remat(Block, prevent_cse=not self.looped, policy=REMATS[policy])
         new = {}
         for i, spec in enumerate(self.specs):
             scalar = None if scalars is None else (scalars[0][i], scalars[1][i])
@@ -115,12 +119,13 @@ class Transformer(nn.Module):
         self.embed = Embed(model.vocab, model.embed, "embed", model)
         if model.position == "learned":
             self.position = PositionTable(model)
+        unroll = model.unroll or self.plan.repeats
         scanned = nn.scan(Period, variable_axes={"params": 0, "intermediates": 0},
                           split_rngs={"params": True, "dropout": True}, in_axes=(0, 0, nn.broadcast),
-                          length=self.plan.repeats, unroll=model.unroll or self.plan.repeats)
-        self.blocks = scanned(model, self.plan.period)
+                          length=self.plan.repeats, unroll=unroll)
+        self.blocks = scanned(model, self.plan.period, looped=unroll < self.plan.repeats)
         if self.plan.tail:
-            self.tail = Period(model, self.plan.tail)
+            self.tail = Period(model, self.plan.tail, looped=False)
         if model.embed_norm:
             self.embed_norm = Norm(model)
         if model.final_norm:
@@ -158,14 +163,16 @@ class Transformer(nn.Module):
     def _forward(self, batch, cache, lengths):
         model, plan = self.model, self.plan
         tokens = batch["tokens"]
+        if model.position == "learned" and tokens.shape[1] > model.max_seq:  # a lookup beyond the table would clamp
+            raise UsageError(f"{tokens.shape[1]} tokens do not fit the model's context of {model.max_seq}")
         position = batch["position"] if "position" in batch else jnp.arange(tokens.shape[1])[None]
-        block = jnp.cumsum(batch["ar"], axis=1) if "ar" in batch else None
+        block = jnp.cumsum(batch["ar"], axis=1, dtype=jnp.int32) if "ar" in batch else None
         angles = None
         if model.position == "rotary":
             radians = position[..., None].astype(jnp.float32) * rotary_frequencies(model)
             angles = (jnp.cos(radians), jnp.sin(radians))
         context = Context(tokens, batch["segment"] if "segment" in batch else None, block, angles, lengths)
-        x = self._embed(tokens, position)
+        x = self._embed(tokens, position, "position" not in batch)
         scalars = self.residual() if model.residual_scalars else None
         split = len(plan.period) * plan.repeats
         first = None if scalars is None else tuple(s[:split].reshape(plan.repeats, -1) for s in scalars)
@@ -177,11 +184,11 @@ class Transformer(nn.Module):
         x = self.final_norm(carry[0]) if model.final_norm else carry[0]
         return x, None if cache is None else {"blocks": blocks, "tail": tail}
 
-    def _embed(self, tokens, position):
+    def _embed(self, tokens, position, shared):
         model = self.model
         x = self.embed(tokens)
         if model.position == "learned":
-            x = x + self.position(position)
+            x = x + self.position(position, shared)
         elif model.position == "sinusoidal":
             x = x + sinusoids(position, model.embed)
         x = dropout(self, x.astype(jnp.dtype(model.dtype)), model.dropout)
@@ -189,17 +196,17 @@ class Transformer(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Learned positions: [B or 1, T] -> [B or 1, T, D]."""
+    """Learned positions: [1, T] `shared` by all rows, or [B, T] -> the same with a dim D."""
 
     model: config.Model
 
     @nn.compact
-    def __call__(self, position):
+    def __call__(self, position, shared: bool):
         axes = ("position", "embed")
         table = self.param("table", sharding.stored(make_init("position", self.model), axes),
                            (self.model.max_seq, self.model.embed))
         table = sharding.use(table, axes, jnp.float32)
-        if position.shape[0] == 1:
+        if shared:
             return table[position]
         return sharding.local(lambda t, p: t[p], (axes, ("batch", "seq")), ("batch", "seq", None))(table, position)
 
@@ -211,7 +218,7 @@ class ResidualScalars(nn.Module):
 
     @nn.compact
     def __call__(self):
-        make = lambda name, first, last: self.param(name, residual_ramp(first, last), (self.layers,))
+        make = lambda name, *ends: self.param(name, sharding.stored(residual_ramp(*ends), ("layers",)), (self.layers,))
         return make("x", 1.15, 1.05), make("x0", 0.20, 0.05)
 
 
@@ -247,7 +254,7 @@ def make_cache(model: config.Model, rows: int, length: int) -> dict:
 def init_params(model: config.Model, key: jax.Array) -> dict:
     """Fresh parameters, float32, laid out by the STORED rules; the same values on every mesh. Call it under jit."""
     rows = sharding.axis_size("data") * sharding.axis_size("fsdp")
-    tokens = sharding.constrain(jnp.zeros((rows, 8), jnp.int32), "batch", "seq")
+    tokens = sharding.constrain(jnp.zeros((rows, 1), jnp.int32), "batch", "seq")
     return Transformer(replace(model, kernel="reference")).init(key, {"tokens": tokens})["params"]
 
 

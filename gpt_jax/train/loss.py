@@ -58,8 +58,8 @@ def batch_sums(network: Network, params, batch: dict, key, train: config.Train) 
         return objective(network.unembed(params, hidden), batch, train)
 
     def chunks(x):
-        return jnp.moveaxis(sharding.reshape(x, (x.shape[0], -1, train.loss_chunk, *x.shape[2:]), "batch", None, "seq",
-                                             *(None,) * (x.ndim - 2)), 1, 0)
+        shape = (x.shape[0], x.shape[1] // train.loss_chunk, train.loss_chunk, *x.shape[2:])
+        return jnp.moveaxis(sharding.reshape(x, shape, "batch", None, "seq", *(None,) * (x.ndim - 2)), 1, 0)
 
     @jax.checkpoint
     def one(params, hidden, columns):

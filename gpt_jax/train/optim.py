@@ -71,7 +71,7 @@ def _patterns(optim: config.Optim) -> list[re.Pattern]:
 def _check_groups(optim: config.Optim, patterns, leaves, index) -> None:
     for i, group in enumerate(optim.groups):
         field = f"config.optim.groups[{i}].match = {group.match!r}"
-        if i not in index.values():
+        if i not in index.values() and not group.optional:
             earlier = [index[path] for path in leaves if patterns[i].search(path)]
             raise UsageError(f"{field}: every parameter it finds is taken by config.optim.groups[{earlier[0]}]; put "
                              "the narrower one first" if earlier else

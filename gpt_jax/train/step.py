@@ -55,9 +55,10 @@ def gradients(network: Network, params, batch: dict, key, train: config.Train):
             return jax.tree.map(jnp.add, carry, grads), None
 
         micro = _microbatches(batch, train.accumulate)
-        first = grad(params, jax.tree.map(lambda x: x[0], micro), jax.random.fold_in(key, 0))
-        rest = (jnp.arange(1, train.accumulate), jax.tree.map(lambda x: x[1:], micro))
-        (grads, sums), _ = jax.lax.scan(add, first, rest)
+        # From zeros, not from the first microbatch: that would compile the model a second time.
+        _, sums = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro), key)
+        zeros = jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+        (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(train.accumulate), micro))
     weight = jnp.maximum(sums["objective"][1], 1e-9)
     return jax.tree.map(lambda g: g / weight, grads), sums
 

@@ -1,0 +1,89 @@
+"""`gpt-jax evaluate`: how well a checkpoint predicts text."""
+
+import json
+import sys
+from functools import partial
+
+from gpt_jax.commands.flags import Flags, add_runtime_flags, start_runtime
+from gpt_jax.errors import UsageError
+
+COLUMNS = (("loss", "{:.4f}"), ("perplexity", "{:.3f}"), ("bits_per_byte", "{:.4f}"), ("accuracy", "{:.4f}"),
+           ("tokens", "{:,.0f}"), ("bytes", "{:,.0f}"))
+
+
+def main(arguments: list[str]) -> None:
+    """Raises UsageError for a path or text that cannot be used, NoCheckpoint for a damaged checkpoint."""
+    flags = Flags(prog="gpt-jax evaluate", description="Loss (nats a token), perplexity, bits per byte and accuracy of a "
+                  "checkpoint: on the held-out text of its run, or on any text.")
+    flags.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir, its checkpoints, or one step")
+    flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
+    flags.add_argument("--text", nargs="+", action="extend", default=[], metavar="FILE",
+                       help="files, directories or globs, each a row of the table; none: the run's held-out text")
+    flags.add_argument("--batch_size", type=int, default=0, help="rows at once; 0: as the run evaluated")
+    flags.add_argument("--batches", type=int, default=0, help="batches of each source; 0: all of it")
+    flags.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    add_runtime_flags(flags)
+    args = flags.parse_args(arguments)
+    if args.batch_size < 0 or args.batches < 0:
+        raise UsageError("--batch_size and --batches: expected 0 or more")
+    start_runtime(args)
+    import jax
+
+    first = jax.process_index() == 0
+    say = (lambda line: print(line, file=sys.stderr, flush=True)) if first else (lambda line: None)
+    rows, step, directory = measure(args, say)
+    if first and args.json:
+        print(json.dumps({"checkpoint": str(directory), "step": step, "sources": rows}, ensure_ascii=False, indent=2))
+    elif first:
+        print("\n".join(table(rows)))
+
+
+def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
+    """({source: metrics}, step, directory); with several sources `all` is their sum."""
+    import jax
+
+    from gpt_jax import evals, experiment, load, sharding
+    from gpt_jax.data.cache import load_text, prepare
+    from gpt_jax.data.pipeline import make_eval_batches
+    from gpt_jax.metrics import add
+    from gpt_jax.train.step import eval_step
+
+    loaded = load.load(args.checkpoint, args.step, say)
+    config, mesh = loaded.config, loaded.mesh
+    if args.text:
+        sources = {text: load_text((text,), loaded.tokenizer, config.data, report=say) for text in args.text}
+    else:
+        held_out = prepare(config.data, say, loaded.tokenizer).eval
+        if held_out is None:
+            raise UsageError("the run held no text out (config.data.eval_fraction = 0); give some with --text")
+        sources = {"held-out": held_out}
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_size = -(-(args.batch_size or config.eval.batch_size) // shards) * shards
+    step = jax.jit(partial(eval_step, network=experiment.make_network(config.model), train=config.train))
+    found, total = {}, {}
+    with jax.set_mesh(mesh):
+        for name, tokens in sources.items():
+            batches = make_eval_batches(tokens, loaded.tokenizer, config.data, config.train.seq_len, batch_size,
+                                        sharding.process_rows(mesh, batch_size), args.batches)
+            sums = evals.heldout_sums(step, loaded.params, batches, mesh, batch_size)
+            found[name], total = sums, add(total, sums)
+    if len(found) > 1:
+        found["all"] = total
+    return {name: as_row(sums) for name, sums in found.items()}, loaded.step, loaded.directory
+
+
+def as_row(sums) -> dict[str, float]:
+    """Metrics of one source, with the tokens and bytes they are over."""
+    from gpt_jax.evals import heldout_metrics
+
+    metrics = {key.removeprefix("eval/"): value for key, value in heldout_metrics(sums).items()}
+    return metrics | {"tokens": float(sums["loss"][1]), "bytes": float(sums["bits_per_byte"][1])}
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Aligned lines: a header, then a source a line."""
+    cells = [["source", *(name for name, _ in COLUMNS)]]
+    cells += [[source, *(how.format(row[name]) for name, how in COLUMNS)] for source, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+            for line in cells]

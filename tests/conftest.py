@@ -1,0 +1,41 @@
+"""Eight fake CPU devices in every test process, and compiled programs kept for the whole session.
+
+The environment is written before jax is imported, so that the processes that tests start inherit it: what one of them
+compiled, the next one loads. Under pytest-xdist the controller makes the folder and its workers inherit it too.
+"""
+
+import math
+import os
+import shutil
+import tempfile
+
+OWNER = "PYTEST_XDIST_WORKER" not in os.environ
+if OWNER:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    # Tiny programs run for milliseconds and compile for seconds: LLVM's optimiser costs more than half of that.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+import jax
+import pytest
+
+from gpt_jax import sharding
+
+jax.config.update("jax_num_cpu_devices", 8)  # here and not in the environment: a child process chooses its own number
+
+
+def pytest_unconfigure(config):
+    if OWNER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of (data, fsdp, tensor) devices, the first ones of the eight: `with jax.set_mesh(mesh(2, 2, 2)):`."""
+
+    def make(data: int, fsdp: int, tensor: int):
+        shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        return sharding.make_mesh(shape, jax.devices()[:math.prod(shape.values())])
+
+    return make
