@@ -26,8 +26,8 @@ equilibration before and rescaling after orthogonalisation; rows that always beg
 slightly above neutral.
 
 Sized for 8 devices with 32 rows each, as nanochat; on one, --config.train.accumulate=8 --config.eval.batch_size=32 (d20
-and up: 16 and 32). A part turned off leaves its optimiser group without parameters, which is an error: give
---config.optim.groups too. For experiments on a CPU derive a small one:
+and up: 16 and 32). Value embeddings and residual scalars can be switched off (--config.model.value_embed=false); their
+optimiser groups are optional. For experiments on a CPU derive a small one:
     --config=configs/modern.py:d2 --config.model.dtype=float32 --config.data.tokenizer=bpe:4096
     --config.model.vocab=4096 --config.train.seq_len=256 --config.train.batch_size=16
     --config.train.steps=500 --config.eval.batch_size=16

@@ -16,7 +16,6 @@ from gpt_jax import config as configs
 from gpt_jax import devices, evals, report, sharding
 from gpt_jax.data.cache import Prepared, heldout_text, prepare
 from gpt_jax.data.pipeline import make_eval_batches, make_stream
-from gpt_jax.data.tokenizer import from_json
 from gpt_jax.errors import Diverged, Stopped, UsageError
 from gpt_jax.metrics import (BarWriter, Clock, JsonlWriter, OneStepLate, TensorBoardWriter, Writers, divide,
                              read_jsonl, replace_file)
@@ -135,11 +134,15 @@ def start_state(parts: Parts, checkpoints, say) -> TrainState:
     if step is None:
         return parts.init()
     check_resume(parts, checkpoint.read_meta(checkpoints.directory, step), checkpoints.directory, say)
-    abstract = parts.abstract
-    loaded = checkpoint.restore(checkpoints.directory, step,
-                                {"params": abstract.params, "train": abstract._replace(params={})})
+    loaded = checkpoint.restore(checkpoints.directory, step, items(parts.abstract))
     say(f"resumed from step {step} of {checkpoints.directory}")
-    return loaded["train"]._replace(params=loaded["params"])
+    return loaded["train"]._replace(params=loaded["params"], ema=loaded["ema"] if "ema" in loaded else {})
+
+
+def items(state: TrainState) -> dict[str, Any]:
+    """The state as the items of a checkpoint; `ema` only where the run keeps averages."""
+    parts = {"params": state.params, "train": state._replace(params={}, ema={})}
+    return parts | ({"ema": state.ema} if state.ema else {})
 
 
 class Loop:
@@ -317,7 +320,7 @@ def save(loop: Loop, checkpoints, state: TrainState, step: int) -> None:
     with loop.clock.phase("checkpoint"):
         meta = {"config": configs.to_dict(loop.config), "tokenizer": loop.parts.prepared.tokenizer.to_json(),
                 "data": {"next": step}}
-        checkpoints.save(step, state.params, state._replace(params={}), meta, loop.evaluated)
+        checkpoints.save(step, meta=meta, metrics=loop.evaluated, **items(state))
     loop.restart_rate(step)
 
 

@@ -86,6 +86,16 @@ def test_every_kind_of_leaf_and_node_comes_back_to_the_bit(tmp_path):
                     "metrics": {}, "format": digest.FORMAT}
 
 
+@pytest.mark.parametrize("make", [lambda: jax.random.key(1), lambda: jnp.zeros((0, 4)), lambda: np.ones(2), lambda: 3,
+                                  dict], ids=["typed key", "no elements", "numpy", "number", "no leaf"])
+def test_what_would_not_come_back_is_refused_before_anything_is_written(tmp_path, make):
+    saver = checkpoint.open_checkpoints(tmp_path, POLICY)
+    with pytest.raises(TypeError, match="params" if make is dict else "params a"):
+        saver.save(1, {"a": make()}, {"step": jnp.int32(1)}, {})
+    saver.close()
+    assert not os.listdir(tmp_path)
+
+
 def test_restoring_params_reads_nothing_of_train(tmp_path):
     save_all(tmp_path, [10])
     for name in files_of(tmp_path / "10" / "train"):
@@ -129,7 +139,7 @@ def test_meta_is_taken_when_save_is_called(tmp_path):
      ["params blocks/0/kernel", "float32[3, 4]", "bfloat16[3, 4]"]),
     (lambda p: {"blocks": {"0": {"kernel": p, "bias": p}}}, ["params blocks/0/bias", "nothing there"]),
     (lambda p: {"blocks": {"1": {"kernel": p}}}, ["params blocks/1/kernel", "nothing there"]),
-    (lambda p: {"blocks": {}}, ["params blocks/0/kernel", "nothing in this run"]),
+    (lambda p: {"other": p}, ["params other", "nothing there"]),
 ])
 def test_another_architecture_is_named(tmp_path, change, words):
     save_all(tmp_path, [10])
@@ -137,6 +147,12 @@ def test_another_architecture_is_named(tmp_path, change, words):
     with pytest.raises(UsageError) as error:
         checkpoint.restore(tmp_path, 10, {"params": change(leaf)})
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_part_that_the_run_does_not_know_is_named(tmp_path):
+    save_all(tmp_path, [10])
+    with pytest.raises(UsageError, match=r"train mu is bfloat16\[4\] there and nothing in this run"):
+        checkpoint.restore(tmp_path, 10, {"train": {"step": abstract(small(10)[1]["step"])}})
 
 
 def test_a_newer_format_is_refused(tmp_path):

@@ -1,7 +1,7 @@
 """Saving and restoring a run (floor 2; called by experiment.py and by commands that take a checkpoint path).
 
-`<workdir>/checkpoints/<step>/` holds `params/` (the model's parameters alone, so that evaluating reads nothing else),
-`train/` (optimiser state, step, averages), `meta.json` (step, metrics, config, data position, tokenizer: whatever the
+`<workdir>/checkpoints/<step>/` holds `params/` and, with averaging, `ema/` (so that evaluating reads nothing else),
+`train/` (optimiser state, step), `meta.json` (step, metrics, config, data position, tokenizer: whatever the
 caller hands over) and `manifest.json` (see digest.py), written in this order, the last when all else is on disk.
 
 Orbax's free functions write the arrays; policies, digests and deletion are ours, because they must agree with the
@@ -35,11 +35,16 @@ DAMAGED = ".damaged"
 
 
 def nest(tree, what: str) -> dict:
-    """A pytree of jax arrays (or ShapeDtypeStructs) as nested dicts with string keys; empty subtrees vanish."""
+    """A pytree of jax arrays (or ShapeDtypeStructs) as nested dicts with string keys; empty subtrees vanish.
+
+    TypeError for what would be saved and not come back: typed keys, arrays without elements, no array at all."""
     out = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
             raise TypeError(f"{what} {_name(path)}: {type(leaf).__name__} is not a jax array")
+        if leaf.size == 0 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise TypeError(f"{what} {_name(path)}: {leaf.dtype}{list(leaf.shape)} cannot be stored; "
+                            "store the key data of a typed key, and no empty arrays")
         *parents, last = [_name((key,)) for key in path] or ["value"]
         node = out
         for key in parents:
@@ -47,6 +52,8 @@ def nest(tree, what: str) -> dict:
         if last in node:
             raise TypeError(f"{what} {_name(path)}: two leaves share this name")
         node[last] = leaf
+    if not out:
+        raise TypeError(f"{what}: no array in it")
     return out
 
 
@@ -109,14 +116,16 @@ class Checkpoints:
             step, self._saved_step, time.monotonic() - self._saved_at, self.policy.every_minutes))
         return due
 
-    def save(self, step: int, params, train, meta: dict, metrics: dict[str, float] | None = None) -> bool:
+    def save(self, step: int, params, train, meta: dict, metrics: dict[str, float] | None = None, ema=None) -> bool:
         """Starts saving and returns once all arrays are copied or held (their buffers may be donated next).
 
-        `params`, `train`: pytrees of jax arrays; `meta`: JSON values, into meta.json with `step`, `metrics`, `format`.
+        `params`, `train`, and `ema` where there is one: pytrees of jax arrays, each an item that can be restored by
+        itself; `meta`: JSON values, into meta.json with `step`, `metrics`, `format`.
         Waits for the save before. False when a whole checkpoint of this step is there already. Raises SaveFailed."""
         self.wait()
         text = json.dumps({**meta, "step": step, "metrics": metrics or {}, "format": FORMAT})
-        trees = {name: nest(tree, name) for name, tree in (("params", params), ("train", train))}
+        trees = {name: nest(tree, name) for name, tree in (("params", params), ("train", train), ("ema", ema))
+                 if tree is not None}
         self._saved_step, self._saved_at, self._next_look = step, time.monotonic(), step + 1
         if not agree(lambda: self._make_room(step)):
             return False
@@ -260,11 +269,11 @@ def restore(directory, step: int, wanted: dict) -> dict:
     nested = {name: nest(tree, name) for name, tree in wanted.items()}
     for name, tree in nested.items():
         _compare_layout(folder, name, _flat(_read(folder, lambda: ocp.metadata(folder, name).metadata)), _flat(tree))
-    loaded = _read(folder, lambda: ocp.load_checkpointables(folder, {k: v for k, v in nested.items() if v}))
+    loaded = _read(folder, lambda: ocp.load_checkpointables(folder, nested))
     out = {}
     for name, tree in wanted.items():
-        arrays, paths = _flat(loaded[name]) if nested[name] else {}, jax.tree_util.tree_flatten_with_path(tree)
-        out[name] = jax.tree.unflatten(paths[1], [arrays[_name(path) or "value"] for path, _ in paths[0]])
+        arrays, (leaves, structure) = _flat(loaded[name]), jax.tree_util.tree_flatten_with_path(tree)
+        out[name] = jax.tree.unflatten(structure, [arrays[_name(path) or "value"] for path, _ in leaves])
     return out
 
 

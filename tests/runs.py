@@ -1,0 +1,171 @@
+"""Runs for tests: a text, tiny configs, and the program in this process or in ones of its own."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gpt_jax import config as configs
+from gpt_jax import experiment, sharding
+from gpt_jax.commands import flags
+from gpt_jax.commands import main as commands
+from gpt_jax.data.cache import prepare
+from gpt_jax.errors import Exit
+from gpt_jax.metrics import read_jsonl
+from gpt_jax.train import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = str(ROOT / "configs/tiny.py")
+SECONDS = 240  # after which a process counts as stuck; idle machines need a tenth
+
+
+def write_text(path: Path, words: int = 4000, documents: int = 1) -> Path:
+    """About 5.5 characters a word from sixty words, so that a tiny model learns something; .jsonl for documents."""
+    draw = random.Random(0)
+    lexicon = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
+    texts = [" ".join(draw.choices(lexicon, k=words // documents)) for _ in range(documents)]
+    path.write_text(texts[0] if documents == 1 else "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def arguments(folder: Path, workdir: Path, *overrides: str) -> list[str]:
+    """`train` on the text in `folder`, which is made when missing, and cached there."""
+    text = folder / "text.txt"
+    if not text.exists():
+        write_text(text)
+    return ["train", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={text}",
+            f"--config.data.cache={folder / 'cache'}", "--config.log.progress=false", *overrides]
+
+
+def load(folder: Path, *overrides: str) -> configs.Config:
+    """The Config that `arguments` stands for."""
+    given = [text for text in arguments(folder, Path("unused"), *overrides) if text.startswith("--config.")]
+    return flags.load_config(TINY, given)
+
+
+def build(config: configs.Config, data: int = 1, fsdp: int = 1, tensor: int = 1) -> experiment.Parts:
+    """The parts of a run on the first devices of this process."""
+    prepared = prepare(config.data, lambda line: None)
+    shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    mesh = sharding.make_mesh(shape, jax.devices()[:data * fsdp * tensor])
+    return experiment.build_on(configs.resolve(config, prepared.tokenizer.vocab), mesh, prepared)
+
+
+def run(parts: experiment.Parts, workdir: Path, say=lambda line: None):
+    """A run in this process. Its signal handlers do not outlive it."""
+    return experiment.run(parts, workdir, None, say)
+
+
+def curve(workdir: Path, key: str = "train/loss") -> dict[int, float]:
+    """{step: value} of metrics.jsonl, in which no step may come twice or late."""
+    rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if key in row]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps)), f"{key} is out of order in {workdir}: {steps}"
+    return {row["step"]: row[key] for row in rows}
+
+
+def final_state(parts: experiment.Parts, workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """(step, every array of the newest checkpoint by path), optimiser state included."""
+    with jax.set_mesh(parts.mesh):
+        saved = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, parts.config.checkpoint, lambda line: None)
+        state = experiment.start_state(parts, saved, lambda line: None)
+        saved.close()
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return saved.latest, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def differing(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
+    """Paths of the arrays that are not the same to the bit."""
+    assert a.keys() == b.keys()
+    return [path for path in a if (a[path].dtype, a[path].tobytes()) != (b[path].dtype, b[path].tobytes())]
+
+
+# ---- the program ----
+
+def call(*given: str) -> str:
+    """The command line in this process. Raises Exit as the program would end."""
+    return commands.run([str(text) for text in given])
+
+
+def refusal(*given: str) -> tuple[int, str]:
+    """(exit code, message) of a command line that the program refuses."""
+    try:
+        call(*given)
+    except Exit as end:
+        return end.code, str(end)
+    raise AssertionError(f"not refused: {' '.join(map(str, given))}")
+
+
+class Process:
+    """`python -m gpt_jax …` (or other Python) with its output in files, so that no pipe ever fills."""
+
+    def __init__(self, folder: Path, given, python=("-m", "gpt_jax"), limit: int = 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob("*.out")))
+        self.paths = folder / f"{number}.out", folder / f"{number}.err"
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
+            self.popen = subprocess.Popen([sys.executable, *python, *map(str, given)], stdout=out, stderr=err, cwd=ROOT,
+                                          env=env)
+
+    @property
+    def out(self) -> str:
+        return self.paths[0].read_text()
+
+    @property
+    def err(self) -> str:
+        return self.paths[1].read_text()
+
+    def signal(self, number: int) -> None:
+        self.popen.send_signal(number)
+
+    def until(self, reached, what: str) -> None:
+        """Waits for `reached()` while the process runs."""
+        end = time.monotonic() + SECONDS
+        while not reached():
+            assert self.popen.poll() is None, f"ended with {self.popen.returncode} before {what}:\n{self.err}"
+            assert time.monotonic() < end, f"no {what} within {SECONDS} s:\n{self.out}\n{self.err}"
+            time.sleep(0.005)
+
+    def end(self, code: int | None = None, seconds: float = SECONDS) -> int:
+        """Its exit code, asserted to be `code` if that is given."""
+        try:
+            found = self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.out}\n{self.err}") from None
+        assert code is None or found == code, f"exit code {found}, not {code}:\n{self.out}\n{self.err}"
+        return found
+
+    def kill(self) -> None:
+        if self.popen.poll() is None:
+            self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait()
+
+
+def logged(workdir: Path, step: int):
+    """Whether metrics.jsonl of a running process has got to `step`."""
+    path = workdir / "metrics.jsonl"
+
+    def reached() -> bool:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return bool(lines) and json.loads(lines[-1])["step"] >= step
+
+    return reached
+
+
+def job(folder: Path, processes: int, given, devices: int = 1) -> list[Process]:
+    """One job of several processes with `devices` fake devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [Process(folder, [*given, f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
+                             f"--process_id={k}", f"--cpu_devices={devices}"]) for k in range(processes)]
