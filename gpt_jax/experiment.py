@@ -4,6 +4,7 @@ All processes of a job execute the same lines; only process 0 writes and prints.
 """
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from gpt_jax.model import kernels
 from gpt_jax.model.transformer import Transformer, abstract_params, count_params, init_params, layer_specs
 from gpt_jax.stops import StopRequest, watchdog
 from gpt_jax.train import checkpoint
+from gpt_jax.train.digest import agree
 from gpt_jax.train.loss import Network
 from gpt_jax.train.optim import describe, make_optimizer
 from gpt_jax.train.schedule import make_schedule
@@ -211,43 +213,42 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
     train, rows = config.train, sharding.process_rows(mesh, config.train.batch_size)
     for note in parts.notes:
         say(note)
-    stop = StopRequest()
-    with jax.set_mesh(mesh), watchdog(train.hang_minutes) as beat:
+    with jax.set_mesh(mesh), watchdog(train.hang_minutes) as beat, ExitStack() as closing:
+        stop = StopRequest()
+        closing.callback(stop.close)
         checkpoints = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, config.checkpoint, say)
-        state = start_state(parts, checkpoints, say)
+        closing.callback(checkpoints.close)
         start = checkpoints.latest or 0
+        stream = make_stream(prepared.train, prepared.tokenizer, config.data, train.seq_len, train.batch_size, config.seed,
+                             rows, start)  # before the state: it refuses too little text, and compiles nothing
+        closing.callback(stream.close)
+        state = start_state(parts, checkpoints, say)
         if jax.process_index() == 0:
             replace_file(workdir / "config.json", configs.to_json(config).encode())
         loop = Loop(parts, workdir, start, checkpoints.latest is not None)
+        closing.callback(loop.writers.close)
         say(loop.peak.line)
-        stream = make_stream(prepared.train, prepared.tokenizer, config.data, train.seq_len, train.batch_size, config.seed,
-                             rows, start)
         say(stream.summary)
-        try:
-            for step in range(start + 1, train.steps + 1):
-                with loop.clock.phase("data", blocked=True):
-                    columns = next(stream)
-                state = one_step(loop, state, step, columns, profile)
-                beat()
-                checkpoints.check()
-                stopping = stop(step)
-                if due(config.eval.every_steps, step) or step == train.steps:
-                    evaluate(loop, state, step)
-                if due(config.eval.sample_every_steps, step):
-                    write_samples(loop, state, step, 1)
-                if checkpoints.should_save(step) or stopping or step == train.steps:
-                    save(loop, checkpoints, state, step)
-                if stopping and step < train.steps:
-                    with loop.clock.phase("checkpoint", blocked=True):
-                        checkpoints.wait()
-                    finish(loop, step)
-                    raise Stopped(f"stopped on request after step {step} of {train.steps}, saved in "
-                                  f"{checkpoints.directory}; the same command goes on from there")
-            return conclude(loop, checkpoints, state, say)
-        finally:
-            stream.close()
-            checkpoints.close()
-            loop.writers.close()
+        for step in range(start + 1, train.steps + 1):
+            with loop.clock.phase("data", blocked=True):
+                columns = next(stream)
+            state = one_step(loop, state, step, columns, profile)
+            beat()
+            checkpoints.check()
+            stopping = stop(step)
+            if due(config.eval.every_steps, step) or step == train.steps:
+                evaluate(loop, state, step)
+            if due(config.eval.sample_every_steps, step) and step < train.steps:
+                write_samples(loop, state, step, 1)
+            if checkpoints.should_save(step) or stopping or step == train.steps:
+                save(loop, checkpoints, state, step)
+            if stopping and step < train.steps:
+                with loop.clock.phase("checkpoint", blocked=True):
+                    checkpoints.wait()
+                finish(loop, step)
+                raise Stopped(f"stopped on request after step {step} of {train.steps}, saved in "
+                              f"{checkpoints.directory}; the same command goes on from there")
+        return conclude(loop, checkpoints, state, say)
 
 
 def due(every: int, step: int) -> bool:
@@ -339,11 +340,15 @@ def finish(loop: Loop, step: int, **facts) -> report.Summary | None:
 
 
 def conclude(loop: Loop, checkpoints, state: TrainState, say) -> report.Summary | None:
-    """The end of a run that got to its last step: three samples, the report, and where everything is."""
-    config, steps = loop.config, loop.config.train.steps
-    if not loop.evaluated:  # resumed at its end: nothing was trained now
+    """The end of a run that got to its last step: three samples, the report, and where everything is. What a run that was
+    already there has in its metrics.jsonl is not made again."""
+    config, steps = loop.config, max(loop.config.train.steps, loop.start)
+    written = agree(lambda: [key for row in read_jsonl(loop.workdir / "metrics.jsonl") if row["step"] == steps
+                             for key in row])
+    if "eval/loss" not in written:
         evaluate(loop, state, steps)
-    write_samples(loop, state, steps, 3)
+    if "sample/2" not in written:
+        write_samples(loop, state, steps, 3)
     with loop.clock.phase("checkpoint", blocked=True):
         checkpoints.wait()
     facts = {}

@@ -21,13 +21,18 @@ class StopRequest:
         self.seen = False
         self.shared = jax.process_count() > 1
         if self.shared:
-            signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            handlers = {signal.SIGUSR1: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         else:
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, self._note)
+            handlers = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), self._note)
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def _note(self, *_):
         self.seen = True
+
+    def close(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __call__(self, step: int) -> bool:
         """True when the run should save and stop after `step`."""

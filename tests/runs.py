@@ -8,22 +8,25 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax import experiment, sharding
+from gpt_jax import evals, experiment, sharding
 from gpt_jax.commands import flags
 from gpt_jax.commands import main as commands
 from gpt_jax.data.cache import prepare
+from gpt_jax.data.pipeline import make_stream
 from gpt_jax.errors import Exit
-from gpt_jax.metrics import read_jsonl
+from gpt_jax.metrics import divide, read_jsonl
 from gpt_jax.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs/tiny.py")
+STARTED: list["Process"] = []
 SECONDS = 240  # after which a process counts as stuck; idle machines need a tenth
 
 
@@ -59,27 +62,78 @@ def build(config: configs.Config, data: int = 1, fsdp: int = 1, tensor: int = 1)
     return experiment.build_on(configs.resolve(config, prepared.tokenizer.vocab), mesh, prepared)
 
 
-def run(parts: experiment.Parts, workdir: Path, say=lambda line: None):
-    """A run in this process. Its signal handlers do not outlive it."""
-    return experiment.run(parts, workdir, None, say)
+@contextmanager
+def own_signals():
+    """Gives this process its signal handlers back, whatever a run has put there."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def run(parts: experiment.Parts, workdir: Path, say=lambda line: None, profile=None):
+    """A run in this process."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with own_signals():
+        return experiment.run(parts, workdir, profile, say)
+
+
+def losses(parts: experiment.Parts, steps: int = 20) -> list[float]:
+    """The training losses of the first steps, without all that a run does besides."""
+    config, mesh, out = parts.config, parts.mesh, []
+    size = config.train.batch_size
+    stream = make_stream(parts.prepared.train, parts.prepared.tokenizer, config.data, config.train.seq_len, size,
+                         config.seed, sharding.process_rows(mesh, size))
+    with jax.set_mesh(mesh):
+        state = parts.init()
+        for _ in range(steps):
+            state, sums = parts.train_step(state, sharding.to_devices(mesh, next(stream), size))
+            out.append(divide(jax.device_get(sums))["loss"])
+    stream.close()
+    return out
+
+
+def heldout_loss(parts: experiment.Parts, workdir: Path) -> float:
+    """The evaluation loss of the newest checkpoint in `workdir`, on the mesh of `parts`."""
+    config, mesh, prepared = parts.config, parts.mesh, parts.prepared
+    size = config.eval.batch_size
+    batches = make_eval_batches(prepared.eval, prepared.tokenizer, config.data, config.train.seq_len, size,
+                                sharding.process_rows(mesh, size))
+    with jax.set_mesh(mesh):
+        saved = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, config.checkpoint, lambda line: None)
+        state = experiment.start_state(parts, saved, lambda line: None)
+        saved.close()
+        return divide(evals.heldout_sums(parts.eval_step, state.params, batches, mesh, size))["loss"]
 
 
 def curve(workdir: Path, key: str = "train/loss") -> dict[int, float]:
     """{step: value} of metrics.jsonl, in which no step may come twice or late."""
-    rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if key in row]
-    steps = [row["step"] for row in rows]
+    found = [row for row in rows(workdir) if key in row]
+    steps = [row["step"] for row in found]
     assert steps == sorted(set(steps)), f"{key} is out of order in {workdir}: {steps}"
-    return {row["step"]: row[key] for row in rows}
+    return {row["step"]: row[key] for row in found}
 
 
-def final_state(parts: experiment.Parts, workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
-    """(step, every array of the newest checkpoint by path), optimiser state included."""
+def restored(parts: experiment.Parts, workdir: Path):
+    """The TrainState of the newest checkpoint, as the run would start from it."""
     with jax.set_mesh(parts.mesh):
         saved = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, parts.config.checkpoint, lambda line: None)
         state = experiment.start_state(parts, saved, lambda line: None)
         saved.close()
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return saved.latest, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return state
+
+
+def by_path(tree) -> dict[str, np.ndarray]:
+    """Every array of a tree by its path."""
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def final_state(parts: experiment.Parts, workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """(step, every array of the newest checkpoint by path), optimiser state included."""
+    found = by_path(restored(parts, workdir))
+    return int(found[".step"]), found
 
 
 def differing(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
@@ -92,7 +146,8 @@ def differing(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
 
 def call(*given: str) -> str:
     """The command line in this process. Raises Exit as the program would end."""
-    return commands.run([str(text) for text in given])
+    with own_signals():
+        return commands.run([str(text) for text in given])
 
 
 def refusal(*given: str) -> tuple[int, str]:
@@ -107,7 +162,7 @@ def refusal(*given: str) -> tuple[int, str]:
 class Process:
     """`python -m gpt_jax …` (or other Python) with its output in files, so that no pipe ever fills."""
 
-    def __init__(self, folder: Path, given, python=("-m", "gpt_jax"), limit: int = 0):
+    def __init__(self, folder: Path, given, python=("-m", "gpt_jax")):
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("*.out")))
         self.paths = folder / f"{number}.out", folder / f"{number}.err"
@@ -115,6 +170,7 @@ class Process:
         with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
             self.popen = subprocess.Popen([sys.executable, *python, *map(str, given)], stdout=out, stderr=err, cwd=ROOT,
                                           env=env)
+        STARTED.append(self)
 
     @property
     def out(self) -> str:
@@ -169,3 +225,9 @@ def job(folder: Path, processes: int, given, devices: int = 1) -> list[Process]:
         port = free.getsockname()[1]
     return [Process(folder, [*given, f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
                              f"--process_id={k}", f"--cpu_devices={devices}"]) for k in range(processes)]
+
+
+def kill_all() -> None:
+    """Ends what a failed test left running."""
+    while STARTED:
+        STARTED.pop().kill()

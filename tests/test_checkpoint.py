@@ -1,8 +1,6 @@
 """Checkpoints: what comes back is what was saved, to the bit, whatever happened in between."""
 
-import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re

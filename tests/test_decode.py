@@ -14,6 +14,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.infer import decode
 from gpt_jax.infer.decode import Completion, first_stop, generate, held_back, stream
 from gpt_jax.infer.sampling import Knobs, Sampling, sample
+from gpt_jax.infer.sampling import _filter as sampling_filter
 from gpt_jax.model.transformer import Transformer, abstract_params
 
 LETTERS = char_tokenizer("abcdefghijklmnopqrstuvwxyz012345")  # 32 ids, no end of text
@@ -214,6 +215,17 @@ def test_draws_follow_the_definition(setting):
     assert counts[vocab:].sum() == 0
     assert ((counts[:vocab] > 0) == (expected > 1e-4)).all()
     np.testing.assert_allclose(counts[:vocab] / rows, expected, atol=4 * 0.5 / rows ** 0.5)
+
+
+def test_filters_keep_the_same_ids_as_sorting():
+    """To the id, over 64 rows of 300, each with settings of its own."""
+    rng = np.random.default_rng(4)
+    logits = rng.standard_normal((64, 300)).astype(np.float32) * rng.uniform(0.3, 4, (64, 1)).astype(np.float32)
+    top_k, top_p = rng.choice([0, 1, 7, 40, 299, 500], 64), np.where(rng.random(64) < 0.2, 1, rng.uniform(0, 1, 64))
+    scaled = logits - logits.max(-1, keepdims=True)
+    kept = np.isfinite(sampling_filter(scaled, knobs_of(64, top_k=top_k, top_p=top_p)))
+    for row, x, k, p in zip(kept, scaled, top_k, top_p):
+        assert (row == (numpy_filter(x, top_k=k, top_p=p) > 0)).all(), (k, p)
 
 
 def test_rows_with_different_settings_and_greedy():

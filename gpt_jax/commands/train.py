@@ -1,5 +1,6 @@
 """`gpt-jax train`: trains from a config, or resumes the run in its workdir."""
 
+import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
@@ -47,8 +48,7 @@ def make_workdir(text: str) -> Path:
     path = Path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
+        tempfile.TemporaryFile(dir=path).close()  # a name of its own: all processes of a job do this at once
     except OSError as error:
         raise UsageError(f"--workdir={text}: cannot be written: {error.strerror}") from None
     return path

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gpt_jax import config, sharding
 from gpt_jax.model import kernels
-from gpt_jax.model.layers import NORMS, Dense, Embed, dropout, rotate
+from gpt_jax.model.layers import NORMS, Dense, Embed, dropout, rotate, softcap
 
 
 class Context(NamedTuple):
@@ -43,13 +43,27 @@ def fill(values: jax.Array, lengths: jax.Array, slots: int) -> jax.Array:
     return jnp.where((position >= 0)[..., None, None], found, 0)
 
 
+def append(cached: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+    """A stack of caches [layers, B, S, K, H] with the keys or values [layers, B, 1, K, H] of one new token a row in their
+    slots. Called once a step, after all layers have read: in place when the cache is donated."""
+    return cached.at[:, jnp.arange(lengths.shape[0]), lengths % cached.shape[2]].set(new[:, :, 0])
+
+
 def _decode(q, k, v, cached_k, cached_v, lengths, cap):
-    """One new token a row: writes k, v [B, 1, K, H] into its slot, attends over the slots that hold something."""
-    slots = cached_k.shape[1]
-    here = (jnp.arange(slots)[None] == (lengths % slots)[:, None])[..., None, None]
-    cached_k, cached_v = jnp.where(here, k, cached_k), jnp.where(here, v, cached_v)
-    mask = (slot_positions(lengths + 1, slots) >= 0)[:, None]
-    return kernels.attend(q, cached_k, cached_v, mask, cap), cached_k, cached_v
+    """One new token a row, q [B, 1, N, H], attends over itself, k and v [B, 1, K, H], and the cache before it is
+    written: two score blocks under one softmax, so that no layer copies its cache."""
+    B, _, N, H = q.shape
+    slots, K = cached_k.shape[1:3]
+    q = q.reshape(B, K, N // K, H) * jnp.asarray(H ** -0.5, q.dtype)
+    score = lambda keys: jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
+    scores = softcap(jnp.concatenate([score(cached_k), score(k)], -1), cap)
+    position = slot_positions(lengths, slots)
+    # The slot that the new token will take holds nothing yet, or what the window now leaves behind.
+    seen = (position >= 0) & (position > lengths[:, None] - slots)
+    scores = jnp.where(jnp.pad(seen, ((0, 0), (0, 1)), constant_values=True)[:, None, None], scores, -jnp.inf)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    mix = lambda probs, values: jnp.einsum("bkgs,bskh->bkgh", probs, values)
+    return (mix(probs[..., :slots], cached_v) + mix(probs[..., slots:], v)).reshape(B, 1, N, H)
 
 
 class QkNorm(nn.Module):
@@ -69,8 +83,9 @@ class QkNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention [B, T, D] -> ([B, T, D], new cache).
 
-    `cache` None: plain pass. A pair (k, v) [B, S, K, H]: a single token a row is appended and attends over the cache; a
-    longer input is a prompt that starts an empty cache (Context.lengths tells its real tokens)."""
+    `cache` None: plain pass. A pair (k, v) [B, S, K, H]: a single token a row attends over the cache and itself, and its
+    own k, v [B, 1, K, H] come back, for the caller to `append`; a longer input is a prompt that starts an empty cache,
+    which comes back filled (Context.lengths tells its real tokens)."""
 
     model: config.Model
     window: int
@@ -99,7 +114,7 @@ class Attention(nn.Module):
             q, k = norm[0](q), norm[1](k)
 
         if cache is not None and T == 1:
-            y, *cache = self._decode(q, k, v, cache, context.lengths)
+            y, cache = self._decode(q, k, v, cache, context.lengths), (k, v)
         else:
             pattern = kernels.Pattern(self.window, context.segment, context.block)
             y = kernels.attention(model.kernel, q, k, v, pattern, model.attention_softcap, self._keep(B, T))
@@ -132,8 +147,7 @@ class Attention(nn.Module):
     def _decode(self, q, k, v, cache, lengths):
         query, keys = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "kv_heads", "head_dim")
         run = lambda *args: _decode(*args, self.model.attention_softcap)
-        return sharding.local(run, (query, keys, keys, keys, keys, ("batch",)), (query, keys, keys))(
-            q, k, v, *cache, lengths)
+        return sharding.local(run, (query, keys, keys, keys, keys, ("batch",)), query)(q, k, v, *cache, lengths)
 
     def _fill(self, values, lengths, slots):
         keys = ("batch", "seq", "kv_heads", "head_dim")

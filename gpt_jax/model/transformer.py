@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
-from gpt_jax.model.attention import Attention, Context, cache_slots
+from gpt_jax.model.attention import Attention, Context, append, cache_slots
 from gpt_jax.model.init import make_init, residual_ramp
 from gpt_jax.model.layers import Dense, Embed, Mlp, Norm, dropout, matmul, rotary_frequencies, sinusoids, softcap
 
@@ -148,7 +148,14 @@ class Transformer(nn.Module):
     def step(self, batch: dict, cache: dict, lengths: jax.Array) -> tuple[jax.Array, dict]:
         """One pass with a KV cache from `make_cache`: a prompt of which `lengths` [B] tokens are real (right-padded), or
         one token a row with `lengths` tokens before it. -> (hidden [B, T, D], cache)."""
-        return self._forward(batch, cache, lengths)
+        hidden, new = self._forward(batch, cache, lengths)
+        if batch["tokens"].shape[1] > 1:
+            return hidden, new
+        keys = (None, "batch", "seq", "kv_heads", "head_dim")
+        put = sharding.local(append, (keys, keys, ("batch",)), keys)
+        tail = lambda old, x: put(old[None], x[None], lengths)[0]
+        return hidden, {"blocks": jax.tree.map(lambda old, x: put(old, x, lengths), cache["blocks"], new["blocks"]),
+                        "tail": jax.tree.map(tail, cache["tail"], new["tail"])}
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [B, T, D] -> logits [B, T, V], float32."""

@@ -1,0 +1,116 @@
+"""Several real processes of one job: same losses as one process, and all of them end together, with the right code."""
+
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import runs
+
+from gpt_jax.train.checkpoint import FOLDER
+from gpt_jax.train.digest import steps_in
+
+BUSY = ("--config.eval.every_steps=0", "--config.checkpoint.every_steps=10")
+
+
+@pytest.fixture(autouse=True)
+def no_stragglers():
+    yield
+    runs.kill_all()
+
+
+def alone(folder, *overrides):
+    """Losses of the same config on one device of this process."""
+    parts = runs.build(runs.load(folder, *overrides))
+    runs.run(parts, folder / "alone")
+    return parts, runs.curve(folder / "alone")
+
+
+def finish(job, codes) -> None:
+    for process, code in zip(job, codes, strict=True):
+        process.end(code)
+
+
+def assert_close(found: dict, wanted: dict, relative: float) -> None:
+    assert found.keys() <= wanted.keys() and found
+    np.testing.assert_allclose([*found.values()], [wanted[step] for step in found], rtol=relative)
+
+
+@pytest.mark.parametrize("processes, mesh", [(2, "data=2"), (4, "data=2 fsdp=2"), (4, "fsdp=2 tensor=2")])
+def test_losses_do_not_depend_on_the_processes(tmp_path, processes, mesh):
+    axes = [f"--config.mesh.{size}" for size in ("data=1", *mesh.split())]
+    finish(runs.job(tmp_path / "logs", processes, runs.arguments(tmp_path, tmp_path / "job", *axes)), [0] * processes)
+    _, wanted = alone(tmp_path)
+    found = runs.curve(tmp_path / "job")
+    assert list(found) == list(range(1, 21))
+    assert_close(found, wanted, 1e-5)
+    assert_close(runs.curve(tmp_path / "job", "eval/loss"), runs.curve(tmp_path / "alone", "eval/loss"), 1e-5)
+    assert (tmp_path / "job/report.html").exists()  # made after sampling, on all processes
+
+
+def test_killed_and_resumed_on_two_and_on_one(tmp_path):
+    overrides = ("--config.train.steps=60", "--config.mesh.data=1", "--config.mesh.fsdp=2", *BUSY)
+    whole, broken, moved = tmp_path / "whole", tmp_path / "broken", tmp_path / "moved"
+    finish(runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, whole, *overrides)), [0, 0])
+    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, broken, *overrides))
+    job[0].until(runs.logged(broken, 25), "step 25")
+    for process in job:
+        process.kill()
+    shutil.copytree(broken, moved)
+    finish(runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, broken, *overrides)), [0, 0])
+    assert "resumed from step" in runs.STARTED[-2].out
+    wanted = runs.curve(whole)
+    assert runs.curve(broken) == wanted and list(wanted) == list(range(1, 61))
+
+    parts = runs.build(runs.load(tmp_path, *overrides, "--config.mesh.fsdp=1"))
+    step, arrays = runs.final_state(parts, whole)
+    assert step == 60 and not runs.differing(arrays, runs.final_state(parts, broken)[1])
+
+    lines = []
+    runs.run(parts, moved, lines.append)
+    start = next(int(line.split()[3]) for line in lines if line.startswith("resumed from step"))
+    found = {step: loss for step, loss in runs.curve(moved).items() if start < step}
+    assert 10 <= start < 60 and len(found) == 60 - start
+    assert_close({step: loss for step, loss in found.items() if step <= start + 3}, wanted, 1e-6)
+    assert_close(found, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, number):
+    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=100000", "--config.checkpoint.every_steps=0",
+                           "--config.eval.every_steps=0")
+    job = runs.job(tmp_path / "logs", 2, given)
+    job[0].until(runs.logged(tmp_path / "job", 20), "step 20")
+    job[1].signal(number)
+    finish(job, [10, 10])
+    said = [process.err.split("stopped on request after step ")[1].split()[0] for process in job]
+    steps = steps_in(tmp_path / "job" / FOLDER)
+    assert [str(step) for step in steps] == said[:1] and said[0] == said[1]
+    parts = runs.build(runs.load(tmp_path))
+    assert runs.final_state(parts, tmp_path / "job")[0] == steps[0]
+
+
+def test_when_one_is_killed_the_other_leaves_and_says_why(tmp_path):
+    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=100000", *BUSY)
+    job = runs.job(tmp_path / "logs", 2, given)
+    job[0].until(runs.logged(tmp_path / "job", 20), "step 20")
+    job[1].kill()
+    job[0].end(40, 60)  # the process group itself would take 100 s to notice
+    assert "a peer process" in job[0].err.splitlines()[-1]
+
+
+def test_saved_on_eight_devices_measured_and_sampled_on_two_processes(tmp_path, capfdbinary):
+    parts = runs.build(runs.load(tmp_path), 2, 2, 2)
+    runs.run(parts, tmp_path / "run")
+    capfdbinary.readouterr()
+    job = runs.job(tmp_path / "logs", 2, ["evaluate", f"--checkpoint={tmp_path / 'run'}", "--json"])
+    finish(job, [0, 0])
+    found = runs.json.loads(job[0].out)["sources"]["held-out"]
+    assert found["loss"] == pytest.approx(runs.curve(tmp_path / "run", "eval/loss")[20], rel=1e-6)
+    assert job[1].out == ""
+
+    given = ["generate", f"--checkpoint={tmp_path / 'run'}", "--prompt=ab", "--max_new_tokens=12", "--temperature=0"]
+    job = runs.job(tmp_path / "logs", 2, given)
+    finish(job, [0, 0])
+    runs.call(*given)
+    assert job[0].out.encode() == capfdbinary.readouterr().out and len(job[0].out) and job[1].out == ""

@@ -1,0 +1,197 @@
+"""Whole runs: the mesh changes nothing, nor do kills, signals, resuming and damage."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import runs
+
+from gpt_jax import config as configs
+from gpt_jax.errors import Diverged, UsageError
+from gpt_jax.metrics import read_jsonl
+from gpt_jax.train.checkpoint import FOLDER
+from gpt_jax.train.digest import steps_in
+
+GPT2 = ("--config.model.heads=8",)
+GROUPS = """({'match': '^embed/', 'rate': 2.0}, {'match': '/value_embed/', 'rate': 1.5}, {'match': '^residual/'},
+             {'match': '^(blocks|tail)/.*/kernel$', 'optimizer': 'muon', 'rate': 2.0, 'weight_decay': 0.1})"""
+MODERN = ("--config.model.heads=8", "--config.model.norm=plain_rmsnorm", "--config.model.position=rotary",
+          "--config.model.pattern=(('attention', 'relu2'),)", "--config.model.qk_norm=true", "--config.model.tied=false",
+          "--config.model.bias=false", "--config.model.value_embed=true", "--config.model.residual_scalars=true",
+          "--config.model.logit_softcap=15", "--config.model.windows=(8, 0)", f"--config.optim.groups={GROUPS}",
+          "--config.data.rows=packed", "--config.data.split=document")
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+
+
+@pytest.fixture(autouse=True)
+def no_stragglers():
+    yield
+    runs.kill_all()
+
+
+@pytest.mark.parametrize("variant", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_same_losses_on_one_device_and_on_every_mesh(tmp_path, variant):
+    config = documents(tmp_path, variant)
+    wanted = runs.losses(runs.build(config))
+    assert wanted[-1] < wanted[0] - 1
+    for shape in MESHES:
+        np.testing.assert_allclose(runs.losses(runs.build(config, *shape)), wanted, rtol=1e-5, err_msg=str(shape))
+
+
+def documents(folder, variant):
+    """The config of `variant` on a text of thirty documents."""
+    text = runs.write_text(folder / "text.jsonl", documents=30)
+    return runs.load(folder, *variant, f"--config.data.path={text}")
+
+
+def test_four_microbatches_are_one_batch(tmp_path):
+    whole, split = (runs.losses(runs.build(documents(tmp_path, (*MODERN, f"--config.train.accumulate={n}")), 2), 10)
+                    for n in (1, 4))
+    np.testing.assert_allclose(split, whole, rtol=1e-5)
+
+
+def test_resumed_with_averaged_weights_to_the_bit(tmp_path, capsys):
+    """Twenty steps at once, and ten and ten; `evaluate` measures the averages, as the run did at its end."""
+    overrides = ("--config.train.ema=0.9", "--config.optim.decay_steps=20")
+    parts = runs.build(runs.load(tmp_path, *overrides))
+    half = runs.build(runs.load(tmp_path, *overrides, "--config.train.steps=10"))
+    lines = []
+    runs.run(parts, tmp_path / "whole")
+    runs.run(half, tmp_path / "parts")
+    runs.run(parts, tmp_path / "parts", lines.append)
+    assert any(line.startswith("resumed from step 10 of ") for line in lines)
+    assert "config.train.steps changed since the checkpoint: 10 -> 20" in lines
+    assert list(runs.curve(tmp_path / "whole")) == list(range(1, 21))
+    for key in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert runs.curve(tmp_path / "parts", key) == runs.curve(tmp_path / "whole", key)
+    step, arrays = runs.final_state(parts, tmp_path / "whole")
+    assert step == 20 and not runs.differing(arrays, runs.final_state(parts, tmp_path / "parts")[1])
+
+    capsys.readouterr()
+    runs.call("evaluate", f"--checkpoint={tmp_path / 'parts'}", "--json", "--cpu_devices=8")
+    found = json.loads(capsys.readouterr().out)["sources"]["held-out"]["loss"]
+    assert found == pytest.approx(runs.curve(tmp_path / "whole", "eval/loss")[20], rel=1e-6)
+    assert found != pytest.approx(runs.heldout_loss(parts, tmp_path / "whole"), rel=1e-3)  # the weights themselves
+
+
+def test_killed_and_stopped_again_and_again_to_the_bit(tmp_path):
+    """SIGKILL twice, SIGTERM, SIGUSR1, then to the end: as if nothing had happened."""
+    overrides = ("--config.train.steps=800", "--config.checkpoint.every_steps=20", "--config.eval.every_steps=100")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    runs.Process(tmp_path / "logs", runs.arguments(tmp_path, whole, *overrides)).end(0)
+    draw = random.Random(20)
+    for number, low in ((signal.SIGKILL, 1), (signal.SIGKILL, 150), (signal.SIGTERM, 300), (signal.SIGUSR1, 450)):
+        process = runs.Process(tmp_path / "logs", runs.arguments(tmp_path, broken, *overrides))
+        step = draw.randrange(low, low + 120)
+        process.until(runs.logged(broken, step), f"step {step}")
+        time.sleep(draw.uniform(0, 0.03))
+        process.signal(number)
+        process.end(10 if number != signal.SIGKILL else -signal.SIGKILL)
+        if number != signal.SIGKILL:
+            stopped = int(process.err.split("stopped on request after step ")[1].split()[0])
+            assert steps_in(broken / FOLDER)[-1] == stopped and len(process.err.strip().splitlines()) == 1
+    process = runs.Process(tmp_path / "logs", runs.arguments(tmp_path, broken, *overrides))
+    process.end(0)
+    assert f"resumed from step {stopped} of " in process.out
+    for key in ("train/loss", "eval/loss"):
+        assert runs.curve(broken, key) == runs.curve(whole, key)
+    assert list(runs.curve(broken)) == list(range(1, 801))
+    parts = runs.build(runs.load(tmp_path, *overrides))
+    step, arrays = runs.final_state(parts, whole)
+    assert step == 800 and not runs.differing(arrays, runs.final_state(parts, broken)[1])
+
+
+def test_saved_on_eight_devices_same_loss_on_one_and_four(tmp_path):
+    config = runs.load(tmp_path)
+    runs.run(runs.build(config, 2, 2, 2), tmp_path / "run")
+    wanted = runs.curve(tmp_path / "run", "eval/loss")[20]
+    for shape in ((1, 1, 1), (1, 4, 1), (1, 2, 2)):
+        assert runs.heldout_loss(runs.build(config, *shape), tmp_path / "run") == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path):
+    parts = runs.build(runs.load(tmp_path, "--config.checkpoint.every_steps=5"))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    runs.run(parts, whole)
+    shutil.copytree(whole, broken)
+    victim = max((path for path in (broken / FOLDER / "20/params").rglob("*") if path.is_file()),
+                 key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    lines = []
+    runs.run(parts, broken, lines.append)
+    named = [line for line in lines if "is damaged and is passed over" in line]
+    assert len(named) == 1 and "step 20" in named[0] and victim.name in named[0]
+    assert any(line.startswith("resumed from step 15 of ") for line in lines)
+    assert runs.curve(broken) == runs.curve(whole)
+    assert not runs.differing(runs.final_state(parts, whole)[1], runs.final_state(parts, broken)[1])
+
+
+def test_a_changed_config_is_reported_key_by_key(tmp_path):
+    runs.run(runs.build(runs.load(tmp_path, "--config.train.steps=4")), tmp_path / "run")
+    lines = []
+    allowed = ("--config.log.every_steps=2", "--config.train.steps=6", "--config.optim.decay_steps=4")
+    runs.run(runs.build(runs.load(tmp_path, *allowed)), tmp_path / "run", lines.append)
+    changed = [line for line in lines if "changed since the checkpoint" in line]
+    assert changed == ["config.train.steps changed since the checkpoint: 4 -> 6",
+                       "config.log.every_steps changed since the checkpoint: 1 -> 2"]
+    assert list(runs.curve(tmp_path / "run")) == [1, 2, 3, 4, 6]
+    for override, key, old, new in (("model.mlp=64", "model.mlp", 128, 64), ("seed=5", "seed", 0, 5)):
+        with pytest.raises(UsageError, match=rf"config\.{key} \({old} there, {new} now\)"):
+            runs.run(runs.build(runs.load(tmp_path, f"--config.{override}", *allowed)), tmp_path / "run")
+
+
+def test_what_a_run_leaves_in_its_workdir(tmp_path):
+    parts = runs.build(runs.load(tmp_path, "--config.log.tensorboard=true", "--config.train.steps=10",
+                                 "--config.eval.every_steps=5", "--config.checkpoint.every_steps=5"))
+    run = tmp_path / "run"
+    runs.run(parts, run, profile=(3, 4))
+    rows = read_jsonl(run / "metrics.jsonl")
+    keys = {key for row in rows for key in row}
+    assert keys >= {"step", "train/loss", "train/bits_per_byte", "train/accuracy", "train/learning_rate", "eval/loss",
+                    "train/grad_norm", "train/param_norm", "eval/bits_per_byte", "eval/perplexity", "eval/accuracy",
+                    "throughput/tokens_per_second", "throughput/tokens_seen", "throughput/mfu_full", "time/compile",
+                    "throughput/mfu_causal", "time/data", "time/step", "time/eval", "time/checkpoint"}
+    assert list(runs.curve(run)) == list(range(1, 11)) and list(runs.curve(run, "eval/loss")) == [5, 10]
+    assert configs.from_dict(json.loads((run / "config.json").read_text())) == parts.config
+    assert steps_in(run / FOLDER) == [5, 10]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    page = (run / "report.html").read_text()
+    assert "<html" in page and "src=\"http" not in page and "href=\"http" not in page
+    assert list((run / "profile").rglob("*.xplane.pb")) and list((run / "tensorboard").iterdir())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    parts = runs.build(runs.load(tmp_path, "--config.optim.learning_rate=1e30", "--config.checkpoint.every_steps=2"))
+    with pytest.raises(Diverged, match=r"loss at step \d+ is (nan|inf).*config\.optim\.learning_rate"):
+        runs.run(parts, tmp_path / "run")
+    assert Diverged.code == 30 and all(np.isfinite([*runs.curve(tmp_path / "run").values()]))
+
+
+STUCK = """
+import sys, time
+from gpt_jax import experiment
+from gpt_jax.commands.main import main
+make = experiment.make_stream
+class Stuck:
+    def __init__(self, stream):
+        self.stream, self.left, self.summary = stream, 3, stream.summary
+    def __next__(self):
+        self.left -= 1
+        time.sleep(0 if self.left else 3600)
+        return next(self.stream)
+experiment.make_stream = lambda *a, **k: Stuck(make(*a, **k))
+main(sys.argv[1:])
+"""
+
+
+def test_the_watchdog_ends_a_run_that_hangs(tmp_path):
+    given = runs.arguments(tmp_path, tmp_path / "run", "--config.train.hang_minutes=0.1")
+    process = runs.Process(tmp_path / "logs", given, ("-c", STUCK))
+    process.end(41)
+    assert "no step ended for 0.1 minutes (config.train.hang_minutes)" in process.err and "__next__" in process.err
