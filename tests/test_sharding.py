@@ -24,9 +24,9 @@ ROWS, LENGTH, VOCAB, STEPS = 16, 8, 48, 20
 TRAIN = config.Train(seq_len=LENGTH, batch_size=ROWS, z_loss=1e-3, label_smoothing=0.1)
 MODELS = {
     "gpt2": dict(layers=2, windows=(3,)),  # on packed rows
-    "modern": dict(layers=3, dropout=0.1, attention_dropout=0.1, kv_heads=4, norm="plain_rmsnorm", position="rotary", embed_norm=True, tied=False, bias=False,
+    "modern": dict(layers=3, kv_heads=4, norm="plain_rmsnorm", position="rotary", embed_norm=True, tied=False, bias=False,
                    pattern=(("attention", "swiglu"),), qk_norm=True, qk_norm_after_rope=True, logit_softcap=15.0,
-                   value_embed=True, residual_scalars=True, init="modern")}
+                   value_embed=True, residual_scalars=True, dropout=0.1, attention_dropout=0.1, init="modern")}
 MESHES = {  # (data, fsdp, tensor), microbatches, tokens of a row whose logits exist at once
     "gpt2": [((8, 1, 1), 2, 0), ((1, 8, 1), 1, 4), ((1, 1, 8), 1, 0), ((2, 2, 2), 4, 2)],
     "modern": [((1, 8, 1), 1, 0), ((2, 2, 2), 1, 0), ((1, 2, 4), 1, 4)]}
@@ -59,12 +59,12 @@ def make_columns(name):
 
 
 def run(name, columns, place, train):
-    """Logits, per-step Sums of STEPS updates, the first gradient (Adam's momentum gives it away) and the last state."""
+    """Per-step metrics of STEPS updates, the first gradient (Adam's momentum gives it away) and the last state."""
     module, key = Transformer(make_model(name)), jax.random.key(3)
     rngs = lambda key: {} if key is None else {"dropout": key}
     network = Network(lambda p, b, key: module.apply({"params": p}, b, method="features", rngs=rngs(key)),
                       lambda p, hidden: module.apply({"params": p}, hidden, method="unembed"))
-    tx = optax.adamw(3e-3, b1=0.5, eps=1e-6)  # eps: noise in a zero gradient stays noise
+    tx = optax.adamw(1e-3, b1=0.5, eps=1e-6)  # neither lifts rounding noise much
     state = init_state(place(random_params(name)), tx, train)
     step = jax.jit(partial(train_step, network=network, tx=tx, train=train))
     sums, first = [], None
@@ -105,8 +105,8 @@ def test_mesh_equals_one_device(name, shape, accumulate, chunk, mesh):
     for ours, theirs in zip(jax.tree.leaves(first), jax.tree.leaves(plain_first)):
         close(ours, theirs, rel=3e-5, floor=1e-3 * largest)
     for now, plain in zip(sums, plain_sums, strict=True):
-        for key, value in now.items():  # Adam lifts noise into the gradients of later steps
-            assert value == pytest.approx(plain[key], rel=1e-3 if key == "grad_norm" else 1e-5)
+        for key, value in now.items():
+            assert value == pytest.approx(plain[key], rel=1e-4 if key == "grad_norm" else 1e-5)
     assert sums[-1]["loss"] < 0.95 * sums[0]["loss"]  # it did train
     jax.tree.map(partial(close, rel=1e-3), jax.tree.map(np.asarray, state.params), plain_params)
     for tree in (state.params, state.opt[0].mu, state.opt[0].nu):  # nothing has been gathered on the way

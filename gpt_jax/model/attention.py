@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gpt_jax import config, sharding
 from gpt_jax.model import kernels
-from gpt_jax.model.layers import NORMS, Dense, Embed, dropout, rotate, softcap
+from gpt_jax.model.layers import NORMS, Embed, Weights, dropout, project, rotate, softcap
 
 
 class Context(NamedTuple):
@@ -97,12 +97,12 @@ class Attention(nn.Module):
         B, T = x.shape[:2]
         bias = model.bias and model.qkv_bias
 
-        def heads(name, axis, count):
-            y = Dense(count * model.head_dim, ("embed", axis), "qkv", model, bias, name=name)(x)
-            return sharding.reshape(y, (B, T, count, model.head_dim), "batch", "seq", axis, "head_dim")
-
-        q, k = heads("q", "heads", model.heads), heads("k", "kv_heads", model.kv_heads)
-        v = heads("v", "kv_heads", model.kv_heads)
+        axes = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
+        counts = {"q": model.heads, "k": model.kv_heads, "v": model.kv_heads}
+        flat = project(x, *(Weights(counts[n] * model.head_dim, ("embed", axes[n]), "qkv", model, bias, name=n)
+                            for n in "qkv"))
+        q, k, v = (sharding.reshape(y, (B, T, counts[n], model.head_dim), "batch", "seq", axes[n], "head_dim")
+                   for n, y in zip("qkv", flat))
         if self.value_embed:
             v = v + self._value_embedding(x, context.tokens)
         norm = [QkNorm(model, name=f"{n}_norm") for n in "qk"] if model.qk_norm else []
@@ -121,7 +121,7 @@ class Attention(nn.Module):
             if cache is not None:
                 cache = [self._fill(x, context.lengths, cache[0].shape[1]) for x in (k, v)]
         y = sharding.reshape(y, (B, T, model.heads * model.head_dim), "batch", "seq", "heads")
-        y = Dense(model.embed, ("heads", "embed"), "attention_out", model, model.bias, name="out")(y)
+        y = project(y, Weights(model.embed, ("heads", "embed"), "attention_out", model, model.bias, name="out"))[0]
         return dropout(self, y, model.dropout), None if cache is None else tuple(cache)
 
     def _value_embedding(self, x, tokens):
@@ -132,8 +132,8 @@ class Attention(nn.Module):
         embedded = Embed(model.vocab, width, "value_embed", model, name="value_embed")(tokens).astype(x.dtype)
         embedded = sharding.reshape(embedded, (*tokens.shape, model.kv_heads, model.head_dim), "batch", "seq",
                                     None, "head_dim")
-        gate = Dense(model.kv_heads, ("gate", "kv_heads"), "gate", model, False, name="value_gate")
-        strength = 3 * jax.nn.sigmoid(gate(x[..., :model.value_embed_gate]))
+        gate = Weights(model.kv_heads, ("gate", "kv_heads"), "gate", model, False, name="value_gate")
+        strength = 3 * jax.nn.sigmoid(project(x[..., :model.value_embed_gate], gate)[0])
         return sharding.constrain(embedded, "batch", "seq", "kv_heads", "head_dim") * strength[..., None]
 
     def _keep(self, B, T):

@@ -49,13 +49,19 @@ def attend(q, k, v, mask, cap: float = 0.0, keep=None):
     probabilities (dropout). A query that may look at nothing gets the mean of v, which a weight of 0 removes."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    q = q.reshape(B, T, K, N // K, H) * jnp.asarray(H ** -0.5, q.dtype)
-    scores = softcap(jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32), cap)
+    G = N // K
+    # Heads first, and a group's queries stacked on those of its kv head: one plain batched matmul over [B, K], which
+    # XLA's CPU backend runs a quarter faster than the contraction with heads inside.
+    stack = lambda x: jnp.moveaxis(x.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
+    q, k, v = stack(q * jnp.asarray(H ** -0.5, q.dtype)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    scores = softcap(jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32), cap)
+    scores = scores.reshape(B, K, G, T, S)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1)
     if keep is not None:
-        probs = probs * keep.reshape(B, K, N // K, T, S)
-    return jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v).reshape(B, T, N, H)
+        probs = probs * keep.reshape(B, K, G, T, S)
+    out = jnp.einsum("bkts,bksh->bkth", probs.astype(v.dtype).reshape(B, K, G * T, S), v)
+    return jnp.moveaxis(out.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H)
 
 
 def _reference(q, k, v, pattern, cap, keep):

@@ -21,8 +21,9 @@ def matmul(x: jax.Array, kernel: jax.Array, out_axis: str | None, precise=None) 
     return sharding.reshape(y, (*x.shape[:-1], kernel.shape[-1]), "batch", "seq", out_axis)
 
 
-class Dense(nn.Module):
-    """A linear map [B, T, in] -> [B, T, features]; `axes` are the kernel's logical axes."""
+class Weights(nn.Module):
+    """Kernel [in, features] and bias [features] (None without one) of a linear map, in the compute dtype and laid out
+    for use; `axes` are the kernel's logical axes."""
 
     features: int
     axes: tuple[str, str]
@@ -31,15 +32,26 @@ class Dense(nn.Module):
     bias: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, width: int):
         dtype = jnp.dtype(self.model.dtype)
         init = sharding.stored(make_init(self.role, self.model), self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        y = matmul(x, sharding.use(kernel, self.axes, dtype), self.axes[1])
-        if self.bias:
-            bias = self.param("bias", sharding.stored(nn.initializers.zeros, self.axes[1:]), (self.features,))
-            y = y + sharding.use(bias, self.axes[1:], dtype)
-        return y
+        kernel = sharding.use(self.param("kernel", init, (width, self.features)), self.axes, dtype)
+        if not self.bias:
+            return kernel, None
+        bias = self.param("bias", sharding.stored(nn.initializers.zeros, self.axes[1:]), (self.features,))
+        return kernel, sharding.use(bias, self.axes[1:], dtype)
+
+
+def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
+    """x [B, T, in] through several linear maps -> one [B, T, features] each. Where no mesh axis splits the features the
+    kernels are joined into one matmul: fewer and larger ones, 5 % of a small step on a CPU."""
+    weights = [linear(x.shape[-1]) for linear in maps]
+    if len(maps) > 1 and sharding.axis_size("tensor") == 1:
+        ends = np.cumsum([linear.features for linear in maps])[:-1]
+        parts = jnp.split(matmul(x, jnp.concatenate([kernel for kernel, _ in weights], 1), None), ends, -1)
+    else:
+        parts = [matmul(x, kernel, linear.axes[1]) for linear, (kernel, _) in zip(maps, weights)]
+    return [y if bias is None else y + bias for y, (_, bias) in zip(parts, weights)]
 
 
 def _layernorm(x, epsilon):
@@ -169,10 +181,8 @@ class Mlp(nn.Module):
     def __call__(self, x):
         model = self.model
         activation, gated = FFNS[self.name_of_row]
-        hidden = Dense(model.mlp, ("embed", "mlp"), "mlp_in", model, model.bias, name="up")(x)
-        if gated:
-            gate = Dense(model.mlp, ("embed", "mlp"), "mlp_in", model, model.bias, name="gate")(x)
-            hidden = activation(gate) * hidden
-        else:
-            hidden = activation(hidden)
-        return Dense(model.embed, ("mlp", "embed"), "mlp_out", model, model.bias, name="down")(hidden)
+        linear = lambda features, axes, role, name: Weights(features, axes, role, model, model.bias, name=name)
+        names = ("up", "gate") if gated else ("up",)
+        up, *gate = project(x, *(linear(model.mlp, ("embed", "mlp"), "mlp_in", name) for name in names))
+        hidden = activation(gate[0]) * up if gated else activation(up)
+        return project(hidden, linear(model.embed, ("mlp", "embed"), "mlp_out", "down"))[0]

@@ -17,7 +17,7 @@ from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.model.attention import Attention, Context, append, cache_slots
 from gpt_jax.model.init import make_init, residual_ramp
-from gpt_jax.model.layers import Dense, Embed, Mlp, Norm, dropout, matmul, rotary_frequencies, sinusoids, softcap
+from gpt_jax.model.layers import Embed, Mlp, Norm, dropout, matmul, rotary_frequencies, sinusoids, softcap
 
 MIXERS = {"attention": Attention}
 REMATS = {"block": None,  # recompute the block from its input
