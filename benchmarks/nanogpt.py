@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/nanogpt.py --nanogpt=nanoGPT --torch_python=PYTHON_WITH_TORCH [--text=input.txt]
 
 Losses: both start from nanoGPT's initial weights and take 50 steps on the same batches (warmup, cosine, clipping, decay as
-in config/train_shakespeare_char.py with its CPU settings). Time: the two run in turn, a few steps each, many times over; the
+in config/train_shakespeare_char.py with its CPU settings; the larger model takes 10). Time: the two run in turn, a few steps each, many times over; the
 ratio is taken pair by pair. Torch runs eagerly, as fast as compiled on CPU. Writes nanogpt.json next to this file.
 """
 
@@ -29,8 +29,8 @@ from gpt_jax.train.schedule import make_schedule
 from gpt_jax.train.step import init_state, train_step
 
 HERE = Path(__file__).resolve().parent
-SIZES = {"small": dict(layers=4, embed=128, heads=4, block=64, batch=12, steps=20),
-         "large": dict(layers=6, embed=384, heads=6, block=256, batch=8, steps=2)}
+SIZES = {"small": dict(layers=4, embed=128, heads=4, block=64, batch=12, steps=20, losses=50),
+         "large": dict(layers=6, embed=384, heads=6, block=256, batch=8, steps=2, losses=10)}
 
 
 class Torch:
@@ -80,12 +80,14 @@ def columns(tokens, targets) -> dict:
             "bytes": np.ones(tokens.shape, np.int32)}
 
 
-def compare_losses(torch: Torch, size: dict, weights: dict, text: str | None, steps: int = 50) -> dict:
-    """Largest difference of the loss over `steps` steps on the same batches."""
+def compare_losses(torch: Torch, size: dict, weights: dict, text: str | None) -> dict:
+    """Largest difference of the loss over the first steps on the same batches."""
+    steps = size["losses"]
     rng = np.random.default_rng(0)
     if text:
         characters = Path(text).read_text()
-        ids = np.array([sorted(set(characters)).index(c) for c in characters], np.int32)
+        index = {c: i for i, c in enumerate(sorted(set(characters)))}
+        ids = np.array([index[c] for c in characters], np.int32)
     else:
         ids = rng.integers(0, 65, 100_000).astype(np.int32)
     starts = rng.integers(0, len(ids) - size["block"] - 1, (steps, size["batch"]))
@@ -142,7 +144,7 @@ def main() -> None:
         found[name] = {"loss": compare_losses(torch, size, weights, args.text),
                        "time": compare_time(torch, size, weights, args.rounds)}
         torch.process.terminate()
-        print(name, json.dumps(found[name], indent=1))
+        print(name, json.dumps(found[name], indent=1), flush=True)
     (HERE / "nanogpt.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

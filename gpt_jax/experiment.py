@@ -147,6 +147,14 @@ def items(state: TrainState) -> dict[str, Any]:
     return parts | ({"ema": state.ema} if state.ema else {})
 
 
+def token_flops(config: configs.Config, matmul_params: int) -> tuple[int, int]:
+    """Training FLOPs of a token: full attention map, causal."""
+    model = config.model
+    flops = partial(devices.flops_per_token, matmul_params, [spec.window for spec in layer_specs(model)],
+                    model.heads * model.head_dim, config.train.seq_len)
+    return flops(), flops(causal=True)
+
+
 class Loop:
     """What `run` carries along besides the state: writers, clock, and the numbers for the next log line."""
 
@@ -157,9 +165,7 @@ class Loop:
         self.peak = devices.find_peak(parts.mesh.devices.flatten().tolist())
         with jax.set_mesh(parts.mesh):
             self.counts = count_params(model)
-        flops = partial(devices.flops_per_token, self.counts["matmul"], [spec.window for spec in layer_specs(model)],
-                        model.heads * model.head_dim, config.train.seq_len)
-        self.flops = flops(), flops(causal=True)
+        self.flops = token_flops(config, self.counts["matmul"])
         self.schedule = make_schedule(config.optim)
         self.batch_tokens = config.train.batch_size * config.train.seq_len
         self.mark = start, time.perf_counter()

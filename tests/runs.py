@@ -19,7 +19,7 @@ from gpt_jax import evals, experiment, sharding
 from gpt_jax.commands import flags
 from gpt_jax.commands import main as commands
 from gpt_jax.data.cache import prepare
-from gpt_jax.data.pipeline import make_stream
+from gpt_jax.data.pipeline import make_eval_batches, make_stream
 from gpt_jax.errors import Exit
 from gpt_jax.metrics import divide, read_jsonl
 from gpt_jax.train import checkpoint
@@ -110,7 +110,7 @@ def heldout_loss(parts: experiment.Parts, workdir: Path) -> float:
 
 def curve(workdir: Path, key: str = "train/loss") -> dict[int, float]:
     """{step: value} of metrics.jsonl, in which no step may come twice or late."""
-    found = [row for row in rows(workdir) if key in row]
+    found = [row for row in read_jsonl(workdir / "metrics.jsonl") if key in row]
     steps = [row["step"] for row in found]
     assert steps == sorted(set(steps)), f"{key} is out of order in {workdir}: {steps}"
     return {row["step"]: row[key] for row in found}

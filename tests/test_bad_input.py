@@ -309,7 +309,7 @@ def test_prompt_unknown_to_the_character_tokenizer(tmp_path):
 def files_at_most(size: int):
     """Writing more to any file fails, as on a full disk. Nothing goes into the compilation cache of the other tests."""
     before, key = resource.getrlimit(resource.RLIMIT_FSIZE), "jax_persistent_cache_min_compile_time_secs"
-    seconds = jax.config.read(key)
+    seconds = jax.config.values[key]
     jax.config.update(key, 1e9)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -329,7 +329,7 @@ def test_full_disk_while_saving(folder, copy):
 
 
 def test_data_truncated_during_the_run(folder, tmp_path):
-    """A real process: one line on standard error, no traceback, code 20."""
+    """A real process: code 20, and one line below what the run has shown, no traceback."""
     runs.arguments(folder, tmp_path)  # makes the text
     given = ["train", f"--config={runs.TINY}", f"--workdir={tmp_path}/run", f"--config.data.path={folder}/text.txt",
              f"--config.data.cache={tmp_path}/cache", "--config.log.progress=false", "--config.train.steps=1000000",
@@ -343,8 +343,9 @@ def test_data_truncated_during_the_run(folder, tmp_path):
         process.end(20)
     finally:
         process.kill()
-    [line] = process.err.splitlines()
+    *shown, line = process.err.splitlines()
     assert line.startswith("gpt-jax: ") and "train.tokens: changed during the run" in line and "start again" in line
+    assert all(row.startswith("step ") for row in shown)
 
 
 def test_a_process_says_one_line(tmp_path):

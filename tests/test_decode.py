@@ -1,4 +1,4 @@
-"""Generation: cached = full forward for every variant, a row = the same row in any batch, stops and streams to the letter."""
+"""Generation: cached = full forward for every variant, a row = the same row in any batch, stops cut to the letter."""
 
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -28,7 +28,8 @@ VARIANTS = {
     "post_norm_relu_untied": dict(norm_position="post", pattern=(("attention", "relu"),), tied=False),
     "llama": dict(norm="rmsnorm", position="rotary", pattern=SWIGLU, kv_heads=2, tied=False, bias=False,
                   rope_scale_factor=8.0, rope_scale_original_seq=16),
-    "multi_query_partial_rotary": dict(position="rotary", rope_fraction=0.5, kv_heads=1, pattern=(("attention", "gelu"),)),
+    "multi_query_partial_rotary": dict(position="rotary", rope_fraction=0.5, kv_heads=1,
+                                       pattern=(("attention", "gelu"),)),
     "sinusoidal_geglu": dict(position="sinusoidal", pattern=(("attention", "geglu"),), embed_norm=True),
     "no_positions_no_final_norm": dict(position="none", final_norm=False, qkv_bias=False),
     "qk_norm_before_rope": dict(position="rotary", qk_norm=True, qk_scale=1.2, norm="rmsnorm"),
@@ -36,8 +37,8 @@ VARIANTS = {
     "window_ring": dict(windows=(4,), position="rotary"),  # wraps many times; a prompt of 19 fills it over and over
     "windows_by_layer": dict(layers=5, windows=(3, 0, 5), last_window_full=True, position="learned"),  # has a tail
     "softcaps": dict(attention_softcap=2.0, logit_softcap=5.0, windows=(6, 0), kv_heads=2),
-    "modern": dict(layers=5, norm="plain_rmsnorm", position="rotary", qk_norm=True, qk_norm_after_rope=True, qk_scale=1.2,
-                   pattern=RELU2, tied=False, bias=False, value_embed=True, value_embed_gate=8, residual_scalars=True,
+    "modern": dict(layers=5, norm="plain_rmsnorm", position="rotary", qk_norm=True, qk_norm_after_rope=True,
+                   qk_scale=1.2, pattern=RELU2, tied=False, bias=False, value_embed=True, value_embed_gate=8, residual_scalars=True,
                    logit_softcap=15.0, windows=(4, 4, 0), last_window_full=True, embed_norm=True, init="modern"),
     "mixed_pattern_unrolled": dict(layers=4, pattern=(("attention", "relu"), ("attention", "swiglu")), unroll=0),
 }
@@ -50,8 +51,8 @@ def make_model(**changes) -> config.Model:
 
 @lru_cache(maxsize=None)
 def make_params(model: config.Model):
-    """Every parameter is noise, large enough that no most likely token is an accident of rounding: projections that start
-    at zero would hide the whole cache. Factors are near 1."""
+    """Every parameter is noise, large enough that no most likely token is an accident of rounding: projections that
+    start at zero would hide the whole cache. Factors are near 1."""
     rng = np.random.default_rng(1)
 
     def one(path, leaf):
@@ -100,7 +101,8 @@ def test_cached_equals_uncached(name):
         for b, (prompt, completion) in enumerate(zip(PROMPTS, done)):
             position = len(prompt) + np.arange(24)
             knobs = knobs_of(24, temperature=sampling.temperature)
-            expected = sample(logits[b, position - 1], position, knobs, np.zeros((24, model.vocab), bool), LETTERS.vocab)
+            seen = np.zeros((24, model.vocab), bool)
+            expected = sample(logits[b, position - 1], position, knobs, seen, LETTERS.vocab)
             assert completion.tokens == tuple(expected.tolist())
             assert completion.finish == "length"
     assert len({token for completion in done for token in completion.tokens}) > 5
@@ -251,7 +253,8 @@ def test_draws_change_with_seed_sample_and_position_only():
 def test_extreme_temperatures_stay_finite():
     logits = np.array([[3.0, 1.0, -2.0, 2.9]], np.float32)
     for temperature in (1e-30, 1e-6):
-        got = sample(logits, np.zeros(1, int), knobs_of(1, temperature=temperature, top_p=0.9), np.zeros((1, 4), bool), 4)
+        knobs = knobs_of(1, temperature=temperature, top_p=0.9)
+        got = sample(logits, np.zeros(1, int), knobs, np.zeros((1, 4), bool), 4)
         assert got.tolist() == [0]
 
 
@@ -304,7 +307,8 @@ def test_stop_strings_cut_exactly(monkeypatch, stops, text, finish, size):
 def test_stops_of_a_text():
     assert first_stop("abcd", ("bc", "abcd")) == 1 and first_stop("abcd", ("d", "cd")) == 2
     assert first_stop("abcd", ("x",)) is None and first_stop("abcd", ()) is None
-    assert held_back("ab<", ("<end>",)) == 1 and held_back("ab<en", ("<end>", "n!")) == 3 and held_back("ab", ("c",)) == 0
+    assert held_back("ab<", ("<end>",)) == 1 and held_back("ab<en", ("<end>", "n!")) == 3
+    assert held_back("ab", ("c",)) == 0
 
 
 def test_streamed_text_is_the_decoded_tokens():
@@ -327,8 +331,8 @@ def test_a_prompt_that_fills_the_context():
         lines.clear()
         sampling = replace(GREEDY, max_new_tokens=new, truncate=True)
         cut = run(model, [prompt], sampling, report=lines.append)
-        assert lines[0] == f"prompt 1: kept the last {keep} of 28 tokens, cut the first {28 - keep} (the context holds 24, " \
-                           "new ones included)"
+        assert lines[0] == (f"prompt 1: kept the last {keep} of 28 tokens, cut the first {28 - keep} "
+                            "(the context holds 24, new ones included)")
         assert cut == run(model, [prompt[-keep:]], replace(sampling, truncate=False), report=lines.append)
 
 
@@ -343,7 +347,8 @@ def test_an_empty_prompt_starts_from_end_of_text():
 
 @pytest.mark.parametrize("change, words", [
     (dict(temperature=-1.0), "--temperature = -1.0: expected at least 0"),
-    (dict(temperature=float("nan")), "--temperature = nan"), (dict(top_p=1.5), "--top_p = 1.5: expected from 0.0 to 1.0"),
+    (dict(temperature=float("nan")), "--temperature = nan"),
+    (dict(top_p=1.5), "--top_p = 1.5: expected from 0.0 to 1.0"),
     (dict(top_k=-2), "--top_k = -2"), (dict(max_new_tokens=0), "--max_new_tokens = 0"),
     (dict(num_samples=0), "--num_samples = 0"), (dict(repetition_penalty=0.0), "--repetition_penalty = 0.0"),
     (dict(stop=("",)), "--stop = ''")])

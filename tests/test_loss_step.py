@@ -1,7 +1,7 @@
 """The objective against numpy's log-softmax; microbatches and chunks against the whole; and the step's bookkeeping.
 
-The network here is a lookup and a matmul, so that each program compiles in a moment. Shapes: B batch, T sequence, D embed,
-V vocab.
+The network here is a lookup and a matmul, so that each program compiles in a moment.
+Shapes: B batch, T sequence, D embed, V vocab.
 """
 
 import math
@@ -47,7 +47,7 @@ def close(ours, theirs, rel=1e-5):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=rel * max(np.abs(theirs).max(), 1e-30))
 
 
-# ---- next_token -------------------------------------------------------------------------------------------------------
+# ---- next_token ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
 def test_next_token_equals_numpy(smoothing, z_loss):
@@ -95,7 +95,7 @@ def test_objectives_are_the_configured_ones():
     assert set(OBJECTIVES) == set(config.OBJECTIVES)
 
 
-# ---- gradients --------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 def run(train, batch=None, key=None, params=None):
     params, batch = params or make_params(), batch or make_batch()
@@ -149,7 +149,7 @@ def test_microbatches_draw_their_own_randomness():
     assert float(two) == pytest.approx(float(sum(halves)), rel=1e-5) and float(two) != float(one)
 
 
-# ---- steps ------------------------------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 
 def test_train_step():
     """Parameters move by the optimiser's rule on the mean gradient; the key is that of the run and of the step."""

@@ -20,6 +20,7 @@ from gpt_jax.model.init import make_init, residual_ramp
 from gpt_jax.model.layers import FFNS, NORMS, dropout, rotary_frequencies
 from gpt_jax.model.transformer import (LayerSpec, Transformer, abstract_params, count_params, init_params, layer_specs,
                                        layout)
+from plain_model import np_frequencies, np_layer, np_row
 
 T, V = 10, 29
 BASE = dict(layers=3, embed=16, heads=4, vocab=V, max_seq=T, kernel="reference")
@@ -27,11 +28,13 @@ VARIANTS = {
     "gpt2": {},
     "llama3": dict(norm="rmsnorm", position="rotary", rope_base=500.0, rope_scale_factor=8.0, head_dim=8, kv_heads=2,
                    rope_scale_original_seq=256, pattern=(("attention", "swiglu"),), tied=False, bias=False),
-    "modern": dict(layers=5, norm="plain_rmsnorm", position="rotary", embed_norm=True, pattern=(("attention", "relu2"),),
-                   tied=False, bias=False, qk_norm=True, qk_norm_after_rope=True, qk_scale=1.2, logit_softcap=3.0,
+    "modern": dict(layers=5, norm="plain_rmsnorm", norm_epsilon=0.01, position="rotary", embed_norm=True, tied=False,
+                   bias=False, pattern=(("attention", "relu2"),), logit_softcap=3.0,
+                   qk_norm=True, qk_norm_after_rope=True, qk_scale=1.2,
                    value_embed=True, value_embed_gate=3, residual_scalars=True, windows=(2, 0), last_window_full=True),
-    "gemma2": dict(norm="rmsnorm", position="rotary", kv_heads=1, head_dim=6, pattern=(("attention", "geglu"),),
-                   attention_softcap=0.7, logit_softcap=2.0, windows=(3, 0), qk_norm=True, mlp=24, layers=2),
+    "gemma2": dict(norm="rmsnorm", norm_epsilon=0.02, position="rotary", kv_heads=1, head_dim=6,
+                   pattern=(("attention", "geglu"),), attention_softcap=0.7, logit_softcap=2.0,
+                   windows=(3, 0), qk_norm=True, mlp=24, layers=2),
     "guide": dict(norm_position="post", pattern=(("attention", "relu"),), norm_epsilon=1e-6, final_norm=False),
     "neox": dict(position="rotary", rope_fraction=0.5, head_dim=8, pattern=(("attention", "gelu"),), qkv_bias=False),
     "sinusoidal": dict(position="sinusoidal", embed=15, heads=3, windows=(4,), norm_epsilon=1e-3),
@@ -58,8 +61,8 @@ def random_params(model, seed=0):
 
 
 def make_batch():
-    """Rows 0 … T: one document, and the same with token s - 1 changed in row s. Then two documents packed in one row with
-    padding behind, and each of the two on its own."""
+    """Rows 0 … T: one document, and the same with token s - 1 changed in row s. Then two documents packed in one row
+    with padding behind, and each of the two on its own."""
     rng = np.random.default_rng(1)
     tokens = np.tile(rng.integers(0, V, T), (T + 4, 1))
     for s in range(T):
@@ -82,135 +85,6 @@ def logits_of(name):
     return np.asarray(jax.jit(lambda p, b: apply(model, p, b))(random_params(model), make_batch()))
 
 
-# ---- the same model in numpy, one head and one pair of positions at a time --------------------------------------------
-
-ACTIVATIONS = {
-    "relu": lambda x: np.maximum(x, 0), "relu2": lambda x: np.maximum(x, 0) ** 2,
-    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
-    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))) / 2,
-    "swiglu": lambda x: x / (1 + np.exp(-x)),
-}
-ACTIVATIONS["geglu"] = ACTIVATIONS["gelu_tanh"]
-
-
-def np_norm(model, p, x):
-    if model.norm == "layernorm":
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon)
-    else:
-        x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + model.norm_epsilon)
-    return x * p.get("scale", 1.0) + p.get("bias", 0.0)
-
-
-def np_dense(p, x):
-    return x @ p["kernel"] + p.get("bias", 0.0)
-
-
-def np_cap(x, cap):
-    return cap * np.tanh(x / cap) if cap else x
-
-
-def np_frequencies(model):
-    """By wavelength, as the Llama-3 reference code does it."""
-    rotating, found = int(model.head_dim * model.rope_fraction), []
-    for i in range(rotating // 2):
-        frequency = 1 / model.rope_base ** (2 * i / rotating)
-        if model.rope_scale_factor > 1:
-            original, wavelength = model.rope_scale_original_seq, 2 * math.pi / frequency
-            if wavelength > original / model.rope_scale_low:
-                frequency /= model.rope_scale_factor
-            elif wavelength > original / model.rope_scale_high:
-                smooth = (original / wavelength - model.rope_scale_low) / (model.rope_scale_high - model.rope_scale_low)
-                frequency = (1 - smooth) * frequency / model.rope_scale_factor + smooth * frequency
-        found.append(frequency)
-    return np.array(found)
-
-
-def np_rotate(model, x, position):
-    """x [T, H]: channels i and i + R / 2 are one complex number, turned by position * frequency."""
-    frequencies = np_frequencies(model)
-    half = len(frequencies)
-    turned = (x[:, :half] + 1j * x[:, half:2 * half]) * np.exp(1j * position[:, None] * frequencies)
-    return np.concatenate([turned.real, turned.imag, x[:, 2 * half:]], axis=-1)
-
-
-def np_sinusoids(model, position):
-    rates = 10_000.0 ** -(np.arange(0, model.embed, 2) / model.embed)
-    angles = position[:, None] * rates
-    return np.concatenate([np.sin(angles), np.cos(angles)], -1)[:, :model.embed]
-
-
-def np_qk(model, p, x, position):
-    """[T, H] after position and norm, in the configured order."""
-    def normed(x):
-        x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * p.get("scale", 1.0) * model.qk_scale
-        return x if model.qk_norm else None
-
-    if model.qk_norm and not model.qk_norm_after_rope:
-        x = normed(x)
-    if model.position == "rotary":
-        x = np_rotate(model, x, position)
-    if model.qk_norm and model.qk_norm_after_rope:
-        x = normed(x)
-    return x
-
-
-def np_attention(model, p, x, window, tokens, position, allowed):
-    """One row [T, D]; `allowed(t, s)` is the mask, `window` on top of it."""
-    q, k, v = (np_dense(p[name], x) for name in "qkv")
-    if "value_embed" in p:
-        strength = 3 / (1 + np.exp(-(x[:, :model.value_embed_gate] @ p["value_gate"]["kernel"])))
-        v = v + np.repeat(strength, model.head_dim, axis=1) * p["value_embed"]["table"][tokens]
-    H, outs = model.head_dim, []
-    mask = np.array([[allowed(t, s) and not (window and t - s >= window) for s in range(len(x))] for t in range(len(x))])
-    for n in range(model.heads):
-        kv = n // (model.heads // model.kv_heads)
-        cut = lambda y, i: y[:, i * H:(i + 1) * H]
-        query = np_qk(model, p.get("q_norm", {}), cut(q, n), position)
-        key = np_qk(model, p.get("k_norm", {}), cut(k, kv), position)
-        scores = np.where(mask, np_cap(query @ key.T / math.sqrt(H), model.attention_softcap), -1e30)
-        probs = np.exp(scores - scores.max(-1, keepdims=True))
-        outs.append(probs / probs.sum(-1, keepdims=True) @ cut(v, kv))
-    return np_dense(p["out"], np.concatenate(outs, -1))
-
-
-def np_mlp(ffn, p, x):
-    gate = np_dense(p["gate"], x) if "gate" in p else None
-    up = np_dense(p["up"], x)
-    return np_dense(p["down"], ACTIVATIONS[ffn](up) if gate is None else ACTIVATIONS[ffn](gate) * up)
-
-
-def np_layer(params, i):
-    blocks = params["blocks"]
-    repeats = len(jax.tree.leaves(blocks)[0])
-    if i >= len(blocks) * repeats:
-        return params["tail"][str(i - len(blocks) * repeats)]
-    return jax.tree.map(lambda x: x[i // len(blocks)], blocks[str(i % len(blocks))])
-
-
-def np_row(model, params, tokens, position, allowed):
-    """Logits [T, V] of one row."""
-    x = params["embed"]["table"][tokens]
-    if model.position == "learned":
-        x = x + params["position"]["table"][position]
-    if model.position == "sinusoidal":
-        x = x + np_sinusoids(model, position)
-    x = x0 = np_norm(model, params.get("embed_norm", {}), x) if model.embed_norm else x
-    for i in range(model.layers):
-        p = np_layer(params, i)
-        window = model.windows[i % len(model.windows)]
-        window = 0 if i == model.layers - 1 and model.last_window_full else window
-        if model.residual_scalars:
-            x = params["residual"]["x"][i] * x + params["residual"]["x0"][i] * x0
-        parts = (("mixer_norm", lambda y: np_attention(model, p["attention"], y, window, tokens, position, allowed)),
-                 ("mlp_norm", lambda y: np_mlp(model.pattern[i % len(model.pattern)][1], p["mlp"], y)))
-        for name, part in parts:
-            norm = lambda y: np_norm(model, p.get(name, {}), y)
-            x = x + part(norm(x)) if model.norm_position == "pre" else norm(x + part(x))
-    x = np_norm(model, params.get("final_norm", {}), x) if model.final_norm else x
-    logits = x @ (params["embed"]["table"].T if model.tied else params["head"]["kernel"])
-    return np_cap(logits, model.logit_softcap)
-
-
 def np_float64(params):
     return jax.tree.map(np.float64, params)
 
@@ -219,7 +93,7 @@ def close(ours, theirs, rel=2e-5):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=rel * np.abs(theirs).max())
 
 
-# ---- every variant ----------------------------------------------------------------------------------------------------
+# ---- every variant -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_numpy(name):
@@ -284,7 +158,7 @@ def test_rotary_frequencies_equal_the_loop_over_wavelengths():
     assert kept.any() and between.any() and divided.any()  # the three bands of the scaling are all seen
 
 
-# ---- depth: layout, scan, remat ---------------------------------------------------------------------------------------
+# ---- depth: layout, scan, remat ------------------------------------------------------------------
 
 def spec_list(text):
     return tuple(LayerSpec("attention", letter, 0, False) for letter in text)
@@ -360,15 +234,16 @@ def test_program_does_not_grow_with_depth():
     assert small < len([*equations(gradient_jaxpr(make_model("modern", layers=5, windows=(2, 3, 4, 5))))])  # none alike
 
 
-@pytest.mark.parametrize("changes, wanted", [({}, False), (dict(unroll=0), True), (dict(layers=3, windows=(2, 0)), True)])
+@pytest.mark.parametrize("changes, wanted", [
+    ({}, False), (dict(unroll=0), True), (dict(layers=3, windows=(2, 0)), True)])
 def test_inline_remat_is_fenced(changes, wanted):
-    """Outside a loop the compiler would merge the recomputation with the first pass; jax.checkpoint's fence forbids it."""
+    """Outside a loop the compiler would merge the recomputation with the first pass, if no fence stood between."""
     fences = [e.params["prevent_cse"] for e in equations(gradient_jaxpr(make_model(remat="block", **changes)))
               if "prevent_cse" in e.params]
     assert fences and (True in fences) == wanted
 
 
-# ---- dropout ----------------------------------------------------------------------------------------------------------
+# ---- dropout -------------------------------------------------------------------------------------
 
 def test_dropout_keeps_the_mean_and_needs_a_key():
     class Module:
@@ -393,7 +268,8 @@ def test_dropout_differs_by_layer_and_key_and_only_with_a_key():
 
     @jax.jit
     def stream(keys):
-        run = lambda rngs: apply(model, params, {"tokens": make_batch()["tokens"]}, rngs=rngs, mutable="intermediates")[1]
+        batch = {"tokens": make_batch()["tokens"]}
+        run = lambda rngs: apply(model, params, batch, rngs=rngs, mutable="intermediates")[1]
         return *(run({"dropout": key}) for key in keys), run({})
 
     one, again, other, without = (
@@ -427,7 +303,7 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key():
     assert np.abs(many.mean(0) - plain).mean() < 0.1 * np.abs(many - plain).mean()
 
 
-# ---- dtypes, paths, initialisation ------------------------------------------------------------------------------------
+# ---- dtypes, paths, initialisation ---------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
 def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
@@ -514,7 +390,8 @@ def test_count_params():
 
 @pytest.mark.parametrize("init, role, std", [
     ("gpt2", "qkv", 0.02), ("gpt2", "embed", 0.02), ("gpt2", "mlp_out", 0.02 / math.sqrt(6)),
-    ("gpt2", "attention_out", 0.02 / math.sqrt(6)), ("xavier", "mlp_in", math.sqrt(2 / 384)), ("xavier", "embed", 1 / 8),
+    ("gpt2", "attention_out", 0.02 / math.sqrt(6)), ("xavier", "mlp_in", math.sqrt(2 / 384)),
+    ("xavier", "embed", 1 / 8),
     ("modern", "embed", 0.8), ("modern", "head", 0.001), ("modern", "qkv", 1 / 8), ("modern", "mlp_in", 0.4 / 8),
     ("modern", "attention_out", 0.0), ("modern", "mlp_out", 0.0), ("modern", "gate", 0.0)])
 def test_spread_of_fresh_weights(init, role, std):

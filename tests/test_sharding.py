@@ -1,4 +1,4 @@
-"""One device and eight give one answer: logits, losses, gradients and updates on several meshes; and the rules themselves.
+"""One device and eight give one answer: logits, losses, gradients and updates on several meshes; and the rules.
 
 The reference of every comparison runs without a mesh, in one microbatch, with all logits at once.
 """
@@ -24,9 +24,10 @@ ROWS, LENGTH, VOCAB, STEPS = 16, 8, 48, 20
 TRAIN = config.Train(seq_len=LENGTH, batch_size=ROWS, z_loss=1e-3, label_smoothing=0.1)
 MODELS = {
     "gpt2": dict(layers=2, windows=(3,)),  # on packed rows
-    "modern": dict(layers=3, kv_heads=4, norm="plain_rmsnorm", position="rotary", embed_norm=True, tied=False, bias=False,
-                   pattern=(("attention", "swiglu"),), qk_norm=True, qk_norm_after_rope=True, logit_softcap=15.0,
-                   value_embed=True, residual_scalars=True, dropout=0.1, attention_dropout=0.1, init="modern")}
+    "modern": dict(layers=3, kv_heads=4, norm="plain_rmsnorm", position="rotary", embed_norm=True, tied=False,
+                   bias=False, pattern=(("attention", "swiglu"),), qk_norm=True, qk_norm_after_rope=True,
+                   logit_softcap=15.0, value_embed=True, residual_scalars=True, dropout=0.1, attention_dropout=0.1,
+                   init="modern")}
 MESHES = {  # (data, fsdp, tensor), microbatches, tokens of a row whose logits exist at once
     "gpt2": [((8, 1, 1), 2, 0), ((1, 8, 1), 1, 4), ((1, 1, 8), 1, 0), ((2, 2, 2), 4, 2)],
     "modern": [((1, 8, 1), 1, 0), ((2, 2, 2), 1, 0), ((1, 2, 4), 1, 4)]}
@@ -46,7 +47,7 @@ def random_params(name):
 
 
 def make_columns(name):
-    """Packed rows with segments and positions for gpt2, plain ones for modern; weights that differ much between rows."""
+    """Packed rows with segments and positions for gpt2, plain ones for modern; some rows learn much, some little."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, VOCAB, (ROWS, LENGTH + 1))
     weight = (rng.random((ROWS, LENGTH)) < rng.random((ROWS, 1))).astype(np.float32)
@@ -54,7 +55,8 @@ def make_columns(name):
            "bytes": rng.integers(1, 5, (ROWS, LENGTH))}
     if name == "gpt2":
         half = LENGTH // 2
-        out |= {"segment": np.tile([1] * half + [2] * half, (ROWS, 1)), "position": np.tile([*range(half)] * 2, (ROWS, 1))}
+        out |= {"segment": np.tile([1] * half + [2] * half, (ROWS, 1)),
+                "position": np.tile([*range(half)] * 2, (ROWS, 1))}
     return out
 
 
@@ -114,7 +116,7 @@ def test_mesh_equals_one_device(name, shape, accumulate, chunk, mesh):
 
 
 def test_logits_equal_one_device(mesh):
-    """Without position and segment columns, as evaluation and generation call it; logits stay split over the vocabulary."""
+    """Without position and segment columns; the logits stay split over the vocabulary."""
     model, tokens = make_model("gpt2"), make_columns("gpt2")["tokens"]
     apply = jax.jit(lambda p, b: Transformer(model).apply({"params": p}, b))
     plain = apply(random_params("gpt2"), {"tokens": tokens})
@@ -136,7 +138,7 @@ def test_fresh_parameters_are_the_same_on_every_mesh(mesh):
     jax.tree.map(partial(close, rel=1e-6), ours, plain)
 
 
-# ---- layouts ----------------------------------------------------------------------------------------------------------
+# ---- layouts -------------------------------------------------------------------------------------
 
 GOLDEN = """
 blocks/0/attention/k/bias None,tensor
@@ -183,7 +185,8 @@ def test_spec_refuses_what_it_does_not_know():
         sharding.spec(sharding.STORED, ("emebd", "mlp"))
     with pytest.raises(KeyError, match="batch"):  # an activation's axis is no axis of a stored weight
         sharding.spec(sharding.STORED, ("batch", "mlp"))
-    for table, axes in ((sharding.STORED, ("mlp", "heads")), (sharding.STORED | {"seq": ("data", "fsdp")}, ("seq", "embed"))):
+    pair = sharding.STORED | {"rows": ("data", "fsdp")}
+    for table, axes in ((sharding.STORED, ("mlp", "heads")), (pair, ("rows", "embed"))):
         with pytest.raises(ValueError, match="use a mesh axis twice"):
             sharding.spec(table, axes)
 
@@ -220,7 +223,7 @@ def test_concrete_gives_every_leaf_a_layout(mesh):
     assert found["params"]["embed"]["table"].sharding == NamedSharding(mesh, P("tensor", "fsdp"))
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_to_devices_lays_rows_over_data_and_fsdp(shape, mesh):
@@ -251,7 +254,7 @@ def test_process_rows_are_contiguous_or_refused(held, wanted, mesh, monkeypatch)
             sharding.process_rows(mesh(2, 2, 2), 8)
 
 
-# ---- single helpers on a mesh -----------------------------------------------------------------------------------------
+# ---- single helpers on a mesh --------------------------------------------------------------------
 
 def test_lookup_over_a_sharded_vocabulary(mesh):
     """Values and gradients; tokens of one row come from every shard, and some come many times."""

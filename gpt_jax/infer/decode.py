@@ -155,8 +155,8 @@ def fit_prompt(number: int, text: str, tokenizer: Tokenizer, context: int, sampl
     ids = tokenizer.encode(text)
     if not len(ids):
         if tokenizer.eot is None:
-            raise UsageError(f"prompt {number} is empty, and the {tokenizer.name} tokenizer has no end-of-text token to "
-                             "start from; give a prompt of at least one character")
+            raise UsageError(f"prompt {number} is empty, and the {tokenizer.name} tokenizer has no end-of-text token "
+                             "to start from; give a prompt of at least one character")
         ids = np.array([tokenizer.eot], np.int32)
     if len(ids) >= context:
         keep = max(context - sampling.max_new_tokens, context // 2)

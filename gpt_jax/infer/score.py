@@ -12,7 +12,7 @@ from gpt_jax import sharding
 
 
 def token_logprobs(forward: Callable, params, batch: dict) -> jax.Array:
-    """Natural log-probabilities [B, T], float32, of `batch["targets"]` under `forward(params, batch)` -> logits [B, T, V].
+    """Log-probabilities (nats) [B, T], float32, of `batch["targets"]` by `forward(params, batch)` -> logits [B, T, V].
 
     The target's logit is found by comparing with an iota: a gather would need the whole vocabulary on each device."""
     logits = forward(params, batch).astype(jnp.float32)

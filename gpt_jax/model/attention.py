@@ -44,8 +44,8 @@ def fill(values: jax.Array, lengths: jax.Array, slots: int) -> jax.Array:
 
 
 def append(cached: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
-    """A stack of caches [layers, B, S, K, H] with the keys or values [layers, B, 1, K, H] of one new token a row in their
-    slots. Called once a step, after all layers have read: in place when the cache is donated."""
+    """A stack of caches [layers, B, S, K, H] with the keys or values [layers, B, 1, K, H] of one new token a row in
+    their slots. Called once a step, after all layers have read: in place when the cache is donated."""
     return cached.at[:, jnp.arange(lengths.shape[0]), lengths % cached.shape[2]].set(new[:, :, 0])
 
 
@@ -83,8 +83,8 @@ class QkNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention [B, T, D] -> ([B, T, D], new cache).
 
-    `cache` None: plain pass. A pair (k, v) [B, S, K, H]: a single token a row attends over the cache and itself, and its
-    own k, v [B, 1, K, H] come back, for the caller to `append`; a longer input is a prompt that starts an empty cache,
+    `cache` None: plain pass. A pair (k, v) [B, S, K, H]: a single token a row attends over the cache and itself, and
+    its own k, v [B, 1, K, H] come back, for the caller to `append`; a longer input is a prompt that starts an empty cache,
     which comes back filled (Context.lengths tells its real tokens)."""
 
     model: config.Model

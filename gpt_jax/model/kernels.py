@@ -68,6 +68,19 @@ def _reference(q, k, v, pattern, cap, keep):
     return attend(q, k, v, make_mask(pattern, q.shape[1]), cap, keep)
 
 
+def _blocked(q, k, v, pattern, cap, keep):
+    """The reference, for at most eight runs of queries one after another, each over the keys that causal order and the
+    window leave it: half the work of the whole map, on any platform."""
+    length = q.shape[1]
+    mask, size, parts = make_mask(pattern, length), max(64, -(-length // 8)), []
+    for start in range(0, length, size):
+        rows = slice(start, min(start + size, length))
+        keys = slice(max(0, start - pattern.window + 1) if pattern.window else 0, rows.stop)
+        kept = None if keep is None else keep[:, :, rows, keys]
+        parts.append(attend(q[:, rows], k[:, keys], v[:, keys], mask[:, rows, keys], cap, kept))
+    return jnp.concatenate(parts, axis=1)
+
+
 def _jax_attention(implementation, q, k, v, pattern, cap, keep):
     """jax.nn.dot_product_attention. Segments and blocks go in as a mask: without one its kernels would ignore them."""
     plain = pattern.segment is None and pattern.block is None
@@ -131,10 +144,11 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {"reference": Kernel(_reference, lambda p: ""),
+           "blocked": Kernel(_blocked, lambda p: "has no ar blocks" if p.ar else ""),
            "xla": Kernel(partial(_jax_attention, "xla"), _xla_cannot),
            "cudnn": Kernel(partial(_jax_attention, "cudnn"), _cudnn_cannot),
            "splash": Kernel(_splash, _splash_cannot)}
-PREFERENCE = {"cpu": ("reference",), "gpu": ("cudnn", "xla", "reference"), "tpu": ("splash", "xla", "reference")}
+PREFERENCE = {"cpu": ("blocked", "reference"), "gpu": ("cudnn", "xla", "reference"), "tpu": ("splash", "xla", "reference")}
 
 
 def problem(model: config.Model, seq_len: int, platform: str, ar: bool = False) -> Problem:
@@ -176,7 +190,7 @@ def conformance(name: str, model: config.Model, segments: bool, rows: int) -> fl
 
     `rows`: batch rows, a multiple of data x fsdp. With `segments`, changing the first document must not change the second
     in the slightest. Raises UsageError when the kernel is wrong; returns the error relative to the largest value."""
-    length = 256 if name == "splash" else 32
+    length = 32 if name in ("xla", "cudnn") else 256  # several of the blocks that it skips
     window = min((w for w in model.windows if w), default=0)
     rng, dtype = np.random.default_rng(0), jnp.dtype(model.dtype)
     q, k, v = (jnp.asarray(rng.standard_normal((rows, length, heads, model.head_dim)), dtype)

@@ -1,0 +1,267 @@
+"""The commands that take a checkpoint, and what all commands share: their output, and that their numbers are the right ones."""
+
+import io
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from gpt_jax import config as configs
+from gpt_jax import load
+from gpt_jax.commands import main as commands
+from gpt_jax.data.cache import load_text
+from gpt_jax.errors import EXIT_CODES
+from gpt_jax.model.transformer import Transformer
+from gpt_jax.train import checkpoint
+
+CHINESE = "我是一个程序员，我喜欢读书。🎉"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds the text and its token cache."""
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A run on all three axes of eight devices, which has forgotten nothing: steps 5 and 10 are there."""
+    runs.call(*runs.arguments(folder, folder / "run", "--config.train.steps=10", "--config.checkpoint.every_steps=5",
+                              "--config.eval.every_steps=5", "--config.mesh.data=2", "--config.mesh.fsdp=2",
+                              "--config.mesh.tensor=2"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def chinese(folder):
+    """A run on bytes that knows one line of Chinese by heart."""
+    text = folder / "chinese.txt"
+    text.write_text((CHINESE + "\n") * 300)
+    runs.call(*runs.arguments(folder, folder / "chinese", f"--config.data.path={text}", "--config.train.steps=150",
+                              "--config.train.seq_len=64", "--config.eval.every_steps=0",
+                              "--config.optim.schedule=constant", "--config.checkpoint.every_steps=0"))
+    return folder / "chinese"
+
+
+@pytest.fixture
+def call(capsysbinary):
+    """Runs a command line; (standard output, standard error)."""
+    capsysbinary.readouterr()
+
+    def run(*given) -> tuple[str, str]:
+        runs.call(*given)
+        out, err = capsysbinary.readouterr()
+        return out.decode(), err.decode()
+
+    return run
+
+
+# ---- evaluate ----
+
+def heldout(workdir: Path, step: int) -> dict[str, float]:
+    """What the run itself measured."""
+    return {name: runs.curve(workdir, f"eval/{name}")[step] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
+
+
+def same(found: dict, expected: dict) -> None:
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluate_measures_what_the_run_measured(call, trained):
+    """On all 8 devices along fsdp, after a run on 2 x 2 x 2."""
+    for step, flags in ((10, []), (5, ["--step=5"])):
+        out, err = call("evaluate", f"--checkpoint={trained}", "--json", *flags)
+        found = json.loads(out)
+        assert found["step"] == step and found["checkpoint"] == str(trained / checkpoint.FOLDER)
+        assert list(found["sources"]) == ["held-out"]
+        row = found["sources"]["held-out"]
+        same(row, heldout(trained, step))
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]), rel=1e-5)
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / row["bytes"] / math.log(2), rel=1e-5)
+        assert f"step {step} of" in err and "on 8 " in err
+    assert call("evaluate", f"--checkpoint={trained}/checkpoints/5", "--json")[0] == out
+    assert call("evaluate", f"--checkpoint={trained}/checkpoints", "--step=5", "--json")[0] == out
+
+
+def test_evaluate_in_a_process_of_its_own(tmp_path, trained):
+    """On one device and on three, over which neither width nor batch divides: the same numbers, and only they on stdout."""
+    jobs = [runs.Process(tmp_path, ["evaluate", f"--checkpoint={trained}", "--json", *flags])
+            for flags in ([], ["--cpu_devices=3"])]
+    for process, devices in zip(jobs, ("on 1 cpu device", "on 3 cpu devices")):
+        process.end(0)
+        same(json.loads(process.out)["sources"]["held-out"], heldout(trained, 10))
+        assert devices in process.err
+
+
+def test_evaluate_per_source(call, trained, tmp_path):
+    """Rows by source, in the order given, and `all`, which is their sum; the table says what the JSON says."""
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, words in zip(files, (30, 200)):
+        runs.write_text(file, words)
+    given = "evaluate", f"--checkpoint={trained}", "--text", *files
+    rows = json.loads(call(*given, "--json")[0])["sources"]
+    assert list(rows) == [*map(str, files), "all"]
+    a, b, total = rows.values()
+    for name in ("tokens", "bytes"):
+        assert total[name] == a[name] + b[name]
+    assert [a["bytes"], b["bytes"]] == [len(file.read_bytes()) - 1 for file in files]  # nothing predicts the first one
+    for name in ("loss", "accuracy"):
+        assert total[name] == pytest.approx((a[name] * a["tokens"] + b[name] * b["tokens"]) / total["tokens"], rel=1e-5)
+    header, *lines = call(*given)[0].splitlines()
+    assert header.split() == ["source", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes"]
+    for line, (name, row) in zip(lines, rows.items(), strict=True):
+        assert line.split() == [name, f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", f"{row['bits_per_byte']:.4f}",
+                                f"{row['accuracy']:.4f}", f"{row['tokens']:,.0f}", f"{row['bytes']:,.0f}"]
+    assert len({len(line) for line in (header, *lines)}) == 1  # aligned
+
+
+def test_evaluate_equals_a_plain_forward_pass(call, trained, tmp_path):
+    file = runs.write_text(tmp_path / "a.txt", 40)
+    found = json.loads(call("evaluate", f"--checkpoint={trained}", f"--text={file}", "--json")[0])["sources"][str(file)]
+    loaded = load.load(str(trained), 0, lambda line: None, 1)
+    ids = load_text((str(file),), loaded.tokenizer, loaded.config.data, report=lambda line: None).tokens.astype(np.int32)
+    starts = range(0, len(ids) - 1, 32)  # rows in order, none of which sees the one before
+    losses, right = [], []
+    with jax.set_mesh(loaded.mesh):
+        forward = jax.jit(lambda tokens: Transformer(loaded.config.model).apply({"params": loaded.params},
+                                                                                {"tokens": tokens}))
+        for start in starts:
+            row = ids[start:start + 33]
+            tokens = np.zeros(32, np.int32)
+            tokens[:len(row) - 1] = row[:-1]
+            logits = np.asarray(forward(tokens[None]), np.float64)[0, :len(row) - 1]
+            losses += list(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(row) - 1), row[1:]])
+            right += list(logits.argmax(-1) == row[1:])
+    same(found, {"loss": np.mean(losses), "accuracy": np.mean(right), "tokens": len(ids) - 1})
+    some = json.loads(call("evaluate", f"--checkpoint={trained}", f"--text={file}", "--json", "--batches=1",
+                           "--batch_size=2")[0])["sources"][str(file)]
+    assert some["tokens"] == 8 * 32 == 256  # two rows, rounded up to one for each device
+
+
+# ---- generate ----
+
+def plain_greedy(workdir: Path, prompt: str, count: int) -> str:
+    """No cache, no batch, no buckets: the whole text through the model for every new token."""
+    loaded = load.load(str(workdir), 0, lambda line: None, 1)
+    model, ids = loaded.config.model, list(loaded.tokenizer.encode(prompt))
+    with jax.set_mesh(loaded.mesh):
+        forward = jax.jit(partial(Transformer(model).apply, {"params": loaded.params}))
+        for _ in range(count):
+            tokens = np.zeros((1, model.max_seq), np.int32)
+            tokens[0, :len(ids)] = ids
+            ids.append(int(np.asarray(forward({"tokens": tokens}))[0, len(ids) - 1, :loaded.tokenizer.vocab].argmax()))
+    return loaded.tokenizer.decode(ids[-count:])
+
+
+def test_greedy_equals_the_plain_loop(call, trained):
+    """The text and nothing else on stdout, the same each time, from a checkpoint written on another mesh."""
+    given = "generate", f"--checkpoint={trained}", "--prompt=abc de", "--temperature=0", "--max_new_tokens=20"
+    out, err = call(*given)
+    assert out == plain_greedy(trained, "abc de", 20) and len(out) == 20
+    assert call(*given, "--seed=5")[0] == out
+    assert "20 tokens in" in err and "ended by length" in err
+
+
+def test_generate_several(call, trained, tmp_path):
+    """--prompt and --prompts together, samples, JSON lines; a row is the one that it is alone."""
+    (tmp_path / "prompts.txt").write_text("he\nabc de\n")
+    given = ("generate", f"--checkpoint={trained}", "--prompt=é", f"--prompts={tmp_path}/prompts.txt", "--max_new_tokens=8",
+             "--num_samples=2", "--seed=3")
+    rows = [json.loads(line) for line in call(*given, "--json")[0].splitlines()]
+    assert [(row["prompt"], row["sample"]) for row in rows] == [(p, s) for p in ("é", "he", "abc de") for s in range(2)]
+    assert all(set(row) == {"prompt", "sample", "text", "finish", "tokens"} for row in rows)
+    assert all(row["finish"] in ("length", "eot") and row["tokens"] <= 8 for row in rows)
+    texts = [row["text"] for row in rows]
+    assert len(set(texts)) == 6
+    assert call(*given)[0] == "".join(text + "\n" for text in texts)
+    one = "generate", f"--checkpoint={trained}", "--prompt=he", "--max_new_tokens=8", "--seed=3"
+    assert call(*one)[0] == texts[2]
+    assert call(*one[:-1], "--seed=4")[0] != texts[2]
+
+
+def test_generate_step(call, trained):
+    given = "generate", f"--checkpoint={trained}", "--prompt=abc", "--max_new_tokens=24"
+    newest, older = call(*given)[0], call(*given, "--step=5")[0]
+    assert newest != older
+    assert call("generate", f"--checkpoint={trained}/checkpoints/5", *given[2:])[0] == older
+
+
+def test_generate_stop(call, chinese):
+    given = "generate", f"--checkpoint={chinese}", "--temperature=0", f"--prompt=\n{CHINESE[:4]}"
+    assert call(*given, "--max_new_tokens=36")[0].startswith(CHINESE[4:])
+    assert call(*given, "--stop=喜欢", "--stop=书", "--max_new_tokens=36")[0] == CHINESE[4:CHINESE.index("喜")]
+    [row] = call(*given, "--json", "--stop=\n")[0].splitlines()
+    assert json.loads(row)["text"] == CHINESE[4:] and json.loads(row)["finish"] == "stop"
+
+
+class Terminal(io.TextIOWrapper):
+    """Standard output that keeps what was written, piece by piece."""
+
+    def __init__(self):
+        self.pieces = []
+        raw = io.BytesIO()
+        raw.write = lambda data: self.pieces.append(bytes(data))
+        super().__init__(raw, encoding="ascii")
+
+
+def test_streaming_never_cuts_a_character(monkeypatch, chinese):
+    """Each character of several bytes, which are as many tokens, comes whole and as soon as it is complete."""
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        runs.call("generate", f"--checkpoint={chinese}", "--temperature=0", f"--prompt=\n{CHINESE[:3]}", "--stop=\n")
+    assert [piece.decode() for piece in terminal.pieces if piece] == [*CHINESE[3:]]
+
+
+def test_a_process_writes_the_text_alone(tmp_path, trained):
+    process = runs.Process(tmp_path, ["generate", f"--checkpoint={trained}", "--prompt=abc de", "--temperature=0",
+                                      "--max_new_tokens=20", "--cpu_devices=2"])
+    process.end(0)
+    assert process.out == plain_greedy(trained, "abc de", 20)
+    assert "on 2 cpu devices" in process.err
+
+
+# ---- config and help ----
+
+@pytest.mark.parametrize("spec", ["tiny.py", "llama.py:8b", "shakespeare_char.py:cpu"])
+def test_print_config(call, spec):
+    """JSON that gives the same config again, with nothing left to derive but the tokenizer's size."""
+    out, err = call("train", f"--config={runs.ROOT}/configs/{spec}", "--config.train.steps=77", "--print_config")
+    made = configs.from_dict(json.loads(out))
+    assert configs.to_json(made) == out.removesuffix("\n") and configs.resolve(made) == made
+    assert made.train.steps == 77 == made.optim.decay_steps or made.optim.decay_steps > 77
+    assert made.model.kv_heads and made.model.head_dim and made.model.mlp and made.model.max_seq and not err
+
+
+def test_the_resolved_config_is_kept(trained):
+    """In the workdir and in every checkpoint, the same one, complete."""
+    kept = configs.from_dict(json.loads((trained / "config.json").read_text()))
+    assert kept.model.vocab == 264 and kept.model.kernel != "auto" and kept.mesh.tensor == 2
+    for step in (5, 10):
+        assert configs.from_dict(checkpoint.read_meta(trained / checkpoint.FOLDER, step)["config"]) == kept
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_help_of_a_command(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        runs.call(command, "--help")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and f"usage: gpt-jax {command}" in text
+    wanted = {"train": ["--config", "--workdir", "--print_config", "--profile"],
+              "evaluate": ["--checkpoint", "--step", "--text", "--json"],
+              "generate": ["--checkpoint", "--prompt", "--prompts", "--max_new_tokens", "--temperature", "--top_k", "--top_p",
+                           "--min_p", "--repetition_penalty", "--seed", "--stop", "--num_samples", "--truncate"]}[command]
+    assert [flag for flag in [*wanted, "--cpu_devices", "--coordinator"] if flag not in text] == []
+
+
+@pytest.mark.parametrize("given", [[], ["--help"], ["help"]])
+def test_help(call, given):
+    out, err = call(*given)
+    assert [name for name in commands.COMMANDS if f"  {name} " not in out] == [] and not err
+    assert [code for code, meaning in EXIT_CODES.items() if f"{code} {meaning}" not in out] == []
