@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from gpt_jax import config as configs
 from gpt_jax import devices, evals, report, sharding
@@ -161,16 +161,18 @@ class Loop:
     def __init__(self, parts: Parts, workdir: Path, start: int, resumed: bool):
         config, model = parts.config, parts.config.model
         self.parts, self.workdir, self.config, self.start = parts, workdir, config, start
-        self.clock, self.late, self.began = Clock(), OneStepLate(), time.perf_counter()
+        self.late, self.began = OneStepLate(), time.perf_counter()
         self.peak = devices.find_peak(parts.mesh.devices.flatten().tolist())
         with jax.set_mesh(parts.mesh):
             self.counts = count_params(model)
         self.flops = token_flops(config, self.counts["matmul"])
-        self.schedule = make_schedule(config.optim)
+        steps = np.arange(max(1, config.train.steps))  # all at once: an operation in the loop would wait for the device
+        self.rates = config.optim.learning_rate * np.asarray(make_schedule(config.optim)(steps))
         self.batch_tokens = config.train.batch_size * config.train.seq_len
         self.mark = start, time.perf_counter()
         self.evaluated: dict[str, float] = {}
         self.writers = self._make_writers(start if resumed else None)
+        self.clock = Clock()  # last: what came before is not the loop's
 
     def _make_writers(self, resumed_at: int | None) -> Writers:
         if jax.process_index() != 0:
@@ -197,7 +199,7 @@ class Loop:
             return
         values = {f"train/{name}": means[name] for name in ("loss", "bits_per_byte", "accuracy", "grad_norm",
                                                             "param_norm")}
-        values["train/learning_rate"] = self.config.optim.learning_rate * float(self.schedule(step - 1))
+        values["train/learning_rate"] = float(self.rates[step - 1])
         values["throughput/tokens_seen"] = step * self.batch_tokens
         before, since = self.mark
         if step > before:

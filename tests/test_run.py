@@ -185,6 +185,8 @@ class Stuck:
         self.left -= 1
         time.sleep(0 if self.left else 3600)
         return next(self.stream)
+    def close(self):
+        self.stream.close()
 experiment.make_stream = lambda *a, **k: Stuck(make(*a, **k))
 main(sys.argv[1:])
 """

@@ -84,8 +84,8 @@ class Attention(nn.Module):
     """Causal self-attention [B, T, D] -> ([B, T, D], new cache).
 
     `cache` None: plain pass. A pair (k, v) [B, S, K, H]: a single token a row attends over the cache and itself, and
-    its own k, v [B, 1, K, H] come back, for the caller to `append`; a longer input is a prompt that starts an empty cache,
-    which comes back filled (Context.lengths tells its real tokens)."""
+    its own k, v [B, 1, K, H] come back, for the caller to `append`; a longer input is a prompt that starts an empty
+    cache, which comes back filled (Context.lengths tells its real tokens)."""
 
     model: config.Model
     window: int
