@@ -93,7 +93,7 @@ def test_killed_and_stopped_again_and_again_to_the_bit(tmp_path):
         process.end(10 if number != signal.SIGKILL else -signal.SIGKILL)
         if number != signal.SIGKILL:
             stopped = int(process.err.split("stopped on request after step ")[1].split()[0])
-            assert steps_in(broken / FOLDER)[-1] == stopped and len(process.err.strip().splitlines()) == 1
+            assert steps_in(broken / FOLDER)[-1] == stopped and "Traceback" not in process.err
     process = runs.Process(tmp_path / "logs", runs.arguments(tmp_path, broken, *overrides))
     process.end(0)
     assert f"resumed from step {stopped} of " in process.out
@@ -196,4 +196,5 @@ def test_the_watchdog_ends_a_run_that_hangs(tmp_path):
     given = runs.arguments(tmp_path, tmp_path / "run", "--config.train.hang_minutes=0.1")
     process = runs.Process(tmp_path / "logs", given, ("-c", STUCK))
     process.end(41)
-    assert "no step ended for 0.1 minutes (config.train.hang_minutes)" in process.err and "__next__" in process.err
+    assert "no step ended for 0.1 minutes (config.train.hang_minutes)" in process.err
+    assert "most recent call first" in process.err  # every thread's stack
