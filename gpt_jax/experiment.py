@@ -250,6 +250,7 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
                 write_samples(loop, state, step, 1)
             if checkpoints.should_save(step) or stopping or step == train.steps:
                 save(loop, checkpoints, state, step)
+            beat()  # an evaluation has its own time limit's worth
             if stopping and step < train.steps:
                 with loop.clock.phase("checkpoint", blocked=True):
                     checkpoints.wait()

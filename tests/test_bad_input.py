@@ -159,7 +159,7 @@ DATA = {
     "no json": ({"a.jsonl": b'{"text": "one"}\n{"text": \n'}, ["a.jsonl"], ["a.jsonl:2", "not JSON"]),
     "no such field": ({"a.jsonl": b'{"body": "one"}\n'}, ["a.jsonl"], ["a.jsonl:1", "config.data.field = 'text'", "body"]),
     "half a gzip file": ({"a.txt.gz": b"\x1f\x8b\x08\x00\x00\x00"}, ["a.txt.gz"], ["a.txt.gz", "damaged or incomplete"]),
-    "smaller than a batch": ({"a.txt": TEXT * 5}, ["a.txt"], ["config.train.batch_size = 8", "216 tokens", "6 rows",
+    "smaller than a batch": ({"a.txt": TEXT * 5}, ["a.txt"], ["config.train.batch_size = 8", "217 tokens", "6 rows",
                                                               "config.train.seq_len = 32", "more text"]),
     "shorter than a row": ({"a.txt": b"too short to be"}, ["a.txt"], ["config.train.seq_len = 32", "a row needs 33"]),
     "one document by hash": ({"a.txt": TEXT * 99}, ["a.txt", "--config.data.split=document"],
@@ -309,7 +309,7 @@ def test_prompt_unknown_to_the_character_tokenizer(tmp_path):
 def files_at_most(size: int):
     """Writing more to any file fails, as on a full disk. Nothing goes into the compilation cache of the other tests."""
     before, key = resource.getrlimit(resource.RLIMIT_FSIZE), "jax_persistent_cache_min_compile_time_secs"
-    seconds = jax.config.values[key]
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update(key, 1e9)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

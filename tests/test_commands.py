@@ -122,7 +122,7 @@ def test_evaluate_per_source(call, trained, tmp_path):
 
 
 def test_evaluate_equals_a_plain_forward_pass(call, trained, tmp_path):
-    file = runs.write_text(tmp_path / "a.txt", 40)
+    file = runs.write_text(tmp_path / "a.txt", 100)
     found = json.loads(call("evaluate", f"--checkpoint={trained}", f"--text={file}", "--json")[0])["sources"][str(file)]
     loaded = load.load(str(trained), 0, lambda line: None, 1)
     ids = load_text((str(file),), loaded.tokenizer, loaded.config.data, report=lambda line: None).tokens.astype(np.int32)

@@ -26,6 +26,10 @@ def main(arguments: list[str]) -> None:
     args = flags.parse_args(arguments)
     if args.batch_size < 0 or args.batches < 0:
         raise UsageError("--batch_size and --batches: expected 0 or more")
+    twice = sorted({text for text in args.text if args.text.count(text) > 1})
+    if twice or "all" in args.text:
+        raise UsageError(f"--text={(twice or ['all'])[0]}: " + ("is given twice" if twice else "is the name of the sum; "
+                                                                "write ./all"))
     start_runtime(args)
     import jax
 

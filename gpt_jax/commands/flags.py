@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from gpt_jax import config
 from gpt_jax.errors import UsageError
 
@@ -88,9 +90,17 @@ def load_config(spec: str, overrides: list[str]) -> config.Config:
         module_spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             raise UsageError(f"--config={spec}: the file has no get_config()")
-        values = (module.get_config(argument) if argument else module.get_config()).to_dict()
-    except (ValueError, TypeError) as error:
+        made = module.get_config(argument) if argument else module.get_config()
+        if not isinstance(made, ConfigDict):
+            raise UsageError(f"--config={spec}: get_config() gives {type(made).__name__}, not a ConfigDict")
+        values = made.to_dict()
+    except UsageError:
+        raise
+    except ValueError as error:  # how a config refuses its argument
         raise UsageError(f"--config={spec}: {error}") from None
+    except Exception as error:  # whatever a file that is not a config does
+        line = " ".join(str(error).split())
+        raise UsageError(f"--config={spec}: cannot be read as a config: {type(error).__name__}: {line}") from None
     finally:
         sys.path.pop(0)
     for key, text in split_overrides(overrides):

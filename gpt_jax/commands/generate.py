@@ -65,7 +65,7 @@ def run(args, prompts, sampling) -> None:
     first = jax.process_index() == 0
     say = (lambda line: print(line, file=sys.stderr, flush=True)) if first else (lambda line: None)
     out = sys.stdout.buffer  # UTF-8 whatever the terminal's locale says
-    loaded = load.load(args.checkpoint, args.step, say, 0 if args.cpu_devices or args.num_processes > 1 else 1)
+    loaded = load.load(args.checkpoint, args.step, say, 0 if args.cpu_devices or jax.process_count() > 1 else 1)
     single = len(prompts) * sampling.num_samples == 1 and not args.json
     done, began = [], time.perf_counter()
     with jax.set_mesh(loaded.mesh):
