@@ -113,6 +113,18 @@ def test_xla_equals_reference(kv_heads):
 SPLASH = ("causal", "window", "segments", "segments and window")
 
 
+@pytest.mark.parametrize("length", [64, 150])  # one block, and three of which the last is shorter
+def test_blocked_equals_reference(length):
+    compare(KERNELS["blocked"].run, length, SPLASH, (0.0, 2.0))
+
+
+def test_blocked_drops_what_the_reference_drops():
+    q, k, v = inputs(150)
+    keep = jnp.float32(np.random.default_rng(1).integers(0, 2, (B, N, 150, 150)) * 2.0)
+    ours, theirs = (KERNELS[name].run(q, k, v, Pattern(40), 0.0, keep) for name in ("blocked", "reference"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 @pytest.mark.parametrize("names, cap, kv_heads", [(SPLASH, 0.0, K), (("segments and window",), 2.0, N),
                                                   (("causal",), 0.0, 1)])
 def test_splash_equals_reference(names, cap, kv_heads):
@@ -143,14 +155,14 @@ def problem(platform="cpu", **changes):
     ("xla", problem(softcap=True), "no soft-cap"), ("xla", problem(dropout=True), "no attention dropout"),
     ("cudnn", problem("gpu", dtype="float32"), "bfloat16"), ("cudnn", problem("gpu", head_dim=12), "divisible by 8"),
     ("cudnn", problem("gpu", softcap=True), "no soft-cap"), ("splash", problem("tpu", dropout=True), "dropout"),
-    ("splash", problem("tpu", ar=True), "ar blocks"), ("splash", problem("tpu", seq_len=100), "128")])
+    ("splash", problem("tpu", ar=True), "ar blocks"), ("blocked", problem(ar=True), "no ar blocks"), ("splash", problem("tpu", seq_len=100), "128")])
 def test_a_named_kernel_runs_or_raises(name, posed, words):
     with pytest.raises(UsageError, match=rf"config\.model\.kernel = '{name}': .*{words}.*; choose auto"):
         choose(name, posed)
 
 
 @pytest.mark.parametrize("posed, wanted, words", [
-    (problem(), "reference", "fastest known on cpu"), (problem("gpu"), "cudnn", "fastest known on gpu"),
+    (problem(), "blocked", "fastest known on cpu"), (problem(ar=True), "reference", "blocked has no ar"), (problem("gpu"), "cudnn", "fastest known on gpu"),
     (problem("gpu", dtype="float32"), "xla", "cudnn needs"),
     (problem("gpu", softcap=True), "reference", "xla has no soft"),
     (problem("tpu"), "splash", "fastest known on tpu"), (problem("tpu", seq_len=100), "xla", "splash needs seq_len"),
@@ -172,7 +184,7 @@ def test_named_kernels_that_can_are_taken():
 MODEL = config.resolve(config.Config(model=config.Model(embed=32, heads=4, kv_heads=2, windows=(5, 0), vocab=8))).model
 
 
-@pytest.mark.parametrize("name", ["reference", "xla"])
+@pytest.mark.parametrize("name", ["reference", "blocked", "xla"])
 @pytest.mark.parametrize("segments", [True, False])
 def test_conformance_passes_a_good_kernel(name, segments, mesh):
     assert conformance(name, MODEL, segments, rows=2) < 1e-5
