@@ -155,14 +155,17 @@ def problem(platform="cpu", **changes):
     ("xla", problem(softcap=True), "no soft-cap"), ("xla", problem(dropout=True), "no attention dropout"),
     ("cudnn", problem("gpu", dtype="float32"), "bfloat16"), ("cudnn", problem("gpu", head_dim=12), "divisible by 8"),
     ("cudnn", problem("gpu", softcap=True), "no soft-cap"), ("splash", problem("tpu", dropout=True), "dropout"),
-    ("splash", problem("tpu", ar=True), "ar blocks"), ("blocked", problem(ar=True), "no ar blocks"), ("splash", problem("tpu", seq_len=100), "128")])
+    ("splash", problem("tpu", ar=True), "ar blocks"),
+    ("blocked", problem(ar=True), "no ar blocks"), ("splash", problem("tpu", seq_len=100), "128")])
 def test_a_named_kernel_runs_or_raises(name, posed, words):
     with pytest.raises(UsageError, match=rf"config\.model\.kernel = '{name}': .*{words}.*; choose auto"):
         choose(name, posed)
 
 
 @pytest.mark.parametrize("posed, wanted, words", [
-    (problem(), "blocked", "fastest known on cpu"), (problem(ar=True), "reference", "blocked has no ar"), (problem("gpu"), "cudnn", "fastest known on gpu"),
+    (problem(), "blocked", "fastest known on cpu"),
+    (problem(ar=True), "reference", "blocked has no ar"),
+    (problem("gpu"), "cudnn", "fastest known on gpu"),
     (problem("gpu", dtype="float32"), "xla", "cudnn needs"),
     (problem("gpu", softcap=True), "reference", "xla has no soft"),
     (problem("tpu"), "splash", "fastest known on tpu"), (problem("tpu", seq_len=100), "xla", "splash needs seq_len"),
