@@ -4,12 +4,13 @@
 
 Both models are 4 layers of 128 with 4 heads and a feed-forward of 512 on rows of 128 tokens, 16 a step, 400 steps; the
 FLOPs of a token are equal within 1 % (modern pads the head to 128 rows; value embeddings are looked up). GPT-2: learned positions,
-LayerNorm, GELU, tied head, AdamW with the better of two peak rates, cosine. Modern: the settings of configs/quickstart.py.
-Held out: the last tenth of the text, all of it. Writes modern_vs_gpt2.json next to this file.
+LayerNorm, GELU, tied head, AdamW at three peak rates, cosine. Modern: the settings of configs/quickstart.py.
+Held out: the last tenth of the text, all of it. Three seeds each. Writes modern_vs_gpt2.json next to this file.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from gpt_jax.commands import flags
 from gpt_jax.model.transformer import count_params
 
 HERE = Path(__file__).resolve().parent
+SEEDS = 3
 SHAPE = ["model.layers=4", "model.embed=128", "model.heads=4", "train.seq_len=128", "train.batch_size=16", "train.steps=400",
          "data.rows=window", "data.split=tail", "data.eval_fraction=0.1", "eval.every_steps=0", "eval.batches=0",
          "eval.sample_every_steps=0", "eval.compare_xz=false", "checkpoint.every_steps=0", "log.tensorboard=false",
          "model.unroll=0"]
 RUNS = {"gpt2 1e-3": ("gpt2.py", ["model.dtype=float32", "optim.learning_rate=1e-3", "optim.b2=0.99", "model.vocab=0"]),
         "gpt2 3e-3": ("gpt2.py", ["model.dtype=float32", "optim.learning_rate=3e-3", "optim.b2=0.99", "model.vocab=0"]),
+        "gpt2 1e-2": ("gpt2.py", ["model.dtype=float32", "optim.learning_rate=1e-2", "optim.b2=0.99", "model.vocab=0"]),
         "modern": ("quickstart.py", [])}
 GPT2_SCHEDULE = ["optim.warmup_steps=40", "model.max_seq=0", "train.accumulate=1", "eval.batch_size=0", "train.loss_chunk=0",
                  "mesh.fsdp=1", "mesh.data=-1", "model.remat=none"]
@@ -50,9 +53,14 @@ def main() -> None:
         found[name] = {}
         for title, (config, own) in RUNS.items():
             schedule = GPT2_SCHEDULE if config == "gpt2.py" else []
-            with tempfile.TemporaryDirectory() as workdir:
-                found[name][title] = run(config, [*SHAPE, *schedule, *own, f"data.path={file}",
-                                                  f"data.tokenizer={tokenizer}"], workdir)
+            seeds = []
+            for seed in range(SEEDS):
+                with tempfile.TemporaryDirectory() as workdir:
+                    seeds.append(run(config, [*SHAPE, *schedule, *own, f"seed={seed}", f"data.path={file}",
+                                              f"data.tokenizer={tokenizer}"], workdir))
+            losses = [one["loss"] for one in seeds]
+            mean = {key: statistics.mean(one[key] for one in seeds) for key in ("loss", "bits_per_byte")}
+            found[name][title] = {**seeds[0], **mean, "lowest": min(losses), "highest": max(losses)}
             print(name, title, json.dumps(found[name][title]), flush=True)
     (HERE / "modern_vs_gpt2.json").write_text(json.dumps(found, indent=1) + "\n")
 

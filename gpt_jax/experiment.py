@@ -22,7 +22,7 @@ from gpt_jax.metrics import (BarWriter, Clock, JsonlWriter, OneStepLate, TensorB
                              read_jsonl, replace_file)
 from gpt_jax.model import kernels
 from gpt_jax.model.transformer import Transformer, abstract_params, count_params, init_params, layer_specs
-from gpt_jax.stops import StopRequest, watchdog
+from gpt_jax.stops import StopRequest, peer_gone, watchdog
 from gpt_jax.train import checkpoint
 from gpt_jax.train.digest import agree
 from gpt_jax.train.loss import Network
@@ -225,7 +225,8 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
         stop = StopRequest()
         closing.callback(stop.close)
         checkpoints = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, config.checkpoint, say)
-        closing.callback(checkpoints.close)
+        # A save in flight would wait for a peer that has left.
+        closing.push(lambda kind, error, trace: None if peer_gone(error) else checkpoints.close())
         start = checkpoints.latest or 0
         stream = make_stream(prepared.train, prepared.tokenizer, config.data, train.seq_len, train.batch_size, config.seed,
                              rows, start)  # before the state: it refuses too little text, and compiles nothing

@@ -1,7 +1,9 @@
-"""When a run ends before its last step: requests to stop, and the watchdog for hangs (floor 0, called by experiment)."""
+"""When a run ends before its last step: requests to stop, the watchdog for hangs, and the signs that a peer process is
+gone (floor 0; called by experiment, checkpoint and commands)."""
 
 import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
@@ -10,7 +12,19 @@ from contextlib import contextmanager
 
 import jax
 
-from gpt_jax.errors import Hang
+from gpt_jax.errors import Hang, PeerFailed
+
+
+# How the libraries below say that another process has left: gloo, NCCL, JAX's coordination service. What else goes wrong
+# inside XLA (out of memory, say) is this process's own failure.
+PEER_GONE = re.compile(r"Gloo .*failed|closed by peer|reset by peer|[Rr]emote process (has )?exited|heartbeat timeout|"
+                       r"[Cc]oordination ?[Ss]ervice|Barrier failed|tasks are unhealthy")
+
+
+def peer_gone(error: BaseException | None) -> bool:
+    """Whether `error` comes of another process of this job having left."""
+    return isinstance(error, PeerFailed) or (error is not None and jax.process_count() > 1
+                                             and PEER_GONE.search(str(error)) is not None)
 
 
 class StopRequest:

@@ -90,13 +90,25 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, number):
     assert runs.final_state(parts, tmp_path / "job")[0] == steps[0]
 
 
-def test_when_one_is_killed_the_other_leaves_and_says_why(tmp_path):
-    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=100000", *BUSY)
+@pytest.mark.parametrize("victim, every", [(1, 0), (0, 0), (0, 1), (1, 1)])
+def test_when_one_is_killed_the_other_leaves_and_says_why(tmp_path, victim, every):
+    """Between saves and, with one after every step, during them; process 0 holds the coordination service."""
+    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=100000", "--config.eval.every_steps=0",
+                           f"--config.checkpoint.every_steps={every}", "--heartbeat_seconds=10")
     job = runs.job(tmp_path / "logs", 2, given)
     job[0].until(runs.logged(tmp_path / "job", 20), "step 20")
-    job[1].kill()
-    job[0].end(40, 60)  # the process group itself would take 100 s to notice
-    assert "a peer process" in job[0].err.splitlines()[-1]
+    job[victim].kill()
+    other = job[1 - victim]
+    other.end(40, 100)
+    assert "a peer process" in other.err.splitlines()[-1] and "Traceback" not in other.err
+
+
+def test_processes_that_do_not_meet_say_so(tmp_path):
+    given = runs.arguments(tmp_path, tmp_path / "job", "--join_seconds=3", "--coordinator=127.0.0.1:1", "--num_processes=2",
+                           "--process_id=1")
+    process = runs.Process(tmp_path / "logs", given)
+    process.end(40, 100)
+    assert "--join_seconds=3" in process.err.splitlines()[-1] and "Traceback" not in process.err
 
 
 def test_saved_on_eight_devices_measured_and_sampled_on_two_processes(tmp_path, capfdbinary):

@@ -4,13 +4,17 @@ import argparse
 import ctypes
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from gpt_jax import config
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import PeerFailed, UsageError
+
+
+ABORT_HANDLERS = []  # C keeps an address only, so they must never be collected
 
 
 class Flags(argparse.ArgumentParser):
@@ -31,6 +35,8 @@ def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 of a job of several processes")
     group.add_argument("--num_processes", type=int, default=1, help="processes of the job")
     group.add_argument("--process_id", type=int, default=0, help="which of them this is")
+    group.add_argument("--join_seconds", type=int, default=300, help="how long the processes wait for each other at the start")
+    group.add_argument("--heartbeat_seconds", type=int, default=100, help="a process that is silent for so long counts as gone")
     group.add_argument("--distributed", action="store_true",
                        help="find coordinator and processes from the cluster (TPU pod, SLURM)")
 
@@ -48,11 +54,36 @@ def start_runtime(args: argparse.Namespace) -> None:
     if not 0 <= args.process_id < args.num_processes:
         raise UsageError(f"--process_id={args.process_id}: expected 0 to {args.num_processes - 1}")
     if args.distributed or args.num_processes > 1:
-        keep_stdout()
-    if args.distributed:
-        jax.distributed.initialize()
-    elif args.num_processes > 1:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        join(args)
+
+
+def join(args: argparse.Namespace) -> None:
+    """Makes this process one of a job; ends it with code 40 when the others do not turn up within `--join_seconds`."""
+    import jax
+
+    given = {} if args.distributed else dict(coordinator_address=args.coordinator, num_processes=args.num_processes,
+                                             process_id=args.process_id)
+    keep_stdout()
+    leave_on_abort(f"the processes of this job did not all meet within --join_seconds={args.join_seconds}: one has failed "
+                   "(its log has the reason), or --coordinator is wrong")
+    jax.distributed.initialize(**given, initialization_timeout=args.join_seconds,
+                               heartbeat_timeout_seconds=args.heartbeat_seconds)
+    leave_on_abort("aborted by native code (lines above): a peer process is gone, its log has the reason")
+
+
+def leave_on_abort(line: str) -> None:
+    """From now on abort() means `line` and exit code 40. JAX's process group ends a process that way when it finds a peer
+    gone (at once if that was process 0, else when its heartbeats are missed), in a thread of its own, where Python's
+    signal handlers do not run, and its callback cannot be used (jaxlib 0.10: std::bad_cast): so C calls this handler."""
+    text = f"gpt-jax: {line}\n".encode()
+
+    def leave(_):
+        os.write(2, text)
+        os._exit(PeerFailed.code)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(leave)
+    ABORT_HANDLERS.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 
 
 def keep_stdout() -> None:

@@ -41,6 +41,15 @@ def _processes() -> int:
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
+def _lost_peer(error: Exception) -> bool:
+    """Whether `error` comes of a peer process having left."""
+    if _processes() == 1:
+        return False
+    from gpt_jax.stops import peer_gone
+
+    return peer_gone(error)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line for a planned end, a traceback for a bug, and the exit code either way."""
     code = 0
@@ -55,11 +64,12 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of `generate | head` has gone
         sys.stdout = open(os.devnull, "w")
     except Exception as error:
-        traceback.print_exc()
-        code = 1
-        if _processes() > 1 and type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
-            print("gpt-jax: a collective failed: a peer process is gone, its log has the reason", file=sys.stderr)
-            code = PeerFailed.code
+        code = PeerFailed.code if _lost_peer(error) else 1
+        if code == 1:
+            traceback.print_exc()
+        else:
+            print(f"gpt-jax: a peer process is gone, its log has the reason; seen here as: {str(error).splitlines()[0]}",
+                  file=sys.stderr)
     finish(code)
 
 

@@ -22,7 +22,8 @@ import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
 from gpt_jax import config
-from gpt_jax.errors import NoCheckpoint, SaveFailed, UsageError
+from gpt_jax.errors import Exit, NoCheckpoint, PeerFailed, SaveFailed, UsageError
+from gpt_jax.stops import peer_gone
 from gpt_jax.train.digest import (FOLDER, FORMAT, MANIFEST, META, SAVING, TEMPORARY, agree, cause_of, find_damage,
                                   free_name, latest_valid, read_meta, resolve_checkpoint, steps_in, unfinished_in,
                                   write_atomically, write_manifest)
@@ -211,11 +212,15 @@ class Checkpoints:
         except OSError as error:
             self._report(f"{folder} could not be deleted: {cause_of(error)}")
 
-    def _failed(self, step: int, error: BaseException) -> SaveFailed:
+    def _failed(self, step: int, error: BaseException) -> Exit:
+        """What to raise for a save that ended with `error`: SaveFailed, or PeerFailed when another process has left."""
         good = max((s for s in self._complete if s != step), default=None)
         rest = "there is no earlier checkpoint" if good is None else f"the checkpoint of step {good} is untouched"
         parent = next(folder for folder in (self.directory, *self.directory.parents) if folder.exists())
         free = shutil.disk_usage(parent).free / 2**20
+        if peer_gone(error):
+            return PeerFailed(f"{self.directory}: a peer process left while step {step} was being saved, its log has the "
+                              f"reason; {rest}")
         return SaveFailed(f"{self.directory}: saving step {step} failed: {cause_of(error)} ({free:,.1f} MiB free); "
                           f"{rest}")
 
