@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from gpt_jax import experiment
+from gpt_jax import experiment, loop
 from gpt_jax.commands import flags
 from gpt_jax.model.transformer import count_params
 
@@ -36,7 +36,7 @@ def run(config: str, overrides: list[str], workdir: str) -> dict:
     """Held-out loss and bits per byte after the last step."""
     parts = experiment.build(flags.load_config(str(HERE.parent / "configs" / config),
                                                [f"--config.{text}" for text in overrides]))
-    summary = experiment.run(parts, Path(workdir))
+    summary = loop.run(parts, Path(workdir))
     return {"loss": summary.eval_loss, "bits_per_byte": summary.bits_per_byte, "parameters": summary.parameters,
             "flops_per_token": experiment.token_flops(parts.config, count_params(parts.config.model)["matmul"])[0]}
 

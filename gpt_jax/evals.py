@@ -1,4 +1,4 @@
-"""What is measured on held-out text, and samples (floor 3; called by experiment and the evaluate command)."""
+"""What is measured on held-out text, and samples (floor 3; called by loop and the evaluate command)."""
 
 import lzma
 from typing import Callable, Iterable

@@ -1,6 +1,6 @@
 """Metrics: mergeable sums, the writers they end in, and where the wall time goes (floor 0).
 
-Called by gpt_jax/experiment.py, evals.py and report.py. Names are `room/what`, one meaning each:
+Called by gpt_jax/loop.py, evals.py and report.py. Names are `room/what`, one meaning each:
 
     train/loss  train/bits_per_byte  train/accuracy  train/learning_rate  train/grad_norm  train/param_norm
     eval/loss   eval/bits_per_byte   eval/accuracy   eval/perplexity      sample/<n> (text)

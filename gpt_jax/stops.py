@@ -1,5 +1,5 @@
 """When a run ends before its last step: requests to stop, the watchdog for hangs, and the signs that a peer process is
-gone (floor 0; called by experiment, checkpoint and commands)."""
+gone (floor 0; called by loop, checkpoint and commands)."""
 
 import faulthandler
 import os

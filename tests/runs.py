@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax import evals, experiment, sharding
+from gpt_jax import evals, experiment, loop, sharding
 from gpt_jax.commands import flags
 from gpt_jax.commands import main as commands
 from gpt_jax.data.cache import prepare
@@ -77,7 +77,7 @@ def run(parts: experiment.Parts, workdir: Path, say=lambda line: None, profile=N
     """A run in this process."""
     workdir.mkdir(parents=True, exist_ok=True)
     with own_signals():
-        return experiment.run(parts, workdir, profile, say)
+        return loop.run(parts, workdir, profile, say)
 
 
 def losses(parts: experiment.Parts, steps: int = 20) -> list[float]:

@@ -97,17 +97,9 @@ def test_out_of_range(values, words):
     refuses(lambda: from_dict(values), *words)
 
 
-def test_every_default_is_within_its_own_limits():
-    def walk(value):
-        for name, field in ((f.name, f) for f in dataclasses.fields(value)):
-            inner = getattr(value, name)
-            if dataclasses.is_dataclass(inner):
-                walk(inner)
-            else:
-                config._limits(field, inner, name)
-
-    for section in (Config(), config.Group()):
-        walk(section)
+@pytest.mark.parametrize("kind", [Config, config.Group])
+def test_every_default_is_within_its_own_limits(kind):
+    from_dict(config.to_dict(kind()), kind)
 
 
 # JSON

@@ -173,7 +173,7 @@ print("tokens", len(got.train.tokens))
 
 def start(folder, how):
     return subprocess.Popen([sys.executable, "-c", KILLED, str(folder / "text"), str(folder / "cache"), how],
-                            stdout=subprocess.PIPE, text=True, cwd=Path(config.__file__).parents[1])
+                            stdout=subprocess.PIPE, text=True, cwd=Path(config.__file__).parents[2])
 
 
 def test_kill_while_building_leaves_nothing_usable(folder):

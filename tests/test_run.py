@@ -175,9 +175,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 STUCK = """
 import sys, time
-from gpt_jax import experiment
+from gpt_jax import loop
 from gpt_jax.commands.main import main
-make = experiment.make_stream
+make = loop.make_stream
 class Stuck:
     def __init__(self, stream):
         self.stream, self.left, self.summary = stream, 3, stream.summary
@@ -187,7 +187,7 @@ class Stuck:
         return next(self.stream)
     def close(self):
         self.stream.close()
-experiment.make_stream = lambda *a, **k: Stuck(make(*a, **k))
+loop.make_stream = lambda *a, **k: Stuck(make(*a, **k))
 main(sys.argv[1:])
 """
 

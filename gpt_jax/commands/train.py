@@ -29,10 +29,10 @@ def main(arguments: list[str]) -> None:
     start_runtime(args)
     import jax
 
-    from gpt_jax import experiment
+    from gpt_jax import experiment, loop
 
     say = (lambda line: print(line, flush=True)) if jax.process_index() == 0 else (lambda line: None)
-    experiment.run(experiment.build(config, say), workdir, profile, say)
+    loop.run(experiment.build(config, say), workdir, profile, say)
 
 
 def parse_profile(text: str, steps: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Rows to streams: batches as a Grain data set, read ahead off the main thread (called by experiment and evals).
+"""Rows to streams: batches as a Grain data set, read ahead off the main thread (called by loop and the evaluate command).
 
 A batch is a pure function of its number, so the only state is the number of the next one, and the share of a process is
 a slice of the rows: nothing here knows how many processes there are.

@@ -1,0 +1,12 @@
+"""The frozen `Config`: every knob of a run, its default and its limits (floor 0).
+
+A config file returns a `ConfigDict` holding only what it changes; `from_dict` turns it into one `Config` and is the
+last place that sees a ConfigDict. Each room receives its own section. Values that must agree with each other are
+checked in `check`, before anything compiles.
+"""
+
+from gpt_jax.config.checks import check, mesh_shape, resolve
+from gpt_jax.config.fields import (DTYPES, FFNS, INITS, KERNELS, MIXERS, NORMS, OBJECTIVES, OPTIMIZERS, POSITIONS, REMATS,
+                                   RESUMABLE, ROWS, SCHEDULES, SPLITS, Checkpoint, Config, Data, Eval, Group, Log, Mesh,
+                                   Model, Optim, Train, knob)
+from gpt_jax.config.read import changes, flatten, from_dict, override, parse, to_dict, to_json
