@@ -6,7 +6,8 @@ from typing import Callable, Iterable
 import jax
 
 from gpt_jax import config, sharding
-from gpt_jax.infer.decode import Sampling, generate
+from gpt_jax.errors import UsageError
+from gpt_jax.infer.decode import Sampling, fit_prompt, generate
 from gpt_jax.metrics import Sums, add, divide, perplexity
 
 
@@ -28,6 +29,16 @@ def heldout_metrics(sums: Sums, prefix: str = "eval") -> dict[str, float]:
 def xz_bits_per_byte(text: bytes) -> float:
     """What `xz -9` needs for `text`: a yardstick that anyone can check, in the model's own unit."""
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+def check_prompts(model: config.Model, tokenizer, knobs: config.Eval) -> None:
+    """Raises UsageError for a sample prompt that this tokenizer and context cannot take: before training, not after it."""
+    sampling = Sampling(max_new_tokens=1)
+    for i, prompt in enumerate(knobs.sample_prompts):
+        try:
+            fit_prompt(i + 1, prompt, tokenizer, model.max_seq, sampling, lambda line: None)
+        except UsageError as error:
+            raise UsageError(f"config.eval.sample_prompts[{i}] = {prompt!r}: {error}") from None
 
 
 def samples(model: config.Model, params, tokenizer, knobs: config.Eval, seed: int, count: int,

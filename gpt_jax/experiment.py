@@ -8,7 +8,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 
 from gpt_jax import config as configs
-from gpt_jax import devices, sharding
+from gpt_jax import devices, evals, sharding
 from gpt_jax.data.cache import Prepared, prepare
 from gpt_jax.errors import UsageError
 from gpt_jax.model import kernels
@@ -67,6 +67,7 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
 def build_on(config: configs.Config, mesh, prepared: Prepared) -> Parts:
     """`build` for a resolved config on a given mesh."""
     train, seed = config.train, config.seed
+    evals.check_prompts(config.model, prepared.tokenizer, config.eval)
     with jax.set_mesh(mesh):
         model, line = choose_kernel(config.model, train.seq_len, mesh, config.data.rows == "packed")
         config = replace(config, model=model)

@@ -77,6 +77,15 @@ CONFIGS = {
     "warmup beyond the end": (["--config.optim.warmup_steps=99"], ["config.optim.warmup_steps = 99", "step 20"]),
     "no such tokenizer": (["--config.data.tokenizer=words"], ["config.data.tokenizer = 'words'", "bytes, char, bpe:N"]),
     "bpe too small": (["--config.data.tokenizer=bpe:99"], ["config.data.tokenizer = 'bpe:99'", "at least 257"]),
+    "value embeddings over fsdp": (["--config.model.value_embed=true", "--config.model.kv_heads=1", "--config.mesh.fsdp=8",
+                                    "--config.model.head_dim=4", "--config.mesh.data=1"],
+                                   ["config.model.kv_heads = 1", "config.model.head_dim = 4", "config.mesh.fsdp = 8"]),
+    "no loss scaling": (["--config.model.dtype=float16"], ["config.model.dtype = 'float16'", "float32, bfloat16"]),
+    "no sample prompt": (["--config.eval.sample_prompts="], ["config.eval.sample_prompts = ()", "at least one"]),
+    "sample prompt of unknown characters": (["--config.data.tokenizer=char"],
+                                            ["config.eval.sample_prompts[0] = '\\n'", "character 0", "char tokenizer"]),
+    "sample prompt beyond the context": (["--config.eval.sample_prompts=a,%s" % ("b" * 40)],
+                                         ["config.eval.sample_prompts[1]", "40 tokens", "context holds 32"]),
     "kernel that cannot run here": (["--config.model.kernel=cudnn"], ["config.model.kernel", "cudnn"]),
 }
 

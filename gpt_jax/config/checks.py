@@ -81,6 +81,9 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
              f"must divide by config.mesh.tensor = {shape['tensor']}"
              + ("; set config.model.vocab_multiple" if path == "vocab" else ""))
     need(model.embed % shape["fsdp"] == 0, "model.embed", f"must divide by config.mesh.fsdp = {shape['fsdp']}")
+    values = model.kv_heads * model.head_dim  # width of the value embeddings' table, cut over fsdp like the embedding's
+    need(not model.value_embed or values % shape["fsdp"] == 0, "model.kv_heads",
+         f"times config.model.head_dim = {model.head_dim} must divide by config.mesh.fsdp = {shape['fsdp']} (value_embed)")
     micro = train.batch_size // train.accumulate
     need(train.batch_size % train.accumulate == 0, "train.batch_size",
          f"must divide by config.train.accumulate = {train.accumulate}")
@@ -88,6 +91,7 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
          f"gives {micro} rows a microbatch, which must divide by data x fsdp = {rows} of the mesh; "
          f"try {-(-train.batch_size // (rows * train.accumulate)) * rows * train.accumulate}")
     need(config.eval.batch_size % rows == 0, "eval.batch_size", f"must divide by data x fsdp = {rows} of the mesh")
+    need(bool(config.eval.sample_prompts), "eval.sample_prompts", "needs at least one prompt")
     need(not train.loss_chunk or train.seq_len % train.loss_chunk == 0, "train.loss_chunk",
          f"must divide config.train.seq_len = {train.seq_len}")
     need(optim.warmup_steps <= optim.decay_steps, "optim.warmup_steps",

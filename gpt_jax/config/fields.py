@@ -23,7 +23,7 @@ SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")
 ROWS = ("window", "chunk", "packed")
 SPLITS = ("tail", "document")
 OBJECTIVES = ("next_token",)
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _cudnn_cannot(p: Problem) -> str:
     if p.platform != "gpu":
         return f"needs a GPU, this is {p.platform}"
     if p.dtype == "float32":
-        return "needs config.model.dtype = bfloat16 or float16"
+        return "needs config.model.dtype = bfloat16"
     return "needs head_dim divisible by 8" if p.head_dim % 8 else _xla_cannot(p)
 
 
