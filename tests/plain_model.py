@@ -121,6 +121,10 @@ def np_row(model, params, tokens, position, allowed):
     if model.position == "sinusoidal":
         x = x + np_sinusoids(model, position)
     x = x0 = np_norm(model, params.get("embed_norm", {}), x) if model.embed_norm else x
+    if model.smear:  # the token before, of the same document
+        p = params["smear"]
+        gate = p["factor"]["scale"] / (1 + np.exp(-(x[:, :model.smear_gate] @ p["gate"]["kernel"])))
+        x = x0 = np.stack([x[t] + (gate[t] * x[t - 1] if t and allowed(t, t - 1) else 0) for t in range(len(x))])
     for i in range(model.layers):
         p = np_layer(params, i)
         window = model.windows[i % len(model.windows)]
@@ -132,6 +136,8 @@ def np_row(model, params, tokens, position, allowed):
         for name, part in parts:
             norm = lambda y: np_norm(model, p.get(name, {}), y)
             x = x + part(norm(x)) if model.norm_position == "pre" else norm(x + part(x))
+        half = x if i == model.layers // 2 else None if i == 0 else half
+    x = x - params["backout"]["scale"] * half if model.backout else x
     x = np_norm(model, params.get("final_norm", {}), x) if model.final_norm else x
     logits = x @ (params["embed"]["table"].T if model.tied else params["head"]["kernel"])
     return np_cap(logits, model.logit_softcap)

@@ -148,7 +148,7 @@ def test_parameters_of_nanochat_d12_part_by_part():
     # nanochat counted its gates among the matrices when they had 32 channels; now they have 12, as here.
     model = load("modern", "d12", value_embed_gate=32).model
     parts = {"^embed/": 25_165_824, "^head/": 25_165_824, "/value_embed/": 150_994_944,
-             "^(blocks|tail)/.*/kernel$": 84_935_808, "^residual/": 24}
+             "^(blocks|tail)/.*/kernel$": 84_935_808, "^residual/": 24, "^smear/": 24 + 1, "^backout/": 1}
     assert {part: counted(model, part) for part in parts} == parts
     assert total(model) == sum(parts.values())
     assert counted(load("modern", "d12").model, "^(blocks|tail)/.*/kernel$") == 84_935_808 - 6 * 6 * (32 - 12)
@@ -171,7 +171,7 @@ def test_modern_derives_from_the_model_that_is_built(arg):
     scale, narrow = math.sqrt(batch / 2**19), (width / 768)**-0.5
     assert rates == pytest.approx({
         "^head/": 0.008 * narrow * scale, "^embed/": 0.3 * narrow * scale, "/value_embed/": 0.15 * narrow * scale,
-        "^residual/x0$": 0.5 * scale, "^residual/x$": 0.005 * scale, "^(blocks|tail)/.*/kernel$": 0.02 * scale})
+        "^residual/x0$": 0.5 * scale, "^residual/x$": 0.005 * scale, "^(smear|backout)/": 0.2 * scale, "^(blocks|tail)/.*/kernel$": 0.02 * scale})
     decay = loaded.optim.groups[-1].weight_decay
     assert decay == pytest.approx(0.28 * scale * derived.horizon(12) / tokens)
 

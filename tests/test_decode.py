@@ -39,7 +39,7 @@ VARIANTS = {
     "softcaps": dict(attention_softcap=2.0, logit_softcap=5.0, windows=(6, 0), kv_heads=2),
     "modern": dict(layers=5, norm="plain_rmsnorm", position="rotary", qk_norm=True, qk_norm_after_rope=True,
                    qk_scale=1.2, pattern=RELU2, tied=False, bias=False, value_embed=True, value_embed_gate=8,
-                   residual_scalars=True, logit_softcap=15.0, windows=(4, 4, 0), last_window_full=True,
+                   residual_scalars=True, smear=True, smear_gate=5, backout=True, logit_softcap=15.0, windows=(4, 4, 0), last_window_full=True,
                    embed_norm=True, init="modern"),
     "mixed_pattern_unrolled": dict(layers=4, pattern=(("attention", "relu"), ("attention", "swiglu")), unroll=0),
 }

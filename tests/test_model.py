@@ -31,7 +31,7 @@ VARIANTS = {
     "modern": dict(layers=5, norm="plain_rmsnorm", norm_epsilon=0.01, position="rotary", embed_norm=True, tied=False,
                    bias=False, pattern=(("attention", "relu2"),), logit_softcap=3.0,
                    qk_norm=True, qk_norm_after_rope=True, qk_scale=1.2,
-                   value_embed=True, value_embed_gate=3, residual_scalars=True, windows=(2, 0), last_window_full=True),
+                   value_embed=True, value_embed_gate=3, residual_scalars=True, smear=True, smear_gate=5, backout=True, windows=(2, 0), last_window_full=True),
     "gemma2": dict(norm="rmsnorm", norm_epsilon=0.02, position="rotary", kv_heads=1, head_dim=6,
                    pattern=(("attention", "geglu"),), attention_softcap=0.7, logit_softcap=2.0,
                    windows=(3, 0), qk_norm=True, mlp=24, layers=2),
@@ -320,6 +320,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
 
 
 GOLDEN = """
+backout/scale 1
 blocks/0/attention/k/kernel 2,16,16
 blocks/0/attention/out/kernel 2,16,16
 blocks/0/attention/q/kernel 2,16,16
@@ -338,6 +339,8 @@ embed/table 29,16
 head/kernel 16,29
 residual/x 5
 residual/x0 5
+smear/factor/scale 1
+smear/gate/kernel 5,1
 tail/0/attention/k/kernel 16,16
 tail/0/attention/out/kernel 16,16
 tail/0/attention/q/kernel 16,16
@@ -385,7 +388,7 @@ def test_count_params():
         "total": 3 * (4 * (16 * 16 + 16) + 2 * 16 * 64 + 64 + 16 + 4 * 16) + 29 * 16 + 10 * 16 + 32,
         "embedding": 29 * 16 + 10 * 16, "matmul": 3 * (4 * 16 * 16 + 2 * 16 * 64) + 29 * 16}
     modern = count_params(make_model("modern"))
-    assert modern["embedding"] == 4 * 29 * 16 and modern["total"] == modern["embedding"] + modern["matmul"] + 10
+    assert modern["embedding"] == 4 * 29 * 16 and modern["total"] == modern["embedding"] + modern["matmul"] + 10 + 2
 
 
 @pytest.mark.parametrize("init, role, std", [

@@ -31,7 +31,7 @@ SHAPES = {  # path -> (shape, sharding on the mesh of 8)
     "head/kernel": ((8, 16), ("fsdp", "tensor")),
 }
 MODEL = {path: shape for path, (shape, _) in SHAPES.items()}
-MODERN = dict(muon_momentum_warmup=3, muon_cautious=True, muon_decay_to_zero=True, muon_normalize=True)
+MODERN = dict(muon_momentum_warmup=3, muon_momentum_final=0.5, schedule="wsd", muon_cautious=True, muon_decay_to_zero=True, muon_normalize=True)
 
 
 def nest(flat):
@@ -205,6 +205,10 @@ def numpy_muon(o, p, grads):
         rate = o.learning_rate * float(make_schedule(o)(i))
         rise = min(i / o.muon_momentum_warmup, 1.0) if o.muon_momentum_warmup else 1.0
         b = 0.85 + (o.b1 - 0.85) * rise
+        if o.muon_momentum_final:
+            decay = round(o.decay_fraction * o.decay_steps)
+            fall = min(max(0, i - (o.decay_steps - decay)) / decay, 1.0)
+            b = b + fall * (o.muon_momentum_final - b)
         m = b * m + (1 - b) * g
         u = newton_schulz(b * m + (1 - b) * g, o.muon_iterations)
         if o.muon_normalize:
@@ -219,7 +223,9 @@ def numpy_muon(o, p, grads):
     return p
 
 
-@pytest.mark.parametrize("knobs", [{}, {"muon_momentum_warmup": 3}, {"muon_cautious": True, "weight_decay": 2.0},
+@pytest.mark.parametrize("knobs", [{}, {"muon_momentum_warmup": 3},
+                                   {"muon_momentum_final": 0.2, "schedule": "wsd", "decay_steps": 4, "decay_fraction": 0.5},
+                                   {"muon_cautious": True, "weight_decay": 2.0},
                                    {"muon_decay_to_zero": True, "weight_decay": 2.0, "decay_steps": 4},
                                    {"muon_normalize": True}, {**MODERN, "muon_iterations": 6}])
 @pytest.mark.parametrize("shape", [(6, 15), (15, 6), (8, 8)])

@@ -26,7 +26,7 @@ MODELS = {
     "gpt2": dict(layers=2, windows=(3,)),  # on packed rows
     "modern": dict(layers=3, kv_heads=4, norm="plain_rmsnorm", position="rotary", embed_norm=True, tied=False,
                    bias=False, pattern=(("attention", "swiglu"),), qk_norm=True, qk_norm_after_rope=True,
-                   logit_softcap=15.0, value_embed=True, residual_scalars=True, dropout=0.1, attention_dropout=0.1,
+                   logit_softcap=15.0, value_embed=True, residual_scalars=True, smear=True, smear_gate=5, backout=True, dropout=0.1, attention_dropout=0.1,
                    init="modern")}
 MESHES = {  # (data, fsdp, tensor), microbatches, tokens of a row whose logits exist at once
     "gpt2": [((8, 1, 1), 2, 0), ((1, 8, 1), 1, 4), ((1, 1, 8), 1, 0), ((2, 2, 2), 4, 2)],

@@ -72,6 +72,10 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
         need(ffn in FFNS, "model.pattern", f"unknown feed-forward {ffn!r}; choose from {', '.join(FFNS)}")
     need(model.value_embed_gate <= model.embed or not model.value_embed, "model.value_embed_gate",
          f"is wider than config.model.embed = {model.embed}")
+    need(model.smear_gate <= model.embed or not model.smear, "model.smear_gate",
+         f"is wider than config.model.embed = {model.embed}")
+    need(not optim.muon_momentum_final or optim.schedule == "wsd", "optim.muon_momentum_final",
+         f"follows the decay of wsd, but config.optim.schedule = {optim.schedule!r}; use wsd, or 0")
     if tokenizer_vocab:
         need(model.vocab >= tokenizer_vocab, "model.vocab",
              f"is smaller than the tokenizer's {tokenizer_vocab}; set 0 to follow the tokenizer")

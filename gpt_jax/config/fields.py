@@ -67,6 +67,9 @@ class Model:
     value_embed: bool = False  # gated value embeddings on alternate layers, the last included
     value_embed_gate: int = knob(12, low=1)  # channels of the residual stream that drive the gate
     residual_scalars: bool = False  # x = r_i * x + a_i * x0, both learned
+    smear: bool = False  # each token gets a gated share of the one before it
+    smear_gate: int = knob(24, low=1)  # channels of the embedding that drive the gate
+    backout: bool = False  # a learned share of the stream halfway up is taken off at the end
     init: str = knob("gpt2", choices=INITS)
     dtype: str = knob("float32", choices=DTYPES)  # of matmuls; parameters and sums stay float32
     kernel: str = knob("auto", choices=KERNELS)  # attention kernel; a named one runs or raises
@@ -138,6 +141,7 @@ class Optim:
     groups: tuple[Group, ...] = ()
     muon_iterations: int = knob(5, low=1)  # Newton-Schulz steps
     muon_momentum_warmup: int = knob(0, low=0)  # steps over which Muon's momentum rises from 0.85 to b1; 0: off
+    muon_momentum_final: float = knob(0.0, low=0.0, high=0.9999)  # where Muon's momentum falls to while wsd decays; 0: off
     muon_cautious: bool = False  # decay only where update and weight agree in sign
     muon_decay_to_zero: bool = False  # cosine of Muon's weight decay to zero at decay_steps
     muon_normalize: bool = False  # NorMuon: per-row second moment after orthogonalising (b2)

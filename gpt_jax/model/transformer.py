@@ -2,7 +2,7 @@
 
 Shapes: B batch, T sequence, D embed, V vocab. Parameter paths are API:
   embed/table [V, D]   position/table [max_seq, D]   blocks/<i>/… [repeats, …]   tail/<i>/… […]   final_norm/…
-  residual/x, residual/x0 [layers]   head/kernel [D, V]
+  residual/x, residual/x0 [layers]   smear/gate/kernel, smear/factor/scale [1]   backout/scale [1]   head/kernel [D, V]
 `blocks/<i>` holds layers i, i + period, i + 2 period, …; `tail` the layers after the last whole period.
 """
 
@@ -17,7 +17,8 @@ from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.model.attention import Attention, Context, append, cache_slots
 from gpt_jax.model.init import make_init, residual_ramp
-from gpt_jax.model.layers import Embed, Mlp, Norm, dropout, matmul, rotary_frequencies, sinusoids, softcap
+from gpt_jax.model.layers import (Embed, Mlp, Norm, Weights, dropout, matmul, project, rotary_frequencies, sinusoids,
+                                  softcap)
 
 MIXERS = {"attention": Attention}
 REMATS = {"block": None,  # recompute the block from its input
@@ -85,16 +86,17 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-    """The layers `specs` in order: the body of the scan over depth, and the tail. `scalars`: [layers here] pairs.
-    `looped`: compiled as the body of a loop, and not inline."""
+    """The layers `specs` in order: the body of the scan over depth, and the tail. The carry is the stream, the stream
+    before layer 0, and the stream halfway up (None without `backout`); `first` is the number of the first layer here;
+    `scalars`: [layers here] pairs. `looped`: compiled as the body of a loop, and not inline."""
 
     model: config.Model
     specs: tuple[LayerSpec, ...]
     looped: bool
 
     @nn.compact
-    def __call__(self, carry, scalars, caches, context: Context):
-        x, x0 = carry
+    def __call__(self, carry, first, scalars, caches, context: Context):
+        x, x0, half = carry
         block, policy = Block, self.model.remat
         if policy != "none":
             # Inline, the compiler would merge the second computation with the first and keep everything after all; a
@@ -105,7 +107,9 @@ class Period(nn.Module):
             scalar = None if scalars is None else (scalars[0][i], scalars[1][i])
             cache = None if caches is None else caches[str(i)]
             x, new[str(i)] = block(self.model, spec, name=str(i))(x, x0, scalar, cache, context)
-        return (x, x0), None if caches is None else new
+            if half is not None:
+                half = jnp.where(first + i == self.model.layers // 2, x, half)
+        return (x, x0, half), None if caches is None else new
 
 
 class Transformer(nn.Module):
@@ -121,7 +125,7 @@ class Transformer(nn.Module):
             self.position = PositionTable(model)
         unroll = model.unroll or self.plan.repeats
         scanned = nn.scan(Period, variable_axes={"params": 0, "intermediates": 0},
-                          split_rngs={"params": True, "dropout": True}, in_axes=(0, 0, nn.broadcast),
+                          split_rngs={"params": True, "dropout": True}, in_axes=(0, 0, 0, nn.broadcast),
                           length=self.plan.repeats, unroll=unroll)
         self.blocks = scanned(model, self.plan.period, looped=unroll < self.plan.repeats)
         if self.plan.tail:
@@ -132,6 +136,10 @@ class Transformer(nn.Module):
             self.final_norm = Norm(model)
         if model.residual_scalars:
             self.residual = ResidualScalars(model.layers)
+        if model.smear:
+            self.smear = Smear(model)
+        if model.backout:
+            self.backout = Factor(0.2)
         if not model.tied:
             self.head = Head(model)
 
@@ -154,7 +162,7 @@ class Transformer(nn.Module):
         keys = (None, "batch", "seq", "kv_heads", "head_dim")
         put = sharding.local(append, (keys, keys, ("batch",)), keys)
         tail = lambda old, x: put(old[None], x[None], lengths)[0]
-        return hidden, {"blocks": jax.tree.map(lambda old, x: put(old, x, lengths), cache["blocks"], new["blocks"]),
+        return hidden, new | {"blocks": jax.tree.map(lambda old, x: put(old, x, lengths), cache["blocks"], new["blocks"]),
                         "tail": jax.tree.map(tail, cache["tail"], new["tail"])}
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -180,16 +188,39 @@ class Transformer(nn.Module):
             angles = (jnp.cos(radians), jnp.sin(radians))
         context = Context(tokens, batch["segment"] if "segment" in batch else None, block, angles, lengths)
         x = self._embed(tokens, position, "position" not in batch)
+        extra = {}
+        if model.smear:
+            x, extra["previous"] = self._smear(x, context, cache)
         scalars = self.residual() if model.residual_scalars else None
         split = len(plan.period) * plan.repeats
-        first = None if scalars is None else tuple(s[:split].reshape(plan.repeats, -1) for s in scalars)
+        stacked = None if scalars is None else tuple(s[:split].reshape(plan.repeats, -1) for s in scalars)
         caches = (None, None) if cache is None else (cache["blocks"], cache["tail"])
-        carry, blocks = self.blocks((x, x), first, caches[0], context)
+        carry = (x, x, jnp.zeros_like(x) if model.backout else None)
+        carry, blocks = self.blocks(carry, jnp.arange(0, split, len(plan.period)), stacked, caches[0], context)
         tail = caches[1]
         if plan.tail:
-            carry, tail = self.tail(carry, None if scalars is None else tuple(s[split:] for s in scalars), tail, context)
-        x = self.final_norm(carry[0]) if model.final_norm else carry[0]
-        return x, None if cache is None else {"blocks": blocks, "tail": tail}
+            rest = None if scalars is None else tuple(s[split:] for s in scalars)
+            carry, tail = self.tail(carry, split, rest, tail, context)
+        x, _, half = carry
+        if model.backout:
+            x = x - self.backout().astype(x.dtype) * half
+        if model.final_norm:
+            x = self.final_norm(x)
+        return x, None if cache is None else {"blocks": blocks, "tail": tail} | extra
+
+    def _smear(self, x, context, cache):
+        """(x with its predecessors' share, [B, D] what the next token's predecessor is when there is a cache)."""
+        if cache is not None and x.shape[1] == 1:
+            return self.smear(x, cache["previous"][:, None]), x[:, 0]
+        before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        if context.segment is not None:
+            segment = jnp.pad(context.segment, ((0, 0), (1, 0)))[:, :-1]
+            before = jnp.where((segment == context.segment)[..., None], before, 0)
+        last = None
+        if cache is not None:
+            place = jnp.arange(x.shape[1])[None] == context.lengths[:, None] - 1
+            last = jnp.where(place[..., None], x, 0).sum(1)
+        return self.smear(x, before), last
 
     def _embed(self, tokens, position, shared):
         model = self.model
@@ -229,6 +260,29 @@ class ResidualScalars(nn.Module):
         return make("x", 1.15, 1.05), make("x0", 0.20, 0.05)
 
 
+class Factor(nn.Module):
+    """One learned number [1], from `start`."""
+
+    start: float
+
+    @nn.compact
+    def __call__(self):
+        return self.param("scale", sharding.stored(nn.initializers.constant(self.start), ("scale",)), (1,))
+
+
+class Smear(nn.Module):
+    """A gated share of the token `before` joins each token, both [B, T, D] (modded-nanogpt, nanochat)."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, x, before):
+        weights = Weights(1, ("gate", None), "gate", self.model, False, name="gate")
+        gate = jax.nn.sigmoid(project(x[..., :self.model.smear_gate], weights)[0])
+        scale = Factor(0.0, name="factor")().astype(x.dtype)
+        return x + scale * gate * before
+
+
 class Head(nn.Module):
     """The untied output matrix [D, V]."""
 
@@ -244,7 +298,7 @@ class Head(nn.Module):
 
 def make_cache(model: config.Model, rows: int, length: int) -> dict:
     """An empty KV cache for `rows` sequences of up to `length` tokens: per layer (k, v), each
-    [rows, slots, kv_heads, head_dim], stacked over repeats under `blocks`."""
+    [rows, slots, kv_heads, head_dim], stacked over repeats under `blocks`; `previous` [rows, D] for `smear`."""
     if length > model.max_seq and model.position == "learned":
         raise UsageError(f"{length} tokens do not fit the model's context of {model.max_seq}")
     plan, dtype = layout(layer_specs(model)), jnp.dtype(model.dtype)
@@ -254,8 +308,11 @@ def make_cache(model: config.Model, rows: int, length: int) -> dict:
         return tuple(sharding.constrain(jnp.zeros(shape, dtype), *(None,) * len(lead), "batch", "seq", "kv_heads",
                                         "head_dim") for _ in "kv")
 
-    return {"blocks": {str(i): layer(spec, plan.repeats) for i, spec in enumerate(plan.period)},
+    made = {"blocks": {str(i): layer(spec, plan.repeats) for i, spec in enumerate(plan.period)},
             "tail": {str(i): layer(spec) for i, spec in enumerate(plan.tail)} if plan.tail else None}
+    if model.smear:
+        made["previous"] = sharding.constrain(jnp.zeros((rows, model.embed), dtype), "batch", None)
+    return made
 
 
 def init_params(model: config.Model, key: jax.Array) -> dict:

@@ -13,6 +13,7 @@ import optax
 
 from gpt_jax import config
 from gpt_jax.errors import UsageError
+from gpt_jax.train.schedule import progress, wsd_start
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932, algorithm 1): per iteration a, b, c of a x + b x^3 + c x^5, the
 # best polynomials in turn for singular values from 1e-3 to 1. All but the last are slowed by the paper's safety factor
@@ -77,12 +78,25 @@ def _like(x, g) -> jax.Array:
     return x if sharding.mesh.empty else jax.reshard(x, sharding)
 
 
-def scale_by_muon(b1: float, *, iterations: int, eps: float, momentum_warmup: int, spread: Callable,
-                  dtype) -> optax.GradientTransformation:
-    """Gradients to orthogonalised Nesterov momentum (the moving-average form of nanochat).
+def momentum_at(optim: config.Optim, b1: float) -> Callable:
+    """Muon's momentum at a step (the first update is step 0): rising from 0.85 to `b1` over `muon_momentum_warmup`
+    steps (0: `b1` throughout), and falling to `muon_momentum_final` while wsd decays (0: not); nanochat's."""
 
-    The momentum rises from 0.85 to `b1` over `momentum_warmup` steps (0: `b1` throughout). `spread` takes a stack
-    `[L, in, out]` (L = 1 for a single kernel) and reshards it so that each device holds whole matrices."""
+    def momentum(step):
+        warmup, final = optim.muon_momentum_warmup, optim.muon_momentum_final
+        risen = jnp.minimum(step / warmup, 1.0) if warmup else 1.0
+        fallen = progress(step, wsd_start(optim), optim.decay_steps) if final else 0.0
+        return (WARMUP_MOMENTUM + (b1 - WARMUP_MOMENTUM) * risen) * (1 - fallen) + final * fallen
+
+    return momentum
+
+
+def scale_by_muon(momentum: Callable, *, iterations: int, eps: float, spread: Callable,
+                  dtype) -> optax.GradientTransformation:
+    """Gradients to orthogonalised Nesterov momentum (the moving-average form of nanochat), `momentum(step)` at a step.
+
+    `spread` takes a stack `[L, in, out]` (L = 1 for a single kernel) and reshards it so that each device holds whole
+    matrices."""
 
     def orthogonal(m):
         stack = m if m.ndim == 3 else m[None]
@@ -93,11 +107,11 @@ def scale_by_muon(b1: float, *, iterations: int, eps: float, momentum_warmup: in
         return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
     def update(grads, state, params=None):
-        done = jnp.minimum(state.count / momentum_warmup, 1.0) if momentum_warmup else 1.0
-        b = WARMUP_MOMENTUM + (b1 - WARMUP_MOMENTUM) * done
-        momentum = jax.tree.map(lambda m, g: b * m + (1 - b) * g, state.momentum, grads)
-        ahead = jax.tree.map(lambda m, g: b * m + (1 - b) * g, momentum, grads)
-        return jax.tree.map(orthogonal, ahead), MuonState(state.count + 1, momentum)
+        b = momentum(state.count)
+        average = lambda m, g: b * m + (1 - b) * g
+        averages = jax.tree.map(average, state.momentum, grads)
+        ahead = jax.tree.map(average, averages, grads)
+        return jax.tree.map(orthogonal, ahead), MuonState(state.count + 1, averages)
 
     return optax.GradientTransformation(init, update)
 
@@ -166,8 +180,8 @@ def make_muon(optim: config.Optim, group: config.Group, spread: Callable = lambd
         raise UsageError("config.optim.decay_steps = 0: config.optim.muon_decay_to_zero needs the step of the zero; "
                          "set it, or resolve the config first")
     return optax.chain(
-        scale_by_muon(group.b1, iterations=optim.muon_iterations, eps=group.eps,
-                      momentum_warmup=optim.muon_momentum_warmup, spread=spread, dtype=dtype),
+        scale_by_muon(momentum_at(optim, group.b1), iterations=optim.muon_iterations, eps=group.eps, spread=spread,
+                      dtype=dtype),
         normalize_rows(group.b2) if optim.muon_normalize else optax.identity(),
         scale_by_shape(),
         add_decay(group.weight_decay, cautious=optim.muon_cautious,

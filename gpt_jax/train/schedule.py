@@ -13,7 +13,7 @@ from gpt_jax import config
 from gpt_jax.errors import UsageError
 
 
-def _progress(step, start: int, end: int) -> jax.Array:
+def progress(step, start: int, end: int) -> jax.Array:
     """0 at `start`, 1 at `end` and beyond; a span of no steps is over as soon as it begins."""
     if end <= start:
         return (step >= start).astype(jnp.float32)
@@ -25,21 +25,22 @@ def _constant(optim: config.Optim, step) -> jax.Array:
 
 
 def _cosine(optim: config.Optim, step) -> jax.Array:
-    done = _progress(step, optim.warmup_steps, optim.decay_steps)
+    done = progress(step, optim.warmup_steps, optim.decay_steps)
     return optim.final_fraction + (1 - optim.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * done))
 
 
 def _linear(optim: config.Optim, step) -> jax.Array:
-    done = _progress(step, optim.warmup_steps, optim.decay_steps)
+    done = progress(step, optim.warmup_steps, optim.decay_steps)
     return 1 - (1 - optim.final_fraction) * done
 
 
 def _wsd(optim: config.Optim, step) -> jax.Array:
-    done = _progress(step, _wsd_start(optim), optim.decay_steps)
+    done = progress(step, wsd_start(optim), optim.decay_steps)
     return 1 - (1 - optim.final_fraction) * done
 
 
-def _wsd_start(optim: config.Optim) -> int:
+def wsd_start(optim: config.Optim) -> int:
+    """The step at which wsd begins to decay."""
     return optim.decay_steps - round(optim.decay_fraction * optim.decay_steps)
 
 
@@ -68,9 +69,9 @@ def make_schedule(optim: config.Optim) -> Callable[[jax.typing.ArrayLike], jax.A
     if not optim.decay_steps and optim.schedule not in ENDLESS:
         raise UsageError(f"config.optim.decay_steps = 0: schedule {optim.schedule!r} needs its last step; "
                          "set it, or resolve the config first")
-    if optim.schedule == "wsd" and _wsd_start(optim) < optim.warmup_steps:
+    if optim.schedule == "wsd" and wsd_start(optim) < optim.warmup_steps:
         raise UsageError(f"config.optim.decay_fraction = {optim.decay_fraction}: decay would start at step "
-                         f"{_wsd_start(optim)}, before config.optim.warmup_steps = {optim.warmup_steps} are over; "
+                         f"{wsd_start(optim)}, before config.optim.warmup_steps = {optim.warmup_steps} are over; "
                          "lower one of them")
     after = SCHEDULES[optim.schedule]
 
