@@ -18,14 +18,14 @@ from gpt_jax.data.cache import heldout_text
 from gpt_jax.data.pipeline import make_eval_batches, make_stream
 from gpt_jax.errors import Diverged, Stopped
 from gpt_jax.experiment import Parts, items, start_state, token_flops
-from gpt_jax.metrics import (BarWriter, Clock, JsonlWriter, OneStepLate, TensorBoardWriter, Writers, divide,
-                             read_jsonl, replace_file)
+from gpt_jax.metrics import Clock, OneStepLate, divide
 from gpt_jax.model.transformer import count_params
 from gpt_jax.stops import StopRequest, peer_gone, watchdog
 from gpt_jax.train import checkpoint
 from gpt_jax.train.digest import agree
 from gpt_jax.train.schedule import make_schedule
 from gpt_jax.train.step import TrainState
+from gpt_jax.writers import BarWriter, JsonlWriter, TensorBoardWriter, Writers, read_jsonl, replace_file
 
 
 class Loop:

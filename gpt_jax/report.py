@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Sequence
 
-from gpt_jax.metrics import PHASES, duration, human, read_jsonl, replace_file
+from gpt_jax.metrics import PHASES
+from gpt_jax.writers import duration, human, read_jsonl, replace_file
 
 INK, MUTED, TRAIN, TREND, EVAL = "#1f2933", "#7b8794", "#8fb3d9", "#2b6cb0", "#d1495b"
 PHASE_COLORS = dict(zip(PHASES, ("#e0a458", TREND, EVAL, "#7a5195", "#3d8b7d", "#b07aa1", "#9aa5b1", "#dfe3e8")))

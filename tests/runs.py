@@ -21,8 +21,9 @@ from gpt_jax.commands import main as commands
 from gpt_jax.data.cache import prepare
 from gpt_jax.data.pipeline import make_eval_batches, make_stream
 from gpt_jax.errors import Exit
-from gpt_jax.metrics import divide, read_jsonl
+from gpt_jax.metrics import divide
 from gpt_jax.train import checkpoint
+from gpt_jax.writers import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs/tiny.py")

@@ -10,7 +10,7 @@ import pytest
 
 from gpt_jax import report
 from gpt_jax.config import Config, to_json
-from gpt_jax.metrics import JsonlWriter, read_jsonl
+from gpt_jax.writers import JsonlWriter, read_jsonl
 
 VOID = {"meta", "img", "br"}
 

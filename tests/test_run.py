@@ -12,7 +12,7 @@ import runs
 
 from gpt_jax import config as configs
 from gpt_jax.errors import Diverged, UsageError
-from gpt_jax.metrics import read_jsonl
+from gpt_jax.writers import read_jsonl
 from gpt_jax.train.checkpoint import FOLDER
 from gpt_jax.train.digest import steps_in
 
