@@ -5,7 +5,9 @@
 
 Losses: both start from nanoGPT's initial weights and take 50 steps on the same batches (warmup, cosine, clipping, decay as
 in config/train_shakespeare_char.py with its CPU settings; the larger model takes 10). Time: the two run in turn, a few steps each, many times over; the
-ratio is taken pair by pair. Torch runs eagerly, as fast as compiled on CPU. Writes nanogpt.json next to this file.
+ratio is taken pair by pair. Torch runs eagerly, as fast as compiled on CPU. Held-out loss: with --text, nanoGPT's smaller
+model trained for its 2,000 steps with three seeds, over the whole held-out text and as nanoGPT estimates it, for
+configs/shakespeare_char.py:cpu to be compared with. Writes nanogpt.json next to this file.
 """
 
 import argparse
@@ -36,9 +38,9 @@ SIZES = {"small": dict(layers=4, embed=128, heads=4, block=64, batch=12, steps=2
 class Torch:
     """The worker process."""
 
-    def __init__(self, python: str, clone: str, size: dict):
+    def __init__(self, python: str, clone: str, size: dict, seed: int = 0):
         shape = [str(size[k]) for k in ("layers", "embed", "heads", "block", "batch")]
-        self.process = subprocess.Popen([python, str(HERE / "nanogpt_worker.py"), clone, *shape], text=True,
+        self.process = subprocess.Popen([python, str(HERE / "nanogpt_worker.py"), clone, *shape, str(seed)], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, **command):
@@ -80,14 +82,19 @@ def columns(tokens, targets) -> dict:
             "bytes": np.ones(tokens.shape, np.int32)}
 
 
+def read_characters(file: str) -> np.ndarray:
+    """The text as ids of its characters in sorted order, nanoGPT's tokenizer."""
+    characters = Path(file).read_text()
+    index = {c: i for i, c in enumerate(sorted(set(characters)))}
+    return np.array([index[c] for c in characters], np.int32)
+
+
 def compare_losses(torch: Torch, size: dict, weights: dict, text: str | None) -> dict:
     """Largest difference of the loss over the first steps on the same batches."""
     steps = size["losses"]
     rng = np.random.default_rng(0)
     if text:
-        characters = Path(text).read_text()
-        index = {c: i for i, c in enumerate(sorted(set(characters)))}
-        ids = np.array([index[c] for c in characters], np.int32)
+        ids = read_characters(text)
     else:
         ids = rng.integers(0, 65, 100_000).astype(np.int32)
     starts = rng.integers(0, len(ids) - size["block"] - 1, (steps, size["batch"]))
@@ -127,6 +134,19 @@ def compare_time(torch: Torch, size: dict, weights: dict, rounds: int) -> dict:
             "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "rounds": rounds}
 
 
+def train_theirs(python: str, clone: str, text: str) -> list[dict]:
+    """nanoGPT's held-out losses after its own training, one entry a seed."""
+    found = []
+    for seed in range(3):
+        torch = Torch(python, clone, SIZES["small"], seed)
+        with tempfile.TemporaryDirectory() as folder:
+            np.savez(f"{folder}/text.npz", tokens=read_characters(text))
+            found.append(torch.ask(do="heldout", file=f"{folder}/text.npz", steps=2000))
+        torch.process.terminate()
+        print("nanoGPT's held-out loss", json.dumps(found[-1]), flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", required=True, help="a clone of karpathy/nanoGPT")
@@ -145,6 +165,8 @@ def main() -> None:
                        "time": compare_time(torch, size, weights, args.rounds)}
         torch.process.terminate()
         print(name, json.dumps(found[name], indent=1), flush=True)
+    if args.text:
+        found["heldout"] = train_theirs(args.torch_python, args.nanogpt, args.text)
     (HERE / "nanogpt.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

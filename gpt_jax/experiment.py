@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from gpt_jax import config as configs
 from gpt_jax import devices, evals, sharding
@@ -73,7 +74,7 @@ def build_on(config: configs.Config, mesh, prepared: Prepared) -> Parts:
         config = replace(config, model=model)
         network = make_network(model)
         like = abstract_params(model)
-        tx = make_optimizer(config.optim, like, sharding.spread)
+        tx = make_optimizer(config.optim, like, sharding.spread, jnp.dtype(model.dtype))
         make_state = lambda: init_state(init_params(model, jax.random.key(seed)), tx, train)
         abstract = sharding.concrete(jax.eval_shape(make_state), mesh)
         key = lambda: jax.random.fold_in(jax.random.key(seed), 1)  # init has the seed's own key

@@ -4,6 +4,7 @@ All processes of a job execute the same lines; only process 0 writes and prints.
 this one, on the same parts.
 """
 
+import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,7 +44,8 @@ class Loop:
         self.rates = config.optim.learning_rate * np.asarray(make_schedule(config.optim)(steps))
         self.batch_tokens = config.train.batch_size * config.train.seq_len
         self.mark = start, time.perf_counter()
-        self.evaluated: dict[str, float] = {}
+        self.end = config.train.steps  # or where a request stops the run
+        self.evaluated: tuple[int, dict[str, float]] = start, {}  # the last evaluation: its step and what it found
         self.writers = self._make_writers(start if resumed else None)
         self.clock = Clock()  # last: what came before is not the loop's
 
@@ -65,10 +67,9 @@ class Loop:
         if late is None:
             return
         step, means = late[0], divide(late[1])
-        if not means["objective"] - means["objective"] == 0:  # nan and infinities both fail this
-            raise Diverged(f"the loss at step {step} is {means['objective']}; the last checkpoint is from before it. Lower "
-                           "config.optim.learning_rate, or set config.optim.clip")
-        if step % self.config.log.every_steps and step != self.config.train.steps:
+        for name in ("objective", "grad_norm", "param_norm"):
+            check_finite(name, means[name], step)
+        if step % self.config.log.every_steps and step != self.end:
             return
         values = {f"train/{name}": means[name] for name in ("loss", "bits_per_byte", "accuracy", "grad_norm",
                                                             "param_norm")}
@@ -81,7 +82,16 @@ class Loop:
             values |= devices.mfu_metrics(*self.flops, rate, self.peak.flops)
             self.restart_rate(step)
         with self.clock.phase("log"):
-            self.writers.write(step, values | self.clock.metrics())
+            if step != self.end:  # where the whole run's times are written, by `finish`
+                values |= self.clock.metrics()
+            self.writers.write(step, values)
+
+
+def check_finite(name: str, value: float, step: int) -> None:
+    """Raises Diverged for nan and infinities."""
+    if not math.isfinite(value):
+        raise Diverged(f"the {name} at step {step} is {value}; the last checkpoint is from before it. Lower "
+                       "config.optim.learning_rate, or set config.optim.clip")
 
 
 def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
@@ -118,6 +128,7 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
             beat()
             checkpoints.check()
             stopping = stop(step)
+            loop.end = step if stopping else loop.end
             if due(config.eval.every_steps, step) or step == train.steps:
                 evaluate(loop, state, step)
             if due(config.eval.sample_every_steps, step) and step < train.steps:
@@ -183,8 +194,10 @@ def evaluate(loop: Loop, state: TrainState, step: int) -> None:
                                         knobs.batch_size, sharding.process_rows(mesh, knobs.batch_size), knobs.batches)
             sums = evals.heldout_sums(loop.parts.eval_step, best_params(loop, state), watched(batches, loop.beat), mesh,
                                       knobs.batch_size)
-            loop.evaluated = evals.heldout_metrics(sums)
-        loop.writers.write(step, loop.evaluated)
+            found = evals.heldout_metrics(sums)
+        check_finite("held-out loss", found["eval/loss"], step)
+        loop.evaluated = step, found
+        loop.writers.write(step, found)
     loop.restart_rate(step)
 
 
@@ -212,13 +225,15 @@ def save(loop: Loop, checkpoints, state: TrainState, step: int) -> None:
     with loop.clock.phase("checkpoint"):
         meta = {"config": configs.to_dict(loop.config), "tokenizer": loop.parts.prepared.tokenizer.to_json(),
                 "data": {"next": step}}
-        checkpoints.save(step, meta=meta, metrics=loop.evaluated, **items(state))
+        at, found = loop.evaluated
+        checkpoints.save(step, meta=meta, metrics=found if at == step else {}, **items(state))
     loop.restart_rate(step)
 
 
 def finish(loop: Loop, step: int, **facts) -> report.Summary | None:
     """loss.png and report.html from what metrics.jsonl holds by now (process 0)."""
-    loop.writers.write(step, loop.clock.metrics())
+    if step > loop.start:  # else nothing was trained, and the times are those of the run that did
+        loop.writers.write(step, loop.clock.metrics())
     if jax.process_index() != 0:
         return None
     rows = read_jsonl(loop.workdir / "metrics.jsonl")
@@ -231,11 +246,15 @@ def finish(loop: Loop, step: int, **facts) -> report.Summary | None:
 
 
 def conclude(loop: Loop, checkpoints, state: TrainState, say) -> report.Summary | None:
-    """The end of a run that got to its last step: three samples, the report, and where everything is. What a run that was
-    already there has in its metrics.jsonl is not made again."""
+    """The end of a run that got to its last step: three samples, the report, and where everything is. What a run that
+    was already there has is not made again."""
     config, steps = loop.config, max(loop.config.train.steps, loop.start)
-    written = agree(lambda: [key for row in read_jsonl(loop.workdir / "metrics.jsonl") if row["step"] == steps
-                             for key in row])
+    written, page = agree(lambda: [[key for row in read_jsonl(loop.workdir / "metrics.jsonl") if row["step"] == steps
+                                    for key in row], (loop.workdir / "report.html").exists()])
+    if loop.start >= steps and "sample/2" in written and page:
+        say(f"finished before, at step {steps}: see {loop.workdir / 'report.html'}; for more steps raise "
+            "config.train.steps")
+        return None
     if "eval/loss" not in written:
         evaluate(loop, state, steps)
     if "sample/2" not in written:

@@ -204,10 +204,9 @@ class Terminal(io.TextIOWrapper):
     """Standard output that keeps what was written, piece by piece."""
 
     def __init__(self):
-        self.pieces = []
-        raw = io.BytesIO()
-        raw.write = lambda data: self.pieces.append(bytes(data))
-        super().__init__(raw, encoding="ascii")
+        self.pieces, raw = [], io.RawIOBase()
+        raw.writable, raw.write = lambda: True, lambda data: self.pieces.append(bytes(data)) or len(data)
+        super().__init__(io.BufferedWriter(raw), encoding="ascii")  # which keeps what is not flushed
 
 
 def test_streaming_never_cuts_a_character(monkeypatch, chinese):

@@ -402,6 +402,34 @@ def test_spread_of_fresh_weights(init, role, std):
     assert float(weights.std()) == pytest.approx(std, rel=0.02) and abs(float(weights.mean())) <= 0.02 * std
 
 
+# ---- test_model.py
+
+@pytest.mark.parametrize("init, wanted", [
+    ("gpt2", {"embed/table": 0.02, "q/kernel": 0.02, "up/kernel": 0.02, "out/kernel": 0.02 / 2, "down/kernel": 0.02 / 2,
+              "value_embed/table": 0.02, "head/kernel": 0.02}),
+    ("modern", {"embed/table": 0.8, "q/kernel": 1 / 8, "up/kernel": 0.4 / 8, "out/kernel": 0, "down/kernel": 0,
+                "value_embed/table": 1 / 8, "value_gate/kernel": 0, "head/kernel": 0.001})])
+def test_fresh_weights_are_spread_by_their_role(init, wanted):
+    """As they lie in the tree: residual projections small or zero, embedding and head each in its own way."""
+    model = make_model("modern", layers=2, embed=64, vocab=128, windows=(0,), init=init)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): float(x.std()) for path, x in leaves}
+    for end, std in wanted.items():
+        ours = [value for path, value in found.items() if f"/{path}".endswith(f"/{end}")]
+        assert ours == pytest.approx([std] * len(ours), rel=0.05) and ours, end
+
+
+def test_the_embedding_is_dropped_too():
+    """Layers that add nothing: what comes out is the embedding, each entry gone or doubled."""
+    model = make_model(layers=1, dropout=0.5, final_norm=False)
+    params, tokens = random_params(model), make_batch()["tokens"]
+    params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
+    run = lambda **more: np.asarray(apply(model, params, {"tokens": tokens}, method="features", **more))
+    plain, dropped = run(), run(rngs={"dropout": jax.random.key(0)})
+    assert 0.4 < (dropped == 0).mean() < 0.6
+    np.testing.assert_allclose(dropped[dropped != 0], 2 * plain[dropped != 0], rtol=1e-6)
+
+
 def test_fresh_layers_differ_and_ramps_run_over_depth():
     model = make_model("modern", layers=4, windows=(0,), value_embed=False)
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))

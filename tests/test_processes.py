@@ -39,7 +39,10 @@ def assert_close(found: dict, wanted: dict, relative: float) -> None:
 @pytest.mark.parametrize("processes, mesh", [(2, "data=2"), (4, "data=2 fsdp=2"), (4, "fsdp=2 tensor=2")])
 def test_losses_do_not_depend_on_the_processes(tmp_path, processes, mesh):
     axes = [f"--config.mesh.{size}" for size in ("data=1", *mesh.split())]
-    finish(runs.job(tmp_path / "logs", processes, runs.arguments(tmp_path, tmp_path / "job", *axes)), [0] * processes)
+    job = runs.job(tmp_path / "logs", processes, runs.arguments(tmp_path, tmp_path / "job", *axes))
+    finish(job, [0] * processes)
+    assert [process.out for process in job[1:]] == [""] * (processes - 1)  # process 0 alone speaks and writes
+    assert not any("held-out loss" in process.err for process in job[1:]) and "held-out loss" in job[0].err
     _, wanted = alone(tmp_path)
     found = runs.curve(tmp_path / "job")
     assert list(found) == list(range(1, 21))
