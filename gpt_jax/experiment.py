@@ -15,6 +15,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.model import kernels
 from gpt_jax.model.transformer import Transformer, abstract_params, count_params, init_params, layer_specs
 from gpt_jax.train import checkpoint
+from gpt_jax.train.agreement import disagreements
 from gpt_jax.train.loss import Network
 from gpt_jax.train.optim import describe, make_optimizer
 from gpt_jax.train.step import TrainState, eval_step, init_state, train_step
@@ -62,7 +63,21 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
     vocab = prepared.tokenizer.vocab
     config = configs.resolve(config, vocab)
     mesh = sharding.make_mesh(configs.check(config, jax.device_count(), vocab))
+    check_job(config, prepared)
     return build_on(config, mesh, prepared)
+
+
+LOCAL = ("data.path", "data.eval_path", "data.cache", "data.workers", "data.prefetch", "log.progress")
+
+
+def check_job(config: configs.Config, prepared: Prepared) -> None:
+    """Raises UsageError on all processes when they were started with different configs or texts: each would train what
+    it was given, and what counts as replicated would quietly differ. LOCAL keys may; the text itself is compared."""
+    facts = {f"config.{key}": value for key, value in configs.flatten(config).items() if key not in LOCAL}
+    facts |= {"the text": prepared.content, "the tokenizer": prepared.tokenizer.fingerprint}
+    if found := disagreements(facts):
+        raise UsageError(f"{', '.join(found)}: not the same on all processes of this job; start them with the same flags "
+                         "and the same text")
 
 
 def build_on(config: configs.Config, mesh, prepared: Prepared) -> Parts:
@@ -118,6 +133,9 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> None:
     if meta["tokenizer"] != parts.prepared.tokenizer.to_json():
         raise UsageError(f"{directory.parent} holds a run with another tokenizer: the text it is made from has changed; "
                          "give the same text or another --workdir")
+    if meta["data"]["content"] != parts.prepared.content:
+        raise UsageError(f"{directory.parent} holds a run on another text than config.data.path = "
+                         f"{', '.join(parts.config.data.path)} holds now; give the same text or another --workdir")
 
 
 def start_state(parts: Parts, checkpoints, say) -> TrainState:

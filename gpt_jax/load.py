@@ -24,6 +24,7 @@ class Loaded(NamedTuple):
     mesh: jax.sharding.Mesh
     directory: Path
     step: int
+    content: str  # digest of the text it was trained on, see data/cache.py
 
 
 def pick_mesh(model: configs.Model, devices: int) -> jax.sharding.Mesh:
@@ -49,4 +50,5 @@ def load(path: str, step: int, say: Callable[[str], None], devices: int = 0) -> 
         params = checkpoint.restore(directory, step, {item: abstract})[item]
     say(f"step {step} of {directory}, {'averaged weights, ' if config.train.ema else ''}on {mesh.size} "
         f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}")
-    return Loaded(replace(config, model=model), from_json(meta["tokenizer"]), params, mesh, directory, step)
+    return Loaded(replace(config, model=model), from_json(meta["tokenizer"]), params, mesh, directory, step,
+                  meta["data"]["content"])

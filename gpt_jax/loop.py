@@ -23,7 +23,7 @@ from gpt_jax.metrics import Clock, OneStepLate, divide
 from gpt_jax.model.transformer import count_params
 from gpt_jax.stops import StopRequest, peer_gone, watchdog
 from gpt_jax.train import checkpoint
-from gpt_jax.train.digest import agree
+from gpt_jax.train.agreement import agree
 from gpt_jax.train.schedule import make_schedule
 from gpt_jax.train.step import TrainState
 from gpt_jax.writers import BarWriter, JsonlWriter, TensorBoardWriter, Writers, read_jsonl, replace_file
@@ -224,7 +224,7 @@ def save(loop: Loop, checkpoints, state: TrainState, step: int) -> None:
     settle(loop)
     with loop.clock.phase("checkpoint"):
         meta = {"config": configs.to_dict(loop.config), "tokenizer": loop.parts.prepared.tokenizer.to_json(),
-                "data": {"next": step}}
+                "data": {"next": step, "content": loop.parts.prepared.content}}
         at, found = loop.evaluated
         checkpoints.save(step, meta=meta, metrics=found if at == step else {}, **items(state))
     loop.restart_rate(step)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import resource
 import shutil
 from pathlib import Path
@@ -227,7 +228,7 @@ def test_documents_shorter_than_the_context(tmp_path, rows):
     kept = [side.tokens[a:b - 1] for side in (prepared.train, prepared.eval)
             for a, b in zip(side.offsets, side.offsets[1:])]
     assert [prepared.tokenizer.decode(ids) for ids in kept] == texts
-    assert runs.curve(tmp_path / "run")[1] < 7
+    assert runs.curve(tmp_path / "run")[1] == pytest.approx(math.log(264), abs=0.1)
 
 
 # ---- workdirs and checkpoints ----
@@ -339,6 +340,11 @@ def test_full_disk_while_saving(folder, copy):
     assert checkpoint.latest_valid(copy / checkpoint.FOLDER) == 2
     runs.call(*more)  # room again: the same command goes on
     assert checkpoint.latest_valid(copy / checkpoint.FOLDER) == 4
+
+
+def test_a_run_that_diverges(folder, tmp_path):
+    refused(30, ["at step 1 is", "config.optim.learning_rate", "config.optim.clip"],
+            *runs.arguments(folder, tmp_path / "run", "--config.optim.learning_rate=1e38", "--config.optim.warmup_steps=0"))
 
 
 def test_data_truncated_during_the_run(folder, tmp_path):

@@ -165,6 +165,10 @@ def test_greedy_equals_the_plain_loop(call, trained):
     out, err = call(*given)
     assert out == plain_greedy(trained, "abc de", 20) and len(out) == 20
     assert call(*given, "--seed=5")[0] == out
+    for only in ("--top_k=1", "--top_p=1e-6", "--min_p=1"):  # each leaves the most likely token
+        assert call(*given[:3], given[4], "--temperature=1", "--seed=5", only)[0] == out
+    never = call(*given, "--repetition_penalty=1e6")[0]
+    assert len(set(never)) == len(never) > len(set(out))
     assert "20 tokens in" in err and "ended by length" in err
 
 
@@ -216,6 +220,19 @@ def test_streaming_never_cuts_a_character(monkeypatch, chinese):
         patch.setattr(sys, "stdout", terminal)
         runs.call("generate", f"--checkpoint={chinese}", "--temperature=0", f"--prompt=\n{CHINESE[:3]}", "--stop=\n")
     assert [piece.decode() for piece in terminal.pieces if piece] == [*CHINESE[3:]]
+
+
+def test_bpe_from_text_to_text(call, folder):
+    """A tokenizer trained on Chinese, a model on it, then both commands from the checkpoint alone."""
+    file = folder / "bpe.txt"
+    file.write_text((CHINESE + "\n") * 300)
+    call(*runs.arguments(folder, folder / "bpe", f"--config.data.path={file}", "--config.data.tokenizer=bpe:280",
+                         "--config.train.steps=100", "--config.eval.every_steps=0", "--config.optim.schedule=constant"))
+    out, _ = call("generate", f"--checkpoint={folder / 'bpe'}", "--temperature=0", f"--prompt={CHINESE[:4]}", "--stop=\n")
+    assert len(out) >= 5 and set(out) <= set(CHINESE)  # whole characters, all of them known
+    row = json.loads(call("evaluate", f"--checkpoint={folder / 'bpe'}", f"--text={file}", "--json")[0])["sources"][str(file)]
+    assert row["bytes"] == pytest.approx(300 * len((CHINESE + "\n").encode()), rel=1e-3) and row["tokens"] < row["bytes"] / 3
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / row["bytes"] / math.log(2), rel=1e-5)
 
 
 def test_a_process_writes_the_text_alone(tmp_path, trained):

@@ -105,17 +105,6 @@ def test_the_default_variant_is_one_of_them(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_imports_configs_and_ml_collections_only(name):
-    imported = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
-    assert imported <= {"ml_collections"} | set(VARIANTS)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
 def test_the_docstring_is_a_lab_notebook(name):
     text = ast.get_docstring(ast.parse(FILES[name].read_text()))
     assert f"--config=configs/{name}.py" in text

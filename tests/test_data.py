@@ -1,6 +1,8 @@
 """Order, rows and streams: every vectorised answer against a slow loop, every stream against itself cut otherwise."""
 
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -159,6 +161,20 @@ def test_batch_n_does_not_depend_on_slices_or_on_the_way_there(rows):
     far = take(stream(slice(0, 8), 10**12), 1)[0]
     assert far["tokens"].shape == (8, 8)
     assert not same(whole[0], take(pipeline.make_stream(tokens, BYTES, data, 8, 8, 8, slice(0, 8)), 1)[0])
+
+
+def test_batches_are_made_ahead_and_elsewhere(monkeypatch):
+    """Before they are asked for, by another thread than the one that asks."""
+    made, make = [], pipeline.Batches.__getitem__
+    monkeypatch.setattr(pipeline.Batches, "__getitem__", lambda batches, number: (
+        made.append(threading.get_ident()), make(batches, number))[1])
+    stream = pipeline.make_stream(make_tokens([100]), BYTES, config.Data(rows="chunk", prefetch=3), 8, 4, 0, slice(0, 4))
+    next(stream)
+    end = time.monotonic() + 60
+    while len(made) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    stream.close()
+    assert len(made) >= 3 and threading.get_ident() not in made
 
 
 def test_the_tail_that_is_left_out_is_said():

@@ -313,6 +313,9 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
     assert trace.out_avals[0].dtype == jnp.float32
     products = [e for e in equations(trace.jaxpr) if e.primitive.name == "dot_general"]
     assert {v.aval.dtype.name for e in products for v in e.invars} == {"bfloat16"}
+    outputs = {e.outvars[0].aval.dtype.name for e in products if e.outvars[0].aval.shape[-1] == V}
+    roots = [e for e in equations(trace.jaxpr) if e.primitive.name == "rsqrt"]
+    assert outputs == {"float32"} and {e.outvars[0].aval.dtype.name for e in roots} == {"float32"}  # logits, norms
     softmaxes = [e for e in equations(trace.jaxpr) if e.primitive.name == "exp" and e.outvars[0].aval.ndim == 5]
     assert softmaxes and {e.outvars[0].aval.dtype.name for e in softmaxes} == {"float32"}
     ours = jax.jit(lambda p, b: apply(model, p, b))(random_params(model), make_batch())[0]

@@ -1,7 +1,9 @@
 """Several real processes of one job: same losses as one process, and all of them end together, with the right code."""
 
+import random
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -55,10 +57,14 @@ def test_killed_and_resumed_on_two_and_on_one(tmp_path):
     overrides = ("--config.train.steps=60", "--config.mesh.data=1", "--config.mesh.fsdp=2", *BUSY)
     whole, broken, moved = tmp_path / "whole", tmp_path / "broken", tmp_path / "moved"
     finish(runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, whole, *overrides)), [0, 0])
-    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, broken, *overrides))
-    job[0].until(runs.logged(broken, 25), "step 25")
-    for process in job:
-        process.kill()
+    draw = random.Random(5)
+    for low in (12, 28):
+        job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, broken, *overrides))
+        step = draw.randrange(low, low + 12)
+        job[0].until(runs.logged(broken, step), f"step {step}")
+        for process in draw.sample(job, 2):
+            process.kill()
+            time.sleep(draw.uniform(0, 0.03))
     shutil.copytree(broken, moved)
     finish(runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, broken, *overrides)), [0, 0])
     assert "resumed from step" in runs.STARTED[-2].out

@@ -234,6 +234,13 @@ def test_dropout_acts_in_training_alone(tmp_path):
     assert found[0] == pytest.approx(found[1])
 
 
+def test_bfloat16_trains_like_float32(tmp_path):
+    exact, rounded = (runs.losses(runs.build(runs.load(tmp_path, f"--config.model.dtype={dtype}")))
+                      for dtype in ("float32", "bfloat16"))
+    np.testing.assert_allclose(rounded, exact, rtol=0.02)
+    assert rounded != exact
+
+
 def test_samples_come_from_the_averages(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(evals, "samples", lambda model, params, *rest: seen.append(params) or ["text"] * rest[3])

@@ -8,6 +8,7 @@ import resource
 
 import jax.numpy as jnp
 import pytest
+from tensorboardX.proto import event_pb2 as proto
 
 from gpt_jax import writers
 from gpt_jax.errors import SaveFailed, UsageError
@@ -160,7 +161,6 @@ def test_human(number, text):
 
 
 def test_tensorboard_events_hold_what_was_written(tmp_path):
-    proto = pytest.importorskip("tensorboardX.proto.event_pb2")
     writer = writers.TensorBoardWriter(tmp_path, resumed_at=4)
     writer.write(5, {"train/loss": 2.5})
     writer.text(5, "sample/0", "我\nx")

@@ -57,7 +57,11 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
     if args.text:
         sources = {text: load_text((text,), loaded.tokenizer, config.data, report=say) for text in args.text}
     else:
-        held_out = prepare(config.data, say, loaded.tokenizer).eval
+        prepared = prepare(config.data, say, loaded.tokenizer)
+        if prepared.content != loaded.content:
+            raise UsageError(f"config.data.path = {', '.join(config.data.path)}: this text has changed since the run, and "
+                             "what it holds out now may have been trained on; give held-out text with --text")
+        held_out = prepared.eval
         if held_out is None:
             raise UsageError("the run held no text out (config.data.eval_fraction = 0); give some with --text")
         sources = {"held-out": held_out}

@@ -63,7 +63,7 @@ class Model:
     bias: bool = True  # biases on matmuls and LayerNorms
     qkv_bias: bool = True  # biases on q, k, v; needs bias (Qwen2: bias only here is a later row)
     dropout: float = knob(0.0, low=0.0, high=0.99)  # on the embedding and on every residual branch
-    attention_dropout: float = knob(0.0, low=0.0, high=0.99)  # on attention probabilities (reference kernel only)
+    attention_dropout: float = knob(0.0, low=0.0, high=0.99)  # on attention probabilities (reference and blocked kernels)
     value_embed: bool = False  # gated value embeddings on alternate layers, the last included
     value_embed_gate: int = knob(12, low=1)  # channels of the residual stream that drive the gate
     residual_scalars: bool = False  # x = r_i * x + a_i * x0, both learned
@@ -187,12 +187,12 @@ class Checkpoint:
     keep_last: int = knob(2, low=1)
     keep_every_steps: int = knob(0, low=0)  # multiples of this are kept for ever; 0: off
     keep_best: int = knob(0, low=0)  # how many of the best by best_metric; 0: off
-    best_metric: str = "eval/loss"  # smaller is better
+    best_metric: str = knob("eval/loss", choices=("eval/loss", "eval/bits_per_byte", "eval/perplexity"))
 
 
 @dataclass(frozen=True)
 class Log:
-    """What is reported (read by gpt_jax/metrics.py)."""
+    """What is reported (read by gpt_jax/loop.py)."""
 
     every_steps: int = knob(10, low=1)
     tensorboard: bool = True
@@ -203,7 +203,7 @@ class Log:
 class Config:
     """One run. Sections are handed to the rooms of the same name."""
 
-    seed: int = knob(0, low=0)
+    seed: int = knob(0, low=0, high=2**32 - 1)
     model: Model = Model()
     data: Data = Data()
     mesh: Mesh = Mesh()
@@ -216,5 +216,5 @@ class Config:
 
 # Sections and fields that may change when a run resumes: they alter neither the parameters' layout nor their meaning.
 RESUMABLE = ("log", "eval", "checkpoint", "mesh", "train.steps", "train.hang_minutes", "train.accumulate",
-             "train.loss_chunk", "data.cache", "data.workers", "data.prefetch", "model.kernel", "model.remat",
+             "train.loss_chunk", "data.path", "data.eval_path", "data.cache", "data.workers", "data.prefetch", "model.kernel", "model.remat",
              "model.unroll", "optim.learning_rate", "optim.decay_steps")

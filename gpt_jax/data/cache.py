@@ -1,5 +1,5 @@
 """From `config.Data` to token files: `prepare` for a run, `load_text` for any text with a given tokenizer (called by
-experiment, evals, commands).
+experiment, loop and commands).
 
 The cache is keyed by the content of the files, how they are split and what tokenizes them, so a changed source is
 another cache and an unchanged one is found again.
@@ -26,6 +26,7 @@ class Prepared:
     eval: Tokens | None  # None: config.data.eval_fraction is 0 and there is no eval_path
     tokenizer: Tokenizer
     folder: Path  # where it all lies
+    content: str  # digest of the text and of how it is split, whatever the files are called and tokenized by
 
 
 def _known_tokenizer(data: config.Data) -> Tokenizer | None:
@@ -43,19 +44,23 @@ def _made_tokenizer(corpus: split.Corpus, report: Callable[[str], None]) -> Toke
     return train_bpe(corpus.side(split.TRAIN), bpe_vocab(corpus.data.tokenizer))
 
 
-def _key(data: config.Data, found, held, hashes: list[str], tokenizer: Tokenizer | None) -> str:
-    splitting = None if held else [data.split, data.eval_fraction]
-    what = [store.FORMAT, [s.name for s in (*found, *held)], len(found), hashes, data.field, data.errors, splitting,
-            tokenizer.fingerprint if tokenizer else data.tokenizer]
+def _digest(*what) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
 
 
+def _content(data: config.Data, found, held, hashes: list[str]) -> str:
+    splitting = None if held else [data.split, data.eval_fraction]
+    return _digest(len(found), hashes, data.field, data.errors, splitting)
+
+
 def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report):
-    """(sides, tokenizer, folder) for training sources `found` and held-out sources `held`, built if need be."""
+    """(sides, tokenizer, folder, content) for training sources `found` and held-out sources `held`, built if need be."""
     root = Path(data.cache).expanduser()
     try:
         hashes = store.content_hashes((*found, *held), root, data.workers)
-        folder = root / _key(data, found, held, hashes, tokenizer)
+        content = _content(data, found, held, hashes)
+        folder = root / _digest(store.FORMAT, [s.name for s in (*found, *held)], content,
+                                tokenizer.fingerprint if tokenizer else data.tokenizer)
 
         def build(building: Path) -> None:
             corpus = split.plan(found, held, data)
@@ -71,7 +76,7 @@ def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report)
     except OSError as error:
         raise UsageError(f"config.data.cache = {data.cache!r}: {error.strerror or error}; choose a folder that can "
                          "be written and has room") from None
-    return sides, using, folder
+    return sides, using, folder, content
 
 
 def _count(tokens: Tokens | None) -> str:
@@ -89,23 +94,23 @@ def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer:
     tokenizer = tokenizer or _known_tokenizer(data)
     found = sources.find(data.path)
     held = sources.find(data.eval_path, "config.data.eval_path") if data.eval_path else ()
-    sides, tokenizer, folder = _obtain(data, found, held, tokenizer, report)
+    sides, tokenizer, folder, content = _obtain(data, found, held, tokenizer, report)
     train, held_out = sides["train"], sides["eval"]
     if train is None:
         raise UsageError(f"config.data.path = {', '.join(data.path)}: the tokenizer makes no tokens of it")
     report(f"data: train on {_count(train)}, held out {_count(held_out)}; tokenizer {tokenizer.name} of "
            f"{tokenizer.vocab:,} ids; {folder}")
-    return Prepared(train, held_out, tokenizer, folder)
+    return Prepared(train, held_out, tokenizer, folder, content)
 
 
-def load_text(paths: tuple[str, ...], tokenizer: Tokenizer, data: config.Data, key: str = "--text",
+def load_text(paths: tuple[str, ...], tokenizer: Tokenizer, data: config.Data,
               report: Callable[[str], None] = print) -> Tokens:
     """All documents of `paths` as held-out tokens, cached like any other; of `data` only field, errors, cache and
-    workers count. UsageError, naming the flag `key`, when there is no text."""
+    workers count. UsageError, naming the flag --text, when there is no text."""
     data = replace(data, path=tuple(paths), eval_path=(), tokenizer="bytes")
-    sides, _, folder = _obtain(data, (), sources.find(data.path, key), tokenizer, report)
+    sides, _, folder, _ = _obtain(data, (), sources.find(data.path, "--text"), tokenizer, report)
     if sides["eval"] is None:
-        raise UsageError(f"{key} = {', '.join(paths)}: the tokenizer makes no tokens of it")
+        raise UsageError(f"--text = {', '.join(paths)}: the tokenizer makes no tokens of it")
     report(f"data: {_count(sides['eval'])}; {folder}")
     return sides["eval"]
 

@@ -24,7 +24,8 @@ from orbax.checkpoint.experimental import v1 as ocp
 from gpt_jax import config
 from gpt_jax.errors import Exit, NoCheckpoint, PeerFailed, SaveFailed, UsageError
 from gpt_jax.stops import peer_gone
-from gpt_jax.train.digest import (FOLDER, FORMAT, MANIFEST, META, SAVING, TEMPORARY, agree, cause_of, find_damage,
+from gpt_jax.train.agreement import agree
+from gpt_jax.train.digest import (FOLDER, FORMAT, MANIFEST, META, SAVING, TEMPORARY, cause_of, find_damage,
                                   free_name, latest_valid, read_meta, resolve_checkpoint, steps_in, unfinished_in,
                                   write_atomically, write_manifest)
 

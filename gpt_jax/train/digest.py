@@ -14,11 +14,8 @@ import os
 import re
 from pathlib import Path
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
-from gpt_jax.errors import Exit, NoCheckpoint, PeerFailed, UsageError
+from gpt_jax.errors import NoCheckpoint, UsageError
+from gpt_jax.train.agreement import agree
 
 MANIFEST = "manifest.json"
 META = "meta.json"
@@ -27,33 +24,6 @@ FOLDER = "checkpoints"  # inside a workdir
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for a step that it is still writing
 SAVING = ".saving"
 THREADS = 4  # hashlib lets go of the interpreter lock, so files are hashed in parallel
-MESSAGE_BYTES = 4096  # of one `agree`: one shape, hence one compilation
-
-
-def agree(decide):
-    """`decide()` (a JSON value) as process 0 finds it, on every process; exceptions too. All processes must call it.
-
-    An `Exit` raised by process 0 is raised everywhere with the same text; any other exception stays its own there and
-    is PeerFailed elsewhere. With one process this is a plain call."""
-    if jax.process_count() == 1:
-        return decide()
-    verdict, crash = {}, None
-    if jax.process_index() == 0:
-        try:
-            verdict = {"value": decide()}
-        except Exit as error:
-            verdict = {"code": error.code, "text": str(error)[:1000]}
-        except Exception as error:  # raised below, once the others know
-            verdict, crash = {"code": PeerFailed.code, "text": f"process 0 failed: {error!r}"[:1000]}, error
-    text = np.frombuffer(json.dumps(verdict).encode().ljust(MESSAGE_BYTES), np.uint8)
-    if len(text) > MESSAGE_BYTES:
-        raise ValueError(f"{len(text)} bytes do not fit into one message of {MESSAGE_BYTES}")
-    verdict = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
-    if crash is not None:
-        raise crash
-    if "code" in verdict:
-        raise {kind.code: kind for kind in Exit.__subclasses__()}[verdict["code"]](verdict["text"])
-    return verdict["value"]
 
 
 def cause_of(error: BaseException) -> str:
