@@ -83,17 +83,17 @@ def find_peak(devices: Sequence[jax.Device], measure: Callable[[], float] = meas
     return Peak(one * count, f"peak assumed: {one / 1e12:,.1f} TFLOP/s dense bf16 x {count} {kind}")
 
 
-def flops_per_token(matmul_params: int, windows: Sequence[int], attention_width: int | Sequence[int], seq_len: int,
+def flops_per_token(matmul_params: int, windows: Sequence[int], attention_width: int, seq_len: int,
                     causal: bool = False) -> int:
     """Training FLOPs (forward and backward) of one token: `6 N + sum over layers of 12 width min(window or T, T)`.
 
     `matmul_params`: N, every weight that is multiplied (looked-up embeddings excluded). `windows`: one entry a layer, 0
-    meaning all of T. `attention_width`: heads * head_dim, one for all layers or one each. The attention term counts the
-    full T x T map, as PaLM (2204.02311, appendix B), nanochat and Megatron do; `causal` halves it, as MaxText does."""
-    widths = [attention_width] * len(windows) if isinstance(attention_width, int) else attention_width
-    attention = sum(12 * width * min(window or seq_len, seq_len)
-                    for width, window in zip(widths, windows, strict=True))
-    return 6 * matmul_params + (attention // 2 if causal else attention)
+    meaning all of T. `attention_width`: heads * head_dim. The attention term counts the full T x T map, or the whole
+    window at every token, as PaLM (2204.02311, appendix B), nanochat and Megatron do; `causal` counts the keys that
+    there are, `w - w^2 / 2T` on average for a reach of w, which for w = T is the half that MaxText counts."""
+    reaches = [min(window or seq_len, seq_len) for window in windows]
+    keys = sum(reach - reach**2 / (2 * seq_len) if causal else reach for reach in reaches)
+    return 6 * matmul_params + round(12 * attention_width * keys)
 
 
 def mfu(token_flops: float, tokens_per_second: float, peak: float | None) -> float | None:

@@ -7,7 +7,7 @@ import jax
 
 from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
-from gpt_jax.infer.decode import Sampling, fit_prompt, generate
+from gpt_jax.infer.decode import Sampling, generate
 from gpt_jax.metrics import Sums, add, divide, perplexity
 
 
@@ -19,11 +19,11 @@ def heldout_sums(step: Callable, params, batches: Iterable, mesh, batch_size: in
     return jax.device_get(total)
 
 
-def heldout_metrics(sums: Sums, prefix: str = "eval") -> dict[str, float]:
-    """loss (nats a token), perplexity, bits_per_byte and accuracy, each under `prefix/`."""
+def heldout_metrics(sums: Sums) -> dict[str, float]:
+    """loss (nats a token), perplexity, bits_per_byte and accuracy."""
     means = divide(sums)
-    return {f"{prefix}/loss": means["loss"], f"{prefix}/perplexity": perplexity(*sums["loss"]),
-            f"{prefix}/bits_per_byte": means["bits_per_byte"], f"{prefix}/accuracy": means["accuracy"]}
+    return {"loss": means["loss"], "perplexity": perplexity(*sums["loss"]), "bits_per_byte": means["bits_per_byte"],
+            "accuracy": means["accuracy"]}
 
 
 def xz_bits_per_byte(text: bytes) -> float:
@@ -31,23 +31,33 @@ def xz_bits_per_byte(text: bytes) -> float:
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
-def check_prompts(model: config.Model, tokenizer, knobs: config.Eval) -> None:
-    """Raises UsageError for a sample prompt that this tokenizer and context cannot take: before training, not after it."""
-    sampling = Sampling(max_new_tokens=1)
+def sample_prompts(model: config.Model, tokenizer, knobs: config.Eval) -> tuple[str, ...]:
+    """The prompts of a run's samples. Raises UsageError, before training and not after it, for one that this tokenizer
+    and context cannot take."""
     for i, prompt in enumerate(knobs.sample_prompts):
         try:
-            fit_prompt(i + 1, prompt, tokenizer, model.max_seq, sampling, lambda line: None)
+            size = len(tokenizer.encode(prompt))
         except UsageError as error:
             raise UsageError(f"config.eval.sample_prompts[{i}] = {prompt!r}: {error}") from None
+        if size >= model.max_seq:
+            raise UsageError(f"config.eval.sample_prompts[{i}] = {prompt!r}: has {size} tokens and the context of "
+                             f"{model.max_seq} has no room for more; shorten it")
+    if knobs.sample_prompts:
+        return knobs.sample_prompts
+    try:
+        tokenizer.encode("\n")
+        return ("\n",)
+    except UsageError:
+        return (tokenizer.decode([0]),)
 
 
-def samples(model: config.Model, params, tokenizer, knobs: config.Eval, seed: int, count: int,
-            report: Callable[[str], None]) -> list[str]:
-    """`count` texts, prompts in turn, each with its prompt in front. Every process of a job calls it together."""
+def samples(model: config.Model, params, tokenizer, knobs: config.Eval, seed: int, count: int) -> list[str]:
+    """`count` texts, prompts in turn, each with its prompt in front; none longer than the context. Every process of a job
+    calls it together."""
     prompts = knobs.sample_prompts[:count]
     each = -(-count // len(prompts))
     sampling = Sampling(max_new_tokens=knobs.sample_tokens, temperature=knobs.sample_temperature,
                         top_k=knobs.sample_top_k, seed=seed, num_samples=each)
-    done = generate(model, params, tokenizer, prompts, sampling, report)
+    done = generate(model, params, tokenizer, prompts, sampling, lambda line: None)
     rows = [(i % len(prompts)) * each + i // len(prompts) for i in range(count)]
     return [prompts[done[row].prompt] + done[row].text for row in rows]

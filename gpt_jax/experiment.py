@@ -83,7 +83,8 @@ def check_job(config: configs.Config, prepared: Prepared) -> None:
 def build_on(config: configs.Config, mesh, prepared: Prepared) -> Parts:
     """`build` for a resolved config on a given mesh."""
     train, seed = config.train, config.seed
-    evals.check_prompts(config.model, prepared.tokenizer, config.eval)
+    prompts = evals.sample_prompts(config.model, prepared.tokenizer, config.eval)
+    config = replace(config, eval=replace(config.eval, sample_prompts=prompts))
     with jax.set_mesh(mesh):
         model, line = choose_kernel(config.model, train.seq_len, mesh, config.data.rows == "packed")
         config = replace(config, model=model)

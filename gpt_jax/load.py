@@ -10,6 +10,7 @@ import jax
 from gpt_jax import config as configs
 from gpt_jax import sharding
 from gpt_jax.data.tokenizer import Tokenizer, from_json
+from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.model import kernels
 from gpt_jax.model.transformer import abstract_params
 from gpt_jax.train import checkpoint
@@ -28,8 +29,13 @@ class Loaded(NamedTuple):
 
 
 def pick_mesh(model: configs.Model, devices: int) -> jax.sharding.Mesh:
-    """All devices along fsdp, which needs least memory, or along data where the width does not divide."""
-    return sharding.make_mesh({"fsdp" if model.embed % devices == 0 else "data": devices})
+    """`devices` of them along fsdp, which needs least memory, or along data where a width does not divide."""
+    widths = [model.embed] + [model.kv_heads * model.head_dim] * model.value_embed
+    axis = "data" if any(width % devices for width in widths) else "fsdp"
+    return sharding.make_mesh({axis: devices}, jax.devices()[:devices])
+
+
+ATTEMPTS = 3
 
 
 def load(path: str, step: int, say: Callable[[str], None], devices: int = 0) -> Loaded:
@@ -37,18 +43,30 @@ def load(path: str, step: int, say: Callable[[str], None], devices: int = 0) -> 
 
     Averaged weights are taken where the run kept them. Raises UsageError for a path or step that is not there,
     NoCheckpoint for damage."""
-    directory, step = checkpoint.resolve_checkpoint(path, step, say)
+    for attempts in range(ATTEMPTS, 0, -1):
+        directory, found = checkpoint.resolve_checkpoint(path, step, say)
+        try:
+            return _load(directory, found, say, devices)
+        except (NoCheckpoint, UsageError):
+            if step or attempts == 1 or (directory / str(found) / checkpoint.MANIFEST).exists():
+                raise
+            say(f"step {found} of {directory} was deleted by its run meanwhile; taking the newest again")
+
+
+def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) -> Loaded:
     meta = checkpoint.read_meta(directory, step)
     config = configs.from_dict(meta["config"])
     count = devices or jax.device_count()
-    kernel, _ = kernels.choose("auto", kernels.problem(config.model, config.train.seq_len, jax.default_backend()))
-    model = replace(config.model, kernel=kernel, remat="none")
+    # Not the kernel of the run, which was chosen for the machine and the dropout of training.
+    model = replace(config.model, remat="none", dropout=0.0, attention_dropout=0.0)
+    name, reason = kernels.choose("auto", kernels.problem(model, config.train.seq_len, jax.default_backend()))
+    model = replace(model, kernel=name)
     mesh = pick_mesh(model, count) if count > 1 else sharding.make_mesh({}, jax.local_devices()[:1])
     item = "ema" if config.train.ema else "params"
     with jax.set_mesh(mesh):
         abstract = sharding.concrete(abstract_params(model), mesh)
         params = checkpoint.restore(directory, step, {item: abstract})[item]
     say(f"step {step} of {directory}, {'averaged weights, ' if config.train.ema else ''}on {mesh.size} "
-        f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}")
+        f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}; attention kernel: {name} ({reason})")
     return Loaded(replace(config, model=model), from_json(meta["tokenizer"]), params, mesh, directory, step,
                   meta["data"]["content"])

@@ -4,11 +4,12 @@ All processes of a job execute the same lines; only process 0 writes and prints.
 this one, on the same parts.
 """
 
+import fcntl
 import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from gpt_jax import config as configs
 from gpt_jax import devices, evals, report, sharding
 from gpt_jax.data.cache import heldout_text
 from gpt_jax.data.pipeline import make_eval_batches, make_stream
-from gpt_jax.errors import Diverged, Stopped
+from gpt_jax.errors import Diverged, Stopped, UsageError
 from gpt_jax.experiment import Parts, items, start_state, token_flops
 from gpt_jax.metrics import Clock, OneStepLate, divide
 from gpt_jax.model.transformer import count_params
@@ -29,19 +30,23 @@ from gpt_jax.train.step import TrainState
 from gpt_jax.writers import BarWriter, JsonlWriter, TensorBoardWriter, Writers, read_jsonl, replace_file
 
 
+RATES_AT_ONCE = 4096  # learning rates
+
+
 class Loop:
     """What `run` carries along besides the state: writers, clock, and the numbers for the next log line."""
 
-    def __init__(self, parts: Parts, workdir: Path, start: int, resumed: bool, beat: Callable[[], None]):
+    def __init__(self, parts: Parts, workdir: Path, start: int, resumed: bool, beat: Callable[[], None],
+                 heldout: Iterable | None):
         config, model = parts.config, parts.config.model
         self.parts, self.workdir, self.config, self.start, self.beat = parts, workdir, config, start, beat
+        self.heldout = heldout  # batches, the same at every evaluation; None: no held-out text
         self.late, self.began = OneStepLate(), time.perf_counter()
         self.peak = devices.find_peak(parts.mesh.devices.flatten().tolist())
         with jax.set_mesh(parts.mesh):
             self.counts = count_params(model)
         self.flops = token_flops(config, self.counts["matmul"])
-        steps = np.arange(max(1, config.train.steps))  # all at once: an operation in the loop would wait for the device
-        self.rates = config.optim.learning_rate * np.asarray(make_schedule(config.optim)(steps))
+        self.rates: tuple[int, Any] = -1, None  # see `learning_rate`
         self.batch_tokens = config.train.batch_size * config.train.seq_len
         self.mark = start, time.perf_counter()
         self.end = config.train.steps  # or where a request stops the run
@@ -62,6 +67,14 @@ class Loop:
         """Throughput counts from here: evaluation, saving and sampling are not part of it."""
         self.mark = step, time.perf_counter()
 
+    def learning_rate(self, step: int) -> float:
+        """The rate of update `step`, from a block of many made at once: each operation waits for the device."""
+        block, place = divmod(step - 1, RATES_AT_ONCE)
+        if block != self.rates[0]:
+            steps = block * RATES_AT_ONCE + np.arange(RATES_AT_ONCE)
+            self.rates = block, self.config.optim.learning_rate * np.asarray(make_schedule(self.config.optim)(steps))
+        return float(self.rates[1][place])
+
     def record(self, late: tuple[int, Any] | None) -> None:
         """A finished step's sums: checks that they are finite, and writes a line where one is due."""
         if late is None:
@@ -73,7 +86,7 @@ class Loop:
             return
         values = {f"train/{name}": means[name] for name in ("loss", "bits_per_byte", "accuracy", "grad_norm",
                                                             "param_norm")}
-        values["train/learning_rate"] = float(self.rates[step - 1])
+        values["train/learning_rate"] = self.learning_rate(step)
         values["throughput/tokens_seen"] = step * self.batch_tokens
         before, since = self.mark
         if step > before:
@@ -105,19 +118,24 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
     for note in parts.notes:
         say(note)
     with jax.set_mesh(mesh), watchdog(train.hang_minutes) as beat, ExitStack() as closing:
+        closing.enter_context(only_run(workdir, say))
         stop = StopRequest()
         closing.callback(stop.close)
         checkpoints = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, config.checkpoint, say)
         # A save in flight would wait for a peer that has left.
         closing.push(lambda kind, error, trace: None if peer_gone(error) else checkpoints.close())
         start = checkpoints.latest or 0
+        if profile and profile[0] <= start:
+            raise UsageError(f"--profile={profile[0]}:{profile[1]}: this run goes on at step {start + 1}; start there or "
+                             "later")
         stream = make_stream(prepared.train, prepared.tokenizer, config.data, train.seq_len, train.batch_size, config.seed,
                              rows, start)  # before the state: it refuses too little text, and compiles nothing
         closing.callback(stream.close)
+        heldout = heldout_batches(parts)
         state = start_state(parts, checkpoints, say)
         if jax.process_index() == 0:
             replace_file(workdir / "config.json", configs.to_json(config).encode())
-        loop = Loop(parts, workdir, start, checkpoints.latest is not None, beat)
+        loop = Loop(parts, workdir, start, checkpoints.latest is not None, beat, heldout)
         closing.callback(loop.writers.close)
         say(loop.peak.line)
         say(stream.summary)
@@ -129,20 +147,49 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
             checkpoints.check()
             stopping = stop(step)
             loop.end = step if stopping else loop.end
+            if stopping:  # first of all: who asks may not wait long
+                save(loop, checkpoints, state, step)
+                with loop.clock.phase("checkpoint", blocked=True):
+                    checkpoints.wait()
             if due(config.eval.every_steps, step) or step == train.steps:
                 evaluate(loop, state, step)
             if due(config.eval.sample_every_steps, step) and step < train.steps:
                 write_samples(loop, state, step, 1)
-            if checkpoints.should_save(step) or stopping or step == train.steps:
+            if checkpoints.should_save(step) or (step == train.steps and not stopping):
                 save(loop, checkpoints, state, step)
             beat()
             if stopping and step < train.steps:
-                with loop.clock.phase("checkpoint", blocked=True):
-                    checkpoints.wait()
                 finish(loop, step)
                 raise Stopped(f"stopped on request after step {step} of {train.steps}, saved in "
                               f"{checkpoints.directory}; the same command goes on from there")
         return conclude(loop, checkpoints, state, say)
+
+
+def heldout_batches(parts: Parts):
+    """All held-out batches or the first few, as config.eval says; None without held-out text. UsageError for too little."""
+    config, tokens = parts.config, parts.prepared.eval
+    if tokens is None:
+        return None
+    rows = sharding.process_rows(parts.mesh, config.eval.batch_size)
+    return make_eval_batches(tokens, parts.prepared.tokenizer, config.data, config.train.seq_len, config.eval.batch_size,
+                             rows, config.eval.batches)
+
+
+@contextmanager
+def only_run(workdir: Path, say):
+    """Holds the workdir for this run alone; UsageError on all processes when another run has it."""
+    with open(workdir / ".lock", "a") as file:
+        def take():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"--workdir={workdir}: another run is training into it; wait for it, stop it, or choose "
+                                 "another --workdir") from None
+            except OSError as error:  # a file system without locks
+                say(f"{workdir} cannot be locked ({error.strerror}): a second run in it would not be noticed")
+
+        agree(take)
+        yield
 
 
 def due(every: int, step: int) -> bool:
@@ -178,23 +225,19 @@ def settle(loop: Loop) -> None:
     loop.record(late)
 
 
-def best_params(loop: Loop, state: TrainState):
+def averaged_params(loop: Loop, state: TrainState):
     """The averaged weights where the run keeps them, else the current ones."""
     return state.ema if loop.config.train.ema else state.params
 
 
 def evaluate(loop: Loop, state: TrainState, step: int) -> None:
     """Held-out metrics after update `step`."""
-    config, prepared, mesh = loop.config, loop.parts.prepared, loop.parts.mesh
     settle(loop)
-    if prepared.eval is not None:
-        knobs = config.eval
+    if loop.heldout is not None:
         with loop.clock.phase("eval"):
-            batches = make_eval_batches(prepared.eval, prepared.tokenizer, config.data, config.train.seq_len,
-                                        knobs.batch_size, sharding.process_rows(mesh, knobs.batch_size), knobs.batches)
-            sums = evals.heldout_sums(loop.parts.eval_step, best_params(loop, state), watched(batches, loop.beat), mesh,
-                                      knobs.batch_size)
-            found = evals.heldout_metrics(sums)
+            sums = evals.heldout_sums(loop.parts.eval_step, averaged_params(loop, state), watched(loop.heldout, loop.beat),
+                                      loop.parts.mesh, loop.config.eval.batch_size)
+            found = {f"eval/{name}": value for name, value in evals.heldout_metrics(sums).items()}
         check_finite("held-out loss", found["eval/loss"], step)
         loop.evaluated = step, found
         loop.writers.write(step, found)
@@ -212,8 +255,8 @@ def write_samples(loop: Loop, state: TrainState, step: int, count: int) -> None:
     """`count` samples, into the writers."""
     settle(loop)
     with loop.clock.phase("sample"):
-        texts = evals.samples(loop.config.model, best_params(loop, state), loop.parts.prepared.tokenizer, loop.config.eval,
-                              loop.config.seed + step, count, lambda line: None)
+        texts = evals.samples(loop.config.model, averaged_params(loop, state), loop.parts.prepared.tokenizer,
+                              loop.config.eval, (loop.config.seed + step) % 2**32, count)
     for i, text in enumerate(texts):
         loop.writers.text(step, f"sample/{i}", text)
     loop.restart_rate(step)

@@ -7,7 +7,6 @@ error at trace time. Without a mesh (`jax.set_mesh` not called) every helper is 
 """
 
 import math
-from functools import partial
 from typing import Callable
 
 import jax
@@ -118,18 +117,13 @@ def spread(x: jax.Array) -> jax.Array:
     return jax.reshard(x, P(tuple(axes) or None))
 
 
-def like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """`x` in the layout of `other`."""
-    return x if _mesh() is None else jax.reshard(x, jax.typeof(other).sharding)
-
-
 def process_rows(mesh: Mesh, batch_size: int) -> slice:
     """The contiguous rows of a global batch that this process's devices hold."""
     sharding = NamedSharding(mesh, batch_spec())
-    slices = [index[0].indices(batch_size)[:2]
-              for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
-    start, stop = min(s for s, _ in slices), max(e for _, e in slices)
-    if len({i for s, e in slices for i in range(s, e)}) != stop - start:
+    slices = sorted({index[0].indices(batch_size)[:2]
+                     for index in sharding.addressable_devices_indices_map((batch_size,)).values()})
+    start, stop = slices[0][0], slices[-1][1]
+    if any(end != begin for (_, end), (begin, _) in zip(slices, slices[1:])):
         raise UsageError("config.mesh: this process's devices hold rows of the batch that are not contiguous; "
                          "put config.mesh.tensor inside a process")
     return slice(start, stop)
@@ -161,6 +155,3 @@ def unsharded(tree, minimum_bytes: int = 1 << 20) -> list[str]:
                 len(leaf.sharding.device_set) > 1:
             found.append(jax.tree_util.keystr(path, simple=True, separator="/"))
     return found
-
-
-replicated = partial(NamedSharding, spec=P())

@@ -219,12 +219,13 @@ def logged(workdir: Path, step: int):
     return reached
 
 
-def job(folder: Path, processes: int, given, devices: int = 1) -> list[Process]:
-    """One job of several processes with `devices` fake devices each."""
+def job(folder: Path, processes: int, given, devices: int = 1, own=None) -> list[Process]:
+    """One job of several processes with `devices` fake devices each; `own`: further arguments of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [Process(folder, [*given, f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
+    own = own or [[]] * processes
+    return [Process(folder, [*given, *own[k], f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
                              f"--process_id={k}", f"--cpu_devices={devices}"]) for k in range(processes)]
 
 

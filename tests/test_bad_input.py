@@ -1,6 +1,7 @@
 """What cannot be run is refused in one line that names the thing, its value and the way out, with its exit code."""
 
 import contextlib
+import fcntl
 import json
 import math
 import resource
@@ -86,11 +87,20 @@ CONFIGS = {
     "smear beyond the width": (["--config.model.smear=true", "--config.model.smear_gate=99"],
                                ["config.model.smear_gate = 99", "config.model.embed = 32"]),
     "no loss scaling": (["--config.model.dtype=float16"], ["config.model.dtype = 'float16'", "float32, bfloat16"]),
-    "no sample prompt": (["--config.eval.sample_prompts="], ["config.eval.sample_prompts = ()", "at least one"]),
-    "sample prompt of unknown characters": (["--config.data.tokenizer=char"],
-                                            ["config.eval.sample_prompts[0] = '\\n'", "character 0", "char tokenizer"]),
+    "sample prompt of unknown characters": (["--config.data.tokenizer=char", "--config.eval.sample_prompts=a,Z"],
+                                            ["config.eval.sample_prompts[1] = 'Z'", "character 0", "char tokenizer"]),
     "sample prompt beyond the context": (["--config.eval.sample_prompts=a,%s" % ("b" * 40)],
-                                         ["config.eval.sample_prompts[1]", "40 tokens", "context holds 32"]),
+                                         ["config.eval.sample_prompts[1]", "40 tokens", "context of 32", "shorten"]),
+    "decay before the warmup ends": (["--config.optim.schedule=wsd", "--config.optim.decay_fraction=0.95",
+                                      "--config.optim.warmup_steps=4"],
+                                     ["config.optim.decay_fraction = 0.95", "step 1", "config.optim.warmup_steps = 4"]),
+    "xz of nothing": (["--config.eval.compare_xz=true", "--config.data.eval_fraction=0"],
+                      ["config.eval.compare_xz = True", "config.data.eval_fraction is 0"]),
+    "unknown best metric": (["--config.checkpoint.best_metric=train/loss"], ["config.checkpoint.best_metric", "eval/loss"]),
+    "seed beyond 32 bits": (["--config.seed=4294967296"], ["config.seed = 4294967296", "4294967295"]),
+    "bpe too large": (["--config.data.tokenizer=bpe:99999999999999999999"], ["config.data.tokenizer", "10,000,000"]),
+    "batch too large": (["--config.train.batch_size=8000000000"], ["config.train.batch_size = 8000000000", "more text"]),
+    "text for a tuple": (["--config.model.pattern=foo"], ["config.model.pattern = 'foo'", "such as (a, b)"]),
     "kernel that cannot run here": (["--config.model.kernel=cudnn"], ["config.model.kernel", "cudnn"]),
 }
 
@@ -121,6 +131,13 @@ LINES = {
     "profile beyond the end": (["train", f"--config={runs.TINY}", "--workdir=x", "--profile=9:30"], ["<= 20 steps"]),
     "processes without address": (["evaluate", "--checkpoint=x", "--num_processes=2"], ["--num_processes=2",
                                                                                         "--coordinator=HOST:PORT"]),
+    "address without processes": (["evaluate", "--checkpoint=x", "--coordinator=h:1"], ["--coordinator=h:1",
+                                                                                        "--num_processes=N"]),
+    "no process": (["evaluate", "--checkpoint=x", "--num_processes=0"], ["--num_processes=0", "1 or more"]),
+    "fewer than no devices": (["evaluate", "--checkpoint=x", "--cpu_devices=-3"], ["--cpu_devices=-3", "0 or more"]),
+    "devices of generate": (["generate", "--checkpoint=x", "--devices=-1"], ["--devices=-1", "0 or more"]),
+    "print_config checks": (["train", f"--config={runs.TINY}", "--print_config", "--config.model.heads=5"],
+                            ["config.model.heads = 5"]),
     "process beyond the job": (["evaluate", "--checkpoint=x", "--process_id=1"], ["--process_id=1", "expected 0 to 0"]),
 }
 
@@ -253,6 +270,32 @@ def test_workdir_of_another_tokenizer(tmp_path):
     refused(2, [f"{tmp_path}/run", "another tokenizer", "another --workdir"], *given)
 
 
+def test_workdir_of_another_text(tmp_path, capsys):
+    """Whatever it is called: the content counts, on resume and where held-out text is split off again."""
+    (tmp_path / "data").mkdir()
+    first, second = (tmp_path / "data" / name for name in ("a.txt", "b.txt"))
+    first.write_bytes(TEXT * 40)
+    runs.call(*on_data(tmp_path, "a.txt"))
+    second.write_bytes(first.read_bytes())
+    runs.call(*on_data(tmp_path, "b.txt", "--config.train.steps=2", "--config.optim.decay_steps=1"))
+    assert "config.data.path changed since the checkpoint" in capsys.readouterr().out
+    second.write_bytes(TEXT.upper() * 40)
+    refused(2, [f"{tmp_path}/run", "another text", "another --workdir"], *on_data(tmp_path, "b.txt"))
+    refused(2, ["this text has changed since the run", "--text"], "evaluate", f"--checkpoint={tmp_path}/run")
+    second.unlink()
+    refused(2, ["the run's own text", "b.txt", "no such file", "--text"], "evaluate", f"--checkpoint={tmp_path}/run")
+
+
+def test_workdir_in_use(folder, trained):
+    with open(trained / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused(2, [f"--workdir={trained}", "another run is training into it"], *runs.arguments(folder, trained))
+
+
+def test_profile_before_the_resumed_step(folder, copy):
+    refused(2, ["--profile=2:4", "goes on at step 3"], *runs.arguments(folder, copy), "--profile=2:4")
+
+
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
 def test_checkpoint_path_missing(trained, command):
     found = f"found {trained} (steps 1, 2)"
@@ -300,6 +343,11 @@ def test_prompts(trained, tmp_path, capsys):
     capsys.readouterr()
     runs.call(*generate, f"--prompt={'a' * 40}", "--truncate")
     assert "kept the last 28 of 40 tokens, cut the first 12" in capsys.readouterr().err
+    (tmp_path / "windows.txt").write_bytes("\ufeffab\r\ncd\r\n".encode())
+    capsys.readouterr()
+    runs.call(*generate, f"--prompts={tmp_path}/windows.txt", "--json")
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["ab", "cd"]
+    refused(2, ["--top_k = 9999999999", "from 0 to"], *generate, "--top_k=9999999999")
     refused(2, ["--prompts=none.txt", "cannot be read"], *generate, "--prompts=none.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     refused(2, ["latin.txt", "cannot be read"], *generate, f"--prompts={tmp_path}/latin.txt")

@@ -283,7 +283,7 @@ def test_no_change():
     (dict(optim=dict(learning_rate=1.0)), True),
     (dict(model=dict(layers=9)), False), (dict(model=dict(windows=(4, 0))), False), (dict(seed=1), False),
     (dict(train=dict(batch_size=9)), False), (dict(train=dict(seq_len=9)), False),
-    (dict(data=dict(path=("x",))), False), (dict(data=dict(tokenizer="char")), False),
+    (dict(data=dict(path=("x",))), True), (dict(data=dict(tokenizer="char")), False),
     (dict(optim=dict(groups=(dict(match="x"),))), False),
     (dict(optim=dict(optimizer="lion")), False)])
 def test_changes_name_the_key_and_say_whether_a_run_may_resume(sections, resumable):

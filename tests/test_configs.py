@@ -75,7 +75,7 @@ def test_optimiser_and_schedule_fit_the_parameters(name, arg):
     assert sum(row.parameters for row in groups) == total(loaded.model)
     factor = schedule.make_schedule(loaded.optim)
     assert float(factor(loaded.optim.warmup_steps)) == 1.0
-    if loaded.optim.schedule not in schedule.ENDLESS:
+    if loaded.optim.schedule not in config.ENDLESS:
         assert float(factor(loaded.train.steps)) == pytest.approx(loaded.optim.final_fraction)
 
 

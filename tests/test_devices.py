@@ -32,13 +32,12 @@ def test_megatron_llama_8b_flops():
     assert round(13_812 * devices.flops_per_token(**LLAMA_8B) / 1e12, 1) == 799.9
 
 
-def test_causal_halves_only_the_attention_term_and_windows_cap_at_the_row():
-    args = dict(windows=[0, 4, 64], attention_width=[8, 16, 32], seq_len=16)
-    attention = 12 * (8 * 16 + 16 * 4 + 32 * 16)
-    assert devices.flops_per_token(100, **args) == 600 + attention
-    assert devices.flops_per_token(100, **args, causal=True) == 600 + attention // 2
-    with pytest.raises(ValueError):
-        devices.flops_per_token(100, [0, 0], [8], 16)
+def test_windows_cap_at_the_row_and_causal_counts_the_keys_that_there_are():
+    args, T = dict(windows=[0, 40, 6400], attention_width=8, seq_len=1600), 1600
+    assert devices.flops_per_token(100, **args) == 600 + 12 * 8 * (T + 40 + T)
+    counted = sum(min(t + 1, reach) for reach in (T, 40, T) for t in range(T)) / T
+    assert devices.flops_per_token(100, **args, causal=True) == pytest.approx(600 + 12 * 8 * counted, rel=1e-3)
+    assert devices.flops_per_token(100, [0], 8, T, causal=True) == 600 + 12 * 8 * T // 2
 
 
 @pytest.mark.parametrize("kind, peak", [

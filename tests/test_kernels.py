@@ -207,10 +207,23 @@ def leaky(q, k, v, pattern, cap, keep):
 
 @pytest.mark.parametrize("broken, words", [
     (sabotage(segment=None), "differs from reference"), (sabotage(window=0), "differs from reference"),
+    (sabotage(window=5), "differs from reference"),  # on the layer that sees everything
     (sabotage(block=jnp.zeros((1, 32), int)), "differs from reference"),
-    (Kernel(lambda q, *rest: q * jnp.nan, None), "differs from reference"),
-    (Kernel(leaky, None), "lets a document see the one before it")])
+    (Kernel(lambda q, *rest: q * jnp.nan, lambda p: ""), "differs from reference"),
+    (Kernel(leaky, lambda p: ""), "lets a document see the one before it")])
 def test_conformance_refuses_a_broken_kernel(broken, words, monkeypatch):
     monkeypatch.setitem(KERNELS, "xla", broken)
     with pytest.raises(UsageError, match=rf"config\.model\.kernel = 'xla': {words}"):
         conformance("xla", MODEL, segments=True, rows=2)
+
+
+def test_what_a_kernel_cannot_do_is_refused_when_it_is_asked():
+    """Also when nobody asked `cannot` before: blocked would answer an ar pattern as if it were causal."""
+    q = jnp.ones((1, 8, 2, 4))
+    run = lambda name, **how: kernels.attention(name, q, q, q, Pattern(block=how.pop("block", None)), **how)
+    with pytest.raises(UsageError, match="'blocked': has no ar blocks"):
+        run("blocked", block=jnp.zeros((1, 8), int))
+    with pytest.raises(UsageError, match="'xla': has no soft-cap"):
+        run("xla", cap=3.0)
+    with pytest.raises(UsageError, match="'xla': has no attention dropout"):
+        run("xla", keep=jnp.ones((1, 2, 8, 8)))

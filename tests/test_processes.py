@@ -112,6 +112,18 @@ def test_when_one_is_killed_the_other_leaves_and_says_why(tmp_path, victim, ever
     assert "a peer process" in other.err.splitlines()[-1] and "Traceback" not in other.err
 
 
+@pytest.mark.parametrize("own, words", [(["--config.optim.learning_rate=0.5"], "config.optim.learning_rate: "),
+                                        (["--config.data.path=other.txt"], "the text: ")])
+def test_processes_that_were_told_different_things_stop(tmp_path, own, words):
+    given = runs.arguments(tmp_path, tmp_path / "job")
+    runs.write_text(tmp_path / "other.txt", words=3000)
+    own = [text.replace("other.txt", str(tmp_path / "other.txt")) for text in own]
+    job = runs.job(tmp_path / "logs", 2, given, own=([], own))
+    finish(job, [2, 2])
+    for process in job:
+        assert process.err.splitlines()[-1].startswith(f"gpt-jax: {words}not the same on all processes of this job")
+
+
 def test_processes_that_do_not_meet_say_so(tmp_path):
     given = runs.arguments(tmp_path, tmp_path / "job", "--join_seconds=3", "--coordinator=127.0.0.1:1", "--num_processes=2",
                            "--process_id=1")

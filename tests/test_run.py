@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, steps):
 def test_the_best_checkpoint_stays(tmp_path, monkeypatch, every):
     """A step that was not evaluated is not the best one."""
     values = iter((3.0, 1.0, 2.0))
-    monkeypatch.setattr(evals, "heldout_metrics", lambda sums: {"eval/loss": next(values)})
+    monkeypatch.setattr(evals, "heldout_metrics", lambda sums: {"loss": next(values)})
     runs.run(runs.build(runs.load(tmp_path, "--config.train.steps=12", "--config.eval.every_steps=4",
                                   f"--config.checkpoint.every_steps={every}", "--config.checkpoint.keep_last=1",
                                   "--config.checkpoint.keep_best=1")), tmp_path / "run")
@@ -217,10 +217,10 @@ def test_logged_numbers_are_what_they_are_called(tmp_path):
     factor = make_schedule(parts.config.optim)
     assert curve("train/learning_rate") == pytest.approx({n: 1e-2 * float(factor(n - 1)) for n in range(1, 7)})
     assert curve("throughput/tokens_seen") == {n: n * 8 * 32 for n in range(1, 7)}
-    matmuls, attention = 6 * count_params(parts.config.model)["matmul"], 12 * 32 * (8 + 32)
+    matmuls, attention = 6 * count_params(parts.config.model)["matmul"], 12 * 32 * np.array([8 + 32, 7 + 16])
     full, causal = curve("throughput/mfu_full"), curve("throughput/mfu_causal")
     assert full and {n: full[n] / causal[n] for n in full} == pytest.approx(
-        dict.fromkeys(full, (matmuls + attention) / (matmuls + attention / 2)))
+        dict.fromkeys(full, (matmuls + attention[0]) / (matmuls + attention[1])))
 
 
 def test_dropout_acts_in_training_alone(tmp_path):

@@ -70,6 +70,4 @@ def test_jit_and_vectors_agree_with_integers():
 def test_errors_name_the_field():
     with pytest.raises(UsageError, match=r"config\.optim\.decay_steps = 0"):
         make_schedule(optim(schedule="cosine", decay_steps=0))
-    with pytest.raises(UsageError, match=r"config\.optim\.decay_fraction = 0\.95"):
-        make_schedule(optim(schedule="wsd", decay_fraction=0.95))
     make_schedule(optim(schedule="constant", decay_steps=0))

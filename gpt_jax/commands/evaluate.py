@@ -1,10 +1,11 @@
 """`gpt-jax evaluate`: how well a checkpoint predicts text."""
 
 import json
+import math
 import sys
 from functools import partial
 
-from gpt_jax.commands.flags import Flags, add_runtime_flags, start_runtime
+from gpt_jax.commands.flags import Flags, add_runtime_flags, make_say, start_runtime
 from gpt_jax.errors import UsageError
 
 COLUMNS = (("loss", "{:.4f}"), ("perplexity", "{:.3f}"), ("bits_per_byte", "{:.4f}"), ("accuracy", "{:.4f}"),
@@ -34,10 +35,12 @@ def main(arguments: list[str]) -> None:
     import jax
 
     first = jax.process_index() == 0
-    say = (lambda line: print(line, file=sys.stderr, flush=True)) if first else (lambda line: None)
+    say = make_say(sys.stderr)
     rows, step, directory = measure(args, say)
     if first and args.json:
-        print(json.dumps({"checkpoint": str(directory), "step": step, "sources": rows}, ensure_ascii=False, indent=2))
+        strict = {source: {name: value if math.isfinite(value) else None for name, value in row.items()}
+                  for source, row in rows.items()}  # JSON has no NaN
+        print(json.dumps({"checkpoint": str(directory), "step": step, "sources": strict}, ensure_ascii=False, indent=2))
     elif first:
         print("\n".join(table(rows)))
 
@@ -57,7 +60,11 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
     if args.text:
         sources = {text: load_text((text,), loaded.tokenizer, config.data, report=say) for text in args.text}
     else:
-        prepared = prepare(config.data, say, loaded.tokenizer)
+        try:
+            prepared = prepare(config.data, say, loaded.tokenizer)
+        except UsageError as error:
+            raise UsageError(f"the run's own text: {error}; call it from where the run was started, or give held-out text "
+                             "with --text") from None
         if prepared.content != loaded.content:
             raise UsageError(f"config.data.path = {', '.join(config.data.path)}: this text has changed since the run, and "
                              "what it holds out now may have been trained on; give held-out text with --text")
@@ -84,8 +91,7 @@ def as_row(sums) -> dict[str, float]:
     """Metrics of one source, with the tokens and bytes they are over."""
     from gpt_jax.evals import heldout_metrics
 
-    metrics = {key.removeprefix("eval/"): value for key, value in heldout_metrics(sums).items()}
-    return metrics | {"tokens": float(sums["loss"][1]), "bytes": float(sums["bits_per_byte"][1])}
+    return heldout_metrics(sums) | {"tokens": float(sums["loss"][1]), "bytes": float(sums["bits_per_byte"][1])}
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Callable
 
 from ml_collections import ConfigDict
 
@@ -43,16 +44,22 @@ def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
 
 def start_runtime(args: argparse.Namespace) -> None:
     """Allocator, fake devices and process group, in the order in which JAX wants them. Call before any array exists."""
+    if args.cpu_devices < 0:
+        raise UsageError(f"--cpu_devices={args.cpu_devices}: expected 0 or more")
+    if args.num_processes < 1:
+        raise UsageError(f"--num_processes={args.num_processes}: expected 1 or more")
+    if args.num_processes > 1 and not args.coordinator:
+        raise UsageError(f"--num_processes={args.num_processes}: needs --coordinator=HOST:PORT of process 0")
+    if args.coordinator and args.num_processes == 1:
+        raise UsageError(f"--coordinator={args.coordinator}: needs --num_processes=N, the processes of the job")
+    if not 0 <= args.process_id < args.num_processes:
+        raise UsageError(f"--process_id={args.process_id}: expected 0 to {args.num_processes - 1}")
     keep_memory()
     import jax
 
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
-    if args.num_processes > 1 and not args.coordinator:
-        raise UsageError(f"--num_processes={args.num_processes}: needs --coordinator=HOST:PORT of process 0")
-    if not 0 <= args.process_id < args.num_processes:
-        raise UsageError(f"--process_id={args.process_id}: expected 0 to {args.num_processes - 1}")
     if args.distributed or args.num_processes > 1:
         join(args)
 
@@ -60,6 +67,7 @@ def start_runtime(args: argparse.Namespace) -> None:
 def join(args: argparse.Namespace) -> None:
     """Makes this process one of a job; ends it with code 40 when the others do not turn up within `--join_seconds`."""
     import jax
+    from jax.experimental import multihost_utils
 
     given = {} if args.distributed else dict(coordinator_address=args.coordinator, num_processes=args.num_processes,
                                              process_id=args.process_id)
@@ -68,6 +76,9 @@ def join(args: argparse.Namespace) -> None:
                    "(its log has the reason), or --coordinator is wrong")
     jax.distributed.initialize(**given, initialization_timeout=args.join_seconds,
                                heartbeat_timeout_seconds=args.heartbeat_seconds)
+    # The processes connect here: the first exchange waits 30 s for the others, later ones as long as it takes (to prepare
+    # data, say).
+    multihost_utils.sync_global_devices("joined")
     leave_on_abort("aborted by native code (lines above): a peer process is gone, its log has the reason")
 
 
@@ -84,6 +95,26 @@ def leave_on_abort(line: str) -> None:
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(leave)
     ABORT_HANDLERS.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+
+
+def make_say(stream) -> Callable[[str], None]:
+    """Lines for people, from process 0 alone. A reader that has gone (`| head`) does not end what is being done."""
+    import jax
+
+    gone = jax.process_index() != 0
+
+    def say(line: str) -> None:
+        nonlocal gone
+        if gone:
+            return
+        try:
+            print(line, file=stream, flush=True)
+        except BrokenPipeError:
+            gone = True
+            if stream is sys.stdout:  # else Python complains about it at the end
+                sys.stdout = open(os.devnull, "w")
+
+    return say
 
 
 def keep_stdout() -> None:

@@ -6,7 +6,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags, add_runtime_flags, start_runtime
+from gpt_jax.commands.flags import Flags, add_runtime_flags, make_say, start_runtime
 from gpt_jax.errors import UsageError
 
 HELP = {
@@ -36,9 +36,12 @@ def main(arguments: list[str]) -> None:
             flags.add_argument(f"--{spec.name}", action="store_true", help=HELP[spec.name])
         elif spec.name in HELP:
             flags.add_argument(f"--{spec.name}", type=type(spec.default), default=spec.default, help=HELP[spec.name])
+    flags.add_argument("--devices", type=int, default=1, help="devices of this machine to use; 0: all")
     add_runtime_flags(flags)
     args = flags.parse_args(arguments)
     prompts = read_prompts(args.prompt, args.prompts)
+    if args.devices < 0:
+        raise UsageError(f"--devices={args.devices}: expected 0 or more")
     sampling = Sampling(stop=tuple(args.stop), **{name: getattr(args, name) for name in HELP})
     start_runtime(args)
     run(args, prompts, sampling)
@@ -49,7 +52,8 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
     lines = []
     if file is not None:
         try:
-            lines = Path(file).read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+            text = Path(file).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+            lines = text.removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--prompts={file}: cannot be read: {error}") from None
     return [*given, *lines] or [""]
@@ -63,9 +67,9 @@ def run(args, prompts, sampling) -> None:
     from gpt_jax.infer.decode import stream
 
     first = jax.process_index() == 0
-    say = (lambda line: print(line, file=sys.stderr, flush=True)) if first else (lambda line: None)
+    say = make_say(sys.stderr)
     out = sys.stdout.buffer  # UTF-8 whatever the terminal's locale says
-    loaded = load.load(args.checkpoint, args.step, say, 0 if args.cpu_devices or jax.process_count() > 1 else 1)
+    loaded = load.load(args.checkpoint, args.step, say, 0 if args.cpu_devices or jax.process_count() > 1 else args.devices)
     single = len(prompts) * sampling.num_samples == 1 and not args.json
     done, began = [], time.perf_counter()
     with jax.set_mesh(loaded.mesh):

@@ -61,8 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("gpt-jax: interrupted; the last checkpoint is untouched", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader of `generate | head` has gone
+    except BrokenPipeError:  # the reader of `generate | head` has gone; `train` goes on without one (flags.make_say)
         sys.stdout = open(os.devnull, "w")
+    except MemoryError as error:
+        print(f"gpt-jax: out of memory ({error}); make the model, the batch or the rows smaller", file=sys.stderr)
+        code = UsageError.code
     except Exception as error:
         code = PeerFailed.code if _lost_peer(error) else 1
         if code == 1:

@@ -1,10 +1,12 @@
 """`gpt-jax train`: trains from a config, or resumes the run in its workdir."""
 
+import math
+import sys
 import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import Flags, add_runtime_flags, load_config, start_runtime
+from gpt_jax.commands.flags import Flags, add_runtime_flags, load_config, make_say, start_runtime
 from gpt_jax.errors import UsageError
 
 
@@ -20,18 +22,18 @@ def main(arguments: list[str]) -> None:
     args, rest = flags.parse_known_args(arguments)
     config = load_config(args.config, rest)
     if args.print_config:
-        print(configs.to_json(configs.resolve(config)))
+        resolved = configs.resolve(config)
+        configs.check(resolved, math.prod(size for size in vars(config.mesh).values() if size > 0))
+        print(configs.to_json(resolved))
         return
     if not args.workdir:
         raise UsageError("--workdir is missing: where should the run's files go?")
     profile = parse_profile(args.profile, config.train.steps) if args.profile else None
     workdir = make_workdir(args.workdir)
     start_runtime(args)
-    import jax
-
     from gpt_jax import experiment, loop
 
-    say = (lambda line: print(line, flush=True)) if jax.process_index() == 0 else (lambda line: None)
+    say = make_say(sys.stdout)
     loop.run(experiment.build(config, say), workdir, profile, say)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from gpt_jax.config.fields import FFNS, MIXERS, Config, Mesh
+from gpt_jax.config.fields import ENDLESS, FFNS, MIXERS, Config, Mesh, Optim
 from gpt_jax.errors import UsageError
 
 
@@ -22,6 +22,11 @@ def resolve(config: Config, vocab: int = 0) -> Config:
         config, model=filled,
         optim=dataclasses.replace(config.optim, decay_steps=config.optim.decay_steps or max(1, train.steps)),
         eval=dataclasses.replace(config.eval, batch_size=config.eval.batch_size or train.batch_size))
+
+
+def wsd_start(optim: Optim) -> int:
+    """The step at which the schedule wsd begins to decay."""
+    return optim.decay_steps - round(optim.decay_fraction * optim.decay_steps)
 
 
 def mesh_shape(mesh: Mesh, devices: int) -> dict[str, int]:
@@ -95,9 +100,14 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
          f"gives {micro} rows a microbatch, which must divide by data x fsdp = {rows} of the mesh; "
          f"try {-(-train.batch_size // (rows * train.accumulate)) * rows * train.accumulate}")
     need(config.eval.batch_size % rows == 0, "eval.batch_size", f"must divide by data x fsdp = {rows} of the mesh")
-    need(bool(config.eval.sample_prompts), "eval.sample_prompts", "needs at least one prompt")
+    need(config.data.eval_fraction or config.data.eval_path or not config.eval.compare_xz, "eval.compare_xz",
+         "needs held-out text, and config.data.eval_fraction is 0")
     need(not train.loss_chunk or train.seq_len % train.loss_chunk == 0, "train.loss_chunk",
          f"must divide config.train.seq_len = {train.seq_len}")
-    need(optim.warmup_steps <= optim.decay_steps, "optim.warmup_steps",
+    need(optim.warmup_steps <= optim.decay_steps or optim.schedule in ENDLESS, "optim.warmup_steps",
          f"is beyond the end of the schedule at step {optim.decay_steps}; lower it or set config.optim.decay_steps")
+    decay_from = wsd_start(optim)
+    need(optim.schedule != "wsd" or optim.warmup_steps <= decay_from, "optim.decay_fraction",
+         f"decay would start at step {decay_from}, before config.optim.warmup_steps = {optim.warmup_steps} are over; "
+         "lower one of them")
     return shape

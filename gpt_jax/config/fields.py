@@ -20,6 +20,7 @@ REMATS = ("none", "block", "dots", "offload")
 INITS = ("gpt2", "xavier", "modern")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")
+ENDLESS = ("constant", "inverse_sqrt")  # schedules without a last step
 ROWS = ("window", "chunk", "packed")
 SPLITS = ("tail", "document")
 OBJECTIVES = ("next_token",)
@@ -153,7 +154,7 @@ class Train:
 
     steps: int = knob(1000, low=0)
     batch_size: int = knob(8, low=1)  # rows a step, over all processes and microbatches
-    seq_len: int = knob(256, low=1)  # tokens a row
+    seq_len: int = knob(256, low=2)  # tokens a row
     accumulate: int = knob(1, low=1)  # microbatches a step
     objective: str = knob("next_token", choices=OBJECTIVES)
     z_loss: float = knob(0.0, low=0.0)  # weight of log(Z)^2
@@ -171,7 +172,7 @@ class Eval:
     batches: int = knob(0, low=0)  # held-out batches; 0: all of them
     batch_size: int = knob(0, low=0)  # 0: train.batch_size
     sample_every_steps: int = knob(0, low=0)  # 0: only at the end
-    sample_prompts: tuple[str, ...] = ("\n",)
+    sample_prompts: tuple[str, ...] = ()  # none: a newline, or the first character that the tokenizer knows
     sample_tokens: int = knob(100, low=1)
     sample_temperature: float = knob(0.8, low=0.0)
     sample_top_k: int = knob(0, low=0)

@@ -129,4 +129,5 @@ def parse(kind, text: str, path: str):
         value = ast.literal_eval(text)
         return value if isinstance(value, tuple) else (value,)
     except (ValueError, KeyError, SyntaxError, OverflowError):
-        raise UsageError(f"{path} = {text!r}: expected {_describe(kind)}") from None
+        like = ", such as (a, b) with quotes around texts" if isinstance(kind, types.GenericAlias) else ""
+        raise UsageError(f"{path} = {text!r}: expected {_describe(kind)}{like}") from None

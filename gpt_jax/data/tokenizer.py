@@ -61,9 +61,6 @@ class Tokenizer:
             raise UsageError(f"text {_around(text, error.start)}: character {error.start} is a lone surrogate, which "
                              "no UTF-8 text contains; remove it") from None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
-
     def parts(self, text: str) -> Iterator[str]:
         """`text` in parts whose encodings, joined, are the encoding of the whole: one long text can use all cores."""
         return self.cutter(text)
@@ -110,9 +107,13 @@ def _cut_anywhere(text: str) -> Iterator[str]:
     return (text[i: i + PART] for i in range(0, len(text), PART))
 
 
+# White space as the library's regular expressions have it (Unicode's White_Space); Python's \s holds \x1c to \x1f too.
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+
+
 def _cut_before_space(text: str) -> Iterator[str]:
     """GPT-2's pre-tokenizer never joins a non-space to a space after it, and looks back at nothing."""
-    start, boundary = 0, re.compile(r"\S(?=\s)")
+    start, boundary = 0, re.compile(rf"[^{SPACE}](?=[{SPACE}])")
     while len(text) - start > PART and (found := boundary.search(text, start + PART - 1)):
         yield text[start: found.end()]
         start = found.end()
@@ -206,6 +207,12 @@ def json_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer:
         special = i == eot or (i in added and added[i].special)
         pieces[i] = b"" if special else token.encode() if i in added else spell(token)
 
+    lost = UTF8_BYTES - {piece[0] for piece in pieces if len(piece) == 1}
+    if lost:
+        raise UsageError(f"tokenizer {name}: has no token for {len(lost)} of the bytes of UTF-8, such as "
+                         f"{bytes([min(lost)])!r}, so it would drop text that needs them; train it with the whole byte "
+                         "alphabet or with byte fallback")
+
     def encode(text: str) -> np.ndarray:
         text.encode()  # the library's own error for a lone surrogate names no place
         # The batch call releases the interpreter's lock, the single one does not; `fast` leaves offsets out.
@@ -215,6 +222,8 @@ def json_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer:
     return Tokenizer("json", name, content, tuple(pieces), eot, encode, cutter)
 
 
+UTF8_BYTES = frozenset(range(256)) - {0xc0, 0xc1, *range(0xf5, 256)}  # those that occur in it
+LARGEST_BPE = 10_000_000
 KINDS = {"bytes": byte_tokenizer, "char": char_tokenizer, "json": json_tokenizer}
 
 
@@ -241,8 +250,9 @@ def bpe_vocab(spec: str) -> int:
     """N of `bpe:N`, or 0 when `spec` is no such thing; UsageError for an N that cannot be."""
     if not spec.startswith("bpe:"):
         return 0
-    if not spec[4:].replace("_", "").isdecimal() or int(spec[4:]) < 257:
-        raise UsageError(f"config.data.tokenizer = {spec!r}: expected bpe:N with N at least 257 (256 bytes and {EOT})")
+    if not spec[4:].replace("_", "").isdecimal() or not 257 <= int(spec[4:]) <= LARGEST_BPE:
+        raise UsageError(f"config.data.tokenizer = {spec!r}: expected bpe:N with N at least 257 (256 bytes and {EOT}) and "
+                         f"at most {LARGEST_BPE:,}")
     return int(spec[4:])
 
 

@@ -22,7 +22,7 @@ class Sampling:
 
     max_new_tokens: int = knob(100, low=1)
     temperature: float = knob(1.0, low=0.0)  # 0: the most likely token
-    top_k: int = knob(0, low=0)  # only the k most likely tokens; 0: off
+    top_k: int = knob(0, low=0, high=2**31 - 1)  # only the k most likely tokens; 0: off
     top_p: float = knob(1.0, low=0.0, high=1.0)  # the fewest tokens that hold this probability (Holtzman et al. 2020)
     min_p: float = knob(0.0, low=0.0, high=1.0)  # tokens of at least this part of the best one's probability
     repetition_penalty: float = knob(1.0, low=1e-3)  # over 1: tokens already in the row are less likely (CTRL, 2019)

@@ -29,7 +29,7 @@ from gpt_jax.train.digest import (FOLDER, FORMAT, MANIFEST, META, SAVING, TEMPOR
                                   free_name, latest_valid, read_meta, resolve_checkpoint, steps_in, unfinished_in,
                                   write_atomically, write_manifest)
 
-__all__ = ["FOLDER", "Checkpoints", "latest_valid", "look_at_clock", "open_checkpoints", "read_meta",
+__all__ = ["FOLDER", "Checkpoints", "MANIFEST", "latest_valid", "look_at_clock", "open_checkpoints", "read_meta",
            "resolve_checkpoint", "restore", "to_keep"]
 
 DELETED = ".deleted"  # an old step on its way out: renamed first, so that a kill never leaves half a checkpoint

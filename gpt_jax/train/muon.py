@@ -13,7 +13,7 @@ import optax
 
 from gpt_jax import config
 from gpt_jax.errors import UsageError
-from gpt_jax.train.schedule import progress, wsd_start
+from gpt_jax.train.schedule import progress
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932, algorithm 1): per iteration a, b, c of a x + b x^3 + c x^5, the
 # best polynomials in turn for singular values from 1e-3 to 1. All but the last are slowed by the paper's safety factor
@@ -85,7 +85,7 @@ def momentum_at(optim: config.Optim, b1: float) -> Callable:
     def momentum(step):
         warmup, final = optim.muon_momentum_warmup, optim.muon_momentum_final
         risen = jnp.minimum(step / warmup, 1.0) if warmup else 1.0
-        fallen = progress(step, wsd_start(optim), optim.decay_steps) if final else 0.0
+        fallen = progress(step, config.wsd_start(optim), optim.decay_steps) if final else 0.0
         return (WARMUP_MOMENTUM + (b1 - WARMUP_MOMENTUM) * risen) * (1 - fallen) + final * fallen
 
     return momentum

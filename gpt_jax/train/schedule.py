@@ -35,13 +35,8 @@ def _linear(optim: config.Optim, step) -> jax.Array:
 
 
 def _wsd(optim: config.Optim, step) -> jax.Array:
-    done = progress(step, wsd_start(optim), optim.decay_steps)
+    done = progress(step, config.wsd_start(optim), optim.decay_steps)
     return 1 - (1 - optim.final_fraction) * done
-
-
-def wsd_start(optim: config.Optim) -> int:
-    """The step at which wsd begins to decay."""
-    return optim.decay_steps - round(optim.decay_fraction * optim.decay_steps)
 
 
 def _inverse_sqrt(optim: config.Optim, step) -> jax.Array:
@@ -50,7 +45,6 @@ def _inverse_sqrt(optim: config.Optim, step) -> jax.Array:
 
 
 SCHEDULES = {"constant": _constant, "cosine": _cosine, "linear": _linear, "wsd": _wsd, "inverse_sqrt": _inverse_sqrt}
-ENDLESS = ("constant", "inverse_sqrt")  # need no decay_steps
 
 
 def make_schedule(optim: config.Optim) -> Callable[[jax.typing.ArrayLike], jax.Array]:
@@ -64,15 +58,10 @@ def make_schedule(optim: config.Optim) -> Callable[[jax.typing.ArrayLike], jax.A
       decay_fraction of decay_steps;
     - inverse_sqrt: sqrt((warmup_steps + 1) / (step + 1)), never below final_fraction.
 
-    Raises UsageError when the schedule needs an end and decay_steps is not resolved (0), and when wsd would decay
-    before its warmup ends."""
-    if not optim.decay_steps and optim.schedule not in ENDLESS:
+    Raises UsageError when the schedule needs an end and decay_steps is not resolved (0)."""
+    if not optim.decay_steps and optim.schedule not in config.ENDLESS:
         raise UsageError(f"config.optim.decay_steps = 0: schedule {optim.schedule!r} needs its last step; "
                          "set it, or resolve the config first")
-    if optim.schedule == "wsd" and wsd_start(optim) < optim.warmup_steps:
-        raise UsageError(f"config.optim.decay_fraction = {optim.decay_fraction}: decay would start at step "
-                         f"{wsd_start(optim)}, before config.optim.warmup_steps = {optim.warmup_steps} are over; "
-                         "lower one of them")
     after = SCHEDULES[optim.schedule]
 
     def schedule(step) -> jax.Array:
