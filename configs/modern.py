@@ -10,8 +10,10 @@ Source: karpathy/nanochat, `nanochat/gpt.py`, `nanochat/optim.py`, `scripts/base
 from KellerJordan/modded-nanogpt and tested each part at two depths or more. Untied head, parameter-free RMSNorm (after
 the embedding too), ReLU^2, rotary base 100,000, QK-norm after the rotation with both sides times 1.2, gated value
 embeddings on every second layer, learned scalars on the residual stream and on the embedding at every layer, a gated
-share of the token before (smear), a share of the middle of the stream taken off at its end (backout), logits capped at 15, projections that start at zero; matrices by Muon (row-normalised, decay cautious and falling to zero, momentum up to 0.97 and down to 0.90), the
-rest by AdamW with a rate and betas of its own for each kind; 40 steps of warmup, 65 % of linear decay to 5 %.
+share of the token before (smear), a share of the middle of the stream taken off at its end (backout), logits capped at
+15, projections that start at zero; matrices by Muon (row-normalised, decay cautious and falling to zero, momentum up
+to 0.97 and down to 0.90), the rest by AdamW with a rate and betas of its own for each kind; 40 steps of warmup, 65 %
+of linear decay to 5 %.
 
 What the dial derives (computed below; vocabulary 32,768):
 
@@ -98,8 +100,8 @@ def get_config(arg: str = "d12") -> ConfigDict:
         mesh=dict(data=1, fsdp=-1),
         optim=dict(optimizer="adamw", learning_rate=MATRIX_RATE * scale, weight_decay=0.0, decay="all", clip=0.0,
                    schedule="wsd", warmup_steps=40, decay_fraction=0.65, final_fraction=0.05,
-                   muon_momentum_warmup=400, muon_momentum_final=0.9, muon_cautious=True, muon_decay_to_zero=True, muon_normalize=True,
-                   groups=make_groups(width, weight_decay)),
+                   muon_momentum_warmup=400, muon_momentum_final=0.9, muon_cautious=True, muon_decay_to_zero=True,
+                   muon_normalize=True, groups=make_groups(width, weight_decay)),
         train=dict(steps=horizon(depth) // batch, batch_size=rows, accumulate=accumulate, seq_len=SEQ_LEN,
                    loss_chunk=128),  # 32 rows x 128: 0.5 GB of logits a device instead of 8.6
         eval=dict(every_steps=250, batch_size=rows // accumulate, batches=20, sample_every_steps=1000),

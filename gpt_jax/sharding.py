@@ -132,6 +132,8 @@ def process_rows(mesh: Mesh, batch_size: int) -> slice:
 def to_devices(mesh: Mesh, columns: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
     """This process's rows [b, ...] of every column as global arrays [batch_size, ...] on the mesh."""
     sharding = NamedSharding(mesh, batch_spec())
+    if sharding.is_fully_addressable:  # all rows are here: one call for all columns, half the time
+        return jax.device_put(columns, sharding)
     return {name: jax.make_array_from_process_local_data(sharding, value, (batch_size, *value.shape[1:]))
             for name, value in columns.items()}
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from gpt_jax import config as configs
 from gpt_jax import load
 from gpt_jax.commands import main as commands
 from gpt_jax.data.cache import load_text
-from gpt_jax.errors import EXIT_CODES
+from gpt_jax.errors import EXIT_CODES, NoCheckpoint
 from gpt_jax.model.transformer import Transformer
 from gpt_jax.train import checkpoint
 
@@ -142,6 +143,24 @@ def test_evaluate_equals_a_plain_forward_pass(call, trained, tmp_path):
     some = json.loads(call("evaluate", f"--checkpoint={trained}", f"--text={file}", "--json", "--batches=1",
                            "--batch_size=2")[0])["sources"][str(file)]
     assert some["tokens"] == 8 * 32 == 256  # two rows, rounded up to one for each device
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile(trained, tmp_path, monkeypatch):
+    """The newest one is looked for again; one that was asked for by its step is not replaced."""
+    run, restore = Path(shutil.copytree(trained, tmp_path / "run")), checkpoint.restore
+
+    def deleted(directory, step, wanted):
+        if step == 10:
+            shutil.rmtree(directory / "10", ignore_errors=True)
+        return restore(directory, step, wanted)
+
+    monkeypatch.setattr(checkpoint, "restore", deleted)
+    lines = []
+    assert load.load(str(run), 0, lines.append, 1).step == 5
+    assert any("step 10 of" in line and "deleted by its run meanwhile" in line for line in lines)
+    shutil.copytree(trained / "checkpoints/10", run / "checkpoints/10")
+    with pytest.raises(NoCheckpoint):
+        load.load(str(run), 10, lines.append, 1)
 
 
 # ---- generate ----

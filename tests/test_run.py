@@ -4,6 +4,8 @@ import json
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -247,6 +249,18 @@ def test_samples_come_from_the_averages(tmp_path, monkeypatch):
     parts = runs.build(runs.load(tmp_path, "--config.train.steps=4", "--config.train.ema=0.9"))
     runs.run(parts, tmp_path / "run")
     assert not runs.differing(runs.by_path(seen[-1]), runs.by_path(runs.restored(parts, tmp_path / "run").ema))
+
+
+def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path):
+    """`train … | head -1`: the run goes on, and stays a good one."""
+    given = runs.arguments(tmp_path, tmp_path / "run", "--config.train.steps=5")
+    process = subprocess.Popen([sys.executable, "-m", "gpt_jax", *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               cwd=runs.ROOT, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(runs.SECONDS) == 0 and "Traceback" not in err and "BrokenPipe" not in err
+    assert steps_in(tmp_path / "run" / FOLDER) == [5] and (tmp_path / "run/report.html").exists()
 
 
 STUCK = """

@@ -28,43 +28,15 @@ class Document(NamedTuple):
     replaced: int  # undecodable places that became U+FFFD
 
 
-class _Zstd(io.RawIOBase):
-    """Decompressed frames of a .zst file. zstandard's own reader ends silently where a file is cut; this raises."""
+def _open_zstd(path: Path) -> BinaryIO:
+    """Several frames in a row count as one file, and a file that is cut raises."""
+    import pyarrow
 
-    def __init__(self, file: BinaryIO):
-        import zstandard
-
-        self._file, self._make, self._damage = file, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-        self._frame, self._ready = self._make(), b""
-        self._inside = False  # in the middle of a frame
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            raw = self._frame.unused_data or self._file.read(1 << 17)
-            if self._frame.eof:
-                self._frame, self._inside = self._make(), False
-            if not raw:
-                if self._inside:
-                    raise EOFError("the file ends inside a compressed frame")
-                return 0
-            try:
-                self._inside, self._ready = True, self._frame.decompress(raw)
-            except self._damage as error:
-                raise EOFError(str(error)) from None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 17)
 
 
 OPENERS = {"": lambda path: open(path, "rb"), ".gz": gzip.open, ".xz": lzma.open,
-           ".zst": lambda path: io.BufferedReader(_Zstd(open(path, "rb")), 1 << 17)}
+           ".zst": _open_zstd}
 
 
 def _text(raw: bytes, path: Path, start: int, errors: str) -> tuple[str, int]:
@@ -230,4 +202,6 @@ def documents(sources: Iterable[Source], field: str, errors: str) -> Iterator[Do
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise UsageError(f"{source.path}: a damaged or incomplete {packing} file: {error}") from None
         except OSError as error:
-            raise UsageError(f"{source.path}: cannot be read: {error.strerror or error}") from None
+            if error.errno is None:  # pyarrow's word for damage, not the system's
+                raise UsageError(f"{source.path}: a damaged or incomplete {packing} file: {error}") from None
+            raise UsageError(f"{source.path}: cannot be read: {error.strerror}") from None
