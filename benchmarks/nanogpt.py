@@ -3,11 +3,11 @@
     git clone https://github.com/karpathy/nanoGPT            # any folder
     .venv/bin/python benchmarks/nanogpt.py --nanogpt=nanoGPT --torch_python=PYTHON_WITH_TORCH [--text=input.txt]
 
-Losses: both start from nanoGPT's initial weights and take 50 steps on the same batches (warmup, cosine, clipping, decay as
-in config/train_shakespeare_char.py with its CPU settings; the larger model takes 10). Time: the two run in turn, a few steps each, many times over; the
-ratio is taken pair by pair. Torch runs eagerly, as fast as compiled on CPU. Held-out loss: with --text, nanoGPT's smaller
-model trained for its 2,000 steps with three seeds, over the whole held-out text and as nanoGPT estimates it, for
-configs/shakespeare_char.py:cpu to be compared with. Writes nanogpt.json next to this file.
+Losses: both start from nanoGPT's initial weights and take 50 steps on the same batches (warmup, cosine, clipping, decay
+as in config/train_shakespeare_char.py with its CPU settings; the larger model takes 10). Time: the two run in turn, a few
+steps each, many times over; the ratio is taken pair by pair. Torch runs eagerly, as fast as compiled on CPU. Held-out
+loss: with --text, nanoGPT's smaller model trained for its 2,000 steps with three seeds, over the whole held-out text and
+as nanoGPT estimates it, for configs/shakespeare_char.py:cpu to be compared with. Writes nanogpt.json next to this file.
 """
 
 import argparse
@@ -130,7 +130,8 @@ def compare_time(torch: Torch, size: dict, weights: dict, rounds: int) -> dict:
         jax.block_until_ready(sums)
         pairs.append(((time.perf_counter() - began) / size["steps"], torch.ask(do="time", steps=size["steps"])))
     ratios = [theirs / ours for ours, theirs in pairs]
-    return {"ours_ms": 1e3 * statistics.median(o for o, _ in pairs), "torch_ms": 1e3 * statistics.median(t for _, t in pairs),
+    ours_ms, torch_ms = (1e3 * statistics.median(column) for column in zip(*pairs))
+    return {"ours_ms": ours_ms, "torch_ms": torch_ms,
             "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "rounds": rounds}
 
 

@@ -1,4 +1,4 @@
-"""What a run consists of: `build(config)` makes its parts, `start_state` its first state (floor 3; `loop.run` runs them)."""
+"""What a run consists of: `build(config)` makes its parts, `start_state` its first state (floor 3; loop runs them)."""
 
 from dataclasses import replace
 from functools import partial

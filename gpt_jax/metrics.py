@@ -1,4 +1,6 @@
-"""Metrics: mergeable sums, and where the wall time goes (floor 0; called by loop, evals and report). Names are `room/what`, one meaning each:
+"""Metrics: mergeable sums, and where the wall time goes (floor 0; called by loop, evals and report).
+
+Names are `room/what`, one meaning each:
 
     train/loss  train/bits_per_byte  train/accuracy  train/learning_rate  train/grad_norm  train/param_norm
     eval/loss   eval/bits_per_byte   eval/accuracy   eval/perplexity      sample/<n> (text)

@@ -272,7 +272,7 @@ def _config(config: Mapping) -> str:
     return f'<details class="card"><summary>Configuration</summary>{_table(top)}{sections}</details>'
 
 
-def make_html(title: str, subtitle: str, summary: Summary, png: bytes, samples: Sequence[Mapping], config: Mapping,
+def make_html(title: str, summary: Summary, png: bytes, samples: Sequence[Mapping], config: Mapping,
               versions: Mapping[str, str]) -> str:
     """One HTML page that needs nothing else: no script, no link, the picture inside. All texts are escaped."""
     picture = base64.b64encode(png).decode()
@@ -281,20 +281,20 @@ def make_html(title: str, subtitle: str, summary: Summary, png: bytes, samples: 
         details += f'<details class="card" open><summary>Device and versions</summary>{_table(versions)}</details>'
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
             f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{CSS}</style></head>'
-            f'<body><main><h1>{_text(title)}</h1><p class="sub">{_text(subtitle)}</p>{_tiles(summary)}'
+            f'<body><main><h1>{_text(title)}</h1><p class="sub">trained with gpt_jax</p>{_tiles(summary)}'
             f'<h2>Loss</h2><div class="card"><img alt="loss over steps" src="data:image/png;base64,{picture}"></div>'
             f"{_samples(samples)}{_time_split(summary.phases)}"
             f"{f'<h2>The run</h2>{details}' if details else ''}</main></body></html>\n")
 
 
 def write_report(workdir: str | Path, *, title: str, summary: Summary, samples: Sequence[Mapping] = (),
-                 versions: Mapping[str, str] | None = None, subtitle: str = "trained with gpt_jax") -> Path:
+                 versions: Mapping[str, str] | None = None) -> Path:
     """Writes `workdir`/loss.png and report.html; returns the page's path.
 
     `summary`: see `summarize`. `samples`: {step, text} each, in order; see `samples_in`. `versions`: name -> text,
     device first. Works with a workdir that has no metrics.jsonl or config.json yet. Raises SaveFailed."""
     png, config = write_loss_png(workdir).read_bytes(), Path(workdir) / "config.json"
     values = json.loads(config.read_text("utf-8")) if config.exists() else {}
-    page = make_html(title, subtitle, summary, png, samples, values, versions or {})
+    page = make_html(title, summary, png, samples, values, versions or {})
     replace_file(path := Path(workdir) / "report.html", page.encode("utf-8"))
     return path

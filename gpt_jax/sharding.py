@@ -1,9 +1,9 @@
-"""Meshes, and the rules that lay logical axes over them (floor 0). Every mention of a mesh axis lives here.
+"""Meshes, and the rules that lay logical axes over them (floor 0). What reshards lives here.
 
 Weights have two layouts. They are *stored* sharded over `fsdp` and `tensor` (ZeRO-3: Rajbhandari et al. 2020,
-arXiv:1910.02054) and *used* sharded over `tensor` alone (Shoeybi et al. 2019, arXiv:1909.08053): `use` casts and gathers a weight where
-it is multiplied, and its transpose scatters the gradient. The mesh has Explicit axis types, so a wrong layout is an
-error at trace time. Without a mesh (`jax.set_mesh` not called) every helper is the identity.
+arXiv:1910.02054) and *used* sharded over `tensor` alone (Shoeybi et al. 2019, arXiv:1909.08053): `use` casts and
+gathers a weight where it is multiplied, and its transpose scatters the gradient. The mesh has Explicit axis types, so a
+wrong layout is an error at trace time. Without a mesh (`jax.set_mesh` not called) every helper is the identity.
 """
 
 import math

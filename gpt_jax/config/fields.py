@@ -217,5 +217,5 @@ class Config:
 
 # Sections and fields that may change when a run resumes: they alter neither the parameters' layout nor their meaning.
 RESUMABLE = ("log", "eval", "checkpoint", "mesh", "train.steps", "train.hang_minutes", "train.accumulate",
-             "train.loss_chunk", "data.path", "data.eval_path", "data.cache", "data.workers", "data.prefetch", "model.kernel", "model.remat",
-             "model.unroll", "optim.learning_rate", "optim.decay_steps")
+             "train.loss_chunk", "data.path", "data.eval_path", "data.cache", "data.workers", "data.prefetch",
+             "model.kernel", "model.remat", "model.unroll", "optim.learning_rate", "optim.decay_steps")

@@ -26,8 +26,8 @@ def init_state(params, tx: optax.GradientTransformation, train: config.Train) ->
 
 
 def _microbatches(batch: dict, count: int) -> dict:
-    """Columns [B, …] -> [count, B / count, …]. Microbatch a takes rows a, a + count, …: each device splits its own rows,
-    and which rows meet makes no difference to sums."""
+    """Columns [B, …] -> [count, B / count, …]. Microbatch a takes rows a, a + count, …: each device splits its own
+    rows, and which rows meet makes no difference to sums."""
 
     def split(x):
         rest = (None,) * (x.ndim - 1)
