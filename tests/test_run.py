@@ -1,5 +1,6 @@
 """Whole runs: the mesh changes nothing, nor do kills, signals, resuming and damage."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import runs
 
 from gpt_jax import config as configs
-from gpt_jax import evals
+from gpt_jax import evals, loop
 from gpt_jax.errors import Diverged, UsageError
 from gpt_jax.model.transformer import count_params
 from gpt_jax.train.checkpoint import FOLDER
@@ -288,3 +289,17 @@ def test_the_watchdog_ends_a_run_that_hangs(tmp_path):
     process.end(41)
     assert "no step ended for 0.1 minutes (config.train.hang_minutes)" in process.err
     assert "most recent call first" in process.err  # every thread's stack
+
+
+def test_the_watchdog_sees_an_evaluation_go_on(tmp_path, monkeypatch):
+    """One that takes longer than the limit is no hang as long as its batches end."""
+    beats = []
+
+    @contextlib.contextmanager
+    def counting(minutes):
+        yield lambda: beats.append(minutes)
+
+    monkeypatch.setattr(loop, "watchdog", counting)
+    parts = runs.build(runs.load(tmp_path, "--config.train.steps=2", "--config.eval.every_steps=1"))
+    runs.run(parts, tmp_path / "run")
+    assert len(beats) == 2 * (2 + len(loop.heldout_batches(parts)))
