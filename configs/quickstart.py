@@ -40,8 +40,8 @@ def get_config(arg: str = "") -> ConfigDict:
         optim=dict(optimizer="adamw", learning_rate=MATRIX_RATE, weight_decay=0.0, decay="all", clip=0.0,
                    schedule="wsd", warmup_steps=20, decay_fraction=0.65, final_fraction=0.05, muon_momentum_warmup=100,
                    muon_cautious=True, muon_decay_to_zero=True, muon_normalize=True, groups=groups),
-        train=dict(steps=450, batch_size=8, seq_len=256),
-        eval=dict(every_steps=225, compare_xz=True, sample_every_steps=150, sample_tokens=100,
+        train=dict(steps=400, batch_size=8, seq_len=256),
+        eval=dict(every_steps=200, compare_xz=True, sample_every_steps=150, sample_tokens=100,
                   sample_prompts=("def ", "class ", "import ")),
-        checkpoint=dict(every_steps=150),
+        checkpoint=dict(every_steps=200),
     ))
