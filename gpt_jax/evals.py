@@ -39,6 +39,9 @@ def sample_prompts(model: config.Model, tokenizer, knobs: config.Eval) -> tuple[
             size = len(tokenizer.encode(prompt))
         except UsageError as error:
             raise UsageError(f"config.eval.sample_prompts[{i}] = {prompt!r}: {error}") from None
+        if not size and tokenizer.eot is None:
+            raise UsageError(f"config.eval.sample_prompts[{i}] = {prompt!r}: has no tokens, and the {tokenizer.name} "
+                             "tokenizer has no end-of-text token to start from; give at least one character")
         if size >= model.max_seq:
             raise UsageError(f"config.eval.sample_prompts[{i}] = {prompt!r}: has {size} tokens and the context of "
                              f"{model.max_seq} has no room for more; shorten it")

@@ -48,7 +48,8 @@ def load(path: str, step: int, say: Callable[[str], None], devices: int = 0) -> 
         try:
             return _load(directory, found, say, devices)
         except (NoCheckpoint, UsageError):
-            if step or attempts == 1 or (directory / str(found) / checkpoint.MANIFEST).exists():
+            # Several processes would have to agree on it in the middle of a collective read.
+            if jax.process_count() > 1 or step or attempts == 1 or (directory / str(found) / checkpoint.MANIFEST).exists():
                 raise
             say(f"step {found} of {directory} was deleted by its run meanwhile; taking the newest again")
 

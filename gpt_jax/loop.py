@@ -137,6 +137,8 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
             replace_file(workdir / "config.json", configs.to_json(config).encode())
         loop = Loop(parts, workdir, start, checkpoints.latest is not None, beat, heldout)
         closing.callback(loop.writers.close)
+        if start < train.steps and jax.process_index() == 0:
+            (workdir / "report.html").unlink(missing_ok=True)  # of an earlier stop: `conclude` takes it for the end's
         say(loop.peak.line)
         say(stream.summary)
         for step in range(start + 1, train.steps + 1):
@@ -147,7 +149,7 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
             checkpoints.check()
             stopping = stop(step)
             loop.end = step if stopping else loop.end
-            if stopping:  # first of all: who asks may not wait long
+            if stopping:  # first of all, and so without metrics of this step: who asks may not wait long
                 save(loop, checkpoints, state, step)
                 with loop.clock.phase("checkpoint", blocked=True):
                     checkpoints.wait()
@@ -178,10 +180,10 @@ def heldout_batches(parts: Parts):
 @contextmanager
 def only_run(workdir: Path, say):
     """Holds the workdir for this run alone; UsageError on all processes when another run has it."""
-    with open(workdir / ".lock", "a") as file:
+    with ExitStack() as closing:
         def take():
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(closing.enter_context(open(workdir / ".lock", "a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(f"--workdir={workdir}: another run is training into it; wait for it, stop it, or choose "
                                  "another --workdir") from None

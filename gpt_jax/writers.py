@@ -184,8 +184,11 @@ class BarWriter:
     def _line(self, text: str) -> None:
         encoding = self._stream.encoding or "utf-8"  # a narrow terminal must not stop the run
         show = print if self._bar is None else self._bar.write
-        show(text.encode(encoding, "replace").decode(encoding), file=self._stream)
-        self._stream.flush()
+        try:
+            show(text.encode(encoding, "replace").decode(encoding), file=self._stream)
+            self._stream.flush()
+        except BrokenPipeError:  # nor must a reader that has gone
+            self._stream, self._bar = open(os.devnull, "w"), None
 
     def text(self, step: int, key: str, text: str) -> None:
         self._line(f"step {step}  {key}\n    " + text.replace("\n", "\n    "))

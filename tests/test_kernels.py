@@ -210,6 +210,8 @@ def leaky(q, k, v, pattern, cap, keep):
     (sabotage(window=5), "differs from reference"),  # on the layer that sees everything
     (sabotage(block=jnp.zeros((1, 32), int)), "differs from reference"),
     (Kernel(lambda q, *rest: q * jnp.nan, lambda p: ""), "differs from reference"),
+    (Kernel(lambda q, k, v, pattern, cap, keep: q * jnp.nan if pattern.window else
+            KERNELS["reference"].run(q, k, v, pattern, cap, keep), lambda p: ""), "differs from reference"),
     (Kernel(leaky, lambda p: ""), "lets a document see the one before it")])
 def test_conformance_refuses_a_broken_kernel(broken, words, monkeypatch):
     monkeypatch.setitem(KERNELS, "xla", broken)

@@ -253,14 +253,13 @@ def test_samples_come_from_the_averages(tmp_path, monkeypatch):
 
 
 def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path):
-    """`train … | head -1`: the run goes on, and stays a good one."""
+    """`train … 2>&1 | head -1`: the run goes on, and stays a good one."""
     given = runs.arguments(tmp_path, tmp_path / "run", "--config.train.steps=5")
-    process = subprocess.Popen([sys.executable, "-m", "gpt_jax", *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-m", "gpt_jax", *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                cwd=runs.ROOT, text=True)
     process.stdout.readline()
     process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait(runs.SECONDS) == 0 and "Traceback" not in err and "BrokenPipe" not in err
+    assert process.wait(runs.SECONDS) == 0
     assert steps_in(tmp_path / "run" / FOLDER) == [5] and (tmp_path / "run/report.html").exists()
 
 

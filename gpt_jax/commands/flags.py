@@ -81,7 +81,7 @@ def join(args: argparse.Namespace) -> None:
     # The processes connect here: the first exchange waits 30 s for the others, later ones as long as it takes (to prepare
     # data, say).
     multihost_utils.sync_global_devices("joined")
-    leave_on_abort("aborted by native code (lines above): a peer process is gone, its log has the reason")
+    leave_on_abort("aborted by native code (lines above), most likely because a peer process is gone: its log has the reason")
 
 
 def leave_on_abort(line: str) -> None:

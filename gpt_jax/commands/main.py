@@ -50,37 +50,47 @@ def _lost_peer(error: Exception) -> bool:
     return peer_gone(error)
 
 
+def complain(line: str) -> None:
+    """A line on standard error, if somebody still reads it."""
+    try:
+        print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        sys.stderr = open(os.devnull, "w")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line for a planned end, a traceback for a bug, and the exit code either way."""
     code = 0
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except Exit as end:
-        print(f"gpt-jax: {end}", file=sys.stderr)
+        complain(str(end))
         code = end.code
     except KeyboardInterrupt:
-        print("gpt-jax: interrupted; the last checkpoint is untouched", file=sys.stderr)
+        complain("interrupted; the last checkpoint is untouched")
         code = 130
-    except BrokenPipeError:  # the reader of `generate | head` has gone; `train` goes on without one (flags.make_say)
+    except BrokenPipeError:  # the reader of `generate | head` has gone; `train` goes on without one (make_say, BarWriter)
         sys.stdout = open(os.devnull, "w")
     except MemoryError as error:
-        print(f"gpt-jax: out of memory ({error}); make the model, the batch or the rows smaller", file=sys.stderr)
+        complain(f"out of memory ({error}); make the model, the batch or the rows smaller")
         code = UsageError.code
     except Exception as error:
         code = PeerFailed.code if _lost_peer(error) else 1
         if code == 1:
             traceback.print_exc()
         else:
-            print(f"gpt-jax: a peer process is gone, its log has the reason; seen here as: {str(error).splitlines()[0]}",
-                  file=sys.stderr)
+            complain(f"a peer process is gone, its log has the reason; seen here as: {str(error).splitlines()[0]}")
     finish(code)
 
 
 def finish(code: int) -> None:
     """Ends the process. Over several processes a normal exit would wait for the others in a barrier, for minutes when one
     of them has failed: leave at once."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except BrokenPipeError:
+            setattr(sys, name, open(os.devnull, "w"))
     if code and _processes() > 1:
         os._exit(code)
     sys.exit(code)

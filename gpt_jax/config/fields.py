@@ -175,7 +175,7 @@ class Eval:
     sample_prompts: tuple[str, ...] = ()  # none: a newline, or the first character that the tokenizer knows
     sample_tokens: int = knob(100, low=1)
     sample_temperature: float = knob(0.8, low=0.0)
-    sample_top_k: int = knob(0, low=0)
+    sample_top_k: int = knob(0, low=0, high=2**31 - 1)
     compare_xz: bool = False  # also print what xz -9 makes of the held-out text
 
 

@@ -50,7 +50,8 @@ def _digest(*what) -> str:
 
 def _content(data: config.Data, found, held, hashes: list[str]) -> str:
     splitting = None if held else [data.split, data.eval_fraction]
-    return _digest(len(found), hashes, data.field, data.errors, splitting)
+    kinds = [sources.suffixes(source.path) for source in (*found, *held)]  # which decide how the bytes are read
+    return _digest(len(found), kinds, hashes, data.field, data.errors, splitting)
 
 
 def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report):

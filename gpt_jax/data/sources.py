@@ -126,7 +126,7 @@ READERS = {".txt": _read_text, ".md": _read_text, ".py": _read_text, ".jsonl": _
 SUFFIXES = f"{' '.join(READERS)}, and all but .parquet with {' '.join(k for k in OPENERS if k)} after it"
 
 
-def _suffixes(path: Path) -> tuple[str, str] | None:
+def suffixes(path: Path) -> tuple[str, str] | None:
     """(format, compression) of a file that can be read, else None."""
     suffix = path.suffix.lower()
     packing = suffix if suffix in OPENERS else ""
@@ -143,7 +143,7 @@ def _walk(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[Source]
     for here, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [f for f in folders if not f.startswith(".") and f not in excluded]
         paths = [Path(here, f).relative_to(folder) for f in files if not f.startswith(".")]
-        found += [path for path in paths if _suffixes(path)]
+        found += [path for path in paths if suffixes(path)]
     return [Source(folder / path, f"{name}/{path.as_posix()}") for path in sorted(found)]
 
 
@@ -162,13 +162,13 @@ def _expand(spec: str, key: str) -> list[Source]:
     elif path.is_dir():
         found = _walk(path, path.resolve().name)
     elif path.exists():
-        found = [Source(path, path.name)] if _suffixes(path) else []
+        found = [Source(path, path.name)] if suffixes(path) else []
     elif glob.has_magic(spec):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not matches:
             raise UsageError(f"{key} = {spec!r}: no file matches")
         found = [s for m in matches for s in
-                 (_walk(m, m.resolve().name) if m.is_dir() else [Source(m, m.name)] if _suffixes(m) else [])]
+                 (_walk(m, m.resolve().name) if m.is_dir() else [Source(m, m.name)] if suffixes(m) else [])]
     else:
         raise UsageError(f"{key} = {spec!r}: no such file or directory")
     if not found:
@@ -194,7 +194,7 @@ def documents(sources: Iterable[Source], field: str, errors: str) -> Iterator[Do
     """Every document that has text, in order. `field` names the text of .jsonl and .parquet; `errors` is `strict` or
     `replace`. UsageError for a file that cannot be read, naming it and the place in it."""
     for source in sources:
-        kind, packing = _suffixes(source.path)
+        kind, packing = suffixes(source.path)
         try:
             yield from (d for d in READERS[kind](source, OPENERS[packing], field, errors) if d.text)
         except ImportError as error:

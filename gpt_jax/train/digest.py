@@ -19,7 +19,7 @@ from gpt_jax.train.agreement import agree
 
 MANIFEST = "manifest.json"
 META = "meta.json"
-FORMAT = 1  # of the layout above; a reader refuses a newer one
+FORMAT = 2  # of the layout above and of what meta.json holds; a reader refuses any other
 FOLDER = "checkpoints"  # inside a workdir
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for a step that it is still writing
 SAVING = ".saving"
@@ -222,6 +222,7 @@ def read_meta(directory, step: int) -> dict:
         meta = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise NoCheckpoint(f"{path}: cannot be read: {cause_of(error)}") from error
-    if meta["format"] > FORMAT:
-        raise UsageError(f"{path}: format {meta['format']} is newer than this program's {FORMAT}; update the program")
+    if meta["format"] != FORMAT:
+        way_out = "update the program" if meta["format"] > FORMAT else "use the program that wrote it, or train again"
+        raise UsageError(f"{path}: format {meta['format']} is not this program's {FORMAT}; {way_out}")
     return meta
