@@ -36,9 +36,9 @@ def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 of a job of several processes")
     group.add_argument("--num_processes", type=int, default=1, help="processes of the job")
     group.add_argument("--process_id", type=int, default=0, help="which of them this is")
-    group.add_argument("--join_seconds", type=int, default=300, 
+    group.add_argument("--join_seconds", type=int, default=300,
                        help="how long the processes wait for each other at the start")
-    group.add_argument("--heartbeat_seconds", type=int, default=100, 
+    group.add_argument("--heartbeat_seconds", type=int, default=100,
                        help="a process that is silent for so long counts as gone")
     group.add_argument("--distributed", action="store_true",
                        help="find coordinator and processes from the cluster (TPU pod, SLURM)")
