@@ -45,7 +45,7 @@ def get_config(arg: str = "8b") -> ConfigDict:
                    rope_scale_factor=size["rope_scale_factor"], rope_scale_low=1.0, rope_scale_high=4.0,
                    rope_scale_original_seq=8192, tied=size["tied"], bias=False, init="gpt2", dtype="bfloat16",
                    remat="block"),
-        data=dict(tokenizer="bpe:128256", rows="packed", split="document", eval_fraction=0.001),
+        data=dict(tokenizer="bpe:128256", rows="best_fit", apart=True, split="document", eval_fraction=0.001),
         mesh=dict(data=1, fsdp=-1),
         optim=dict(optimizer="adamw", learning_rate=size["learning_rate"], b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1,
                    clip=1.0, schedule="cosine", warmup_steps=2000, final_fraction=0.1),

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from gpt_jax import config as configs
 from gpt_jax import devices, evals, sharding
-from gpt_jax.data.cache import Prepared, prepare
+from gpt_jax.data import dataset
+from gpt_jax.data.dataset import Dataset
 from gpt_jax.errors import UsageError
 from gpt_jax.model import kernels
 from gpt_jax.model.transformer import Transformer, abstract_params, count_params, init_params, layer_specs
@@ -26,7 +27,7 @@ class Parts(NamedTuple):
 
     config: configs.Config
     mesh: jax.sharding.Mesh
-    prepared: Prepared
+    data: Dataset
     init: Callable[[], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings of the state
     train_step: Callable  # (state, batch) -> (state, Sums); donates the state
@@ -59,34 +60,35 @@ def choose_kernel(model: configs.Model, seq_len: int, mesh, segments: bool) -> t
 def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
     """Everything a run needs, checked before anything long compiles. Raises UsageError for what cannot be run."""
     configs.check(configs.resolve(config), jax.device_count())  # before the data, which may take a while
-    prepared = prepare(config.data, say)
-    vocab = prepared.tokenizer.vocab
+    data = dataset.load(config.data, say)
+    vocab = data.tokenizer.vocab
     config = configs.resolve(config, vocab)
     mesh = sharding.make_mesh(configs.check(config, jax.device_count(), vocab))
-    check_job(config, prepared)
-    return build_on(config, mesh, prepared)
+    check_job(config, data)
+    return build_on(config, mesh, data)
 
 
-LOCAL = ("data.path", "data.eval_path", "data.cache", "data.workers", "data.prefetch", "log.progress")
+LOCAL = ("data.path", "data.source_paths", "data.eval_path", "data.cache", "data.workers", "data.prefetch", "data.threads",
+         "log.progress")
 
 
-def check_job(config: configs.Config, prepared: Prepared) -> None:
+def check_job(config: configs.Config, data: Dataset) -> None:
     """Raises UsageError on all processes when they were started with different configs or texts: each would train what
     it was given, and what counts as replicated would quietly differ. LOCAL keys may; the text itself is compared."""
     facts = {f"config.{key}": value for key, value in configs.flatten(config).items() if key not in LOCAL}
-    facts |= {"the text": prepared.content, "the tokenizer": prepared.tokenizer.fingerprint}
+    facts |= {"the text": data.content, "the tokenizer": data.tokenizer.fingerprint}
     if found := disagreements(facts):
         raise UsageError(f"{', '.join(found)}: not the same on all processes of this job; start them with the same flags "
                          "and the same text")
 
 
-def build_on(config: configs.Config, mesh, prepared: Prepared) -> Parts:
+def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
     """`build` for a resolved config on a given mesh."""
     train, seed = config.train, config.seed
-    prompts = evals.sample_prompts(config.model, prepared.tokenizer, config.eval)
+    prompts = evals.sample_prompts(config.model, data.tokenizer, config.eval)
     config = replace(config, eval=replace(config.eval, sample_prompts=prompts))
     with jax.set_mesh(mesh):
-        model, line = choose_kernel(config.model, train.seq_len, mesh, config.data.rows == "packed")
+        model, line = choose_kernel(config.model, train.seq_len, mesh, config.data.apart)
         config = replace(config, model=model)
         network = make_network(model)
         like = abstract_params(model)
@@ -107,7 +109,7 @@ def build_on(config: configs.Config, mesh, prepared: Prepared) -> Parts:
                  *(f"optimiser: {row.optimizer} for {row.group}: {row.tensors} tensors, {row.parameters:,} parameters, "
                    f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}" for row in describe(config.optim, like)),
                  *(f"not sharded although over 1 MiB: {path}" for path in whole)]
-        return Parts(config, mesh, prepared, jax.jit(make_state), abstract, jitted_step,
+        return Parts(config, mesh, data, jax.jit(make_state), abstract, jitted_step,
                      jax.jit(partial(eval_step, network=network, train=train)), tuple(notes))
 
 
@@ -131,10 +133,10 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> None:
     if blocked:
         raise UsageError(f"{directory.parent} holds a run with another {', '.join(blocked)}; use its values or another "
                          "--workdir")
-    if meta["tokenizer"] != parts.prepared.tokenizer.to_json():
+    if meta["tokenizer"] != parts.data.tokenizer.to_json():
         raise UsageError(f"{directory.parent} holds a run with another tokenizer: the text it is made from has changed; "
                          "give the same text or another --workdir")
-    if meta["data"]["content"] != parts.prepared.content:
+    if meta["data"]["content"] != parts.data.content:
         raise UsageError(f"{directory.parent} holds a run on another text than config.data.path = "
                          f"{', '.join(parts.config.data.path)} holds now; give the same text or another --workdir")
 

@@ -9,15 +9,14 @@ import math
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Mapping
 
 import jax
 import numpy as np
 
 from gpt_jax import config as configs
 from gpt_jax import devices, evals, report, sharding
-from gpt_jax.data.cache import heldout_text
-from gpt_jax.data.pipeline import make_eval_batches, make_stream
+from gpt_jax.data.pipeline import EvalBatches, make_eval_batches, make_stream
 from gpt_jax.errors import Diverged, Stopped, UsageError
 from gpt_jax.experiment import Parts, items, start_state, token_flops
 from gpt_jax.metrics import Clock, OneStepLate, divide
@@ -37,10 +36,10 @@ class Loop:
     """What `run` carries along besides the state: writers, clock, and the numbers for the next log line."""
 
     def __init__(self, parts: Parts, workdir: Path, start: int, resumed: bool, beat: Callable[[], None],
-                 heldout: Iterable | None):
+                 heldout: dict[str, EvalBatches], shares: Mapping[str, float]):
         config, model = parts.config, parts.config.model
         self.parts, self.workdir, self.config, self.start, self.beat = parts, workdir, config, start, beat
-        self.heldout = heldout  # batches, the same at every evaluation; None: no held-out text
+        self.heldout, self.shares = heldout, shares  # by source: held-out batches, and the part of the run's rows
         self.late, self.began = OneStepLate(), time.perf_counter()
         self.peak = devices.find_peak(parts.mesh.devices.flatten().tolist())
         with jax.set_mesh(parts.mesh):
@@ -113,7 +112,7 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
 
     `profile`: (first, last) step of a trace in `workdir`/profile. Raises Stopped after a SIGTERM or SIGUSR1 (saved),
     Diverged, DataError, SaveFailed, NoCheckpoint, UsageError."""
-    config, prepared, mesh = parts.config, parts.prepared, parts.mesh
+    config, mesh = parts.config, parts.mesh
     train, rows = config.train, sharding.process_rows(mesh, config.train.batch_size)
     for note in parts.notes:
         say(note)
@@ -128,19 +127,20 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
         if profile and profile[0] <= start:
             raise UsageError(f"--profile={profile[0]}:{profile[1]}: this run goes on at step {start + 1}; start there or "
                              "later")
-        stream = make_stream(prepared.train, prepared.tokenizer, config.data, train.seq_len, train.batch_size, config.seed,
-                             rows, start)  # before the state: it refuses too little text, and compiles nothing
+        # Before the state: it refuses too little text, and compiles nothing.
+        stream = make_stream(parts.data, config.data, train.seq_len, train.batch_size, config.seed, rows, start, train.steps)
         closing.callback(stream.close)
         heldout = heldout_batches(parts)
         state = start_state(parts, checkpoints, say)
         if jax.process_index() == 0:
             replace_file(workdir / "config.json", configs.to_json(config).encode())
-        loop = Loop(parts, workdir, start, checkpoints.latest is not None, beat, heldout)
+        loop = Loop(parts, workdir, start, checkpoints.latest is not None, beat, heldout, stream.shares)
         closing.callback(loop.writers.close)
         if start < train.steps and jax.process_index() == 0:
             (workdir / "report.html").unlink(missing_ok=True)  # of an earlier stop: `conclude` takes it for the end's
         say(loop.peak.line)
-        say(stream.summary)
+        for line in stream.summary:
+            say(line)
         for step in range(start + 1, train.steps + 1):
             with loop.clock.phase("data", blocked=True):
                 columns = next(stream)
@@ -167,14 +167,12 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
         return conclude(loop, checkpoints, state, say)
 
 
-def heldout_batches(parts: Parts):
-    """All held-out batches or the first few, as config.eval says; None without held-out text. UsageError for too little."""
-    config, tokens = parts.config, parts.prepared.eval
-    if tokens is None:
-        return None
+def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
+    """By source: all held-out batches or the first few, as config.eval says. UsageError for too little."""
+    config = parts.config
     rows = sharding.process_rows(parts.mesh, config.eval.batch_size)
-    return make_eval_batches(tokens, parts.prepared.tokenizer, config.data, config.train.seq_len, config.eval.batch_size,
-                             rows, config.eval.batches)
+    return {name: make_eval_batches(tokens, parts.data.tokenizer, config.data, config.train.seq_len, config.eval.batch_size,
+                                    rows, config.eval.batches) for name, tokens in parts.data.heldout.items()}
 
 
 @contextmanager
@@ -235,11 +233,12 @@ def averaged_params(loop: Loop, state: TrainState):
 def evaluate(loop: Loop, state: TrainState, step: int) -> None:
     """Held-out metrics after update `step`."""
     settle(loop)
-    if loop.heldout is not None:
+    if loop.heldout:
         with loop.clock.phase("eval"):
-            sums = evals.heldout_sums(loop.parts.eval_step, averaged_params(loop, state), watched(loop.heldout, loop.beat),
-                                      loop.parts.mesh, loop.config.eval.batch_size)
-            found = {f"eval/{name}": value for name, value in evals.heldout_metrics(sums).items()}
+            found = {name: evals.heldout_metrics(evals.heldout_sums(
+                loop.parts.eval_step, averaged_params(loop, state), watched(batches, loop.beat), loop.parts.mesh,
+                loop.config.eval.batch_size)) for name, batches in loop.heldout.items()}
+        found = evals.by_source(found, loop.shares)
         check_finite("held-out loss", found["eval/loss"], step)
         loop.evaluated = step, found
         loop.writers.write(step, found)
@@ -257,7 +256,7 @@ def write_samples(loop: Loop, state: TrainState, step: int, count: int) -> None:
     """`count` samples, into the writers."""
     settle(loop)
     with loop.clock.phase("sample"):
-        texts = evals.samples(loop.config.model, averaged_params(loop, state), loop.parts.prepared.tokenizer,
+        texts = evals.samples(loop.config.model, averaged_params(loop, state), loop.parts.data.tokenizer,
                               loop.config.eval, (loop.config.seed + step) % 2**32, count)
     for i, text in enumerate(texts):
         loop.writers.text(step, f"sample/{i}", text)
@@ -268,8 +267,8 @@ def save(loop: Loop, checkpoints, state: TrainState, step: int) -> None:
     """Starts an asynchronous checkpoint of everything that evaluating, generating and resuming need."""
     settle(loop)
     with loop.clock.phase("checkpoint"):
-        meta = {"config": configs.to_dict(loop.config), "tokenizer": loop.parts.prepared.tokenizer.to_json(),
-                "data": {"next": step, "content": loop.parts.prepared.content}}
+        meta = {"config": configs.to_dict(loop.config), "tokenizer": loop.parts.data.tokenizer.to_json(),
+                "data": {"next": step, "content": loop.parts.data.content}}
         at, found = loop.evaluated
         checkpoints.save(step, meta=meta, metrics=found if at == step else {}, **items(state))
     loop.restart_rate(step)
@@ -308,7 +307,7 @@ def conclude(loop: Loop, checkpoints, state: TrainState, say) -> report.Summary 
         checkpoints.wait()
     facts = {}
     if config.eval.compare_xz and jax.process_index() == 0:
-        facts["xz_bits_per_byte"] = evals.xz_bits_per_byte(heldout_text(config.data))
+        facts["xz_bits_per_byte"] = evals.xz_bits_per_byte(loop.parts.data)
     summary = finish(loop, steps, **facts)
     if summary is not None:
         names = {"checkpoints": checkpoints.directory, "metrics": "metrics.jsonl", "loss curve": "loss.png",

@@ -18,7 +18,7 @@ from gpt_jax import config as configs
 from gpt_jax import evals, experiment, loop, sharding
 from gpt_jax.commands import flags
 from gpt_jax.commands import main as commands
-from gpt_jax.data.cache import prepare
+from gpt_jax.data import dataset
 from gpt_jax.data.pipeline import make_eval_batches, make_stream
 from gpt_jax.errors import Exit
 from gpt_jax.metrics import divide
@@ -57,10 +57,10 @@ def load(folder: Path, *overrides: str) -> configs.Config:
 
 def build(config: configs.Config, data: int = 1, fsdp: int = 1, tensor: int = 1) -> experiment.Parts:
     """The parts of a run on the first devices of this process."""
-    prepared = prepare(config.data, lambda line: None)
+    loaded = dataset.load(config.data, lambda line: None)
     shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
     mesh = sharding.make_mesh(shape, jax.devices()[:data * fsdp * tensor])
-    return experiment.build_on(configs.resolve(config, prepared.tokenizer.vocab), mesh, prepared)
+    return experiment.build_on(configs.resolve(config, loaded.tokenizer.vocab), mesh, loaded)
 
 
 @contextmanager
@@ -85,8 +85,8 @@ def losses(parts: experiment.Parts, steps: int = 20) -> list[float]:
     """The training losses of the first steps, without all that a run does besides."""
     config, mesh, out = parts.config, parts.mesh, []
     size = config.train.batch_size
-    stream = make_stream(parts.prepared.train, parts.prepared.tokenizer, config.data, config.train.seq_len, size,
-                         config.seed, sharding.process_rows(mesh, size))
+    stream = make_stream(parts.data, config.data, config.train.seq_len, size, config.seed,
+                         sharding.process_rows(mesh, size))
     with jax.set_mesh(mesh):
         state = parts.init()
         for _ in range(steps):
@@ -98,9 +98,9 @@ def losses(parts: experiment.Parts, steps: int = 20) -> list[float]:
 
 def heldout_loss(parts: experiment.Parts, workdir: Path) -> float:
     """The evaluation loss of the newest checkpoint in `workdir`, on the mesh of `parts`."""
-    config, mesh, prepared = parts.config, parts.mesh, parts.prepared
+    config, mesh, data = parts.config, parts.mesh, parts.data
     size = config.eval.batch_size
-    batches = make_eval_batches(prepared.eval, prepared.tokenizer, config.data, config.train.seq_len, size,
+    batches = make_eval_batches(data.parts[0].eval, data.tokenizer, config.data, config.train.seq_len, size,
                                 sharding.process_rows(mesh, size))
     with jax.set_mesh(mesh):
         saved = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, config.checkpoint, lambda line: None)

@@ -232,7 +232,7 @@ def test_replacing_goes_on(tmp_path, capsys):
     assert checkpoint.latest_valid(tmp_path / "run" / checkpoint.FOLDER) == 1
 
 
-@pytest.mark.parametrize("rows", ["window", "chunk", "packed"])
+@pytest.mark.parametrize("rows", ["window", "chunk", "document", "first_fit", "best_fit"])
 def test_documents_shorter_than_the_context(tmp_path, rows):
     """They share rows: nothing is dropped, and the run is an ordinary one."""
     (tmp_path / "data").mkdir()
@@ -242,7 +242,7 @@ def test_documents_shorter_than_the_context(tmp_path, rows):
     runs.call(*given)
     config = runs.flags.load_config(runs.TINY, [text for text in given if text.startswith("--config.")])
     prepared = prepare(config.data, lambda line: None)
-    kept = [side.tokens[a:b - 1] for side in (prepared.train, prepared.eval)
+    kept = [side.ids(a, b - 1) for side in (prepared.train, prepared.eval)
             for a, b in zip(side.offsets, side.offsets[1:])]
     assert [prepared.tokenizer.decode(ids) for ids in kept] == texts
     assert runs.curve(tmp_path / "run")[1] == pytest.approx(math.log(264), abs=0.1)

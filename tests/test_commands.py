@@ -290,8 +290,13 @@ def test_help_of_a_command(capsys, command):
     wanted = {"train": ["--config", "--workdir", "--print_config", "--profile"],
               "evaluate": ["--checkpoint", "--step", "--text", "--json"],
               "generate": ["--checkpoint", "--prompt", "--prompts", "--max_new_tokens", "--temperature", "--top_k", "--top_p",
-                           "--min_p", "--repetition_penalty", "--seed", "--stop", "--num_samples", "--truncate"]}[command]
-    assert [flag for flag in [*wanted, "--cpu_devices", "--coordinator"] if flag not in text] == []
+                           "--min_p", "--repetition_penalty", "--seed", "--stop", "--num_samples", "--truncate"],
+              "prepare": ["--input", "--output", "--tokenizer", "--workers", "--engine", "--on_error", "--filters", "--dedup",
+                          "--eval_fraction", "--inspect", "--verify"],
+              "inspect": ["--workdir", "--batch", "--rows", "--chars", "--json"],
+              "bench": ["--config", "--batches", "--seconds"]}[command]
+    runtime = ["--cpu_devices", "--coordinator"] if command in ("train", "evaluate", "generate") else []
+    assert [flag for flag in [*wanted, *runtime] if flag not in text] == []
 
 
 @pytest.mark.parametrize("given", [[], ["--help"], ["help"]])

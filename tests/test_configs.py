@@ -20,16 +20,19 @@ from gpt_jax.train import loss, optim, schedule
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 VARIANTS = {"gpt2": ("124m", "350m", "774m", "1558m"), "guide": ("",), "llama": ("1b", "8b", "70b"),
+            "mixture": ("",),
             "modern": ("d1", "d2", "d3", "d7", "d12", "d20", "d26", "d12-windows"), "quickstart": ("",),
             "shakespeare_char": ("cpu", "gpu"), "tiny": ("",)}
 ALL = [(name, arg) for name, args in VARIANTS.items() for arg in args]
-VOCABS = {"quickstart": 4096, "shakespeare_char": 65, "tiny": 257}  # of the tokenizer, where the config follows it
+VOCABS = {"quickstart": 4096, "mixture": 4096, "shakespeare_char": 65, "tiny": 257}  # of the tokenizer, where the config follows it
 
 
 def module(name):
     found = importlib.util.spec_from_file_location(name, FILES[name])
     loaded = importlib.util.module_from_spec(found)
-    found.loader.exec_module(loaded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))  # as the commands do: a config may import its neighbours
+        found.loader.exec_module(loaded)
     return loaded
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpt_jax import config
-from gpt_jax.data import cache, pipeline, split, store
+from gpt_jax.data import cache, dataset, pipeline, shards, split, store
 from gpt_jax.data.tokenizer import char_tokenizer, train_bpe
 from gpt_jax.errors import DataError, UsageError
 
@@ -30,12 +30,21 @@ def data_for(folder, **changes):
     return config.Data(**{"path": (str(folder / "text"),), "cache": str(folder / "cache"), "workers": 2, **changes})
 
 
+def ids(tokens):
+    return tokens.ids(0, tokens.size)
+
+
+def heldout_text(data):
+    got = cache.prepare(data, quiet)
+    return got.tokenizer.decode_bytes(ids(got.eval))
+
+
 def quiet(_):
     pass
 
 
 def texts(tokens, tokenizer):
-    return [tokenizer.decode(tokens.tokens[a:b]) for a, b in zip(tokens.offsets, tokens.offsets[1:])]
+    return [tokenizer.decode(tokens.ids(a, b)) for a, b in zip(tokens.offsets, tokens.offsets[1:])]
 
 
 def test_one_document_is_cut_as_nanogpt_cuts(tmp_path):
@@ -45,11 +54,11 @@ def test_one_document_is_cut_as_nanogpt_cuts(tmp_path):
     got = cache.prepare(data, quiet)
     code = {c: i for i, c in enumerate(sorted(set(text)))}
     cut = int(len(text) * 0.9)
-    assert got.train.tokens.tolist() == [code[c] for c in text[:cut]]
-    assert got.eval.tokens.tolist() == [code[c] for c in text[cut:]]
+    assert ids(got.train).tolist() == [code[c] for c in text[:cut]]
+    assert ids(got.eval).tolist() == [code[c] for c in text[cut:]]
     assert got.tokenizer.vocab == len(code) and got.tokenizer.eot is None
     assert (got.train.bytes, got.eval.bytes) == (len(text[:cut].encode()), len(text[cut:].encode()))
-    assert cache.heldout_text(data) == text[cut:].encode()
+    assert heldout_text(data) == text[cut:].encode()
 
 
 @pytest.mark.parametrize("how", ["tail", "document"])
@@ -61,10 +70,10 @@ def test_many_documents_stay_whole(folder, how, tokenizer):
     files = [path.read_text() for path in sorted((folder / "text").iterdir())]
     assert [t for t in files if t in train] == train and [t for t in files if t in held] == held
     assert sorted(train + held) == sorted(files) and train and held
-    assert "".join(held).encode() == cache.heldout_text(data)
-    assert got.eval.names == tuple(f"text/{files.index(t):02d}.txt" for t in held)
+    assert "".join(held).encode() == heldout_text(data)
+    assert tuple(map(got.eval.document_name, range(got.eval.documents))) == tuple(f"text/{files.index(t):02d}.txt" for t in held)
     assert got.eval.bytes == len("".join(held).encode()) and got.train.documents == len(train)
-    ends = got.train.tokens[got.train.offsets[1:] - 1]
+    ends = ids(got.train)[got.train.offsets[1:] - 1]
     assert got.tokenizer.eot is None or (ends == got.tokenizer.eot).all()
     if how == "tail":
         sizes = np.array([len(t) for t in files])
@@ -75,20 +84,20 @@ def test_tail_of_equal_documents_and_of_one_that_is_too_long(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("0123456789")
     data = config.Data(path=(str(tmp_path),), eval_fraction=0.2)
-    assert cache.heldout_text(data) == b"0123456789" * 2  # the first of them begins exactly at the cut
+    assert heldout_text(data) == b"0123456789" * 2  # the first of them begins exactly at the cut
     (tmp_path / "9.txt").write_text("long" * 1000)
-    assert cache.heldout_text(data) == b"long" * 1000
+    assert heldout_text(data) == b"long" * 1000
     (tmp_path / "9.txt").write_text("x")
     (tmp_path / "0.txt").write_text("long" * 1000)
-    assert cache.heldout_text(data).startswith(b"0123456789")  # never the first
+    assert heldout_text(data).startswith(b"0123456789")  # never the first
 
 
 def test_split_by_document_moves_no_text_when_files_are_added(folder):
     data = data_for(folder, split="document", eval_fraction=0.4)
-    before = cache.heldout_text(data)
+    before = heldout_text(data)
     (folder / "text" / "00.txt").rename(folder / "text" / "renamed.txt")
     (folder / "text" / "new.md").write_text("another text altogether")
-    assert set(before.splitlines()) <= set(cache.heldout_text(data).splitlines())
+    assert set(before.splitlines()) <= set(heldout_text(data).splitlines())
 
 
 def test_held_out_text_of_its_own(folder):
@@ -114,7 +123,7 @@ def test_found_again_and_rebuilt_when_the_source_or_settings_change(folder, monk
     monkeypatch.setattr(store, "write", lambda *a: (builds.append(a[0]), write(*a)))
     data = data_for(folder)
     first = cache.prepare(data, quiet)
-    assert (cache.prepare(data, quiet).train.tokens == first.train.tokens).all() and len(builds) == 1
+    assert (ids(cache.prepare(data, quiet).train) == ids(first.train)).all() and len(builds) == 1
     path = folder / "text" / "00.txt"
     old = path.stat()
     path.write_text("X" + path.read_text()[1:])  # the same size
@@ -143,31 +152,31 @@ def test_hashes_are_taken_over_only_for_settled_files(folder):
     (lambda f: os.truncate(f / "train.tokens", 10), "train.tokens has 10 bytes"),
     (lambda f: (f / "meta.json").unlink(), "cannot be read"),
     (lambda f: (f / "meta.json").write_text("{"), "cannot be read"),
-    (lambda f: os.truncate(f / "eval.offsets", 8), "eval.offsets does not fit"),
+    (lambda f: os.truncate(f / "eval.offsets", 8), "eval.offsets has 8 bytes"),
     (lambda f: (f / "tokenizer.json").write_text(char_tokenizer("ab").to_json()), "holds another tokenizer"),
 ])
 def test_a_damaged_cache_is_rebuilt_and_said(folder, damage, reason):
     first = cache.prepare(data_for(folder), quiet)
-    whole = np.array(first.train.tokens)
+    whole = np.array(ids(first.train))
     damage(first.folder)
     lines = []
-    assert (cache.prepare(data_for(folder), lines.append).train.tokens == whole).all()
+    assert (ids(cache.prepare(data_for(folder), lines.append).train) == whole).all()
     assert any(reason in line and "it is built again" in line for line in lines)
 
 
 KILLED = """
 import time, sys
 from gpt_jax import config
-from gpt_jax.data import cache, store
-save = store._save
+from gpt_jax.data import cache, shards
+save = shards.save
 def slow(path, content):
     save(path, content)
     print(path.name, flush=True)
     time.sleep(60)
 if sys.argv[3] == "slow":
-    store._save = slow
+    shards.save = slow
 got = cache.prepare(config.Data(path=(sys.argv[1],), cache=sys.argv[2]), lambda line: print(line, flush=True))
-print("tokens", len(got.train.tokens))
+print("tokens", got.train.size)
 """
 
 
@@ -200,7 +209,7 @@ def test_several_processes_build_once(folder):
     results = [child.communicate(timeout=60)[0].splitlines()[-1] for child in others]
     first.wait()
     first.stdout.close()
-    assert results[0] == results[1] == f"tokens {len(cache.prepare(data_for(folder), quiet).train.tokens)}"
+    assert results[0] == results[1] == f"tokens {cache.prepare(data_for(folder), quiet).train.size}"
 
 
 def test_a_source_that_changes_while_it_is_read(folder, monkeypatch):
@@ -235,7 +244,7 @@ def test_cache_folder_that_cannot_be_used(folder, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "_sync", full)
+    monkeypatch.setattr(shards, "sync", full)
     with pytest.raises(UsageError, match="config.data.cache = .*No space left on device.*has room"):
         cache.prepare(data_for(folder), quiet)
     assert not [path for path in (folder / "cache").iterdir() if path.is_dir()]
@@ -243,7 +252,7 @@ def test_cache_folder_that_cannot_be_used(folder, monkeypatch):
 
 def test_a_token_file_that_shrinks_during_the_run(folder):
     got = cache.prepare(data_for(folder), quiet)
-    stream = pipeline.make_stream(got.train, got.tokenizer, data_for(folder), 16, 4, 0, slice(0, 4))
+    stream = pipeline.make_stream(dataset.of_text(got), data_for(folder), 16, 4, 0, slice(0, 4))
     next(stream)
     os.truncate(got.folder / "train.tokens", 100)
     with pytest.raises(DataError, match="train.tokens: changed during the run from .* to 100 bytes"):
@@ -256,7 +265,7 @@ def test_text_for_a_tokenizer_of_a_checkpoint(folder):
     bpe = train_bpe([WORDS], 280)
     got = cache.load_text((str(folder / "text"),), bpe, data_for(folder), report=quiet)
     assert texts(got, bpe) == [path.read_text() for path in sorted((folder / "text").iterdir())]
-    assert len(got.names) == got.documents == 12
+    assert len({got.document_name(i) for i in range(got.documents)}) == got.documents == 12
     assert cache.prepare(data_for(folder), quiet, tokenizer=bpe).tokenizer.fingerprint == bpe.fingerprint
     with pytest.raises(UsageError, match=r"00.txt: text .*character 0, '0', is not among the 3"):
         cache.load_text((str(folder / "text"),), char_tokenizer("abc"), data_for(folder), report=quiet)
@@ -291,5 +300,5 @@ def test_wide_vocabularies_take_four_bytes(tmp_path):
                           + "".join(chr(0x20000 + i) for i in range(2**12)))
     (tmp_path / "a.txt").write_text(wide.content[-5:] * 4)
     got = cache.load_text((str(tmp_path / "a.txt"),), wide, config.Data(cache=str(tmp_path / "c")), report=quiet)
-    assert wide.vocab > 2**16 and got.tokens.dtype == np.uint32
-    assert got.tokens.tolist() == list(range(wide.vocab - 5, wide.vocab)) * 4
+    assert wide.vocab > 2**16 and got.dtype == np.uint32
+    assert ids(got).tolist() == list(range(wide.vocab - 5, wide.vocab)) * 4

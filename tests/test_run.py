@@ -29,7 +29,7 @@ MODERN = ("--config.model.heads=8", "--config.model.norm=plain_rmsnorm", "--conf
           "--config.model.pattern=(('attention', 'relu2'),)", "--config.model.qk_norm=true", "--config.model.tied=false",
           "--config.model.bias=false", "--config.model.value_embed=true", "--config.model.residual_scalars=true",
           "--config.model.logit_softcap=15", "--config.model.windows=(8, 0)", f"--config.optim.groups={GROUPS}",
-          "--config.data.rows=packed", "--config.data.split=document")
+          "--config.data.rows=chunk", "--config.data.apart=true", "--config.data.split=document")
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 
 
@@ -191,10 +191,10 @@ def test_what_a_run_says(tmp_path):
     """What was chosen and proved before the first step; numbers, samples and places after the last one."""
     run, lines = tmp_path / "run", []
     parts = runs.build(runs.load(tmp_path, "--config.train.steps=6", "--config.eval.sample_every_steps=2",
-                                 "--config.eval.compare_xz=true", "--config.data.rows=packed"))
+                                 "--config.eval.compare_xz=true", "--config.data.rows=chunk", "--config.data.apart=true"))
     runs.run(parts, run, lines.append)
     for beginning in ("mesh: ", "attention kernel: blocked (fastest known on cpu); differs from reference by ",
-                      "parameters: ", "tokens: ", "optimiser: ", "packed rows: ", "held-out bits per byte ",
+                      "parameters: ", "tokens: ", "optimiser: ", "chunk rows: ", "held-out bits per byte ",
                       "host overhead ", "waiting for data ",
                       *(f"{name} " for name in ("checkpoints", "metrics", "loss curve", "report"))):
         assert [line for line in lines if line.startswith(beginning)], beginning

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 
 from gpt_jax.data import tokenizer as tk
+from gpt_jax.data import vocabulary
 from gpt_jax.errors import UsageError
 
 ENGLISH = "The quick brown fox, it's 42 years old,\r\n\tjumps  over   the lazy dog.\n\n\n" * 3
@@ -103,7 +104,7 @@ def test_bpe_of_the_library_is_the_same_text_by_text(bpe):
 
 
 def test_parts_encode_as_the_whole(bpe, monkeypatch):
-    monkeypatch.setattr(tk, "PART", 7)
+    monkeypatch.setattr(vocabulary, "PART", 7)
     rng = random.Random(2)
     for tokenizer in every_kind(bpe):
         for _ in range(40):

@@ -50,7 +50,8 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
     import jax
 
     from gpt_jax import evals, experiment, load, sharding
-    from gpt_jax.data.cache import load_text, prepare
+    from gpt_jax.data import dataset
+    from gpt_jax.data.cache import load_text
     from gpt_jax.data.pipeline import make_eval_batches
     from gpt_jax.metrics import add
     from gpt_jax.train.step import eval_step
@@ -61,17 +62,16 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
         sources = {text: load_text((text,), loaded.tokenizer, config.data, report=say) for text in args.text}
     else:
         try:
-            prepared = prepare(config.data, say, loaded.tokenizer)
+            data = dataset.load(config.data, say, loaded.tokenizer)
         except UsageError as error:
             raise UsageError(f"the run's own text: {error}; call it from where the run was started, or give held-out text "
                              "with --text") from None
-        if prepared.content != loaded.content:
+        if data.content != loaded.content:
             raise UsageError(f"config.data.path = {', '.join(config.data.path)}: this text has changed since the run, and "
                              "what it holds out now may have been trained on; give held-out text with --text")
-        held_out = prepared.eval
-        if held_out is None:
+        if not data.heldout:
             raise UsageError("the run held no text out (config.data.eval_fraction = 0); give some with --text")
-        sources = {"held-out": held_out}
+        sources = data.heldout if len(data.parts) > 1 else {"held-out": data.parts[0].eval}
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-(args.batch_size or config.eval.batch_size) // shards) * shards
     step = jax.jit(partial(eval_step, network=experiment.make_network(config.model), train=config.train))

@@ -8,9 +8,12 @@ import traceback
 from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError
 
 COMMANDS = {
+    "prepare": "raw text to token shards: read, filter, leave out copies, tokenize",
     "train": "train a model from a config, or resume it where its workdir stands",
     "evaluate": "loss, perplexity, bits per byte and accuracy of a checkpoint on text",
     "generate": "continue prompts from a checkpoint",
+    "inspect": "the documents and the text of every row of a step of a run",
+    "bench": "how fast the input pipeline of a config is by itself",
 }
 
 

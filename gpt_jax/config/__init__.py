@@ -7,6 +7,6 @@ checked in `check`, before anything compiles.
 
 from gpt_jax.config.checks import check, mesh_shape, resolve, wsd_start
 from gpt_jax.config.fields import (DTYPES, ENDLESS, FFNS, INITS, KERNELS, MIXERS, NORMS, OBJECTIVES, OPTIMIZERS, POSITIONS,
-                                   REMATS, RESUMABLE, ROWS, SCHEDULES, SPLITS, Checkpoint, Config, Data, Eval, Group,
-                                   Log, Mesh, Model, Optim, Train, knob)
+                                   REMATS, RESUMABLE, ROWS, SCHEDULES, SPLITS, WEIGHTS, Checkpoint, Config, Data, Eval,
+                                   Group, Log, Mesh, Model, Optim, Train, knob)
 from gpt_jax.config.read import changes, flatten, from_dict, override, parse, to_dict, to_json

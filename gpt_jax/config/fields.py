@@ -21,7 +21,8 @@ INITS = ("gpt2", "xavier", "modern")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")
 ENDLESS = ("constant", "inverse_sqrt")  # schedules without a last step
-ROWS = ("window", "chunk", "packed")
+ROWS = ("window", "chunk", "document", "first_fit", "best_fit")
+WEIGHTS = ("tokens", "documents")
 SPLITS = ("tail", "document")
 OBJECTIVES = ("next_token",)
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
@@ -82,18 +83,31 @@ class Model:
 class Data:
     """Where text comes from and how it becomes rows (read by gpt_jax/data)."""
 
-    path: tuple[str, ...] = ()  # files, directories, globs, or the word stdlib (the Python standard library's source)
+    path: tuple[str, ...] = ()  # files, directories, globs, a folder made by `gpt-jax prepare`, or the word stdlib (the
+    #                             Python standard library's source)
+    sources: tuple[tuple[str, str, float], ...] = ()  # in place of path, a mixture: (name, path, weight), …
+    weights: str = knob("tokens", choices=WEIGHTS)  # what the weights of sources are parts of
+    temperature: float = knob(0.0, low=0.0)  # t > 0: weights are multiplied by size ** (1 / t), in the unit of weights
+    stages: tuple[tuple[int, tuple[float, ...]], ...] = ()  # (from token, a weight for each source), …
+    block: int = knob(1000, low=1)  # examples that hold each source's share exactly
     eval_path: tuple[str, ...] = ()  # held-out text; empty: split off `path`
-    eval_fraction: float = knob(0.1, low=0.0, high=0.9)
+    eval_fraction: float = knob(0.1, low=0.0, high=0.9)  # of text files; `gpt-jax prepare` has decided for its folders
     split: str = knob("tail", choices=SPLITS)  # tail: the last part by position; document: by hash of the document
-    field: str = "text"  # the text column of .jsonl and .parquet
-    errors: str = knob("strict", choices=("strict", "replace"))  # undecodable UTF-8
-    tokenizer: str = "bytes"  # bytes | char | bpe:VOCAB | a path to a tokenizer.json
-    rows: str = knob("window", choices=ROWS)  # window: random windows; chunk: each token once an epoch; packed: the
-    #                                           same with documents kept apart by segments and positions
+    field: str = "text"  # the text's field in .jsonl, .json, .csv, .tsv, .parquet, .arrow
+    errors: str = knob("strict", choices=("strict", "replace"))  # undecodable bytes
+    encodings: tuple[str, ...] = ("utf-8",)  # tried in turn on each document
+    documents: str = knob("file", choices=("file", "line"))  # what a document of a text file is
+    tokenizer: str = ""  # bytes | char | bpe:VOCAB | a path, see the README; empty: that of a prepared folder, else bytes
+    rows: str = knob("window", choices=ROWS)  # window: random windows; chunk: each token once an epoch; document: rows
+    #                                           begin with a document; first_fit, best_fit: whole documents, packed
+    apart: bool = False  # documents of a row do not see and do not predict each other (segments, own positions)
+    shuffle_documents: bool = False  # another order of the documents inside each row
+    fim: float = knob(0.0, low=0.0, high=1.0)  # part of the documents rearranged to fill in the middle
+    fim_spm: float = knob(0.5, low=0.0, high=1.0)  # of those, the part with the suffix first
     cache: str = "~/.cache/gpt_jax"  # token files, keyed by content and tokenizer
     workers: int = knob(0, low=0)  # tokenizing threads; 0: one a core
     prefetch: int = knob(4, low=1)  # batches ready ahead of the device
+    threads: int = knob(1, low=1)  # that make batches
 
 
 @dataclass(frozen=True)
@@ -217,5 +231,5 @@ class Config:
 
 # Sections and fields that may change when a run resumes: they alter neither the parameters' layout nor their meaning.
 RESUMABLE = ("log", "eval", "checkpoint", "mesh", "train.steps", "train.hang_minutes", "train.accumulate",
-             "train.loss_chunk", "data.path", "data.eval_path", "data.cache", "data.workers", "data.prefetch",
+             "train.loss_chunk", "data.path", "data.eval_path", "data.cache", "data.workers", "data.prefetch", "data.threads", "data.source_paths",
              "model.kernel", "model.remat", "model.unroll", "optim.learning_rate", "optim.decay_steps")

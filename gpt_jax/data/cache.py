@@ -7,14 +7,14 @@ another cache and an unchanged one is found again.
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Callable
 
 from gpt_jax import config
 from gpt_jax.data import sources, split, store
-from gpt_jax.data.store import Tokens
-from gpt_jax.data.tokenizer import Tokenizer, bpe_vocab, byte_tokenizer, char_tokenizer, read_tokenizer, train_bpe
+from gpt_jax.data.shards import Tokens
+from gpt_jax.data.tokenizer import Tokenizer, bpe_vocab, known_tokenizer, made_tokenizer
 from gpt_jax.errors import DataError, UsageError
 
 
@@ -29,29 +29,22 @@ class Prepared:
     content: str  # digest of the text and of how it is split, whatever the files are called and tokenized by
 
 
-def _known_tokenizer(data: config.Data) -> Tokenizer | None:
-    """The tokenizer, when it does not depend on the text; UsageError for one that cannot be had."""
-    if data.tokenizer == "char" or bpe_vocab(data.tokenizer):
-        return None
-    return byte_tokenizer() if data.tokenizer == "bytes" else read_tokenizer(data.tokenizer)
-
-
 def _made_tokenizer(corpus: split.Corpus, report: Callable[[str], None]) -> Tokenizer:
     """The tokenizer that is made from the text: characters of all of it, BPE of the training side only."""
-    if corpus.data.tokenizer == "char":
-        return char_tokenizer(corpus.characters)
-    report(f"data: training a byte-level BPE of {bpe_vocab(corpus.data.tokenizer):,} tokens")
-    return train_bpe(corpus.side(split.TRAIN), bpe_vocab(corpus.data.tokenizer))
+    if size := bpe_vocab(corpus.data.tokenizer):
+        report(f"data: training a byte-level BPE of {size:,} tokens")
+    return made_tokenizer(corpus.data.tokenizer, lambda: corpus.side(split.TRAIN), corpus.characters)
 
 
-def _digest(*what) -> str:
+def digest(*what) -> str:
+    """20 hex digits of anything JSON can hold."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
 
 
 def _content(data: config.Data, found, held, hashes: list[str]) -> str:
     splitting = None if held else [data.split, data.eval_fraction]
     kinds = [sources.suffixes(source.path) for source in (*found, *held)]  # which decide how the bytes are read
-    return _digest(len(found), kinds, hashes, data.field, data.errors, splitting)
+    return digest(len(found), kinds, hashes, astuple(split.reading_of(data)), splitting)
 
 
 def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report):
@@ -60,16 +53,16 @@ def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report)
     try:
         hashes = store.content_hashes((*found, *held), root, data.workers)
         content = _content(data, found, held, hashes)
-        folder = root / _digest(store.FORMAT, [s.name for s in (*found, *held)], content,
+        folder = root / digest(store.FORMAT, [s.name for s in (*found, *held)], content,
                                 tokenizer.fingerprint if tokenizer else data.tokenizer)
 
         def build(building: Path) -> None:
             corpus = split.plan(found, held, data)
-            if corpus.replaced:
-                report(f"data: {corpus.replaced:,} undecodable places replaced by U+FFFD")
+            for note in corpus.notes:
+                report(f"data: {note}")
             using = tokenizer or _made_tokenizer(corpus, report)
-            store.write(building, corpus.texts(), using, data.workers, report,
-                        {"sources": [[s.name, h] for s, h in zip((*found, *held), hashes)]})
+            names = [source.name for source in (*found, *held)]
+            store.write(building, corpus.texts(), using, data.workers, report, names, {"hashes": hashes})
             if store.content_hashes((*found, *held), root, data.workers) != hashes:
                 raise DataError(f"{', '.join(data.path)}: changed while being read; start again")
 
@@ -80,10 +73,11 @@ def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report)
     return sides, using, folder, content
 
 
-def _count(tokens: Tokens | None) -> str:
+def count(tokens: Tokens | None) -> str:
+    """How much there is, for people."""
     if tokens is None:
         return "nothing"
-    return f"{len(tokens.tokens):,} tokens in {tokens.documents:,} document{'s' * (tokens.documents > 1)}"
+    return f"{tokens.size:,} tokens in {tokens.documents:,} document{'s' * (tokens.documents > 1)}"
 
 
 def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None) -> Prepared:
@@ -92,15 +86,15 @@ def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer:
 
     UsageError for paths, files, settings or a cache folder of no use; DataError if a source changes meanwhile.
     """
-    tokenizer = tokenizer or _known_tokenizer(data)
+    tokenizer = tokenizer or known_tokenizer(data.tokenizer)
     found = sources.find(data.path)
     held = sources.find(data.eval_path, "config.data.eval_path") if data.eval_path else ()
     sides, tokenizer, folder, content = _obtain(data, found, held, tokenizer, report)
     train, held_out = sides["train"], sides["eval"]
     if train is None:
         raise UsageError(f"config.data.path = {', '.join(data.path)}: the tokenizer makes no tokens of it")
-    report(f"data: train on {_count(train)}, held out {_count(held_out)}; tokenizer {tokenizer.name} of "
-           f"{tokenizer.vocab:,} ids; {folder}")
+    report(f"data: train on {count(train)}, held out {count(held_out)}; tokenizer {tokenizer.name} of "
+           f"{tokenizer.vocab:,} ids{'' if tokenizer.lossless else ' (not lossless: it normalises text)'}; {folder}")
     return Prepared(train, held_out, tokenizer, folder, content)
 
 
@@ -112,12 +106,5 @@ def load_text(paths: tuple[str, ...], tokenizer: Tokenizer, data: config.Data,
     sides, _, folder, _ = _obtain(data, (), sources.find(data.path, "--text"), tokenizer, report)
     if sides["eval"] is None:
         raise UsageError(f"--text = {', '.join(paths)}: the tokenizer makes no tokens of it")
-    report(f"data: {_count(sides['eval'])}; {folder}")
+    report(f"data: {count(sides['eval'])}; {folder}")
     return sides["eval"]
-
-
-def heldout_text(data: config.Data) -> bytes:
-    """The held-out documents' text as UTF-8, joined: what another compressor is compared on. Reads the files again."""
-    held = sources.find(data.eval_path, "config.data.eval_path") if data.eval_path else ()
-    corpus = split.plan(sources.find(data.path), held, data)
-    return "".join(corpus.side(split.EVAL)).encode()

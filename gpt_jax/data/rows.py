@@ -1,34 +1,41 @@
-"""Tokens to rows: numpy columns of B rows by T tokens (called by pipeline).
+"""Tokens to rows, rows to numpy columns of B rows by T tokens (called by pipeline).
 
-A row of ROWS makes training rows; `InOrder` reads held-out text once from front to back. The shift by one between
-`tokens` and `targets` happens here and nowhere else.
+A row of ROWS finds training rows; `InOrder` reads held-out text once from front to back. Both give a Buffer of T + 1 ids;
+the shift by one between `tokens` and `targets` happens in `columns` and nowhere else.
 """
 
-from typing import Callable
+from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 
+from gpt_jax.data import packing
 from gpt_jax.data.order import permute, random_below
-from gpt_jax.data.store import Tokens
+from gpt_jax.data.shards import Tokens
 from gpt_jax.errors import DataError, UsageError
 
 Columns = dict[str, np.ndarray]
 
 
-def _take(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int32 [N, length] from `starts` on, 0 beyond the last token; bool [N, length], whether there is a token)."""
-    tokens.check()
-    ids = np.zeros((len(starts), length), np.int32)
-    there = np.clip(len(tokens.tokens) - starts, 0, length)
-    # Slices give a third more tokens a second than one array of indices.
-    for row, start, count in zip(ids, starts.tolist(), there.tolist()):
-        row[:count] = tokens.tokens[start: start + count]
-    return ids, np.arange(length) < there[:, None]
+class Buffer(NamedTuple):
+    """Rows before the shift, all [N, T + 1]."""
+
+    ids: np.ndarray  # int32, 0 in padding
+    begins: np.ndarray  # bool: a document, or a piece of one, begins here
+    inside: np.ndarray  # bool: not padding
 
 
-def _document_starts(tokens: Tokens, starts: np.ndarray, length: int) -> np.ndarray:
-    """bool [N, length]: where a document begins inside a row, its first place left out."""
-    first = np.searchsorted(tokens.offsets, starts, "right")
+class Span(NamedTuple):
+    """Part of a row that comes from one document."""
+
+    column: int  # where in the row it begins
+    size: int  # tokens
+    document: int
+    offset: int  # place of its first token in the document
+
+
+def _begins(tokens: Tokens, starts: np.ndarray, length: int) -> np.ndarray:
+    """bool [N, length]: where a document begins in what follows `starts`."""
+    first = np.searchsorted(tokens.offsets, starts, "left")
     counts = np.searchsorted(tokens.offsets, starts + length - 1, "right") - first
     row = np.repeat(np.arange(len(starts)), counts)
     nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -37,8 +44,30 @@ def _document_starts(tokens: Tokens, starts: np.ndarray, length: int) -> np.ndar
     return begins
 
 
-def columns(tokens: Tokens, token_bytes: np.ndarray, starts: np.ndarray, seq_len: int, apart: bool) -> Columns:
-    """The rows that begin at `starts` (int64 [N]), each of T = seq_len tokens; beyond the last token is padding.
+def contiguous(tokens: Tokens, starts: np.ndarray, length: int) -> Buffer:
+    """What follows each of `starts` (int64 [N]); padding beyond the last token. DataError for a damaged token file."""
+    ids = np.zeros((len(starts), length), tokens.dtype)
+    there = np.clip(tokens.size - starts, 0, length)
+    for row, start, count in zip(ids, starts.tolist(), there.tolist()):
+        tokens.read(start, row[:count])
+    return Buffer(ids.astype(np.int32), _begins(tokens, starts, length), np.arange(length) < there[:, None])
+
+
+def spans(tokens: Tokens, pieces: list[tuple[int, int]]) -> Iterator[Span]:
+    """The documents of a row made of `pieces` (start, size), one after the other."""
+    column = 0
+    for start, size in pieces:
+        document = int(np.searchsorted(tokens.offsets, start, "right")) - 1
+        while size > 0:
+            here = int(tokens.offsets[document])
+            count = min(size, int(tokens.offsets[document + 1]) - start)
+            if count:
+                yield Span(column, count, document, start - here)
+            column, start, size, document = column + count, start + count, size - count, document + 1
+
+
+def columns(buffer: Buffer, token_bytes: np.ndarray, apart: bool) -> Columns:
+    """A Buffer of T + 1 ids as columns of T tokens.
 
     tokens, targets  int32 [N, T]    targets[i] follows tokens[i]; padding is 0
     weight           float32 [N, T]  1 where the target is to be predicted; 0 in padding, and if `apart` where the
@@ -46,86 +75,143 @@ def columns(tokens: Tokens, token_bytes: np.ndarray, starts: np.ndarray, seq_len
     bytes            int32 [N, T]    UTF-8 bytes of each predicted target, 0 elsewhere
     segment          int32 [N, T]    only if `apart`: 1, 2, … by document within the row; 0 in padding
     position         int32 [N, T]    only if `apart`: place in the document, from 0 where the document or the row begins
-
-    DataError if the token file has shrunk or holds ids beyond the vocabulary.
     """
-    ids, inside = _take(tokens, starts, seq_len + 1)
-    if ids.max(initial=0) >= len(token_bytes):
-        raise DataError(f"{tokens.label}: holds the id {ids.max()} and the tokenizer only {len(token_bytes)}; delete "
-                        "it, and it is built again")
+    ids, begins, inside = buffer
     predicted, kept = inside[:, 1:], {}
     if apart:
-        begins = _document_starts(tokens, starts, seq_len + 1)
         predicted = predicted & ~begins[:, 1:]
-        begins, inside, place = begins[:, :-1], inside[:, :-1], np.arange(seq_len, dtype=np.int32)
-        segment = np.cumsum(begins, axis=1, dtype=np.int32) + 1
-        position = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
-        kept = {"segment": segment * inside, "position": position * inside}
+        here, place = inside[:, :-1], np.arange(ids.shape[1] - 1, dtype=np.int32)
+        starts = begins[:, :-1].copy()
+        starts[:, 0] = True
+        segment = np.cumsum(starts, axis=1, dtype=np.int32)
+        position = place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+        kept = {"segment": segment * here, "position": position * here}
     targets = ids[:, 1:].copy()  # contiguous here, off the main thread, so that the transfer need not copy
     return {"tokens": ids[:, :-1].copy(), "targets": targets, "weight": predicted.astype(np.float32),
             "bytes": token_bytes[targets] * predicted, **kept}
 
 
-def _need(tokens: Tokens, seq_len: int) -> None:
-    if len(tokens.tokens) <= seq_len:
-        raise UsageError(f"config.train.seq_len = {seq_len}: the training text has {len(tokens.tokens)} tokens and a "
-                         f"row needs {seq_len + 1}; give more text or a shorter row")
-
-
 class Window:
     """Rows at random places, with replacement, every place where T + 1 tokens exist as likely (nanoGPT's get_batch).
 
-    `rows(indices)`: int64 [N] -> columns; a pure function of (seed, index). `count`: rows that hold as many tokens
-    as the text. `left_out`: tokens that no row of an epoch has.
+    `fill(indices)`: int64 [N] -> Buffer, a pure function of (seed, index). `count`: rows that hold as many tokens as the
+    text. `lost`: tokens that no row of an epoch predicts. `filled`: the part of the rows' places that holds tokens.
     """
 
-    apart = False
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int, name: str = "the training text"):
+        self.tokens, self.length, self.seed, self.name = tokens, seq_len + 1, seed, name
+        self.lost, self.filled = 0, 1.0
+        self._plan(seq_len)
 
-    def __init__(self, tokens: Tokens, token_bytes: np.ndarray, seq_len: int, seed: int):
-        _need(tokens, seq_len)
-        self.tokens, self.token_bytes, self.seq_len, self.seed = tokens, token_bytes, seq_len, seed
-        self.count = (len(tokens.tokens) - 1) // seq_len
-        self.left_out = 0
+    def _plan(self, seq_len: int) -> None:
+        if self.tokens.size <= seq_len:
+            raise UsageError(f"config.train.seq_len = {seq_len}: {self.name} has {self.tokens.size} tokens and a row needs "
+                             f"{seq_len + 1}; give more text or a shorter row")
+        self.count = (self.tokens.size - 1) // seq_len
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
-        return random_below(len(self.tokens.tokens) - self.seq_len, self.seed, indices)
+        """Where rows begin, int64 [N]."""
+        return random_below(self.tokens.size - self.length + 1, self.seed, indices)
 
-    def rows(self, indices: np.ndarray) -> Columns:
-        return columns(self.tokens, self.token_bytes, self.starts(indices), self.seq_len, self.apart)
+    def fill(self, indices: np.ndarray) -> Buffer:
+        return contiguous(self.tokens, self.starts(indices), self.length)
+
+    def spans(self, index: int) -> list[Span]:
+        """Where row `index` comes from."""
+        start = int(self.starts(np.array([index]))[0])
+        return list(spans(self.tokens, [(start, min(self.length, self.tokens.size - start))]))
+
+    def _row(self, indices: np.ndarray) -> np.ndarray:
+        """Each row once an epoch, in another random order each time."""
+        return permute(indices % self.count, self.count, self.seed, indices // self.count)
 
 
 class Chunk(Window):
-    """Every token once an epoch: row r is tokens[r*T : r*T + T + 1], in another random order each epoch. The tail that
-    fills no row is left out, `left_out` says how long it is."""
+    """Every token once an epoch: row r is tokens[r*T : r*T + T + 1], documents cut where a row ends. The tail that fills
+    no row is lost."""
 
-    def __init__(self, tokens: Tokens, token_bytes: np.ndarray, seq_len: int, seed: int):
-        super().__init__(tokens, token_bytes, seq_len, seed)
-        self.left_out = len(tokens.tokens) - 1 - self.count * seq_len
+    def _plan(self, seq_len: int) -> None:
+        super()._plan(seq_len)
+        self.lost = self.tokens.size - 1 - self.count * seq_len
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
-        return self.seq_len * permute(indices % self.count, self.count, self.seed, indices // self.count)
+        return (self.length - 1) * self._row(indices)
 
 
-class Packed(Chunk):
-    """The same rows with documents kept apart by `segment` and `position`; no document predicts the next."""
+class AtDocument(Window):
+    """Every row begins with a document and goes on with those after it; what the last one has beyond the row is lost."""
 
-    apart = True
+    def _plan(self, seq_len: int) -> None:
+        self._starts = packing.at_documents(self.tokens.offsets, seq_len)
+        self.count = len(self._starts)
+        ends = np.minimum(self._starts + seq_len, self.tokens.size - 1)
+        predicted = int((ends - self._starts).sum())
+        self.lost, self.filled = self.tokens.size - 1 - predicted, predicted / (self.count * seq_len)
+
+    def starts(self, indices: np.ndarray) -> np.ndarray:
+        return self._starts[self._row(indices)]
 
 
-ROWS: dict[str, Callable] = {"window": Window, "chunk": Chunk, "packed": Packed}
+class FirstFit(Window):
+    """Whole documents, as many as fit in a row (see packing); the rest of the row is padding."""
+
+    how = "first_fit"
+
+    def _plan(self, seq_len: int) -> None:
+        self.plan = packing.plan(self.tokens.offsets, self.length, self.how, self.seed)
+        self.count = self.plan.rows
+        self.filled = int(self.plan.sizes.sum(dtype=np.int64)) / (self.count * self.length)
+
+    def pieces(self, row: int) -> list[tuple[int, int]]:
+        """(start, size) of the pieces of row `row` of the plan."""
+        part = slice(self.plan.first[row], self.plan.first[row + 1])
+        return list(zip(self.plan.starts[part].tolist(), self.plan.sizes[part].tolist()))
+
+    def fill(self, indices: np.ndarray) -> Buffer:
+        ids = np.zeros((len(indices), self.length), self.tokens.dtype)
+        begins, sizes = np.zeros(ids.shape, bool), np.zeros(len(indices), np.int64)
+        for n, row in enumerate(self._row(indices).tolist()):
+            at = 0
+            for start, size in self.pieces(row):
+                self.tokens.read(start, ids[n, at: at + size])
+                begins[n, at] = True
+                at += size
+            sizes[n] = at
+        return Buffer(ids.astype(np.int32), begins, np.arange(self.length) < sizes[:, None])
+
+    def spans(self, index: int) -> list[Span]:
+        return list(spans(self.tokens, self.pieces(int(self._row(np.array([index]))[0]))))
+
+
+class BestFit(FirstFit):
+    """The same with the longest documents first, each where it leaves least room."""
+
+    how = "best_fit"
+
+
+ROWS: dict[str, Callable] = {"window": Window, "chunk": Chunk, "document": AtDocument, "first_fit": FirstFit,
+                             "best_fit": BestFit}
 
 
 class InOrder:
     """Held-out rows, sequential, the last one padded, so that every token is a target exactly once. The first token of
-    the text has nothing before it and is no target (nor, if `apart`, the first of each document)."""
+    the text has nothing before it and is no target (nor, if kept apart, the first of each document)."""
 
-    def __init__(self, tokens: Tokens, token_bytes: np.ndarray, seq_len: int, apart: bool):
-        if len(tokens.tokens) < 2:
-            raise UsageError(f"the {tokens.name} text has {len(tokens.tokens)} token and there is nothing to predict; "
-                             "hold out more by config.data.eval_fraction or give config.data.eval_path")
-        self.tokens, self.token_bytes, self.seq_len, self.apart = tokens, token_bytes, seq_len, apart
-        self.count = -(-(len(tokens.tokens) - 1) // seq_len)
+    def __init__(self, tokens: Tokens, seq_len: int):
+        if tokens.size < 2:
+            raise UsageError(f"the {tokens.name} text has {tokens.size} token and there is nothing to predict; hold out "
+                             "more by config.data.eval_fraction or give config.data.eval_path")
+        self.tokens, self.length = tokens, seq_len + 1
+        self.count = -(-(tokens.size - 1) // seq_len)
 
-    def rows(self, indices: np.ndarray) -> Columns:
-        """Columns of rows `indices`; those from `count` on are padding."""
-        return columns(self.tokens, self.token_bytes, indices * self.seq_len, self.seq_len, self.apart)
+    def fill(self, indices: np.ndarray) -> Buffer:
+        """Rows `indices`; those from `count` on are padding."""
+        return contiguous(self.tokens, indices * (self.length - 1), self.length)
+
+
+def check_ids(buffer: Buffer, tokens: Tokens, vocab: int) -> None:
+    """DataError if there is an id that the tokenizer does not have."""
+    if (largest := buffer.ids.max(initial=0)) >= vocab:
+        files = sorted({str(shard.path) for shard in tokens.shards})
+        raise DataError(f"{files[0]}{' or another shard' * (len(files) > 1)}: holds the id {largest} and the tokenizer only "
+                        f"{vocab}; delete a cache and it is built again, or check a corpus with gpt-jax prepare --verify")

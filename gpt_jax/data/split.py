@@ -4,7 +4,6 @@
 Two readings instead of one keep memory at one document, whatever the size of the corpus.
 """
 
-import hashlib
 from array import array
 from dataclasses import dataclass
 from typing import Iterator
@@ -12,7 +11,8 @@ from typing import Iterator
 import numpy as np
 
 from gpt_jax import config
-from gpt_jax.data.sources import Document, Source, documents
+from gpt_jax.data.shards import text_hash
+from gpt_jax.data.readers import Document, Reading, Source, Tally, documents, whole
 from gpt_jax.errors import DataError, UsageError
 
 TRAIN, EVAL = "train", "eval"
@@ -28,30 +28,39 @@ class Corpus:
     held_out: np.ndarray  # bool [documents of sources]
     cut: int  # the character at which the only document is cut in two; 0: none is
     characters: str  # all that occur, sorted; empty unless the tokenizer is `char`
-    replaced: int  # undecodable places that became U+FFFD
+    notes: tuple[str, ...]  # what the reading has to tell, a line each
 
-    def texts(self) -> Iterator[tuple[str, str, str]]:
-        """(side, document name, text) in the order read; DataError if the sources changed since `plan`."""
+    def texts(self) -> Iterator[tuple[str, int, Document]]:
+        """(side, number of the source, document) in the order read, `eval_sources` numbered after `sources`; DataError if
+        the sources changed since `plan`."""
         count = 0
-        for count, document in enumerate(_read(self.sources, self.data), 1):
+        for count, (source, document) in enumerate(_read(self.sources, self.data), 1):
             if count > len(self.held_out):
                 break
             if self.cut:
-                yield TRAIN, document.name, document.text[:self.cut]
-                yield EVAL, document.name, document.text[self.cut:]
+                yield TRAIN, source, document._replace(text=document.text[:self.cut])
+                yield EVAL, source, document._replace(text=document.text[self.cut:])
             else:
-                yield (EVAL if self.held_out[count - 1] else TRAIN), document.name, document.text
+                yield (EVAL if self.held_out[count - 1] else TRAIN), source, document
         if count != len(self.held_out):
             raise DataError(f"{', '.join(self.data.path)}: changed while being read; start again")
-        for document in _read(self.eval_sources, self.data):
-            yield EVAL, document.name, document.text
+        for source, document in _read(self.eval_sources, self.data):
+            yield EVAL, len(self.sources) + source, document
 
     def side(self, side: str) -> Iterator[str]:
-        return (text for where, _, text in self.texts() if where == side)
+        return (document.text for where, _, document in self.texts() if where == side)
 
 
-def _read(sources, data: config.Data) -> Iterator[Document]:
-    return documents(sources, data.field, data.errors)
+def reading_of(data: config.Data) -> Reading:
+    """How a run reads its text."""
+    return Reading(data.field, data.errors, data.encodings, documents=data.documents)
+
+
+def _read(sources, data: config.Data, tally: Tally | None = None) -> Iterator[tuple[int, Document]]:
+    """(number of the source, document) in order."""
+    for number, source in enumerate(sources):
+        for document in documents((whole(source),), reading_of(data), tally):
+            yield number, document
 
 
 def _tail(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, int]:
@@ -83,15 +92,14 @@ SPLITS = {"tail": _tail, "document": _by_document}
 
 def plan(sources: tuple[Source, ...], eval_sources: tuple[Source, ...], data: config.Data) -> Corpus:
     """Reads everything once. UsageError when there is no text, or too little to hold some out."""
-    sizes, hashes, replaced, characters = array("q"), array("Q"), 0, set()
+    sizes, hashes, tally, characters = array("q"), array("Q"), Tally(), set()
     for group in (sources, eval_sources):
         size = 0
-        for document in _read(group, data):
-            size, replaced = len(document.text), replaced + document.replaced
-            characters.update(document.text if data.tokenizer == "char" else "")
+        for _, document in _read(group, data, tally):
+            size = len(document.text)
+            characters.update(document.text if data.tokenizer.partition("+")[0] == "char" else "")
             if group is sources:
-                digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-                sizes.append(size), hashes.append(int.from_bytes(digest, "little"))
+                sizes.append(size), hashes.append(text_hash(document.text))
         if group and not size:
             more = f" and {len(group) - 1} more" if group[1:] else ""
             raise UsageError(f"{group[0].path}: no text in this file{more}; the data must have some")
@@ -99,4 +107,4 @@ def plan(sources: tuple[Source, ...], eval_sources: tuple[Source, ...], data: co
     held_out, cut = np.zeros(len(sizes), bool), 0
     if data.eval_fraction and not eval_sources:
         held_out, cut = SPLITS[data.split](sizes, hashes, data.eval_fraction)
-    return Corpus(sources, eval_sources, data, held_out, cut, "".join(sorted(characters)), replaced)
+    return Corpus(sources, eval_sources, data, held_out, cut, "".join(sorted(characters)), tuple(tally.notes(reading_of(data))))

@@ -1,8 +1,8 @@
-"""Token files: how they are written, opened, proved whole, and built once (called by cache and rows).
+"""The cache of tokenized text files: written, opened, proved whole, and built once (called by cache).
 
-A cache is a folder: `train.tokens` and `eval.tokens` (uint16 or uint32), `*.offsets` (int64: where each document
-starts, then the end), `names.json`, `tokenizer.json`, `meta.json`. It is built under another name and renamed when all
-of it is on disk, so a kill in the middle leaves nothing that looks usable.
+A cache is a folder: a shard (see shards) for each side, `train` and `eval`, `origins.json`, `tokenizer.json`, `meta.json`.
+It is built under another name and renamed when all of it is on disk, so a kill in the middle leaves nothing that looks
+usable.
 """
 
 import contextlib
@@ -12,82 +12,41 @@ import json
 import os
 import shutil
 import time
-from array import array
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
-from gpt_jax.data.sources import Source
+from gpt_jax.data import remote, shards
+from gpt_jax.data.shards import Origin, TokenFile, Tokens
+from gpt_jax.data.readers import Document
+from gpt_jax.data.sources import HUB, Source
 from gpt_jax.data.tokenizer import Tokenizer, from_json
-from gpt_jax.errors import DataError, UsageError
+from gpt_jax.errors import UsageError
 
-FORMAT = 1
+FORMAT = 2
 SIDES = ("train", "eval")
 BATCH_CHARACTERS = 1 << 23  # tokenized at once: what is held in memory
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """The ids of some documents, one after the other, each ended by end of text where the tokenizer has it."""
-
-    name: str  # train or eval
-    tokens: np.ndarray  # uint16 or uint32 [tokens], memory-mapped
-    offsets: np.ndarray  # int64 [documents + 1]: starts, then the end
-    bytes: int  # of the text in UTF-8, specials not counted
-    names: tuple[str, ...] = ()  # of the documents; kept for held-out text only
-    file: BinaryIO | None = None  # what `tokens` maps; None: it is in memory
-
-    @property
-    def documents(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def label(self) -> str:
-        return self.file.name if self.file else f"the {self.name} tokens"
-
-    def check(self) -> None:
-        """DataError if the mapped file has shrunk: touching a page that is gone would kill the process with SIGBUS."""
-        if self.file is None:
-            return
-        try:
-            size = os.fstat(self.file.fileno()).st_size
-        except OSError as error:
-            raise DataError(f"{self.label}: cannot be read any more: {error.strerror}") from None
-        if size != self.tokens.nbytes:
-            raise DataError(f"{self.label}: changed during the run from {self.tokens.nbytes} to {size} bytes; start "
-                            "again, and it is rebuilt")
-
-
-@dataclass
-class _Side:
-    """One pair of token and offset files as it is written."""
-
-    file: BinaryIO
-    offsets: array
-    names: list[str]
-    bytes: int = 0
-
-
-def _encoded(texts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, workers: int) -> Iterator[tuple]:
-    """(side, name, ids, whether a document ends here) in order. Threads, not processes: the library releases the
-    interpreter's lock, and on 2 cores two threads encode 5.6 MB/s where two spawned processes encode 4.4."""
+def _encoded(texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, workers: int) -> Iterator[tuple]:
+    """(side, source, document, ids, whether the document ends here) in order. Threads, not processes: the library releases
+    the interpreter's lock, and on 2 cores two threads encode 5.6 MB/s where two spawned processes encode 4.4."""
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         batch, size = [], 0
 
         def encode(item: tuple) -> tuple:
-            side, name, part, last = item
+            side, source, document, part, last = item
             try:
-                return side, name, tokenizer.encode(part), last
+                return side, source, document, tokenizer.encode(part), last
             except UsageError as error:
-                raise UsageError(f"{name}: {error}") from None
+                raise UsageError(f"{document.name}: {error}") from None
 
-        for side, name, text in texts:
-            parts = list(tokenizer.parts(text))
+        for side, source, document in texts:
+            parts = list(tokenizer.parts(document.text))
             for i, part in enumerate(parts, 1):
-                batch.append((side, name, part, i == len(parts)))
+                batch.append((side, source, document, part, i == len(parts)))
                 size += len(part)
                 if size >= BATCH_CHARACTERS:
                     yield from pool.map(encode, batch)
@@ -95,47 +54,33 @@ def _encoded(texts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, worker
         yield from pool.map(encode, batch)
 
 
-def write(folder: Path, texts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, workers: int,
-          report: Callable[[str], None], about: dict) -> None:
-    """Fills `folder` with the tokens of `texts` (side, name, text); `about` goes into the meta, written last."""
+def write(folder: Path, texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, workers: int,
+          report: Callable[[str], None], sources: list[str], about: dict) -> None:
+    """Fills `folder` with the tokens of `texts` (side, number of the source, document); `sources` are their names, `about`
+    goes into the meta, written last."""
     dtype = np.uint16 if tokenizer.vocab <= 2**16 else np.uint32
-    ending = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype)
-    told = time.monotonic()
+    told, several = time.monotonic(), [False] * len(sources)
     with contextlib.ExitStack() as stack:
-        sides = {side: _Side(stack.enter_context(open(folder / f"{side}.tokens", "wb")), array("q", [0]), [])
-                 for side in SIDES}
-        for side, name, ids, last in _encoded(texts, tokenizer, workers):
-            out = sides[side]
-            out.bytes += int(tokenizer.token_bytes[ids].sum())
-            out.file.write(ids.astype(dtype).tobytes())
+        sides = {side: shards.Writer(folder / side, dtype, tokenizer.eot) for side in SIDES}
+        for out in sides.values():
+            stack.callback(out.file.close)
+        for side, source, document, ids, last in _encoded(texts, tokenizer, workers):
+            sides[side].write(ids)
             if last:
-                out.file.write(ending.tobytes())
-                out.offsets.append(out.file.tell() // ending.itemsize)
-                out.names.extend([name] if side == "eval" else [])
+                several[source] |= document.name != sources[source]
+                sides[side].end(shards.text_hash(document.text), len(document.text.encode()), document.row, source)
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 report(f"data: tokenized {sum(s.bytes for s in sides.values()) / 1e6:,.0f} MB")
         for out in sides.values():
-            _sync(out.file)
-    counts = {side: {"tokens": out.offsets[-1], "documents": len(out.offsets) - 1, "bytes": out.bytes}
+            out.close()
+    counts = {side: {"tokens": out.tokens, "documents": len(out.offsets) - 1, "bytes": out.bytes}
               for side, out in sides.items()}
-    for side, out in sides.items():
-        _save(folder / f"{side}.offsets", out.offsets.tobytes())
-    _save(folder / "names.json", json.dumps(sides["eval"].names).encode())
-    _save(folder / "tokenizer.json", tokenizer.to_json().encode())
+    origins = [[name, 0, many] for name, many in zip(sources, several)]
+    shards.save(folder / "origins.json", json.dumps(origins).encode())
+    shards.save(folder / "tokenizer.json", tokenizer.to_json().encode())
     meta = {"format": FORMAT, "dtype": np.dtype(dtype).name, "tokenizer": tokenizer.fingerprint, **counts, **about}
-    _save(folder / "meta.json", json.dumps(meta, indent=1).encode())
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _save(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        _sync(file)
+    shards.save(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
 
 class Unusable(Exception):
@@ -151,24 +96,21 @@ def load(folder: Path) -> tuple[dict[str, Tokens | None], Tokenizer]:
         tokenizer = from_json((folder / "tokenizer.json").read_text())
         if tokenizer.fingerprint != meta["tokenizer"]:
             raise Unusable("holds another tokenizer than its meta says")
-        names = json.loads((folder / "names.json").read_bytes())
-        return {side: _open(folder, side, meta, names if side == "eval" else ()) for side in SIDES}, tokenizer
+        origins = tuple(Origin(*origin) for origin in json.loads((folder / "origins.json").read_bytes()))
+        return {side: _open(folder, side, meta, origins) for side in SIDES}, tokenizer
     except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
         raise Unusable(f"cannot be read ({error})") from None
 
 
-def _open(folder: Path, side: str, meta: dict, names) -> Tokens | None:
-    counts, dtype = meta[side], np.dtype(meta["dtype"])
-    file = open(folder / f"{side}.tokens", "rb")  # stays open as long as the Tokens live, for `check`
-    size = os.fstat(file.fileno()).st_size
-    if size != counts["tokens"] * dtype.itemsize:
-        raise Unusable(f"{side}.tokens has {size} bytes, its meta says {counts['tokens'] * dtype.itemsize}")
-    offsets = np.fromfile(folder / f"{side}.offsets", np.int64)
-    if len(offsets) != counts["documents"] + 1 or offsets[-1] != counts["tokens"] or (np.diff(offsets) < 0).any():
+def _open(folder: Path, side: str, meta: dict, origins: tuple[Origin, ...]) -> Tokens | None:
+    counts, file = meta[side], TokenFile(folder / f"{side}.tokens", np.dtype(meta["dtype"]), meta[side]["tokens"])
+    if (size := os.path.getsize(file.path)) != file.size * file.dtype.itemsize:
+        raise Unusable(f"{side}.tokens has {size} bytes, its meta says {file.size * file.dtype.itemsize}")
+    offsets = shards.open_array(folder / f"{side}.offsets", np.dtype(np.int64), counts["documents"] + 1)
+    docs = shards.open_array(folder / f"{side}.docs", shards.DOCUMENT, counts["documents"])
+    if offsets[-1] != file.size or (np.diff(offsets) < 0).any():
         raise Unusable(f"{side}.offsets does not fit its meta")
-    if not counts["tokens"]:
-        return None
-    return Tokens(side, np.memmap(file, dtype, "r").view(np.ndarray), offsets, counts["bytes"], tuple(names), file)
+    return Tokens(side, (file,), offsets, docs, counts["bytes"], origins) if file.size else None
 
 
 @contextlib.contextmanager
@@ -211,15 +153,21 @@ def obtain(folder: Path, build: Callable[[Path], None], report: Callable[[str], 
 def content_hashes(sources: tuple[Source, ...], root: Path, workers: int) -> list[str]:
     """SHA-256 of every file. A file whose size and time are those of the last hashing is not read again, unless it was
     so young then that a change could have hidden in the clock's grain."""
-    key = hashlib.sha256("\0".join(str(s.path.resolve()) for s in sources).encode()).hexdigest()[:16]
+    paths = [source.path if remote.is_remote(source.path) else str(source.path.resolve()) for source in sources]
+    key = hashlib.sha256("\0".join(paths).encode()).hexdigest()[:16]
     stamps = root / f"{key}.stamps"
     known = {}
     with contextlib.suppress(OSError, ValueError):  # a lost or torn list costs one more hashing
         known = json.loads(stamps.read_bytes())
 
-    def look(source: Source) -> tuple[str, list]:
-        path = str(source.path.resolve())
+    def look(path: str) -> tuple[str, list]:
+        if path.startswith(HUB):
+            raise UsageError(f"{path}: a data set has no files to know a cache by; run gpt-jax prepare --input={path} "
+                             "--output=DIR first, and give DIR")
         try:
+            if remote.is_remote(path):  # stamped as new, so that it is hashed again the next time
+                with remote.open_remote(path) as file:
+                    return path, [0, now, 0, hashlib.file_digest(file, "sha256").hexdigest()]
             stat = os.stat(path)
             stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
             if path in known and known[path][:3] == stamp:
@@ -227,11 +175,11 @@ def content_hashes(sources: tuple[Source, ...], root: Path, workers: int) -> lis
             with open(path, "rb") as file:
                 return path, [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
         except OSError as error:
-            raise UsageError(f"{source.path}: cannot be read: {error.strerror}") from None
+            raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
 
     now = time.time_ns()
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        found = dict(pool.map(look, sources))
+        found = dict(pool.map(look, paths))
     old = {path: entry for path, entry in found.items() if now - entry[1] > 2_000_000_000}
     if old != known:
         with contextlib.suppress(OSError):  # a finished cache may be read-only; building one fails with a message
@@ -239,4 +187,4 @@ def content_hashes(sources: tuple[Source, ...], root: Path, workers: int) -> lis
             temporary = stamps.with_suffix(f".{os.getpid()}-{now}")
             temporary.write_text(json.dumps(old))
             os.replace(temporary, stamps)
-    return [found[str(s.path.resolve())][3] for s in sources]
+    return [found[path][3] for path in paths]

@@ -1,0 +1,90 @@
+"""`gpt-jax inspect`: which documents a step of a run learns from."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from gpt_jax import config as configs
+from gpt_jax.commands.flags import Flags
+from gpt_jax.errors import UsageError
+
+
+def main(arguments: list[str]) -> None:
+    """Raises UsageError for a workdir, a step or a text that is not there; DataError for damaged shards."""
+    flags = Flags(prog="gpt-jax inspect", description="Every row of a step of a run: source, documents, where in them the row "
+                  "begins, and its text, made again from the config and the seed alone.")
+    flags.add_argument("--workdir", required=True, help="of a run that has begun")
+    flags.add_argument("--batch", type=int, required=True, metavar="N", help="the step, from 1")
+    flags.add_argument("--rows", type=int, default=0, help="only the first of them; 0: all")
+    flags.add_argument("--chars", type=int, default=200, help="of each document's text that are shown; 0: all")
+    flags.add_argument("--json", action="store_true", help="a JSON object a row, with the ids, instead of text for people")
+    args = flags.parse_args(arguments)
+    if args.batch < 1 or args.rows < 0 or args.chars < 0:
+        raise UsageError("--batch: expected 1 or more; --rows and --chars: 0 or more")
+    config = read_config(Path(args.workdir))
+    rows = step_rows(config, Path(args.workdir), args.batch, args.rows)
+    try:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(describe(row, args.chars)))
+    except UnicodeEncodeError as error:
+        raise UsageError(f"standard output cannot hold this text ({error.encoding}); set PYTHONIOENCODING=utf-8") from None
+
+
+def read_config(workdir: Path) -> configs.Config:
+    """The resolved config that a run has left in its workdir."""
+    path = workdir / "config.json"
+    try:
+        return configs.from_dict(json.loads(path.read_text()))
+    except OSError as error:
+        raise UsageError(f"--workdir={workdir}: no run has begun there ({path.name}: {error.strerror})") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: is no config ({error}); start the run again, and it is written anew") from None
+
+
+def step_rows(config: configs.Config, workdir: Path, step: int, limit: int):
+    """Rows of step `step`, each a dict of plain values."""
+    from gpt_jax.data import dataset
+    from gpt_jax.data.pipeline import make_examples
+    from gpt_jax.data.rows import columns
+
+    data = dataset.load(config.data, lambda line: print(line, file=sys.stderr))
+    check_text(workdir, data.content)
+    examples = make_examples(data, config.data, config.train.seq_len, config.seed)
+    size = config.train.batch_size
+    for number in range((step - 1) * size, (step - 1) * size + min(limit or size, size)):
+        source, spans = examples.spans(number)
+        tokens = data.parts[source].train
+        buffer = examples.fill(np.array([number]))
+        batch = columns(buffer, data.tokenizer.token_bytes, config.data.apart)
+        documents = [{"document": span.document, "name": tokens.document_name(span.document), "offset": span.offset,
+                      "tokens": span.size, "text": data.tokenizer.decode(tokens.ids(start, start + span.size))}
+                     for span in spans for start in (int(tokens.offsets[span.document]) + span.offset,)]
+        yield {"row": number % size, "example": number, "source": data.parts[source].name, "documents": documents,
+               "predicted": int(batch["weight"].sum()), "ids": buffer.ids[0][buffer.inside[0]].tolist(),
+               "text": data.tokenizer.decode(buffer.ids[0][buffer.inside[0]])}
+
+
+def check_text(workdir: Path, content: str) -> None:
+    """UsageError when the text is no longer the one that the run's newest checkpoint knows."""
+    from gpt_jax.train import checkpoint
+
+    if not (workdir / checkpoint.FOLDER).is_dir():
+        return
+    directory, step = checkpoint.resolve_checkpoint(str(workdir), 0, lambda line: None)
+    if checkpoint.read_meta(directory, step)["data"]["content"] != content:
+        raise UsageError(f"--workdir={workdir}: the text has changed since the run, so its batches cannot be made again; bring "
+                         "the old text back")
+
+
+def describe(row: dict, chars: int) -> list[str]:
+    """Lines for people about one row."""
+    lines = [f"row {row['row']}: example {row['example']:,}, source {row['source']}, {len(row['ids']):,} tokens, "
+             f"{row['predicted']:,} predicted"]
+    for document in row["documents"]:
+        text = document["text"]
+        shown = text if not chars or len(text) <= chars else f"{text[:chars]}…"
+        lines += [f"  document {document['document']:,} ({document['name']}) from token {document['offset']:,}, "
+                  f"{document['tokens']:,} tokens", f"    {shown!r}"]
+    return lines

@@ -1,0 +1,187 @@
+"""`gpt-jax prepare`: raw text to a folder of token shards, and a look into such a folder."""
+
+import contextlib
+import os
+import re
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+from gpt_jax.commands.flags import Flags
+from gpt_jax.errors import DataError, Stopped, UsageError
+
+SECONDS = 10.0  # between two lines of progress where there is no terminal
+BAR_SECONDS = 0.2  # and on one
+NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+SOURCE = "text"  # the source of input without a name
+
+
+def main(arguments: list[str]) -> None:
+    """Raises UsageError for input, settings and folders of no use, DataError for damage, PeerFailed for lost workers."""
+    args = make_flags().parse_args([part for text in arguments for part in apart(text)])
+    looks = [name for name in ("inspect", "verify") if getattr(args, name)]
+    if looks and (args.input or args.output or len(looks) > 1):
+        raise UsageError(f"--{looks[0]}={getattr(args, looks[0])}: is given alone")
+    if args.inspect:
+        look_inside(Path(args.inspect).expanduser())
+    elif args.verify:
+        verify(Path(args.verify).expanduser())
+    else:
+        run(args)
+
+
+def apart(text: str) -> list[str]:
+    """`--input=a` as `--input a`: argparse takes no further values after the first form, and people type them."""
+    flag, equals, value = text.partition("=")
+    return [flag, value] if equals and flag in ("--input", "--filters", "--encodings") else [text]
+
+
+def make_flags() -> Flags:
+    """The command line."""
+    flags = Flags(prog="gpt-jax prepare", description="Read text, filter it, and write token shards that "
+                  "--config.data.path takes. Killed at any moment, the same command goes on where it was. Memory: for "
+                  "each worker some 200 MB, a few times the largest document, and 32 bytes a document of a unit.")
+    flags.add_argument("--input", nargs="+", action="extend", default=[], metavar="[NAME=]PATH",
+                       help="files, directories, globs, URLs, hf://name[:config][@split]; NAME: the source they are")
+    flags.add_argument("--output", metavar="DIR", help="a new folder, or one that an earlier call began")
+    flags.add_argument("--inspect", metavar="DIR", help="print what is inside a finished folder")
+    flags.add_argument("--verify", metavar="DIR", help="compare every file of a finished folder with its checksum")
+    text = flags.add_argument_group("the text")
+    text.add_argument("--field", default="text", help="the text's field or column where a file has several")
+    text.add_argument("--errors", default="strict", help="undecodable bytes: strict or replace (by U+FFFD)")
+    text.add_argument("--encodings", nargs="+", default=["utf-8"], help="tried in turn on each document")
+    text.add_argument("--on_error", default="stop", help="a row that cannot be read: stop, or skip (counted)")
+    text.add_argument("--documents", default="file", help="what a document of a text file is: file or line")
+    text.add_argument("--filters", nargs="+", default=[], metavar="FILTER",
+                      help="in this order, such as strip min_chars:100 normalize:NFC language:en module:function")
+    text.add_argument("--dedup", default="none", metavar="none|exact|near[:SIMILARITY]",
+                      help="leave out copies of earlier documents; near: by MinHash, 0.8 if no similarity is given")
+    text.add_argument("--eval_fraction", type=float, default=0.0, help="part of the documents held out, by their hash")
+    tokens = flags.add_argument_group("the tokens")
+    tokens.add_argument("--tokenizer", default="bytes", help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer")
+    tokens.add_argument("--tokenizer_mb", type=float, default=200.0, help="of text that a trained tokenizer sees")
+    tokens.add_argument("--piece_mb", type=float, default=0.0,
+                        help="input of a unit of work and of a shard; 0: a 500th of the input, 4 to 64")
+    work = flags.add_argument_group("the work (decides nothing about the output)")
+    work.add_argument("--engine", default="local", help="local: processes of this machine; ray: a Ray cluster")
+    work.add_argument("--workers", type=int, default=0, help="processes; 1: this one alone, 0: one a core")
+    work.add_argument("--ray_address", default="local", help="of a cluster (auto, HOST:PORT) that sees input and "
+                      "output under the same paths; local: one of --workers CPUs is started here")
+    return flags
+
+
+def run(args) -> None:
+    """Prepares, then prints what came of it."""
+    from gpt_jax.data import corpus
+    from gpt_jax.data.engines import ENGINES
+    from gpt_jax.data.prepare import Engine, prepare
+    from gpt_jax.data.readers import Reading
+    from gpt_jax.data.units import Settings
+
+    if not args.input or not args.output:
+        raise UsageError("--input and --output: both are needed (or --inspect or --verify alone)")
+    if "://" in args.output:
+        raise UsageError(f"--output={args.output}: prepare writes to a file system; name a local folder and copy it "
+                         "there when it is finished (--input may be remote)")
+    if args.engine not in ENGINES:
+        raise UsageError(f"--engine={args.engine}: expected one of {', '.join(ENGINES)}")
+    limits = {"eval_fraction": (0.0, 0.9), "piece_mb": (0.0, 1e6), "tokenizer_mb": (1e-6, 1e9), "workers": (0, 4096)}
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            raise UsageError(f"--{name}={getattr(args, name)}: expected {low} to {high}")
+    reading = Reading(args.field, args.errors, tuple(args.encodings), args.on_error, args.documents)
+    given = {spec.name: getattr(args, spec.name) for spec in fields(Settings) if spec.name != "reading"}
+    settings = Settings(**given | {"reading": reading, "filters": tuple(args.filters)})
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    engine = Engine(args.engine, args.workers or cores, args.ray_address)
+    folder, display = Path(args.output).expanduser(), Display()
+    try:
+        prepare(named(args.input), folder, settings, engine, display.say, display.show)
+    except KeyboardInterrupt:
+        raise Stopped(f"--output={args.output}: interrupted; what is finished stays: the same command goes on from "
+                      "there") from None
+    finally:
+        display.close()
+    print("\n".join(corpus.summary(folder)))
+
+
+def named(given: list[str]) -> dict[str, tuple[str, ...]]:
+    """{source: its paths} in the order given. A path that exists as it is written is no NAME=PATH."""
+    found: dict[str, list[str]] = {}
+    for text in given:
+        match = None if os.path.exists(text) else NAMED.fullmatch(text)
+        name, path = match.groups() if match else (SOURCE, text)
+        if name.startswith(".") or name == "work":
+            raise UsageError(f"--input={text}: {name!r} cannot be the name of a source (it is a folder of the output)")
+        found.setdefault(name, []).append(path)
+    return {name: tuple(paths) for name, paths in found.items()}
+
+
+class Display:
+    """Progress for people on standard error: a bar on a terminal, else a line now and then."""
+
+    def __init__(self):
+        self.bar, self.phase, self.began, self.told = None, "", 0.0, 0.0
+
+    def say(self, line: str) -> None:
+        self._end_bar()
+        with contextlib.suppress(BrokenPipeError):  # a reader that has gone (`2>&1 | head`) does not end the work
+            print(f"prepare: {line}", file=sys.stderr, flush=True)
+
+    def show(self, progress) -> None:
+        """Called several times a second."""
+        now = time.monotonic()
+        if progress.phase != self.phase:
+            self._end_bar()
+            self.phase, self.began, self.told = progress.phase, now, now
+        seconds = max(now - self.began, 1e-9)
+        speed = f"{progress.documents / seconds:,.0f} documents/s, {progress.bytes / seconds / 1e6:,.2f} MB/s of text"
+        terminal = sys.stderr.isatty()
+        if now - self.told < (BAR_SECONDS if terminal else SECONDS):
+            return
+        self.told = now
+        if terminal:
+            self._draw(progress, speed)
+        else:
+            left = "the first units are under way"
+            if progress.done:
+                left = f"{seconds * (progress.total - progress.done) / progress.done:,.0f} s left"
+            done, total = (f"{size / 1e6:,.0f}" for size in (progress.done, progress.total))
+            self.say(f"{progress.phase}: {done} of {total} MB of input, {speed}, {left}")
+
+    def _draw(self, progress, speed: str) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}B [{elapsed}<{remaining}]{postfix}"
+            self.bar = tqdm(total=progress.total, desc=progress.phase, unit_scale=True, bar_format=layout, leave=False)
+        self.bar.set_postfix_str(speed, refresh=False)
+        self.bar.n = progress.done
+        self.bar.refresh()
+
+    def _end_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    close = _end_bar
+
+
+def look_inside(folder: Path) -> None:
+    """--inspect."""
+    from gpt_jax.data import corpus
+
+    for line in corpus.inspect(folder):
+        print(line)
+
+
+def verify(folder: Path) -> None:
+    """--verify; DataError naming the damaged files."""
+    from gpt_jax.data import corpus
+
+    wrong = corpus.verify(folder, lambda line: print(line, file=sys.stderr))
+    if wrong:
+        raise DataError(f"--verify={folder}: {len(wrong)} damaged: {', '.join(wrong)}; copy them again, or remove the "
+                        "folder and prepare it again")
+    print(f"{folder}: all files are whole")

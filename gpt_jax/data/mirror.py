@@ -1,0 +1,57 @@
+"""A corpus on an object store, copied to this machine once (called by dataset).
+
+Training reads rows by place all over the shards, which a store serves a thousand times slower than a disk.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable
+
+from gpt_jax.data import corpus, remote, shards
+from gpt_jax.data.units import replacing
+from gpt_jax.errors import DataError, UsageError
+
+COPIES = 8  # at once
+BLOCK = 1 << 22
+
+
+def is_remote_corpus(url: str) -> bool:
+    """Whether a folder of a store was made by `gpt-jax prepare`."""
+    return remote.is_remote(url) and remote.exists(f"{url.rstrip('/')}/{corpus.MANIFEST}")
+
+
+def mirror(url: str, cache: Path, say: Callable[[str], None]) -> Path:
+    """The folder below `cache` that holds the corpus at `url`, copied there if need be: named by its content, each file
+    checked against its SHA-256 and there as a whole or not at all, the manifest last; files that are there already (of
+    an earlier call that was killed) stay. UsageError when it cannot be had, DataError for a file damaged there."""
+    url = url.rstrip("/")
+    with remote.open_remote(f"{url}/{corpus.MANIFEST}") as file:
+        raw = file.read()
+    manifest = corpus.parse_manifest(raw, f"{url}/{corpus.MANIFEST}")
+    folder = cache / f"corpus-{manifest['digest'][:20]}"
+    if corpus.is_corpus(folder):
+        return folder
+    say(f"data: copying {sum(size for size, _ in manifest['files'].values()) / 1e6:,.0f} MB from {url} to {folder}")
+
+    def fetch(name: str) -> None:
+        path, wanted = folder / name, shards.Digest(*manifest["files"][name])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and shards.digest_of(path) == wanted:
+            return
+        with replacing(path) as temporary:
+            with remote.open_remote(f"{url}/{name}") as source, open(temporary, "wb") as out:
+                while block := source.read(BLOCK):
+                    out.write(block)
+                shards.sync(out)
+            if shards.digest_of(temporary) != wanted:
+                raise DataError(f"{url}/{name}: damaged, its checksum is wrong; copy it there again")
+
+    try:
+        with ThreadPoolExecutor(COPIES) as pool:
+            list(pool.map(fetch, manifest["files"]))
+        with replacing(folder / corpus.MANIFEST) as temporary:
+            shards.save(temporary, raw)
+    except OSError as error:
+        raise UsageError(f"config.data.cache = {cache}: no copy of {url} there: {error.strerror or error}; choose a "
+                         "folder that can be written and has room") from None
+    return folder

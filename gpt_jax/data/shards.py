@@ -1,0 +1,232 @@
+"""Token shards: how the ids of documents are written, read by place, and proved whole (called by store, corpus, prepare,
+rows).
+
+`NAME.tokens` holds ids (uint16 or uint32, little-endian, nothing else), `NAME.offsets` int64 [documents + 1] where each
+document starts and the last one ends, `NAME.docs` one DOCUMENT each. Files are read by place and not mapped: a page
+fault of a map reads ahead 128 KiB for a row of 2 KiB and kills the process when the file has shrunk (figures:
+benchmarks/data_format.py).
+"""
+
+import hashlib
+import os
+import threading
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from gpt_jax.errors import DataError
+
+# What is known of a document besides its ids: hash of its text, bytes of it in UTF-8, and where it came from.
+DOCUMENT = np.dtype([("hash", "<u8"), ("bytes", "<u8"), ("row", "<u4"), ("piece", "<u4")])
+SUFFIXES = (".tokens", ".offsets", ".docs")
+OPEN_FILES = 256  # a thread keeps open; thousands of shards would be more than a process may have
+
+
+def text_hash(text: str) -> int:
+    """64 bits that copies of one text share."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class Origin(NamedTuple):
+    """A part of an input file, whose rows are documents."""
+
+    name: str  # of the file, the same on every machine
+    first: int  # number of its first row in the file
+    several: bool  # whether the file holds more than one document
+
+    def document(self, row: int) -> str:
+        """What document `row` of this part is called: file, or file:line."""
+        return f"{self.name}:{self.first + row + 1}" if self.several else self.name
+
+
+class Files(threading.local):
+    """Open files of this thread, the OPEN_FILES last used."""
+
+    def __init__(self):
+        self.open: OrderedDict["TokenFile", BinaryIO] = OrderedDict()
+
+    def get(self, file: "TokenFile") -> BinaryIO:
+        """By object and not by path, where another file may lie by now."""
+        if file not in self.open:
+            self.open[file] = open(file.path, "rb", buffering=0)
+            if len(self.open) > OPEN_FILES:
+                self.open.popitem(last=False)[1].close()
+        self.open.move_to_end(file)
+        return self.open[file]
+
+
+FILES = Files()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """The ids in one file, read by place."""
+
+    path: Path
+    dtype: np.dtype
+    size: int  # ids
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` ([n], of `dtype`) with ids from `start` on. DataError when the file has no longer that many."""
+        try:
+            got = os.preadv(FILES.get(self).fileno(), [out], start * self.dtype.itemsize)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read any more: {error.strerror}") from None
+        if got != out.nbytes:
+            size = os.fstat(FILES.get(self).fileno()).st_size
+            raise DataError(f"{self.path}: changed during the run from {self.size * self.dtype.itemsize} to {size} bytes; start "
+                            "again, and it is rebuilt")
+
+
+class TokenArray(NamedTuple):
+    """Ids in memory, read like those of a file."""
+
+    ids: np.ndarray
+
+    path = Path("the tokens in memory")
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.ids.dtype
+
+    @property
+    def size(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        out[:] = self.ids[start: start + len(out)]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The ids of some documents, one after the other, each ended by end of text where the tokenizer has it. Ids and
+    documents are numbered through all shards; no document crosses from one shard to the next."""
+
+    name: str  # train or eval
+    shards: tuple[TokenFile | TokenArray, ...]
+    offsets: np.ndarray  # int64 [documents + 1]: starts, then the end; memory-mapped where it lies in a file
+    docs: np.ndarray  # DOCUMENT [documents], memory-mapped likewise
+    bytes: int  # of the text in UTF-8, specials not counted
+    origins: tuple[Origin, ...] = ()  # what DOCUMENT's `piece` counts
+    begins: np.ndarray = field(init=False)  # int64 [shards + 1]: the first id of each shard, then the end
+
+    def __post_init__(self):
+        object.__setattr__(self, "begins", np.cumsum([0, *(shard.size for shard in self.shards)]))
+
+    @property
+    def size(self) -> int:
+        """Ids in all."""
+        return int(self.begins[-1])
+
+    @property
+    def documents(self) -> int:
+        return len(self.offsets) - 1
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` with the ids from `start` on, all of which must exist."""
+        shard = int(np.searchsorted(self.begins, start, "right")) - 1
+        done = 0
+        while done < len(out):
+            count = min(len(out) - done, int(self.begins[shard + 1]) - start - done)
+            self.shards[shard].read(start + done - int(self.begins[shard]), out[done: done + count])
+            done, shard = done + count, shard + 1
+
+    def ids(self, start: int, stop: int) -> np.ndarray:
+        """The ids [stop - start] from `start` on."""
+        out = np.empty(stop - start, self.dtype)
+        self.read(start, out)
+        return out
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.shards[0].dtype if self.shards else np.dtype(np.uint16)
+
+    def shard_of(self, place: int) -> Path:
+        """The file that holds the id at `place`, for messages."""
+        return self.shards[int(np.searchsorted(self.begins, place, "right")) - 1].path
+
+    def document_name(self, document: int) -> str:
+        """What a document is called: its file, or file:row."""
+        if not self.origins:
+            return f"document {document}"
+        row = self.docs[document]
+        return self.origins[int(row["piece"])].document(int(row["row"]))
+
+
+def in_memory(name: str, ids: np.ndarray, offsets, size: int) -> Tokens:
+    """Tokens that lie in no file; `size` in bytes of text."""
+    offsets = np.asarray(offsets, np.int64)
+    return Tokens(name, (TokenArray(ids),), offsets, np.zeros(len(offsets) - 1, DOCUMENT), size)
+
+
+class Digest(NamedTuple):
+    """A finished file: its size in bytes and its SHA-256."""
+
+    size: int
+    sha256: str
+
+
+class Writer:
+    """Writes one shard: `write` for ids, `end` after the last id of each document, `close` when all are there. Any
+    OSError (a full disk) passes through and leaves files that nothing refers to."""
+
+    def __init__(self, base: Path, dtype: np.dtype, eot: int | None):
+        self.base, self.dtype = base, np.dtype(dtype)
+        self.ending = np.array([] if eot is None else [eot], dtype).tobytes()
+        self.file, self.digest = open(f"{base}.tokens", "wb"), hashlib.sha256()
+        self.tokens, self.bytes, self.offsets, self.docs = 0, 0, array("q", [0]), bytearray()
+
+    def write(self, ids: np.ndarray) -> None:
+        self._put(ids.astype(self.dtype, copy=False).tobytes())
+
+    def _put(self, raw: bytes) -> None:
+        self.file.write(raw)
+        self.digest.update(raw)
+        self.tokens += len(raw) // self.dtype.itemsize
+
+    def end(self, hash: int, size: int, row: int, piece: int) -> None:
+        """The document is complete: adds end of text and its DOCUMENT."""
+        self._put(self.ending)
+        self.offsets.append(self.tokens)
+        self.docs += np.array((hash, size, row, piece), DOCUMENT).tobytes()
+        self.bytes += size
+
+    def close(self) -> dict[str, Digest]:
+        """Everything on disk; {suffix: Digest}."""
+        sync(self.file)
+        self.file.close()
+        return {".tokens": Digest(self.tokens * self.dtype.itemsize, self.digest.hexdigest()),
+                ".offsets": save(Path(f"{self.base}.offsets"), self.offsets.tobytes()),
+                ".docs": save(Path(f"{self.base}.docs"), bytes(self.docs))}
+
+
+def sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def save(path: Path, content: bytes) -> Digest:
+    """Writes `path` through to the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        sync(file)
+    return Digest(len(content), hashlib.sha256(content).hexdigest())
+
+
+def digest_of(path: Path) -> Digest:
+    """Size and SHA-256 of a file as it is now. Raises OSError."""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return Digest(os.fstat(file.fileno()).st_size, found)
+
+
+def open_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """[count] of `dtype` from a file, memory-mapped. ValueError when the file has another size."""
+    wanted, size = count * np.dtype(dtype).itemsize, os.path.getsize(path)
+    if size != wanted:
+        raise ValueError(f"{path.name} has {size} bytes, its meta says {wanted}")
+    return np.memmap(path, dtype, "r", shape=(count,)).view(np.ndarray) if count else np.zeros(0, dtype)

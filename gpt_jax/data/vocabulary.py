@@ -1,0 +1,174 @@
+"""What a tokenizer is, its special tokens, and the two that need no library: bytes and characters (called by tokenizer,
+which is the door for everyone else).
+
+Every id stands for fixed bytes, `Tokenizer.pieces[id]`, empty for special tokens. Decoding joins pieces, so it is exact
+and can stream; how texts become ids is one function per kind.
+"""
+
+import codecs
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from typing import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from gpt_jax.errors import UsageError
+
+EOT = "<|endoftext|>"
+# End of text in the vocabularies of GPT-2, Llama 3, Llama 1-2 and Mistral, Gemma, DeepSeek, and older lists.
+EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|eos|>", "<|im_end|>", "[EOS]", "<EOS>")
+# A turn is <|im_start|>role\n...<|im_end|>\n: ChatML, of OpenAI, Qwen and others; two tokens serve any role.
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+# Prefix, suffix, then the middle to be filled in, with the names of cl100k and Qwen (Bavarian et al. 2022).
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+SPECIALS = {"chat": CHAT_TOKENS, "fim": FIM_TOKENS}  # +chat and +fim after a spec
+PART = 1 << 18  # characters encoded at once: enough parts of one long text to keep all threads busy
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """One mapping between text and ids below `vocab`.
+
+    Special tokens are never made from text: `<|endoftext|>` inside a document is encoded as ordinary characters.
+    """
+
+    kind: str  # a row of tokenizer.KINDS
+    name: str  # for people: bytes, char, bpe:4096, or a file's name
+    content: str  # what KINDS[kind] needs to make this tokenizer again
+    pieces: tuple[bytes, ...]  # bytes of UTF-8 that each id stands for; empty for specials
+    eot: int | None  # the id that ends a document; characters have none
+    encoder: Callable[[Sequence[str]], list[np.ndarray]]
+    cutter: Callable[[str], Iterator[str]]
+    specials: Mapping[str, int] = field(default_factory=dict)  # every special token by name, end of text included
+    extra: Mapping[str, int] = field(default_factory=dict)  # those of `specials` that are not in `content`
+    prefix: bytes = b""  # what encoding puts before a text and decoding takes away: a space in the manner of Llama 2
+    lossless: bool = True  # False: some texts come back changed (normalised, unknown characters, ▁ for a space)
+
+    @property
+    def vocab(self) -> int:
+        return len(self.pieces)
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab]: how many bytes of UTF-8 each id stands for; 0 for specials."""
+        return np.array([len(piece) for piece in self.pieces], np.int32)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that two tokenizers share when they encode alike; the name does not count."""
+        extra = f"\0{json.dumps(dict(self.extra))}" if self.extra else ""
+        return hashlib.sha256(f"{self.kind}\0{self.content}{extra}".encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [tokens]. UsageError for text that is no Unicode, or a character unknown to a char tokenizer."""
+        return self.encode_batch((text,))[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 [tokens] of each text, by one call of the library on all of its threads. UsageError as `encode`."""
+        try:
+            return self.encoder(texts)
+        except UnicodeEncodeError as error:  # which carries the text it stumbled over
+            raise UsageError(f"text {around(error.object, error.start)}: character {error.start} is a lone surrogate, "
+                             "which no UTF-8 text contains; remove it") from None
+
+    def parts(self, text: str) -> Iterator[str]:
+        """`text` in parts whose encodings, joined, are the encoding of the whole: one long text can use all cores."""
+        return self.cutter(text)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes; an id that stands for nothing (special, or beyond `vocab` in a padded head) adds none."""
+        return b"".join(self.pieces[i] for i in map(int, ids) if 0 <= i < len(self.pieces))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text whose encoding is `ids`, so without `prefix`; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).removeprefix(self.prefix).decode("utf-8", "replace")
+
+    def to_json(self) -> str:
+        """Everything that `from_json` needs; a checkpoint carries it."""
+        saved = {"kind": self.kind, "name": self.name, "content": self.content}
+        return json.dumps(saved | ({"extra": dict(self.extra)} if self.extra else {}), ensure_ascii=True)
+
+
+class StreamDecoder:
+    """Text of ids that arrive one by one, never cutting a UTF-8 character. It goes on from a text before it, so a
+    tokenizer's `prefix` stays.
+
+    >>> decoder = StreamDecoder(byte_tokenizer())
+    >>> [decoder.feed(i) for i in "é".encode()] + [decoder.flush()]
+    ['', 'é', '']
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        """The characters that `token` completes, possibly none."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def with_specials(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
+    """`tokenizer` with these special tokens: one that it has keeps its id, the others get the ids after its vocabulary
+    in the order given. UsageError for a name that is an ordinary token.
+
+    >>> with_specials(byte_tokenizer(), ["<|a|>", "<|endoftext|>", "<|b|>"]).specials
+    {'<|endoftext|>': 256, '<|a|>': 257, '<|b|>': 258}
+    """
+    new = [name for name in dict.fromkeys(names) if name not in tokenizer.specials]
+    return with_extra(tokenizer, {name: tokenizer.vocab + i for i, name in enumerate(new)})
+
+
+def with_extra(tokenizer: Tokenizer, extra: Mapping[str, int]) -> Tokenizer:
+    """`tokenizer` with more special tokens by name and id, none of which is in use."""
+    for name in extra:
+        if name.encode() in tokenizer.pieces:
+            raise UsageError(f"special token {name!r}: is an ordinary token of the tokenizer {tokenizer.name}; choose "
+                             "another name")
+    size = max([tokenizer.vocab, *(i + 1 for i in extra.values())])
+    pieces = tokenizer.pieces + (b"",) * (size - tokenizer.vocab)
+    return replace(tokenizer, pieces=pieces, specials={**tokenizer.specials, **extra},
+                   extra={**tokenizer.extra, **extra})
+
+
+def around(text: str, place: int) -> str:
+    return repr(text[max(0, place - 20): place + 20])
+
+
+def _cut_anywhere(text: str) -> Iterator[str]:
+    return (text[i: i + PART] for i in range(0, len(text), PART))
+
+
+def byte_tokenizer(content: str = "", name: str = "bytes") -> Tokenizer:
+    """256 byte ids and end of text, 256."""
+
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    pieces = tuple(bytes([i]) for i in range(256)) + (b"",)
+    return Tokenizer("bytes", name, content, pieces, 256, encode, _cut_anywhere, {EOT: 256})
+
+
+def char_tokenizer(content: str, name: str = "char") -> Tokenizer:
+    """One id per character of `content`, in code point order (nanoGPT's shakespeare_char/prepare.py); no specials."""
+    characters = "".join(sorted(set(content)))
+    codes = np.frombuffer(characters.encode("utf-32-le"), "<u4")
+    table = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # the last entry stands for all code points beyond
+    table[codes] = np.arange(len(codes), dtype=np.int32)
+
+    def encode(text: str) -> np.ndarray:
+        ids = table[np.minimum(np.frombuffer(text.encode("utf-32-le"), "<u4"), len(table) - 1)]
+        if len(unknown := np.flatnonzero(ids < 0)):
+            place = int(unknown[0])
+            raise UsageError(f"text {around(text, place)}: character {place}, {text[place]!r}, is not among the "
+                             f"{len(characters)} that the char tokenizer knows; leave it out, or train with "
+                             "--config.data.tokenizer=bytes")
+        return ids
+
+    pieces = tuple(c.encode() for c in characters)
+    return Tokenizer("char", name, characters, pieces, None, lambda texts: [encode(t) for t in texts], _cut_anywhere)

@@ -1,0 +1,47 @@
+"""What engines are given to do in tests: apart from them, so that a worker process need not import jax."""
+
+import os
+import signal
+import time
+
+from gpt_jax.errors import DataError
+
+
+def square(item: int, tick) -> int:
+    tick(1, item)
+    return item * item
+
+
+def process(item: int, tick) -> int:
+    return os.getpid()
+
+
+def fail(item: int, tick) -> int:
+    if item == 2:
+        raise DataError("item 2 is bad")
+    return item
+
+
+def stumble(item: int, tick) -> int:
+    return [][item]
+
+
+def die(item: int, tick) -> int:
+    if item == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def native_threads(item: int, tick) -> int:
+    """Threads of this process after the tokenizers library has encoded something on as many as it likes."""
+    import tokenizers
+
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    before = len(os.listdir("/proc/self/task"))
+    library.encode_batch_fast(["a"] * 1000)
+    return len(os.listdir("/proc/self/task")) - before
+
+
+def linger(item: int, tick) -> None:
+    tick(0, 0)
+    time.sleep(10_000)

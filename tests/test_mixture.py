@@ -1,0 +1,58 @@
+"""Mixtures: exact shares, every row of a source in turn, stages, and all of it from the number alone."""
+
+import numpy as np
+import pytest
+
+from gpt_jax.data.mixture import Mixture, apportion
+from gpt_jax.errors import UsageError
+
+MIX = Mixture(np.array([[7, 2, 1], [0, 5, 5], [3, 3, 4]]), np.array([0, 4, 9]), 10, 11)
+
+
+def test_every_block_holds_each_share_exactly_and_in_its_own_order():
+    source, _ = MIX.assign(np.arange(150))
+    for block in range(15):
+        stage = sum(block >= begin for begin in MIX.begins) - 1
+        here = source[block * 10: block * 10 + 10]
+        assert np.bincount(here, minlength=3).tolist() == MIX.counts[stage].tolist()
+    assert len({tuple(source[i: i + 10]) for i in range(0, 40, 10)}) > 1
+    assert sum((source[i: i + 10] == sorted(source[i: i + 10])).all() for i in range(0, 150, 10)) < 3
+
+
+def test_a_source_gives_its_rows_in_turn_through_blocks_and_stages():
+    source, nth = MIX.assign(np.arange(150))
+    for i in range(3):
+        drawn = nth[source == i]
+        assert sorted(drawn) == list(range(len(drawn)))
+        ends = [n for n in range(0, 151, 10)]
+        for end in ends:  # after any whole number of blocks, exactly the first ones
+            assert sorted(nth[:end][source[:end] == i]) == list(range(MIX.drawn(end)[i]))
+
+
+def test_drawn_counts_any_number_of_examples():
+    source, _ = MIX.assign(np.arange(150))
+    for examples in (0, 1, 7, 10, 39, 40, 41, 95, 149):
+        assert MIX.drawn(examples).tolist() == np.bincount(source[:examples], minlength=3).tolist()
+
+
+def test_one_by_one_is_all_at_once_and_far_is_near():
+    together = MIX.assign(np.arange(60, 90))
+    for i, n in enumerate(range(60, 90)):
+        assert [x[0] for x in MIX.assign(np.array([n]))] == [x[i] for x in together]
+    source, nth = MIX.assign(10**12 + np.arange(10))
+    assert np.bincount(source, minlength=3).tolist() == [3, 3, 4] and nth.min() > 10**11
+
+
+def test_shares_by_largest_remainder():
+    assert apportion(np.array([0.7, 0.2, 0.1]), 1000, ("a", "b", "c")).tolist() == [700, 200, 100]
+    assert apportion(np.array([1.0, 1.0, 1.0]), 1000, ("a", "b", "c")).tolist() == [334, 333, 333]
+    assert apportion(np.array([5.0, 0.0]), 7, ("a", "b")).tolist() == [7, 0]
+    for seed in range(20):
+        shares = np.random.default_rng(seed).random(6) + 0.01
+        counts = apportion(shares, 1000, tuple("abcdef"))
+        assert counts.sum() == 1000 and np.abs(counts - shares / shares.sum() * 1000).max() < 1
+
+
+def test_a_share_too_small_for_the_block_is_refused():
+    with pytest.raises(UsageError, match="config.data.block = 100: the share 0.001 of source b is less than one example"):
+        apportion(np.array([0.999, 0.001]), 100, ("a", "b"))

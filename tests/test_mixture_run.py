@@ -1,0 +1,157 @@
+"""Runs on a mixture, from prepared folders: killed, gone on with by another number of processes, named row by row."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import runs
+from prepared import texts, write_jsonl
+
+from gpt_jax.data import dataset
+from gpt_jax.data.pipeline import make_stream
+from gpt_jax.train.checkpoint import FOLDER
+from gpt_jax.train.digest import MANIFEST
+
+RUN = ("--config.train.steps=24", "--config.optim.learning_rate=1e-3", "--config.checkpoint.every_steps=4", "--config.eval.every_steps=12", "--config.train.batch_size=24",
+       "--config.eval.batch_size=24", "--config.data.path=()", "--config.data.rows=best_fit", "--config.data.apart=true",
+       "--config.data.shuffle_documents=true", "--config.data.fim=0.3", "--config.data.block=20",
+       "--config.data.stages=((4000,(0.2,0.2,0.6)),)")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three sources in two prepared folders, one of them filtered."""
+    root = tmp_path_factory.mktemp("mixture")
+    for seed, name in enumerate(("wiki", "books", "chat")):
+        write_jsonl(root / f"{name}.jsonl", texts(150, seed))
+    (root / "both").mkdir()
+    runs.call("prepare", "--input", f"wiki={root / 'wiki.jsonl'}", f"books={root / 'books.jsonl'}", "--tokenizer=bytes+fim",
+              "--eval_fraction=0.1", "--workers=1", "--filters", "min_chars:20", f"--output={root / 'both'}")
+    runs.call("prepare", f"--input={root / 'chat.jsonl'}", "--tokenizer=bytes+fim", "--eval_fraction=0.1", "--workers=1",
+              "--dedup=exact", f"--output={root / 'chat'}")
+    return root
+
+
+def arguments(folder, workdir, *overrides):
+    both, chat = folder / "both", folder / "chat"
+    sources = f"(('wiki','{both}',0.5),('books','{both}',0.3),('chat','{chat}',0.2))"
+    return ["train", f"--config={runs.TINY}", f"--workdir={workdir}", f"--config.data.sources={sources}",
+            "--config.data.tokenizer=bytes+fim", "--config.log.progress=false", *RUN, *overrides]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run of one process that was never stopped."""
+    process = runs.Process(folder / "logs", [*arguments(folder, folder / "whole"), "--cpu_devices=1"])
+    process.end(0)
+    return folder / "whole"
+
+
+@pytest.fixture(autouse=True)
+def no_stragglers():
+    yield
+    runs.kill_all()
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 1), (1, 3), (4, 2)])
+def test_killed_and_gone_on_with_by_another_number_of_processes(folder, whole, tmp_path, before, after):
+    workdir, draw = tmp_path / "run", random.Random(before)
+    given = arguments(folder, workdir)
+
+    def start(count):
+        if count == 1:
+            return [runs.Process(tmp_path / "logs", [*given, "--cpu_devices=1"])]
+        return runs.job(tmp_path / "logs", count, given)
+
+    job = start(before)
+    job[0].until(lambda: list((workdir / FOLDER).glob(f"*/{MANIFEST}")), "a checkpoint")
+    for process in draw.sample(job, len(job)):
+        process.kill()
+    job = start(after)
+    for process in job:
+        process.end(0)
+    assert "resumed from step" in job[0].out
+    wanted = runs.curve(whole)
+    found = runs.curve(workdir)
+    assert list(found) == list(wanted)
+    if before == after == 1:
+        assert found == wanted
+    np.testing.assert_allclose([*found.values()], [*wanted.values()], rtol=1e-6)
+
+
+def test_each_source_is_measured_and_the_mean_is_weighted(folder, whole, capsys):
+    last = {}
+    for row in runs.read_jsonl(whole / "metrics.jsonl"):
+        last |= row
+    # 24 x 24 examples of 32 tokens: 140 before token 4,000 rounded up to a block, 436 after it.
+    shares = [(0.5 * 140 + 0.2 * 436) / 576, (0.3 * 140 + 0.2 * 436) / 576, (0.2 * 140 + 0.6 * 436) / 576]
+    for metric in ("loss", "bits_per_byte"):
+        own = [last[f"eval/{name}/{metric}"] for name in ("wiki", "books", "chat")]
+        assert last[f"eval/{metric}"] == pytest.approx(np.dot(shares, own), rel=2e-2) and len(set(own)) == 3
+    capsys.readouterr()
+    runs.call("evaluate", f"--checkpoint={whole}", "--json")
+    found = json.loads(capsys.readouterr().out)["sources"]
+    assert set(found) == {"wiki", "books", "chat", "all"}
+    assert found["chat"]["loss"] == pytest.approx(last["eval/chat/loss"], rel=1e-6)
+
+
+def test_a_run_says_how_often_each_source_is_seen(folder, tmp_path, capsys):
+    runs.call(*arguments(folder, tmp_path / "run", "--config.train.steps=3"))
+    said = capsys.readouterr().out
+    for name in ("wiki", "books", "chat"):
+        assert re.search(rf"^source {name}: [\d.]+ epochs, [\d.]+% of the rows; best_fit rows: \d+ of 32 tokens an epoch, "
+                         rf"[\d.]+% filled", said, re.M), said
+
+
+@pytest.mark.parametrize("step", [1, 20])
+def test_inspect_names_every_row_of_a_step(folder, whole, capsys, step):
+    """From the config and the seed alone: the documents are in the files they are said to be in, and the ids are those
+    of the batch that the run was given."""
+    capsys.readouterr()
+    runs.call("inspect", f"--workdir={whole}", f"--batch={step}", "--json")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    config = runs.configs.from_dict(json.loads((whole / "config.json").read_text()))
+    data = dataset.load(config.data, lambda line: None)
+    stream = make_stream(data, config.data, 32, 24, config.seed, slice(0, 24), step - 1)
+    batch = next(stream)
+    stream.close()
+    assert len(rows) == 24
+    for row, ids in zip(rows, batch["tokens"]):
+        assert row["ids"][:32] == ids[:len(row["ids"])].tolist()[:32]
+        for document in row["documents"]:
+            name, _, line = document["name"].rpartition(":")
+            text = json.loads((folder / name).read_text().split("\n")[int(line) - 1])["text"]
+            shown = document["text"].strip("\ufffd")  # a row may begin or end within a character
+            assert shown in text and (document["offset"] or text.startswith(shown))
+    runs.call("inspect", f"--workdir={whole}", f"--batch={step}", "--rows=2")
+    shown = capsys.readouterr().out
+    assert shown.count("\nrow ") == 1 and shown.startswith("row 0: example ") and rows[0]["documents"][0]["name"] in shown
+
+
+def test_inspect_refuses_what_is_not_there(folder, whole, tmp_path):
+    assert "no run has begun there" in runs.refusal("inspect", f"--workdir={tmp_path}", "--batch=1")[1]
+    assert runs.refusal("inspect", f"--workdir={whole}", "--batch=0")[0] == 2
+
+
+@pytest.mark.parametrize("change, code, words", [
+    ("--config.data.sources=(('wiki','{both}',0.0),('books','{both}',0.0))", 2, "not all 0"),
+    ("--config.data.sources=(('poems','{both}',1.0),)", 2, "holds several sources; name one of wiki, books"),
+    ("--config.data.sources=(('wiki','{both}',1.0),('wiki','{both}',1.0))", 2, "wiki is named twice"),
+    ("--config.data.tokenizer=bytes", 2, "is tokenized by bytes+fim"),
+    ("--config.data.path={both}", 2, "give one of them"),
+    ("--config.train.batch_size=2400", 2, "less than a batch"),
+    ("--config.data.stages=((4000,(1.0,)),)", 2, "expected 3 weights, for wiki, books, chat"),
+    ("--config.data.eval_path={both}", 2, "has decided what is held out"),
+])
+def test_mixtures_that_cannot_run(folder, tmp_path, change, code, words):
+    found, line = runs.refusal(*arguments(folder, tmp_path / "run"), change.format(both=folder / "both"))
+    assert (found, words in line, "\n" in line) == (code, True, False), line
+
+
+def test_a_prepared_folder_is_a_path_like_any_other(folder, tmp_path, capsys):
+    runs.call("train", f"--config={runs.TINY}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={folder / 'both'}",
+              "--config.data.tokenizer=", "--config.train.steps=3", "--config.log.progress=false", "--config.eval.compare_xz=true")
+    said = capsys.readouterr().out
+    assert "tokenizer bytes+fim of 260 ids" in said and "source wiki: " in said and "xz -9: " in said

@@ -1,0 +1,420 @@
+"""`gpt-jax prepare`: what it makes of which input, the same however it is done, and what it refuses."""
+
+import errno
+import gzip
+import io
+import json
+import os
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from prepared import contents, documents, prepare, refused, texts, write_jsonl
+
+from gpt_jax.commands.prepare import Display
+from gpt_jax.data import corpus, readers, shards, sources, survey, units
+from gpt_jax.data.prepare import Progress
+from gpt_jax.data.tokenizer import train_bpe
+from gpt_jax.errors import DataError, UsageError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two files of documents."""
+    write_jsonl(tmp_path / "in/a.jsonl", texts(60, 1))
+    write_jsonl(tmp_path / "in/b.jsonl", texts(40, 2))
+    return tmp_path
+
+
+def test_documents_come_out_as_they_went_in(folder):
+    out = prepare(folder / "out", f"--input={folder / 'in'}", "--eval_fraction=0.3", "--piece_mb=0.002")
+    wanted = {side: [t for t in texts(60, 1) + texts(40, 2) if (shards.text_hash(t) < 0.3 * 2**64) == (side == "eval")]
+              for side in ("train", "eval")}
+    assert documents(out) == {"text": wanted} and len(wanted["eval"]) > 10
+    opened = corpus.open_corpus(out)
+    for side, tokens in opened.sources["text"].items():
+        assert len(tokens.shards) > 2 and tokens.documents == len(wanted[side])
+        assert tokens.docs["hash"].tolist() == [shards.text_hash(t) for t in wanted[side]]
+        assert tokens.docs["bytes"].tolist() == [len(t.encode()) for t in wanted[side]]
+        assert tokens.bytes == sum(tokens.docs["bytes"]) == tokens.size - tokens.documents  # bytes, and end of text
+        names = [f"in/{'ab'[int(t[0]) - 1]}.jsonl:{int(t.split()[0][2:]) + 1}" for t in wanted[side]]
+        assert [tokens.document_name(i) for i in range(tokens.documents)] == names
+    assert not (out / "work").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--dedup=exact", "--tokenizer=char")])
+def test_the_number_of_workers_changes_no_byte(folder, more):
+    given = [f"--input=x={folder / 'in/a.jsonl'}", f"y={folder / 'in'}", "--eval_fraction=0.2", "--piece_mb=0.002",
+             "--tokenizer=bpe:300", *more]
+    one = contents(prepare(folder / "one", *given))
+    assert {name.split("/")[0] for name in one} >= {"x", "y", "corpus.json", "tokenizer.json"}
+    for workers in (2, 3) if not more else (2,):
+        assert contents(prepare(folder / f"w{workers}", *given, workers=workers)) == one
+
+
+def test_the_size_of_a_unit_changes_shards_and_nothing_else(folder):
+    given = [f"--input={folder / 'in'}", "--eval_fraction=0.2"]
+    small = prepare(folder / "small", *given, "--piece_mb=0.001")
+    large = prepare(folder / "large", *given, "--piece_mb=9")
+    assert documents(small) == documents(large)
+    a, b = corpus.open_corpus(small), corpus.open_corpus(large)
+    assert a.content == b.content
+    assert len(a.sources["text"]["train"].shards) > len(b.sources["text"]["train"].shards) == 1
+    for side in units.SIDES:
+        one, other = a.sources["text"][side], b.sources["text"][side]
+        assert (one.offsets == other.offsets).all() and one.bytes == other.bytes
+        assert (one.ids(0, one.size) == other.ids(0, other.size)).all()
+        for i in range(one.documents):
+            assert one.document_name(i) == other.document_name(i)
+
+
+def test_content_is_that_of_the_text_and_its_split(folder):
+    given = [f"--input={folder / 'in'}", "--eval_fraction=0.2"]
+    found = corpus.open_corpus(prepare(folder / "bytes", *given)).content
+    assert corpus.open_corpus(prepare(folder / "bpe", *given, "--tokenizer=bpe:300")).content == found
+    assert corpus.open_corpus(prepare(folder / "split", *given[:1], "--eval_fraction=0.3")).content != found
+    (folder / "in/a.jsonl").rename(folder / "in/aa.jsonl")
+    assert corpus.open_corpus(prepare(folder / "renamed", *given)).content == found
+
+
+def test_long_documents_are_encoded_in_parts(folder, monkeypatch):
+    monkeypatch.setattr(units, "BATCH_CHARACTERS", 50)
+    long = " ".join(texts(3000, 3))
+    write_jsonl(folder / "in/a.jsonl", [long, "short", long[::-1]])
+    out = prepare(folder / "out", f"--input={folder / 'in/a.jsonl'}", "--tokenizer=bpe:400")
+    assert documents(out)["text"]["train"] == [long, "short", long[::-1]]
+    opened = corpus.open_corpus(out)
+    tokens = opened.sources["text"]["train"]
+    assert tokens.ids(0, int(tokens.offsets[1]) - 1).tolist() == opened.tokenizer.encode(long).tolist()
+
+
+def test_bpe_sees_the_training_side_of_what_stays(folder):
+    held = [t for t in texts(4000, 5) if shards.text_hash(t) < 0.01 * 2**64]
+    rows = texts(60, 1) + ["zqzqzqzq " * 50] * 3 + held
+    write_jsonl(folder / "in/a.jsonl", rows)
+    out = prepare(folder / "out", f"--input={folder / 'in/a.jsonl'}", "--tokenizer=bpe:290", "--dedup=exact",
+                  "--eval_fraction=0.01")
+    alone = train_bpe([t for t in dict.fromkeys(rows) if shards.text_hash(t) >= 0.01 * 2**64], 290)
+    assert corpus.open_corpus(out).tokenizer.fingerprint == alone.fingerprint
+
+
+def test_a_sample_for_the_tokenizer_is_spread_over_the_input(folder, monkeypatch):
+    from gpt_jax.data import prepare as module
+
+    seen = []
+    monkeypatch.setattr(module, "made_tokenizer", lambda spec, texts, characters: train_bpe(
+        seen.extend(texts()) or list(seen), 280))
+    write_jsonl(folder / "in/c.jsonl", texts(60, 99))
+    write_jsonl(folder / "in/d.jsonl", ["100." + "long " * 4000])  # cut at its share
+    prepare(folder / "out", f"--input={folder / 'in'}", "--tokenizer=bpe:280", "--tokenizer_mb=0.004",
+            "--piece_mb=0.01")
+    assert {text.split(".")[0] for text in seen} == {"1", "2", "99", "100"}  # the beginning of every file
+    assert 3000 < sum(len(text.encode()) for text in seen) < 5000
+
+
+def test_exact_copies_are_left_out_wherever_they_are(folder):
+    write_jsonl(folder / "in/b.jsonl", [texts(1, 1)[0], "new", *texts(60, 1)[30:], "new"])
+    given = [f"--input=a={folder / 'in/a.jsonl'}", f"b={folder / 'in/b.jsonl'}", "--piece_mb=0.002"]
+    out = prepare(folder / "out", *given, "--dedup=exact")
+    assert documents(out) == {"a": {"train": texts(60, 1), "eval": []}, "b": {"train": ["new"], "eval": []}}
+    manifest = corpus.read_manifest(out)
+    assert manifest["counts"]["exact"] == 32 and manifest["counts"]["near"] == 0
+    assert corpus.open_corpus(out).sources["b"]["train"].document_name(0) == "b.jsonl:2"
+    assert len(documents(prepare(folder / "all", *given))["b"]["train"]) == 33
+
+
+def test_near_copies_are_left_out(folder):
+    pytest.importorskip("datasketch", reason="the extra dedup is not installed")
+    words = [f"word{i}" for i in range(400)]
+    near = [*words[:200], "changed", *words[201:]]
+    other = [f"other{i}" for i in range(400)]
+    write_jsonl(folder / "in/a.jsonl", [" ".join(words), " ".join(other), " ".join(words), " ".join(near)])
+    out = prepare(folder / "out", f"--input={folder / 'in/a.jsonl'}", "--dedup=near:0.7", "--piece_mb=0.001")
+    assert documents(out)["text"]["train"] == [" ".join(words), " ".join(other)]
+    counts = corpus.read_manifest(out)["counts"]
+    assert (counts["exact"], counts["near"]) == (1, 1)
+
+
+def test_filters_apply_in_order_and_are_counted(folder):
+    write_jsonl(folder / "in/a.jsonl", ["  long enough  ", "short", "   ", "another long one"])
+    given = [f"--input={folder / 'in/a.jsonl'}", "--filters", "strip", "min_chars:8"]
+    for more in ((), ("--dedup=exact",)):
+        out = prepare(folder / f"out{len(more)}", *given, *more)
+        assert documents(out)["text"]["train"] == ["long enough", "another long one"]
+        counts = corpus.read_manifest(out)["counts"]
+        assert sum(counts["filtered"].values()) == 2 and counts["documents"] == 4
+
+
+def test_rows_that_cannot_be_read(folder):
+    path = folder / "in/a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": \n\n{"other": "x"}\n{"text": ""}\n{"text": "two"}\n')
+    given = [f"--input={path}"]
+    for workers in (1, 2):  # the reason crosses from a worker
+        more = f"--input={folder / 'in/b.jsonl'}", f"--workers={workers}", "--piece_mb=0.0001"
+        refused(2, ("a.jsonl:2", "JSON"), f"--output={folder / 'out'}{workers}", *given, *more)
+    out = prepare(folder / "skip", *given, "--on_error=skip", "--piece_mb=0.00001")
+    assert documents(out)["text"]["train"] == ["one", "two"]
+    counts = corpus.read_manifest(out)["counts"]
+    assert counts["skipped"] == 2 and counts["empty"] == 2 and "a.jsonl:2" in counts["places"][0]
+    opened = corpus.open_corpus(out).sources["text"]["train"]
+    assert [opened.document_name(i) for i in range(2)] == ["a.jsonl:1", "a.jsonl:6"]
+    refused(2, ("a.jsonl:1", "'body'", "text"), f"--output={folder / 'field'}", *given, "--field=body")
+
+
+def test_many_small_files_share_a_unit_and_packed_ones_are_read(folder):
+    small = folder / "small"
+    small.mkdir()
+    for i in range(9):
+        (small / f"{i}.txt").write_text(f"text {i}")
+    with gzip.open(small / "x.jsonl.gz", "wt") as file:
+        file.write('{"text": "packed 1"}\n{"text": "packed 2"}\n')
+    out = prepare(folder / "out", f"--input={small}", "--piece_mb=1")
+    tokens = corpus.open_corpus(out).sources["text"]["train"]
+    assert documents(out)["text"]["train"] == [f"text {i}" for i in range(9)] + ["packed 1", "packed 2"]
+    assert len(tokens.shards) == 1
+    assert [tokens.document_name(i) for i in (0, 8, 9, 10)] == ["small/0.txt", "small/8.txt", "small/x.jsonl.gz:1",
+                                                                "small/x.jsonl.gz:2"]
+
+
+def write_rows(path: Path, rows: list[str]) -> None:
+    """The rows in the format that the name asks for."""
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    table = pyarrow.table({"number": list(range(len(rows))), "text": rows})
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=4)
+    elif path.suffix == ".arrow":
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as out:
+            out.write_table(table, max_chunksize=4)
+    elif path.suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"text": row} for row in rows]))
+    else:
+        path.write_text("".join(row + "\n\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.csv", "a.json", "a.txt"])
+def test_documents_of_every_format_keep_their_names(name, tmp_path):
+    """However the file is cut, what a corpus calls a document is what the reader calls it."""
+    rows, path = texts(30), tmp_path / name
+    write_rows(path, rows)
+    out = prepare(tmp_path / "out", f"--input={path}", "--piece_mb=0.0004", "--documents=line")
+    tokens = corpus.open_corpus(out).sources["text"]["train"]
+    assert documents(out)["text"]["train"] == rows
+    whole = readers.documents((readers.whole(sources.Source(path, name)),), readers.Reading(documents="line"))
+    assert [tokens.document_name(i) for i in range(30)] == [document.name for document in whole]
+    assert (len(tokens.shards) > 2) == (name in ("a.parquet", "a.txt"))  # those that can be cut
+
+
+def test_input_on_a_store(tmp_path):
+    store = fsspec.filesystem("memory")
+    given = ["--input=memory://in/*.jsonl", "--piece_mb=0.001"]
+    for name, some in (("a", texts(30, 1)), ("b", texts(20, 2))):
+        store.pipe(f"/in/{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in some).encode())
+    out = prepare(tmp_path / "out", *given)
+    assert documents(out)["text"]["train"] == texts(30, 1) + texts(20, 2)
+    prepare(out, *given)
+    store.pipe("/in/a.jsonl", store.cat("/in/a.jsonl").replace(b"cat", b"dog"))  # as long as before
+    refused(2, ("the input has changed", "a.jsonl"), f"--output={out}", *given)
+
+
+# ---- again, and with other things in the way ----
+
+
+def test_a_full_disk_at_every_write_in_turn(folder, monkeypatch):
+    """Each call has room for one write more than the one before; the end is that of an undisturbed call."""
+    given = [f"--input={folder / 'in'}", "--eval_fraction=0.2", "--piece_mb=0.006", "--tokenizer=bpe:300",
+             "--dedup=exact"]
+    wanted = contents(prepare(folder / "wanted", *given))
+    sync, room = shards.sync, [0]
+
+    def full(file):
+        if not room[0]:
+            file.flush()
+            file.truncate(max(0, os.fstat(file.fileno()).st_size - 1))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room[0] -= 1
+        sync(file)
+
+    monkeypatch.setattr(shards, "sync", full)
+    for calls in range(100):
+        room[0] = calls
+        code, line = 0, ""
+        try:
+            prepare(folder / "out", *given)
+            break
+        except UsageError as error:
+            code, line = error.code, str(error)
+        assert code == 2 and f"--output={folder / 'out'}" in line and "No space left" in line, line
+        assert not corpus.is_corpus(folder / "out")
+        left = [path for path in (folder / "out").rglob(".*")]
+        assert left == []  # nothing that takes room
+    assert calls > 5 and contents(folder / "out") == wanted
+
+
+def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys):
+    given = [f"--input=a={folder / 'in/a.jsonl'}", "--eval_fraction=0.2"]
+    out = prepare(folder / "out", *given)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    prepare(out, *given)
+    assert "is finished already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    there = f"--output={out}"
+    refused(2, ("--eval_fraction was 0.2 and is 0.3",), there, given[0], "--eval_fraction=0.3")
+    refused(2, ("--tokenizer was bytes", "bpe:300"), there, *given, "--tokenizer=bpe:300")
+    refused(2, ("--input was ['a'] and is ['text']",), there, f"--input={folder / 'in/a.jsonl'}", given[1])
+    refused(2, ("--field was text and is body",), there, *given, "--field=body")
+    (folder / "in/a.jsonl").write_text('{"text": "new"}\n')
+    refused(2, ("is finished, and the input has changed", "a.jsonl"), there, *given)
+    refused(2, ("b.jsonl",), there, *given, f"a={folder / 'in/b.jsonl'}")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_input_that_changes_between_two_calls_is_read_again(folder, monkeypatch):
+    given = [f"--input={folder / 'in'}", "--piece_mb=0.002"]
+    made, run = [], units.tokenize
+
+    def stopping(job, unit, tick, **more):
+        made.append(unit.name)
+        if len(made) == 6:
+            raise OSError(errno.EIO, "gone")
+        return run(job, unit, tick, **more)
+
+    monkeypatch.setattr(units, "tokenize", stopping)
+    refused(2, ("gone",), f"--output={folder / 'out'}", *given)
+    write_jsonl(folder / "in/a.jsonl", texts(20, 9))
+    prepare(folder / "out", *given)
+    assert documents(folder / "out")["text"]["train"] == texts(20, 9) + texts(40, 2)
+    assert contents(folder / "out") == contents(prepare(folder / "fresh", *given))
+
+
+def test_input_that_changes_during_a_call_is_refused(folder, monkeypatch):
+    run = units.tokenize
+
+    def changing(job, unit, tick, **more):
+        made = run(job, unit, tick, **more)
+        (folder / "in/a.jsonl").touch()
+        return made
+
+    monkeypatch.setattr(units, "tokenize", changing)
+    refused(20, ("a.jsonl", "changed while being read"), f"--output={folder / 'out'}", f"--input={folder / 'in'}")
+    monkeypatch.undo()
+    prepare(folder / "out", f"--input={folder / 'in'}")
+    scan = survey.scan
+
+    def rewriting(job, unit, tick):
+        made = scan(job, unit, tick)
+        write_jsonl(folder / "in/a.jsonl", texts(61, 1))
+        return made
+
+    monkeypatch.setattr(survey, "scan", rewriting)
+    refused(20, ("a.jsonl", "changed while being read"), f"--output={folder / 'two'}", f"--input={folder / 'in'}",
+            "--dedup=exact")
+
+
+def test_input_that_is_not_what_was_scanned(folder):
+    """Where a store cannot tell of a change, the number of documents does."""
+    source = sources.Source(folder / "in/a.jsonl", "a.jsonl")
+    unit = units.Unit("text", 0, (readers.whole(source),), 1, "")
+    job = units.Job(folder, units.Settings())
+    assert len(list(units.read(job, unit, units.Counts(), np.ones(60, bool)))) == 60
+    for count in (59, 61):
+        with pytest.raises(DataError, match="changed while being read"):
+            list(units.read(job, unit, units.Counts(), np.ones(count, bool)))
+
+
+def test_two_calls_at_once(folder, monkeypatch):
+    run = units.tokenize
+
+    def meanwhile(job, unit, tick, **more):
+        refused(2, ("another gpt-jax prepare is at work",), f"--output={folder / 'out'}", f"--input={folder / 'in'}")
+        return run(job, unit, tick, **more)
+
+    monkeypatch.setattr(units, "tokenize", meanwhile)
+    prepare(folder / "out", f"--input={folder / 'in'}")
+    assert corpus.is_corpus(folder / "out")
+
+
+BAD = {
+    "nothing": ([], ["--input and --output"]),
+    "no output": (["--input=x"], ["--input and --output"]),
+    "no such input": (["--input=nosuch.jsonl", "--output=out"], ["--input text", "nosuch.jsonl", "no such file"]),
+    "a store to write to": (["--input=x", "--output=gs://b/c"], ["--output=gs://b/c", "local folder"]),
+    "unknown engine": (["--input=x", "--output=out", "--engine=spark"], ["--engine=spark", "local, ray"]),
+    "all held out": (["--input=x", "--output=out", "--eval_fraction=1"], ["--eval_fraction=1", "0.9"]),
+    "not a number": (["--input=x", "--output=out", "--piece_mb=nan"], ["--piece_mb=nan"]),
+    "fewer than no workers": (["--input=x", "--output=out", "--workers=-1"], ["--workers=-1"]),
+    "name of our own folder": (["--input=work=x", "--output=out"], ["'work'", "name of a source"]),
+    "dedup": (["--input=README.md", "--output=out", "--dedup=fuzzy"], ["--dedup=fuzzy", "near:SIMILARITY"]),
+    "similarity": (["--input=README.md", "--output=out", "--dedup=near:7"], ["--dedup=near:7", "between 0 and 1"]),
+    "errors": (["--input=x", "--output=out", "--errors=ignore"], ["errors = 'ignore'", "strict, replace"]),
+    "filter": (["--input=README.md", "--output=out", "--filters=shorten"], ["filter = 'shorten'", "min_chars:N"]),
+    "tokenizer": (["--input=README.md", "--output=out", "--tokenizer=bpe:2"], ["--tokenizer", "bpe:2"]),
+    "two tasks": (["--inspect=a", "--verify=b"], ["--inspect=a", "alone"]),
+    "unknown flag": (["--inputs=a"], ["--inputs", "--help"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("some text")
+    given, words = BAD[case]
+    refused(2, words, *given)
+    assert not Path("out").exists()
+
+
+def test_folders_of_no_use(folder):
+    given = f"--input={folder / 'in'}"
+    refused(2, ("is not empty", "in"), given, f"--output={folder / 'in'}")
+    (folder / "file").write_text("x")
+    refused(2, ("is a file",), given, f"--output={folder / 'file'}")
+    write_jsonl(folder / "empty.jsonl", ["", ""])
+    refused(2, ("no text is left", "2 empty"), f"--input={folder / 'empty.jsonl'}", f"--output={folder / 'out'}")
+
+
+def test_a_finished_run_prints_what_it_made(folder, capsys):
+    prepare(folder / "out", f"--input=a={folder / 'in/a.jsonl'}", f"b={folder / 'in/b.jsonl'}",
+            "--eval_fraction=0.00001")
+    out, err = capsys.readouterr()
+    assert "100 documents with text" in out and "all" in out and "nothing is held out" in err
+    json.loads((folder / "out/corpus.json").read_text())
+
+
+def test_a_reader_that_has_gone_does_not_end_the_work(folder, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    out = prepare(folder / "out", f"--input={folder / 'in'}", "--tokenizer=bpe:280")  # says that it makes one
+    assert corpus.is_corpus(out)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_progress_is_a_bar_or_lines(stream, monkeypatch):
+    err = stream()
+    monkeypatch.setattr("sys.stderr", err)
+    monkeypatch.setattr("gpt_jax.commands.prepare.SECONDS", 0.0)
+    monkeypatch.setattr("gpt_jax.commands.prepare.BAR_SECONDS", 0.0)
+    display = Display()
+    for done in (0, 25_000_000, 50_000_000):
+        display.show(Progress("tokens", done, 100_000_000, done // 1000, 2 * done))
+    display.say("a line")
+    display.show(Progress("other", 0, 10, 0, 0))
+    display.close()
+    shown = err.getvalue()
+    for wanted in ("tokens", "documents/s", "MB/s of text", "prepare: a line", "other"):
+        assert wanted in shown
+    assert ("50%" in shown) == (stream is Terminal) and ("s left" in shown) == (stream is io.StringIO)
