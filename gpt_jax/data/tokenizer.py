@@ -7,7 +7,8 @@ A spec is one of
     bpe:VOCAB[:PATTERN]          byte-level BPE trained on the text; PATTERN is a row of bpe.PATTERNS, gpt2 if left out
     a path                       *.json, *.model (SentencePiece), *.tiktoken[:PATTERN] (cl100k if left out), or a
                                  folder of encoder.json + vocab.bpe, vocab.json + merges.txt or tokenizer.json
-and after any of them +NAME, in any number, adds the special tokens of a row of vocabulary.SPECIALS: `bpe:4096+chat+fim`.
+and after any of them +NAME, in any number, adds the special tokens of a row of vocabulary.SPECIALS, as in
+`bpe:4096+chat+fim`.
 """
 
 import json
