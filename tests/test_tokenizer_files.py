@@ -233,3 +233,11 @@ def test_decoding_any_ids_never_raises(trained, llama):
 def test_letters_of_bytes_are_those_of_the_library():
     assert set(bpe.byte_alphabet()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert tokenizer_files.LETTERS[32] == "Ġ"
+
+
+def test_ranks_whose_pattern_is_not_known_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_files, "O200K", 256)
+    path = tmp_path / "o.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    with pytest.raises(UsageError, match="o.tiktoken: these are the ranks of o200k_base.*its ids would be wrong"):
+        tokenizer_files.read_tiktoken(path)

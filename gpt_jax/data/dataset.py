@@ -1,7 +1,7 @@
 """What a run trains and is measured on: one text, or sources with weights (called by experiment, pipeline, commands).
 
-A path is a folder made by `gpt-jax prepare`, whose tokens are used where they lie, or text files, which are tokenized
-into the cache.
+A path is a folder made by `gpt-jax prepare` or a token file of another tool, whose tokens are used where they lie, or
+text files, which are tokenized into the cache.
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from gpt_jax import config
-from gpt_jax.data import cache, corpus, mirror
+from gpt_jax.data import adopt, cache, corpus, mirror
 from gpt_jax.data.cache import Prepared, digest
 from gpt_jax.data.shards import Tokens
 from gpt_jax.data.tokenizer import Tokenizer, known_tokenizer
@@ -99,6 +99,11 @@ def load(data: config.Data, report: Callable[[str], None] = print, tokenizer: To
     if data.stages or data.temperature:
         raise UsageError("config.data.stages and config.data.temperature: are for config.data.sources, which is empty")
     folders = {path: folder for path in data.path if (folder := _folder(path, data, report))}
+    if tokens := [path for path in data.path if adopt.is_foreign(path)]:
+        if len(data.path) > 1:
+            raise UsageError(f"config.data.path = {', '.join(data.path)}: {tokens[0]} is a token file and cannot be joined with "
+                             "other paths; name them in config.data.sources")
+        return of_text(adopt.adopt(tokens[0], data, tokenizer, report))
     if not folders:
         return of_text(cache.prepare(data, report, tokenizer))
     path, folder = next(iter(folders.items()))
@@ -135,7 +140,9 @@ def _mixture(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
             content = f"{opened[path].content} {there}"
         else:
             one = replace(data, path=(path,), sources=())
-            found = of_text(cache.prepare(one, lambda line, name=name: report(f"{name}: {line}"), wanted))
+            say = lambda line, name=name: report(f"{name}: {line}")
+            found = of_text(adopt.adopt(path, one, wanted, say) if adopt.is_foreign(path) else
+                            cache.prepare(one, say, wanted))
             part, content = found.parts[0], found.content
         parts.append(part._replace(name=name, weight=weight))
         contents.append([name, content])

@@ -1,4 +1,4 @@
-"""Token files of other tools, read in place (called by prepare).
+"""Token files of other tools, read in place (called by adopt).
 
   nanogpt   NAME.bin: ids as uint16, nothing else (karpathy/nanoGPT, data/*/prepare.py)
   llm.c     NAME.bin: 256 int32 of header (magic, version, count), then the ids: magic 20240520 version 1 uint16 (GPT-2;

@@ -18,11 +18,11 @@ from gpt_jax.data.vocabulary import EOT, EOT_NAMES, FIM_TOKENS, Tokenizer
 from gpt_jax.errors import UsageError
 
 LETTERS = {byte: letter for letter, byte in byte_alphabet().items()}  # byte -> the character that spells it
-# Special tokens that are not in OpenAI's files of ranks, by how many ranks there are: cl100k_base and o200k_base
+# Special tokens that are not in OpenAI's files of ranks, by how many ranks there are: cl100k_base
 # (tiktoken_ext/openai_public.py). Other files get <|endoftext|> at the first id that is free, as r50k and p50k have it.
 OPENAI_SPECIALS = {
-    100_256: {EOT: 100_257, **{name: 100_258 + i for i, name in enumerate(FIM_TOKENS)}, "<|endofprompt|>": 100_276},
-    199_998: {EOT: 199_999, "<|endofprompt|>": 200_018}}
+    100_256: {EOT: 100_257, **{name: 100_258 + i for i, name in enumerate(FIM_TOKENS)}, "<|endofprompt|>": 100_276}}
+O200K = 199_998  # ranks of o200k_base
 
 
 def _spelled(token: bytes) -> str:
@@ -76,6 +76,9 @@ def read_tiktoken(path: Path, pattern: str = "cl100k") -> Tokenizer:
     if pattern not in PATTERNS:
         raise UsageError(f"tokenizer {path.name}:{pattern}: unknown pattern; choose one of {', '.join(PATTERNS)}")
     ranks = _parse_ranks(path)
+    if len(ranks) == O200K:
+        raise UsageError(f"tokenizer {path.name}: these are the ranks of o200k_base, whose way to split text into words is not "
+                         f"among the patterns ({', '.join(PATTERNS)}), so its ids would be wrong; give it as a tokenizer.json")
     used = set(ranks.values())
     specials = OPENAI_SPECIALS.get(len(ranks)) or {EOT: next(i for i in range(len(ranks) + 1) if i not in used)}
     taken = [name for name, i in specials.items() if i in used or name.encode() in ranks]
