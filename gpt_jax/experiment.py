@@ -61,6 +61,9 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
     """Everything a run needs, checked before anything long compiles. Raises UsageError for what cannot be run."""
     configs.check(configs.resolve(config), jax.device_count())  # before the data, which may take a while
     data = dataset.load(config.data, say)
+    if config.eval.compare_xz and not data.heldout:
+        raise UsageError("config.eval.compare_xz = True: needs held-out text, and the data holds none out; set it to false, or "
+                         "prepare with --eval_fraction")
     vocab = data.tokenizer.vocab
     config = configs.resolve(config, vocab)
     mesh = sharding.make_mesh(configs.check(config, jax.device_count(), vocab))
@@ -137,8 +140,8 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> None:
         raise UsageError(f"{directory.parent} holds a run with another tokenizer: the text it is made from has changed; "
                          "give the same text or another --workdir")
     if meta["data"]["content"] != parts.data.content:
-        raise UsageError(f"{directory.parent} holds a run on another text than config.data.path = "
-                         f"{', '.join(parts.config.data.path)} holds now; give the same text or another --workdir")
+        raise UsageError(f"{directory.parent} holds a run on another text than {parts.config.data.where} now; give the same "
+                         "text or another --workdir")
 
 
 def start_state(parts: Parts, checkpoints, say) -> TrainState:

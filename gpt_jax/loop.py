@@ -293,15 +293,18 @@ def conclude(loop: Loop, checkpoints, state: TrainState, say) -> report.Summary 
     """The end of a run that got to its last step: three samples, the report, and where everything is. What a run that
     was already there has is not made again."""
     config, steps = loop.config, max(loop.config.train.steps, loop.start)
-    written, page = agree(lambda: [[key for row in read_jsonl(loop.workdir / "metrics.jsonl") if row["step"] == steps
-                                    for key in row], (loop.workdir / "report.html").exists()])
-    if loop.start >= steps and "sample/2" in written and page:
+    def found():
+        keys = {key for row in read_jsonl(loop.workdir / "metrics.jsonl") if row["step"] == steps for key in row}
+        return ["eval/loss" in keys, "sample/2" in keys, (loop.workdir / "report.html").exists()]
+
+    measured, sampled, page = agree(found)
+    if loop.start >= steps and sampled and page:
         say(f"finished before, at step {steps}: see {loop.workdir / 'report.html'}; for more steps raise "
             "config.train.steps")
         return None
-    if "eval/loss" not in written:
+    if not measured:
         evaluate(loop, state, steps)
-    if "sample/2" not in written:
+    if not sampled:
         write_samples(loop, state, steps, 3)
     with loop.clock.phase("checkpoint", blocked=True):
         checkpoints.wait()

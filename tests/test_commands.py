@@ -126,7 +126,8 @@ def test_evaluate_equals_a_plain_forward_pass(call, trained, tmp_path):
     file = runs.write_text(tmp_path / "a.txt", 100)
     found = json.loads(call("evaluate", f"--checkpoint={trained}", f"--text={file}", "--json")[0])["sources"][str(file)]
     loaded = load.load(str(trained), 0, lambda line: None, 1)
-    ids = load_text((str(file),), loaded.tokenizer, loaded.config.data, report=lambda line: None).tokens.astype(np.int32)
+    text = load_text((str(file),), loaded.tokenizer, loaded.config.data, report=lambda line: None)
+    ids = text.ids(0, text.size).astype(np.int32)
     starts = range(0, len(ids) - 1, 32)  # rows in order, none of which sees the one before
     losses, right = [], []
     with jax.set_mesh(loaded.mesh):

@@ -248,8 +248,9 @@ def test_shares_are_of_tokens_or_documents_and_sizes_count_by_temperature():
     ((0.0, 0.0, 0.0), {}, "the weights .* must be 0 or more, and not all 0"),
     ((1.0, -1.0, 1.0), {}, "the weights .* must be 0 or more"),
     ((1.0, 1.0, 1.0), {"stages": ((100, (1.0, 1.0)),)}, r"config.data.stages\[0\] = .*expected 3 weights, for a, b, c"),
-    ((1.0, 1.0, 1.0), {"stages": ((1, (1.0, 1.0, 0.0)), (2, (0.0, 1.0, 1.0)))}, r"stages\[1\] begins at token 2, within"),
+    ((1.0, 1.0, 1.0), {"stages": ((1, (1.0, 1.0, 0.0)), (2, (0.0, 1.0, 1.0)))}, r"stages\[1\] begins at token 2, before or within"),
     ((1.0, 1.0, 1e-6), {}, "config.data.block = 1000: the share .* of source c is less than one example"),
+    ((1.0, 1.0, 0.0), {"rows": "best_fit", "stages": ((5, (0.0, 0.0, 0.0)),)}, r"stages\[0\].*not all 0"),
     ((1.0, 1.0, 1.0), {"fim": 0.5}, "config.data.fim = 0.5: the tokenizer bytes has no <|fim_prefix|>"),
 ])
 def test_mixtures_that_cannot_be(weights, knobs, message):

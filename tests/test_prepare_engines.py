@@ -1,5 +1,6 @@
 """Engines: the same results in processes and on Ray, and what happens when processes are killed."""
 
+import contextlib
 import json
 import os
 import random
@@ -71,7 +72,11 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen:
 def children(pid: int) -> list[int]:
     """The workers of a command: its children but for the one that multiprocessing keeps for itself."""
     found = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
-    return [p for p in found if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    workers = []
+    for p in found:
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            workers += [p] if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes() else []
+    return workers
 
 
 def done(output: Path) -> dict[str, int]:

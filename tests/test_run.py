@@ -270,7 +270,7 @@ from gpt_jax.commands.main import main
 make = loop.make_stream
 class Stuck:
     def __init__(self, stream):
-        self.stream, self.left, self.summary = stream, 3, stream.summary
+        self.stream, self.left, self.summary, self.shares = stream, 3, stream.summary, stream.shares
     def __next__(self):
         self.left -= 1
         time.sleep(0 if self.left else 3600)
@@ -301,4 +301,4 @@ def test_the_watchdog_sees_an_evaluation_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "watchdog", counting)
     parts = runs.build(runs.load(tmp_path, "--config.train.steps=2", "--config.eval.every_steps=1"))
     runs.run(parts, tmp_path / "run")
-    assert len(beats) == 2 * (2 + len(loop.heldout_batches(parts)))
+    assert len(beats) == 2 * (2 + len(loop.heldout_batches(parts)["text"]))

@@ -19,8 +19,8 @@ def main(arguments: list[str]) -> None:
     flags.add_argument("--batches", type=int, default=0, help="how many to make; 0: as many as fit in --seconds")
     flags.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
     args, rest = flags.parse_known_args(arguments)
-    if args.batches < 0 or args.seconds <= 0:
-        raise UsageError("--batches: expected 0 or more; --seconds: more than 0")
+    if args.batches < 0 or not 0.01 <= args.seconds < 1e6:
+        raise UsageError("--batches: expected 0 or more; --seconds: at least 0.01 and below 1e6")
     print("\n".join(measure(load_config(args.config, rest), args.batches, args.seconds)))
 
 

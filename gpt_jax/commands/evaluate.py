@@ -67,7 +67,7 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
             raise UsageError(f"the run's own text: {error}; call it from where the run was started, or give held-out text "
                              "with --text") from None
         if data.content != loaded.content:
-            raise UsageError(f"config.data.path = {', '.join(config.data.path)}: this text has changed since the run, and "
+            raise UsageError(f"{config.data.where}: this text has changed since the run, and "
                              "what it holds out now may have been trained on; give held-out text with --text")
         if not data.heldout:
             raise UsageError("the run held no text out (config.data.eval_fraction = 0); give some with --text")

@@ -11,6 +11,9 @@ from gpt_jax.commands.flags import Flags
 from gpt_jax.errors import UsageError
 
 
+LAST = 10**12  # step; numbers of examples are 64-bit
+
+
 def main(arguments: list[str]) -> None:
     """Raises UsageError for a workdir, a step or a text that is not there; DataError for damaged shards."""
     flags = Flags(prog="gpt-jax inspect", description="Every row of a step of a run: source, documents, where in them the row "
@@ -21,8 +24,8 @@ def main(arguments: list[str]) -> None:
     flags.add_argument("--chars", type=int, default=200, help="of each document's text that are shown; 0: all")
     flags.add_argument("--json", action="store_true", help="a JSON object a row, with the ids, instead of text for people")
     args = flags.parse_args(arguments)
-    if args.batch < 1 or args.rows < 0 or args.chars < 0:
-        raise UsageError("--batch: expected 1 or more; --rows and --chars: 0 or more")
+    if not 1 <= args.batch <= LAST or args.rows < 0 or args.chars < 0:
+        raise UsageError(f"--batch: expected 1 to {LAST}; --rows and --chars: 0 or more")
     config = read_config(Path(args.workdir))
     rows = step_rows(config, Path(args.workdir), args.batch, args.rows)
     try:
@@ -50,7 +53,7 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int):
     from gpt_jax.data.rows import columns
 
     data = dataset.load(config.data, lambda line: print(line, file=sys.stderr))
-    check_text(workdir, data.content)
+    check_text(workdir, data)
     examples = make_examples(data, config.data, config.train.seq_len, config.seed)
     size = config.train.batch_size
     for number in range((step - 1) * size, (step - 1) * size + min(limit or size, size)):
@@ -63,28 +66,34 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int):
                      for span in spans for start in (int(tokens.offsets[span.document]) + span.offset,)]
         yield {"row": number % size, "example": number, "source": data.parts[source].name, "documents": documents,
                "predicted": int(batch["weight"].sum()), "ids": buffer.ids[0][buffer.inside[0]].tolist(),
+               "changed": bool(config.data.fim or config.data.shuffle_documents),
                "text": data.tokenizer.decode(buffer.ids[0][buffer.inside[0]])}
 
 
-def check_text(workdir: Path, content: str) -> None:
-    """UsageError when the text is no longer the one that the run's newest checkpoint knows."""
+def check_text(workdir: Path, data) -> None:
+    """UsageError when text or tokenizer are no longer those that the run's newest checkpoint knows."""
     from gpt_jax.train import checkpoint
 
     if not (workdir / checkpoint.FOLDER).is_dir():
         return
     directory, step = checkpoint.resolve_checkpoint(str(workdir), 0, lambda line: None)
-    if checkpoint.read_meta(directory, step)["data"]["content"] != content:
-        raise UsageError(f"--workdir={workdir}: the text has changed since the run, so its batches cannot be made again; bring "
-                         "the old text back")
+    meta = checkpoint.read_meta(directory, step)
+    if (meta["data"]["content"], meta["tokenizer"]) != (data.content, data.tokenizer.to_json()):
+        raise UsageError(f"--workdir={workdir}: the text or its tokenizer has changed since the run, so its batches cannot be "
+                         "made again; bring the old ones back")
+
+
+def shorten(text: str, chars: int) -> str:
+    return text if not chars or len(text) <= chars else f"{text[:chars]}…"
 
 
 def describe(row: dict, chars: int) -> list[str]:
     """Lines for people about one row."""
     lines = [f"row {row['row']}: example {row['example']:,}, source {row['source']}, {len(row['ids']):,} tokens, "
              f"{row['predicted']:,} predicted"]
+    if row["changed"]:  # by fim or shuffle_documents: the documents below are those before it
+        lines.append(f"  as trained on: {shorten(row['text'], chars)!r}")
     for document in row["documents"]:
-        text = document["text"]
-        shown = text if not chars or len(text) <= chars else f"{text[:chars]}…"
         lines += [f"  document {document['document']:,} ({document['name']}) from token {document['offset']:,}, "
-                  f"{document['tokens']:,} tokens", f"    {shown!r}"]
+                  f"{document['tokens']:,} tokens", f"    {shorten(document['text'], chars)!r}"]
     return lines

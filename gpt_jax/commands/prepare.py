@@ -1,6 +1,8 @@
 """`gpt-jax prepare`: raw text to a folder of token shards, and a look into such a folder."""
 
+import argparse
 import contextlib
+import glob
 import os
 import re
 import sys
@@ -37,6 +39,14 @@ def apart(text: str) -> list[str]:
     return [flag, value] if equals and flag in ("--input", "--filters", "--encodings") else [text]
 
 
+class Given(argparse.Action):
+    """Values that take the place of the default, and of a flag given again are added."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if before is not self.default else []), *values])
+
+
 def make_flags() -> Flags:
     """The command line."""
     flags = Flags(prog="gpt-jax prepare", description="Read text, filter it, and write token shards that "
@@ -50,10 +60,10 @@ def make_flags() -> Flags:
     text = flags.add_argument_group("the text")
     text.add_argument("--field", default="text", help="the text's field or column where a file has several")
     text.add_argument("--errors", default="strict", help="undecodable bytes: strict or replace (by U+FFFD)")
-    text.add_argument("--encodings", nargs="+", default=["utf-8"], help="tried in turn on each document")
+    text.add_argument("--encodings", nargs="+", action=Given, default=["utf-8"], help="tried in turn on each document")
     text.add_argument("--on_error", default="stop", help="a row that cannot be read: stop, or skip (counted)")
     text.add_argument("--documents", default="file", help="what a document of a text file is: file or line")
-    text.add_argument("--filters", nargs="+", default=[], metavar="FILTER",
+    text.add_argument("--filters", nargs="+", action="extend", default=[], metavar="FILTER",
                       help="in this order, such as strip min_chars:100 normalize:NFC language:en module:function")
     text.add_argument("--dedup", default="none", metavar="none|exact|near[:SIMILARITY]",
                       help="leave out copies of earlier documents; near: by MinHash, 0.8 if no similarity is given")
@@ -110,10 +120,11 @@ def named(given: list[str]) -> dict[str, tuple[str, ...]]:
     """{source: its paths} in the order given. A path that exists as it is written is no NAME=PATH."""
     found: dict[str, list[str]] = {}
     for text in given:
-        match = None if os.path.exists(text) else NAMED.fullmatch(text)
+        match = None if os.path.exists(text) or glob.glob(text) else NAMED.fullmatch(text)
         name, path = match.groups() if match else (SOURCE, text)
-        if name.startswith(".") or name == "work":
-            raise UsageError(f"--input={text}: {name!r} cannot be the name of a source (it is a folder of the output)")
+        if name.startswith(".") or name in ("work", "all") or name.endswith(".json"):
+            raise UsageError(f"--input={text}: {name!r} cannot be the name of a source (the output has files of such names, and "
+                             "all is the sum of sources)")
         found.setdefault(name, []).append(path)
     return {name: tuple(paths) for name, paths in found.items()}
 

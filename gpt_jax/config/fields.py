@@ -109,6 +109,13 @@ class Data:
     prefetch: int = knob(4, low=1)  # batches ready ahead of the device
     threads: int = knob(1, low=1)  # that make batches
 
+    @property
+    def where(self) -> str:
+        """What names the text, for messages."""
+        if self.sources:
+            return f"config.data.sources = {', '.join(f'{name} ({path})' for name, path, _ in self.sources)}"
+        return f"config.data.path = {', '.join(self.path)}"
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -231,5 +238,6 @@ class Config:
 
 # Sections and fields that may change when a run resumes: they alter neither the parameters' layout nor their meaning.
 RESUMABLE = ("log", "eval", "checkpoint", "mesh", "train.steps", "train.hang_minutes", "train.accumulate",
-             "train.loss_chunk", "data.path", "data.eval_path", "data.cache", "data.workers", "data.prefetch", "data.threads", "data.source_paths",
+             "train.loss_chunk", "data.path", "data.eval_path", "data.cache", "data.workers",
+             "data.prefetch", "data.threads", "data.source_paths",
              "model.kernel", "model.remat", "model.unroll", "optim.learning_rate", "optim.decay_steps")

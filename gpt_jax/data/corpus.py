@@ -111,7 +111,10 @@ def open_corpus(folder: Path) -> Corpus:
 
 
 def _open_source(folder: Path, source: dict, dtype: np.dtype) -> dict[str, Tokens | None]:
-    origins = tuple(Origin(*origin) for origin in json.loads((folder / "origins.json").read_bytes()))
+    try:
+        origins = tuple(Origin(*origin) for origin in json.loads((folder / "origins.json").read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{folder / 'origins.json'}: damaged ({error}); {_remedy(folder.parent)}") from None
     return {side: _open_side(folder, side, source[side], dtype, origins) for side in SIDES}
 
 
@@ -124,7 +127,7 @@ def _open_side(folder: Path, side: str, counts: dict, dtype: np.dtype, origins: 
         docs = shards.open_array(folder / f"{side}.docs", shards.DOCUMENT, counts["documents"])
     except ValueError as error:
         raise DataError(f"{folder}: {error}") from None
-    if offsets[0] != 0 or offsets[-1] != sum(file.size for file in files):
+    if offsets[0] != 0 or offsets[-1] != sum(file.size for file in files) or (np.diff(offsets) < 0).any():
         raise DataError(f"{folder / side}.offsets: does not fit the shards; {_remedy(folder.parent)}")
     return Tokens(side, files, offsets, docs, counts["bytes"], origins)
 

@@ -98,6 +98,8 @@ def load(data: config.Data, report: Callable[[str], None] = print, tokenizer: To
         return _mixture(data, report, tokenizer)
     if data.stages or data.temperature:
         raise UsageError("config.data.stages and config.data.temperature: are for config.data.sources, which is empty")
+    if data.weights != "tokens":
+        raise UsageError(f"config.data.weights = {data.weights!r}: is for config.data.sources, which is empty")
     folders = {path: folder for path in data.path if (folder := _folder(path, data, report))}
     if tokens := [path for path in data.path if adopt.is_foreign(path)]:
         if len(data.path) > 1:
@@ -114,13 +116,22 @@ def load(data: config.Data, report: Callable[[str], None] = print, tokenizer: To
     parts = [_part("config.data.path", path, opened, name, report) for name in opened.sources]
     # Without weights each source has its size for one: every token is seen as often as any other.
     parts = tuple(part._replace(weight=float(part.train.size)) for part in parts)
-    return Dataset(parts, opened.tokenizer, opened.content)
+    # The names of several sources seed their orders, so they are part of what a run is.
+    content = digest(opened.content, *opened.sources) if len(parts) > 1 else opened.content
+    return Dataset(parts, opened.tokenizer, content)
 
 
 def _mixture(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
     names = [name for name, _, _ in data.sources]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"config.data.sources: {twice[0]} is named twice")
+    if missing := [name or path for name, path, _ in data.sources if not name or not path]:
+        raise UsageError(f"config.data.sources: {missing[0]!r} needs both a name and a path")
+    if "all" in names:
+        raise UsageError("config.data.sources: all is the name of the sum; give the source another one")
+    if data.eval_path:
+        raise UsageError(f"config.data.eval_path = {', '.join(data.eval_path)}: is for config.data.path; of sources each holds "
+                         "out its own text")
     folders = {path: folder for _, path, _ in data.sources if (folder := _folder(path, data, report))}
     # What tokenizes the first prepared folder must tokenize all others, and tokenizes text files.
     opened = {}

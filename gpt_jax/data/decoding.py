@@ -30,7 +30,8 @@ class Reading:
         for name in self.encodings:
             try:
                 b"a".decode(name, "replace")
-            except LookupError:
+                "é".encode(name, "replace").decode(name, "replace")
+            except (LookupError, UnicodeError):
                 raise UsageError(f"encodings = {name!r}: no text encoding of this name; known are utf-8, utf-16, "
                                  "gb18030, big5, latin-1, shift-jis and the others of python") from None
 

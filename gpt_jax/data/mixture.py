@@ -54,6 +54,7 @@ class Mixture:
 def apportion(shares: np.ndarray, block: int, names: tuple[str, ...]) -> np.ndarray:
     """int64 [sources] that sum to `block`: each share (float [sources], any sum) by largest remainders. UsageError for a
     share that is not 0 and gets no example."""
+    shares = shares / shares.max()
     exact = shares / shares.sum() * block
     counts = np.floor(exact + 1e-9).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: block - counts.sum()]] += 1

@@ -4,7 +4,8 @@ slicing, so that row r is the same for every reader and any row is found at once
 Plans are in tokens. A row holds up to `capacity` = T + 1 of them, T inputs and the last target. A document that does not
 fit is cut into rows of its own, each beginning with the last token of the one before, and its rest shares a row like any
 short document, so that no token is lost and each is predicted once (Ding et al. 2024, "Fewer truncations improve
-language modeling"). 16 bytes a document are held in memory.
+language modeling"; where documents are not kept apart, the token that is there twice is predicted twice). 16 bytes a
+document are held in memory.
 """
 
 from dataclasses import dataclass

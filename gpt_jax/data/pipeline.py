@@ -19,6 +19,7 @@ from gpt_jax.data.shards import Tokens
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UsageError
 
+LAST_TOKEN = 10**18  # at which a stage may begin
 ENDLESS = 2**62  # batches in a stream that has no end; Grain wants a length
 FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
@@ -137,7 +138,7 @@ def _row_shares(weights, parts: Sequence[Part], rows: Sequence[Window], knobs: c
     amount = np.array(size[knobs.weights], float)  # in the unit of the weights
     wanted = np.array(weights, float)
     if knobs.temperature:
-        wanted = wanted * amount ** (1 / knobs.temperature)
+        wanted = wanted * (amount / amount.max()) ** (1 / knobs.temperature)
     # Tokens in a row are as many as its places are filled; a source whose rows hold less needs more of them.
     a_row = {"tokens": [source.filled for source in rows],
              "documents": [n / source.count for n, source in zip(amount, rows)]}[knobs.weights]
@@ -154,13 +155,15 @@ def make_mixture(parts: Sequence[Part], rows: Sequence[Window], knobs: config.Da
         field = f"config.data.stages[{i - 1}]" if i else "config.data.sources"
         if len(weights) != len(parts):
             raise UsageError(f"{field} = {weights}: expected {len(parts)} weights, for {', '.join(names)}")
+        if token < (i > 0) or token > LAST_TOKEN:
+            raise UsageError(f"{field} begins at token {token:,}; expected 1 to {LAST_TOKEN:,}")
         if min(weights) < 0 or not sum(weights):
             raise UsageError(f"{field}: the weights {weights} must be 0 or more, and not all 0")
         counts.append(mixture.apportion(_row_shares(weights, parts, rows, knobs), knobs.block, names))
         begins.append(-(-token // (seq_len * knobs.block)))
         if i and begins[i] <= begins[i - 1]:
-            raise UsageError(f"{field} begins at token {token:,}, within a block ({seq_len * knobs.block:,} tokens) of the "
-                             "stage before; let stages be further apart, or lower config.data.block")
+            raise UsageError(f"{field} begins at token {token:,}, before or within a block ({seq_len * knobs.block:,} tokens) of "
+                             "the stage before; let stages rise and be further apart, or lower config.data.block")
     return mixture.Mixture(np.array(counts), np.array(begins), knobs.block, seed)
 
 
@@ -179,7 +182,8 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
     label = lambda part: "the training text" if len(parts) == 1 else f"source {part.name}"
     rows = tuple(ROWS[knobs.rows](part.train, seq_len, _source_seed(seed, part.name, len(parts) == 1), label(part))
                  for part in parts)
-    mix = make_mixture(parts, rows, knobs, seq_len, seed) if len(parts) > 1 else None
+    mix = make_mixture(parts, rows, knobs, seq_len, seed)  # of one source too, for what it refuses
+    mix = mix if len(parts) > 1 else None
     return Examples(tuple(part.name for part in parts), rows, mix, data.tokenizer, knobs, seed)
 
 

@@ -110,7 +110,8 @@ def _again(folder: Path, about: dict, state: dict, say: Say) -> dict:
     _refuse_other(folder, manifest["settings"], about)
     inputs = folder / assemble.INPUTS  # no part of a corpus, so a copy need not have it
     before = json.loads(inputs.read_bytes()) if inputs.exists() else {}
-    if changed := [path for path in {**before, **state} if before.get(path) != state.get(path)]:
+    changed = [path for path in {**before, **state} if before.get(path) != state.get(path)] if inputs.exists() else []
+    if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise UsageError(f"--output={folder}: is finished, and the input has changed since ({changed[0]}{more}); "
                          "choose another folder, or remove this one")
@@ -128,7 +129,7 @@ def _begin(folder: Path, about: dict, state: dict, say: Say) -> None:
                          "folder")
     work.mkdir(parents=True, exist_ok=True)
     begun = work / "settings.json"
-    if begun.exists():
+    if begun.exists() and any(work.glob("*-*.json")):  # before the first unit is done, nothing would be lost
         _refuse_other(folder, json.loads(begun.read_bytes()), about)
         say(f"{folder}: goes on from where an earlier call ended")
     else:

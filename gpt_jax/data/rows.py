@@ -109,6 +109,11 @@ class Window:
                              f"{seq_len + 1}; give more text or a shorter row")
         self.count = (self.tokens.size - 1) // seq_len
 
+    def _need_pairs(self) -> None:
+        if np.diff(self.tokens.offsets).max() < 2:
+            raise UsageError(f"config.data.rows: {self.name} has no document of two tokens, so there is nothing to predict; "
+                             "give other text, or config.data.rows=chunk")
+
     def starts(self, indices: np.ndarray) -> np.ndarray:
         """Where rows begin, int64 [N]."""
         return random_below(self.tokens.size - self.length + 1, self.seed, indices)
@@ -142,6 +147,7 @@ class AtDocument(Window):
     """Every row begins with a document and goes on with those after it; what the last one has beyond the row is lost."""
 
     def _plan(self, seq_len: int) -> None:
+        self._need_pairs()
         self._starts = packing.at_documents(self.tokens.offsets, seq_len)
         self.count = len(self._starts)
         ends = np.minimum(self._starts + seq_len, self.tokens.size - 1)
@@ -158,6 +164,7 @@ class FirstFit(Window):
     how = "first_fit"
 
     def _plan(self, seq_len: int) -> None:
+        self._need_pairs()
         self.plan = packing.plan(self.tokens.offsets, self.length, self.how, self.seed)
         self.count = self.plan.rows
         self.filled = int(self.plan.sizes.sum(dtype=np.int64)) / (self.count * self.length)

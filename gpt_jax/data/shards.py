@@ -79,7 +79,7 @@ class TokenFile:
         if got != out.nbytes:
             size = os.fstat(FILES.get(self).fileno()).st_size
             raise DataError(f"{self.path}: changed during the run from {self.size * self.dtype.itemsize} to {size} bytes; start "
-                            "again, and it is rebuilt")
+                            "again, and a cache is rebuilt; of a prepared folder see gpt-jax prepare --verify")
 
 
 class TokenArray(NamedTuple):
@@ -145,15 +145,14 @@ class Tokens:
     def dtype(self) -> np.dtype:
         return self.shards[0].dtype if self.shards else np.dtype(np.uint16)
 
-    def shard_of(self, place: int) -> Path:
-        """The file that holds the id at `place`, for messages."""
-        return self.shards[int(np.searchsorted(self.begins, place, "right")) - 1].path
-
     def document_name(self, document: int) -> str:
         """What a document is called: its file, or file:row."""
         if not self.origins:
             return f"document {document}"
         row = self.docs[document]
+        if int(row["piece"]) >= len(self.origins):
+            raise DataError(f"document {document} of the {self.name} tokens in {self.shards[0].path.parent}: its record is "
+                            "damaged; check a prepared folder with gpt-jax prepare --verify")
         return self.origins[int(row["piece"])].document(int(row["row"]))
 
 
