@@ -153,3 +153,19 @@ def test_a_mirror_needs_room(made, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="config.data.cache = .*No space left"):
         mirror(f"file://{made}", tmp_path / "cache", lambda line: None)
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("name, place, words", [("a/origins.json", 0, "origins.json: damaged"),
+                                                ("a/train.offsets", 8 * 5 + 7, "offsets: does not fit the shards"),
+                                                ("a/train.offsets", 8 * 5 + 2, "offsets: does not fit the shards")])
+def test_a_flipped_byte_of_an_index_is_named_when_it_is_opened(copy, name, place, words):
+    flip(copy / name, place)
+    with pytest.raises(DataError, match=words):
+        corpus.open_corpus(copy)
+
+
+def test_a_record_that_points_nowhere_is_damage(copy):
+    flip(copy / "a/train.docs", shards.DOCUMENT.itemsize - 1)
+    tokens = corpus.open_corpus(copy).sources["a"]["train"]
+    with pytest.raises(DataError, match="its record is damaged"):
+        tokens.document_name(0)

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -163,3 +164,25 @@ def test_a_prepared_folder_is_a_path_like_any_other(folder, tmp_path, capsys):
               "--config.data.tokenizer=", "--config.train.steps=3", "--config.log.progress=false", "--config.eval.compare_xz=true")
     said = capsys.readouterr().out
     assert "tokenizer bytes+fim of 260 ids" in said and "source wiki: " in said and "xz -9: " in said
+
+
+def test_inspect_refuses_a_folder_prepared_again_with_another_tokenizer(tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "a.jsonl", texts(60))
+    given = ["--input", str(rows), "--workers=1", f"--output={tmp_path / 'data'}"]
+    runs.call("prepare", *given)
+    runs.call("train", f"--config={runs.TINY}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={tmp_path / 'data'}",
+              "--config.data.tokenizer=", "--config.train.steps=3", "--config.log.progress=false")
+    runs.call("inspect", f"--workdir={tmp_path / 'run'}", "--batch=1")
+    shutil.rmtree(tmp_path / "data")
+    runs.call("prepare", *given, "--tokenizer=bpe:300")
+    code, line = runs.refusal("inspect", f"--workdir={tmp_path / 'run'}", "--batch=1")
+    assert code == 2 and "the text or its tokenizer has changed since the run" in line
+
+
+def test_sources_of_other_names_are_another_run(tmp_path):
+    """Names seed the orders of the sources of a folder, so they are part of the content."""
+    for names in ("ab", "cd"):
+        inputs = [f"{name}={write_jsonl(tmp_path / f'{i}.jsonl', texts(20, i))}" for i, name in enumerate(names)]
+        runs.call("prepare", "--input", *inputs, "--workers=1", f"--output={tmp_path / names}")
+    found = [dataset.load(runs.configs.Data(path=(str(tmp_path / names),)), lambda line: None).content for names in ("ab", "cd")]
+    assert found[0] != found[1]

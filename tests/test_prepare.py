@@ -418,3 +418,19 @@ def test_progress_is_a_bar_or_lines(stream, monkeypatch):
     for wanted in ("tokens", "documents/s", "MB/s of text", "prepare: a line", "other"):
         assert wanted in shown
     assert ("50%" in shown) == (stream is Terminal) and ("s left" in shown) == (stream is io.StringIO)
+
+
+def test_filters_given_apart_add_up_and_output_inside_input_is_refused(tmp_path):
+    write_jsonl(tmp_path / "in" / "a.jsonl", texts(30))
+    given = f"--input={tmp_path / 'in'}"
+    both = documents(prepare(tmp_path / "both", given, "--filters", "min_chars:100", "--filters=strip"))
+    assert both["text"]["train"] == [text for text in texts(30) if len(text) >= 100]
+    refused(2, ("--output=", "lies inside --input="), given, f"--output={tmp_path / 'in' / 'out'}")
+    with pytest.raises(Exception, match="cannot be the name of a source"):
+        prepare(tmp_path / "out", f"--input=corpus.json={tmp_path / 'in'}")
+
+
+def test_a_first_call_that_failed_before_any_unit_spoils_nothing(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", texts(5))
+    refused(2, ("txet",), f"--input={tmp_path / 'a.jsonl'}", "--field=txet", f"--output={tmp_path / 'out'}")
+    assert documents(prepare(tmp_path / "out", f"--input={tmp_path / 'a.jsonl'}"))["text"]["train"] == texts(5)

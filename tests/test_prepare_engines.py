@@ -161,13 +161,14 @@ def test_workers_end_with_their_parent(tmp_path):
     assert len(workers) == 2
 
 
-def test_interrupted_is_code_10_and_goes_on(tmp_path):
+@pytest.mark.parametrize("send", [lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)])
+def test_interrupted_is_code_10_and_goes_on(tmp_path, send):
     write_jsonl(tmp_path / "in.jsonl", texts(4000))
     given = [f"--input={tmp_path / 'in.jsonl'}", "--piece_mb=0.008"]
     out, log = tmp_path / "out", tmp_path / "log"
     running = start(command(out, *given), log)
     until(running, lambda: len(done(out)) >= 3, log)
-    os.killpg(running.pid, signal.SIGINT)
+    send(running.pid)
     assert running.wait(SECONDS) == 10
     assert "Traceback" not in log.read_text() and "interrupted; what is finished stays" in log.read_text()
     assert documents(prepare(out, *given))["text"]["train"] == texts(4000)

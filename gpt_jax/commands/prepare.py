@@ -5,6 +5,7 @@ import contextlib
 import glob
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import fields
@@ -105,9 +106,14 @@ def run(args) -> None:
     settings = Settings(**given | {"reading": reading, "filters": tuple(args.filters)})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     engine = Engine(args.engine, args.workers or cores, args.ray_address)
-    folder, display = Path(args.output).expanduser(), Display()
+    folder, display, inputs = Path(args.output).expanduser(), Display(), named(args.input)
+    for path in (Path(path).expanduser() for paths in inputs.values() for path in paths):
+        if path.is_dir() and folder.resolve().is_relative_to(path.resolve()):
+            raise UsageError(f"--output={args.output}: lies inside --input={path}, which would then read its own output; name a "
+                             "folder elsewhere")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is like Ctrl-C
     try:
-        prepare(named(args.input), folder, settings, engine, display.say, display.show)
+        prepare(inputs, folder, settings, engine, display.say, display.show)
     except KeyboardInterrupt:
         raise Stopped(f"--output={args.output}: interrupted; what is finished stays: the same command goes on from "
                       "there") from None
