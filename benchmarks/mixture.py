@@ -79,7 +79,9 @@ def train(workdir: Path, data: Path, steps: int, processes: int, kill_at: int = 
         port = free.getsockname()[1]
     given = ["train", f"--config=configs/mixture.py:{data}", f"--workdir={workdir}", f"--config.train.steps={steps}",
              "--config.log.every_steps=1", f"--config.eval.every_steps={steps // 2}", "--config.log.progress=false",
-             f"--config.checkpoint.every_steps={steps // 6}", "--config.optim.muon_momentum_warmup=20"]
+             f"--config.checkpoint.every_steps={steps // 6}", "--config.optim.muon_momentum_warmup=20",
+             "--config.optim.warmup_steps=5", "--config.data.block=40",  # so that a run this short has its second stage
+             "--config.eval.batches=8", f"--config.data.stages=(({steps * 2048 // 2},(0.4,0.45,0.15)),)"]
     own = [[]] if processes == 1 else [[f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
                                        f"--process_id={i}", "--cpu_devices=1"] for i in range(processes)]
     running = [start(*given, *more, log=workdir.with_suffix(f".{i}.log")) for i, more in enumerate(own)]
