@@ -12,6 +12,12 @@ def square(item: int, tick) -> int:
     return item * item
 
 
+def slowly(text: str) -> str:
+    """A filter that takes a millisecond, so that a job is still at work when a test sends its signal."""
+    time.sleep(0.001)
+    return text
+
+
 def process(item: int, tick) -> int:
     return os.getpid()
 

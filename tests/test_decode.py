@@ -294,7 +294,7 @@ def test_stop_strings_cut_exactly(monkeypatch, stops, text, finish, size):
     said = "hello0world"
     words = [said[i:i + size] for i in range(0, len(said), size)]
     pieces = tuple(w.encode() for w in words) + (b"",)
-    encode = lambda text: np.zeros(1, np.int32)
+    encode = lambda texts: [np.zeros(1, np.int32) for _ in texts]
     tokenizer = Tokenizer("words", "words", "", pieces, len(words), encode, lambda text: iter((text,)))
     model = scripted(monkeypatch, tokenizer, [[*range(len(words) + 1), 0, 0]])
     sampling = Sampling(max_new_tokens=30, temperature=0.0, stop=stops)

@@ -66,7 +66,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen:
     """In a process group of its own."""
     with open(log, "ab") as out:
         return subprocess.Popen(arguments, stdout=out, stderr=out, start_new_session=True, cwd=ROOT,
-                                env=os.environ | {"PYTHONPATH": str(ROOT)})
+                                env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
 
 
 def children(pid: int) -> list[int]:
@@ -127,7 +127,7 @@ def test_killed_at_random_moments(tmp_path):
 
 def test_a_killed_worker_is_one_line_and_loses_one_unit(tmp_path):
     write_jsonl(tmp_path / "in.jsonl", texts(4000))
-    given = [f"--input={tmp_path / 'in.jsonl'}", "--piece_mb=0.008"]
+    given = [f"--input={tmp_path / 'in.jsonl'}", "--piece_mb=0.008", "--filters=engine_tasks:slowly"]
     out, log = tmp_path / "out", tmp_path / "log"
     running = start(command(out, *given), log)
     until(running, lambda: len(done(out)) >= 3 and len(children(running.pid)) == 2, log)
@@ -164,7 +164,7 @@ def test_workers_end_with_their_parent(tmp_path):
 @pytest.mark.parametrize("send", [lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)])
 def test_interrupted_is_code_10_and_goes_on(tmp_path, send):
     write_jsonl(tmp_path / "in.jsonl", texts(4000))
-    given = [f"--input={tmp_path / 'in.jsonl'}", "--piece_mb=0.008"]
+    given = [f"--input={tmp_path / 'in.jsonl'}", "--piece_mb=0.008", "--filters=engine_tasks:slowly"]
     out, log = tmp_path / "out", tmp_path / "log"
     running = start(command(out, *given), log)
     until(running, lambda: len(done(out)) >= 3, log)
