@@ -108,7 +108,7 @@ def run(args) -> None:
     engine = Engine(args.engine, args.workers or cores, args.ray_address)
     folder, display, inputs = Path(args.output).expanduser(), Display(), named(args.input)
     for path in (Path(path).expanduser() for paths in inputs.values() for path in paths):
-        if path.is_dir() and folder.resolve().is_relative_to(path.resolve()):
+        if path.is_dir() and path.resolve() in folder.resolve().parents:
             raise UsageError(f"--output={args.output}: lies inside --input={path}, which would then read its own output; name a "
                              "folder elsewhere")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is like Ctrl-C
