@@ -94,7 +94,7 @@ def test_a_flipped_bit_in_offsets_is_seen_or_named(copy):
     """Where it would send a reader beyond the shards it is seen at once."""
     path = copy / "a/train.offsets"
     flip(path, path.stat().st_size - 8)
-    with pytest.raises(DataError, match="a/train.offsets: does not fit"):
+    with pytest.raises(DataError, match="a/train.offsets does not fit"):
         corpus.open_corpus(copy)
 
 
@@ -156,8 +156,8 @@ def test_a_mirror_needs_room(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, place, words", [("a/origins.json", 0, "origins.json: damaged"),
-                                                ("a/train.offsets", 8 * 5 + 7, "offsets: does not fit the shards"),
-                                                ("a/train.offsets", 8 * 5 + 2, "offsets: does not fit the shards")])
+                                                ("a/train.offsets", 8 * 5 + 7, "offsets does not fit its meta"),
+                                                ("a/train.offsets", 8 * 5 + 2, "offsets does not fit its meta")])
 def test_a_flipped_byte_of_an_index_is_named_when_it_is_opened(copy, name, place, words):
     flip(copy / name, place)
     with pytest.raises(DataError, match=words):

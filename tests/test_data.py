@@ -11,11 +11,16 @@ from gpt_jax import config
 from gpt_jax.data import order, pipeline
 from gpt_jax.data.rows import ROWS, InOrder, columns, spans
 from gpt_jax.data.dataset import Dataset, Part
-from gpt_jax.data.shards import TokenArray, Tokens, in_memory
+from gpt_jax.data.shards import DOCUMENT, TokenArray, Tokens
 from gpt_jax.data.tokenizer import byte_tokenizer, with_specials
 from gpt_jax.errors import DataError, UsageError
 
 BYTES = byte_tokenizer()
+
+
+def in_memory(name, ids, offsets, size):
+    """Tokens that lie in no file; `size` in bytes of text."""
+    return Tokens(name, (TokenArray(ids),), np.asarray(offsets, np.int64), np.zeros(len(offsets) - 1, DOCUMENT), size)
 
 
 def make_tokens(sizes, seed=0):

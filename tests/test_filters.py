@@ -217,8 +217,3 @@ def test_a_chain_of_likenesses_keeps_one_that_is_like_what_goes():
 def test_threshold(threshold):
     with pytest.raises(UsageError, match="threshold = "):
         near_duplicates(np.zeros((2, 64), np.uint32), threshold)
-
-
-def test_content_hash():
-    assert filters.content_hash("a") == filters.content_hash("a") != filters.content_hash("b")
-    assert 0 <= filters.content_hash("中") < 2**64

@@ -380,7 +380,7 @@ def test_stores_that_cannot_be_reached(monkeypatch):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 

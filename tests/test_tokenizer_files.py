@@ -37,7 +37,7 @@ def ranks_of(tokenizer):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A SentencePiece model in the manner of Llama 2: BPE, byte fallback, a space in front, nothing normalised."""
-    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the extra sentencepiece is not installed")
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([ENGLISH, CHINESE]), model_writer=out, vocab_size=340, model_type="bpe",
@@ -52,7 +52,7 @@ def llama(tmp_path_factory):
 
 @pytest.mark.parametrize("pattern", bpe.PATTERNS)
 def test_ranks_give_the_ids_of_tiktoken(trained, pattern, tmp_path):
-    tiktoken = pytest.importorskip("tiktoken")
+    tiktoken = pytest.importorskip("tiktoken", reason="the extra test is not installed")
     tokens = ranks_of(trained[pattern])
     read = tk.read_tokenizer(write_ranks(tmp_path / "own.tiktoken", tokens) + f":{pattern}")
     regex = bpe.PATTERNS[pattern].regex or r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -65,7 +65,7 @@ def test_ranks_give_the_ids_of_tiktoken(trained, pattern, tmp_path):
 
 def test_ranks_that_no_merging_leads_to(tmp_path):
     """Tokens put into a vocabulary by hand: found as whole words, or from any two tokens that spell them."""
-    tiktoken = pytest.importorskip("tiktoken")
+    tiktoken = pytest.importorskip("tiktoken", reason="the extra test is not installed")
     rng = random.Random(0)
     letters = [bytes([i]) for i in range(256)]
     for seed in range(20):
@@ -109,7 +109,7 @@ def test_folders(trained, tmp_path):
     ("a.model", b"", "a.model: not a SentencePiece model")])
 def test_files_that_are_none(name, content, message, tmp_path):
     if name.endswith(".model"):
-        pytest.importorskip("sentencepiece")
+        pytest.importorskip("sentencepiece", reason="the extra sentencepiece is not installed")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
         tk.read_tokenizer(str(tmp_path / name))

@@ -65,7 +65,7 @@ def cl100k(files):
 
 @pytest.fixture(scope="module")
 def botchan(files):
-    pytest.importorskip("sentencepiece")
+    pytest.importorskip("sentencepiece", reason="the extra sentencepiece is not installed")
     return tk.read_tokenizer(str(files / "botchan.model"))
 
 
@@ -86,7 +86,7 @@ def test_gpt2_gives_the_ids_of_llama_cpp_s_cases(gpt2):
 
 
 def test_cl100k_gives_the_ids_of_tiktoken(cl100k, files, texts):
-    tiktoken = pytest.importorskip("tiktoken")
+    tiktoken = pytest.importorskip("tiktoken", reason="the extra test is not installed")
     lines = (files / "cl100k_base.tiktoken").read_bytes().split(b"\n")[:-1]
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     pattern = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
@@ -105,7 +105,7 @@ def test_cl100k_gives_the_ids_of_tiktoken(cl100k, files, texts):
 
 
 def test_sentencepiece_gives_the_ids_and_text_of_its_package(botchan, files):
-    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece = pytest.importorskip("sentencepiece", reason="the extra sentencepiece is not installed")
     truth, text = sentencepiece.SentencePieceProcessor(model_file=str(files / "botchan.model")), read(LANGUAGES[-1])
     for given in (text, *text.split("\n")[:2000], "", " ", "Ｆｕｌｌ  width ﬁ </s> <s>", "我"):
         ids = botchan.encode(given)

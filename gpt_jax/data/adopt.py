@@ -9,7 +9,7 @@ from gpt_jax import config
 from gpt_jax.data import cache, store
 from gpt_jax.data.cache import Prepared
 from gpt_jax.data.foreign import Foreign, open_foreign
-from gpt_jax.data.shards import DOCUMENT, Origin, TokenArray, Tokens
+from gpt_jax.data.shards import DOCUMENT, Origin, TokenArray, Tokens, digest
 from gpt_jax.data.sources import Source
 from gpt_jax.data.tokenizer import Tokenizer, known_tokenizer
 from gpt_jax.errors import UsageError
@@ -76,4 +76,4 @@ def adopt(path: str, data: config.Data, wanted: Tokenizer | None, report: Callab
            f"{tokenizer.vocab:,} ids; {path} ({found.kind})")
     hashes = store.content_hashes(tuple(Source(Path(p).expanduser(), p) for p in paths), Path(data.cache).expanduser(), 1)
     return Prepared(train, held, tokenizer, Path(path).parent,
-                    cache.digest(hashes, tokenizer.fingerprint, None if data.eval_path else data.eval_fraction))
+                    digest(hashes, tokenizer.fingerprint, None if data.eval_path else data.eval_fraction))

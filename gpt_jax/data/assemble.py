@@ -16,9 +16,9 @@ import numpy as np
 
 from gpt_jax.data import corpus, shards, units
 from gpt_jax.data.readers import Tally
-from gpt_jax.data.shards import DOCUMENT, Digest, Origin
+from gpt_jax.data.shards import DOCUMENT, SIDES, Digest, Origin
 from gpt_jax.data.tokenizer import Tokenizer
-from gpt_jax.data.units import SIDES, WORK, Job, Unit, replace_file
+from gpt_jax.data.units import WORK, Job, Unit, replace_file
 
 INPUTS = "inputs.json"
 
@@ -47,7 +47,7 @@ def assemble(job: Job, todo: Sequence[Unit], made: Sequence[dict], counted: Sequ
         files[f"{name}/origins.json"] = replace_file(job.folder / name / "origins.json", json.dumps(origins).encode())
     return {"format": corpus.FORMAT, "content": content.hexdigest()[:20], "settings": about,
             "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab": tokenizer.vocab},
-            "dtype": units.id_type(tokenizer).name, "sources": sources, "counts": _counts(job, counted, dropped),
+            "dtype": shards.id_type(tokenizer.vocab).name, "sources": sources, "counts": _counts(job, counted, dropped),
             "files": dict(sorted(files.items()))}
 
 

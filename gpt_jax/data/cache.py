@@ -5,15 +5,13 @@ The cache is keyed by the content of the files, how they are split and what toke
 another cache and an unchanged one is found again.
 """
 
-import hashlib
-import json
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Callable
 
 from gpt_jax import config
 from gpt_jax.data import sources, split, store
-from gpt_jax.data.shards import Tokens
+from gpt_jax.data.shards import Tokens, digest
 from gpt_jax.data.tokenizer import Tokenizer, bpe_vocab, known_tokenizer, made_tokenizer
 from gpt_jax.errors import DataError, UsageError
 
@@ -34,11 +32,6 @@ def _made_tokenizer(corpus: split.Corpus, report: Callable[[str], None]) -> Toke
     if size := bpe_vocab(corpus.data.tokenizer):
         report(f"data: training a byte-level BPE of {size:,} tokens")
     return made_tokenizer(corpus.data.tokenizer, lambda: corpus.side(split.TRAIN), corpus.characters)
-
-
-def digest(*what) -> str:
-    """20 hex digits of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
 
 
 def _content(data: config.Data, found, held, hashes: list[str]) -> str:

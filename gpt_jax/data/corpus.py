@@ -20,13 +20,12 @@ from typing import Callable, Iterator, Mapping
 import numpy as np
 
 from gpt_jax.data import shards
-from gpt_jax.data.shards import Origin, TokenFile, Tokens
+from gpt_jax.data.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.data.tokenizer import Tokenizer, from_json
 from gpt_jax.errors import DataError, UsageError
 
 FORMAT = 1
 MANIFEST = "corpus.json"
-SIDES = ("train", "eval")
 LONGEST, SAMPLES, SAMPLE_TOKENS = 5, 3, 60  # of --inspect
 
 
@@ -123,12 +122,9 @@ def _open_side(folder: Path, side: str, counts: dict, dtype: np.dtype, origins: 
         return None
     files = tuple(TokenFile(folder / name, dtype, tokens) for name, tokens in counts["shards"])
     try:
-        offsets = shards.open_array(folder / f"{side}.offsets", np.dtype(np.int64), counts["documents"] + 1)
-        docs = shards.open_array(folder / f"{side}.docs", shards.DOCUMENT, counts["documents"])
+        offsets, docs = shards.open_index(folder / side, counts["documents"], sum(file.size for file in files))
     except ValueError as error:
-        raise DataError(f"{folder}: {error}") from None
-    if offsets[0] != 0 or offsets[-1] != sum(file.size for file in files) or (np.diff(offsets) < 0).any():
-        raise DataError(f"{folder / side}.offsets: does not fit the shards; {_remedy(folder.parent)}")
+        raise DataError(f"{folder}/{error}; {_remedy(folder.parent)}") from None
     return Tokens(side, files, offsets, docs, counts["bytes"], origins)
 
 

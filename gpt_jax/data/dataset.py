@@ -10,8 +10,8 @@ from typing import Callable, NamedTuple
 
 from gpt_jax import config
 from gpt_jax.data import adopt, cache, corpus, mirror
-from gpt_jax.data.cache import Prepared, digest
-from gpt_jax.data.shards import Tokens
+from gpt_jax.data.cache import Prepared
+from gpt_jax.data.shards import Tokens, digest
 from gpt_jax.data.tokenizer import Tokenizer, known_tokenizer
 from gpt_jax.errors import UsageError
 

@@ -15,7 +15,6 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 
-from gpt_jax.data.shards import text_hash as content_hash  # noqa: F401  64 bits that copies of one text share
 from gpt_jax.errors import UsageError
 
 Apply = Callable[[str], str | None]

@@ -7,7 +7,6 @@ assemble). Two phases when something has to be known of all documents first (dup
 import contextlib
 import fcntl
 import functools
-import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -20,7 +19,8 @@ from gpt_jax.data import assemble, corpus, filters, readers, remote, survey, uni
 from gpt_jax.data.engines import ENGINES, Work
 from gpt_jax.data.readers import Source
 from gpt_jax.data.sources import HUB, find
-from gpt_jax.data.tokenizer import Tokenizer, from_json, known_tokenizer, made_tokenizer
+from gpt_jax.data.shards import digest
+from gpt_jax.data.tokenizer import Tokenizer, from_json, is_char, known_tokenizer, made_tokenizer
 from gpt_jax.data.units import WORK, Job, Settings, Unit
 from gpt_jax.errors import DataError, UsageError
 
@@ -189,10 +189,6 @@ def _unit(name: str, number: int, pieces: list, size: float, stamps: Mapping, ab
     return Unit(name, number, tuple(pieces), int(size), digest(about, name, number, parts))
 
 
-def digest(*what) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
-
-
 # ---- the work ----
 
 
@@ -201,7 +197,7 @@ def _make(job: Job, found, stamps, about: dict, state: dict, known: Tokenizer | 
     settings, todo, scans, keys, dropped = job.settings, plan(found, stamps, job.settings, about), None, None, (0, 0)
     for name in found:
         (job.folder / name).mkdir(exist_ok=True)
-    if settings.dedup != "none" or settings.tokenizer.partition("+")[0] == "char":
+    if settings.dedup != "none" or is_char(settings.tokenizer):
         scans = run_phase(job, "scan", todo, survey.scan, engine, show)
     if settings.dedup != "none":
         keys, *dropped = survey.decide(job, todo, scans)

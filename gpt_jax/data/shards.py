@@ -8,6 +8,7 @@ benchmarks/data_format.py).
 """
 
 import hashlib
+import json
 import os
 import threading
 from array import array
@@ -22,6 +23,7 @@ from gpt_jax.errors import DataError
 
 # What is known of a document besides its ids: hash of its text, bytes of it in UTF-8, and where it came from.
 DOCUMENT = np.dtype([("hash", "<u8"), ("bytes", "<u8"), ("row", "<u4"), ("piece", "<u4")])
+SIDES = ("train", "eval")
 SUFFIXES = (".tokens", ".offsets", ".docs")
 OPEN_FILES = 256  # a thread keeps open; thousands of shards would be more than a process may have
 
@@ -156,12 +158,6 @@ class Tokens:
         return self.origins[int(row["piece"])].document(int(row["row"]))
 
 
-def in_memory(name: str, ids: np.ndarray, offsets, size: int) -> Tokens:
-    """Tokens that lie in no file; `size` in bytes of text."""
-    offsets = np.asarray(offsets, np.int64)
-    return Tokens(name, (TokenArray(ids),), offsets, np.zeros(len(offsets) - 1, DOCUMENT), size)
-
-
 class Digest(NamedTuple):
     """A finished file: its size in bytes and its SHA-256."""
 
@@ -221,6 +217,25 @@ def digest_of(path: Path) -> Digest:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         return Digest(os.fstat(file.fileno()).st_size, found)
+
+
+def digest(*what) -> str:
+    """20 hex digits of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
+
+
+def id_type(vocab: int) -> np.dtype:
+    """The smallest type that holds all ids below `vocab`."""
+    return np.dtype(np.uint16 if vocab <= 2**16 else np.uint32)
+
+
+def open_index(base: Path, documents: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets int64 [documents + 1], DOCUMENT [documents]) of a side, memory-mapped. ValueError when they do not fit a
+    side of so many documents and tokens."""
+    offsets = open_array(Path(f"{base}.offsets"), np.dtype(np.int64), documents + 1)
+    if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
+        raise ValueError(f"{base.name}.offsets does not fit its meta")
+    return offsets, open_array(Path(f"{base}.docs"), DOCUMENT, documents)
 
 
 def open_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:

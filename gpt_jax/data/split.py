@@ -11,8 +11,9 @@ from typing import Iterator
 import numpy as np
 
 from gpt_jax import config
-from gpt_jax.data.shards import text_hash
 from gpt_jax.data.readers import Document, Reading, Source, Tally, documents, whole
+from gpt_jax.data.shards import text_hash
+from gpt_jax.data.tokenizer import is_char
 from gpt_jax.errors import DataError, UsageError
 
 TRAIN, EVAL = "train", "eval"
@@ -97,7 +98,7 @@ def plan(sources: tuple[Source, ...], eval_sources: tuple[Source, ...], data: co
         size = 0
         for _, document in _read(group, data, tally):
             size = len(document.text)
-            characters.update(document.text if data.tokenizer.partition("+")[0] == "char" else "")
+            characters.update(document.text if is_char(data.tokenizer) else "")
             if group is sources:
                 sizes.append(size), hashes.append(text_hash(document.text))
         if group and not size:

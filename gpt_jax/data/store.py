@@ -19,14 +19,13 @@ from typing import Callable, Iterable, Iterator
 import numpy as np
 
 from gpt_jax.data import remote, shards
-from gpt_jax.data.shards import Origin, TokenFile, Tokens
+from gpt_jax.data.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.data.readers import Document
 from gpt_jax.data.sources import HUB, Source
 from gpt_jax.data.tokenizer import Tokenizer, from_json
 from gpt_jax.errors import UsageError
 
 FORMAT = 2
-SIDES = ("train", "eval")
 BATCH_CHARACTERS = 1 << 23  # tokenized at once: what is held in memory
 
 
@@ -58,7 +57,7 @@ def write(folder: Path, texts: Iterable[tuple[str, int, Document]], tokenizer: T
           report: Callable[[str], None], sources: list[str], about: dict) -> None:
     """Fills `folder` with the tokens of `texts` (side, number of the source, document); `sources` are their names, `about`
     goes into the meta, written last."""
-    dtype = np.uint16 if tokenizer.vocab <= 2**16 else np.uint32
+    dtype = shards.id_type(tokenizer.vocab)
     told, several = time.monotonic(), [False] * len(sources)
     with contextlib.ExitStack() as stack:
         sides = {side: shards.Writer(folder / side, dtype, tokenizer.eot) for side in SIDES}
@@ -79,7 +78,7 @@ def write(folder: Path, texts: Iterable[tuple[str, int, Document]], tokenizer: T
     origins = [[name, 0, many] for name, many in zip(sources, several)]
     shards.save(folder / "origins.json", json.dumps(origins).encode())
     shards.save(folder / "tokenizer.json", tokenizer.to_json().encode())
-    meta = {"format": FORMAT, "dtype": np.dtype(dtype).name, "tokenizer": tokenizer.fingerprint, **counts, **about}
+    meta = {"format": FORMAT, "dtype": dtype.name, "tokenizer": tokenizer.fingerprint, **counts, **about}
     shards.save(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
 
@@ -106,10 +105,7 @@ def _open(folder: Path, side: str, meta: dict, origins: tuple[Origin, ...]) -> T
     counts, file = meta[side], TokenFile(folder / f"{side}.tokens", np.dtype(meta["dtype"]), meta[side]["tokens"])
     if (size := os.path.getsize(file.path)) != file.size * file.dtype.itemsize:
         raise Unusable(f"{side}.tokens has {size} bytes, its meta says {file.size * file.dtype.itemsize}")
-    offsets = shards.open_array(folder / f"{side}.offsets", np.dtype(np.int64), counts["documents"] + 1)
-    docs = shards.open_array(folder / f"{side}.docs", shards.DOCUMENT, counts["documents"])
-    if offsets[-1] != file.size or (np.diff(offsets) < 0).any():
-        raise Unusable(f"{side}.offsets does not fit its meta")
+    offsets, docs = shards.open_index(folder / side, counts["documents"], file.size)
     return Tokens(side, (file,), offsets, docs, counts["bytes"], origins) if file.size else None
 
 

@@ -10,6 +10,7 @@ from typing import Callable, Sequence
 import numpy as np
 
 from gpt_jax.data import filters, units
+from gpt_jax.data.tokenizer import is_char
 from gpt_jax.data.units import WORK, Job, Unit
 from gpt_jax.errors import UsageError
 
@@ -40,7 +41,7 @@ def scan(job: Job, unit: Unit, tick: Callable[[int, int], None]) -> dict:
     """Reads a unit and writes `scan_files`; its marker also has `documents` (with text, dropped ones too) and the
     `characters` that occur, if the tokenizer is char."""
     numbers, hashes, signatures, characters, counts = [], [], [], set(), units.Counts()
-    wants_characters, near = job.settings.tokenizer.startswith("char"), job.settings.dedup.startswith("near")
+    wants_characters, near = is_char(job.settings.tokenizer), job.settings.dedup.startswith("near")
     documents = size = 0
     for text in units.read(job, unit, counts):
         numbers.append(text.number)

@@ -22,7 +22,7 @@ from gpt_jax.data.vocabulary import (CHAT_TOKENS, EOT, FIM_TOKENS, SPECIALS, Str
 from gpt_jax.errors import UsageError
 
 __all__ = ["CHAT_TOKENS", "EOT", "FIM_TOKENS", "KINDS", "SPECIALS", "Spec", "StreamDecoder", "Tokenizer", "bpe_vocab",
-           "byte_tokenizer", "char_tokenizer", "from_json", "json_tokenizer", "known_tokenizer", "made_tokenizer",
+           "byte_tokenizer", "char_tokenizer", "from_json", "is_char", "json_tokenizer", "known_tokenizer", "made_tokenizer",
            "parse_spec", "read_tokenizer", "train_bpe", "with_specials"]
 
 LARGEST_BPE = 10_000_000
@@ -61,6 +61,11 @@ def parse_spec(spec: str, field: str = "config.data.tokenizer") -> Spec:
 def bpe_vocab(spec: str) -> int:
     """N of `bpe:N`, or 0 when `spec` is no such thing; UsageError for an N that cannot be."""
     return parse_spec(spec).vocab
+
+
+def is_char(spec: str) -> bool:
+    """Whether the tokenizer is made of all characters that occur in the text."""
+    return parse_spec(spec).base == "char"
 
 
 def known_tokenizer(spec: str, field: str = "config.data.tokenizer") -> Tokenizer | None:

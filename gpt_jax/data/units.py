@@ -21,12 +21,11 @@ import numpy as np
 
 from gpt_jax.data import filters, readers, shards
 from gpt_jax.data.readers import Document, Piece, Reading, Tally
-from gpt_jax.data.shards import Digest
+from gpt_jax.data.shards import SIDES, Digest
 from gpt_jax.data.tokenizer import Tokenizer, from_json
 from gpt_jax.errors import DataError, UsageError
 
 WORK = "work"  # the folder of what is unfinished
-SIDES = ("train", "eval")
 BATCH_CHARACTERS = 1 << 20  # encoded at once; the library holds some 40 bytes a character of it while it does
 
 
@@ -245,7 +244,7 @@ def tokenize(job: Job, unit: Unit, tick: Callable[[int, int], None], *, fingerpr
     also has `sides`: {side: documents, tokens, bytes}. Memory: the largest document and 32 bytes for each."""
     tokenizer = _tokenizer(job.folder / WORK / "tokenizer.json", fingerprint)
     kept = np.fromfile(job.folder / keep_file(unit), bool) if keep else None
-    folder, dtype, counts = job.folder / unit.source, id_type(tokenizer), Counts()
+    folder, dtype, counts = job.folder / unit.source, shards.id_type(tokenizer.vocab), Counts()
     temporary = {side: folder / f".{side}-{unit.number:05d}-{uuid.uuid4().hex}" for side in SIDES}
     writers = {side: shards.Writer(temporary[side], dtype, tokenizer.eot) for side in SIDES}
     fraction = job.settings.eval_fraction
@@ -274,10 +273,6 @@ def tokenize(job: Job, unit: Unit, tick: Callable[[int, int], None], *, fingerpr
             for suffix in shards.SUFFIXES:
                 Path(f"{temporary[side]}{suffix}").unlink(missing_ok=True)
     return finish(job, "tokens", unit, files, counts, sides=sides)
-
-
-def id_type(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype(np.uint16 if tokenizer.vocab <= 2**16 else np.uint32)
 
 
 def unit_file(unit: Unit, side: str, suffix: str) -> str:
