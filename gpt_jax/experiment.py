@@ -18,7 +18,7 @@ from gpt_jax.model.transformer import Transformer, abstract_params, count_params
 from gpt_jax.train import checkpoint
 from gpt_jax.train.agreement import disagreements
 from gpt_jax.train.loss import Network
-from gpt_jax.train.optim import describe, make_optimizer
+from gpt_jax.train.optim import describe, make_optimizer, on_parts
 from gpt_jax.train.step import TrainState, eval_step, init_state, train_step
 
 
@@ -51,7 +51,7 @@ def choose_kernel(model: configs.Model, seq_len: int, mesh, segments: bool) -> t
     name, reason = kernels.choose(model.kernel, kernels.problem(model, seq_len, mesh.devices.flat[0].platform))
     line = f"attention kernel: {name} ({reason})"
     if name != "reference":
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows = sharding.row_parts(mesh)
         error = kernels.conformance(name, model, segments, rows)
         line += f"; differs from reference by {error:.1e} on these devices" + ", no segment leak" * segments
     return replace(model, kernel=name), line
@@ -66,7 +66,7 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
                          "prepare with --eval_fraction")
     vocab = data.tokenizer.vocab
     config = configs.resolve(config, vocab)
-    mesh = sharding.make_mesh(configs.check(config, jax.device_count(), vocab))
+    mesh = sharding.make_mesh(configs.check(config, jax.device_count(), vocab), across=configs.cross_slice(config.mesh))
     check_job(config, data)
     return build_on(config, mesh, data)
 
@@ -85,23 +85,45 @@ def check_job(config: configs.Config, data: Dataset) -> None:
                          "and the same text")
 
 
+class Steps(NamedTuple):
+    """What is compiled for a run: functions of abstract or real arrays on one mesh."""
+
+    make_state: Callable[[], TrainState]
+    abstract: TrainState  # shapes, dtypes and shardings of the state
+    train_step: Callable  # (state, batch) -> (state, Sums); donates the state
+    eval_step: Callable  # (params, batch) -> Sums
+
+
+def make_steps(config: configs.Config, mesh) -> Steps:
+    """The jitted functions of a resolved config whose kernel is a concrete one. Makes no array: the mesh may be of
+    devices that are not there (`gpt-jax plan`)."""
+    train, seed = config.train, config.seed
+    with jax.set_mesh(mesh):
+        model = config.model
+        network = make_network(model)
+        like = abstract_params(model)
+        tx = make_optimizer(config.optim, like, sharding.spread, jnp.dtype(model.dtype))
+        stored = lambda params: params
+        if config.mesh.zero == 1:
+            tx, stored = on_parts(tx, partial(sharding.lay_out, like=like), sharding.whole), sharding.whole
+        make_state = lambda: init_state(stored(init_params(model, jax.random.key(seed))), tx, train)
+        abstract = sharding.concrete(jax.eval_shape(make_state), mesh)
+        key = lambda: jax.random.fold_in(jax.random.key(seed), 1)  # init has the seed's own key
+        step = jax.jit(lambda state, batch: train_step(state, batch, key(), network=network, tx=tx, train=train),
+                       donate_argnums=0)
+        return Steps(jax.jit(make_state), abstract, step, jax.jit(partial(eval_step, network=network, train=train)))
+
+
 def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
     """`build` for a resolved config on a given mesh."""
-    train, seed = config.train, config.seed
+    train = config.train
     prompts = evals.sample_prompts(config.model, data.tokenizer, config.eval)
     config = replace(config, eval=replace(config.eval, sample_prompts=prompts))
     with jax.set_mesh(mesh):
         model, line = choose_kernel(config.model, train.seq_len, mesh, config.data.apart)
         config = replace(config, model=model)
-        network = make_network(model)
-        like = abstract_params(model)
-        tx = make_optimizer(config.optim, like, sharding.spread, jnp.dtype(model.dtype))
-        make_state = lambda: init_state(init_params(model, jax.random.key(seed)), tx, train)
-        abstract = sharding.concrete(jax.eval_shape(make_state), mesh)
-        key = lambda: jax.random.fold_in(jax.random.key(seed), 1)  # init has the seed's own key
-        jitted_step = jax.jit(lambda state, batch: train_step(state, batch, key(), network=network, tx=tx, train=train),
-                              donate_argnums=0)
-        whole = sharding.unsharded(abstract.params)
+        steps = make_steps(config, mesh)
+        whole = sharding.unsharded(steps.abstract.params)
         counts = count_params(model)
         notes = [describe_mesh(mesh), line,
                  f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, {counts['embedding']:,} looked up); "
@@ -110,10 +132,10 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
                  f"{'es' * (train.accumulate > 1)}, {train.batch_size * train.seq_len * train.steps:,} in all, "
                  f"{train.batch_size * train.seq_len * train.steps / counts['total']:.1f} per parameter",
                  *(f"optimiser: {row.optimizer} for {row.group}: {row.tensors} tensors, {row.parameters:,} parameters, "
-                   f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}" for row in describe(config.optim, like)),
+                   f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
+                   for row in describe(config.optim, steps.abstract.params)),
                  *(f"not sharded although over 1 MiB: {path}" for path in whole)]
-        return Parts(config, mesh, data, jax.jit(make_state), abstract, jitted_step,
-                     jax.jit(partial(eval_step, network=network, train=train)), tuple(notes))
+        return Parts(config, mesh, data, steps.make_state, steps.abstract, steps.train_step, steps.eval_step, tuple(notes))
 
 
 def describe_mesh(mesh) -> str:

@@ -1,42 +1,81 @@
 """Meshes, and the rules that lay logical axes over them (floor 0). What reshards lives here.
 
-Weights have two layouts. They are *stored* sharded over `fsdp` and `tensor` (ZeRO-3: Rajbhandari et al. 2020,
-arXiv:1910.02054) and *used* sharded over `tensor` alone (Shoeybi et al. 2019, arXiv:1909.08053): `use` casts and
-gathers a weight where it is multiplied, and its transpose scatters the gradient. The mesh has Explicit axis types, so a
-wrong layout is an error at trace time. Without a mesh (`jax.set_mesh` not called) every helper is the identity.
+Weights have two layouts. They are *stored* split over `fsdp` (and whatever else repeats the model: ZeRO-3, Rajbhandari
+et al. 2020, arXiv:1910.02054) and `tensor`, layers over `pipeline`, and *used* split over `tensor` alone (Shoeybi et al.
+2019, arXiv:1909.08053): `use` casts and gathers a weight where it is multiplied, and its transpose scatters the gradient.
+The mesh has Explicit axis types, so a wrong layout is an error at trace time. Without a mesh (`jax.set_mesh` not called)
+every helper is the identity.
 """
 
 import math
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+from gpt_jax.config import AXES, BATCH_AXES, FSDP_AXES
 from gpt_jax.errors import UsageError
 
-AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")  # slowest links first, tensor on the fastest
-BATCH_AXES = ("data", "fsdp")
-
-# Logical axis -> mesh axis. A name that is in neither table is a KeyError, never "replicated".
-STORED = {"layers": None, "vocab": "tensor", "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
-          "position": None, "scale": None, "gate": None}
-USED = STORED | {"embed": None, "batch": BATCH_AXES, "seq": None, "keys": None, "head_dim": None}
+# Logical axis -> mesh axes. A name that is in neither table is a KeyError, never "replicated".
+STORED = {"layers": None, "vocab": "tensor", "embed": FSDP_AXES, "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
+          "experts": "expert", "expert_embed": ("fsdp", "context"), "position": None, "scale": None, "gate": None}
+USED = STORED | {"embed": None, "expert_embed": None, "batch": BATCH_AXES, "seq": "context", "keys": None,
+                 "head_dim": None, "stream": ("context", "tensor"), "stages": "pipeline"}
 
 
-def make_mesh(shape: dict[str, int], devices=None) -> Mesh:
-    """A mesh with Explicit axis types from axis sizes by name (absent axes are 1); devices default to all."""
-    devices = jax.devices() if devices is None else devices
-    sizes = tuple(shape.get(axis, 1) for axis in AXES)
+def make_mesh(shape: dict[str, int], devices=None, across: dict[str, int] | None = None) -> Mesh:
+    """A mesh with Explicit axis types from axis sizes by name (absent axes are 1); devices default to all.
+
+    `across`: the part of each size that crosses slices. Inside a slice the last axes get the neighbouring chips; slices
+    are those of the hardware, else equal runs of the device list (hosts, for GPUs). UsageError for sizes that do not fit."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes, outer = (tuple((sizes or {}).get(axis, 1) for axis in AXES) for sizes in (shape, across))
     if math.prod(sizes) != len(devices):
         raise UsageError(f"config.mesh = {shape}: needs {math.prod(sizes)} devices, there are {len(devices)}")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    inner = tuple(size // part for size, part in zip(sizes, outer))
+    slices = _slices(devices, math.prod(outer))
+    grids = np.stack([mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in slices])
+    grid = grids.reshape(*outer, *inner).transpose([i for axis in range(len(AXES)) for i in (axis, axis + len(AXES))])
+    return Mesh(grid.reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _slices(devices: list, count: int) -> list[list]:
+    """The devices by slice, `count` of them."""
+    numbers = sorted({getattr(device, "slice_index", 0) for device in devices})
+    if len(numbers) > 1:
+        if len(numbers) != count:
+            raise UsageError(f"config.mesh.dcn_…: the cross-slice sizes multiply to {count}, and there are {len(numbers)} "
+                             f"slices; as in config.mesh.dcn_data={len(numbers)}")
+        return [[device for device in devices if device.slice_index == number] for number in numbers]
+    each = len(devices) // count
+    return [devices[i * each:(i + 1) * each] for i in range(count)]
 
 
 def _mesh():
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.are_all_axes_manual else mesh
+
+
+# What `using` has changed of USED, during the trace of a function.
+_CHANGED: ContextVar[dict] = ContextVar("changed", default={})
+STAGE = {"batch": ("data", "fsdp", "expert")}  # inside a pipeline stage, where `pipeline` lays out the stages
+WHOLE_ROWS = {"seq": None, "stream": None}  # where a sequence is not split: decoding
+
+
+@contextmanager
+def using(changes: dict):
+    """USED with `changes`, for what is traced inside. Enter it in the traced function itself, never around a call of a
+    jitted one: it is no part of a compiled function's key."""
+    token = _CHANGED.set(_CHANGED.get() | changes)
+    try:
+        yield
+    finally:
+        _CHANGED.reset(token)
 
 
 def spec(table: dict, axes: tuple[str | None, ...]) -> P:
@@ -48,20 +87,31 @@ def spec(table: dict, axes: tuple[str | None, ...]) -> P:
     return P(*parts)
 
 
+def used(*axes: str | None) -> P:
+    """The PartitionSpec of logical `axes` where they are computed with."""
+    return spec(USED | _CHANGED.get(), axes)
+
+
 def axis_size(axis: str) -> int:
     """Devices along mesh axis `axis` of the current mesh (1 without a mesh)."""
     mesh = _mesh()
     return 1 if mesh is None else mesh.shape[axis]
 
 
+def parts(axis: str) -> int:
+    """Pieces into which logical `axis` is cut where it is computed with (1 without a mesh)."""
+    names = (USED | _CHANGED.get())[axis]
+    return math.prod(axis_size(name) for name in ((names,) if isinstance(names, str) else names or ()))
+
+
 def batch_spec() -> P:
-    """How a [B, ...] batch lies on the mesh."""
-    return P(BATCH_AXES)
+    """How a column [B, T] of a batch lies on the mesh."""
+    return P(BATCH_AXES, "context")
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` laid out by the USED rules; the layout of an activation, stated where it is made."""
-    return x if _mesh() is None else jax.reshard(x, spec(USED, axes))
+    return x if _mesh() is None else jax.reshard(x, used(*axes))
 
 
 def use(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
@@ -71,7 +121,7 @@ def use(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
 
 def out(*axes: str | None) -> P | None:
     """`out_sharding` for jnp operations: the USED spec on a mesh, None without one."""
-    return None if _mesh() is None else spec(USED, axes)
+    return None if _mesh() is None else used(*axes)
 
 
 def stored(init: Callable, axes: tuple[str | None, ...]) -> Callable:
@@ -84,6 +134,35 @@ def stored(init: Callable, axes: tuple[str | None, ...]) -> Callable:
     return made
 
 
+def lay_out(tree, like):
+    """Every array of `tree` laid out as its counterpart in `like` (arrays or their abstract values)."""
+    return tree if _mesh() is None else jax.tree.map(lambda x, y: jax.reshard(x, jax.typeof(y).sharding.spec), tree, like)
+
+
+def relay(tree, change: Callable[[P], P]):
+    """Every array of `tree` moved from its layout to `change` of it."""
+    if _mesh() is None:
+        return tree
+    return jax.tree.map(lambda x: jax.reshard(x, change(jax.typeof(x).sharding.spec)), tree)
+
+
+def over_stages(tree):
+    """Stacks [layers, …] with their layers over the stages of the pipeline."""
+    return tree if axis_size("pipeline") == 1 else relay(tree, lambda spec: P("pipeline", *spec[1:]))
+
+
+def off_stages(tree):
+    """Stacks [layers, …] with all layers on every stage, to be scanned over."""
+    return tree if axis_size("pipeline") == 1 else relay(tree, lambda spec: P(None, *spec[1:]))
+
+
+def whole(tree):
+    """Every array of `tree` without the fsdp axes: each copy of the model holds it whole but for tensor, expert and
+    pipeline (what ZeRO-1 keeps of parameters)."""
+    drop = lambda part: None if part == FSDP_AXES or part == STORED["expert_embed"] else part
+    return relay(tree, lambda spec: P(*map(drop, spec)))
+
+
 def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
     """`x` reshaped, with the layout of the result stated (splitting a sharded dim needs it)."""
     return jax.lax.reshape(x, shape, out_sharding=out(*axes))
@@ -94,7 +173,7 @@ def local(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
     out by the USED rules first, or None for an argument that is None; `out_axes`: of the result, or a tuple of them."""
     if _mesh() is None:
         return fn
-    as_spec = lambda axes: P() if axes is None else spec(USED, axes)
+    as_spec = lambda axes: P() if axes is None else used(*axes)
     many = isinstance(out_axes[0], tuple)
     mapped = jax.shard_map(fn, in_specs=tuple(map(as_spec, in_axes)), check_vma=False,
                            out_specs=tuple(map(as_spec, out_axes)) if many else as_spec(out_axes))
@@ -111,31 +190,79 @@ def spread(x: jax.Array) -> jax.Array:
     if mesh is None:
         return x
     axes, size = [], 1
-    for axis in ("fsdp", "tensor", "data"):
+    for axis in ("pipeline", "expert", "fsdp", "context", "tensor", "data"):
         if mesh.shape[axis] > 1 and x.ndim == 3 and x.shape[0] % (size * mesh.shape[axis]) == 0:
             axes, size = [*axes, axis], size * mesh.shape[axis]
     return jax.reshard(x, P(tuple(axes) or None))
 
 
+# ---- the order of a row's tokens over the axis context ----
+
+def order(length: int, pieces: int) -> np.ndarray:
+    """Which token [T] stands at each place of a row cut over `pieces` devices: device i holds the i-th and the i-th last of
+    2 * pieces equal chunks, so that causal attention is equal work for all (Megatron-LM's context parallelism)."""
+    if pieces == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * pieces, -1)
+    return np.concatenate([chunks[[i, 2 * pieces - 1 - i]].ravel() for i in range(pieces)])
+
+
+def reorder(x: jax.Array, dim: int = 1, back: bool = False) -> jax.Array:
+    """`x` [B, T, …], no part of whose dim `dim` is elsewhere, from the text's order to the mesh's, or back."""
+    places = order(x.shape[dim], parts("seq"))
+    return x if parts("seq") == 1 else jnp.take(x, np.argsort(places) if back else places, axis=dim)
+
+
+def positions(length: int) -> jax.Array:
+    """0 … T - 1 as [1, T], in the mesh's order."""
+    return constrain(reorder(jnp.arange(length)[None]), None, "seq")
+
+
+def in_order(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
+    """`fn` of x [B, T, …] with whole rows in the text's order, laid out by `axes` again: for the few things that look
+    along a row and are no attention."""
+    if parts(axes[1]) == 1:
+        return fn(x)
+    rows = constrain(x, axes[0], *(None,) * (x.ndim - 1))
+    return constrain(reorder(fn(reorder(rows, back=True))), *axes)
+
+
+# ---- batches ----
+
+def row_parts(mesh: Mesh) -> int:
+    """Pieces into which the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def process_rows(mesh: Mesh, batch_size: int) -> slice:
     """The contiguous rows of a global batch that this process's devices hold."""
-    sharding = NamedSharding(mesh, batch_spec())
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
     slices = sorted({index[0].indices(batch_size)[:2]
                      for index in sharding.addressable_devices_indices_map((batch_size,)).values()})
     start, stop = slices[0][0], slices[-1][1]
     if any(end != begin for (_, end), (begin, _) in zip(slices, slices[1:])):
         raise UsageError("config.mesh: this process's devices hold rows of the batch that are not contiguous; "
-                         "put config.mesh.tensor inside a process")
+                         "put config.mesh.tensor and config.mesh.context inside a process")
     return slice(start, stop)
 
 
 def to_devices(mesh: Mesh, columns: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """This process's rows [b, ...] of every column as global arrays [batch_size, ...] on the mesh."""
-    sharding = NamedSharding(mesh, batch_spec())
+    """This process's rows [b, T] of every column as global arrays [batch_size, T] on the mesh, tokens in its order."""
+    sharding, pieces = NamedSharding(mesh, batch_spec()), mesh.shape["context"]
+    if pieces > 1:
+        columns = {name: value[:, order(value.shape[1], pieces)] for name, value in columns.items()}
     if sharding.is_fully_addressable:  # all rows are here: one call for all columns, half the time
         return jax.device_put(columns, sharding)
-    return {name: jax.make_array_from_process_local_data(sharding, value, (batch_size, *value.shape[1:]))
-            for name, value in columns.items()}
+    first = process_rows(mesh, batch_size).start
+
+    def place(value):
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            return value[start - first:stop - first, index[1]]
+
+        return jax.make_array_from_callback((batch_size, *value.shape[1:]), sharding, part)
+
+    return {name: place(value) for name, value in columns.items()}
 
 
 def concrete(abstract, mesh: Mesh):

@@ -32,10 +32,11 @@ def pytest_unconfigure(config):
 
 @pytest.fixture
 def mesh():
-    """A mesh of (data, fsdp, tensor) devices, the first ones of the eight: `with jax.set_mesh(mesh(2, 2, 2)):`."""
+    """A mesh of (data, fsdp, tensor) devices, and further axes by name, the first ones of the eight:
+    `with jax.set_mesh(mesh(2, 2, 2)):`."""
 
-    def make(data: int, fsdp: int, tensor: int):
-        shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    def make(data: int = 1, fsdp: int = 1, tensor: int = 1, **others: int):
+        shape = {"data": data, "fsdp": fsdp, "tensor": tensor} | others
         return sharding.make_mesh(shape, jax.devices()[:math.prod(shape.values())])
 
     return make

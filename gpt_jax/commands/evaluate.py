@@ -72,7 +72,7 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
         if not data.heldout:
             raise UsageError("the run held no text out (config.data.eval_fraction = 0); give some with --text")
         sources = data.heldout if len(data.parts) > 1 else {"held-out": data.parts[0].eval}
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_parts(mesh)
     batch_size = -(-(args.batch_size or config.eval.batch_size) // shards) * shards
     step = jax.jit(partial(eval_step, network=experiment.make_network(config.model), train=config.train))
     found, total = {}, {}

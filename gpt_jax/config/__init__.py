@@ -5,8 +5,10 @@ last place that sees a ConfigDict. Each room receives its own section. Values th
 checked in `check`, before anything compiles.
 """
 
-from gpt_jax.config.checks import check, mesh_shape, resolve, wsd_start
-from gpt_jax.config.fields import (DTYPES, ENDLESS, FFNS, INITS, KERNELS, MIXERS, NORMS, OBJECTIVES, OPTIMIZERS, POSITIONS,
-                                   REMATS, RESUMABLE, ROWS, SCHEDULES, SPLITS, WEIGHTS, Checkpoint, Config, Data, Eval,
+from gpt_jax.config.checks import check, resolve, wsd_start
+from gpt_jax.config.depth import Layout, LayerSpec, layer_specs, layout
+from gpt_jax.config.fields import (BALANCES, DENSE_FFNS, DISPATCHES, DTYPES, ENDLESS, FFNS, INITS, KERNELS, MIXERS, NORMS,
+                                   OBJECTIVES, OPTIMIZERS, POSITIONS, REMATS, RESUMABLE, ROUTERS, ROWS, SCHEDULES, SPLITS, WEIGHTS, Checkpoint, Config, Data, Eval,
                                    Group, Log, Mesh, Model, Optim, Train, knob)
+from gpt_jax.config.meshes import AXES, BATCH_AXES, FSDP_AXES, cross_slice, mesh_shape
 from gpt_jax.config.read import changes, flatten, from_dict, override, parse, to_dict, to_json

@@ -3,7 +3,9 @@
 import dataclasses
 import math
 
-from gpt_jax.config.fields import ENDLESS, FFNS, MIXERS, Config, Mesh, Optim
+from gpt_jax.config.depth import layer_specs, layout
+from gpt_jax.config.fields import ENDLESS, FFNS, MIXERS, Config, Optim
+from gpt_jax.config.meshes import BATCH_AXES, FSDP_AXES, mesh_shape
 from gpt_jax.errors import UsageError
 
 
@@ -16,6 +18,7 @@ def resolve(config: Config, vocab: int = 0) -> Config:
         kv_heads=model.kv_heads or model.heads,
         head_dim=model.head_dim or (0 if model.embed % model.heads else model.embed // model.heads),  # 0: check refuses
         mlp=model.mlp or 4 * model.embed,
+        expert_mlp=model.expert_mlp or model.mlp or 4 * model.embed,
         max_seq=model.max_seq or train.seq_len,
         vocab=model.vocab or -(-vocab // multiple) * multiple)
     return dataclasses.replace(
@@ -29,30 +32,13 @@ def wsd_start(optim: Optim) -> int:
     return optim.decay_steps - round(optim.decay_fraction * optim.decay_steps)
 
 
-def mesh_shape(mesh: Mesh, devices: int) -> dict[str, int]:
-    """Axis sizes in mesh order, with -1 filled in, for `devices` devices; UsageError when they do not multiply."""
-    sizes = {f.name: getattr(mesh, f.name) for f in dataclasses.fields(mesh)}
-    for axis, size in sizes.items():
-        if size == 0:
-            raise UsageError(f"config.mesh.{axis} = 0: expected a positive size, or -1 for what is left")
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise UsageError(f"config.mesh.{free[1]} = -1: only one axis may be -1, and config.mesh.{free[0]} is")
-    fixed = math.prod(size for size in sizes.values() if size > 0)
-    if devices % fixed or (not free and fixed != devices):
-        axes = ", ".join(f"config.mesh.{a} = {s}" for a, s in sizes.items() if s != 1) or "config.mesh.data = 1"
-        raise UsageError(f"{axes}: {fixed} does not match {devices} devices; "
-                         "set one axis to -1 or make the product equal")
-    return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
-
-
 def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[str, int]:
     """Everything that must agree across fields of a resolved config; returns the mesh's axis sizes.
 
     Raises UsageError for the first disagreement, naming field, value and way out."""
     model, train, optim = config.model, config.train, config.optim
     shape = mesh_shape(config.mesh, devices)
-    rows = shape["data"] * shape["fsdp"]
+    rows, split = (math.prod(shape[axis] for axis in axes) for axes in (BATCH_AXES, FSDP_AXES))
 
     def need(ok, path, way_out):
         if not ok:
@@ -89,17 +75,19 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
         need(size % shape["tensor"] == 0, f"model.{path}",
              f"must divide by config.mesh.tensor = {shape['tensor']}"
              + ("; set config.model.vocab_multiple" if path == "vocab" else ""))
-    need(model.embed % shape["fsdp"] == 0, "model.embed", f"must divide by config.mesh.fsdp = {shape['fsdp']}")
+    need(model.embed % split == 0, "model.embed", f"must divide by fsdp x expert x context = {split} of the mesh")
     values = model.kv_heads * model.head_dim  # width of the value embeddings' table, cut over fsdp like the embedding's
-    need(not model.value_embed or values % shape["fsdp"] == 0, "model.kv_heads",
-         f"times config.model.head_dim = {model.head_dim} must divide by config.mesh.fsdp = {shape['fsdp']} (value_embed)")
+    need(not model.value_embed or values % split == 0, "model.kv_heads",
+         f"times config.model.head_dim = {model.head_dim} must divide by fsdp x expert x context = {split} of the mesh "
+         "(value_embed)")
     micro = train.batch_size // train.accumulate
     need(train.batch_size % train.accumulate == 0, "train.batch_size",
          f"must divide by config.train.accumulate = {train.accumulate}")
     need(micro % rows == 0, "train.batch_size",
-         f"gives {micro} rows a microbatch, which must divide by data x fsdp = {rows} of the mesh; "
+         f"gives {micro} rows a microbatch, which must divide by pipeline x data x fsdp x expert = {rows} of the mesh; "
          f"try {-(-train.batch_size // (rows * train.accumulate)) * rows * train.accumulate}")
-    need(config.eval.batch_size % rows == 0, "eval.batch_size", f"must divide by data x fsdp = {rows} of the mesh")
+    need(config.eval.batch_size % rows == 0, "eval.batch_size",
+         f"must divide by pipeline x data x fsdp x expert = {rows} of the mesh")
     need(config.data.eval_fraction or config.data.eval_path or not config.eval.compare_xz, "eval.compare_xz",
          "needs held-out text, and config.data.eval_fraction is 0")
     need(not train.loss_chunk or train.seq_len % train.loss_chunk == 0, "train.loss_chunk",
@@ -110,4 +98,55 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
     need(optim.schedule != "wsd" or optim.warmup_steps <= decay_from, "optim.decay_fraction",
          f"decay would start at step {decay_from}, before config.optim.warmup_steps = {optim.warmup_steps} are over; "
          "lower one of them")
+    _check_sequence(need, config, shape)
+    _check_experts(need, config, shape)
+    _check_stages(need, config, shape)
     return shape
+
+
+def _check_sequence(need, config: Config, shape: dict) -> None:
+    """The sequence over context and, between matmuls, tensor."""
+    model, train, pieces, tensor = config.model, config.train, shape["context"], shape["tensor"]
+    need(pieces == 1 or train.seq_len % (2 * pieces) == 0, "train.seq_len",
+         f"must divide by 2 x config.mesh.context = {2 * pieces}")
+    need(pieces == 1 or not train.loss_chunk or train.loss_chunk % pieces == 0, "train.loss_chunk",
+         f"must divide by config.mesh.context = {pieces}")
+    need(pieces == 1 or not model.attention_dropout, "model.attention_dropout",
+         f"is not possible with config.mesh.context = {pieces}: no device has a whole map; set 0")
+    need(not model.shard_sequence or train.seq_len % (pieces * tensor) == 0, "train.seq_len",
+         f"must divide by context x tensor = {pieces * tensor} of the mesh (config.model.shard_sequence)")
+
+
+def _check_experts(need, config: Config, shape: dict) -> None:
+    """The mixture of experts, where the pattern has one."""
+    model, across = config.model, shape["expert"]
+    if all(ffn != "moe" for _, ffn in model.pattern):
+        return
+    need(model.experts_per_token <= model.experts, "model.experts_per_token",
+         f"is more than config.model.experts = {model.experts}")
+    need(model.experts % across == 0, "model.experts", f"must divide by config.mesh.expert = {across}")
+    need(model.expert_mlp % shape["tensor"] == 0, "model.expert_mlp",
+         f"must divide by config.mesh.tensor = {shape['tensor']}")
+    need(model.dispatch != "capacity" or shape["context"] == 1, "model.dispatch",
+         f"counts an expert's tokens over whole rows, and config.mesh.context = {shape['context']} cuts them; use dropless")
+
+
+def _check_stages(need, config: Config, shape: dict) -> None:
+    """Layers over pipeline stages."""
+    model, train, stages = config.model, config.train, shape["pipeline"]
+    if stages == 1:
+        return
+    plan, parts = layout(layer_specs(model)), stages * model.pipeline_rounds
+    repeats, period = plan.repeats, len(plan.period)
+    need(stages <= model.layers, "model.layers", f"is less than config.mesh.pipeline = {stages} stages; lower that")
+    need(repeats % parts == 0, "model.layers",
+         f"gives {repeats} repeats of {period} layer{'s' * (period > 1)}, which must divide by config.mesh.pipeline x "
+         f"config.model.pipeline_rounds = {parts}")
+    count, rows = model.pipeline_microbatches or stages, math.prod(shape[axis] for axis in BATCH_AXES) // stages
+    need(count >= stages, "model.pipeline_microbatches", f"is less than config.mesh.pipeline = {stages}")
+    for path, size in (("train.batch_size", train.batch_size // train.accumulate), ("eval.batch_size", config.eval.batch_size)):
+        need(size % (count * rows) == 0, path, f"gives {size} rows at a time, which must divide by microbatches x data x fsdp "
+             f"x expert = {count} x {rows} for the pipeline")
+    for path in ("dropout", "attention_dropout"):
+        need(not getattr(model, path), f"model.{path}", f"with config.mesh.pipeline = {stages} would differ from other meshes; "
+             "set 0")

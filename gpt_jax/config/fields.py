@@ -14,7 +14,11 @@ def knob(default, *, low=None, high=None, choices=None):
 NORMS = ("layernorm", "rmsnorm", "plain_rmsnorm")
 POSITIONS = ("learned", "rotary", "sinusoidal", "none")
 MIXERS = ("attention",)
-FFNS = ("relu", "gelu", "gelu_tanh", "relu2", "swiglu", "geglu")
+DENSE_FFNS = ("relu", "gelu", "gelu_tanh", "relu2", "swiglu", "geglu")
+FFNS = (*DENSE_FFNS, "moe")
+ROUTERS = ("softmax", "sigmoid")
+BALANCES = ("none", "aux", "bias")
+DISPATCHES = ("dropless", "capacity")
 KERNELS = ("auto", "reference", "blocked", "xla", "cudnn", "splash")
 REMATS = ("none", "block", "dots", "offload")
 INITS = ("gpt2", "xavier", "modern")
@@ -72,11 +76,32 @@ class Model:
     smear: bool = False  # each token gets a gated share of the one before it
     smear_gate: int = knob(24, low=1)  # channels of the embedding that drive the gate
     backout: bool = False  # a learned share of the stream halfway up is taken off at the end
+    experts: int = knob(8, low=1)  # of a feed-forward "moe" in the pattern
+    experts_per_token: int = knob(2, low=1)  # that each token is sent to, the highest scores first
+    expert_mlp: int = knob(0, low=0)  # hidden width of one expert; 0: mlp
+    expert_ffn: str = knob("swiglu", choices=DENSE_FFNS)  # what an expert is
+    shared_experts: int = knob(0, low=0)  # experts that every token goes through, besides
+    router: str = knob("softmax", choices=ROUTERS)  # scores of the experts
+    router_normalize: bool = True  # the chosen experts' scores are scaled to a sum of 1
+    router_z_loss: float = knob(0.0, low=0.0)  # weight of the router's log(Z)^2
+    balance: str = knob("aux", choices=BALANCES)  # how experts get equal shares: a loss, or a bias on the choice
+    balance_weight: float = knob(0.01, low=0.0)  # of the loss (aux)
+    balance_rate: float = knob(0.001, low=0.0)  # step of the bias (bias)
+    dispatch: str = knob("dropless", choices=DISPATCHES)  # capacity: what exceeds an expert's share of a row is left out
+    capacity_factor: float = knob(1.25, low=0.0)  # that share, in parts of an equal one
     init: str = knob("gpt2", choices=INITS)
     dtype: str = knob("float32", choices=DTYPES)  # of matmuls; parameters and sums stay float32
     kernel: str = knob("auto", choices=KERNELS)  # attention kernel; a named one runs or raises
     remat: str = knob("none", choices=REMATS)  # what the backward pass recomputes
     unroll: int = knob(1, low=0)  # layer periods per scan iteration; 0: all (same parameters, longer compile)
+    shard_sequence: bool = False  # between matmuls the stream's sequence is split over the axis tensor too
+    pipeline_rounds: int = knob(1, low=1)  # times that a microbatch goes round the stages; more rounds, smaller bubble
+    pipeline_microbatches: int = knob(0, low=0)  # of a (micro)batch in the pipeline; 0: as many as stages
+
+    @property
+    def stream(self) -> str:
+        """The logical axis of the stream's sequence between matmuls."""
+        return "stream" if self.shard_sequence else "seq"
 
 
 @dataclass(frozen=True)
@@ -119,14 +144,22 @@ class Data:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; one may be -1 and takes what is left (read by gpt_jax/sharding.py)."""
+    """Devices along each axis inside a slice (an NVLink or ICI domain; without slices, in all), and across slices
+    (`dcn_`, over the network). One in-slice size may be -1 and takes what is left (read by gpt_jax/sharding.py)."""
 
-    data: int = knob(-1, low=-1)
-    fsdp: int = knob(1, low=-1)
-    tensor: int = knob(1, low=-1)
-    context: int = knob(1, low=1, high=1)  # reserved
-    expert: int = knob(1, low=1, high=1)  # reserved
-    pipeline: int = knob(1, low=1, high=1)  # reserved
+    pipeline: int = knob(1, low=-1)  # stages of layers
+    data: int = knob(-1, low=-1)  # copies of everything
+    fsdp: int = knob(1, low=-1)  # parameters, gradients and optimiser state split, see zero
+    expert: int = knob(1, low=-1)  # experts of a mixture split; all other weights as over fsdp
+    context: int = knob(1, low=-1)  # the sequence split (ring attention); weights as over fsdp
+    tensor: int = knob(1, low=-1)  # heads, feed-forward and vocabulary split
+    dcn_pipeline: int = knob(1, low=1)
+    dcn_data: int = knob(1, low=1)
+    dcn_fsdp: int = knob(1, low=1)
+    dcn_expert: int = knob(1, low=1)
+    dcn_context: int = knob(1, low=1)
+    dcn_tensor: int = knob(1, low=1)
+    zero: int = knob(3, choices=(1, 3))  # what fsdp splits. 3: parameters, gradients, optimiser state; 1: the last alone
 
 
 @dataclass(frozen=True)
@@ -240,4 +273,5 @@ class Config:
 RESUMABLE = ("log", "eval", "checkpoint", "mesh", "train.steps", "train.hang_minutes", "train.accumulate",
              "train.loss_chunk", "data.path", "data.eval_path", "data.cache", "data.workers",
              "data.prefetch", "data.threads", "data.source_paths",
-             "model.kernel", "model.remat", "model.unroll", "optim.learning_rate", "optim.decay_steps")
+             "model.kernel", "model.remat", "model.unroll", "model.shard_sequence", "model.pipeline_rounds",
+             "model.pipeline_microbatches", "optim.learning_rate", "optim.decay_steps")

@@ -43,7 +43,7 @@ def _coerce(kind, value, path: str):
 def _limits(spec: dataclasses.Field, value, path: str) -> None:
     low, high, choices = (spec.metadata.get(k) for k in ("low", "high", "choices"))
     if choices is not None and value not in choices:
-        raise UsageError(f"{path} = {value!r}: choose one of {', '.join(choices)}")
+        raise UsageError(f"{path} = {value!r}: choose one of {', '.join(map(str, choices))}")
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"{low} (reserved)" if low == high else f"from {low} to {high}"
         raise UsageError(f"{path} = {value!r}: expected {bounds}")

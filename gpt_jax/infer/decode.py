@@ -179,7 +179,7 @@ def _kernels_once(params, dtype: str):
 
 def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
     """(tokens [B, T], lengths [B], seen [B, vocab], Knobs) for `rows` of (prompt, sample), padded to the bucket."""
-    shards = sharding.axis_size("data") * sharding.axis_size("fsdp")
+    shards = sharding.parts("batch")
     B = shards * bucket(-(-len(rows) // shards))
     T = min(bucket(max(len(prompts[p]) for p, _ in rows), SMALLEST_BUCKET), context)
     tokens = np.zeros((B, T), np.int32)
@@ -243,7 +243,7 @@ def stream(model: config.Model, params, tokenizer: Tokenizer, prompts: Sequence[
     model = dataclasses.replace(model, remat="none", dropout=0.0, attention_dropout=0.0)
     fitted = [fit_prompt(i + 1, text, tokenizer, model.max_seq, sampling, report) for i, text in enumerate(prompts)]
     rows = [(p, s) for p in range(len(fitted)) for s in range(sampling.num_samples)]
-    params = _kernels_once(params, model.dtype)
+    params = _kernels_once(params | {"blocks": sharding.off_stages(params["blocks"])}, model.dtype)
     groups = (rows[i:i + max_rows] for i in range(0, len(rows), max_rows))
     return (piece for group in groups for piece in _stream_rows(model, params, tokenizer, fitted, group, sampling))
 

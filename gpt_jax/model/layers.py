@@ -13,12 +13,15 @@ from gpt_jax import config, sharding
 from gpt_jax.model.init import make_init
 
 
-def matmul(x: jax.Array, kernel: jax.Array, out_axis: str | None, precise=None) -> jax.Array:
-    """x [B, T, D] @ kernel [D, F] -> [B, T, F], on activations flattened to two dims: XLA's CPU backend runs the
-    backward pass of the three-dim form at half the speed, and no other backend minds. `precise`: the result's dtype."""
+def matmul(x: jax.Array, kernel: jax.Array, out_axis: str | None, precise=None, seq: str = "seq") -> jax.Array:
+    """x [B, T, D] @ kernel [D, F] -> [B, T, F]; `seq`: how the result's T is laid out, `precise`: its dtype. Where no
+    mesh axis cuts T, on activations flattened to two dims: XLA's CPU backend runs the backward pass of the three-dim form
+    at half the speed, and no other backend minds."""
+    if sharding.parts(seq) > 1:
+        return jnp.matmul(x, kernel, preferred_element_type=precise, out_sharding=sharding.out("batch", seq, out_axis))
     rows = x.reshape(-1, x.shape[-1])
     y = jnp.matmul(rows, kernel, preferred_element_type=precise, out_sharding=sharding.out("batch", out_axis))
-    return sharding.reshape(y, (*x.shape[:-1], kernel.shape[-1]), "batch", "seq", out_axis)
+    return sharding.reshape(y, (*x.shape[:-1], kernel.shape[-1]), "batch", seq, out_axis)
 
 
 class Weights(nn.Module):
@@ -44,13 +47,19 @@ class Weights(nn.Module):
 
 def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
     """x [B, T, in] through several linear maps -> one [B, T, features] each. Where no mesh axis splits the features the
-    kernels are joined into one matmul: fewer and larger ones, 5 % of a small step on a CPU."""
+    kernels are joined into one matmul: fewer and larger ones, 5 % of a small step on a CPU. With `shard_sequence` the
+    stream is gathered over tensor on the way in and scattered on the way out (Korthikanti et al. 2022)."""
+    inside, model = maps[0].axes[0], maps[0].model
+    back = inside in ("heads", "mlp")  # to the stream: the sum over tensor ends here
+    if model.shard_sequence and not back:
+        x = sharding.constrain(x, "batch", "seq", None)
     weights = [linear(x.shape[-1]) for linear in maps]
     if len(maps) > 1 and sharding.axis_size("tensor") == 1:
         ends = np.cumsum([linear.features for linear in maps])[:-1]
         parts = jnp.split(matmul(x, jnp.concatenate([kernel for kernel, _ in weights], 1), None), ends, -1)
     else:
-        parts = [matmul(x, kernel, linear.axes[1]) for linear, (kernel, _) in zip(maps, weights)]
+        parts = [matmul(x, kernel, linear.axes[1], seq=model.stream if back else "seq")
+                 for linear, (kernel, _) in zip(maps, weights)]
     return [y if bias is None else y + bias for y, (_, bias) in zip(parts, weights)]
 
 
@@ -123,8 +132,8 @@ def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
     """x [B, T, D] with entries dropped at `rate`, only when the caller passed a "dropout" key to `apply`."""
     if rate == 0.0 or not module.has_rng("dropout"):
         return x
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
-    return jnp.where(sharding.constrain(keep, "batch", "seq", None), x / (1 - rate), 0).astype(x.dtype)
+    keep = sharding.reorder(jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape))
+    return jnp.where(sharding.lay_out(keep, x), x / (1 - rate), 0).astype(x.dtype)
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

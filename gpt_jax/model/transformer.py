@@ -7,14 +7,15 @@ Shapes: B batch, T sequence, D embed, V vocab. Parameter paths are API:
 """
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gpt_jax import config, sharding
+from gpt_jax.config import LayerSpec, layer_specs, layout
 from gpt_jax.errors import UsageError
+from gpt_jax.model import pipeline
 from gpt_jax.model.attention import Attention, Context, append, cache_slots
 from gpt_jax.model.init import make_init, residual_ramp
 from gpt_jax.model.layers import (Embed, Mlp, Norm, Weights, dropout, matmul, project, rotary_frequencies, sinusoids,
@@ -24,41 +25,6 @@ MIXERS = {"attention": Attention}
 REMATS = {"block": None,  # recompute the block from its input
           "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results
           "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")}
-
-
-class LayerSpec(NamedTuple):
-    mixer: str
-    ffn: str
-    window: int
-    value_embed: bool
-
-
-class Layout(NamedTuple):
-    """`repeats` times the layers `period`, then the layers `tail`."""
-
-    period: tuple[LayerSpec, ...]
-    repeats: int
-    tail: tuple[LayerSpec, ...]
-
-
-def layer_specs(model: config.Model) -> tuple[LayerSpec, ...]:
-    """One row a layer: patterns tiled over depth."""
-    layers, last = model.layers, model.layers - 1
-    window = lambda i: 0 if i == last and model.last_window_full else model.windows[i % len(model.windows)]
-    return tuple(LayerSpec(*model.pattern[i % len(model.pattern)], window(i), model.value_embed and (last - i) % 2 == 0)
-                 for i in range(layers))
-
-
-def layout(specs: tuple[LayerSpec, ...]) -> Layout:
-    """The split that compiles the fewest layers."""
-
-    def split(size):
-        repeats = 1
-        while specs[repeats * size:(repeats + 1) * size] == specs[:size]:
-            repeats += 1
-        return Layout(specs[:size], repeats, specs[repeats * size:])
-
-    return min(map(split, range(1, len(specs) + 1)), key=lambda found: len(found.period) + len(found.tail))
 
 
 class Block(nn.Module):
@@ -156,6 +122,10 @@ class Transformer(nn.Module):
     def step(self, batch: dict, cache: dict, lengths: jax.Array) -> tuple[jax.Array, dict]:
         """One pass with a KV cache from `make_cache`: a prompt of which `lengths` [B] tokens are real (right-padded), or
         one token a row with `lengths` tokens before it. -> (hidden [B, T, D], cache)."""
+        with sharding.using(sharding.WHOLE_ROWS):
+            return self._step(batch, cache, lengths)
+
+    def _step(self, batch, cache, lengths):
         hidden, new = self._forward(batch, cache, lengths)
         if batch["tokens"].shape[1] > 1:
             return hidden, new
@@ -180,8 +150,9 @@ class Transformer(nn.Module):
         tokens = batch["tokens"]
         if model.position == "learned" and tokens.shape[1] > model.max_seq:  # a lookup beyond the table would clamp
             raise UsageError(f"{tokens.shape[1]} tokens do not fit the model's context of {model.max_seq}")
-        position = batch["position"] if "position" in batch else jnp.arange(tokens.shape[1])[None]
-        block = jnp.cumsum(batch["ar"], axis=1, dtype=jnp.int32) if "ar" in batch else None
+        position = batch["position"] if "position" in batch else sharding.positions(tokens.shape[1])
+        running = lambda ar: jnp.cumsum(ar, axis=1, dtype=jnp.int32)
+        block = sharding.in_order(running, batch["ar"], "batch", "seq") if "ar" in batch else None
         angles = None
         if model.position == "rotary":
             radians = position[..., None].astype(jnp.float32) * rotary_frequencies(model)
@@ -191,12 +162,17 @@ class Transformer(nn.Module):
         extra = {}
         if model.smear:
             x, extra["previous"] = self._smear(x, context, cache)
+        x = sharding.constrain(x, "batch", model.stream, None)
         scalars = self.residual() if model.residual_scalars else None
         split = len(plan.period) * plan.repeats
         stacked = None if scalars is None else tuple(s[:split].reshape(plan.repeats, -1) for s in scalars)
         caches = (None, None) if cache is None else (cache["blocks"], cache["tail"])
         carry = (x, x, jnp.zeros_like(x) if model.backout else None)
-        carry, blocks = self.blocks(carry, jnp.arange(0, split, len(plan.period)), stacked, caches[0], context)
+        firsts = jnp.arange(0, split, len(plan.period))
+        if sharding.axis_size("pipeline") > 1 and cache is None and not self.is_initializing():
+            carry, blocks = self._through_stages(carry, firsts, stacked, context), None
+        else:
+            carry, blocks = self.blocks(carry, firsts, stacked, caches[0], context)
         tail = caches[1]
         if plan.tail:
             rest = None if scalars is None else tuple(s[split:] for s in scalars)
@@ -206,15 +182,30 @@ class Transformer(nn.Module):
             x = x - self.backout().astype(x.dtype) * half
         if model.final_norm:
             x = self.final_norm(x)
+        x = sharding.constrain(x, "batch", "seq", None)
         return x, None if cache is None else {"blocks": blocks, "tail": tail} | extra
+
+    def _through_stages(self, carry, firsts, scalars, context):
+        """The stream after the scanned layers, which stand in stages over the mesh axis pipeline."""
+        model, period = self.model, Period(self.model, self.plan.period, looped=True, parent=None)
+        shared = context.angles is not None and context.angles[0].shape[0] == 1  # by all rows
+
+        def layer(carry, weights, columns):
+            params, first, scalars = weights
+            context = columns._replace(angles=angles) if shared else columns
+            return period.apply({"params": params}, carry, first, scalars, None, context)[0]
+
+        angles, columns = context.angles, context._replace(angles=None) if shared else context
+        stacked = (self.variables["params"]["blocks"], firsts, scalars)
+        return pipeline.run(layer, stacked, carry, columns, model.pipeline_rounds, model.pipeline_microbatches)
 
     def _smear(self, x, context, cache):
         """(x with its predecessors' share, [B, D] what the next token's predecessor is when there is a cache)."""
         if cache is not None and x.shape[1] == 1:
             return self.smear(x, cache["previous"][:, None]), x[:, 0]
-        before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        before = sharding.in_order(lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1], x, "batch", "seq", None)
         if context.segment is not None:
-            segment = jnp.pad(context.segment, ((0, 0), (1, 0)))[:, :-1]
+            segment = sharding.in_order(lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1], context.segment, "batch", "seq")
             before = jnp.where((segment == context.segment)[..., None], before, 0)
         last = None
         if cache is not None:
@@ -244,9 +235,8 @@ class PositionTable(nn.Module):
         table = self.param("table", sharding.stored(make_init("position", self.model), axes),
                            (self.model.max_seq, self.model.embed))
         table = sharding.use(table, axes, jnp.float32)
-        if shared:
-            return table[position]
-        return sharding.local(lambda t, p: t[p], (axes, ("batch", "seq")), ("batch", "seq", None))(table, position)
+        rows = None if shared else "batch"
+        return sharding.local(lambda t, p: t[p], (axes, (rows, "seq")), (rows, "seq", None))(table, position)
 
 
 class ResidualScalars(nn.Module):
@@ -317,9 +307,10 @@ def make_cache(model: config.Model, rows: int, length: int) -> dict:
 
 def init_params(model: config.Model, key: jax.Array) -> dict:
     """Fresh parameters, float32, laid out by the STORED rules; the same values on every mesh. Call it under jit."""
-    rows = sharding.axis_size("data") * sharding.axis_size("fsdp")
-    tokens = sharding.constrain(jnp.zeros((rows, 1), jnp.int32), "batch", "seq")
-    return Transformer(replace(model, kernel="reference")).init(key, {"tokens": tokens})["params"]
+    with sharding.using(sharding.WHOLE_ROWS):
+        tokens = sharding.constrain(jnp.zeros((sharding.parts("batch"), 1), jnp.int32), "batch", "seq")
+        params = Transformer(replace(model, kernel="reference")).init(key, {"tokens": tokens})["params"]
+    return params | {"blocks": sharding.over_stages(params["blocks"])}
 
 
 def abstract_params(model: config.Model) -> dict:

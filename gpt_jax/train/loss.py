@@ -57,9 +57,9 @@ def batch_sums(network: Network, params, batch: dict, key, train: config.Train) 
     if not train.loss_chunk or train.loss_chunk >= hidden.shape[1]:
         return objective(network.unembed(params, hidden), batch, train)
 
-    def chunks(x):
-        shape = (x.shape[0], x.shape[1] // train.loss_chunk, train.loss_chunk, *x.shape[2:])
-        return jnp.moveaxis(sharding.reshape(x, shape, "batch", None, "seq", *(None,) * (x.ndim - 2)), 1, 0)
+    def chunks(x):  # the tokens of a chunk are apart, so that each device splits its own; sums do not mind
+        shape = (x.shape[0], train.loss_chunk, x.shape[1] // train.loss_chunk, *x.shape[2:])
+        return jnp.moveaxis(sharding.reshape(x, shape, "batch", "seq", None, *(None,) * (x.ndim - 2)), 2, 0)
 
     @jax.checkpoint
     def one(params, hidden, columns):

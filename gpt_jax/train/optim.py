@@ -205,6 +205,17 @@ def make_optimizer(optim: config.Optim, params_like, spread: Callable = lambda x
                        optax.partition(used, labels))
 
 
+def on_parts(tx: optax.GradientTransformation, split: Callable, whole: Callable) -> optax.GradientTransformation:
+    """`tx` with its state, and its work, on `split` parameters and gradients, and its updates `whole` again: ZeRO-1
+    (Rajbhandari et al. 2020). Both functions lay out a tree shaped like the parameters."""
+
+    def update(grads, state, params):
+        updates, state = tx.update(split(grads), state, split(params))
+        return whole(updates), state
+
+    return optax.GradientTransformation(lambda params: tx.init(split(params)), update)
+
+
 def ema_init(params):
     """Averaged weights at the start: a copy of `params` (a copy, so that both may be donated)."""
     return jax.tree.map(jnp.copy, params)

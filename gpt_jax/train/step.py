@@ -30,8 +30,7 @@ def _microbatches(batch: dict, count: int) -> dict:
     rows, and which rows meet makes no difference to sums."""
 
     def split(x):
-        rest = (None,) * (x.ndim - 1)
-        x = sharding.reshape(x, (x.shape[0] // count, count, *x.shape[1:]), "batch", None, *rest)
+        x = sharding.reshape(x, (x.shape[0] // count, count, *x.shape[1:]), "batch", None, "seq")
         return jnp.swapaxes(x, 0, 1)
 
     return jax.tree.map(split, batch)
