@@ -1,4 +1,4 @@
-"""What the hardware could do and what the model asks of it: peak FLOP/s, FLOPs a token, MFU (floor 0).
+"""What the hardware could do and what the model asks of it: peaks, memories, links; FLOPs a token, MFU (floor 0).
 
 Called by gpt_jax/experiment.py and the planner. A device that is not in the table has no peak, so its MFU is not
 reported: a number under a guessed peak is worse than none. On a CPU the peak is measured, in float32.
@@ -35,6 +35,47 @@ PEAKS = (
     (r"NVIDIA GB200( \d+GB HBM3e)?", 2500e12),
     (r"AMD Instinct MI300X( OAM)?", 1307.4e12),
 )
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one JAX device of a kind has, for `gpt-jax plan`. Bytes, bytes a second and one direction throughout."""
+
+    kind: str  # `device_kind`, a key of PEAKS
+    platform: str  # tpu or gpu
+    memory: int  # what a program may fill
+    bandwidth: float  # of that memory
+    link: float  # of one ICI link; GPUs: NVLink of one GPU in all
+    dims: int  # of the torus; 0: a switch
+    network: float  # to other slices (TPU) or hosts (GPU)
+    per_host: int  # devices of a host
+    per_chip: int = 1  # devices of a chip
+    clock: float = 0.0  # Hz of the compiler's cycles; TPU
+
+
+GIB = 2**30
+# By the name that --topology takes. Sources, read in 2026.
+# TPU memory: what libtpu 0.0.42 says a program may use when it refuses a larger one; v4, whose two cores JAX drives as one
+#   device, from the data sheet less what v5p keeps back.
+# TPU bandwidths: the tables of Google Cloud's pages v4, v5e, v5p, v6e and TPU7x: memory 1,200, 819, 2,765, 1,638 and 7,380
+#   GB/s a chip; ICI both ways a chip 600, 400, 1,200, 800 and 1,200 GB/s, over 6 links (3-D torus) or 4 (2-D); data centre
+#   network 50, 25, 50, 100 and 100 Gb/s a chip (v4 and v5e: "How to Scale Your Model", chapter 2). TPU7x: half of the
+#   chip's a device.
+# TPU clocks: peak of PEAKS / (2 x rows x columns x arrays of the matrix units: 8 of 128 x 128 on v4 and v5p, 4 on v5e, 4 of
+#   256 x 256 on v6e and TPU7x). An 8,192-cubed matmul was compiled for each: its cycles give 70 to 90 % of that peak.
+# GPUs: data sheets H100 SXM (80 GB, 3.35 TB/s, NVLink 900 GB/s both ways), H200 SXM (141 GB, 4.8 TB/s, 900), HGX B200 (180
+#   GB, 7.7 TB/s, 1,800) and the DGX systems' 400 Gb/s of InfiniBand a GPU. Memory: what the driver shows to XLA (its own
+#   target descriptions) times 0.9, for which XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 has to be set (JAX takes 0.75).
+CHIPS = {
+    "v4": Chip("TPU v4", "tpu", int(31.7 * GIB), 1.2e12, 50e9, 3, 6.25e9, 4, 1, 1.049e9),
+    "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 819e9, 50e9, 2, 3.125e9, 4, 1, 1.503e9),
+    "v5p": Chip("TPU v5", "tpu", int(95.74 * GIB), 2765e9, 100e9, 3, 6.25e9, 4, 1, 1.751e9),
+    "v6e": Chip("TPU v6 lite", "tpu", int(31.25 * GIB), 1638e9, 100e9, 2, 12.5e9, 4, 1, 1.751e9),
+    "TPU7x": Chip("TPU7x", "tpu", int(94.75 * GIB), 3690e9, 100e9, 3, 6.25e9, 8, 2, 2.2e9),
+    "h100": Chip("NVIDIA H100 80GB HBM3", "gpu", int(0.9 * 84_942_979_072), 3352e9, 450e9, 0, 50e9, 8),
+    "h200": Chip("NVIDIA H200", "gpu", int(0.9 * 151_397_597_184), 4800e9, 450e9, 0, 50e9, 8),
+    "b200": Chip("NVIDIA B200", "gpu", int(0.9 * 191_514_411_008), 7672e9, 900e9, 0, 50e9, 8),
+}
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -17,6 +17,20 @@ EXIT_CODES = {
     51: "no valid checkpoint",
 }
 
+# What every launcher does with a code: start the same command again, which resumes, or stop. Stopping is for what a
+# restart repeats: bad input, divergence, broken hardware, a bug (1).
+RESTARTABLE = (10, 40, 41, 50)
+# A process that did not end by itself, as shells, SLURM and Kubernetes count: 128 and the signal. Killed for memory, with its
+# machine, or before it could save: as good a reason to restart as 40.
+SIGNALLED = (134, 135, 137, 139, 143)  # ABRT BUS KILL SEGV TERM
+RESTART_SECONDS = 5, 300  # before the first restart, and at most: the wait doubles in between
+
+
+def restart_seconds(restarts: int) -> int:
+    """How long to wait before restart number `restarts` (0: the first)."""
+    first, most = RESTART_SECONDS
+    return min(most, first * 2 ** min(restarts, 16))
+
 
 class Exit(Exception):
     """A planned end of the program: `code` is a key of `EXIT_CODES`, the message one clear line."""

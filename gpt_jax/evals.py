@@ -28,8 +28,8 @@ def heldout_metrics(sums: Sums) -> dict[str, float]:
 
 
 def by_source(found: Mapping[str, Mapping[str, float]], shares: Mapping[str, float]) -> dict[str, float]:
-    """`eval/<metric>` of {source: metrics}: of the only source, or the mean weighted by the sources' `shares` of training
-    (perplexity: of the mean loss), and then `eval/<source>/<metric>` besides."""
+    """`eval/<metric>` of {source: metrics}: of the only source, or the mean weighted by the sources' `shares` of the rows
+    trained on (perplexity: of the mean loss), and then `eval/<source>/<metric>` besides."""
     total = sum(shares[name] for name in found)
     weight = {name: shares[name] / total if total else 1 / len(found) for name in found}
     mean = {metric: sum(weight[name] * found[name][metric] for name in found) for metric in next(iter(found.values()))}

@@ -12,6 +12,7 @@ from gpt_jax import config as configs
 from gpt_jax import devices, evals, sharding
 from gpt_jax.data import dataset
 from gpt_jax.data.dataset import Dataset
+from gpt_jax.data.pipeline import check_sizes, make_examples
 from gpt_jax.errors import UsageError
 from gpt_jax.model import kernels
 from gpt_jax.model.transformer import Transformer, abstract_params, count_params, init_params, layer_specs
@@ -20,6 +21,7 @@ from gpt_jax.train.agreement import disagreements
 from gpt_jax.train.loss import Network
 from gpt_jax.train.optim import describe, make_optimizer, on_parts
 from gpt_jax.train.step import TrainState, eval_step, init_state, train_step
+from gpt_jax.version import code_version
 
 
 class Parts(NamedTuple):
@@ -48,7 +50,8 @@ def make_network(model: configs.Model) -> Network:
 
 def choose_kernel(model: configs.Model, seq_len: int, mesh, segments: bool) -> tuple[configs.Model, str]:
     """The model with a concrete attention kernel, proved against the reference on this mesh, and a line about it."""
-    name, reason = kernels.choose(model.kernel, kernels.problem(model, seq_len, mesh.devices.flat[0].platform))
+    name, reason = kernels.choose(model.kernel, kernels.problem(model, seq_len, mesh.devices.flat[0].platform,
+                                                              context=mesh.shape["context"]))
     line = f"attention kernel: {name} ({reason})"
     if name != "reference":
         rows = sharding.row_parts(mesh)
@@ -77,12 +80,23 @@ LOCAL = ("data.path", "data.source_paths", "data.eval_path", "data.cache", "data
 
 def check_job(config: configs.Config, data: Dataset) -> None:
     """Raises UsageError on all processes when they were started with different configs or texts: each would train what
-    it was given, and what counts as replicated would quietly differ. LOCAL keys may; the text itself is compared."""
+    it was given, and what counts as replicated would quietly differ. LOCAL keys may; the text itself is compared, and
+    so are the counts of the mixture, which come of floats. Also for text and settings that make no rows."""
+    wrong = None
+    try:
+        examples = make_examples(data, config.data, config.train.seq_len, config.seed)
+        check_sizes(examples, config.train.batch_size)
+        counts = examples.mix and [examples.mix.counts.tolist(), examples.mix.begins.tolist()]
+    except UsageError as error:  # raised once the others know: they wait below
+        wrong, counts = error, str(error)
     facts = {f"config.{key}": value for key, value in configs.flatten(config).items() if key not in LOCAL}
-    facts |= {"the text": data.content, "the tokenizer": data.tokenizer.fingerprint}
+    facts |= {"the text": data.content, "the tokenizer": data.tokenizer.fingerprint, "the mixture's counts": counts,
+              "the code": code_version()}
     if found := disagreements(facts):
         raise UsageError(f"{', '.join(found)}: not the same on all processes of this job; start them with the same flags "
-                         "and the same text")
+                         "and the same text") from wrong
+    if wrong:
+        raise wrong
 
 
 class Steps(NamedTuple):
@@ -102,7 +116,7 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         model = config.model
         network = make_network(model)
         like = abstract_params(model)
-        tx = make_optimizer(config.optim, like, sharding.spread, jnp.dtype(model.dtype))
+        tx = make_optimizer(config.optim, like, sharding.spread, jnp.dtype(model.dtype), model.balance_rate)
         stored = lambda params: params
         if config.mesh.zero == 1:
             tx, stored = on_parts(tx, partial(sharding.lay_out, like=like), sharding.whole), sharding.whole
@@ -123,7 +137,6 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
         model, line = choose_kernel(config.model, train.seq_len, mesh, config.data.apart)
         config = replace(config, model=model)
         steps = make_steps(config, mesh)
-        whole = sharding.unsharded(steps.abstract.params)
         counts = count_params(model)
         notes = [describe_mesh(mesh), line,
                  f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, {counts['embedding']:,} looked up); "
@@ -133,8 +146,10 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
                  f"{train.batch_size * train.seq_len * train.steps / counts['total']:.1f} per parameter",
                  *(f"optimiser: {row.optimizer} for {row.group}: {row.tensors} tensors, {row.parameters:,} parameters, "
                    f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
-                   for row in describe(config.optim, steps.abstract.params)),
-                 *(f"not sharded although over 1 MiB: {path}" for path in whole)]
+                   for row in describe(config.optim, steps.abstract.params, model.balance_rate)),
+                 *(f"on every device whole, although over 1 MiB: {', '.join(paths[:4])}"
+                   f"{f' and {len(paths) - 4} more' if len(paths) > 4 else ''} ({why})"
+                   for why, paths in sharding.unsharded(steps.abstract, mesh).items())]
         return Parts(config, mesh, data, steps.make_state, steps.abstract, steps.train_step, steps.eval_step, tuple(notes))
 
 

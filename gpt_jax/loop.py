@@ -19,7 +19,7 @@ from gpt_jax import devices, evals, report, sharding
 from gpt_jax.data.pipeline import EvalBatches, make_eval_batches, make_stream
 from gpt_jax.errors import Diverged, Stopped, UsageError
 from gpt_jax.experiment import Parts, items, start_state, token_flops
-from gpt_jax.metrics import Clock, OneStepLate, divide
+from gpt_jax.metrics import Clock, OneStepLate, divide, expert_metrics
 from gpt_jax.model.transformer import count_params
 from gpt_jax.stops import StopRequest, peer_gone, watchdog
 from gpt_jax.train import checkpoint
@@ -36,11 +36,12 @@ class Loop:
     """What `run` carries along besides the state: writers, clock, and the numbers for the next log line."""
 
     def __init__(self, parts: Parts, workdir: Path, start: int, resumed: bool, beat: Callable[[], None],
-                 heldout: dict[str, EvalBatches], shares: Mapping[str, float]):
+                 heldout: dict[str, EvalBatches], shares: Callable[[int], Mapping[str, float]],
+                 say: Callable[[str], None]):
         config, model = parts.config, parts.config.model
         self.parts, self.workdir, self.config, self.start, self.beat = parts, workdir, config, start, beat
-        self.heldout, self.shares = heldout, shares  # by source: held-out batches, and the part of the run's rows
-        self.late, self.began = OneStepLate(), time.perf_counter()
+        self.heldout, self.shares = heldout, shares  # by source: held-out batches, and the part of the rows at a step
+        self.late, self.began, self.announce = OneStepLate(), time.perf_counter(), say
         self.peak = devices.find_peak(parts.mesh.devices.flatten().tolist())
         with jax.set_mesh(parts.mesh):
             self.counts = count_params(model)
@@ -74,6 +75,14 @@ class Loop:
             self.rates = block, self.config.optim.learning_rate * np.asarray(make_schedule(self.config.optim)(steps))
         return float(self.rates[1][place])
 
+    def announce_end(self, step: int, rate: float) -> None:
+        """Once, when a rate is known: when the last step is to be expected, evaluation and saving aside."""
+        if step < self.start + 10:  # the first ones are no measure
+            return
+        left, self.announce, say = (self.config.train.steps - step) * self.batch_tokens / rate, lambda line: None, self.announce
+        end = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + left))
+        say(f"{rate:,.0f} tokens/s so far: step {self.config.train.steps:,} is to be expected at {end}")
+
     def record(self, late: tuple[int, Any] | None) -> None:
         """A finished step's sums: checks that they are finite, and writes a line where one is due."""
         if late is None:
@@ -85,6 +94,7 @@ class Loop:
             return
         values = {f"train/{name}": means[name] for name in ("loss", "bits_per_byte", "accuracy", "grad_norm",
                                                             "param_norm")}
+        values |= expert_metrics(means)
         values["train/learning_rate"] = self.learning_rate(step)
         values["throughput/tokens_seen"] = step * self.batch_tokens
         before, since = self.mark
@@ -92,6 +102,7 @@ class Loop:
             rate = (step - before) * self.batch_tokens / (time.perf_counter() - since)
             values["throughput/tokens_per_second"] = rate
             values |= devices.mfu_metrics(*self.flops, rate, self.peak.flops)
+            self.announce_end(step, rate)
             self.restart_rate(step)
         with self.clock.phase("log"):
             if step != self.end:  # where the whole run's times are written, by `finish`
@@ -134,7 +145,7 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
         state = start_state(parts, checkpoints, say)
         if jax.process_index() == 0:
             replace_file(workdir / "config.json", configs.to_json(config).encode())
-        loop = Loop(parts, workdir, start, checkpoints.latest is not None, beat, heldout, stream.shares)
+        loop = Loop(parts, workdir, start, checkpoints.latest is not None, beat, heldout, stream.shares, say)
         closing.callback(loop.writers.close)
         if start < train.steps and jax.process_index() == 0:
             (workdir / "report.html").unlink(missing_ok=True)  # of an earlier stop: `conclude` takes it for the end's
@@ -172,7 +183,8 @@ def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
     config = parts.config
     rows = sharding.process_rows(parts.mesh, config.eval.batch_size)
     return {name: make_eval_batches(tokens, parts.data.tokenizer, config.data, config.train.seq_len, config.eval.batch_size,
-                                    rows, config.eval.batches) for name, tokens in parts.data.heldout.items()}
+                                    rows, config.eval.batches, f"the held-out text of source {name}")
+            for name, tokens in parts.data.heldout.items()}
 
 
 @contextmanager
@@ -238,7 +250,7 @@ def evaluate(loop: Loop, state: TrainState, step: int) -> None:
             found = {name: evals.heldout_metrics(evals.heldout_sums(
                 loop.parts.eval_step, averaged_params(loop, state), watched(batches, loop.beat), loop.parts.mesh,
                 loop.config.eval.batch_size)) for name, batches in loop.heldout.items()}
-        found = evals.by_source(found, loop.shares)
+        found = evals.by_source(found, loop.shares(step))
         check_finite("held-out loss", found["eval/loss"], step)
         loop.evaluated = step, found
         loop.writers.write(step, found)

@@ -5,6 +5,7 @@ Names are `room/what`, one meaning each:
     train/loss  train/bits_per_byte  train/accuracy  train/learning_rate  train/grad_norm  train/param_norm
     eval/loss   eval/bits_per_byte   eval/accuracy   eval/perplexity      sample/<n> (text)
     throughput/tokens_per_second  throughput/tokens_seen  throughput/mfu_full  throughput/mfu_causal
+    moe/balance  moe/router_z  moe/dropped  moe/load_max  moe/load_min  (see expert_metrics)
     time/<phase of PHASES> (fractions, sum 1)  time/host  time/data_wait  (see Clock)
 """
 
@@ -14,6 +15,7 @@ import time
 from typing import Any, Callable
 
 import jax
+import numpy as np
 
 Sums = dict[str, tuple[Any, Any]]  # name -> (sum, weight): floats or float32 scalars on device; a pytree
 
@@ -24,9 +26,22 @@ def add(a: Sums, b: Sums) -> Sums:
     return {**a, **b, **both}
 
 
-def divide(sums: Sums) -> dict[str, float]:
-    """sum / weight of each name, on the host, once, at print time; weight 0 gives nan."""
-    return {name: float(total) / float(weight) if weight else math.nan for name, (total, weight) in sums.items()}
+def divide(sums: Sums) -> dict[str, Any]:
+    """sum / weight of each name, on the host, once, at print time; weight 0 gives nan. Sums may be arrays."""
+    one = lambda total, weight: float(total) / float(weight) if np.ndim(total) == 0 else np.asarray(total) / float(weight)
+    return {name: one(total, weight) if weight else math.nan for name, (total, weight) in sums.items()}
+
+
+def expert_metrics(means: dict[str, Any]) -> dict[str, float]:
+    """`moe/...` of a step's means (see model/balance.py): the balance loss (1 is perfect), the router's mean square
+    logarithm of Z, the part of choices that was left out, and the largest and smallest load of an expert in any layer,
+    in parts of an equal share. {} for a model without experts."""
+    if "load" not in means:
+        return {}
+    load = means["load"][means["load"].sum(1) > 0]  # [layers with experts, E]
+    relative = load / load.mean(1, keepdims=True)
+    return {"moe/balance": means["balance"], "moe/router_z": means["router_z"], "moe/dropped": means["dropped"],
+            "moe/load_max": float(relative.max()), "moe/load_min": float(relative.min())}
 
 
 def perplexity(nll_sum: float, weight: float) -> float:

@@ -56,6 +56,15 @@ def _slices(devices: list, count: int) -> list[list]:
     return [devices[i * each:(i + 1) * each] for i in range(count)]
 
 
+def places(mesh: Mesh, devices=None) -> str:
+    """Where `devices` (default: this process's) are in the mesh: "data 0-1, tensor 2", axes longer than 1 alone."""
+    own = {device.id for device in (jax.local_devices() if devices is None else devices)}
+    grid = np.vectorize(lambda device: device.id in own)(mesh.devices)
+    spans = {axis: sorted(set(found.tolist())) for axis, found in zip(AXES, np.nonzero(grid)) if mesh.shape[axis] > 1}
+    text = lambda at: f"{at[0]}-{at[-1]}" if len(at) > 1 and at[-1] - at[0] == len(at) - 1 else ",".join(map(str, at))
+    return ", ".join(f"{axis} {text(at)}" for axis, at in spans.items())
+
+
 def _mesh():
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.are_all_axes_manual else mesh
@@ -175,8 +184,10 @@ def local(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
         return fn
     as_spec = lambda axes: P() if axes is None else used(*axes)
     many = isinstance(out_axes[0], tuple)
-    mapped = jax.shard_map(fn, in_specs=tuple(map(as_spec, in_axes)), check_vma=False,
-                           out_specs=tuple(map(as_spec, out_axes)) if many else as_spec(out_axes))
+    specs = tuple(map(as_spec, in_axes)), tuple(map(as_spec, out_axes)) if many else as_spec(out_axes)
+    mapped = jax.shard_map(fn, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+    if _CHANGED.get().items() >= STAGE.items():
+        mapped = _by_stage(fn, mapped, *specs)
 
     def run(*args):
         return mapped(*(x if axes is None else constrain(x, *axes) for x, axes in zip(args, in_axes, strict=True)))
@@ -184,16 +195,37 @@ def local(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
     return run
 
 
+def _by_stage(fn: Callable, mapped: Callable, in_specs: tuple, out_specs) -> Callable:
+    """`mapped` (`fn` on shards) for the vmap over a pipeline's stages. Left to itself the vmap of a shard_map (JAX 0.10)
+    gathers every argument over the stages, that is, each computes what all of them do."""
+    run, over = jax.custom_batching.custom_vmap(mapped), lambda spec: P("pipeline", *spec)
+
+    @run.def_vmap
+    def staged(size, batched, *args):
+        axes = tuple(0 if many else None for many in batched)
+        specs = tuple(over(spec) if many else spec for spec, many in zip(in_specs, batched))
+        out = jax.tree.map(over, out_specs, is_leaf=lambda x: isinstance(x, P))
+        found = jax.shard_map(jax.vmap(fn, axes), in_specs=specs, out_specs=out, check_vma=False)(*args)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return run
+
+
 def spread(x: jax.Array) -> jax.Array:
-    """A stack of matrices [L, in, out] with whole matrices on each device: L over as many mesh axes as divide it."""
+    """A stack of matrices [L, in, out] with whole matrices on each device: L over as many mesh axes as divide it. One axis
+    moves at a time, which the compiler makes an all-to-all of; two at once it answers with a gather of everything."""
     mesh = _mesh()
-    if mesh is None:
-        return x
-    axes, size = [], 1
-    for axis in ("pipeline", "expert", "fsdp", "context", "tensor", "data"):
-        if mesh.shape[axis] > 1 and x.ndim == 3 and x.shape[0] % (size * mesh.shape[axis]) == 0:
-            axes, size = [*axes, axis], size * mesh.shape[axis]
-    return jax.reshard(x, P(tuple(axes) or None))
+    if mesh is None or x.ndim != 3:
+        return x if mesh is None else jax.reshard(x, P())
+    as_tuple = lambda part: () if part is None else (part,) if isinstance(part, str) else part
+    lead, *dims = (as_tuple(part) for part in jax.typeof(x).sharding.spec)
+    size = math.prod(mesh.shape[axis] for axis in lead)
+    for axis in ("expert", "fsdp", "context", "tensor", "data"):
+        if axis not in lead and mesh.shape[axis] > 1 and x.shape[0] % (size * mesh.shape[axis]) == 0:
+            lead, size = (*lead, axis), size * mesh.shape[axis]
+            dims = [tuple(name for name in dim if name != axis) for dim in dims]
+            x = jax.reshard(x, P(lead or None, *(dim or None for dim in dims)))
+    return jax.reshard(x, P(lead or None))
 
 
 # ---- the order of a row's tokens over the axis context ----
@@ -276,11 +308,12 @@ def concrete(abstract, mesh: Mesh):
     return jax.tree.map(one, abstract)
 
 
-def unsharded(tree, minimum_bytes: int = 1 << 20) -> list[str]:
-    """Paths of leaves of at least `minimum_bytes` that no mesh axis splits although the mesh has several devices."""
-    found = []
+def unsharded(tree, mesh: Mesh, minimum_bytes: int = 1 << 20) -> dict[str, list[str]]:
+    """Why -> paths of the leaves of at least `minimum_bytes` that no axis of `mesh`, of several devices, splits."""
+    found: dict[str, list[str]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if leaf.size * leaf.dtype.itemsize >= minimum_bytes and leaf.sharding.is_fully_replicated and \
-                len(leaf.sharding.device_set) > 1:
-            found.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+        names = [name for part in leaf.sharding.spec if part for name in ((part,) if isinstance(part, str) else part)]
+        if mesh.size > 1 and leaf.size * leaf.dtype.itemsize >= minimum_bytes and all(mesh.shape[n] == 1 for n in names):
+            why = f"laid over {', '.join(names)}, of size 1 on this mesh" if names else "no axis is laid over it"
+            found.setdefault(why, []).append(jax.tree_util.keystr(path, simple=True, separator="/"))
     return found

@@ -1,18 +1,22 @@
-"""When a run ends before its last step: requests to stop, the watchdog for hangs, and the signs that a peer process is
-gone (floor 0; called by loop, checkpoint and commands)."""
+"""When a run ends before its last step: requests to stop, the watchdog for hangs, the signs that a peer process is gone,
+and how a process that fails tells the others (floor 0; called by loop, checkpoint and commands)."""
 
+import atexit
 import faulthandler
+import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import jax
 
-from gpt_jax.errors import Hang, PeerFailed
+from gpt_jax.errors import RESTARTABLE, Hang, PeerFailed, Stopped
 
 
 # How the libraries below say that another process has left: gloo, NCCL, JAX's coordination service. What else goes wrong
@@ -68,8 +72,7 @@ def watchdog(minutes: float):
                 print(f"gpt-jax: no step ended for {minutes} minutes (config.train.hang_minutes); stacks follow",
                       file=sys.stderr)
                 faulthandler.dump_traceback()
-                sys.stderr.flush()
-                os._exit(Hang.code)
+                end_process(Hang.code, f"no step ended for {minutes} minutes (config.train.hang_minutes)")
 
     if minutes:
         threading.Thread(target=watch, daemon=True, name="watchdog").start()
@@ -81,3 +84,95 @@ def watchdog(minutes: float):
         yield beat
     finally:
         done.set()
+
+
+class Failure(NamedTuple):
+    """What another process of the job said before it left."""
+
+    process: int
+    host: str
+    code: int
+    text: str
+
+    @property
+    def line(self) -> str:
+        return f"a peer process failed: process {self.process} on {self.host}, exit code {self.code}: {self.text}"
+
+    @property
+    def others_code(self) -> int:
+        """How those leave who hear of it: 40, but with its own code where a restart would only repeat it. SLURM and
+        Kubernetes see one code of many, and not always that of the process that began it."""
+        return PeerFailed.code if self.code in RESTARTABLE else self.code
+
+
+class Job:
+    """This process's line to the others of its job: the key-value store of JAX's coordination service, at process 0.
+
+    A thread looks there for failures, since the main one may be in a collective that never returns, and a normal exit
+    would wait for the others in a barrier, for minutes when one has failed."""
+
+    SAID, LEFT = "gpt_jax/failed/", "gpt_jax/left/"
+    OWN_SECONDS = 2.0  # for this process to end by itself after another has failed: often both saw the same
+    LINGER_SECONDS = 5.0  # process 0 stays, and with it the store, until the others have read why
+    STOP_SECONDS = 120.0  # to wait for the others at a stop on request: process 0 writes the report
+
+    def __init__(self):
+        from jax._src import distributed  # the client has no public door; Orbax takes it here too
+        self.client, self.process, self.processes = (distributed.global_state.client, jax.process_index(),
+                                                     jax.process_count())
+        self.over, self.leaving = threading.Event(), threading.Lock()
+        self.every = max(1.0, self.processes / 1000)  # seconds; a thousand questions a second are little for process 0
+        threading.Thread(target=self._watch, daemon=True, name="peers").start()
+        atexit.register(self.over.set)  # before JAX takes the client down
+
+    def _watch(self) -> None:
+        while not self.over.wait(self.every):
+            if (found := self.failure()) is not None:
+                self.over.wait(self.OWN_SECONDS)
+                self.leave(found.others_code, line=found.line)
+
+    def failure(self, seconds: float = 0.0) -> Failure | None:
+        """What another process said it failed of, if one does so within `seconds`. None also when process 0 is gone."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                said = [Failure(**json.loads(text)) for _, text in self.client.key_value_dir_get(self.SAID)]
+            except jax.errors.JaxRuntimeError:  # the store is gone with process 0; JAX ends this process by abort()
+                said = []
+            said = [found for found in said if found.process != self.process]
+            if said or time.monotonic() >= end:  # first those that are not victims themselves
+                return min(said, key=lambda found: (found.code == PeerFailed.code, found.process), default=None)
+            time.sleep(0.2)
+
+    def leave(self, code: int, text: str | None = None, line: str | None = None) -> None:
+        """Ends this process with `code`, after telling the others `text` and standard error `line`. Never returns: of two
+        threads the second waits for the first to end them both."""
+        if not self.leaving.acquire(blocking=False):
+            time.sleep(self.STOP_SECONDS + self.LINGER_SECONDS)
+        if line:
+            print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
+        try:
+            if code == Stopped.code:  # all of them stop
+                self.client.wait_at_barrier("gpt_jax/stopped", int(self.STOP_SECONDS * 1000))
+            elif text:
+                said = Failure(self.process, socket.gethostname(), code, text)
+                self.client.key_value_set(f"{self.SAID}{self.process}", json.dumps(said._asdict()))
+            self.client.key_value_set(f"{self.LEFT}{self.process}", "")
+            end = time.monotonic() + self.LINGER_SECONDS
+            while (self.process == 0 and time.monotonic() < end
+                   and len(self.client.key_value_dir_get(self.LEFT)) < self.processes):
+                time.sleep(0.1)
+        except jax.errors.JaxRuntimeError:  # process 0 is gone, or a process did not come to the barrier: nobody to tell
+            pass
+        os._exit(code)
+
+
+JOBS: list[Job] = []  # the job this process has joined: threads and the end of the program have to find it
+
+
+def end_process(code: int, text: str) -> None:
+    """os._exit with `code`, from any thread, after telling the other processes why."""
+    sys.stderr.flush()
+    if JOBS:
+        JOBS[0].leave(code, text)
+    os._exit(code)

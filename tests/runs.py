@@ -219,14 +219,15 @@ def logged(workdir: Path, step: int):
     return reached
 
 
-def job(folder: Path, processes: int, given, devices: int = 1, own=None) -> list[Process]:
-    """One job of several processes with `devices` fake devices each; `own`: further arguments of each."""
+def job(folder: Path, processes: int, given, devices: int = 1, own=None, python=None) -> list[Process]:
+    """One job of several processes with `devices` fake devices each; `own`: further arguments of each, `python`: what
+    each runs instead of the program."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = own or [[]] * processes
+    own, python = own or [[]] * processes, python or [("-m", "gpt_jax")] * processes
     return [Process(folder, [*given, *own[k], f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
-                             f"--process_id={k}", f"--cpu_devices={devices}"]) for k in range(processes)]
+                             f"--process_id={k}", f"--cpu_devices={devices}"], python[k]) for k in range(processes)]
 
 
 def kill_all() -> None:

@@ -23,7 +23,8 @@ def documents(sizes, seed=0):
 
 
 def load(path, **changes):
-    return dataset.load(config.Data(path=(str(path),), cache=str(path.parent / "cache"), **{"tokenizer": "bytes", **changes}),
+    return dataset.load(config.Data(path=(str(path),), cache=str(path.parent / "cache"),
+                                    **{"tokenizer": "bytes", **changes}),
                         lambda line: None)
 
 
@@ -67,6 +68,7 @@ def test_a_run_on_a_token_file_is_the_run_on_its_text(tmp_path):
     byte_tokenizer().encode(text.read_text()).astype("<u2").tofile(tmp_path / "text.bin")
     for name in ("text.txt", "text.bin"):
         runs.call(*runs.arguments(tmp_path, tmp_path / name.replace(".", "_"), f"--config.data.path={tmp_path / name}",
-                                  "--config.data.rows=chunk", "--config.train.steps=4", "--config.data.eval_fraction=0.0",
+                                  "--config.data.rows=chunk", "--config.train.steps=4",
+                                  "--config.data.eval_fraction=0.0",
                                   "--config.optim.warmup_steps=1"))
     assert runs.curve(tmp_path / "text_txt") == runs.curve(tmp_path / "text_bin")

@@ -60,12 +60,14 @@ CONFIGS = {
     "below the range": (["--config.model.layers=0"], ["config.model.layers = 0", "at least 1"]),
     "above the range": (["--config.model.dropout=1.5"], ["config.model.dropout = 1.5", "from 0.0 to 0.99"]),
     "no such choice": (["--config.model.norm=batch"], ["config.model.norm = 'batch'", "choose one of layernorm"]),
-    "reserved": (["--config.mesh.expert=2"], ["config.mesh.expert = 2", "reserved"]),
-    "batch over the mesh": (["--config.train.batch_size=12"], ["config.train.batch_size = 12", "data x fsdp = 8",
+    "stages": (["--config.mesh.pipeline=8"], ["config.model.layers = 2", "config.mesh.pipeline = 8"]),
+    "batch over the mesh": (["--config.train.batch_size=12"],
+                            ["config.train.batch_size = 12", "pipeline x data x fsdp x expert = 8",
                                                                "try 16"]),
     "batch over microbatches": (["--config.train.accumulate=3"], ["config.train.batch_size = 8",
                                                                   "config.train.accumulate = 3"]),
-    "eval batch over the mesh": (["--config.eval.batch_size=3"], ["config.eval.batch_size = 3", "data x fsdp = 8"]),
+    "eval batch over the mesh": (["--config.eval.batch_size=3"],
+                                 ["config.eval.batch_size = 3", "pipeline x data x fsdp x expert = 8"]),
     "heads do not divide": (["--config.model.heads=5"], ["config.model.heads = 5", "config.model.embed = 32"]),
     "kv heads do not divide": (["--config.model.kv_heads=3"], ["config.model.kv_heads = 3", "config.model.heads = 4"]),
     "heads over tensor": (["--config.mesh.tensor=8"], ["config.model.heads = 4", "config.mesh.tensor = 8"]),
@@ -79,11 +81,14 @@ CONFIGS = {
     "warmup beyond the end": (["--config.optim.warmup_steps=99"], ["config.optim.warmup_steps = 99", "step 20"]),
     "no such tokenizer": (["--config.data.tokenizer=words"], ["config.data.tokenizer = 'words'", "bytes, char, bpe:N"]),
     "bpe too small": (["--config.data.tokenizer=bpe:99"], ["config.data.tokenizer = 'bpe:99'", "at least 257"]),
-    "value embeddings over fsdp": (["--config.model.value_embed=true", "--config.model.kv_heads=1", "--config.mesh.fsdp=8",
+    "value embeddings over fsdp": (["--config.model.value_embed=true", "--config.model.kv_heads=1",
+                                    "--config.mesh.fsdp=8",
                                     "--config.model.head_dim=4", "--config.mesh.data=1"],
-                                   ["config.model.kv_heads = 1", "config.model.head_dim = 4", "config.mesh.fsdp = 8"]),
+                                   ["config.model.kv_heads = 1", "config.model.head_dim = 4",
+                                    "fsdp x expert x context = 8"]),
     "momentum with no decay": (["--config.optim.muon_momentum_final=0.9"], ["config.optim.muon_momentum_final = 0.9",
-                                                                            "config.optim.schedule = 'cosine'", "use wsd"]),
+                                                                            "config.optim.schedule = 'cosine'",
+                                                                            "use wsd"]),
     "smear beyond the width": (["--config.model.smear=true", "--config.model.smear_gate=99"],
                                ["config.model.smear_gate = 99", "config.model.embed = 32"]),
     "no loss scaling": (["--config.model.dtype=float16"], ["config.model.dtype = 'float16'", "float32, bfloat16"]),
@@ -96,10 +101,12 @@ CONFIGS = {
                                      ["config.optim.decay_fraction = 0.95", "step 1", "config.optim.warmup_steps = 4"]),
     "xz of nothing": (["--config.eval.compare_xz=true", "--config.data.eval_fraction=0"],
                       ["config.eval.compare_xz = True", "config.data.eval_fraction is 0"]),
-    "unknown best metric": (["--config.checkpoint.best_metric=train/loss"], ["config.checkpoint.best_metric", "eval/loss"]),
+    "unknown best metric": (["--config.checkpoint.best_metric=train/loss"],
+                            ["config.checkpoint.best_metric", "eval/loss"]),
     "seed beyond 32 bits": (["--config.seed=4294967296"], ["config.seed = 4294967296", "4294967295"]),
     "bpe too large": (["--config.data.tokenizer=bpe:99999999999999999999"], ["config.data.tokenizer", "10,000,000"]),
-    "batch too large": (["--config.train.batch_size=8000000000"], ["config.train.batch_size = 8000000000", "more text"]),
+    "batch too large": (["--config.train.batch_size=8000000000"],
+                        ["config.train.batch_size = 8000000000", "more text"]),
     "text for a tuple": (["--config.model.pattern=foo"], ["config.model.pattern = 'foo'", "such as (a, b)"]),
     "kernel that cannot run here": (["--config.model.kernel=cudnn"], ["config.model.kernel", "cudnn"]),
 }
@@ -123,11 +130,13 @@ LINES = {
     "not a number": (["generate", "--checkpoint=x", "--temperature=hot"], ["--temperature", "'hot'"]),
     "no checkpoint given": (["evaluate"], ["--checkpoint", "evaluate --help"]),
     "negative batches": (["evaluate", "--checkpoint=x", "--batches=-1"], ["--batches", "0 or more"]),
-    "override without a value": (["train", f"--config={runs.TINY}", "--config.seed"], ["--config.seed", "needs a value"]),
+    "override without a value": (["train", f"--config={runs.TINY}", "--config.seed"],
+                                 ["--config.seed", "needs a value"]),
     "no such config": (["train", f"--config={runs.ROOT}/configs/tyni.py"], ["tyni.py", "no such file", "tiny.py"]),
     "no such variant": (["train", f"--config={runs.TINY}:large"], ["tiny.py:large", "no variants", "'large'"]),
     "no such preset": (["train", f"--config={runs.ROOT}/configs/gpt2.py:9b"], ["gpt2.py:9b", "124m"]),
-    "bad profile": (["train", f"--config={runs.TINY}", "--workdir=x", "--profile=9:3"], ["--profile=9:3", "START:STOP"]),
+    "bad profile": (["train", f"--config={runs.TINY}", "--workdir=x", "--profile=9:3"],
+                    ["--profile=9:3", "START:STOP"]),
     "profile beyond the end": (["train", f"--config={runs.TINY}", "--workdir=x", "--profile=9:30"], ["<= 20 steps"]),
     "processes without address": (["evaluate", "--checkpoint=x", "--num_processes=2"], ["--num_processes=2",
                                                                                         "--coordinator=HOST:PORT"]),
@@ -157,7 +166,8 @@ FILES = {
     "no get_config": ("values = 1\n", ["has no get_config()"]),
     "not a ConfigDict": ("def get_config():\n    return None\n", ["get_config()"]),
     "unknown key": ("from ml_collections import ConfigDict\ndef get_config():\n"
-                    "    return ConfigDict(dict(model=dict(layer=2)))\n", ["config.model.layer = 2", "config.model.layers?"]),
+                    "    return ConfigDict(dict(model=dict(layer=2)))\n",
+                    ["config.model.layer = 2", "config.model.layers?"]),
 }
 
 
@@ -188,8 +198,10 @@ DATA = {
     "undecodable": ({"a.txt": TEXT, "b.txt": TEXT * 2 + b"\xff" + TEXT}, [""],
                     ["b.txt: not UTF-8 at byte 96 (0xff)", "--config.data.errors=replace"]),
     "no json": ({"a.jsonl": b'{"text": "one"}\n{"text": \n'}, ["a.jsonl"], ["a.jsonl:2", "not JSON"]),
-    "no such field": ({"a.jsonl": b'{"body": "one"}\n'}, ["a.jsonl"], ["a.jsonl:1", "config.data.field = 'text'", "body"]),
-    "half a gzip file": ({"a.txt.gz": b"\x1f\x8b\x08\x00\x00\x00"}, ["a.txt.gz"], ["a.txt.gz", "damaged or incomplete"]),
+    "no such field": ({"a.jsonl": b'{"body": "one"}\n'}, ["a.jsonl"],
+                      ["a.jsonl:1", "config.data.field = 'text'", "body"]),
+    "half a gzip file": ({"a.txt.gz": b"\x1f\x8b\x08\x00\x00\x00"}, ["a.txt.gz"],
+                         ["a.txt.gz", "damaged or incomplete"]),
     "smaller than a batch": ({"a.txt": TEXT * 5}, ["a.txt"], ["config.train.batch_size = 8", "217 tokens", "6 rows",
                                                               "config.train.seq_len = 32", "more text"]),
     "shorter than a row": ({"a.txt": b"too short to be"}, ["a.txt"], ["config.train.seq_len = 32", "a row needs 33"]),
@@ -215,7 +227,8 @@ def test_data(tmp_path, name):
 
 
 def test_no_data_path(tmp_path):
-    refused(2, ["config.data.path is empty", "name files"], "train", f"--config={runs.TINY}", f"--workdir={tmp_path}/run")
+    refused(2, ["config.data.path is empty", "name files"], "train", f"--config={runs.TINY}",
+            f"--workdir={tmp_path}/run")
 
 
 def test_cache_that_cannot_be_written(folder, tmp_path):
@@ -299,7 +312,8 @@ def test_profile_before_the_resumed_step(folder, copy):
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
 def test_checkpoint_path_missing(trained, command):
     found = f"found {trained} (steps 1, 2)"
-    refused(2, [f"'{trained.parent}/trianed': does not exist", found], command, f"--checkpoint={trained.parent}/trianed")
+    refused(2, [f"'{trained.parent}/trianed': does not exist", found], command,
+            f"--checkpoint={trained.parent}/trianed")
     refused(2, ["no step 7", "1, 2"], command, f"--checkpoint={trained}", "--step=7")
     refused(2, ["no step -1", "1, 2"], command, f"--checkpoint={trained}", "--step=-1")
     refused(2, ["is step 1, but step 2"], command, f"--checkpoint={trained}/checkpoints/1", "--step=2")
@@ -339,7 +353,8 @@ def test_damaged_newest_is_named_and_passed_over(copy, capsys):
 
 def test_prompts(trained, tmp_path, capsys):
     generate = "generate", f"--checkpoint={trained}", "--max_new_tokens=4"
-    refused(2, ["prompt 1 has 40 tokens", "context holds 32", "31 or fewer", "--truncate"], *generate, f"--prompt={'a' * 40}")
+    refused(2, ["prompt 1 has 40 tokens", "context holds 32", "31 or fewer", "--truncate"], *generate,
+            f"--prompt={'a' * 40}")
     capsys.readouterr()
     runs.call(*generate, f"--prompt={'a' * 40}", "--truncate")
     assert "kept the last 28 of 40 tokens, cut the first 12" in capsys.readouterr().err
@@ -392,7 +407,8 @@ def test_full_disk_while_saving(folder, copy):
 
 def test_a_run_that_diverges(folder, tmp_path):
     refused(30, ["at step 1 is", "config.optim.learning_rate", "config.optim.clip"],
-            *runs.arguments(folder, tmp_path / "run", "--config.optim.learning_rate=1e38", "--config.optim.warmup_steps=0"))
+            *runs.arguments(folder, tmp_path / "run", "--config.optim.learning_rate=1e38",
+                            "--config.optim.warmup_steps=0"))
 
 
 def test_data_truncated_during_the_run(folder, tmp_path):

@@ -1,4 +1,5 @@
-"""The commands that take a checkpoint, and what all commands share: their output, and that their numbers are the right ones."""
+"""The commands that take a checkpoint, and what all commands share: their output, and that their numbers are the right
+ones."""
 
 import io
 import json
@@ -67,7 +68,8 @@ def call(capsysbinary):
 
 def heldout(workdir: Path, step: int) -> dict[str, float]:
     """What the run itself measured."""
-    return {name: runs.curve(workdir, f"eval/{name}")[step] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
+    return {name: runs.curve(workdir, f"eval/{name}")[step]
+            for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 
 
 def same(found: dict, expected: dict) -> None:
@@ -91,7 +93,8 @@ def test_evaluate_measures_what_the_run_measured(call, trained):
 
 
 def test_evaluate_in_a_process_of_its_own(tmp_path, trained):
-    """On one device and on three, over which neither width nor batch divides: the same numbers, and only they on stdout."""
+    """On one device and on three, over which neither width nor batch divides: the same numbers, and only they on
+    stdout."""
     jobs = [runs.Process(tmp_path, ["evaluate", f"--checkpoint={trained}", "--json", *flags])
             for flags in ([], ["--cpu_devices=3"])]
     for process, devices in zip(jobs, ("on 1 cpu device", "on 3 cpu devices")):
@@ -194,7 +197,8 @@ def test_greedy_equals_the_plain_loop(call, trained):
 def test_generate_several(call, trained, tmp_path):
     """--prompt and --prompts together, samples, JSON lines; a row is the one that it is alone."""
     (tmp_path / "prompts.txt").write_text("he\nabc de\n")
-    given = ("generate", f"--checkpoint={trained}", "--prompt=é", f"--prompts={tmp_path}/prompts.txt", "--max_new_tokens=8",
+    given = ("generate", f"--checkpoint={trained}", "--prompt=é", f"--prompts={tmp_path}/prompts.txt",
+             "--max_new_tokens=8",
              "--num_samples=2", "--seed=3")
     rows = [json.loads(line) for line in call(*given, "--json")[0].splitlines()]
     assert [(row["prompt"], row["sample"]) for row in rows] == [(p, s) for p in ("é", "he", "abc de") for s in range(2)]
@@ -247,10 +251,13 @@ def test_bpe_from_text_to_text(call, folder):
     file.write_text((CHINESE + "\n") * 300)
     call(*runs.arguments(folder, folder / "bpe", f"--config.data.path={file}", "--config.data.tokenizer=bpe:280",
                          "--config.train.steps=100", "--config.eval.every_steps=0", "--config.optim.schedule=constant"))
-    out, _ = call("generate", f"--checkpoint={folder / 'bpe'}", "--temperature=0", f"--prompt={CHINESE[:4]}", "--stop=\n")
+    out, _ = call("generate", f"--checkpoint={folder / 'bpe'}", "--temperature=0", f"--prompt={CHINESE[:4]}",
+                  "--stop=\n")
     assert len(out) >= 5 and set(out) <= set(CHINESE)  # whole characters, all of them known
-    row = json.loads(call("evaluate", f"--checkpoint={folder / 'bpe'}", f"--text={file}", "--json")[0])["sources"][str(file)]
-    assert row["bytes"] == pytest.approx(300 * len((CHINESE + "\n").encode()), rel=1e-3) and row["tokens"] < row["bytes"] / 2
+    row = json.loads(call("evaluate", f"--checkpoint={folder / 'bpe'}", f"--text={file}",
+                          "--json")[0])["sources"][str(file)]
+    assert row["bytes"] == pytest.approx(300 * len((CHINESE + "\n").encode()),
+                                         rel=1e-3) and row["tokens"] < row["bytes"] / 2
     assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / row["bytes"] / math.log(2), rel=1e-5)
 
 
@@ -290,9 +297,11 @@ def test_help_of_a_command(capsys, command):
     assert end.value.code == 0 and f"usage: gpt-jax {command}" in text
     wanted = {"train": ["--config", "--workdir", "--print_config", "--profile"],
               "evaluate": ["--checkpoint", "--step", "--text", "--json"],
-              "generate": ["--checkpoint", "--prompt", "--prompts", "--max_new_tokens", "--temperature", "--top_k", "--top_p",
+              "generate": ["--checkpoint", "--prompt", "--prompts", "--max_new_tokens", "--temperature", "--top_k",
+                           "--top_p",
                            "--min_p", "--repetition_penalty", "--seed", "--stop", "--num_samples", "--truncate"],
-              "prepare": ["--input", "--output", "--tokenizer", "--workers", "--engine", "--on_error", "--filters", "--dedup",
+              "prepare": ["--input", "--output", "--tokenizer", "--workers", "--engine", "--on_error", "--filters",
+                          "--dedup",
                           "--eval_fraction", "--inspect", "--verify"],
               "inspect": ["--workdir", "--batch", "--rows", "--chars", "--json"],
               "bench": ["--config", "--batches", "--seconds"]}[command]

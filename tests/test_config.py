@@ -44,7 +44,7 @@ def test_a_config_dict_is_a_mapping_too():
     (dict(modle={}), ("config.modle", "did you mean config.model?")),
     (dict(model=dict(layer=3)), ("config.model.layer = 3", "did you mean config.model.layers?")),
     (dict(optim=dict(lerning_rate=1e-3)), ("did you mean config.optim.learning_rate?",)),
-    (dict(mesh=dict(zzz=1)), ("config.mesh.zzz = 1", "known keys: data, fsdp, tensor")),
+    (dict(mesh=dict(zzz=1)), ("config.mesh.zzz = 1", "known keys: pipeline, data, fsdp")),
     (dict(optim=dict(groups=({"mach": "x"},))), ("config.optim.groups[0].mach", "did you mean", ".match?")),
 ])
 def test_unknown_keys_name_the_nearest(values, words):
@@ -88,9 +88,9 @@ def test_what_bends_ints_to_floats_lists_to_tuples_one_path_to_many():
     (dict(optim=dict(groups=({"rate": -1.0},))), ("config.optim.groups[0].rate",)),
     (dict(model=dict(norm="batchnorm")), ("config.model.norm = 'batchnorm'", "layernorm, rmsnorm, plain_rmsnorm")),
     (dict(optim=dict(schedule="cosin")), ("config.optim.schedule", "choose one of", "cosine")),
-    (dict(mesh=dict(context=2)), ("config.mesh.context = 2", "expected 1", "reserved")),
-    (dict(mesh=dict(expert=-1)), ("config.mesh.expert", "reserved")),
-    (dict(mesh=dict(pipeline=4)), ("config.mesh.pipeline", "reserved")),
+    (dict(mesh=dict(dcn_data=-1)), ("config.mesh.dcn_data = -1",)),
+    (dict(mesh=dict(zero=2)), ("config.mesh.zero = 2", "1, 3")),
+    (dict(model=dict(dispatch="dropfew")), ("config.model.dispatch", "dropless, capacity")),
     (dict(mesh=dict(data=-2)), ("config.mesh.data = -2",)),
 ])
 def test_out_of_range(values, words):
@@ -196,7 +196,7 @@ def test_mesh_shapes_multiply_to_the_devices():
                 product *= size
             assert len(fixed) < 2 or devices % product or (len(fixed) == 3 and product != devices)
             continue
-        assert list(shape) == ["data", "fsdp", "tensor", "context", "expert", "pipeline"]
+        assert list(shape) == ["pipeline", "data", "fsdp", "expert", "context", "tensor"]
         assert shape["data"] * shape["fsdp"] * shape["tensor"] == devices
         assert all(shape[axis] == size for axis, size in dict(data=data, fsdp=fsdp, tensor=tensor).items() if size > 0)
 
@@ -204,13 +204,20 @@ def test_mesh_shapes_multiply_to_the_devices():
 @pytest.mark.parametrize("mesh, devices, words", [
     (dict(data=-1, fsdp=-1), 8, ("config.mesh.fsdp = -1", "only one", "config.mesh.data")),
     (dict(data=0), 8, ("config.mesh.data = 0", "positive")),
-    (dict(data=3), 8, ("config.mesh.data = 3", "8 devices", "-1")),
-    (dict(data=2), 8, ("config.mesh.data = 2", "8 devices")),
-    (dict(data=1), 8, ("config.mesh.data = 1", "8 devices")),
-    (dict(data=-1, tensor=16), 8, ("config.mesh.tensor = 16", "8 devices")),
+    (dict(data=3), 8, ("config.mesh.data = 3", "8 devices", "config.mesh.data=8")),
+    (dict(data=2, tensor=2), 8, ("config.mesh.data = 2", "8 devices", "config.mesh.data=4 or config.mesh.tensor=4")),
+    (dict(data=1), 8, ("config.mesh.data = 1", "8 devices", "-1")),
+    (dict(data=-1, tensor=16), 8, ("config.mesh.tensor = 16", "8 devices", "config.mesh.tensor=8")),
+    (dict(data=-1, fsdp=3, dcn_data=2), 8, ("config.mesh.dcn_data = 2", "config.mesh.fsdp=4")),
 ])
 def test_mesh_refuses(mesh, devices, words):
     refuses(lambda: config.mesh_shape(from_dict(dict(mesh=mesh)).mesh, devices), *words)
+
+
+def test_sizes_across_slices_multiply_those_inside():
+    shape = config.mesh_shape(Mesh(data=-1, fsdp=2, dcn_data=2, dcn_pipeline=2), 32)
+    assert shape == dict(pipeline=2, data=8, fsdp=2, expert=1, context=1, tensor=1)
+    assert config.cross_slice(Mesh(dcn_data=2)) == dict(pipeline=1, data=2, fsdp=1, expert=1, context=1, tensor=1)
 
 
 # check
@@ -246,12 +253,29 @@ def test_a_head_dim_of_its_own_frees_the_heads():
     config.check(made(model=dict(embed=128, heads=3, head_dim=42)))
 
 
+MOE = dict(pattern=(("attention", "moe"),))
+
+
 @pytest.mark.parametrize("mesh, sections, words", [
     (dict(tensor=8), dict(), ("config.model.heads = 4", "config.mesh.tensor = 8")),
     (dict(tensor=4), dict(model=dict(kv_heads=1)), ("config.model.kv_heads = 1", "config.mesh.tensor = 4")),
     (dict(tensor=4), dict(model=dict(mlp=30)), ("config.model.mlp = 30",)),
     (dict(tensor=4), dict(model=dict(vocab=257)), ("config.model.vocab = 257", "vocab_multiple")),
-    (dict(fsdp=8), dict(model=dict(embed=36)), ("config.model.embed = 36", "config.mesh.fsdp = 8")),
+    (dict(fsdp=8), dict(model=dict(embed=36)), ("config.model.embed = 36", "fsdp x expert x context = 8")),
+    (dict(context=2), dict(train=dict(seq_len=254)), ("config.train.seq_len = 254", "config.mesh.context = 4")),
+    (dict(context=4), dict(train=dict(loss_chunk=2)), ("config.train.loss_chunk = 2", "config.mesh.context = 4")),
+    (dict(context=2), dict(model=dict(attention_dropout=0.1)), ("config.model.attention_dropout", "set 0")),
+    (dict(tensor=2), dict(model=dict(shard_sequence=True), train=dict(seq_len=255)), ("config.train.seq_len = 255",)),
+    (dict(expert=8), dict(model=dict(experts=12) | MOE), ("config.model.experts = 12", "config.mesh.expert = 8")),
+    (dict(), dict(model=dict(experts=2, experts_per_token=3) | MOE), ("config.model.experts_per_token = 3",)),
+    (dict(tensor=4), dict(model=dict(expert_mlp=6) | MOE), ("config.model.expert_mlp = 6", "config.mesh.tensor = 4")),
+    (dict(context=2), dict(model=dict(dispatch="capacity") | MOE), ("config.model.dispatch = 'capacity'", "dropless")),
+    (dict(pipeline=8), dict(), ("config.model.layers = 4", "config.mesh.pipeline = 8")),
+    (dict(pipeline=2), dict(model=dict(layers=5)), ("config.model.layers = 5", "config.mesh.pipeline x")),
+    (dict(pipeline=2), dict(model=dict(pipeline_rounds=4)), ("config.model.layers = 4", "= 8")),
+    (dict(pipeline=4), dict(model=dict(pipeline_microbatches=2)), ("config.model.pipeline_microbatches = 2",)),
+    (dict(pipeline=4), dict(model=dict(pipeline_microbatches=8)), ("config.train.batch_size = 8", "8 x 2")),
+    (dict(pipeline=2), dict(model=dict(dropout=0.1)), ("config.model.dropout = 0.1", "set 0")),
     (dict(), dict(eval=dict(batch_size=3)), ("config.eval.batch_size = 3", "8")),
 ])
 def test_check_refuses_what_does_not_divide_over_the_mesh(mesh, sections, words):

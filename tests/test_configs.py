@@ -20,12 +20,12 @@ from gpt_jax.train import loss, optim, schedule
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 VARIANTS = {"gpt2": ("124m", "350m", "774m", "1558m"), "guide": ("",), "llama": ("1b", "8b", "70b"),
-            "mixture": ("",),
+            "mixture": ("",), "moe": ("8x7b", "small"),
             "modern": ("d1", "d2", "d3", "d7", "d12", "d20", "d26", "d12-windows"), "quickstart": ("",),
             "shakespeare_char": ("cpu", "gpu"), "tiny": ("",)}
 FOLDERS = {"mixture"}  # whose argument is a folder, any
 ALL = [(name, arg) for name, args in VARIANTS.items() for arg in args]
-VOCABS = {"quickstart": 4096, "mixture": 4096, "shakespeare_char": 65, "tiny": 257}  # of the tokenizer, where the config follows it
+VOCABS = {"quickstart": 4096, "mixture": 4096, "moe": 4096, "shakespeare_char": 65, "tiny": 257}  # of the tokenizer, where the config follows it
 
 
 def module(name):
@@ -117,11 +117,11 @@ def test_the_docstring_is_a_lab_notebook(name):
         assert variant in text
 
 
-# The sources' own numbers: OpenAI's and Meta's released weights.
+# The sources' own numbers: OpenAI's, Meta's and Mistral's released weights.
 @pytest.mark.parametrize("name, arg, published", [
     ("gpt2", "124m", 124_439_808), ("gpt2", "350m", 354_823_168), ("gpt2", "774m", 774_030_080),
     ("gpt2", "1558m", 1_557_611_200), ("llama", "1b", 1_235_814_400), ("llama", "8b", 8_030_261_248),
-    ("llama", "70b", 70_553_706_496)])
+    ("llama", "70b", 70_553_706_496), ("moe", "8x7b", 46_702_792_704)])
 def test_parameters_published(name, arg, published):
     assert total(load(name, arg).model) == published
 

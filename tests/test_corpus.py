@@ -10,7 +10,8 @@ import pytest
 import runs
 from prepared import contents, documents, prepare, refused, texts, write_jsonl
 
-from gpt_jax.data import corpus, shards
+from gpt_jax import config
+from gpt_jax.data import corpus, dataset, remote, shards, sources
 from gpt_jax.data.mirror import is_remote_corpus, mirror
 from gpt_jax.data.tokenizer import char_tokenizer
 from gpt_jax.errors import DataError, UsageError
@@ -104,6 +105,50 @@ def test_what_is_no_corpus(tmp_path):
     refused(2, ("half", "unfinished", "run the same command again"), f"--verify={tmp_path / 'half'}")
 
 
+def copied(made, tmp_path, unfinished: bool):
+    """A folder that holds an output of prepare, and that output."""
+    out = tmp_path / "data/out"
+    shutil.copytree(made, out)
+    if unfinished:
+        (out / "corpus.json").unlink()
+        (out / "work").mkdir()
+        (out / "work/settings.json").write_text("{}")
+        (out / "work/lock").touch()
+    return tmp_path / "data", out
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_an_output_is_not_read_as_text(made, tmp_path, unfinished):
+    """Its indexes are .json, and would be."""
+    outer, out = copied(made, tmp_path, unfinished)
+    words = f"{out}: was made by gpt-jax prepare, "
+    words += "which has not finished" if unfinished else "whose output is tokens"
+    store = fsspec.filesystem("memory")
+    store.put(str(outer), "/bucket/data", recursive=True)
+    for path in (out, outer, f"{outer}/*"):
+        with pytest.raises(UsageError, match=f"--text = '.*{words}"):
+            sources.find((str(path),), "--text")
+        refused(2, ("--input text", words), f"--input={path}", f"--output={tmp_path / 'new'}")
+    with pytest.raises(UsageError, match="memory://bucket/data/out: was made by gpt-jax prepare"):
+        sources.find(("memory://bucket/data",))
+    store.rm("/bucket/data", recursive=True)
+    (outer / "corpus.json").write_text('[{"text": "a file of this name is as good as any"}]')
+    shutil.rmtree(out)
+    assert len(sources.find((str(outer),))) == 1
+
+
+def test_an_unfinished_folder_does_not_train(made, tmp_path):
+    outer, out = copied(made, tmp_path, True)
+    data = config.Data(path=(str(out),), cache=str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match="config.data.path = .*has not finished; run the same command again"):
+        dataset.load(data, lambda line: None)
+    shutil.copytree(made, tmp_path / "held")
+    (tmp_path / "a.txt").write_text("some words of text")
+    data = config.Data(path=(str(tmp_path / "a.txt"),), eval_path=(str(tmp_path / "held"),), cache=data.cache)
+    with pytest.raises(UsageError, match="config.data.eval_path = .*whose output is tokens and no text"):
+        dataset.load(data, lambda line: None)
+
+
 def test_inspect_tells_what_is_inside(made, capsys):
     capsys.readouterr()
     runs.call("prepare", f"--inspect={made}")
@@ -143,6 +188,34 @@ def test_a_corpus_on_a_store_is_copied_once(made, tmp_path):
     store.rm("/bucket/corpus/a/train.docs")
     with pytest.raises(UsageError, match="a/train.docs"):
         mirror(url, tmp_path / "cache", lines.append)
+
+
+def test_a_network_that_fails_is_not_the_cache(made, tmp_path, monkeypatch):
+    fetch, broken = remote.open_remote, "train-00000.tokens"
+
+    class Torn:
+        def __init__(self, file):
+            self.file, self.left = file, 1
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def read(self, size):
+            self.left -= 1
+            if self.left < 0:
+                raise ConnectionResetError(104, "Connection reset by peer")
+            return self.file.read(5)
+
+    monkeypatch.setattr(remote, "open_remote", lambda url: Torn(fetch(url)) if url.endswith(broken) else fetch(url))
+    for broken in ("a/train-00000.tokens", "corpus.json"):
+        with pytest.raises(UsageError, match=f"^file://.*{broken}: cannot be reached: ConnectionResetError") as error:
+            mirror(f"file://{made}", tmp_path / "cache", lambda line: None)
+        assert "config.data.cache" not in str(error.value)
+    broken = "nothing"
+    assert corpus.is_corpus(mirror(f"file://{made}", tmp_path / "cache", lambda line: None))
 
 
 def test_a_mirror_needs_room(made, tmp_path, monkeypatch):

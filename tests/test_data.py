@@ -124,7 +124,8 @@ def slow_row(tokens, spans, seq_len, apart):
         position = 0 if new or not there else position + 1
         learn = next_there and (not apart or document[place] == document[place + 1])
         target = ids[place + 1] if next_there else 0
-        row = (ids[place] if there else 0, target, learn, learn and target < 256, document[place] if there else 0, position)
+        row = (ids[place] if there else 0, target, learn, learn and target < 256, document[place] if there else 0,
+               position)
         for column, value in zip(out.values(), row):
             column.append(int(value))
     return out
@@ -145,7 +146,8 @@ def test_rows_against_a_loop(kind, sizes, seq_len, apart):
     evals = columns(held.fill(np.arange(held.count + 2)), BYTES.token_bytes, apart)
     for i in range(held.count + 2):
         start = i * seq_len
-        inside = list(spans(tokens, [(start, max(0, min(seq_len + 1, tokens.size - start)))] if start < tokens.size else []))
+        inside = list(spans(tokens, [(start, max(0, min(seq_len + 1, tokens.size - start)))] if start < tokens.size
+                            else []))
         for name, column in slow_row(tokens, inside, seq_len, apart).items():
             assert evals[name][i].tolist() == column, (name, i)
     assert {got[name].dtype for name in got} == {np.dtype(np.int32), np.dtype(np.float32)}
@@ -183,12 +185,15 @@ def same(a, b):
 
 def mixed(seed=0):
     """Three sources of other sizes; the third in two shards."""
-    parts = [make_tokens(np.random.default_rng(seed + i).integers(1, 30, n), seed + i) for i, n in enumerate((40, 90, 60))]
+    parts = [make_tokens(np.random.default_rng(seed + i).integers(1, 30, n), seed + i) for i,
+             n in enumerate((40, 90, 60))]
     third, cut = parts[2], int(parts[2].offsets[4])
-    split = Tokens("train", (TokenArray(third.ids(0, cut)), TokenArray(third.ids(cut, third.size))), third.offsets, third.docs,
+    split = Tokens("train", (TokenArray(third.ids(0, cut)), TokenArray(third.ids(cut, third.size))), third.offsets,
+                   third.docs,
                    third.bytes)
     return Dataset(tuple(Part(name, weight, tokens, None) for name, weight, tokens in
-                         zip("abc", (0.5, 0.3, 0.2), (*parts[:2], split))), with_specials(BYTES, pipeline.FIM_TOKENS), "")
+                         zip("abc", (0.5, 0.3, 0.2), (*parts[:2], split))), with_specials(BYTES, pipeline.FIM_TOKENS),
+                         "")
 
 
 EVERYTHING = dict(apart=True, shuffle_documents=True, fim=0.5, block=10, stages=((400, (0.2, 0.2, 0.6)),))
@@ -253,7 +258,8 @@ def test_shares_are_of_tokens_or_documents_and_sizes_count_by_temperature():
     ((0.0, 0.0, 0.0), {}, "the weights .* must be 0 or more, and not all 0"),
     ((1.0, -1.0, 1.0), {}, "the weights .* must be 0 or more"),
     ((1.0, 1.0, 1.0), {"stages": ((100, (1.0, 1.0)),)}, r"config.data.stages\[0\] = .*expected 3 weights, for a, b, c"),
-    ((1.0, 1.0, 1.0), {"stages": ((1, (1.0, 1.0, 0.0)), (2, (0.0, 1.0, 1.0)))}, r"stages\[1\] begins at token 2, before or within"),
+    ((1.0, 1.0, 1.0), {"stages": ((1, (1.0, 1.0, 0.0)), (2, (0.0, 1.0, 1.0)))}, 
+     r"stages\[1\] begins at token 2, within a block"),
     ((1.0, 1.0, 1e-6), {}, "config.data.block = 1000: the share .* of source c is less than one example"),
     ((1.0, 1.0, 0.0), {"rows": "best_fit", "stages": ((5, (0.0, 0.0, 0.0)),)}, r"stages\[0\].*not all 0"),
     ((1.0, 1.0, 1.0), {"fim": 0.5}, "config.data.fim = 0.5: the tokenizer bytes has no <|fim_prefix|>"),
@@ -265,8 +271,19 @@ def test_mixtures_that_cannot_be(weights, knobs, message):
         pipeline.make_examples(Dataset(parts, BYTES, ""), config.Data(**knobs), 8, 0)
 
 
+def test_shares_of_the_held_out_mean_are_those_of_the_stage_and_not_of_the_length_of_the_run():
+    stages = ((8 * 20, (0.0, 1.0, 3.0)),)  # from example 20 on
+    knobs = config.Data(rows="chunk", block=10, stages=stages)
+    streams = [pipeline.make_stream(mixed(), knobs, 8, 5, 0, slice(0, 5), 0, steps) for steps in (1, 50)]
+    for stream in streams:
+        assert stream.shares(0) == stream.shares(4) == streams[0].shares(1)
+        assert list(stream.shares(5).values()) == [0.0, 0.2, 0.8] or list(stream.shares(5).values()) == [0.0, 0.3, 0.7]
+        stream.close()
+
+
 def test_a_source_smaller_than_its_share_of_a_batch():
-    with pytest.raises(UsageError, match="config.train.batch_size = 400: 200 of them from source a, which of 6.. tokens has 78 rows"):
+    with pytest.raises(UsageError, match="config.train.batch_size = 400: 200 of them from source a, which of 6.. "
+                                         "tokens has 78 rows"):
         pipeline.make_stream(mixed(), config.Data(rows="chunk"), 8, 400, 0, slice(0, 8))
 
 
@@ -276,8 +293,9 @@ def test_epochs_are_counted_before_the_run_starts():
     stream.close()
     rows = [(part.train.size - 1) // 8 for part in data.parts]
     for line, name, count, part in zip(stream.summary, "abc", rows, (0.5, 0.3, 0.2), strict=True):
-        assert line.startswith(f"source {name}: {1000 * part / count:.2f} epochs, {part:.2%} of the rows; chunk rows: {count} ")
-    assert stream.shares == {"a": 0.5, "b": 0.3, "c": 0.2}
+        assert line.startswith(f"source {name}: {1000 * part / count:.2f} epochs, {part:.2%} of the rows; chunk rows: "
+                               f"{count} ")
+    assert stream.shares(50) == {"a": 0.5, "b": 0.3, "c": 0.2}
 
 
 def test_batches_are_made_ahead_and_elsewhere(monkeypatch):
@@ -285,7 +303,8 @@ def test_batches_are_made_ahead_and_elsewhere(monkeypatch):
     made, make = [], pipeline.Batches.__getitem__
     monkeypatch.setattr(pipeline.Batches, "__getitem__", lambda batches, number: (
         made.append(threading.get_ident()), make(batches, number))[1])
-    stream = pipeline.make_stream(alone(make_tokens([100])), config.Data(rows="chunk", prefetch=3), 8, 4, 0, slice(0, 4))
+    stream = pipeline.make_stream(alone(make_tokens([100])), config.Data(rows="chunk", prefetch=3), 8, 4, 0,
+                                  slice(0, 4))
     next(stream)
     end = time.monotonic() + 60
     while len(made) < 3 and time.monotonic() < end:
@@ -310,8 +329,8 @@ def test_too_little_text(rows):
         pipeline.make_stream(alone(tokens), data, 9, 8, 0, slice(0, 8))
     take(pipeline.make_stream(alone(tokens), data, 63, 1, 0, slice(0, 1)), 2)
     lone = in_memory("eval", np.array([256], np.uint16), np.array([0, 1]), 0)
-    with pytest.raises(UsageError, match="the eval text has 1 token"):
-        pipeline.make_eval_batches(lone, BYTES, data, 8, 1, slice(0, 1))
+    with pytest.raises(UsageError, match="the held-out text of source wiki has 1 token.*--eval_fraction of prepare"):
+        pipeline.make_eval_batches(lone, BYTES, data, 8, 1, slice(0, 1), 0, "the held-out text of source wiki")
 
 
 def test_ids_beyond_the_vocabulary_stop_the_run():

@@ -71,7 +71,8 @@ def test_many_documents_stay_whole(folder, how, tokenizer):
     assert [t for t in files if t in train] == train and [t for t in files if t in held] == held
     assert sorted(train + held) == sorted(files) and train and held
     assert "".join(held).encode() == heldout_text(data)
-    assert tuple(map(got.eval.document_name, range(got.eval.documents))) == tuple(f"text/{files.index(t):02d}.txt" for t in held)
+    assert tuple(map(got.eval.document_name, range(got.eval.documents))) == tuple(f"text/{files.index(t):02d}.txt"
+                                                                                  for t in held)
     assert got.eval.bytes == len("".join(held).encode()) and got.train.documents == len(train)
     ends = ids(got.train)[got.train.offsets[1:] - 1]
     assert got.tokenizer.eot is None or (ends == got.tokenizer.eot).all()

@@ -89,6 +89,21 @@ def test_own_function(tmp_path, monkeypatch):
         parse(("mine_for_test:broken",))("x")
 
 
+def test_code_of_own_functions(tmp_path, monkeypatch):
+    """Of the module named, and of the one that its function comes from; of no other filter."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "written_for_test.py").write_text("def same(text):\n    return text\n")
+    (tmp_path / "named_for_test.py").write_text("from written_for_test import same\n")
+    specs, seen = ("strip", "min_chars:3", "named_for_test:same"), set()
+    for file in ("", "written_for_test.py", "named_for_test.py"):
+        with open(tmp_path / (file or "other.py"), "a") as out:
+            out.write("# edited\n")
+        [(spec, found)] = filters.code(specs).items()
+        assert spec == specs[-1] and found == filters.code(specs)[spec]
+        seen.add(found)
+    assert len(seen) == 3 and filters.code(("strip", "builtins:str")) == {"builtins:str": filters.digest([])}
+
+
 @pytest.mark.parametrize("package, extra, use", [
     ("py3langid", "filters", lambda: parse(("language:en",))), ("datasketch", "dedup", lambda: minhash("a"))])
 def test_packages_that_are_not_there(monkeypatch, package, extra, use):

@@ -10,17 +10,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"errors", "config", "sharding", "metrics", "writers", "devices", "stops"},
+    {"errors", "config", "sharding", "metrics", "writers", "devices", "stops", "meeting", "version"},
     {"model", "data"},
     {"train", "infer", "interop"},
-    {"evals", "experiment", "loop", "report", "load", "scaling"},
+    {"evals", "experiment", "loop", "report", "load", "scaling", "plan", "launch"},
     {"commands", "__main__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Neighbours on a floor do not import each other, except these. errors and config are what everything stands on, errors
 # first; the one loop uses the evaluators and the report; __main__ is the door of commands.
 NEIGHBOURS = {(room, base) for room in FLOORS[0] for base in ("errors", "config") if room not in ("errors", base)} | {
-    ("experiment", "evals"), ("loop", "experiment"), ("loop", "evals"), ("loop", "report"), ("__main__", "commands")}
+    ("experiment", "evals"), ("loop", "experiment"), ("loop", "evals"), ("loop", "report"), ("plan", "experiment"),
+    ("__main__", "commands")}
 APART = {("train", "model"), ("train", "data"), ("data", "sharding")}  # lower, and still not theirs to know
 FOREIGN = {"ml_collections": {"commands"}, "absl": {"commands"}, "argparse": {"commands"},  # package -> rooms that may
            "jax": set(FLOOR) - {"errors", "config", "data"}, "flax": {"model"}, "optax": {"train"},

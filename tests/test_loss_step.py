@@ -37,7 +37,7 @@ def make_params(seed=1):
 
 def features(params, batch, key):
     x = params["table"][batch["tokens"]]
-    return x if key is None else x * jax.random.bernoulli(key, 0.5, x.shape)
+    return (x if key is None else x * jax.random.bernoulli(key, 0.5, x.shape)), {}
 
 
 NETWORK = Network(features, lambda params, hidden: hidden @ params["head"])
@@ -175,5 +175,5 @@ def test_state_without_averaging_keeps_none():
 
 def test_eval_step_has_no_randomness():
     ours = jax.jit(partial(eval_step, network=NETWORK, train=PLAIN))(make_params(), make_batch())
-    logits = features(make_params(), make_batch(), None) @ make_params()["head"]
+    logits = features(make_params(), make_batch(), None)[0] @ make_params()["head"]
     jax.tree.map(close, ours, next_token(logits, make_batch(), PLAIN))

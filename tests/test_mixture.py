@@ -1,9 +1,11 @@
 """Mixtures: exact shares, every row of a source in turn, stages, and all of it from the number alone."""
 
+import math
+
 import numpy as np
 import pytest
 
-from gpt_jax.data.mixture import Mixture, apportion
+from gpt_jax.data.mixture import Mixture, apportion, check
 from gpt_jax.errors import UsageError
 
 MIX = Mixture(np.array([[7, 2, 1], [0, 5, 5], [3, 3, 4]]), np.array([0, 4, 9]), 10, 11)
@@ -35,6 +37,26 @@ def test_drawn_counts_any_number_of_examples():
         assert MIX.drawn(examples).tolist() == np.bincount(source[:examples], minlength=3).tolist()
 
 
+def test_shares_are_those_of_the_stage_an_example_is_in():
+    mix = Mixture(np.array([[6, 4], [1, 9]]), np.array([0, 3]), 10, 0)
+    assert [mix.shares(i).tolist() for i in (0, 29)] == [[0.6, 0.4]] * 2
+    assert [mix.shares(i).tolist() for i in (30, 10**12)] == [[0.1, 0.9]] * 2
+
+
+@pytest.mark.parametrize("stages, message", [
+    (((0, (1.0,)),), r"config.data.sources = .* expected 2 weights, for a, b"),
+    (((0, (0.0, 0.0)),), "config.data.sources: the weights .* not all 0"),
+    (((0, (math.nan, 1.0)),), "config.data.sources: the weights"),
+    (((0, (1.0, 1.0)), (50, (1.0, -1.0))), r"config.data.stages\[0\]: the weights .* 0 or more"),
+    (((0, (1.0, 1.0)), (0, (1.0, 1.0))), r"config.data.stages\[0\] begins at token 0"),
+    (((0, (1.0, 1.0)), (50, (1.0, 1.0)), (50, (1.0, 1.0))), r"config.data.stages\[1\] .* let stages rise"),
+    (((0, (1.0, 1.0)), (50, (1.0, 1.0, 1.0))), r"config.data.stages\[0\] = .* expected 2 weights"),
+])
+def test_stages_that_cannot_be(stages, message):
+    with pytest.raises(UsageError, match=message):
+        check(stages, ("a", "b"))
+
+
 def test_one_by_one_is_all_at_once_and_far_is_near():
     together = MIX.assign(np.arange(60, 90))
     for i, n in enumerate(range(60, 90)):
@@ -54,5 +76,6 @@ def test_shares_by_largest_remainder():
 
 
 def test_a_share_too_small_for_the_block_is_refused():
-    with pytest.raises(UsageError, match="config.data.block = 100: the share 0.001 of source b is less than one example"):
+    with pytest.raises(UsageError, match="config.data.block = 100: the share 0.001 of source b is less than one "
+                                         "example"):
         apportion(np.array([0.999, 0.001]), 100, ("a", "b"))

@@ -4,19 +4,23 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import runs
 from prepared import texts, write_jsonl
 
-from gpt_jax.data import dataset
+from gpt_jax import experiment
+from gpt_jax.data import dataset, mixture
 from gpt_jax.data.pipeline import make_stream
+from gpt_jax.errors import UsageError
 from gpt_jax.train.checkpoint import FOLDER
 from gpt_jax.train.digest import MANIFEST
 
 RUN = ("--config.train.steps=24", "--config.optim.learning_rate=1e-3", "--config.checkpoint.every_steps=4",
-       "--config.eval.every_steps=12", "--config.train.batch_size=24", "--config.eval.batch_size=24", "--config.data.path=()", "--config.data.rows=best_fit", "--config.data.apart=true",
+       "--config.eval.every_steps=12", "--config.train.batch_size=24", "--config.eval.batch_size=24",
+       "--config.data.path=()", "--config.data.rows=best_fit", "--config.data.apart=true",
        "--config.data.shuffle_documents=true", "--config.data.fim=0.3", "--config.data.block=20",
        "--config.data.stages=((4000,(0.2,0.2,0.6)),)")
 
@@ -29,9 +33,11 @@ def folder(tmp_path_factory):
         rows = texts(150, seed)
         write_jsonl(root / f"{name}.jsonl", [text.upper() for text in rows] if name == "chat" else rows)
     (root / "both").mkdir()
-    runs.call("prepare", "--input", f"wiki={root / 'wiki.jsonl'}", f"books={root / 'books.jsonl'}", "--tokenizer=bytes+fim",
+    runs.call("prepare", "--input", f"wiki={root / 'wiki.jsonl'}", f"books={root / 'books.jsonl'}",
+              "--tokenizer=bytes+fim",
               "--eval_fraction=0.1", "--workers=1", "--filters", "min_chars:20", f"--output={root / 'both'}")
-    runs.call("prepare", f"--input={root / 'chat.jsonl'}", "--tokenizer=bytes+fim", "--eval_fraction=0.1", "--workers=1",
+    runs.call("prepare", f"--input={root / 'chat.jsonl'}", "--tokenizer=bytes+fim", "--eval_fraction=0.1",
+              "--workers=1",
               "--dedup=exact", f"--output={root / 'chat'}")
     return root
 
@@ -94,11 +100,10 @@ def test_each_source_is_measured_and_the_mean_is_weighted(folder, whole, capsys)
     last = {}
     for row in runs.read_jsonl(whole / "metrics.jsonl"):
         last |= row
-    # 24 x 24 examples of 32 tokens: 140 before token 4,000 rounded up to a block of 20, 436 after it.
-    stream = run_stream(whole, 0)
-    shares = list(stream.shares.values())
-    rough = [(0.5 * 140 + 0.2 * 436) / 576, (0.3 * 140 + 0.2 * 436) / 576, (0.2 * 140 + 0.6 * 436) / 576]
-    assert shares == pytest.approx(rough, rel=0.05) and sum(shares) == pytest.approx(1)
+    # Examples have 32 tokens: 140 come before token 4,000 rounded up to a block of 20, and step 24 is far beyond.
+    shares = list(run_stream(whole, 0).shares(24).values())
+    assert shares == pytest.approx([0.2, 0.2, 0.6], abs=0.051) and sum(shares) == pytest.approx(1)
+    assert list(run_stream(whole, 0).shares(5).values()) == pytest.approx([0.5, 0.3, 0.2], abs=0.051)
     for metric in ("loss", "bits_per_byte"):
         own = [last[f"eval/{name}/{metric}"] for name in ("wiki", "books", "chat")]
         assert last[f"eval/{metric}"] == pytest.approx(np.dot(shares, own), rel=1e-6)
@@ -107,14 +112,37 @@ def test_each_source_is_measured_and_the_mean_is_weighted(folder, whole, capsys)
     runs.call("evaluate", f"--checkpoint={whole}", "--json")
     found = json.loads(capsys.readouterr().out)["sources"]
     assert set(found) == {"wiki", "books", "chat", "all"}
-    assert found["chat"]["loss"] == pytest.approx(last["eval/chat/loss"], rel=1e-6)
+    for metric in ("loss", "bits_per_byte", "accuracy", "perplexity"):
+        assert found["chat"][metric] == pytest.approx(last[f"eval/chat/{metric}"], rel=1e-6)
+        assert found["all"][metric] == pytest.approx(last[f"eval/{metric}"], rel=1e-6)
+    assert found["all"]["tokens"] == sum(found[name]["tokens"] for name in ("wiki", "books", "chat"))
+
+
+def test_evaluate_measures_what_a_prepared_folder_holds_out(folder, whole, tmp_path, capsys):
+    both, chat = str(folder / "both"), str(folder / "chat")
+    capsys.readouterr()
+    runs.call("evaluate", f"--checkpoint={whole}", "--json")
+    own = json.loads(capsys.readouterr().out)["sources"]
+    runs.call("evaluate", f"--checkpoint={whole}", "--json", "--text", both, chat)
+    found = json.loads(capsys.readouterr().out)["sources"]
+    assert set(found) == {f"{both}/wiki", f"{both}/books", chat, "all"}
+    assert found[f"{both}/books"] == own["books"] and found[chat] == own["chat"]
+    mean = sum(found[name]["loss"] * found[name]["tokens"] for name in found if name != "all") / found["all"]["tokens"]
+    assert found["all"]["loss"] == pytest.approx(mean, rel=1e-6)  # of texts without weights: token by token
+    rows = write_jsonl(tmp_path / "a.jsonl", texts(20))
+    for name, given, words in (("other", ("--eval_fraction=0.5",), "is tokenized by bytes "),
+                               ("all", ("--tokenizer=bytes+fim",), "holds nothing out")):
+        runs.call("prepare", f"--input={rows}", f"--output={tmp_path / name}", "--workers=1", *given)
+        code, line = runs.refusal("evaluate", f"--checkpoint={whole}", "--text", str(tmp_path / name))
+        assert code == 2 and f"--text = {tmp_path / name}" in line and words in line and "\n" not in line, line
 
 
 def test_a_run_says_how_often_each_source_is_seen(folder, tmp_path, capsys):
     runs.call(*arguments(folder, tmp_path / "run", "--config.train.steps=3"))
     said = capsys.readouterr().out
     for name in ("wiki", "books", "chat"):
-        assert re.search(rf"^source {name}: [\d.]+ epochs, [\d.]+% of the rows; best_fit rows: \d+ of 32 tokens an epoch, "
+        assert re.search(rf"^source {name}: [\d.]+ epochs, [\d.]+% of the rows; best_fit rows: \d+ of 32 tokens an "
+                          "epoch, "
                          rf"[\d.]+% filled", said, re.M), said
 
 
@@ -136,7 +164,8 @@ def test_inspect_names_every_row_of_a_step(folder, whole, capsys, step):
             assert shown in text and (document["offset"] or text.startswith(shown))
     runs.call("inspect", f"--workdir={whole}", f"--batch={step}", "--rows=2")
     shown = capsys.readouterr().out
-    assert shown.count("\nrow ") == 1 and shown.startswith("row 0: example ") and rows[0]["documents"][0]["name"] in shown
+    assert shown.count("\nrow ") == 1 and shown.startswith("row 0: example ")
+    assert rows[0]["documents"][0]["name"] in shown
 
 
 def test_inspect_refuses_what_is_not_there(folder, whole, tmp_path):
@@ -146,13 +175,24 @@ def test_inspect_refuses_what_is_not_there(folder, whole, tmp_path):
 
 @pytest.mark.parametrize("change, code, words", [
     ("--config.data.sources=(('wiki','{both}',0.0),('books','{both}',0.0))", 2, "not all 0"),
-    ("--config.data.sources=(('poems','{both}',1.0),)", 2, "holds several sources; name one of wiki, books"),
+    ("--config.data.sources=(('wiki','{both}',1.0),('books','{both}',1.0),('poems','{both}',1.0))", 2, "holds several "
+                                                                                                       "sources; name "
+                                                                                                       "one of wiki, "
+                                                                                                       "books"),
     ("--config.data.sources=(('wiki','{both}',1.0),('wiki','{both}',1.0))", 2, "wiki is named twice"),
-    ("--config.data.tokenizer=bytes", 2, "is tokenized by bytes+fim"),
+    ("--config.data.tokenizer=bpe:300+fim", 2, "is tokenized by bytes+fim"),
     ("--config.data.path={both}", 2, "give one of them"),
     ("--config.train.batch_size=2400", 2, "less than a batch"),
     ("--config.data.stages=((4000,(1.0,)),)", 2, "expected 3 weights, for wiki, books, chat"),
     ("--config.data.eval_path={both}", 2, "each holds out its own text"),
+    # before anything is read:
+    ("--config.data.sources=(('a','none.txt',-1.0),('b','none.txt',1.0))", 2, "the weights (-1.0, 1.0) must be 0 or "
+                                                                              "more"),
+    ("--config.data.sources=(('a','none.txt',1.0),('b','none.txt',1.0))", 2, "config.data.stages[0] = (0.2, 0.2, 0.6)"),
+    ("--config.data.sources=(('a','none.txt',1.0),('b','none.txt',1.0),('c','none.txt',1.0))", 2,
+     "config.data.sources[0] = 'none.txt': no such file"),
+    ("--config.data.tokenizer=bpe:300+chat", 2, "config.data.fim = 0.3: the tokenizer bpe:300+chat has no "
+                                                "<|fim_prefix|>"),
 ])
 def test_mixtures_that_cannot_run(folder, tmp_path, change, code, words):
     found, line = runs.refusal(*arguments(folder, tmp_path / "run"), change.format(both=folder / "both"))
@@ -160,17 +200,51 @@ def test_mixtures_that_cannot_run(folder, tmp_path, change, code, words):
 
 
 def test_a_prepared_folder_is_a_path_like_any_other(folder, tmp_path, capsys):
-    runs.call("train", f"--config={runs.TINY}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={folder / 'both'}",
-              "--config.data.tokenizer=", "--config.train.steps=3", "--config.log.progress=false", "--config.eval.compare_xz=true")
+    runs.call("train", f"--config={runs.TINY}", f"--workdir={tmp_path / 'run'}",
+              f"--config.data.path={folder / 'both'}",
+              "--config.data.tokenizer=", "--config.train.steps=3", "--config.log.progress=false",
+              "--config.eval.compare_xz=true")
     said = capsys.readouterr().out
     assert "tokenizer bytes+fim of 260 ids" in said and "source wiki: " in said and "xz -9: " in said
+
+
+@pytest.mark.parametrize("change, words", [
+    ("--config.data.block=2", "less than one example of a block"), ("--config.train.batch_size=2400", "less than a "
+                                                                                                      "batch"),
+    ("--config.data.stages=((1,(1.0,1.0,1.0)),(2,(1.0,1.0,1.0)))", "config.data.stages[1] begins at token 2, within")])
+def test_rows_that_cannot_be_are_refused_before_the_model_is_made(folder, tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr("gpt_jax.experiment.build_on", lambda *_: pytest.fail("the model was made"))
+    code, line = runs.refusal(*arguments(folder, tmp_path / "run", change))
+    assert code == 2 and words in line, line
+
+
+def test_counts_of_the_mixture_are_compared_between_processes(folder, tmp_path, monkeypatch):
+    """Each makes them of floats by itself, and one that rounds differently must be named and not trained with."""
+    config = runs.configs.resolve(runs.load(folder, *arguments(folder, tmp_path)[3:]))
+    data, facts = dataset.load(config.data, lambda line: None), []
+    monkeypatch.setattr(experiment, "disagreements", lambda found: facts.append(found) or [])
+    experiment.check_job(config, data)
+    counts, begins = facts[0]["the mixture's counts"]
+    assert [sum(row) for row in counts] == [20, 20] and begins == [0, 7] and isinstance(counts[0][0], int)
+    apportion = mixture.apportion
+    monkeypatch.setattr(mixture, "apportion", lambda *given: apportion(*given)[[1, 0, 2]])
+    experiment.check_job(config, dataset.load(config.data, lambda line: None))
+    assert facts[1]["the mixture's counts"] != facts[0]["the mixture's counts"]
+    with pytest.raises(UsageError, match="stages be further apart"):  # told to the others first
+        close = ((1, (1.0, 1.0, 1.0)), (2, (1.0, 1.0, 1.0)))
+        experiment.check_job(replace(config, data=replace(config.data, stages=close)), data)
+    assert "further apart" in facts[2]["the mixture's counts"]
+    monkeypatch.setattr(experiment, "disagreements", lambda found: [name for name in found if "mixture" in name])
+    with pytest.raises(UsageError, match="the mixture's counts: not the same on all processes"):
+        experiment.check_job(config, data)
 
 
 def test_inspect_refuses_a_folder_prepared_again_with_another_tokenizer(tmp_path, capsys):
     rows = write_jsonl(tmp_path / "a.jsonl", texts(60))
     given = ["--input", str(rows), "--workers=1", f"--output={tmp_path / 'data'}"]
     runs.call("prepare", *given)
-    runs.call("train", f"--config={runs.TINY}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={tmp_path / 'data'}",
+    runs.call("train", f"--config={runs.TINY}", f"--workdir={tmp_path / 'run'}",
+              f"--config.data.path={tmp_path / 'data'}",
               "--config.data.tokenizer=", "--config.train.steps=3", "--config.log.progress=false")
     runs.call("inspect", f"--workdir={tmp_path / 'run'}", "--batch=1")
     shutil.rmtree(tmp_path / "data")
@@ -184,5 +258,6 @@ def test_sources_of_other_names_are_another_run(tmp_path):
     for names in ("ab", "cd"):
         inputs = [f"{name}={write_jsonl(tmp_path / f'{i}.jsonl', texts(20, i))}" for i, name in enumerate(names)]
         runs.call("prepare", "--input", *inputs, "--workers=1", f"--output={tmp_path / names}")
-    found = [dataset.load(runs.configs.Data(path=(str(tmp_path / names),)), lambda line: None).content for names in ("ab", "cd")]
+    found = [dataset.load(runs.configs.Data(path=(str(tmp_path / names),)), lambda line: None).content
+             for names in ("ab", "cd")]
     assert found[0] != found[1]

@@ -293,8 +293,8 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key():
 
     @jax.jit
     def run(keys):
-        one = lambda **more: apply(model, params, {"tokens": tokens}, method="features", **more)
-        plain = apply(replace(model, attention_dropout=0.0), params, {"tokens": tokens}, method="features")
+        one = lambda **more: apply(model, params, {"tokens": tokens}, method="features", **more)[0]
+        plain = apply(replace(model, attention_dropout=0.0), params, {"tokens": tokens}, method="features")[0]
         return jax.vmap(lambda key: one(rngs={"dropout": key}))(keys), one(), plain
 
     many, without, plain = run(jax.random.split(jax.random.key(0), 400))
@@ -427,7 +427,7 @@ def test_the_embedding_is_dropped_too():
     model = make_model(layers=1, dropout=0.5, final_norm=False)
     params, tokens = random_params(model), make_batch()["tokens"]
     params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
-    run = lambda **more: np.asarray(apply(model, params, {"tokens": tokens}, method="features", **more))
+    run = lambda **more: np.asarray(apply(model, params, {"tokens": tokens}, method="features", **more)[0])
     plain, dropped = run(), run(rngs={"dropout": jax.random.key(0)})
     assert 0.4 < (dropped == 0).mean() < 0.6
     np.testing.assert_allclose(dropped[dropped != 0], 2 * plain[dropped != 0], rtol=1e-6)

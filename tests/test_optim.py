@@ -16,7 +16,7 @@ import pytest
 from gpt_jax import config
 from gpt_jax.errors import UsageError
 from gpt_jax.train import muon
-from gpt_jax.train.optim import assign, describe, ema_init, ema_update, leaf_dims, make_optimizer
+from gpt_jax.train.optim import assign, describe, ema_init, ema_update, gradient_norm, leaf_dims, make_optimizer
 from gpt_jax.train.schedule import make_schedule
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
@@ -292,6 +292,24 @@ def test_every_parameter_in_one_group_and_the_first_match_wins():
     assert sum(row.parameters for row in rows) == sum(x.size for x in flat(params).values())
     assert rows[0] == ("group0 ^(embed|value_embeds)/", "adamw", 1, 128, pytest.approx(0.3), 0.0)
     assert rows[3] == ("default", "adamw", 3, 36, pytest.approx(0.02), 0.1)
+
+
+def test_a_router_bias_has_a_rule_of_its_own():
+    """A step of balance_rate against the sign, whatever rate, decay and groups say; the clipping norm does not hear of it."""
+    bias = {"blocks/0/mlp/router/bias": ((2, 4), None)}
+    o = optim(clip=0.1, decay="all", groups=(config.Group(match=".", optimizer="sgd", b1=0.0, weight_decay=0.3),))
+    params = draw(0, MODEL | {path: shape for path, (shape, _) in bias.items()})
+    grads = [draw(i, MODEL) for i in (1, 2)]
+    excess = np.array([[3.0, -1.0, 0.0, 4e6], [-2.0, 1.0, 1.0, 0.0]], np.float32)
+    steered = [nest(flat(g) | {path: excess for path in bias}) for g in grads]
+    found = flat(run(make_optimizer(o, params, balance_rate=0.25), params, steered)[0])
+    moved = found.pop("blocks/0/mlp/router/bias") - flat(params).pop("blocks/0/mlp/router/bias")
+    np.testing.assert_allclose(moved, -2 * 0.25 * np.sign(excess), atol=1e-6)
+    plain = nest({path: leaf for path, leaf in flat(params).items() if path not in bias})
+    assert_close(nest(found), run(make_optimizer(o, plain), plain, grads)[0])
+    assert not set(bias) & set(assign(o, params))
+    assert describe(o, params, 0.25)[-1] == ("router/bias", "sign", 1, 8, 0.25, 0.0)
+    np.testing.assert_allclose(gradient_norm(steered[0]), optax.tree.norm(grads[0]), rtol=1e-6)
 
 
 def test_default_muon_takes_the_matrices_inside_layers_only():

@@ -2,18 +2,22 @@
 
 import errno
 import gzip
+import importlib
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+import runs
 from prepared import contents, documents, prepare, refused, texts, write_jsonl
 
 from gpt_jax.commands.prepare import Display
-from gpt_jax.data import corpus, readers, shards, sources, survey, units
+from gpt_jax import config
+from gpt_jax.data import assemble, corpus, dataset, readers, shards, sources, survey, units
 from gpt_jax.data.prepare import Progress
 from gpt_jax.data.tokenizer import train_bpe
 from gpt_jax.errors import DataError, UsageError
@@ -162,6 +166,22 @@ def test_rows_that_cannot_be_read(folder):
     refused(2, ("a.jsonl:1", "'body'", "text"), f"--output={folder / 'field'}", *given, "--field=body")
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe:280", "bpe:280:cl100k"])
+def test_a_nul_spelt_out_in_json_is_a_character_like_any_other(folder, tokenizer):
+    """It is text on purpose, unlike the byte in a file of text; the filter `controls` takes it out."""
+    rows = ["before \0 after", "\0", "a\0\0b\x01c", "plain"]
+    given = [f"--input={write_jsonl(folder / 'nul.jsonl', rows)}", f"--tokenizer={tokenizer}", "--dedup=exact"]
+    assert "\\u0000" in (folder / "nul.jsonl").read_text()
+    one, two = prepare(folder / "one", *given), prepare(folder / "two", *given, workers=2)
+    assert documents(one)["text"]["train"] == rows and contents(one) == contents(two)
+    none = documents(prepare(folder / "none", *given, "--filters=controls"))["text"]["train"]
+    assert none == ["before  after", "abc", "plain"]
+    data = config.Data(path=(str(folder / "nul.jsonl"),), tokenizer=tokenizer, eval_fraction=0.0, field="text",
+                       cache=str(folder / "cache"))
+    found = dataset.load(data, lambda line: None)
+    assert found.tokenizer.decode(found.parts[0].train.ids(0, found.parts[0].train.size)) == "".join(rows)
+
+
 def test_many_small_files_share_a_unit_and_packed_ones_are_read(folder):
     small = folder / "small"
     small.mkdir()
@@ -263,7 +283,9 @@ def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     capsys.readouterr()
     prepare(out, *given)
-    assert "is finished already" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is finished already" in said
+    assert f"that its content is whole is checked by gpt-jax prepare --verify={out}" in said
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     there = f"--output={out}"
     refused(2, ("--eval_fraction was 0.2 and is 0.3",), there, given[0], "--eval_fraction=0.3")
@@ -274,6 +296,44 @@ def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys)
     refused(2, ("is finished, and the input has changed", "a.jsonl"), there, *given)
     refused(2, ("b.jsonl",), there, *given, f"a={folder / 'in/b.jsonl'}")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_finished_folder_is_looked_at_again(folder, capsys):
+    """A cut file by its size, at once; a flipped byte by --verify, as the line and the help say."""
+    given = [f"--input={folder / 'in'}"]
+    out = prepare(folder / "out", *given)
+    shard = out / "text/train-00000.tokens"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:-4])
+    capsys.readouterr()
+    refused(20, ("train-00000.tokens: has", "--verify"), f"--output={out}", *given)
+    assert "is finished" not in capsys.readouterr().err
+    shard.write_bytes(raw[:50] + b"?" + raw[51:])
+    prepare(out, *given)
+    assert f"--verify={out}" in capsys.readouterr().err
+    refused(20, ("train-00000.tokens",), f"--verify={out}")
+    with pytest.raises(SystemExit):
+        runs.call("prepare", "--help")
+    assert "content is checked by --verify" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_left_of_a_finished_call_is_removed_under_the_lock(folder, monkeypatch):
+    given = [f"--input={folder / 'in'}"]
+    out, clean, calls = prepare(folder / "out", *given), assemble.clean, []
+    (out / f".{'0' * 32}").touch()
+
+    def cleaning(*where):
+        calls.append(where)
+        if len(calls) == 1:
+            refused(2, ("another gpt-jax prepare is at work there",), f"--output={out}", *given)
+        clean(*where)
+
+    monkeypatch.setattr(assemble, "clean", cleaning)
+    wanted = {name: content for name, content in contents(out).items() if not name.startswith(".")}
+    prepare(out, *given)
+    assert contents(out) == wanted and len(calls) == 1
+    prepare(out, *given)
+    assert len(calls) == 1  # nothing to remove, and nothing need be writable
 
 
 def test_input_that_changes_between_two_calls_is_read_again(folder, monkeypatch):
@@ -292,6 +352,56 @@ def test_input_that_changes_between_two_calls_is_read_again(folder, monkeypatch)
     prepare(folder / "out", *given)
     assert documents(folder / "out")["text"]["train"] == texts(20, 9) + texts(40, 2)
     assert contents(folder / "out") == contents(prepare(folder / "fresh", *given))
+
+
+@pytest.fixture
+def own_filter(folder, monkeypatch):
+    """A function that writes the module `mine_of_prepare` anew, as an editor and a new process would have it."""
+    monkeypatch.syspath_prepend(folder)
+
+    def write(body: str) -> None:
+        (folder / "mine_of_prepare.py").write_text(f"def change(text):\n    return {body}\n")
+        sys.modules.pop("mine_of_prepare", None)
+        importlib.invalidate_caches()
+
+    yield write
+    sys.modules.pop("mine_of_prepare", None)
+
+
+def test_a_filter_edited_between_two_calls_is_refused(folder, monkeypatch, own_filter):
+    own_filter("text.upper()")
+    given = [f"--input={folder / 'in'}", "--piece_mb=0.002", "--filters=mine_of_prepare:change"]
+    made, run = [], units.tokenize
+
+    def stopping(job, unit, tick, **more):
+        made.append(unit.name)
+        if len(made) == 3:
+            raise OSError(errno.EIO, "gone")
+        return run(job, unit, tick, **more)
+
+    monkeypatch.setattr(units, "tokenize", stopping)
+    refused(2, ("gone",), f"--output={folder / 'out'}", *given)
+    own_filter("text.lower()")
+    refused(2, ("the source code of --filters was {'mine_of_prepare:change'", "remove this one"),
+            f"--output={folder / 'out'}", *given)
+    own_filter("text.upper()")
+    prepare(folder / "out", *given)
+    assert documents(folder / "out")["text"]["train"] == [text.upper() for text in texts(60, 1) + texts(40, 2)]
+    own_filter("text.lower()")
+    refused(2, ("the source code of --filters",), f"--output={folder / 'out'}", *given)
+
+
+def test_a_filter_edited_while_it_is_in_use_is_refused(folder, monkeypatch, own_filter):
+    own_filter("text.upper()")
+    run = units.tokenize
+
+    def editing(job, unit, tick, **more):
+        own_filter("text.lower()")
+        return run(job, unit, tick, **more)
+
+    monkeypatch.setattr(units, "tokenize", editing)
+    refused(20, ("--filters mine_of_prepare:change", "edited while it was in use", "remove --output="),
+            f"--output={folder / 'out'}", f"--input={folder / 'in'}", "--filters=mine_of_prepare:change")
 
 
 def test_input_that_changes_during_a_call_is_refused(folder, monkeypatch):

@@ -196,6 +196,11 @@ def test_ray_gives_what_processes_give(tmp_path, ray):
     with pytest.raises(PeerFailed, match="a Ray worker failed at item 0: ModuleNotFoundError"):  # no tests there
         list(ENGINES["ray"](work(die, [0])))
     ray.cloudpickle.register_pickle_by_value(engine_tasks)
+    seen, got = [], {}
+    for number, result in ENGINES["ray"](work(square, [3, 4, 5], 2, lambda *how: seen.append(how))):
+        got[number] = result
+        assert len(seen) == len(got)  # progress is told as each ends
+    assert got == {0: 9, 1: 16, 2: 25} and sorted(seen) == [(1, 3), (1, 4), (1, 5)]
     with pytest.raises(PeerFailed, match="a Ray worker failed at item 2"):
         list(ENGINES["ray"](work(die, [0, 1, 2, 3])))
 

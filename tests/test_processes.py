@@ -38,14 +38,19 @@ def assert_close(found: dict, wanted: dict, relative: float) -> None:
     np.testing.assert_allclose([*found.values()], [wanted[step] for step in found], rtol=relative)
 
 
-@pytest.mark.parametrize("processes, mesh", [(2, "data=2"), (4, "fsdp=2 tensor=2")])
-def test_losses_do_not_depend_on_the_processes(tmp_path, processes, mesh):
+MOE = "--config.model.pattern=(('attention', 'moe'),)"
+
+
+@pytest.mark.parametrize("processes, devices, mesh, model", [
+    (2, 1, "data=2", []), (4, 1, "fsdp=2 tensor=2", []), (2, 2, "pipeline=2 context=2", []),
+    (2, 4, "dcn_data=2 expert=2 tensor=2", [MOE]), (4, 2, "pipeline=2 expert=2 tensor=2", [MOE])])
+def test_losses_do_not_depend_on_the_processes(tmp_path, processes, devices, mesh, model):
     axes = [f"--config.mesh.{size}" for size in ("data=1", *mesh.split())]
-    job = runs.job(tmp_path / "logs", processes, runs.arguments(tmp_path, tmp_path / "job", *axes))
+    job = runs.job(tmp_path / "logs", processes, runs.arguments(tmp_path, tmp_path / "job", *axes, *model), devices)
     finish(job, [0] * processes)
     assert [process.out for process in job[1:]] == [""] * (processes - 1)  # process 0 alone speaks and writes
     assert not any("held-out loss" in process.err for process in job[1:]) and "held-out loss" in job[0].err
-    _, wanted = alone(tmp_path)
+    _, wanted = alone(tmp_path, *model)
     found = runs.curve(tmp_path / "job")
     assert list(found) == list(range(1, 21))
     assert_close(found, wanted, 1e-5)
@@ -86,7 +91,8 @@ def test_killed_and_resumed_on_two_and_on_one(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, number):
-    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=100000", "--config.checkpoint.every_steps=0",
+    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=100000",
+                           "--config.checkpoint.every_steps=0",
                            "--config.eval.every_steps=0")
     job = runs.job(tmp_path / "logs", 2, given)
     job[0].until(runs.logged(tmp_path / "job", 20), "step 20")
@@ -127,7 +133,8 @@ def test_processes_that_were_told_different_things_stop(tmp_path, own, words):
 
 
 def test_processes_that_do_not_meet_say_so(tmp_path):
-    given = runs.arguments(tmp_path, tmp_path / "job", "--join_seconds=3", "--coordinator=127.0.0.1:1", "--num_processes=2",
+    given = runs.arguments(tmp_path, tmp_path / "job", "--join_seconds=3", "--coordinator=127.0.0.1:1",
+                           "--num_processes=2",
                            "--process_id=1")
     process = runs.Process(tmp_path / "logs", given)
     process.end(40, 100)

@@ -418,8 +418,10 @@ def test_words_of_the_library_are_one_line(offline, monkeypatch):
 
 
 def test_names_of_data_sets(monkeypatch):
-    assert hub.parse("hf://org/name") == ("org/name", None, "train")
-    assert hub.parse("hf://org/name:20231101.zh@test") == ("org/name", "20231101.zh", "test")
+    assert hub.parse("hf://org/name") == ("org/name", None, "train", None)
+    assert hub.parse("hf://org/name:20231101.zh@test") == ("org/name", "20231101.zh", "test", None)
+    assert hub.parse("hf://org/name@test#refs/pr/1") == ("org/name", None, "test", "refs/pr/1")
+    assert hub.parse("hf:///data/c#/set@dev") == ("/data/c#/set", None, "dev", None)
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install 'gpt_jax\[hf\]'"):
         readers.cut(Source("hf://a/b", "hf://a/b"), 1, Reading())

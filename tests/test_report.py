@@ -74,7 +74,8 @@ def test_picture_shows_the_data():
     assert report.draw_loss(falling) == report.draw_loss(falling)
     assert len({report.draw_loss(rows) for rows in (
         [], falling, falling[:3], falling + [{"step": 4, "eval/loss": 5.0}],
-        *(falling + [{"step": s, "eval/loss": y} for s, y in ((0, 8.0), (2, middle), (4, 5.0))] for middle in (6.0, 7.0)),
+        *(falling + [{"step": s, "eval/loss": y} for s, y in ((0, 8.0), (2, middle), (4, 5.0))]
+          for middle in (6.0, 7.0)),
         [row | {"throughput/tokens_seen": 10.0 * row["step"]} for row in falling])}) == 7
 
 

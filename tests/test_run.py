@@ -26,7 +26,8 @@ from gpt_jax.writers import read_jsonl
 GROUPS = """({'match': '^embed/', 'rate': 2.0}, {'match': '/value_embed/', 'rate': 1.5}, {'match': '^residual/'},
              {'match': '^(blocks|tail)/.*/kernel$', 'optimizer': 'muon', 'rate': 2.0, 'weight_decay': 0.1})"""
 MODERN = ("--config.model.heads=8", "--config.model.norm=plain_rmsnorm", "--config.model.position=rotary",
-          "--config.model.pattern=(('attention', 'relu2'),)", "--config.model.qk_norm=true", "--config.model.tied=false",
+          "--config.model.pattern=(('attention', 'relu2'),)", "--config.model.qk_norm=true",
+          "--config.model.tied=false",
           "--config.model.bias=false", "--config.model.value_embed=true", "--config.model.residual_scalars=true",
           "--config.model.logit_softcap=15", "--config.model.windows=(8, 0)", f"--config.optim.groups={GROUPS}",
           "--config.data.rows=chunk", "--config.data.apart=true", "--config.data.split=document")
@@ -191,7 +192,8 @@ def test_what_a_run_says(tmp_path):
     """What was chosen and proved before the first step; numbers, samples and places after the last one."""
     run, lines = tmp_path / "run", []
     parts = runs.build(runs.load(tmp_path, "--config.train.steps=6", "--config.eval.sample_every_steps=2",
-                                 "--config.eval.compare_xz=true", "--config.data.rows=chunk", "--config.data.apart=true"))
+                                 "--config.eval.compare_xz=true", "--config.data.rows=chunk",
+                                 "--config.data.apart=true"))
     runs.run(parts, run, lines.append)
     for beginning in ("mesh: ", "attention kernel: blocked (fastest known on cpu); differs from reference by ",
                       "parameters: ", "tokens: ", "optimiser: ", "chunk rows: ", "held-out bits per byte ",
@@ -211,7 +213,8 @@ def test_what_a_run_says(tmp_path):
 
 
 def test_logged_numbers_are_what_they_are_called(tmp_path):
-    """Over a resume: the rate of the update, the tokens since the first step, and MFU with the whole map and with half."""
+    """Over a resume: the rate of the update, the tokens since the first step, and MFU with the whole map and with
+    half."""
     given = ("--config.optim.decay_steps=6", "--config.eval.every_steps=0", "--config.model.windows=(8, 0)")
     for steps in (3, 6):
         parts = runs.build(runs.load(tmp_path, *given, f"--config.train.steps={steps}"))
@@ -255,7 +258,8 @@ def test_samples_come_from_the_averages(tmp_path, monkeypatch):
 def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path):
     """`train … 2>&1 | head -1`: the run goes on, and stays a good one."""
     given = runs.arguments(tmp_path, tmp_path / "run", "--config.train.steps=5")
-    process = subprocess.Popen([sys.executable, "-m", "gpt_jax", *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    process = subprocess.Popen([sys.executable, "-m", "gpt_jax", *given], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT,
                                cwd=runs.ROOT, text=True)
     process.stdout.readline()
     process.stdout.close()

@@ -1,118 +1,19 @@
-"""One device and eight give one answer: logits, losses, gradients and updates on several meshes; and the rules.
-
-The reference of every comparison runs without a mesh, in one microbatch, with all logits at once.
-"""
+"""The rules of the mesh, the layouts they give, and the helpers that reshard; losses and gradients: test_mesh_matrix."""
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
+from meshes import BATCH, FSDP, ROWS, close, make_columns, make_model, put, random_params
 
-from gpt_jax import config, sharding
+from gpt_jax import sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.model.layers import lookup
 from gpt_jax.model.transformer import Transformer, abstract_params, init_params
-from gpt_jax.train.loss import Network
-from gpt_jax.train.step import init_state, train_step
-
-ROWS, LENGTH, VOCAB, STEPS = 16, 8, 48, 20
-TRAIN = config.Train(seq_len=LENGTH, batch_size=ROWS, z_loss=1e-3, label_smoothing=0.1)
-MODELS = {
-    "gpt2": dict(layers=2, windows=(3,)),  # on packed rows
-    "modern": dict(layers=3, kv_heads=4, norm="plain_rmsnorm", position="rotary", embed_norm=True, tied=False,
-                   bias=False, pattern=(("attention", "swiglu"),), qk_norm=True, qk_norm_after_rope=True,
-                   logit_softcap=15.0, value_embed=True, residual_scalars=True, smear=True, smear_gate=5, backout=True, dropout=0.1, attention_dropout=0.1,
-                   init="modern")}
-MESHES = {  # (data, fsdp, tensor), microbatches, tokens of a row whose logits exist at once
-    "gpt2": [((8, 1, 1), 2, 0), ((1, 8, 1), 1, 4), ((1, 1, 8), 1, 0), ((2, 2, 2), 4, 2)],
-    "modern": [((1, 8, 1), 1, 0), ((2, 2, 2), 1, 0), ((1, 2, 4), 1, 4)]}
-CASES = [(name, *case) for name, cases in MESHES.items() for case in cases]
-CASE_IDS = [f"{name}-{'x'.join(map(str, shape))}-{k}-{chunk}" for name, shape, k, chunk in CASES]
-
-
-def make_model(name) -> config.Model:
-    model = config.Model(**dict(embed=32, heads=8, vocab=VOCAB, kernel="reference") | MODELS[name])
-    return config.resolve(config.Config(model=model, train=TRAIN)).model
-
-
-def random_params(name):
-    """Normal draws in numpy: the same on every mesh, and no zeros that would hide a wrong sum."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: np.float32(0.2 * rng.standard_normal(x.shape)), abstract_params(make_model(name)))
-
-
-def make_columns(name):
-    """Packed rows with segments and positions for gpt2, plain ones for modern; some rows learn much, some little."""
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(0, VOCAB, (ROWS, LENGTH + 1))
-    weight = (rng.random((ROWS, LENGTH)) < rng.random((ROWS, 1))).astype(np.float32)
-    out = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weight": weight,
-           "bytes": rng.integers(1, 5, (ROWS, LENGTH))}
-    if name == "gpt2":
-        half = LENGTH // 2
-        out |= {"segment": np.tile([1] * half + [2] * half, (ROWS, 1)),
-                "position": np.tile([*range(half)] * 2, (ROWS, 1))}
-    return out
-
-
-def run(name, columns, place, train):
-    """Per-step metrics of STEPS updates, the first gradient (Adam's momentum gives it away) and the last state."""
-    module, key = Transformer(make_model(name)), jax.random.key(3)
-    rngs = lambda key: {} if key is None else {"dropout": key}
-    network = Network(lambda p, b, key: module.apply({"params": p}, b, method="features", rngs=rngs(key)),
-                      lambda p, hidden: module.apply({"params": p}, hidden, method="unembed"))
-    tx = optax.adamw(1e-3, b1=0.5, eps=1e-6)  # neither lifts rounding noise much
-    state = init_state(place(random_params(name)), tx, train)
-    step = jax.jit(partial(train_step, network=network, tx=tx, train=train))
-    sums, first = [], None
-    for _ in range(STEPS):
-        state, now = step(state, columns, key)
-        sums.append({name: float(a) / float(b) for name, (a, b) in now.items()})
-        first = jax.tree.map(lambda m: np.asarray(m) / 0.5, state.opt[0].mu) if first is None else first
-    return sums, first, state
-
-
-@lru_cache(maxsize=None)
-def alone(name):
-    sums, first, state = run(name, make_columns(name), lambda p: p, TRAIN)
-    return sums, first, jax.tree.map(np.asarray, state.params)
-
-
-def put(params, mesh, name):
-    """Numpy parameters laid out as the model would make them on `mesh`."""
-    return jax.tree.map(lambda x, like: jax.device_put(x, NamedSharding(mesh, like.sharding.spec)), params,
-                        abstract_params(make_model(name)))
-
-
-def close(ours, theirs, rel=1e-5, floor=0.0):
-    """To `rel` of the largest entry, or of `floor`: the key biases' gradient is zero but for rounding."""
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=rel * max(np.abs(theirs).max(), floor))
-
-
-@pytest.mark.parametrize("name, shape, accumulate, chunk", CASES, ids=CASE_IDS)
-def test_mesh_equals_one_device(name, shape, accumulate, chunk, mesh):
-    mesh = mesh(*shape)
-    with jax.set_mesh(mesh):
-        columns = sharding.to_devices(mesh, make_columns(name), ROWS)
-        train = replace(TRAIN, accumulate=accumulate, loss_chunk=chunk)
-        sums, first, state = run(name, columns, lambda p: put(p, mesh, name), train)
-        specs = jax.tree.map(lambda x: x.sharding.spec, abstract_params(make_model(name)))
-    plain_sums, plain_first, plain_params = alone(name)
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain_first))
-    for ours, theirs in zip(jax.tree.leaves(first), jax.tree.leaves(plain_first)):
-        close(ours, theirs, rel=3e-5, floor=1e-3 * largest)
-    for now, plain in zip(sums, plain_sums, strict=True):
-        for key, value in now.items():
-            assert value == pytest.approx(plain[key], rel=1e-4 if key == "grad_norm" else 1e-5)
-    assert sums[-1]["loss"] < 0.95 * sums[0]["loss"]  # it did train
-    jax.tree.map(partial(close, rel=1e-3), jax.tree.map(np.asarray, state.params), plain_params)
-    for tree in (state.params, state.opt[0].mu, state.opt[0].nu):  # nothing has been gathered on the way
-        assert jax.tree.map(lambda x: x.sharding.spec, tree) == specs
 
 
 def test_logits_equal_one_device(mesh):
@@ -122,8 +23,8 @@ def test_logits_equal_one_device(mesh):
     plain = apply(random_params("gpt2"), {"tokens": tokens})
     mesh = mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        ours = apply(put(random_params("gpt2"), mesh, "gpt2"), sharding.to_devices(mesh, {"tokens": tokens}, ROWS))
-    assert ours.sharding.spec == P(("data", "fsdp"), None, "tensor")
+        ours = apply(put(random_params("gpt2"), mesh, model), sharding.to_devices(mesh, {"tokens": tokens}, ROWS))
+    assert ours.sharding.spec == P(BATCH, "context", "tensor")
     close(np.asarray(ours), np.asarray(plain))
 
 
@@ -142,28 +43,28 @@ def test_fresh_parameters_are_the_same_on_every_mesh(mesh):
 
 GOLDEN = """
 blocks/0/attention/k/bias None,tensor
-blocks/0/attention/k/kernel None,fsdp,tensor
-blocks/0/attention/out/bias None,fsdp
-blocks/0/attention/out/kernel None,tensor,fsdp
+blocks/0/attention/k/kernel None,fsdp+expert+context,tensor
+blocks/0/attention/out/bias None,fsdp+expert+context
+blocks/0/attention/out/kernel None,tensor,fsdp+expert+context
 blocks/0/attention/q/bias None,tensor
-blocks/0/attention/q/kernel None,fsdp,tensor
+blocks/0/attention/q/kernel None,fsdp+expert+context,tensor
 blocks/0/attention/v/bias None,tensor
-blocks/0/attention/v/kernel None,fsdp,tensor
-blocks/0/attention/value_embed/table None,tensor,fsdp
+blocks/0/attention/v/kernel None,fsdp+expert+context,tensor
+blocks/0/attention/value_embed/table None,tensor,fsdp+expert+context
 blocks/0/attention/value_gate/kernel None,None,tensor
 blocks/0/mixer_norm/bias None,None
 blocks/0/mixer_norm/scale None,None
-blocks/0/mlp/down/bias None,fsdp
-blocks/0/mlp/down/kernel None,tensor,fsdp
+blocks/0/mlp/down/bias None,fsdp+expert+context
+blocks/0/mlp/down/kernel None,tensor,fsdp+expert+context
 blocks/0/mlp/up/bias None,tensor
-blocks/0/mlp/up/kernel None,fsdp,tensor
+blocks/0/mlp/up/kernel None,fsdp+expert+context,tensor
 blocks/0/mlp_norm/bias None,None
 blocks/0/mlp_norm/scale None,None
-embed/table tensor,fsdp
+embed/table tensor,fsdp+expert+context
 final_norm/bias None
 final_norm/scale None
-head/kernel fsdp,tensor
-position/table None,fsdp
+head/kernel fsdp+expert+context,tensor
+position/table None,fsdp+expert+context
 residual/x None
 residual/x0 None
 """
@@ -173,14 +74,14 @@ def test_storage_layout(mesh):
     model = replace(make_model("gpt2"), layers=1, value_embed=True, residual_scalars=True, tied=False)
     with jax.set_mesh(mesh(2, 2, 2)):
         leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
-    found = [f"{jax.tree_util.keystr(path, simple=True, separator='/')} {','.join(map(str, leaf.sharding.spec))}"
+    found = [f"{jax.tree_util.keystr(path, simple=True, separator='/')} {','.join('+'.join(part) if isinstance(part, tuple) else str(part) for part in leaf.sharding.spec)}"
              for path, leaf in leaves]
     assert sorted(found) == GOLDEN.split("\n")[1:-1]
 
 
 def test_spec_refuses_what_it_does_not_know():
-    assert sharding.spec(sharding.STORED, ("layers", "embed", "mlp", None)) == P(None, "fsdp", "tensor", None)
-    assert sharding.spec(sharding.USED, ("batch", "seq", "embed")) == P(("data", "fsdp"), None, None)
+    assert sharding.spec(sharding.STORED, ("layers", "embed", "mlp", None)) == P(None, FSDP, "tensor", None)
+    assert sharding.spec(sharding.USED, ("batch", "seq", "embed")) == P(BATCH, "context", None)
     with pytest.raises(KeyError, match="emebd"):
         sharding.spec(sharding.STORED, ("emebd", "mlp"))
     with pytest.raises(KeyError, match="batch"):  # an activation's axis is no axis of a stored weight
@@ -198,6 +99,29 @@ def test_make_mesh_counts_devices():
         sharding.make_mesh({"data": 4})
 
 
+def test_make_mesh_keeps_slices_together():
+    """Two slices of four: an axis across them steps from one to the other, all others stay inside."""
+    shape, devices = {"data": 2, "fsdp": 2, "tensor": 2}, jax.devices()[:8]
+    grid = np.vectorize(lambda device: device.id)(sharding.make_mesh(shape, devices, {"data": 2}).devices).reshape(2, 2, 2)
+    assert [set(part.ravel()) for part in grid] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    grid = np.vectorize(lambda device: device.id)(sharding.make_mesh(shape, devices, {"fsdp": 2}).devices).reshape(2, 2, 2)
+    assert [set(part.ravel()) for part in grid.swapaxes(0, 1)] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+
+
+def test_places_of_a_process():
+    mesh = sharding.make_mesh({"data": 2, "tensor": 4}, jax.devices()[:8])
+    assert sharding.places(mesh, jax.devices()[:4]) == "data 0, tensor 0-3"
+    assert sharding.places(mesh, [jax.devices()[i] for i in (1, 3, 5, 7)]) == "data 0-1, tensor 1,3"
+    assert sharding.places(mesh) == "data 0-1, tensor 0-3"
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+def test_order_gives_every_device_an_early_and_a_late_chunk(pieces):
+    found = sharding.order(16, pieces)
+    assert sorted(found) == list(range(16))
+    assert {int(part.sum()) for part in np.split(found, pieces)} == {120 // pieces}
+
+
 def test_helpers_are_the_identity_without_a_mesh():
     x = jnp.arange(12.0).reshape(3, 4)
     assert sharding.constrain(x, "batch", "embed") is x and sharding.use(x, ("embed", "mlp"), jnp.float32) is x
@@ -209,10 +133,13 @@ def test_helpers_are_the_identity_without_a_mesh():
 def test_unsharded_names_large_replicated_leaves(mesh):
     mesh = mesh(2, 2, 2)
     place = lambda spec, *shape: jax.device_put(np.zeros(shape, np.float32), NamedSharding(mesh, spec))
-    tree = {"a": {"whole": place(P(), 8, 8), "split": place(P(None, "tensor"), 8, 8), "small": place(P(), 8)}}
-    assert sharding.unsharded(tree, 256) == ["a/whole"]
-    assert sharding.unsharded(tree, 257) == sharding.unsharded(tree) == []
-    assert sharding.unsharded({"one device": jnp.zeros((512, 512))}) == []
+    tree = {"a": {"whole": place(P(), 8, 8), "split": place(P(None, "tensor"), 8, 8), "small": place(P(), 8)},
+            "one": place(P("expert"), 8, 8)}
+    assert sharding.unsharded(tree, mesh, 256) == {
+        "no axis is laid over it": ["a/whole"], "laid over expert, of size 1 on this mesh": ["one"]}
+    assert sharding.unsharded(tree, mesh, 257) == sharding.unsharded(tree, mesh) == {}
+    one = sharding.make_mesh({}, jax.devices()[:1])
+    assert sharding.unsharded({"x": jax.device_put(np.zeros((512, 512)), NamedSharding(one, P()))}, one) == {}
 
 
 def test_concrete_gives_every_leaf_a_layout(mesh):
@@ -220,7 +147,7 @@ def test_concrete_gives_every_leaf_a_layout(mesh):
     with jax.set_mesh(mesh):
         found = sharding.concrete({"params": abstract_params(model), "step": jax.ShapeDtypeStruct((), jnp.int32)}, mesh)
     assert found["step"].sharding == NamedSharding(mesh, P())
-    assert found["params"]["embed"]["table"].sharding == NamedSharding(mesh, P("tensor", "fsdp"))
+    assert found["params"]["embed"]["table"].sharding == NamedSharding(mesh, P("tensor", FSDP))
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -250,7 +177,7 @@ def test_process_rows_are_contiguous_or_refused(held, wanted, mesh, monkeypatch)
     if wanted:
         assert sharding.process_rows(mesh(2, 2, 2), 8) == wanted
     else:
-        with pytest.raises(UsageError, match="not contiguous; put config.mesh.tensor inside a process"):
+        with pytest.raises(UsageError, match="not contiguous; put config.mesh.tensor and config.mesh.context inside a process"):
             sharding.process_rows(mesh(2, 2, 2), 8)
 
 
@@ -268,14 +195,14 @@ def test_lookup_over_a_sharded_vocabulary(mesh):
         return (found * weights).sum(), found
 
     with jax.set_mesh(mesh):
-        stored = jax.device_put(table, NamedSharding(mesh, P("tensor", "fsdp")))
+        stored = jax.device_put(table, NamedSharding(mesh, P("tensor", FSDP)))
         columns = sharding.to_devices(mesh, {"tokens": tokens}, 8)
         (_, found), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(stored, columns["tokens"])
     theirs = np.zeros_like(table)
     np.add.at(theirs, tokens, weights)
     np.testing.assert_array_equal(found, table[tokens])
     np.testing.assert_allclose(grad, theirs, atol=1e-5)
-    assert grad.sharding.spec == P("tensor", "fsdp")
+    assert grad.sharding.spec == P("tensor", FSDP)
 
 
 def test_reshape_local_and_spread(mesh):
@@ -296,7 +223,6 @@ def test_reshape_local_and_spread(mesh):
     for ours, theirs in ((split, x.reshape(8, 4, 2, 3)), (doubled, 2 * x.reshape(8, 4, 2, 3) + 1), (same, x),
                          (first, x[:, 0]), (spread, x)):
         np.testing.assert_array_equal(ours, theirs)
-    batch = ("data", "fsdp")
-    assert split.sharding.spec == doubled.sharding.spec == P(batch, None, "tensor", None)
-    assert first.sharding.spec == P(batch, "tensor")
+    assert split.sharding.spec == doubled.sharding.spec == P(BATCH, "context", "tensor", None)
+    assert first.sharding.spec == P(BATCH, "tensor")
     assert {s.data.shape for s in spread.addressable_shards} == {(1, 4, 6)}

@@ -55,7 +55,8 @@ def test_a_tokenizer_that_would_drop_text_is_refused():
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
-    library.train_from_iterator(["only these"], tokenizers.trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))
+    library.train_from_iterator(["only these"],
+                                tokenizers.trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))
     with pytest.raises(UsageError, match="has no token for 2[0-9][0-9] of the bytes of UTF-8.*drop text"):
         tk.json_tokenizer(library.to_str())
 
@@ -108,7 +109,8 @@ def test_parts_encode_as_the_whole(bpe, monkeypatch):
     rng = random.Random(2)
     for tokenizer in every_kind(bpe):
         for _ in range(40):
-            text = "".join(rng.choice(["a", "b's", " ", "  ", "\n", "\r\n", "\u3000", "我", ".", "9", "\t", "\x1c", "\x85"])
+            text = "".join(rng.choice(["a", "b's", " ", "  ", "\n", "\r\n", "\u3000", "我", ".", "9", "\t", "\x1c",
+                                       "\x85"])
                            for _ in range(80))
             if tokenizer.kind == "char":
                 tokenizer = tk.char_tokenizer(text)

@@ -10,16 +10,20 @@ from gpt_jax.errors import UsageError
 
 COLUMNS = (("loss", "{:.4f}"), ("perplexity", "{:.3f}"), ("bits_per_byte", "{:.4f}"), ("accuracy", "{:.4f}"),
            ("tokens", "{:,.0f}"), ("bytes", "{:,.0f}"))
+RATES = ("loss", "perplexity", "bits_per_byte", "accuracy")
 
 
 def main(arguments: list[str]) -> None:
     """Raises UsageError for a path or text that cannot be used, NoCheckpoint for a damaged checkpoint."""
-    flags = Flags(prog="gpt-jax evaluate", description="Loss (nats a token), perplexity, bits per byte and accuracy of a "
-                  "checkpoint: on the held-out text of its run, or on any text.")
+    flags = Flags(prog="gpt-jax evaluate", description="Loss (nats a token), perplexity, bits per byte and accuracy of "
+                  "a checkpoint: on the held-out text of its run, or on any text. With several sources of a run, all "
+                  "is the mean that the run reports as eval/loss: weighted by the sources' parts of the rows in the "
+                  "stage of the mixture that the step is in. With several --text, all is their sum, token by token.")
     flags.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir, its checkpoints, or one step")
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
     flags.add_argument("--text", nargs="+", action="extend", default=[], metavar="FILE",
-                       help="files, directories or globs, each a row of the table; none: the run's held-out text")
+                       help="files, directories or globs, each a row of the table, or a folder made by gpt-jax "
+                       "prepare, of which what it holds out is measured; none: the run's held-out text")
     flags.add_argument("--batch_size", type=int, default=0, help="rows at once; 0: as the run evaluated")
     flags.add_argument("--batches", type=int, default=0, help="batches of each source; 0: all of it")
     flags.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -29,8 +33,8 @@ def main(arguments: list[str]) -> None:
         raise UsageError("--batch_size and --batches: expected 0 or more")
     twice = sorted({text for text in args.text if args.text.count(text) > 1})
     if twice or "all" in args.text:
-        raise UsageError(f"--text={(twice or ['all'])[0]}: " + ("is given twice" if twice else "is the name of the sum; "
-                                                                "write ./all"))
+        raise UsageError(f"--text={(twice or ['all'])[0]}: " + ("is given twice" if twice else "is the name of the "
+                                                                "sum; write ./all"))
     start_runtime(args)
     import jax
 
@@ -46,26 +50,26 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
-    """({source: metrics}, step, directory); with several sources `all` is their sum."""
+    """({source: metrics}, step, directory); with several sources `all` besides, as main's help defines it."""
     import jax
 
     from gpt_jax import evals, experiment, load, sharding
     from gpt_jax.data import dataset
-    from gpt_jax.data.cache import load_text
-    from gpt_jax.data.pipeline import make_eval_batches
+    from gpt_jax.data.pipeline import make_eval_batches, make_examples
     from gpt_jax.metrics import add
     from gpt_jax.train.step import eval_step
 
     loaded = load.load(args.checkpoint, args.step, say)
     config, mesh = loaded.config, loaded.mesh
     if args.text:
-        sources = {text: load_text((text,), loaded.tokenizer, config.data, report=say) for text in args.text}
+        sources = {name: tokens for text in args.text
+                   for name, tokens in dataset.heldout_of(text, config.data, loaded.tokenizer, say).items()}
     else:
         try:
             data = dataset.load(config.data, say, loaded.tokenizer)
         except UsageError as error:
-            raise UsageError(f"the run's own text: {error}; call it from where the run was started, or give held-out text "
-                             "with --text") from None
+            raise UsageError(f"the run's own text: {error}; call it from where the run was started, or give held-out "
+                             "text with --text") from None
         if data.content != loaded.content:
             raise UsageError(f"{config.data.where}: this text has changed since the run, and "
                              "what it holds out now may have been trained on; give held-out text with --text")
@@ -75,16 +79,22 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
     shards = sharding.row_parts(mesh)
     batch_size = -(-(args.batch_size or config.eval.batch_size) // shards) * shards
     step = jax.jit(partial(eval_step, network=experiment.make_network(config.model), train=config.train))
-    found, total = {}, {}
+    found, total, shares = {}, {}, {}
+    if not args.text and len(sources) > 1:
+        examples = make_examples(data, config.data, config.train.seq_len, config.seed)
+        shares = examples.shares(loaded.step * config.train.batch_size)
     with jax.set_mesh(mesh):
         for name, tokens in sources.items():
             batches = make_eval_batches(tokens, loaded.tokenizer, config.data, config.train.seq_len, batch_size,
-                                        sharding.process_rows(mesh, batch_size), args.batches)
+                                        sharding.process_rows(mesh, batch_size), args.batches,
+                                        f"--text = {name}" if args.text else f"the held-out text of source {name}")
             sums = evals.heldout_sums(step, loaded.params, batches, mesh, batch_size)
             found[name], total = sums, add(total, sums)
-    if len(found) > 1:
-        found["all"] = total
-    return {name: as_row(sums) for name, sums in found.items()}, loaded.step, loaded.directory
+    rows = {name: as_row(sums) for name, sums in found.items()}
+    if len(rows) > 1:
+        mean = evals.by_source(rows, shares) if shares else {}
+        rows["all"] = as_row(total) | {name: mean[f"eval/{name}"] for name in RATES if mean}
+    return rows, loaded.step, loaded.directory
 
 
 def as_row(sums) -> dict[str, float]:

@@ -4,7 +4,6 @@ import argparse
 import ctypes
 import importlib.util
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Callable
@@ -12,10 +11,9 @@ from typing import Callable
 from ml_collections import ConfigDict
 
 from gpt_jax import config
-from gpt_jax.errors import PeerFailed, UsageError
-
-
-ABORT_HANDLERS = []  # C keeps an address only, so they must never be collected
+from gpt_jax.commands.join import join
+from gpt_jax.errors import UsageError
+from gpt_jax.meeting import split_address
 
 
 class Flags(argparse.ArgumentParser):
@@ -38,24 +36,41 @@ def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--process_id", type=int, default=0, help="which of them this is")
     group.add_argument("--join_seconds", type=int, default=300,
                        help="how long the processes wait for each other at the start")
-    group.add_argument("--heartbeat_seconds", type=int, default=100,
-                       help="a process that is silent for so long counts as gone")
+    group.add_argument("--heartbeat_seconds", type=int, default=10,
+                       help="a process that is silent for so long counts as gone; raise it where the network has gaps")
+    group.add_argument("--local_device", type=int, metavar="K",
+                       help="use this one of the machine's accelerators only (one process for each)")
     group.add_argument("--distributed", action="store_true",
                        help="find coordinator and processes from the cluster (TPU pod, SLURM)")
 
 
-def start_runtime(args: argparse.Namespace) -> None:
-    """Allocator, fake devices and process group, in the order in which JAX wants them. Call before any array exists."""
+def check_runtime(args: argparse.Namespace) -> None:
+    """Raises UsageError for runtime flags that make no sense, before anything is started."""
     if args.cpu_devices < 0:
         raise UsageError(f"--cpu_devices={args.cpu_devices}: expected 0 or more")
     if args.num_processes < 1:
         raise UsageError(f"--num_processes={args.num_processes}: expected 1 or more")
+    if args.local_device is not None and args.local_device < 0:
+        raise UsageError(f"--local_device={args.local_device}: expected 0 or more")
+    for name in ("join_seconds", "heartbeat_seconds"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name}={getattr(args, name)}: expected 1 or more")
+    if args.distributed and args.coordinator:
+        raise UsageError(f"--distributed: finds coordinator and processes itself; leave out --coordinator={args.coordinator} "
+                         "or --distributed")
+    if args.coordinator:
+        split_address(args.coordinator)
     if args.num_processes > 1 and not args.coordinator:
         raise UsageError(f"--num_processes={args.num_processes}: needs --coordinator=HOST:PORT of process 0")
     if args.coordinator and args.num_processes == 1:
         raise UsageError(f"--coordinator={args.coordinator}: needs --num_processes=N, the processes of the job")
     if not 0 <= args.process_id < args.num_processes:
         raise UsageError(f"--process_id={args.process_id}: expected 0 to {args.num_processes - 1}")
+
+
+def start_runtime(args: argparse.Namespace) -> None:
+    """Allocator, fake devices and process group, in the order in which JAX wants them. Call before any array exists."""
+    check_runtime(args)
     keep_memory()
     import jax
 
@@ -64,39 +79,6 @@ def start_runtime(args: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if args.distributed or args.num_processes > 1:
         join(args)
-
-
-def join(args: argparse.Namespace) -> None:
-    """Makes this process one of a job; ends it with code 40 when the others do not turn up within `--join_seconds`."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    given = {} if args.distributed else dict(coordinator_address=args.coordinator, num_processes=args.num_processes,
-                                             process_id=args.process_id)
-    keep_stdout()
-    leave_on_abort(f"the processes of this job did not all meet within --join_seconds={args.join_seconds}: one has failed "
-                   "(its log has the reason), or --coordinator is wrong")
-    jax.distributed.initialize(**given, initialization_timeout=args.join_seconds,
-                               heartbeat_timeout_seconds=args.heartbeat_seconds)
-    # The processes connect here: the first exchange waits 30 s for the others, later ones as long as it takes (to prepare
-    # data, say).
-    multihost_utils.sync_global_devices("joined")
-    leave_on_abort("aborted by native code (lines above), most likely because a peer process is gone: its log has the reason")
-
-
-def leave_on_abort(line: str) -> None:
-    """From now on abort() means `line` and exit code 40. JAX's process group ends a process that way when it finds a peer
-    gone (at once if that was process 0, else when its heartbeats are missed), in a thread of its own, where Python's
-    signal handlers do not run, and its callback cannot be used (jaxlib 0.10: std::bad_cast): so C calls this handler."""
-    text = f"gpt-jax: {line}\n".encode()
-
-    def leave(_):
-        os.write(2, text)
-        os._exit(PeerFailed.code)
-
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(leave)
-    ABORT_HANDLERS.append(handler)
-    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 
 
 def make_say(stream) -> Callable[[str], None]:
@@ -117,15 +99,6 @@ def make_say(stream) -> Callable[[str], None]:
                 sys.stdout = open(os.devnull, "w")
 
     return say
-
-
-def keep_stdout() -> None:
-    """Standard output for Python alone: gloo greets its peers there, in the middle of a text or of JSON. What native code
-    prints goes to standard error from now on."""
-    sys.stdout.flush()
-    own = os.dup(1)
-    os.dup2(2, 1)
-    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def keep_memory() -> None:

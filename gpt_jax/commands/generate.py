@@ -69,7 +69,8 @@ def run(args, prompts, sampling) -> None:
     first = jax.process_index() == 0
     say = make_say(sys.stderr)
     out = sys.stdout.buffer  # UTF-8 whatever the terminal's locale says
-    loaded = load.load(args.checkpoint, args.step, say, 0 if args.cpu_devices or jax.process_count() > 1 else args.devices)
+    devices = 0 if args.cpu_devices or jax.process_count() > 1 else args.devices
+    loaded = load.load(args.checkpoint, args.step, say, devices)
     single = len(prompts) * sampling.num_samples == 1 and not args.json
     done, began = [], time.perf_counter()
     with jax.set_mesh(loaded.mesh):

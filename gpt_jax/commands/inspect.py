@@ -16,13 +16,14 @@ LAST = 10**12  # step; numbers of examples are 64-bit
 
 def main(arguments: list[str]) -> None:
     """Raises UsageError for a workdir, a step or a text that is not there; DataError for damaged shards."""
-    flags = Flags(prog="gpt-jax inspect", description="Every row of a step of a run: source, documents, where in them the row "
-                  "begins, and its text, made again from the config and the seed alone.")
+    flags = Flags(prog="gpt-jax inspect", description="Every row of a step of a run: source, documents, where in them "
+                  "the row begins, and its text, made again from the config and the seed alone.")
     flags.add_argument("--workdir", required=True, help="of a run that has begun")
     flags.add_argument("--batch", type=int, required=True, metavar="N", help="the step, from 1")
     flags.add_argument("--rows", type=int, default=0, help="only the first of them; 0: all")
     flags.add_argument("--chars", type=int, default=200, help="of each document's text that are shown; 0: all")
-    flags.add_argument("--json", action="store_true", help="a JSON object a row, with the ids, instead of text for people")
+    flags.add_argument("--json", action="store_true", help="a JSON object a row, with the ids, instead of text for "
+                                                           "people")
     args = flags.parse_args(arguments)
     if not 1 <= args.batch <= LAST or args.rows < 0 or args.chars < 0:
         raise UsageError(f"--batch: expected 1 to {LAST}; --rows and --chars: 0 or more")
@@ -32,7 +33,8 @@ def main(arguments: list[str]) -> None:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(describe(row, args.chars)))
     except UnicodeEncodeError as error:
-        raise UsageError(f"standard output cannot hold this text ({error.encoding}); set PYTHONIOENCODING=utf-8") from None
+        raise UsageError(f"standard output cannot hold this text ({error.encoding}); set "
+                         "PYTHONIOENCODING=utf-8") from None
 
 
 def read_config(workdir: Path) -> configs.Config:
@@ -79,8 +81,8 @@ def check_text(workdir: Path, data) -> None:
     directory, step = checkpoint.resolve_checkpoint(str(workdir), 0, lambda line: None)
     meta = checkpoint.read_meta(directory, step)
     if (meta["data"]["content"], meta["tokenizer"]) != (data.content, data.tokenizer.to_json()):
-        raise UsageError(f"--workdir={workdir}: the text or its tokenizer has changed since the run, so its batches cannot be "
-                         "made again; bring the old ones back")
+        raise UsageError(f"--workdir={workdir}: the text or its tokenizer has changed since the run, so its batches "
+                         "cannot be made again; bring the old ones back")
 
 
 def shorten(text: str, chars: int) -> str:

@@ -12,8 +12,10 @@ COMMANDS = {
     "train": "train a model from a config, or resume it where its workdir stands",
     "evaluate": "loss, perplexity, bits per byte and accuracy of a checkpoint on text",
     "generate": "continue prompts from a checkpoint",
+    "plan": "whether a config fits on a machine that is not here, and how fast it could be",
     "inspect": "the documents and the text of every row of a step of a run",
     "bench": "how fast the input pipeline of a config is by itself",
+    "launch": "start a job of several processes: on this machine, under SLURM, on Kubernetes",
 }
 
 
@@ -63,37 +65,55 @@ def complain(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line for a planned end, a traceback for a bug, and the exit code either way."""
-    code = 0
+    code, reason = 0, ""
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except Exit as end:
-        complain(str(end))
-        code = end.code
+        code, reason = end.code, str(end)
+        complain(reason)
     except KeyboardInterrupt:
-        complain("interrupted; the last checkpoint is untouched")
-        code = 130
-    except BrokenPipeError:  # the reader of `generate | head` has gone; `train` goes on without one (make_say, BarWriter)
+        code, reason = 130, "interrupted; the last checkpoint is untouched"
+        complain(reason)
+    except BrokenPipeError:  # the reader of `generate | head` has gone; `train` goes on without (make_say, BarWriter)
         sys.stdout = open(os.devnull, "w")
     except MemoryError as error:
-        complain(f"out of memory ({error}); make the model, the batch or the rows smaller")
-        code = UsageError.code
+        code, reason = UsageError.code, f"out of memory ({error}); make the model, the batch or the rows smaller"
+        complain(reason)
     except Exception as error:
-        code = PeerFailed.code if _lost_peer(error) else 1
-        if code == 1:
-            traceback.print_exc()
+        if _lost_peer(error):
+            code, reason = _blame_peer(error)
+            complain(reason)
         else:
-            complain(f"a peer process is gone, its log has the reason; seen here as: {str(error).splitlines()[0]}")
-    finish(code)
+            traceback.print_exc()
+            code, reason = 1, f"a bug there, the log has the traceback: {type(error).__name__}: {first_line(error)}"
+    finish(code, reason)
 
 
-def finish(code: int) -> None:
-    """Ends the process. Over several processes a normal exit would wait for the others in a barrier, for minutes when one
-    of them has failed: leave at once."""
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _blame_peer(error: Exception) -> tuple[int, str]:
+    """Exit code and line for an error that comes of a peer having left: what that one said, if it could."""
+    from gpt_jax.stops import JOBS
+
+    found = JOBS[0].failure(3.0) if JOBS else None
+    if found is not None:
+        return found.others_code, found.line
+    return PeerFailed.code, ("a peer process is gone without a word (killed, or its machine failed; its log may have the "
+                             f"reason); seen here as: {first_line(error)}")
+
+
+def finish(code: int, reason: str = "") -> None:
+    """Ends the process. Over several processes a normal exit would wait for the others in a barrier, for minutes when
+    one of them has failed: tell them and leave."""
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
         except BrokenPipeError:
             setattr(sys, name, open(os.devnull, "w"))
     if code and _processes() > 1:
-        os._exit(code)
+        from gpt_jax.stops import end_process
+
+        end_process(code, reason)
     sys.exit(code)

@@ -21,7 +21,8 @@ SOURCE = "text"  # the source of input without a name
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError for input, settings and folders of no use, DataError for damage, PeerFailed for lost workers."""
+    """Raises UsageError for input, settings and folders of no use, DataError for damage, PeerFailed for lost
+    workers."""
     args = make_flags().parse_args([part for text in arguments for part in apart(text)])
     looks = [name for name in ("inspect", "verify") if getattr(args, name)]
     if looks and (args.input or args.output or len(looks) > 1):
@@ -51,10 +52,13 @@ class Given(argparse.Action):
 def make_flags() -> Flags:
     """The command line."""
     flags = Flags(prog="gpt-jax prepare", description="Read text, filter it, and write token shards that "
-                  "--config.data.path takes. Killed at any moment, the same command goes on where it was. Memory: for "
-                  "each worker some 200 MB, a few times the largest document, and 32 bytes a document of a unit.")
+                  "--config.data.path takes. Killed at any moment, the same command goes on where it was; when all is "
+                  "finished it says so, after a look at the files' sizes: their content is checked by --verify. "
+                  "Memory: for each worker some 200 MB, a few times the largest document, and 32 bytes a document of a "
+                  "unit.")
     flags.add_argument("--input", nargs="+", action="extend", default=[], metavar="[NAME=]PATH",
-                       help="files, directories, globs, URLs, hf://name[:config][@split]; NAME: the source they are")
+                       help="files, directories, globs, URLs, hf://name[:config][@split][#revision]; NAME: the source "
+                       "they are")
     flags.add_argument("--output", metavar="DIR", help="a new folder, or one that an earlier call began")
     flags.add_argument("--inspect", metavar="DIR", help="print what is inside a finished folder")
     flags.add_argument("--verify", metavar="DIR", help="compare every file of a finished folder with its checksum")
@@ -109,8 +113,8 @@ def run(args) -> None:
     folder, display, inputs = Path(args.output).expanduser(), Display(), named(args.input)
     for path in (Path(path).expanduser() for paths in inputs.values() for path in paths):
         if path.is_dir() and path.resolve() in folder.resolve().parents:
-            raise UsageError(f"--output={args.output}: lies inside --input={path}, which would then read its own output; name a "
-                             "folder elsewhere")
+            raise UsageError(f"--output={args.output}: lies inside --input={path}, which would then read its own "
+                             "output; name a folder elsewhere")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is like Ctrl-C
     try:
         prepare(inputs, folder, settings, engine, display.say, display.show)
@@ -129,8 +133,8 @@ def named(given: list[str]) -> dict[str, tuple[str, ...]]:
         match = None if os.path.exists(text) or glob.glob(text) else NAMED.fullmatch(text)
         name, path = match.groups() if match else (SOURCE, text)
         if name.startswith(".") or name in ("work", "all") or name.endswith(".json"):
-            raise UsageError(f"--input={text}: {name!r} cannot be the name of a source (the output has files of such names, and "
-                             "all is the sum of sources)")
+            raise UsageError(f"--input={text}: {name!r} cannot be the name of a source (the output has files of such "
+                             "names, and all is the sum of sources)")
         found.setdefault(name, []).append(path)
     return {name: tuple(paths) for name, paths in found.items()}
 

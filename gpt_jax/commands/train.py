@@ -1,13 +1,16 @@
 """`gpt-jax train`: trains from a config, or resumes the run in its workdir."""
 
 import math
+import socket
 import sys
 import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import Flags, add_runtime_flags, load_config, make_say, start_runtime
+from gpt_jax.commands.flags import Flags, add_runtime_flags, check_runtime, load_config, make_say, start_runtime
+from gpt_jax.commands.join import telling
 from gpt_jax.errors import UsageError
+from gpt_jax.version import code_version, start_line
 
 
 def main(arguments: list[str]) -> None:
@@ -20,21 +23,43 @@ def main(arguments: list[str]) -> None:
     flags.add_argument("--profile", metavar="START:STOP", help="write a trace of these steps to WORKDIR/profile")
     add_runtime_flags(flags)
     args, rest = flags.parse_known_args(arguments)
+    check_runtime(args)
+    with telling(args):
+        config, workdir, profile = read(args, rest)
+    if workdir is None:
+        return
+    start_runtime(args)
+    from gpt_jax import experiment, loop
+
+    say = make_say(sys.stdout)
+    parts = experiment.build(config, say)
+    say_start(parts.mesh)
+    loop.run(parts, workdir, profile, say)
+
+
+def say_start(mesh) -> None:
+    """Every process's own line."""
+    import jax
+
+    from gpt_jax import sharding
+
+    own = jax.local_devices()
+    print(start_line(jax.process_index(), jax.process_count(), socket.gethostname(), len(own), own[0].device_kind,
+                     sharding.places(mesh), code_version()), file=sys.stderr, flush=True)
+
+
+def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int, int] | None]:
+    """Config, workdir (None: all was said already) and profiled steps of a command line."""
     config = load_config(args.config, rest)
     if args.print_config:
         resolved = configs.resolve(config)
         configs.check(resolved, math.prod(size for size in vars(config.mesh).values() if size > 0))
         print(configs.to_json(resolved))
-        return
+        return config, None, None
     if not args.workdir:
         raise UsageError("--workdir is missing: where should the run's files go?")
     profile = parse_profile(args.profile, config.train.steps) if args.profile else None
-    workdir = make_workdir(args.workdir)
-    start_runtime(args)
-    from gpt_jax import experiment, loop
-
-    say = make_say(sys.stdout)
-    loop.run(experiment.build(config, say), workdir, profile, say)
+    return config, make_workdir(args.workdir), profile
 
 
 def parse_profile(text: str, steps: int) -> tuple[int, int]:

@@ -36,8 +36,16 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
     """Everything that must agree across fields of a resolved config; returns the mesh's axis sizes.
 
     Raises UsageError for the first disagreement, naming field, value and way out."""
-    model, train, optim = config.model, config.train, config.optim
     shape = mesh_shape(config.mesh, devices)
+    if found := problems(config, shape, tokenizer_vocab):
+        raise UsageError(found[0])
+    return shape
+
+
+def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) -> list[str]:
+    """All disagreements on a mesh of these axis sizes, a line each. A model that is none ends the list: the rest would be
+    about layers that it does not have."""
+    model, train, optim, found = config.model, config.train, config.optim, []
     rows, split = (math.prod(shape[axis] for axis in axes) for axes in (BATCH_AXES, FSDP_AXES))
 
     def need(ok, path, way_out):
@@ -45,7 +53,7 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
             value = config
             for part in path.split("."):
                 value = getattr(value, part)
-            raise UsageError(f"config.{path} = {value!r}: {way_out}")
+            found.append(f"config.{path} = {value!r}: {way_out}")
 
     need(model.head_dim > 0, "model.heads",
          f"does not divide config.model.embed = {model.embed}; choose a divisor or set config.model.head_dim")
@@ -61,6 +69,8 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
     for mixer, ffn in model.pattern:
         need(mixer in MIXERS, "model.pattern", f"unknown mixer {mixer!r}; choose from {', '.join(MIXERS)}")
         need(ffn in FFNS, "model.pattern", f"unknown feed-forward {ffn!r}; choose from {', '.join(FFNS)}")
+    if not (model.pattern and model.windows):
+        return found
     need(model.value_embed_gate <= model.embed or not model.value_embed, "model.value_embed_gate",
          f"is wider than config.model.embed = {model.embed}")
     need(model.smear_gate <= model.embed or not model.smear, "model.smear_gate",
@@ -101,7 +111,7 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
     _check_sequence(need, config, shape)
     _check_experts(need, config, shape)
     _check_stages(need, config, shape)
-    return shape
+    return found
 
 
 def _check_sequence(need, config: Config, shape: dict) -> None:

@@ -47,12 +47,12 @@ def _open(path: str, tokenizer: Tokenizer) -> tuple[Foreign, Origin]:
 
 def adopt(path: str, data: config.Data, wanted: Tokenizer | None, report: Callable[[str], None]) -> Prepared:
     """Train and held-out tokens of a token file: config.data.eval_path is another one, or the last eval_fraction of the
-    documents (of a file of one document, of its tokens) is held out. All ids are looked at once, to be sure that they are
-    in the vocabulary. UsageError for a file or tokenizer of no use."""
+    documents (of a file of one document, of its tokens) is held out. All ids are looked at once, to be sure that they
+    are in the vocabulary. UsageError for a file or tokenizer of no use."""
     tokenizer = wanted or known_tokenizer(data.tokenizer)
     if tokenizer is None or not (wanted or data.tokenizer):
-        raise UsageError(f"config.data.tokenizer = {data.tokenizer!r}: {path} does not say which tokenizer made its ids; name "
-                         "it by its file, such as tokenizer.json or a folder of encoder.json and vocab.bpe")
+        raise UsageError(f"config.data.tokenizer = {data.tokenizer!r}: {path} does not say which tokenizer made its "
+                         "ids; name it by its file, such as tokenizer.json or a folder of encoder.json and vocab.bpe")
     found, origin = _open(path, tokenizer)
     paths, held = [path], None
     if data.eval_path:
@@ -74,6 +74,7 @@ def adopt(path: str, data: config.Data, wanted: Tokenizer | None, report: Callab
     train = _side("train", found, 0, cut, tokenizer, origin)
     report(f"data: train on {cache.count(train)}, held out {cache.count(held)}; tokenizer {tokenizer.name} of "
            f"{tokenizer.vocab:,} ids; {path} ({found.kind})")
-    hashes = store.content_hashes(tuple(Source(Path(p).expanduser(), p) for p in paths), Path(data.cache).expanduser(), 1)
+    files = tuple(Source(Path(p).expanduser(), p) for p in paths)
+    hashes = store.content_hashes(files, Path(data.cache).expanduser(), 1)
     return Prepared(train, held, tokenizer, Path(path).parent,
                     digest(hashes, tokenizer.fingerprint, None if data.eval_path else data.eval_fraction))

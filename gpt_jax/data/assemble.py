@@ -114,10 +114,15 @@ def _counts(job: Job, counted: Sequence[dict], dropped: Sequence[int]) -> dict:
 OURS = re.compile(r"(train|eval)-\d{5,}\.tokens|\.(train|eval)-\d{5,}-[0-9a-f]{32}\.\w+|\.[0-9a-f]{32}")
 
 
+def leftovers(folder: Path, manifest: dict) -> list[Path]:
+    """The work, what kills left, and shards of earlier calls that are no part of the corpus."""
+    there = [*folder.iterdir(), *(path for name in manifest["sources"] for path in (folder / name).iterdir())]
+    ours = [path for path in there if OURS.fullmatch(path.name)]
+    return [path for path in ours if path.relative_to(folder).as_posix() not in manifest["files"]] + [
+        path for path in (folder / WORK,) if path.is_dir()]
+
+
 def clean(folder: Path, manifest: dict) -> None:
-    """Removes the work, what kills left, and shards of earlier calls that are no part of the corpus."""
-    for path in [*folder.iterdir(), *(path for name in manifest["sources"] for path in (folder / name).iterdir())]:
-        if OURS.fullmatch(path.name) and path.relative_to(folder).as_posix() not in manifest["files"]:
-            path.unlink()
-    if (folder / WORK).is_dir():
-        shutil.rmtree(folder / WORK)
+    """Removes `leftovers`; the caller has the lock of the folder."""
+    for path in leftovers(folder, manifest):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

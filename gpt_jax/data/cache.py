@@ -41,7 +41,8 @@ def _content(data: config.Data, found, held, hashes: list[str]) -> str:
 
 
 def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report):
-    """(sides, tokenizer, folder, content) for training sources `found` and held-out sources `held`, built if need be."""
+    """(sides, tokenizer, folder, content) for training sources `found` and held-out sources `held`, built if need
+    be."""
     root = Path(data.cache).expanduser()
     try:
         hashes = store.content_hashes((*found, *held), root, data.workers)
@@ -73,19 +74,20 @@ def count(tokens: Tokens | None) -> str:
     return f"{tokens.size:,} tokens in {tokens.documents:,} document{'s' * (tokens.documents > 1)}"
 
 
-def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None) -> Prepared:
+def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None,
+            field: str = "config.data.path") -> Prepared:
     """Tokens to train on and held-out tokens, from the cache or built now; `tokenizer` (of a checkpoint) takes the
-    place of `data.tokenizer`.
+    place of `data.tokenizer`, `field` is where the path was given, for messages.
 
     UsageError for paths, files, settings or a cache folder of no use; DataError if a source changes meanwhile.
     """
     tokenizer = tokenizer or known_tokenizer(data.tokenizer)
-    found = sources.find(data.path)
+    found = sources.find(data.path, field)
     held = sources.find(data.eval_path, "config.data.eval_path") if data.eval_path else ()
     sides, tokenizer, folder, content = _obtain(data, found, held, tokenizer, report)
     train, held_out = sides["train"], sides["eval"]
     if train is None:
-        raise UsageError(f"config.data.path = {', '.join(data.path)}: the tokenizer makes no tokens of it")
+        raise UsageError(f"{field} = {', '.join(data.path)}: the tokenizer makes no tokens of it")
     report(f"data: train on {count(train)}, held out {count(held_out)}; tokenizer {tokenizer.name} of "
            f"{tokenizer.vocab:,} ids{'' if tokenizer.lossless else ' (not lossless: it normalises text)'}; {folder}")
     return Prepared(train, held_out, tokenizer, folder, content)

@@ -84,11 +84,8 @@ def _remedy(folder: Path) -> str:
     return f"copy it again, or remove {folder} and prepare it again"
 
 
-def open_corpus(folder: Path) -> Corpus:
-    """The tokens in `folder`, read from where they lie. Each file's size is checked, the hashes are not (see `verify`).
-
-    UsageError when there is no corpus; DataError naming the file that is missing, cut or does not fit."""
-    manifest = read_manifest(folder)
+def check_sizes(folder: Path, manifest: dict) -> None:
+    """DataError naming the first file that is missing or has another size than the manifest says."""
     for name, (size, _) in manifest["files"].items():
         try:
             found = os.path.getsize(folder / name)
@@ -97,6 +94,14 @@ def open_corpus(folder: Path) -> Corpus:
         if found != size:
             raise DataError(f"{folder / name}: has {found} bytes, {MANIFEST} says {size}; run gpt-jax prepare "
                             f"--verify={folder} for all damage, then {_remedy(folder)}")
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """The tokens in `folder`, read from where they lie. Each file's size is checked, the hashes are not (see `verify`).
+
+    UsageError when there is no corpus; DataError naming the file that is missing, cut or does not fit."""
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest)
     try:
         tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, UsageError) as error:

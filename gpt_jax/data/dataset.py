@@ -6,13 +6,13 @@ text files, which are tokenized into the cache.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Collection, NamedTuple
 
 from gpt_jax import config
-from gpt_jax.data import adopt, cache, corpus, mirror
+from gpt_jax.data import adopt, cache, corpus, mirror, mixture
 from gpt_jax.data.cache import Prepared
 from gpt_jax.data.shards import Tokens, digest
-from gpt_jax.data.tokenizer import Tokenizer, known_tokenizer
+from gpt_jax.data.tokenizer import FIM_TOKENS, Tokenizer, known_tokenizer, parse_spec
 from gpt_jax.errors import UsageError
 
 
@@ -61,8 +61,8 @@ def _folder(path: str, data: config.Data, report) -> Path | None:
 def _open(field: str, path: str, folder: Path, data: config.Data, wanted: Tokenizer | None) -> corpus.Corpus:
     """The corpus in `folder`, if it is tokenized as wanted."""
     if data.eval_path:
-        raise UsageError(f"config.data.eval_path = {', '.join(data.eval_path)}: {path} was made by gpt-jax prepare, which has "
-                         "decided what is held out (--eval_fraction); leave it empty")
+        raise UsageError(f"config.data.eval_path = {', '.join(data.eval_path)}: {path} was made by gpt-jax prepare, "
+                         "which has decided what is held out (--eval_fraction); leave it empty")
     opened = corpus.open_corpus(folder)
     _require(f"{field} = {path}", opened.tokenizer, wanted, "the tokenizer of this run")
     if wanted is None and data.tokenizer:
@@ -80,18 +80,46 @@ def _part(field: str, path: str, opened: corpus.Corpus, name: str, report) -> Pa
     return Part(name, 1.0, sides["train"], sides["eval"])
 
 
+def heldout_of(path: str, data: config.Data, tokenizer: Tokenizer, report: Callable[[str], None]) -> dict[str, Tokens]:
+    """What `gpt-jax evaluate --text` measures on, by the name of its row: all of a text, or what a folder made by
+    `gpt-jax prepare` holds out, each of its sources. UsageError, naming --text, for one of no use."""
+    folder = _folder(path, data, report)
+    if folder is None:
+        return {path: cache.load_text((path,), tokenizer, data, report=report)}
+    opened = corpus.open_corpus(folder)
+    _require(f"--text = {path}", opened.tokenizer, tokenizer, "the tokenizer of the checkpoint")
+    found = {name: sides["eval"] for name, sides in opened.sources.items() if sides["eval"] is not None}
+    if not found:
+        raise UsageError(f"--text = {path}: was made by gpt-jax prepare and holds nothing out; prepare it with "
+                         "--eval_fraction, or give the text itself")
+    for name, tokens in found.items():
+        report(f"data: {path}: {name}: held out {cache.count(tokens)}")
+    return {path if len(opened.sources) == 1 else f"{path}/{name}": tokens for name, tokens in found.items()}
+
+
 def _check_spec(field: str, path: str, found: Tokenizer, spec: str) -> None:
     """UsageError when the config names another tokenizer than the shards have. One that is made from text has no more
     than its name."""
     made = known_tokenizer(spec)
     if (made is None and found.name != spec) or (made is not None and made.fingerprint != found.fingerprint):
         raise UsageError(f"config.data.tokenizer = {spec!r}: {field} = {path} is tokenized by {found.name} "
-                         f"({found.fingerprint}); leave config.data.tokenizer empty to use that, or prepare the text again")
+                         f"({found.fingerprint}); leave config.data.tokenizer empty to use that, or prepare the text "
+                         "again")
+
+
+def check_fim(data: config.Data, name: str, specials: Collection[str]) -> None:
+    """UsageError for config.data.fim with a tokenizer, called `name`, whose special tokens are not enough."""
+    if data.fim and (missing := [token for token in FIM_TOKENS if token not in specials]):
+        raise UsageError(f"config.data.fim = {data.fim}: the tokenizer {name} has no {missing[0]}; give "
+                         "config.data.tokenizer the ending +fim, as in bpe:4096+fim")
 
 
 def load(data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None) -> Dataset:
     """The sources of `data`, text files tokenized if need be; `tokenizer` (of a checkpoint) takes the place of
     `data.tokenizer`. UsageError for paths and settings of no use; DataError for damaged shards."""
+    if data.fim and (tokenizer or data.tokenizer):  # else the tokenizer is that of a folder
+        known = tokenizer or known_tokenizer(data.tokenizer)
+        check_fim(data, data.tokenizer or known.name, (known or parse_spec(data.tokenizer)).specials)
     if data.sources and data.path:
         raise UsageError(f"config.data.sources and config.data.path = {', '.join(data.path)}: give one of them")
     if data.sources:
@@ -103,15 +131,15 @@ def load(data: config.Data, report: Callable[[str], None] = print, tokenizer: To
     folders = {path: folder for path in data.path if (folder := _folder(path, data, report))}
     if tokens := [path for path in data.path if adopt.is_foreign(path)]:
         if len(data.path) > 1:
-            raise UsageError(f"config.data.path = {', '.join(data.path)}: {tokens[0]} is a token file and cannot be joined with "
-                             "other paths; name them in config.data.sources")
+            raise UsageError(f"config.data.path = {', '.join(data.path)}: {tokens[0]} is a token file and cannot be "
+                             "joined with other paths; name them in config.data.sources")
         return of_text(adopt.adopt(tokens[0], data, tokenizer, report))
     if not folders:
         return of_text(cache.prepare(data, report, tokenizer))
     path, folder = next(iter(folders.items()))
     if len(data.path) > 1:
-        raise UsageError(f"config.data.path = {', '.join(data.path)}: {path} was made by gpt-jax prepare and cannot be joined "
-                         "with other paths; name them in config.data.sources")
+        raise UsageError(f"config.data.path = {', '.join(data.path)}: {path} was made by gpt-jax prepare and cannot be "
+                         "joined with other paths; name them in config.data.sources")
     opened = _open("config.data.path", path, folder, data, tokenizer)
     parts = [_part("config.data.path", path, opened, name, report) for name in opened.sources]
     # Without weights each source has its size for one: every token is seen as often as any other.
@@ -130,8 +158,9 @@ def _mixture(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
     if "all" in names:
         raise UsageError("config.data.sources: all is the name of the sum; give the source another one")
     if data.eval_path:
-        raise UsageError(f"config.data.eval_path = {', '.join(data.eval_path)}: is for config.data.path; of sources each holds "
-                         "out its own text")
+        raise UsageError(f"config.data.eval_path = {', '.join(data.eval_path)}: is for config.data.path; of sources "
+                         "each holds out its own text")
+    mixture.check(((0, tuple(weight for _, _, weight in data.sources)), *data.stages), names)
     folders = {path: folder for _, path, _ in data.sources if (folder := _folder(path, data, report))}
     # What tokenizes the first prepared folder must tokenize all others, and tokenizes text files.
     opened = {}
@@ -140,9 +169,9 @@ def _mixture(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
         tokenizer = opened[path].tokenizer
     wanted = tokenizer or known_tokenizer(data.tokenizer)
     if wanted is None:
-        raise UsageError(f"config.data.tokenizer = {data.tokenizer!r}: is made from text, and with several sources that is "
-                         "done once for all: gpt-jax prepare --input NAME=PATH … --output=DIR, then name DIR in "
-                         "config.data.sources")
+        raise UsageError(f"config.data.tokenizer = {data.tokenizer!r}: is made from text, and with several sources "
+                         "that is done once for all: gpt-jax prepare --input NAME=PATH … --output=DIR, then name DIR "
+                         "in config.data.sources")
     parts, contents = [], []
     for i, (name, path, weight) in enumerate(data.sources):
         if path in opened:
@@ -153,7 +182,7 @@ def _mixture(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
             one = replace(data, path=(path,), sources=())
             say = lambda line, name=name: report(f"{name}: {line}")
             found = of_text(adopt.adopt(path, one, wanted, say) if adopt.is_foreign(path) else
-                            cache.prepare(one, say, wanted))
+                            cache.prepare(one, say, wanted, f"config.data.sources[{i}]"))
             part, content = found.parts[0], found.content
         parts.append(part._replace(name=name, weight=weight))
         contents.append([name, content])

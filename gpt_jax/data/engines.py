@@ -1,8 +1,9 @@
 """Where units of work run: here, in worker processes of this machine, or on a Ray cluster (called by prepare).
 
 An engine is a row of ENGINES: it calls `function(item, tick)` for every item and yields (number of the item, result) as
-they end, in any order. `tick(documents, bytes)` tells of progress inside an item. What a function raises is raised
-here, and the workers are ended first. Items and results must be picklable, and few of them are under way at once.
+they end, in any order. `tick(documents, bytes)` tells of progress inside an item (of Ray: when it ends). What a
+function raises is raised here, and the workers are ended first. Items and results must be picklable, and few of them
+are under way at once.
 """
 
 import contextlib
@@ -154,9 +155,12 @@ def local(work: Work) -> Iterator[tuple[int, Any]]:
 # ---- Ray ----
 
 
-def _remote(function: Callable, item) -> tuple[str, Any]:
+def _remote(function: Callable, item) -> tuple[tuple[str, Any], int, int]:
+    """(message, documents, bytes): Ray has no pipe for ticks under way, so they are added up and told at the end."""
     _limit_threads(1)
-    return _attempt(function, item, lambda documents, size: None)
+    seen = []
+    message = _attempt(function, item, lambda documents, size: seen.append((documents, size)))
+    return message, sum(documents for documents, _ in seen), sum(size for _, size in seen)
 
 
 def _join_ray(work: Work):
@@ -200,10 +204,11 @@ def on_ray(work: Work) -> Iterator[tuple[int, Any]]:
             for reference in ray.wait(list(busy))[0]:
                 number, item = busy.pop(reference)
                 try:
-                    message = ray.get(reference)
+                    message, documents, size = ray.get(reference)
                 except ray.exceptions.RayError as error:
                     raise PeerFailed(f"a Ray worker failed at {work.describe(item)}: {_last_line(error)}; what is "
                                      "finished stays: the same command goes on from there") from None
+                work.tick(documents, size)
                 yield number, _result(message)
     finally:
         for reference in busy:

@@ -7,14 +7,18 @@ come last.
 
 import functools
 import importlib
+import inspect
 import operator
 import re
+import sys
 import unicodedata
 import zlib
+from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 
+from gpt_jax.data.shards import digest, digest_of
 from gpt_jax.errors import UsageError
 
 Apply = Callable[[str], str | None]
@@ -125,16 +129,41 @@ KNOWN = f"{' '.join(row.usage for row in FILTERS.values())}, or your own module:
 # ---- chains ----
 
 
-def _own(spec: str) -> Apply:
-    """The user's `module:function`, its mistakes turned into one line."""
+def _import(spec: str) -> Callable:
+    """The function of `module:function`."""
     module, _, name = spec.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise UsageError(f"filter = {spec!r}: no such filter; there are {KNOWN}")
     try:
-        function = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a module does when it is imported
         raise UsageError(f"filter = {spec!r}: {type(error).__name__}: {error}; a module must be importable (PYTHONPATH)"
                          f"; filters are {KNOWN}") from None
+
+
+def code(specs: Iterable[str]) -> dict[str, str]:
+    """{spec: digest} of the user's own filters, as their source files are now: of the module named, and of the one
+    that the function was written in. What these import in turn is not looked at."""
+    found = {}
+    for spec in specs:
+        if spec.partition(":")[0] not in FILTERS:
+            function = inspect.unwrap(_import(spec))
+            written = getattr(function, "__code__", None)
+            files = {getattr(sys.modules[spec.partition(":")[0]], "__file__", None), written and written.co_filename}
+            found[spec] = digest([_sha256(file) for file in sorted(filter(None, files))])
+    return found
+
+
+def _sha256(file: str) -> str:
+    try:
+        return digest_of(Path(file)).sha256
+    except OSError:  # a module in a zip archive or in memory
+        return ""
+
+
+def _own(spec: str) -> Apply:
+    """The user's `module:function`, its mistakes turned into one line."""
+    function = _import(spec)
 
     def apply(text: str) -> str | None:
         try:

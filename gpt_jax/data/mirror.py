@@ -5,7 +5,7 @@ Training reads rows by place all over the shards, which a store serves a thousan
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 from gpt_jax.data import corpus, remote, shards
 from gpt_jax.data.units import replacing
@@ -20,13 +20,23 @@ def is_remote_corpus(url: str) -> bool:
     return remote.is_remote(url) and remote.exists(f"{url.rstrip('/')}/{corpus.MANIFEST}")
 
 
+def _blocks(url: str) -> Iterator[bytes]:
+    """The file at `url`. UsageError naming it for whatever the store or the network says on the way."""
+    with remote.open_remote(url) as file:
+        while True:
+            with remote.reaching(url):
+                block = file.read(BLOCK)
+            if not block:
+                return
+            yield block
+
+
 def mirror(url: str, cache: Path, say: Callable[[str], None]) -> Path:
     """The folder below `cache` that holds the corpus at `url`, copied there if need be: named by its content, each file
     checked against its SHA-256 and there as a whole or not at all, the manifest last; files that are there already (of
     an earlier call that was killed) stay. UsageError when it cannot be had, DataError for a file damaged there."""
     url = url.rstrip("/")
-    with remote.open_remote(f"{url}/{corpus.MANIFEST}") as file:
-        raw = file.read()
+    raw = b"".join(_blocks(f"{url}/{corpus.MANIFEST}"))
     manifest = corpus.parse_manifest(raw, f"{url}/{corpus.MANIFEST}")
     folder = cache / f"corpus-{manifest['digest'][:20]}"
     if corpus.is_corpus(folder):
@@ -39,8 +49,8 @@ def mirror(url: str, cache: Path, say: Callable[[str], None]) -> Path:
         if path.is_file() and shards.digest_of(path) == wanted:
             return
         with replacing(path) as temporary:
-            with remote.open_remote(f"{url}/{name}") as source, open(temporary, "wb") as out:
-                while block := source.read(BLOCK):
+            with open(temporary, "wb") as out:
+                for block in _blocks(f"{url}/{name}"):
                     out.write(block)
                 shards.sync(out)
             if shards.digest_of(temporary) != wanted:

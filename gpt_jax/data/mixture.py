@@ -5,7 +5,9 @@ example of a source in the stream is its own n-th row, so that neither a shuffle
 kept (after Levanter's block-deterministic mixtures, data/mixture.py).
 """
 
+import math
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 
@@ -42,6 +44,11 @@ class Mixture:
         rank = place - pick(ends - counts)
         return source, pick(self._drawn_before()[stage]) + (block - self.begins[stage]) * pick(counts) + rank
 
+    def shares(self, index: int) -> np.ndarray:
+        """float [sources] of sum 1: the part of the examples from each source in the stage that example `index` is
+        in."""
+        return self.counts[np.searchsorted(self.begins, index // self.block, "right") - 1] / self.block
+
     def drawn(self, examples: int) -> np.ndarray:
         """int64 [sources]: how many of the first `examples` come from each source."""
         block, rest = divmod(examples, self.block)
@@ -51,15 +58,33 @@ class Mixture:
         return drawn + np.bincount(last, minlength=self.counts.shape[1])
 
 
+LAST_TOKEN = 10**18  # at which a stage may begin
+
+
+def check(stages: Sequence[tuple[int, Sequence[float]]], names: Sequence[str]) -> None:
+    """UsageError for stages (first token, a weight for each of the sources `names`) that can be no mixture, whatever
+    the sources hold; the first of them is config.data.sources itself, the others config.data.stages."""
+    for i, (token, weights) in enumerate(stages):
+        field = f"config.data.stages[{i - 1}]" if i else "config.data.sources"
+        if len(weights) != len(names):
+            raise UsageError(f"{field} = {weights}: expected {len(names)} weights, for {', '.join(names)}")
+        if token < (i > 0) or token > LAST_TOKEN:
+            raise UsageError(f"{field} begins at token {token:,}; expected 1 to {LAST_TOKEN:,}")
+        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
+            raise UsageError(f"{field}: the weights {tuple(weights)} must be 0 or more, and not all 0")
+        if i and token <= stages[i - 1][0]:
+            raise UsageError(f"{field} begins at token {token:,}, before the stage before it; let stages rise")
+
+
 def apportion(shares: np.ndarray, block: int, names: tuple[str, ...]) -> np.ndarray:
-    """int64 [sources] that sum to `block`: each share (float [sources], any sum) by largest remainders. UsageError for a
-    share that is not 0 and gets no example."""
+    """int64 [sources] that sum to `block`: each share (float [sources], any sum) by largest remainders. UsageError for
+    a share that is not 0 and gets no example."""
     shares = shares / shares.max()
     exact = shares / shares.sum() * block
     counts = np.floor(exact + 1e-9).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: block - counts.sum()]] += 1
     for name, share, count in zip(names, shares, counts):
         if share > 0 and not count:
-            raise UsageError(f"config.data.block = {block}: the share {share / shares.sum():.2g} of source {name} is less "
-                             "than one example of a block; raise it, or the weight")
+            raise UsageError(f"config.data.block = {block}: the share {share / shares.sum():.2g} of source {name} is "
+                             "less than one example of a block; raise it, or the weight")
     return counts

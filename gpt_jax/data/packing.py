@@ -1,11 +1,11 @@
 """Documents to rows without cutting them (called by rows): who shares a row with whom, planned once and before any
 slicing, so that row r is the same for every reader and any row is found at once.
 
-Plans are in tokens. A row holds up to `capacity` = T + 1 of them, T inputs and the last target. A document that does not
-fit is cut into rows of its own, each beginning with the last token of the one before, and its rest shares a row like any
-short document, so that no token is lost and each is predicted once (Ding et al. 2024, "Fewer truncations improve
-language modeling"; where documents are not kept apart, the token that is there twice is predicted twice). 16 bytes a
-document are held in memory.
+Plans are in tokens. A row holds up to `capacity` = T + 1 of them, T inputs and the last target. A document that does
+not fit is cut into rows of its own, each beginning with the last token of the one before, and its rest shares a row
+like any short document, so that no token is lost and each is predicted once (Ding et al. 2024, "Fewer truncations
+improve language modeling"; where documents are not kept apart, the token that is there twice is predicted twice). 16
+bytes a document are held in memory.
 """
 
 from dataclasses import dataclass
@@ -110,8 +110,8 @@ def plan(offsets: np.ndarray, capacity: int, how: str, seed: int) -> Plan:
 
 
 def at_documents(offsets: np.ndarray, seq_len: int) -> np.ndarray:
-    """int64 [rows]: where rows of T = `seq_len` begin that all begin with a document: the next one begins with the first
-    document that has not begun inside the inputs of this one."""
+    """int64 [rows]: where rows of T = `seq_len` begin that all begin with a document: the next one begins with the
+    first document that has not begun inside the inputs of this one."""
     following = np.searchsorted(offsets[:-1], offsets[:-1] + seq_len, "left")
     rows, document, step = [], 0, 1 << 20
     while document < len(following):  # plain integers: a numpy scalar costs three times as much

@@ -4,24 +4,24 @@ A batch is a pure function of its number, so the only state is the number of the
 a slice of the rows: nothing here knows how many processes there are.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from gpt_jax import config
 from gpt_jax.data import mixture, transforms
-from gpt_jax.data.dataset import Dataset, Part
+from gpt_jax.data.dataset import Dataset, Part, check_fim
 from gpt_jax.data.order import random_bits
 from gpt_jax.data.rows import ROWS, Buffer, Columns, InOrder, Span, Window, check_ids, columns
 from gpt_jax.data.shards import Tokens
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UsageError
 
-LAST_TOKEN = 10**18  # at which a stage may begin
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # in the order that transforms takes
 ENDLESS = 2**62  # batches in a stream that has no end; Grain wants a length
-FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,12 @@ class Examples:
     def drawn(self, examples: int) -> np.ndarray:
         """int64 [sources]: how many of the first `examples` come from each."""
         return self.mix.drawn(examples) if self.mix else np.array([examples])
+
+    def shares(self, examples: int) -> dict[str, float]:
+        """{source: its part of the rows} in the stage of the mixture that the last of the first `examples` is in: the
+        weights of the sources in the mean of their held-out metrics, here and in `gpt-jax evaluate`."""
+        shares = self.mix.shares(max(0, examples - 1)).tolist() if self.mix else [1.0]
+        return dict(zip(self.names, shares))
 
     def fill(self, indices: np.ndarray) -> Buffer:
         """Rows before the shift, transforms applied."""
@@ -93,9 +99,9 @@ class Stream:
     """An iterator of batches from number `start` on, `prefetch` of them made ahead by `threads`. Close it when done."""
 
     def __init__(self, batches: Batches, prefetch: int, threads: int, start: int = 0, summary: Sequence[str] = (),
-                 shares: Mapping[str, float] | None = None):
+                 shares: Callable[[int], dict[str, float]] = lambda step: {}):
         self.summary = tuple(summary)  # lines about the rows, for people
-        self.shares = shares or {}  # the part of the run's rows from each source
+        self.shares = shares  # at a step, see Examples.shares
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self._iterator.set_state({"next_index": start})
@@ -150,20 +156,15 @@ def make_mixture(parts: Sequence[Part], rows: Sequence[Window], knobs: config.Da
     """The stages of config.data as counts. UsageError for weights that cannot be."""
     names = tuple(part.name for part in parts)
     stages = ((0, tuple(part.weight for part in parts)), *knobs.stages)
+    mixture.check(stages, names)
     counts, begins = [], []
     for i, (token, weights) in enumerate(stages):
-        field = f"config.data.stages[{i - 1}]" if i else "config.data.sources"
-        if len(weights) != len(parts):
-            raise UsageError(f"{field} = {weights}: expected {len(parts)} weights, for {', '.join(names)}")
-        if token < (i > 0) or token > LAST_TOKEN:
-            raise UsageError(f"{field} begins at token {token:,}; expected 1 to {LAST_TOKEN:,}")
-        if min(weights) < 0 or not sum(weights):
-            raise UsageError(f"{field}: the weights {weights} must be 0 or more, and not all 0")
         counts.append(mixture.apportion(_row_shares(weights, parts, rows, knobs), knobs.block, names))
         begins.append(-(-token // (seq_len * knobs.block)))
         if i and begins[i] <= begins[i - 1]:
-            raise UsageError(f"{field} begins at token {token:,}, before or within a block ({seq_len * knobs.block:,} tokens) of "
-                             "the stage before; let stages rise and be further apart, or lower config.data.block")
+            raise UsageError(f"config.data.stages[{i - 1}] begins at token {token:,}, within a block "
+                             f"({seq_len * knobs.block:,} tokens) of the stage before; let stages be further apart, or "
+                             "lower config.data.block")
     return mixture.Mixture(np.array(counts), np.array(begins), knobs.block, seed)
 
 
@@ -172,13 +173,11 @@ def _source_seed(seed: int, name: str, only: bool) -> int:
     return seed if only else int(random_bits(seed, *name.encode())[0] >> np.uint64(1))
 
 
+@functools.lru_cache(1)  # a job compares it between its processes first; packing a large corpus takes a while
 def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) -> Examples:
     """Rows of all sources and their mixture. UsageError for too little text, or settings that do not fit."""
     parts = data.parts
-    for name in FIM_TOKENS if knobs.fim else ():
-        if name not in data.tokenizer.specials:
-            raise UsageError(f"config.data.fim = {knobs.fim}: the tokenizer {data.tokenizer.name} has no {name}; give "
-                             "config.data.tokenizer the ending +fim, as in bpe:4096+fim")
+    check_fim(knobs, data.tokenizer.name, data.tokenizer.specials)
     label = lambda part: "the training text" if len(parts) == 1 else f"source {part.name}"
     rows = tuple(ROWS[knobs.rows](part.train, seq_len, _source_seed(seed, part.name, len(parts) == 1), label(part))
                  for part in parts)
@@ -187,15 +186,16 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
     return Examples(tuple(part.name for part in parts), rows, mix, data.tokenizer, knobs, seed)
 
 
-def _check_sizes(examples: Examples, batch_size: int) -> None:
+def check_sizes(examples: Examples, batch_size: int) -> None:
+    """UsageError for text that makes less than a batch."""
     most = examples.mix.counts.max(axis=0) / examples.mix.block if examples.mix else np.ones(1)
     for name, rows, share in zip(examples.names, examples.rows, most):
         needed = max(1, int(batch_size * share))
         if rows.count < needed:
             what = f"{needed} of them from source {name}, which" if examples.mix else "the training text"
-            raise UsageError(f"config.train.batch_size = {batch_size}: {what} of {rows.tokens.size} tokens has {rows.count} "
-                             f"rows of config.train.seq_len = {rows.length - 1}, less than a batch; give more text, shorter "
-                             "rows or a smaller batch")
+            raise UsageError(f"config.train.batch_size = {batch_size}: {what} of {rows.tokens.size} tokens has "
+                             f"{rows.count} rows of config.train.seq_len = {rows.length - 1}, less than a batch; give "
+                             "more text, shorter rows or a smaller batch")
 
 
 def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
@@ -208,7 +208,8 @@ def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
         if rows.lost:
             line += f"; {rows.lost:,} tokens fill no row and are left out"
         if examples.mix:
-            line = f"source {name}: {drawn / rows.count:.2f} epochs, {drawn / max(1, batch_size * steps):.2%} of the rows; {line}"
+            part = drawn / max(1, batch_size * steps)
+            line = f"source {name}: {drawn / rows.count:.2f} epochs, {part:.2%} of the rows; {line}"
         lines.append(line)
     return lines
 
@@ -216,21 +217,20 @@ def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
 def make_stream(data: Dataset, knobs: config.Data, seq_len: int, batch_size: int, seed: int, rows: slice,
                 start: int = 0, steps: int = 0) -> Stream:
     """Training batches without end. `batch_size` rows make a global batch, of which this process gets `rows`; row i of
-    batch n is example n * batch_size + i whatever the slices. `steps` is for the summary and the shares only. UsageError for a text
+    batch n is example n * batch_size + i whatever the slices. `steps` is for the summary only. UsageError for a text
     shorter than a row or a batch."""
     examples = make_examples(data, knobs, seq_len, seed)
-    _check_sizes(examples, batch_size)
+    check_sizes(examples, batch_size)
     batches = Batches(examples.columns, batch_size, rows, ENDLESS)
-    drawn = examples.drawn(batch_size * max(1, steps))
-    shares = dict(zip(examples.names, (drawn / drawn.sum()).tolist()))
-    return Stream(batches, knobs.prefetch, knobs.threads, start, describe(examples, batch_size, steps), shares)
+    return Stream(batches, knobs.prefetch, knobs.threads, start, describe(examples, batch_size, steps),
+                  lambda step: examples.shares(step * batch_size))
 
 
 def make_eval_batches(tokens: Tokens, tokenizer: Tokenizer, knobs: config.Data, seq_len: int, batch_size: int,
-                      rows: slice, limit: int = 0) -> EvalBatches:
+                      rows: slice, limit: int = 0, name: str = "the held-out text") -> EvalBatches:
     """All held-out text in order, or its first `limit` batches (0: all); as many batches on every process, with the
-    columns of training."""
-    source = InOrder(tokens, seq_len)
+    columns of training. UsageError, by `name`, for text of one token."""
+    source = InOrder(tokens, seq_len, name)
 
     def make(indices: np.ndarray) -> Columns:
         buffer = source.fill(indices)

@@ -8,14 +8,12 @@ import contextlib
 import fcntl
 import functools
 import json
-import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from gpt_jax.data import assemble, corpus, filters, readers, remote, survey, units
+from gpt_jax.data import assemble, corpus, filters, readers, sameness, survey, units
 from gpt_jax.data.engines import ENGINES, Work
 from gpt_jax.data.readers import Source
 from gpt_jax.data.sources import HUB, find
@@ -56,15 +54,16 @@ def prepare(inputs: Mapping[str, tuple[str, ...]], folder: Path, settings: Setti
     """Makes the corpus of `inputs` ({source: what sources.find takes}) in `folder`, or goes on where an earlier call
     was ended, and gives its manifest. The same input and settings make the same bytes, whatever the engine.
 
-    UsageError for settings, files and a folder of no use, and for a full disk; DataError when the input changes
-    meanwhile; PeerFailed when a worker is killed. What is finished stays."""
+    UsageError for settings, files and a folder of no use, and for a full disk; DataError when the input or the module
+    of a filter changes meanwhile; PeerFailed when a worker is killed. What is finished stays."""
     known = known_tokenizer(settings.tokenizer, "--tokenizer")
     survey.threshold(settings.dedup)
     filters.parse(settings.filters)
     found = {name: find(paths, f"--input {name}") for name, paths in inputs.items()}
-    stamps = {source.path: stamp(source) for group in found.values() for source in group}
+    found, revisions = sameness.pin(found, sameness.earlier(folder).get("revisions", {}), say)
+    stamps = {source.path: sameness.stamp(source) for group in found.values() for source in group}
     with _output(folder):
-        about = describe(settings, known, found)
+        about = sameness.describe(settings, known, found, revisions)
         state = {str(path): list(map(str, value)) for path, value in stamps.items()}
         if corpus.is_corpus(folder):
             return _again(folder, about, state, say)
@@ -88,26 +87,10 @@ def _output(folder: Path) -> Iterator[None]:
 # ---- what is there already ----
 
 
-def describe(settings: Settings, known: Tokenizer | None, found: Mapping[str, Sequence[Source]]) -> dict:
-    """The settings as the manifest has them, by the names of the flags."""
-    plain = asdict(settings)
-    plain |= plain.pop("reading") | {"input": list(found)}
-    plain["tokenizer"] = f"{known.name} ({known.fingerprint})" if known else settings.tokenizer
-    return json.loads(json.dumps(plain))  # tuples become lists, as they are when read back
-
-
-def _refuse_other(folder: Path, then: dict, now: dict) -> None:
-    other = [key for key in now if then.get(key) != now[key]]
-    if other:
-        differences = ", ".join(f"--{key} was {then.get(key)} and is {now[key]}" for key in other)
-        raise UsageError(f"--output={folder}: was begun with other settings: {differences}; give the same ones, choose "
-                         "another folder, or remove this one")
-
-
 def _again(folder: Path, about: dict, state: dict, say: Say) -> dict:
     """The folder is finished: the same call is answered, any other refused."""
     manifest = corpus.read_manifest(folder)
-    _refuse_other(folder, manifest["settings"], about)
+    sameness.refuse_other(folder, manifest["settings"], about)
     inputs = folder / assemble.INPUTS  # no part of a corpus, so a copy need not have it
     before = json.loads(inputs.read_bytes()) if inputs.exists() else {}
     changed = [path for path in {**before, **state} if before.get(path) != state.get(path)] if inputs.exists() else []
@@ -115,8 +98,14 @@ def _again(folder: Path, about: dict, state: dict, say: Say) -> dict:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise UsageError(f"--output={folder}: is finished, and the input has changed since ({changed[0]}{more}); "
                          "choose another folder, or remove this one")
-    assemble.clean(folder, manifest)
-    say(f"{folder}: is finished already, with these settings and this input")
+    corpus.check_sizes(folder, manifest)
+    if assemble.leftovers(folder, manifest):  # else it need not be writable
+        (folder / WORK).mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another call has cleaned up meanwhile
+            with _locked(folder / WORK / "lock", folder):
+                assemble.clean(folder, manifest)
+    say(f"{folder}: is finished already, with these settings and this input (each file has its size; that its content "
+        f"is whole is checked by gpt-jax prepare --verify={folder})")
     return manifest
 
 
@@ -130,7 +119,7 @@ def _begin(folder: Path, about: dict, state: dict, say: Say) -> None:
     work.mkdir(parents=True, exist_ok=True)
     begun = work / "settings.json"
     if begun.exists() and any(work.glob("*-*.json")):  # before the first unit is done, nothing would be lost
-        _refuse_other(folder, json.loads(begun.read_bytes()), about)
+        sameness.refuse_other(folder, json.loads(begun.read_bytes()), about)
         say(f"{folder}: goes on from where an earlier call ended")
     else:
         units.replace_file(begun, json.dumps(about).encode())
@@ -150,19 +139,6 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
 # ---- units ----
 
 
-def stamp(source: Source) -> tuple[int, str]:
-    """(bytes of a file, what changes when it does); a data set of the hub has neither."""
-    if str(source.path).startswith(HUB):
-        return 0, ""
-    if remote.is_remote(source.path):
-        return remote.stamp(source.path)
-    try:
-        stat = os.stat(source.path)
-    except OSError as error:
-        raise UsageError(f"{source.path}: cannot be read: {error.strerror}") from None
-    return stat.st_size, str(stat.st_mtime_ns)
-
-
 def plan(found: Mapping[str, Sequence[Source]], stamps: Mapping, settings: Settings, about: dict) -> list[Unit]:
     """The units in the order of the input. Large files are cut where their format allows it, small ones joined."""
     total = sum(size for size, _ in stamps.values())
@@ -171,10 +147,12 @@ def plan(found: Mapping[str, Sequence[Source]], stamps: Mapping, settings: Setti
     for name, sources in found.items():
         number, held, size = 0, [], 0.0
         for source in sources:
-            pieces = readers.cut(source, int(target), settings.reading)
+            pieces, whole = readers.cut(source, int(target), settings.reading), stamps[source.path][0]
+            if not whole and str(source.path).startswith(HUB):
+                whole = len(pieces) * target  # nobody knows: each shard is a unit
             for piece in pieces:
                 held.append(piece)
-                size += stamps[source.path][0] / len(pieces)
+                size += whole / len(pieces)
                 if size >= 0.6 * target:  # pieces of a file come out a little smaller than asked for
                     made.append(_unit(name, number, held, size, stamps, about))
                     number, held, size = number + 1, [], 0.0
@@ -207,8 +185,11 @@ def _make(job: Job, found, stamps, about: dict, state: dict, known: Tokenizer | 
     todo = [unit._replace(key=digest(unit.key, tokenizer.fingerprint, keys and keys[i])) for i, unit in enumerate(todo)]
     function = functools.partial(units.tokenize, fingerprint=tokenizer.fingerprint, keep=keys is not None)
     made = run_phase(job, "tokens", todo, function, engine, show)
-    if changed := [path for path, before in stamps.items() if stamp(Source(path, "")) != before]:
+    if changed := [path for path, before in stamps.items() if sameness.stamp(Source(path, "")) != before]:
         raise DataError(f"{changed[0]}: changed while being read; run the command again")
+    if changed := [spec for spec, code in filters.code(settings.filters).items() if code != about["code"][spec]]:
+        raise DataError(f"--filters {changed[0]}: its module was edited while it was in use; remove "
+                        f"--output={job.folder} and run the command again")
     manifest = assemble.assemble(job, todo, made, scans or made, tokenizer, about, dropped)
     if not any(source["train"]["documents"] for source in manifest["sources"].values()):
         raise UsageError(f"--input: no text is left to train on; {'; '.join(corpus.left_out(manifest['counts']))}")
@@ -255,14 +236,16 @@ def _made(job: Job, todo: Sequence[Unit], scans, keys, say: Say) -> Tokenizer:
 
 
 def _sample(job: Job, todo: Sequence[Unit], keep: bool) -> Iterator[str]:
-    """About `tokenizer_mb` of text to train on, from the beginning of every unit as its share of the input."""
-    total = max(sum(unit.size for unit in todo), 1)
+    """At most `tokenizer_mb` of text to train on, from the beginning of every unit as its share of the input."""
+    total, most = max(sum(unit.size for unit in todo), 1), job.settings.tokenizer_mb * 1e6
     for unit in todo:
-        room = int(min(job.settings.tokenizer_mb * 1e6 / total, 1e9) * unit.size) if unit.size else int(1e9)
+        room = int(most * unit.size / total)
         kept = np.fromfile(job.folder / units.keep_file(unit), bool) if keep else None
-        for text in units.read(job, unit, units.Counts(), kept):
-            if room <= 0:
+        for text in units.read(job, unit, units.Counts(), kept) if room else ():
+            if units.is_held_out(text.hash, job.settings.eval_fraction):
+                continue
+            part = text.text.encode()[:room].decode("utf-8", "ignore")  # not half a character
+            yield part
+            room -= len(part.encode())
+            if room <= 0 or len(part) < len(text.text):
                 break
-            if not units.is_held_out(text.hash, job.settings.eval_fraction):
-                yield text.text[:room]
-                room -= len(text.text.encode())

@@ -9,7 +9,7 @@ import contextlib
 import lzma
 import zlib
 from dataclasses import dataclass, field
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple, Sequence
 
 from gpt_jax.data import hub
 from gpt_jax.data.decoding import Decoded, Piece, Reading, Unreadable, decode
@@ -121,17 +121,27 @@ def _group_borders(source: Source, size: int) -> list[int]:
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     except pyarrow.ArrowException as error:
         raise UsageError(f"{source.path}: not a readable parquet file: {error}") from None
+    return _joined(sizes, size)
+
+
+def _joined(sizes: Sequence[int], size: int) -> list[int]:
+    """Parts at which pieces of at least `size` bytes begin."""
     borders, held = [0], 0
-    for number, group in enumerate(sizes):
+    for number, part in enumerate(sizes):
         if held >= size:
             borders.append(number)
             held = 0
-        held += group
+        held += part
     return borders
 
 
-CUTS = {"lines": _line_borders, "groups": _group_borders, "shards": lambda source, size: range(hub.shards(source.path)),
-        "": lambda source, size: [0]}
+def _shard_borders(source: Source, size: int) -> list[int]:
+    """Shards at which pieces of about `size` bytes begin; each one where their sizes are not known."""
+    sizes = hub.sizes(source.path)
+    return _joined(sizes, size) if any(sizes) else list(range(len(sizes)))
+
+
+CUTS = {"lines": _line_borders, "groups": _group_borders, "shards": _shard_borders, "": lambda source, size: [0]}
 
 
 def cut(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:

@@ -22,7 +22,7 @@ def is_remote(path: Path | str) -> bool:
 
 
 @contextlib.contextmanager
-def _reaching(url: str) -> Iterator[None]:
+def reaching(url: str) -> Iterator[None]:
     """Every store has errors of its own (credentials, buckets, networks); all of them mean that `url` is of no use."""
     protocol = url.partition("://")[0]
     try:
@@ -41,7 +41,7 @@ def _reaching(url: str) -> Iterator[None]:
 
 def open_remote(url: str, mode: str = "rb") -> BinaryIO:
     """The file at `url`, seekable where the store allows ranges. UsageError when it cannot be opened."""
-    with _reaching(url):
+    with reaching(url):
         return fsspec.open(url, mode).open()
 
 
@@ -51,13 +51,13 @@ def open_binary(path: Path | str) -> BinaryIO:
 
 
 def is_folder(url: str) -> bool:
-    with _reaching(url):
+    with reaching(url):
         files, path = url_to_fs(url)
         return files.isdir(path)
 
 
 def exists(url: str) -> bool:
-    with _reaching(url):
+    with reaching(url):
         files, path = url_to_fs(url)
         return files.exists(path)
 
@@ -65,7 +65,7 @@ def exists(url: str) -> bool:
 def walk(url: str) -> list[str]:
     """All files below the folder `url`, as paths relative to it, sorted; hidden ones and those in hidden folders are
     left out, as in a local folder."""
-    with _reaching(url):
+    with reaching(url):
         files, folder = url_to_fs(url)
         found = [path[len(folder.rstrip("/")) + 1:] for path in files.find(folder)]
     return sorted(path for path in found if not any(part.startswith(".") for part in path.split("/")))
@@ -73,13 +73,13 @@ def walk(url: str) -> list[str]:
 
 def glob(url: str) -> list[str]:
     """URLs of the files and folders that match, sorted."""
-    with _reaching(url):
+    with reaching(url):
         files, pattern = url_to_fs(url)
         return sorted(files.unstrip_protocol(path) for path in files.glob(pattern))
 
 
 def stamp(url: str) -> tuple[int, str]:
     """(bytes of the file at `url`, what changes when it does, as the store has it)."""
-    with _reaching(url):
+    with reaching(url):
         files, path = url_to_fs(url)
         return int(files.size(path) or 0), str(files.ukey(path))

@@ -1,7 +1,7 @@
 """Tokens to rows, rows to numpy columns of B rows by T tokens (called by pipeline).
 
-A row of ROWS finds training rows; `InOrder` reads held-out text once from front to back. Both give a Buffer of T + 1 ids;
-the shift by one between `tokens` and `targets` happens in `columns` and nowhere else.
+A row of ROWS finds training rows; `InOrder` reads held-out text once from front to back. Both give a Buffer of T + 1
+ids; the shift by one between `tokens` and `targets` happens in `columns` and nowhere else.
 """
 
 from typing import Callable, Iterator, NamedTuple
@@ -94,8 +94,8 @@ def columns(buffer: Buffer, token_bytes: np.ndarray, apart: bool) -> Columns:
 class Window:
     """Rows at random places, with replacement, every place where T + 1 tokens exist as likely (nanoGPT's get_batch).
 
-    `fill(indices)`: int64 [N] -> Buffer, a pure function of (seed, index). `count`: rows that hold as many tokens as the
-    text. `lost`: tokens that no row of an epoch predicts. `filled`: the part of the rows' places that holds tokens.
+    `fill(indices)`: int64 [N] -> Buffer, a pure function of (seed, index). `count`: rows that hold as many tokens as
+    the text. `lost`: tokens that no row of an epoch predicts. `filled`: the part of the rows' places that holds tokens.
     """
 
     def __init__(self, tokens: Tokens, seq_len: int, seed: int, name: str = "the training text"):
@@ -105,14 +105,14 @@ class Window:
 
     def _plan(self, seq_len: int) -> None:
         if self.tokens.size <= seq_len:
-            raise UsageError(f"config.train.seq_len = {seq_len}: {self.name} has {self.tokens.size} tokens and a row needs "
-                             f"{seq_len + 1}; give more text or a shorter row")
+            raise UsageError(f"config.train.seq_len = {seq_len}: {self.name} has {self.tokens.size} tokens and a row "
+                             f"needs {seq_len + 1}; give more text or a shorter row")
         self.count = (self.tokens.size - 1) // seq_len
 
     def _need_pairs(self) -> None:
         if np.diff(self.tokens.offsets).max() < 2:
-            raise UsageError(f"config.data.rows: {self.name} has no document of two tokens, so there is nothing to predict; "
-                             "give other text, or config.data.rows=chunk")
+            raise UsageError(f"config.data.rows: {self.name} has no document of two tokens, so there is nothing to "
+                             "predict; give other text, or config.data.rows=chunk")
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
         """Where rows begin, int64 [N]."""
@@ -132,8 +132,8 @@ class Window:
 
 
 class Chunk(Window):
-    """Every token once an epoch: row r is tokens[r*T : r*T + T + 1], documents cut where a row ends. The tail that fills
-    no row is lost."""
+    """Every token once an epoch: row r is tokens[r*T : r*T + T + 1], documents cut where a row ends. The tail that
+    fills no row is lost."""
 
     def _plan(self, seq_len: int) -> None:
         super()._plan(seq_len)
@@ -144,7 +144,8 @@ class Chunk(Window):
 
 
 class AtDocument(Window):
-    """Every row begins with a document and goes on with those after it; what the last one has beyond the row is lost."""
+    """Every row begins with a document and goes on with those after it; what the last one has beyond the row is
+    lost."""
 
     def _plan(self, seq_len: int) -> None:
         self._need_pairs()
@@ -204,10 +205,10 @@ class InOrder:
     """Held-out rows, sequential, the last one padded, so that every token is a target exactly once. The first token of
     the text has nothing before it and is no target (nor, if kept apart, the first of each document)."""
 
-    def __init__(self, tokens: Tokens, seq_len: int):
+    def __init__(self, tokens: Tokens, seq_len: int, name: str = "the held-out text"):
         if tokens.size < 2:
-            raise UsageError(f"the {tokens.name} text has {tokens.size} token and there is nothing to predict; hold out "
-                             "more by config.data.eval_fraction or give config.data.eval_path")
+            raise UsageError(f"{name} has {tokens.size} token and there is nothing to predict; hold out more "
+                             "(config.data.eval_fraction, --eval_fraction of prepare) or give config.data.eval_path")
         self.tokens, self.length = tokens, seq_len + 1
         self.count = -(-(tokens.size - 1) // seq_len)
 
@@ -220,5 +221,6 @@ def check_ids(buffer: Buffer, tokens: Tokens, vocab: int) -> None:
     """DataError if there is an id that the tokenizer does not have."""
     if (largest := buffer.ids.max(initial=0)) >= vocab:
         files = sorted({str(shard.path) for shard in tokens.shards})
-        raise DataError(f"{files[0]}{' or another shard' * (len(files) > 1)}: holds the id {largest} and the tokenizer only "
-                        f"{vocab}; delete a cache and it is built again, or check a corpus with gpt-jax prepare --verify")
+        raise DataError(f"{files[0]}{' or another shard' * (len(files) > 1)}: holds the id {largest} and the tokenizer "
+                        f"only {vocab}; delete a cache and it is built again, or check a corpus with gpt-jax prepare "
+                        "--verify")

@@ -1,5 +1,5 @@
-"""Token shards: how the ids of documents are written, read by place, and proved whole (called by store, corpus, prepare,
-rows).
+"""Token shards: how the ids of documents are written, read by place, and proved whole (called by store, corpus,
+prepare, rows).
 
 `NAME.tokens` holds ids (uint16 or uint32, little-endian, nothing else), `NAME.offsets` int64 [documents + 1] where each
 document starts and the last one ends, `NAME.docs` one DOCUMENT each. Files are read by place and not mapped: a page
@@ -80,8 +80,9 @@ class TokenFile:
             raise DataError(f"{self.path}: cannot be read any more: {error.strerror}") from None
         if got != out.nbytes:
             size = os.fstat(FILES.get(self).fileno()).st_size
-            raise DataError(f"{self.path}: changed during the run from {self.size * self.dtype.itemsize} to {size} bytes; start "
-                            "again, and a cache is rebuilt; of a prepared folder see gpt-jax prepare --verify")
+            raise DataError(f"{self.path}: changed during the run from {self.size * self.dtype.itemsize} to {size} "
+                            "bytes; start again, and a cache is rebuilt; of a prepared folder see gpt-jax prepare "
+                            "--verify")
 
 
 class TokenArray(NamedTuple):
@@ -153,8 +154,8 @@ class Tokens:
             return f"document {document}"
         row = self.docs[document]
         if int(row["piece"]) >= len(self.origins):
-            raise DataError(f"document {document} of the {self.name} tokens in {self.shards[0].path.parent}: its record is "
-                            "damaged; check a prepared folder with gpt-jax prepare --verify")
+            raise DataError(f"document {document} of the {self.name} tokens in {self.shards[0].path.parent}: its "
+                            "record is damaged; check a prepared folder with gpt-jax prepare --verify")
         return self.origins[int(row["piece"])].document(int(row["row"]))
 
 

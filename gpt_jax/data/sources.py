@@ -42,9 +42,26 @@ def _walk(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[Source]
     found = []
     for here, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [f for f in folders if not f.startswith(".") and f not in excluded]
-        paths = [Path(here, f).relative_to(folder) for f in files if not f.startswith(".")]
-        found += [path for path in paths if suffixes(path)]
-    return [Source(folder / path, f"{name}/{path.as_posix()}") for path in sorted(found)]
+        found += [Path(here, f).relative_to(folder) for f in files if not f.startswith(".")]
+    _refuse_prepared(str(folder), {path.as_posix() for path in found})
+    return [Source(folder / path, f"{name}/{path.as_posix()}") for path in sorted(filter(suffixes, found))]
+
+
+PREPARED = ("corpus.json", "tokenizer.json"), ("work/settings.json", "work/lock")  # in finished, unfinished output
+
+
+def _refuse_prepared(folder: str, files: set[str]) -> None:
+    """UsageError if `folder`, or one inside, was made by `gpt-jax prepare`: its indexes end in .json and are no text.
+    `files`: what it holds, as paths relative to it."""
+    for unfinished, (first, second) in enumerate(PREPARED):
+        for path in sorted(path for path in files if f"/{path}".endswith(f"/{first}")):
+            inside = path.removesuffix(first)
+            if inside + second in files:
+                way = ("which has not finished; run the same command again, and then give that folder as "
+                       "config.data.path or in config.data.sources" if unfinished else
+                       "whose output is tokens and no text; give that folder itself as config.data.path or in "
+                       "config.data.sources, and as text what it was made from")
+                raise UsageError(f"{f'{folder}/{inside}'.rstrip('/')}: was made by gpt-jax prepare, {way}")
 
 
 NOT_LIBRARY = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled")
@@ -65,7 +82,9 @@ def _one(path: Path) -> list[Source]:
 def _one_remote(url: str) -> list[Source]:
     name = url.rstrip("/").rpartition("/")[2]
     if remote.is_folder(url):
-        return [Source(f"{url.rstrip('/')}/{path}", f"{name}/{path}") for path in remote.walk(url) if suffixes(path)]
+        found = remote.walk(url)
+        _refuse_prepared(url.rstrip("/"), set(found))
+        return [Source(f"{url.rstrip('/')}/{path}", f"{name}/{path}") for path in found if suffixes(path)]
     return [Source(url, name)] if suffixes(url) else []
 
 
@@ -89,6 +108,13 @@ def _expand(spec: str, key: str) -> list[Source]:
     return found
 
 
+def _named(spec: str, key: str) -> list[Source]:
+    try:
+        return _expand(spec, key)
+    except UsageError as error:
+        raise error if str(error).startswith(key) else UsageError(f"{key} = {spec!r}: {error}") from None
+
+
 def find(paths: tuple[str, ...], key: str = "config.data.path") -> tuple[Source, ...]:
     """The files that `paths` mean, in a fixed order, each once: files, directories (recursive) and globs, here or on an
     object store (`gs://…`, `s3://…`, whatever fsspec opens), data sets `hf://name[:config][@split]`, and the word
@@ -98,7 +124,7 @@ def find(paths: tuple[str, ...], key: str = "config.data.path") -> tuple[Source,
     if not paths:
         raise UsageError(f"{key} is empty: name files, directories or globs, or the word stdlib")
     try:
-        found = [source for spec in paths for source in _expand(spec, key)]
+        found = [source for spec in paths for source in _named(spec, key)]
         return tuple({s.path if isinstance(s.path, str) else s.path.resolve(): s for s in found}.values())
     except OSError as error:
         raise UsageError(f"{key} = {', '.join(paths)}: {error}") from None

@@ -32,8 +32,8 @@ class Corpus:
     notes: tuple[str, ...]  # what the reading has to tell, a line each
 
     def texts(self) -> Iterator[tuple[str, int, Document]]:
-        """(side, number of the source, document) in the order read, `eval_sources` numbered after `sources`; DataError if
-        the sources changed since `plan`."""
+        """(side, number of the source, document) in the order read, `eval_sources` numbered after `sources`; DataError
+        if the sources changed since `plan`."""
         count = 0
         for count, (source, document) in enumerate(_read(self.sources, self.data), 1):
             if count > len(self.held_out):
@@ -108,4 +108,5 @@ def plan(sources: tuple[Source, ...], eval_sources: tuple[Source, ...], data: co
     held_out, cut = np.zeros(len(sizes), bool), 0
     if data.eval_fraction and not eval_sources:
         held_out, cut = SPLITS[data.split](sizes, hashes, data.eval_fraction)
-    return Corpus(sources, eval_sources, data, held_out, cut, "".join(sorted(characters)), tuple(tally.notes(reading_of(data))))
+    notes = tuple(tally.notes(reading_of(data)))
+    return Corpus(sources, eval_sources, data, held_out, cut, "".join(sorted(characters)), notes)

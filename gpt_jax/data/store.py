@@ -1,8 +1,8 @@
 """The cache of tokenized text files: written, opened, proved whole, and built once (called by cache).
 
-A cache is a folder: a shard (see shards) for each side, `train` and `eval`, `origins.json`, `tokenizer.json`, `meta.json`.
-It is built under another name and renamed when all of it is on disk, so a kill in the middle leaves nothing that looks
-usable.
+A cache is a folder: a shard (see shards) for each side, `train` and `eval`, `origins.json`, `tokenizer.json`,
+`meta.json`. It is built under another name and renamed when all of it is on disk, so a kill in the middle leaves
+nothing that looks usable.
 """
 
 import contextlib
@@ -30,8 +30,9 @@ BATCH_CHARACTERS = 1 << 23  # tokenized at once: what is held in memory
 
 
 def _encoded(texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, workers: int) -> Iterator[tuple]:
-    """(side, source, document, ids, whether the document ends here) in order. Threads, not processes: the library releases
-    the interpreter's lock, and on 2 cores two threads encode 5.6 MB/s where two spawned processes encode 4.4."""
+    """(side, source, document, ids, whether the document ends here) in order. Threads, not processes: the library
+    releases the interpreter's lock, and on 2 cores two threads encode 5.6 MB/s where two spawned processes encode
+    4.4."""
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         batch, size = [], 0
 
@@ -55,8 +56,8 @@ def _encoded(texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, w
 
 def write(folder: Path, texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, workers: int,
           report: Callable[[str], None], sources: list[str], about: dict) -> None:
-    """Fills `folder` with the tokens of `texts` (side, number of the source, document); `sources` are their names, `about`
-    goes into the meta, written last."""
+    """Fills `folder` with the tokens of `texts` (side, number of the source, document); `sources` are their names,
+    `about` goes into the meta, written last."""
     dtype = shards.id_type(tokenizer.vocab)
     told, several = time.monotonic(), [False] * len(sources)
     with contextlib.ExitStack() as stack:

@@ -22,8 +22,8 @@ from gpt_jax.data.vocabulary import (CHAT_TOKENS, EOT, FIM_TOKENS, SPECIALS, Str
 from gpt_jax.errors import UsageError
 
 __all__ = ["CHAT_TOKENS", "EOT", "FIM_TOKENS", "KINDS", "SPECIALS", "Spec", "StreamDecoder", "Tokenizer", "bpe_vocab",
-           "byte_tokenizer", "char_tokenizer", "from_json", "is_char", "json_tokenizer", "known_tokenizer", "made_tokenizer",
-           "parse_spec", "read_tokenizer", "train_bpe", "with_specials"]
+           "byte_tokenizer", "char_tokenizer", "from_json", "is_char", "json_tokenizer", "known_tokenizer",
+           "made_tokenizer", "parse_spec", "read_tokenizer", "train_bpe", "with_specials"]
 
 LARGEST_BPE = 10_000_000
 KINDS = {"bytes": byte_tokenizer, "char": char_tokenizer, "json": json_tokenizer,

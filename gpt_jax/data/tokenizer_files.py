@@ -77,8 +77,9 @@ def read_tiktoken(path: Path, pattern: str = "cl100k") -> Tokenizer:
         raise UsageError(f"tokenizer {path.name}:{pattern}: unknown pattern; choose one of {', '.join(PATTERNS)}")
     ranks = _parse_ranks(path)
     if len(ranks) == O200K:
-        raise UsageError(f"tokenizer {path.name}: these are the ranks of o200k_base, whose way to split text into words is not "
-                         f"among the patterns ({', '.join(PATTERNS)}), so its ids would be wrong; give it as a tokenizer.json")
+        raise UsageError(f"tokenizer {path.name}: these are the ranks of o200k_base, whose way to split text into "
+                         f"words is not among the patterns ({', '.join(PATTERNS)}), so its ids would be wrong; give it "
+                         "as a tokenizer.json")
     used = set(ranks.values())
     specials = OPENAI_SPECIALS.get(len(ranks)) or {EOT: next(i for i in range(len(ranks) + 1) if i not in used)}
     taken = [name for name, i in specials.items() if i in used or name.encode() in ranks]

@@ -19,14 +19,16 @@ def shuffle_documents(buffer: Buffer, seed: int, index: np.ndarray) -> Buffer:
     keys = np.where(buffer.inside, np.take_along_axis(keys, piece, 1), np.uint64(2**64 - 1))
     order = np.argsort(keys, axis=1, kind="stable")
     moved = Buffer(*(np.take_along_axis(column, order, 1) for column in buffer))
-    moved.begins[:, 1:] |= np.diff(np.take_along_axis(piece, order, 1), axis=1) != 0  # a cut piece has no mark of its own
+    # A cut piece has no mark of its own.
+    moved.begins[:, 1:] |= np.diff(np.take_along_axis(piece, order, 1), axis=1) != 0
     moved.begins[:, 1:] &= moved.inside[:, 1:]
     return moved
 
 
 def fill_in_the_middle(buffer: Buffer, seed: int, index: np.ndarray, rate: float, spm: float, sentinels, eot) -> Buffer:
-    """A part `rate` of the pieces as (prefix, suffix, middle), or in the part `spm` of those as (suffix, prefix, middle)
-    (Bavarian et al. 2022, "Efficient training of language models to fill in the middle": on the pieces of a packed row).
+    """A part `rate` of the pieces as (prefix, suffix, middle), or in the part `spm` of those as (suffix, prefix,
+    middle) (Bavarian et al. 2022, "Efficient training of language models to fill in the middle": on the pieces of a
+    packed row).
 
     `sentinels`: ids of <|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>; they take the place of the piece's first three
     tokens, so that its length and its end-of-text token (`eot`) stay. Pieces under SHORTEST tokens stay as they are."""
@@ -46,7 +48,7 @@ def fill_in_the_middle(buffer: Buffer, seed: int, index: np.ndarray, rate: float
             body = ids[row, start + 3: end].copy()
             a, b = sorted((a % (len(body) + 1), b % (len(body) + 1)))
             prefix, middle, suffix = body[:a], body[a:b], body[b:]
-            parts = (pre, suf, suffix, mid, prefix, middle) if order < spm * 2.0**64 else (pre, prefix, suf, suffix, mid,
-                                                                                        middle)
-            ids[row, start: end] = np.concatenate(parts)
+            suffix_first = order < spm * 2.0**64
+            parts = (pre, suf, suffix, mid, prefix) if suffix_first else (pre, prefix, suf, suffix, mid)
+            ids[row, start: end] = np.concatenate([*parts, middle])
     return buffer._replace(ids=ids)

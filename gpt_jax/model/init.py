@@ -6,7 +6,7 @@ from jax.nn import initializers as inits
 
 from gpt_jax import config
 
-# Roles: embed, position, qkv, attention_out, mlp_in, mlp_out, head, value_embed, gate.
+# Roles: embed, position, qkv, attention_out, mlp_in, mlp_out, head, value_embed, gate, router.
 RESIDUAL_OUT = ("attention_out", "mlp_out")
 
 
@@ -29,6 +29,7 @@ def _modern(role: str, model: config.Model):
     bound = (3 / model.embed) ** 0.5
     return {"embed": inits.normal(0.8), "position": inits.normal(0.02), "head": inits.normal(0.001),
             "qkv": _uniform(bound), "value_embed": _uniform(bound), "mlp_in": _uniform(0.4 * bound),
+            "router": _uniform(0.4 * bound),
             "attention_out": inits.zeros, "mlp_out": inits.zeros, "gate": inits.zeros}[role]
 
 

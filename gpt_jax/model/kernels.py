@@ -14,6 +14,7 @@ import numpy as np
 
 from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
+from gpt_jax.model import ring
 from gpt_jax.model.layers import softcap
 
 
@@ -116,9 +117,24 @@ class Problem(NamedTuple):
     softcap: bool
     dropout: bool
     ar: bool
+    context: int = 1  # pieces into which a row is cut
+
+
+def _uncut(p: Problem) -> str:
+    return f"needs whole rows, and config.mesh.context = {p.context} cuts them" if p.context > 1 else ""
+
+
+def _blocked_cannot(p: Problem) -> str:
+    return "has no ar blocks" if p.ar else _uncut(p)
+
+
+def _ring_cannot(p: Problem) -> str:
+    return "has no attention dropout" if p.dropout else ""
 
 
 def _xla_cannot(p: Problem) -> str:
+    if p.context > 1:
+        return _uncut(p)
     return "has no soft-cap" if p.softcap else "has no attention dropout" if p.dropout else ""
 
 
@@ -137,27 +153,30 @@ def _splash_cannot(p: Problem) -> str:
         return f"needs a TPU, this is {p.platform}"
     if p.dropout or p.ar:
         return "has no attention dropout and no ar blocks"
-    return "needs seq_len divisible by 128" if p.seq_len % 128 else ""
+    return f"needs seq_len divisible by {128 * p.context}" if p.seq_len % (128 * p.context) else ""
 
 
 class Kernel(NamedTuple):
     run: Callable  # (q, k, v, pattern, cap, keep) -> [B, T, N, H]
     cannot: Callable  # Problem -> "" or the reason it cannot
     platform: str = "cpu"  # one that it is for
+    cut: Callable | None = None  # (q, k, v, pattern, cap) for rows cut over the mesh axis context
 
 
-KERNELS = {"reference": Kernel(_reference, lambda p: ""),
-           "blocked": Kernel(_blocked, lambda p: "has no ar blocks" if p.ar else ""),
+KERNELS = {"reference": Kernel(_reference, _uncut),
+           "blocked": Kernel(_blocked, _blocked_cannot),
+           "ring": Kernel(_reference, _ring_cannot, cut=ring.ring_attention),
            "xla": Kernel(partial(_jax_attention, "xla"), _xla_cannot),
            "cudnn": Kernel(partial(_jax_attention, "cudnn"), _cudnn_cannot, "gpu"),
-           "splash": Kernel(_splash, _splash_cannot, "tpu")}
-PREFERENCE = {"cpu": ("blocked", "reference"), "gpu": ("cudnn", "xla", "reference"), "tpu": ("splash", "xla", "reference")}
+           "splash": Kernel(_splash, _splash_cannot, "tpu", ring.splash_context)}
+PREFERENCE = {"cpu": ("blocked", "reference", "ring"), "gpu": ("cudnn", "xla", "reference", "ring"),
+              "tpu": ("splash", "xla", "reference", "ring")}
 
 
-def problem(model: config.Model, seq_len: int, platform: str, ar: bool = False) -> Problem:
-    """The attention problem that a model poses on `platform` (cpu, gpu or tpu)."""
+def problem(model: config.Model, seq_len: int, platform: str, ar: bool = False, context: int = 1) -> Problem:
+    """The attention problem that a model poses on `platform` (cpu, gpu or tpu), rows cut into `context` pieces."""
     return Problem(platform, model.dtype, model.head_dim, seq_len, model.attention_softcap > 0,
-                   model.attention_dropout > 0, ar)
+                   model.attention_dropout > 0, ar, context)
 
 
 def choose(name: str, p: Problem) -> tuple[str, str]:
@@ -178,13 +197,15 @@ def choose(name: str, p: Problem) -> tuple[str, str]:
 def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None):
     """Kernel `name` on each device's own batch rows and heads; shapes as in `attend`."""
 
+    cut = sharding.parts("seq") > 1
     asked = Problem(KERNELS[name].platform, q.dtype.name, q.shape[-1], q.shape[1], cap > 0, keep is not None,
-                    pattern.block is not None)
+                    pattern.block is not None, sharding.parts("seq"))
     if reason := KERNELS[name].cannot(asked):
         raise UsageError(f"config.model.kernel = {name!r}: {reason}; choose another kernel")
 
     def run(q, k, v, segment, block, keep):
-        return KERNELS[name].run(q, k, v, Pattern(pattern.window, segment, block), cap, keep)
+        own = Pattern(pattern.window, segment, block)
+        return KERNELS[name].cut(q, k, v, own, cap) if cut else KERNELS[name].run(q, k, v, own, cap, keep)
 
     heads = lambda n: ("batch", "seq", n, "head_dim")
     column = lambda x: None if x is None else ("batch", "seq")
@@ -198,19 +219,21 @@ def conformance(name: str, model: config.Model, segments: bool, rows: int) -> fl
 
     `rows`: batch rows, a multiple of data x fsdp. With `segments`, changing the first document must not change the second
     in the slightest. Raises UsageError when the kernel is wrong; returns the error relative to the largest value."""
-    length = 32 if name in ("xla", "cudnn") else 256  # several of the blocks that it skips
+    length = 32 if name in ("xla", "cudnn") else 256 * sharding.parts("seq")  # several of the blocks that it skips
     windows = sorted({min(w, length // 4) for w in model.windows})  # short enough to be seen
     rng, dtype = np.random.default_rng(0), jnp.dtype(model.dtype)
     q, k, v = (jnp.asarray(rng.standard_normal((rows, length, heads, model.head_dim)), dtype)
                for heads in (model.heads, model.kv_heads, model.kv_heads))
     segment = jnp.asarray(np.repeat([[1] * (length // 2) + [2] * (length // 2)], rows, 0)) if segments else None
-    place = lambda x, axis: sharding.constrain(x, "batch", "seq", axis, "head_dim")
+    place = lambda x, axis: sharding.constrain(sharding.reorder(x), "batch", "seq", axis, "head_dim")
 
     @partial(jax.jit, static_argnums=(0, 1))
     def run(kernel, window, q, k, v):
-        column = None if segment is None else sharding.constrain(segment, "batch", "seq")
-        q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
-        return attention(kernel, q, k, v, Pattern(window, column), model.attention_softcap)
+        with sharding.using(sharding.WHOLE_ROWS if kernel == "reference" else {}):
+            column = None if segment is None else sharding.constrain(sharding.reorder(segment), "batch", "seq")
+            q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
+            found = attention(kernel, q, k, v, Pattern(window, column), model.attention_softcap)
+            return sharding.reorder(sharding.constrain(found, "batch", None, "heads", "head_dim"), back=True)
 
     def difference(ours, reference):
         return float(jnp.max(jnp.abs(ours - reference).astype(jnp.float32)) / jnp.max(jnp.abs(reference)))

@@ -17,9 +17,11 @@ from gpt_jax.config import LayerSpec, layer_specs, layout
 from gpt_jax.errors import UsageError
 from gpt_jax.model import pipeline
 from gpt_jax.model.attention import Attention, Context, append, cache_slots
+from gpt_jax.model.balance import add_layer, empty_report
 from gpt_jax.model.init import make_init, residual_ramp
 from gpt_jax.model.layers import (Embed, Mlp, Norm, Weights, dropout, matmul, project, rotary_frequencies, sinusoids,
                                   softcap)
+from gpt_jax.model.moe import Moe
 
 MIXERS = {"attention": Attention}
 REMATS = {"block": None,  # recompute the block from its input
@@ -45,16 +47,19 @@ class Block(nn.Module):
         mixer = MIXERS[spec.mixer](model, spec.window, spec.value_embed, name=spec.mixer)
         y, cache = mixer(before(0, x), context, cache)
         x = after(0, x + y)
-        y = dropout(self, Mlp(spec.ffn, model, name="mlp")(before(1, x)), model.dropout)
-        x = after(1, x + y)
+        if spec.ffn == "moe":
+            y, stats = Moe(model, name="mlp")(before(1, x), context.segment)
+        else:
+            y, stats = Mlp(spec.ffn, model, name="mlp")(before(1, x)), {}
+        x = after(1, x + dropout(self, y, model.dropout))
         self.sow("intermediates", "residual", x)
-        return x, cache
+        return x, cache, stats
 
 
 class Period(nn.Module):
     """The layers `specs` in order: the body of the scan over depth, and the tail. The carry is the stream, the stream
-    before layer 0, and the stream halfway up (None without `backout`); `first` is the number of the first layer here;
-    `scalars`: [layers here] pairs. `looped`: compiled as the body of a loop, and not inline."""
+    before layer 0, the stream halfway up (None without `backout`), and what mixtures of experts report (Transformer.report);
+    `first` is the number of the first layer here; `scalars`: [layers here] pairs. `looped`: compiled as the body of a loop, and not inline."""
 
     model: config.Model
     specs: tuple[LayerSpec, ...]
@@ -62,7 +67,7 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, carry, first, scalars, caches, context: Context):
-        x, x0, half = carry
+        x, x0, half, report = carry
         block, policy = Block, self.model.remat
         if policy != "none":
             # Inline, the compiler would merge the second computation with the first and keep everything after all; a
@@ -72,10 +77,11 @@ class Period(nn.Module):
         for i, spec in enumerate(self.specs):
             scalar = None if scalars is None else (scalars[0][i], scalars[1][i])
             cache = None if caches is None else caches[str(i)]
-            x, new[str(i)] = block(self.model, spec, name=str(i))(x, x0, scalar, cache, context)
+            x, new[str(i)], stats = block(self.model, spec, name=str(i))(x, x0, scalar, cache, context)
+            report = add_layer(report, stats, self.model, first + i)
             if half is not None:
                 half = jnp.where(first + i == self.model.layers // 2, x, half)
-        return (x, x0, half), None if caches is None else new
+        return (x, x0, half, report), None if caches is None else new
 
 
 class Transformer(nn.Module):
@@ -112,12 +118,14 @@ class Transformer(nn.Module):
     def __call__(self, batch: dict) -> jax.Array:
         """Logits [B, T, V] in float32 for `batch` columns tokens [B, T] and, where given, segment, position and ar
         (see `features`)."""
-        return self.unembed(self.features(batch))
+        return self.unembed(self.features(batch)[0])
 
-    def features(self, batch: dict) -> jax.Array:
-        """The last hidden state [B, T, D] in the compute dtype. Columns that are absent mean: one document (segment),
-        0 … T-1 (position), causal (ar)."""
-        return self._forward(batch, None, None)[0]
+    def features(self, batch: dict) -> tuple[jax.Array, dict]:
+        """(last hidden state [B, T, D] in the compute dtype, report). Columns that are absent mean: one document (segment),
+        0 … T-1 (position), causal (ar). Report: what mixtures of experts add up over layers for each row, see
+        `balance.empty_report`; {} without them."""
+        hidden, _, report = self._forward(batch, None, None)
+        return hidden, report
 
     def step(self, batch: dict, cache: dict, lengths: jax.Array) -> tuple[jax.Array, dict]:
         """One pass with a KV cache from `make_cache`: a prompt of which `lengths` [B] tokens are real (right-padded), or
@@ -126,7 +134,7 @@ class Transformer(nn.Module):
             return self._step(batch, cache, lengths)
 
     def _step(self, batch, cache, lengths):
-        hidden, new = self._forward(batch, cache, lengths)
+        hidden, new, _ = self._forward(batch, cache, lengths)
         if batch["tokens"].shape[1] > 1:
             return hidden, new
         keys = (None, "batch", "seq", "kv_heads", "head_dim")
@@ -167,7 +175,7 @@ class Transformer(nn.Module):
         split = len(plan.period) * plan.repeats
         stacked = None if scalars is None else tuple(s[:split].reshape(plan.repeats, -1) for s in scalars)
         caches = (None, None) if cache is None else (cache["blocks"], cache["tail"])
-        carry = (x, x, jnp.zeros_like(x) if model.backout else None)
+        carry = (x, x, jnp.zeros_like(x) if model.backout else None, empty_report(model, tokens.shape[0]))
         firsts = jnp.arange(0, split, len(plan.period))
         if sharding.axis_size("pipeline") > 1 and cache is None and not self.is_initializing():
             carry, blocks = self._through_stages(carry, firsts, stacked, context), None
@@ -177,13 +185,13 @@ class Transformer(nn.Module):
         if plan.tail:
             rest = None if scalars is None else tuple(s[split:] for s in scalars)
             carry, tail = self.tail(carry, split, rest, tail, context)
-        x, _, half = carry
+        x, _, half, report = carry
         if model.backout:
             x = x - self.backout().astype(x.dtype) * half
         if model.final_norm:
             x = self.final_norm(x)
         x = sharding.constrain(x, "batch", "seq", None)
-        return x, None if cache is None else {"blocks": blocks, "tail": tail} | extra
+        return x, None if cache is None else {"blocks": blocks, "tail": tail} | extra, report
 
     def _through_stages(self, carry, firsts, scalars, context):
         """The stream after the scanned layers, which stand in stages over the mesh axis pipeline."""
@@ -319,10 +327,12 @@ def abstract_params(model: config.Model) -> dict:
 
 
 def count_params(model: config.Model) -> dict[str, int]:
-    """`total`, `embedding` (rows looked up) and `matmul` (weights multiplied, a tied head counted) parameters."""
+    """`total`, `embedding` (rows looked up) and `matmul` (weights that a token is multiplied with: a tied head counted, and
+    of experts those that it is sent to) parameters."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
-    sizes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    kernels = sum(leaf.size for path, leaf in sizes.items() if path.endswith("/kernel"))
-    return {"total": sum(leaf.size for leaf in sizes.values()),
-            "embedding": sum(leaf.size for path, leaf in sizes.items() if path.endswith("/table")),
-            "matmul": kernels + (model.vocab * model.embed if model.tied else 0)}
+    sizes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size for path, leaf in leaves}
+    of = lambda ending, part="": sum(size for path, size in sizes.items() if path.endswith(ending) and part in path)
+    experts = of("/kernel", "/experts/")
+    active = experts * model.experts_per_token // model.experts
+    return {"total": sum(sizes.values()), "embedding": of("/table"),
+            "matmul": of("/kernel") - experts + active + (model.vocab * model.embed if model.tied else 0)}

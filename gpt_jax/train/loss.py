@@ -13,8 +13,9 @@ from gpt_jax import config, sharding
 
 
 class Network(NamedTuple):
-    """The model as two pure functions: `features(params, batch, key or None) -> [B, T, D]` (a key turns dropout on) and
-    `unembed(params, hidden) -> logits [B, T, V]` in float32."""
+    """The model as two pure functions: `features(params, batch, key or None) -> ([B, T, D], report)` (a key turns dropout
+    on) and `unembed(params, hidden) -> logits [B, T, V]` in float32. The report holds what layers found, rows first; its
+    `objective` [B] is added to what is minimised, its `tokens` [B] are the weight of all the rest."""
 
     features: Callable
     unembed: Callable
@@ -52,8 +53,18 @@ OBJECTIVES = {"next_token": next_token}
 def batch_sums(network: Network, params, batch: dict, key, train: config.Train) -> dict:
     """Sums of the configured objective over a batch of columns [B, T]. With `loss_chunk` only that many tokens of each
     row have logits at a time, and the backward pass makes them again."""
+    hidden, report = network.features(params, batch, key)
+    sums = _head_sums(network, params, hidden, batch, train)
+    if report:
+        total, weight = sums["objective"]
+        sums["objective"] = (total + report["objective"].sum(), weight)
+        tokens = report["tokens"].sum()
+        sums |= {name: (value.sum(0), tokens) for name, value in report.items() if name not in ("objective", "tokens")}
+    return sums
+
+
+def _head_sums(network: Network, params, hidden, batch: dict, train: config.Train) -> dict:
     objective = OBJECTIVES[train.objective]
-    hidden = network.features(params, batch, key)
     if not train.loss_chunk or train.loss_chunk >= hidden.shape[1]:
         return objective(network.unembed(params, hidden), batch, train)
 

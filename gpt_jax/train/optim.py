@@ -20,6 +20,7 @@ from gpt_jax.train.schedule import make_schedule
 
 STACKED = "blocks/"
 LAYERS = ("blocks/", "tail/")  # where the default Muon finds its matrices
+ROUTER_BIAS = "router/bias"  # where the path of one ends, see `steer`
 
 
 class GroupRow(NamedTuple):
@@ -84,13 +85,15 @@ def _check_groups(optim: config.Optim, patterns, leaves, index) -> None:
 
 
 def assign(optim: config.Optim, params_like) -> dict[str, int]:
-    """Path -> index of its group, for every parameter: the first of `optim.groups` whose `match` is found in the path;
-    else the default, index `len(optim.groups)`. When the default is Muon it keeps the matrices inside layers, and
-    embeddings, head, norms, biases and scalars go to AdamW, index `len(optim.groups) + 1`.
+    """Path -> index of its group, for every parameter but the routers' biases (see `steer`): the first of `optim.groups`
+    whose `match` is found in the path; else the default, index `len(optim.groups)`. When the default is Muon it keeps the
+    matrices inside layers, and embeddings, head, norms, biases, scalars and stacks of experts go to AdamW, index
+    `len(optim.groups) + 1`.
 
     `params_like`: arrays or ShapeDtypeStructs. Raises UsageError, naming the group's field, for an expression that is
     none, for a group that takes no parameter, and for a Muon group that takes something that is no matrix."""
-    patterns, leaves, default = _patterns(optim), _leaves(params_like), len(optim.groups)
+    patterns, default = _patterns(optim), len(optim.groups)
+    leaves = {path: leaf for path, leaf in _leaves(params_like).items() if not path.endswith(ROUTER_BIAS)}
 
     def index_of(path, leaf):
         for i, pattern in enumerate(patterns):
@@ -104,18 +107,21 @@ def assign(optim: config.Optim, params_like) -> dict[str, int]:
     return index
 
 
-def describe(optim: config.Optim, params_like) -> list[GroupRow]:
+def describe(optim: config.Optim, params_like, balance_rate: float = config.Model.balance_rate) -> list[GroupRow]:
     """One row for every group that has parameters; tensors count a stack of layers as one, decay is the knob's value
     (which leaves it touches is `optim.decay`'s matter)."""
     index, leaves = assign(optim, params_like), _leaves(params_like)
+    sizes_of = lambda i: [math.prod(leaf.shape) for path, leaf in leaves.items() if index.get(path) == i]
     rows = []
     for i, (label, group) in enumerate(groups_of(optim).items()):
-        sizes = [math.prod(leaf.shape) for path, leaf in leaves.items() if index[path] == i]
+        sizes = sizes_of(i)
         if sizes:
             name = f"{label} {group.match}" if i < len(optim.groups) else label
             rows.append(GroupRow(name, group.optimizer, len(sizes), sum(sizes), optim.learning_rate * group.rate,
                                  group.weight_decay))
-    return rows
+    biases = sizes_of(None)
+    own = [GroupRow(ROUTER_BIAS, "sign", len(biases), sum(biases), balance_rate, 0.0)] if biases else []
+    return rows + own
 
 
 def _by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -167,19 +173,30 @@ def _sgd(optim, group, spread, dtype):
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "sgd": _sgd, "muon": muon.make_muon}
 
 
+def steer(balance_rate: float) -> optax.GradientTransformation:
+    """The rule of a router's bias: a step of `balance_rate` against the sign of its gradient, which says how far each
+    expert is above its share (model/moe.py). No decay, no schedule (Wang et al. 2024, arXiv:2408.15664)."""
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda g: -balance_rate * jnp.sign(g), updates))
+
+
+def gradient_norm(grads) -> jax.Array:
+    """The norm over all gradients; the routers' biases have none."""
+    return optax.tree.norm([leaf for path, leaf in _leaves(grads).items() if not path.endswith(ROUTER_BIAS)])
+
+
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Gradients times min(1, limit / (norm + 1e-6)), norm over all of them: torch's `clip_grad_norm_` to the letter
-    (the library's own lacks the 1e-6, which shows when the limit is small)."""
+    """Gradients times min(1, limit / (norm + 1e-6)), norm over all of them (`gradient_norm`): torch's `clip_grad_norm_` to
+    the letter (the library's own lacks the 1e-6, which shows when the limit is small)."""
 
     def clip(updates, params):
-        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) + 1e-6))
+        factor = jnp.minimum(1.0, limit / (gradient_norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * factor, updates)
 
     return optax.stateless(clip)
 
 
 def make_optimizer(optim: config.Optim, params_like, spread: Callable = lambda x: x,
-                   dtype=jnp.float32) -> optax.GradientTransformation:
+                   dtype=jnp.float32, balance_rate: float = config.Model.balance_rate) -> optax.GradientTransformation:
     """The whole optimiser: clipping over all gradients, then each group's own rule, decay and rate.
 
     A group's rate at a step is `learning_rate * group.rate * make_schedule(optim)(step)`, step 0 for the first update.
@@ -189,18 +206,21 @@ def make_optimizer(optim: config.Optim, params_like, spread: Callable = lambda x
     mean square of each parameter, layer by layer (arXiv 1804.04235), so 1e-2 is usual.
 
     `params_like` gives paths and shapes; `spread` and `dtype` are Muon's: where and in which dtype matrices are
-    orthogonalised (muon.scale_by_muon). On an Explicit mesh with cut matrices Muon needs a `spread`. State arrays are
-    sharded like the parameters, also under `jit(tx.init)`. Raises what `assign` and `make_schedule` raise."""
+    orthogonalised (muon.scale_by_muon). On an Explicit mesh with cut matrices Muon needs a `spread`. `balance_rate` is
+    the step of the routers' biases (`steer`). State arrays are sharded like the parameters, also under `jit(tx.init)`.
+    Raises what `assign` and `make_schedule` raise."""
     index, groups, schedule = assign(optim, params_like), groups_of(optim), make_schedule(optim)
-    names = list(groups)
-    labels = jax.tree_util.tree_map_with_path(lambda keys, _: names[index[path_of(keys)]], params_like)
+    names = dict(enumerate(groups)) | {None: ROUTER_BIAS}
+    labels = jax.tree_util.tree_map_with_path(lambda keys, _: names[index.get(path_of(keys))], params_like)
 
     def make_group(group):
         return optax.chain(
             OPTIMIZERS[group.optimizer](optim, group, spread, dtype),
             optax.scale_by_learning_rate(lambda step: optim.learning_rate * group.rate * schedule(step)))
 
-    used = {name: make_group(groups[name]) for i, name in enumerate(names) if i in index.values()}
+    used = {name: make_group(group) for i, (name, group) in enumerate(groups.items()) if i in index.values()}
+    if ROUTER_BIAS in jax.tree.leaves(labels):
+        used[ROUTER_BIAS] = steer(balance_rate)
     return optax.chain(clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
                        optax.partition(used, labels))
 

@@ -1,0 +1,143 @@
+"""`gpt-jax launch local|slurm|kubernetes … train …`: starts a command as a job of several processes."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from gpt_jax.commands.flags import Flags
+from gpt_jax.errors import Exit, UsageError
+
+LAUNCHERS = {
+    "local": "several processes on this machine, restarted where that helps",
+    "slurm": "submits a job to SLURM, requeued where that helps",
+    "kubernetes": "writes a JobSet for Kubernetes to standard output",
+}
+COMMANDS = ("train", "evaluate", "generate", "sweep")  # what runs as several processes
+
+
+def main(arguments: list[str]) -> None:
+    """Raises UsageError for what cannot be started, and what the job ended with."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        rows = [f"  {name:<10} {line}" for name, line in LAUNCHERS.items()]
+        print("\n".join(["usage: gpt-jax launch <engine> [flags] train [its flags]", "", *rows]))
+        return
+    name, *rest = arguments
+    if name not in LAUNCHERS:
+        raise UsageError(f"unknown engine {name!r}: choose one of {', '.join(LAUNCHERS)}")
+    {"local": local, "slurm": slurm, "kubernetes": kubernetes}[name](rest)
+
+
+def split(flags: Flags, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's flags, wherever they stand, and the command that it is to run."""
+    args, rest = flags.parse_known_args(arguments)
+    rest = rest[1:] if rest[:1] == ["--"] else rest
+    if not rest or rest[0] not in COMMANDS:
+        raise UsageError(f"{flags.prog}: {f'{rest[0]!r} is no flag of it and' if rest else ''} what is to run is missing: expected "
+                         f"one of {', '.join(COMMANDS)} and its flags")
+    return args, rest
+
+
+def positive(args: argparse.Namespace, *names: str, least: int = 1) -> None:
+    for name in names:
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name}={getattr(args, name)}: expected {least} or more")
+
+
+def local(arguments: list[str]) -> None:
+    from gpt_jax.launch.local import Group, run
+
+    flags = Flags(prog="gpt-jax launch local", description=LAUNCHERS["local"])
+    flags.add_argument("--processes", type=int, default=1, metavar="N", help="processes of this machine")
+    flags.add_argument("--devices_per_process", type=int, default=0, metavar="M",
+                       help="fake CPU devices of each; 0: accelerator k of this machine for process k")
+    flags.add_argument("--restarts", type=int, default=0, metavar="K", help="how often to start again")
+    flags.add_argument("--nodes", type=int, default=1, help="machines that each run this with as many processes")
+    flags.add_argument("--node", type=int, default=0, help="which of them this is")
+    flags.add_argument("--coordinator", default="", metavar="HOST:PORT", help="address on node 0; needed with --nodes")
+    args, rest = split(flags, arguments)
+    positive(args, "processes", "nodes")
+    positive(args, "devices_per_process", "restarts", least=0)
+    if args.nodes > 1 and not args.coordinator:
+        raise UsageError(f"--nodes={args.nodes}: needs --coordinator=HOST:PORT of node 0")
+    if not 0 <= args.node < args.nodes:
+        raise UsageError(f"--node={args.node}: expected 0 to {args.nodes - 1}")
+    if args.nodes > 1 and args.restarts:
+        raise UsageError(f"--restarts={args.restarts}: one machine of several cannot restart the job; its scheduler does")
+    for flag in ("--coordinator", "--num_processes", "--process_id", "--cpu_devices", "--local_device", "--distributed"):
+        if any(word.split("=")[0] == flag for word in rest):
+            raise UsageError(f"{flag}: the launcher gives it to each process; leave it out")
+
+    def say(line: str) -> None:
+        print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
+
+    code, line = run(Group(args.processes, args.devices_per_process, args.coordinator, args.nodes, args.node), rest,
+                     args.restarts, say)
+    if code:
+        raise Ended(code, line)
+
+
+class Ended(Exit):
+    """The job's own end; its processes have said why."""
+
+    def __init__(self, code: int, line: str):
+        super().__init__(f"launch: {line}")
+        self.code = code
+
+
+def slurm(arguments: list[str]) -> None:
+    from gpt_jax.launch.slurm import Shape, Training, parameters
+
+    flags = Flags(prog="gpt-jax launch slurm", description=LAUNCHERS["slurm"] + ". Other options of sbatch are given as "
+                  "--sbatch NAME=VALUE, as in --sbatch mem=64G.")
+    flags.add_argument("--nodes", type=int, default=1)
+    flags.add_argument("--gpus_per_node", type=int, default=0)
+    flags.add_argument("--tasks_per_node", type=int, default=0, help="processes of a node; 0: one for each GPU, at least one")
+    flags.add_argument("--time", type=int, required=True, metavar="MINUTES", help="time limit; the job goes on behind it")
+    flags.add_argument("--partition", help="where to queue")
+    flags.add_argument("--name", default="gpt-jax")
+    flags.add_argument("--restarts", type=int, default=20, help="how often the job goes back into the queue")
+    flags.add_argument("--logs", default="runs/slurm", metavar="DIR", help="for the script and the output of every task")
+    flags.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="a further option")
+    args, rest = split(flags, arguments)
+    positive(args, "nodes", "time")
+    positive(args, "gpus_per_node", "tasks_per_node", "restarts", least=0)
+    extra = dict(option.partition("=")[::2] for option in args.sbatch)
+    extra |= {"partition": args.partition} if args.partition else {}
+    try:
+        import submitit
+    except ImportError:
+        raise UsageError("gpt-jax launch slurm: needs submitit: pip install 'gpt_jax[slurm]'; or submit launch/slurm.sbatch") \
+            from None
+    shape = Shape(args.nodes, args.tasks_per_node or max(1, args.gpus_per_node), args.gpus_per_node, args.time, args.restarts,
+                  args.name)
+    Path(args.logs).mkdir(parents=True, exist_ok=True)
+    try:
+        executor = submitit.SlurmExecutor(folder=Path(args.logs).resolve(), max_num_timeout=0)
+        executor.update_parameters(**parameters(shape, extra))
+        job = executor.submit(Training([*rest, "--distributed"]))
+    except RuntimeError as error:  # no sbatch here, or sbatch refused
+        raise UsageError(f"gpt-jax launch slurm: {' '.join(str(error).split())}") from None
+    print(f"submitted job {job.job_id}; output: {job.paths.stdout}")
+
+
+def kubernetes(arguments: list[str]) -> None:
+    from gpt_jax.launch import kubernetes as engine
+
+    flags = Flags(prog="gpt-jax launch kubernetes", description=LAUNCHERS["kubernetes"])
+    flags.add_argument("--image", required=True, help="made from launch/Dockerfile")
+    flags.add_argument("--name", default="gpt-jax", help="of the JobSet: lower-case letters, digits, dashes")
+    flags.add_argument("--nodes", type=int, default=1, help="machines with GPUs")
+    flags.add_argument("--gpus_per_node", type=int, default=0, help="one process for each")
+    flags.add_argument("--tpu_topology", metavar="KIND:SHAPE", help=f"a GKE TPU slice, as v6e:4x4; kinds: {', '.join(engine.TPUS)}")
+    flags.add_argument("--slices", type=int, default=1, help="TPU slices")
+    flags.add_argument("--restarts", type=int, default=20, help="how often the JobSet starts again")
+    flags.add_argument("--grace_seconds", type=int, default=600, help="from SIGTERM to SIGKILL: a step and a save have to fit")
+    flags.add_argument("--volume", action="append", default=[], metavar="CLAIM:PATH",
+                       help="a PersistentVolumeClaim, mounted in all pods; the workdir should be in one, or in an object store")
+    flags.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every pod")
+    args, rest = split(flags, arguments)
+    positive(args, "nodes", "slices", "grace_seconds")
+    positive(args, "gpus_per_node", "restarts", least=0)
+    print(engine.to_yaml(engine.jobset(engine.Options(
+        args.image, args.name, args.nodes, args.gpus_per_node, args.tpu_topology, args.slices, args.restarts,
+        args.grace_seconds, tuple(args.volume), tuple(args.env)), rest)), end="")

@@ -1,0 +1,213 @@
+"""`gpt-jax plan`: whether a run fits on hardware that is not here, and how fast it could be."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from gpt_jax.commands.flags import Flags, load_config, make_say
+from gpt_jax.errors import UsageError
+
+# What the compilers want of the environment, before they are loaded. The last lets several plans run at once.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+               "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# platform -> (modules that must be there, the extra that brings them)
+COMPILERS = {"tpu": (("libtpu",), "plan"), "gpu": (("jax_plugins.xla_cuda13", "nvidia"), "plan-gpu")}
+
+
+def main(arguments: list[str]) -> None:
+    """Raises UsageError (after the report) for what does not fit or cannot run, and for what was typed wrong."""
+    flags = Flags(prog="gpt-jax plan", description="Preflight: memory, collectives, step time and MFU of a config on a machine that "
+                  "need not exist. Exit code 0: it fits; 2: it does not, or cannot run as it is.")
+    flags.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant")
+    flags.add_argument("--topology", required=True, metavar="NAME:SHAPE", help="the machine, as in v5p:4x4x4 or h100:64")
+    flags.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that shape, over the data centre network (TPU)")
+    flags.add_argument("--compile", type=int, nargs="?", const=1, default=0, metavar="K",
+                       help="compile the train step for it, too; with --search the best K (minutes each)")
+    flags.add_argument("--search", type=int, nargs="?", const=10, default=0, metavar="N",
+                       help="try meshes, remat policies and microbatches, and show the best N")
+    flags.add_argument("--data_tokens", type=float, default=0, help="tokens of the data, to count epochs")
+    flags.add_argument("--write_bandwidth", type=float, default=1e9, metavar="B", help="bytes a second that a host writes to storage")
+    flags.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a compiler option, on top of plan/options.py")
+    flags.add_argument("--keep_hlo", metavar="FILE", help="where the compiled program's text goes")
+    flags.add_argument("--json", action="store_true", help="print JSON")
+    flags.add_argument("--inside", help="where a process of this command's own puts what it compiled")
+    args, rest = flags.parse_known_args(arguments)
+    if args.compile < 0 or args.search < 0 or args.data_tokens < 0 or args.write_bandwidth <= 0:
+        raise UsageError("--compile, --search, --data_tokens: expected 0 or more; --write_bandwidth: above 0")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator, and a run may be using it
+    from gpt_jax.plan import topology as topologies
+
+    topology = topologies.parse(args.topology, args.slices)
+    config = load_config(args.config, rest)
+    if args.compile:
+        need_compiler(topology)
+    if args.inside:
+        Path(args.inside).write_text(json.dumps(compile_here(config, topology, args)))
+        return
+    plan(args, rest, config, topology, make_say(sys.stdout))
+
+
+def plan(args, rest: list[str], config, topology, say) -> None:
+    """The report, and then UsageError when it is a bad one."""
+    from gpt_jax.plan import report
+    from gpt_jax.plan.job import make_job
+    from gpt_jax.plan.search import search
+
+    job, found = make_job(config), []
+    lines, out = [], {}
+    if args.search:
+        found = search(job, topology)
+        if not found:
+            least = report.stored_bytes(job) / topology.devices
+            raise UsageError(
+                f"--search: nothing fits {topology}, whose devices have {report.size(topology.chip.memory)}: the state cut over all "
+                f"of them is {report.size(least)} each; take more devices, or a smaller config.train.batch_size")
+        shown = found[:args.search]
+        lines += [f"{len(found)} combinations fit; the best by arithmetic", *report.ranked(topology, shown)]
+        out["search"] = report.ranked_data(job.config, shown)
+    results = examine_best(args, rest, job, found, topology) if found else [examine(args, rest, job, job.config, topology)]
+    if args.search and args.compile:
+        lines += [f"compiled {place}: {mesh_summary(result)}" for place, result in enumerate(results, 1)]
+    best = min(results, key=lambda result: (not result["fits"], result["step"]))
+    seen, whole = best["estimate"], job._replace(config=best["config"])
+    ahead = report.horizon(whole, topology, best["step"], args.data_tokens, args.write_bandwidth)
+    lines += [*report.head(whole, topology, seen), *report.arithmetic(topology, seen)]
+    out |= report.data(whole, topology, seen, ahead)
+    if best["compiled"]:
+        lines += report.compiled(topology, best["compiled"], best["schedule"], seen.memory.peak)
+        out |= {"compiled": best["compiled"], "schedule": best["schedule"], "fits": best["fits"]}
+    lines += report.run_lines(ahead)
+    if args.search:
+        out["command"] = report.command(args.config, job.config, best["config"], rest)
+        lines.append(f"best: {out['command']}")
+    trouble = add_trouble(job, topology, best, lines, out)
+    say(json.dumps(out, indent=2) if args.json else "\n".join(lines))
+    if trouble:
+        raise UsageError(f"{topology}: {trouble}")
+
+
+def add_trouble(job, topology, best: dict, lines: list[str], out: dict) -> str:
+    """What is wrong, "" for nothing; adds it, and what would do instead, to the report."""
+    from gpt_jax.plan import report
+    from gpt_jax.plan.roofline import verdict
+    from gpt_jax.plan.search import advice
+
+    seen, done = best["estimate"], best["compiled"] or {"refusal": "", "peak": 0}
+    trouble = list(seen.problems)
+    if not best["fits"]:
+        trouble.append(done["refusal"] or verdict(done["peak"] or seen.memory.peak, topology))
+    lines += [f"problem: {line}" for line in trouble]
+    if trouble and not is_fault(done):
+        offers = advice(job, topology)
+        lines += [f"would fit: {' '.join(report.overrides(job.config, one))} ({report.seconds(found.step)} a step, "
+                  f"{verdict(found.memory.peak, topology)})" for one, found in offers]
+        out["would_fit"] = [report.overrides(job.config, one) for one, _ in offers]
+    return trouble[0] if trouble else ""
+
+
+def is_fault(done: dict | None) -> bool:
+    """Whether the compiler refused for another reason than memory: a fault of its own, which other meshes may share."""
+    return bool(done and done["refusal"]) and "RESOURCE_EXHAUSTED" not in done["refusal"]
+
+
+def mesh_summary(result: dict) -> str:
+    from gpt_jax.plan.report import mesh_text, seconds
+
+    done = result["compiled"]
+    said = done["refusal"] or f"{seconds(result['step'])} a step, peak {done['peak'] / 2**30:.1f} GiB, {done['seconds']:.0f} s"
+    return f"{mesh_text(result['estimate'].shape)}, remat {result['config'].model.remat}: {said}"
+
+
+def examine_best(args, rest: list[str], job, found: list, topology) -> list[dict]:
+    """The first of `found`; with --compile=K, K that fit, best first. One that does not fit by the compiler rules out
+    all that need as much by the arithmetic."""
+    results, limit = [], float("inf")
+    for one, seen in found:
+        if seen.memory.peak >= limit:
+            continue
+        results.append(examine(args, rest, job, one, topology))
+        if not results[-1]["fits"]:
+            limit = 0.97 * seen.memory.peak
+        enough = sum(result["fits"] for result in results) >= max(1, args.compile)
+        if enough or len(results) >= 3 + args.compile or is_fault(results[-1]["compiled"]):
+            break
+    return results
+
+
+def examine(args, rest: list[str], job, config, topology) -> dict:
+    """One config: the arithmetic, and with --compile the program."""
+    from gpt_jax.plan.roofline import estimate
+    from gpt_jax.plan.search import overrides
+
+    job = job._replace(config=config)
+    seen = estimate(job, topology)
+    result = {"config": config, "estimate": seen, "compiled": None, "schedule": None, "step": seen.step, "fits": seen.fits}
+    if not args.compile or seen.problems:
+        return result
+    from gpt_jax.plan.schedule import schedule_of
+
+    base = load_config(args.config, rest)
+    more = overrides(base, config)
+    done = compile_outside(args, [*rest, *more])
+    result |= {"compiled": done, "fits": not done["refusal"] and done["peak"] <= topology.chip.memory}
+    if not done["refusal"]:
+        time = schedule_of(job, topology, seen.kernel, done["program"])
+        result |= {"schedule": time._asdict(), "step": time.step}
+    return result
+
+
+def need_compiler(topology) -> None:
+    """UsageError when the compiler for this hardware is not installed, or cannot describe it."""
+    modules, extra = COMPILERS[topology.chip.platform]
+    missing = [name for name in modules if not _there(name)]
+    if missing:
+        raise UsageError(f"--compile: {topology.name} needs {missing[0]}, which is not installed: pip install 'gpt_jax[{extra}]'")
+    if topology.name == "v4":
+        raise UsageError("--compile: libtpu describes v4 by cores, and runs use whole chips; the arithmetic works without --compile")
+
+
+def _there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not there
+        return False
+
+
+def compile_outside(args, rest: list[str]) -> dict:
+    """compile_here in a process of its own: the compilers read their environment when they are loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "compiled.json"
+        command = [sys.executable, "-m", "gpt_jax", "plan", f"--config={args.config}", f"--topology={args.topology}",
+                   f"--slices={args.slices}", "--compile", f"--inside={answer}", *(f"--option={option}" for option in args.option),
+                   *([f"--keep_hlo={args.keep_hlo}"] if args.keep_hlo else []), *rest]
+        done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace")
+        if answer.exists():
+            return json.loads(answer.read_text())
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    if done.returncode == UsageError.code:
+        raise UsageError(said[-1].removeprefix("gpt-jax: "))
+    tail = " | ".join(said[-3:])
+    return {"seconds": 0, "peak": 0, "refusal": f"the compiler's process ended with code {done.returncode}: {tail[-500:]}"}
+
+
+def compile_here(config, topology, args) -> dict:
+    from gpt_jax.plan import options
+    from gpt_jax.plan.compiled import compile_step
+    from gpt_jax.plan.job import with_vocab
+    from gpt_jax.plan.roofline import choose_kernel, problems
+
+    config = with_vocab(config)
+    shape, found = problems(config, topology.devices)
+    if found:
+        raise UsageError(found[0])
+    kernel, _ = choose_kernel(config, topology, shape)
+    keep = Path(args.keep_hlo).write_text if args.keep_hlo else None
+    chosen = options.DEFAULTS[topology.chip.platform] | options.parse(args.option)
+    return asdict(compile_step(config, topology, kernel, chosen, keep))

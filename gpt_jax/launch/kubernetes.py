@@ -1,0 +1,125 @@
+"""Kubernetes: a JobSet (jobset.x-k8s.io/v1alpha2) for GPU nodes or GKE's TPU slices, as plain data."""
+
+import math
+import re
+from typing import NamedTuple
+
+from gpt_jax.errors import RESTARTABLE, SIGNALLED, UsageError
+
+PORT = 8476
+# GKE's accelerator label, chips of a machine in slices of several, sizes of a slice that is one machine. From GKE's
+# documentation of TPU node pools.
+TPUS = {
+    "v4": ("tpu-v4-podslice", 4), "v5e": ("tpu-v5-lite-podslice", 4), "v5p": ("tpu-v5p-slice", 4),
+    "v6e": ("tpu-v6e-slice", 4), "tpu7x": ("tpu7x", 4)}
+ONE_MACHINE = {"v5e": (1, 4, 8), "v6e": (1, 4, 8)}  # chips of a slice that is one machine
+
+
+class Options(NamedTuple):
+    """What the flags of `gpt-jax launch kubernetes` say. `tpu`: "v6e:4x4" or None."""
+
+    image: str
+    name: str
+    nodes: int
+    gpus: int
+    tpu: str | None
+    slices: int
+    restarts: int
+    grace: int
+    volumes: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+
+
+def jobset(options: Options, arguments: list[str]) -> dict:
+    """The manifest that runs `gpt-jax` with `arguments`. Raises UsageError."""
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", options.name):  # pods add to it, and names end at 63
+        raise UsageError(f"--name={options.name}: expected lower-case letters, digits and dashes, at most 40")
+    if bool(options.gpus) == bool(options.tpu):
+        raise UsageError(f"--gpus_per_node={options.gpus} --tpu_topology={options.tpu}: give one of the two")
+    if options.gpus and options.slices > 1:
+        raise UsageError(f"--slices={options.slices}: slices are of TPUs; GPU machines are counted by --nodes")
+    if options.tpu and options.nodes > 1:
+        raise UsageError(f"--nodes={options.nodes}: --tpu_topology={options.tpu} says how many machines there are")
+    job = gpu_job(options, arguments) if options.gpus else tpu_job(options, arguments)
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet",
+        "metadata": {"name": options.name, "annotations": job.pop("annotations")},
+        "spec": {
+            # All processes start again together, resuming; each attempt's pods have names of their own in the logs.
+            "failurePolicy": {"maxRestarts": options.restarts, "rules": [
+                # The pod's exit code said so (podFailurePolicy below).
+                {"name": "hopeless", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]},
+            "network": {"enableDNSHostnames": True},
+            "successPolicy": {"operator": "All"},
+            "replicatedJobs": [job]}}
+
+
+def job_template(options: Options, pods: int, pod: dict) -> dict:
+    """A Job of `pods` pods that ends with the first failure, and tells by the exit code whether it is worth a restart."""
+    return {"spec": {
+        "parallelism": pods, "completions": pods, "completionMode": "Indexed", "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [
+            # Eviction, preemption of the node: the pod may end with any code, the job starts again.
+            {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            {"action": "FailJob", "onExitCodes": {"containerName": "gpt-jax", "operator": "NotIn",
+                                                  "values": sorted(RESTARTABLE + SIGNALLED)}}]},
+        "template": {"spec": {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": options.grace,  # SIGTERM: finish the step, save, exit with 10
+            **pod}}}}
+
+
+def container(options: Options, command: list[str], limits: dict, env: list[dict]) -> dict:
+    """The one container of a pod, with the pod's volumes beside it."""
+    claims = [text.partition(":") for text in options.volumes]
+    if wrong := [claim + colon + path for claim, colon, path in claims if not (claim and path.startswith("/"))]:
+        raise UsageError(f"--volume={wrong[0]}: expected CLAIM:/PATH")
+    given = [text.partition("=") for text in options.env]
+    if wrong := [name + equals + value for name, equals, value in given if not (name and equals)]:
+        raise UsageError(f"--env={wrong[0]}: expected NAME=VALUE")
+    memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}  # NCCL, and the data workers
+    return {
+        "containers": [{
+            "name": "gpt-jax", "image": options.image, "command": command,
+            "env": [*env, *({"name": name, "value": value} for name, _, value in given)],
+            "resources": {"limits": limits},
+            "volumeMounts": [{"name": memory["name"], "mountPath": "/dev/shm"},
+                             *({"name": claim, "mountPath": path} for claim, _, path in claims)]}],
+        "volumes": [memory, *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim, _, _ in claims)]}
+
+
+def gpu_job(options: Options, arguments: list[str]) -> dict:
+    """One pod a machine, in it one process a GPU (`gpt-jax launch local`); pod 0 has the coordinator."""
+    own = {"name": "NODE", "valueFrom": {"fieldRef": {
+        "fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}}
+    host = f"{options.name}-worker-0-0.{options.name}"  # JobSet's name for pod 0: SET-JOB-REPLICA-POD.SUBDOMAIN
+    command = ["gpt-jax", "launch", "local", f"--processes={options.gpus}", f"--nodes={options.nodes}", "--node=$(NODE)",
+               f"--coordinator={host}:{PORT}", *arguments]
+    pod = container(options, command, {"nvidia.com/gpu": options.gpus}, [own])
+    pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    return {"name": "worker", "replicas": 1, "annotations": {},
+            "template": job_template(options, options.nodes, pod)}
+
+
+def tpu_job(options: Options, arguments: list[str]) -> dict:
+    """One Job a slice, one pod a machine of it. GKE tells the pods of a JobSet their places, JAX reads them."""
+    kind, _, shape = options.tpu.lower().partition(":")
+    if kind not in TPUS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
+        raise UsageError(f"--tpu_topology={options.tpu}: expected KIND:AxB or KIND:AxBxC, with KIND one of {', '.join(TPUS)}")
+    label, chips = TPUS[kind]
+    size = math.prod(map(int, shape.split("x")))
+    chips = size if size in ONE_MACHINE.get(kind, ()) or size < chips else chips
+    if size % chips:
+        raise UsageError(f"--tpu_topology={options.tpu}: {size} chips are no whole machines of {chips}")
+    pod = container(options, ["gpt-jax", *arguments, "--distributed"], {"google.com/tpu": chips}, [])
+    pod["nodeSelector"] = {"cloud.google.com/gke-tpu-accelerator": label, "cloud.google.com/gke-tpu-topology": shape}
+    pod["hostNetwork"], pod["dnsPolicy"] = True, "ClusterFirstWithHostNet"  # the network between slices at full speed
+    return {"name": "slice", "replicas": options.slices,
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+            "template": job_template(options, size // chips, pod)}
+
+
+def to_yaml(manifest: dict) -> str:
+    import yaml
+
+    return yaml.safe_dump(manifest, sort_keys=False, width=120)

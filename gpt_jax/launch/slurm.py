@@ -1,0 +1,67 @@
+"""SLURM: what `gpt-jax launch slurm` hands to submitit, and how a job goes on after its end."""
+
+import os
+import sys
+from typing import NamedTuple
+
+from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED
+
+SAVE_SECONDS = 300  # before its time is up, a job is told to save
+
+
+class Training:
+    """What every task of the job runs: the program in place of submitit's own process, so that signals reach it alone."""
+
+    def __init__(self, arguments: list[str]):
+        self.arguments = arguments
+
+    def __call__(self):
+        os.execv(sys.executable, [sys.executable, "-m", "gpt_jax", *self.arguments])
+
+
+class Shape(NamedTuple):
+    """What is asked of SLURM. `minutes`: the job's time limit."""
+
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int
+    minutes: int
+    restarts: int
+    name: str
+
+
+def parameters(shape: Shape, extra: dict[str, str]) -> dict:
+    """Arguments of submitit's `update_parameters`. `extra`: further #SBATCH options by name."""
+    own = {"signal": f"USR1@{SAVE_SECONDS}", "requeue": True}  # to the tasks: they save and end with 10
+    gpus = {"gpus_per_node": shape.gpus_per_node} if shape.gpus_per_node else {}
+    return gpus | {"job_name": shape.name, "nodes": shape.nodes, "ntasks_per_node": shape.tasks_per_node,
+                   "time": shape.minutes, "srun_args": ["--kill-on-bad-exit=0"], "stderr_to_stdout": True,
+                   "setup": ["trap '' TERM  # the tasks get it too, save, and end; srun has to wait for them"],
+                   "teardown": afterwards(shape.restarts).splitlines(), "additional_parameters": own | extra}
+
+
+def afterwards(restarts: int | str) -> str:
+    """Shell lines behind srun: `$?` is its exit code, the highest of the tasks'. Back into the queue where a restart
+    helps; the same job and script, which resumes from its workdir."""
+    first, most = RESTART_SECONDS
+    codes = "|".join(str(code) for code in RESTARTABLE + SIGNALLED)
+    return f"""\
+code=$? count=${{SLURM_RESTART_COUNT:-0}}
+state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
+case $code in
+{codes})
+    if [ "$state" = JobState=CANCELLED ]; then
+        echo "gpt-jax: exit code $code, job cancelled: not again"
+    elif [ "$count" -ge {restarts} ]; then
+        echo "gpt-jax: exit code $code, restarted $count times: not again"
+    else
+        if [ "$code" -ne 10 ]; then
+            wait=$(({first} << (count < 16 ? count : 16))); sleep $((wait < {most} ? wait : {most}))
+        fi
+        echo "gpt-jax: exit code $code: back into the queue (restart $((count + 1)) of {restarts})"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi ;;
+0) ;;
+*) echo "gpt-jax: exit code $code: a restart would not help" ;;
+esac
+exit $code"""

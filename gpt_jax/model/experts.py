@@ -1,0 +1,273 @@
+"""Tokens to the experts that they chose and back (called by moe): grouped matmuls, and the exchange over the mesh axis
+expert. What is here runs on each device's own shard, all mesh axes manual.
+
+A *choice* is one token at one expert: token t makes choices t * k … t * k + k - 1. Choices are moved by two index
+vectors that are each other's inverse: `there` (which choice stands at a place) and `back` (at which place a choice
+stands); an index beyond the end means none. Shapes: n tokens of this device, k choices of each, D embed, F mlp, E
+experts, p devices along the axis expert with E / p experts each, B rows of T tokens, C capacity.
+"""
+
+import math
+from functools import partial
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+AXIS = "expert"
+
+
+class Kernels(NamedTuple):
+    """This device's experts: down [E / p, F, D], up and gate [E / p, D, F]."""
+
+    down: jax.Array
+    up: jax.Array
+    gate: jax.Array | None = None
+
+
+class Groups(NamedTuple):
+    """Choices by expert: `there` [m], `back` [choices], and `matmul(rows [m, in], kernel [experts, in, out])`."""
+
+    there: jax.Array
+    back: jax.Array
+    matmul: Callable
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def pick(x, there, back, fan):
+    """Row there[i] // fan of x [n, D] at place i -> [places, D], zeros for none. `back` [n * fan] makes the backward
+    pass a lookup too, where the transpose of a lookup is a scatter, which no accelerator likes."""
+    return jnp.take(x, there // fan, axis=0, mode="fill", fill_value=0)
+
+
+def _pick_backward(fan, back, g):
+    rows = jnp.take(g, back, axis=0, mode="fill", fill_value=0)
+    return rows if fan == 1 else rows.reshape(-1, fan, rows.shape[-1]).sum(1), None, None
+
+
+pick.defvjp(lambda x, there, back, fan: (pick(x, there, back, fan), back), _pick_backward)
+
+
+def _sort(experts: jax.Array, count: int):
+    """(order, rank, sizes) of choices [c] by expert, earlier ones first; an expert of `count` stands for none."""
+    order = jnp.argsort(experts, stable=True)
+    sizes = (experts[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
+    return order, jnp.argsort(order), sizes
+
+
+def _starts(sizes):
+    return jnp.cumsum(sizes, axis=-1) - sizes
+
+
+def by_sorting(experts: jax.Array, count: int, platform: str) -> Groups:
+    """Choices sorted by expert and `jax.lax.ragged_dot`."""
+    order, rank, sizes = _sort(experts, count)
+    places = -(-experts.size // TILE) * TILE
+    there = jnp.where(jnp.arange(places) < sizes.sum(), jnp.pad(order, (0, places - order.size)), experts.size)
+    matmul = _tpu_ragged_dot if platform == "tpu" else jax.lax.ragged_dot
+    return Groups(there, jnp.where(experts < count, rank, places), lambda rows, kernel: matmul(rows, kernel, sizes))
+
+
+TILE = 128  # rows of a matrix unit's tile
+
+
+@jax.custom_vjp
+def _tpu_ragged_dot(rows, kernel, sizes):
+    """`ragged_dot` whose kernels' gradient is megablox's tgmm: the TPU compiler (libtpu 0.0.42) has kernels for the
+    rest, but multiplies all rows for every expert there."""
+    return jax.lax.ragged_dot(rows, kernel, sizes)
+
+
+def _tpu_ragged_dot_backward(saved, g):
+    rows, kernel, sizes = saved
+    back, = jax.linear_transpose(lambda rows: jax.lax.ragged_dot(rows, kernel, sizes), rows)(g)
+    return back, kernel_gradient(rows, g, sizes, kernel.dtype), None
+
+
+_tpu_ragged_dot.defvjp(lambda *args: (_tpu_ragged_dot(*args), args), _tpu_ragged_dot_backward)
+
+
+def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
+    """Sum of rows[i]^T g[i] over each group: [m, in], [m, out] -> [groups, in, out]. m is a multiple of TILE."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+    tile = next(size for size in (512, 256, TILE) if rows.shape[0] % size == 0)
+    tiling = (tile, *(min(1024, x.shape[1]) for x in (rows, g)))
+    return tgmm(rows.T, g, sizes, dtype, tiling, interpret=interpret)
+
+
+def in_blocks(experts: jax.Array, count: int, platform: str) -> Groups:
+    """Each expert's choices padded to whole blocks, and one matmul a block with its expert's matrix (MegaBlocks, Gale
+    et al. 2022, arXiv:2211.15841): on a CPU `ragged_dot` multiplies every row with every expert, at a quarter of the
+    speed."""
+    order, rank, sizes = _sort(experts, count)
+    size = max(8, min(128, experts.size // count))
+    blocks = -(-sizes // size)
+    number, first, starts = experts.size // size + count, _starts(blocks), _starts(sizes)
+    owner = (jnp.arange(number)[:, None] >= jnp.cumsum(blocks)).sum(-1).clip(0, count - 1)
+    place = (jnp.arange(number) - first[owner])[:, None] * size + jnp.arange(size)
+    there = jnp.where(place < sizes[owner][:, None], jnp.take(order, starts[owner][:, None] + place, mode="clip"),
+                      experts.size).ravel()
+    back = jnp.where(experts < count, first[experts] * size + rank - starts[experts], there.size)
+
+    def matmul(rows, kernel):
+        out = jnp.einsum("gmd,gdf->gmf", rows.reshape(number, size, -1), kernel[owner])
+        return out.reshape(number * size, -1)
+
+    return Groups(there, back, matmul)
+
+
+GROUPINGS = {"cpu": in_blocks}  # platform -> function; by_sorting on all others
+
+
+def feed_forward(x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str):
+    """x [n, D] through this device's `experts` [n * fan] -> [n * fan, D], one row for each choice, zeros for none."""
+    groups = GROUPINGS.get(platform, by_sorting)(experts, kernels.up.shape[0], platform)
+    rows = pick(x, groups.there, groups.back, fan)
+    hidden = _hidden(rows, kernels, activation, groups.matmul)
+    return pick(groups.matmul(hidden, kernels.down), groups.back, groups.there, 1)
+
+
+def _hidden(rows, kernels: Kernels, activation, matmul):
+    up = matmul(rows, kernels.up)
+    return activation(up) if kernels.gate is None else activation(matmul(rows, kernels.gate)) * up
+
+
+# ---- dropless ----
+
+def dropless(x, choice, kernels: Kernels, activation: Callable, devices: int, platform: str):
+    """Every choice computed: x [n, D], choice [n, k] in 0 … E (E: none) -> [n, k, D].
+
+    With `devices` along the axis expert the choices go to their experts' owner, where they are grouped once more, and
+    back. A device may be sent everything, so that its buffer has room for p * n * min(k, E / p) choices: nothing
+    depends on how evenly tokens spread but the time."""
+    (n, k), own = choice.shape, kernels.up.shape[0]
+    flat = choice.ravel()
+    if devices == 1:
+        return feed_forward(x, flat, k, kernels, activation, platform).reshape(n, k, -1)
+    order, rank, sizes = _sort(flat, devices * own)
+    sizes = jax.lax.all_gather(sizes, AXIS)  # [p, E]
+    me, room = jax.lax.axis_index(AXIS), n * min(k, own)
+    sent = sizes.reshape(devices, devices, own).sum(-1)  # [from, to]
+    coming = jax.lax.dynamic_slice_in_dim(sizes, me * own, own, 1)  # [p, E / p]
+    experts = (jnp.arange(room)[None, :, None] >= jnp.cumsum(coming, 1)[:, None]).sum(-1).ravel()
+    trip = EXCHANGES.get(platform, ragged)(Route(flat, order, rank, sent, me, own, room))
+    out = feed_forward(trip.go(x, k), experts, 1, kernels, activation, platform)
+    return trip.come_back(out).reshape(n, k, -1)
+
+
+class Route(NamedTuple):
+    """Which choices go where: choice [c] in 0 … E, its order and rank by expert, `sent` [p, p] choices from one device
+    to another, this device `me`, `own` experts a device, `room` for what comes from one device."""
+
+    choice: jax.Array
+    order: jax.Array
+    rank: jax.Array
+    sent: jax.Array
+    me: jax.Array
+    own: int
+    room: int
+
+
+class Trip(NamedTuple):
+    """go(x [n, D], k) -> [p * room, D], what comes from device i from place i * room on, zeros elsewhere;
+    come_back([p * room, D]) -> [choices, D]."""
+
+    go: Callable
+    come_back: Callable
+
+
+def padded(route: Route) -> Trip:
+    """`jax.lax.all_to_all` of as many places as may be needed: for a CPU, which has no ragged exchange."""
+    choice, order, rank, sent, me, own, room = route
+    devices, none = sent.shape[0], choice.size
+    starts, place = _starts(sent[me]), jnp.arange(room)
+    there = jnp.where(place < sent[me][:, None], jnp.take(order, starts[:, None] + place, mode="clip"), none).ravel()
+    device = choice // own
+    back = jnp.where(device < devices, device * room + rank - starts[device], there.size)
+    trade = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
+    return Trip(lambda x, k: trade(pick(x, there, back, k)), lambda out: pick(trade(out), back, there, 1))
+
+
+def ragged(route: Route) -> Trip:
+    """`jax.lax.ragged_all_to_all`: only what is there travels."""
+    choice, order, rank, sent, me, own, room = route
+    devices, none = sent.shape[0], choice.size
+    starts, ends = _starts(sent), jnp.arange(devices) * room
+    there = jnp.where(jnp.arange(none) < sent[me].sum(), order, none)
+    back = jnp.where(choice < devices * own, rank, none)
+    trade = partial(jax.lax.ragged_all_to_all, axis_name=AXIS)
+
+    def go(x, k):
+        rows = pick(x, there, back, k)
+        return trade(rows, jnp.zeros((devices * room, x.shape[1]), x.dtype), starts[me], sent[me],
+                     jnp.full(devices, me * room), sent[:, me])
+
+    def come_back(out):
+        rows = trade(out, jnp.zeros((none, out.shape[1]), out.dtype), ends, sent[:, me], starts[:, me], sent[me])
+        return pick(rows, back, there, 1)
+
+    return Trip(go, come_back)
+
+
+EXCHANGES = {"cpu": padded}  # platform -> function; ragged on all others
+
+
+# ---- capacity ----
+
+def capacity(tokens: int, experts: int, per_token: int, factor: float) -> int:
+    """Choices that an expert takes from one row of `tokens`."""
+    return max(1, min(tokens, math.ceil(round(tokens * per_token * factor / experts, 6))))  # 55.000001 is 55
+
+
+def limited(x, choice, kernels: Kernels, activation: Callable, devices: int, room: int):
+    """The first `room` choices of each expert in each row: x [B, T, D], choice [B, T, k] in 0 … E -> [B, T, k, D],
+    zeros for the others. A row is its own group, so that the result does not depend on the mesh."""
+    (B, T, k), D, count = choice.shape, x.shape[2], devices * kernels.up.shape[0]
+
+    def places(choice):
+        order, rank, sizes = _sort(choice, count)
+        starts, place = _starts(sizes), jnp.arange(room)
+        there = jnp.where(place < sizes[:, None], jnp.take(order, starts[:, None] + place, mode="clip"), choice.size)
+        rank = rank - starts[choice]
+        return there.ravel(), jnp.where((choice < count) & (rank < room), choice * room + rank, there.size)
+
+    there, back = jax.vmap(places)(choice.reshape(B, T * k))
+    rows = jax.vmap(lambda *args: pick(*args, k))(x, there, back).reshape(B, count, room, D)
+    rows = jnp.moveaxis(rows, 1, 0)  # [E, B, C, D]
+    if devices > 1:
+        rows = jax.lax.all_to_all(rows, AXIS, 0, 1, tiled=True)  # [E / p, p * B, C, D]
+    shape = rows.shape
+    matmul = partial(jnp.einsum, "end,edf->enf")
+    hidden = _hidden(rows.reshape(shape[0], -1, D), kernels, activation, matmul)
+    out = matmul(hidden, kernels.down).reshape(shape)
+    if devices > 1:
+        out = jax.lax.all_to_all(out, AXIS, 1, 0, tiled=True)
+    out = jnp.moveaxis(out, 0, 1).reshape(B, count * room, D)
+    return jax.vmap(lambda *args: pick(*args, 1))(out, back, there).reshape(B, T, k, D)
+
+
+def all_manual(fn: Callable, shape: tuple[int, ...], dtype) -> Callable:
+    """`fn` of arrays, with a result of `shape`, run with all mesh axes manual. Under the vmap over a pipeline's stages
+    jax.shard_map leaves the axis pipeline out, and what can run on single devices only (kernels, ragged collectives)
+    fails: here that axis is taken when the vmap comes to it. If it never came, the result would be NaN."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rest = frozenset(() if mesh.empty else mesh.axis_names) - frozenset(mesh.manual_axes)
+    if not rest:
+        return fn
+    mapped = jax.custom_batching.custom_vmap(lambda *args: jnp.full(shape, jnp.nan, dtype))
+
+    @mapped.def_vmap
+    def run(size, batched, *args):
+        one = lambda *args: fn(*(x[0] if here else x for x, here in zip(args, batched)))[None]
+        over = jax.P(tuple(rest))
+        return jax.shard_map(one, in_specs=tuple(over if here else jax.P() for here in batched), out_specs=over,
+                             axis_names=rest, check_vma=False)(*args), True
+
+    return mapped
+
+
+def platform() -> str:
+    """What the program is compiled for: the platform of the mesh, which need not be this process's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform

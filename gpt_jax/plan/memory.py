@@ -1,0 +1,146 @@
+"""Bytes on one device, by arithmetic: what stands through a step, and what a microbatch adds (called by roofline).
+
+State and gradients follow from shapes and layouts. Activations follow from what each remat policy keeps of every layer
+(model/transformer.REMATS), plus one layer being worked on. The factors below stand for the temporaries of the
+compiler's fusions; benchmarks/plan.py shows how far from compiled programs they are.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from gpt_jax import config as configs
+from gpt_jax.plan.job import Job, Widths, entries
+
+HALF, FULL = 2, 4  # bytes of bfloat16 and float32
+STREAMS = 6.0  # arrays as wide as the stream, in float32 or twice in bfloat16, while a layer's gradient is made
+INSIDE = 2.0  # each of q, k, v and the feed-forward's inner channels: its value and its gradient
+LOGITS = 2.0  # float32 logits and their gradient
+WHOLE = 4.0  # streams over all of the sequence, where it is cut between matmuls (shard_sequence) and gathered for them
+# What the compiler's one block of temporaries has more than what lives in it at its worst moment. TPU: fitted to llama:8b on
+# 64 v5p (fsdp 64; fsdp 16 x tensor 4) and llama:1b on 16 v5e. GPU: llama:8b on 8 H100 needs none.
+GAPS = {"tpu": 0.17, "gpu": 0.0}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. `gathered`: weights whole for a moment; `working`: one layer's temporaries; `gaps`: a part of all
+    temporaries."""
+
+    parameters: float
+    optimizer: float
+    average: float
+    gradients: float
+    batch: float
+    activations: float
+    working: float
+    logits: float
+    gathered: float
+    gaps: float
+
+    @property
+    def state(self) -> float:
+        return self.parameters + self.optimizer + self.average
+
+    @property
+    def temporary(self) -> float:
+        return self.gradients + self.activations + self.gathered + max(self.logits, self.working)
+
+    @property
+    def peak(self) -> float:
+        """Logits are gone when the first layer's gradient is made; the rest meets."""
+        return self.state + self.batch + self.temporary * (1 + self.gaps)
+
+    def rows(self) -> dict[str, float]:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return parts | {"gaps": self.gaps * self.temporary}
+
+
+class Local(NamedTuple):
+    """What one device has of a microbatch of `train.accumulate`: `rows`, `tokens`. In a pipeline it works on
+    `tick_tokens` at a time, `ticks` times, through `tick_layers` layers; without one on all its tokens, once, through
+    all layers."""
+
+    rows: float
+    tokens: float
+    tick_tokens: float
+    ticks: int
+    tick_layers: float
+
+
+def local(job: Job, shape: dict[str, int]) -> Local:
+    config, stages, layers = job.config, shape["pipeline"], len(job.layers)
+    rows = config.train.batch_size / config.train.accumulate / math.prod(shape[axis] for axis in configs.BATCH_AXES)
+    tokens = rows * config.train.seq_len / shape["context"]
+    if stages == 1:
+        return Local(rows, tokens, tokens, 1, layers)
+    count, rounds = config.model.pipeline_microbatches or stages, config.model.pipeline_rounds
+    return Local(rows, tokens, tokens * stages / count, rounds * count + stages - 1, layers / (rounds * stages))
+
+
+def stream_bytes(job: Job, shape: dict[str, int]) -> float:
+    """Of the residual stream, for a local token."""
+    model = job.config.model
+    return model.embed * compute_bytes(job) / (shape["tensor"] if model.shard_sequence else 1)
+
+
+def compute_bytes(job: Job) -> int:
+    """Of one entry of what is multiplied."""
+    return HALF if job.config.model.dtype == "bfloat16" else FULL
+
+
+def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
+    """Bytes that the forward pass leaves behind for a token in one layer."""
+    model, half, tensor = job.config.model, compute_bytes(job), shape["tensor"]
+    stream = stream_bytes(job, shape)
+    inside = (widths.q + 2 * widths.kv + widths.inner) / tensor * half
+    block = stream
+    attention = widths.q / tensor * half
+    if model.remat in ("block", "offload"):
+        return block
+    if model.remat == "dots":  # the results of matmuls: q, k, v, attention's output, the feed-forward's
+        return block + inside + 2 * stream
+    norms = 2 * (stream + stream / half * FULL)  # what goes into the matmuls, and the norms' own float32
+    return block + inside + 2 * stream + norms + attention * 2 + widths.hidden / tensor * half * 2
+
+
+def scores_bytes(job: Job, shape: dict[str, int], rows: float, kernel: str) -> float:
+    """Of attention's maps in float32, for kernels that make them: of one layer at a time."""
+    if kernel not in ("reference", "xla"):
+        return 0.0
+    model, seq = job.config.model, job.config.train.seq_len
+    return 2 * rows * model.heads / shape["tensor"] * seq * seq * FULL
+
+
+def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memory:
+    """For a mesh of these axis sizes; `kernel`: the attention kernel's name; `platform`: tpu or gpu."""
+    config, zero = job.config, job.config.mesh.zero
+    model, train, here, half = config.model, config.train, local(job, shape), compute_bytes(job)
+    parameters = entries(job, shape, "params", zero)
+    fsdp = math.prod(shape[axis] for axis in configs.FSDP_AXES) > 1
+    stages = shape["pipeline"]
+    held = [kept(job, widths, shape) for widths in job.layers]
+    activations = here.tick_tokens * here.ticks * sum(held) * here.tick_layers / len(held)
+    if stages > 1:  # every stage holds all microbatches' streams, coming and going
+        activations += 3 * here.tokens * stages * stream_bytes(job, shape)
+    activations += here.tokens * stream_bytes(job, shape) * (1 + model.residual_scalars + model.backout)
+    widest = max(job.layers, key=lambda w: w.inner + w.q)
+    inside = (widest.q + 2 * widest.kv + widest.inner + widest.hidden) / shape["tensor"] * half
+    working = here.tick_tokens * (STREAMS * stream_bytes(job, shape) + INSIDE * inside)
+    if model.shard_sequence and shape["tensor"] > 1:
+        working += here.tick_tokens * WHOLE * model.embed * half
+    working += scores_bytes(job, shape, here.tick_tokens / here.tokens * here.rows, kernel)
+    chunk = (train.loss_chunk or train.seq_len) / shape["context"]
+    logits = LOGITS * here.rows * chunk * model.vocab / shape["tensor"] * FULL
+    gathered_shape = shape | {"fsdp": 1, "context": 1, "pipeline": 1}
+    layer = sum(entries(job, gathered_shape, "params", 3, role, half) for role in ("layer", "expert")) / len(job.layers)
+    table = model.vocab * model.embed / shape["tensor"]
+    gathered = (2 * layer + table * half) * fsdp * (zero == 3) + table * FULL * fsdp
+    if model.remat == "none" and fsdp and zero == 3:  # the gathered weights are kept for the backward pass
+        gathered += layer * len(job.layers) / stages
+    return Memory(
+        parameters=parameters, optimizer=entries(job, shape, "opt", zero), average=entries(job, shape, "ema", zero),
+        gradients=parameters * (1 + (train.accumulate > 1)),
+        batch=here.rows * train.seq_len / shape["context"] * train.accumulate * (24 if config.data.apart else 16),
+        activations=activations, working=working, logits=logits, gathered=gathered,
+        gaps=GAPS[platform])

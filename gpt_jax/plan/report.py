@@ -1,0 +1,139 @@
+"""A plan as lines for people, and as plain data (called by commands/plan.py)."""
+
+from typing import NamedTuple
+
+from gpt_jax import config as configs
+from gpt_jax.devices import GIB
+from gpt_jax.plan.hlo import Collective
+from gpt_jax.plan.job import Job
+from gpt_jax.plan.roofline import Estimate, verdict
+from gpt_jax.plan.search import Found, overrides
+from gpt_jax.plan.topology import Topology
+
+
+class Horizon(NamedTuple):
+    """What a whole run comes to. `epochs` is None when nobody said how many tokens there are."""
+
+    tokens_per_step: int
+    tokens: int
+    tokens_per_parameter: float
+    epochs: float | None
+    days: float
+    checkpoint_bytes: int
+    checkpoint_seconds: float
+
+
+def stored_bytes(job: Job) -> int:
+    """Of a checkpoint: the whole state."""
+    return sum(size * array.itemsize for array, size in job.state.items())
+
+
+def horizon(job: Job, topology: Topology, step: float, data_tokens: int, host_bandwidth: float) -> Horizon:
+    """`step`: seconds; `host_bandwidth`: bytes a second that one host writes to storage."""
+    train = job.config.train
+    tokens = train.batch_size * train.seq_len
+    stored = stored_bytes(job)
+    return Horizon(tokens, tokens * train.steps, tokens * train.steps / job.parameters,
+                   tokens * train.steps / data_tokens if data_tokens else None, step * train.steps / 86_400, stored,
+                   stored / (topology.hosts * host_bandwidth))
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count / 1024:.1f} KiB"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def mesh_text(shape: dict[str, int]) -> str:
+    return " x ".join(f"{axis} {n}" for axis, n in shape.items() if n > 1) or "one device"
+
+
+def head(job: Job, topology: Topology, seen: Estimate) -> list[str]:
+    config, chip = job.config, topology.chip
+    return [f"{topology}: {topology.devices} {chip.kind} devices on {topology.hosts} hosts, {topology.peak / 1e12:,.1f} TFLOP/s "
+            f"dense bf16 and {chip.memory / GIB:.1f} GiB each",
+            f"mesh: {mesh_text(seen.shape)}; zero {config.mesh.zero}, remat {config.model.remat}, {config.train.accumulate} "
+            f"microbatches, attention kernel {seen.kernel} ({seen.reason})",
+            f"model: {job.parameters:,} parameters, {job.matmul_params:,} multiplied; {job.full_flops / 1e9:,.1f} GFLOP a token "
+            f"(full map; causal {job.causal_flops / 1e9:,.1f})"]
+
+
+def arithmetic(topology: Topology, seen: Estimate) -> list[str]:
+    """The arithmetic stage's lines."""
+    rows = [f"  {name:<12} {size(value):>12}" for name, value in seen.memory.rows().items() if value]
+    flows = [f"  {flow.axis:<9} {flow.what:<30} {size(flow.bytes):>12} over {link.name:<8} {link.speed / 1e9:6.1f} GB/s "
+             f"{seconds(flow.bytes / link.speed):>10}{'  behind matmuls' if flow.hidden else ''}" for flow, link in seen.flows]
+    return ["memory of a device, by arithmetic", *rows, f"  {verdict(seen.memory.peak, topology)}",
+            "sent by a device in a step", *(flows or ["  nothing"]),
+            f"step, by arithmetic: {seconds(seen.step)} = matmuls {seconds(seen.matmuls)} + passes over memory "
+            f"{seconds(seen.passes)}, or links behind them {seconds(max(seen.hidden.values(), default=0))}; + open links "
+            f"{seconds(sum(seen.open.values()))} + update {seconds(seen.update)}; pipeline bubble {seen.bubble:.0%}",
+            f"bound by {seen.bound}; estimated MFU {seen.mfu_full:.1%} (full map), {seen.mfu_causal:.1%} (causal)"]
+
+
+def run_lines(ahead: Horizon) -> list[str]:
+    epochs = "" if ahead.epochs is None else f", {ahead.epochs:.2f} epochs"
+    return [f"run: {ahead.tokens_per_step:,} tokens a step, {ahead.tokens:.3g} in all ({ahead.tokens_per_parameter:.1f} a parameter"
+            f"{epochs}), {ahead.days:.1f} days",
+            f"checkpoint: {size(ahead.checkpoint_bytes)}, written in {seconds(ahead.checkpoint_seconds)}"]
+
+
+def _collective(row: Collective) -> str:
+    return (f"  {row.kind:<20} {'+'.join(row.axes):<14} {size(row.bytes):>12} x {row.calls:<7,} = {size(row.bytes * row.calls):>12}"
+            f"{'  asynchronous' if row.asynchronous else ''}")
+
+
+def compiled(topology: Topology, done: dict, time: dict | None, expected: float, most: int = 12) -> list[str]:
+    """`done`: compiled.Compiled as a dict; `time`: schedule.Schedule as one; `expected`: the arithmetic's peak."""
+    if done["refusal"]:
+        return [f"compiled: refused after {done['seconds']:.0f} s: {done['refusal']}"]
+    rows = [Collective(**row) for row in done["program"]["collectives"]]
+    left = rows[most:]
+    source = "the compiler's cycles" if time["by_cycles"] else "the arithmetic"
+    ratio = f"; matmul FLOPs of the program {time['flops_ratio']:.2f} x the model's" if time["flops_ratio"] else ""
+    return [f"compiled in {done['seconds']:.0f} s: argument {size(done['argument'])}, output {size(done['output'])} (alias "
+            f"{size(done['alias'])}), temporary {size(done['temporary'])}; arithmetic said {expected / done['peak'] - 1:+.0%}",
+            f"  {verdict(done['peak'], topology)}", "collectives of the program, sent by a device in a step",
+            *map(_collective, rows[:most]),
+            *([f"  and {len(left)} more kinds, {size(sum(row.bytes * row.calls for row in left))}"] if left else []),
+            f"step, compiled: {seconds(time['step'])} = computing {seconds(time['computing'])} ({source}) + attention kernel "
+            f"{seconds(time['kernels'])}, or asynchronous collectives {seconds(time['hidden'])}; + others {seconds(time['open'])}"
+            f"{ratio}",
+            f"estimated MFU {time['mfu_full']:.1%} (full map), {time['mfu_causal']:.1%} (causal)"]
+
+
+def ranked(topology: Topology, found: list[Found]) -> list[str]:
+    """A table of what was found, best first."""
+    lines = [f"{'':>3} {'step':>9} {'MFU full':>8} {'causal':>7} {'peak GiB':>8}  {'mesh':<44} remat  microbatches"]
+    for place, (one, seen) in enumerate(found, 1):
+        lines.append(f"{place:>3} {seconds(seen.step):>9} {seen.mfu_full:>8.1%} {seen.mfu_causal:>7.1%} "
+                     f"{seen.memory.peak / GIB:>8.1f}  {mesh_text(seen.shape):<44} {one.model.remat:<6} {one.train.accumulate}")
+    return lines
+
+
+def ranked_data(base: configs.Config, found: list[Found]) -> list[dict]:
+    return [{"overrides": overrides(base, one), "step_seconds": seen.step, "mfu_causal": seen.mfu_causal,
+             "peak": seen.memory.peak} for one, seen in found]
+
+
+def command(spec: str, base: configs.Config, best: configs.Config, given: list[str]) -> str:
+    """The command that trains `best`."""
+    return " ".join([f"gpt-jax train --config={spec}", *given, *overrides(base, best)])
+
+
+def data(job: Job, topology: Topology, seen: Estimate, ahead: Horizon) -> dict:
+    """The arithmetic stage as plain data; bytes and seconds."""
+    return {"topology": str(topology), "devices": topology.devices, "mesh": seen.shape, "parameters": job.parameters,
+            "kernel": seen.kernel, "memory": seen.memory.rows() | {"peak": seen.memory.peak, "limit": topology.chip.memory},
+            "step_seconds": seen.step, "bound_by": seen.bound, "mfu_full": seen.mfu_full, "mfu_causal": seen.mfu_causal,
+            "terms": {"matmuls": seen.matmuls, "passes": seen.passes, "hidden": seen.hidden, "open": seen.open,
+                      "update": seen.update, "bubble": seen.bubble},
+            "flows": [flow._asdict() | {"link": link.name, "speed": link.speed} for flow, link in seen.flows],
+            "fits": seen.fits, "verdict": verdict(seen.memory.peak, topology), "problems": list(seen.problems),
+            "run": ahead._asdict()}

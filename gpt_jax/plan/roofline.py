@@ -1,0 +1,166 @@
+"""A step's time and memory by arithmetic, what bounds it, and whether it fits (called by search and commands/plan.py).
+
+step = (max(matmuls + passes over memory, hidden flows) + open flows) + update, where
+- matmuls: FLOPs really done, what remat does again and a pipeline's idle ticks included, at EFFICIENCY of the peak;
+- passes over memory: what is read and written between matmuls;
+- flows (traffic.py): hidden ones run behind matmuls, open ones do not; flows over one axis share its links, other axes
+  have their
+  own;
+- update: the optimiser reads and writes its state.
+"""
+
+import math
+from typing import NamedTuple
+
+from gpt_jax import config as configs
+from gpt_jax.devices import GIB, mfu
+from gpt_jax.errors import UsageError
+from gpt_jax.model import kernels
+from gpt_jax.plan.job import Job, entries
+from gpt_jax.plan.memory import FULL, HALF, Local, Memory, local, memory
+from gpt_jax.plan.topology import Topology
+from gpt_jax.plan.traffic import Flow, Link, flows, link
+
+# Assumed parts of the peak. Matmuls: a compiled 8,192-cubed one has 0.7 to 0.9 on TPUs by the compiler's own cycles
+# (devices.py), and published runs stay below 0.8 of an H100's peak. Attention: splash and cuDNN, causal halves skipped.
+EFFICIENCY = {"tpu": 0.85, "gpu": 0.75}
+ATTENTION = {"splash": 0.45, "cudnn": 0.55, "ring": 0.2, "xla": 0.2, "reference": 0.2, "blocked": 0.2}
+SKIPS = ("splash", "cudnn", "blocked", "ring")  # kernels that leave out what causal order rules out
+TOUCHES = 14.0  # times that a stream-wide array is read or written in one layer's forward and backward passes
+UPDATE_TOUCHES = 2.0  # every array of the optimiser's is read and written
+
+
+class Estimate(NamedTuple):
+    """Seconds of one step by term, and what follows. `open` and `hidden`: flows by axis; `problems`: why it cannot
+    run."""
+
+    kernel: str
+    reason: str  # why this attention kernel
+    shape: dict[str, int]
+    memory: Memory
+    matmuls: float
+    passes: float
+    hidden: dict[str, float]
+    open: dict[str, float]
+    update: float
+    bubble: float
+    flows: tuple[tuple[Flow, Link], ...]
+    step: float
+    bound: str
+    mfu_full: float
+    mfu_causal: float
+    fits: bool
+    problems: tuple[str, ...]
+
+
+def problems(config: configs.Config, devices: int) -> tuple[dict[str, int] | None, list[str]]:
+    """The mesh's axis sizes (None: there is no such mesh) and every disagreement of the config's fields on it."""
+    try:
+        shape = configs.mesh_shape(config.mesh, devices)
+    except UsageError as error:
+        return None, [str(error)]
+    return shape, configs.problems(config, shape)
+
+
+def attention_flops(job: Job, kernel: str) -> float:
+    """Of a token's attention, forward and backward, as `kernel` computes it."""
+    return (job.causal_flops if kernel in SKIPS else job.full_flops) - 6 * job.matmul_params
+
+
+def _again(job: Job) -> tuple[float, float]:
+    """FLOPs done over FLOPs counted, (matmuls of layers, attention): recomputing adds a forward pass to three."""
+    return {"none": (1.0, 1.0), "block": (4 / 3, 4 / 3), "offload": (1.0, 4 / 3),
+            "dots": (1.0, 4 / 3)}[job.config.model.remat]
+
+
+def attention_seconds(job: Job, topology: Topology, kernel: str, here: Local) -> float:
+    """Attention's scores and sums on one device in a step."""
+    tokens = job.config.train.batch_size * job.config.train.seq_len / topology.devices
+    flops = attention_flops(job, kernel) * _again(job)[1] * _idle(job, here)
+    return tokens * flops / topology.peak / ATTENTION[kernel]
+
+
+def _idle(job: Job, here: Local) -> float:
+    """Work done over work there is: a pipeline computes in its bubble too."""
+    return here.ticks * here.tick_tokens * here.tick_layers / (here.tokens * len(job.layers))
+
+
+def compute_seconds(job: Job, topology: Topology, kernel: str, here: Local) -> float:
+    """Matmuls and attention of one device in a step."""
+    model, train = job.config.model, job.config.train
+    tokens = train.batch_size * train.seq_len / topology.devices
+    head = 6 * model.vocab * model.embed * (4 / 3 if train.loss_chunk else 1.0)  # chunks make their logits twice
+    layers = (6 * job.matmul_params - 6 * model.vocab * model.embed) * _again(job)[0] * _idle(job, here)
+    return (tokens * (layers + head) / topology.peak / EFFICIENCY[topology.chip.platform]
+            + attention_seconds(job, topology, kernel, here))
+
+
+def passes_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local) -> float:
+    """Norms, residuals, activations: arrays read and written between matmuls; weights are read by the matmuls
+    themselves."""
+    model, train = job.config.model, job.config.train
+    wide = model.embed / (shape["tensor"] if model.shard_sequence else 1)
+    inner = sum(w.inner + w.hidden + 2 * w.q for w in job.layers) / len(job.layers) / shape["tensor"]
+    a_token = HALF * (TOUCHES * wide + 3 * inner)
+    layers = here.ticks * here.tick_tokens * here.tick_layers * a_token
+    if kernel in ("reference", "xla"):  # maps of every query and key, in float32, written and read a few times
+        layers += here.tokens * len(job.layers) * 8 * model.heads / shape["tensor"] * train.seq_len * FULL
+    logits = 4 * here.tokens * model.vocab / shape["tensor"] * FULL
+    return (layers + logits) * train.accumulate / topology.chip.bandwidth
+
+
+def update_seconds(job: Job, topology: Topology, shape: dict[str, int]) -> float:
+    state = sum(entries(job, shape, part) for part in ("params", "opt", "ema"))
+    return (UPDATE_TOUCHES * state + entries(job, shape, "params")) / topology.chip.bandwidth
+
+
+def choose_kernel(config: configs.Config, topology: Topology, shape: dict[str, int]) -> tuple[str, str]:
+    """(attention kernel, why) as a run on this machine would choose. UsageError where there is none."""
+    model = config.model
+    return kernels.choose(model.kernel, kernels.problem(model, config.train.seq_len, topology.chip.platform,
+                                                        context=shape["context"]))
+
+
+def estimate(job: Job, topology: Topology) -> Estimate:
+    """Everything about `job` on `topology`. Raises UsageError only when there is no mesh to speak of."""
+    config = job.config
+    shape, found = problems(config, topology.devices)
+    if shape is None:
+        raise UsageError(found[0])
+    across = configs.cross_slice(config.mesh)
+    if math.prod(across.values()) != topology.slices and topology.chip.platform == "tpu":
+        found = [f"config.mesh.dcn_…: the cross-slice sizes multiply to {math.prod(across.values())}, and there are "
+                 f"{topology.slices} slices; as in config.mesh.dcn_data={topology.slices}", *found]
+    try:
+        kernel, reason = choose_kernel(config, topology, shape)
+    except UsageError as error:
+        kernel, reason, found = "reference", "none can", [*found, str(error)]
+    here = local(job, shape)
+    compute = compute_seconds(job, topology, kernel, here)
+    passes = passes_seconds(job, topology, kernel, shape, here)
+    update = update_seconds(job, topology, shape)
+    found_flows = [(flow, link(topology, shape, across, flow.axis))
+                   for flow in flows(job, shape, topology.chip.platform)]
+    hidden, open_ = ({axis: seconds for axis in configs.AXES if (seconds := sum(
+        flow.bytes / line.speed for flow, line in found_flows if flow.axis == axis and flow.hidden == kind))}
+        for kind in (True, False))
+    behind, before = max(hidden.values(), default=0.0), sum(open_.values())
+    step = max(compute + passes, behind) + before + update
+    terms = {"matmuls": compute, "memory bandwidth": passes + update} | {
+        f"the links of axis {axis}": hidden.get(axis, 0) + open_.get(axis, 0) for axis in {*hidden, *open_}}
+    used = memory(job, shape, kernel, topology.chip.platform)
+    tokens = config.train.batch_size * config.train.seq_len / step
+    stages = shape["pipeline"]
+    return Estimate(
+        kernel=kernel, reason=reason, shape=shape, memory=used, matmuls=compute, passes=passes, hidden=hidden, open=open_,
+        update=update,
+        bubble=(stages - 1) / here.ticks if stages > 1 else 0.0, flows=tuple(found_flows), step=step,
+        bound=max(terms, key=terms.get), mfu_full=mfu(job.full_flops, tokens, topology.peak * topology.devices),
+        mfu_causal=mfu(job.causal_flops, tokens, topology.peak * topology.devices),
+        fits=used.peak <= topology.chip.memory, problems=tuple(found))
+
+
+def verdict(peak: float, topology: Topology) -> str:
+    """ "fits: peak 31.2 of 95.7 GiB" """
+    fits = "fits" if peak <= topology.chip.memory else "does not fit"
+    return f"{fits}: peak {peak / GIB:.1f} of {topology.chip.memory / GIB:.1f} GiB"

@@ -1,0 +1,55 @@
+"""The time of a step from a compiled program: the compiler's cycles, and our link model for its collectives (called by
+commands/plan.py)."""
+
+from typing import NamedTuple
+
+from gpt_jax import config as configs
+from gpt_jax.devices import mfu
+from gpt_jax.plan.job import Job
+from gpt_jax.plan.memory import local
+from gpt_jax.plan.roofline import attention_seconds, compute_seconds, passes_seconds
+from gpt_jax.plan.topology import Topology
+from gpt_jax.plan.traffic import link
+
+
+class Schedule(NamedTuple):
+    """Seconds of one step. `computing`: the compiler's cycles where it writes them (TPU), else the arithmetic's;
+    `kernels`: attention's, which carries no estimate; `hidden`: collectives that run asynchronously; `open`: those that
+    do not."""
+
+    computing: float
+    by_cycles: bool
+    kernels: float
+    hidden: float
+    open: float
+    step: float
+    mfu_full: float
+    mfu_causal: float
+    flops_ratio: float  # matmul FLOPs of the program over the model's; 0: not readable (libraries' calls)
+
+
+def network_seconds(program: dict, topology: Topology, shape: dict, across: dict, asynchronous: bool) -> float:
+    """Of all collectives of one kind, one after the other. One over several axes goes at the speed of the slowest."""
+    return sum(row["bytes"] * row["calls"] / min(link(topology, shape, across, axis).speed for axis in row["axes"])
+               for row in program["collectives"] if row["asynchronous"] == asynchronous)
+
+
+def schedule_of(job: Job, topology: Topology, kernel: str, program: dict) -> Schedule:
+    """`program`: hlo.Program as a dict."""
+    config = job.config
+    shape, across = configs.mesh_shape(config.mesh, topology.devices), configs.cross_slice(config.mesh)
+    here, by_cycles = local(job, shape), program["cycles"] > 0
+    attention = attention_seconds(job, topology, kernel, here)
+    if by_cycles:
+        computing = program["cycles"] / topology.chip.clock
+    else:
+        computing = compute_seconds(job, topology, kernel, here) - attention
+        computing += passes_seconds(job, topology, kernel, shape, here)
+    kernels = attention if kernel in ("splash", "cudnn") or not by_cycles else 0.0
+    hidden, plain = (network_seconds(program, topology, shape, across, kind) for kind in (True, False))
+    step = max(computing + kernels, hidden) + plain
+    tokens = config.train.batch_size * config.train.seq_len / step
+    model = config.train.batch_size * config.train.seq_len / topology.devices * job.full_flops
+    return Schedule(computing, by_cycles, kernels, hidden, plain, step,
+                    mfu(job.full_flops, tokens, topology.peak * topology.devices),
+                    mfu(job.causal_flops, tokens, topology.peak * topology.devices), program["matmul_flops"] / model)

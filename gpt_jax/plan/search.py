@@ -1,0 +1,95 @@
+"""Meshes, remat policies and microbatches by the hundred, ranked by the arithmetic (called by commands/plan.py)."""
+
+import math
+from dataclasses import replace
+from typing import Iterator, NamedTuple
+
+from gpt_jax import config as configs
+from gpt_jax.plan.job import Job
+from gpt_jax.plan.roofline import Estimate, estimate
+from gpt_jax.plan.topology import Topology
+
+REMATS = ("none", "dots", "block")  # offload needs the host's links, which the arithmetic leaves out
+LARGEST = {"tensor": 16, "context": 8, "pipeline": 8}  # beyond these the open flows always lose
+MARGIN = 0.92  # of the memory: arithmetic and compiler differ by up to a tenth, see benchmarks/plan.py
+
+
+class Found(NamedTuple):
+    config: configs.Config
+    estimate: Estimate
+
+
+def divisors(number: int, most: int = 1 << 30) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+
+
+def meshes(config: configs.Config, topology: Topology) -> Iterator[configs.Mesh]:
+    """Meshes that use every device. Slices hold copies (data), the rest of the axes stays inside a slice."""
+    model, inside = config.model, topology.devices // topology.slices
+    moe = any(ffn == "moe" for _, ffn in model.pattern)
+    for tensor in divisors(math.gcd(inside, math.gcd(model.heads, model.kv_heads)), LARGEST["tensor"]):
+        for context in divisors(inside // tensor, LARGEST["context"]):
+            for pipeline in divisors(inside // tensor // context, LARGEST["pipeline"]):
+                if context > 1 and pipeline > 1:
+                    continue
+                left = inside // tensor // context // pipeline
+                for expert in divisors(math.gcd(left, model.experts)) if moe else (1,):
+                    for fsdp in divisors(left // expert):
+                        yield configs.Mesh(pipeline=pipeline, data=left // expert // fsdp, fsdp=fsdp, expert=expert,
+                                           context=context, tensor=tensor, dcn_data=topology.slices, zero=config.mesh.zero)
+
+
+def _rows(mesh: configs.Mesh) -> int:
+    return math.prod(getattr(mesh, axis) * getattr(mesh, f"dcn_{axis}") for axis in configs.BATCH_AXES)
+
+
+def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[configs.Config]]:
+    """For each remat policy (and, in a pipeline, number of microbatches and rounds) the config with more and more
+    accumulation: the first that fits is the fastest of its list."""
+    train, rows = config.train, _rows(mesh)
+    shapes = [(rounds, times * mesh.pipeline) for rounds in (1, 2) for times in (1, 2, 4)] if mesh.pipeline > 1 else [(1, 0)]
+    for remat in REMATS:
+        for rounds, microbatches in shapes:
+            model = replace(config.model, remat=remat, shard_sequence=mesh.tensor > 1, pipeline_rounds=rounds,
+                            pipeline_microbatches=microbatches)
+            unit = rows // mesh.pipeline * microbatches if microbatches else rows
+            made = []
+            for accumulate in divisors(train.batch_size // unit) if train.batch_size % unit == 0 else ():
+                held = config.eval.batch_size if config.eval.batch_size % unit == 0 else train.batch_size // accumulate
+                made.append(replace(config, model=model, mesh=mesh, train=replace(train, accumulate=accumulate),
+                                    eval=replace(config.eval, batch_size=held)))
+            if made:
+                yield made
+
+
+def search(job: Job, topology: Topology) -> list[Found]:
+    """Everything that fits, fastest first."""
+    found = []
+    for mesh in meshes(job.config, topology):
+        for several in variants(job.config, mesh):
+            for config in several:
+                seen = estimate(job._replace(config=config), topology)
+                if seen.problems:
+                    break
+                if seen.memory.peak <= MARGIN * topology.chip.memory:
+                    found.append(Found(config, seen))
+                    break
+    return sorted(found, key=_order)
+
+
+def _order(one: Found) -> tuple:
+    """By time to a thousandth; of equals the plainest mesh, then the emptiest memory."""
+    axes = sum(size > 1 for size in one.estimate.shape.values())
+    return float(f"{one.estimate.step:.3g}"), axes, one.estimate.memory.peak
+
+
+def overrides(old: configs.Config, new: configs.Config) -> list[str]:
+    """What to add to a command line to come from one config to the other."""
+    return [f"--config.{key}={str(value).lower() if isinstance(value, bool) else value}"
+            for key, _, value, _ in configs.changes(old, new)]
+
+
+def advice(job: Job, topology: Topology, count: int = 3) -> list[Found]:
+    """What fits, with the fewest changes to the config first, and of those the fastest."""
+    return sorted(search(job, topology),
+                  key=lambda one: (len(overrides(job.config, one.config)), _order(one)))[:count]

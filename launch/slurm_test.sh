@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# The SLURM launchers against a real SLURM: slurmctld and two slurmd of Debian's packages on this machine, in namespaces of
+# their own (files, processes, network), from a folder that is removed at the end. As root, on Debian or Ubuntu:
+#   ./launch/slurm_test.sh            # installs slurmctld slurmd slurm-client munge by apt-get when they are missing
+# Exit code 77: it cannot be run here, the last line says why. Arguments go to pytest. PYTHON: another interpreter.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+leave_out() {
+    echo "slurm test left out: $1"
+    exit 77
+}
+
+if [ "${1:-}" != --inside ]; then
+    [ "$(id -u)" = 0 ] || leave_out "needs root, for apt-get and namespaces of its own"
+    if ! command -v slurmctld slurmd sbatch munged >/dev/null; then
+        command -v apt-get >/dev/null || leave_out "SLURM is not installed and there is no apt-get"
+        { apt-get update && apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2; } \
+            >/dev/null 2>&1 || leave_out "apt-get cannot install slurmctld slurmd slurm-client munge iproute2 here"
+    fi
+    unshare --mount --pid --net --fork --kill-child --mount-proc true 2>/dev/null || leave_out "namespaces are not allowed here"
+    if [ -z "${PYTHON:-}" ]; then
+        source "$root/launch/environment.sh"
+        make_environment "$root" test
+        PYTHON=$root/.venv/bin/python
+    fi
+    export PYTHON
+    folder=$(mktemp -d /tmp/gpt_jax_slurm.XXXXXX)
+    trap 'rm -rf "$folder"' EXIT
+    export GPT_JAX_SLURM=$folder
+    unshare --mount --pid --net --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --inside "$@"
+    exit
+fi
+
+shift
+folder=$GPT_JAX_SLURM
+ip link set lo up
+{ cat /etc/hosts; echo "127.0.0.1 n1 n2 $(hostname)"; } >"$folder/hosts"
+mount --bind "$folder/hosts" /etc/hosts
+
+head -c 1024 /dev/urandom >"$folder/munge.key"
+chmod 400 "$folder/munge.key"
+chmod 755 "$folder"
+munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
+    --log-file="$folder/munged.log" --seed-file="$folder/munged.seed"
+
+cat >"$folder/slurm.conf" <<EOF
+ClusterName=gpt_jax
+SlurmctldHost=$(hostname)(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=$folder/munge.socket
+CredType=cred/munge
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/%n
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/%n.pid
+SlurmctldLogFile=$folder/slurmctld.log
+SlurmdLogFile=$folder/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/linear
+ReturnToService=2
+MessageTimeout=60
+SlurmdTimeout=600
+KillWait=120
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmdParameters=config_overrides
+NodeName=n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17001 CPUs=1
+NodeName=n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17002 CPUs=1
+PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=120
+PartitionName=high Nodes=n1,n2 PriorityTier=10
+EOF
+mkdir "$folder/state" "$folder/n1" "$folder/n2"
+export SLURM_CONF=$folder/slurm.conf
+slurmctld
+for node in n1 n2; do slurmd -N "$node"; done
+for _ in $(seq 60); do
+    [ "$(sinfo --noheader --states=idle --format=%D --partition=low 2>/dev/null)" = 2 ] && break
+    sleep 1
+done
+[ "$(sinfo --noheader --states=idle --format=%D --partition=low)" = 2 ] || {
+    tail -n 20 "$folder"/*.log
+    leave_out "the nodes of a SLURM on this machine do not come up (logs above)"
+}
+cd "$root"
+"$PYTHON" -m pytest -p no:cacheprovider tests/slurm/check_slurm.py "$@"
