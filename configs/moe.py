@@ -1,8 +1,8 @@
 """Mixtures of experts: Mixtral 8x7B from scratch, and a small one for a laptop.
 
     gpt-jax train --config=configs/moe.py:small --workdir=runs/moe
-    gpt-jax train --config=configs/moe.py:8x7b --config.mesh.expert=8 --config.data.path='corpus/*.parquet'
-    --workdir=runs/mixtral
+    gpt-jax train --config=configs/moe.py:8x7b --config.mesh.expert=8 --config.data.path='corpus/*.parquet' \\
+        --workdir=runs/mixtral
 
     variant  layers x width  heads / kv  experts                    parameters      of a token   peak rate
     8x7b     32 x 4096       32 / 8      8 of 14,336, 2 a token     46,702,792,704  12.9 B       3e-4
@@ -19,7 +19,9 @@ without it (fsdp alone) the experts' weights do.
 
 small: nothing is dropped and no loss is added for balance: a bias on the choice keeps the experts equally busy
 (DeepSeek-V3, arXiv 2412.19437; watch moe/load_max in the log, 1 is perfect). Muon takes single matrices, so experts and
-routers go to AdamW.
+routers go to AdamW. Seen with --config.train.steps=120 (2 CPU cores, seed 0): held-out 2.065 bits a byte on 20 batches,
+moe/load_max from 2.7 at step 10 to 1.4; with a balance_rate of 0.001 2.070 bits, and 3.6: nine tenths of all tokens went
+to one expert, among others.
 """
 
 from ml_collections import ConfigDict

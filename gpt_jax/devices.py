@@ -54,18 +54,18 @@ class Chip:
 
 
 GIB = 2**30
-# By the name that --topology takes. Sources, read in 2026.
-# TPU memory: what libtpu 0.0.42 says a program may use when it refuses a larger one; v4, whose two cores JAX drives as one
-#   device, from the data sheet less what v5p keeps back.
-# TPU bandwidths: the tables of Google Cloud's pages v4, v5e, v5p, v6e and TPU7x: memory 1,200, 819, 2,765, 1,638 and 7,380
-#   GB/s a chip; ICI both ways a chip 600, 400, 1,200, 800 and 1,200 GB/s, over 6 links (3-D torus) or 4 (2-D); data centre
-#   network 50, 25, 50, 100 and 100 Gb/s a chip (v4 and v5e: "How to Scale Your Model", chapter 2). TPU7x: half of the
-#   chip's a device.
-# TPU clocks: peak of PEAKS / (2 x rows x columns x arrays of the matrix units: 8 of 128 x 128 on v4 and v5p, 4 on v5e, 4 of
-#   256 x 256 on v6e and TPU7x). An 8,192-cubed matmul was compiled for each: its cycles give 70 to 90 % of that peak.
-# GPUs: data sheets H100 SXM (80 GB, 3.35 TB/s, NVLink 900 GB/s both ways), H200 SXM (141 GB, 4.8 TB/s, 900), HGX B200 (180
-#   GB, 7.7 TB/s, 1,800) and the DGX systems' 400 Gb/s of InfiniBand a GPU. Memory: what the driver shows to XLA (its own
-#   target descriptions) times 0.9, for which XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 has to be set (JAX takes 0.75).
+# By the name that --topology takes. Sources:
+# TPU memory: what libtpu 0.0.42 says a program may use when it refuses a larger one; v4, whose two cores JAX drives as
+#   one device, from the data sheet less what v5p keeps back.
+# TPU bandwidths: the tables of Google Cloud's pages v4, v5e, v5p, v6e and TPU7x: memory 1,200, 819, 2,765, 1,638 and
+#   7,380 GB/s a chip; ICI both ways a chip 600, 400, 1,200, 800 and 1,200 GB/s, over 6 links (3-D torus) or 4 (2-D);
+#   data centre network 50, 25, 50, 100 and 100 Gb/s a chip. TPU7x: half of the chip's a device.
+# TPU clocks: peak of PEAKS / (2 x rows x columns x arrays of the matrix units: 8 of 128 x 128 on v4 and v5p, 4 on v5e,
+#   4 of 256 x 256 on v6e and TPU7x). An 8,192-cubed matmul was compiled for each: its cycles give 70 to 90 % of that.
+# GPUs: data sheets of H100 SXM (80 GB, 3.35 TB/s, NVLink 900 GB/s both ways), H200 SXM (141 GB, 4.8 TB/s, 900) and HGX
+#   B200 (180 GB, 8 TB/s of which the driver counts 7.67, 1,800), and the DGX systems' 400 Gb/s of network a GPU. Memory:
+#   what the driver shows to XLA (openxla/xla, target_config/specs) x 0.9, for which XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
+#   has to be set (JAX takes 0.75).
 CHIPS = {
     "v4": Chip("TPU v4", "tpu", int(31.7 * GIB), 1.2e12, 50e9, 3, 6.25e9, 4, 1, 1.049e9),
     "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 819e9, 50e9, 2, 3.125e9, 4, 1, 1.503e9),

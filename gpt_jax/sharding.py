@@ -196,16 +196,20 @@ def local(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
 
 
 def _by_stage(fn: Callable, mapped: Callable, in_specs: tuple, out_specs) -> Callable:
-    """`mapped` (`fn` on shards) for the vmap over a pipeline's stages. Left to itself the vmap of a shard_map (JAX 0.10)
-    gathers every argument over the stages, that is, each computes what all of them do."""
+    """`mapped` (`fn` on shards) for the vmap over a pipeline's stages, of which each device has one. Left to itself the vmap
+    of a shard_map (JAX 0.10) gathers every argument over the stages, and leaves out the axis pipeline, which what runs on
+    single devices only (Pallas kernels, ragged collectives) does not bear."""
     run, over = jax.custom_batching.custom_vmap(mapped), lambda spec: P("pipeline", *spec)
 
     @run.def_vmap
     def staged(size, batched, *args):
-        axes = tuple(0 if many else None for many in batched)
+        def one(*args):
+            own = (x[0] if many else x for x, many in zip(args, batched))
+            return jax.tree.map(lambda y: y[None], fn(*own))
+
         specs = tuple(over(spec) if many else spec for spec, many in zip(in_specs, batched))
         out = jax.tree.map(over, out_specs, is_leaf=lambda x: isinstance(x, P))
-        found = jax.shard_map(jax.vmap(fn, axes), in_specs=specs, out_specs=out, check_vma=False)(*args)
+        found = jax.shard_map(one, in_specs=specs, out_specs=out, check_vma=False)(*args)
         return found, jax.tree.map(lambda _: True, found)
 
     return run

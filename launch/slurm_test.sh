@@ -25,15 +25,18 @@ if [ "${1:-}" != --inside ]; then
     fi
     export PYTHON
     folder=$(mktemp -d /tmp/gpt_jax_slurm.XXXXXX)
-    trap 'rm -rf "$folder"' EXIT
     export GPT_JAX_SLURM=$folder
-    unshare --mount --pid --net --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --inside "$@"
+    unshare --mount --pid --net --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --inside "$@" &
+    trap 'kill -KILL %1 2>/dev/null || true; rm -rf "$folder"' EXIT # and all daemons with it
+    trap 'exit 130' INT TERM
+    wait %1
     exit
 fi
 
 shift
 folder=$GPT_JAX_SLURM
 ip link set lo up
+ip address add 127.0.0.2/8 dev lo # SLURM asks getaddrinfo for what the machine has an address for; 127.0.0.1 does not count
 { cat /etc/hosts; echo "127.0.0.1 n1 n2 $(hostname)"; } >"$folder/hosts"
 mount --bind "$folder/hosts" /etc/hosts
 
@@ -48,7 +51,7 @@ ClusterName=gpt_jax
 SlurmctldHost=$(hostname)(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge.socket
+AuthInfo=socket=$folder/munge.socket,cred_expire=15
 CredType=cred/munge
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/%n
@@ -76,12 +79,13 @@ mkdir "$folder/state" "$folder/n1" "$folder/n2"
 export SLURM_CONF=$folder/slurm.conf
 slurmctld
 for node in n1 n2; do slurmd -N "$node"; done
-for _ in $(seq 60); do
-    [ "$(sinfo --noheader --states=idle --format=%D --partition=low 2>/dev/null)" = 2 ] && break
+idle() { [ "$(timeout 10 sinfo --noheader --states=idle --format=%D --partition=low 2>/dev/null)" = 2 ]; }
+for _ in $(seq 30); do
+    idle && break
     sleep 1
 done
-[ "$(sinfo --noheader --states=idle --format=%D --partition=low)" = 2 ] || {
-    tail -n 20 "$folder"/*.log
+idle || {
+    tail -n 20 "$folder/slurmctld.log" "$folder/n1.log"
     leave_out "the nodes of a SLURM on this machine do not come up (logs above)"
 }
 cd "$root"

@@ -428,7 +428,7 @@ def test_data_truncated_during_the_run(folder, tmp_path):
         process.kill()
     *shown, line = process.err.splitlines()
     assert line.startswith("gpt-jax: ") and "train.tokens: changed during the run" in line and "start again" in line
-    assert all(row.startswith("step ") for row in shown)
+    assert all(row.startswith(("step ", "process 0 of 1 ")) for row in shown)
 
 
 def test_a_process_says_one_line(tmp_path):

@@ -215,7 +215,7 @@ def test_gpt2_names_the_way_to_tensor_parallel():
 
 
 @pytest.mark.parametrize("choices, table", [
-    (config.NORMS, layers.NORMS), (config.FFNS, layers.FFNS), (config.INITS, init.INITS),
+    (config.NORMS, layers.NORMS), (config.DENSE_FFNS, layers.FFNS), (config.INITS, init.INITS),
     (config.KERNELS, {"auto"} | set(kernels.KERNELS)), (config.REMATS, {"none"} | set(transformer.REMATS)),
     (config.MIXERS, transformer.MIXERS), (config.OBJECTIVES, loss.OBJECTIVES), (config.OPTIMIZERS, optim.OPTIMIZERS),
     (config.SCHEDULES, schedule.SCHEDULES), (config.ROWS, rows.ROWS), (config.SPLITS, split.SPLITS)])

@@ -5,12 +5,16 @@ import gzip
 import json
 import lzma
 
+import prepared
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gpt_jax.data import formats, readers, sources
+from gpt_jax import config
+from gpt_jax.commands import inspect
+from gpt_jax.data import dataset, formats, readers, sources
 from gpt_jax.data.readers import Reading
+from gpt_jax.data.tokenizer import FIM_TOKENS, byte_tokenizer, with_specials
 from gpt_jax.errors import UsageError
 
 TEXT = "first\r\nsecond\u2028third\x85 我\n\n\ttail "
@@ -144,3 +148,17 @@ def test_paths_that_cannot_be_used(tmp_path):
             sources.find(path)
     with pytest.raises(UsageError, match="config.data.eval_path = "):
         sources.find(("nowhere",), "config.data.eval_path")
+
+
+def test_fill_in_the_middle_of_a_folder_without_its_tokens_is_prepared_again(tmp_path):
+    source = prepared.write_jsonl(tmp_path / "a.jsonl", prepared.texts(9))
+    folder = prepared.prepare(tmp_path / "out", f"--input={source}")
+    for given in (dict(path=(str(folder),)), dict(sources=(("text", str(folder), 1.0),))):
+        with pytest.raises(UsageError, match=rf"prepare {folder} again with --tokenizer=bytes\+fim"):
+            dataset.load(config.Data(fim=0.5, **given), lambda line: None)
+
+
+def test_inspect_shows_special_tokens_where_they_stand():
+    tokenizer = with_specials(byte_tokenizer(), FIM_TOKENS)
+    ids = [tokenizer.specials[FIM_TOKENS[0]], *"é".encode(), tokenizer.specials[FIM_TOKENS[1]], 97, tokenizer.eot]
+    assert inspect.with_specials(tokenizer, ids) == f"{FIM_TOKENS[0]}é{FIM_TOKENS[1]}a<|endoftext|>"

@@ -59,14 +59,15 @@ def test_chain_order_and_pickle():
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("min_char:3", "filter = 'min_char:3': no such filter; there are min_chars:N max_chars:N .* module:function"),
+    ("max_chars:-5", r"--filters='max_chars:-5': expected max_chars:N \(-5 is not from 0"),
+    ("min_char:3", "--filters='min_char:3': no such filter; there are min_chars:N max_chars:N .* module:function"),
     ("nothing", "no such filter"), ("", "no such filter"),
     ("min_chars", "expected min_chars:N$"), ("min_chars:x", "expected min_chars:N .*'x'"),
     ("strip:1", "expected strip"), ("min_letters:2", "expected min_letters:PART .2 is not from 0 to 1"),
     ("normalize:X", "expected normalize:NFC"),
     ("language:english", "english unknown; known are .* en .* zh"), ("replace:[", "not a regular expression"),
     (r"replace:a:\1", "not a regular expression"),
-    ("no_such_module:f", "filter = 'no_such_module:f': ModuleNotFoundError.*PYTHONPATH.*min_chars:N"),
+    ("no_such_module:f", "--filters='no_such_module:f': ModuleNotFoundError.*PYTHONPATH.*min_chars:N"),
     ("json:no_function", "AttributeError.*no_function"),
 ])
 def test_typed_wrong(spec, message):

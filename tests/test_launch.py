@@ -33,6 +33,12 @@ def launch(house, script, *given, **env):
 def test_arguments_pass_through(house):
     ended = launch(house, "local.sh", "train", "--config.data.path=a b.txt", "--prompt=")
     assert (ended.returncode, ended.stdout) == (0, "gpt-jax|train|--config.data.path=a b.txt|--prompt=|")
+    for own in (["--processes=2"], ["--devices_per_process", "4"], ["--restarts=3"]):
+        for given in ([*own, "train", "--x=a b"], ["train", "--x=a b", *own]):
+            ended = launch(house, "local.sh", *given)
+            assert (ended.returncode, ended.stdout) == (0, f"gpt-jax|launch|local|{'|'.join(given)}|")
+    ended = launch(house, "local.sh", "launch", "slurm", "--restarts=3", "train")
+    assert ended.stdout == "gpt-jax|launch|slurm|--restarts=3|train|"
     ended = launch(house, "test.sh", "-k", "x y")
     assert (ended.returncode, ended.stdout) == (0, "python|-m|pytest|-n|2|-k|x y|")
 

@@ -5,6 +5,7 @@ import random
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gpt_jax import metrics
@@ -110,3 +111,17 @@ def test_clock_leaves_the_phase_on_an_error_and_knows_its_phases():
     assert clock.fractions()["other"] == 1
     with pytest.raises(ValueError, match="coffee"), clock.phase("coffee"):
         pass
+
+
+def test_expert_metrics_are_relative_to_an_equal_share():
+    load = np.array([[1.0, 3.0], [0.0, 0.0], [2.0, 2.0]])  # layer 1 is dense
+    means = {"load": load, "balance": 1.25, "router_z": 4.0, "dropped": 0.1}
+    assert metrics.expert_metrics(means) == {"moe/balance": 1.25, "moe/router_z": 4.0, "moe/dropped": 0.1,
+                                             "moe/load_max": 1.5, "moe/load_min": 0.5}
+    assert metrics.expert_metrics({"loss": 1.0}) == {}
+
+
+def test_divide_keeps_arrays():
+    found = metrics.divide({"load": (np.array([2.0, 6.0]), 4.0), "loss": (3.0, 2.0), "none": (np.ones(2), 0.0)})
+    np.testing.assert_array_equal(found["load"], [0.5, 1.5])
+    assert found["loss"] == 1.5 and math.isnan(found["none"])

@@ -5,18 +5,19 @@ import math
 import numpy as np
 import pytest
 
-from gpt_jax.data.mixture import Mixture, apportion, check
+from gpt_jax.data.mixture import apportion, check, make
 from gpt_jax.errors import UsageError
 
-MIX = Mixture(np.array([[7, 2, 1], [0, 5, 5], [3, 3, 4]]), np.array([0, 4, 9]), 10, 11)
+COUNTS = np.array([[7, 2, 1], [0, 5, 5], [3, 3, 4]])
+MIX = make(COUNTS, [0, 40, 90], 11)
 
 
 def test_every_block_holds_each_share_exactly_and_in_its_own_order():
     source, _ = MIX.assign(np.arange(150))
     for block in range(15):
-        stage = sum(block >= begin for begin in MIX.begins) - 1
+        stage = sum(block >= begin for begin in (0, 4, 9)) - 1
         here = source[block * 10: block * 10 + 10]
-        assert np.bincount(here, minlength=3).tolist() == MIX.counts[stage].tolist()
+        assert np.bincount(here, minlength=3).tolist() == COUNTS[stage].tolist()
     assert len({tuple(source[i: i + 10]) for i in range(0, 40, 10)}) > 1
     assert sum((source[i: i + 10] == sorted(source[i: i + 10])).all() for i in range(0, 150, 10)) < 3
 
@@ -38,9 +39,24 @@ def test_drawn_counts_any_number_of_examples():
 
 
 def test_shares_are_those_of_the_stage_an_example_is_in():
-    mix = Mixture(np.array([[6, 4], [1, 9]]), np.array([0, 3]), 10, 0)
-    assert [mix.shares(i).tolist() for i in (0, 29)] == [[0.6, 0.4]] * 2
-    assert [mix.shares(i).tolist() for i in (30, 10**12)] == [[0.1, 0.9]] * 2
+    mix = make(np.array([[6, 4], [1, 9]]), [0, 31], 0)
+    assert [mix.shares(i).tolist() for i in (0, 29, 30)] == [[0.6, 0.4]] * 3
+    assert [mix.shares(i).tolist() for i in (31, 10**12)] == [[0.1, 0.9]] * 2
+
+
+@pytest.mark.parametrize("begins", [[0, 3, 95], [0, 47, 48], [0, 10, 33], [0, 1, 2]])
+def test_a_stage_begins_at_the_very_example_asked_for_and_counts_its_blocks_from_there(begins):
+    total = begins[-1] + 40
+    source, nth = (mix := make(COUNTS, begins, 11)).assign(np.arange(total))
+    for begin, end, counts in zip(begins, [*begins[1:], total], COUNTS):
+        for at in range(begin, end, 10):
+            size = min(10, end - at)
+            found = np.bincount(source[at: at + size], minlength=3)
+            assert (np.abs(found - counts * size / 10) < (1 if size < 10 else 0.01)).all()
+    for i in range(3):  # and no row of a source is left out or given twice where blocks are cut
+        assert sorted(nth[source == i]) == list(range((source == i).sum()))
+    for examples in range(total + 1):
+        assert mix.drawn(examples).tolist() == np.bincount(source[:examples], minlength=3).tolist()
 
 
 @pytest.mark.parametrize("stages, message", [

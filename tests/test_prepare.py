@@ -463,8 +463,12 @@ BAD = {
     "name of our own folder": (["--input=work=x", "--output=out"], ["'work'", "name of a source"]),
     "dedup": (["--input=README.md", "--output=out", "--dedup=fuzzy"], ["--dedup=fuzzy", "near:SIMILARITY"]),
     "similarity": (["--input=README.md", "--output=out", "--dedup=near:7"], ["--dedup=near:7", "between 0 and 1"]),
-    "errors": (["--input=x", "--output=out", "--errors=ignore"], ["errors = 'ignore'", "strict, replace"]),
-    "filter": (["--input=README.md", "--output=out", "--filters=shorten"], ["filter = 'shorten'", "min_chars:N"]),
+    "errors": (["--input=x", "--output=out", "--errors=ignore"], ["--errors='ignore'", "strict, replace"]),
+    "encoding": (["--input=x", "--output=out", "--encodings", "klingon"], ["--encodings='klingon'", "gb18030"]),
+    "on_error": (["--input=x", "--output=out", "--on_error=bogus"], ["--on_error='bogus'", "stop, skip"]),
+    "documents": (["--input=x", "--output=out", "--documents=page"], ["--documents='page'", "file, line"]),
+    "name that cannot be": (["--input=my source=x", "--output=out"], ["'my source'", "name of a source", "letters"]),
+    "filter": (["--input=README.md", "--output=out", "--filters=shorten"], ["--filters='shorten'", "min_chars:N"]),
     "tokenizer": (["--input=README.md", "--output=out", "--tokenizer=bpe:2"], ["--tokenizer", "bpe:2"]),
     "two tasks": (["--inspect=a", "--verify=b"], ["--inspect=a", "alone"]),
     "unknown flag": (["--inputs=a"], ["--inputs", "--help"]),
@@ -544,3 +548,15 @@ def test_a_first_call_that_failed_before_any_unit_spoils_nothing(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", texts(5))
     refused(2, ("txet",), f"--input={tmp_path / 'a.jsonl'}", "--field=txet", f"--output={tmp_path / 'out'}")
     assert documents(prepare(tmp_path / "out", f"--input={tmp_path / 'a.jsonl'}"))["text"]["train"] == texts(5)
+
+
+def test_inputs_that_are_joined_and_files_that_are_no_part_are_told(tmp_path, capsys):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", texts(5, ord(name)))
+    folder = prepare(tmp_path / "out", "--input", f"wiki={tmp_path}/a.jsonl", f"wiki={tmp_path}/b.jsonl")
+    assert f"source wiki is given 2 times and joins {tmp_path}/a.jsonl, {tmp_path}/b.jsonl" in capsys.readouterr().err
+    (folder / "wiki/notes.txt").write_text("mine")
+    runs.call("prepare", f"--verify={folder}")
+    said = capsys.readouterr()
+    assert "all files are whole" in said.out
+    assert said.err.count("is no part of the corpus") == 1 and "wiki/notes.txt: is no part" in said.err

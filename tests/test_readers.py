@@ -1,9 +1,13 @@
 """Readers: every format in every cut gives the same documents, every packing, bad rows, encodings, remote and hf://."""
 
+import bz2
 import csv
+import gzip
 import hashlib
 import json
+import lzma
 import pickle
+import random
 import tracemalloc
 
 import fsspec
@@ -162,6 +166,9 @@ BAD = {  # file, its content with one bad row, a reading, the message; "good" an
     "list of others": ("list.json", b'[{"text": "good"}, 7, {"text": "fine"}]', {},
                        "list.json:2: expected a JSON object"),
     "short csv row": ("a.csv", b"id,text\n1,good\n2\n3,fine\n", {}, "a.csv:3: has 1 columns, expected more than 1"),
+    "long csv row": ("a.csv", b"id,text\n1,good,\n2,half, and half\n3,fine\n", {},
+                     "a.csv:3: has 3 columns and the first row 2, .*quotes"),
+    "long tsv row": ("a.tsv", b"id\ttext\n1\tgood\t\n2\thalf\thalf\n3\tfine\n", {}, "a.tsv:3: has 3 columns"),
     "stray quote": ("a.csv", b'id,text\n1,good\n2,"x"y\n3,fine\n', {}, "a.csv:3: not CSV at line 3"),
     "short tsv row": ("a.tsv", b"id\ttext\n1\tgood\n2\n3\tfine\n", {}, "a.tsv:3: has 1 columns"),
 }
@@ -172,8 +179,9 @@ def test_bad_row_stops_or_is_counted(tmp_path, name):
     file, content, how, message = BAD[name]
     (tmp_path / file).write_bytes(content)
     [source] = sources.find((str(tmp_path / file),))
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as stopped:
         read([readers.whole(source)], Reading(**how))
+    assert str(stopped.value).endswith("; mend it, or gpt-jax prepare --on_error=skip leaves it out and counts it")
     skip, tally = Reading(on_error="skip", **how), Tally()
     for pieces in ([readers.whole(source)], readers.cut(source, 1, skip)):
         tally = Tally()
@@ -270,7 +278,7 @@ def test_mixed_encodings(tmp_path):
     (tmp_path / "c.txt").write_text("汉字", encoding="utf-16")
     files = [readers.whole(s) for s in sources.find((str(tmp_path / "c.txt"),))]
     assert read(files, Reading(encodings=("utf-8", "utf-16"))) == ["汉字"]
-    with pytest.raises(UsageError, match="encodings = 'utf-16': its lines do not end in the byte 0A"):
+    with pytest.raises(UsageError, match="config.data.encodings = 'utf-16' .*: its lines do not end in the byte 0A"):
         read(files, Reading(encodings=("utf-8", "utf-16"), documents="line"))
 
 
@@ -425,3 +433,36 @@ def test_names_of_data_sets(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install 'gpt_jax\[hf\]'"):
         readers.cut(Source("hf://a/b", "hf://a/b"), 1, Reading())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.jsonl.bz2", "a.parquet", "a.txt.gz"])
+def test_the_rest_of_a_damaged_file_is_an_error_or_counted(tmp_path, name):
+    """And the files after it are read."""
+    rows = [f"{i} " + "".join(random.Random(i).choices("abcdefgh", k=400)) for i in range(4000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in rows).encode()
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / name)
+    else:
+        pack = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress,
+                ".zst": lambda raw: bytes(pyarrow.compress(raw, "zstd", asbytes=True))}[name[name.rindex("."):]]
+        (tmp_path / name).write_bytes(pack(lines))
+    torn = tmp_path / name
+    torn.write_bytes(torn.read_bytes()[:-torn.stat().st_size // 3])
+    (tmp_path / "b.jsonl").write_text('{"text": "after"}\n')
+    found = sources.find((str(tmp_path),))
+    with pytest.raises(UsageError, match=rf"{name}: .*; copy it again, or .*--on_error=skip"):
+        read([piece for source in found for piece in readers.cut(source, 1 << 30, Reading())], Reading())
+    skip, tally = Reading(on_error="skip"), Tally()
+    got = read([piece for source in found for piece in readers.cut(source, 1 << 30, skip)], skip, tally)
+    whole = [text for text in got[:-1] if name.startswith("a.jsonl")]
+    assert got == whole + ["after"] and whole == rows[: len(whole)] and len(whole) < 3900
+    assert tally.skipped == 1 and f"{name}: " in tally.places[0] and "the rest of the file is left out" in tally.places[0]
+    assert len(whole) > 100 or name in ("a.parquet", "a.txt.gz", "a.jsonl.bz2")
+
+
+@pytest.mark.parametrize("documents", ["file", "line"])
+def test_the_mark_of_utf8_at_the_start_of_a_file_is_no_text(tmp_path, documents):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n")
+    [source] = sources.find((str(tmp_path / "a.txt"),))
+    reading = Reading(documents=documents)
+    assert "".join(read(readers.cut(source, 1, reading), reading)).replace("\n", "") == "one\ufefftwo"

@@ -134,7 +134,7 @@ def test_a_llama_gives_the_ids_of_its_package_and_every_text_back(llama):
         assert ids.tolist() == truth.encode(text) and read.decode(ids) == text == truth.decode(ids.tolist())
     assert read.prefix == b" " and read.decode_bytes(read.encode("The")) == b" The"
     assert read.specials == {"<s>": 1, "</s>": 2} and read.eot == 2 and not read.lossless
-    assert read.decode([1, 2]) == "" and read.token_bytes[:3].tolist() == [len(" ⁇ ".encode()), 0, 0]
+    assert read.decode([1, 2]) == "" and read.token_bytes[:3].tolist() == [0, 0, 0] and read.unknown == 0
     assert list(read.parts(ENGLISH)) == [ENGLISH]  # a part would get a space in front
     with pytest.raises(UsageError, match="character 1 is a lone surrogate"):
         read.encode("a\ud800")
@@ -241,3 +241,18 @@ def test_ranks_whose_pattern_is_not_known_are_refused(tmp_path, monkeypatch):
     path.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
     with pytest.raises(UsageError, match="o.tiktoken: these are the ranks of o200k_base.*its ids would be wrong"):
         tokenizer_files.read_tiktoken(path)
+
+
+def test_half_of_a_pair_means_the_pair_and_a_packed_file_is_refused(trained, tmp_path):
+    spec = json.loads(trained["gpt2"].content)["model"]
+    (tmp_path / "encoder.json").write_text(json.dumps(spec["vocab"]))
+    with pytest.raises(UsageError, match="is read together with vocab.bpe, which is not beside it"):
+        tk.read_tokenizer(str(tmp_path / "encoder.json"))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["merges"]]
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    found = {tk.read_tokenizer(str(path)).fingerprint for path in (tmp_path, tmp_path / "encoder.json",
+                                                                   tmp_path / "vocab.bpe")}
+    assert len(found) == 1
+    (tmp_path / "a.tiktoken.xz").write_bytes(b"packed")
+    with pytest.raises(UsageError, match="a.tiktoken.xz: is compressed; decompress it first"):
+        tk.read_tokenizer(str(tmp_path / "a.tiktoken.xz"))

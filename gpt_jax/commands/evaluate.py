@@ -74,7 +74,9 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
             raise UsageError(f"{config.data.where}: this text has changed since the run, and "
                              "what it holds out now may have been trained on; give held-out text with --text")
         if not data.heldout:
-            raise UsageError("the run held no text out (config.data.eval_fraction = 0); give some with --text")
+            why = ("config.data.eval_fraction = 0" if not config.data.eval_fraction else
+                   "its folder was made by gpt-jax prepare without --eval_fraction")
+            raise UsageError(f"the run held no text out ({why}); give some with --text")
         sources = data.heldout if len(data.parts) > 1 else {"held-out": data.parts[0].eval}
     shards = sharding.row_parts(mesh)
     batch_size = -(-(args.batch_size or config.eval.batch_size) // shards) * shards

@@ -69,7 +69,14 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int):
         yield {"row": number % size, "example": number, "source": data.parts[source].name, "documents": documents,
                "predicted": int(batch["weight"].sum()), "ids": buffer.ids[0][buffer.inside[0]].tolist(),
                "changed": bool(config.data.fim or config.data.shuffle_documents),
-               "text": data.tokenizer.decode(buffer.ids[0][buffer.inside[0]])}
+               "text": with_specials(data.tokenizer, buffer.ids[0][buffer.inside[0]])}
+
+
+def with_specials(tokenizer, ids) -> str:
+    """The text of `ids` with the names of special tokens where they stand, which decoding leaves out."""
+    names = {i: name.encode() for name, i in tokenizer.specials.items()}
+    raw = b"".join(names.get(i) or tokenizer.decode_bytes([i]) for i in map(int, ids))
+    return raw.removeprefix(tokenizer.prefix).decode("utf-8", "replace")
 
 
 def check_text(workdir: Path, data) -> None:

@@ -32,8 +32,8 @@ def split(flags: Flags, arguments: list[str]) -> tuple[argparse.Namespace, list[
     args, rest = flags.parse_known_args(arguments)
     rest = rest[1:] if rest[:1] == ["--"] else rest
     if not rest or rest[0] not in COMMANDS:
-        raise UsageError(f"{flags.prog}: {f'{rest[0]!r} is no flag of it and' if rest else ''} what is to run is missing: expected "
-                         f"one of {', '.join(COMMANDS)} and its flags")
+        what = f"{rest[0]!r} is no flag of it, and " if rest else ""
+        raise UsageError(f"{flags.prog}: {what}what is to run is missing: expected one of {', '.join(COMMANDS)} and its flags")
     return args, rest
 
 

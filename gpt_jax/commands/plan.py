@@ -21,18 +21,22 @@ COMPILERS = {"tpu": (("libtpu",), "plan"), "gpu": (("jax_plugins.xla_cuda13", "n
 
 def main(arguments: list[str]) -> None:
     """Raises UsageError (after the report) for what does not fit or cannot run, and for what was typed wrong."""
-    flags = Flags(prog="gpt-jax plan", description="Preflight: memory, collectives, step time and MFU of a config on a machine that "
-                  "need not exist. Exit code 0: it fits; 2: it does not, or cannot run as it is.")
+    flags = Flags(prog="gpt-jax plan", description="Preflight: memory, collectives, step time and MFU of a config on a "
+                  "machine that need not exist. Exit code 0: it fits; 2: it does not, or cannot run as it is.")
     flags.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant")
-    flags.add_argument("--topology", required=True, metavar="NAME:SHAPE", help="the machine, as in v5p:4x4x4 or h100:64")
-    flags.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that shape, over the data centre network (TPU)")
+    flags.add_argument("--topology", required=True, metavar="NAME:SHAPE",
+                       help="the machine, as in v5p:4x4x4 or h100:64")
+    flags.add_argument("--slices", type=int, default=1, metavar="N",
+                       help="slices of that shape, over the data centre network (TPU)")
     flags.add_argument("--compile", type=int, nargs="?", const=1, default=0, metavar="K",
                        help="compile the train step for it, too; with --search the best K (minutes each)")
     flags.add_argument("--search", type=int, nargs="?", const=10, default=0, metavar="N",
                        help="try meshes, remat policies and microbatches, and show the best N")
     flags.add_argument("--data_tokens", type=float, default=0, help="tokens of the data, to count epochs")
-    flags.add_argument("--write_bandwidth", type=float, default=1e9, metavar="B", help="bytes a second that a host writes to storage")
-    flags.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a compiler option, on top of plan/options.py")
+    flags.add_argument("--write_bandwidth", type=float, default=1e9, metavar="B",
+                       help="bytes a second that a host writes to storage")
+    flags.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                       help="a compiler option, on top of gpt_jax/plan/options.py")
     flags.add_argument("--keep_hlo", metavar="FILE", help="where the compiled program's text goes")
     flags.add_argument("--json", action="store_true", help="print JSON")
     flags.add_argument("--inside", help="where a process of this command's own puts what it compiled")
@@ -67,12 +71,14 @@ def plan(args, rest: list[str], config, topology, say) -> None:
         if not found:
             least = report.stored_bytes(job) / topology.devices
             raise UsageError(
-                f"--search: nothing fits {topology}, whose devices have {report.size(topology.chip.memory)}: the state cut over all "
-                f"of them is {report.size(least)} each; take more devices, or a smaller config.train.batch_size")
+                f"--search: nothing fits {topology}, whose devices have {report.size(topology.chip.memory)}: the state "
+                f"cut over all of them is {report.size(least)} each; take more devices, or a smaller "
+                "config.train.batch_size")
         shown = found[:args.search]
         lines += [f"{len(found)} combinations fit; the best by arithmetic", *report.ranked(topology, shown)]
         out["search"] = report.ranked_data(job.config, shown)
-    results = examine_best(args, rest, job, found, topology) if found else [examine(args, rest, job, job.config, topology)]
+    results = examine_best(args, rest, job, found, topology) if found else \
+        [examine(args, rest, job, job.config, topology)]
     if args.search and args.compile:
         lines += [f"compiled {place}: {mesh_summary(result)}" for place, result in enumerate(results, 1)]
     best = min(results, key=lambda result: (not result["fits"], result["step"]))
@@ -121,7 +127,8 @@ def mesh_summary(result: dict) -> str:
     from gpt_jax.plan.report import mesh_text, seconds
 
     done = result["compiled"]
-    said = done["refusal"] or f"{seconds(result['step'])} a step, peak {done['peak'] / 2**30:.1f} GiB, {done['seconds']:.0f} s"
+    made = f"{seconds(result['step'])} a step, peak {done['peak'] / 2**30:.1f} GiB, {done['seconds']:.0f} s"
+    said = done["refusal"] or made
     return f"{mesh_text(result['estimate'].shape)}, remat {result['config'].model.remat}: {said}"
 
 
@@ -148,7 +155,8 @@ def examine(args, rest: list[str], job, config, topology) -> dict:
 
     job = job._replace(config=config)
     seen = estimate(job, topology)
-    result = {"config": config, "estimate": seen, "compiled": None, "schedule": None, "step": seen.step, "fits": seen.fits}
+    result = {"config": config, "estimate": seen, "compiled": None, "schedule": None, "step": seen.step,
+              "fits": seen.fits}
     if not args.compile or seen.problems:
         return result
     from gpt_jax.plan.schedule import schedule_of
@@ -168,9 +176,10 @@ def need_compiler(topology) -> None:
     modules, extra = COMPILERS[topology.chip.platform]
     missing = [name for name in modules if not _there(name)]
     if missing:
-        raise UsageError(f"--compile: {topology.name} needs {missing[0]}, which is not installed: pip install 'gpt_jax[{extra}]'")
+        raise UsageError(f"--compile: {topology.name} needs {missing[0]}, which is not installed: "
+                         f"pip install 'gpt_jax[{extra}]'")
     if topology.name == "v4":
-        raise UsageError("--compile: libtpu describes v4 by cores, and runs use whole chips; the arithmetic works without --compile")
+        raise UsageError("--compile: libtpu describes v4 by cores, and runs use whole chips; leave --compile out")
 
 
 def _there(module: str) -> bool:
@@ -185,7 +194,8 @@ def compile_outside(args, rest: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "compiled.json"
         command = [sys.executable, "-m", "gpt_jax", "plan", f"--config={args.config}", f"--topology={args.topology}",
-                   f"--slices={args.slices}", "--compile", f"--inside={answer}", *(f"--option={option}" for option in args.option),
+                   f"--slices={args.slices}", "--compile", f"--inside={answer}",
+                   *(f"--option={option}" for option in args.option),
                    *([f"--keep_hlo={args.keep_hlo}"] if args.keep_hlo else []), *rest]
         done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace")
         if answer.exists():
@@ -194,7 +204,8 @@ def compile_outside(args, rest: list[str]) -> dict:
     if done.returncode == UsageError.code:
         raise UsageError(said[-1].removeprefix("gpt-jax: "))
     tail = " | ".join(said[-3:])
-    return {"seconds": 0, "peak": 0, "refusal": f"the compiler's process ended with code {done.returncode}: {tail[-500:]}"}
+    return {"seconds": 0, "peak": 0,
+            "refusal": f"the compiler's process ended with code {done.returncode}: {tail[-500:]}"}
 
 
 def compile_here(config, topology, args) -> dict:

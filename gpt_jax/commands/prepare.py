@@ -17,6 +17,7 @@ from gpt_jax.errors import DataError, Stopped, UsageError
 SECONDS = 10.0  # between two lines of progress where there is no terminal
 BAR_SECONDS = 0.2  # and on one
 NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+MISNAMED = re.compile(r"([^/=?*]*)=")  # an attempt at one
 SOURCE = "text"  # the source of input without a name
 
 
@@ -105,7 +106,10 @@ def run(args) -> None:
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             raise UsageError(f"--{name}={getattr(args, name)}: expected {low} to {high}")
-    reading = Reading(args.field, args.errors, tuple(args.encodings), args.on_error, args.documents)
+    try:
+        reading = Reading(args.field, args.errors, tuple(args.encodings), args.on_error, args.documents)
+    except UsageError as error:
+        raise UsageError(f"--{str(error).replace(' = ', '=', 1)}") from None
     given = {spec.name: getattr(args, spec.name) for spec in fields(Settings) if spec.name != "reading"}
     settings = Settings(**given | {"reading": reading, "filters": tuple(args.filters)})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -115,6 +119,9 @@ def run(args) -> None:
         if path.is_dir() and path.resolve() in folder.resolve().parents:
             raise UsageError(f"--output={args.output}: lies inside --input={path}, which would then read its own "
                              "output; name a folder elsewhere")
+    for name, paths in inputs.items():
+        if paths[1:] and any(text.startswith(f"{name}=") for text in args.input):
+            display.say(f"source {name} is given {len(paths)} times and joins {', '.join(paths)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is like Ctrl-C
     try:
         prepare(inputs, folder, settings, engine, display.say, display.show)
@@ -135,6 +142,9 @@ def named(given: list[str]) -> dict[str, tuple[str, ...]]:
         if name.startswith(".") or name in ("work", "all") or name.endswith(".json"):
             raise UsageError(f"--input={text}: {name!r} cannot be the name of a source (the output has files of such "
                              "names, and all is the sum of sources)")
+        if not match and (typed := MISNAMED.match(text)) and not os.path.exists(text) and not glob.glob(text):
+            raise UsageError(f"--input={text}: {typed[1]!r} cannot be the name of a source; use letters, digits and "
+                             ". _ -")
         found.setdefault(name, []).append(path)
     return {name: tuple(paths) for name, paths in found.items()}
 

@@ -64,7 +64,8 @@ def _source(job: Job, name: str, mine: Sequence[Unit], made: Sequence[dict], fil
         index = {".offsets": _offsets(job, side, whole), ".docs": _docs(job, side, mine, made, content)}
         for suffix, chunks in index.items():
             files[f"{name}/{side}{suffix}"] = _join(job.folder / name / f"{side}{suffix}", chunks)
-        found[side] = {key: sum(part[key] for part in parts) for key in ("documents", "tokens", "bytes")} | {
+        counts = ("documents", "tokens", "bytes", "lost")  # the last is new: a unit of an older version has none
+        found[side] = {key: sum(part.get(key, 0) for part in parts) for key in counts} | {
             "shards": [[Path(units.unit_file(unit, side, ".tokens")).name, part["tokens"]] for unit, part, _ in whole]}
     return found
 

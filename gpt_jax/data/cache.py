@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Callable
 
 from gpt_jax import config
-from gpt_jax.data import sources, split, store
+from gpt_jax.data import shards, sources, split, store
 from gpt_jax.data.shards import Tokens, digest
 from gpt_jax.data.tokenizer import Tokenizer, bpe_vocab, known_tokenizer, made_tokenizer
 from gpt_jax.errors import DataError, UsageError
@@ -71,7 +71,8 @@ def count(tokens: Tokens | None) -> str:
     """How much there is, for people."""
     if tokens is None:
         return "nothing"
-    return f"{tokens.size:,} tokens in {tokens.documents:,} document{'s' * (tokens.documents > 1)}"
+    gone = f" ({said})" if (said := shards.lost(tokens)) else ""
+    return f"{tokens.size:,} tokens in {tokens.documents:,} document{'s' * (tokens.documents > 1)}{gone}"
 
 
 def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None,

@@ -130,12 +130,16 @@ def _open_side(folder: Path, side: str, counts: dict, dtype: np.dtype, origins: 
         offsets, docs = shards.open_index(folder / side, counts["documents"], sum(file.size for file in files))
     except ValueError as error:
         raise DataError(f"{folder}/{error}; {_remedy(folder.parent)}") from None
-    return Tokens(side, files, offsets, docs, counts["bytes"], origins)
+    return Tokens(side, files, offsets, docs, counts["bytes"], origins, counts.get("lost", 0))
 
 
 def verify(folder: Path, say: Callable[[str], None]) -> list[str]:
     """Reads every file and compares its hash; the names of the damaged ones, each said with what is wrong."""
     files = read_manifest(folder)["files"]
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    for name in there:
+        if name not in files and name not in (MANIFEST, "inputs.json"):
+            say(f"{folder / name}: is no part of the corpus; it is neither read nor checked")
 
     def look(name: str) -> str | None:
         size, sha256 = files[name]
@@ -179,6 +183,11 @@ def _summary(folder: Path, corpus: Corpus) -> Iterator[str]:
            f"{corpus.manifest['dtype']}, content {corpus.content}")
     yield from _table(corpus)
     yield from left_out(corpus.manifest["counts"])
+    for name, sides in corpus.sources.items():
+        for side, tokens in sides.items():
+            if tokens is not None and tokens.lost:
+                yield (f"{name}/{side}: {shards.lost(tokens)}; a tokenizer with byte fallback, or one that is trained "
+                       "on such text, keeps it")
 
 
 def _table(corpus: Corpus) -> Iterator[str]:

@@ -65,6 +65,8 @@ def _open(field: str, path: str, folder: Path, data: config.Data, wanted: Tokeni
                          "which has decided what is held out (--eval_fraction); leave it empty")
     opened = corpus.open_corpus(folder)
     _require(f"{field} = {path}", opened.tokenizer, wanted, "the tokenizer of this run")
+    check_fim(data, opened.tokenizer.name, opened.tokenizer.specials,
+              f"prepare {path} again with --tokenizer={opened.tokenizer.name}+fim, or set config.data.fim=0")
     if wanted is None and data.tokenizer:
         _check_spec(field, path, opened.tokenizer, data.tokenizer)
     return opened
@@ -84,6 +86,8 @@ def heldout_of(path: str, data: config.Data, tokenizer: Tokenizer, report: Calla
     """What `gpt-jax evaluate --text` measures on, by the name of its row: all of a text, or what a folder made by
     `gpt-jax prepare` holds out, each of its sources. UsageError, naming --text, for one of no use."""
     folder = _folder(path, data, report)
+    if folder is None and adopt.is_foreign(path):
+        return {path: adopt.heldout(path, tokenizer, report)}
     if folder is None:
         return {path: cache.load_text((path,), tokenizer, data, report=report)}
     opened = corpus.open_corpus(folder)
@@ -107,11 +111,14 @@ def _check_spec(field: str, path: str, found: Tokenizer, spec: str) -> None:
                          "again")
 
 
-def check_fim(data: config.Data, name: str, specials: Collection[str]) -> None:
-    """UsageError for config.data.fim with a tokenizer, called `name`, whose special tokens are not enough."""
+ADD_FIM = "give config.data.tokenizer the ending +fim, as in bpe:4096+fim"
+
+
+def check_fim(data: config.Data, name: str, specials: Collection[str], way: str = ADD_FIM) -> None:
+    """UsageError for config.data.fim with a tokenizer, called `name`, whose special tokens are not enough; `way`: what
+    can be done."""
     if data.fim and (missing := [token for token in FIM_TOKENS if token not in specials]):
-        raise UsageError(f"config.data.fim = {data.fim}: the tokenizer {name} has no {missing[0]}; give "
-                         "config.data.tokenizer the ending +fim, as in bpe:4096+fim")
+        raise UsageError(f"config.data.fim = {data.fim}: the tokenizer {name} has no {missing[0]}; {way}")
 
 
 def load(data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None) -> Dataset:
@@ -129,11 +136,8 @@ def load(data: config.Data, report: Callable[[str], None] = print, tokenizer: To
     if data.weights != "tokens":
         raise UsageError(f"config.data.weights = {data.weights!r}: is for config.data.sources, which is empty")
     folders = {path: folder for path in data.path if (folder := _folder(path, data, report))}
-    if tokens := [path for path in data.path if adopt.is_foreign(path)]:
-        if len(data.path) > 1:
-            raise UsageError(f"config.data.path = {', '.join(data.path)}: {tokens[0]} is a token file and cannot be "
-                             "joined with other paths; name them in config.data.sources")
-        return of_text(adopt.adopt(tokens[0], data, tokenizer, report))
+    if any(path not in folders and adopt.is_foreign(path) for path in data.path):
+        return of_text(adopt.adopt(data.path, data, tokenizer, report))
     if not folders:
         return of_text(cache.prepare(data, report, tokenizer))
     path, folder = next(iter(folders.items()))
@@ -181,7 +185,8 @@ def _mixture(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
         else:
             one = replace(data, path=(path,), sources=())
             say = lambda line, name=name: report(f"{name}: {line}")
-            found = of_text(adopt.adopt(path, one, wanted, say) if adopt.is_foreign(path) else
+            found = of_text(adopt.adopt((path,), one, wanted, say, f"config.data.sources[{i}]")
+                            if adopt.is_foreign(path) else
                             cache.prepare(one, say, wanted, f"config.data.sources[{i}]"))
             part, content = found.parts[0], found.content
         parts.append(part._replace(name=name, weight=weight))

@@ -8,6 +8,7 @@ from gpt_jax.data.sources import Source
 from gpt_jax.errors import UsageError
 
 CHOICES = {"errors": ("strict", "replace"), "on_error": ("stop", "skip"), "documents": ("file", "line")}
+SKIP = "gpt-jax prepare --on_error=skip leaves it out and counts it"
 REPLACE = "--config.data.errors=replace (--errors=replace of prepare)"
 
 
@@ -50,6 +51,10 @@ class Piece(NamedTuple):
 
 class Unreadable(ValueError):
     """Why a row cannot be read."""
+
+
+class Damaged(UsageError):
+    """The rest of a file cannot be read."""
 
 
 class Decoded(NamedTuple):

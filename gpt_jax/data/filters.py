@@ -48,10 +48,13 @@ def _repeated(text: str) -> float:
     return 1 - sum(map(len, set(lines))) / max(sum(map(len, lines)), 1)
 
 
-def _part(number: str) -> float:
-    if not 0 <= float(number) <= 1:
-        raise ValueError(f"{number} is not from 0 to 1")
-    return float(number)
+def _limit(text: str, kind=int, most: float = 2**63):
+    if not 0 <= kind(text) <= most:
+        raise ValueError(f"{text} is not from 0 to {most}")
+    return kind(text)
+
+
+_part = functools.partial(_limit, kind=float, most=1)
 
 
 def _bound(measure: Callable[[str], float], holds: Callable[[float, float], bool], number: Callable[[str], float]):
@@ -70,7 +73,7 @@ def _identifier():
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
-        raise UsageError("filter = language: needs the package py3langid; pip install 'gpt_jax[filters]'") from None
+        raise UsageError("--filters=language: needs the package py3langid; pip install 'gpt_jax[filters]'") from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
@@ -109,10 +112,10 @@ def _plain(function: Apply) -> Callable[[], Apply]:
 
 
 FILTERS = {
-    "min_chars": Filter("min_chars:N", _bound(len, operator.ge, int)),
-    "max_chars": Filter("max_chars:N", _bound(len, operator.le, int)),
-    "min_bytes": Filter("min_bytes:N", _bound(_utf8_bytes, operator.ge, int)),
-    "max_bytes": Filter("max_bytes:N", _bound(_utf8_bytes, operator.le, int)),
+    "min_chars": Filter("min_chars:N", _bound(len, operator.ge, _limit)),
+    "max_chars": Filter("max_chars:N", _bound(len, operator.le, _limit)),
+    "min_bytes": Filter("min_bytes:N", _bound(_utf8_bytes, operator.ge, _limit)),
+    "max_bytes": Filter("max_bytes:N", _bound(_utf8_bytes, operator.le, _limit)),
     "min_letters": Filter("min_letters:PART", _bound(_letters, operator.ge, _part)),
     "max_repeated": Filter("max_repeated:PART", _bound(_repeated, operator.le, _part)),
     "language": Filter("language:zh,en[:PROBABILITY]", _language),
@@ -133,12 +136,12 @@ def _import(spec: str) -> Callable:
     """The function of `module:function`."""
     module, _, name = spec.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise UsageError(f"filter = {spec!r}: no such filter; there are {KNOWN}")
+        raise UsageError(f"--filters={spec!r}: no such filter; there are {KNOWN}")
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a module does when it is imported
-        raise UsageError(f"filter = {spec!r}: {type(error).__name__}: {error}; a module must be importable (PYTHONPATH)"
-                         f"; filters are {KNOWN}") from None
+        raise UsageError(f"--filters={spec!r}: {type(error).__name__}: {error}; a module must be importable "
+                         f"(PYTHONPATH); filters are {KNOWN}") from None
 
 
 def code(specs: Iterable[str]) -> dict[str, str]:
@@ -169,9 +172,9 @@ def _own(spec: str) -> Apply:
         try:
             made = function(text)
         except Exception as error:
-            raise UsageError(f"filter = {spec!r}: raised {type(error).__name__}: {error}") from error
+            raise UsageError(f"--filters={spec!r}: raised {type(error).__name__}: {error}") from error
         if not isinstance(made, str | None):
-            raise UsageError(f"filter = {spec!r}: gave {type(made).__name__}, expected text or None")
+            raise UsageError(f"--filters={spec!r}: gave {type(made).__name__}, expected text or None")
         return made
 
     return apply
@@ -185,7 +188,7 @@ def _make(spec: str) -> Apply:
         return FILTERS[name].make(*arguments)
     except (ValueError, TypeError) as error:
         reason = "" if isinstance(error, TypeError) else f" ({error})"
-        raise UsageError(f"filter = {spec!r}: expected {FILTERS[name].usage}{reason}") from None
+        raise UsageError(f"--filters={spec!r}: expected {FILTERS[name].usage}{reason}") from None
 
 
 class Chain:

@@ -40,12 +40,13 @@ def _map(path: Path, dtype, count: int, offset: int = 0) -> np.ndarray:
     return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r", offset, (count,)).view(np.ndarray)
 
 
-def _split(tokens: np.ndarray, eot: int | None) -> np.ndarray:
-    """Offsets of the documents that `eot` ends, or begins where it is the very first id (llm.c puts it in front)."""
+def split(tokens: np.ndarray, eot: int | None, begins: bool | None = None) -> np.ndarray:
+    """Offsets of the documents that `eot` ends or `begins`; None: it begins them where it is the very first id (llm.c
+    puts it in front)."""
     if eot is None:
         return np.array([0, len(tokens)], np.int64)
     at = np.concatenate([np.flatnonzero(tokens[i:i + AT_ONCE] == eot) + i for i in range(0, len(tokens), AT_ONCE)])
-    inner = at if tokens[0] == eot else at + 1
+    inner = at if (tokens[0] == eot if begins is None else begins) else at + 1
     return np.unique(np.concatenate([[0], inner, [len(tokens)]])).astype(np.int64)
 
 
@@ -55,7 +56,7 @@ def _nanogpt(path: Path, eot: int | None) -> Foreign:
         raise UsageError(f"{path}: has {size} bytes, an odd number, so it is neither nanoGPT's uint16 nor whole; known "
                          "are its .bin, those of llm.c and modded-nanogpt, Megatron's .bin and .idx, and .npy")
     tokens = _map(path, np.uint16, size // 2)
-    return Foreign(tokens, _split(tokens, eot), "nanogpt")
+    return Foreign(tokens, split(tokens, eot), "nanogpt")
 
 
 def _llmc(path: Path, eot: int | None) -> Foreign:
@@ -70,7 +71,7 @@ def _llmc(path: Path, eot: int | None) -> Foreign:
     if count < 0 or size != expected:
         raise UsageError(f"{path}: has {size} bytes, its header of {count:,} tokens says {expected}; copy it again")
     tokens = _map(path, dtype, count, 4 * HEADER_INTS)
-    return Foreign(tokens, _split(tokens, eot), "llm.c")
+    return Foreign(tokens, split(tokens, eot), "llm.c")
 
 
 def _megatron(path: Path, eot: int | None) -> Foreign:
@@ -110,7 +111,7 @@ def _npy(path: Path, eot: int | None) -> Foreign:
     if not len(tokens):
         raise UsageError(f"{path}: holds no tokens")
     tokens = tokens.view(np.uint32) if tokens.dtype.str == "<i4" else tokens
-    return Foreign(tokens, _split(tokens, eot), "npy")
+    return Foreign(tokens, split(tokens, eot), "npy")
 
 
 KINDS = {"nanogpt": _nanogpt, "llm.c": _llmc, "megatron": _megatron, "npy": _npy}

@@ -15,8 +15,8 @@ import tempfile
 from typing import BinaryIO, Callable, Iterator, NamedTuple
 
 from gpt_jax.data import hub, remote
-from gpt_jax.data.decoding import (Decoded, Piece, Raw, Reading, Unreadable, decode, field_text, json_text, line_text,
-                                   parse_json, plain_text)
+from gpt_jax.data.decoding import (Damaged, Decoded, Piece, Raw, Reading, Unreadable, decode, field_text, json_text,
+                                   line_text, parse_json, plain_text)
 from gpt_jax.data.sources import HUB, Source, suffixes
 from gpt_jax.errors import UsageError
 
@@ -67,8 +67,8 @@ def _whole_file(piece: Piece, reading: Reading) -> Iterator[Raw]:
 def _lines(piece: Piece, reading: Reading) -> Iterator[Raw]:
     for name in reading.encodings:
         if b"\n".decode(name, "replace") != "\n":
-            raise UsageError(f"{piece.source.path}: encodings = {name!r}: its lines do not end in the byte 0A; convert "
-                             "the file to UTF-8")
+            raise UsageError(f"{piece.source.path}: config.data.encodings = {name!r} (--encodings of prepare): its lines "
+                             "do not end in the byte 0A; convert the file to UTF-8")
     with opened(piece.source) as file:
         if piece.start:
             file.seek(piece.start)
@@ -133,9 +133,14 @@ def _column(header: list[bytes], piece: Piece, reading: Reading) -> tuple[int, b
                      f"(or a number below {len(names)}, if the first row is no header)")
 
 
-def _cell(cells: list[bytes], column: int) -> bytes | Unreadable:
+def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
+    """Of a row of a table whose first row has `width` columns. More of them, if not empty, are what is left of a text
+    that was cut at a separator."""
     if cells and column >= len(cells):
         return Unreadable(f"has {len(cells)} columns, expected more than {column}")
+    if any(cells[width:]):
+        return Unreadable(f"has {len(cells)} columns and the first row {width}, so a text may be cut in two; put it in "
+                          "quotes (.csv) or mend the row")
     return cells[column] if cells else b""
 
 
@@ -150,10 +155,11 @@ def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
         first = file.readline().removeprefix(b"\xef\xbb\xbf")
     if not first:
         return
+    width = len(cells(first))
     column, header = _column(cells(first), piece, reading)
     for number, raw in enumerate(_lines(piece, reading)):
         line = raw.value if number or piece.start else first
-        value = None if header and not number and not piece.start else _cell(cells(line), column)
+        value = None if header and not number and not piece.start else _cell(cells(line), column, width)
         yield Raw(value)
 
 
@@ -169,8 +175,8 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
             try:
                 cells = [cell.encode("latin-1") for cell in next(table)]
                 if column is None:
-                    column, header = _column(cells, piece, reading)
-                yield Raw(None if header else _cell(cells, column))
+                    (column, header), width = _column(cells, piece, reading), len(cells)
+                yield Raw(None if header else _cell(cells, column, width))
                 header = False
             except csv.Error as error:
                 if column is None:
@@ -210,7 +216,7 @@ def _arrow_errors(piece: Piece, kind: str) -> Iterator[None]:
     try:
         yield
     except pyarrow.ArrowException as error:
-        raise UsageError(f"{piece.source.path}: not a readable {kind} file: {error}") from None
+        raise Damaged(f"{piece.source.path}: not a readable {kind} file: {error}") from None
 
 
 def _parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:

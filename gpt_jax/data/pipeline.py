@@ -160,12 +160,11 @@ def make_mixture(parts: Sequence[Part], rows: Sequence[Window], knobs: config.Da
     counts, begins = [], []
     for i, (token, weights) in enumerate(stages):
         counts.append(mixture.apportion(_row_shares(weights, parts, rows, knobs), knobs.block, names))
-        begins.append(-(-token // (seq_len * knobs.block)))
+        begins.append(-(-token // seq_len))  # the first row that begins there
         if i and begins[i] <= begins[i - 1]:
-            raise UsageError(f"config.data.stages[{i - 1}] begins at token {token:,}, within a block "
-                             f"({seq_len * knobs.block:,} tokens) of the stage before; let stages be further apart, or "
-                             "lower config.data.block")
-    return mixture.Mixture(np.array(counts), np.array(begins), knobs.block, seed)
+            raise UsageError(f"config.data.stages[{i - 1}] begins at token {token:,}, within the first row "
+                             f"({seq_len:,} tokens) of the stage before; let stages be further apart")
+    return mixture.make(np.array(counts), begins, seed)
 
 
 def _source_seed(seed: int, name: str, only: bool) -> int:
@@ -188,7 +187,7 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
 
 def check_sizes(examples: Examples, batch_size: int) -> None:
     """UsageError for text that makes less than a batch."""
-    most = examples.mix.counts.max(axis=0) / examples.mix.block if examples.mix else np.ones(1)
+    most = examples.mix.weights.max(axis=0) if examples.mix else np.ones(1)
     for name, rows, share in zip(examples.names, examples.rows, most):
         needed = max(1, int(batch_size * share))
         if rows.count < needed:
@@ -199,8 +198,9 @@ def check_sizes(examples: Examples, batch_size: int) -> None:
 
 
 def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
-    """A line a source: rows, how full they are, what is lost, how many epochs `steps` batches make."""
-    lines = []
+    """A line a source: rows, how full they are, what is lost, how many epochs `steps` batches make; and a line for each
+    stage that so few steps never reach."""
+    lines, tokens = [], batch_size * steps * (examples.rows[0].length - 1)
     for name, rows, drawn in zip(examples.names, examples.rows, examples.drawn(batch_size * steps)):
         line = f"{examples.knobs.rows} rows: {rows.count:,} of {rows.length - 1:,} tokens an epoch"
         if rows.filled < 1:
@@ -211,7 +211,9 @@ def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
             part = drawn / max(1, batch_size * steps)
             line = f"source {name}: {drawn / rows.count:.2f} epochs, {part:.2%} of the rows; {line}"
         lines.append(line)
-    return lines
+    return lines + [f"config.data.stages[{i}] begins at token {token:,}, and the run ends before it, at token "
+                    f"{tokens:,}: it is never reached" for i, (token, _) in enumerate(examples.knobs.stages)
+                    if steps and token > tokens - examples.rows[0].length + 1]
 
 
 def make_stream(data: Dataset, knobs: config.Data, seq_len: int, batch_size: int, seed: int, rows: slice,

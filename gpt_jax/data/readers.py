@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Iterable, Iterator, NamedTuple, Sequence
 
 from gpt_jax.data import hub
-from gpt_jax.data.decoding import Decoded, Piece, Reading, Unreadable, decode
-from gpt_jax.data.formats import format_of, opened
+from gpt_jax.data.decoding import SKIP, Damaged, Decoded, Piece, Reading, Unreadable, decode
+from gpt_jax.data.formats import TEXTS, format_of, opened
 from gpt_jax.data.sources import Source, suffixes
 from gpt_jax.errors import UsageError
 
@@ -79,10 +79,10 @@ def _damage(source: Source) -> Iterator[None]:
     except ImportError as error:
         raise UsageError(f"{source.path}: reading it needs a package; pip install {error.name}") from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UsageError(f"{source.path}: a damaged or incomplete {packing} file: {error}") from None
+        raise Damaged(f"{source.path}: a damaged or incomplete {packing} file: {error}") from None
     except OSError as error:
         if error.errno is None:  # the word of gzip and pyarrow for damage, not the system's
-            raise UsageError(f"{source.path}: a damaged or incomplete {packing} file: {error}") from None
+            raise Damaged(f"{source.path}: a damaged or incomplete {packing} file: {error}") from None
         raise UsageError(f"{source.path}: cannot be read: {error.strerror}") from None
 
 
@@ -120,7 +120,7 @@ def _group_borders(source: Source, size: int) -> list[int]:
         with opened(source) as raw, pyarrow.parquet.ParquetFile(raw) as file:
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     except pyarrow.ArrowException as error:
-        raise UsageError(f"{source.path}: not a readable parquet file: {error}") from None
+        raise Damaged(f"{source.path}: not a readable parquet file: {error}") from None
     return _joined(sizes, size)
 
 
@@ -147,8 +147,8 @@ CUTS = {"lines": _line_borders, "groups": _group_borders, "shards": _shard_borde
 def cut(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:
     """Pieces of about `size` bytes, at least one, whose documents one after the other are those of the whole: lines by
     bytes, .parquet by row groups, hf:// by the data set's own shards; packed files and all other formats whole."""
-    with _damage(source):
-        packing = suffixes(source.path)[1]
+    packing, borders = suffixes(source.path)[1], [0]
+    with contextlib.suppress(Damaged), _damage(source):  # told when it is read
         borders = list(CUTS["" if packing else format_of(source, reading).cut](source, max(size, 1))) or [0]
     return tuple(Piece(source, start, stop) for start, stop in zip(borders, [*borders[1:], -1]))
 
@@ -175,12 +175,18 @@ def _place(piece: Piece, row: int, number: int, reading: Reading) -> str:
 def documents(pieces: Iterable[Piece], reading: Reading, tally: Tally | None = None) -> Iterator[Document]:
     """Every document that has text, in order; `tally` counts what was read and left out.
 
-    UsageError for a file that cannot be read, naming it and the place in it. Memory: 2 to 4 times the largest row
+    UsageError for a file that cannot be read, naming it and the place in it; with on_error=skip the rest of a damaged
+    one counts as a row that is skipped. Memory: 2 to 4 times the largest row
     (.csv: up to 11), where a whole text file is a row, and a multiple of a whole .json."""
     tally = Tally() if tally is None else tally
     for piece in pieces:
-        with _damage(piece.source):
-            yield from _documents(piece, reading, tally)
+        try:
+            with _damage(piece.source):
+                yield from _documents(piece, reading, tally)
+        except Damaged as error:
+            if reading.on_error == "stop":
+                raise UsageError(f"{error}; copy it again, or {SKIP}: all of the file from there on") from None
+            tally.skip(f"{error}; the rest of the file is left out")
 
 
 def _documents(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Document]:
@@ -195,13 +201,15 @@ def _documents(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Documen
             if isinstance(value, bytes):
                 tally.bytes += len(value)
                 value = decode(value, reading, start)
+                if not number and not piece.start and form in TEXTS.values():
+                    value = value._replace(text=value.text.removeprefix("\ufeff"))  # the mark of UTF-8, no text
                 value = form.text(value, reading)
             elif value is not None:
                 tally.bytes += len(value.text.encode())
         except Unreadable as why:
             message = f"{_place(piece, row, number, reading)}: {why}"
             if reading.on_error == "stop":
-                raise UsageError(message) from None
+                raise UsageError(f"{message}; mend it, or {SKIP}") from None
             tally.skip(message)
             continue
         if value is None:

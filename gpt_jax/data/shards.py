@@ -115,6 +115,7 @@ class Tokens:
     docs: np.ndarray  # DOCUMENT [documents], memory-mapped likewise
     bytes: int  # of the text in UTF-8, specials not counted
     origins: tuple[Origin, ...] = ()  # what DOCUMENT's `piece` counts
+    lost: int = 0  # of `bytes`, those whose characters the tokenizer does not know (Tokenizer.unknown)
     begins: np.ndarray = field(init=False)  # int64 [shards + 1]: the first id of each shard, then the end
 
     def __post_init__(self):
@@ -159,6 +160,12 @@ class Tokens:
         return self.origins[int(row["piece"])].document(int(row["row"]))
 
 
+def lost(tokens: Tokens) -> str:
+    """What the tokenizer does not know of a text, for people; empty if it knows all of it."""
+    return (f"{tokens.lost / max(tokens.bytes, 1):.2%} of the text is lost to <unk> ({tokens.lost:,} of "
+            f"{tokens.bytes:,} bytes), and bits per byte are of the rest") if tokens.lost else ""
+
+
 class Digest(NamedTuple):
     """A finished file: its size in bytes and its SHA-256."""
 
@@ -174,9 +181,11 @@ class Writer:
         self.base, self.dtype = base, np.dtype(dtype)
         self.ending = np.array([] if eot is None else [eot], dtype).tobytes()
         self.file, self.digest = open(f"{base}.tokens", "wb"), hashlib.sha256()
-        self.tokens, self.bytes, self.offsets, self.docs = 0, 0, array("q", [0]), bytearray()
+        self.tokens, self.bytes, self.lost, self.offsets, self.docs = 0, 0, 0, array("q", [0]), bytearray()
 
-    def write(self, ids: np.ndarray) -> None:
+    def write(self, ids: np.ndarray, lost: int = 0) -> None:
+        """`lost`: see Tokens."""
+        self.lost += lost
         self._put(ids.astype(self.dtype, copy=False).tobytes())
 
     def _put(self, raw: bytes) -> None:

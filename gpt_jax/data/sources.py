@@ -21,6 +21,7 @@ class Source(NamedTuple):
 KINDS = (".txt", ".md", ".py", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # rows of formats.FORMATS
 PACKINGS = ("", ".gz", ".xz", ".zst", ".bz2")  # rows of formats.UNPACK
 SUFFIXES = f"{' '.join(KINDS)}, each also with {' '.join(PACKINGS[1:])} after it"
+TOKEN_FILES = (".bin", ".idx", ".npy")  # of other tools, see foreign
 
 
 def suffixes(path: Path | str) -> tuple[str, str] | None:
@@ -104,7 +105,9 @@ def _expand(spec: str, key: str) -> list[Source]:
     else:
         raise UsageError(f"{key} = {spec!r}: no such file or directory")
     if not found:
-        raise UsageError(f"{key} = {spec!r}: no usable files; read are {SUFFIXES}")
+        raise UsageError(f"{key} = {spec!r}: no usable files; read are {SUFFIXES}; token files of other tools "
+                         f"({' '.join(TOKEN_FILES)}, a glob of them) are read in place, as config.data.path or in "
+                         "config.data.sources, without gpt-jax prepare")
     return found
 
 

@@ -54,7 +54,10 @@ class Corpus:
 
 def reading_of(data: config.Data) -> Reading:
     """How a run reads its text."""
-    return Reading(data.field, data.errors, data.encodings, documents=data.documents)
+    try:
+        return Reading(data.field, data.errors, data.encodings, documents=data.documents)
+    except UsageError as error:
+        raise UsageError(f"config.data.{error}") from None
 
 
 def _read(sources, data: config.Data, tally: Tally | None = None) -> Iterator[tuple[int, Document]]:

@@ -14,6 +14,7 @@ from typing import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from gpt_jax.data.bpe import PATTERNS, bpe_json, byte_alphabet, json_tokenizer
+from gpt_jax.data.sources import PACKINGS
 from gpt_jax.data.vocabulary import EOT, EOT_NAMES, FIM_TOKENS, Tokenizer
 from gpt_jax.errors import UsageError
 
@@ -106,7 +107,7 @@ def read_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
 
 def sentencepiece_tokenizer(content: str, name: str) -> Tokenizer:
     """A SentencePiece model from the base64 of its file, encoded by the sentencepiece package. Not `lossless`: it
-    normalises text as it was trained to, and a character it does not know decodes to " ⁇ ".
+    normalises text as it was trained to, and a character it does not know (without byte fallback) decodes to " ⁇ ".
 
     UsageError without the package, for a file that is no model, or one without an end-of-text token."""
     try:
@@ -136,7 +137,8 @@ def sentencepiece_tokenizer(content: str, name: str) -> Tokenizer:
     specials = {names[i]: i for i in range(len(names)) if model.is_control(i) or i == eot}
     prefix = b" " if model.normalize("a").startswith("▁") else b""
     return Tokenizer("sentencepiece", name, content, tuple(map(piece, range(len(names)))), eot, encode,
-                     lambda text: iter((text,)), specials, prefix=prefix, lossless=False)
+                     lambda text: iter((text,)), specials, prefix=prefix, lossless=False,
+                     unknown=model.unk_id())
 
 
 def read_sentencepiece(path: Path) -> Tokenizer:
@@ -161,6 +163,15 @@ def _read(path: Path, pattern: str) -> Tokenizer:
     """The tokenizer of a path; OSError or UnicodeDecodeError if it cannot be read, UsageError for what is in it."""
     if path.suffix == ".tiktoken":
         return read_tiktoken(path, pattern or "cl100k")
+    if path.suffix.lower() in PACKINGS[1:] and path.is_file():
+        raise UsageError(f"tokenizer {path}: is compressed; decompress it first, and give the file without "
+                         f"{path.suffix}")
+    pair = next((names for _, names in FOLDERS if path.name in names and len(names) == 2), None)
+    if pair and path.is_file():  # half of GPT-2's pair: the other half lies beside it
+        if missing := [name for name in pair if not path.with_name(name).is_file()]:
+            raise UsageError(f"tokenizer {path}: is read together with {missing[0]}, which is not beside it; put both "
+                             "in one folder and give that")
+        return read_merges(*map(path.with_name, pair))
     if not path.is_dir():
         return READERS.get(path.suffix, read_json)(path)
     for read, names in FOLDERS:

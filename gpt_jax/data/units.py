@@ -241,7 +241,7 @@ def is_held_out(text_hash: int, fraction: float) -> bool:
 
 def tokenize(job: Job, unit: Unit, tick: Callable[[int, int], None], *, fingerprint: str, keep: bool) -> dict:
     """Writes at most one shard for each side: `SOURCE/SIDE-NUMBER.tokens`, and its index among the work; the marker
-    also has `sides`: {side: documents, tokens, bytes}. Memory: the largest document and 32 bytes for each."""
+    also has `sides`: {side: documents, tokens, bytes, lost}. Memory: the largest document and 32 bytes for each."""
     tokenizer = _tokenizer(job.folder / WORK / "tokenizer.json", fingerprint)
     kept = np.fromfile(job.folder / keep_file(unit), bool) if keep else None
     folder, dtype, counts = job.folder / unit.source, shards.id_type(tokenizer.vocab), Counts()
@@ -251,9 +251,9 @@ def tokenize(job: Job, unit: Unit, tick: Callable[[int, int], None], *, fingerpr
     try:
         for batch, encoded in _encoded(_parts(read(job, unit, counts, kept), tokenizer), tokenizer):
             documents = size = 0
-            for (text, _, last), ids in zip(batch, encoded):
+            for (text, part, last), ids in zip(batch, encoded):
                 out = writers["eval" if is_held_out(text.hash, fraction) else "train"]
-                out.write(ids)
+                out.write(ids, tokenizer.lost(part, ids))
                 if last:
                     length = len(text.text.encode())
                     out.end(text.hash, length, text.document.row, text.piece)
@@ -262,7 +262,8 @@ def tokenize(job: Job, unit: Unit, tick: Callable[[int, int], None], *, fingerpr
         files, sides = {}, {}
         for side, out in writers.items():
             digests = out.close()
-            sides[side] = {"documents": len(out.offsets) - 1, "tokens": out.tokens, "bytes": out.bytes}
+            sides[side] = {"documents": len(out.offsets) - 1, "tokens": out.tokens, "bytes": out.bytes,
+                           "lost": out.lost}
             for suffix, digest in digests.items() if out.tokens else ():
                 name = unit_file(unit, side, suffix)
                 os.replace(f"{temporary[side]}{suffix}", job.folder / name)

@@ -45,6 +45,7 @@ class Tokenizer:
     extra: Mapping[str, int] = field(default_factory=dict)  # those of `specials` that are not in `content`
     prefix: bytes = b""  # what encoding puts before a text and decoding takes away: a space in the manner of Llama 2
     lossless: bool = True  # False: some texts come back changed (normalised, unknown characters, ▁ for a space)
+    unknown: int | None = None  # the id that stands for characters without one; None: every character has ids
 
     @property
     def vocab(self) -> int:
@@ -52,8 +53,9 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """int32 [vocab]: how many bytes of UTF-8 each id stands for; 0 for specials."""
-        return np.array([len(piece) for piece in self.pieces], np.int32)
+        """int32 [vocab]: how many bytes of UTF-8 each id stands for; 0 for specials and for `unknown`, whose " ⁇ " is
+        not what the text had: bits per byte must not be flattered by its length."""
+        return np.array([len(piece) * (i != self.unknown) for i, piece in enumerate(self.pieces)], np.int32)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -72,6 +74,16 @@ class Tokenizer:
         except UnicodeEncodeError as error:  # which carries the text it stumbled over
             raise UsageError(f"text {around(error.object, error.start)}: character {error.start} is a lone surrogate, "
                              "which no UTF-8 text contains; remove it") from None
+
+    def lost(self, text: str, ids: np.ndarray) -> int:
+        """Bytes in UTF-8 of the characters of `text` that its encoding `ids` has as `unknown`."""
+        if self.unknown is None or not (ids == self.unknown).any():
+            return 0
+        return sum(text.count(c) * len(c.encode()) for c in set(text) if self._is_unknown(c))
+
+    @functools.cached_property
+    def _is_unknown(self) -> Callable[[str], bool]:
+        return functools.cache(lambda character: self.unknown in self.encode(character))
 
     def parts(self, text: str) -> Iterator[str]:
         """`text` in parts whose encodings, joined, are the encoding of the whole: one long text can use all cores."""

@@ -50,8 +50,8 @@ code=$? count=${{SLURM_RESTART_COUNT:-0}}
 state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
 case $code in
 {codes})
-    if [ "$state" = JobState=CANCELLED ]; then
-        echo "gpt-jax: exit code $code, job cancelled: not again"
+    if [ "$state" != JobState=RUNNING ]; then # cancelled or preempted: in the second case SLURM requeues by itself
+        echo "gpt-jax: exit code $code, and SLURM has ended the job itself"
     elif [ "$count" -ge {restarts} ]; then
         echo "gpt-jax: exit code $code, restarted $count times: not again"
     else

@@ -247,23 +247,12 @@ def limited(x, choice, kernels: Kernels, activation: Callable, devices: int, roo
 
 
 def all_manual(fn: Callable, shape: tuple[int, ...], dtype) -> Callable:
-    """`fn` of arrays, with a result of `shape`, run with all mesh axes manual. Under the vmap over a pipeline's stages
-    jax.shard_map leaves the axis pipeline out, and what can run on single devices only (kernels, ragged collectives)
-    fails: here that axis is taken when the vmap comes to it. If it never came, the result would be NaN."""
+    """`fn` of arrays, with a result of `shape`, run with all mesh axes manual. In the stages of a pipeline sharding.local
+    traces it twice: with the axis pipeline left out, which what runs on single devices only (kernels, ragged collectives)
+    refuses, and then for the stages, with it, which is what runs. The first gets NaN in its place: it would show."""
     mesh = jax.sharding.get_abstract_mesh()
-    rest = frozenset(() if mesh.empty else mesh.axis_names) - frozenset(mesh.manual_axes)
-    if not rest:
-        return fn
-    mapped = jax.custom_batching.custom_vmap(lambda *args: jnp.full(shape, jnp.nan, dtype))
-
-    @mapped.def_vmap
-    def run(size, batched, *args):
-        one = lambda *args: fn(*(x[0] if here else x for x, here in zip(args, batched)))[None]
-        over = jax.P(tuple(rest))
-        return jax.shard_map(one, in_specs=tuple(over if here else jax.P() for here in batched), out_specs=over,
-                             axis_names=rest, check_vma=False)(*args), True
-
-    return mapped
+    rest = () if mesh.empty else frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
+    return (lambda *args: jnp.full(shape, jnp.nan, dtype)) if rest else fn
 
 
 def platform() -> str:

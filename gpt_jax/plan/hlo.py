@@ -187,8 +187,10 @@ def _flops(line: Instruction, shapes: dict[str, str]) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.rest)
     if not labels:
         return 0.0
-    window = re.search(r"window=\{size=([\dx]+)", line.rest)
-    spatial = math.prod(int(n) for n in window[1].split("x")) if window else 1
+    # libtpu writes a batch dim as a dilated spatial one: of its `size` taps one in `lhs_dilate` meets an entry.
+    size, dilation = (re.search(rf"window=\{{[^}}]*\b{name}=([\dx]+)", line.rest) for name in ("size", "lhs_dilate"))
+    product = lambda found: math.prod(int(n) for n in found[1].split("x")) if found else 1
+    spatial = product(size) / product(dilation)
     return 2.0 * math.prod(result) * right[labels[2].index("i")] * spatial
 
 

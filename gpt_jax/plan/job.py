@@ -34,14 +34,13 @@ class Array(NamedTuple):
 
 class Widths(NamedTuple):
     """Channels of one layer for a token. `inner`: what the feed-forward's first matmuls give; `hidden`: what goes into
-    the last; both over all experts that a token sees; `window`: keys in reach, 0 all; `sent`: experts that it is sent
-    to."""
+    the last; both over all experts that a token sees; `ffn`: its activation; `sent`: experts that it is sent to."""
 
     q: int
     kv: int
     inner: int
     hidden: int
-    window: int
+    ffn: str
     sent: int
 
 
@@ -92,10 +91,10 @@ def _widths(model: configs.Model, spec) -> Widths:
     gates = lambda name: 1 + FFNS[name][1]
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     if spec.ffn != "moe":
-        return Widths(q, kv, gates(spec.ffn) * model.mlp, model.mlp, spec.window, 0)
+        return Widths(q, kv, gates(spec.ffn) * model.mlp, model.mlp, spec.ffn, 0)
     seen = model.experts_per_token + model.shared_experts
-    return Widths(q, kv, seen * gates(model.expert_ffn) * model.expert_mlp, seen * model.expert_mlp, spec.window,
-                  model.experts_per_token)
+    return Widths(q, kv, seen * gates(model.expert_ffn) * model.expert_mlp, seen * model.expert_mlp,
+                  model.expert_ffn, model.experts_per_token)
 
 
 def make_job(config: configs.Config) -> Job:

@@ -15,17 +15,22 @@ from gpt_jax.plan.job import Job, Widths, entries
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 STREAMS = 6.0  # arrays as wide as the stream, in float32 or twice in bfloat16, while a layer's gradient is made
 INSIDE = 2.0  # each of q, k, v and the feed-forward's inner channels: its value and its gradient
+# Arrays that a feed-forward's activation leaves behind without remat: fitted to gpt2:1558m (gelu_tanh) and modern:d26
+# (relu2) on 8 H100; the others are taken for smooth ones, and llama:8b (swiglu) on 8 H200 agrees.
+ACTIVATIONS = {"relu": 2.0, "relu2": 2.0}
+SMOOTH = 5.0
+EXPERTS = 6.0  # times one layer's experts in bfloat16: their gradients in float32, and copies (moe:8x7b on 64 H100)
 LOGITS = 2.0  # float32 logits and their gradient
 WHOLE = 4.0  # streams over all of the sequence, where it is cut between matmuls (shard_sequence) and gathered for them
-# What the compiler's one block of temporaries has more than what lives in it at its worst moment. TPU: fitted to llama:8b on
-# 64 v5p (fsdp 64; fsdp 16 x tensor 4) and llama:1b on 16 v5e. GPU: llama:8b on 8 H100 needs none.
-GAPS = {"tpu": 0.17, "gpu": 0.0}
+# What the compiler's one block of temporaries has more than what lives in it at its worst moment. TPU: between 0
+# (llama:8b on 256 v5e) and 0.17 (llama:1b on 16 v5e, llama:8b on 64 v5p). GPU: llama:8b on 8 H100 has none.
+GAPS = {"tpu": 0.08, "gpu": 0.0}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. `gathered`: weights whole for a moment; `working`: one layer's temporaries; `gaps`: a part of all
-    temporaries."""
+    """Bytes on one device. `gathered`: weights whole for a moment; `working`: one layer's temporaries; `gaps`: as a
+    part of all temporaries."""
 
     parameters: float
     optimizer: float
@@ -94,14 +99,13 @@ def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
     model, half, tensor = job.config.model, compute_bytes(job), shape["tensor"]
     stream = stream_bytes(job, shape)
     inside = (widths.q + 2 * widths.kv + widths.inner) / tensor * half
-    block = stream
-    attention = widths.q / tensor * half
     if model.remat in ("block", "offload"):
-        return block
-    if model.remat == "dots":  # the results of matmuls: q, k, v, attention's output, the feed-forward's
-        return block + inside + 2 * stream
+        return stream
+    if model.remat == "dots":  # results of matmuls that are read again: q, k, v, attention's output, inner; no experts'
+        return 2 * stream + ((widths.q + 2 * widths.kv) / tensor * half if widths.sent else inside)
     norms = 2 * (stream + stream / half * FULL)  # what goes into the matmuls, and the norms' own float32
-    return block + inside + 2 * stream + norms + attention * 2 + widths.hidden / tensor * half * 2
+    activation = (2 * widths.q + widths.hidden * ACTIVATIONS.get(widths.ffn, SMOOTH)) / tensor * half
+    return 3 * stream + inside + norms + activation
 
 
 def scores_bytes(job: Job, shape: dict[str, int], rows: float, kernel: str) -> float:
@@ -124,16 +128,20 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     if stages > 1:  # every stage holds all microbatches' streams, coming and going
         activations += 3 * here.tokens * stages * stream_bytes(job, shape)
     activations += here.tokens * stream_bytes(job, shape) * (1 + model.residual_scalars + model.backout)
+    gathered_shape = shape | {"fsdp": 1, "context": 1, "pipeline": 1}
+    layer, experts = (entries(job, gathered_shape, "params", 3, role, half) / len(job.layers)
+                      for role in ("layer", "expert"))
+    layer += experts
     widest = max(job.layers, key=lambda w: w.inner + w.q)
     inside = (widest.q + 2 * widest.kv + widest.inner + widest.hidden) / shape["tensor"] * half
+    inside += 2 * widest.sent * model.embed * half  # tokens at their experts, and what comes back
     working = here.tick_tokens * (STREAMS * stream_bytes(job, shape) + INSIDE * inside)
     if model.shard_sequence and shape["tensor"] > 1:
         working += here.tick_tokens * WHOLE * model.embed * half
+    working += EXPERTS * experts
     working += scores_bytes(job, shape, here.tick_tokens / here.tokens * here.rows, kernel)
     chunk = (train.loss_chunk or train.seq_len) / shape["context"]
     logits = LOGITS * here.rows * chunk * model.vocab / shape["tensor"] * FULL
-    gathered_shape = shape | {"fsdp": 1, "context": 1, "pipeline": 1}
-    layer = sum(entries(job, gathered_shape, "params", 3, role, half) for role in ("layer", "expert")) / len(job.layers)
     table = model.vocab * model.embed / shape["tensor"]
     gathered = (2 * layer + table * half) * fsdp * (zero == 3) + table * FULL * fsdp
     if model.remat == "none" and fsdp and zero == 3:  # the gathered weights are kept for the backward pass

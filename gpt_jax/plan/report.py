@@ -56,37 +56,39 @@ def mesh_text(shape: dict[str, int]) -> str:
 
 def head(job: Job, topology: Topology, seen: Estimate) -> list[str]:
     config, chip = job.config, topology.chip
-    return [f"{topology}: {topology.devices} {chip.kind} devices on {topology.hosts} hosts, {topology.peak / 1e12:,.1f} TFLOP/s "
-            f"dense bf16 and {chip.memory / GIB:.1f} GiB each",
-            f"mesh: {mesh_text(seen.shape)}; zero {config.mesh.zero}, remat {config.model.remat}, {config.train.accumulate} "
-            f"microbatches, attention kernel {seen.kernel} ({seen.reason})",
-            f"model: {job.parameters:,} parameters, {job.matmul_params:,} multiplied; {job.full_flops / 1e9:,.1f} GFLOP a token "
-            f"(full map; causal {job.causal_flops / 1e9:,.1f})"]
+    return [f"{topology}: {topology.devices} {chip.kind} devices on {topology.hosts} hosts, "
+            f"{topology.peak / 1e12:,.1f} TFLOP/s dense bf16 and {chip.memory / GIB:.1f} GiB each",
+            f"mesh: {mesh_text(seen.shape)}; zero {config.mesh.zero}, remat {config.model.remat}, "
+            f"{config.train.accumulate} microbatches, attention kernel {seen.kernel} ({seen.reason})",
+            f"model: {job.parameters:,} parameters, {job.matmul_params:,} multiplied; "
+            f"{job.full_flops / 1e9:,.1f} GFLOP a token (full map; causal {job.causal_flops / 1e9:,.1f})"]
 
 
 def arithmetic(topology: Topology, seen: Estimate) -> list[str]:
     """The arithmetic stage's lines."""
     rows = [f"  {name:<12} {size(value):>12}" for name, value in seen.memory.rows().items() if value]
-    flows = [f"  {flow.axis:<9} {flow.what:<30} {size(flow.bytes):>12} over {link.name:<8} {link.speed / 1e9:6.1f} GB/s "
-             f"{seconds(flow.bytes / link.speed):>10}{'  behind matmuls' if flow.hidden else ''}" for flow, link in seen.flows]
+    flows = [f"  {flow.axis:<9} {flow.what:<30} {size(flow.bytes):>12} over {link.name:<8} {link.speed / 1e9:6.1f} "
+             f"GB/s {seconds(flow.bytes / link.speed):>10}{'  behind matmuls' if flow.hidden else ''}"
+             for flow, link in seen.flows]
     return ["memory of a device, by arithmetic", *rows, f"  {verdict(seen.memory.peak, topology)}",
             "sent by a device in a step", *(flows or ["  nothing"]),
             f"step, by arithmetic: {seconds(seen.step)} = matmuls {seconds(seen.matmuls)} + passes over memory "
-            f"{seconds(seen.passes)}, or links behind them {seconds(max(seen.hidden.values(), default=0))}; + open links "
-            f"{seconds(sum(seen.open.values()))} + update {seconds(seen.update)}; pipeline bubble {seen.bubble:.0%}",
+            f"{seconds(seen.passes)}, or links behind them {seconds(max(seen.hidden.values(), default=0))}; "
+            f"+ open links {seconds(sum(seen.open.values()))} + update {seconds(seen.update)}; "
+            f"pipeline bubble {seen.bubble:.0%}",
             f"bound by {seen.bound}; estimated MFU {seen.mfu_full:.1%} (full map), {seen.mfu_causal:.1%} (causal)"]
 
 
 def run_lines(ahead: Horizon) -> list[str]:
     epochs = "" if ahead.epochs is None else f", {ahead.epochs:.2f} epochs"
-    return [f"run: {ahead.tokens_per_step:,} tokens a step, {ahead.tokens:.3g} in all ({ahead.tokens_per_parameter:.1f} a parameter"
-            f"{epochs}), {ahead.days:.1f} days",
+    return [f"run: {ahead.tokens_per_step:,} tokens a step, {ahead.tokens:.3g} in all "
+            f"({ahead.tokens_per_parameter:.1f} a parameter{epochs}), {ahead.days:.1f} days",
             f"checkpoint: {size(ahead.checkpoint_bytes)}, written in {seconds(ahead.checkpoint_seconds)}"]
 
 
 def _collective(row: Collective) -> str:
-    return (f"  {row.kind:<20} {'+'.join(row.axes):<14} {size(row.bytes):>12} x {row.calls:<7,} = {size(row.bytes * row.calls):>12}"
-            f"{'  asynchronous' if row.asynchronous else ''}")
+    return (f"  {row.kind:<20} {'+'.join(row.axes):<14} {size(row.bytes):>12} x {row.calls:<7,} = "
+            f"{size(row.bytes * row.calls):>12}{'  asynchronous' if row.asynchronous else ''}")
 
 
 def compiled(topology: Topology, done: dict, time: dict | None, expected: float, most: int = 12) -> list[str]:
@@ -97,14 +99,15 @@ def compiled(topology: Topology, done: dict, time: dict | None, expected: float,
     left = rows[most:]
     source = "the compiler's cycles" if time["by_cycles"] else "the arithmetic"
     ratio = f"; matmul FLOPs of the program {time['flops_ratio']:.2f} x the model's" if time["flops_ratio"] else ""
-    return [f"compiled in {done['seconds']:.0f} s: argument {size(done['argument'])}, output {size(done['output'])} (alias "
-            f"{size(done['alias'])}), temporary {size(done['temporary'])}; arithmetic said {expected / done['peak'] - 1:+.0%}",
+    return [f"compiled in {done['seconds']:.0f} s: argument {size(done['argument'])}, output {size(done['output'])} "
+            f"(alias {size(done['alias'])}), temporary {size(done['temporary'])}; arithmetic said "
+            f"{expected / done['peak'] - 1:+.0%}",
             f"  {verdict(done['peak'], topology)}", "collectives of the program, sent by a device in a step",
             *map(_collective, rows[:most]),
             *([f"  and {len(left)} more kinds, {size(sum(row.bytes * row.calls for row in left))}"] if left else []),
-            f"step, compiled: {seconds(time['step'])} = computing {seconds(time['computing'])} ({source}) + attention kernel "
-            f"{seconds(time['kernels'])}, or asynchronous collectives {seconds(time['hidden'])}; + others {seconds(time['open'])}"
-            f"{ratio}",
+            f"step, compiled: {seconds(time['step'])} = computing {seconds(time['computing'])} ({source}) + attention "
+            f"kernel {seconds(time['kernels'])}, or asynchronous collectives {seconds(time['hidden'])}; + others "
+            f"{seconds(time['open'])}{ratio}",
             f"estimated MFU {time['mfu_full']:.1%} (full map), {time['mfu_causal']:.1%} (causal)"]
 
 
@@ -113,7 +116,8 @@ def ranked(topology: Topology, found: list[Found]) -> list[str]:
     lines = [f"{'':>3} {'step':>9} {'MFU full':>8} {'causal':>7} {'peak GiB':>8}  {'mesh':<44} remat  microbatches"]
     for place, (one, seen) in enumerate(found, 1):
         lines.append(f"{place:>3} {seconds(seen.step):>9} {seen.mfu_full:>8.1%} {seen.mfu_causal:>7.1%} "
-                     f"{seen.memory.peak / GIB:>8.1f}  {mesh_text(seen.shape):<44} {one.model.remat:<6} {one.train.accumulate}")
+                     f"{seen.memory.peak / GIB:>8.1f}  {mesh_text(seen.shape):<44} {one.model.remat:<6} "
+                     f"{one.train.accumulate}")
     return lines
 
 
@@ -130,7 +134,8 @@ def command(spec: str, base: configs.Config, best: configs.Config, given: list[s
 def data(job: Job, topology: Topology, seen: Estimate, ahead: Horizon) -> dict:
     """The arithmetic stage as plain data; bytes and seconds."""
     return {"topology": str(topology), "devices": topology.devices, "mesh": seen.shape, "parameters": job.parameters,
-            "kernel": seen.kernel, "memory": seen.memory.rows() | {"peak": seen.memory.peak, "limit": topology.chip.memory},
+            "kernel": seen.kernel,
+            "memory": seen.memory.rows() | {"peak": seen.memory.peak, "limit": topology.chip.memory},
             "step_seconds": seen.step, "bound_by": seen.bound, "mfu_full": seen.mfu_full, "mfu_causal": seen.mfu_causal,
             "terms": {"matmuls": seen.matmuls, "passes": seen.passes, "hidden": seen.hidden, "open": seen.open,
                       "update": seen.update, "bubble": seen.bubble},

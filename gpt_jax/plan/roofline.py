@@ -69,8 +69,9 @@ def attention_flops(job: Job, kernel: str) -> float:
 
 def _again(job: Job) -> tuple[float, float]:
     """FLOPs done over FLOPs counted, (matmuls of layers, attention): recomputing adds a forward pass to three."""
-    return {"none": (1.0, 1.0), "block": (4 / 3, 4 / 3), "offload": (1.0, 4 / 3),
-            "dots": (1.0, 4 / 3)}[job.config.model.remat]
+    experts = any(widths.sent for widths in job.layers)  # whose matmuls `dots` does not keep
+    matmuls = {"none": 1.0, "block": 4 / 3, "offload": 1.0, "dots": 4 / 3 if experts else 1.0}[job.config.model.remat]
+    return matmuls, 1.0 if job.config.model.remat == "none" else 4 / 3
 
 
 def attention_seconds(job: Job, topology: Topology, kernel: str, here: Local) -> float:
@@ -152,8 +153,8 @@ def estimate(job: Job, topology: Topology) -> Estimate:
     tokens = config.train.batch_size * config.train.seq_len / step
     stages = shape["pipeline"]
     return Estimate(
-        kernel=kernel, reason=reason, shape=shape, memory=used, matmuls=compute, passes=passes, hidden=hidden, open=open_,
-        update=update,
+        kernel=kernel, reason=reason, shape=shape, memory=used, matmuls=compute, passes=passes, hidden=hidden,
+        open=open_, update=update,
         bubble=(stages - 1) / here.ticks if stages > 1 else 0.0, flows=tuple(found_flows), step=step,
         bound=max(terms, key=terms.get), mfu_full=mfu(job.full_flops, tokens, topology.peak * topology.devices),
         mfu_causal=mfu(job.causal_flops, tokens, topology.peak * topology.devices),

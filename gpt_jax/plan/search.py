@@ -35,8 +35,9 @@ def meshes(config: configs.Config, topology: Topology) -> Iterator[configs.Mesh]
                 left = inside // tensor // context // pipeline
                 for expert in divisors(math.gcd(left, model.experts)) if moe else (1,):
                     for fsdp in divisors(left // expert):
-                        yield configs.Mesh(pipeline=pipeline, data=left // expert // fsdp, fsdp=fsdp, expert=expert,
-                                           context=context, tensor=tensor, dcn_data=topology.slices, zero=config.mesh.zero)
+                        yield configs.Mesh(
+                            pipeline=pipeline, data=left // expert // fsdp, fsdp=fsdp, expert=expert, context=context,
+                            tensor=tensor, dcn_data=topology.slices, zero=config.mesh.zero)
 
 
 def _rows(mesh: configs.Mesh) -> int:
@@ -47,7 +48,9 @@ def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[config
     """For each remat policy (and, in a pipeline, number of microbatches and rounds) the config with more and more
     accumulation: the first that fits is the fastest of its list."""
     train, rows = config.train, _rows(mesh)
-    shapes = [(rounds, times * mesh.pipeline) for rounds in (1, 2) for times in (1, 2, 4)] if mesh.pipeline > 1 else [(1, 0)]
+    shapes = [(1, 0)]
+    if mesh.pipeline > 1:
+        shapes = [(rounds, times * mesh.pipeline) for rounds in (1, 2) for times in (1, 2, 4)]
     for remat in REMATS:
         for rounds, microbatches in shapes:
             model = replace(config.model, remat=remat, shard_sequence=mesh.tensor > 1, pipeline_rounds=rounds,

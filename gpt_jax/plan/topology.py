@@ -59,7 +59,8 @@ def parse(text: str, slices: int = 1) -> Topology:
     sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", shape) else ()
     wanted = max(1, chip.dims)
     if len(sizes) != wanted:
-        raise UsageError(f"--topology={text}: expected {name}:{'x'.join('N' * wanted)}, as in {EXAMPLES[chip.platform]}")
+        raise UsageError(f"--topology={text}: expected {name}:{'x'.join('N' * wanted)}, as in "
+                         f"{EXAMPLES[chip.platform]}")
     if slices < 1:
         raise UsageError(f"--slices={slices}: expected 1 or more")
     if chip.platform == "tpu":

@@ -101,28 +101,36 @@ def _uses(job: Job, shape: dict[str, int], here: Local) -> list[Use]:
 def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[Flow]:
     """Weights gathered where they are used and gradients summed, in every microbatch."""
     zero, count, found = job.config.mesh.zero, job.config.train.accumulate, []
+    across = configs.cross_slice(job.config.mesh)
     for use in _uses(job, shape, here):
         over = ("fsdp", "context") if use.role == "expert" else configs.FSDP_AXES
         rest = entries(job, shape | dict.fromkeys(over, 1), "params", 3, use.role, 1)  # entries of this role, whole
+        summed = rest * use.sum_bytes * use.sums * count
+        whole = platform == "tpu" and shape["tensor"] == 1  # see _sum; over slices there is a sum of its own
+        together = [axis for axis in ("data", *over) if whole and across[axis] == 1]
+        if (n := math.prod(shape[axis] for axis in together)) > 1:
+            found.append(_sum(max(together, key=shape.get), share(n) * summed, platform, cut=False))
         for axis in over:
             n = shape[axis]
             if n > 1 and zero == 3:
                 gathered = share(n) * rest * use.gather_bytes * use.gathers * count
                 found.append(Flow(axis, "weights gathered", gathered, True))
-            if n > 1:
+            if n > 1 and axis not in together:
                 found.append(_sum(axis, share(n) * rest * use.sum_bytes * use.sums * count, platform, cut=zero == 3))
             rest /= n if zero == 3 else 1
-        if (n := shape["data"]) > 1:
+        if (n := shape["data"]) > 1 and "data" not in together:
             found.append(_sum("data", share(n) * rest * use.sum_bytes * use.sums * count, platform, cut=False))
     if zero == 1:
-        found += [Flow(axis, "updated parameters gathered", share(shape[axis]) * entries(job, shape, "params", 1), False)
+        whole = entries(job, shape, "params", 1)
+        found += [Flow(axis, "updated parameters gathered", share(shape[axis]) * whole, False)
                   for axis in configs.FSDP_AXES if shape[axis] > 1]
     return found
 
 
 def _sum(axis: str, once: float, platform: str, cut: bool) -> Flow:
     """Gradients summed over an axis, each device keeping its part (`cut`) or everything. libtpu 0.0.42 makes gathers
-    asynchronous and sums not: computing waits for those (seen in every program that was compiled)."""
+    asynchronous and sums not: computing waits for those. Without a tensor axis it also sums whole gradients over all
+    devices, and then cuts. (Seen in every program that was compiled, five of them.)"""
     return Flow(axis, "gradients scattered" if cut else "gradients summed", once * (1 if cut else 2), platform != "tpu")
 
 

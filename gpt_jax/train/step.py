@@ -8,7 +8,7 @@ import optax
 
 from gpt_jax import config, sharding
 from gpt_jax.train.loss import Network, batch_sums
-from gpt_jax.train.optim import ema_init, ema_update
+from gpt_jax.train.optim import ema_init, ema_update, gradient_norm
 
 
 class TrainState(NamedTuple):
@@ -68,7 +68,7 @@ def train_step(state: TrainState, batch: dict, key, *, network: Network, tx, tra
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = ema_update(state.ema, params, train.ema) if train.ema else {}
-    sums["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
+    sums["grad_norm"] = (gradient_norm(grads), jnp.ones(()))
     sums["param_norm"] = (optax.tree.norm(params), jnp.ones(()))
     return TrainState(state.step + 1, params, opt, ema), sums
 

@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# gpt-jax on all workers of Cloud TPU VMs, restarted where that helps; the same command resumes. One slice, or several that
+# were made together as one queued resource (they find each other through their metadata):
+#   ./launch/tpu_pod.sh --tpu=NAME[,NAME…] --zone=ZONE [--project=P] [--folder=gpt_jax] [--restarts=20] [--dry_run] \
+#       -- train --config=configs/llama.py:1b --workdir=gs://…
+# The code is expected in FOLDER of every worker's home, with .venv made (the tpu extra): --setup copies this checkout there
+# and makes it, on all workers. Needs gcloud with an account. --dry_run prints the commands and runs none.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+restartable=" 10 40 41 50 134 135 137 139 143 " first=5 most=300 # gpt_jax/errors.py; a test compares them
+fail() {
+    echo "tpu_pod.sh: $1" >&2
+    exit 2
+}
+
+tpus="" place=() folder=gpt_jax restarts=20 dry="" setup=""
+while [ $# -gt 0 ]; do
+    case $1 in
+    --tpu=*) tpus=${1#*=} ;;
+    --zone=* | --project=*) place+=("$1") ;;
+    --folder=*) folder=${1#*=} ;;
+    --restarts=*) restarts=${1#*=} ;;
+    --dry_run) dry=1 ;;
+    --setup) setup=1 ;;
+    --) shift && break ;;
+    -*) fail "unknown flag $1; see the head of this file" ;;
+    *) break ;;
+    esac
+    shift
+done
+[ -n "$tpus" ] || fail "--tpu=NAME[,NAME…] is missing: which TPU VMs?"
+[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: expected a number"
+[ $# -gt 0 ] || [ -n "$setup" ] || fail "what is to run is missing: -- train --config=…"
+[ -n "$dry" ] || command -v gcloud >/dev/null || fail "gcloud is not installed"
+IFS=, read -ra names <<<"$tpus"
+
+asked="" logs=$(mktemp -d)
+mark='echo "gpt-jax ended with $?"' # gcloud's own exit code says little about many workers
+trap 'rm -rf "$logs"' EXIT
+trap 'asked=1; signal_all TERM' INT TERM # the programs save and end with 10
+
+run() { # one command, or its text
+    if [ -n "$dry" ]; then printf '%q ' "$@" && echo; else "$@"; fi
+}
+everywhere() { # a shell line on all workers of all slices at once; what they print is kept in $logs
+    local name pids=()
+    for name in "${names[@]}"; do
+        { run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1; $mark" 2>&1 |
+            tee "$logs/$name"; } &
+        pids+=($!)
+        [ -z "$dry" ] || wait $!
+    done
+    for pid in "${pids[@]}"; do
+        while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a signal ends one `wait`, not the command
+    done
+}
+signal_all() {
+    local name
+    for name in "${names[@]}"; do
+        run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all \
+            --command="pkill -$1 -f '^[^ ]*python[0-9.]* [^ ]*gpt-jax '; true" </dev/null || true
+    done
+}
+ended() { # the exit code of all: the first that is neither 0 nor 40; lines are lost when a connection is, which counts as 40
+    local codes name
+    codes=$(cat "$logs"/* | sed -n 's/^.*gpt-jax ended with \([0-9]*\)$/\1/p')
+    for name in "${names[@]}"; do
+        grep -q 'gpt-jax ended with [0-9]*$' "$logs/$name" || codes="$codes 40"
+    done
+    for code in $codes; do [ "$code" -eq 0 ] || [ "$code" -eq 40 ] || { echo "$code" && return; }; done
+    case " $(echo $codes) " in *" 40 "*) echo 40 ;; *) echo 0 ;; esac
+}
+
+if [ -n "$setup" ]; then
+    for name in "${names[@]}"; do
+        run gcloud compute tpus tpu-vm scp --recurse "$root" "$name:$folder" "${place[@]}" --worker=all
+    done
+    everywhere "cd $folder && source launch/environment.sh && make_environment \$PWD tpu"
+    [ -n "$dry" ] || [ "$(ended)" -eq 0 ] || fail "the setup failed, see above"
+    [ $# -gt 0 ] || exit 0
+fi
+
+line="cd $(printf %q "$folder") && .venv/bin/gpt-jax $(printf '%q ' "$@")--distributed"
+count=0
+while true; do
+    everywhere "$line"
+    [ -z "$dry" ] || exit 0
+    code=$(ended)
+    [ "$code" -ne 0 ] || exit 0
+    [ -z "$asked" ] || exit "$code"
+    if [[ $restartable != *" $code "* ]]; then
+        echo "tpu_pod.sh: exit code $code: a restart would not help" >&2
+        exit "$code"
+    elif [ "$count" -ge "$restarts" ]; then
+        echo "tpu_pod.sh: exit code $code, restarted $count times: not again" >&2
+        exit "$code"
+    fi
+    wait=$((first << (count < 16 ? count : 16)))
+    wait=$((wait < most ? wait : most)) count=$((count + 1))
+    echo "tpu_pod.sh: exit code $code: restart $count of $restarts in $wait s" >&2
+    sleep "$wait"
+    signal_all KILL # what a lost connection may have left running
+done

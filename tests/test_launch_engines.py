@@ -1,0 +1,245 @@
+"""The launchers of engines that are not here: what they write and run, against schemas and stand-ins. (SLURM's own test is
+launch/slurm_test.sh; no image was built and no cluster of Kubernetes or TPUs was used.)"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import tomllib
+from argparse import Namespace
+
+import pytest
+import runs
+import yaml
+
+from gpt_jax import errors
+from gpt_jax.commands import join
+from gpt_jax.launch import kubernetes, slurm
+
+LAUNCH = runs.ROOT / "launch"
+
+
+# ---- one restart policy ----
+
+def test_every_launcher_restarts_on_the_same_codes():
+    codes = errors.RESTARTABLE + errors.SIGNALLED
+    first, most = errors.RESTART_SECONDS
+    assert set(errors.RESTARTABLE) == {10, 40, 41, 50} <= set(errors.EXIT_CODES)
+    assert slurm.afterwards("$restarts") in (LAUNCH / "slurm.sbatch").read_text()
+    assert f'restartable=" {" ".join(map(str, codes))} " first={first} most={most}' in (LAUNCH / "tpu_pod.sh").read_text()
+    waits = [errors.restart_seconds(k) for k in range(40)]
+    assert waits[:3] == [first, 2 * first, 4 * first] and waits == sorted(waits) and waits[-1] == most
+
+
+# ---- Kubernetes ----
+
+def manifest(*given) -> dict:
+    """What `gpt-jax launch kubernetes` prints."""
+    done = subprocess.run([os.sys.executable, "-m", "gpt_jax", "launch", "kubernetes", "--image=repo/gpt-jax:1", *given, "--",
+                           "train", "--config=configs/llama.py:1b", "--workdir=/data/run"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)
+
+
+KINDS = {"gpu": ["--nodes=4", "--gpus_per_node=8", "--volume=disk:/data", "--env=NCCL_DEBUG=INFO"],
+         "tpu": ["--tpu_topology=v5p:4x4x4"], "slices": ["--tpu_topology=v6e:4x4", "--slices=2"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jobset_is_one_by_its_schema(kind):
+    """Against the models that Kubeflow generates from the JobSet and Kubernetes APIs; an unknown key would be lost there."""
+    from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
+
+    made = manifest(*KINDS[kind])
+    assert json.loads(JobsetV1alpha2JobSet.from_dict(made).to_json()) == made
+    broken = json.loads(json.dumps(made))
+    broken["spec"]["replicatedJobs"][0]["template"]["spec"]["backofLimit"] = 1
+    assert json.loads(JobsetV1alpha2JobSet.from_dict(broken).to_json()) != broken
+
+
+def parts(made):
+    (job,) = made["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    return job, spec, spec["template"]["spec"], spec["template"]["spec"]["containers"][0]
+
+
+def test_jobset_stops_and_restarts_by_exit_code():
+    for given in KINDS.values():
+        made = manifest(*given, "--restarts=7", "--grace_seconds=900")
+        _, spec, pod, _ = parts(made)
+        assert made["spec"]["failurePolicy"]["maxRestarts"] == 7 and spec["backoffLimit"] == 0
+        assert pod["terminationGracePeriodSeconds"] == 900 and pod["restartPolicy"] == "Never"
+        disrupted, hopeless = spec["podFailurePolicy"]["rules"]
+        assert disrupted["action"] == "Count" and hopeless["action"] == "FailJob"
+        assert hopeless["onExitCodes"] == {"containerName": "gpt-jax", "operator": "NotIn", "values": sorted(
+            errors.RESTARTABLE + errors.SIGNALLED)}
+        assert [(rule["action"], rule["onJobFailureReasons"]) for rule in made["spec"]["failurePolicy"]["rules"]] == [
+            ("FailJobSet", ["PodFailurePolicy"])]
+
+
+def test_gpu_pods_find_pod_0():
+    job, spec, pod, box = parts(manifest(*KINDS["gpu"], "--name=llama"))
+    assert (job["replicas"], spec["parallelism"], spec["completions"], spec["completionMode"]) == (1, 4, 4, "Indexed")
+    assert box["command"] == ["gpt-jax", "launch", "local", "--processes=8", "--nodes=4", "--node=$(NODE)",
+                              f"--coordinator=llama-{job['name']}-0-0.llama:8476", "train", "--config=configs/llama.py:1b",
+                              "--workdir=/data/run"]
+    assert [item["name"] for item in box["env"]] == ["NODE", "NCCL_DEBUG"]
+    assert box["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert {"name": "disk", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
+
+
+@pytest.mark.parametrize("topology, slices, machines, chips, label", [
+    ("v5p:4x4x4", 1, 16, 4, "tpu-v5p-slice"), ("v6e:4x4", 2, 4, 4, "tpu-v6e-slice"), ("v6e:2x4", 1, 1, 8, "tpu-v6e-slice"),
+    ("v5e:16x16", 1, 64, 4, "tpu-v5-lite-podslice"), ("v5e:1x1", 1, 1, 1, "tpu-v5-lite-podslice")])
+def test_tpu_slices_become_machines(topology, slices, machines, chips, label):
+    job, spec, pod, box = parts(manifest(f"--tpu_topology={topology}", f"--slices={slices}"))
+    assert (job["replicas"], spec["parallelism"], box["resources"]["limits"]) == (slices, machines, {"google.com/tpu": chips})
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": label,
+                                   "cloud.google.com/gke-tpu-topology": topology.split(":")[1]}
+    assert box["command"][-1] == "--distributed"
+
+
+@pytest.mark.parametrize("given, words", [
+    ([], "--gpus_per_node=0 --tpu_topology=None: give one"), (["--gpus_per_node=8", "--slices=2"], "--slices=2: slices are"),
+    (["--tpu_topology=v9:4x4"], "--tpu_topology=v9:4x4: expected KIND:"), (["--tpu_topology=v6e:4"], "--tpu_topology=v6e:4: exp"),
+    (["--tpu_topology=v6e:3x3"], "--tpu_topology=v6e:3x3: 9 chips are no whole"), (["--gpus_per_node=-1"], "--gpus_per_node=-1: "),
+    (["--tpu_topology=v6e:4x4", "--nodes=2"], "--nodes=2: "), (["--gpus_per_node=1", "--name=A_b"], "--name=A_b: expected lower"),
+    (["--gpus_per_node=1", "--volume=disk"], "--volume=disk: expected"), (["--gpus_per_node=1", "--env=X"], "--env=X: expected")])
+def test_bad_kubernetes_flags(given, words):
+    code, text = runs.refusal("launch", "kubernetes", "--image=x", *given, "--", "train", "--config=c.py")
+    assert code == 2 and text.startswith(words)
+
+
+# ---- SLURM ----
+
+SLURM = {"SLURM_JOB_ID": "31234", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9",
+         "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+ALONE = Namespace(num_processes=1, distributed=True, local_device=None)
+
+
+@pytest.mark.parametrize("nodes, first", [
+    ("n1", "n1"), ("n1,n2", "n1"), ("n[1-2]", "n1"), ("n[001,007-015],host2", "n001"), ("n[07]", "n07"),
+    ("r[01-02]s[3,5],x", "r01s3"), ("gpu-a[3-4]-ib", "gpu-a3-ib"), ("a.b.c,d", "a.b.c")])
+def test_first_host_of_slurms_lists(nodes, first):
+    assert join.first_host(nodes) == first
+
+
+def test_place_under_slurm():
+    assert join.place_of(ALONE, SLURM) == ("n1:21234", 16, 9)
+    assert join.place_of(ALONE, {}) is None
+    with pytest.raises(errors.UsageError, match="not under srun .SLURM_STEP_NODELIST, .*; start it by `srun"):
+        join.place_of(ALONE, {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+
+
+@pytest.mark.parametrize("environ, wanted", [
+    (SLURM, [1]), (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [1]), (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, None),
+    (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None), ({}, None)])
+def test_a_slurm_task_takes_its_own_gpu(environ, wanted):
+    assert join.own_device(ALONE, environ) == wanted
+
+
+def test_what_submitit_is_given(tmp_path, monkeypatch):
+    """The batch script that a stand-in for sbatch gets."""
+    (tmp_path / "sbatch").write_text(f'#!/bin/sh\ncat "$1" > {tmp_path}/script\necho Submitted batch job 42\n')
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    runs.call("launch", "slurm", "--nodes=2", "--gpus_per_node=8", "--time=60", "--partition=p", "--sbatch", "mem=64G",
+              f"--logs={tmp_path}/logs", "--", "train", "--config=configs/tiny.py")
+    script = (tmp_path / "script").read_text()
+    for option in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=60", "partition=p", "mem=64G", "requeue",
+                   f"signal=USR1@{slurm.SAVE_SECONDS}"):
+        assert f"#SBATCH --{option}\n" in script
+    assert slurm.afterwards(20) in script and script.index("trap '' TERM") < script.index("\nsrun ")
+
+
+@pytest.mark.parametrize("given, words", [
+    (["--time=60"], "gpt-jax launch slurm: what is to run is missing"), (["--time=0", "train"], "--time=0: expected 1"),
+    (["--time=5", "tarin"], "gpt-jax launch slurm: 'tarin' is no flag"), (["--nodes=0", "--time=5", "train"], "--nodes=0: ")])
+def test_bad_slurm_flags(given, words):
+    code, text = runs.refusal("launch", "slurm", *given)
+    assert code == 2 and text.startswith(words)
+
+
+def test_no_slurm_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, text = runs.refusal("launch", "slurm", "--time=5", f"--logs={tmp_path}", "--", "train")
+    assert code == 2 and "sbatch" in text or "srun" in text
+
+
+# ---- TPU VMs ----
+
+GCLOUD = """#!/bin/bash
+echo "$@" >> {folder}/calls
+case "$*" in *gpt-jax\\ train*)
+    name=$5
+    code=$(head -1 {folder}/$name); sed -i 1d {folder}/$name
+    for worker in 0 1; do echo "worker $worker of $name"; [ "$code" = lost ] || echo "gpt-jax ended with $code"; done
+esac
+"""
+
+
+def pod(folder, codes: dict[str, list], *flags):
+    """tpu_pod.sh with a gcloud whose workers end with these codes, one an attempt, and no waiting."""
+    for name, content in (("gcloud", GCLOUD.format(folder=folder)), ("sleep", f'#!/bin/sh\necho "$1" >> {folder}/waits\n')):
+        (folder / name).write_text(content)
+        (folder / name).chmod(0o755)
+    for name, values in codes.items():
+        (folder / name).write_text("".join(f"{value}\n" for value in values))
+    return subprocess.run([LAUNCH / "tpu_pod.sh", f"--tpu={','.join(codes) or 'a'}", "--zone=z", *flags, "--", "train",
+                           "--config.data.path=a b"], capture_output=True, text=True,
+                          env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"})
+
+
+@pytest.mark.parametrize("codes, flags, ended, waits", [
+    ({"a": [0]}, [], 0, ""), ({"a": [10, 40, 50, 0]}, [], 0, "5 10 20"), ({"a": [2]}, [], 2, ""), ({"a": [30]}, [], 30, ""),
+    ({"a": [40, 0], "b": ["lost", 0]}, [], 0, "5"), ({"a": [40], "b": [2]}, [], 2, ""), ({"a": [41] * 9}, ["--restarts=2"], 41, "5 10")])
+def test_tpu_pod_restarts_by_the_policy(tmp_path, codes, flags, ended, waits):
+    done = pod(tmp_path, codes, *flags)
+    assert done.returncode == ended, done.stdout + done.stderr
+    found = (tmp_path / "waits").read_text().split() if (tmp_path / "waits").exists() else []
+    assert " ".join(found) == waits and ("worker 1 of a" in done.stdout)
+
+
+def test_tpu_pod_dry_run_prints_and_runs_nothing(tmp_path):
+    done = pod(tmp_path, {"a": [], "b": []}, "--dry_run", "--project=p")
+    assert done.returncode == 0 and not (tmp_path / "calls").exists()
+    for line, name in zip(done.stdout.splitlines(), "ab", strict=True):
+        words = shlex.split(line)
+        assert words[:8] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, "--zone=z", "--project=p"]
+        assert words[8] == "--worker=all" and words[9].startswith(
+            r"--command=cd gpt_jax && .venv/bin/gpt-jax train --config.data.path=a\ b --distributed; echo")
+
+
+@pytest.mark.parametrize("given, words", [([], "--tpu=NAME"), (["--tpu=a"], "what is to run"), (["--tpu=a", "--zoen=b"], "unknown flag"),
+                                          (["--tpu=a", "--restarts=x", "--", "train"], "--restarts=x: expected")])
+def test_bad_tpu_pod_flags(given, words):
+    done = subprocess.run([LAUNCH / "tpu_pod.sh", *given], capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr
+
+
+# ---- the container file ----
+
+def test_dockerfile_copies_what_is_there_and_names_extras_that_exist():
+    text = (LAUNCH / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert {word for word, _ in lines} <= {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "STOPSIGNAL", "ENTRYPOINT", "CMD"}
+    for word, rest in lines:
+        if word == "COPY":
+            assert all((runs.ROOT / name).exists() for name in rest.split()[:-1]), rest
+        if word in ("ENTRYPOINT", "CMD"):
+            json.loads(rest)  # exec form: SIGTERM reaches the program
+    extras = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = dict(re.findall(r'(cpu|cuda|tpu)\) extra="\[?(\w*)\]?"', text))
+    assert set(named) == {"cpu", "cuda", "tpu"} and {name for name in named.values() if name} <= set(extras)
+    (install,) = [rest for word, rest in lines if word == "RUN"]
+    assert "--constraint launch/constraints.txt" in install
+    subprocess.run(["sh", "-n", "-c", install], check=True)
+
+
+def test_shell_scripts_parse():
+    for path in (*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"):
+        subprocess.run(["bash", "-n", path], check=True)
