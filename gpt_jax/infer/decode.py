@@ -243,7 +243,9 @@ def stream(model: config.Model, params, tokenizer: Tokenizer, prompts: Sequence[
     model = dataclasses.replace(model, remat="none", dropout=0.0, attention_dropout=0.0)
     fitted = [fit_prompt(i + 1, text, tokenizer, model.max_seq, sampling, report) for i, text in enumerate(prompts)]
     rows = [(p, s) for p in range(len(fitted)) for s in range(sampling.num_samples)]
-    params = _kernels_once(params | {"blocks": sharding.off_stages(params["blocks"])}, model.dtype)
+    if sharding.axis_size("pipeline") > 1:  # a token goes through all layers on every stage
+        params = params | {"blocks": sharding.off_stages(params["blocks"])}
+    params = _kernels_once(params, model.dtype)
     groups = (rows[i:i + max_rows] for i in range(0, len(rows), max_rows))
     return (piece for group in groups for piece in _stream_rows(model, params, tokenizer, fitted, group, sampling))
 
