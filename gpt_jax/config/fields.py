@@ -113,8 +113,9 @@ class Data:
     sources: tuple[tuple[str, str, float], ...] = ()  # in place of path, a mixture: (name, path, weight), …
     weights: str = knob("tokens", choices=WEIGHTS)  # what the weights of sources are parts of
     temperature: float = knob(0.0, low=0.0)  # t > 0: weights are multiplied by size ** (1 / t), in the unit of weights
-    stages: tuple[tuple[int, tuple[float, ...]], ...] = ()  # (from token, a weight for each source), …
-    block: int = knob(1000, low=1)  # examples that hold each source's share exactly
+    stages: tuple[tuple[int, tuple[float, ...]], ...] = ()  # (from token, a weight for each source), …; begins with
+    #                                         the first row at or after that token, blocks are counted from there
+    block: int = knob(1000, low=1)  # examples that hold each source's share exactly; shorter only just before a stage
     eval_path: tuple[str, ...] = ()  # held-out text; empty: split off `path`
     eval_fraction: float = knob(0.1, low=0.0, high=0.9)  # of text files; `gpt-jax prepare` has decided for its folders
     split: str = knob("tail", choices=SPLITS)  # tail: the last part by position; document: by hash of the document
