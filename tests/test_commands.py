@@ -304,7 +304,9 @@ def test_help_of_a_command(capsys, command):
                           "--dedup",
                           "--eval_fraction", "--inspect", "--verify"],
               "inspect": ["--workdir", "--batch", "--rows", "--chars", "--json"],
-              "bench": ["--config", "--batches", "--seconds"]}[command]
+              "bench": ["--config", "--batches", "--seconds"],
+              "plan": ["--config", "--topology", "--slices", "--compile", "--search", "--json"],
+              "launch": ["local", "slurm", "kubernetes"]}[command]
     runtime = ["--cpu_devices", "--coordinator"] if command in ("train", "evaluate", "generate") else []
     assert [flag for flag in [*wanted, *runtime] if flag not in text] == []
 

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         rows = [f"  {name:<10} {line}" for name, line in LAUNCHERS.items()]
         print("\n".join(["usage: gpt-jax launch <engine> [flags] train [its flags]", "", *rows]))
-        return
+        sys.exit(0)
     name, *rest = arguments
     if name not in LAUNCHERS:
         raise UsageError(f"unknown engine {name!r}: choose one of {', '.join(LAUNCHERS)}")

@@ -1,6 +1,6 @@
 """`gpt-jax train`: trains from a config, or resumes the run in its workdir."""
 
-import math
+import os
 import socket
 import sys
 import tempfile
@@ -44,8 +44,12 @@ def say_start(mesh) -> None:
     from gpt_jax import sharding
 
     own = jax.local_devices()
-    print(start_line(jax.process_index(), jax.process_count(), socket.gethostname(), len(own), own[0].device_kind,
-                     sharding.places(mesh), code_version()), file=sys.stderr, flush=True)
+    line = start_line(jax.process_index(), jax.process_count(), socket.gethostname(), len(own), own[0].device_kind,
+                      sharding.places(mesh), code_version())
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:  # `2>&1 | head`: the run goes on
+        sys.stderr = open(os.devnull, "w")
 
 
 def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int, int] | None]:
@@ -53,7 +57,7 @@ def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int,
     config = load_config(args.config, rest)
     if args.print_config:
         resolved = configs.resolve(config)
-        configs.check(resolved, math.prod(size for size in vars(config.mesh).values() if size > 0))
+        configs.check(resolved, configs.least_devices(config.mesh))
         print(configs.to_json(resolved))
         return config, None, None
     if not args.workdir:

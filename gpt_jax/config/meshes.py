@@ -15,6 +15,11 @@ def cross_slice(mesh: Mesh) -> dict[str, int]:
     return {axis: getattr(mesh, f"dcn_{axis}") for axis in AXES}
 
 
+def least_devices(mesh: Mesh) -> int:
+    """The product of the sizes that are given: the devices of the mesh when -1 stands for 1."""
+    return math.prod(max(1, getattr(mesh, axis)) for axis in AXES) * math.prod(cross_slice(mesh).values())
+
+
 def mesh_shape(mesh: Mesh, devices: int) -> dict[str, int]:
     """Axis sizes in mesh order, in-slice times cross-slice, with -1 filled in, for `devices` devices in all.
 

@@ -70,6 +70,7 @@ def _place(tree):
 
 
 @partial(jax.jit, static_argnames=("model", "vocab", "length"))
+@sharding.using(sharding.WHOLE_ROWS)
 def _start(params, tokens, lengths, seen, knobs, *, model: config.Model, vocab: int, length: int):
     """Prompts [B, T], of which `lengths` tokens are real, into a new cache of `length` tokens; the first new tokens."""
     tokens, lengths, seen, knobs = _place((tokens, lengths, seen, knobs))
@@ -82,6 +83,7 @@ def _start(params, tokens, lengths, seen, knobs, *, model: config.Model, vocab: 
 
 
 @partial(jax.jit, static_argnames=("model", "vocab"), donate_argnames="state")
+@sharding.using(sharding.WHOLE_ROWS)
 def _next(params, state: State, knobs, *, model: config.Model, vocab: int):
     """One more token a row. Rows that have ended run along, their positions held inside the context."""
     position = jnp.minimum(state.lengths, model.max_seq - 1)[:, None]
