@@ -1,46 +1,62 @@
-"""One config on one device, on eight fake ones, over four processes, and wherever else it was trained: one curve.
+"""One config on one device, on eight fake ones, over four processes and under SLURM: one curve.
 
-    python benchmarks/scale_out.py [--add=SLURM=runs/slurm ...]
+    ./launch/slurm_test.sh -- .venv/bin/python benchmarks/scale_out.py      beside a SLURM of two nodes (root)
+    python benchmarks/scale_out.py                                          without one
 
-Every run is the `gpt-jax train` command with another mesh; the curves and their differences go to scale_out.json, the
-picture to pictures/scale_out.png. `--add` takes a workdir in which `TRAIN` below was trained by other means, such as
-launch/slurm_test.sh leaves one. float32 on a CPU.
+Every run is the `gpt-jax train` command with another mesh. Where `sbatch` leads to a SLURM, the last run is a job of two
+tasks that is put back into the queue on its way. The curves' differences go to scale_out.json, the picture to
+pictures/scale_out.png. float32 on a CPU.
 """
 
-import argparse
 import json
-import socket
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+STEPS = 200
 TRAIN = ["train", f"--config={HERE.parent / 'configs/tiny.py'}", "--config.data.path=stdlib", "--config.model.layers=4",
-         "--config.train.steps=200", "--config.train.seq_len=64", "--config.eval.every_steps=0", "--config.eval.batches=4",
-         "--config.log.progress=false"]
+         f"--config.train.steps={STEPS}", "--config.train.seq_len=64", "--config.eval.every_steps=0",
+         "--config.eval.batches=4", "--config.log.every_steps=1", "--config.log.progress=false"]
 RUNS = {  # name: (processes, devices of each, mesh)
     "1 device": (1, 1, {}),
     "8 devices: pipeline 2 x fsdp 2 x tensor 2": (1, 8, {"pipeline": 2, "fsdp": 2, "tensor": 2}),
     "8 devices: context 2 x expert 2 x tensor 2": (1, 8, {"context": 2, "expert": 2, "tensor": 2}),
     "4 processes x 2 devices: pipeline 2 x data 2 x context 2": (4, 2, {"pipeline": 2, "data": 2, "context": 2}),
 }
+BY_SLURM = "SLURM, 2 tasks x 2 devices, requeued: fsdp 2 x tensor 2", (2, 2, {"fsdp": 2, "tensor": 2})
+
+
+def command(launcher: list[str], workdir: Path, mesh: dict[str, int]) -> list[str]:
+    axes = [f"--config.mesh.{axis}={size}" for axis, size in ({"data": 1} | mesh).items()]
+    return [sys.executable, "-m", "gpt_jax", *launcher, *TRAIN, f"--workdir={workdir}", *axes]
 
 
 def train(workdir: Path, processes: int, devices: int, mesh: dict[str, int]) -> None:
     """One run, all processes of it; raises CalledProcessError."""
-    axes = [f"--config.mesh.{axis}={size}" for axis, size in ({"data": 1} | mesh).items()]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = [[f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={k}"] * (processes > 1)
-           for k in range(processes)]
-    commands = [[sys.executable, "-m", "gpt_jax", *TRAIN, f"--workdir={workdir}", f"--cpu_devices={devices}", *axes, *flags]
-                for flags in own]
-    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
-    for process, command in zip(started, commands):
-        if process.wait():
-            raise subprocess.CalledProcessError(process.returncode, command)
+    launcher = ["launch", "local", f"--processes={processes}", f"--devices_per_process={devices}"]
+    subprocess.run(command(launcher, workdir, mesh), check=True, stdout=subprocess.DEVNULL)
+
+
+def train_by_slurm(workdir: Path, tasks: int, devices: int, mesh: dict[str, int]) -> None:
+    """The same as a job, requeued after a quarter of its steps; raises CalledProcessError, and SystemExit where it does
+    not end well."""
+    launcher = ["launch", "slurm", f"--nodes={tasks}", "--tasks_per_node=1", "--time=600", f"--logs={workdir}-logs", "--"]
+    words = [*command(launcher, workdir, mesh), f"--cpu_devices={devices}"]
+    job = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[2].rstrip(";")
+    show = ["scontrol", "show", "job", job]
+    state = lambda: subprocess.run(show, check=True, capture_output=True, text=True).stdout.split("JobState=")[1].split()[0]
+    log = workdir / "metrics.jsonl"
+    while state() in ("PENDING", "RUNNING") and not (log.exists() and log.read_text().count("\n") > STEPS // 4):
+        time.sleep(1)
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    while (now := state()) != "COMPLETED":
+        if now not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+            raise SystemExit(f"the SLURM job ended as {now}; its output is in {workdir}-logs")
+        time.sleep(1)
 
 
 def losses(workdir: Path) -> list[float]:
@@ -69,19 +85,19 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--add", action="append", default=[], metavar="NAME=WORKDIR")
-    given = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        workdirs = {name: Path(folder) / str(i) for i, name in enumerate(RUNS)}
-        for name, run in RUNS.items():
-            train(workdirs[name], *run)
-        workdirs |= {name: Path(path) for name, _, path in (text.partition("=") for text in given.add)}
-        curves = {name: losses(path) for name, path in workdirs.items()}
-    first, steps = next(iter(curves.values())), len(next(iter(curves.values())))
+        curves = {}
+        for i, (name, run) in enumerate(RUNS.items()):
+            train(Path(folder) / str(i), *run)
+            curves[name] = losses(Path(folder) / str(i))
+        if shutil.which("sbatch"):
+            name, run = BY_SLURM
+            train_by_slurm(Path(folder) / "slurm", *run)
+            curves[name] = losses(Path(folder) / "slurm")
+    first = next(iter(curves.values()))
     rows = {name: {"last loss": values[-1], "largest relative difference": max(
         abs(a / b - 1) for a, b in zip(values, first, strict=True))} for name, values in curves.items()}
-    (HERE / "scale_out.json").write_text(json.dumps({"steps": steps, "runs": rows}, indent=1) + "\n")
+    (HERE / "scale_out.json").write_text(json.dumps({"steps": STEPS, "runs": rows}, indent=1) + "\n")
     draw(curves, HERE / "pictures/scale_out.png")
     for name, row in rows.items():
         print(f"{row['last loss']:.6f}  {row['largest relative difference']:.1e}  {name}")

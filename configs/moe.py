@@ -36,8 +36,8 @@ def mixtral() -> ConfigDict:
     return ConfigDict(dict(
         model=dict(layers=32, embed=4096, heads=32, kv_heads=8, mlp=14_336, vocab=32_000, max_seq=32_768,
                    pattern=(("attention", "moe"),), experts=8, experts_per_token=2, expert_ffn="swiglu",
-                   router="softmax", router_normalize=True, balance="aux", balance_weight=0.01, router_z_loss=1e-3, norm="rmsnorm",
-                   norm_epsilon=1e-5, position="rotary", rope_base=1e6, tied=False, bias=False, init="gpt2",
+                   router="softmax", router_normalize=True, balance="aux", balance_weight=0.01, router_z_loss=1e-3,
+                   norm="rmsnorm", norm_epsilon=1e-5, position="rotary", rope_base=1e6, tied=False, bias=False, init="gpt2",
                    dtype="bfloat16", remat="block"),
         data=dict(tokenizer="bpe:32000", rows="best_fit", apart=True, split="document", eval_fraction=0.001),
         mesh=dict(data=1, fsdp=-1),

@@ -43,7 +43,7 @@ class Chip:
 
     kind: str  # `device_kind`, a key of PEAKS
     platform: str  # tpu or gpu
-    memory: int  # what a program may fill
+    shown: int  # of memory. TPU: what libtpu lets a program fill; GPU: what the driver shows
     bandwidth: float  # of that memory
     link: float  # of one ICI link; GPUs: NVLink of one GPU in all
     dims: int  # of the torus; 0: a switch
@@ -52,8 +52,16 @@ class Chip:
     per_chip: int = 1  # devices of a chip
     clock: float = 0.0  # Hz of the compiler's cycles; TPU
 
+    @property
+    def memory(self) -> int:
+        """What a program may fill."""
+        return int(self.shown * (GPU_FRACTION if self.platform == "gpu" else 1))
+
 
 GIB = 2**30
+# Of a card's memory, taken by commands/environment.py at the start (JAX by itself takes 0.75): the rest is for CUDA, its
+# libraries and NCCL's buffers. An environment that sets XLA_CLIENT_MEM_FRACTION is left alone.
+GPU_FRACTION = 0.9
 # By the name that --topology takes. Sources:
 # TPU memory: what libtpu 0.0.42 says a program may use when it refuses a larger one; v4, whose two cores JAX drives as
 #   one device, from the data sheet less what v5p keeps back.
@@ -63,18 +71,17 @@ GIB = 2**30
 # TPU clocks: peak of PEAKS / (2 x rows x columns x arrays of the matrix units: 8 of 128 x 128 on v4 and v5p, 4 on v5e,
 #   4 of 256 x 256 on v6e and TPU7x). An 8,192-cubed matmul was compiled for each: its cycles give 70 to 90 % of that.
 # GPUs: data sheets of H100 SXM (80 GB, 3.35 TB/s, NVLink 900 GB/s both ways), H200 SXM (141 GB, 4.8 TB/s, 900) and HGX
-#   B200 (180 GB, 8 TB/s of which the driver counts 7.67, 1,800), and the DGX systems' 400 Gb/s of network a GPU. Memory:
-#   what the driver shows to XLA (openxla/xla, target_config/specs) x 0.9, for which XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
-#   has to be set (JAX takes 0.75).
+#   B200 (180 GB, 8 TB/s, 1,800), and the DGX systems' 400 Gb/s of network a GPU. Memory and its bandwidth: what the
+#   driver shows to XLA (openxla/xla, target_config/specs).
 CHIPS = {
     "v4": Chip("TPU v4", "tpu", int(31.7 * GIB), 1.2e12, 50e9, 3, 6.25e9, 4, 1, 1.049e9),
     "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 819e9, 50e9, 2, 3.125e9, 4, 1, 1.503e9),
     "v5p": Chip("TPU v5", "tpu", int(95.74 * GIB), 2765e9, 100e9, 3, 6.25e9, 4, 1, 1.751e9),
     "v6e": Chip("TPU v6 lite", "tpu", int(31.25 * GIB), 1638e9, 100e9, 2, 12.5e9, 4, 1, 1.751e9),
     "TPU7x": Chip("TPU7x", "tpu", int(94.75 * GIB), 3690e9, 100e9, 3, 6.25e9, 8, 2, 2.2e9),
-    "h100": Chip("NVIDIA H100 80GB HBM3", "gpu", int(0.9 * 84_942_979_072), 3352e9, 450e9, 0, 50e9, 8),
-    "h200": Chip("NVIDIA H200", "gpu", int(0.9 * 151_397_597_184), 4800e9, 450e9, 0, 50e9, 8),
-    "b200": Chip("NVIDIA B200", "gpu", int(0.9 * 191_514_411_008), 7672e9, 900e9, 0, 50e9, 8),
+    "h100": Chip("NVIDIA H100 80GB HBM3", "gpu", 84_942_979_072, 3352.32e9, 450e9, 0, 50e9, 8),
+    "h200": Chip("NVIDIA H200", "gpu", 151_397_597_184, 4800e9, 450e9, 0, 50e9, 8),
+    "b200": Chip("NVIDIA B200", "gpu", 191_514_411_008, 7672.32e9, 900e9, 0, 50e9, 8),
 }
 
 

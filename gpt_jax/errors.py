@@ -20,9 +20,9 @@ EXIT_CODES = {
 # What every launcher does with a code: start the same command again, which resumes, or stop. Stopping is for what a
 # restart repeats: bad input, divergence, broken hardware, a bug (1).
 RESTARTABLE = (10, 40, 41, 50)
-# A process that did not end by itself, as shells, SLURM and Kubernetes count: 128 and the signal. Killed for memory, with its
-# machine, or before it could save: as good a reason to restart as 40.
-SIGNALLED = (134, 135, 137, 139, 143)  # ABRT BUS KILL SEGV TERM
+# A process that did not end by itself, as shells, SLURM and Kubernetes count: 128 and the signal. Killed for memory, with
+# its machine, or asked to stop before it could listen: as good a reason to restart as 40.
+SIGNALLED = (134, 135, 137, 138, 139, 143)  # ABRT BUS KILL USR1 SEGV TERM
 RESTART_SECONDS = 5, 300  # before the first restart, and at most: the wait doubles in between
 
 
@@ -84,3 +84,11 @@ class NoCheckpoint(Exit):
     """No checkpoint could be restored and verified."""
 
     code = 51
+
+
+KINDS = {kind.code: kind for kind in Exit.__subclasses__()}
+
+
+def exit_of(code: int, text: str) -> Exit:
+    """What another process raised, made again of its code and text; PeerFailed for a code of no Exit (a bug there)."""
+    return KINDS.get(code, PeerFailed)(text)

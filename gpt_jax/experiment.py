@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax import config as configs
-from gpt_jax import devices, evals, sharding
+from gpt_jax import compiler, devices, evals, sharding
 from gpt_jax.data import dataset
 from gpt_jax.data.dataset import Dataset
 from gpt_jax.data.pipeline import check_sizes, make_examples
@@ -21,7 +21,7 @@ from gpt_jax.train.agreement import disagreements
 from gpt_jax.train.loss import Network
 from gpt_jax.train.optim import describe, make_optimizer, on_parts
 from gpt_jax.train.step import TrainState, eval_step, init_state, train_step
-from gpt_jax.version import code_version
+from gpt_jax.version import same_code
 
 
 class Parts(NamedTuple):
@@ -45,7 +45,8 @@ def make_network(model: configs.Model) -> Network:
         return module.apply({"params": params}, batch, rngs=None if key is None else {"dropout": key},
                             method="features")
 
-    return Network(features, lambda params, hidden: module.apply({"params": params}, hidden, method="unembed"))
+    return Network(features, lambda params, dtype: module.apply({"params": params}, dtype, method="output"),
+                   lambda head, hidden: module.apply({}, head, hidden, method="logits"))
 
 
 def choose_kernel(model: configs.Model, seq_len: int, mesh, segments: bool) -> tuple[configs.Model, str]:
@@ -65,8 +66,8 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
     configs.check(configs.resolve(config), jax.device_count())  # before the data, which may take a while
     data = dataset.load(config.data, say)
     if config.eval.compare_xz and not data.heldout:
-        raise UsageError("config.eval.compare_xz = True: needs held-out text, and the data holds none out; set it to false, or "
-                         "prepare with --eval_fraction")
+        raise UsageError("config.eval.compare_xz = True: needs held-out text, and the data holds none out; set it to "
+                         "false, or prepare with --eval_fraction")
     vocab = data.tokenizer.vocab
     config = configs.resolve(config, vocab)
     mesh = sharding.make_mesh(configs.check(config, jax.device_count(), vocab), across=configs.cross_slice(config.mesh))
@@ -91,7 +92,7 @@ def check_job(config: configs.Config, data: Dataset) -> None:
         wrong, counts = error, str(error)
     facts = {f"config.{key}": value for key, value in configs.flatten(config).items() if key not in LOCAL}
     facts |= {"the text": data.content, "the tokenizer": data.tokenizer.fingerprint, "the mixture's counts": counts,
-              "the code": code_version()}
+              "the code": same_code()}
     if found := disagreements(facts):
         raise UsageError(f"{', '.join(found)}: not the same on all processes of this job; start them with the same flags "
                          "and the same text") from wrong
@@ -112,6 +113,7 @@ def make_steps(config: configs.Config, mesh) -> Steps:
     """The jitted functions of a resolved config whose kernel is a concrete one. Makes no array: the mesh may be of
     devices that are not there (`gpt-jax plan`)."""
     train, seed = config.train, config.seed
+    options = compiler_options(config, mesh) or None
     with jax.set_mesh(mesh):
         model = config.model
         network = make_network(model)
@@ -124,8 +126,14 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         abstract = sharding.concrete(jax.eval_shape(make_state), mesh)
         key = lambda: jax.random.fold_in(jax.random.key(seed), 1)  # init has the seed's own key
         step = jax.jit(lambda state, batch: train_step(state, batch, key(), network=network, tx=tx, train=train),
-                       donate_argnums=0)
-        return Steps(jax.jit(make_state), abstract, step, jax.jit(partial(eval_step, network=network, train=train)))
+                       donate_argnums=0, compiler_options=options)
+        return Steps(jax.jit(make_state), abstract, step,
+                     jax.jit(partial(eval_step, network=network, train=train), compiler_options=options))
+
+
+def compiler_options(config: configs.Config, mesh) -> dict:
+    """What the steps are compiled with on these devices."""
+    return compiler.options(mesh.devices.flat[0].platform, config.train.compiler_options)
 
 
 def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
@@ -136,27 +144,54 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
     with jax.set_mesh(mesh):
         model, line = choose_kernel(config.model, train.seq_len, mesh, config.data.apart)
         config = replace(config, model=model)
+        options = compiler_options(config, mesh)
+        compiler.check(options, mesh)
         steps = make_steps(config, mesh)
         counts = count_params(model)
-        notes = [describe_mesh(mesh), line,
+        notes = [describe_mesh(config, mesh), line,
+                 *([compiler.describe(mesh.devices.flat[0].platform, options)] if options else ()),
                  f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, {counts['embedding']:,} looked up); "
                  f"{model.dtype} compute, float32 parameters and sums, remat {model.remat}",
-                 f"tokens: {train.batch_size * train.seq_len:,} a step in {train.accumulate} microbatch"
-                 f"{'es' * (train.accumulate > 1)}, {train.batch_size * train.seq_len * train.steps:,} in all, "
-                 f"{train.batch_size * train.seq_len * train.steps / counts['total']:.1f} per parameter",
-                 *(f"optimiser: {row.optimizer} for {row.group}: {row.tensors} tensors, {row.parameters:,} parameters, "
+                 f"tokens: {train.batch_size * train.seq_len:,} a step in {count(train.accumulate, 'microbatch')}, "
+                 f"{train.batch_size * train.seq_len * train.steps:,} in all, "
+                 f"{train.batch_size * train.seq_len * train.steps / counts['total']:.3g} per parameter",
+                 *(f"optimiser: {row.optimizer} for {row.group}: {count(row.tensors, 'tensor')}, {row.parameters:,} parameters, "
                    f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
                    for row in describe(config.optim, steps.abstract.params, model.balance_rate)),
-                 *(f"on every device whole, although over 1 MiB: {', '.join(paths[:4])}"
-                   f"{f' and {len(paths) - 4} more' if len(paths) > 4 else ''} ({why})"
-                   for why, paths in sharding.unsharded(steps.abstract, mesh).items())]
+                 *(f"on every device whole, although over 1 MiB, because {why}: {', '.join(paths)}"
+                   for why, paths in unsharded(steps.abstract, mesh, config.mesh.zero).items())]
         return Parts(config, mesh, data, steps.make_state, steps.abstract, steps.train_step, steps.eval_step, tuple(notes))
 
 
-def describe_mesh(mesh) -> str:
-    """One line: processes, devices, axes longer than 1."""
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "no axis longer than 1"
-    return f"mesh: {axes}; {mesh.size} {mesh.devices.flat[0].device_kind} devices, {jax.process_count()} processes"
+def unsharded(state: TrainState, mesh, zero: int) -> dict[str, list[str]]:
+    """Why -> what every device of `mesh` holds whole of the abstract state and is over 1 MiB, with its size."""
+    found: dict[str, list[str]] = {}
+    for why, arrays in sharding.unsharded(state._asdict(), mesh).items():
+        for path, size in arrays:
+            kept = zero == 1 and path.startswith(("params/", "ema/"))
+            reason = "config.mesh.zero = 1 cuts the optimiser's state alone" if kept else why
+            found.setdefault(reason, []).append(f"{path} {size / 2**20:.0f} MiB")
+    return found
+
+
+def describe_mesh(config: configs.Config, mesh) -> str:
+    """One line: axes longer than 1 and how they are used, devices, processes."""
+    model, across = config.model, configs.cross_slice(config.mesh)
+    beyond = lambda axis: f" ({across[axis]} across slices)" if across[axis] > 1 else ""
+    axes = " x ".join(f"{axis} {size}{beyond(axis)}" for axis, size in mesh.shape.items() if size > 1)
+    used = [f"zero {config.mesh.zero}"] * (config.mesh.zero != 3)
+    used += ["the stream cut over tensor"] * (model.shard_sequence and mesh.shape["tensor"] > 1)
+    if (stages := mesh.shape["pipeline"]) > 1:
+        used += [count(model.pipeline_microbatches or stages, "microbatch") + f" through {stages} stages, "
+                 + count(model.pipeline_rounds, "round")]
+    return "; ".join([f"mesh: {axes or 'no axis longer than 1'}", *used,
+                      f"{count(mesh.size, f'{mesh.devices.flat[0].device_kind} device')}, "
+                      + count(jax.process_count(), "process")])
+
+
+def count(number: int, what: str) -> str:
+    """ "1 step", "2 processes" """
+    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith(('s', 'ch')) else 's'}"
 
 
 def saved_config(meta: dict) -> configs.Config:

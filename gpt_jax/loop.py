@@ -79,7 +79,8 @@ class Loop:
         """Once, when a rate is known: when the last step is to be expected, evaluation and saving aside."""
         if step < self.start + 10:  # the first ones are no measure
             return
-        left, self.announce, say = (self.config.train.steps - step) * self.batch_tokens / rate, lambda line: None, self.announce
+        left = (self.config.train.steps - step) * self.batch_tokens / rate
+        self.announce, say = lambda line: None, self.announce
         end = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + left))
         say(f"{rate:,.0f} tokens/s so far: step {self.config.train.steps:,} is to be expected at {end}")
 

@@ -9,9 +9,9 @@ import json
 import os
 import socket
 import time
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
-from gpt_jax.errors import Exit, PeerFailed, UsageError
+from gpt_jax.errors import Exit, PeerFailed, UsageError, exit_of
 
 ASK_SECONDS = 0.5  # between two questions of a waiting process
 LINGER_SECONDS = 10.0  # how long process 0 goes on answering once it knows how the meeting ends
@@ -60,21 +60,21 @@ def ask(place: Place, host: str, port: int, hello: dict, seconds: float) -> None
         try:
             with socket.create_connection((host, port), timeout=min(LINE_SECONDS, seconds)) as line:
                 write_line(line, hello)
-                heard = read_line(line) or {}
+                heard = read_line(line, is_answer) or {}
         except OSError as error:
             seen = str(error)
         else:
             if heard.get("say") == "end":
-                raise revive(heard)
+                raise exit_of(heard["code"], heard["text"])
             if not heard:  # JAX has the port: this job's, its "go" was lost, or that of the job before, soon gone
                 strange = strange or now
             if heard.get("say") == "go" or (not heard and now - strange > LINGER_SECONDS):
                 return
         time.sleep(ASK_SECONDS)
     if not heard:
-        raise PeerFailed(f"--coordinator={place.address}: process {place.process} on {hello['host']} did not reach process 0 "
-                         f"there within --join_seconds={seconds:g} ({seen}); it has not started, its log may have the reason, "
-                         "or the address is wrong")
+        raise PeerFailed(f"--coordinator={place.address}: process {place.process} on {hello['host']} did not reach process "
+                         f"0 there within --join_seconds={seconds:g} ({seen}); it has not started, its log may have the "
+                         "reason, or the address is wrong")
     raise PeerFailed(f"{heard['text']}, within --join_seconds={seconds:g}; the logs of those missing may have the reason")
 
 
@@ -91,8 +91,8 @@ def receive(place: Place, host: str, port: int, hello: dict, seconds: float) -> 
                 line, _ = server.accept()
                 with line:
                     line.settimeout(LINE_SECONDS)
-                    other = read_line(line)
-                    if other is None or "process" not in other:  # a stranger, a port scanner say
+                    other = read_line(line, is_hello)
+                    if other is None:  # a stranger, a port scanner say
                         continue
                     verdict, was = verdict or judge(came, other, place.processes), verdict
                     if verdict and not was:
@@ -102,10 +102,10 @@ def receive(place: Place, host: str, port: int, hello: dict, seconds: float) -> 
             except OSError:  # this one comes again, or counts as missing
                 continue
     if verdict is None:
-        raise PeerFailed(f"{missing(came, place)}, within --join_seconds={seconds:g}; the logs of those missing may have the "
-                         "reason")
+        raise PeerFailed(f"{missing(came, place)}, within --join_seconds={seconds:g}; the logs of those missing may have "
+                         "the reason")
     if verdict["say"] == "end":
-        raise revive(verdict)
+        raise exit_of(verdict["code"], verdict["text"])
     if gone := set(range(1, place.processes)) - told:
         raise PeerFailed(f"{names(gone)} came and went again before the job began; the log there has the reason")
 
@@ -116,23 +116,17 @@ def judge(came: dict[int, dict], other: dict, processes: int) -> dict | None:
     if "failed" in other:
         return {"say": "end", "code": other["failed"]["code"], "text": f"{where} failed: {other['failed']['text']}"}
     if other["processes"] != processes:
-        return end_usage(f"--num_processes: {where} says {other['processes']}, process 0 says {processes}; start all with the "
-                         "same number")
+        return end_usage(f"--num_processes: {where} says {other['processes']}, process 0 says {processes}; start all with "
+                         "the same number")
     before = came.setdefault(process, other)
     if (before["host"], before["pid"]) != (other["host"], other["pid"]):
-        return end_usage(f"--process_id={process}: two processes say so, one on {before['host']} and one on {other['host']}; "
-                         "give each its own")
+        return end_usage(f"--process_id={process}: two processes say so, one on {before['host']} and one on "
+                         f"{other['host']}; give each its own")
     return {"say": "go"} if len(came) == processes else None
 
 
 def end_usage(text: str) -> dict:
     return {"say": "end", "code": UsageError.code, "text": text}
-
-
-def revive(verdict: dict) -> Exit:
-    """The Exit that a verdict stands for."""
-    kinds = {kind.code: kind for kind in Exit.__subclasses__()}
-    return kinds.get(verdict["code"], PeerFailed)(verdict["text"])
 
 
 def missing(came: dict, place: Place) -> str:
@@ -155,8 +149,8 @@ def listen(address: str, port: int) -> socket.socket:
         return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=1024,
                                     dualstack_ipv6=both)
     except OSError as error:
-        raise UsageError(f"--coordinator={address}: process 0 cannot listen on port {port}: {error.strerror}; choose another "
-                         "port") from None
+        raise UsageError(f"--coordinator={address}: process 0 cannot listen on port {port}: {error.strerror}; choose "
+                         "another port") from None
 
 
 def short(text: str) -> str:
@@ -168,8 +162,25 @@ def write_line(line: socket.socket, message: dict) -> None:
     line.sendall(json.dumps(message).encode() + b"\n")
 
 
-def read_line(line: socket.socket) -> dict | None:
-    """The other side's message; None for what is not one. Raises OSError when nothing comes."""
+def has(message: object, **kinds: type) -> bool:
+    """Whether this is a dict with these keys, of just these types."""
+    return isinstance(message, dict) and all(type(message.get(key)) is kind for key, kind in kinds.items())
+
+
+def is_hello(message: object) -> bool:
+    """Whether a process of a job says so, one that is not process 0."""
+    return (has(message, process=int, processes=int, host=str, pid=int) and 0 < message["process"] < message["processes"]
+            and ("failed" not in message or has(message["failed"], code=int, text=str)))
+
+
+def is_answer(message: object) -> bool:
+    """Whether process 0 of a job says so."""
+    say = has(message, say=str) and message["say"]
+    return say == "go" or (say == "wait" and has(message, text=str)) or (say == "end" and has(message, text=str, code=int))
+
+
+def read_line(line: socket.socket, wanted: Callable[[object], bool]) -> dict | None:
+    """The other side's message; None for what is not `wanted`. Raises OSError when nothing comes."""
     got = b""
     while not got.endswith(b"\n") and len(got) < LINE_BYTES:
         part = line.recv(LINE_BYTES)
@@ -182,4 +193,4 @@ def read_line(line: socket.socket) -> dict | None:
         message = json.loads(got)
     except ValueError:
         return None
-    return message if isinstance(message, dict) else None
+    return message if wanted(message) else None

@@ -90,7 +90,7 @@ def using(changes: dict):
 def spec(table: dict, axes: tuple[str | None, ...]) -> P:
     """The PartitionSpec of logical `axes`; two axes on one mesh axis raise ValueError, unknown names KeyError."""
     parts = [table[axis] if axis is not None else None for axis in axes]
-    used = [name for part in parts if part is not None for name in ((part,) if isinstance(part, str) else part)]
+    used = [name for part in parts for name in _names(part)]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {axes} would use a mesh axis twice: {parts}")
     return P(*parts)
@@ -101,6 +101,13 @@ def used(*axes: str | None) -> P:
     return spec(USED | _CHANGED.get(), axes)
 
 
+def platform() -> str:
+    """What the program is compiled for: the platform of the mesh, which need not be this process's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def axis_size(axis: str) -> int:
     """Devices along mesh axis `axis` of the current mesh (1 without a mesh)."""
     mesh = _mesh()
@@ -109,8 +116,7 @@ def axis_size(axis: str) -> int:
 
 def parts(axis: str) -> int:
     """Pieces into which logical `axis` is cut where it is computed with (1 without a mesh)."""
-    names = (USED | _CHANGED.get())[axis]
-    return math.prod(axis_size(name) for name in ((names,) if isinstance(names, str) else names or ()))
+    return math.prod(map(axis_size, _names((USED | _CHANGED.get())[axis])))
 
 
 def batch_spec() -> P:
@@ -124,8 +130,42 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def use(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
-    """A stored weight, cast to the compute dtype first and gathered over fsdp second (half the bytes on the wire)."""
-    return constrain(weight.astype(dtype), *axes)
+    """A stored weight, cast to the compute dtype first and gathered over fsdp second (half the bytes on the wire). What
+    is gathered is typed as `reduced` over the axes of rows and tokens: its gradient stays each device's own part of a sum
+    until it is scattered to where the weight is stored, in one go, where a plain reshard sums whole gradients on every
+    device. Not under the vmap of a pipeline's stages, which JAX 0.10 refuses."""
+    weight = weight.astype(dtype)
+    where = gathered_axes(weight, axes)
+    if where is None or _CHANGED.get():
+        return constrain(weight, *axes)
+    dim, names = where
+    rows = {name for part in used("batch", "seq") for name in _names(part)}
+    spec = jax.typeof(weight).sharding.spec
+    given = P(*spec, reduced=rows - set(names))
+    gather = lambda w: jax.lax.all_gather(w, names, axis=dim, tiled=True, to="reduced")
+    out = P(*(None if i == dim else part for i, part in enumerate(spec)), reduced=rows)
+    return jax.shard_map(gather, in_specs=given, out_specs=out)(jax.reshard(weight, given))
+
+
+def gathered_axes(weight: jax.Array, axes: tuple[str | None, ...]) -> tuple[int, tuple[str, ...]] | None:
+    """(dim of `weight`, mesh axes) that a use of it gathers; None: nothing."""
+    mesh = _mesh()
+    if mesh is None:
+        return None
+    for dim, (have, want) in enumerate(zip(jax.typeof(weight).sharding.spec, used(*axes))):
+        if have != want and math.prod(mesh.shape[name] for name in _names(have)) > 1:
+            return dim, _names(have)
+    return None
+
+
+def is_gathered(weight: jax.Array) -> bool:
+    """Whether `use` has gathered it."""
+    return _mesh() is not None and bool(jax.typeof(weight).sharding.spec.reduced)
+
+
+def _names(part) -> tuple[str, ...]:
+    """The mesh axes of one dim of a PartitionSpec."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
 def out(*axes: str | None) -> P | None:
@@ -221,8 +261,7 @@ def spread(x: jax.Array) -> jax.Array:
     mesh = _mesh()
     if mesh is None or x.ndim != 3:
         return x if mesh is None else jax.reshard(x, P())
-    as_tuple = lambda part: () if part is None else (part,) if isinstance(part, str) else part
-    lead, *dims = (as_tuple(part) for part in jax.typeof(x).sharding.spec)
+    lead, *dims = map(_names, jax.typeof(x).sharding.spec)
     size = math.prod(mesh.shape[axis] for axis in lead)
     for axis in ("expert", "fsdp", "context", "tensor", "data"):
         if axis not in lead and mesh.shape[axis] > 1 and x.shape[0] % (size * mesh.shape[axis]) == 0:
@@ -312,12 +351,13 @@ def concrete(abstract, mesh: Mesh):
     return jax.tree.map(one, abstract)
 
 
-def unsharded(tree, mesh: Mesh, minimum_bytes: int = 1 << 20) -> dict[str, list[str]]:
-    """Why -> paths of the leaves of at least `minimum_bytes` that no axis of `mesh`, of several devices, splits."""
-    found: dict[str, list[str]] = {}
+def unsharded(tree, mesh: Mesh, minimum_bytes: int = 1 << 20) -> dict[str, list[tuple[str, int]]]:
+    """Why -> (path, bytes) of the leaves of at least `minimum_bytes` that no axis of `mesh`, of several devices, splits."""
+    found: dict[str, list[tuple[str, int]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names = [name for part in leaf.sharding.spec if part for name in ((part,) if isinstance(part, str) else part)]
+        names = [name for part in leaf.sharding.spec for name in _names(part)]
         if mesh.size > 1 and leaf.size * leaf.dtype.itemsize >= minimum_bytes and all(mesh.shape[n] == 1 for n in names):
             why = f"laid over {', '.join(names)}, of size 1 on this mesh" if names else "no axis is laid over it"
-            found.setdefault(why, []).append(jax.tree_util.keystr(path, simple=True, separator="/"))
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found.setdefault(why, []).append((name, leaf.size * leaf.dtype.itemsize))
     return found

@@ -111,7 +111,7 @@ class Job:
     A thread looks there for failures, since the main one may be in a collective that never returns, and a normal exit
     would wait for the others in a barrier, for minutes when one has failed."""
 
-    SAID, LEFT = "gpt_jax/failed/", "gpt_jax/left/"
+    SAID, LEFT, STOPPED, ALL = "gpt_jax/failed/", "gpt_jax/left/", "gpt_jax/stopped/", "gpt_jax/all_stopped/"
     OWN_SECONDS = 2.0  # for this process to end by itself after another has failed: often both saw the same
     LINGER_SECONDS = 5.0  # process 0 stays, and with it the store, until the others have read why
     STOP_SECONDS = 120.0  # to wait for the others at a stop on request: process 0 writes the report
@@ -144,6 +144,20 @@ class Job:
                 return min(said, key=lambda found: (found.code == PeerFailed.code, found.process), default=None)
             time.sleep(0.2)
 
+    def stop_together(self) -> Failure | None:
+        """Waits until all processes have come to their stop on request: one that left before would count as gone. What
+        another fails of meanwhile, if one does."""
+        self.client.key_value_set(f"{self.STOPPED}{self.process}", "")
+        end = time.monotonic() + self.STOP_SECONDS
+        while (found := self.failure()) is None and time.monotonic() < end:
+            if self.process == 0 and len(self.client.key_value_dir_get(self.STOPPED)) == self.processes:
+                self.client.key_value_set(f"{self.ALL}0", "")
+                break
+            if self.client.key_value_dir_get(self.ALL):
+                break
+            time.sleep(self.every / 5)
+        return found
+
     def leave(self, code: int, text: str | None = None, line: str | None = None) -> None:
         """Ends this process with `code`, after telling the others `text` and standard error `line`. Never returns: of two
         threads the second waits for the first to end them both."""
@@ -153,7 +167,9 @@ class Job:
             print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
         try:
             if code == Stopped.code:  # all of them stop
-                self.client.wait_at_barrier("gpt_jax/stopped", int(self.STOP_SECONDS * 1000))
+                if (found := self.stop_together()) is not None:
+                    code = found.others_code
+                    print(f"gpt-jax: {found.line}", file=sys.stderr, flush=True)
             elif text:
                 said = Failure(self.process, socket.gethostname(), code, text)
                 self.client.key_value_set(f"{self.SAID}{self.process}", json.dumps(said._asdict()))
@@ -162,7 +178,7 @@ class Job:
             while (self.process == 0 and time.monotonic() < end
                    and len(self.client.key_value_dir_get(self.LEFT)) < self.processes):
                 time.sleep(0.1)
-        except jax.errors.JaxRuntimeError:  # process 0 is gone, or a process did not come to the barrier: nobody to tell
+        except jax.errors.JaxRuntimeError:  # process 0 is gone: nobody to tell
             pass
         os._exit(code)
 

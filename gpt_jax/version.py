@@ -15,6 +15,11 @@ def code_version() -> str:
     return " ".join([package_version(), *([commit] if commit else []), f"source {source_digest(PACKAGE)}"])
 
 
+def same_code() -> str:
+    """What has to be equal on all processes of a job: the source and JAX. Not the commit, which one machine may lack."""
+    return f"source {source_digest(PACKAGE)} jax {metadata.version('jax')}"
+
+
 def package_version() -> str:
     try:
         return metadata.version("gpt_jax")

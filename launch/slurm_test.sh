@@ -2,22 +2,30 @@
 # The SLURM launchers against a real SLURM: slurmctld and two slurmd of Debian's packages on this machine, in namespaces of
 # their own (files, processes, network), from a folder that is removed at the end. As root, on Debian or Ubuntu:
 #   ./launch/slurm_test.sh            # installs slurmctld slurmd slurm-client munge by apt-get when they are missing
-# Exit code 77: it cannot be run here, the last line says why. Arguments go to pytest. PYTHON: another interpreter.
+#   ./launch/slurm_test.sh -- sinfo   # another command beside that SLURM
+# Exit code 77: it cannot be run here, the last line says why. Other arguments go to pytest. PYTHON: another interpreter.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 leave_out() {
     echo "slurm test left out: $1"
     exit 77
 }
+missing() { # which of these programs are not installed
+    local program
+    for program in "$@"; do command -v "$program" >/dev/null || printf ' %s' "$program"; done
+}
 
 if [ "${1:-}" != --inside ]; then
     [ "$(id -u)" = 0 ] || leave_out "needs root, for apt-get and namespaces of its own"
-    if ! command -v slurmctld slurmd sbatch munged >/dev/null; then
+    if [ -n "$(missing slurmctld slurmd sbatch munged ip)" ]; then
         command -v apt-get >/dev/null || leave_out "SLURM is not installed and there is no apt-get"
         { apt-get update && apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2; } \
             >/dev/null 2>&1 || leave_out "apt-get cannot install slurmctld slurmd slurm-client munge iproute2 here"
     fi
-    unshare --mount --pid --net --fork --kill-child --mount-proc true 2>/dev/null || leave_out "namespaces are not allowed here"
+    lacking=$(missing slurmctld slurmd sbatch munged ip unshare)
+    [ -z "$lacking" ] || leave_out "not here:$lacking"
+    unshare --mount --pid --net --fork --kill-child --mount-proc true 2>/dev/null \
+        || leave_out "namespaces are not allowed here"
     if [ -z "${PYTHON:-}" ]; then
         source "$root/launch/environment.sh"
         make_environment "$root" test
@@ -89,4 +97,8 @@ idle || {
     leave_out "the nodes of a SLURM on this machine do not come up (logs above)"
 }
 cd "$root"
+if [ "${1:-}" = -- ]; then
+    "${@:2}"
+    exit
+fi
 "$PYTHON" -m pytest -p no:cacheprovider tests/slurm/check_slurm.py "$@"

@@ -2,12 +2,12 @@
 # gpt-jax on all workers of Cloud TPU VMs, restarted where that helps; the same command resumes. One slice, or several that
 # were made together as one queued resource (they find each other through their metadata):
 #   ./launch/tpu_pod.sh --tpu=NAME[,NAME…] --zone=ZONE [--project=P] [--folder=gpt_jax] [--restarts=20] [--dry_run] \
-#       -- train --config=configs/llama.py:1b --workdir=gs://…
+#       -- train --config=configs/llama.py:1b --workdir=/mnt/runs/llama  # a folder that all workers share
 # The code is expected in FOLDER of every worker's home, with .venv made (the tpu extra): --setup copies this checkout there
 # and makes it, on all workers. Needs gcloud with an account. --dry_run prints the commands and runs none.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-restartable=" 10 40 41 50 134 135 137 139 143 " first=5 most=300 # gpt_jax/errors.py; a test compares them
+restartable=" 10 40 41 50 134 135 137 138 139 143 " first=5 most=300 # gpt_jax/errors.py; a test compares them
 fail() {
     echo "tpu_pod.sh: $1" >&2
     exit 2
@@ -34,10 +34,10 @@ done
 [ -n "$dry" ] || command -v gcloud >/dev/null || fail "gcloud is not installed"
 IFS=, read -ra names <<<"$tpus"
 
-asked="" logs=$(mktemp -d)
+asked="" pause="" logs=$(mktemp -d)
 mark='echo "gpt-jax ended with $?"' # gcloud's own exit code says little about many workers
 trap 'rm -rf "$logs"' EXIT
-trap 'asked=1; signal_all TERM' INT TERM # the programs save and end with 10
+trap 'asked=1; wake; signal_all TERM' INT TERM # the programs save and end with 10
 
 run() { # one command, or its text
     if [ -n "$dry" ]; then printf '%q ' "$@" && echo; else "$@"; fi
@@ -53,6 +53,9 @@ everywhere() { # a shell line on all workers of all slices at once; what they pr
     for pid in "${pids[@]}"; do
         while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a signal ends one `wait`, not the command
     done
+}
+wake() { # ends the wait before a restart
+    [ -z "$pause" ] || kill "$pause" 2>/dev/null || true
 }
 signal_all() {
     local name
@@ -98,6 +101,11 @@ while true; do
     wait=$((first << (count < 16 ? count : 16)))
     wait=$((wait < most ? wait : most)) count=$((count + 1))
     echo "tpu_pod.sh: exit code $code: restart $count of $restarts in $wait s" >&2
-    sleep "$wait"
-    signal_all KILL # what a lost connection may have left running
+    sleep "$wait" & # a request ends it, also one that comes between these lines
+    pause=$!
+    [ -z "$asked" ] || wake
+    wait $pause || true
+    pause=""
+    [ -n "$asked" ] || signal_all KILL # what a lost connection may have left running
+    [ -z "$asked" ] || exit "$code"
 done

@@ -31,7 +31,8 @@ MODELS = {
                  expert_mlp=16, balance="bias", router="sigmoid", dispatch="capacity"),
 }
 PACKED = ("gpt2", "moe")
-OPTIMIZERS = {"adamw": config.Optim(schedule="constant", clip=0.0, weight_decay=1e-4, learning_rate=1e-3, b1=0.5, eps=1e-6),  # neither lifts rounding noise much
+OPTIMIZERS = {"adamw": config.Optim(schedule="constant", clip=0.0, weight_decay=1e-4, learning_rate=1e-3, b1=0.5,
+                                    eps=1e-6),  # neither lifts rounding noise much
               "muon": config.Optim(optimizer="muon", schedule="constant", learning_rate=3e-3, b1=0.5, eps=1e-6),
               "adafactor": config.Optim(optimizer="adafactor", schedule="constant", learning_rate=1e-2)}
 

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from gpt_jax.commands import main as commands
 from gpt_jax.data import dataset
 from gpt_jax.data.pipeline import make_eval_batches, make_stream
 from gpt_jax.errors import Exit
+from gpt_jax.launch.local import free_port
 from gpt_jax.metrics import divide
 from gpt_jax.train import checkpoint
 from gpt_jax.writers import read_jsonl
@@ -222,9 +222,7 @@ def logged(workdir: Path, step: int):
 def job(folder: Path, processes: int, given, devices: int = 1, own=None, python=None) -> list[Process]:
     """One job of several processes with `devices` fake devices each; `own`: further arguments of each, `python`: what
     each runs instead of the program."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     own, python = own or [[]] * processes, python or [("-m", "gpt_jax")] * processes
     return [Process(folder, [*given, *own[k], f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
                              f"--process_id={k}", f"--cpu_devices={devices}"], python[k]) for k in range(processes)]

@@ -184,6 +184,14 @@ def test_workdir_that_cannot_be_written(folder, tmp_path):
     refused(2, [f"--workdir={tmp_path}/file/run", "cannot be written"], *runs.arguments(folder, tmp_path / "file/run"))
 
 
+@pytest.mark.parametrize("given", [["train", f"--config={runs.TINY}"], ["inspect", "--batch=1"]])
+def test_workdir_on_an_object_store(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(2, [], *given, "--workdir=gs://bucket/run") == (
+        "--workdir=gs://bucket/run: object stores are not supported; mount a folder that all hosts share")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- data ----
 
 TEXT = b"plain words, plain words, and more of the same.\n"

@@ -205,8 +205,9 @@ def test_mesh_shapes_multiply_to_the_devices():
     (dict(data=-1, fsdp=-1), 8, ("config.mesh.fsdp = -1", "only one", "config.mesh.data")),
     (dict(data=0), 8, ("config.mesh.data = 0", "positive")),
     (dict(data=3), 8, ("config.mesh.data = 3", "8 devices", "config.mesh.data=8")),
-    (dict(data=2, tensor=2), 8, ("config.mesh.data = 2", "8 devices", "config.mesh.data=4 or config.mesh.tensor=4")),
-    (dict(data=1), 8, ("config.mesh.data = 1", "8 devices", "-1")),
+    (dict(data=2, tensor=2), 8, ("config.mesh.data = 2", "8 devices", "config.mesh.tensor=4 or config.mesh.data=4")),
+    (dict(data=1), 8, ("config.mesh.data = 1", "8 devices", "config.mesh.data=8")),
+    (dict(fsdp=3, tensor=3, data=1), 8, ("config.mesh.fsdp = 3", "config.mesh.fsdp=2 config.mesh.tensor=4")),
     (dict(data=-1, tensor=16), 8, ("config.mesh.tensor = 16", "8 devices", "config.mesh.tensor=8")),
     (dict(data=-1, fsdp=3, dcn_data=2), 8, ("config.mesh.dcn_data = 2", "config.mesh.fsdp=4")),
 ])
@@ -277,10 +278,18 @@ MOE = dict(pattern=(("attention", "moe"),))
     (dict(pipeline=4), dict(model=dict(pipeline_microbatches=8)), ("config.train.batch_size = 8", "8 x 2")),
     (dict(pipeline=2), dict(model=dict(dropout=0.1)), ("config.model.dropout = 0.1", "set 0")),
     (dict(), dict(eval=dict(batch_size=3)), ("config.eval.batch_size = 3", "8")),
+    (dict(), dict(model=dict(dispatch="capacity", capacity_factor=0.0) | MOE), ("config.model.capacity_factor = 0.0",)),
+    (dict(), dict(model=dict(pipeline_rounds=2)), ("config.model.pipeline_rounds = 2", "without config.mesh.pipeline")),
 ])
 def test_check_refuses_what_does_not_divide_over_the_mesh(mesh, sections, words):
     mesh = dict(data=-1) | mesh
     refuses(lambda: config.check(made(**sections, mesh=mesh), devices=8), *words)
+
+
+def test_meshes_that_the_model_cannot_run_on_are_not_offered():
+    sections = dict(model=dict(heads=3, kv_heads=3, embed=24), mesh=dict(data=1, fsdp=2, tensor=3))
+    message = refuses(lambda: config.check(made(**sections), devices=8), "config.mesh.tensor = 3")
+    assert message.endswith("the nearest that do: config.mesh.fsdp=8 config.mesh.tensor=1")
 
 
 @pytest.mark.parametrize("batch, accumulate, data, fsdp", [(9, 1, 8, 1), (12, 2, 2, 4), (4, 1, 8, 1), (6, 3, 1, 8),

@@ -1,5 +1,6 @@
 """One process of a job fails: the others are gone at once, say why, and leave with a code that a scheduler can use."""
 
+import json
 import os
 import signal
 import socket
@@ -8,9 +9,12 @@ import pytest
 import runs
 
 from gpt_jax import meeting
-from gpt_jax.errors import PeerFailed, UsageError
+from gpt_jax.errors import EXIT_CODES, KINDS, PeerFailed, UsageError, exit_of
+from gpt_jax.launch.local import free_port
 
 HOST = socket.gethostname()
+# From a process's end to that of the others, who hear of it within seconds: 15 on machines of which this is the only job.
+TOGETHER = 30
 LONG = ("--config.train.steps=100000", "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0")
 
 
@@ -48,20 +52,81 @@ def test_a_failure_in_one_process_is_the_others_reason(tmp_path, error, victim, 
     python = [("-m", "gpt_jax")] * 2
     python[victim] = "-c", CRASH.format(error=error)
     job = runs.job(tmp_path / "logs", 2, given, python=python)
-    for process, code in ((job[victim], codes[0]), (job[1 - victim], codes[1])):
-        process.end(code, 100)
+    job[victim].end(codes[0])
+    job[1 - victim].end(codes[1], TOGETHER)
     (last,) = said(job[1 - victim])
     text = error.split("'")[1]
-    assert last.startswith(f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code {codes[0]}: ") and text in last
+    assert last.startswith(f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code {codes[0]}: ")
+    assert text in last
     assert ("Traceback" in job[victim].err) == (codes[0] == 1) and text in job[victim].err
+
+
+LATE = """
+import sys, time
+from gpt_jax import loop
+from gpt_jax.commands import main
+def finish(*_):
+    time.sleep(5)
+    raise ZeroDivisionError("by nothing")
+loop.finish = finish
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_failure_behind_the_save_of_a_stop_is_the_others_reason_too(tmp_path, victim):
+    """The other has saved, is done, and waits for this one."""
+    python = [("-m", "gpt_jax")] * 2
+    python[victim] = "-c", LATE
+    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python)
+    job[0].until(runs.logged(tmp_path / "job", 10), "step 10")
+    job[0].signal(signal.SIGTERM)
+    job[victim].end(1)
+    job[1 - victim].end(1, TOGETHER)
+    *_, last = said(job[1 - victim])
+    assert last.startswith(f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code 1: ")
+
+
+EARLY = """
+import os, sys
+from gpt_jax import {module}
+from gpt_jax.commands import main
+plain = {module}.{name}
+def first(*given, **named):
+    os.kill(os.getpid(), {number})
+    return plain(*given, **named)
+{module}.{name} = first
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_before_the_loop_leaves_at_once(tmp_path, number):
+    """While the text is read, say."""
+    script = EARLY.format(module="experiment", name="build", number=int(number))
+    process = runs.Process(tmp_path / "logs", runs.arguments(tmp_path, tmp_path / "job", *LONG), ("-c", script))
+    process.end(10)
+    assert said(process) == ["gpt-jax: stopped on request before the first step, nothing to save; the same command starts "
+                             "again"]
+    assert "Traceback" not in process.err and not (tmp_path / "job/config.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_of_one_before_the_loop_stops_both_behind_its_first_steps(tmp_path, number):
+    python = [("-m", "gpt_jax"), ("-c", EARLY.format(module="experiment", name="build", number=int(number)))]
+    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python)
+    for process in job:
+        process.end(10)
+        (last,) = said(process)
+        assert int(last.split("stopped on request after step ")[1].split()[0]) < 10
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_what_is_wrong_before_joining_ends_all(tmp_path, victim):
     own = [["--config.train.batch_size=0"] * (k == victim) for k in range(2)]
     job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job"), own=own)
-    for process in job:
-        process.end(2, 100)
+    job[victim].end(2)
+    job[1 - victim].end(2, TOGETHER)
     assert said(job[victim])[-1].startswith("gpt-jax: config.train.batch_size = 0")
     assert said(job[1 - victim])[-1].startswith(f"gpt-jax: process {victim} on {HOST} failed: config.train.batch_size = 0")
 
@@ -71,17 +136,11 @@ def test_a_process_that_stands_still_is_missed(tmp_path):
     job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG))
     job[0].until(runs.logged(tmp_path / "job", 10), "step 10")
     job[1].signal(signal.SIGSTOP)  # no word, no closed connection: only silence
-    job[0].end(40, 100)
+    job[0].end(40, 10 + TOGETHER)  # --heartbeat_seconds=10
     assert "a peer process is gone without a word" in said(job[0])[-1] and "Traceback" not in job[0].err
 
 
 # ---- the meeting ----
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
 
 def attend(port: int, places, seconds: float = 20.0, failed=None) -> list:
     """What `meet` raises for each (process, processes), in threads."""
@@ -148,16 +207,33 @@ def test_strangers_are_no_process():
     port = free_port()
     job = threading.Thread(target=attend, args=(port, [(0, 2)], 10.0))
     job.start()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b"", b"[1]\n", b"{}\n"):
-        while True:
+    hello = {"process": 1, "processes": 2, "host": "h", "pid": 1}
+    near = [{key: value for key, value in hello.items() if key != left_out} for left_out in hello]
+    near += [hello | {"process": "1"}, hello | {"process": 0}, hello | {"process": 2}, hello | {"processes": [2]},
+             hello | {"failed": 3}, hello | {"failed": {"code": 2}}]
+    for text in (b"GET / HTTP/1.1\r\n\r\n", b"", b"[1]\n", b"{}\n", *(json.dumps(word).encode() + b"\n" for word in near)):
+        while job.is_alive():
             try:
                 with socket.create_connection(("127.0.0.1", port), 5) as line:
                     line.sendall(text)
                 break
             except ConnectionRefusedError:
                 continue
+    assert job.is_alive()
     assert attend(port, [(1, 2)]) == ["came"]
     job.join(20)
+
+
+@pytest.mark.parametrize("said", [{"say": "end"}, {"say": "end", "text": "x", "code": "2"}, {"say": ["go"]},
+                                  {"text": "hi"}, []])
+def test_what_is_no_answer_of_process_0_is_none(said):
+    assert not meeting.is_answer(said)
+
+
+def test_an_end_is_made_again_of_its_code():
+    assert set(KINDS) == set(EXIT_CODES) - {0, 31}
+    for code in (*EXIT_CODES, 1):
+        assert type(exit_of(code, "why")) is KINDS.get(code, PeerFailed) and str(exit_of(code, "why")) == "why"
 
 
 @pytest.mark.parametrize("address", ["host", "host:", "host:http", ":5", "host:99999", "host:0"])

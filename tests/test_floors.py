@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"errors", "config", "sharding", "metrics", "writers", "devices", "stops", "meeting", "version"},
+    {"errors", "config", "sharding", "metrics", "writers", "devices", "compiler", "stops", "meeting", "version"},
     {"model", "data"},
     {"train", "infer", "interop"},
     {"evals", "experiment", "loop", "report", "load", "scaling", "plan", "launch"},

@@ -5,7 +5,10 @@ import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import time
 import tomllib
 from argparse import Namespace
 
@@ -15,6 +18,7 @@ import yaml
 
 from gpt_jax import errors
 from gpt_jax.commands import join
+from gpt_jax.devices import CHIPS
 from gpt_jax.launch import kubernetes, slurm
 
 LAUNCH = runs.ROOT / "launch"
@@ -36,9 +40,9 @@ def test_every_launcher_restarts_on_the_same_codes():
 
 def manifest(*given) -> dict:
     """What `gpt-jax launch kubernetes` prints."""
-    done = subprocess.run([os.sys.executable, "-m", "gpt_jax", "launch", "kubernetes", "--image=repo/gpt-jax:1", *given, "--",
-                           "train", "--config=configs/llama.py:1b", "--workdir=/data/run"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+    done = subprocess.run([os.sys.executable, "-m", "gpt_jax", "launch", "kubernetes", "--image=repo/gpt-jax:1", *given,
+                           "--", "train", "--config=configs/llama.py:1b", "--workdir=/data/run"],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
     assert done.returncode == 0, done.stderr
     return yaml.safe_load(done.stdout)
 
@@ -82,12 +86,45 @@ def test_jobset_stops_and_restarts_by_exit_code():
 def test_gpu_pods_find_pod_0():
     job, spec, pod, box = parts(manifest(*KINDS["gpu"], "--name=llama"))
     assert (job["replicas"], spec["parallelism"], spec["completions"], spec["completionMode"]) == (1, 4, 4, "Indexed")
-    assert box["command"] == ["gpt-jax", "launch", "local", "--processes=8", "--nodes=4", "--node=$(NODE)",
-                              f"--coordinator=llama-{job['name']}-0-0.llama:8476", "train", "--config=configs/llama.py:1b",
-                              "--workdir=/data/run"]
-    assert [item["name"] for item in box["env"]] == ["NODE", "NCCL_DEBUG"]
+    assert box["command"][3:] == ["gpt-jax", "launch", "local", "--processes=8", "--nodes=4", "--node=$(NODE)",
+                                  f"--coordinator=llama-{job['name']}-0-0.llama:8476", "train",
+                                  "--config=configs/llama.py:1b", "--workdir=/data/run"]
+    assert [item["name"] for item in box["env"]] == ["RESTART_ATTEMPT", "NODE", "NCCL_DEBUG"]
     assert box["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert {"name": "disk", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
+
+
+def test_pods_wait_before_a_restart(tmp_path):
+    """As long as the policy says, by JobSet's count; the command behind it as it was."""
+    for name, line in (("sleep", f'echo "$1" >> {tmp_path}/waits'), ("gpt-jax", 'printf "%s|" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for attempt in ("", "0", *map(str, range(1, 40))):
+        done = subprocess.run(kubernetes.patient(["gpt-jax", "train", "a b", ""]), capture_output=True, text=True,
+                              env=env | {"RESTART_ATTEMPT": attempt})
+        assert (done.returncode, done.stdout, done.stderr) == (0, "train|a b||", "")
+    assert list(map(int, (tmp_path / "waits").read_text().split())) == [errors.restart_seconds(k) for k in range(39)]
+
+
+def test_a_pod_that_waits_can_be_ended(tmp_path):
+    (tmp_path / "sleep").write_text(f'#!/bin/sh\ntouch {tmp_path}/waits\nexec {shutil.which("sleep")} 600\n')
+    (tmp_path / "sleep").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RESTART_ATTEMPT": "9"}
+    process = subprocess.Popen(kubernetes.patient(["false"]), env=env, start_new_session=True)
+    while not (tmp_path / "waits").exists():
+        time.sleep(0.02)
+    process.terminate()
+    try:
+        assert process.wait(20) == 143
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its `sleep`; a container ends with its first process
+
+
+def test_shapes_of_slices_have_the_dims_of_their_chips():
+    chips = {name.lower(): chip for name, chip in CHIPS.items()}
+    assert {name: dims for name, (_, _, dims) in kubernetes.TPUS.items()} == {
+        name: chips[name].dims for name in kubernetes.TPUS}
 
 
 @pytest.mark.parametrize("topology, slices, machines, chips, label", [
@@ -95,18 +132,27 @@ def test_gpu_pods_find_pod_0():
     ("v5e:16x16", 1, 64, 4, "tpu-v5-lite-podslice"), ("v5e:1x1", 1, 1, 1, "tpu-v5-lite-podslice")])
 def test_tpu_slices_become_machines(topology, slices, machines, chips, label):
     job, spec, pod, box = parts(manifest(f"--tpu_topology={topology}", f"--slices={slices}"))
-    assert (job["replicas"], spec["parallelism"], box["resources"]["limits"]) == (slices, machines, {"google.com/tpu": chips})
+    assert (job["replicas"], spec["parallelism"]) == (slices, machines)
+    assert box["resources"]["limits"] == {"google.com/tpu": chips}
     assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": label,
                                    "cloud.google.com/gke-tpu-topology": topology.split(":")[1]}
     assert box["command"][-1] == "--distributed"
 
 
 @pytest.mark.parametrize("given, words", [
-    ([], "--gpus_per_node=0 --tpu_topology=None: give one"), (["--gpus_per_node=8", "--slices=2"], "--slices=2: slices are"),
-    (["--tpu_topology=v9:4x4"], "--tpu_topology=v9:4x4: expected KIND:"), (["--tpu_topology=v6e:4"], "--tpu_topology=v6e:4: exp"),
-    (["--tpu_topology=v6e:3x3"], "--tpu_topology=v6e:3x3: 9 chips are no whole"), (["--gpus_per_node=-1"], "--gpus_per_node=-1: "),
-    (["--tpu_topology=v6e:4x4", "--nodes=2"], "--nodes=2: "), (["--gpus_per_node=1", "--name=A_b"], "--name=A_b: expected lower"),
-    (["--gpus_per_node=1", "--volume=disk"], "--volume=disk: expected"), (["--gpus_per_node=1", "--env=X"], "--env=X: expected")])
+    ([], "--gpus_per_node=0 --tpu_topology=None: give one"),
+    (["--gpus_per_node=8", "--slices=2"], "--slices=2: slices are"),
+    (["--tpu_topology=v9:4x4"], "--tpu_topology=v9:4x4: expected KIND:"),
+    (["--tpu_topology=v6e:4"], "--tpu_topology=v6e:4: expected v6e:NxN"),
+    (["--tpu_topology=v5p:4x4"], "--tpu_topology=v5p:4x4: expected v5p:NxNxN"),
+    (["--tpu_topology=v6e:4x4x4"], "--tpu_topology=v6e:4x4x4: expected v6e:NxN"),
+    (["--tpu_topology=v6e:0x4"], "--tpu_topology=v6e:0x4: expected v6e:NxN"),
+    (["--tpu_topology=v6e:3x3"], "--tpu_topology=v6e:3x3: 9 chips are no whole"),
+    (["--gpus_per_node=-1"], "--gpus_per_node=-1: "),
+    (["--tpu_topology=v6e:4x4", "--nodes=2"], "--nodes=2: "),
+    (["--gpus_per_node=1", "--name=A_b"], "--name=A_b: expected lower"),
+    (["--gpus_per_node=1", "--volume=disk"], "--volume=disk: expected"),
+    (["--gpus_per_node=1", "--env=X"], "--env=X: expected")])
 def test_bad_kubernetes_flags(given, words):
     code, text = runs.refusal("launch", "kubernetes", "--image=x", *given, "--", "train", "--config=c.py")
     assert code == 2 and text.startswith(words)
@@ -133,11 +179,28 @@ def test_place_under_slurm():
         join.place_of(ALONE, {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
 
 
+EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURM_GPUS_ON_NODE": "8"}
+
+
 @pytest.mark.parametrize("environ, wanted", [
-    (SLURM, [1]), (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [1]), (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, None),
-    (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None), ({}, None)])
-def test_a_slurm_task_takes_its_own_gpu(environ, wanted):
-    assert join.own_device(ALONE, environ) == wanted
+    ({}, [1]), (EIGHT, [1]), ({"SLURM_GPUS_ON_NODE": "8"}, [1]), ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, [1]),
+    ({"CUDA_VISIBLE_DEVICES": "3"}, None), ({"CUDA_VISIBLE_DEVICES": "3,4", "SLURM_GPUS_ON_NODE": "8"}, None),
+    (EIGHT | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
+    (EIGHT | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, [4, 5, 6, 7]),
+    (EIGHT | {"SLURM_STEP_TASKS_PER_NODE": "1,2", "SLURM_NODEID": "1"}, [4, 5, 6, 7]),
+    (EIGHT | {"SLURM_STEP_TASKS_PER_NODE": "1(x3),4(x2),2", "SLURM_NODEID": "4"}, [2, 3]),
+    ({"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, [2, 3])])
+def test_a_slurm_task_takes_its_part_of_the_gpus(environ, wanted):
+    assert join.own_devices(ALONE, SLURM | environ) == wanted
+    assert join.own_devices(ALONE, environ) is None  # not a task of SLURM
+
+
+@pytest.mark.parametrize("gpus, tasks", [(4, 8), (8, 3)])
+def test_gpus_that_cannot_be_dealt_evenly(gpus, tasks):
+    with pytest.raises(errors.UsageError, match=f"^{gpus} GPUs on this node for {tasks} tasks"):
+        join.own_devices(ALONE, SLURM | {"SLURM_GPUS_ON_NODE": str(gpus), "SLURM_STEP_TASKS_PER_NODE": f"{tasks}(x2)"})
+    assert runs.refusal("launch", "slurm", "--time=5", f"--gpus_per_node={gpus}", f"--tasks_per_node={tasks}", "train") == (
+        2, f"--tasks_per_node={tasks}: {gpus} GPUs of a node cannot be dealt to so many evenly")
 
 
 def test_what_submitit_is_given(tmp_path, monkeypatch):
@@ -158,7 +221,9 @@ def test_what_submitit_is_given(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("given, words", [
     (["--time=60"], "gpt-jax launch slurm: what is to run is missing"), (["--time=0", "train"], "--time=0: expected 1"),
-    (["--time=5", "tarin"], "gpt-jax launch slurm: 'tarin' is no flag"), (["--nodes=0", "--time=5", "train"], "--nodes=0: ")])
+    (["--time=5", "tarin"], "gpt-jax launch slurm: 'tarin' is no flag"), (["--nodes=0", "--time=5", "train"], "--nodes=0: "),
+    (["--time=5", "sweep"], "gpt-jax launch slurm: 'sweep' is no flag"),
+    (["--time=5", "--sbatch", "mem", "train"], "--sbatch=mem: expected NAME=VALUE")])
 def test_bad_slurm_flags(given, words):
     code, text = runs.refusal("launch", "slurm", *given)
     assert code == 2 and text.startswith(words)
@@ -167,7 +232,7 @@ def test_bad_slurm_flags(given, words):
 def test_no_slurm_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, text = runs.refusal("launch", "slurm", "--time=5", f"--logs={tmp_path}", "--", "train")
-    assert code == 2 and "sbatch" in text or "srun" in text
+    assert code == 2 and ("sbatch" in text or "srun" in text)
 
 
 # ---- TPU VMs ----
@@ -182,9 +247,10 @@ esac
 """
 
 
-def pod(folder, codes: dict[str, list], *flags):
-    """tpu_pod.sh with a gcloud whose workers end with these codes, one an attempt, and no waiting."""
-    for name, content in (("gcloud", GCLOUD.format(folder=folder)), ("sleep", f'#!/bin/sh\necho "$1" >> {folder}/waits\n')):
+def pod(folder, codes: dict[str, list], *flags, wait=""):
+    """tpu_pod.sh with a gcloud whose workers end with these codes, one an attempt, and `wait` in place of waiting."""
+    for name, content in (("gcloud", GCLOUD.format(folder=folder)),
+                          ("sleep", f'#!/bin/sh\necho "$1" >> {folder}/waits\n{wait}\n')):
         (folder / name).write_text(content)
         (folder / name).chmod(0o755)
     for name, values in codes.items():
@@ -195,13 +261,22 @@ def pod(folder, codes: dict[str, list], *flags):
 
 
 @pytest.mark.parametrize("codes, flags, ended, waits", [
-    ({"a": [0]}, [], 0, ""), ({"a": [10, 40, 50, 0]}, [], 0, "5 10 20"), ({"a": [2]}, [], 2, ""), ({"a": [30]}, [], 30, ""),
-    ({"a": [40, 0], "b": ["lost", 0]}, [], 0, "5"), ({"a": [40], "b": [2]}, [], 2, ""), ({"a": [41] * 9}, ["--restarts=2"], 41, "5 10")])
+    ({"a": [0]}, [], 0, ""), ({"a": [10, 40, 50, 0]}, [], 0, "5 10 20"), ({"a": [2]}, [], 2, ""),
+    ({"a": [30]}, [], 30, ""), ({"a": [40, 0], "b": ["lost", 0]}, [], 0, "5"), ({"a": [40], "b": [2]}, [], 2, ""),
+    ({"a": [41] * 9}, ["--restarts=2"], 41, "5 10")])
 def test_tpu_pod_restarts_by_the_policy(tmp_path, codes, flags, ended, waits):
     done = pod(tmp_path, codes, *flags)
     assert done.returncode == ended, done.stdout + done.stderr
     found = (tmp_path / "waits").read_text().split() if (tmp_path / "waits").exists() else []
     assert " ".join(found) == waits and ("worker 1 of a" in done.stdout)
+
+
+@pytest.mark.parametrize("number", ["TERM", "INT"])
+def test_a_request_while_tpu_pod_waits_ends_it_at_once(tmp_path, number):
+    done = pod(tmp_path, {"a": [41, 0]}, wait=f"kill -{number} $PPID; exec {shutil.which('sleep')} 600")
+    assert done.returncode == 41, done.stdout + done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("gpt-jax train") == 1 and "pkill -TERM" in calls and "pkill -KILL" not in calls
 
 
 def test_tpu_pod_dry_run_prints_and_runs_nothing(tmp_path):
@@ -214,8 +289,9 @@ def test_tpu_pod_dry_run_prints_and_runs_nothing(tmp_path):
             r"--command=cd gpt_jax && .venv/bin/gpt-jax train --config.data.path=a\ b --distributed; echo")
 
 
-@pytest.mark.parametrize("given, words", [([], "--tpu=NAME"), (["--tpu=a"], "what is to run"), (["--tpu=a", "--zoen=b"], "unknown flag"),
-                                          (["--tpu=a", "--restarts=x", "--", "train"], "--restarts=x: expected")])
+@pytest.mark.parametrize("given, words", [
+    ([], "--tpu=NAME"), (["--tpu=a"], "what is to run"), (["--tpu=a", "--zoen=b"], "unknown flag"),
+    (["--tpu=a", "--restarts=x", "--", "train"], "--restarts=x: expected")])
 def test_bad_tpu_pod_flags(given, words):
     done = subprocess.run([LAUNCH / "tpu_pod.sh", *given], capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr

@@ -72,6 +72,24 @@ def test_requests_reach_all_and_end_the_restarts(monkeypatch, tmp_path, number):
     assert code == 10 and "asked to stop" in line
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_request_between_two_starts_reaches_all(monkeypatch, which):
+    """It comes when process `which` has been made and nobody knows of it yet."""
+    class Popen(subprocess.Popen):
+        made = 0
+
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            Popen.made += 1
+            if Popen.made == which + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(local.subprocess, "Popen", Popen)
+    with runs.own_signals():
+        code, line = launch(monkeypatch, [[WAIT, WAIT]], restarts=5)
+    assert code == 40 and "killed by SIGTERM" in line and line.endswith("asked to stop")
+
+
 def test_places_of_the_processes_of_a_node():
     lines = local.command_lines(local.Group(2, 0, "h:1", nodes=3, node=1), ["train", "--x"])
     assert [line[1:] for line in lines] == [

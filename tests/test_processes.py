@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import runs
 
+from gpt_jax import version
 from gpt_jax.train.checkpoint import FOLDER
 from gpt_jax.train.digest import steps_in
 
@@ -114,7 +115,7 @@ def test_when_one_is_killed_the_other_leaves_and_says_why(tmp_path, victim, ever
     job[0].until(runs.logged(tmp_path / "job", 20), "step 20")
     job[victim].kill()
     other = job[1 - victim]
-    other.end(40, 100)
+    other.end(40, 40)  # 10 for its heartbeats to be missed
     # Not always the last line: the thread that noticed first may be writing its own.
     assert any(line.startswith("gpt-jax: ") and "a peer process" in line for line in other.err.splitlines())
     assert "Traceback" not in other.err
@@ -130,6 +131,16 @@ def test_processes_that_were_told_different_things_stop(tmp_path, own, words):
     finish(job, [2, 2])
     for process in job:
         assert process.err.splitlines()[-1].startswith(f"gpt-jax: {words}not the same on all processes of this job")
+
+
+def test_the_same_source_is_the_same_code_with_and_without_git(monkeypatch, tmp_path):
+    same, said = version.same_code(), version.code_version()
+    for commit in ("", "0123456789+"):
+        monkeypatch.setattr(version, "git_commit", lambda folder: commit)
+        assert version.same_code() == same and version.code_version().endswith(said[said.index("source "):])
+    assert "0123456789+" in version.code_version()
+    monkeypatch.setattr(version, "PACKAGE", tmp_path)
+    assert version.same_code() != same
 
 
 def test_processes_that_do_not_meet_say_so(tmp_path):

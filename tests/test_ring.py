@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gpt_jax import sharding
-from gpt_jax.model import ring
+from gpt_jax.model import ring, splash
 from gpt_jax.model.kernels import Pattern, attend, make_mask
 
 B, T, N, K, H = 2, 32, 4, 2, 8
@@ -258,6 +258,6 @@ def test_gather_brings_the_text_back(mesh):
 @pytest.mark.parametrize("name, cap, length", [("causal", 0.0, 512), ("segments and long window", 2.0, 256)])
 def test_splash_on_cut_rows_equals_whole_rows(name, cap, length, mesh, monkeypatch):
     """Interpreted: the kernel's own code and its tables of blocks to skip, on a CPU."""
-    monkeypatch.setattr(ring, "SPLASH_BLOCK", 128)
-    run = partial(ring.splash_context, interpret=True)
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    run = partial(splash.attention, axis="context", interpret=True)
     compare(mesh(context=2, tensor=2), (name,), cap, length, limit=1e-4, run=run)

@@ -136,7 +136,7 @@ def test_unsharded_names_large_replicated_leaves(mesh):
     tree = {"a": {"whole": place(P(), 8, 8), "split": place(P(None, "tensor"), 8, 8), "small": place(P(), 8)},
             "one": place(P("expert"), 8, 8)}
     assert sharding.unsharded(tree, mesh, 256) == {
-        "no axis is laid over it": ["a/whole"], "laid over expert, of size 1 on this mesh": ["one"]}
+        "no axis is laid over it": [("a/whole", 256)], "laid over expert, of size 1 on this mesh": [("one", 256)]}
     assert sharding.unsharded(tree, mesh, 257) == sharding.unsharded(tree, mesh) == {}
     one = sharding.make_mesh({}, jax.devices()[:1])
     assert sharding.unsharded({"x": jax.device_put(np.zeros((512, 512)), NamedSharding(one, P()))}, one) == {}

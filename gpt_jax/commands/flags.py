@@ -11,6 +11,7 @@ from typing import Callable
 from ml_collections import ConfigDict
 
 from gpt_jax import config
+from gpt_jax.commands import environment
 from gpt_jax.commands.join import join
 from gpt_jax.errors import UsageError
 from gpt_jax.meeting import split_address
@@ -56,8 +57,8 @@ def check_runtime(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise UsageError(f"--{name}={getattr(args, name)}: expected 1 or more")
     if args.distributed and args.coordinator:
-        raise UsageError(f"--distributed: finds coordinator and processes itself; leave out --coordinator={args.coordinator} "
-                         "or --distributed")
+        raise UsageError("--distributed: finds coordinator and processes itself; leave out "
+                         f"--coordinator={args.coordinator} or --distributed")
     if args.coordinator:
         split_address(args.coordinator)
     if args.num_processes > 1 and not args.coordinator:
@@ -72,6 +73,7 @@ def start_runtime(args: argparse.Namespace) -> None:
     """Allocator, fake devices and process group, in the order in which JAX wants them. Call before any array exists."""
     check_runtime(args)
     keep_memory()
+    environment.prepare()
     import jax
 
     if args.cpu_devices:
@@ -79,6 +81,14 @@ def start_runtime(args: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if args.distributed or args.num_processes > 1:
         join(args)
+
+
+def local_workdir(text: str) -> Path:
+    """The folder that --workdir means. Raises UsageError for the address of an object store, which a Path would take for
+    a folder of that name, on every machine its own."""
+    if "://" in text:
+        raise UsageError(f"--workdir={text}: object stores are not supported; mount a folder that all hosts share")
+    return Path(text)
 
 
 def make_say(stream) -> Callable[[str], None]:

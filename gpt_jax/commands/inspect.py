@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.flags import Flags, local_workdir
 from gpt_jax.errors import UsageError
 
 
@@ -27,8 +27,9 @@ def main(arguments: list[str]) -> None:
     args = flags.parse_args(arguments)
     if not 1 <= args.batch <= LAST or args.rows < 0 or args.chars < 0:
         raise UsageError(f"--batch: expected 1 to {LAST}; --rows and --chars: 0 or more")
-    config = read_config(Path(args.workdir))
-    rows = step_rows(config, Path(args.workdir), args.batch, args.rows)
+    workdir = local_workdir(args.workdir)
+    config = read_config(workdir)
+    rows = step_rows(config, workdir, args.batch, args.rows)
     try:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(describe(row, args.chars)))

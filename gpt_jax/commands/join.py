@@ -39,17 +39,29 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
 
 
-def own_device(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> list[int] | None:
-    """The accelerators this process may use, by number on its machine; None: all it sees. Under SLURM one for each task of
-    a node, unless SLURM shows each task its own already."""
+def own_devices(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> list[int] | None:
+    """The accelerators this process may use, by number among those it sees; None: all of them. Under SLURM the node's are
+    dealt to its tasks, unless SLURM shows each task its own already; one each where SLURM knows of none. Raises
+    UsageError."""
     if args.local_device is not None:
         return [args.local_device]
     if not args.distributed or "SLURM_LOCALID" not in environ:
         return None
-    tasks = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    seen = len(environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
-    return None if int(tasks.group()) == 1 or (environ.get("CUDA_VISIBLE_DEVICES") and seen == 1) \
-        else [int(environ["SLURM_LOCALID"])]
+    task, tasks = int(environ["SLURM_LOCALID"]), tasks_here(environ)
+    shown = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    seen, on_node = len(shown) * (shown[0] not in ("", "NoDevFiles")), int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if tasks == 1 or seen == 1 or 0 < seen < on_node:
+        return None
+    if (count := seen or on_node or tasks) % tasks:
+        raise UsageError(f"{count} GPUs on this node for {tasks} tasks of SLURM: not the same number for each; start as "
+                         "many tasks on a node as it has GPUs, or a divisor of that")
+    return [*range(task * count // tasks, (task + 1) * count // tasks)]
+
+
+def tasks_here(environ: Mapping[str, str]) -> int:
+    """Tasks on this node in SLURM's notation for all nodes of the step: "8(x2),4" is 8, 8, 4."""
+    nodes = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return [int(tasks) for tasks, times in nodes for _ in range(int(times or 1))][int(environ.get("SLURM_NODEID", 0))]
 
 
 @contextmanager
@@ -72,10 +84,11 @@ def join(args: argparse.Namespace) -> None:
     from gpt_jax.stops import JOBS, Job
 
     place, seconds = place_of(args), args.join_seconds
+    with telling(args):
+        devices = own_devices(args)
     keep_stdout()
     if place:
         meet(place, seconds)
-        devices = own_device(args)
         given = dict(coordinator_address=place.address, num_processes=place.processes, process_id=place.process,
                      local_device_ids=devices, cluster_detection_method="deactivate")  # else JAX takes SLURM's word
     else:
@@ -93,8 +106,8 @@ def join(args: argparse.Namespace) -> None:
     multihost_utils.sync_global_devices("joined")
     if jax.process_count() > 1:
         JOBS.append(Job())
-    leave_on_abort("a peer process is gone without a word (killed, or its machine failed; lines above name it, its log may "
-                   "have the reason)")
+    leave_on_abort("aborted: usually a peer process is gone without a word (killed, or its machine failed; its log may have "
+                   "the reason). The lines above name it, or show a fault of this process itself")
 
 
 def leave_on_abort(line: str) -> None:

@@ -12,7 +12,7 @@ LAUNCHERS = {
     "slurm": "submits a job to SLURM, requeued where that helps",
     "kubernetes": "writes a JobSet for Kubernetes to standard output",
 }
-COMMANDS = ("train", "evaluate", "generate", "sweep")  # what runs as several processes
+COMMANDS = ("train", "evaluate", "generate")  # what runs as several processes
 
 
 def main(arguments: list[str]) -> None:
@@ -33,7 +33,8 @@ def split(flags: Flags, arguments: list[str]) -> tuple[argparse.Namespace, list[
     rest = rest[1:] if rest[:1] == ["--"] else rest
     if not rest or rest[0] not in COMMANDS:
         what = f"{rest[0]!r} is no flag of it, and " if rest else ""
-        raise UsageError(f"{flags.prog}: {what}what is to run is missing: expected one of {', '.join(COMMANDS)} and its flags")
+        raise UsageError(f"{flags.prog}: {what}what is to run is missing: expected one of {', '.join(COMMANDS)} and its "
+                         "flags")
     return args, rest
 
 
@@ -91,7 +92,8 @@ def slurm(arguments: list[str]) -> None:
                   "--sbatch NAME=VALUE, as in --sbatch mem=64G.")
     flags.add_argument("--nodes", type=int, default=1)
     flags.add_argument("--gpus_per_node", type=int, default=0)
-    flags.add_argument("--tasks_per_node", type=int, default=0, help="processes of a node; 0: one for each GPU, at least one")
+    flags.add_argument("--tasks_per_node", type=int, default=0,
+                       help="processes of a node, to which its GPUs are dealt; 0: one for each GPU, at least one")
     flags.add_argument("--time", type=int, required=True, metavar="MINUTES", help="time limit; the job goes on behind it")
     flags.add_argument("--partition", help="where to queue")
     flags.add_argument("--name", default="gpt-jax")
@@ -101,15 +103,20 @@ def slurm(arguments: list[str]) -> None:
     args, rest = split(flags, arguments)
     positive(args, "nodes", "time")
     positive(args, "gpus_per_node", "tasks_per_node", "restarts", least=0)
-    extra = dict(option.partition("=")[::2] for option in args.sbatch)
+    options = [option.partition("=") for option in args.sbatch]
+    if wrong := [name + equals + value for name, equals, value in options if not (name and equals)]:
+        raise UsageError(f"--sbatch={wrong[0]}: expected NAME=VALUE")
+    gpus, tasks = args.gpus_per_node, args.tasks_per_node or max(1, args.gpus_per_node)
+    if gpus % tasks:
+        raise UsageError(f"--tasks_per_node={tasks}: {gpus} GPUs of a node cannot be dealt to so many evenly")
+    extra = {name: value for name, _, value in options}
     extra |= {"partition": args.partition} if args.partition else {}
     try:
         import submitit
     except ImportError:
-        raise UsageError("gpt-jax launch slurm: needs submitit: pip install 'gpt_jax[slurm]'; or submit launch/slurm.sbatch") \
-            from None
-    shape = Shape(args.nodes, args.tasks_per_node or max(1, args.gpus_per_node), args.gpus_per_node, args.time, args.restarts,
-                  args.name)
+        raise UsageError("gpt-jax launch slurm: needs submitit: pip install 'gpt_jax[slurm]'; or submit "
+                         "launch/slurm.sbatch") from None
+    shape = Shape(args.nodes, tasks, gpus, args.time, args.restarts, args.name)
     Path(args.logs).mkdir(parents=True, exist_ok=True)
     try:
         executor = submitit.SlurmExecutor(folder=Path(args.logs).resolve(), max_num_timeout=0)
@@ -128,12 +135,14 @@ def kubernetes(arguments: list[str]) -> None:
     flags.add_argument("--name", default="gpt-jax", help="of the JobSet: lower-case letters, digits, dashes")
     flags.add_argument("--nodes", type=int, default=1, help="machines with GPUs")
     flags.add_argument("--gpus_per_node", type=int, default=0, help="one process for each")
-    flags.add_argument("--tpu_topology", metavar="KIND:SHAPE", help=f"a GKE TPU slice, as v6e:4x4; kinds: {', '.join(engine.TPUS)}")
+    flags.add_argument("--tpu_topology", metavar="KIND:SHAPE",
+                       help=f"a GKE TPU slice, as v6e:4x4; kinds: {', '.join(engine.TPUS)}")
     flags.add_argument("--slices", type=int, default=1, help="TPU slices")
     flags.add_argument("--restarts", type=int, default=20, help="how often the JobSet starts again")
-    flags.add_argument("--grace_seconds", type=int, default=600, help="from SIGTERM to SIGKILL: a step and a save have to fit")
+    flags.add_argument("--grace_seconds", type=int, default=600,
+                       help="from SIGTERM to SIGKILL: a step and a save have to fit")
     flags.add_argument("--volume", action="append", default=[], metavar="CLAIM:PATH",
-                       help="a PersistentVolumeClaim, mounted in all pods; the workdir should be in one, or in an object store")
+                       help="a PersistentVolumeClaim, mounted in all pods; the workdir has to be in one")
     flags.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every pod")
     args, rest = split(flags, arguments)
     positive(args, "nodes", "slices", "grace_seconds")

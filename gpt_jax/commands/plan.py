@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     flags.add_argument("--write_bandwidth", type=float, default=1e9, metavar="B",
                        help="bytes a second that a host writes to storage")
     flags.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                       help="a compiler option, on top of gpt_jax/plan/options.py")
+                       help="a compiler option more, as in --config.train.compiler_options")
     flags.add_argument("--keep_hlo", metavar="FILE", help="where the compiled program's text goes")
     flags.add_argument("--json", action="store_true", help="print JSON")
     flags.add_argument("--inside", help="where a process of this command's own puts what it compiled")
@@ -50,6 +50,9 @@ def main(arguments: list[str]) -> None:
 
     topology = topologies.parse(args.topology, args.slices)
     config = load_config(args.config, rest)
+    if args.option:
+        rest.append(f"--config.train.compiler_options={(*config.train.compiler_options, *args.option)}")
+        config = load_config(args.config, rest)
     if args.compile:
         need_compiler(topology)
     if args.inside:
@@ -93,17 +96,17 @@ def plan(args, rest: list[str], config, topology, say) -> None:
     if args.search:
         out["command"] = report.command(args.config, job.config, best["config"], rest)
         lines.append(f"best: {out['command']}")
-    trouble = add_trouble(job, topology, best, lines, out)
+    trouble = add_trouble(job, topology, best, results, lines, out)
     say(json.dumps(out, indent=2) if args.json else "\n".join(lines))
     if trouble:
         raise UsageError(f"{topology}: {trouble}")
 
 
-def add_trouble(job, topology, best: dict, lines: list[str], out: dict) -> str:
-    """What is wrong, "" for nothing; adds it, and what would do instead, to the report."""
+def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str], out: dict) -> str:
+    """What is wrong with `best` of `results`, "" for nothing; adds it, and what would do instead, to the report."""
     from gpt_jax.plan import report
     from gpt_jax.plan.roofline import verdict
-    from gpt_jax.plan.search import advice
+    from gpt_jax.plan.search import advice, limit_after
 
     seen, done = best["estimate"], best["compiled"] or {"refusal": "", "peak": 0}
     trouble = list(seen.problems)
@@ -111,7 +114,9 @@ def add_trouble(job, topology, best: dict, lines: list[str], out: dict) -> str:
         trouble.append(done["refusal"] or verdict(done["peak"] or seen.memory.peak, topology))
     lines += [f"problem: {line}" for line in trouble]
     if trouble and not is_fault(done):
-        offers = advice(job, topology)
+        refused = [(result["estimate"].memory.peak, result["compiled"]["peak"]) for result in results
+                   if result["compiled"] and not result["fits"]]
+        offers = advice(job, topology, limit_after(topology, refused))
         lines += [f"would fit: {' '.join(report.overrides(job.config, one))} ({report.seconds(found.step)} a step, "
                   f"{verdict(found.memory.peak, topology)})" for one, found in offers]
         out["would_fit"] = [report.overrides(job.config, one) for one, _ in offers]
@@ -195,7 +200,6 @@ def compile_outside(args, rest: list[str]) -> dict:
         answer = Path(folder) / "compiled.json"
         command = [sys.executable, "-m", "gpt_jax", "plan", f"--config={args.config}", f"--topology={args.topology}",
                    f"--slices={args.slices}", "--compile", f"--inside={answer}",
-                   *(f"--option={option}" for option in args.option),
                    *([f"--keep_hlo={args.keep_hlo}"] if args.keep_hlo else []), *rest]
         done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace")
         if answer.exists():
@@ -209,7 +213,6 @@ def compile_outside(args, rest: list[str]) -> dict:
 
 
 def compile_here(config, topology, args) -> dict:
-    from gpt_jax.plan import options
     from gpt_jax.plan.compiled import compile_step
     from gpt_jax.plan.job import with_vocab
     from gpt_jax.plan.roofline import choose_kernel, problems
@@ -220,5 +223,4 @@ def compile_here(config, topology, args) -> dict:
         raise UsageError(found[0])
     kernel, _ = choose_kernel(config, topology, shape)
     keep = Path(args.keep_hlo).write_text if args.keep_hlo else None
-    chosen = options.DEFAULTS[topology.chip.platform] | options.parse(args.option)
-    return asdict(compile_step(config, topology, kernel, chosen, keep))
+    return asdict(compile_step(config, topology, kernel, keep))

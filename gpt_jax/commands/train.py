@@ -1,20 +1,24 @@
 """`gpt-jax train`: trains from a config, or resumes the run in its workdir."""
 
 import os
+import signal
 import socket
 import sys
 import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import Flags, add_runtime_flags, check_runtime, load_config, make_say, start_runtime
+from gpt_jax.commands.flags import (Flags, add_runtime_flags, check_runtime, load_config, local_workdir, make_say,
+                                    start_runtime)
 from gpt_jax.commands.join import telling
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import Stopped, UsageError
 from gpt_jax.version import code_version, start_line
 
 
 def main(arguments: list[str]) -> None:
     """Raises UsageError for what cannot be run, Stopped, Diverged, DataError, SaveFailed, NoCheckpoint otherwise."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the loop takes them (stops.StopRequest)
+        signal.signal(number, leave)
     flags = Flags(prog="gpt-jax train", description="Train from a config; the same command again resumes. Any field is "
                   "set by --config.section.field=value, as in --config.optim.learning_rate=3e-4.")
     flags.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant")
@@ -28,13 +32,27 @@ def main(arguments: list[str]) -> None:
         config, workdir, profile = read(args, rest)
     if workdir is None:
         return
-    start_runtime(args)
+    if args.num_processes > 1 or args.distributed:
+        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    start_runtime(args)  # makes SIGTERM JAX's in a job of several: it is kept, and all stop together after the first step
+    import jax
+
     from gpt_jax import experiment, loop
 
+    if jax.process_count() == 1:
+        signal.signal(signal.SIGTERM, leave)
     say = make_say(sys.stdout)
     parts = experiment.build(config, say)
     say_start(parts.mesh)
     loop.run(parts, workdir, profile, say)
+
+
+def leave(*_):
+    """Ends this process on a request that comes before the loop, when there is nothing to save."""
+    os.write(2, b"gpt-jax: stopped on request before the first step, nothing to save; the same command starts again\n")
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        os._exit(Stopped.code)  # the processes are connecting: a normal exit would wait for the others
+    sys.exit(Stopped.code)
 
 
 def say_start(mesh) -> None:
@@ -76,7 +94,7 @@ def parse_profile(text: str, steps: int) -> tuple[int, int]:
 
 def make_workdir(text: str) -> Path:
     """The workdir, made and writable."""
-    path = Path(text)
+    path = local_workdir(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()  # a name of its own: all processes of a job do this at once

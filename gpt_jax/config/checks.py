@@ -36,7 +36,8 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
     """Everything that must agree across fields of a resolved config; returns the mesh's axis sizes.
 
     Raises UsageError for the first disagreement, naming field, value and way out."""
-    shape = mesh_shape(config.mesh, devices)
+    runs = lambda mesh: not problems(dataclasses.replace(config, mesh=mesh), mesh_shape(mesh, devices), tokenizer_vocab)
+    shape = mesh_shape(config.mesh, devices, runs)
     if found := problems(config, shape, tokenizer_vocab):
         raise UsageError(found[0])
     return shape
@@ -55,6 +56,7 @@ def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) ->
                 value = getattr(value, part)
             found.append(f"config.{path} = {value!r}: {way_out}")
 
+    common = lambda axis, size: f"lower that to {math.gcd(size, shape[axis])}"
     need(model.head_dim > 0, "model.heads",
          f"does not divide config.model.embed = {model.embed}; choose a divisor or set config.model.head_dim")
     need(model.heads % model.kv_heads == 0, "model.kv_heads", f"must divide config.model.heads = {model.heads}")
@@ -82,9 +84,8 @@ def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) ->
              f"is smaller than the tokenizer's {tokenizer_vocab}; set 0 to follow the tokenizer")
     for path, size in (("heads", model.heads), ("kv_heads", model.kv_heads), ("mlp", model.mlp),
                        ("vocab", model.vocab)):
-        need(size % shape["tensor"] == 0, f"model.{path}",
-             f"must divide by config.mesh.tensor = {shape['tensor']}"
-             + ("; set config.model.vocab_multiple" if path == "vocab" else ""))
+        need(size % shape["tensor"] == 0, f"model.{path}", f"must divide by config.mesh.tensor = {shape['tensor']}; "
+             + ("set config.model.vocab_multiple" if path == "vocab" else common("tensor", size)))
     need(model.embed % split == 0, "model.embed", f"must divide by fsdp x expert x context = {split} of the mesh")
     values = model.kv_heads * model.head_dim  # width of the value embeddings' table, cut over fsdp like the embedding's
     need(not model.value_embed or values % split == 0, "model.kv_heads",
@@ -118,7 +119,7 @@ def _check_sequence(need, config: Config, shape: dict) -> None:
     """The sequence over context and, between matmuls, tensor."""
     model, train, pieces, tensor = config.model, config.train, shape["context"], shape["tensor"]
     need(pieces == 1 or train.seq_len % (2 * pieces) == 0, "train.seq_len",
-         f"must divide by 2 x config.mesh.context = {2 * pieces}")
+         f"must divide by 2 x config.mesh.context = {2 * pieces}; try {-(-train.seq_len // (2 * pieces)) * 2 * pieces}")
     need(pieces == 1 or not train.loss_chunk or train.loss_chunk % pieces == 0, "train.loss_chunk",
          f"must divide by config.mesh.context = {pieces}")
     need(pieces == 1 or not model.attention_dropout, "model.attention_dropout",
@@ -129,14 +130,17 @@ def _check_sequence(need, config: Config, shape: dict) -> None:
 
 def _check_experts(need, config: Config, shape: dict) -> None:
     """The mixture of experts, where the pattern has one."""
-    model, across = config.model, shape["expert"]
+    model, across, tensor = config.model, shape["expert"], shape["tensor"]
     if all(ffn != "moe" for _, ffn in model.pattern):
         return
     need(model.experts_per_token <= model.experts, "model.experts_per_token",
          f"is more than config.model.experts = {model.experts}")
-    need(model.experts % across == 0, "model.experts", f"must divide by config.mesh.expert = {across}")
-    need(model.expert_mlp % shape["tensor"] == 0, "model.expert_mlp",
-         f"must divide by config.mesh.tensor = {shape['tensor']}")
+    need(model.experts % across == 0, "model.experts",
+         f"must divide by config.mesh.expert = {across}; lower that to {math.gcd(model.experts, across)}")
+    need(model.expert_mlp % tensor == 0, "model.expert_mlp",
+         f"must divide by config.mesh.tensor = {tensor}; lower that to {math.gcd(model.expert_mlp, tensor)}")
+    need(model.dispatch != "capacity" or model.capacity_factor > 0, "model.capacity_factor",
+         "leaves an expert no token; expected more than 0, as 1.25")
     need(model.dispatch != "capacity" or shape["context"] == 1, "model.dispatch",
          f"counts an expert's tokens over whole rows, and config.mesh.context = {shape['context']} cuts them; use dropless")
 
@@ -145,18 +149,27 @@ def _check_stages(need, config: Config, shape: dict) -> None:
     """Layers over pipeline stages."""
     model, train, stages = config.model, config.train, shape["pipeline"]
     if stages == 1:
+        for path in ("pipeline_rounds", "pipeline_microbatches"):
+            need(getattr(model, path) == getattr(type(model), path), f"model.{path}",
+                 "does nothing without config.mesh.pipeline; set that too, or leave it out")
         return
     plan, parts = layout(layer_specs(model)), stages * model.pipeline_rounds
     repeats, period = plan.repeats, len(plan.period)
-    need(stages <= model.layers, "model.layers", f"is less than config.mesh.pipeline = {stages} stages; lower that")
+    need(stages <= model.layers, "model.layers",
+         f"is less than config.mesh.pipeline = {stages} stages; lower config.mesh.pipeline")
     need(repeats % parts == 0, "model.layers",
          f"gives {repeats} repeats of {period} layer{'s' * (period > 1)}, which must divide by config.mesh.pipeline x "
-         f"config.model.pipeline_rounds = {parts}")
+         f"config.model.pipeline_rounds = {parts}; try {-(-repeats // parts) * parts * period} layers or "
+         f"config.mesh.pipeline={math.gcd(repeats, stages)}")
     count, rows = model.pipeline_microbatches or stages, math.prod(shape[axis] for axis in BATCH_AXES) // stages
-    need(count >= stages, "model.pipeline_microbatches", f"is less than config.mesh.pipeline = {stages}")
-    for path, size in (("train.batch_size", train.batch_size // train.accumulate), ("eval.batch_size", config.eval.batch_size)):
-        need(size % (count * rows) == 0, path, f"gives {size} rows at a time, which must divide by microbatches x data x fsdp "
-             f"x expert = {count} x {rows} for the pipeline")
+    need(count >= stages, "model.pipeline_microbatches",
+         f"is less than config.mesh.pipeline = {stages}; set that or more, or 0 for as many")
+    together = count * rows
+    for path, size in (("train.batch_size", train.batch_size // train.accumulate),
+                       ("eval.batch_size", config.eval.batch_size)):
+        need(size % together == 0, path,
+             f"gives {size} rows at a time, which must divide by pipeline_microbatches x data x fsdp x expert = {count} x "
+             f"{rows} for the pipeline; set config.model.pipeline_microbatches or try {-(-size // together) * together} rows")
     for path in ("dropout", "attention_dropout"):
-        need(not getattr(model, path), f"model.{path}", f"with config.mesh.pipeline = {stages} would differ from other meshes; "
-             "set 0")
+        need(not getattr(model, path), f"model.{path}",
+             f"with config.mesh.pipeline = {stages} would differ from other meshes; set 0")

@@ -217,6 +217,7 @@ class Train:
     loss_chunk: int = knob(0, low=0)  # tokens of a row whose logits exist at once; 0: all
     ema: float = knob(0.0, low=0.0, high=0.999999)  # decay of averaged weights; 0: off
     hang_minutes: float = knob(30.0, low=0.0)  # exit 41 when no step ends for so long; 0: off
+    compiler_options: tuple[str, ...] = ()  # NAME=VALUE, on top of gpt_jax/compiler.py; NAME= leaves one of it out
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ class Config:
 
 # Sections and fields that may change when a run resumes: they alter neither the parameters' layout nor their meaning.
 RESUMABLE = ("log", "eval", "checkpoint", "mesh", "train.steps", "train.hang_minutes", "train.accumulate",
-             "train.loss_chunk", "data.path", "data.eval_path", "data.cache", "data.workers",
+             "train.loss_chunk", "train.compiler_options", "data.path", "data.eval_path", "data.cache", "data.workers",
              "data.prefetch", "data.threads", "data.source_paths",
              "model.kernel", "model.remat", "model.unroll", "model.shard_sequence", "model.pipeline_rounds",
              "model.pipeline_microbatches", "optim.learning_rate", "optim.decay_steps")

@@ -77,8 +77,8 @@ def to_json(config) -> str:
 
 
 def flatten(config) -> dict[str, Any]:
-    """`{"model.layers": 4, …}`; groups and other tuples stay whole, but the paths of data.sources, which may differ between
-    machines, are a key of their own."""
+    """`{"model.layers": 4, …}`; groups and other tuples stay whole, but the paths of data.sources, which may differ
+    between machines, are a key of their own."""
     out = {}
     for name, value in to_dict(config).items():
         out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}

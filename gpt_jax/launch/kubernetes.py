@@ -4,14 +4,14 @@ import math
 import re
 from typing import NamedTuple
 
-from gpt_jax.errors import RESTARTABLE, SIGNALLED, UsageError
+from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 
 PORT = 8476
-# GKE's accelerator label, chips of a machine in slices of several, sizes of a slice that is one machine. From GKE's
-# documentation of TPU node pools.
+# GKE's accelerator label, chips of a machine in slices of several, dims of the torus. From GKE's documentation of TPU
+# node pools.
 TPUS = {
-    "v4": ("tpu-v4-podslice", 4), "v5e": ("tpu-v5-lite-podslice", 4), "v5p": ("tpu-v5p-slice", 4),
-    "v6e": ("tpu-v6e-slice", 4), "tpu7x": ("tpu7x", 4)}
+    "v4": ("tpu-v4-podslice", 4, 3), "v5e": ("tpu-v5-lite-podslice", 4, 2), "v5p": ("tpu-v5p-slice", 4, 3),
+    "v6e": ("tpu-v6e-slice", 4, 2), "tpu7x": ("tpu7x", 4, 3)}
 ONE_MACHINE = {"v5e": (1, 4, 8), "v6e": (1, 4, 8)}  # chips of a slice that is one machine
 
 
@@ -69,6 +69,28 @@ def job_template(options: Options, pods: int, pod: dict) -> dict:
             **pod}}}}
 
 
+def annotation(name: str, key: str) -> dict:
+    """The environment variable `name` with the value of the pod's annotation `key`."""
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{key}']"}}}
+
+
+def patient(command: list[str]) -> list[str]:
+    """`command` behind the wait of the restart policy, which a JobSet has not: it only counts."""
+    first, most = RESTART_SECONDS
+    script = f"""\
+if [ "${{RESTART_ATTEMPT:-0}}" -gt 0 ]; then
+    count=$((RESTART_ATTEMPT < 16 ? RESTART_ATTEMPT - 1 : 16))
+    seconds=$(({first} << count))
+    trap 'exit 143' TERM  # what runs first in a container ignores it otherwise
+    sleep $((seconds < {most} ? seconds : {most})) &
+    wait $!
+    trap - TERM
+fi
+exec "$0" "$@"
+"""
+    return ["sh", "-c", script, *command]
+
+
 def container(options: Options, command: list[str], limits: dict, env: list[dict]) -> dict:
     """The one container of a pod, with the pod's volumes beside it."""
     claims = [text.partition(":") for text in options.volumes]
@@ -80,8 +102,9 @@ def container(options: Options, command: list[str], limits: dict, env: list[dict
     memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}  # NCCL, and the data workers
     return {
         "containers": [{
-            "name": "gpt-jax", "image": options.image, "command": command,
-            "env": [*env, *({"name": name, "value": value} for name, _, value in given)],
+            "name": "gpt-jax", "image": options.image, "command": patient(command),
+            "env": [annotation("RESTART_ATTEMPT", "jobset.sigs.k8s.io/restart-attempt"), *env,
+                    *({"name": name, "value": value} for name, _, value in given)],
             "resources": {"limits": limits},
             "volumeMounts": [{"name": memory["name"], "mountPath": "/dev/shm"},
                              *({"name": claim, "mountPath": path} for claim, _, path in claims)]}],
@@ -90,8 +113,7 @@ def container(options: Options, command: list[str], limits: dict, env: list[dict
 
 def gpu_job(options: Options, arguments: list[str]) -> dict:
     """One pod a machine, in it one process a GPU (`gpt-jax launch local`); pod 0 has the coordinator."""
-    own = {"name": "NODE", "valueFrom": {"fieldRef": {
-        "fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}}
+    own = annotation("NODE", "batch.kubernetes.io/job-completion-index")
     host = f"{options.name}-worker-0-0.{options.name}"  # JobSet's name for pod 0: SET-JOB-REPLICA-POD.SUBDOMAIN
     command = ["gpt-jax", "launch", "local", f"--processes={options.gpus}", f"--nodes={options.nodes}", "--node=$(NODE)",
                f"--coordinator={host}:{PORT}", *arguments]
@@ -104,9 +126,11 @@ def gpu_job(options: Options, arguments: list[str]) -> dict:
 def tpu_job(options: Options, arguments: list[str]) -> dict:
     """One Job a slice, one pod a machine of it. GKE tells the pods of a JobSet their places, JAX reads them."""
     kind, _, shape = options.tpu.lower().partition(":")
-    if kind not in TPUS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
-        raise UsageError(f"--tpu_topology={options.tpu}: expected KIND:AxB or KIND:AxBxC, with KIND one of {', '.join(TPUS)}")
-    label, chips = TPUS[kind]
+    if kind not in TPUS:
+        raise UsageError(f"--tpu_topology={options.tpu}: expected KIND:SHAPE, with KIND one of {', '.join(TPUS)}")
+    label, chips, dims = TPUS[kind]
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * dims), shape):
+        raise UsageError(f"--tpu_topology={options.tpu}: expected {kind}:{'x'.join('N' * dims)}")
     size = math.prod(map(int, shape.split("x")))
     chips = size if size in ONE_MACHINE.get(kind, ()) or size < chips else chips
     if size % chips:

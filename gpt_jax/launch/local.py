@@ -49,15 +49,15 @@ def run(group: Group, arguments: list[str], restarts: int, say: Callable[[str], 
     """Runs the job until it is done, until it ends with a code that a restart cannot help, or `restarts` times more.
     Returns the exit code of the process that began the end, and a line. SIGTERM, SIGUSR1 and SIGINT go to all processes."""
     used = 0
-    with passed_on() as (processes, asked):
+    with passed_on() as requests:
         while True:
             began = time.monotonic()
-            code, words = attempt(group, arguments, processes, asked, say)
+            code, words = attempt(group, arguments, requests, say)
             used = 0 if time.monotonic() - began > QUIET_SECONDS else used
             if code == 0:
                 return 0, words
             end = f"{words}: exit code {code} ({EXIT_CODES.get(code, 'a bug' if code == 1 else 'unknown')})"
-            if asked.is_set():
+            if requests.asked.is_set():
                 return code, f"{end}; asked to stop"
             if code not in RESTARTABLE:
                 return code, f"{end}; a restart would not help"
@@ -66,19 +66,40 @@ def run(group: Group, arguments: list[str], restarts: int, say: Callable[[str], 
             wait = restart_seconds(used)
             used += 1
             say(f"launch: {end}; restart {used} of {restarts} in {wait} s")
-            if asked.wait(wait):
+            if requests.asked.wait(wait):
                 return code, f"{end}; asked to stop"
 
 
-def attempt(group: Group, arguments: list[str], processes: list, asked: threading.Event,
-            say: Callable[[str], None]) -> tuple[int, str]:
+class Requests:
+    """SIGTERM, SIGUSR1 and SIGINT, passed on to the processes of the job, those included that start when one has come."""
+
+    def __init__(self):
+        self.processes: list[subprocess.Popen] = []
+        self.asked = threading.Event()  # whether one came
+        self.number = 0  # and which was the last
+
+    def start(self, line: list[str], **streams) -> None:
+        """Sessions of their own: Ctrl-C reaches the processes once, through this one."""
+        process = subprocess.Popen(line, start_new_session=True, **streams)
+        self.processes.append(process)
+        if self.asked.is_set():  # perhaps before this process was in the list
+            process.send_signal(self.number)
+
+    def pass_on(self, number: int, _) -> None:
+        """The handler. A second Ctrl-C kills."""
+        self.number = signal.SIGKILL if self.asked.is_set() and number == signal.SIGINT else number
+        self.asked.set()
+        for process in list(self.processes):
+            if process.poll() is None:
+                process.send_signal(self.number)
+
+
+def attempt(group: Group, arguments: list[str], requests: Requests, say: Callable[[str], None]) -> tuple[int, str]:
     """One start of all processes: (exit code of the one that began the end, how it ended)."""
-    lines = command_lines(group, arguments)
-    first = group.node * group.processes
-    # Process 0 has the terminal; the others' lines get their number. Sessions of their own: Ctrl-C reaches them once,
-    # through this process.
-    processes[:] = [subprocess.Popen(line, start_new_session=True, **({} if first + k == 0 else
-                    dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT))) for k, line in enumerate(lines)]
+    processes, first = requests.processes, group.node * group.processes
+    for k, line in enumerate(command_lines(group, arguments)):
+        # Process 0 has the terminal; the others' lines get their number.
+        requests.start(line, **({} if first + k == 0 else dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
     readers = [threading.Thread(target=prefix, args=(process.stdout, f"[{first + k}] "), daemon=True)
                for k, process in enumerate(processes) if process.stdout]
     for reader in readers:
@@ -90,7 +111,7 @@ def attempt(group: Group, arguments: list[str], processes: list, asked: threadin
         for k, process in enumerate(processes):
             if k not in ended and process.poll() is not None:
                 ended[k] = process.returncode
-        if deadline is None and any(ended.values()) and not asked.is_set():
+        if deadline is None and any(ended.values()) and not requests.asked.is_set():
             deadline = time.monotonic() + TOGETHER_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             for k in (k for k, process in enumerate(processes) if process.poll() is None):
@@ -122,22 +143,15 @@ def prefix(stream, mark: str) -> None:
 
 
 @contextmanager
-def passed_on() -> Iterator[tuple[list, threading.Event]]:
-    """(processes to pass signals on to, whether a request to stop came). A second Ctrl-C kills them."""
-    processes, asked = [], threading.Event()
-
-    def pass_on(number, _):
-        number = signal.SIGKILL if asked.is_set() and number == signal.SIGINT else number
-        asked.set()
-        for process in list(processes):
-            if process.poll() is None:
-                process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+def passed_on() -> Iterator[Requests]:
+    """Requests to stop go to the job in here."""
+    requests = Requests()
+    before = {number: signal.signal(number, requests.pass_on)
+              for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        yield processes, asked
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for process in processes:  # an error here: leave nothing behind
+        for process in requests.processes:  # an error here: leave nothing behind
             process.kill()

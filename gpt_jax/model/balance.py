@@ -12,8 +12,9 @@ from gpt_jax import config, sharding
 
 def empty_report(model: config.Model, rows: int) -> dict[str, jax.Array]:
     """Zeros for `rows` rows; {} for a model without experts. `objective` [B]: what is added to the objective; `tokens`
-    [B]: real tokens, once for each layer of experts, the weight of the rest; `balance`, `router_z`, `dropped` [B] (see
-    moe.Moe); `load` [B, L, E]: the tokens that each expert was sent."""
+    [B]: real tokens, once for each layer of experts, the weight of the rest; `balance`, `router_z` [B] (see
+    moe.make_stats) and `dropped` [B], the part of each token's choices that no expert took; `load` [B, L, E]: the tokens
+    that each expert was sent."""
     if all(spec.ffn != "moe" for spec in config.layer_specs(model)):
         return {}
     zeros = lambda *shape: sharding.constrain(jnp.zeros((rows, *shape)), "batch", *(None,) * len(shape))
@@ -27,14 +28,13 @@ def add_layer(report: dict, stats: dict, model: config.Model, layer) -> dict:
         return report
     load = stats["load"]  # [B, E]
     here = (jnp.arange(model.layers) == layer)[:, None]
-    added = {name: report[name] + stats[name] for name in ("balance", "router_z", "dropped")}
+    added = {name: report[name] + stats[name] for name in ("balance", "router_z")}
     objective = model.router_z_loss * stats["router_z"]
     if model.balance == "aux":
         objective = objective + model.balance_weight * stats["balance"]
     elif model.balance == "bias":
         objective = objective + stats["steer"]  # 0: it is there for its gradient
-    if model.balance == "bias":
-        objective = objective + stats["steer"]
     return added | {"objective": report["objective"] + objective,
+                    "dropped": report["dropped"] + stats["dropped"] / model.experts_per_token,
                     "tokens": report["tokens"] + load.sum(-1) / model.experts_per_token,
                     "load": report["load"] + jnp.where(here, load[:, None], 0)}

@@ -253,10 +253,3 @@ def all_manual(fn: Callable, shape: tuple[int, ...], dtype) -> Callable:
     mesh = jax.sharding.get_abstract_mesh()
     rest = () if mesh.empty else frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
     return (lambda *args: jnp.full(shape, jnp.nan, dtype)) if rest else fn
-
-
-def platform() -> str:
-    """What the program is compiled for: the platform of the mesh, which need not be this process's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform

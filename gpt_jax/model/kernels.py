@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
-from gpt_jax.model import ring
+from gpt_jax.model import ring, splash
 from gpt_jax.model.layers import softcap
 
 
@@ -91,20 +91,7 @@ def _jax_attention(implementation, q, k, v, pattern, cap, keep):
 
 
 def _splash(q, k, v, pattern, cap, keep, interpret=False):
-    """Pallas splash attention for TPU: skips the blocks that causal order and windows rule out."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    T, N, H = q.shape[1:]
-    mask = masks.LocalMask((T, T), (pattern.window - 1, 0), 0) if pattern.window else masks.CausalMask((T, T))
-    kernel = splash.make_splash_mha(mask=masks.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1,
-                                    attn_logits_soft_cap=cap or None, interpret=interpret)
-    segment = pattern.segment
-    ids = None if segment is None else splash.SegmentIds(q=segment, kv=segment)
-    heads_first = lambda x: x.swapaxes(1, 2)
-    q = heads_first(q) * jnp.asarray(H ** -0.5, q.dtype)
-    run = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids), in_axes=(0, 0, 0, None if ids is None else 0))
-    return heads_first(run(q, heads_first(k), heads_first(v), ids))
+    return splash.attention(q, k, v, pattern, cap, interpret=interpret)
 
 
 class Problem(NamedTuple):
@@ -168,7 +155,7 @@ KERNELS = {"reference": Kernel(_reference, _uncut),
            "ring": Kernel(_reference, _ring_cannot, cut=ring.ring_attention),
            "xla": Kernel(partial(_jax_attention, "xla"), _xla_cannot),
            "cudnn": Kernel(partial(_jax_attention, "cudnn"), _cudnn_cannot, "gpu"),
-           "splash": Kernel(_splash, _splash_cannot, "tpu", ring.splash_context)}
+           "splash": Kernel(_splash, _splash_cannot, "tpu", partial(splash.attention, axis="context"))}
 PREFERENCE = {"cpu": ("blocked", "reference", "ring"), "gpu": ("cudnn", "xla", "reference", "ring"),
               "tpu": ("splash", "xla", "reference", "ring")}
 

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax import config, sharding
-from gpt_jax.model.init import make_init
+from gpt_jax.model.init import make_init, residual_ramp
 
 
 def matmul(x: jax.Array, kernel: jax.Array, out_axis: str | None, precise=None, seq: str = "seq") -> jax.Array:
     """x [B, T, D] @ kernel [D, F] -> [B, T, F]; `seq`: how the result's T is laid out, `precise`: its dtype. Where no
     mesh axis cuts T, on activations flattened to two dims: XLA's CPU backend runs the backward pass of the three-dim form
     at half the speed, and no other backend minds."""
-    if sharding.parts(seq) > 1:
-        return jnp.matmul(x, kernel, preferred_element_type=precise, out_sharding=sharding.out("batch", seq, out_axis))
+    if sharding.parts(seq) > 1 or sharding.is_gathered(kernel):
+        y = jnp.matmul(x, kernel, preferred_element_type=precise, out_sharding=sharding.out("batch", "seq", out_axis))
+        return sharding.constrain(y, "batch", seq, out_axis)
     rows = x.reshape(-1, x.shape[-1])
     y = jnp.matmul(rows, kernel, preferred_element_type=precise, out_sharding=sharding.out("batch", out_axis))
     return sharding.reshape(y, (*x.shape[:-1], kernel.shape[-1]), "batch", seq, out_axis)
@@ -42,19 +43,20 @@ class Weights(nn.Module):
         if not self.bias:
             return kernel, None
         bias = self.param("bias", sharding.stored(nn.initializers.zeros, self.axes[1:]), (self.features,))
-        return kernel, sharding.use(bias, self.axes[1:], dtype)
+        return kernel, sharding.constrain(bias.astype(dtype), *self.axes[1:])
 
 
 def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
-    """x [B, T, in] through several linear maps -> one [B, T, features] each. Where no mesh axis splits the features the
-    kernels are joined into one matmul: fewer and larger ones, 5 % of a small step on a CPU. With `shard_sequence` the
+    """x [B, T, in] through several linear maps -> one [B, T, features] each. On a CPU the kernels are joined into one
+    matmul where no mesh axis splits the features: 5 % of a small step; a TPU loses a sixth of a large one by it (joining,
+    cutting, and a matmul at half the speed, by the compiler's cycles). With `shard_sequence` the
     stream is gathered over tensor on the way in and scattered on the way out (Korthikanti et al. 2022)."""
     inside, model = maps[0].axes[0], maps[0].model
     back = inside in ("heads", "mlp")  # to the stream: the sum over tensor ends here
     if model.shard_sequence and not back:
         x = sharding.constrain(x, "batch", "seq", None)
     weights = [linear(x.shape[-1]) for linear in maps]
-    if len(maps) > 1 and sharding.axis_size("tensor") == 1:
+    if len(maps) > 1 and sharding.axis_size("tensor") == 1 and sharding.platform() == "cpu":
         ends = np.cumsum([linear.features for linear in maps])[:-1]
         parts = jnp.split(matmul(x, jnp.concatenate([kernel for kernel, _ in weights], 1), None), ends, -1)
     else:
@@ -107,9 +109,19 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
         found = jnp.where(inside[..., None], table[jnp.clip(mine, 0, table.shape[0] - 1)], 0)
         return jax.lax.psum(found, "tensor")
 
-    function = rows if sharding.axis_size("tensor") == 1 else own_rows
-    table = sharding.use(table, ("vocab", "embed"), jnp.float32)
-    return sharding.local(function, (("vocab", "embed"), ("batch", "seq")), ("batch", "seq", "embed"))(table, tokens)
+    return look_up(rows if sharding.axis_size("tensor") == 1 else own_rows, table, ("vocab", "embed"), tokens, "batch")
+
+
+def look_up(function, table, axes: tuple[str, str], index, rows: str | None):
+    """function(table [., D], index [B, T]) -> [B, T, D] on each device. The table, of logical `axes`, is gathered there:
+    so its gradient is scattered, and not summed whole on every device. `rows`: the axis of B."""
+    where, wide = sharding.gathered_axes(table, axes), sharding.STORED[axes[1]]
+    if where:
+        dim, names = where
+        gather = lambda table, index: function(jax.lax.all_gather(table, names, axis=dim, tiled=True), index)
+    with sharding.using({axes[1]: wide} if where else {}):
+        mapped = sharding.local(gather if where else function, (axes, (rows, "seq")), (rows, "seq", None))
+        return mapped(table.astype(jnp.float32), index)
 
 
 class Embed(nn.Module):
@@ -158,10 +170,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the first channels of x [B, T, N, H] by angles whose cos and sin are [B or 1, T, R / 2], in float32.
     Channel i pairs with i + R / 2 (the layout of GPT-NeoX and Hugging Face's Llama)."""
     half = cos.shape[-1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second, rest = x[..., :half].astype(jnp.float32), x[..., half:2 * half].astype(jnp.float32), x[..., 2 * half:]
-    turned = (first * cos - second * sin, first * sin + second * cos)
-    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+    cos, sin = (jnp.concatenate(parts, -1)[:, :, None] for parts in ((cos, cos), (-sin, sin)))
+    turning, rest = x[..., :2 * half].astype(jnp.float32), x[..., 2 * half:]
+    turned = (turning * cos + jnp.roll(turning, half, -1) * sin).astype(x.dtype)
+    return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)
 
 
 def sinusoids(position: jax.Array, width: int) -> jax.Array:
@@ -195,3 +207,63 @@ class Mlp(nn.Module):
         up, *gate = project(x, *(linear(model.mlp, ("embed", "mlp"), "mlp_in", name) for name in names))
         hidden = activation(gate[0]) * up if gated else activation(up)
         return project(hidden, linear(model.embed, ("mlp", "embed"), "mlp_out", "down"))[0]
+
+
+class PositionTable(nn.Module):
+    """Learned positions: [1, T] `shared` by all rows, or [B, T] -> the same with a dim D."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, position, shared: bool):
+        axes = ("position", "embed")
+        table = self.param("table", sharding.stored(make_init("position", self.model), axes),
+                           (self.model.max_seq, self.model.embed))
+        return look_up(lambda table, index: table[index], table, axes, position, None if shared else "batch")
+
+
+class ResidualScalars(nn.Module):
+    """Factors of the stream and of the embedding at every layer: two [layers] vectors."""
+
+    layers: int
+
+    @nn.compact
+    def __call__(self):
+        make = lambda name, *ends: self.param(name, sharding.stored(residual_ramp(*ends), ("layers",)), (self.layers,))
+        return make("x", 1.15, 1.05), make("x0", 0.20, 0.05)
+
+
+class Factor(nn.Module):
+    """One learned number [1], from `start`."""
+
+    start: float
+
+    @nn.compact
+    def __call__(self):
+        return self.param("scale", sharding.stored(nn.initializers.constant(self.start), ("scale",)), (1,))
+
+
+class Smear(nn.Module):
+    """A gated share of the token `before` joins each token, both [B, T, D] (modded-nanogpt, nanochat)."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, x, before):
+        weights = Weights(1, ("gate", None), "gate", self.model, False, name="gate")
+        gate = jax.nn.sigmoid(project(x[..., :self.model.smear_gate], weights)[0])
+        scale = Factor(0.0, name="factor")().astype(x.dtype)
+        return x + scale * gate * before
+
+
+class Head(nn.Module):
+    """The untied output matrix [D, V]."""
+
+    model: config.Model
+
+    @nn.compact
+    def __call__(self, dtype):
+        axes = ("embed", "vocab")
+        kernel = self.param("kernel", sharding.stored(make_init("head", self.model), axes),
+                            (self.model.embed, self.model.vocab))
+        return sharding.use(kernel, axes, dtype)

@@ -135,7 +135,7 @@ def dispatch(model: config.Model, x, choice, weight, kernels: experts.Kernels, r
     stream. `room`: the choices that an expert takes from a row; None: all."""
     activation = FFNS[model.expert_ffn][0]
     devices, tensor = sharding.axis_size("expert"), sharding.axis_size("tensor")
-    scatter, platform = sharding.parts(model.stream) > sharding.parts("seq"), experts.platform()
+    scatter, platform = sharding.parts(model.stream) > sharding.parts("seq"), sharding.platform()
     given = [kernel.astype(x.dtype) for kernel in kernels if kernel is not None]
     stored, laid = sharding.STORED["expert_embed"], jax.typeof(given[0]).sharding.spec
     split = tuple(axis for axis in stored if sharding.axis_size(axis) > 1 and stored in laid)  # no axis with ZeRO-1

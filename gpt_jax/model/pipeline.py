@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from gpt_jax import sharding
 
 
-def run(layer: Callable, stacked, stream, columns, rounds: int, microbatches: int):
+def run(layer: Callable, stacked, stream, columns, rounds: int, microbatches: int, unroll: int):
     """`stream` after all layers. `layer(stream, weights, columns) -> stream`: one layer; `stacked`: the weights of all,
-    [layers, …]; `stream` and `columns` (what goes with it unchanged): trees of [B, …].
+    [layers, …]; `stream` and `columns` (what goes with it unchanged): trees of [B, …]; `unroll`: layers of a stage in one
+    turn of its loop.
 
     The rows of a microbatch are B / M apart, so that each device splits its own. M is at least S, divides B, and R * S
     divides the layers (config.check)."""
@@ -34,7 +35,7 @@ def run(layer: Callable, stacked, stream, columns, rounds: int, microbatches: in
         pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), a, b), a, b)
 
         def stage(weights, stream, columns):
-            return jax.lax.scan(lambda x, w: (layer(x, w, columns), None), stream, weights)[0]
+            return jax.lax.scan(lambda x, w: (layer(x, w, columns), None), stream, weights, unroll=unroll)[0]
 
         def tick(carry, time):
             held, moving = carry

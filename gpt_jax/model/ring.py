@@ -10,7 +10,6 @@ Shapes: c devices along the axis, T tokens of a row, t = T / c of them on one de
 K kv heads, G = N / K, H head_dim.
 """
 
-import math
 from functools import partial
 from itertools import groupby
 from typing import Callable, NamedTuple
@@ -23,7 +22,6 @@ from gpt_jax import sharding
 from gpt_jax.model.layers import softcap
 
 BLOCK = 1024  # tokens of a block, about: float32 scores of 4 MiB a head at a time
-SPLASH_BLOCK = 512  # as MaxText has them; the library's own default of 128 takes 16 times the entries in its tables
 NEVER = 1 << 30  # a distance that no window reaches
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -216,37 +214,3 @@ def gather(x, axis: str = "context"):
     halves = parts.reshape(parts.shape[0], x.shape[0], 2, x.shape[1] // 2, *x.shape[2:])
     chunks = jnp.concatenate([halves[:, :, 0], halves[::-1, :, 1]])  # the i-th chunks, then the i-th last
     return jnp.moveaxis(chunks, 0, 1).reshape(x.shape[0], -1, *x.shape[2:])
-
-
-def _splash_blocks(length: int):
-    """Blocks of SPLASH_BLOCK where they divide `length`, a multiple of 128."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
-
-    size = math.gcd(length, SPLASH_BLOCK)
-    return BlockSizes(size, size, size, size, size, size, size, size)
-
-
-def splash_context(q, k, v, pattern, cap: float = 0.0, axis: str = "context", interpret: bool = False):
-    """Pallas splash attention (TPU) of this device's queries over all keys of the row, gathered first. As
-    ring_attention, without `block`; t is a multiple of 128. In padding the result is arbitrary, and finite."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    t, N, H = q.shape[1:]
-    pieces = jax.lax.axis_size(axis)
-    T = t * pieces
-    mask = masks.LocalMask((T, T), (pattern.window - 1, 0), 0) if pattern.window else masks.CausalMask((T, T))
-    mask.q_sequence = sharding.order(T, pieces).astype(np.int32)  # row -> token, here and inside the kernel
-    kernel = splash.make_splash_mha(mask=masks.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=pieces,
-                                    block_sizes=_splash_blocks(t), attn_logits_soft_cap=cap or None,
-                                    interpret=interpret)
-    # Its tables by blocks of queries, [1, c * …, …], and the tokens of the queries, [T]: this device's part of each.
-    me = jax.lax.axis_index(axis)
-    part = lambda x, dim: jax.lax.dynamic_slice_in_dim(x, me * (x.shape[dim] // pieces), x.shape[dim] // pieces, dim)
-    kernel = jax.tree.map(lambda x: part(x, x.ndim // 2), kernel)
-    segment = pattern.segment
-    ids = None if segment is None else splash.SegmentIds(q=segment, kv=gather(segment, axis))
-    heads_first = lambda x: x.swapaxes(1, 2)
-    q, k, v = (heads_first(x) for x in (q * jnp.asarray(H ** -0.5, q.dtype), gather(k, axis), gather(v, axis)))
-    run = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids), in_axes=(0, 0, 0, None if ids is None else 0))
-    return heads_first(run(q, k, v, ids))

@@ -18,9 +18,8 @@ from gpt_jax.errors import UsageError
 from gpt_jax.model import pipeline
 from gpt_jax.model.attention import Attention, Context, append, cache_slots
 from gpt_jax.model.balance import add_layer, empty_report
-from gpt_jax.model.init import make_init, residual_ramp
-from gpt_jax.model.layers import (Embed, Mlp, Norm, Weights, dropout, matmul, project, rotary_frequencies, sinusoids,
-                                  softcap)
+from gpt_jax.model.layers import (Embed, Factor, Head, Mlp, Norm, PositionTable, ResidualScalars, Smear, dropout,
+                                  matmul, rotary_frequencies, sinusoids, softcap)
 from gpt_jax.model.moe import Moe
 
 MIXERS = {"attention": Attention}
@@ -58,8 +57,9 @@ class Block(nn.Module):
 
 class Period(nn.Module):
     """The layers `specs` in order: the body of the scan over depth, and the tail. The carry is the stream, the stream
-    before layer 0, the stream halfway up (None without `backout`), and what mixtures of experts report (Transformer.report);
-    `first` is the number of the first layer here; `scalars`: [layers here] pairs. `looped`: compiled as the body of a loop, and not inline."""
+    before layer 0, the stream halfway up (None without `backout`), and what mixtures of experts report (balance.py);
+    `first` is the number of the first layer here; `scalars`: [layers here] pairs. `looped`: compiled as the body of a loop,
+    and not inline."""
 
     model: config.Model
     specs: tuple[LayerSpec, ...]
@@ -145,13 +145,17 @@ class Transformer(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [B, T, D] -> logits [B, T, V], float32."""
-        model = self.model
-        if model.tied:
-            kernel = sharding.use(self.embed.table, ("vocab", "embed"), hidden.dtype).T
-        else:
-            kernel = self.head()
-        logits = matmul(hidden, kernel, "vocab", jnp.float32)
-        return softcap(logits, model.logit_softcap)
+        return self.logits(self.output(hidden.dtype), hidden)
+
+    def output(self, dtype) -> jax.Array:
+        """The output matrix [D, V] in `dtype`, as it is used."""
+        if self.model.tied:
+            return sharding.use(self.embed.table, ("vocab", "embed"), dtype).T
+        return self.head(dtype)
+
+    def logits(self, head: jax.Array, hidden: jax.Array) -> jax.Array:
+        """hidden [B, T, D] through `output`'s matrix -> logits [B, T, V], float32."""
+        return softcap(matmul(hidden, head, "vocab", jnp.float32), self.model.logit_softcap)
 
     def _forward(self, batch, cache, lengths):
         model, plan = self.model, self.plan
@@ -205,7 +209,8 @@ class Transformer(nn.Module):
 
         angles, columns = context.angles, context._replace(angles=None) if shared else context
         stacked = (self.variables["params"]["blocks"], firsts, scalars)
-        return pipeline.run(layer, stacked, carry, columns, model.pipeline_rounds, model.pipeline_microbatches)
+        return pipeline.run(layer, stacked, carry, columns, model.pipeline_rounds, model.pipeline_microbatches,
+                            model.unroll or self.plan.repeats)
 
     def _smear(self, x, context, cache):
         """(x with its predecessors' share, [B, D] what the next token's predecessor is when there is a cache)."""
@@ -230,68 +235,6 @@ class Transformer(nn.Module):
             x = x + sinusoids(position, model.embed)
         x = dropout(self, x.astype(jnp.dtype(model.dtype)), model.dropout)
         return self.embed_norm(x) if model.embed_norm else x
-
-
-class PositionTable(nn.Module):
-    """Learned positions: [1, T] `shared` by all rows, or [B, T] -> the same with a dim D."""
-
-    model: config.Model
-
-    @nn.compact
-    def __call__(self, position, shared: bool):
-        axes = ("position", "embed")
-        table = self.param("table", sharding.stored(make_init("position", self.model), axes),
-                           (self.model.max_seq, self.model.embed))
-        table = sharding.use(table, axes, jnp.float32)
-        rows = None if shared else "batch"
-        return sharding.local(lambda t, p: t[p], (axes, (rows, "seq")), (rows, "seq", None))(table, position)
-
-
-class ResidualScalars(nn.Module):
-    """Factors of the stream and of the embedding at every layer: two [layers] vectors."""
-
-    layers: int
-
-    @nn.compact
-    def __call__(self):
-        make = lambda name, *ends: self.param(name, sharding.stored(residual_ramp(*ends), ("layers",)), (self.layers,))
-        return make("x", 1.15, 1.05), make("x0", 0.20, 0.05)
-
-
-class Factor(nn.Module):
-    """One learned number [1], from `start`."""
-
-    start: float
-
-    @nn.compact
-    def __call__(self):
-        return self.param("scale", sharding.stored(nn.initializers.constant(self.start), ("scale",)), (1,))
-
-
-class Smear(nn.Module):
-    """A gated share of the token `before` joins each token, both [B, T, D] (modded-nanogpt, nanochat)."""
-
-    model: config.Model
-
-    @nn.compact
-    def __call__(self, x, before):
-        weights = Weights(1, ("gate", None), "gate", self.model, False, name="gate")
-        gate = jax.nn.sigmoid(project(x[..., :self.model.smear_gate], weights)[0])
-        scale = Factor(0.0, name="factor")().astype(x.dtype)
-        return x + scale * gate * before
-
-
-class Head(nn.Module):
-    """The untied output matrix [D, V]."""
-
-    model: config.Model
-
-    @nn.compact
-    def __call__(self):
-        axes = ("embed", "vocab")
-        kernel = self.param("kernel", sharding.stored(make_init("head", self.model), axes),
-                            (self.model.embed, self.model.vocab))
-        return sharding.use(kernel, axes, jnp.dtype(self.model.dtype))
 
 
 def make_cache(model: config.Model, rows: int, length: int) -> dict:

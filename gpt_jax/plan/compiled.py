@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from gpt_jax import config as configs
-from gpt_jax import experiment, sharding
+from gpt_jax import compiler, experiment, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.plan import hlo, targets
 from gpt_jax.plan.topology import Topology
@@ -68,19 +68,18 @@ def lower(config: configs.Config, mesh):
         return steps.train_step.lower(steps.abstract, abstract_batch(config, mesh))
 
 
-def compile_step(config: configs.Config, topology: Topology, kernel: str, options: dict, keep=None) -> Compiled:
+def compile_step(config: configs.Config, topology: Topology, kernel: str, keep=None) -> Compiled:
     """`keep(text)` gets the program's text. UsageError for options that the compiler does not know."""
     devices = describe(topology)
     mesh = sharding.make_mesh(configs.check(config, len(devices)), devices, configs.cross_slice(config.mesh))
     lowered = lower(replace(config, model=replace(config.model, kernel=kernel)), mesh)
     began = time.perf_counter()
     try:
-        done = lowered.compile(compiler_options=options)
+        done = lowered.compile()
     except Exception as error:  # whatever the compiler refuses: for want of memory, or because of a fault of its own
-        line = " ".join(str(error).split())
-        if "No such compile option" in line or "unknown option" in line.lower():
-            raise UsageError(f"--option: {line[:300]}") from None
-        return Compiled(time.perf_counter() - began, refusal=line[:600])
+        if line := compiler.fault(error):
+            raise UsageError(line) from None
+        return Compiled(time.perf_counter() - began, refusal=" ".join(str(error).split())[:600])
     seconds, used, text = time.perf_counter() - began, done.memory_analysis(), done.as_text()
     if keep:
         keep(text)

@@ -6,7 +6,6 @@ mesh of any sizes then divides. Sizes are in entries or bytes of the whole job u
 """
 
 import math
-import re
 from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,10 +14,10 @@ import jax
 
 from gpt_jax import config as configs
 from gpt_jax import experiment, sharding
+from gpt_jax.data.tokenizer import known_tokenizer, parse_spec
 from gpt_jax.errors import UsageError
 from gpt_jax.model.layers import FFNS
 from gpt_jax.model.transformer import count_params
-
 
 
 class Array(NamedTuple):
@@ -45,8 +44,8 @@ class Widths(NamedTuple):
 
 
 class Job(NamedTuple):
-    """`config`: resolved. `state`: entries of each kind of array; `matrices`: those of its parameters that are
-    multiplied."""
+    """`config`: resolved. `state`: entries of each kind of array; `parameters`: entries in all, `matmul_params`: those
+    that are multiplied."""
 
     config: configs.Config
     state: dict[Array, int]
@@ -60,14 +59,17 @@ class Job(NamedTuple):
 def with_vocab(config: configs.Config) -> configs.Config:
     """The resolved config. A plan reads no text: the vocabulary is in the config, or what `data.tokenizer` says by
     itself."""
-    if not config.model.vocab:
-        sized = re.fullmatch(r"bpe:(\d+)", config.data.tokenizer)
-        size = int(sized[1]) if sized else 257 if config.data.tokenizer == "bytes" else 0
-        if not size:
-            raise UsageError(f"config.model.vocab = 0: a plan reads no text, and config.data.tokenizer = "
-                             f"{config.data.tokenizer!r} has no size of its own; set config.model.vocab")
-        return configs.resolve(config, size)
-    return configs.resolve(config)
+    if config.model.vocab:
+        return configs.resolve(config)
+    text = config.data.tokenizer
+    spec = parse_spec(text)
+    if spec.vocab:
+        return configs.resolve(config, spec.vocab + len(spec.specials))
+    if spec.base == "char" or not text:
+        why = f"{text!r} is made of the text" if text else "'' means that of the prepared folder or token files, else bytes"
+        raise UsageError(f"config.model.vocab = 0: a plan reads no text, and config.data.tokenizer = {why}; set "
+                         "config.model.vocab to its size (`gpt-jax train` prints it), or config.data.tokenizer")
+    return configs.resolve(config, known_tokenizer(text).vocab)
 
 
 def _role(path: str) -> str:

@@ -20,6 +20,9 @@ INSIDE = 2.0  # each of q, k, v and the feed-forward's inner channels: its value
 ACTIVATIONS = {"relu": 2.0, "relu2": 2.0}
 SMOOTH = 5.0
 EXPERTS = 6.0  # times one layer's experts in bfloat16: their gradients in float32, and copies (moe:8x7b on 64 H100)
+# Output matrices in float32 while the loss goes through its chunks (train/loss.py): the sum of their gradients, and on
+# GPUs, which do not fuse it, one chunk's and the matrix itself.
+SUMMED = {"tpu": 1.0, "gpu": 3.0}
 LOGITS = 2.0  # float32 logits and their gradient
 WHOLE = 4.0  # streams over all of the sequence, where it is cut between matmuls (shard_sequence) and gathered for them
 # What the compiler's one block of temporaries has more than what lives in it at its worst moment. TPU: between 0
@@ -94,8 +97,26 @@ def compute_bytes(job: Job) -> int:
     return HALF if job.config.model.dtype == "bfloat16" else FULL
 
 
+def spare(model: configs.Model, shape: dict[str, int]) -> float:
+    """Places of a device's buffers for each choice that its tokens make. Over an axis expert `dropless` has room for all
+    that may come (model/experts.py)."""
+    if model.dispatch == "capacity":
+        return model.capacity_factor
+    expert, chosen = shape["expert"], model.experts_per_token
+    return expert * min(chosen, model.experts // expert) / chosen if expert > 1 else 1.0
+
+
+def buffered(widths: Widths, model: configs.Model, shape: dict[str, int]) -> Widths:
+    """`widths` as they stand in memory: those of experts times `spare`."""
+    if not widths.sent:
+        return widths
+    times = spare(model, shape)
+    grow = (times * widths.sent + model.shared_experts) / (widths.sent + model.shared_experts)
+    return widths._replace(inner=widths.inner * grow, hidden=widths.hidden * grow, sent=widths.sent * times)
+
+
 def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
-    """Bytes that the forward pass leaves behind for a token in one layer."""
+    """Bytes that the forward pass leaves behind for a token in one layer. `widths`: `buffered`."""
     model, half, tensor = job.config.model, compute_bytes(job), shape["tensor"]
     stream = stream_bytes(job, shape)
     inside = (widths.q + 2 * widths.kv + widths.inner) / tensor * half
@@ -123,7 +144,8 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     parameters = entries(job, shape, "params", zero)
     fsdp = math.prod(shape[axis] for axis in configs.FSDP_AXES) > 1
     stages = shape["pipeline"]
-    held = [kept(job, widths, shape) for widths in job.layers]
+    layers = [buffered(widths, model, shape) for widths in job.layers]
+    held = [kept(job, widths, shape) for widths in layers]
     activations = here.tick_tokens * here.ticks * sum(held) * here.tick_layers / len(held)
     if stages > 1:  # every stage holds all microbatches' streams, coming and going
         activations += 3 * here.tokens * stages * stream_bytes(job, shape)
@@ -132,7 +154,7 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     layer, experts = (entries(job, gathered_shape, "params", 3, role, half) / len(job.layers)
                       for role in ("layer", "expert"))
     layer += experts
-    widest = max(job.layers, key=lambda w: w.inner + w.q)
+    widest = max(layers, key=lambda w: w.inner + w.q)
     inside = (widest.q + 2 * widest.kv + widest.inner + widest.hidden) / shape["tensor"] * half
     inside += 2 * widest.sent * model.embed * half  # tokens at their experts, and what comes back
     working = here.tick_tokens * (STREAMS * stream_bytes(job, shape) + INSIDE * inside)
@@ -144,6 +166,8 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     logits = LOGITS * here.rows * chunk * model.vocab / shape["tensor"] * FULL
     table = model.vocab * model.embed / shape["tensor"]
     gathered = (2 * layer + table * half) * fsdp * (zero == 3) + table * FULL * fsdp
+    if 0 < train.loss_chunk < train.seq_len:
+        gathered += (SUMMED[platform] - 1) * table * FULL * fsdp
     if model.remat == "none" and fsdp and zero == 3:  # the gathered weights are kept for the backward pass
         gathered += layer * len(job.layers) / stages
     return Memory(

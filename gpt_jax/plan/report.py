@@ -1,5 +1,7 @@
 """A plan as lines for people, and as plain data (called by commands/plan.py)."""
 
+import shlex
+from pathlib import Path
 from typing import NamedTuple
 
 from gpt_jax import config as configs
@@ -107,7 +109,7 @@ def compiled(topology: Topology, done: dict, time: dict | None, expected: float,
             *([f"  and {len(left)} more kinds, {size(sum(row.bytes * row.calls for row in left))}"] if left else []),
             f"step, compiled: {seconds(time['step'])} = computing {seconds(time['computing'])} ({source}) + attention "
             f"kernel {seconds(time['kernels'])}, or asynchronous collectives {seconds(time['hidden'])}; + others "
-            f"{seconds(time['open'])}{ratio}",
+            f"{seconds(time['open'])}{f' + update {seconds(update)}' if (update := time['update']) else ''}{ratio}",
             f"estimated MFU {time['mfu_full']:.1%} (full map), {time['mfu_causal']:.1%} (causal)"]
 
 
@@ -127,8 +129,10 @@ def ranked_data(base: configs.Config, found: list[Found]) -> list[dict]:
 
 
 def command(spec: str, base: configs.Config, best: configs.Config, given: list[str]) -> str:
-    """The command that trains `best`."""
-    return " ".join([f"gpt-jax train --config={spec}", *given, *overrides(base, best)])
+    """The shell's command that trains `best`. `given`: what changed the config of `spec` to `base`."""
+    path, _, variant = spec.partition(":")
+    name = f"{Path(path).stem}-{variant}" if variant else Path(path).stem
+    return shlex.join(["gpt-jax", "train", f"--config={spec}", f"--workdir=runs/{name}", *given, *overrides(base, best)])
 
 
 def data(job: Job, topology: Topology, seen: Estimate, ahead: Horizon) -> dict:

@@ -4,8 +4,7 @@ step = (max(matmuls + passes over memory, hidden flows) + open flows) + update, 
 - matmuls: FLOPs really done, what remat does again and a pipeline's idle ticks included, at EFFICIENCY of the peak;
 - passes over memory: what is read and written between matmuls;
 - flows (traffic.py): hidden ones run behind matmuls, open ones do not; flows over one axis share its links, other axes
-  have their
-  own;
+  have their own;
 - update: the optimiser reads and writes its state.
 """
 
@@ -13,17 +12,20 @@ import math
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.devices import GIB, mfu
+from gpt_jax.devices import GIB, GPU_FRACTION, mfu
 from gpt_jax.errors import UsageError
 from gpt_jax.model import kernels
 from gpt_jax.plan.job import Job, entries
-from gpt_jax.plan.memory import FULL, HALF, Local, Memory, local, memory
+from gpt_jax.plan.memory import FULL, Local, Memory, compute_bytes, local, memory
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.traffic import Flow, Link, flows, link
 
 # Assumed parts of the peak. Matmuls: a compiled 8,192-cubed one has 0.7 to 0.9 on TPUs by the compiler's own cycles
 # (devices.py), and published runs stay below 0.8 of an H100's peak. Attention: splash and cuDNN, causal halves skipped.
 EFFICIENCY = {"tpu": 0.85, "gpu": 0.75}
+# Parts of the bf16 peak for `config.model.dtype = "float32"`: by default XLA multiplies float32 in one pass of bfloat16 on
+# a TPU, and as TF32 on a GPU, whose peak is half (data sheets of H100, H200, B200).
+FLOAT32 = {"tpu": 1.0, "gpu": 0.5}
 ATTENTION = {"splash": 0.45, "cudnn": 0.55, "ring": 0.2, "xla": 0.2, "reference": 0.2, "blocked": 0.2}
 SKIPS = ("splash", "cudnn", "blocked", "ring")  # kernels that leave out what causal order rules out
 TOUCHES = 14.0  # times that a stream-wide array is read or written in one layer's forward and backward passes
@@ -62,6 +64,12 @@ def problems(config: configs.Config, devices: int) -> tuple[dict[str, int] | Non
     return shape, configs.problems(config, shape)
 
 
+def multiply_peak(job: Job, topology: Topology) -> float:
+    """FLOP/s of one device in the dtype that is multiplied."""
+    full = job.config.model.dtype == "float32"
+    return topology.peak * (FLOAT32[topology.chip.platform] if full else 1.0)
+
+
 def attention_flops(job: Job, kernel: str) -> float:
     """Of a token's attention, forward and backward, as `kernel` computes it."""
     return (job.causal_flops if kernel in SKIPS else job.full_flops) - 6 * job.matmul_params
@@ -78,7 +86,7 @@ def attention_seconds(job: Job, topology: Topology, kernel: str, here: Local) ->
     """Attention's scores and sums on one device in a step."""
     tokens = job.config.train.batch_size * job.config.train.seq_len / topology.devices
     flops = attention_flops(job, kernel) * _again(job)[1] * _idle(job, here)
-    return tokens * flops / topology.peak / ATTENTION[kernel]
+    return tokens * flops / multiply_peak(job, topology) / ATTENTION[kernel]
 
 
 def _idle(job: Job, here: Local) -> float:
@@ -92,7 +100,7 @@ def compute_seconds(job: Job, topology: Topology, kernel: str, here: Local) -> f
     tokens = train.batch_size * train.seq_len / topology.devices
     head = 6 * model.vocab * model.embed * (4 / 3 if train.loss_chunk else 1.0)  # chunks make their logits twice
     layers = (6 * job.matmul_params - 6 * model.vocab * model.embed) * _again(job)[0] * _idle(job, here)
-    return (tokens * (layers + head) / topology.peak / EFFICIENCY[topology.chip.platform]
+    return (tokens * (layers + head) / multiply_peak(job, topology) / EFFICIENCY[topology.chip.platform]
             + attention_seconds(job, topology, kernel, here))
 
 
@@ -102,7 +110,7 @@ def passes_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, i
     model, train = job.config.model, job.config.train
     wide = model.embed / (shape["tensor"] if model.shard_sequence else 1)
     inner = sum(w.inner + w.hidden + 2 * w.q for w in job.layers) / len(job.layers) / shape["tensor"]
-    a_token = HALF * (TOUCHES * wide + 3 * inner)
+    a_token = compute_bytes(job) * (TOUCHES * wide + 3 * inner)
     layers = here.ticks * here.tick_tokens * here.tick_layers * a_token
     if kernel in ("reference", "xla"):  # maps of every query and key, in float32, written and read a few times
         layers += here.tokens * len(job.layers) * 8 * model.heads / shape["tensor"] * train.seq_len * FULL
@@ -162,6 +170,7 @@ def estimate(job: Job, topology: Topology) -> Estimate:
 
 
 def verdict(peak: float, topology: Topology) -> str:
-    """ "fits: peak 31.2 of 95.7 GiB" """
+    """ "fits: peak 31.2 of 95.7 GiB"; of GPUs also which part of the card that is."""
     fits = "fits" if peak <= topology.chip.memory else "does not fit"
-    return f"{fits}: peak {peak / GIB:.1f} of {topology.chip.memory / GIB:.1f} GiB"
+    part = f" ({GPU_FRACTION} of the card)" if topology.chip.platform == "gpu" else ""
+    return f"{fits}: peak {peak / GIB:.1f} of {topology.chip.memory / GIB:.1f} GiB{part}"

@@ -7,7 +7,7 @@ from gpt_jax import config as configs
 from gpt_jax.devices import mfu
 from gpt_jax.plan.job import Job
 from gpt_jax.plan.memory import local
-from gpt_jax.plan.roofline import attention_seconds, compute_seconds, passes_seconds
+from gpt_jax.plan.roofline import attention_seconds, compute_seconds, passes_seconds, update_seconds
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.traffic import link
 
@@ -15,13 +15,14 @@ from gpt_jax.plan.traffic import link
 class Schedule(NamedTuple):
     """Seconds of one step. `computing`: the compiler's cycles where it writes them (TPU), else the arithmetic's;
     `kernels`: attention's, which carries no estimate; `hidden`: collectives that run asynchronously; `open`: those that
-    do not."""
+    do not; `update`: the optimiser's by the arithmetic, 0 where the cycles have it."""
 
     computing: float
     by_cycles: bool
     kernels: float
     hidden: float
     open: float
+    update: float
     step: float
     mfu_full: float
     mfu_causal: float
@@ -47,9 +48,10 @@ def schedule_of(job: Job, topology: Topology, kernel: str, program: dict) -> Sch
         computing += passes_seconds(job, topology, kernel, shape, here)
     kernels = attention if kernel in ("splash", "cudnn") or not by_cycles else 0.0
     hidden, plain = (network_seconds(program, topology, shape, across, kind) for kind in (True, False))
-    step = max(computing + kernels, hidden) + plain
+    update = 0.0 if by_cycles else update_seconds(job, topology, shape)
+    step = max(computing + kernels, hidden) + plain + update
     tokens = config.train.batch_size * config.train.seq_len / step
     model = config.train.batch_size * config.train.seq_len / topology.devices * job.full_flops
-    return Schedule(computing, by_cycles, kernels, hidden, plain, step,
+    return Schedule(computing, by_cycles, kernels, hidden, plain, update, step,
                     mfu(job.full_flops, tokens, topology.peak * topology.devices),
                     mfu(job.causal_flops, tokens, topology.peak * topology.devices), program["matmul_flops"] / model)

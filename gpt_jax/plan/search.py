@@ -65,16 +65,16 @@ def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[config
                 yield made
 
 
-def search(job: Job, topology: Topology) -> list[Found]:
-    """Everything that fits, fastest first."""
-    found = []
+def search(job: Job, topology: Topology, limit: float | None = None) -> list[Found]:
+    """Everything whose peak by the arithmetic is at most `limit` bytes (MARGIN of the memory), fastest first."""
+    found, limit = [], MARGIN * topology.chip.memory if limit is None else limit
     for mesh in meshes(job.config, topology):
         for several in variants(job.config, mesh):
             for config in several:
                 seen = estimate(job._replace(config=config), topology)
                 if seen.problems:
                     break
-                if seen.memory.peak <= MARGIN * topology.chip.memory:
+                if seen.memory.peak <= limit:
                     found.append(Found(config, seen))
                     break
     return sorted(found, key=_order)
@@ -92,7 +92,17 @@ def overrides(old: configs.Config, new: configs.Config) -> list[str]:
             for key, _, value, _ in configs.changes(old, new)]
 
 
-def advice(job: Job, topology: Topology, count: int = 3) -> list[Found]:
-    """What fits, with the fewest changes to the config first, and of those the fastest."""
-    return sorted(search(job, topology),
-                  key=lambda one: (len(overrides(job.config, one.config)), _order(one)))[:count]
+def limit_after(topology: Topology, refused: list[tuple[float, float]]) -> float:
+    """The arithmetic's peak that can be trusted to fit after what the compiler refused: (peak by the arithmetic, by the
+    compiler; 0 where it did not say) of each."""
+    limits = [MARGIN * topology.chip.memory]
+    for expected, peak in refused:
+        limits.append(limits[0] * expected / peak if peak else 0.97 * expected)
+    return min(limits)
+
+
+def advice(job: Job, topology: Topology, limit: float | None = None, count: int = 3) -> list[Found]:
+    """What fits (see `search`) and is not the config itself, with the fewest changes to it first, and of those the
+    fastest."""
+    offers = [one for one in search(job, topology, limit) if overrides(job.config, one.config)]
+    return sorted(offers, key=lambda one: (len(overrides(job.config, one.config)), _order(one)))[:count]

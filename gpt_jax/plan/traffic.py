@@ -1,5 +1,5 @@
 """What crosses the links in a step, by arithmetic: bytes that one device sends along each mesh axis, and the speed of
-the axis's links (called by roofline and, for the speeds, by compiled).
+the axis's links (called by roofline and, for the speeds, by schedule).
 
 Bytes are those of the algorithms that move the least (a gather over n devices: (n - 1) / n of the result). An axis is
 laid over the machine as sharding.make_mesh does: the last axes on neighbouring chips.
@@ -63,9 +63,9 @@ def link(topology: Topology, shape: dict[str, int], across: dict[str, int], axis
         if across[axis] == 1:
             return inside
         return Link("DCN", min(inside.speed if within[axis] > 1 else math.inf, chip.network * within[axis]))
-    stride = math.prod(shape[name] for name in configs.AXES[configs.AXES.index(axis) + 1:])
-    together = max(1, min(shape[axis], chip.per_host // stride))  # devices of the axis in one host
-    if together == shape[axis]:
+    stride = math.prod(within[name] for name in configs.AXES[configs.AXES.index(axis) + 1:])
+    together = max(1, min(within[axis], chip.per_host // stride))  # devices of the axis in one host
+    if together == shape[axis] or topology.hosts == 1:
         return Link("NVLink", chip.link)
     return Link("network", min(chip.link, chip.network * together))
 
@@ -85,40 +85,34 @@ class Use(NamedTuple):
     sum_bytes: int
 
 
-def _uses(job: Job, shape: dict[str, int], here: Local) -> list[Use]:
-    """Layers: forward and, when they are recomputed, backward, each tick of a pipeline anew. Head: forward once,
-    backward for each chunk of the loss. Table: in float32, but for the gather where no axis cuts the vocabulary."""
+def _uses(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[Use]:
+    """Layers: forward and, when they are recomputed, backward, each tick of a pipeline anew. Head and table: once; the
+    table in float32, but that a TPU gathers one whose vocabulary no axis cuts in the compute dtype."""
     config, half = job.config, compute_bytes(job)
-    chunks = config.train.seq_len // (config.train.loss_chunk or config.train.seq_len)
     again = config.model.remat != "none"
-    head = (chunks + 1 if chunks > 1 else 2, half, chunks, half)
-    table = (1, FULL if shape["tensor"] > 1 else half, 1, FULL)
+    head = (1, half, 1, half)
+    table = (1, half if platform == "tpu" and shape["tensor"] == 1 else FULL, 1, FULL)
     layer = ((1 + again) * here.ticks, half, here.ticks, half)
-    tied = [Use("embed", *head[:3], FULL)] if config.model.tied else []
+    tied = [Use("embed", *head)] if config.model.tied else []
     return [Use("layer", *layer), Use("expert", *layer), Use("head", *head), Use("embed", *table), *tied]
 
 
 def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[Flow]:
     """Weights gathered where they are used and gradients summed, in every microbatch."""
     zero, count, found = job.config.mesh.zero, job.config.train.accumulate, []
-    across = configs.cross_slice(job.config.mesh)
-    for use in _uses(job, shape, here):
+    for use in _uses(job, shape, here, platform):
         over = ("fsdp", "context") if use.role == "expert" else configs.FSDP_AXES
         rest = entries(job, shape | dict.fromkeys(over, 1), "params", 3, use.role, 1)  # entries of this role, whole
-        summed = rest * use.sum_bytes * use.sums * count
-        whole = platform == "tpu" and shape["tensor"] == 1  # see _sum; over slices there is a sum of its own
-        together = [axis for axis in ("data", *over) if whole and across[axis] == 1]
-        if (n := math.prod(shape[axis] for axis in together)) > 1:
-            found.append(_sum(max(together, key=shape.get), share(n) * summed, platform, cut=False))
         for axis in over:
             n = shape[axis]
             if n > 1 and zero == 3:
                 gathered = share(n) * rest * use.gather_bytes * use.gathers * count
                 found.append(Flow(axis, "weights gathered", gathered, True))
-            if n > 1 and axis not in together:
-                found.append(_sum(axis, share(n) * rest * use.sum_bytes * use.sums * count, platform, cut=zero == 3))
+            if n > 1:
+                summed = share(n) * rest * use.sum_bytes * use.sums * count
+                found.append(_sum(axis, summed, platform, cut=zero == 3 and _scatters(shape, over, platform)))
             rest /= n if zero == 3 else 1
-        if (n := shape["data"]) > 1 and "data" not in together:
+        if (n := shape["data"]) > 1:
             found.append(_sum("data", share(n) * rest * use.sum_bytes * use.sums * count, platform, cut=False))
     if zero == 1:
         whole = entries(job, shape, "params", 1)
@@ -127,10 +121,16 @@ def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> lis
     return found
 
 
+def _scatters(shape: dict[str, int], over: tuple[str, ...], platform: str) -> bool:
+    """Whether gradients are scattered over these axes. libtpu 0.0.42 makes of a scatter over all devices, and of one in a
+    pipeline's stages, a sum of whole gradients and a cut (seen in every such program that was compiled)."""
+    others = [axis for axis in configs.AXES if axis not in over and shape[axis] > 1]
+    return platform != "tpu" or bool(others) and shape["pipeline"] == 1
+
+
 def _sum(axis: str, once: float, platform: str, cut: bool) -> Flow:
     """Gradients summed over an axis, each device keeping its part (`cut`) or everything. libtpu 0.0.42 makes gathers
-    asynchronous and sums not: computing waits for those. Without a tensor axis it also sums whole gradients over all
-    devices, and then cuts. (Seen in every program that was compiled, five of them.)"""
+    asynchronous and sums not: computing waits for those."""
     return Flow(axis, "gradients scattered" if cut else "gradients summed", once * (1 if cut else 2), platform != "tpu")
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gpt_jax.errors import Exit, PeerFailed
+from gpt_jax.errors import Exit, PeerFailed, exit_of
 
 MESSAGE_BYTES = 4096  # of one `agree`: one shape, hence one compilation
 
@@ -36,7 +36,7 @@ def agree(decide):
     if crash is not None:
         raise crash
     if "code" in verdict:
-        raise {kind.code: kind for kind in Exit.__subclasses__()}[verdict["code"]](verdict["text"])
+        raise exit_of(verdict["code"], verdict["text"])
     return verdict["value"]
 
 

@@ -13,12 +13,13 @@ from gpt_jax import config, sharding
 
 
 class Network(NamedTuple):
-    """The model as two pure functions: `features(params, batch, key or None) -> ([B, T, D], report)` (a key turns dropout
-    on) and `unembed(params, hidden) -> logits [B, T, V]` in float32. The report holds what layers found, rows first; its
-    `objective` [B] is added to what is minimised, its `tokens` [B] are the weight of all the rest."""
+    """The model as pure functions: `features(params, batch, key or None) -> ([B, T, D], report)` (a key turns dropout
+    on), `head(params, dtype) -> [D, V]` and `logits(head, hidden) -> [B, T, V]` in float32. The report holds what layers
+    found, rows first; its `objective` [B] is added to what is minimised, its `tokens` [B] are the weight of the rest."""
 
     features: Callable
-    unembed: Callable
+    head: Callable
+    logits: Callable
 
 
 def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:
@@ -66,16 +67,18 @@ def batch_sums(network: Network, params, batch: dict, key, train: config.Train) 
 def _head_sums(network: Network, params, hidden, batch: dict, train: config.Train) -> dict:
     objective = OBJECTIVES[train.objective]
     if not train.loss_chunk or train.loss_chunk >= hidden.shape[1]:
-        return objective(network.unembed(params, hidden), batch, train)
+        return objective(network.logits(network.head(params, hidden.dtype), hidden), batch, train)
 
     def chunks(x):  # the tokens of a chunk are apart, so that each device splits its own; sums do not mind
         shape = (x.shape[0], train.loss_chunk, x.shape[1] // train.loss_chunk, *x.shape[2:])
         return jnp.moveaxis(sharding.reshape(x, shape, "batch", "seq", None, *(None,) * (x.ndim - 2)), 2, 0)
 
     @jax.checkpoint
-    def one(params, hidden, columns):
-        return objective(network.unembed(params, hidden), columns, train)
+    def one(head, hidden, columns):
+        return objective(network.logits(head.astype(hidden.dtype), hidden), columns, train)
 
+    # Gathered once, and not for each chunk; as float32, which is what sums the chunks' gradients.
+    head = network.head(params, hidden.dtype).astype(jnp.float32)
     columns = {name: chunks(batch[name]) for name in ("targets", "weight", "bytes")}
-    _, parts = jax.lax.scan(lambda _, x: (None, one(params, *x)), None, (chunks(hidden), columns))
+    _, parts = jax.lax.scan(lambda _, x: (None, one(head, *x)), None, (chunks(hidden), columns))
     return jax.tree.map(lambda x: x.sum(0), parts)

@@ -62,7 +62,7 @@ STEPS = ("--config.checkpoint.every_steps=100", "--config.eval.every_steps=0", "
 
 def test_submitted_preempted_requeued_resumed(tmp_path, out):
     """By a request to save, by a job that goes before, and by an operator; the losses of the run that was never stopped."""
-    given = runs.arguments(tmp_path, tmp_path / "job", *STEPS, "--config.train.steps=3000")
+    given = runs.arguments(tmp_path, tmp_path / "job", *STEPS, "--config.train.steps=600")
     said = slurm(sys.executable, "-m", "gpt_jax", "launch", "slurm", "--nodes=2", "--tasks_per_node=1", "--time=600",
                  "--partition=low", f"--logs={out}", "--", *given, "--cpu_devices=1")
     job = said.split()[2].rstrip(";")
@@ -83,10 +83,10 @@ def test_submitted_preempted_requeued_resumed(tmp_path, out):
     assert fact(job, "JobState") == "COMPLETED", log
     assert log.count("resumed from step") == 3 and "process 1 of 2 on " in log
 
-    whole = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "whole", *STEPS, "--config.train.steps=3000"))
+    whole = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "whole", *STEPS, "--config.train.steps=600"))
     for process in whole:
-        process.end(0)
-    assert runs.curve(tmp_path / "job") == runs.curve(tmp_path / "whole") and len(runs.curve(tmp_path / "job")) == 3000
+        process.end(0, SECONDS)
+    assert runs.curve(tmp_path / "job") == runs.curve(tmp_path / "whole") and len(runs.curve(tmp_path / "job")) == 600
 
 
 def batch(out, *given) -> str:

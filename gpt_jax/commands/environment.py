@@ -1,0 +1,22 @@
+"""What JAX wants of the environment, written before it looks for devices (called by flags.start_runtime)."""
+
+import os
+from typing import MutableMapping
+
+# libtpu, on a machine without a TPU, says in five lines of standard error that it found none, unless it is told of one.
+NO_TPU = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_HOST_BOUNDS": "1,1,1", "TPU_CHIPS_PER_HOST_BOUNDS": "1,1,1"}
+SKIP = "TPU_SKIP_MDS_QUERY"  # set by `import jax` where it sees no TPU on the bus
+
+
+def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Call before the first device. What is set already stays: a GPU's memory by JAX's own names (of which it takes one
+    only), and everything about TPUs."""
+    if not {SKIP, *NO_TPU} & set(environ):
+        import jax  # noqa: F401
+
+        if SKIP in environ:
+            environ.update(NO_TPU)
+    from gpt_jax.devices import GPU_FRACTION
+
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(environ):
+        environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_FRACTION)

@@ -1,0 +1,134 @@
+"""What `gpt-jax plan` says: verdicts, advice, the best mesh, and the command that trains it."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+from plans import CONFIGS, changed, job_of, llama
+
+from gpt_jax import config as configs
+from gpt_jax.commands import flags
+from gpt_jax.commands import plan as command
+from gpt_jax.errors import UsageError
+from gpt_jax.plan import report, roofline, search, topology
+
+
+def test_every_problem_is_named():
+    shape, found = roofline.problems(changed(llama(), mesh=dict(fsdp=1, tensor=16, data=-1)).config, 64)
+    assert shape["data"] == 4
+    assert len(found) == 1 and "config.model.kv_heads = 8: must divide by config.mesh.tensor = 16" in found[0]
+    job = changed(llama(), mesh=dict(fsdp=-1), train=dict(batch_size=100, seq_len=8200), model=dict(heads=31))
+    _, found = roofline.problems(job.config, 64)
+    assert [line.split(" ")[0] for line in found] == ["config.model.kv_heads", "config.train.batch_size",
+                                                      "config.train.batch_size", "config.train.loss_chunk"]
+
+
+def test_what_does_not_fit_is_told_what_would():
+    machine = topology.parse("v5e:4x4")
+    job = changed(llama(), mesh=dict(fsdp=-1), train=dict(accumulate=1, batch_size=512), eval=dict(batch_size=512))
+    seen = roofline.estimate(job, machine)
+    assert not seen.fits and roofline.verdict(seen.memory.peak, machine).startswith("does not fit: peak ")
+    offers = search.advice(job, machine)
+    assert offers
+    for config, _ in offers:
+        values = configs.to_dict(job.config)
+        for text in search.overrides(job.config, config):
+            configs.override(values, *text.removeprefix("--config.").split("=", 1))
+        again = roofline.estimate(job._replace(config=configs.resolve(configs.from_dict(values))), machine)
+        assert again.fits and not again.problems
+
+
+def test_advice_learns_from_what_the_compiler_refused():
+    """Nothing that the arithmetic has above the refused config's place; and never that config itself."""
+    machine, job = topology.parse("v5e:4x4"), job_of("llama:1b")
+    config, seen = search.search(job, machine)[0]
+    job = job._replace(config=config)
+    for peak in (1.2 * machine.chip.memory, 0):  # measured; refused without a number
+        limit = search.limit_after(machine, [(seen.memory.peak, peak)])
+        offers = search.advice(job, machine, limit)
+        assert offers and all(one.estimate.memory.peak <= limit < seen.memory.peak for one in offers)
+    assert all(search.overrides(job.config, one.config) for one in search.advice(job, machine, count=99))
+    assert search.limit_after(machine, []) == search.MARGIN * machine.chip.memory
+
+
+def test_the_report_does_not_offer_what_was_refused(monkeypatch, capsys):
+    """By a compiler that has no memory for what the arithmetic likes best."""
+    refused = {"seconds": 1, "refusal": "RESOURCE_EXHAUSTED: out of memory", "peak": 0}
+    monkeypatch.setattr(command, "compile_outside", lambda args, rest: refused)
+    monkeypatch.setattr(command, "_there", lambda name: True)
+    job, machine = job_of("llama:1b"), topology.parse("v5e:4x4")
+    best = search.overrides(job.config, search.search(job, machine)[0].config)
+    given = ["--config", f"{CONFIGS / 'llama.py'}:1b", "--topology=v5e:4x4", "--json", *best]
+    with pytest.raises(UsageError, match="RESOURCE_EXHAUSTED"):
+        command.main([*given, "--compile"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["would_fit"] and [] not in found["would_fit"]
+    for offer in found["would_fit"]:
+        command.main([*given, *offer])
+        assert json.loads(capsys.readouterr().out)["memory"]["peak"] < found["memory"]["peak"]
+
+
+def test_the_winner_of_a_search_reproduces(capsys):
+    base = ["--config", f"{CONFIGS / 'llama.py'}:1b", "--topology=v5e:4x4", "--json"]
+    command.main([*base, "--search"])
+    first = json.loads(capsys.readouterr().out)
+    steps = [float(f"{row['step_seconds']:.3g}") for row in first["search"]]
+    assert steps == sorted(steps)
+    winner = [word for word in shlex.split(first["command"]) if word.startswith("--config.")]
+    command.main([*base, *winner])
+    again = json.loads(capsys.readouterr().out)
+    assert [again[key] for key in ("mesh", "memory", "step_seconds")] == [
+        first[key] for key in ("mesh", "memory", "step_seconds")]
+    assert again["fits"]
+
+
+def test_the_winning_command_is_one_for_a_shell():
+    """Read back by `train`'s own eyes it is the config that won."""
+    given = ["--config.data.path=a text.txt,$(date).txt", "--config.train.compiler_options=('a=1,2', 'b=x')"]
+    spec = f"{CONFIGS / 'llama.py'}:1b"
+    base = flags.load_config(spec, given)
+    best = replace(base, mesh=replace(base.mesh, fsdp=16, data=1), train=replace(base.train, accumulate=2))
+    words = shlex.split(report.command(spec, base, best, given))
+    assert words[:4] == ["gpt-jax", "train", f"--config={spec}", "--workdir=runs/llama-1b"]
+    assert flags.load_config(spec, words[4:]) == best
+
+
+def test_options_go_to_the_config(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(command, "plan", lambda args, rest, config, *_: seen.append((rest, config)))
+    command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", "--option=a=1", "--option=b=x,y",
+                  "--config.train.compiler_options=c=2"])
+    (rest, config), = seen
+    assert config.train.compiler_options == ("c=2", "a=1", "b=x,y")
+    assert flags.load_config(str(CONFIGS / "tiny.py"), rest) == config
+
+
+def test_an_unknown_option_is_named(capsys):
+    pytest.importorskip("libtpu", reason="pip install 'gpt_jax[plan]'")
+    with pytest.raises(UsageError, match="config.train.compiler_options: .*xla_no_such_option"):
+        command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", "--compile",
+                      "--option=xla_no_such_option=1", "--config.mesh.data=1", "--config.mesh.fsdp=4"])
+
+
+def test_the_command_says_no_with_code_2(capsys):
+    with pytest.raises(UsageError, match="does not fit: peak"):
+        command.main(["--config", f"{CONFIGS / 'llama.py'}:70b", "--topology=h100:8", "--config.train.batch_size=8",
+                      "--config.train.accumulate=1", "--config.eval.batch_size=8"])
+    assert "problem: does not fit" in capsys.readouterr().out
+
+
+def test_a_compiler_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(command, "_there", lambda name: False)
+    for machine, extra in (("v5e:2x2", "plan"), ("h100:8", "plan-gpu")):
+        with pytest.raises(UsageError, match=rf"pip install 'gpt_jax\[{extra}\]'"):
+            command.main(["--config", str(CONFIGS / "tiny.py"), f"--topology={machine}", "--compile"])
+
+
+def test_a_step_compiled_for_a_pod_that_is_not_here(capsys):
+    pytest.importorskip("libtpu", reason="pip install 'gpt_jax[plan]'")
+    command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", "--compile", "--json",
+                  "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.model.dtype=bfloat16"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["compiled"]["peak"] > found["compiled"]["argument"] > 0
+    assert found["schedule"]["by_cycles"] and found["compiled"]["program"]["collectives"]
