@@ -51,7 +51,8 @@ def gradients(network: Network, params, batch: dict, key, train: config.Train):
         def add(carry, x):
             index, micro = x
             grads = grad(params, micro, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, carry, grads), None
+            # libtpu 0.0.42 would move sums over devices behind this loop, and fails at it where they are cut.
+            return jax.tree.map(jnp.add, carry, jax.lax.optimization_barrier(grads)), None
 
         micro = _microbatches(batch, train.accumulate)
         # From zeros, not from the first microbatch: that would compile the model a second time.
