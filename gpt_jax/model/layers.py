@@ -4,6 +4,8 @@ Shapes: B batch, T sequence, D embed, N heads, H head_dim, F mlp, V vocab. Param
 multiplied; norms, softmax and logits are summed in float32.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,29 @@ def matmul(x: jax.Array, kernel: jax.Array, out_axis: str | None, precise=None, 
     mesh axis cuts T, on activations flattened to two dims: XLA's CPU backend runs the backward pass of the three-dim form
     at half the speed, and no other backend minds."""
     if sharding.parts(seq) > 1 or sharding.is_gathered(kernel):
-        y = jnp.matmul(x, kernel, preferred_element_type=precise, out_sharding=sharding.out("batch", "seq", out_axis))
-        return sharding.constrain(y, "batch", seq, out_axis)
+        layout, whole = (sharding.out("batch", over, out_axis) for over in (seq, "seq"))
+        return _matmul(x, kernel, precise, layout) if layout == whole else _scattered(x, kernel, precise, layout, whole)
     rows = x.reshape(-1, x.shape[-1])
     y = jnp.matmul(rows, kernel, preferred_element_type=precise, out_sharding=sharding.out("batch", out_axis))
     return sharding.reshape(y, (*x.shape[:-1], kernel.shape[-1]), "batch", seq, out_axis)
+
+
+def _matmul(x, kernel, precise, layout):
+    return jnp.matmul(x, kernel, preferred_element_type=precise, out_sharding=layout)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _scattered(x, kernel, precise, layout, whole):
+    """`_matmul` whose result is cut along T (`layout`) where x is not (`whole`). Backward the result's gradient is gathered
+    first: JAX 0.10 has no transpose for kernels that `sharding.use` has gathered."""
+    return _matmul(x, kernel, precise, layout)
+
+
+def _scattered_backward(precise, layout, whole, saved, g):
+    return jax.vjp(lambda x, kernel: _matmul(x, kernel, precise, whole), *saved)[1](jax.reshard(g, whole))
+
+
+_scattered.defvjp(lambda x, kernel, *how: (_scattered(x, kernel, *how), (x, kernel)), _scattered_backward)
 
 
 class Weights(nn.Module):
