@@ -11,7 +11,10 @@ import pytest
 from meshes import ROWS, alone, close, make_columns, make_config, put, run
 
 from gpt_jax import config, sharding
-from gpt_jax.model.transformer import abstract_params
+from gpt_jax.experiment import make_network
+from gpt_jax.model.transformer import abstract_params, init_params
+from gpt_jax.plan import hlo
+from gpt_jax.train.step import gradients
 
 SEQ = dict(shard_sequence=True)
 RING = dict(kernel="ring")
@@ -80,3 +83,21 @@ def test_mesh_equals_one_device(case):
 def test_the_matrix_is_wide():
     assert len({tuple(sorted(case[1].items())) for case in CASES}) >= 20
     assert {axis for case in CASES for axis in case[1]} == set(config.AXES)
+
+
+def test_gradients_are_scattered_and_the_head_is_gathered_once():
+    """What the compiled gradients of a loss in four chunks send: matrices are gathered and their gradients scattered over
+    fsdp, summed over data in parts, and the vocabulary does not travel for each chunk."""
+    shape = dict(data=2, fsdp=4)
+    mesh, settings = sharding.make_mesh(shape), make_config("gpt2", loss_chunk=4)
+    network = make_network(settings.model)
+    with jax.set_mesh(mesh):
+        columns = sharding.to_devices(mesh, make_columns("gpt2"), ROWS)
+        params = jax.jit(lambda: init_params(settings.model, jax.random.key(0)))()
+        compiled = jax.jit(lambda params, columns: gradients(network, params, columns, jax.random.key(0), settings.train))
+        program = hlo.read(compiled.lower(params, columns).compile().as_text(), dict(mesh.shape))
+    smallest, vocabulary = (3 / 4 * 4 * settings.model.embed * size for size in (settings.model.embed, settings.model.vocab))
+    sent = [row for row in program.collectives if row.bytes >= smallest]  # less: sums of vectors
+    assert {row.kind for row in sent if "fsdp" in row.axes} == {"all-gather", "reduce-scatter"}
+    assert {row.axes for row in sent if row.kind == "all-reduce"} == {("data",)}
+    assert [row.calls for row in sent if row.kind == "all-gather" and row.bytes == vocabulary] == [1]

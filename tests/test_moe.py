@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from gpt_jax import config, sharding
 from gpt_jax.model import experts
+from gpt_jax.model.balance import add_layer, empty_report
 from gpt_jax.model.moe import Moe
 from gpt_jax.train.optim import make_optimizer
 
@@ -141,6 +142,16 @@ def test_equals_a_loop_over_tokens(name):
     assert ours[1]["dropped"].sum() > 0 or model.dispatch == "dropless"
     assert ours[1]["load"].sum() == model.experts_per_token * (segment != 0).sum()
 
+
+
+def test_what_is_dropped_is_reported_as_a_part_of_the_choices():
+    """Two choices a token, and experts that take half of an equal share: about half of all are left out."""
+    model = make_model(experts=4, experts_per_token=2, dispatch="capacity", capacity_factor=0.5, balance="none")
+    x, segment, probe = make_inputs()
+    _, stats, _ = run(model, make_params(model), x, segment, probe)
+    report = add_layer(empty_report(model, len(x)), stats, model, 0)
+    found = report["dropped"].sum() / report["tokens"].sum()
+    assert found == pytest.approx(stats["dropped"].sum() / stats["load"].sum()) and 0.4 < found < 0.6
 
 
 def test_capacity_with_room_for_all_drops_nothing():
