@@ -21,7 +21,7 @@ from gpt_jax.train.agreement import disagreements
 from gpt_jax.train.loss import Network
 from gpt_jax.train.optim import describe, make_optimizer, on_parts
 from gpt_jax.train.step import TrainState, eval_step, init_state, train_step
-from gpt_jax.version import same_code
+from gpt_jax.version import same_code, whose_code
 
 
 class Parts(NamedTuple):
@@ -93,7 +93,11 @@ def check_job(config: configs.Config, data: Dataset) -> None:
     facts = {f"config.{key}": value for key, value in configs.flatten(config).items() if key not in LOCAL}
     facts |= {"the text": data.content, "the tokenizer": data.tokenizer.fingerprint, "the mixture's counts": counts,
               "the code": same_code()}
-    if found := disagreements(facts):
+    found = disagreements(facts)
+    if "the code" in found:  # what else differs may come of that
+        raise UsageError("the code (source digest and jax version): not the same on all processes of this job; install the "
+                         f"same gpt_jax and jax on every host; this is {whose_code(jax.process_index())}") from wrong
+    if found:
         raise UsageError(f"{', '.join(found)}: not the same on all processes of this job; start them with the same flags "
                          "and the same text") from wrong
     if wrong:

@@ -112,6 +112,8 @@ class Job:
     would wait for the others in a barrier, for minutes when one has failed."""
 
     SAID, LEFT, STOPPED, ALL = "gpt_jax/failed/", "gpt_jax/left/", "gpt_jax/stopped/", "gpt_jax/all_stopped/"
+    HOSTS, TURNS, SILENT = "gpt_jax/hosts/", "gpt_jax/turns/", "gpt_jax/silent/"
+    SILENT_TURNS = 3  # of the others' threads, after which process 0 names a process; to say it only, none ends of that
     OWN_SECONDS = 2.0  # for this process to end by itself after another has failed: often both saw the same
     LINGER_SECONDS = 5.0  # process 0 stays, and with it the store, until the others have read why
     STOP_SECONDS = 120.0  # to wait for the others at a stop on request: process 0 writes the report
@@ -120,16 +122,63 @@ class Job:
         from jax._src import distributed  # the client has no public door; Orbax takes it here too
         self.client, self.process, self.processes = (distributed.global_state.client, jax.process_index(),
                                                      jax.process_count())
+        self.address = distributed.global_state.coordinator_address
+        self.hosts: dict[int, str] = {}
+        self.silent: list[int] = []  # processes that have not been heard of for a while, as process 0 finds it
         self.over, self.leaving = threading.Event(), threading.Lock()
-        self.every = max(1.0, self.processes / 1000)  # seconds; a thousand questions a second are little for process 0
+        self.every = max(1.0, 3 * self.processes / 1000)  # seconds; process 0 is asked three times by each
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
         atexit.register(self.over.set)  # before JAX takes the client down
 
     def _watch(self) -> None:
+        seen, turn = {}, 0  # process -> (its turn, when it was first seen here)
         while not self.over.wait(self.every):
+            turn += 1
+            try:
+                self._listen(seen, turn)
+            except jax.errors.JaxRuntimeError:  # as in `failure`
+                pass
             if (found := self.failure()) is not None:
                 self.over.wait(self.OWN_SECONDS)
                 self.leave(found.others_code, line=found.line)
+
+    def _read(self, folder: str) -> dict[int, str]:
+        return {int(key.rpartition("/")[2]): text for key, text in self.client.key_value_dir_get(folder)}
+
+    def _listen(self, seen: dict[int, tuple[str, int]], turn: int) -> None:
+        """One turn of the thread: says that it is there, and learns who is silent. Process 0 reads all and tells all."""
+        if turn == 1:
+            self.client.key_value_set(f"{self.HOSTS}{self.process}", socket.gethostname())
+        if len(self.hosts) < self.processes:
+            self.hosts = self._read(self.HOSTS)
+        if self.process:
+            self.client.key_value_set(f"{self.TURNS}{self.process}", str(turn), allow_overwrite=True)
+            self.silent = json.loads(self._read(self.SILENT).get(0, "[]"))
+            return
+        for process, text in self._read(self.TURNS).items():
+            if seen.get(process, ("",))[0] != text:
+                seen[process] = text, turn
+        self.silent = sorted(process for process, (_, last) in seen.items() if turn - last >= self.SILENT_TURNS)
+        self.client.key_value_set(f"{self.SILENT}0", json.dumps(self.silent), allow_overwrite=True)
+
+    def gone(self, seconds: float = 0.0) -> str:
+        """ "a peer process is gone without a word", with its number and host if they are known within `seconds`."""
+        end, line = time.monotonic() + seconds, "a peer process is gone without a word"
+        if self.process and not self._reaches_0():
+            self.silent = [0]
+        while not self.silent and time.monotonic() < end:
+            time.sleep(0.1)
+        names = [f"process {process} on {self.hosts.get(process, 'a host unknown')}" for process in self.silent[:8]]
+        return line + (f": {', '.join(names)}" if names else "")
+
+    def _reaches_0(self) -> bool:
+        """Whether somebody listens at process 0's address."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+        except OSError:
+            return False
+        return True
 
     def failure(self, seconds: float = 0.0) -> Failure | None:
         """What another process said it failed of, if one does so within `seconds`. None also when process 0 is gone."""

@@ -1,6 +1,7 @@
 """Which code runs here: what every process says at its start, and what a job compares (floor 0)."""
 
 import hashlib
+import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,11 @@ def code_version() -> str:
 def same_code() -> str:
     """What has to be equal on all processes of a job: the source and JAX. Not the commit, which one machine may lack."""
     return f"source {source_digest(PACKAGE)} jax {metadata.version('jax')}"
+
+
+def whose_code(process: int) -> str:
+    """ "process 1 on n2 with code 0.1.0 source 1b9c44e0 jax 0.10.2"."""
+    return f"process {process} on {socket.gethostname()} with code {code_version()} jax {metadata.version('jax')}"
 
 
 def package_version() -> str:

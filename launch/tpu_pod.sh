@@ -4,7 +4,8 @@
 #   ./launch/tpu_pod.sh --tpu=NAME[,NAME…] --zone=ZONE [--project=P] [--folder=gpt_jax] [--restarts=20] [--dry_run] \
 #       -- train --config=configs/llama.py:1b --workdir=/mnt/runs/llama  # a folder that all workers share
 # The code is expected in FOLDER of every worker's home, with .venv made (the tpu extra): --setup copies this checkout there
-# and makes it, on all workers. Needs gcloud with an account. --dry_run prints the commands and runs none.
+# (what git does not ignore; runs/ and .venv stay as they are there) and makes it, on all workers. Needs gcloud with an
+# account. --dry_run prints the commands and runs none.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 restartable=" 10 40 41 50 134 135 137 138 139 143 " first=5 most=300 # gpt_jax/errors.py; a test compares them
@@ -22,8 +23,9 @@ while [ $# -gt 0 ]; do
     --restarts=*) restarts=${1#*=} ;;
     --dry_run) dry=1 ;;
     --setup) setup=1 ;;
+    -h | --help) sed -n '2,/^set -/s/^# //p' "${BASH_SOURCE[0]}" && exit 0 ;;
     --) shift && break ;;
-    -*) fail "unknown flag $1; see the head of this file" ;;
+    -*) fail "unknown flag $1; see --help" ;;
     *) break ;;
     esac
     shift
@@ -31,12 +33,14 @@ done
 [ -n "$tpus" ] || fail "--tpu=NAME[,NAME…] is missing: which TPU VMs?"
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: expected a number"
 [ $# -gt 0 ] || [ -n "$setup" ] || fail "what is to run is missing: -- train --config=…"
+[ "${1:-}" != train ] || [[ " $* " == *" --workdir"[\ =]* ]] ||
+    fail "train needs --workdir=DIR, a folder that all workers share"
 [ -n "$dry" ] || command -v gcloud >/dev/null || fail "gcloud is not installed"
 IFS=, read -ra names <<<"$tpus"
 
-asked="" pause="" logs=$(mktemp -d)
+asked="" pause="" logs=$(mktemp -d) archive=$(mktemp)
 mark='echo "gpt-jax ended with $?"' # gcloud's own exit code says little about many workers
-trap 'rm -rf "$logs"' EXIT
+trap 'rm -rf "$logs" "$archive"' EXIT
 trap 'asked=1; wake; signal_all TERM' INT TERM # the programs save and end with 10
 
 run() { # one command, or its text
@@ -74,11 +78,25 @@ ended() { # the exit code of all: the first that is neither 0 nor 40; lines are 
     case " $(echo $codes) " in *" 40 "*) echo 40 ;; *) echo 0 ;; esac
 }
 
+pack() { # this checkout into $archive
+    cd "$root"
+    if git rev-parse HEAD >/dev/null 2>&1; then
+        git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' path; do
+            [ ! -e "$path" ] || printf '%s\0' "$path"
+        done | tar -czf "$archive" --null -T -
+    else
+        tar -czf "$archive" --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=__pycache__ .
+    fi
+}
+
 if [ -n "$setup" ]; then
+    [ -n "$dry" ] || (pack)
     for name in "${names[@]}"; do
-        run gcloud compute tpus tpu-vm scp --recurse "$root" "$name:$folder" "${place[@]}" --worker=all
+        run gcloud compute tpus tpu-vm scp "$archive" "$name:$folder.tar.gz" "${place[@]}" --worker=all
     done
-    everywhere "cd $folder && source launch/environment.sh && make_environment \$PWD tpu"
+    there=$(printf %q "$folder") # modules that are no more must not stay there
+    everywhere "mkdir -p $there && rm -rf $there/gpt_jax && tar -xzf $there.tar.gz -C $there && rm $there.tar.gz && \
+cd $there && source launch/environment.sh && make_environment \$PWD tpu"
     [ -n "$dry" ] || [ "$(ended)" -eq 0 ] || fail "the setup failed, see above"
     [ $# -gt 0 ] || exit 0
 fi

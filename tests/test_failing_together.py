@@ -137,7 +137,28 @@ def test_a_process_that_stands_still_is_missed(tmp_path):
     job[0].until(runs.logged(tmp_path / "job", 10), "step 10")
     job[1].signal(signal.SIGSTOP)  # no word, no closed connection: only silence
     job[0].end(40, 10 + TOGETHER)  # --heartbeat_seconds=10
-    assert "a peer process is gone without a word" in said(job[0])[-1] and "Traceback" not in job[0].err
+    assert f"a peer process is gone without a word: process 1 on {HOST} (" in said(job[0])[-1]
+    assert "Traceback" not in job[0].err
+
+
+OTHER_CODE = """
+import sys
+from gpt_jax import version
+from gpt_jax.commands import main
+version.source_digest = lambda folder: "0ddc0de0"
+main.main(sys.argv[1:])
+"""
+
+
+def test_processes_with_different_code_say_which_they_have(tmp_path):
+    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job"),
+                   python=[("-m", "gpt_jax"), ("-c", OTHER_CODE)])
+    for k, process in enumerate(job):
+        process.end(2)
+        line = said(process)[-1]
+        assert line.startswith("gpt-jax: the code (source digest and jax version): not the same on all processes")
+        assert "install the same gpt_jax and jax on every host" in line and f"this is process {k} on {HOST}" in line
+        assert ("source 0ddc0de0" in line) == (k == 1)
 
 
 # ---- the meeting ----

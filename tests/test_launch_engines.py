@@ -38,15 +38,22 @@ def test_every_launcher_restarts_on_the_same_codes():
 
 # ---- Kubernetes ----
 
+TRAIN = ["train", "--config=configs/llama.py:1b", "--workdir=/data/run", "--config.train.accumulate=2",
+         "--config.eval.batch_size=512"]
+
+
 def manifest(*given) -> dict:
     """What `gpt-jax launch kubernetes` prints."""
+    more = ["--config.mesh.dcn_data=2"] if "--slices=2" in given else []
     done = subprocess.run([os.sys.executable, "-m", "gpt_jax", "launch", "kubernetes", "--image=repo/gpt-jax:1", *given,
-                           "--", "train", "--config=configs/llama.py:1b", "--workdir=/data/run"],
-                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+                           "--", *TRAIN, *more], capture_output=True, text=True, cwd=runs.ROOT,
+                          env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
     assert done.returncode == 0, done.stderr
     return yaml.safe_load(done.stdout)
 
 
+LLAMA = f"--config={runs.ROOT}/configs/llama.py:1b"
+LLAMA_RUN = ["train", LLAMA, "--workdir=/w"]
 KINDS = {"gpu": ["--nodes=4", "--gpus_per_node=8", "--volume=disk:/data", "--env=NCCL_DEBUG=INFO"],
          "tpu": ["--tpu_topology=v5p:4x4x4"], "slices": ["--tpu_topology=v6e:4x4", "--slices=2"]}
 
@@ -87,8 +94,7 @@ def test_gpu_pods_find_pod_0():
     job, spec, pod, box = parts(manifest(*KINDS["gpu"], "--name=llama"))
     assert (job["replicas"], spec["parallelism"], spec["completions"], spec["completionMode"]) == (1, 4, 4, "Indexed")
     assert box["command"][3:] == ["gpt-jax", "launch", "local", "--processes=8", "--nodes=4", "--node=$(NODE)",
-                                  f"--coordinator=llama-{job['name']}-0-0.llama:8476", "train",
-                                  "--config=configs/llama.py:1b", "--workdir=/data/run"]
+                                  f"--coordinator=llama-{job['name']}-0-0.llama:8476", *TRAIN]
     assert [item["name"] for item in box["env"]] == ["RESTART_ATTEMPT", "NODE", "NCCL_DEBUG"]
     assert box["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert {"name": "disk", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
@@ -156,6 +162,19 @@ def test_tpu_slices_become_machines(topology, slices, machines, chips, label):
 def test_bad_kubernetes_flags(given, words):
     code, text = runs.refusal("launch", "kubernetes", "--image=x", *given, "--", "train", "--config=c.py")
     assert code == 2 and text.startswith(words)
+
+
+@pytest.mark.parametrize("given, words", [
+    (["--gpus_per_node=8", "--", "train", LLAMA], "the following arguments are required: --workdir"),
+    (["--gpus_per_node=8", "--", "train", "--workdir=/w", "--config=c.py"], "--config=c.py: no such file"),
+    (["--gpus_per_node=8", "--", *LLAMA_RUN, "--config.trian.steps=1"], "config.trian = '1': unknown key"),
+    (["--gpus_per_node=8", "--", *LLAMA_RUN, "--steps=1"], "unknown argument '--steps=1'"),
+    (["--gpus_per_node=8", "--nodes=3", "--", *LLAMA_RUN], "config.model.embed = 2048: must divide by fsdp"),
+    (["--tpu_topology=tpu7x:2x2x3", "--", *LLAMA_RUN], "--tpu_topology=tpu7x:2x2x3: there are no such slices"),
+    (["--tpu_topology=v6e:4x4", "--slices=2", "--", *LLAMA_RUN], "config.mesh.dcn_…: the cross-slice sizes multiply to 1")])
+def test_what_train_would_refuse_becomes_no_manifest(given, words, capsys):
+    code, text = runs.refusal("launch", "kubernetes", "--image=x", *given)
+    assert code == 2 and text.startswith(words) and not capsys.readouterr().out
 
 
 # ---- SLURM ----
@@ -256,7 +275,7 @@ def pod(folder, codes: dict[str, list], *flags, wait=""):
     for name, values in codes.items():
         (folder / name).write_text("".join(f"{value}\n" for value in values))
     return subprocess.run([LAUNCH / "tpu_pod.sh", f"--tpu={','.join(codes) or 'a'}", "--zone=z", *flags, "--", "train",
-                           "--config.data.path=a b"], capture_output=True, text=True,
+                           "--workdir=/w", "--config.data.path=a b"], capture_output=True, text=True,
                           env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"})
 
 
@@ -286,15 +305,62 @@ def test_tpu_pod_dry_run_prints_and_runs_nothing(tmp_path):
         words = shlex.split(line)
         assert words[:8] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, "--zone=z", "--project=p"]
         assert words[8] == "--worker=all" and words[9].startswith(
-            r"--command=cd gpt_jax && .venv/bin/gpt-jax train --config.data.path=a\ b --distributed; echo")
+            r"--command=cd gpt_jax && .venv/bin/gpt-jax train --workdir=/w --config.data.path=a\ b --distributed; echo")
 
 
 @pytest.mark.parametrize("given, words", [
     ([], "--tpu=NAME"), (["--tpu=a"], "what is to run"), (["--tpu=a", "--zoen=b"], "unknown flag"),
-    (["--tpu=a", "--restarts=x", "--", "train"], "--restarts=x: expected")])
+    (["--tpu=a", "--restarts=x", "--", "train"], "--restarts=x: expected"),
+    (["--tpu=a", "--", "train", "--config=c.py"], "train needs --workdir=DIR")])
 def test_bad_tpu_pod_flags(given, words):
     done = subprocess.run([LAUNCH / "tpu_pod.sh", *given], capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr
+
+
+def test_tpu_pod_help():
+    done = subprocess.run([LAUNCH / "tpu_pod.sh", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--tpu=NAME" in done.stdout and "set -" not in done.stdout and not done.stderr
+
+
+WORKER = """#!/bin/bash
+cd {home}
+case $4 in
+scp) cp "$5" "${{6#*:}}" ;;
+ssh) for word in "$@"; do case $word in --command=*) bash -c "${{word#*=}}" ;; esac done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_setup_copies_the_checkout_and_nothing_else(tmp_path, git):
+    """Twice, onto a stand-in for a worker that has run something between."""
+    home, root = tmp_path / "home", tmp_path / "checkout"
+    for path, text in {"launch/environment.sh": "make_environment() { touch made; }\n", "gpt_jax/a.py": "",
+                       "gpt_jax/b c.py": "", "runs/big": "", ".venv/x": "", ".gitignore": "runs/\n.venv/\n"}.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    shutil.copy(LAUNCH / "tpu_pod.sh", root / "launch")
+    if git:
+        for words in (["init", "-q"], ["add", "gpt_jax/a.py"],
+                      ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "x"]):
+            subprocess.run(["git", "-C", root, *words], check=True)
+    home.mkdir()
+    (tmp_path / "gcloud").write_text(WORKER.format(home=home))
+    (tmp_path / "gcloud").chmod(0o755)
+
+    def files():
+        done = subprocess.run([root / "launch/tpu_pod.sh", "--tpu=a", "--setup"], capture_output=True, text=True,
+                              env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
+
+    wanted = {f"gpt_jax/{name}" for name in ("launch/environment.sh", "launch/tpu_pod.sh", "gpt_jax/a.py", "gpt_jax/b c.py",
+                                             ".gitignore", "made")}
+    assert files() == wanted
+    (home / "gpt_jax/runs").mkdir()
+    (home / "gpt_jax/runs/mine").touch()
+    (root / "gpt_jax/a.py").unlink()
+    assert files() == wanted - {"gpt_jax/gpt_jax/a.py"} | {"gpt_jax/runs/mine"}
 
 
 # ---- the container file ----

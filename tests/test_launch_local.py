@@ -2,6 +2,7 @@
 does is not the point, and one real run."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,6 +124,16 @@ def test_a_killed_process_and_the_job_starts_again_and_resumes(tmp_path):
 def test_bad_flags(given, words):
     code, text = runs.refusal("launch", "local", *given)
     assert code == 2 and text.startswith(words)
+
+
+@pytest.mark.parametrize("given", [("launch", "local"), ("launch", "slurm"), ("launch", "kubernetes"), ("plan",)])
+def test_every_flag_has_a_text(given, capsys):
+    with pytest.raises(SystemExit):
+        runs.call(*given, "--help")
+    text = capsys.readouterr().out
+    assert "(default: )" not in text and "--inside" not in text
+    flags = re.split(r"\n  (?=-)", text)[1:]
+    assert len(flags) > 4 and not [flag for flag in flags if len(re.sub(r"\(default: .*?\)", "", flag).split()) < 3]
 
 
 def test_unknown_engine_and_help(capsys):

@@ -29,10 +29,21 @@ def test_machines_by_name(text, count, hosts):
                                                  ("v5p:4x4", 1, "expected v5p:NxNxN"),
                                                  ("h100:12", 1, "do not fill hosts"),
                                                  ("v5e:0x4", 1, "expected v5e:NxN"), ("h100:8", 2, "GPUs have none"),
-                                                 ("v5p:2x2x1", 0, "--slices=0")])
+                                                 ("v5p:2x2x1", 0, "--slices=0"),
+                                                 ("v5p:100000x100000x4", 1, "than a pod of 8,960; as in v5p:16x20x28"),
+                                                 ("v5e:17x17", 1, "289 chips are more than a pod of 256; as in v5e:16x16"),
+                                                 ("v6e:3x17", 1, "each dim is 1, 2, 4, 8 or 16; as in v6e:2x16"),
+                                                 ("v5p:4x4x5", 1, "1, 2 or a multiple of 4; as in v5p:4x4x4"),
+                                                 ("h100:65544", 1, "more than 65,536 GPUs")])
 def test_machines_that_are_none(text, slices, words):
     with pytest.raises(UsageError, match=words):
         topology.parse(text, slices)
+
+
+def test_a_whole_pod_is_a_machine():
+    for name, shape in topology.PODS.items():
+        assert topology.parse(f"{name}:{'x'.join(map(str, shape))}").shape == shape
+    assert set(topology.PODS) == {name for name, chip in devices.CHIPS.items() if chip.platform == "tpu"}
 
 
 def test_every_chip_has_a_peak_and_its_clock_gives_it():

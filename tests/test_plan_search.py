@@ -118,6 +118,41 @@ def test_the_command_says_no_with_code_2(capsys):
     assert "problem: does not fit" in capsys.readouterr().out
 
 
+TOO_SMALL = ["--config", f"{CONFIGS / 'llama.py'}:70b", "--topology=h200:8"]
+
+
+def test_where_nothing_fits_the_report_says_so(capsys):
+    with pytest.raises(UsageError, match="does not fit: peak"):
+        command.main(TOO_SMALL)
+    *_, problem, last = capsys.readouterr().out.splitlines()
+    assert problem.startswith("problem: does not fit") and "nothing fits h200:8" in last and "take more devices" in last
+    with pytest.raises(UsageError, match="--search: nothing fits h200:8"):
+        command.main([*TOO_SMALL, "--search", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"] and not found["search"] and "take more devices" in found["problems"][0]
+
+
+def test_slices_without_sizes_across_them_hold_copies(capsys):
+    """As if config.mesh.dcn_data had been given, and it is said."""
+    given = ["--config", f"{CONFIGS / 'llama.py'}:8b", "--topology=v5p:4x4x4", "--slices=2", "--json",
+             "--config.train.batch_size=1024", "--config.eval.batch_size=128"]
+    command.main(given)
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["mesh"]["data"] == 2 and "--config.mesh.dcn_data=2 is taken" in found["notes"][0]
+    command.main([*given, "--config.mesh.dcn_data=2"])
+    same = json.loads(capsys.readouterr().out)
+    assert same.pop("notes") == [] and same == {key: value for key, value in found.items() if key != "notes"}
+    with pytest.raises(UsageError, match="config.mesh.dcn_…: the cross-slice sizes multiply to 4"):
+        command.main([*given, "--config.mesh.dcn_fsdp=4", "--config.mesh.fsdp=32"])
+
+
+@pytest.mark.parametrize("flag", ["--search=-2", "--compile=-1", "--data_tokens=-5", "--data_tokens=nan",
+                                  "--write_bandwidth=0", "--option=xla_foo", "--option==1"])
+def test_a_flag_out_of_range_is_named(flag):
+    with pytest.raises(UsageError, match=f"^{flag}: expected"):
+        command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", flag])
+
+
 def test_a_compiler_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(command, "_there", lambda name: False)
     for machine, extra in (("v5e:2x2", "plan"), ("h100:8", "plan-gpu")):

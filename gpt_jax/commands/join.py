@@ -106,20 +106,23 @@ def join(args: argparse.Namespace) -> None:
     multihost_utils.sync_global_devices("joined")
     if jax.process_count() > 1:
         JOBS.append(Job())
-    leave_on_abort("aborted: usually a peer process is gone without a word (killed, or its machine failed; its log may have "
-                   "the reason). The lines above name it, or show a fault of this process itself")
+    leave_on_abort("aborted: usually {gone} (killed, or its machine failed; its log may have the reason). If it is not, the "
+                   "lines above show a fault of this process itself")
 
 
 def leave_on_abort(line: str) -> None:
-    """From now on abort() means `line` and exit code 40. JAX's process group ends a process that way when it finds a
-    peer gone (at once if that was process 0, else when its heartbeats are missed), in a thread of its own, where
-    Python's signal handlers do not run, and its callback cannot be used (jaxlib 0.10: std::bad_cast): so C calls this
-    handler."""
-    text = f"gpt-jax: {line}\n".encode()
+    """From now on abort() means `line`, with what is known of who left for "{gone}", and exit code 40. JAX's process group
+    ends a process that way when it finds a peer gone (at once if that was process 0, else when its heartbeats are
+    missed), in a thread of its own, where Python's signal handlers do not run, and its callback cannot be used (jaxlib
+    0.10: std::bad_cast): so C calls this handler."""
+    from gpt_jax.stops import JOBS
 
     def leave(_):
-        os.write(2, text)
-        os._exit(PeerFailed.code)
+        try:
+            gone = JOBS[0].gone() if JOBS else "a peer process is gone without a word"
+            os.write(2, f"gpt-jax: {line.replace('{gone}', gone)}\n".encode())
+        finally:
+            os._exit(PeerFailed.code)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(leave)
     ABORT_HANDLERS.append(handler)

@@ -1,10 +1,12 @@
 """`gpt-jax launch local|slurm|kubernetes … train …`: starts a command as a job of several processes."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags
+from gpt_jax import config as configs
+from gpt_jax.commands.flags import Flags, add_runtime_flags, load_config, local_workdir
 from gpt_jax.errors import Exit, UsageError
 
 LAUNCHERS = {
@@ -54,7 +56,8 @@ def local(arguments: list[str]) -> None:
     flags.add_argument("--restarts", type=int, default=0, metavar="K", help="how often to start again")
     flags.add_argument("--nodes", type=int, default=1, help="machines that each run this with as many processes")
     flags.add_argument("--node", type=int, default=0, help="which of them this is")
-    flags.add_argument("--coordinator", default="", metavar="HOST:PORT", help="address on node 0; needed with --nodes")
+    flags.add_argument("--coordinator", default="", metavar="HOST:PORT", 
+                       help="address on node 0, needed with --nodes; default '%(default)s': a free port of this machine")
     args, rest = split(flags, arguments)
     positive(args, "processes", "nodes")
     positive(args, "devices_per_process", "restarts", least=0)
@@ -90,13 +93,13 @@ def slurm(arguments: list[str]) -> None:
 
     flags = Flags(prog="gpt-jax launch slurm", description=LAUNCHERS["slurm"] + ". Other options of sbatch are given as "
                   "--sbatch NAME=VALUE, as in --sbatch mem=64G.")
-    flags.add_argument("--nodes", type=int, default=1)
-    flags.add_argument("--gpus_per_node", type=int, default=0)
+    flags.add_argument("--nodes", type=int, default=1, help="machines")
+    flags.add_argument("--gpus_per_node", type=int, default=0, help="GPUs of each; 0: none is asked for")
     flags.add_argument("--tasks_per_node", type=int, default=0,
                        help="processes of a node, to which its GPUs are dealt; 0: one for each GPU, at least one")
     flags.add_argument("--time", type=int, required=True, metavar="MINUTES", help="time limit; the job goes on behind it")
     flags.add_argument("--partition", help="where to queue")
-    flags.add_argument("--name", default="gpt-jax")
+    flags.add_argument("--name", default="gpt-jax", help="of the job, as squeue shows it")
     flags.add_argument("--restarts", type=int, default=20, help="how often the job goes back into the queue")
     flags.add_argument("--logs", default="runs/slurm", metavar="DIR", help="for the script and the output of every task")
     flags.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="a further option")
@@ -147,6 +150,35 @@ def kubernetes(arguments: list[str]) -> None:
     args, rest = split(flags, arguments)
     positive(args, "nodes", "slices", "grace_seconds")
     positive(args, "gpus_per_node", "restarts", least=0)
-    print(engine.to_yaml(engine.jobset(engine.Options(
+    made = engine.jobset(engine.Options(
         args.image, args.name, args.nodes, args.gpus_per_node, args.tpu_topology, args.slices, args.restarts,
-        args.grace_seconds, tuple(args.volume), tuple(args.env)), rest)), end="")
+        args.grace_seconds, tuple(args.volume), tuple(args.env)), rest)
+    check_train(rest, count_devices(args), args.slices)
+    print(engine.to_yaml(made), end="")
+
+
+def count_devices(args: argparse.Namespace) -> int:
+    """JAX's devices of the whole job. Raises UsageError for a slice that nobody offers."""
+    if not args.tpu_topology:
+        return args.nodes * args.gpus_per_node
+    from gpt_jax.plan.topology import parse
+
+    return parse(args.tpu_topology, args.slices, "--tpu_topology").devices
+
+
+def check_train(command: list[str], devices: int, slices: int) -> None:
+    """UsageError now for what would end `train` at its start on every machine; other commands are not looked at."""
+    if command[0] != "train":
+        return
+    flags = Flags(prog="gpt-jax train")
+    flags.add_argument("--config", required=True)
+    flags.add_argument("--workdir", required=True)
+    flags.add_argument("--profile")
+    add_runtime_flags(flags)
+    args, rest = flags.parse_known_args(command[1:])
+    config = configs.resolve(load_config(args.config, rest))
+    local_workdir(args.workdir)
+    configs.check(config, devices)
+    if (count := math.prod(configs.cross_slice(config.mesh).values())) != slices > 1:
+        raise UsageError(f"config.mesh.dcn_…: the cross-slice sizes multiply to {count}, and there are {slices} slices; as "
+                         f"in --config.mesh.dcn_data={slices}")

@@ -100,8 +100,9 @@ def _blame_peer(error: Exception) -> tuple[int, str]:
     found = JOBS[0].failure(3.0) if JOBS else None
     if found is not None:
         return found.others_code, found.line
-    return PeerFailed.code, ("a peer process is gone without a word (killed, or its machine failed; its log may have the "
-                             f"reason); seen here as: {first_line(error)}")
+    gone = JOBS[0].gone(4.0) if JOBS else "a peer process is gone without a word"
+    return PeerFailed.code, (f"{gone} (killed, or its machine failed; its log may have the reason); seen here as: "
+                             f"{first_line(error)}")
 
 
 def finish(code: int, reason: str = "") -> None:

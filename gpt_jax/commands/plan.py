@@ -1,5 +1,6 @@
 """`gpt-jax plan`: whether a run fits on hardware that is not here, and how fast it could be."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from gpt_jax import config as configs
 from gpt_jax.commands.flags import Flags, load_config, make_say
 from gpt_jax.errors import UsageError
 
@@ -39,44 +41,59 @@ def main(arguments: list[str]) -> None:
                        help="a compiler option more, as in --config.train.compiler_options")
     flags.add_argument("--keep_hlo", metavar="FILE", help="where the compiled program's text goes")
     flags.add_argument("--json", action="store_true", help="print JSON")
-    flags.add_argument("--inside", help="where a process of this command's own puts what it compiled")
+    flags.add_argument("--inside", help=argparse.SUPPRESS)  # where a process of this command's own puts what it compiled
     args, rest = flags.parse_known_args(arguments)
-    if args.compile < 0 or args.search < 0 or args.data_tokens < 0 or args.write_bandwidth <= 0:
-        raise UsageError("--compile, --search, --data_tokens: expected 0 or more; --write_bandwidth: above 0")
+    check(args)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator, and a run may be using it
     from gpt_jax.plan import topology as topologies
 
     topology = topologies.parse(args.topology, args.slices)
-    config = load_config(args.config, rest)
+    config, notes = load_config(args.config, rest), []
+    if topology.slices > 1 and set(configs.cross_slice(config.mesh).values()) == {1}:
+        rest.append(f"--config.mesh.dcn_data={topology.slices}")
+        notes.append(f"--slices={topology.slices}: no dcn_ size is set, so {rest[-1]} is taken; give it to train too")
     if args.option:
         rest.append(f"--config.train.compiler_options={(*config.train.compiler_options, *args.option)}")
-        config = load_config(args.config, rest)
+    config = load_config(args.config, rest)
     if args.compile:
         need_compiler(topology)
     if args.inside:
         Path(args.inside).write_text(json.dumps(compile_here(config, topology, args)))
         return
-    plan(args, rest, config, topology, make_say(sys.stdout))
+    plan(args, rest, config, topology, make_say(sys.stdout), notes)
 
 
-def plan(args, rest: list[str], config, topology, say) -> None:
-    """The report, and then UsageError when it is a bad one."""
+def check(args) -> None:
+    """UsageError for a flag out of its range."""
+    for name in ("compile", "search", "data_tokens"):
+        if not getattr(args, name) >= 0:
+            raise UsageError(f"--{name}={getattr(args, name):g}: expected 0 or more")
+    if not args.write_bandwidth > 0:
+        raise UsageError(f"--write_bandwidth={args.write_bandwidth:g}: expected more than 0 bytes a second")
+    for option in args.option:
+        name, equals, _ = option.partition("=")
+        if not (name and equals):
+            raise UsageError(f"--option={option}: expected NAME=VALUE")
+
+
+def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> None:
+    """The report, and then UsageError when it is a bad one. `notes`: lines ahead of it."""
     from gpt_jax.plan import report
     from gpt_jax.plan.job import make_job
     from gpt_jax.plan.search import search
 
     job, found = make_job(config), []
-    lines, out = [], {}
+    lines, out = [*notes], {"notes": notes}
     if args.search:
         found = search(job, topology)
         if not found:
-            least = report.stored_bytes(job) / topology.devices
-            raise UsageError(
-                f"--search: nothing fits {topology}, whose devices have {report.size(topology.chip.memory)}: the state "
-                f"cut over all of them is {report.size(least)} each; take more devices, or a smaller "
-                "config.train.batch_size")
+            line = nothing_fits(job, topology)
+            if args.json:
+                say(json.dumps({"topology": str(topology), "devices": topology.devices, "fits": False, "search": [],
+                                "problems": [line]}, indent=2))
+            raise UsageError(f"--search: {line}")
         shown = found[:args.search]
         lines += [f"{len(found)} combinations fit; the best by arithmetic", *report.ranked(topology, shown)]
         out["search"] = report.ranked_data(job.config, shown)
@@ -102,6 +119,14 @@ def plan(args, rest: list[str], config, topology, say) -> None:
         raise UsageError(f"{topology}: {trouble}")
 
 
+def nothing_fits(job, topology) -> str:
+    from gpt_jax.plan.report import size, stored_bytes
+
+    least = stored_bytes(job) / topology.devices
+    return (f"nothing fits {topology}, whose devices have {size(topology.chip.memory)}: the state cut over all of them is "
+            f"{size(least)} each; take more devices, or a smaller config.train.batch_size")
+
+
 def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str], out: dict) -> str:
     """What is wrong with `best` of `results`, "" for nothing; adds it, and what would do instead, to the report."""
     from gpt_jax.plan import report
@@ -120,6 +145,9 @@ def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str]
         lines += [f"would fit: {' '.join(report.overrides(job.config, one))} ({report.seconds(found.step)} a step, "
                   f"{verdict(found.memory.peak, topology)})" for one, found in offers]
         out["would_fit"] = [report.overrides(job.config, one) for one, _ in offers]
+        if not offers:
+            out["advice"] = nothing_fits(job, topology)
+            lines.append(f"no mesh, remat or accumulation helps: {out['advice']}")
     return trouble[0] if trouble else ""
 
 
