@@ -40,7 +40,7 @@ def features(params, batch, key):
     return (x if key is None else x * jax.random.bernoulli(key, 0.5, x.shape)), {}
 
 
-NETWORK = Network(features, lambda params, hidden: hidden @ params["head"])
+NETWORK = Network(features, lambda params, dtype: params["head"].astype(dtype), lambda head, hidden: hidden @ head)
 
 
 def close(ours, theirs, rel=1e-5):

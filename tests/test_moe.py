@@ -234,7 +234,7 @@ def test_the_gradient_of_kernels_on_a_tpu(accelerator, monkeypatch):
     params, inputs = make_params(model, skew=0.5), make_inputs()
     expected = run(model, params, *inputs)
     interpreted = partial(experts.kernel_gradient, interpret=True)
-    monkeypatch.setattr(experts, "platform", lambda: "tpu")
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     monkeypatch.setattr(experts, "kernel_gradient", interpreted)
     close(run(model, params, *inputs), expected)
 
