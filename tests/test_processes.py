@@ -115,7 +115,7 @@ def test_when_one_is_killed_the_other_leaves_and_says_why(tmp_path, victim, ever
     job[0].until(runs.logged(tmp_path / "job", 20), "step 20")
     job[victim].kill()
     other = job[1 - victim]
-    other.end(40, 40)  # 10 for its heartbeats to be missed
+    other.end(40, 100)  # 10 s for its heartbeats to be missed; the rest is for a busy machine
     # Not always the last line: the thread that noticed first may be writing its own.
     assert any(line.startswith("gpt-jax: ") and "a peer process" in line for line in other.err.splitlines())
     assert "Traceback" not in other.err
