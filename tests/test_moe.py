@@ -95,7 +95,7 @@ def loop_row(model, params, x, segment):
     E, k = model.experts, model.experts_per_token
     room = -(-T * k * model.capacity_factor // E) if model.dispatch == "capacity" else T
     taken, load, dropped = [0] * E, np.zeros(E), 0
-    ys, z, probability, steer = [], 0.0, jnp.zeros(E), 0.0
+    ys, z, probability = [], 0.0, jnp.zeros(E)
     for t in range(T):
         logits = x[t] @ params["router"]["kernel"]
         scores = jnp.exp(logits) / jnp.exp(logits).sum() if model.router == "softmax" else 1 / (1 + jnp.exp(-logits))
