@@ -216,7 +216,8 @@ def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, outpu
 def accelerator(monkeypatch):
     """The exchange and the grouped matmul of platforms that are no CPU."""
     monkeypatch.setattr(experts, "EXCHANGES", {})
-    monkeypatch.setattr(experts, "GROUPINGS", {})
+    monkeypatch.setattr(experts, "GROUPINGS", {"cpu": experts.by_sorting})
+    monkeypatch.setattr(experts, "kernel_gradient", partial(experts.kernel_gradient, interpret=True))
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
 
 
@@ -228,15 +229,13 @@ def test_the_ragged_exchange_equals_the_padded_one(mesh, accelerator, monkeypatc
     close(ragged, run(model, params, *inputs))
 
 
-def test_the_gradient_of_kernels_on_a_tpu(accelerator, monkeypatch):
-    """megablox's tgmm, interpreted, in the place of ragged_dot's transpose."""
+def test_the_grouping_of_tpus_equals_blocks(accelerator, monkeypatch):
+    """`ragged_dot`, and megablox's tgmm (interpreted) in the place of its transpose."""
     model = make_model(experts=8)
     params, inputs = make_params(model, skew=0.5), make_inputs()
-    expected = run(model, params, *inputs)
-    interpreted = partial(experts.kernel_gradient, interpret=True)
-    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
-    monkeypatch.setattr(experts, "kernel_gradient", interpreted)
-    close(run(model, params, *inputs), expected)
+    sorted_ = run(model, params, *inputs)
+    monkeypatch.undo()
+    close(sorted_, run(model, params, *inputs))
 
 
 # ---- meshes ----

@@ -228,7 +228,7 @@ def test_float32_takes_what_it_takes():
                       for dtype in ("bfloat16", "float32"))
         shape = ONE | {"fsdp": machine.devices}
         here = memory.local(half, shape)
-        times = [roofline.compute_seconds(job, machine, "xla", here) for job in (half, full)]
+        times = [roofline.compute_seconds(job, machine, "xla", shape, here) for job in (half, full)]
         assert times[1] == pytest.approx(slower * times[0])
         logits = 4 * here.tokens * half.config.model.vocab * 4 * half.config.train.accumulate / machine.chip.bandwidth
         passes = [roofline.passes_seconds(job, machine, "splash", shape, here) - logits for job in (half, full)]
@@ -241,7 +241,7 @@ def test_a_program_without_cycles_takes_the_arithmetic_s_time(cycles):
     machine = topology.parse("h100:8" if not cycles else "v5e:4x4")
     job = changed(llama(), mesh=dict(data=1, fsdp=machine.devices))
     seen = roofline.estimate(job, machine)
-    program = dict(collectives=[], cycles=cycles, kernels={}, matmul_flops=0.0)
+    program = dict(collectives=[], cycles=cycles, kernels={}, matmul_flops=0.0, turn_flops=0.0)
     time = schedule.schedule_of(job, machine, seen.kernel, program)
     if cycles:
         assert time.update == 0 and time.step == pytest.approx(cycles / machine.chip.clock + time.kernels)

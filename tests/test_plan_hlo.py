@@ -134,3 +134,32 @@ def test_flops_of_a_matmul_that_libtpu_writes_as_a_convolution():
 }
 """
     assert hlo.read(text, {"fsdp": 1}).matmul_flops == 2 * 13 * 8 * 16 * 32
+
+
+CUBLAS = """%step (i: s32[]) -> s32[] {
+  %l = bf16[512,64]{1,0} parameter(0)
+  %r = bf16[64,32]{1,0} parameter(1)
+  %call = (bf16[512,32]{1,0}, s8[4194304]{0}) custom-call(%l, %r), custom_call_target="__cublas$lt$matmul", """ \
+    """backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],""" \
+    """"rhs_contracting_dimensions":["0"]}}}
+}
+
+%until (i: s32[], n: s32[]) -> pred[] {
+  %i = s32[] parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  ROOT %w = s32[] while(%a), condition=%until, body=%step
+}
+"""
+
+
+@pytest.mark.parametrize("known, flops", [(False, (0, 1)), (True, (5, 0))])
+def test_flops_of_calls_of_cublas(known, flops):
+    """2 x 512 x 64 x 32 a turn, and a loop whose length the data decides counts apart."""
+    found = hlo.read(CUBLAS.replace("body=%step", """body=%step, backend_config={"known_trip_count":{"n":"5"}}""")
+                     if known else CUBLAS, {"fsdp": 8})
+    assert (found.matmul_flops, found.turn_flops) == tuple(n * 2 * 512 * 64 * 32 for n in flops)

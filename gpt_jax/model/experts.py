@@ -59,32 +59,31 @@ def _starts(sizes):
     return jnp.cumsum(sizes, axis=-1) - sizes
 
 
-def by_sorting(experts: jax.Array, count: int, platform: str) -> Groups:
-    """Choices sorted by expert and `jax.lax.ragged_dot`."""
+def by_sorting(experts: jax.Array, count: int, likely: int) -> Groups:
+    """Choices sorted by expert and `jax.lax.ragged_dot`, for TPUs, whose compiler has kernels for it."""
     order, rank, sizes = _sort(experts, count)
     places = -(-experts.size // TILE) * TILE
     there = jnp.where(jnp.arange(places) < sizes.sum(), jnp.pad(order, (0, places - order.size)), experts.size)
-    matmul = _tpu_ragged_dot if platform == "tpu" else jax.lax.ragged_dot
-    return Groups(there, jnp.where(experts < count, rank, places), lambda rows, kernel: matmul(rows, kernel, sizes))
+    return Groups(there, jnp.where(experts < count, rank, places), lambda rows, kernel: ragged_dot(rows, kernel, sizes))
 
 
 TILE = 128  # rows of a matrix unit's tile
 
 
 @jax.custom_vjp
-def _tpu_ragged_dot(rows, kernel, sizes):
-    """`ragged_dot` whose kernels' gradient is megablox's tgmm: the TPU compiler (libtpu 0.0.42) has kernels for the
-    rest, but multiplies all rows for every expert there."""
+def ragged_dot(rows, kernel, sizes):
+    """`jax.lax.ragged_dot` whose kernels' gradient is megablox's tgmm: the TPU compiler (libtpu 0.0.42) has kernels for
+    the rest, but multiplies all rows for every expert there."""
     return jax.lax.ragged_dot(rows, kernel, sizes)
 
 
-def _tpu_ragged_dot_backward(saved, g):
+def _ragged_dot_backward(saved, g):
     rows, kernel, sizes = saved
     back, = jax.linear_transpose(lambda rows: jax.lax.ragged_dot(rows, kernel, sizes), rows)(g)
     return back, kernel_gradient(rows, g, sizes, kernel.dtype), None
 
 
-_tpu_ragged_dot.defvjp(lambda *args: (_tpu_ragged_dot(*args), args), _tpu_ragged_dot_backward)
+ragged_dot.defvjp(lambda *args: (ragged_dot(*args), args), _ragged_dot_backward)
 
 
 def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
@@ -95,12 +94,11 @@ def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
     return tgmm(rows.T, g, sizes, dtype, tiling, interpret=interpret)
 
 
-def in_blocks(experts: jax.Array, count: int, platform: str) -> Groups:
+def in_blocks(experts: jax.Array, count: int, likely: int) -> Groups:
     """Each expert's choices padded to whole blocks, and one matmul a block with its expert's matrix (MegaBlocks, Gale
-    et al. 2022, arXiv:2211.15841): on a CPU `ragged_dot` multiplies every row with every expert, at a quarter of the
-    speed."""
+    et al. 2022, arXiv:2211.15841): on CPUs and GPUs XLA's `ragged_dot` multiplies every row with every expert."""
     order, rank, sizes = _sort(experts, count)
-    size = max(8, min(128, experts.size // count))
+    size = block_rows(likely, count)
     blocks = -(-sizes // size)
     number, first, starts = experts.size // size + count, _starts(blocks), _starts(sizes)
     owner = (jnp.arange(number)[:, None] >= jnp.cumsum(blocks)).sum(-1).clip(0, count - 1)
@@ -108,20 +106,56 @@ def in_blocks(experts: jax.Array, count: int, platform: str) -> Groups:
     there = jnp.where(place < sizes[owner][:, None], jnp.take(order, starts[owner][:, None] + place, mode="clip"),
                       experts.size).ravel()
     back = jnp.where(experts < count, first[experts] * size + rank - starts[experts], there.size)
-
-    def matmul(rows, kernel):
-        out = jnp.einsum("gmd,gdf->gmf", rows.reshape(number, size, -1), kernel[owner])
-        return out.reshape(number * size, -1)
-
-    return Groups(there, back, matmul)
+    return Groups(there, back, lambda rows, kernel: block_dot(rows, kernel, owner, blocks.sum()))
 
 
-GROUPINGS = {"cpu": in_blocks}  # platform -> function; by_sorting on all others
+def block_rows(choices: int, experts: int) -> int:
+    """Rows of a block: a power of two, by which an eighth of the rows and less are padding where `choices` spread
+    evenly."""
+    return 2**min(10, max(3, (choices // experts // 4).bit_length() - 1))
 
 
-def feed_forward(x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str):
-    """x [n, D] through this device's `experts` [n * fan] -> [n * fan, D], one row for each choice, zeros for none."""
-    groups = GROUPINGS.get(platform, by_sorting)(experts, kernels.up.shape[0], platform)
+@jax.custom_vjp
+def block_dot(rows, kernel, owner, count):
+    """rows [blocks * size, in] times each block's matrix kernel[owner[block]] [in, out], for the first `count` blocks;
+    zeros for the others, on which no time is spent."""
+    return _over_blocks(rows, kernel, owner, count, ((1,), (0,)))
+
+
+def _over_blocks(rows, kernel, owner, count, contract):
+    out = kernel.shape[2 - contract[1][0]]
+
+    def step(i, made):
+        block = jax.lax.dot_general(_block(rows, owner, i), kernel[owner[i]], (contract, ((), ())))
+        return jax.lax.dynamic_update_slice_in_dim(made, block, i * block.shape[0], 0)
+
+    return jax.lax.fori_loop(0, count, step, jnp.zeros((rows.shape[0], out), rows.dtype))
+
+
+def _block(rows, owner, i):
+    size = rows.shape[0] // owner.size
+    return jax.lax.dynamic_slice_in_dim(rows, i * size, size)
+
+
+def _block_dot_backward(saved, g):
+    rows, kernel, owner, count = saved
+
+    def step(i, made):
+        part = jnp.matmul(_block(rows, owner, i).T, _block(g, owner, i), preferred_element_type=jnp.float32)
+        return made.at[owner[i]].add(part)
+
+    made = jax.lax.fori_loop(0, count, step, jnp.zeros(kernel.shape, jnp.float32))
+    return _over_blocks(g, kernel, owner, count, ((1,), (1,))), made.astype(kernel.dtype), None, None
+
+
+block_dot.defvjp(lambda *args: (block_dot(*args), args), _block_dot_backward)
+GROUPINGS = {"tpu": by_sorting}  # platform -> function; in_blocks on all others
+
+
+def feed_forward(x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int):
+    """x [n, D] through this device's `experts` [n * fan] -> [n * fan, D], one row for each choice, zeros for none.
+    `likely`: choices that are there when tokens spread evenly."""
+    groups = GROUPINGS.get(platform, in_blocks)(experts, kernels.up.shape[0], likely)
     rows = pick(x, groups.there, groups.back, fan)
     hidden = _hidden(rows, kernels, activation, groups.matmul)
     return pick(groups.matmul(hidden, kernels.down), groups.back, groups.there, 1)
@@ -143,7 +177,7 @@ def dropless(x, choice, kernels: Kernels, activation: Callable, devices: int, pl
     (n, k), own = choice.shape, kernels.up.shape[0]
     flat = choice.ravel()
     if devices == 1:
-        return feed_forward(x, flat, k, kernels, activation, platform).reshape(n, k, -1)
+        return feed_forward(x, flat, k, kernels, activation, platform, flat.size).reshape(n, k, -1)
     order, rank, sizes = _sort(flat, devices * own)
     sizes = jax.lax.all_gather(sizes, AXIS)  # [p, E]
     me, room = jax.lax.axis_index(AXIS), n * min(k, own)
@@ -151,7 +185,7 @@ def dropless(x, choice, kernels: Kernels, activation: Callable, devices: int, pl
     coming = jax.lax.dynamic_slice_in_dim(sizes, me * own, own, 1)  # [p, E / p]
     experts = (jnp.arange(room)[None, :, None] >= jnp.cumsum(coming, 1)[:, None]).sum(-1).ravel()
     trip = EXCHANGES.get(platform, ragged)(Route(flat, order, rank, sent, me, own, room))
-    out = feed_forward(trip.go(x, k), experts, 1, kernels, activation, platform)
+    out = feed_forward(trip.go(x, k), experts, 1, kernels, activation, platform, flat.size)
     return trip.come_back(out).reshape(n, k, -1)
 
 

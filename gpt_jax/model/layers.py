@@ -138,7 +138,7 @@ def look_up(function, table, axes: tuple[str, str], index, rows: str | None):
     where, wide = sharding.gathered_axes(table, axes), sharding.STORED[axes[1]]
     if where:
         dim, names = where
-        gather = lambda table, index: function(jax.lax.all_gather(table, names, axis=dim, tiled=True), index)
+        gather = lambda table, index: function(sharding.gather(table, names, dim), index)
     with sharding.using({axes[1]: wide} if where else {}):
         mapped = sharding.local(gather if where else function, (axes, (rows, "seq")), (rows, "seq", None))
         return mapped(table.astype(jnp.float32), index)

@@ -27,6 +27,8 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
+_CUBLAS = re.compile(r'custom_call_target="__cublas')
+_CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]')
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
 _ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -56,12 +58,14 @@ class Collective:
 
 @dataclass(frozen=True)
 class Program:
-    """Sums over one run of the program. `cycles`: the compiler's estimates; `kernels`: custom calls by target."""
+    """Sums over one run of the program. `cycles`: the compiler's estimates; `kernels`: custom calls by target;
+    `turn_flops`: matmuls in one turn of the loops whose length the data decides, `matmul_flops`: all others."""
 
     collectives: tuple[Collective, ...]
     cycles: int
     kernels: dict[str, int]
     matmul_flops: float
+    turn_flops: float
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -93,14 +97,14 @@ def called(instruction: Instruction) -> dict[str, list[str]]:
             for role, names in _CALLED.findall(instruction.rest)}
 
 
-def trips(instruction: Instruction, computations: dict) -> int:
-    """How often the body of a while runs; 1 where nobody knows."""
+def trips(instruction: Instruction, computations: dict) -> int | None:
+    """How often the body of a while runs; None where the data decides."""
     if known := _TRIPS.search(instruction.rest):
         return int(known[1])
     condition = called(instruction).get("condition", [""])[0]
     limits = [int(number[1]) for line in computations.get(condition, ()) if line.opcode == "constant" and
               (number := re.match(r"(\d+)\)", line.rest))]
-    return max(limits, default=1)
+    return max(limits, default=None)
 
 
 def groups(rest: str) -> np.ndarray | None:
@@ -172,18 +176,17 @@ def _collective(line: Instruction, kind: str, mesh_shape: dict, sizes: dict[str,
 
 
 def _flops(line: Instruction, shapes: dict[str, str]) -> float:
-    """Of a dot or (TPU) a convolution that is one: 2 x result x contracted. Dims of the operands are read off their
-    lines."""
-    if line.opcode not in ("dot", "convolution"):
+    """Of a dot, a call of cuBLAS or (TPU) a convolution that is one: 2 x result x contracted. Dims of the operands are
+    read off their lines."""
+    if line.opcode not in ("dot", "convolution") and not (line.opcode == "custom-call" and _CUBLAS.search(line.rest)):
         return 0.0
     names = re.findall(r"%([\w.\-]+)", line.rest.split(")")[0])
     dims = lambda text: [int(n) for n in _SHAPE.findall(text)[0][1].split(",") if n]
     if len(names) < 2 or not all(name in shapes for name in names):
         return 0.0
     result, left, right = dims(line.result), dims(shapes[names[0]]), dims(shapes[names[1]])
-    if line.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)
-        return 2.0 * math.prod(result) * math.prod(left[int(i)] for i in contracted[1].split(",") if i)
+    if line.opcode != "convolution":
+        return 2.0 * math.prod(result) * math.prod(left[int(i)] for i in re.findall(r"\d+", _CONTRACTED.search(line.rest)[1]))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.rest)
     if not labels:
         return 0.0
@@ -200,17 +203,18 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
     found: dict[tuple, Counter] = {}  # channel, kind, axes, bytes -> how often each of its instructions runs
     hidden: Counter = Counter()  # channel -> how often it is started and left to run
     kernels: Counter = Counter()
-    total = {"cycles": 0, "flops": 0.0}
+    total = {"cycles": 0, "flops": 0.0, "turns": 0.0}
 
-    def visit(name: str, times: int, counted: bool, background: bool):
-        """`counted`: an instruction around this computation carries its cycles; `background`: one started here is."""
+    def visit(name: str, times: int, counted: bool, background: bool, flops: str):
+        """`counted`: an instruction around this computation carries its cycles; `background`: one started here is;
+        `flops`: where those of this computation are added."""
         lines = computations.get(name, ())
         sizes, shapes = {line.name: size_of(line.result) for line in lines}, {line.name: line.result for line in lines}
         targets = [target[1] for line in lines if (target := _TARGET.search(line.rest))]
         for line in lines:
             cycles = None if counted else _CYCLES.search(line.rest)
             total["cycles"] += times * int(cycles[1]) if cycles else 0
-            total["flops"] += times * _flops(line, shapes)
+            total[flops] += times * _flops(line, shapes)
             kind = line.opcode.removesuffix("-start")
             if kind in KINDS:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
@@ -227,9 +231,10 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
                     continue  # what a reduction does to each pair
                 repeat = trips(line, computations) if line.opcode == "while" and role in ("body", "condition") else 1
                 for inner in names:
-                    visit(inner, times * repeat, counted or bool(cycles), background or line.opcode == "async-start")
+                    visit(inner, times * (repeat or 1), counted or bool(cycles),
+                          background or line.opcode == "async-start", flops if repeat else "turns")
 
-    visit(entry, 1, False, False)
+    visit(entry, 1, False, False, "flops")
     # libtpu writes an asynchronous collective several times: where it starts, in the fusions that it runs behind, at
     # its end; and a reduce-scatter as a fusion, named all-reduce-scatter, of a sum and a slice.
     calls: Counter = Counter()
@@ -237,4 +242,4 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
         calls[*channel[1:], channel in hidden] += hidden[channel] or max(instructions.values())
     rows = [Collective(kind, axes, size, count, late) for (kind, axes, size, late), count in calls.items() if axes]
     rows.sort(key=lambda row: -row.bytes * row.calls)
-    return Program(tuple(rows), total["cycles"], dict(kernels), total["flops"])
+    return Program(tuple(rows), total["cycles"], dict(kernels), total["flops"], total["turns"])

@@ -10,16 +10,20 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from gpt_jax import config as configs
+from gpt_jax.model.experts import block_rows
 from gpt_jax.plan.job import Job, Widths, entries
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 STREAMS = 6.0  # arrays as wide as the stream, in float32 or twice in bfloat16, while a layer's gradient is made
-INSIDE = 2.0  # each of q, k, v and the feed-forward's inner channels: its value and its gradient
+# Each of q, k, v and the feed-forward's inner channels: its value and its gradient. In a layer of experts, whose rows are
+# most of it, not all live at once (moe:8x7b on v6e, v5p, H100 and H200).
+INSIDE, INSIDE_EXPERTS = 2.0, 1.2
 # Arrays that a feed-forward's activation leaves behind without remat: fitted to gpt2:1558m (gelu_tanh) and modern:d26
 # (relu2) on 8 H100; the others are taken for smooth ones, and llama:8b (swiglu) on 8 H200 agrees.
 ACTIVATIONS = {"relu": 2.0, "relu2": 2.0}
 SMOOTH = 5.0
-EXPERTS = 6.0  # times one layer's experts in bfloat16: their gradients in float32, and copies (moe:8x7b on 64 H100)
+# Times one layer's experts in bfloat16: their gradients in float32, and on TPUs copies in other layouts (the same).
+EXPERTS = {"tpu": 6.0, "gpu": 1.5}
 # Output matrices in float32 while the loss goes through its chunks (train/loss.py): the sum of their gradients, and on
 # GPUs, which do not fuse it, one chunk's and the matrix itself.
 SUMMED = {"tpu": 1.0, "gpu": 3.0}
@@ -97,20 +101,35 @@ def compute_bytes(job: Job) -> int:
     return HALF if job.config.model.dtype == "bfloat16" else FULL
 
 
-def spare(model: configs.Model, shape: dict[str, int]) -> float:
-    """Places of a device's buffers for each choice that its tokens make. Over an axis expert `dropless` has room for all
-    that may come (model/experts.py)."""
+def padding(model: configs.Model, shape: dict[str, int], tokens: float, platform: str) -> float:
+    """Rows of blocks that may be empty, for each choice that a device's `tokens` make (model/experts.py)."""
+    if model.dispatch == "capacity" or platform == "tpu":
+        return 0.0
+    own, choices = max(1, model.experts // shape["expert"]), tokens * model.experts_per_token
+    return own * block_rows(int(choices), own) / choices
+
+
+def turns(model: configs.Model, shape: dict[str, int], tokens: float) -> float:
+    """Blocks that `tokens` fill on a device of a GPU machine, half of each expert's last one empty."""
+    choices = tokens * model.experts_per_token
+    rows = block_rows(int(choices), max(1, model.experts // shape["expert"]))
+    return choices / rows * (1 + padding(model, shape, tokens, "gpu") / 2)
+
+
+def spare(model: configs.Model, shape: dict[str, int], tokens: float, platform: str) -> float:
+    """Places of a device's buffers for each choice that its `tokens` make. Over an axis expert `dropless` has room for
+    all that may come (model/experts.py)."""
     if model.dispatch == "capacity":
         return model.capacity_factor
     expert, chosen = shape["expert"], model.experts_per_token
-    return expert * min(chosen, model.experts // expert) / chosen if expert > 1 else 1.0
+    room = expert * min(chosen, model.experts // expert) / chosen if expert > 1 else 1.0
+    return room + padding(model, shape, tokens, platform)
 
 
-def buffered(widths: Widths, model: configs.Model, shape: dict[str, int]) -> Widths:
-    """`widths` as they stand in memory: those of experts times `spare`."""
+def buffered(widths: Widths, model: configs.Model, times: float) -> Widths:
+    """`widths` as they stand in memory: those of experts `times` as wide (`spare`)."""
     if not widths.sent:
         return widths
-    times = spare(model, shape)
     grow = (times * widths.sent + model.shared_experts) / (widths.sent + model.shared_experts)
     return widths._replace(inner=widths.inner * grow, hidden=widths.hidden * grow, sent=widths.sent * times)
 
@@ -144,7 +163,8 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     parameters = entries(job, shape, "params", zero)
     fsdp = math.prod(shape[axis] for axis in configs.FSDP_AXES) > 1
     stages = shape["pipeline"]
-    layers = [buffered(widths, model, shape) for widths in job.layers]
+    times = spare(model, shape, here.tick_tokens, platform)
+    layers = [buffered(widths, model, times) for widths in job.layers]
     held = [kept(job, widths, shape) for widths in layers]
     activations = here.tick_tokens * here.ticks * sum(held) * here.tick_layers / len(held)
     if stages > 1:  # every stage holds all microbatches' streams, coming and going
@@ -157,10 +177,11 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     widest = max(layers, key=lambda w: w.inner + w.q)
     inside = (widest.q + 2 * widest.kv + widest.inner + widest.hidden) / shape["tensor"] * half
     inside += 2 * widest.sent * model.embed * half  # tokens at their experts, and what comes back
-    working = here.tick_tokens * (STREAMS * stream_bytes(job, shape) + INSIDE * inside)
+    working = here.tick_tokens * (STREAMS * stream_bytes(job, shape)
+                                + (INSIDE_EXPERTS if widest.sent else INSIDE) * inside)
     if model.shard_sequence and shape["tensor"] > 1:
         working += here.tick_tokens * WHOLE * model.embed * half
-    working += EXPERTS * experts
+    working += EXPERTS[platform] * experts
     working += scores_bytes(job, shape, here.tick_tokens / here.tokens * here.rows, kernel)
     chunk = (train.loss_chunk or train.seq_len) / shape["context"]
     logits = LOGITS * here.rows * chunk * model.vocab / shape["tensor"] * FULL

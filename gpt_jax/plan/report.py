@@ -100,7 +100,6 @@ def compiled(topology: Topology, done: dict, time: dict | None, expected: float,
     rows = [Collective(**row) for row in done["program"]["collectives"]]
     left = rows[most:]
     source = "the compiler's cycles" if time["by_cycles"] else "the arithmetic"
-    ratio = f"; matmul FLOPs of the program {time['flops_ratio']:.2f} x the model's" if time["flops_ratio"] else ""
     return [f"compiled in {done['seconds']:.0f} s: argument {size(done['argument'])}, output {size(done['output'])} "
             f"(alias {size(done['alias'])}), temporary {size(done['temporary'])}; arithmetic said "
             f"{expected / done['peak'] - 1:+.0%}",
@@ -109,7 +108,8 @@ def compiled(topology: Topology, done: dict, time: dict | None, expected: float,
             *([f"  and {len(left)} more kinds, {size(sum(row.bytes * row.calls for row in left))}"] if left else []),
             f"step, compiled: {seconds(time['step'])} = computing {seconds(time['computing'])} ({source}) + attention "
             f"kernel {seconds(time['kernels'])}, or asynchronous collectives {seconds(time['hidden'])}; + others "
-            f"{seconds(time['open'])}{f' + update {seconds(update)}' if (update := time['update']) else ''}{ratio}",
+            f"{seconds(time['open'])}{f' + update {seconds(update)}' if (update := time['update']) else ''}; "
+            f"matmul FLOPs of the program {time['flops_ratio']:.2f} x the model's",
             f"estimated MFU {time['mfu_full']:.1%} (full map), {time['mfu_causal']:.1%} (causal)"]
 
 

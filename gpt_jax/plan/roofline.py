@@ -16,7 +16,7 @@ from gpt_jax.devices import GIB, GPU_FRACTION, mfu
 from gpt_jax.errors import UsageError
 from gpt_jax.model import kernels
 from gpt_jax.plan.job import Job, entries
-from gpt_jax.plan.memory import FULL, Local, Memory, compute_bytes, local, memory
+from gpt_jax.plan.memory import FULL, Local, Memory, compute_bytes, local, memory, padding
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.traffic import Flow, Link, flows, link
 
@@ -94,12 +94,23 @@ def _idle(job: Job, here: Local) -> float:
     return here.ticks * here.tick_tokens * here.tick_layers / (here.tokens * len(job.layers))
 
 
-def compute_seconds(job: Job, topology: Topology, kernel: str, here: Local) -> float:
+def _wasted(job: Job, shape: dict[str, int], here: Local, platform: str) -> float:
+    """Entries of experts' matrices that a token is multiplied with for nothing: rows beyond a capacity's choices, half of
+    each expert's last block."""
+    model = job.config.model
+    times = (model.capacity_factor - 1 if model.dispatch == "capacity" else
+             padding(model, shape, here.tick_tokens, platform) / 2)
+    return times * sum(w.sent / (w.sent + model.shared_experts) * (w.inner + w.hidden) * model.embed
+                       for w in job.layers if w.sent)
+
+
+def compute_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local) -> float:
     """Matmuls and attention of one device in a step."""
     model, train = job.config.model, job.config.train
     tokens = train.batch_size * train.seq_len / topology.devices
     head = 6 * model.vocab * model.embed * (4 / 3 if train.loss_chunk else 1.0)  # chunks make their logits twice
-    layers = (6 * job.matmul_params - 6 * model.vocab * model.embed) * _again(job)[0] * _idle(job, here)
+    matrices = job.matmul_params - model.vocab * model.embed + _wasted(job, shape, here, topology.chip.platform)
+    layers = 6 * matrices * _again(job)[0] * _idle(job, here)
     return (tokens * (layers + head) / multiply_peak(job, topology) / EFFICIENCY[topology.chip.platform]
             + attention_seconds(job, topology, kernel, here))
 
@@ -145,7 +156,7 @@ def estimate(job: Job, topology: Topology) -> Estimate:
     except UsageError as error:
         kernel, reason, found = "reference", "none can", [*found, str(error)]
     here = local(job, shape)
-    compute = compute_seconds(job, topology, kernel, here)
+    compute = compute_seconds(job, topology, kernel, shape, here)
     passes = passes_seconds(job, topology, kernel, shape, here)
     update = update_seconds(job, topology, shape)
     found_flows = [(flow, link(topology, shape, across, flow.axis))

@@ -6,10 +6,13 @@ from typing import NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.devices import mfu
 from gpt_jax.plan.job import Job
-from gpt_jax.plan.memory import local
+from gpt_jax.plan.memory import local, turns
 from gpt_jax.plan.roofline import attention_seconds, compute_seconds, passes_seconds, update_seconds
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.traffic import link
+
+
+KERNELS = ("splash", "cudnn")  # attention kernels that carry no cycles, and whose FLOPs cannot be read
 
 
 class Schedule(NamedTuple):
@@ -26,7 +29,7 @@ class Schedule(NamedTuple):
     step: float
     mfu_full: float
     mfu_causal: float
-    flops_ratio: float  # matmul FLOPs of the program over the model's; 0: not readable (libraries' calls)
+    flops_ratio: float  # matmuls of the program over those of the model, in FLOPs
 
 
 def network_seconds(program: dict, topology: Topology, shape: dict, across: dict, asynchronous: bool) -> float:
@@ -44,14 +47,16 @@ def schedule_of(job: Job, topology: Topology, kernel: str, program: dict) -> Sch
     if by_cycles:
         computing = program["cycles"] / topology.chip.clock
     else:
-        computing = compute_seconds(job, topology, kernel, here) - attention
+        computing = compute_seconds(job, topology, kernel, shape, here) - attention
         computing += passes_seconds(job, topology, kernel, shape, here)
-    kernels = attention if kernel in ("splash", "cudnn") or not by_cycles else 0.0
+    kernels = attention if kernel in KERNELS or not by_cycles else 0.0
     hidden, plain = (network_seconds(program, topology, shape, across, kind) for kind in (True, False))
     update = 0.0 if by_cycles else update_seconds(job, topology, shape)
     step = max(computing + kernels, hidden) + plain + update
     tokens = config.train.batch_size * config.train.seq_len / step
-    model = config.train.batch_size * config.train.seq_len / topology.devices * job.full_flops
+    model = config.train.batch_size * config.train.seq_len / topology.devices * (
+        6 * job.matmul_params if kernel in KERNELS else job.full_flops)
+    flops = program["matmul_flops"] + program["turn_flops"] * turns(config.model, shape, here.tick_tokens)
     return Schedule(computing, by_cycles, kernels, hidden, plain, update, step,
                     mfu(job.full_flops, tokens, topology.peak * topology.devices),
-                    mfu(job.causal_flops, tokens, topology.peak * topology.devices), program["matmul_flops"] / model)
+                    mfu(job.causal_flops, tokens, topology.peak * topology.devices), flops / model)
