@@ -19,6 +19,7 @@ WEIGHTS = {"gutenberg": 0.45, "zizhitongjian": 0.5, "chatterbot": 0.05}
 
 def get_config(arg: str = "runs/mixture_data") -> ConfigDict:
     config = quickstart()
+    config.optim.eps = 1e-6  # Adam's 1e-8 turns rounding of near-zero gradients into steps of the rate's size
     train = config.train
     tokens = train.steps * train.batch_size * train.seq_len
     config.data = ConfigDict(dict(

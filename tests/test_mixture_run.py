@@ -18,7 +18,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.train.checkpoint import FOLDER
 from gpt_jax.train.digest import MANIFEST
 
-RUN = ("--config.train.steps=24", "--config.optim.learning_rate=1e-3", "--config.checkpoint.every_steps=4",
+RUN = ("--config.train.steps=24", "--config.optim.learning_rate=5e-4", "--config.optim.eps=1e-6", "--config.checkpoint.every_steps=4",
        "--config.eval.every_steps=12", "--config.train.batch_size=24", "--config.eval.batch_size=24",
        "--config.data.path=()", "--config.data.rows=best_fit", "--config.data.apart=true",
        "--config.data.shuffle_documents=true", "--config.data.fim=0.3", "--config.data.block=20",
@@ -87,8 +87,7 @@ def test_killed_and_gone_on_with_by_another_number_of_processes(folder, whole, t
     if before == after == 1:
         assert found == wanted
     found, wanted = ([*curve.values()] for curve in (found, wanted))
-    np.testing.assert_allclose(found[:10], wanted[:10], rtol=1e-6)
-    np.testing.assert_allclose(found, wanted, rtol=3e-6)  # training spreads what rounding did
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def run_stream(workdir, start):
@@ -109,7 +108,7 @@ def test_each_source_is_measured_and_the_mean_is_weighted(folder, whole, capsys)
     for metric in ("loss", "bits_per_byte"):
         own = [last[f"eval/{name}/{metric}"] for name in ("wiki", "books", "chat")]
         assert last[f"eval/{metric}"] == pytest.approx(np.dot(shares, own), rel=1e-6)
-        assert abs(last[f"eval/{metric}"] - np.mean(own)) > 1e-3  # not the plain mean
+        assert abs(last[f"eval/{metric}"] - np.mean(own)) > 1e-4  # not the plain mean
     capsys.readouterr()
     runs.call("evaluate", f"--checkpoint={whole}", "--json")
     found = json.loads(capsys.readouterr().out)["sources"]

@@ -216,7 +216,7 @@ def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, outpu
 def accelerator(monkeypatch):
     """The exchange and the grouped matmul of platforms that are no CPU."""
     monkeypatch.setattr(experts, "EXCHANGES", {})
-    monkeypatch.setattr(experts, "GROUPINGS", {"cpu": experts.by_sorting})
+    monkeypatch.setattr(experts, "WAYS", {"cpu": experts.by_sorting})
     monkeypatch.setattr(experts, "kernel_gradient", partial(experts.kernel_gradient, interpret=True))
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
 

@@ -25,14 +25,6 @@ class Kernels(NamedTuple):
     gate: jax.Array | None = None
 
 
-class Groups(NamedTuple):
-    """Choices by expert: `there` [m], `back` [choices], and `matmul(rows [m, in], kernel [experts, in, out])`."""
-
-    there: jax.Array
-    back: jax.Array
-    matmul: Callable
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def pick(x, there, back, fan):
     """Row there[i] // fan of x [n, D] at place i -> [places, D], zeros for none. `back` [n * fan] makes the backward
@@ -59,21 +51,42 @@ def _starts(sizes):
     return jnp.cumsum(sizes, axis=-1) - sizes
 
 
-def by_sorting(experts: jax.Array, count: int, likely: int) -> Groups:
-    """Choices sorted by expert and `jax.lax.ragged_dot`, for TPUs, whose compiler has kernels for it."""
-    order, rank, sizes = _sort(experts, count)
-    places = -(-experts.size // TILE) * TILE
-    there = jnp.where(jnp.arange(places) < sizes.sum(), jnp.pad(order, (0, places - order.size)), experts.size)
-    return Groups(there, jnp.where(experts < count, rank, places), lambda rows, kernel: ragged_dot(rows, kernel, sizes))
+def feed_forward(x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int):
+    """x [n, D] through this device's `experts` [n * fan] -> [n * fan, D], one row for each choice, zeros for none.
+    `likely`: choices that are there when tokens spread evenly."""
+    return WAYS.get(platform, by_blocks)(x, experts, fan, kernels, activation, likely)
 
+
+def hidden_of(activation: Callable, up, gate=None):
+    """What goes into the last matmul, from what the first ones give."""
+    return activation(up) if gate is None else activation(gate) * up
+
+
+def first(kernels: Kernels) -> tuple:
+    """The kernels that rows meet first."""
+    return kernels[1:] if kernels.gate is not None else (kernels.up,)
+
+
+# ---- sorted: TPUs ----
 
 TILE = 128  # rows of a matrix unit's tile
 
 
+def by_sorting(x, experts, fan: int, kernels: Kernels, activation: Callable, likely: int):
+    """Choices sorted by expert and `jax.lax.ragged_dot`, for which the TPU compiler has kernels."""
+    order, rank, sizes = _sort(experts, kernels.up.shape[0])
+    places = -(-experts.size // TILE) * TILE
+    there = jnp.where(jnp.arange(places) < sizes.sum(), jnp.pad(order, (0, places - order.size)), experts.size)
+    back = jnp.where(experts < kernels.up.shape[0], rank, places)
+    rows = pick(x, there, back, fan)
+    hidden = hidden_of(activation, *(ragged_dot(rows, kernel, sizes) for kernel in first(kernels)))
+    return pick(ragged_dot(hidden, kernels.down, sizes), back, there, 1)
+
+
 @jax.custom_vjp
 def ragged_dot(rows, kernel, sizes):
-    """`jax.lax.ragged_dot` whose kernels' gradient is megablox's tgmm: the TPU compiler (libtpu 0.0.42) has kernels for
-    the rest, but multiplies all rows for every expert there."""
+    """`jax.lax.ragged_dot` whose kernels' gradient is megablox's tgmm: libtpu 0.0.42 has kernels for the rest, but
+    multiplies all rows for every expert there."""
     return jax.lax.ragged_dot(rows, kernel, sizes)
 
 
@@ -94,19 +107,23 @@ def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
     return tgmm(rows.T, g, sizes, dtype, tiling, interpret=interpret)
 
 
-def in_blocks(experts: jax.Array, count: int, likely: int) -> Groups:
-    """Each expert's choices padded to whole blocks, and one matmul a block with its expert's matrix (MegaBlocks, Gale
-    et al. 2022, arXiv:2211.15841): on CPUs and GPUs XLA's `ragged_dot` multiplies every row with every expert."""
+# ---- blocks: GPUs and CPUs ----
+
+def by_blocks(x, experts, fan: int, kernels: Kernels, activation: Callable, likely: int):
+    """Each expert's choices padded to whole blocks (MegaBlocks, Gale et al. 2022, arXiv:2211.15841), and one block at a
+    time through its expert: on GPUs and CPUs XLA's `ragged_dot` multiplies every row with every expert."""
+    count = kernels.up.shape[0]
     order, rank, sizes = _sort(experts, count)
     size = block_rows(likely, count)
     blocks = -(-sizes // size)
-    number, first, starts = experts.size // size + count, _starts(blocks), _starts(sizes)
+    number, before, starts = experts.size // size + count, _starts(blocks), _starts(sizes)
     owner = (jnp.arange(number)[:, None] >= jnp.cumsum(blocks)).sum(-1).clip(0, count - 1)
-    place = (jnp.arange(number) - first[owner])[:, None] * size + jnp.arange(size)
+    place = (jnp.arange(number) - before[owner])[:, None] * size + jnp.arange(size)
     there = jnp.where(place < sizes[owner][:, None], jnp.take(order, starts[owner][:, None] + place, mode="clip"),
                       experts.size).ravel()
-    back = jnp.where(experts < count, first[experts] * size + rank - starts[experts], there.size)
-    return Groups(there, back, lambda rows, kernel: block_dot(rows, kernel, owner, blocks.sum()))
+    back = jnp.where(experts < count, before[experts] * size + rank - starts[experts], there.size)
+    out = through_blocks(activation, pick(x, there, back, fan), kernels, owner, blocks.sum())
+    return pick(out, back, there, 1)
 
 
 def block_rows(choices: int, experts: int) -> int:
@@ -115,21 +132,38 @@ def block_rows(choices: int, experts: int) -> int:
     return 2**min(10, max(3, (choices // experts // 4).bit_length() - 1))
 
 
-@jax.custom_vjp
-def block_dot(rows, kernel, owner, count):
-    """rows [blocks * size, in] times each block's matrix kernel[owner[block]] [in, out], for the first `count` blocks;
-    zeros for the others, on which no time is spent."""
-    return _over_blocks(rows, kernel, owner, count, ((1,), (0,)))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def through_blocks(activation, rows, kernels: Kernels, owner, count):
+    """rows [blocks * size, D], block b through expert owner[b], for the first `count` blocks; zeros for the others, on
+    which no time is spent. Only one block's hidden values live at a time: the backward pass makes them anew."""
+
+    def step(i, out):
+        own = _own(kernels, owner[i])
+        return _put(out, i, hidden_of(activation, *(_block(rows, owner, i) @ kernel for kernel in first(own))) @ own.down)
+
+    return jax.lax.fori_loop(0, count, step, jnp.zeros_like(rows))
 
 
-def _over_blocks(rows, kernel, owner, count, contract):
-    out = kernel.shape[2 - contract[1][0]]
+def _through_blocks_backward(activation, saved, g):
+    rows, kernels, owner, count = saved
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
-    def step(i, made):
-        block = jax.lax.dot_general(_block(rows, owner, i), kernel[owner[i]], (contract, ((), ())))
-        return jax.lax.dynamic_update_slice_in_dim(made, block, i * block.shape[0], 0)
+    def step(i, carry):
+        back, sums = carry
+        own, row, out = _own(kernels, owner[i]), _block(rows, owner, i), _block(g, owner, i)
+        hidden, transpose = jax.vjp(partial(hidden_of, activation), *(row @ kernel for kernel in first(own)))
+        inner = transpose(out @ own.down.T)
+        parts = product(hidden.T, out), *(product(row.T, part) for part in inner)
+        back = _put(back, i, sum(product(part, kernel.T) for part, kernel in zip(inner, first(own))).astype(rows.dtype))
+        return back, Kernels(*(made.at[owner[i]].add(part) for made, part in zip(sums, parts)))
 
-    return jax.lax.fori_loop(0, count, step, jnp.zeros((rows.shape[0], out), rows.dtype))
+    sums = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, jnp.float32), kernels)
+    back, sums = jax.lax.fori_loop(0, count, step, (jnp.zeros_like(rows), sums))
+    return back, jax.tree.map(lambda made, kernel: made.astype(kernel.dtype), sums, kernels), None, None
+
+
+def _own(kernels: Kernels, expert) -> Kernels:
+    return jax.tree.map(lambda kernel: kernel[expert], kernels)
 
 
 def _block(rows, owner, i):
@@ -137,33 +171,12 @@ def _block(rows, owner, i):
     return jax.lax.dynamic_slice_in_dim(rows, i * size, size)
 
 
-def _block_dot_backward(saved, g):
-    rows, kernel, owner, count = saved
-
-    def step(i, made):
-        part = jnp.matmul(_block(rows, owner, i).T, _block(g, owner, i), preferred_element_type=jnp.float32)
-        return made.at[owner[i]].add(part)
-
-    made = jax.lax.fori_loop(0, count, step, jnp.zeros(kernel.shape, jnp.float32))
-    return _over_blocks(g, kernel, owner, count, ((1,), (1,))), made.astype(kernel.dtype), None, None
+def _put(rows, i, block):
+    return jax.lax.dynamic_update_slice_in_dim(rows, block, i * block.shape[0], 0)
 
 
-block_dot.defvjp(lambda *args: (block_dot(*args), args), _block_dot_backward)
-GROUPINGS = {"tpu": by_sorting}  # platform -> function; in_blocks on all others
-
-
-def feed_forward(x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int):
-    """x [n, D] through this device's `experts` [n * fan] -> [n * fan, D], one row for each choice, zeros for none.
-    `likely`: choices that are there when tokens spread evenly."""
-    groups = GROUPINGS.get(platform, in_blocks)(experts, kernels.up.shape[0], likely)
-    rows = pick(x, groups.there, groups.back, fan)
-    hidden = _hidden(rows, kernels, activation, groups.matmul)
-    return pick(groups.matmul(hidden, kernels.down), groups.back, groups.there, 1)
-
-
-def _hidden(rows, kernels: Kernels, activation, matmul):
-    up = matmul(rows, kernels.up)
-    return activation(up) if kernels.gate is None else activation(matmul(rows, kernels.gate)) * up
+through_blocks.defvjp(lambda *args: (through_blocks(*args), args[1:]), _through_blocks_backward)
+WAYS = {"tpu": by_sorting}  # platform -> function; by_blocks on all others
 
 
 # ---- dropless ----
@@ -271,8 +284,8 @@ def limited(x, choice, kernels: Kernels, activation: Callable, devices: int, roo
     if devices > 1:
         rows = jax.lax.all_to_all(rows, AXIS, 0, 1, tiled=True)  # [E / p, p * B, C, D]
     shape = rows.shape
-    matmul = partial(jnp.einsum, "end,edf->enf")
-    hidden = _hidden(rows.reshape(shape[0], -1, D), kernels, activation, matmul)
+    rows, matmul = rows.reshape(shape[0], -1, D), partial(jnp.einsum, "end,edf->enf")
+    hidden = hidden_of(activation, *(matmul(rows, kernel) for kernel in first(kernels)))
     out = matmul(hidden, kernels.down).reshape(shape)
     if devices > 1:
         out = jax.lax.all_to_all(out, AXIS, 1, 0, tiled=True)
