@@ -33,11 +33,43 @@ def pick(x, there, back, fan):
 
 
 def _pick_backward(fan, back, g):
-    rows = jnp.take(g, back, axis=0, mode="fill", fill_value=0)
-    return rows if fan == 1 else rows.reshape(-1, fan, rows.shape[-1]).sum(1), None, None
+    return combine(g, jnp.ones((back.size // fan, fan), jnp.float32), None, back), None, None
 
 
 pick.defvjp(lambda x, there, back, fan: (pick(x, there, back, fan), back), _pick_backward)
+
+
+@jax.custom_vjp
+def combine(rows, weight, there, back):
+    """The choices of each token, from their places in rows [places, D], summed in float32 with weight [n, k] -> [n, D];
+    `there` and `back` as in `pick`. One choice of all tokens after the other: an array [n, k, D] of float32 would be the
+    largest that there is, and a TPU pads its k to 8."""
+    return sum(_column(rows, back, weight.shape, j) * weight[:, j, None]
+               for j in range(weight.shape[1])).astype(rows.dtype)
+
+
+def _column(rows, back, shape, j):
+    return jnp.take(rows, back.reshape(shape)[:, j], axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+
+
+def _combine_backward(saved, g):
+    rows, weight, there, back = saved
+    fan = weight.shape[1]
+    scale = jnp.take(weight.ravel(), there, mode="fill", fill_value=0)[:, None]
+    to_rows = jnp.take(g, there // fan, axis=0, mode="fill", fill_value=0) * scale
+    to_weight = [(_column(rows, back, weight.shape, j) * g).sum(-1) for j in range(fan)]
+    return to_rows.astype(rows.dtype), jnp.stack(to_weight, -1), None, None
+
+
+combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)
+
+
+class Placed(NamedTuple):
+    """What experts made of choices: rows [places, D], and the two index vectors."""
+
+    rows: jax.Array
+    there: jax.Array
+    back: jax.Array
 
 
 def _sort(experts: jax.Array, count: int):
@@ -51,9 +83,8 @@ def _starts(sizes):
     return jnp.cumsum(sizes, axis=-1) - sizes
 
 
-def feed_forward(x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int):
-    """x [n, D] through this device's `experts` [n * fan] -> [n * fan, D], one row for each choice, zeros for none.
-    `likely`: choices that are there when tokens spread evenly."""
+def feed_forward(x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int) -> Placed:
+    """x [n, D] through this device's `experts` [n * fan], a row for each choice and zeros for none. `likely`: choices that are there when tokens spread evenly."""
     return WAYS.get(platform, by_blocks)(x, experts, fan, kernels, activation, likely)
 
 
@@ -80,7 +111,7 @@ def by_sorting(x, experts, fan: int, kernels: Kernels, activation: Callable, lik
     back = jnp.where(experts < kernels.up.shape[0], rank, places)
     rows = pick(x, there, back, fan)
     hidden = hidden_of(activation, *(ragged_dot(rows, kernel, sizes) for kernel in first(kernels)))
-    return pick(ragged_dot(hidden, kernels.down, sizes), back, there, 1)
+    return Placed(ragged_dot(hidden, kernels.down, sizes), there, back)
 
 
 @jax.custom_vjp
@@ -123,7 +154,7 @@ def by_blocks(x, experts, fan: int, kernels: Kernels, activation: Callable, like
                       experts.size).ravel()
     back = jnp.where(experts < count, before[experts] * size + rank - starts[experts], there.size)
     out = through_blocks(activation, pick(x, there, back, fan), kernels, owner, blocks.sum())
-    return pick(out, back, there, 1)
+    return Placed(out, there, back)
 
 
 def block_rows(choices: int, experts: int) -> int:
@@ -181,8 +212,8 @@ WAYS = {"tpu": by_sorting}  # platform -> function; by_blocks on all others
 
 # ---- dropless ----
 
-def dropless(x, choice, kernels: Kernels, activation: Callable, devices: int, platform: str):
-    """Every choice computed: x [n, D], choice [n, k] in 0 … E (E: none) -> [n, k, D].
+def dropless(x, choice, weight, kernels: Kernels, activation: Callable, devices: int, platform: str):
+    """Every choice computed: x [n, D], choice [n, k] in 0 … E (E: none), summed with weight [n, k] -> [n, D].
 
     With `devices` along the axis expert the choices go to their experts' owner, where they are grouped once more, and
     back. A device may be sent everything, so that its buffer has room for p * n * min(k, E / p) choices: nothing
@@ -190,7 +221,8 @@ def dropless(x, choice, kernels: Kernels, activation: Callable, devices: int, pl
     (n, k), own = choice.shape, kernels.up.shape[0]
     flat = choice.ravel()
     if devices == 1:
-        return feed_forward(x, flat, k, kernels, activation, platform, flat.size).reshape(n, k, -1)
+        done = feed_forward(x, flat, k, kernels, activation, platform, flat.size)
+        return combine(done.rows, weight, done.there, done.back)
     order, rank, sizes = _sort(flat, devices * own)
     sizes = jax.lax.all_gather(sizes, AXIS)  # [p, E]
     me, room = jax.lax.axis_index(AXIS), n * min(k, own)
@@ -198,8 +230,9 @@ def dropless(x, choice, kernels: Kernels, activation: Callable, devices: int, pl
     coming = jax.lax.dynamic_slice_in_dim(sizes, me * own, own, 1)  # [p, E / p]
     experts = (jnp.arange(room)[None, :, None] >= jnp.cumsum(coming, 1)[:, None]).sum(-1).ravel()
     trip = EXCHANGES.get(platform, ragged)(Route(flat, order, rank, sent, me, own, room))
-    out = feed_forward(trip.go(x, k), experts, 1, kernels, activation, platform, flat.size)
-    return trip.come_back(out).reshape(n, k, -1)
+    done = feed_forward(trip.go(x, k), experts, 1, kernels, activation, platform, flat.size)
+    home = trip.come_back(pick(done.rows, done.back, done.there, 1))
+    return combine(home.rows, weight, home.there, home.back)
 
 
 class Route(NamedTuple):
@@ -217,7 +250,7 @@ class Route(NamedTuple):
 
 class Trip(NamedTuple):
     """go(x [n, D], k) -> [p * room, D], what comes from device i from place i * room on, zeros elsewhere;
-    come_back([p * room, D]) -> [choices, D]."""
+    come_back([p * room, D]) -> Placed."""
 
     go: Callable
     come_back: Callable
@@ -232,7 +265,7 @@ def padded(route: Route) -> Trip:
     device = choice // own
     back = jnp.where(device < devices, device * room + rank - starts[device], there.size)
     trade = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
-    return Trip(lambda x, k: trade(pick(x, there, back, k)), lambda out: pick(trade(out), back, there, 1))
+    return Trip(lambda x, k: trade(pick(x, there, back, k)), lambda out: Placed(trade(out), there, back))
 
 
 def ragged(route: Route) -> Trip:
@@ -251,7 +284,7 @@ def ragged(route: Route) -> Trip:
 
     def come_back(out):
         rows = trade(out, jnp.zeros((none, out.shape[1]), out.dtype), ends, sent[:, me], starts[:, me], sent[me])
-        return pick(rows, back, there, 1)
+        return Placed(rows, there, back)
 
     return Trip(go, come_back)
 
@@ -266,9 +299,9 @@ def capacity(tokens: int, experts: int, per_token: int, factor: float) -> int:
     return max(1, min(tokens, math.ceil(round(tokens * per_token * factor / experts, 6))))  # 55.000001 is 55
 
 
-def limited(x, choice, kernels: Kernels, activation: Callable, devices: int, room: int):
-    """The first `room` choices of each expert in each row: x [B, T, D], choice [B, T, k] in 0 … E -> [B, T, k, D],
-    zeros for the others. A row is its own group, so that the result does not depend on the mesh."""
+def limited(x, choice, weight, kernels: Kernels, activation: Callable, devices: int, room: int):
+    """The first `room` choices of each expert in each row: x [B, T, D], choice [B, T, k] in 0 … E, summed with weight
+    [B, T, k] -> [B, T, D], the others as zeros. A row is its own group, so that the result does not depend on the mesh."""
     (B, T, k), D, count = choice.shape, x.shape[2], devices * kernels.up.shape[0]
 
     def places(choice):
@@ -290,7 +323,7 @@ def limited(x, choice, kernels: Kernels, activation: Callable, devices: int, roo
     if devices > 1:
         out = jax.lax.all_to_all(out, AXIS, 1, 0, tiled=True)
     out = jnp.moveaxis(out, 0, 1).reshape(B, count * room, D)
-    return jax.vmap(lambda *args: pick(*args, 1))(out, back, there).reshape(B, T, k, D)
+    return jax.vmap(combine)(out, weight, there, back)
 
 
 def all_manual(fn: Callable, shape: tuple[int, ...], dtype) -> Callable:

@@ -145,13 +145,10 @@ def dispatch(model: config.Model, x, choice, weight, kernels: experts.Kernels, r
         gather = lambda kernel, dim: sharding.gather(kernel, split, dim) if split else kernel
         kernels = experts.Kernels(gather(given[0], 2), *(gather(kernel, 1) for kernel in given[1:]))
         if room is None:
-            B, T, D = x.shape
-            flat = x.reshape(B * T, D), choice.reshape(B * T, -1)
-            out = experts.dropless(*flat, kernels, activation, devices, platform)
+            flat = (y.reshape(-1, y.shape[-1]) for y in (x, choice, weight))
+            y = experts.dropless(*flat, kernels, activation, devices, platform).reshape(x.shape)
         else:
-            out = experts.limited(x, choice, kernels, activation, devices, room)
-        out = out.reshape(*weight.shape, -1).astype(jnp.float32)
-        y = (out * weight[..., None]).sum(2).astype(x.dtype)
+            y = experts.limited(x, choice, weight, kernels, activation, devices, room)
         if scatter:
             return jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True)
         return jax.lax.psum(y, "tensor") if tensor > 1 else y
