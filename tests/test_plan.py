@@ -133,6 +133,17 @@ def test_logits_of_llama_8b():
     assert logits == memory.LOGITS * 8 * 8192 * 128_256 / 8 * 4
 
 
+def test_rows_and_turns_of_experts_blocks():
+    """1,024 tokens x 2 choices over 4 experts: 512 each, in blocks of 128, and half a block more for each. An axis expert of
+    2 leaves a device 2 experts of 1,024 choices each."""
+    model = configs.Model(experts=4, experts_per_token=2)
+    assert memory.padding(model, ONE, 1024, "gpu") == 4 * 128 / 2048
+    assert memory.turns(model, ONE, 1024) == 4 * 4.5
+    assert memory.padding(model, ONE | {"expert": 2}, 1024, "gpu") == 2 * 256 / 2048
+    assert memory.padding(model, ONE, 1024, "tpu") == memory.padding(replace(model, dispatch="capacity"), ONE, 1024, "gpu") == 0
+    assert memory.spare(model, ONE, 1024, "gpu") == 1.25
+
+
 def test_what_remat_keeps_is_ordered():
     peaks = [memory.memory(changed(llama(), model=dict(remat=remat)), ONE | {"fsdp": 64}, "splash", "tpu").activations
              for remat in ("block", "dots", "none")]

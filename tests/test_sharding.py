@@ -226,3 +226,17 @@ def test_reshape_local_and_spread(mesh):
     assert split.sharding.spec == doubled.sharding.spec == P(BATCH, "context", "tensor", None)
     assert first.sharding.spec == P(BATCH, "tensor")
     assert {s.data.shape for s in spread.addressable_shards} == {(1, 4, 6)}
+
+
+@pytest.mark.parametrize("platform, dim, kept", [("gpu", 1, True), ("gpu", 0, False), ("cpu", 1, False)])
+def test_gathered_weights_keep_their_layout_on_gpus(platform, dim, kept, mesh, monkeypatch):
+    """The shard's and its gradient's, where the dim that is gathered is not the outermost."""
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    grid, weight = mesh(fsdp=8), jnp.arange(64.0 * 16).reshape(64, 16)
+    stored = P(*("fsdp" if i == dim else None for i in range(2)))
+    gather = jax.shard_map(lambda w: sharding.gather(w, ("fsdp",), dim), in_specs=stored, out_specs=P(), check_vma=False)
+    with jax.set_mesh(grid):
+        placed = jax.device_put(weight, NamedSharding(grid, stored))
+        both = jax.jit(jax.value_and_grad(lambda w: (gather(w)**2).sum()))
+        assert str(jax.make_jaxpr(both)(placed)).count("layout_constraint") == 2 * kept
+        np.testing.assert_array_equal(jax.jit(gather)(placed), weight)

@@ -23,7 +23,7 @@ INSIDE, INSIDE_EXPERTS = 2.0, 1.2
 ACTIVATIONS = {"relu": 2.0, "relu2": 2.0}
 SMOOTH = 5.0
 # Times one layer's experts in bfloat16: their gradients in float32, and on TPUs copies in other layouts (the same).
-EXPERTS = {"tpu": 6.0, "gpu": 1.5}
+EXPERTS = {"tpu": 6.0, "gpu": 3.0}
 # Output matrices in float32 while the loss goes through its chunks (train/loss.py): the sum of their gradients, and on
 # GPUs, which do not fuse it, one chunk's and the matrix itself.
 SUMMED = {"tpu": 1.0, "gpu": 3.0}
@@ -126,11 +126,13 @@ def spare(model: configs.Model, shape: dict[str, int], tokens: float, platform: 
     return room + padding(model, shape, tokens, platform)
 
 
-def buffered(widths: Widths, model: configs.Model, times: float) -> Widths:
-    """`widths` as they stand in memory: those of experts `times` as wide (`spare`)."""
+def buffered(widths: Widths, model: configs.Model, times: float, platform: str) -> Widths:
+    """`widths` as they stand in memory: those of experts `times` as wide (`spare`); their hidden values of one block only
+    where a GPU goes block by block."""
     if not widths.sent:
         return widths
-    grow = (times * widths.sent + model.shared_experts) / (widths.sent + model.shared_experts)
+    inside = 0.0 if platform == "gpu" and model.dispatch == "dropless" else times
+    grow = (inside * widths.sent + model.shared_experts) / (widths.sent + model.shared_experts)
     return widths._replace(inner=widths.inner * grow, hidden=widths.hidden * grow, sent=widths.sent * times)
 
 
@@ -145,7 +147,8 @@ def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
         return 2 * stream + ((widths.q + 2 * widths.kv) / tensor * half if widths.sent else inside)
     norms = 2 * (stream + stream / half * FULL)  # what goes into the matmuls, and the norms' own float32
     activation = (2 * widths.q + widths.hidden * ACTIVATIONS.get(widths.ffn, SMOOTH)) / tensor * half
-    return 3 * stream + inside + norms + activation
+    sent = 2 * widths.sent * model.embed * half  # what goes into the experts, and what comes back
+    return 3 * stream + inside + norms + activation + sent
 
 
 def scores_bytes(job: Job, shape: dict[str, int], rows: float, kernel: str) -> float:
@@ -164,7 +167,7 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     fsdp = math.prod(shape[axis] for axis in configs.FSDP_AXES) > 1
     stages = shape["pipeline"]
     times = spare(model, shape, here.tick_tokens, platform)
-    layers = [buffered(widths, model, times) for widths in job.layers]
+    layers = [buffered(widths, model, times, platform) for widths in job.layers]
     held = [kept(job, widths, shape) for widths in layers]
     activations = here.tick_tokens * here.ticks * sum(held) * here.tick_layers / len(held)
     if stages > 1:  # every stage holds all microbatches' streams, coming and going
