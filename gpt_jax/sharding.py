@@ -104,9 +104,19 @@ def used(*axes: str | None) -> P:
 
 def platform() -> str:
     """What the program is compiled for: the platform of the mesh, which need not be this process's."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
+    device = _abstract_device()
     return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+    """The kind of device that the program is compiled for (devices.py)."""
+    device = _abstract_device()
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def _abstract_device():
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh.abstract_device
 
 
 def axis_size(axis: str) -> int:

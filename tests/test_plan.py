@@ -11,6 +11,7 @@ from gpt_jax import config as configs
 from gpt_jax import devices, experiment, sharding
 from gpt_jax.commands import flags
 from gpt_jax.errors import UsageError
+from gpt_jax.model import experts
 from gpt_jax.plan import compiled, hlo, memory, roofline, schedule, targets, topology, traffic
 from gpt_jax.plan.job import entries, with_vocab
 
@@ -214,6 +215,16 @@ def test_gradients_on_a_tpu(data, what, sent):
     flows = {(flow.axis, flow.what): flow.bytes for flow in traffic.flows(job, ONE | {"data": data, "fsdp": 64}, "tpu")}
     assert flows["fsdp", what] == pytest.approx(sent * 63 / 64 * whole, rel=1e-4)
     assert data == 1 or flows["data", "gradients summed"] == pytest.approx(whole / 64, rel=1e-4)
+
+
+def test_tokens_travel_to_experts_with_empty_places_on_v5e():
+    """Whose exchange is padded: of 8 experts on 8 devices one gets all of a device's tokens at most, and 2 choices of each
+    travel."""
+    job, shape = job_of("moe:small"), ONE | {"expert": 8}
+    sent = {padded: next(flow.bytes for flow in traffic.flows(job, shape, "tpu", padded)
+                         if flow.what == "tokens to experts") for padded in (False, True)}
+    assert sent[True] == 4 * sent[False] > 0
+    assert {name for name, chip in devices.CHIPS.items() if chip.kind in experts.EXCHANGES} == {"v5e"}
 
 
 def test_the_whole_step_as_arithmetic_and_compiler_have_it():

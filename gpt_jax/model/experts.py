@@ -212,7 +212,7 @@ WAYS = {"tpu": by_sorting}  # platform -> function; by_blocks on all others
 
 # ---- dropless ----
 
-def dropless(x, choice, weight, kernels: Kernels, activation: Callable, devices: int, platform: str):
+def dropless(x, choice, weight, kernels: Kernels, activation: Callable, devices: int, platform: str, kind: str):
     """Every choice computed: x [n, D], choice [n, k] in 0 … E (E: none), summed with weight [n, k] -> [n, D].
 
     With `devices` along the axis expert the choices go to their experts' owner, where they are grouped once more, and
@@ -229,7 +229,7 @@ def dropless(x, choice, weight, kernels: Kernels, activation: Callable, devices:
     sent = sizes.reshape(devices, devices, own).sum(-1)  # [from, to]
     coming = jax.lax.dynamic_slice_in_dim(sizes, me * own, own, 1)  # [p, E / p]
     experts = (jnp.arange(room)[None, :, None] >= jnp.cumsum(coming, 1)[:, None]).sum(-1).ravel()
-    trip = EXCHANGES.get(platform, ragged)(Route(flat, order, rank, sent, me, own, room))
+    trip = EXCHANGES.get(kind, ragged)(Route(flat, order, rank, sent, me, own, room))
     done = feed_forward(trip.go(x, k), experts, 1, kernels, activation, platform, flat.size)
     home = trip.come_back(pick(done.rows, done.back, done.there, 1))
     return combine(home.rows, weight, home.there, home.back)
@@ -257,7 +257,7 @@ class Trip(NamedTuple):
 
 
 def padded(route: Route) -> Trip:
-    """`jax.lax.all_to_all` of as many places as may be needed: for a CPU, which has no ragged exchange."""
+    """`jax.lax.all_to_all` of as many places as may be needed: for devices that have no ragged exchange."""
     choice, order, rank, sent, me, own, room = route
     devices, none = sent.shape[0], choice.size
     starts, place = _starts(sent[me]), jnp.arange(room)
@@ -289,7 +289,9 @@ def ragged(route: Route) -> Trip:
     return Trip(go, come_back)
 
 
-EXCHANGES = {"cpu": padded}  # platform -> function; ragged on all others
+# Kind of device -> function; ragged on all others. libtpu 0.0.42 refuses the ragged exchange on v5e beyond 16 chips
+# ("not supported in limited ICI routing settings").
+EXCHANGES = {"cpu": padded, "TPU v5 lite": padded}
 
 
 # ---- capacity ----

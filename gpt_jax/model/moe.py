@@ -136,6 +136,7 @@ def dispatch(model: config.Model, x, choice, weight, kernels: experts.Kernels, r
     activation = FFNS[model.expert_ffn][0]
     devices, tensor = sharding.axis_size("expert"), sharding.axis_size("tensor")
     scatter, platform = sharding.parts(model.stream) > sharding.parts("seq"), sharding.platform()
+    kind = sharding.device_kind()
     given = [kernel.astype(x.dtype) for kernel in kernels if kernel is not None]
     stored, laid = sharding.STORED["expert_embed"], jax.typeof(given[0]).sharding.spec
     split = tuple(axis for axis in stored if sharding.axis_size(axis) > 1 and stored in laid)  # no axis with ZeRO-1
@@ -146,7 +147,7 @@ def dispatch(model: config.Model, x, choice, weight, kernels: experts.Kernels, r
         kernels = experts.Kernels(gather(given[0], 2), *(gather(kernel, 1) for kernel in given[1:]))
         if room is None:
             flat = (y.reshape(-1, y.shape[-1]) for y in (x, choice, weight))
-            y = experts.dropless(*flat, kernels, activation, devices, platform).reshape(x.shape)
+            y = experts.dropless(*flat, kernels, activation, devices, platform, kind).reshape(x.shape)
         else:
             y = experts.limited(x, choice, weight, kernels, activation, devices, room)
         if scatter:

@@ -116,14 +116,18 @@ def turns(model: configs.Model, shape: dict[str, int], tokens: float) -> float:
     return choices / rows * (1 + padding(model, shape, tokens, "gpu") / 2)
 
 
-def spare(model: configs.Model, shape: dict[str, int], tokens: float, platform: str) -> float:
-    """Places of a device's buffers for each choice that its `tokens` make. Over an axis expert `dropless` has room for
-    all that may come (model/experts.py)."""
+def room(model: configs.Model, shape: dict[str, int]) -> float:
+    """Places in the exchange of tokens with experts for each choice. Over an axis expert `dropless` has room for all that
+    may come (model/experts.py)."""
     if model.dispatch == "capacity":
         return model.capacity_factor
     expert, chosen = shape["expert"], model.experts_per_token
-    room = expert * min(chosen, model.experts // expert) / chosen if expert > 1 else 1.0
-    return room + padding(model, shape, tokens, platform)
+    return expert * min(chosen, model.experts // expert) / chosen if expert > 1 else 1.0
+
+
+def spare(model: configs.Model, shape: dict[str, int], tokens: float, platform: str) -> float:
+    """Places of a device's buffers for each choice that its `tokens` make."""
+    return room(model, shape) + padding(model, shape, tokens, platform)
 
 
 def buffered(widths: Widths, model: configs.Model, times: float, platform: str) -> Widths:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.devices import GIB, GPU_FRACTION, mfu
 from gpt_jax.errors import UsageError
-from gpt_jax.model import kernels
+from gpt_jax.model import experts, kernels
 from gpt_jax.plan.job import Job, entries
 from gpt_jax.plan.memory import FULL, Local, Memory, compute_bytes, local, memory, padding
 from gpt_jax.plan.topology import Topology
@@ -77,8 +77,8 @@ def attention_flops(job: Job, kernel: str) -> float:
 
 def _again(job: Job) -> tuple[float, float]:
     """FLOPs done over FLOPs counted, (matmuls of layers, attention): recomputing adds a forward pass to three."""
-    experts = any(widths.sent for widths in job.layers)  # whose matmuls `dots` does not keep
-    matmuls = {"none": 1.0, "block": 4 / 3, "offload": 1.0, "dots": 4 / 3 if experts else 1.0}[job.config.model.remat]
+    sent = any(widths.sent for widths in job.layers)  # whose matmuls `dots` does not keep
+    matmuls = {"none": 1.0, "block": 4 / 3, "offload": 1.0, "dots": 4 / 3 if sent else 1.0}[job.config.model.remat]
     return matmuls, 1.0 if job.config.model.remat == "none" else 4 / 3
 
 
@@ -160,7 +160,7 @@ def estimate(job: Job, topology: Topology) -> Estimate:
     passes = passes_seconds(job, topology, kernel, shape, here)
     update = update_seconds(job, topology, shape)
     found_flows = [(flow, link(topology, shape, across, flow.axis))
-                   for flow in flows(job, shape, topology.chip.platform)]
+                   for flow in flows(job, shape, topology.chip.platform, topology.chip.kind in experts.EXCHANGES)]
     hidden, open_ = ({axis: seconds for axis in configs.AXES if (seconds := sum(
         flow.bytes / line.speed for flow, line in found_flows if flow.axis == axis and flow.hidden == kind))}
         for kind in (True, False))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.plan.job import Job, entries
-from gpt_jax.plan.memory import FULL, Local, compute_bytes, local, stream_bytes
+from gpt_jax.plan.memory import FULL, Local, compute_bytes, local, room, stream_bytes
 from gpt_jax.plan.topology import Topology
 
 
@@ -134,7 +134,7 @@ def _sum(axis: str, once: float, platform: str, cut: bool) -> Flow:
     return Flow(axis, "gradients scattered" if cut else "gradients summed", once * (1 if cut else 2), platform != "tpu")
 
 
-def _activations(job: Job, shape: dict[str, int], here: Local) -> list[Flow]:
+def _activations(job: Job, shape: dict[str, int], here: Local, padded: bool) -> list[Flow]:
     """Streams and keys that cross between devices, forward, recomputed and backward."""
     config, model, half = job.config, job.config.model, compute_bytes(job)
     count, flows = config.train.accumulate, []
@@ -148,8 +148,9 @@ def _activations(job: Job, shape: dict[str, int], here: Local) -> list[Flow]:
         if context > 1:  # keys and values go round; backward their float32 gradients too
             keys = 2 * widths.kv / tensor * passed * (context - 1)
             flows.append(Flow("context", "keys and values", keys * ((2 + again) * half + FULL) * count, False))
-        if expert > 1 and widths.sent:  # there and back, forward and backward
-            moved = (4 + 2 * again) * share(expert) * widths.sent * model.embed * half * passed
+        if expert > 1 and widths.sent:  # there and back, forward and backward; empty places too where they travel
+            moved = (4 + 2 * again) * share(expert) * widths.sent * model.embed * half * passed * (
+                room(model, shape) if padded or model.dispatch == "capacity" else 1)
             flows.append(Flow("expert", "tokens to experts", moved * count, False))
     if stages > 1:
         flows.append(Flow("pipeline", "streams to the next stage", 2 * here.ticks * here.tick_tokens
@@ -160,10 +161,11 @@ def _activations(job: Job, shape: dict[str, int], here: Local) -> list[Flow]:
     return flows
 
 
-def flows(job: Job, shape: dict[str, int], platform: str) -> list[Flow]:
-    """All of a step, one entry for each axis and kind. `platform`: tpu or gpu, whose compilers differ."""
+def flows(job: Job, shape: dict[str, int], platform: str, padded: bool = False) -> list[Flow]:
+    """All of a step, one entry for each axis and kind. `platform`: tpu or gpu, whose compilers differ; `padded`: the
+    exchange of tokens with experts sends empty places too (model/experts.py)."""
     here, total = local(job, shape), {}
-    for flow in _weights(job, shape, here, platform) + _activations(job, shape, here):
+    for flow in _weights(job, shape, here, platform) + _activations(job, shape, here, padded):
         key = flow._replace(bytes=0)
         total[key] = total.get(key, 0) + flow.bytes
     return [key._replace(bytes=size) for key, size in total.items()]
