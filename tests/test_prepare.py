@@ -560,3 +560,10 @@ def test_inputs_that_are_joined_and_files_that_are_no_part_are_told(tmp_path, ca
     said = capsys.readouterr()
     assert "all files are whole" in said.out
     assert said.err.count("is no part of the corpus") == 1 and "wiki/notes.txt: is no part" in said.err
+
+
+def test_a_file_that_is_given_twice_is_named(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", texts(3))
+    runs.call("prepare", f"--input=wiki={path}", f"--input={path}", "--workers=1", f"--output={tmp_path / 'out'}")
+    assert f"--input: {path} is given 2 times, and its documents are taken as often" in capsys.readouterr().err
+    assert corpus.read_manifest(tmp_path / "out")["sources"].keys() == {"wiki", "text"}

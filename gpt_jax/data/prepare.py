@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import functools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -62,6 +63,9 @@ def prepare(inputs: Mapping[str, tuple[str, ...]], folder: Path, settings: Setti
     found = {name: find(paths, f"--input {name}") for name, paths in inputs.items()}
     found, revisions = sameness.pin(found, sameness.earlier(folder).get("revisions", {}), say)
     stamps = {source.path: sameness.stamp(source) for group in found.values() for source in group}
+    for path, times in Counter(source.path for group in found.values() for source in group).items():
+        if times > 1:
+            say(f"--input: {path} is given {times} times, and its documents are taken as often")
     with _output(folder):
         about = sameness.describe(settings, known, found, revisions)
         state = {str(path): list(map(str, value)) for path, value in stamps.items()}
