@@ -141,7 +141,7 @@ CUBLAS = """%step (i: s32[]) -> s32[] {
   %r = bf16[64,32]{1,0} parameter(1)
   %call = (bf16[512,32]{1,0}, s8[4194304]{0}) custom-call(%l, %r), custom_call_target="__cublas$lt$matmul", """ \
     """backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],""" \
-    """"rhs_contracting_dimensions":["0"]}}}
+    """"rhs_contracting_dimensions":["0"]}},"estimated_cycles":"9"}
 }
 
 %until (i: s32[], n: s32[]) -> pred[] {
@@ -163,3 +163,4 @@ def test_flops_of_calls_of_cublas(known, flops):
     found = hlo.read(CUBLAS.replace("body=%step", """body=%step, backend_config={"known_trip_count":{"n":"5"}}""")
                      if known else CUBLAS, {"fsdp": 8})
     assert (found.matmul_flops, found.turn_flops) == tuple(n * 2 * 512 * 64 * 32 for n in flops)
+    assert (found.cycles, found.turn_cycles) == tuple(n * 9 for n in flops)

@@ -58,13 +58,15 @@ class Collective:
 
 @dataclass(frozen=True)
 class Program:
-    """Sums over one run of the program. `cycles`: the compiler's estimates; `kernels`: custom calls by target;
-    `turn_flops`: matmuls in one turn of the loops whose length the data decides, `matmul_flops`: all others."""
+    """Sums over one run of the program. `cycles`: the compiler's estimates; `kernels`: custom calls by target.
+    `turn_cycles` and `turn_flops`: of one turn of the loops whose length the data decides, `cycles` and `matmul_flops` of
+    all else."""
 
     collectives: tuple[Collective, ...]
     cycles: int
     kernels: dict[str, int]
     matmul_flops: float
+    turn_cycles: int
     turn_flops: float
 
 
@@ -203,18 +205,18 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
     found: dict[tuple, Counter] = {}  # channel, kind, axes, bytes -> how often each of its instructions runs
     hidden: Counter = Counter()  # channel -> how often it is started and left to run
     kernels: Counter = Counter()
-    total = {"cycles": 0, "flops": 0.0, "turns": 0.0}
+    cycles, flops = [0, 0], [0.0, 0.0]  # of everything, but of one turn of loops whose length the data decides
 
-    def visit(name: str, times: int, counted: bool, background: bool, flops: str):
+    def visit(name: str, times: int, counted: bool, background: bool, turn: bool):
         """`counted`: an instruction around this computation carries its cycles; `background`: one started here is;
-        `flops`: where those of this computation are added."""
+        `turn`: it is a turn of a loop whose length the data decides."""
         lines = computations.get(name, ())
         sizes, shapes = {line.name: size_of(line.result) for line in lines}, {line.name: line.result for line in lines}
         targets = [target[1] for line in lines if (target := _TARGET.search(line.rest))]
         for line in lines:
-            cycles = None if counted else _CYCLES.search(line.rest)
-            total["cycles"] += times * int(cycles[1]) if cycles else 0
-            total[flops] += times * _flops(line, shapes)
+            own = None if counted else _CYCLES.search(line.rest)
+            cycles[turn] += times * int(own[1]) if own else 0
+            flops[turn] += times * _flops(line, shapes)
             kind = line.opcode.removesuffix("-start")
             if kind in KINDS:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
@@ -231,10 +233,10 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
                     continue  # what a reduction does to each pair
                 repeat = trips(line, computations) if line.opcode == "while" and role in ("body", "condition") else 1
                 for inner in names:
-                    visit(inner, times * (repeat or 1), counted or bool(cycles),
-                          background or line.opcode == "async-start", flops if repeat else "turns")
+                    visit(inner, times * (repeat or 1), counted or bool(own),
+                          background or line.opcode == "async-start", turn or not repeat)
 
-    visit(entry, 1, False, False, "flops")
+    visit(entry, 1, False, False, False)
     # libtpu writes an asynchronous collective several times: where it starts, in the fusions that it runs behind, at
     # its end; and a reduce-scatter as a fusion, named all-reduce-scatter, of a sum and a slice.
     calls: Counter = Counter()
@@ -242,4 +244,4 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
         calls[*channel[1:], channel in hidden] += hidden[channel] or max(instructions.values())
     rows = [Collective(kind, axes, size, count, late) for (kind, axes, size, late), count in calls.items() if axes]
     rows.sort(key=lambda row: -row.bytes * row.calls)
-    return Program(tuple(rows), total["cycles"], dict(kernels), total["flops"], total["turns"])
+    return Program(tuple(rows), cycles[0], dict(kernels), flops[0], cycles[1], flops[1])

@@ -109,8 +109,11 @@ def padding(model: configs.Model, shape: dict[str, int], tokens: float, platform
     return own * block_rows(int(choices), own) / choices
 
 
-def turns(model: configs.Model, shape: dict[str, int], tokens: float) -> float:
-    """Blocks that `tokens` fill on a device of a GPU machine, half of each expert's last one empty."""
+def turns(job: Job, shape: dict[str, int], tokens: float) -> float:
+    """Blocks of experts' rows that `tokens` fill on a device, half of each expert's last one empty; 1 without experts."""
+    model = job.config.model
+    if not any(widths.sent for widths in job.layers):
+        return 1.0
     choices = tokens * model.experts_per_token
     rows = block_rows(int(choices), max(1, model.experts // shape["expert"]))
     return choices / rows * (1 + padding(model, shape, tokens, "gpu") / 2)

@@ -43,9 +43,9 @@ def schedule_of(job: Job, topology: Topology, kernel: str, program: dict) -> Sch
     config = job.config
     shape, across = configs.mesh_shape(config.mesh, topology.devices), configs.cross_slice(config.mesh)
     here, by_cycles = local(job, shape), program["cycles"] > 0
-    attention = attention_seconds(job, topology, kernel, here)
+    attention, repeat = attention_seconds(job, topology, kernel, here), turns(job, shape, here.tick_tokens)
     if by_cycles:
-        computing = program["cycles"] / topology.chip.clock
+        computing = (program["cycles"] + program["turn_cycles"] * repeat) / topology.chip.clock
     else:
         computing = compute_seconds(job, topology, kernel, shape, here) - attention
         computing += passes_seconds(job, topology, kernel, shape, here)
@@ -56,7 +56,7 @@ def schedule_of(job: Job, topology: Topology, kernel: str, program: dict) -> Sch
     tokens = config.train.batch_size * config.train.seq_len / step
     model = config.train.batch_size * config.train.seq_len / topology.devices * (
         6 * job.matmul_params if kernel in KERNELS else job.full_flops)
-    flops = program["matmul_flops"] + program["turn_flops"] * turns(config.model, shape, here.tick_tokens)
+    flops = program["matmul_flops"] + program["turn_flops"] * repeat
     return Schedule(computing, by_cycles, kernels, hidden, plain, update, step,
                     mfu(job.full_flops, tokens, topology.peak * topology.devices),
                     mfu(job.causal_flops, tokens, topology.peak * topology.devices), flops / model)
