@@ -122,7 +122,7 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         model = config.model
         network = make_network(model)
         like = abstract_params(model)
-        tx = make_optimizer(config.optim, like, sharding.spread, jnp.dtype(model.dtype), model.balance_rate)
+        tx = make_optimizer(config.optim, like, jnp.dtype(model.dtype), model.balance_rate)
         stored = lambda params: params
         if config.mesh.zero == 1:
             tx, stored = on_parts(tx, partial(sharding.lay_out, like=like), sharding.whole), sharding.whole

@@ -276,22 +276,6 @@ def _by_stage(fn: Callable, mapped: Callable, in_specs: tuple, out_specs) -> Cal
     return run
 
 
-def spread(x: jax.Array) -> jax.Array:
-    """A stack of matrices [L, in, out] with whole matrices on each device: L over as many mesh axes as divide it. One axis
-    moves at a time, which the compiler makes an all-to-all of; two at once it answers with a gather of everything."""
-    mesh = _mesh()
-    if mesh is None or x.ndim != 3:
-        return x if mesh is None else jax.reshard(x, P())
-    lead, *dims = map(_names, jax.typeof(x).sharding.spec)
-    size = math.prod(mesh.shape[axis] for axis in lead)
-    for axis in ("expert", "fsdp", "context", "tensor", "data"):
-        if axis not in lead and mesh.shape[axis] > 1 and x.shape[0] % (size * mesh.shape[axis]) == 0:
-            lead, size = (*lead, axis), size * mesh.shape[axis]
-            dims = [tuple(name for name in dim if name != axis) for dim in dims]
-            x = jax.reshard(x, P(lead or None, *(dim or None for dim in dims)))
-    return jax.reshard(x, P(lead or None))
-
-
 # ---- the order of a row's tokens over the axis context ----
 
 def order(length: int, pieces: int) -> np.ndarray:

@@ -78,7 +78,7 @@ def run(name, columns, place, settings, optimizer="adamw"):
     """Per-step metrics of STEPS updates, the first gradient and the last state."""
     model, train, key = settings.model, settings.train, jax.random.key(3)
     like = abstract_params(model)
-    tx = optax.chain(remember(), make_optimizer(OPTIMIZERS[optimizer], like, sharding.spread))
+    tx = optax.chain(remember(), make_optimizer(OPTIMIZERS[optimizer], like))
     params = place(random_params(name))
     if settings.mesh.zero == 1:
         tx, params = on_parts(tx, partial(sharding.lay_out, like=like), sharding.whole), sharding.whole(params)

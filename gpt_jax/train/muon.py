@@ -14,6 +14,7 @@ import optax
 from gpt_jax import config
 from gpt_jax.errors import UsageError
 from gpt_jax.train.schedule import progress
+from gpt_jax.train.spread import on_whole_matrices
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932, algorithm 1): per iteration a, b, c of a x + b x^3 + c x^5, the
 # best polynomials in turn for singular values from 1e-3 to 1. All but the last are slowed by the paper's safety factor
@@ -52,6 +53,7 @@ def orthogonalize(x, iterations: int = 5, eps: float = 1e-8, dtype=jnp.float32) 
     Products run in `dtype` on the smaller side; a zero matrix stays zero."""
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else jnp.swapaxes(x, -1, -2)
+    x = x.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
     x = (x / (norm + max(eps, jnp.finfo(jnp.float32).tiny))).astype(dtype)
     for i in range(iterations):
@@ -60,22 +62,6 @@ def orthogonalize(x, iterations: int = 5, eps: float = 1e-8, dtype=jnp.float32) 
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     x = x.astype(jnp.float32)
     return x if wide else jnp.swapaxes(x, -1, -2)
-
-
-def _whole(x, spread: Callable) -> jax.Array:
-    """`spread` applied, and checked to leave no matrix `x[i]` cut over devices."""
-    x = spread(x)
-    cut = [axis for axis in jax.typeof(x).sharding.spec[-2:] if isinstance(axis, (str, tuple))]
-    if cut:
-        raise ValueError(f"spread left matrices of {jax.typeof(x)} cut over {cut}; it must move the mesh axes to the "
-                         "leading axis or drop them")
-    return x
-
-
-def _like(x, g) -> jax.Array:
-    """`x` with the sharding of `g`; outside a mesh there is nothing to do (and reshard refuses)."""
-    sharding = jax.typeof(g).sharding
-    return x if sharding.mesh.empty else jax.reshard(x, sharding)
 
 
 def momentum_at(optim: config.Optim, b1: float) -> Callable:
@@ -91,17 +77,16 @@ def momentum_at(optim: config.Optim, b1: float) -> Callable:
     return momentum
 
 
-def scale_by_muon(momentum: Callable, *, iterations: int, eps: float, spread: Callable,
-                  dtype) -> optax.GradientTransformation:
+def scale_by_muon(momentum: Callable, *, iterations: int, eps: float, dtype) -> optax.GradientTransformation:
     """Gradients to orthogonalised Nesterov momentum (the moving-average form of nanochat), `momentum(step)` at a step.
+    Matrices travel, and are multiplied, in `dtype`."""
 
-    `spread` takes a stack `[L, in, out]` (L = 1 for a single kernel) and reshards it so that each device holds whole
-    matrices."""
-
-    def orthogonal(m):
-        stack = m if m.ndim == 3 else m[None]
-        u = orthogonalize(_whole(stack, spread), iterations, eps, dtype)
-        return _like(u if m.ndim == 3 else u[0], m)
+    def orthogonal(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        stacks = [(m if m.ndim == 3 else m[None]).astype(dtype) for m in leaves]
+        found = on_whole_matrices(lambda x: orthogonalize(x, iterations, eps, dtype).astype(dtype), stacks)
+        found = [(u if m.ndim == 3 else u[0]).astype(m.dtype) for u, m in zip(found, leaves)]
+        return jax.tree.unflatten(structure, found)
 
     def init(params):
         return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -110,8 +95,7 @@ def scale_by_muon(momentum: Callable, *, iterations: int, eps: float, spread: Ca
         b = momentum(state.count)
         average = lambda m, g: b * m + (1 - b) * g
         averages = jax.tree.map(average, state.momentum, grads)
-        ahead = jax.tree.map(average, averages, grads)
-        return jax.tree.map(orthogonal, ahead), MuonState(state.count + 1, averages)
+        return orthogonal(jax.tree.map(average, averages, grads)), MuonState(state.count + 1, averages)
 
     return optax.GradientTransformation(init, update)
 
@@ -170,8 +154,7 @@ def add_decay(weight_decay: float, *, cautious: bool = False, end: int = 0) -> o
     return optax.GradientTransformation(init, update)
 
 
-def make_muon(optim: config.Optim, group: config.Group, spread: Callable = lambda x: x,
-              dtype=jnp.float32) -> optax.GradientTransformation:
+def make_muon(optim: config.Optim, group: config.Group, dtype=jnp.float32) -> optax.GradientTransformation:
     """Muon for one group, without the learning rate and its sign: momentum, orthogonalisation in `dtype`, row
     normalisation, shape factor, decay. The decay is not multiplied by the shape factor (Keller Jordan's convention).
 
@@ -180,8 +163,7 @@ def make_muon(optim: config.Optim, group: config.Group, spread: Callable = lambd
         raise UsageError("config.optim.decay_steps = 0: config.optim.muon_decay_to_zero needs the step of the zero; "
                          "set it, or resolve the config first")
     return optax.chain(
-        scale_by_muon(momentum_at(optim, group.b1), iterations=optim.muon_iterations, eps=group.eps, spread=spread,
-                      dtype=dtype),
+        scale_by_muon(momentum_at(optim, group.b1), iterations=optim.muon_iterations, eps=group.eps, dtype=dtype),
         normalize_rows(group.b2) if optim.muon_normalize else optax.identity(),
         scale_by_shape(),
         add_decay(group.weight_decay, cautious=optim.muon_cautious,

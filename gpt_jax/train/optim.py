@@ -150,26 +150,26 @@ def _decay(optim: config.Optim, group: config.Group) -> optax.GradientTransforma
     return optax.add_decayed_weights(group.weight_decay, mask)
 
 
-def _adamw(optim, group, spread, dtype):
+def _adamw(optim, group, dtype):
     return optax.chain(optax.scale_by_adam(group.b1, group.b2, group.eps), _decay(optim, group))
 
 
-def _adafactor(optim, group, spread, dtype):
+def _adafactor(optim, group, dtype):
     # Built from parts: the ready-made one does not multiply the decay by the learning rate.
     rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
     return optax.chain(optax.partition({"single": rule, "stacked": _by_layer(rule)}, _stacking), _decay(optim, group))
 
 
-def _lion(optim, group, spread, dtype):
+def _lion(optim, group, dtype):
     return optax.chain(optax.scale_by_lion(group.b1, group.b2), _decay(optim, group))
 
 
-def _sgd(optim, group, spread, dtype):
+def _sgd(optim, group, dtype):
     momentum = optax.trace(group.b1) if group.b1 else optax.identity()
     return optax.chain(momentum, _decay(optim, group))
 
 
-# Each row makes a group's step before the learning rate: (optim, group, spread, dtype) -> transformation.
+# Each row makes a group's step before the learning rate: (optim, group, dtype) -> transformation.
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "sgd": _sgd, "muon": muon.make_muon}
 
 
@@ -195,8 +195,8 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def make_optimizer(optim: config.Optim, params_like, spread: Callable = lambda x: x,
-                   dtype=jnp.float32, balance_rate: float = config.Model.balance_rate) -> optax.GradientTransformation:
+def make_optimizer(optim: config.Optim, params_like, dtype=jnp.float32,
+                   balance_rate: float = config.Model.balance_rate) -> optax.GradientTransformation:
     """The whole optimiser: clipping over all gradients, then each group's own rule, decay and rate.
 
     A group's rate at a step is `learning_rate * group.rate * make_schedule(optim)(step)`, step 0 for the first update.
@@ -205,9 +205,8 @@ def make_optimizer(optim: config.Optim, params_like, spread: Callable = lambda x
     muon: see muon.py. adafactor: none (no momentum, second moment 1 - step^-0.8); its rate is relative to the root
     mean square of each parameter, layer by layer (arXiv 1804.04235), so 1e-2 is usual.
 
-    `params_like` gives paths and shapes; `spread` and `dtype` are Muon's: where and in which dtype matrices are
-    orthogonalised (muon.scale_by_muon). On an Explicit mesh with cut matrices Muon needs a `spread`. `balance_rate` is
-    the step of the routers' biases (`steer`). State arrays are sharded like the parameters, also under `jit(tx.init)`.
+    `params_like` gives paths and shapes; `dtype` is Muon's: in which matrices are orthogonalised (muon.scale_by_muon).
+    `balance_rate` is the step of the routers' biases (`steer`). State arrays are sharded like the parameters, also under `jit(tx.init)`.
     Raises what `assign` and `make_schedule` raise."""
     index, groups, schedule = assign(optim, params_like), groups_of(optim), make_schedule(optim)
     names = dict(enumerate(groups)) | {None: ROUTER_BIAS}
@@ -215,7 +214,7 @@ def make_optimizer(optim: config.Optim, params_like, spread: Callable = lambda x
 
     def make_group(group):
         return optax.chain(
-            OPTIMIZERS[group.optimizer](optim, group, spread, dtype),
+            OPTIMIZERS[group.optimizer](optim, group, dtype),
             optax.scale_by_learning_rate(lambda step: optim.learning_rate * group.rate * schedule(step)))
 
     used = {name: make_group(group) for i, (name, group) in enumerate(groups.items()) if i in index.values()}
