@@ -265,13 +265,26 @@ def test_a_program_without_cycles_takes_the_arithmetic_s_time(cycles):
     machine = topology.parse("h100:8" if not cycles else "v5e:4x4")
     job = changed(llama(), mesh=dict(data=1, fsdp=machine.devices))
     seen = roofline.estimate(job, machine)
-    program = dict(collectives=[], cycles=cycles, kernels={}, matmul_flops=0.0, turn_cycles=0, turn_flops=0.0)
+    program = dict(collectives=[], cycles=cycles, kernels={}, matmul_flops=0.0, turn_cycles=0, turn_flops=0.0,
+                   grouped_flops=0.0)
     time = schedule.schedule_of(job, machine, seen.kernel, program)
     if cycles:
         assert time.update == 0 and time.step == pytest.approx(cycles / machine.chip.clock + time.kernels)
     else:
         assert time.update == seen.update > 0
         assert time.step == pytest.approx(seen.matmuls + seen.passes + seen.update)
+
+
+def test_grouped_matmuls_without_cycles_take_the_arithmetic_s_time():
+    """Rows of the exchange's buffers that stay empty cost nothing."""
+    machine = topology.parse("v5e:4x4")
+    job = changed(job_of("moe:small"), mesh=dict(data=1, fsdp=8, expert=2))
+    program = dict(collectives=[], cycles=1, kernels={}, matmul_flops=0.0, turn_cycles=0, turn_flops=0.0)
+    times = [schedule.schedule_of(job, machine, "splash", program | {"grouped_flops": flops}) for flops in (0.0, 1e15)]
+    room = memory.room(job.config.model, ONE | {"expert": 2})
+    assert room > 1
+    assert times[1].step - times[0].step == pytest.approx(1e15 / room / machine.peak / roofline.EFFICIENCY["tpu"])
+    assert times[1].flops_ratio - times[0].flops_ratio > 0
 
 
 def test_cards_are_described_by_the_table_of_devices():

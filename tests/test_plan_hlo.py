@@ -164,3 +164,20 @@ def test_flops_of_calls_of_cublas(known, flops):
                      if known else CUBLAS, {"fsdp": 8})
     assert (found.matmul_flops, found.turn_flops) == tuple(n * 2 * 512 * 64 * 32 for n in flops)
     assert (found.cycles, found.turn_cycles) == tuple(n * 9 for n in flops)
+
+
+GROUPED = """ENTRY %main (a: s32[]) -> bf16[512,32] {
+  %groups = s32[9]{0} parameter(0)
+  %rows = bf16[512,64]{1,0} parameter(1)
+  %kernels = bf16[8,64,32]{2,1,0} parameter(2)
+  %tgmm.2 = bf16[8,64,32]{2,1,0} custom-call(%groups, %rows, %ragged-dot-none.1), custom_call_target="tpu_custom_call"
+  %other = bf16[512,32]{1,0} custom-call(%groups, %rows, %kernels), custom_call_target="tpu_custom_call"
+  ROOT %ragged-dot-none.1 = bf16[512,32]{1,0} custom-call(%groups, %rows, %kernels), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_flops_of_grouped_matmuls_whose_kernels_carry_no_cycles():
+    """512 rows through 64 x 32 each, and the sum of their outer products."""
+    found = hlo.read(GROUPED, {"fsdp": 8})
+    assert (found.grouped_flops, found.matmul_flops) == (2 * 2 * 512 * 64 * 32, 0)

@@ -27,6 +27,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
+_GROUPED = re.compile(r"(ragged-dot-none|tgmm)\b")  # libtpu's and megablox's kernels, by their names
 _CUBLAS = re.compile(r'custom_call_target="__cublas')
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]')
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -60,7 +61,8 @@ class Collective:
 class Program:
     """Sums over one run of the program. `cycles`: the compiler's estimates; `kernels`: custom calls by target.
     `turn_cycles` and `turn_flops`: of one turn of the loops whose length the data decides, `cycles` and `matmul_flops` of
-    all else."""
+    all else. `grouped_flops`: of experts' grouped matmuls on TPUs, whose kernels carry no cycles, every row of their
+    buffers counted; in `matmul_flops` they are not."""
 
     collectives: tuple[Collective, ...]
     cycles: int
@@ -68,6 +70,7 @@ class Program:
     matmul_flops: float
     turn_cycles: int
     turn_flops: float
+    grouped_flops: float
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -199,6 +202,16 @@ def _flops(line: Instruction, shapes: dict[str, str]) -> float:
     return 2.0 * math.prod(result) * right[labels[2].index("i")] * spatial
 
 
+def _grouped_flops(line: Instruction, shapes: dict[str, str]) -> float:
+    """Of a grouped matmul: rows [m, k] with kernels [groups, k, n] -> [m, n], or rows [m, k] with rows [m, n] ->
+    [groups, k, n]. The first rows are the last operand but one."""
+    if line.opcode != "custom-call" or not _GROUPED.match(line.name):
+        return 0.0
+    rows = shapes[re.findall(r"%([\w.\-]+)", line.rest.split(")")[0])[-2]]
+    dims = lambda text: [int(n) for n in _SHAPE.findall(text)[0][1].split(",")]
+    return 2.0 * math.prod(dims(rows)) * dims(line.result)[-1]
+
+
 def read(text: str, mesh_shape: dict[str, int]) -> Program:
     """The program of `text` on a mesh of these axes (in order)."""
     computations, entry = parse(text)
@@ -206,6 +219,7 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
     hidden: Counter = Counter()  # channel -> how often it is started and left to run
     kernels: Counter = Counter()
     cycles, flops = [0, 0], [0.0, 0.0]  # of everything, but of one turn of loops whose length the data decides
+    grouped = Counter()
 
     def visit(name: str, times: int, counted: bool, background: bool, turn: bool):
         """`counted`: an instruction around this computation carries its cycles; `background`: one started here is;
@@ -217,6 +231,7 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
             own = None if counted else _CYCLES.search(line.rest)
             cycles[turn] += times * int(own[1]) if own else 0
             flops[turn] += times * _flops(line, shapes)
+            grouped["flops"] += times * _grouped_flops(line, shapes)
             kind = line.opcode.removesuffix("-start")
             if kind in KINDS:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
@@ -244,4 +259,5 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
         calls[*channel[1:], channel in hidden] += hidden[channel] or max(instructions.values())
     rows = [Collective(kind, axes, size, count, late) for (kind, axes, size, late), count in calls.items() if axes]
     rows.sort(key=lambda row: -row.bytes * row.calls)
-    return Program(tuple(rows), cycles[0], dict(kernels), flops[0], cycles[1], flops[1])
+    return Program(tuple(rows), cycles[0], dict(kernels), flops[0], cycles[1], flops[1],
+                   float(grouped["flops"]))

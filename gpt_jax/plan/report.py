@@ -106,8 +106,8 @@ def compiled(topology: Topology, done: dict, time: dict | None, expected: float,
             f"  {verdict(done['peak'], topology)}", "collectives of the program, sent by a device in a step",
             *map(_collective, rows[:most]),
             *([f"  and {len(left)} more kinds, {size(sum(row.bytes * row.calls for row in left))}"] if left else []),
-            f"step, compiled: {seconds(time['step'])} = computing {seconds(time['computing'])} ({source}) + attention "
-            f"kernel {seconds(time['kernels'])}, or asynchronous collectives {seconds(time['hidden'])}; + others "
+            f"step, compiled: {seconds(time['step'])} = computing {seconds(time['computing'])} ({source}) + kernels "
+            f"without cycles {seconds(time['kernels'])}, or asynchronous collectives {seconds(time['hidden'])}; + others "
             f"{seconds(time['open'])}{f' + update {seconds(update)}' if (update := time['update']) else ''}; "
             f"matmul FLOPs of the program {time['flops_ratio']:.2f} x the model's",
             f"estimated MFU {time['mfu_full']:.1%} (full map), {time['mfu_causal']:.1%} (causal)"]

@@ -111,8 +111,11 @@ def compute_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, 
     head = 6 * model.vocab * model.embed * (4 / 3 if train.loss_chunk else 1.0)  # chunks make their logits twice
     matrices = job.matmul_params - model.vocab * model.embed + _wasted(job, shape, here, topology.chip.platform)
     layers = 6 * matrices * _again(job)[0] * _idle(job, here)
-    return (tokens * (layers + head) / multiply_peak(job, topology) / EFFICIENCY[topology.chip.platform]
-            + attention_seconds(job, topology, kernel, here))
+    return matmul_seconds(job, topology, tokens * (layers + head)) + attention_seconds(job, topology, kernel, here)
+
+
+def matmul_seconds(job: Job, topology: Topology, flops: float) -> float:
+    return flops / multiply_peak(job, topology) / EFFICIENCY[topology.chip.platform]
 
 
 def passes_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local) -> float:

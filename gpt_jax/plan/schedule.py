@@ -6,8 +6,8 @@ from typing import NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.devices import mfu
 from gpt_jax.plan.job import Job
-from gpt_jax.plan.memory import local, turns
-from gpt_jax.plan.roofline import attention_seconds, compute_seconds, passes_seconds, update_seconds
+from gpt_jax.plan.memory import local, room, turns
+from gpt_jax.plan.roofline import attention_seconds, compute_seconds, matmul_seconds, passes_seconds, update_seconds
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.traffic import link
 
@@ -17,7 +17,7 @@ KERNELS = ("splash", "cudnn")  # attention kernels that carry no cycles, and who
 
 class Schedule(NamedTuple):
     """Seconds of one step. `computing`: the compiler's cycles where it writes them (TPU), else the arithmetic's;
-    `kernels`: attention's, which carries no estimate; `hidden`: collectives that run asynchronously; `open`: those that
+    `kernels`: what carries no estimate, attention's and (TPU) experts' grouped matmuls; `hidden`: collectives that run asynchronously; `open`: those that
     do not; `update`: the optimiser's by the arithmetic, 0 where the cycles have it."""
 
     computing: float
@@ -49,14 +49,16 @@ def schedule_of(job: Job, topology: Topology, kernel: str, program: dict) -> Sch
     else:
         computing = compute_seconds(job, topology, kernel, shape, here) - attention
         computing += passes_seconds(job, topology, kernel, shape, here)
+    grouped = program["grouped_flops"] / room(config.model, shape)  # kernels skip the rows of buffers that nobody sent
     kernels = attention if kernel in KERNELS or not by_cycles else 0.0
+    kernels += matmul_seconds(job, topology, grouped) if by_cycles else 0.0
     hidden, plain = (network_seconds(program, topology, shape, across, kind) for kind in (True, False))
     update = 0.0 if by_cycles else update_seconds(job, topology, shape)
     step = max(computing + kernels, hidden) + plain + update
     tokens = config.train.batch_size * config.train.seq_len / step
     model = config.train.batch_size * config.train.seq_len / topology.devices * (
         6 * job.matmul_params if kernel in KERNELS else job.full_flops)
-    flops = program["matmul_flops"] + program["turn_flops"] * repeat
+    flops = program["matmul_flops"] + program["turn_flops"] * repeat + grouped
     return Schedule(computing, by_cycles, kernels, hidden, plain, update, step,
                     mfu(job.full_flops, tokens, topology.peak * topology.devices),
                     mfu(job.causal_flops, tokens, topology.peak * topology.devices), flops / model)
