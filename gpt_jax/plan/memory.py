@@ -158,6 +158,15 @@ def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
     return 3 * stream + inside + norms + activation + sent
 
 
+def inside(job: Job, widths: Widths, shape: dict[str, int]) -> float:
+    """Bytes of a local token between a layer's matmuls while its gradient is made. `widths`: `buffered`."""
+    half = compute_bytes(job)
+    channels = (widths.q + 2 * widths.kv + widths.inner + widths.hidden) / shape["tensor"]
+    # Tokens at their experts and what comes back; over an axis expert once more as they travel.
+    rows = (4 if shape["expert"] > 1 else 2) * widths.sent * job.config.model.embed
+    return (INSIDE_EXPERTS if widths.sent else INSIDE) * (channels + rows) * half
+
+
 def scores_bytes(job: Job, shape: dict[str, int], rows: float, kernel: str) -> float:
     """Of attention's maps in float32, for kernels that make them: of one layer at a time."""
     if kernel not in ("reference", "xla"):
@@ -180,15 +189,11 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     if stages > 1:  # every stage holds all microbatches' streams, coming and going
         activations += 3 * here.tokens * stages * stream_bytes(job, shape)
     activations += here.tokens * stream_bytes(job, shape) * (1 + model.residual_scalars + model.backout)
-    gathered_shape = shape | {"fsdp": 1, "context": 1, "pipeline": 1}
-    layer, experts = (entries(job, gathered_shape, "params", 3, role, half) / len(job.layers)
-                      for role in ("layer", "expert"))
-    layer += experts
-    widest = max(layers, key=lambda w: w.inner + w.q)
-    inside = (widest.q + 2 * widest.kv + widest.inner + widest.hidden) / shape["tensor"] * half
-    inside += 2 * widest.sent * model.embed * half  # tokens at their experts, and what comes back
-    working = here.tick_tokens * (STREAMS * stream_bytes(job, shape)
-                                + (INSIDE_EXPERTS if widest.sent else INSIDE) * inside)
+    sparse = sum(widths.sent > 0 for widths in job.layers)
+    used = shape | {"fsdp": 1, "context": 1, "pipeline": 1}  # how experts' weights are cut where they are multiplied
+    layer = entries(job, used | {"expert": 1}, "params", 3, "layer", half) / len(job.layers)
+    experts = entries(job, used, "params", 3, "expert", half) / max(1, sparse)
+    working = here.tick_tokens * (STREAMS * stream_bytes(job, shape) + max(inside(job, w, shape) for w in layers))
     if model.shard_sequence and shape["tensor"] > 1:
         working += here.tick_tokens * WHOLE * model.embed * half
     working += EXPERTS[platform] * experts
@@ -196,11 +201,11 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     chunk = (train.loss_chunk or train.seq_len) / shape["context"]
     logits = LOGITS * here.rows * chunk * model.vocab / shape["tensor"] * FULL
     table = model.vocab * model.embed / shape["tensor"]
-    gathered = (2 * layer + table * half) * fsdp * (zero == 3) + table * FULL * fsdp
+    gathered = (2 * (layer + experts) + table * half) * fsdp * (zero == 3) + table * FULL * fsdp
     if 0 < train.loss_chunk < train.seq_len:
         gathered += (SUMMED[platform] - 1) * table * FULL * fsdp
     if model.remat == "none" and fsdp and zero == 3:  # the gathered weights are kept for the backward pass
-        gathered += layer * len(job.layers) / stages
+        gathered += (layer * len(job.layers) + experts * sparse) / stages
     return Memory(
         parameters=parameters, optimizer=entries(job, shape, "opt", zero), average=entries(job, shape, "ema", zero),
         gradients=parameters * (1 + (train.accumulate > 1)),
