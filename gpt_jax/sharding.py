@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from gpt_jax.config import AXES, BATCH_AXES, FSDP_AXES
+from gpt_jax.config import AXES, BATCH_AXES, FSDP_AXES, slices_problem
 from gpt_jax.errors import UsageError
 
 # Logical axis -> mesh axes. A name that is in neither table is a KeyError, never "replicated".
@@ -39,19 +39,18 @@ def make_mesh(shape: dict[str, int], devices=None, across: dict[str, int] | None
     if math.prod(sizes) != len(devices):
         raise UsageError(f"config.mesh = {shape}: needs {math.prod(sizes)} devices, there are {len(devices)}")
     inner = tuple(size // part for size, part in zip(sizes, outer))
-    slices = _slices(devices, math.prod(outer))
+    slices = _slices(devices, across or {})
     grids = np.stack([mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in slices])
     grid = grids.reshape(*outer, *inner).transpose([i for axis in range(len(AXES)) for i in (axis, axis + len(AXES))])
     return Mesh(grid.reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def _slices(devices: list, count: int) -> list[list]:
-    """The devices by slice, `count` of them."""
-    numbers = sorted({getattr(device, "slice_index", 0) for device in devices})
+def _slices(devices: list, across: dict[str, int]) -> list[list]:
+    """The devices by slice."""
+    numbers, count = sorted({getattr(device, "slice_index", 0) for device in devices}), math.prod(across.values())
     if len(numbers) > 1:
-        if len(numbers) != count:
-            raise UsageError(f"config.mesh.dcn_…: the cross-slice sizes multiply to {count}, and there are {len(numbers)} "
-                             f"slices; as in config.mesh.dcn_data={len(numbers)}")
+        if problem := slices_problem(across, len(numbers)):
+            raise UsageError(problem)
         return [[device for device in devices if device.slice_index == number] for number in numbers]
     each = len(devices) // count
     return [devices[i * each:(i + 1) * each] for i in range(count)]

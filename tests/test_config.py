@@ -205,11 +205,12 @@ def test_mesh_shapes_multiply_to_the_devices():
     (dict(data=-1, fsdp=-1), 8, ("config.mesh.fsdp = -1", "only one", "config.mesh.data")),
     (dict(data=0), 8, ("config.mesh.data = 0", "positive")),
     (dict(data=3), 8, ("config.mesh.data = 3", "8 devices", "config.mesh.data=8")),
-    (dict(data=2, tensor=2), 8, ("config.mesh.data = 2", "8 devices", "config.mesh.tensor=4 or config.mesh.data=4")),
+    (dict(data=2, tensor=2), 8, ("config.mesh.data = 2", "8 devices", "config.mesh.data=4 or config.mesh.tensor=4")),
     (dict(data=1), 8, ("config.mesh.data = 1", "8 devices", "config.mesh.data=8")),
     (dict(fsdp=3, tensor=3, data=1), 8, ("config.mesh.fsdp = 3", "config.mesh.fsdp=2 config.mesh.tensor=4")),
     (dict(data=-1, tensor=16), 8, ("config.mesh.tensor = 16", "8 devices", "config.mesh.tensor=8")),
     (dict(data=-1, fsdp=3, dcn_data=2), 8, ("config.mesh.dcn_data = 2", "config.mesh.fsdp=4")),
+    (dict(pipeline=2, data=2, fsdp=2, expert=2, context=2, tensor=2, dcn_data=2), 8960, ("config.mesh.fsdp=",)),  # at once
 ])
 def test_mesh_refuses(mesh, devices, words):
     refuses(lambda: config.mesh_shape(from_dict(dict(mesh=mesh)).mesh, devices), *words)

@@ -165,7 +165,8 @@ def test_bad_kubernetes_flags(given, words):
 
 
 @pytest.mark.parametrize("given, words", [
-    (["--gpus_per_node=8", "--", "train", LLAMA], "the following arguments are required: --workdir"),
+    (["--gpus_per_node=8", "--", "train", LLAMA], "--workdir is missing"),
+    (["--gpus_per_node=8", "--", *LLAMA_RUN, "--distributed"], "--distributed: the launcher gives it"),
     (["--gpus_per_node=8", "--", "train", "--workdir=/w", "--config=c.py"], "--config=c.py: no such file"),
     (["--gpus_per_node=8", "--", *LLAMA_RUN, "--config.trian.steps=1"], "config.trian = '1': unknown key"),
     (["--gpus_per_node=8", "--", *LLAMA_RUN, "--steps=1"], "unknown argument '--steps=1'"),
@@ -230,7 +231,7 @@ def test_what_submitit_is_given(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     runs.call("launch", "slurm", "--nodes=2", "--gpus_per_node=8", "--time=60", "--partition=p", "--sbatch", "mem=64G",
-              f"--logs={tmp_path}/logs", "--", "train", "--config=configs/tiny.py")
+              f"--logs={tmp_path}/logs", "--", *LLAMA_RUN)
     script = (tmp_path / "script").read_text()
     for option in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=60", "partition=p", "mem=64G", "requeue",
                    f"signal=USR1@{slurm.SAVE_SECONDS}"):
@@ -248,9 +249,21 @@ def test_bad_slurm_flags(given, words):
     assert code == 2 and text.startswith(words)
 
 
+@pytest.mark.parametrize("given, words", [
+    (["train", "--workdir=/w", "--config=c.py"], "--config=c.py: no such file"),
+    ([*LLAMA_RUN, "--coordinator=a:1"], "--coordinator: the launcher gives it"),
+    ([*LLAMA_RUN, "--config.trian.steps=1"], "config.trian = '1': unknown key"),
+    ([*LLAMA_RUN, "--config.mesh.fsdp=3"], "config.mesh.fsdp = 3: 3 does not match 16 devices"),
+    ([*LLAMA_RUN, "--cpu_devices=8", "--config.mesh.data=3"], "config.mesh.data = 3: 3 does not match 16 devices")])
+def test_what_train_would_refuse_is_not_submitted(given, words, tmp_path):
+    shape = ["--nodes=2"] + ["--gpus_per_node=8"] * ("--cpu_devices=8" not in given)
+    code, text = runs.refusal("launch", "slurm", *shape, "--time=5", f"--logs={tmp_path / 'logs'}", "--", *given)
+    assert code == 2 and text.startswith(words) and not (tmp_path / "logs").exists()
+
+
 def test_no_slurm_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    code, text = runs.refusal("launch", "slurm", "--time=5", f"--logs={tmp_path}", "--", "train")
+    code, text = runs.refusal("launch", "slurm", "--time=5", f"--logs={tmp_path}", "--", *LLAMA_RUN)
     assert code == 2 and ("sbatch" in text or "srun" in text)
 
 

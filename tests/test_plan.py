@@ -140,8 +140,8 @@ def test_rows_and_turns_of_experts_blocks():
     model = configs.Model(experts=4, experts_per_token=2)
     assert memory.padding(model, ONE, 1024, "gpu") == 4 * 128 / 2048
     job = job_of("moe:small")
-    assert memory.turns(job._replace(config=replace(job.config, model=model)), ONE, 1024) == 4 * 4.5
-    assert memory.turns(llama(), ONE, 1024) == 1
+    assert memory.turns(job._replace(config=replace(job.config, model=model)), ONE, 1024, "gpu") == 4 * 4.5
+    assert memory.turns(llama(), ONE, 1024, "gpu") == memory.turns(job, ONE, 1024, "tpu") == 1
     assert memory.padding(model, ONE | {"expert": 2}, 1024, "gpu") == 2 * 256 / 2048
     assert memory.padding(model, ONE, 1024, "tpu") == memory.padding(replace(model, dispatch="capacity"), ONE, 1024, "gpu") == 0
     assert memory.spare(model, ONE, 1024, "gpu") == 1.25
@@ -265,7 +265,7 @@ def test_a_program_without_cycles_takes_the_arithmetic_s_time(cycles):
     machine = topology.parse("h100:8" if not cycles else "v5e:4x4")
     job = changed(llama(), mesh=dict(data=1, fsdp=machine.devices))
     seen = roofline.estimate(job, machine)
-    program = dict(collectives=[], cycles=cycles, kernels={}, matmul_flops=0.0, turn_cycles=0, turn_flops=0.0,
+    program = dict(collectives=[], cycles=cycles, kernels={}, matmul_flops=0.0, turn_flops=0.0,
                    grouped_flops=0.0)
     time = schedule.schedule_of(job, machine, seen.kernel, program)
     if cycles:
@@ -279,7 +279,7 @@ def test_grouped_matmuls_without_cycles_take_the_arithmetic_s_time():
     """Rows of the exchange's buffers that stay empty cost nothing."""
     machine = topology.parse("v5e:4x4")
     job = changed(job_of("moe:small"), mesh=dict(data=1, fsdp=8, expert=2))
-    program = dict(collectives=[], cycles=1, kernels={}, matmul_flops=0.0, turn_cycles=0, turn_flops=0.0)
+    program = dict(collectives=[], cycles=1, kernels={}, matmul_flops=0.0, turn_flops=0.0)
     times = [schedule.schedule_of(job, machine, "splash", program | {"grouped_flops": flops}) for flops in (0.0, 1e15)]
     room = memory.room(job.config.model, ONE | {"expert": 2})
     assert room > 1

@@ -163,7 +163,7 @@ def test_flops_of_calls_of_cublas(known, flops):
     found = hlo.read(CUBLAS.replace("body=%step", """body=%step, backend_config={"known_trip_count":{"n":"5"}}""")
                      if known else CUBLAS, {"fsdp": 8})
     assert (found.matmul_flops, found.turn_flops) == tuple(n * 2 * 512 * 64 * 32 for n in flops)
-    assert (found.cycles, found.turn_cycles) == tuple(n * 9 for n in flops)
+    assert found.cycles == 9 * sum(flops)
 
 
 GROUPED = """ENTRY %main (a: s32[]) -> bf16[512,32] {
@@ -181,3 +181,8 @@ def test_flops_of_grouped_matmuls_whose_kernels_carry_no_cycles():
     """512 rows through 64 x 32 each, and the sum of their outer products."""
     found = hlo.read(GROUPED, {"fsdp": 8})
     assert (found.grouped_flops, found.matmul_flops) == (2 * 2 * 512 * 64 * 32, 0)
+
+
+def test_a_call_of_cublas_that_is_no_matmul_has_no_flops():
+    solved = CUBLAS.replace("lt$matmul", "triangularSolve").replace('"lhs_contracting_dimensions":["1"],', "")
+    assert hlo.read(solved, {"fsdp": 8}).turn_flops == 0

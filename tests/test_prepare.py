@@ -562,8 +562,12 @@ def test_inputs_that_are_joined_and_files_that_are_no_part_are_told(tmp_path, ca
     assert said.err.count("is no part of the corpus") == 1 and "wiki/notes.txt: is no part" in said.err
 
 
-def test_a_file_that_is_given_twice_is_named(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "a.jsonl", texts(3))
-    runs.call("prepare", f"--input=wiki={path}", f"--input={path}", "--workers=1", f"--output={tmp_path / 'out'}")
-    assert f"--input: {path} is given 2 times, and its documents are taken as often" in capsys.readouterr().err
+def test_files_that_are_given_twice_are_named(tmp_path, capsys, monkeypatch):
+    """Whatever they are called, in one line."""
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", texts(3, ord(name))) for name in "ab"]
+    monkeypatch.chdir(tmp_path)
+    runs.call("prepare", f"--input=wiki={paths[0]}", f"--input=wiki={paths[1]}", "--input", "a.jsonl", "b.jsonl",
+              "--workers=1", f"--output={tmp_path / 'out'}")
+    said = f"--input: {paths[0]} is given 2 times, and 1 more file: their documents are taken as often"
+    assert said in capsys.readouterr().err
     assert corpus.read_manifest(tmp_path / "out")["sources"].keys() == {"wiki", "text"}

@@ -1,7 +1,6 @@
 """`gpt-jax launch local|slurm|kubernetes … train …`: starts a command as a job of several processes."""
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -40,6 +39,13 @@ def split(flags: Flags, arguments: list[str]) -> tuple[argparse.Namespace, list[
     return args, rest
 
 
+def refuse(command: list[str], *more: str) -> None:
+    """UsageError for flags that say a process's place in the job, which is the launcher's to say."""
+    for flag in ("--coordinator", "--num_processes", "--process_id", "--local_device", "--distributed", *more):
+        if any(word.split("=")[0] == flag for word in command):
+            raise UsageError(f"{flag}: the launcher gives it to each process; leave it out")
+
+
 def positive(args: argparse.Namespace, *names: str, least: int = 1) -> None:
     for name in names:
         if getattr(args, name) < least:
@@ -67,9 +73,7 @@ def local(arguments: list[str]) -> None:
         raise UsageError(f"--node={args.node}: expected 0 to {args.nodes - 1}")
     if args.nodes > 1 and args.restarts:
         raise UsageError(f"--restarts={args.restarts}: one machine of several cannot restart the job; its scheduler does")
-    for flag in ("--coordinator", "--num_processes", "--process_id", "--cpu_devices", "--local_device", "--distributed"):
-        if any(word.split("=")[0] == flag for word in rest):
-            raise UsageError(f"{flag}: the launcher gives it to each process; leave it out")
+    refuse(rest, "--cpu_devices")
 
     def say(line: str) -> None:
         print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
@@ -112,6 +116,8 @@ def slurm(arguments: list[str]) -> None:
     gpus, tasks = args.gpus_per_node, args.tasks_per_node or max(1, args.gpus_per_node)
     if gpus % tasks:
         raise UsageError(f"--tasks_per_node={tasks}: {gpus} GPUs of a node cannot be dealt to so many evenly")
+    refuse(rest)
+    check_train(rest, args.nodes * (gpus or tasks), bool(gpus))
     extra = {name: value for name, _, value in options}
     extra |= {"partition": args.partition} if args.partition else {}
     try:
@@ -153,7 +159,8 @@ def kubernetes(arguments: list[str]) -> None:
     made = engine.jobset(engine.Options(
         args.image, args.name, args.nodes, args.gpus_per_node, args.tpu_topology, args.slices, args.restarts,
         args.grace_seconds, tuple(args.volume), tuple(args.env)), rest)
-    check_train(rest, count_devices(args), args.slices)
+    refuse(rest, "--cpu_devices")
+    check_train(rest, count_devices(args), True, args.slices if args.tpu_topology else 0)
     print(engine.to_yaml(made), end="")
 
 
@@ -166,19 +173,18 @@ def count_devices(args: argparse.Namespace) -> int:
     return parse(args.tpu_topology, args.slices, "--tpu_topology").devices
 
 
-def check_train(command: list[str], devices: int, slices: int) -> None:
-    """UsageError now for what would end `train` at its start on every machine; other commands are not looked at."""
+def check_train(command: list[str], devices: int, accelerators: bool, slices: int = 0) -> None:
+    """UsageError now for what would end `train` at its start on every machine; other commands are not looked at. `devices`
+    of the whole job, on CPUs one a process unless the command says --cpu_devices; `slices` of TPUs, 0: none."""
     if command[0] != "train":
         return
-    flags = Flags(prog="gpt-jax train")
-    flags.add_argument("--config", required=True)
-    flags.add_argument("--workdir", required=True)
-    flags.add_argument("--profile")
-    add_runtime_flags(flags)
-    args, rest = flags.parse_known_args(command[1:])
+    from gpt_jax.commands.train import make_flags
+
+    args, rest = make_flags().parse_known_args(command[1:])
     config = configs.resolve(load_config(args.config, rest))
+    if not args.workdir:
+        raise UsageError("--workdir is missing: where should the run's files go?")
     local_workdir(args.workdir)
-    configs.check(config, devices)
-    if (count := math.prod(configs.cross_slice(config.mesh).values())) != slices > 1:
-        raise UsageError(f"config.mesh.dcn_…: the cross-slice sizes multiply to {count}, and there are {slices} slices; as "
-                         f"in --config.mesh.dcn_data={slices}")
+    configs.check(config, devices if accelerators else devices * max(1, args.cpu_devices))
+    if slices and (problem := configs.slices_problem(configs.cross_slice(config.mesh), slices)):
+        raise UsageError(problem)

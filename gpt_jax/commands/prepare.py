@@ -120,6 +120,7 @@ def run(args) -> None:
             raise UsageError(f"--output={args.output}: lies inside --input={path}, which would then read its own "
                              "output; name a folder elsewhere")
     for name, paths in inputs.items():
+        paths = list(dict.fromkeys(paths))
         if paths[1:] and any(text.startswith(f"{name}=") for text in args.input):
             display.say(f"source {name} is given {len(paths)} times and joins {', '.join(paths)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is like Ctrl-C

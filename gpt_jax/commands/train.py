@@ -19,14 +19,7 @@ def main(arguments: list[str]) -> None:
     """Raises UsageError for what cannot be run, Stopped, Diverged, DataError, SaveFailed, NoCheckpoint otherwise."""
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until the loop takes them (stops.StopRequest)
         signal.signal(number, leave)
-    flags = Flags(prog="gpt-jax train", description="Train from a config; the same command again resumes. Any field is "
-                  "set by --config.section.field=value, as in --config.optim.learning_rate=3e-4.")
-    flags.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant")
-    flags.add_argument("--workdir", help="where the run's files go, and where it resumes from")
-    flags.add_argument("--print_config", action="store_true", help="print the resolved config as JSON and stop")
-    flags.add_argument("--profile", metavar="START:STOP", help="write a trace of these steps to WORKDIR/profile")
-    add_runtime_flags(flags)
-    args, rest = flags.parse_known_args(arguments)
+    args, rest = make_flags().parse_known_args(arguments)
     check_runtime(args)
     with telling(args):
         config, workdir, profile = read(args, rest)
@@ -45,6 +38,17 @@ def main(arguments: list[str]) -> None:
     parts = experiment.build(config, say)
     say_start(parts.mesh)
     loop.run(parts, workdir, profile, say)
+
+
+def make_flags() -> Flags:
+    flags = Flags(prog="gpt-jax train", description="Train from a config; the same command again resumes. Any field is "
+                  "set by --config.section.field=value, as in --config.optim.learning_rate=3e-4.")
+    flags.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant")
+    flags.add_argument("--workdir", help="where the run's files go, and where it resumes from")
+    flags.add_argument("--print_config", action="store_true", help="print the resolved config as JSON and stop")
+    flags.add_argument("--profile", metavar="START:STOP", help="write a trace of these steps to WORKDIR/profile")
+    add_runtime_flags(flags)
+    return flags
 
 
 def leave(*_):

@@ -10,5 +10,5 @@ from gpt_jax.config.depth import Layout, LayerSpec, layer_specs, layout
 from gpt_jax.config.fields import (BALANCES, DENSE_FFNS, DISPATCHES, DTYPES, ENDLESS, FFNS, INITS, KERNELS, MIXERS, NORMS,
                                    OBJECTIVES, OPTIMIZERS, POSITIONS, REMATS, RESUMABLE, ROUTERS, ROWS, SCHEDULES, SPLITS,
                                    WEIGHTS, Checkpoint, Config, Data, Eval, Group, Log, Mesh, Model, Optim, Train, knob)
-from gpt_jax.config.meshes import AXES, BATCH_AXES, FSDP_AXES, cross_slice, least_devices, mesh_shape
+from gpt_jax.config.meshes import AXES, BATCH_AXES, FSDP_AXES, cross_slice, least_devices, mesh_shape, slices_problem
 from gpt_jax.config.read import changes, flatten, from_dict, override, parse, to_dict, to_json

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 from typing import Callable
 
 from gpt_jax.config.fields import Mesh
@@ -11,11 +11,19 @@ from gpt_jax.errors import UsageError
 AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")  # slowest links first, tensor on the fastest
 BATCH_AXES = ("pipeline", "data", "fsdp", "expert")  # that split the rows of a batch
 FSDP_AXES = ("fsdp", "expert", "context")  # that split the weights' embed axis
+NEAREST = 50  # meshes that are looked at before three are offered
 
 
 def cross_slice(mesh: Mesh) -> dict[str, int]:
     """Sizes across slices, in mesh order."""
     return {axis: getattr(mesh, f"dcn_{axis}") for axis in AXES}
+
+
+def slices_problem(across: dict[str, int], slices: int) -> str:
+    """Why a mesh of these sizes across slices does not lie over so many; "" where it does."""
+    count = math.prod(across.values())
+    return "" if count == slices else (f"config.mesh.dcn_…: the cross-slice sizes multiply to {count}, and there are {slices} "
+                                       f"slices; as in config.mesh.dcn_data={slices}")
 
 
 def least_devices(mesh: Mesh) -> int:
@@ -49,12 +57,23 @@ def mesh_shape(mesh: Mesh, devices: int, runs: Callable[[Mesh], bool] = lambda m
 def _way_out(mesh: Mesh, given: dict[str, int], devices: int, free: bool, runs: Callable[[Mesh], bool]) -> str:
     """The nearest sizes of the axes that are given that multiply to `devices` (`free`: divide it): fewest axes changed
     first, and of the nearest 50 those that run, if any do."""
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    fits = lambda sizes: devices % math.prod(sizes) == 0 if free else math.prod(sizes) == devices
-    found = [dict(zip(given, sizes)) for sizes in product(divisors, repeat=len(given)) if fits(sizes)]
-    changed = lambda sizes: {name: size for name, size in sizes.items() if size != given[name]}
-    found.sort(key=lambda sizes: (len(changed(sizes)), sum(abs(math.log(sizes[n] / given[n])) for n in given)))
+    found = []
+    for count in range(1, len(given) + 1):
+        if len(found) < NEAREST:
+            found += sorted(_changes(given, devices, free, count),
+                            key=lambda sizes: sum(abs(math.log(size / given[name])) for name, size in sizes.items()))
     as_mesh = lambda sizes: replace(mesh, **{name.split(".")[-1]: size for name, size in sizes.items()})
-    near = [sizes for sizes in found[:50] if runs(as_mesh(sizes))] or found
-    offers = [" ".join(f"{name}={size}" for name, size in changed(sizes).items()) for sizes in near[:3]]
+    near = [sizes for sizes in found[:NEAREST] if runs(as_mesh(sizes))] or found
+    offers = [" ".join(f"{name}={size}" for name, size in sizes.items()) for sizes in near[:3]]
     return f"the nearest that do: {' or '.join(offers)}"
+
+
+def _changes(given: dict[str, int], devices: int, free: bool, count: int) -> list[dict[str, int]]:
+    """New sizes of `count` of the axes."""
+    fits = (lambda size: devices % size == 0) if free else (lambda size: size == devices)
+    divisors, whole, found = [n for n in range(1, devices + 1) if devices % n == 0], math.prod(given.values()), []
+    for names in combinations(given, count):
+        rest = whole // math.prod(given[name] for name in names)
+        choices = [[n for n in divisors if n != given[name]] for name in names]
+        found += [dict(zip(names, sizes)) for sizes in product(*choices) if fits(rest * math.prod(sizes))]
+    return found

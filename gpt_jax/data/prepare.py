@@ -63,9 +63,11 @@ def prepare(inputs: Mapping[str, tuple[str, ...]], folder: Path, settings: Setti
     found = {name: find(paths, f"--input {name}") for name, paths in inputs.items()}
     found, revisions = sameness.pin(found, sameness.earlier(folder).get("revisions", {}), say)
     stamps = {source.path: sameness.stamp(source) for group in found.values() for source in group}
-    for path, times in Counter(source.path for group in found.values() for source in group).items():
-        if times > 1:
-            say(f"--input: {path} is given {times} times, and its documents are taken as often")
+    places = Counter(source.path if isinstance(source.path, str) else source.path.resolve()
+                     for group in found.values() for source in group)
+    if again := [place for place, times in places.items() if times > 1]:
+        more = f", and {len(again) - 1} more file{'s' * (len(again) > 2)}" if again[1:] else ""
+        say(f"--input: {again[0]} is given {places[again[0]]} times{more}: their documents are taken as often")
     with _output(folder):
         about = sameness.describe(settings, known, found, revisions)
         state = {str(path): list(map(str, value)) for path, value in stamps.items()}

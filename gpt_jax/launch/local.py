@@ -105,6 +105,7 @@ def attempt(group: Group, arguments: list[str], requests: Requests, say: Callabl
     for reader in readers:
         reader.start()
     ended: dict[int, int] = {}  # in the order of their ends
+    killed: set[int] = set()
     deadline = None
     while len(ended) < len(processes):
         time.sleep(0.05)
@@ -117,16 +118,18 @@ def attempt(group: Group, arguments: list[str], requests: Requests, say: Callabl
             for k in (k for k, process in enumerate(processes) if process.poll() is None):
                 say(f"launch: process {first + k} is still there {TOGETHER_SECONDS:g} s after another has failed: killed")
                 processes[k].kill()
+                killed.add(k)
             deadline = float("inf")
     for reader in readers:
         reader.join()
     processes.clear()
-    return verdict({first + k: code for k, code in ended.items()})
+    return verdict({first + k: code for k, code in ended.items()}, {first + k for k in killed})
 
 
-def verdict(ended: dict[int, int]) -> tuple[int, str]:
-    """(exit code, words) of the process that began the end of all. `ended`: return codes in the order of ends."""
-    failed = {k: code for k, code in ended.items() if code}
+def verdict(ended: dict[int, int], killed: set[int] = frozenset()) -> tuple[int, str]:
+    """(exit code, words) of the process that began the end of all. `ended`: return codes in the order of ends; `killed`: by
+    this launcher, and so no reason for anything."""
+    failed = {k: code for k, code in ended.items() if code and k not in killed}
     if not failed:
         return 0, "done"
     k = next((k for k, code in failed.items() if code != PeerFailed.code), next(iter(failed)))

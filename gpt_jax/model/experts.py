@@ -229,7 +229,7 @@ def dropless(x, choice, weight, kernels: Kernels, activation: Callable, devices:
     sent = sizes.reshape(devices, devices, own).sum(-1)  # [from, to]
     coming = jax.lax.dynamic_slice_in_dim(sizes, me * own, own, 1)  # [p, E / p]
     experts = (jnp.arange(room)[None, :, None] >= jnp.cumsum(coming, 1)[:, None]).sum(-1).ravel()
-    trip = EXCHANGES.get(kind, ragged)(Route(flat, order, rank, sent, me, own, room))
+    trip = exchange(kind)(Route(flat, order, rank, sent, me, own, room))
     done = feed_forward(trip.go(x, k), experts, 1, kernels, activation, platform, flat.size)
     home = trip.come_back(pick(done.rows, done.back, done.there, 1))
     return combine(home.rows, weight, home.there, home.back)
@@ -291,7 +291,12 @@ def ragged(route: Route) -> Trip:
 
 # Kind of device -> function; ragged on all others. libtpu 0.0.42 refuses the ragged exchange on v5e beyond 16 chips
 # ("not supported in limited ICI routing settings").
-EXCHANGES = {"cpu": padded, "TPU v5 lite": padded}
+EXCHANGES = {"cpu": padded, "TPU v5 lite": padded, "TPU v5e": padded}
+
+
+def exchange(kind: str) -> Callable:
+    """How choices travel between devices of a kind: `padded` or `ragged`."""
+    return EXCHANGES.get(kind, ragged)
 
 
 # ---- capacity ----

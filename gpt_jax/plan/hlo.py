@@ -60,15 +60,14 @@ class Collective:
 @dataclass(frozen=True)
 class Program:
     """Sums over one run of the program. `cycles`: the compiler's estimates; `kernels`: custom calls by target.
-    `turn_cycles` and `turn_flops`: of one turn of the loops whose length the data decides, `cycles` and `matmul_flops` of
-    all else. `grouped_flops`: of experts' grouped matmuls on TPUs, whose kernels carry no cycles, every row of their
-    buffers counted; in `matmul_flops` they are not."""
+    `turn_flops`: of one turn of the loops whose length the data decides, `matmul_flops` of all else. `grouped_flops`: of
+    experts' grouped matmuls on TPUs, whose kernels carry no cycles, every row of their buffers counted; in `matmul_flops`
+    they are not."""
 
     collectives: tuple[Collective, ...]
     cycles: int
     kernels: dict[str, int]
     matmul_flops: float
-    turn_cycles: int
     turn_flops: float
     grouped_flops: float
 
@@ -191,7 +190,9 @@ def _flops(line: Instruction, shapes: dict[str, str]) -> float:
         return 0.0
     result, left, right = dims(line.result), dims(shapes[names[0]]), dims(shapes[names[1]])
     if line.opcode != "convolution":
-        return 2.0 * math.prod(result) * math.prod(left[int(i)] for i in re.findall(r"\d+", _CONTRACTED.search(line.rest)[1]))
+        if not (contracted := _CONTRACTED.search(line.rest)):  # cuBLAS solves triangles too
+            return 0.0
+        return 2.0 * math.prod(result) * math.prod(left[int(i)] for i in re.findall(r"\d+", contracted[1]))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.rest)
     if not labels:
         return 0.0
@@ -218,8 +219,8 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
     found: dict[tuple, Counter] = {}  # channel, kind, axes, bytes -> how often each of its instructions runs
     hidden: Counter = Counter()  # channel -> how often it is started and left to run
     kernels: Counter = Counter()
-    cycles, flops = [0, 0], [0.0, 0.0]  # of everything, but of one turn of loops whose length the data decides
-    grouped = Counter()
+    flops = [0.0, 0.0]  # of everything, but of one turn of loops whose length the data decides
+    sums = Counter()
 
     def visit(name: str, times: int, counted: bool, background: bool, turn: bool):
         """`counted`: an instruction around this computation carries its cycles; `background`: one started here is;
@@ -229,9 +230,9 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
         targets = [target[1] for line in lines if (target := _TARGET.search(line.rest))]
         for line in lines:
             own = None if counted else _CYCLES.search(line.rest)
-            cycles[turn] += times * int(own[1]) if own else 0
+            sums["cycles"] += times * int(own[1]) if own else 0
             flops[turn] += times * _flops(line, shapes)
-            grouped["flops"] += times * _grouped_flops(line, shapes)
+            sums["grouped"] += times * _grouped_flops(line, shapes)
             kind = line.opcode.removesuffix("-start")
             if kind in KINDS:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
@@ -259,5 +260,4 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
         calls[*channel[1:], channel in hidden] += hidden[channel] or max(instructions.values())
     rows = [Collective(kind, axes, size, count, late) for (kind, axes, size, late), count in calls.items() if axes]
     rows.sort(key=lambda row: -row.bytes * row.calls)
-    return Program(tuple(rows), cycles[0], dict(kernels), flops[0], cycles[1], flops[1],
-                   float(grouped["flops"]))
+    return Program(tuple(rows), sums["cycles"], dict(kernels), flops[0], flops[1], float(sums["grouped"]))

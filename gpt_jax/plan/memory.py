@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.model.experts import block_rows
+from gpt_jax.model.experts import WAYS, block_rows
 from gpt_jax.plan.job import Job, Widths, entries
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
@@ -101,22 +101,32 @@ def compute_bytes(job: Job) -> int:
     return HALF if job.config.model.dtype == "bfloat16" else FULL
 
 
-def padding(model: configs.Model, shape: dict[str, int], tokens: float, platform: str) -> float:
-    """Rows of blocks that may be empty, for each choice that a device's `tokens` make (model/experts.py)."""
-    if model.dispatch == "capacity" or platform == "tpu":
-        return 0.0
+def blockwise(model: configs.Model, platform: str) -> bool:
+    """Whether experts are gone through block by block (model/experts.py)."""
+    return model.dispatch == "dropless" and platform not in WAYS
+
+
+def _blocks(model: configs.Model, shape: dict[str, int], tokens: float) -> tuple[int, float, int]:
+    """(experts of a device, choices that its `tokens` make, rows of a block)."""
     own, choices = max(1, model.experts // shape["expert"]), tokens * model.experts_per_token
-    return own * block_rows(int(choices), own) / choices
+    return own, choices, block_rows(int(choices), own)
 
 
-def turns(job: Job, shape: dict[str, int], tokens: float) -> float:
-    """Blocks of experts' rows that `tokens` fill on a device, half of each expert's last one empty; 1 without experts."""
+def padding(model: configs.Model, shape: dict[str, int], tokens: float, platform: str) -> float:
+    """Rows of blocks that may be empty, for each choice that a device's `tokens` make."""
+    if not blockwise(model, platform):
+        return 0.0
+    own, choices, rows = _blocks(model, shape, tokens)
+    return own * rows / choices
+
+
+def turns(job: Job, shape: dict[str, int], tokens: float, platform: str) -> float:
+    """Blocks that `tokens` fill on a device, half of each expert's last one empty; 1 where nothing goes by blocks."""
     model = job.config.model
-    if not any(widths.sent for widths in job.layers):
+    if not blockwise(model, platform) or not any(widths.sent for widths in job.layers):
         return 1.0
-    choices = tokens * model.experts_per_token
-    rows = block_rows(int(choices), max(1, model.experts // shape["expert"]))
-    return choices / rows * (1 + padding(model, shape, tokens, "gpu") / 2)
+    own, choices, rows = _blocks(model, shape, tokens)
+    return choices / rows + own / 2
 
 
 def room(model: configs.Model, shape: dict[str, int]) -> float:
@@ -135,11 +145,11 @@ def spare(model: configs.Model, shape: dict[str, int], tokens: float, platform: 
 
 def buffered(widths: Widths, model: configs.Model, times: float, platform: str) -> Widths:
     """`widths` as they stand in memory: those of experts `times` as wide (`spare`); their hidden values of one block only
-    where a GPU goes block by block."""
+    where they are gone through block by block."""
     if not widths.sent:
         return widths
-    inside = 0.0 if platform == "gpu" and model.dispatch == "dropless" else times
-    grow = (inside * widths.sent + model.shared_experts) / (widths.sent + model.shared_experts)
+    within = 0.0 if blockwise(model, platform) else times
+    grow = (within * widths.sent + model.shared_experts) / (widths.sent + model.shared_experts)
     return widths._replace(inner=widths.inner * grow, hidden=widths.hidden * grow, sent=widths.sent * times)
 
 

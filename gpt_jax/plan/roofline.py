@@ -151,9 +151,8 @@ def estimate(job: Job, topology: Topology) -> Estimate:
     if shape is None:
         raise UsageError(found[0])
     across = configs.cross_slice(config.mesh)
-    if math.prod(across.values()) != topology.slices and topology.chip.platform == "tpu":
-        found = [f"config.mesh.dcn_…: the cross-slice sizes multiply to {math.prod(across.values())}, and there are "
-                 f"{topology.slices} slices; as in config.mesh.dcn_data={topology.slices}", *found]
+    if topology.chip.platform == "tpu" and (text := configs.slices_problem(across, topology.slices)):
+        found = [text, *found]
     try:
         kernel, reason = choose_kernel(config, topology, shape)
     except UsageError as error:
@@ -163,7 +162,7 @@ def estimate(job: Job, topology: Topology) -> Estimate:
     passes = passes_seconds(job, topology, kernel, shape, here)
     update = update_seconds(job, topology, shape)
     found_flows = [(flow, link(topology, shape, across, flow.axis))
-                   for flow in flows(job, shape, topology.chip.platform, topology.chip.kind in experts.EXCHANGES)]
+                   for flow in flows(job, shape, topology.chip.platform, experts.exchange(topology.chip.kind) is experts.padded)]
     hidden, open_ = ({axis: seconds for axis in configs.AXES if (seconds := sum(
         flow.bytes / line.speed for flow, line in found_flows if flow.axis == axis and flow.hidden == kind))}
         for kind in (True, False))

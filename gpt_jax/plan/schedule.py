@@ -43,9 +43,10 @@ def schedule_of(job: Job, topology: Topology, kernel: str, program: dict) -> Sch
     config = job.config
     shape, across = configs.mesh_shape(config.mesh, topology.devices), configs.cross_slice(config.mesh)
     here, by_cycles = local(job, shape), program["cycles"] > 0
-    attention, repeat = attention_seconds(job, topology, kernel, here), turns(job, shape, here.tick_tokens)
+    attention = attention_seconds(job, topology, kernel, here)
+    repeat = turns(job, shape, here.tick_tokens, topology.chip.platform)
     if by_cycles:
-        computing = (program["cycles"] + program["turn_cycles"] * repeat) / topology.chip.clock
+        computing = program["cycles"] / topology.chip.clock
     else:
         computing = compute_seconds(job, topology, kernel, shape, here) - attention
         computing += passes_seconds(job, topology, kernel, shape, here)

@@ -14,6 +14,10 @@ from gpt_jax.plan.memory import FULL, Local, compute_bytes, local, room, stream_
 from gpt_jax.plan.topology import Topology
 
 
+# Mesh axes that cut the weights of a role and that each use of them gathers.
+OVER = dict.fromkeys(("layer", "head", "embed"), configs.FSDP_AXES) | {"expert": ("fsdp", "context")}
+
+
 class Flow(NamedTuple):
     """`bytes`: sent by one device in a step; `hidden`: it can run behind matmuls of other layers."""
 
@@ -100,8 +104,13 @@ def _uses(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[U
 def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[Flow]:
     """Weights gathered where they are used and gradients summed, in every microbatch."""
     zero, count, found = job.config.mesh.zero, job.config.train.accumulate, []
+    if zero == 1:
+        for role, over in OVER.items():
+            whole = entries(job, shape, "params", 1, role)
+            found += [Flow(axis, "updated parameters gathered", share(shape[axis]) * whole, False)
+                      for axis in over if shape[axis] > 1]
     for use in _uses(job, shape, here, platform):
-        over = ("fsdp", "context") if use.role == "expert" else configs.FSDP_AXES
+        over = OVER[use.role]
         rest = entries(job, shape | dict.fromkeys(over, 1), "params", 3, use.role, 1)  # entries of this role, whole
         for axis in over:
             n = shape[axis]
@@ -114,10 +123,6 @@ def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> lis
             rest /= n if zero == 3 else 1
         if (n := shape["data"]) > 1:
             found.append(_sum("data", share(n) * rest * use.sum_bytes * use.sums * count, platform, cut=False))
-    if zero == 1:
-        whole = entries(job, shape, "params", 1)
-        found += [Flow(axis, "updated parameters gathered", share(shape[axis]) * whole, False)
-                  for axis in configs.FSDP_AXES if shape[axis] > 1]
     return found
 
 
