@@ -11,7 +11,7 @@ from gpt_jax import config as configs
 from gpt_jax import devices, experiment, sharding
 from gpt_jax.commands import flags
 from gpt_jax.errors import UsageError
-from gpt_jax.model import experts
+from gpt_jax.model import experts, grouped
 from gpt_jax.plan import compiled, hlo, memory, roofline, schedule, targets, topology, traffic
 from gpt_jax.plan.job import entries, with_vocab
 
@@ -135,16 +135,51 @@ def test_logits_of_llama_8b():
 
 
 def test_rows_and_turns_of_experts_blocks():
-    """1,024 tokens x 2 choices over 4 experts: 512 each, in blocks of 128, and half a block more for each. An axis expert of
-    2 leaves a device 2 experts of 1,024 choices each."""
+    """1,024 tokens x 2 choices over 4 experts: 512 each, in a block of 512, and half a block more. An axis expert of 2 leaves
+    a device 2 experts of 1,024 choices each, in blocks of 512."""
     model = configs.Model(experts=4, experts_per_token=2)
-    assert memory.padding(model, ONE, 1024, "gpu") == 4 * 128 / 2048
+    assert memory.padding(model, ONE, 1024, "gpu") == 4 * 512 / 2048
     job = job_of("moe:small")
-    assert memory.turns(job._replace(config=replace(job.config, model=model)), ONE, 1024, "gpu") == 4 * 4.5
+    job = job._replace(config=replace(job.config, model=model))
+    assert memory.turns(job, ONE, 1024, "gpu") == 1.5
     assert memory.turns(llama(), ONE, 1024, "gpu") == memory.turns(job, ONE, 1024, "tpu") == 1
-    assert memory.padding(model, ONE | {"expert": 2}, 1024, "gpu") == 2 * 256 / 2048
+    assert memory.padding(model, ONE | {"expert": 2}, 1024, "gpu") == 2 * 512 / 2048
     assert memory.padding(model, ONE, 1024, "tpu") == memory.padding(replace(model, dispatch="capacity"), ONE, 1024, "gpu") == 0
-    assert memory.spare(model, ONE, 1024, "gpu") == 1.25
+    assert memory.spare(model, ONE, 1024, "gpu") == 2
+
+
+def test_weights_of_experts_that_are_gathered():
+    """moe:8x7b, two layers. Of two, one dense: the layers' own matrices are on average half a feed-forward more, less half a
+    router, and a layer of experts holds what it held. Over an axis expert of 8 a device has an eighth of the experts, and
+    all of what is not theirs."""
+    experts, dense, router = 8 * 3 * 4096 * 14336, 3 * 4096 * 14336, 4096 * 8
+    both, mixed = (job_of("moe:8x7b", "--config.model.layers=2", f"--config.model.pattern={pattern}") for pattern in (
+        "(('attention','moe'),)", "(('attention','swiglu'),('attention','moe'))"))
+    held = lambda job, **axes: memory.memory(job, ONE | axes, "cudnn", "gpu").gathered
+    assert held(mixed, fsdp=8) - held(both, fsdp=8) == pytest.approx(2 * (dense - router) / 2 * 2)
+    assert held(both, fsdp=8) - held(both, expert=8) == pytest.approx(2 * experts * 7 / 8 * 2)
+    none = [memory.memory(changed(job, model=dict(remat="none")), ONE | {"fsdp": 8}, "cudnn", "gpu").gathered
+            for job in (both, mixed)]
+    assert none[0] - held(both, fsdp=8) - (none[1] - held(mixed, fsdp=8)) == pytest.approx((experts + router - dense) * 2)
+
+
+@pytest.mark.parametrize("name, axes", [("moe:8x7b", dict(fsdp=8)), ("moe:small", dict(fsdp=2)), ("moe:8x7b", dict(expert=8))])
+def test_the_largest_layer_s_temporaries_count(name, axes):
+    """Experts' buffers, however few of the layers have them: what comes to them and what comes back, and once more as it
+    travels over an axis expert."""
+    job, shape = job_of(name), ONE | axes
+    here = memory.local(job, shape)
+    wide = max((widths for widths in job.layers), key=lambda widths: widths.sent)
+    places = memory.spare(job.config.model, shape, here.tick_tokens, "gpu") * wide.sent * (4 if "expert" in axes else 2)
+    rows = here.tick_tokens * places * job.config.model.embed * memory.compute_bytes(job) * memory.INSIDE_EXPERTS
+    assert memory.memory(job, shape, "cudnn", "gpu").working > rows > 0
+
+
+@pytest.mark.parametrize("rows, platform, size", [(4, "cpu", 8), (16384, "gpu", 2048), (512, "gpu", 512), (100, "gpu", 64),
+                                                  (2048, "cpu", 256), (64, "cpu", 32)])
+def test_rows_of_a_block(rows, platform, size):
+    """About the root of twice SUM_ROWS times an expert's rows, and no more than those."""
+    assert grouped.block_rows(8 * rows, 8, platform) == size
 
 
 def test_what_remat_keeps_is_ordered():

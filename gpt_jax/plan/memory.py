@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.model.experts import WAYS, block_rows
+from gpt_jax.model.grouped import WAYS, block_rows
 from gpt_jax.plan.job import Job, Widths, entries
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
@@ -102,31 +102,31 @@ def compute_bytes(job: Job) -> int:
 
 
 def blockwise(model: configs.Model, platform: str) -> bool:
-    """Whether experts are gone through block by block (model/experts.py)."""
+    """Whether experts are gone through block by block (model/grouped.py)."""
     return model.dispatch == "dropless" and platform not in WAYS
 
 
-def _blocks(model: configs.Model, shape: dict[str, int], tokens: float) -> tuple[int, float, int]:
+def _blocks(model: configs.Model, shape: dict[str, int], tokens: float, platform: str) -> tuple[int, float, int]:
     """(experts of a device, choices that its `tokens` make, rows of a block)."""
     own, choices = max(1, model.experts // shape["expert"]), tokens * model.experts_per_token
-    return own, choices, block_rows(int(choices), own)
+    return own, choices, block_rows(int(choices), own, platform)
 
 
 def padding(model: configs.Model, shape: dict[str, int], tokens: float, platform: str) -> float:
     """Rows of blocks that may be empty, for each choice that a device's `tokens` make."""
     if not blockwise(model, platform):
         return 0.0
-    own, choices, rows = _blocks(model, shape, tokens)
+    own, choices, rows = _blocks(model, shape, tokens, platform)
     return own * rows / choices
 
 
 def turns(job: Job, shape: dict[str, int], tokens: float, platform: str) -> float:
-    """Blocks that `tokens` fill on a device, half of each expert's last one empty; 1 where nothing goes by blocks."""
+    """Blocks of one expert that `tokens` fill on a device, half of the last one empty; 1 where nothing goes by blocks."""
     model = job.config.model
     if not blockwise(model, platform) or not any(widths.sent for widths in job.layers):
         return 1.0
-    own, choices, rows = _blocks(model, shape, tokens)
-    return choices / rows + own / 2
+    own, choices, rows = _blocks(model, shape, tokens, platform)
+    return choices / own / rows + 0.5
 
 
 def room(model: configs.Model, shape: dict[str, int]) -> float:

@@ -16,7 +16,7 @@ from gpt_jax.devices import GIB, GPU_FRACTION, mfu
 from gpt_jax.errors import UsageError
 from gpt_jax.model import experts, kernels
 from gpt_jax.plan.job import Job, entries
-from gpt_jax.plan.memory import FULL, Local, Memory, compute_bytes, local, memory, padding
+from gpt_jax.plan.memory import FULL, Local, Memory, blockwise, compute_bytes, local, memory, padding, spare, turns
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.traffic import Flow, Link, flows, link
 
@@ -119,17 +119,28 @@ def matmul_seconds(job: Job, topology: Topology, flops: float) -> float:
 
 
 def passes_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local) -> float:
-    """Norms, residuals, activations: arrays read and written between matmuls; weights are read by the matmuls
-    themselves."""
-    model, train = job.config.model, job.config.train
+    """Norms, residuals, activations, experts' rows: arrays read and written between matmuls; weights are read by the
+    matmuls themselves."""
+    model, train, platform = job.config.model, job.config.train, topology.chip.platform
+    mean = lambda of: sum(map(of, job.layers)) / len(job.layers)
     wide = model.embed / (shape["tensor"] if model.shard_sequence else 1)
-    inner = sum(w.inner + w.hidden + 2 * w.q for w in job.layers) / len(job.layers) / shape["tensor"]
+    wide += model.embed * spare(model, shape, here.tick_tokens, platform) * mean(lambda w: w.sent)
+    inner = mean(lambda w: w.inner + w.hidden + 2 * w.q) / shape["tensor"]
     a_token = compute_bytes(job) * (TOUCHES * wide + 3 * inner)
-    layers = here.ticks * here.tick_tokens * here.tick_layers * a_token
+    layers = here.ticks * here.tick_layers * (here.tick_tokens * a_token + _sums_bytes(job, shape, here, platform))
     if kernel in ("reference", "xla"):  # maps of every query and key, in float32, written and read a few times
         layers += here.tokens * len(job.layers) * 8 * model.heads / shape["tensor"] * train.seq_len * FULL
     logits = 4 * here.tokens * model.vocab / shape["tensor"] * FULL
     return (layers + logits) * train.accumulate / topology.chip.bandwidth
+
+
+def _sums_bytes(job: Job, shape: dict[str, int], here: Local, platform: str) -> float:
+    """Of a layer's microbatch where experts are gone through block by block: their gradients in float32 are read and
+    written once a block."""
+    if not blockwise(job.config.model, platform):
+        return 0.0
+    used = shape | {"fsdp": 1, "context": 1, "pipeline": 1}
+    return 2 * entries(job, used, "params", 3, "expert", FULL) / len(job.layers) * turns(job, shape, here.tick_tokens, platform)
 
 
 def update_seconds(job: Job, topology: Topology, shape: dict[str, int]) -> float:
