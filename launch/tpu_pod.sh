@@ -31,15 +31,29 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ -n "$tpus" ] || fail "--tpu=NAME[,NAME…] is missing: which TPU VMs?"
+[[ ",$tpus," != *,,* ]] || fail "--tpu=$tpus: an empty name"
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: expected a number"
 [ $# -gt 0 ] || [ -n "$setup" ] || fail "what is to run is missing: -- train --config=…"
-[ "${1:-}" != train ] || [[ " $* " == *" --workdir"[\ =]* ]] ||
-    fail "train needs --workdir=DIR, a folder that all workers share"
+case ${1:-} in
+"" | evaluate | generate) ;;
+train)
+    for flag in "--workdir=DIR, a folder that all workers share" "--config=FILE, a file in the checkout"; do
+        [[ " $* " == *" ${flag%%=*}"[\ =]* ]] || fail "train needs $flag"
+    done
+    ;;
+*) fail "'$1' is no command that runs on several machines: train, evaluate, generate" ;;
+esac
+for word in "$@"; do
+    case ${word%%=*} in --coordinator | --num_processes | --process_id | --local_device | --distributed | --cpu_devices)
+        fail "${word%%=*}: the launcher gives it to each process; leave it out" ;;
+    esac
+done
 [ -n "$dry" ] || command -v gcloud >/dev/null || fail "gcloud is not installed"
 IFS=, read -ra names <<<"$tpus"
 
 asked="" pause="" logs=$(mktemp -d) archive=$(mktemp)
 mark='echo "gpt-jax ended with $?"' # gcloud's own exit code says little about many workers
+start='echo "gpt-jax begins"'
 trap 'rm -rf "$logs" "$archive"' EXIT
 trap 'asked=1; wake; signal_all TERM' INT TERM # the programs save and end with 10
 
@@ -49,7 +63,7 @@ run() { # one command, or its text
 everywhere() { # a shell line on all workers of all slices at once; what they print is kept in $logs
     local name pids=()
     for name in "${names[@]}"; do
-        { run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1; $mark" 2>&1 |
+        { run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$start; $1; $mark" 2>&1 |
             tee "$logs/$name"; } &
         pids+=($!)
         [ -z "$dry" ] || wait $!
@@ -106,6 +120,8 @@ count=0
 while true; do
     everywhere "$line"
     [ -z "$dry" ] || exit 0
+    [ "$count" -gt 0 ] || [ -n "$asked" ] || grep -q 'gpt-jax begins$' "$logs"/* ||
+        fail "no worker was reached, see above: are --tpu, --zone, --project and gcloud's account right?"
     code=$(ended)
     [ "$code" -ne 0 ] || exit 0
     [ -z "$asked" ] || exit "$code"

@@ -38,14 +38,15 @@ def test_every_launcher_restarts_on_the_same_codes():
 
 # ---- Kubernetes ----
 
-TRAIN = ["train", "--config=configs/llama.py:1b", "--workdir=/data/run", "--config.train.accumulate=2",
-         "--config.eval.batch_size=512"]
+TRAIN = ["train", "--config=configs/llama.py:1b", "--workdir=/data/run", "--config.data.path=/data/text",
+         "--config.train.accumulate=2", "--config.eval.batch_size=512"]
 
 
 def manifest(*given) -> dict:
     """What `gpt-jax launch kubernetes` prints."""
     more = ["--config.mesh.dcn_data=2"] if "--slices=2" in given else []
-    done = subprocess.run([os.sys.executable, "-m", "gpt_jax", "launch", "kubernetes", "--image=repo/gpt-jax:1", *given,
+    done = subprocess.run([os.sys.executable, "-m", "gpt_jax", "launch", "kubernetes", "--image=repo/gpt-jax:1",
+                           *(() if any("--volume" in flag for flag in given) else ("--volume=claim:/data",)), *given,
                            "--", *TRAIN, *more], capture_output=True, text=True, cwd=runs.ROOT,
                           env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
     assert done.returncode == 0, done.stderr
@@ -53,7 +54,7 @@ def manifest(*given) -> dict:
 
 
 LLAMA = f"--config={runs.ROOT}/configs/llama.py:1b"
-LLAMA_RUN = ["train", LLAMA, "--workdir=/w"]
+LLAMA_RUN = ["train", LLAMA, "--workdir=/w/runs", "--config.data.path=/w/text"]
 KINDS = {"gpu": ["--nodes=4", "--gpus_per_node=8", "--volume=disk:/data", "--env=NCCL_DEBUG=INFO"],
          "tpu": ["--tpu_topology=v5p:4x4x4"], "slices": ["--tpu_topology=v6e:4x4", "--slices=2"]}
 
@@ -166,6 +167,9 @@ def test_bad_kubernetes_flags(given, words):
 
 @pytest.mark.parametrize("given, words", [
     (["--gpus_per_node=8", "--", "train", LLAMA], "--workdir is missing"),
+    (["--gpus_per_node=8", "--", "train", LLAMA, "--workdir=/w"], "config.data.path is empty"),
+    (["--gpus_per_node=8", "--", *LLAMA_RUN], "--workdir=/w/runs: lies in no --volume"),
+    (["--gpus_per_node=8", "--volume=a:/v", "--volume=b:/wo", "--", *LLAMA_RUN], "--workdir=/w/runs: lies in no --volume"),
     (["--gpus_per_node=8", "--", *LLAMA_RUN, "--distributed"], "--distributed: the launcher gives it"),
     (["--gpus_per_node=8", "--", "train", "--workdir=/w", "--config=c.py"], "--config=c.py: no such file"),
     (["--gpus_per_node=8", "--", *LLAMA_RUN, "--config.trian.steps=1"], "config.trian = '1': unknown key"),
@@ -219,7 +223,7 @@ def test_a_slurm_task_takes_its_part_of_the_gpus(environ, wanted):
 def test_gpus_that_cannot_be_dealt_evenly(gpus, tasks):
     with pytest.raises(errors.UsageError, match=f"^{gpus} GPUs on this node for {tasks} tasks"):
         join.own_devices(ALONE, SLURM | {"SLURM_GPUS_ON_NODE": str(gpus), "SLURM_STEP_TASKS_PER_NODE": f"{tasks}(x2)"})
-    assert runs.refusal("launch", "slurm", "--time=5", f"--gpus_per_node={gpus}", f"--tasks_per_node={tasks}", "train") == (
+    assert runs.refusal("launch", "slurm", "--time=9", f"--gpus_per_node={gpus}", f"--tasks_per_node={tasks}", "train") == (
         2, f"--tasks_per_node={tasks}: {gpus} GPUs of a node cannot be dealt to so many evenly")
 
 
@@ -240,10 +244,10 @@ def test_what_submitit_is_given(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given, words", [
-    (["--time=60"], "gpt-jax launch slurm: what is to run is missing"), (["--time=0", "train"], "--time=0: expected 1"),
-    (["--time=5", "tarin"], "gpt-jax launch slurm: 'tarin' is no flag"), (["--nodes=0", "--time=5", "train"], "--nodes=0: "),
-    (["--time=5", "sweep"], "gpt-jax launch slurm: 'sweep' is no flag"),
-    (["--time=5", "--sbatch", "mem", "train"], "--sbatch=mem: expected NAME=VALUE")])
+    (["--time=60"], "gpt-jax launch slurm: what is to run is missing"), (["--time=5", "train"], "--time=5: expected 6 or more"),
+    (["--time=9", "tarin"], "gpt-jax launch slurm: 'tarin' is no flag"), (["--nodes=0", "--time=9", "train"], "--nodes=0: "),
+    (["--time=9", "sweep"], "gpt-jax launch slurm: 'sweep' is no flag"),
+    (["--time=9", "--sbatch", "mem", "train"], "--sbatch=mem: expected NAME=VALUE")])
 def test_bad_slurm_flags(given, words):
     code, text = runs.refusal("launch", "slurm", *given)
     assert code == 2 and text.startswith(words)
@@ -257,13 +261,13 @@ def test_bad_slurm_flags(given, words):
     ([*LLAMA_RUN, "--cpu_devices=8", "--config.mesh.data=3"], "config.mesh.data = 3: 3 does not match 16 devices")])
 def test_what_train_would_refuse_is_not_submitted(given, words, tmp_path):
     shape = ["--nodes=2"] + ["--gpus_per_node=8"] * ("--cpu_devices=8" not in given)
-    code, text = runs.refusal("launch", "slurm", *shape, "--time=5", f"--logs={tmp_path / 'logs'}", "--", *given)
+    code, text = runs.refusal("launch", "slurm", *shape, "--time=9", f"--logs={tmp_path / 'logs'}", "--", *given)
     assert code == 2 and text.startswith(words) and not (tmp_path / "logs").exists()
 
 
 def test_no_slurm_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    code, text = runs.refusal("launch", "slurm", "--time=5", f"--logs={tmp_path}", "--", *LLAMA_RUN)
+    code, text = runs.refusal("launch", "slurm", "--time=9", f"--logs={tmp_path}", "--", *LLAMA_RUN)
     assert code == 2 and ("sbatch" in text or "srun" in text)
 
 
@@ -274,7 +278,10 @@ echo "$@" >> {folder}/calls
 case "$*" in *gpt-jax\\ train*)
     name=$5
     code=$(head -1 {folder}/$name); sed -i 1d {folder}/$name
-    for worker in 0 1; do echo "worker $worker of $name"; [ "$code" = lost ] || echo "gpt-jax ended with $code"; done
+    [ "$code" = unreachable ] && echo "ERROR: (gcloud) no account" && exit 1
+    for worker in 0 1; do
+        echo "worker $worker of $name"; echo "gpt-jax begins"; [ "$code" = lost ] || echo "gpt-jax ended with $code"
+    done
 esac
 """
 
@@ -288,19 +295,25 @@ def pod(folder, codes: dict[str, list], *flags, wait=""):
     for name, values in codes.items():
         (folder / name).write_text("".join(f"{value}\n" for value in values))
     return subprocess.run([LAUNCH / "tpu_pod.sh", f"--tpu={','.join(codes) or 'a'}", "--zone=z", *flags, "--", "train",
-                           "--workdir=/w", "--config.data.path=a b"], capture_output=True, text=True,
+                           "--config=c.py", "--workdir=/w", "--config.data.path=a b"], capture_output=True, text=True,
                           env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"})
 
 
 @pytest.mark.parametrize("codes, flags, ended, waits", [
     ({"a": [0]}, [], 0, ""), ({"a": [10, 40, 50, 0]}, [], 0, "5 10 20"), ({"a": [2]}, [], 2, ""),
     ({"a": [30]}, [], 30, ""), ({"a": [40, 0], "b": ["lost", 0]}, [], 0, "5"), ({"a": [40], "b": [2]}, [], 2, ""),
-    ({"a": [41] * 9}, ["--restarts=2"], 41, "5 10")])
+    ({"a": [41] * 9}, ["--restarts=2"], 41, "5 10"), ({"a": [40, "unreachable", 0]}, [], 0, "5 10")])
 def test_tpu_pod_restarts_by_the_policy(tmp_path, codes, flags, ended, waits):
     done = pod(tmp_path, codes, *flags)
     assert done.returncode == ended, done.stdout + done.stderr
     found = (tmp_path / "waits").read_text().split() if (tmp_path / "waits").exists() else []
     assert " ".join(found) == waits and ("worker 1 of a" in done.stdout)
+
+
+def test_tpu_pod_stops_where_no_worker_was_ever_reached(tmp_path):
+    done = pod(tmp_path, {"a": ["unreachable", 0], "b": ["unreachable", 0]})
+    assert done.returncode == 2 and "no account" in done.stdout and "no worker was reached" in done.stderr
+    assert not (tmp_path / "waits").exists()
 
 
 @pytest.mark.parametrize("number", ["TERM", "INT"])
@@ -318,13 +331,17 @@ def test_tpu_pod_dry_run_prints_and_runs_nothing(tmp_path):
         words = shlex.split(line)
         assert words[:8] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, "--zone=z", "--project=p"]
         assert words[8] == "--worker=all" and words[9].startswith(
-            r"--command=cd gpt_jax && .venv/bin/gpt-jax train --workdir=/w --config.data.path=a\ b --distributed; echo")
+            r'--command=echo "gpt-jax begins"; cd gpt_jax && .venv/bin/gpt-jax train --config=c.py --workdir=/w '
+            r"--config.data.path=a\ b --distributed; echo")
 
 
 @pytest.mark.parametrize("given, words", [
     ([], "--tpu=NAME"), (["--tpu=a"], "what is to run"), (["--tpu=a", "--zoen=b"], "unknown flag"),
     (["--tpu=a", "--restarts=x", "--", "train"], "--restarts=x: expected"),
-    (["--tpu=a", "--", "train", "--config=c.py"], "train needs --workdir=DIR")])
+    (["--tpu=a", "--", "train", "--config=c.py"], "train needs --workdir=DIR"),
+    (["--tpu=a", "--", "train", "--workdir=/w"], "train needs --config=FILE"), (["--tpu=a,", "--", "train"], "--tpu=a,: an empty"),
+    (["--tpu=a", "--", "trian"], "'trian' is no command"),
+    (["--tpu=a", "--", "evaluate", "--distributed"], "--distributed: the launcher gives it")])
 def test_bad_tpu_pod_flags(given, words):
     done = subprocess.run([LAUNCH / "tpu_pod.sh", *given], capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr

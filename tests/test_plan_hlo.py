@@ -136,6 +136,17 @@ def test_flops_of_a_matmul_that_libtpu_writes_as_a_convolution():
     assert hlo.read(text, {"fsdp": 1}).matmul_flops == 2 * 13 * 8 * 16 * 32
 
 
+def test_flops_of_a_matmul_that_libtpu_writes_as_a_padded_convolution():
+    """One matrix 8 x 16 times 24 matrices 16 x 32, the 24 as a window over a single entry with 23 of padding around it."""
+    text = """ENTRY %main.1 (a: bf16[8,16,1], b: bf16[24,32,16]) -> bf16[24,8,32] {
+  %a = bf16[8,16,1]{1,0,2} parameter(0)
+  %b = bf16[24,32,16]{1,2,0} parameter(1)
+  ROOT %c = bf16[24,8,32]{2,1,0} convolution(%a, %b), window={size=24 pad=23_23 rhs_reversal=1}, dim_labels=bf0_0oi->0bf
+}
+"""
+    assert hlo.read(text, {"fsdp": 1}).matmul_flops == 24 * 2 * 8 * 16 * 32
+
+
 CUBLAS = """%step (i: s32[]) -> s32[] {
   %l = bf16[512,64]{1,0} parameter(0)
   %r = bf16[64,32]{1,0} parameter(1)

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import Flags, add_runtime_flags, load_config, local_workdir
+from gpt_jax.commands.flags import Flags, load_config, local_workdir
+from gpt_jax.data.sources import EMPTY
 from gpt_jax.errors import Exit, UsageError
 
 LAUNCHERS = {
@@ -93,7 +94,7 @@ class Ended(Exit):
 
 
 def slurm(arguments: list[str]) -> None:
-    from gpt_jax.launch.slurm import Shape, Training, parameters
+    from gpt_jax.launch.slurm import SAVE_SECONDS, Shape, Training, parameters
 
     flags = Flags(prog="gpt-jax launch slurm", description=LAUNCHERS["slurm"] + ". Other options of sbatch are given as "
                   "--sbatch NAME=VALUE, as in --sbatch mem=64G.")
@@ -101,14 +102,15 @@ def slurm(arguments: list[str]) -> None:
     flags.add_argument("--gpus_per_node", type=int, default=0, help="GPUs of each; 0: none is asked for")
     flags.add_argument("--tasks_per_node", type=int, default=0,
                        help="processes of a node, to which its GPUs are dealt; 0: one for each GPU, at least one")
-    flags.add_argument("--time", type=int, required=True, metavar="MINUTES", help="time limit; the job goes on behind it")
+    flags.add_argument("--time", type=int, required=True, metavar="MINUTES", help="time limit, whole minutes; the job goes on behind it")
     flags.add_argument("--partition", help="where to queue")
     flags.add_argument("--name", default="gpt-jax", help="of the job, as squeue shows it")
     flags.add_argument("--restarts", type=int, default=20, help="how often the job goes back into the queue")
     flags.add_argument("--logs", default="runs/slurm", metavar="DIR", help="for the script and the output of every task")
     flags.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="a further option")
     args, rest = split(flags, arguments)
-    positive(args, "nodes", "time")
+    positive(args, "nodes")
+    positive(args, "time", least=SAVE_SECONDS // 60 + 1)  # else it is told to save as soon as it begins
     positive(args, "gpus_per_node", "tasks_per_node", "restarts", least=0)
     options = [option.partition("=") for option in args.sbatch]
     if wrong := [name + equals + value for name, equals, value in options if not (name and equals)]:
@@ -132,7 +134,7 @@ def slurm(arguments: list[str]) -> None:
         executor.update_parameters(**parameters(shape, extra))
         job = executor.submit(Training([*rest, "--distributed"]))
     except RuntimeError as error:  # no sbatch here, or sbatch refused
-        raise UsageError(f"gpt-jax launch slurm: {' '.join(str(error).split())}") from None
+        raise UsageError(f"launch slurm: sbatch did not take it: {' '.join(str(error).split())}") from None
     print(f"submitted job {job.job_id}; output: {job.paths.stdout}")
 
 
@@ -155,12 +157,17 @@ def kubernetes(arguments: list[str]) -> None:
     flags.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every pod")
     args, rest = split(flags, arguments)
     positive(args, "nodes", "slices", "grace_seconds")
+    if not args.image:
+        raise UsageError("--image is empty: name the one that was made from launch/Dockerfile")
     positive(args, "gpus_per_node", "restarts", least=0)
     made = engine.jobset(engine.Options(
         args.image, args.name, args.nodes, args.gpus_per_node, args.tpu_topology, args.slices, args.restarts,
         args.grace_seconds, tuple(args.volume), tuple(args.env)), rest)
     refuse(rest, "--cpu_devices")
-    check_train(rest, count_devices(args), True, args.slices if args.tpu_topology else 0)
+    workdir = check_train(rest, count_devices(args), True, args.slices if args.tpu_topology else 0)
+    if workdir and not any(Path(workdir).is_relative_to(volume.partition(":")[2]) for volume in args.volume):
+        raise UsageError(f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; as in "
+                         f"--volume=CLAIM:{Path(workdir).absolute().parent}")
     print(engine.to_yaml(made), end="")
 
 
@@ -173,11 +180,12 @@ def count_devices(args: argparse.Namespace) -> int:
     return parse(args.tpu_topology, args.slices, "--tpu_topology").devices
 
 
-def check_train(command: list[str], devices: int, accelerators: bool, slices: int = 0) -> None:
+def check_train(command: list[str], devices: int, accelerators: bool, slices: int = 0) -> str:
     """UsageError now for what would end `train` at its start on every machine; other commands are not looked at. `devices`
-    of the whole job, on CPUs one a process unless the command says --cpu_devices; `slices` of TPUs, 0: none."""
+    of the whole job, on CPUs one a process unless the command says --cpu_devices; `slices` of TPUs, 0: none. Returns the
+    workdir, "" of other commands."""
     if command[0] != "train":
-        return
+        return ""
     from gpt_jax.commands.train import make_flags
 
     args, rest = make_flags().parse_known_args(command[1:])
@@ -185,6 +193,9 @@ def check_train(command: list[str], devices: int, accelerators: bool, slices: in
     if not args.workdir:
         raise UsageError("--workdir is missing: where should the run's files go?")
     local_workdir(args.workdir)
+    if not (config.data.path or config.data.sources):
+        raise UsageError("config.data.path" + EMPTY)
     configs.check(config, devices if accelerators else devices * max(1, args.cpu_devices))
     if slices and (problem := configs.slices_problem(configs.cross_slice(config.mesh), slices)):
         raise UsageError(problem)
+    return args.workdir

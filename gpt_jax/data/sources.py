@@ -21,6 +21,7 @@ class Source(NamedTuple):
 KINDS = (".txt", ".md", ".py", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # rows of formats.FORMATS
 PACKINGS = ("", ".gz", ".xz", ".zst", ".bz2")  # rows of formats.UNPACK
 SUFFIXES = f"{' '.join(KINDS)}, each also with {' '.join(PACKINGS[1:])} after it"
+EMPTY = " is empty: name files, directories or globs, or the word stdlib"
 TOKEN_FILES = (".bin", ".idx", ".npy")  # of other tools, see foreign
 
 
@@ -125,7 +126,7 @@ def find(paths: tuple[str, ...], key: str = "config.data.path") -> tuple[Source,
 
     UsageError, naming the setting `key`, for a path that does not exist or holds nothing that can be read."""
     if not paths:
-        raise UsageError(f"{key} is empty: name files, directories or globs, or the word stdlib")
+        raise UsageError(key + EMPTY)
     try:
         found = [source for spec in paths for source in _named(spec, key)]
         return tuple({s.path if isinstance(s.path, str) else s.path.resolve(): s for s in found}.values())

@@ -196,11 +196,21 @@ def _flops(line: Instruction, shapes: dict[str, str]) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.rest)
     if not labels:
         return 0.0
-    # libtpu writes a batch dim as a dilated spatial one: of its `size` taps one in `lhs_dilate` meets an entry.
-    size, dilation = (re.search(rf"window=\{{[^}}]*\b{name}=([\dx]+)", line.rest) for name in ("size", "lhs_dilate"))
-    product = lambda found: math.prod(int(n) for n in found[1].split("x")) if found else 1
-    spatial = product(size) / product(dilation)
-    return 2.0 * math.prod(result) * right[labels[2].index("i")] * spatial
+    window = dict(re.findall(r"\b(size|stride|pad|lhs_dilate)=([\dx_]+)", re.search(r"window=\{([^}]*)\}|$", line.rest)[0]))
+    of = lambda name, i, missing: window[name].split("x")[i] if name in window else missing
+    taps = 1.0
+    for i, digit in enumerate(sorted(filter(str.isdigit, labels[1]))):
+        low = int(of("pad", i, "0_0").split("_")[0])
+        taps *= _taps(left[labels[1].index(digit)], result[labels[3].index(digit)], int(of("size", i, 1)),
+                      int(of("stride", i, 1)), low, int(of("lhs_dilate", i, 1)))
+    return 2.0 * math.prod(result) * right[labels[2].index("i")] * taps
+
+
+def _taps(entries: int, results: int, size: int, stride: int, low: int, dilation: int) -> float:
+    """Of `size` taps of a window, how many meet an entry, on average over the results: libtpu writes batch dims as spatial
+    ones, dilated or padded so that one tap does."""
+    place = np.arange(results)[:, None] * stride + np.arange(size) - low
+    return ((place >= 0) & (place <= (entries - 1) * dilation) & (place % dilation == 0)).sum() / results
 
 
 def _grouped_flops(line: Instruction, shapes: dict[str, str]) -> float:
