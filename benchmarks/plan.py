@@ -54,7 +54,7 @@ def run(model: str, machine: str) -> dict:
     found, complaint = plan(*words)
     row = {"model": model, "machine": machine, "command": "gpt-jax " + " ".join(words),
            "wall_seconds": round(time.time() - began)}
-    if found is None or not found["search"]:
+    if found is None or not found.get("search"):
         return row | {"error": complaint}
     row |= {"best": found["command"], "mesh": found["mesh"], "kernel": found["kernel"], "arithmetic": arithmetic(found)}
     if not found["compiled"] or found["compiled"]["refusal"]:

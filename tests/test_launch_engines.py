@@ -174,7 +174,7 @@ def test_bad_kubernetes_flags(given, words):
     (["--gpus_per_node=8", "--", "train", "--workdir=/w", "--config=c.py"], "--config=c.py: no such file"),
     (["--gpus_per_node=8", "--", *LLAMA_RUN, "--config.trian.steps=1"], "config.trian = '1': unknown key"),
     (["--gpus_per_node=8", "--", *LLAMA_RUN, "--steps=1"], "unknown argument '--steps=1'"),
-    (["--gpus_per_node=8", "--nodes=3", "--", *LLAMA_RUN], "config.model.embed = 2048: must divide by fsdp"),
+    (["--gpus_per_node=8", "--nodes=3", "--", *LLAMA_RUN], "config.model.embed = 2048: must be divisible by fsdp"),
     (["--tpu_topology=tpu7x:2x2x3", "--", *LLAMA_RUN], "--tpu_topology=tpu7x:2x2x3: there are no such slices"),
     (["--tpu_topology=v6e:4x4", "--slices=2", "--", *LLAMA_RUN], "config.mesh.dcn_…: the cross-slice sizes multiply to 1")])
 def test_what_train_would_refuse_becomes_no_manifest(given, words, capsys):

@@ -17,11 +17,11 @@ from gpt_jax.plan import report, roofline, search, topology
 def test_every_problem_is_named():
     shape, found = roofline.problems(changed(llama(), mesh=dict(fsdp=1, tensor=16, data=-1)).config, 64)
     assert shape["data"] == 4
-    assert len(found) == 1 and "config.model.kv_heads = 8: must divide by config.mesh.tensor = 16" in found[0]
+    assert len(found) == 1 and "config.model.kv_heads = 8: must be divisible by config.mesh.tensor = 16" in found[0]
     job = changed(llama(), mesh=dict(fsdp=-1), train=dict(batch_size=100, seq_len=8200), model=dict(heads=31))
     _, found = roofline.problems(job.config, 64)
-    assert [line.split(" ")[0] for line in found] == ["config.model.kv_heads", "config.train.batch_size",
-                                                      "config.train.batch_size", "config.train.loss_chunk"]
+    assert [line.split(" ")[0] for line in found] == ["config.model.kv_heads", "config.train.loss_chunk",
+                                                      "config.train.batch_size", "config.train.batch_size"]
 
 
 def test_what_does_not_fit_is_told_what_would():
@@ -129,7 +129,22 @@ def test_where_nothing_fits_the_report_says_so(capsys):
     with pytest.raises(UsageError, match="--search: nothing fits h200:8"):
         command.main([*TOO_SMALL, "--search", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert not found["fits"] and not found["search"] and "take more devices" in found["problems"][0]
+    assert not found["fits"] and "take more devices" in found["problems"][0]
+
+
+def test_where_nothing_runs_the_report_says_so():
+    with pytest.raises(UsageError, match="^--search: no mesh of v5p:16x20x28 runs it; with all devices on fsdp config.model.embed"):
+        command.main(["--config", f"{CONFIGS / 'llama.py'}:8b", "--topology=v5p:16x20x28", "--search"])
+
+
+@pytest.mark.parametrize("given, words", [
+    (["--search=0"], "--search=0: expected 1 or more"), (["--compile=2"], "--compile=2: without --search"),
+    (["--config.mesh.tensor=3"], "config.mesh.tensor = 3"), (["--config.trian.steps=1"], "config.trian")])
+def test_json_also_of_what_cannot_run(given, words, capsys):
+    with pytest.raises(UsageError) as error:
+        command.main(["--config", f"{CONFIGS / 'llama.py'}:8b", "--topology=v5p:2x2x1", "--json", *given])
+    found = json.loads(capsys.readouterr().out)
+    assert str(error.value).startswith(words) and found["problems"] == [str(error.value)] and not found["fits"]
 
 
 def test_slices_without_sizes_across_them_hold_copies(capsys):

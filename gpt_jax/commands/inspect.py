@@ -29,6 +29,9 @@ def main(arguments: list[str]) -> None:
         raise UsageError(f"--batch: expected 1 to {LAST}; --rows and --chars: 0 or more")
     workdir = local_workdir(args.workdir)
     config = read_config(workdir)
+    if args.batch > config.train.steps:
+        print(f"gpt-jax: step {args.batch:,} is beyond the run's last, {config.train.steps:,}: what it would get if it went on",
+              file=sys.stderr)
     rows = step_rows(config, workdir, args.batch, args.rows)
     try:
         for row in rows:

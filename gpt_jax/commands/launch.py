@@ -76,6 +76,9 @@ def local(arguments: list[str]) -> None:
         raise UsageError(f"--restarts={args.restarts}: one machine of several cannot restart the job; its scheduler does")
     refuse(rest, "--cpu_devices")
 
+    if (total := args.processes * args.nodes) > 1 or args.devices_per_process:  # else the devices are not known before
+        check_train(rest, total * max(1, args.devices_per_process), True)
+
     def say(line: str) -> None:
         print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
 
@@ -102,7 +105,8 @@ def slurm(arguments: list[str]) -> None:
     flags.add_argument("--gpus_per_node", type=int, default=0, help="GPUs of each; 0: none is asked for")
     flags.add_argument("--tasks_per_node", type=int, default=0,
                        help="processes of a node, to which its GPUs are dealt; 0: one for each GPU, at least one")
-    flags.add_argument("--time", type=int, required=True, metavar="MINUTES", help="time limit, whole minutes; the job goes on behind it")
+    flags.add_argument("--time", type=int, required=True, metavar="MINUTES",
+                       help="time limit, whole minutes; the job goes on behind it")
     flags.add_argument("--partition", help="where to queue")
     flags.add_argument("--name", default="gpt-jax", help="of the job, as squeue shows it")
     flags.add_argument("--restarts", type=int, default=20, help="how often the job goes back into the queue")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from gpt_jax import config as configs
@@ -20,6 +20,8 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 # platform -> (modules that must be there, the extra that brings them)
 COMPILERS = {"tpu": (("libtpu",), "plan"), "gpu": (("jax_plugins.xla_cuda13", "nvidia"), "plan-gpu")}
 
+MISSES = 3  # programs that do not fit, which --search compiles before it gives up
+
 
 def main(arguments: list[str]) -> None:
     """Raises UsageError (after the report) for what does not fit or cannot run, and for what was typed wrong."""
@@ -30,9 +32,9 @@ def main(arguments: list[str]) -> None:
                        help="the machine, as in v5p:4x4x4 or h100:64")
     flags.add_argument("--slices", type=int, default=1, metavar="N",
                        help="slices of that shape, over the data centre network (TPU)")
-    flags.add_argument("--compile", type=int, nargs="?", const=1, default=0, metavar="K",
+    flags.add_argument("--compile", type=int, nargs="?", const=1, metavar="K",
                        help="compile the train step for it, too; with --search the best K (minutes each)")
-    flags.add_argument("--search", type=int, nargs="?", const=10, default=0, metavar="N",
+    flags.add_argument("--search", type=int, nargs="?", const=10, metavar="N",
                        help="try meshes, remat policies and microbatches, and show the best N")
     flags.add_argument("--data_tokens", type=float, default=0, help="tokens of the data, to count epochs")
     flags.add_argument("--write_bandwidth", type=float, default=1e9, metavar="B",
@@ -43,6 +45,18 @@ def main(arguments: list[str]) -> None:
     flags.add_argument("--json", action="store_true", help="print JSON")
     flags.add_argument("--inside", help=argparse.SUPPRESS)  # where a process of this command's own puts what it compiled
     args, rest = flags.parse_known_args(arguments)
+    try:
+        trouble = checked(args, rest)
+    except UsageError as error:
+        if args.json and not args.inside:
+            print(json.dumps({"topology": args.topology, "fits": False, "problems": [str(error)]}, indent=2))
+        raise
+    if trouble:
+        raise UsageError(trouble)
+
+
+def checked(args, rest: list[str]) -> str:
+    """The report, printed; what is wrong with the run, "" for nothing. UsageError where there is none to print."""
     check(args)
     import jax
 
@@ -61,15 +75,18 @@ def main(arguments: list[str]) -> None:
         need_compiler(topology)
     if args.inside:
         Path(args.inside).write_text(json.dumps(compile_here(config, topology, args)))
-        return
-    plan(args, rest, config, topology, make_say(sys.stdout), notes)
+        return ""
+    return plan(args, rest, config, topology, make_say(sys.stdout), notes)
 
 
 def check(args) -> None:
     """UsageError for a flag out of its range."""
-    for name in ("compile", "search", "data_tokens"):
-        if not getattr(args, name) >= 0:
-            raise UsageError(f"--{name}={getattr(args, name):g}: expected 0 or more")
+    for name, least in (("compile", 1), ("search", 1), ("data_tokens", 0)):
+        if (given := getattr(args, name)) is not None and not given >= least:
+            raise UsageError(f"--{name}={given:g}: expected {least} or more")
+    if not args.search and (args.compile or 0) > 1:
+        raise UsageError(f"--compile={args.compile}: without --search there is one program to compile; add --search, or leave "
+                         "the number out")
     if not args.write_bandwidth > 0:
         raise UsageError(f"--write_bandwidth={args.write_bandwidth:g}: expected more than 0 bytes a second")
     for option in args.option:
@@ -78,8 +95,8 @@ def check(args) -> None:
             raise UsageError(f"--option={option}: expected NAME=VALUE")
 
 
-def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> None:
-    """The report, and then UsageError when it is a bad one. `notes`: lines ahead of it."""
+def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> str:
+    """Says the report, and returns what is wrong, "" for nothing. `notes`: lines ahead of it."""
     from gpt_jax.plan import report
     from gpt_jax.plan.job import make_job
     from gpt_jax.plan.search import search
@@ -89,11 +106,7 @@ def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> None
     if args.search:
         found = search(job, topology)
         if not found:
-            line = nothing_fits(job, topology)
-            if args.json:
-                say(json.dumps({"topology": str(topology), "devices": topology.devices, "fits": False, "search": [],
-                                "problems": [line]}, indent=2))
-            raise UsageError(f"--search: {line}")
+            raise UsageError(f"--search: {nothing_fits(job, topology)}")
         shown = found[:args.search]
         lines += [f"{len(found)} combinations fit; the best by arithmetic", *report.ranked(topology, shown)]
         out["search"] = report.ranked_data(job.config, shown)
@@ -115,13 +128,18 @@ def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> None
         lines.append(f"best: {out['command']}")
     trouble = add_trouble(job, topology, best, results, lines, out)
     say(json.dumps(out, indent=2) if args.json else "\n".join(lines))
-    if trouble:
-        raise UsageError(f"{topology}: {trouble}")
+    return f"{topology}: {trouble}" if trouble else ""
 
 
 def nothing_fits(job, topology) -> str:
     from gpt_jax.plan.report import size, stored_bytes
+    from gpt_jax.plan.roofline import estimate
+    from gpt_jax.plan.search import search
 
+    if not search(job, topology, float("inf")):
+        plain = replace(job.config, mesh=configs.Mesh(data=1, fsdp=-1, dcn_data=topology.slices))
+        first, *_ = estimate(job._replace(config=plain), topology).problems
+        return f"no mesh of {topology} runs it; with all devices on fsdp {first}"
     least = stored_bytes(job) / topology.devices
     return (f"nothing fits {topology}, whose devices have {size(topology.chip.memory)}: the state cut over all of them is "
             f"{size(least)} each; take more devices, or a smaller config.train.batch_size")
@@ -142,8 +160,8 @@ def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str]
         refused = [(result["estimate"].memory.peak, result["compiled"]["peak"]) for result in results
                    if result["compiled"] and not result["fits"]]
         offers = advice(job, topology, limit_after(topology, refused))
-        lines += [f"would fit: {' '.join(report.overrides(job.config, one))} ({report.seconds(found.step)} a step, "
-                  f"{verdict(found.memory.peak, topology)})" for one, found in offers]
+        lines += [f"would fit, by arithmetic: {' '.join(report.overrides(job.config, one))} "
+                  f"({report.seconds(found.step)} a step, {verdict(found.memory.peak, topology)})" for one, found in offers]
         out["would_fit"] = [report.overrides(job.config, one) for one, _ in offers]
         if not offers:
             out["advice"] = nothing_fits(job, topology)
@@ -168,15 +186,17 @@ def mesh_summary(result: dict) -> str:
 def examine_best(args, rest: list[str], job, found: list, topology) -> list[dict]:
     """The first of `found`; with --compile=K, K that fit, best first. One that does not fit by the compiler rules out
     all that need as much by the arithmetic."""
+    from gpt_jax.plan.search import CLOSE
+
     results, limit = [], float("inf")
     for one, seen in found:
         if seen.memory.peak >= limit:
             continue
         results.append(examine(args, rest, job, one, topology))
         if not results[-1]["fits"]:
-            limit = 0.97 * seen.memory.peak
-        enough = sum(result["fits"] for result in results) >= max(1, args.compile)
-        if enough or len(results) >= 3 + args.compile or is_fault(results[-1]["compiled"]):
+            limit = CLOSE * seen.memory.peak
+        enough = sum(result["fits"] for result in results) >= (args.compile or 1)
+        if enough or len(results) >= MISSES + (args.compile or 0) or is_fault(results[-1]["compiled"]):
             break
     return results
 

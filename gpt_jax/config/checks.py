@@ -47,7 +47,6 @@ def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) ->
     """All disagreements on a mesh of these axis sizes, a line each. A model that is none ends the list: the rest would be
     about layers that it does not have."""
     model, train, optim, found = config.model, config.train, config.optim, []
-    rows, split = (math.prod(shape[axis] for axis in axes) for axes in (BATCH_AXES, FSDP_AXES))
 
     def need(ok, path, way_out):
         if not ok:
@@ -56,7 +55,6 @@ def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) ->
                 value = getattr(value, part)
             found.append(f"config.{path} = {value!r}: {way_out}")
 
-    common = lambda axis, size: f"lower that to {math.gcd(size, shape[axis])}"
     need(model.head_dim > 0, "model.heads",
          f"does not divide config.model.embed = {model.embed}; choose a divisor or set config.model.head_dim")
     need(model.heads % model.kv_heads == 0, "model.kv_heads", f"must divide config.model.heads = {model.heads}")
@@ -82,23 +80,6 @@ def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) ->
     if tokenizer_vocab:
         need(model.vocab >= tokenizer_vocab, "model.vocab",
              f"is smaller than the tokenizer's {tokenizer_vocab}; set 0 to follow the tokenizer")
-    for path, size in (("heads", model.heads), ("kv_heads", model.kv_heads), ("mlp", model.mlp),
-                       ("vocab", model.vocab)):
-        need(size % shape["tensor"] == 0, f"model.{path}", f"must divide by config.mesh.tensor = {shape['tensor']}; "
-             + ("set config.model.vocab_multiple" if path == "vocab" else common("tensor", size)))
-    need(model.embed % split == 0, "model.embed", f"must divide by fsdp x expert x context = {split} of the mesh")
-    values = model.kv_heads * model.head_dim  # width of the value embeddings' table, cut over fsdp like the embedding's
-    need(not model.value_embed or values % split == 0, "model.kv_heads",
-         f"times config.model.head_dim = {model.head_dim} must divide by fsdp x expert x context = {split} of the mesh "
-         "(value_embed)")
-    micro = train.batch_size // train.accumulate
-    need(train.batch_size % train.accumulate == 0, "train.batch_size",
-         f"must divide by config.train.accumulate = {train.accumulate}")
-    need(micro % rows == 0, "train.batch_size",
-         f"gives {micro} rows a microbatch, which must divide by pipeline x data x fsdp x expert = {rows} of the mesh; "
-         f"try {-(-train.batch_size // (rows * train.accumulate)) * rows * train.accumulate}")
-    need(config.eval.batch_size % rows == 0, "eval.batch_size",
-         f"must divide by pipeline x data x fsdp x expert = {rows} of the mesh")
     need(config.data.eval_fraction or config.data.eval_path or not config.eval.compare_xz, "eval.compare_xz",
          "needs held-out text, and config.data.eval_fraction is 0")
     need(not train.loss_chunk or train.seq_len % train.loss_chunk == 0, "train.loss_chunk",
@@ -109,23 +90,48 @@ def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) ->
     need(optim.schedule != "wsd" or optim.warmup_steps <= decay_from, "optim.decay_fraction",
          f"decay would start at step {decay_from}, before config.optim.warmup_steps = {optim.warmup_steps} are over; "
          "lower one of them")
+    _check_split(need, config, shape)
     _check_sequence(need, config, shape)
     _check_experts(need, config, shape)
     _check_stages(need, config, shape)
     return found
 
 
+def _check_split(need, config: Config, shape: dict) -> None:
+    """Weights over tensor and the fsdp axes, rows over the axes of the batch."""
+    model, train = config.model, config.train
+    rows, split = (math.prod(shape[axis] for axis in axes) for axes in (BATCH_AXES, FSDP_AXES))
+    tensor = math.gcd(shape["tensor"], model.heads, model.kv_heads, model.mlp)
+    for path, size in (("heads", model.heads), ("kv_heads", model.kv_heads), ("mlp", model.mlp),
+                       ("vocab", model.vocab)):
+        need(size % shape["tensor"] == 0, f"model.{path}", f"must be divisible by config.mesh.tensor = {shape['tensor']}; "
+             + ("set config.model.vocab_multiple" if path == "vocab" else f"lower that to {tensor}"))
+    need(model.embed % split == 0, "model.embed", f"must be divisible by fsdp x expert x context = {split} of the mesh")
+    values = model.kv_heads * model.head_dim  # width of the value embeddings' table, cut over fsdp like the embedding's
+    need(not model.value_embed or values % split == 0, "model.kv_heads",
+         f"times config.model.head_dim = {model.head_dim} must be divisible by fsdp x expert x context = {split} of the mesh "
+         "(value_embed)")
+    micro = train.batch_size // train.accumulate
+    need(train.batch_size % train.accumulate == 0, "train.batch_size",
+         f"must be divisible by config.train.accumulate = {train.accumulate}")
+    need(micro % rows == 0, "train.batch_size",
+         f"gives {micro} rows a microbatch, which must be divisible by pipeline x data x fsdp x expert = {rows} of the mesh; "
+         f"try {-(-train.batch_size // (rows * train.accumulate)) * rows * train.accumulate}")
+    need(config.eval.batch_size % rows == 0, "eval.batch_size",
+         f"must be divisible by pipeline x data x fsdp x expert = {rows} of the mesh")
+
+
 def _check_sequence(need, config: Config, shape: dict) -> None:
     """The sequence over context and, between matmuls, tensor."""
     model, train, pieces, tensor = config.model, config.train, shape["context"], shape["tensor"]
     need(pieces == 1 or train.seq_len % (2 * pieces) == 0, "train.seq_len",
-         f"must divide by 2 x config.mesh.context = {2 * pieces}; try {-(-train.seq_len // (2 * pieces)) * 2 * pieces}")
+         f"must be divisible by 2 x config.mesh.context = {2 * pieces}; try {-(-train.seq_len // (2 * pieces)) * 2 * pieces}")
     need(pieces == 1 or not train.loss_chunk or train.loss_chunk % pieces == 0, "train.loss_chunk",
-         f"must divide by config.mesh.context = {pieces}")
+         f"must be divisible by config.mesh.context = {pieces}")
     need(pieces == 1 or not model.attention_dropout, "model.attention_dropout",
          f"is not possible with config.mesh.context = {pieces}: no device has a whole map; set 0")
     need(not model.shard_sequence or train.seq_len % (pieces * tensor) == 0, "train.seq_len",
-         f"must divide by context x tensor = {pieces * tensor} of the mesh (config.model.shard_sequence)")
+         f"must be divisible by context x tensor = {pieces * tensor} of the mesh (config.model.shard_sequence)")
 
 
 def _check_experts(need, config: Config, shape: dict) -> None:
@@ -136,9 +142,9 @@ def _check_experts(need, config: Config, shape: dict) -> None:
     need(model.experts_per_token <= model.experts, "model.experts_per_token",
          f"is more than config.model.experts = {model.experts}")
     need(model.experts % across == 0, "model.experts",
-         f"must divide by config.mesh.expert = {across}; lower that to {math.gcd(model.experts, across)}")
+         f"must be divisible by config.mesh.expert = {across}; lower that to {math.gcd(model.experts, across)}")
     need(model.expert_mlp % tensor == 0, "model.expert_mlp",
-         f"must divide by config.mesh.tensor = {tensor}; lower that to {math.gcd(model.expert_mlp, tensor)}")
+         f"must be divisible by config.mesh.tensor = {tensor}; lower that to {math.gcd(model.expert_mlp, tensor)}")
     need(model.dispatch != "capacity" or model.capacity_factor > 0, "model.capacity_factor",
          "leaves an expert no token; expected more than 0, as 1.25")
     need(model.dispatch != "capacity" or shape["context"] == 1, "model.dispatch",
@@ -158,7 +164,7 @@ def _check_stages(need, config: Config, shape: dict) -> None:
     need(stages <= model.layers, "model.layers",
          f"is less than config.mesh.pipeline = {stages} stages; lower config.mesh.pipeline")
     need(repeats % parts == 0, "model.layers",
-         f"gives {repeats} repeats of {period} layer{'s' * (period > 1)}, which must divide by config.mesh.pipeline x "
+         f"gives {repeats} repeats of {period} layer{'s' * (period > 1)}, which must be divisible by config.mesh.pipeline x "
          f"config.model.pipeline_rounds = {parts}; try {-(-repeats // parts) * parts * period} layers or "
          f"config.mesh.pipeline={math.gcd(repeats, stages)}")
     count, rows = model.pipeline_microbatches or stages, math.prod(shape[axis] for axis in BATCH_AXES) // stages
@@ -168,8 +174,8 @@ def _check_stages(need, config: Config, shape: dict) -> None:
     for path, size in (("train.batch_size", train.batch_size // train.accumulate),
                        ("eval.batch_size", config.eval.batch_size)):
         need(size % together == 0, path,
-             f"gives {size} rows at a time, which must divide by pipeline_microbatches x data x fsdp x expert = {count} x "
-             f"{rows} for the pipeline; set config.model.pipeline_microbatches or try {-(-size // together) * together} rows")
+             f"gives {size} rows at a time, which must be divisible by pipeline_microbatches x data x fsdp x expert = {count} "
+             f"x {rows} for the pipeline; set config.model.pipeline_microbatches or try {-(-size // together) * together} rows")
     for path in ("dropout", "attention_dropout"):
         need(not getattr(model, path), f"model.{path}",
              f"with config.mesh.pipeline = {stages} would differ from other meshes; set 0")

@@ -22,8 +22,10 @@ def cross_slice(mesh: Mesh) -> dict[str, int]:
 def slices_problem(across: dict[str, int], slices: int) -> str:
     """Why a mesh of these sizes across slices does not lie over so many; "" where it does."""
     count = math.prod(across.values())
-    return "" if count == slices else (f"config.mesh.dcn_…: the cross-slice sizes multiply to {count}, and there are {slices} "
-                                       f"slices; as in config.mesh.dcn_data={slices}")
+    if count == slices:
+        return ""
+    return (f"config.mesh.dcn_…: the cross-slice sizes multiply to {count}, and there are {slices} slices; as in "
+            f"config.mesh.dcn_data={slices}")
 
 
 def least_devices(mesh: Mesh) -> int:

@@ -183,7 +183,11 @@ def _summary(folder: Path, corpus: Corpus) -> Iterator[str]:
            f"{corpus.manifest['dtype']}, content {corpus.content}")
     yield from _table(corpus)
     yield from left_out(corpus.manifest["counts"])
+    part = corpus.manifest["settings"]["eval_fraction"]
     for name, sides in corpus.sources.items():
+        if part and sides["eval"] is None and sides["train"] is not None:
+            yield (f"{name}: none of its {sides['train'].documents:,} documents was held out (--eval_fraction={part:g} goes by "
+                   "their hashes), so runs will know no held-out loss of it; cut it into more documents, or hold out more")
         for side, tokens in sides.items():
             if tokens is not None and tokens.lost:
                 yield (f"{name}/{side}: {shards.lost(tokens)}; a tokenizer with byte fallback, or one that is trained "

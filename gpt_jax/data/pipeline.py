@@ -209,7 +209,8 @@ def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
             line += f"; {rows.lost:,} tokens fill no row and are left out"
         if examples.mix:
             part = drawn / max(1, batch_size * steps)
-            line = f"source {name}: {drawn / rows.count:.2f} epochs, {part:.2%} of the rows; {line}"
+            epochs = drawn / rows.count
+            line = f"source {name}: {epochs:{'.2f' if epochs >= 0.1 else '.2g'}} epochs, {part:.2%} of the rows; {line}"
         lines.append(line)
     return lines + [f"config.data.stages[{i}] begins at token {token:,}, and the run ends before it, at token "
                     f"{tokens:,}: it is never reached" for i, (token, _) in enumerate(examples.knobs.stages)

@@ -187,5 +187,6 @@ def read_tokenizer(spec: str, field: str = "config.data.tokenizer") -> Tokenizer
     try:
         return _read(Path(path).expanduser(), pattern)
     except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
         raise UsageError(f"{field} = {spec!r}: expected bytes, char, bpe:N or the path of a tokenizer.json, .model, "
-                         f".tiktoken or a folder of encoder.json and vocab.bpe ({error})") from None
+                         f".tiktoken or a folder of encoder.json and vocab.bpe: {why}") from None

@@ -49,7 +49,10 @@ def size(count: float) -> str:
 
 
 def seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if value >= scale:
+            return f"{value / scale:.{2 if unit == 's' else 1}f} {unit}"
+    return f"{value * 1e6:.2g} us" if value else "0 s"
 
 
 def mesh_text(shape: dict[str, int]) -> str:
@@ -63,7 +66,7 @@ def head(job: Job, topology: Topology, seen: Estimate) -> list[str]:
             f"mesh: {mesh_text(seen.shape)}; zero {config.mesh.zero}, remat {config.model.remat}, "
             f"{config.train.accumulate} microbatches, attention kernel {seen.kernel} ({seen.reason})",
             f"model: {job.parameters:,} parameters, {job.matmul_params:,} multiplied; "
-            f"{job.full_flops / 1e9:,.1f} GFLOP a token (full map; causal {job.causal_flops / 1e9:,.1f})"]
+            f"{job.full_flops / 1e9:,.3g} GFLOP a token (full map; causal {job.causal_flops / 1e9:,.3g})"]
 
 
 def arithmetic(topology: Topology, seen: Estimate) -> list[str]:

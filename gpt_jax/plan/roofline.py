@@ -172,8 +172,9 @@ def estimate(job: Job, topology: Topology) -> Estimate:
     compute = compute_seconds(job, topology, kernel, shape, here)
     passes = passes_seconds(job, topology, kernel, shape, here)
     update = update_seconds(job, topology, shape)
+    padded = experts.exchange(topology.chip.kind) is experts.padded
     found_flows = [(flow, link(topology, shape, across, flow.axis))
-                   for flow in flows(job, shape, topology.chip.platform, experts.exchange(topology.chip.kind) is experts.padded)]
+                   for flow in flows(job, shape, topology.chip.platform, padded)]
     hidden, open_ = ({axis: seconds for axis in configs.AXES if (seconds := sum(
         flow.bytes / line.speed for flow, line in found_flows if flow.axis == axis and flow.hidden == kind))}
         for kind in (True, False))
@@ -197,4 +198,5 @@ def verdict(peak: float, topology: Topology) -> str:
     """ "fits: peak 31.2 of 95.7 GiB"; of GPUs also which part of the card that is."""
     fits = "fits" if peak <= topology.chip.memory else "does not fit"
     part = f" ({GPU_FRACTION} of the card)" if topology.chip.platform == "gpu" else ""
-    return f"{fits}: peak {peak / GIB:.1f} of {topology.chip.memory / GIB:.1f} GiB{part}"
+    used = f"{peak / GIB:{'.1f' if peak >= GIB / 10 else '.2g'}}"
+    return f"{fits}: peak {used} of {topology.chip.memory / GIB:.1f} GiB{part}"

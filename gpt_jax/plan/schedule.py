@@ -17,8 +17,8 @@ KERNELS = ("splash", "cudnn")  # attention kernels that carry no cycles, and who
 
 class Schedule(NamedTuple):
     """Seconds of one step. `computing`: the compiler's cycles where it writes them (TPU), else the arithmetic's;
-    `kernels`: what carries no estimate, attention's and (TPU) experts' grouped matmuls; `hidden`: collectives that run asynchronously; `open`: those that
-    do not; `update`: the optimiser's by the arithmetic, 0 where the cycles have it."""
+    `kernels`: what carries no estimate, attention's and (TPU) experts' grouped matmuls; `hidden`: collectives that run
+    asynchronously; `open`: those that do not; `update`: the optimiser's by the arithmetic, 0 where the cycles have it."""
 
     computing: float
     by_cycles: bool

@@ -11,7 +11,8 @@ from gpt_jax.plan.topology import Topology
 
 REMATS = ("none", "dots", "block")  # offload needs the host's links, which the arithmetic leaves out
 LARGEST = {"tensor": 16, "context": 8, "pipeline": 8}  # beyond these the open flows always lose
-MARGIN = 0.92  # of the memory: arithmetic and compiler differ by up to a tenth, see benchmarks/plan.py
+MARGIN = 0.92  # of the memory: arithmetic and compiler mostly differ by less than a tenth, see benchmarks/plan.py
+CLOSE = 0.97  # of the arithmetic's peak: above it is what the compiler will refuse like one that it has refused
 
 
 class Found(NamedTuple):
@@ -97,7 +98,7 @@ def limit_after(topology: Topology, refused: list[tuple[float, float]]) -> float
     compiler; 0 where it did not say) of each."""
     limits = [MARGIN * topology.chip.memory]
     for expected, peak in refused:
-        limits.append(limits[0] * expected / peak if peak else 0.97 * expected)
+        limits.append(limits[0] * expected / peak if peak else CLOSE * expected)
     return min(limits)
 
 

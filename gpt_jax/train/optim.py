@@ -206,8 +206,8 @@ def make_optimizer(optim: config.Optim, params_like, dtype=jnp.float32,
     mean square of each parameter, layer by layer (arXiv 1804.04235), so 1e-2 is usual.
 
     `params_like` gives paths and shapes; `dtype` is Muon's: in which matrices are orthogonalised (muon.scale_by_muon).
-    `balance_rate` is the step of the routers' biases (`steer`). State arrays are sharded like the parameters, also under `jit(tx.init)`.
-    Raises what `assign` and `make_schedule` raise."""
+    `balance_rate` is the step of the routers' biases (`steer`). State arrays are sharded like the parameters, also under
+    `jit(tx.init)`. Raises what `assign` and `make_schedule` raise."""
     index, groups, schedule = assign(optim, params_like), groups_of(optim), make_schedule(optim)
     names = dict(enumerate(groups)) | {None: ROUTER_BIAS}
     labels = jax.tree_util.tree_map_with_path(lambda keys, _: names[index.get(path_of(keys))], params_like)
