@@ -172,8 +172,8 @@ def inside(job: Job, widths: Widths, shape: dict[str, int]) -> float:
     """Bytes of a local token between a layer's matmuls while its gradient is made. `widths`: `buffered`."""
     half = compute_bytes(job)
     channels = (widths.q + 2 * widths.kv + widths.inner + widths.hidden) / shape["tensor"]
-    # Tokens at their experts and what comes back; over an axis expert once more as they travel.
-    rows = (4 if shape["expert"] > 1 else 2) * widths.sent * job.config.model.embed
+    # Tokens at their experts and what comes back; over an axis expert also as they are sent and as they arrive.
+    rows = (6 if shape["expert"] > 1 else 2) * widths.sent * job.config.model.embed
     return (INSIDE_EXPERTS if widths.sent else INSIDE) * (channels + rows) * half
 
 
