@@ -5,7 +5,7 @@ from typing import Callable, Iterable, Mapping
 
 import jax
 
-from gpt_jax import config, sharding
+from gpt_jax import config, placing
 from gpt_jax.data.dataset import Dataset
 from gpt_jax.errors import UsageError
 from gpt_jax.infer.decode import Sampling, generate
@@ -16,7 +16,7 @@ def heldout_sums(step: Callable, params, batches: Iterable, mesh, batch_size: in
     """Sums of `step(params, batch)` over all `batches` (this process's rows of each); fetched once, at the end."""
     total: Sums = {}
     for columns in batches:
-        total = add(total, step(params, sharding.to_devices(mesh, columns, batch_size)))
+        total = add(total, step(params, placing.to_devices(mesh, columns, batch_size)))
     return jax.device_get(total)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax import config as configs
-from gpt_jax import compiler, devices, evals, sharding
+from gpt_jax import compiler, devices, evals, placing, sharding
 from gpt_jax.data import dataset
 from gpt_jax.data.dataset import Dataset
 from gpt_jax.data.pipeline import check_sizes, make_examples
@@ -55,7 +55,7 @@ def choose_kernel(model: configs.Model, seq_len: int, mesh, segments: bool) -> t
                                                               context=mesh.shape["context"]))
     line = f"attention kernel: {name} ({reason})"
     if name != "reference":
-        rows = sharding.row_parts(mesh)
+        rows = placing.row_parts(mesh)
         error = kernels.conformance(name, model, segments, rows)
         line += f"; differs from reference by {error:.1e} on these devices" + ", no segment leak" * segments
     return replace(model, kernel=name), line

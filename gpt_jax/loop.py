@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax import devices, evals, report, sharding
+from gpt_jax import devices, evals, placing, report
 from gpt_jax.data.pipeline import EvalBatches, make_eval_batches, make_stream
 from gpt_jax.errors import Diverged, Stopped, UsageError
 from gpt_jax.experiment import Parts, items, start_state, token_flops
@@ -125,7 +125,7 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
     `profile`: (first, last) step of a trace in `workdir`/profile. Raises Stopped after a SIGTERM or SIGUSR1 (saved),
     Diverged, DataError, SaveFailed, NoCheckpoint, UsageError."""
     config, mesh = parts.config, parts.mesh
-    train, rows = config.train, sharding.process_rows(mesh, config.train.batch_size)
+    train, rows = config.train, placing.process_rows(mesh, config.train.batch_size)
     for note in parts.notes:
         say(note)
     with jax.set_mesh(mesh), watchdog(train.hang_minutes) as beat, ExitStack() as closing:
@@ -182,7 +182,7 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
 def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
     """By source: all held-out batches or the first few, as config.eval says. UsageError for too little."""
     config = parts.config
-    rows = sharding.process_rows(parts.mesh, config.eval.batch_size)
+    rows = placing.process_rows(parts.mesh, config.eval.batch_size)
     return {name: make_eval_batches(tokens, parts.data.tokenizer, config.data, config.train.seq_len, config.eval.batch_size,
                                     rows, config.eval.batches, f"the held-out text of source {name}")
             for name, tokens in parts.data.heldout.items()}
@@ -216,7 +216,7 @@ def one_step(loop: Loop, state: TrainState, step: int, columns, profile) -> Trai
     if profile and step == profile[0]:
         jax.profiler.start_trace(str(loop.workdir / "profile"))
     with loop.clock.phase("data"):
-        batch = sharding.to_devices(parts.mesh, columns, loop.config.train.batch_size)
+        batch = placing.to_devices(parts.mesh, columns, loop.config.train.batch_size)
     with loop.clock.phase("compile" if first else "step"):
         state, sums = parts.train_step(state, batch)
         if first:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax import evals, experiment, loop, sharding
+from gpt_jax import evals, experiment, loop, placing, sharding
 from gpt_jax.commands import flags
 from gpt_jax.commands import main as commands
 from gpt_jax.data import dataset
@@ -86,11 +86,11 @@ def losses(parts: experiment.Parts, steps: int = 20) -> list[float]:
     config, mesh, out = parts.config, parts.mesh, []
     size = config.train.batch_size
     stream = make_stream(parts.data, config.data, config.train.seq_len, size, config.seed,
-                         sharding.process_rows(mesh, size))
+                         placing.process_rows(mesh, size))
     with jax.set_mesh(mesh):
         state = parts.init()
         for _ in range(steps):
-            state, sums = parts.train_step(state, sharding.to_devices(mesh, next(stream), size))
+            state, sums = parts.train_step(state, placing.to_devices(mesh, next(stream), size))
             out.append(divide(jax.device_get(sums))["loss"])
     stream.close()
     return out
@@ -101,7 +101,7 @@ def heldout_loss(parts: experiment.Parts, workdir: Path) -> float:
     config, mesh, data = parts.config, parts.mesh, parts.data
     size = config.eval.batch_size
     batches = make_eval_batches(data.parts[0].eval, data.tokenizer, config.data, config.train.seq_len, size,
-                                sharding.process_rows(mesh, size))
+                                placing.process_rows(mesh, size))
     with jax.set_mesh(mesh):
         saved = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, config.checkpoint, lambda line: None)
         state = experiment.start_state(parts, saved, lambda line: None)

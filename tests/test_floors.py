@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    {"errors", "config", "sharding", "metrics", "writers", "devices", "compiler", "stops", "meeting", "version"},
+    {"errors", "config", "sharding", "placing", "metrics", "writers", "devices", "compiler", "stops", "meeting", "version"},
     {"model", "data"},
     {"train", "infer", "interop"},
     {"evals", "experiment", "loop", "report", "load", "scaling", "plan", "launch"},
@@ -21,8 +21,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # first; the one loop uses the evaluators and the report; __main__ is the door of commands.
 NEIGHBOURS = {(room, base) for room in FLOORS[0] for base in ("errors", "config") if room not in ("errors", base)} | {
     ("experiment", "evals"), ("loop", "experiment"), ("loop", "evals"), ("loop", "report"), ("plan", "experiment"),
-    ("__main__", "commands")}
-APART = {("train", "model"), ("train", "data"), ("data", "sharding")}  # lower, and still not theirs to know
+    ("__main__", "commands"), ("placing", "sharding")}
+APART = {("train", "model"), ("train", "data"), ("data", "sharding"), ("data", "placing")}  # lower, and still not theirs to know
 FOREIGN = {"ml_collections": {"commands"}, "absl": {"commands"}, "argparse": {"commands"},  # package -> rooms that may
            "jax": set(FLOOR) - {"errors", "config", "data"}, "flax": {"model"}, "optax": {"train"},
            "orbax": {"train"}, "torch": set()}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from meshes import ROWS, alone, close, make_columns, make_config, put, run
 
-from gpt_jax import config, sharding
+from gpt_jax import config, placing, sharding
 from gpt_jax.experiment import make_network
 from gpt_jax.model.transformer import abstract_params, init_params
 from gpt_jax.plan import hlo
@@ -58,7 +58,7 @@ def test_mesh_equals_one_device(case):
     mesh = sharding.make_mesh(shape, jax.devices()[:math.prod(shape.values())])
     settings = make_config(name, **knobs)
     with jax.set_mesh(mesh):
-        columns = sharding.to_devices(mesh, make_columns(name), ROWS)
+        columns = placing.to_devices(mesh, make_columns(name), ROWS)
         sums, first, state = run(name, columns, lambda p: put(p, mesh, settings.model), settings, optimizer)
         specs = jax.tree.map(lambda x: x.sharding.spec, abstract_params(settings.model))
     plain_sums, plain_first, plain_params = alone(name, optimizer)
@@ -92,7 +92,7 @@ def test_gradients_are_scattered_and_the_head_is_gathered_once():
     mesh, settings = sharding.make_mesh(shape), make_config("gpt2", loss_chunk=4)
     network = make_network(settings.model)
     with jax.set_mesh(mesh):
-        columns = sharding.to_devices(mesh, make_columns("gpt2"), ROWS)
+        columns = placing.to_devices(mesh, make_columns("gpt2"), ROWS)
         params = jax.jit(lambda: init_params(settings.model, jax.random.key(0)))()
         compiled = jax.jit(lambda params, columns: gradients(network, params, columns, jax.random.key(0), settings.train))
         program = hlo.read(compiled.lower(params, columns).compile().as_text(), dict(mesh.shape))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt_jax import sharding
+from gpt_jax import placing, sharding
 from gpt_jax.model import ring, splash
 from gpt_jax.model.kernels import Pattern, attend, make_mask
 
@@ -57,7 +57,7 @@ def cut(mesh, run=ring.ring_attention, rows=("data", "fsdp", "expert"), heads="t
         column = lambda x: P() if x is None else P(rows, "context")
         arrays, spec = (q, k, v, *pattern[1:]), P(rows, "context", heads)
         specs = (spec, spec, spec, column(pattern.segment), column(pattern.block))
-        places = sharding.order(q.shape[1], mesh.shape["context"])
+        places = placing.order(q.shape[1], mesh.shape["context"])
         ordered = lambda x: jax.reshard(jnp.asarray(x), P(rows))[:, places]
         place = lambda x, spec: None if x is None else jax.reshard(ordered(x), spec)
         out = jax.shard_map(own, in_specs=specs, out_specs=spec, check_vma=False)(*map(place, arrays, specs))
@@ -169,13 +169,13 @@ def test_ring_in_scanned_stages_of_a_pipeline(mesh):
 
 @pytest.mark.parametrize("pieces", [1, 2, 4, 8])
 def test_order_is_a_balanced_permutation(pieces):
-    places = sharding.order(T, pieces)
+    places = placing.order(T, pieces)
     assert sorted(places) == list(range(T))
     seen = (places + 1).reshape(pieces, -1).sum(1)  # keys that each device's queries see
     assert len(set(seen)) == 1
     if pieces > 1:
         with pytest.raises(ValueError):
-            sharding.order(T + pieces, pieces)
+            placing.order(T + pieces, pieces)
 
 
 def equations(jaxpr, times=1):
@@ -225,7 +225,7 @@ def test_a_window_leaves_out_the_steps_that_it_cannot_reach(mesh):
 @pytest.mark.parametrize("both_ways", [False, True])
 def test_the_schedule_meets_every_pair_once(window, both_ways):
     pieces, size = 4, 2
-    places = sharding.order(T, pieces).reshape(pieces, -1, size)
+    places = placing.order(T, pieces).reshape(pieces, -1, size)
     met, source = np.zeros((T, T), int), np.arange(pieces)
     for step in ring.schedule(T, pieces, size, window, both_ways):
         source = (source - step.shift) % pieces
@@ -250,7 +250,7 @@ def test_blocks_are_near_their_aim():
 def test_gather_brings_the_text_back(mesh):
     line, x = mesh(context=4), np.arange(B * T).reshape(B, T)
     with jax.set_mesh(line):
-        parts = jax.reshard(jnp.asarray(x[:, sharding.order(T, 4)]), P(None, "context"))
+        parts = jax.reshard(jnp.asarray(x[:, placing.order(T, 4)]), P(None, "context"))
         found = jax.shard_map(ring.gather, in_specs=P(None, "context"), out_specs=P(), check_vma=False)(parts)
     np.testing.assert_array_equal(found, x)
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 from meshes import BATCH, FSDP, ROWS, close, make_columns, make_model, put, random_params
 
-from gpt_jax import sharding
+from gpt_jax import placing, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.model.layers import lookup
 from gpt_jax.model.transformer import Transformer, abstract_params, init_params
@@ -23,7 +23,7 @@ def test_logits_equal_one_device(mesh):
     plain = apply(random_params("gpt2"), {"tokens": tokens})
     mesh = mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        ours = apply(put(random_params("gpt2"), mesh, model), sharding.to_devices(mesh, {"tokens": tokens}, ROWS))
+        ours = apply(put(random_params("gpt2"), mesh, model), placing.to_devices(mesh, {"tokens": tokens}, ROWS))
     assert ours.sharding.spec == P(BATCH, "context", "tensor")
     close(np.asarray(ours), np.asarray(plain))
 
@@ -117,7 +117,7 @@ def test_places_of_a_process():
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
 def test_order_gives_every_device_an_early_and_a_late_chunk(pieces):
-    found = sharding.order(16, pieces)
+    found = placing.order(16, pieces)
     assert sorted(found) == list(range(16))
     assert {int(part.sum()) for part in np.split(found, pieces)} == {120 // pieces}
 
@@ -155,8 +155,8 @@ def test_concrete_gives_every_leaf_a_layout(mesh):
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_to_devices_lays_rows_over_data_and_fsdp(shape, mesh):
     mesh, column = mesh(*shape), np.arange(ROWS * 3).reshape(ROWS, 3)
-    assert sharding.process_rows(mesh, ROWS) == slice(0, ROWS)
-    made = sharding.to_devices(mesh, {"x": column}, ROWS)["x"]
+    assert placing.process_rows(mesh, ROWS) == slice(0, ROWS)
+    made = placing.to_devices(mesh, {"x": column}, ROWS)["x"]
     np.testing.assert_array_equal(made, column)
     assert made.sharding == NamedSharding(mesh, sharding.batch_spec())
     assert {s.data.shape for s in made.addressable_shards} == {(ROWS // (shape[0] * shape[1]), 3)}
@@ -173,12 +173,12 @@ def test_process_rows_are_contiguous_or_refused(held, wanted, mesh, monkeypatch)
         def addressable_devices_indices_map(self, shape):
             return {n: (slice(*rows),) for n, rows in enumerate(held)}
 
-    monkeypatch.setattr(sharding, "NamedSharding", Fake)
+    monkeypatch.setattr(placing, "NamedSharding", Fake)
     if wanted:
-        assert sharding.process_rows(mesh(2, 2, 2), 8) == wanted
+        assert placing.process_rows(mesh(2, 2, 2), 8) == wanted
     else:
         with pytest.raises(UsageError, match="not contiguous; put config.mesh.tensor and config.mesh.context inside a process"):
-            sharding.process_rows(mesh(2, 2, 2), 8)
+            placing.process_rows(mesh(2, 2, 2), 8)
 
 
 # ---- single helpers on a mesh --------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_lookup_over_a_sharded_vocabulary(mesh):
 
     with jax.set_mesh(mesh):
         stored = jax.device_put(table, NamedSharding(mesh, P("tensor", FSDP)))
-        columns = sharding.to_devices(mesh, {"tokens": tokens}, 8)
+        columns = placing.to_devices(mesh, {"tokens": tokens}, 8)
         (_, found), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(stored, columns["tokens"])
     theirs = np.zeros_like(table)
     np.add.at(theirs, tokens, weights)

@@ -53,7 +53,7 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
     """({source: metrics}, step, directory); with several sources `all` besides, as main's help defines it."""
     import jax
 
-    from gpt_jax import evals, experiment, load, sharding
+    from gpt_jax import evals, experiment, load, placing
     from gpt_jax.data import dataset
     from gpt_jax.data.pipeline import make_eval_batches, make_examples
     from gpt_jax.metrics import add
@@ -78,7 +78,7 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
                    "its folder was made by gpt-jax prepare without --eval_fraction")
             raise UsageError(f"the run held no text out ({why}); give some with --text")
         sources = data.heldout if len(data.parts) > 1 else {"held-out": data.parts[0].eval}
-    shards = sharding.row_parts(mesh)
+    shards = placing.row_parts(mesh)
     batch_size = -(-(args.batch_size or config.eval.batch_size) // shards) * shards
     step = jax.jit(partial(eval_step, network=experiment.make_network(config.model), train=config.train))
     found, total, shares = {}, {}, {}
@@ -88,7 +88,7 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
     with jax.set_mesh(mesh):
         for name, tokens in sources.items():
             batches = make_eval_batches(tokens, loaded.tokenizer, config.data, config.train.seq_len, batch_size,
-                                        sharding.process_rows(mesh, batch_size), args.batches,
+                                        placing.process_rows(mesh, batch_size), args.batches,
                                         f"--text = {name}" if args.text else f"the held-out text of source {name}")
             sums = evals.heldout_sums(step, loaded.params, batches, mesh, batch_size)
             found[name], total = sums, add(total, sums)

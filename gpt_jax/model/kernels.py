@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax import config, sharding
+from gpt_jax import config, placing, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.model import ring, splash
 from gpt_jax.model.layers import softcap
@@ -212,15 +212,15 @@ def conformance(name: str, model: config.Model, segments: bool, rows: int) -> fl
     q, k, v = (jnp.asarray(rng.standard_normal((rows, length, heads, model.head_dim)), dtype)
                for heads in (model.heads, model.kv_heads, model.kv_heads))
     segment = jnp.asarray(np.repeat([[1] * (length // 2) + [2] * (length // 2)], rows, 0)) if segments else None
-    place = lambda x, axis: sharding.constrain(sharding.reorder(x), "batch", "seq", axis, "head_dim")
+    place = lambda x, axis: sharding.constrain(placing.reorder(x), "batch", "seq", axis, "head_dim")
 
     @partial(jax.jit, static_argnums=(0, 1))
     def run(kernel, window, q, k, v):
         with sharding.using(sharding.WHOLE_ROWS if kernel == "reference" else {}):
-            column = None if segment is None else sharding.constrain(sharding.reorder(segment), "batch", "seq")
+            column = None if segment is None else sharding.constrain(placing.reorder(segment), "batch", "seq")
             q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
             found = attention(kernel, q, k, v, Pattern(window, column), model.attention_softcap)
-            return sharding.reorder(sharding.constrain(found, "batch", None, "heads", "head_dim"), back=True)
+            return placing.reorder(sharding.constrain(found, "batch", None, "heads", "head_dim"), back=True)
 
     def difference(ours, reference):
         return float(jnp.max(jnp.abs(ours - reference).astype(jnp.float32)) / jnp.max(jnp.abs(reference)))

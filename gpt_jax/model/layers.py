@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax import config, sharding
+from gpt_jax import config, placing, sharding
 from gpt_jax.model.init import make_init, residual_ramp
 
 
@@ -164,7 +164,7 @@ def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
     """x [B, T, D] with entries dropped at `rate`, only when the caller passed a "dropout" key to `apply`."""
     if rate == 0.0 or not module.has_rng("dropout"):
         return x
-    keep = sharding.reorder(jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape))
+    keep = placing.reorder(jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape))
     return jnp.where(sharding.lay_out(keep, x), x / (1 - rate), 0).astype(x.dtype)
 
 

@@ -4,7 +4,7 @@ Ring attention (Liu et al. 2023, arXiv:2310.01889): every device keeps its queri
 Partial results are merged by their running maxima and sums; the backward pass sends the keys round again, and their
 gradients with them (Dao et al. 2022, arXiv:2205.14135, on one device). Nothing of size [t, t] is kept. Which blocks of
 keys a device needs at which step is a table made while tracing (`schedule`): in the mesh's order of tokens
-(sharding.order) causal order leaves every device the same number.
+(placing.order) causal order leaves every device the same number.
 
 Shapes: c devices along the axis, T tokens of a row, t = T / c of them on one device in M blocks of b, B batch, N heads,
 K kv heads, G = N / K, H head_dim.
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax import sharding
+from gpt_jax import placing
 from gpt_jax.model.layers import softcap
 
 BLOCK = 1024  # tokens of a block, about: float32 scores of 4 MiB a head at a time
@@ -38,7 +38,7 @@ def schedule(length: int, pieces: int, size: int, window: int, both_ways: bool) 
     """The steps for rows of `length` tokens over `pieces` devices in blocks of `size`: the pairs of blocks in which
     causal order (unless `both_ways`) and the window let some query see some key. A step without any is left out; a
     device with fewer than another repeats its first pair out of reach of the window."""
-    first = sharding.order(length, pieces).reshape(pieces, -1, size)[:, :, 0]
+    first = placing.order(length, pieces).reshape(pieces, -1, size)[:, :, 0]
     steps, at = [], 0
     for turn in range(pieces):
         lists = []
@@ -63,7 +63,7 @@ def block_size(chunk: int) -> int:
 
 
 def ring_attention(q, k, v, pattern, cap: float = 0.0, axis: str = "context"):
-    """kernels.attend with the mask of `pattern` for rows cut over the mesh axis `axis` in sharding.order.
+    """kernels.attend with the mask of `pattern` for rows cut over the mesh axis `axis` in placing.order.
 
     q [B, t, N, H], k and v [B, t, K, H], the columns of `pattern` [B, t]: this device's parts, all mesh axes manual;
     the window counts tokens of the text -> [B, t, N, H]. Scores, softmax and sums in float32. A query that may look at
@@ -207,7 +207,7 @@ _ring.defvjp(_forward, _backward)
 # ---- kernels that want whole keys ----
 
 def gather(x, axis: str = "context"):
-    """All devices' parts of a row, x [B, t, …] in sharding.order, as [B, T, …] in the order of the text."""
+    """All devices' parts of a row, x [B, t, …] in placing.order, as [B, T, …] in the order of the text."""
     if jax.lax.axis_size(axis) == 1:
         return x
     parts = jax.lax.all_gather(x, axis)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax import sharding
+from gpt_jax import placing
 from gpt_jax.model import ring
 
 BLOCK = 512  # as MaxText has them; the library's own default of 128 takes 16 times the entries in its tables
@@ -28,7 +28,7 @@ def attention(q, k, v, pattern, cap: float = 0.0, axis: str | None = None, inter
     T, size = t * pieces, math.gcd(t, BLOCK)
     mask = masks.LocalMask((T, T), (pattern.window - 1, 0), 0) if pattern.window else masks.CausalMask((T, T))
     if axis:
-        mask.q_sequence = sharding.order(T, pieces).astype(np.int32)  # row -> token, here and inside the kernel
+        mask.q_sequence = placing.order(T, pieces).astype(np.int32)  # row -> token, here and inside the kernel
     kernel = splash.make_splash_mha(mask=masks.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=pieces,
                                     block_sizes=BlockSizes(*(size,) * 8), attn_logits_soft_cap=cap or None,
                                     interpret=interpret)

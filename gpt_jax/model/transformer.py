@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import config, sharding
+from gpt_jax import config, placing, sharding
 from gpt_jax.config import LayerSpec, layer_specs, layout
 from gpt_jax.errors import UsageError
 from gpt_jax.model import pipeline
@@ -162,9 +162,9 @@ class Transformer(nn.Module):
         tokens = batch["tokens"]
         if model.position == "learned" and tokens.shape[1] > model.max_seq:  # a lookup beyond the table would clamp
             raise UsageError(f"{tokens.shape[1]} tokens do not fit the model's context of {model.max_seq}")
-        position = batch["position"] if "position" in batch else sharding.positions(tokens.shape[1])
+        position = batch["position"] if "position" in batch else placing.positions(tokens.shape[1])
         running = lambda ar: jnp.cumsum(ar, axis=1, dtype=jnp.int32)
-        block = sharding.in_order(running, batch["ar"], "batch", "seq") if "ar" in batch else None
+        block = placing.in_order(running, batch["ar"], "batch", "seq") if "ar" in batch else None
         angles = None
         if model.position == "rotary":
             radians = position[..., None].astype(jnp.float32) * rotary_frequencies(model)
@@ -216,9 +216,9 @@ class Transformer(nn.Module):
         """(x with its predecessors' share, [B, D] what the next token's predecessor is when there is a cache)."""
         if cache is not None and x.shape[1] == 1:
             return self.smear(x, cache["previous"][:, None]), x[:, 0]
-        before = sharding.in_order(lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1], x, "batch", "seq", None)
+        before = placing.in_order(lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1], x, "batch", "seq", None)
         if context.segment is not None:
-            segment = sharding.in_order(lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1], context.segment, "batch", "seq")
+            segment = placing.in_order(lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1], context.segment, "batch", "seq")
             before = jnp.where((segment == context.segment)[..., None], before, 0)
         last = None
         if cache is not None:

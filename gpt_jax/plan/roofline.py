@@ -8,7 +8,6 @@ step = (max(matmuls + passes over memory, hidden flows) + open flows) + update, 
 - update: the optimiser reads and writes its state.
 """
 
-import math
 from typing import NamedTuple
 
 from gpt_jax import config as configs
