@@ -16,6 +16,7 @@ import runs
 
 from gpt_jax import config as configs
 from gpt_jax import load
+from gpt_jax.commands import flags
 from gpt_jax.commands import main as commands
 from gpt_jax.data.cache import load_text
 from gpt_jax.errors import EXIT_CODES, NoCheckpoint
@@ -316,3 +317,17 @@ def test_help(call, given):
     out, err = call(*given)
     assert [name for name in commands.COMMANDS if f"  {name} " not in out] == [] and not err
     assert [code for code, meaning in EXIT_CODES.items() if f"{code} {meaning}" not in out] == []
+
+
+@pytest.mark.parametrize("given, several", [([], False), (["--cpu_devices=1"], False), (["--cpu_devices=2"], True), (
+    ["--num_processes=2", "--coordinator=a:1"], True), (["--distributed"], True)])
+def test_cpu_devices_that_talk_to_each_other_take_one_step_at_a_time(given, several, monkeypatch):
+    """With several in flight they can wait for each other for ever."""
+    changed = {}
+    for module, name in ((flags.environment, "prepare"), (flags, "keep_memory"), (flags, "join")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    parser = flags.Flags()
+    flags.add_runtime_flags(parser)
+    flags.start_runtime(parser.parse_args(given))
+    assert (changed.get("jax_cpu_enable_async_dispatch") is False) == several

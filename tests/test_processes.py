@@ -167,3 +167,11 @@ def test_saved_on_eight_devices_measured_and_sampled_on_two_processes(tmp_path, 
     finish(job, [0, 0])
     runs.call(*given)
     assert job[0].out.encode() == capfdbinary.readouterr().out and len(job[0].out) and job[1].out == ""
+
+    (tmp_path / "long.txt").write_text("to be or not to be, " * 100_000)  # minutes
+    job = runs.job(tmp_path / "logs", 2, ["evaluate", f"--checkpoint={tmp_path / 'run'}", f"--text={tmp_path / 'long.txt'}"])
+    job[0].until(lambda: "2,000,001 tokens" in job[0].err, "a word of the text")
+    for process in job:
+        process.signal(signal.SIGTERM)
+    finish(job, [10, 10])
+    assert all("gpt-jax: stopped on request" in process.err for process in job)

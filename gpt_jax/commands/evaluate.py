@@ -5,7 +5,7 @@ import math
 import sys
 from functools import partial
 
-from gpt_jax.commands.flags import Flags, add_runtime_flags, make_say, start_runtime
+from gpt_jax.commands.flags import Flags, add_runtime_flags, end_on_request, make_say, start_runtime
 from gpt_jax.errors import UsageError
 
 COLUMNS = (("loss", "{:.4f}"), ("perplexity", "{:.3f}"), ("bits_per_byte", "{:.4f}"), ("accuracy", "{:.4f}"),
@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> None:
         raise UsageError(f"--text={(twice or ['all'])[0]}: " + ("is given twice" if twice else "is the name of the "
                                                                 "sum; write ./all"))
     start_runtime(args)
+    end_on_request()
     import jax
 
     first = jax.process_index() == 0

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Callable
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from gpt_jax import config
 from gpt_jax.commands import environment
 from gpt_jax.commands.join import join
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import Stopped, UsageError
 from gpt_jax.meeting import split_address
 
 
@@ -79,8 +80,30 @@ def start_runtime(args: argparse.Namespace) -> None:
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    if args.cpu_devices > 1 or args.num_processes > 1 or args.distributed:
+        # Of CPU devices that talk to each other one step may be running: with the next ones behind it, all threads can
+        # end up waiting for devices whose step has none (seen with 2 processes of 4 devices on 2 busy cores).
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if args.distributed or args.num_processes > 1:
         join(args)
+
+
+def leaving(line: str) -> Callable:
+    """A handler of signals that ends this process with Stopped's code and `line`, when there is nothing to save."""
+
+    def leave(*_):
+        os.write(2, f"gpt-jax: {line}\n".encode())
+        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+            os._exit(Stopped.code)  # a normal exit would wait for the others
+        sys.exit(Stopped.code)
+
+    return leave
+
+
+def end_on_request() -> None:
+    """SIGTERM ends this process at once, for commands that have nothing to save: in a job of several JAX takes the signal,
+    and goes on. Call after start_runtime."""
+    signal.signal(signal.SIGTERM, leaving("stopped on request"))
 
 
 def local_workdir(text: str) -> Path:

@@ -6,7 +6,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags, add_runtime_flags, make_say, start_runtime
+from gpt_jax.commands.flags import Flags, add_runtime_flags, end_on_request, make_say, start_runtime
 from gpt_jax.errors import UsageError
 
 HELP = {
@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> None:
         raise UsageError(f"--devices={args.devices}: expected 0 or more")
     sampling = Sampling(stop=tuple(args.stop), **{name: getattr(args, name) for name in HELP})
     start_runtime(args)
+    end_on_request()
     run(args, prompts, sampling)
 
 

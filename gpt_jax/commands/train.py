@@ -8,15 +8,16 @@ import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import (Flags, add_runtime_flags, check_runtime, load_config, local_workdir, make_say,
-                                    start_runtime)
+from gpt_jax.commands.flags import (Flags, add_runtime_flags, check_runtime, leaving, load_config, local_workdir,
+                                    make_say, start_runtime)
 from gpt_jax.commands.join import telling
-from gpt_jax.errors import Stopped, UsageError
+from gpt_jax.errors import UsageError
 from gpt_jax.version import code_version, start_line
 
 
 def main(arguments: list[str]) -> None:
     """Raises UsageError for what cannot be run, Stopped, Diverged, DataError, SaveFailed, NoCheckpoint otherwise."""
+    leave = leaving("stopped on request before the first step, nothing to save; the same command starts again")
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until the loop takes them (stops.StopRequest)
         signal.signal(number, leave)
     args, rest = make_flags().parse_known_args(arguments)
@@ -49,14 +50,6 @@ def make_flags() -> Flags:
     flags.add_argument("--profile", metavar="START:STOP", help="write a trace of these steps to WORKDIR/profile")
     add_runtime_flags(flags)
     return flags
-
-
-def leave(*_):
-    """Ends this process on a request that comes before the loop, when there is nothing to save."""
-    os.write(2, b"gpt-jax: stopped on request before the first step, nothing to save; the same command starts again\n")
-    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-        os._exit(Stopped.code)  # the processes are connecting: a normal exit would wait for the others
-    sys.exit(Stopped.code)
 
 
 def say_start(mesh) -> None:
