@@ -23,6 +23,7 @@ import pytest
 from gpt_jax import sharding
 
 jax.config.update("jax_num_cpu_devices", 8)  # here and not in the environment: a child process chooses its own number
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the commands do where CPU devices talk (commands/flags.py)
 
 
 def pytest_unconfigure(config):
