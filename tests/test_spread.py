@@ -47,8 +47,15 @@ def test_every_matrix_is_whole_on_one_device(shape, most, mesh):
         assert step.as_text().count(" all-gather(") == 2  # the matrix alone, and the stack that all devices hold
 
 
-def test_one_device_takes_stacks_as_they_are():
+def test_one_device_takes_stacks_as_they_are(mesh):
+    """Without a mesh, and on one of one device, on which they are cut by their types alone."""
     stacks = [np.ones((2, 3, 4), np.float32), np.ones((1, 4, 3), np.float32)]
     shapes = []
     assert len(on_whole_matrices(lambda x: shapes.append(x.shape) or x, stacks)) == 2
     assert shapes == [(2, 3, 4), (1, 4, 3)]
+    grid = mesh()
+    with jax.set_mesh(grid):
+        stack = jax.device_put(np.arange(24.0, dtype=np.float32).reshape(2, 3, 4), NamedSharding(grid, P(None, FSDP, "tensor")))
+        square, = jax.jit(lambda x: on_whole_matrices(lambda x: x @ x.swapaxes(1, 2) @ x, [x]))(stack)
+    np.testing.assert_allclose(square, np.asarray(stack) @ np.asarray(stack).swapaxes(1, 2) @ np.asarray(stack))
+    assert square.sharding == stack.sharding

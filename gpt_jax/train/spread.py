@@ -21,21 +21,23 @@ def on_whole_matrices(fn: Callable, stacks: list[jax.Array]) -> list[jax.Array]:
     """`fn` of every stack [L, in, out], where it has whole matrices to work on. `fn` maps stacks to stacks of their
     shape, each matrix by itself, a transposed one to the transposed result and zeros to zeros.
 
-    On a mesh, stacks of one shape and layout (transposed ones too) are joined, padded with zeros and dealt out over as many
+    On several devices, stacks of one shape and layout (transposed ones too) are joined, padded with zeros and dealt out over as many
     axes as leave a device fewer matrices: the 156 of 26 layers are two for each of 128 devices, where one stack at a time
     does not divide them. One axis moves at a time, which the compiler makes an all-to-all of; two at once it answers with
     a gather of everything. Results lie as what came in."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty:
         return [fn(x) for x in stacks]
+    if mesh.size == 1:  # whole, and by their types still cut over axes of size 1
+        return [_dealt(fn, x, mesh.shape) for x in stacks]
     turned = [_turns(x) for x in stacks]
     stacks = [_transposed(x, turn) for x, turn in zip(stacks, turned)]
     members: dict[tuple, list[int]] = {}
     for i, x in enumerate(stacks):
         members.setdefault((_kind(x), x.dtype), []).append(i)
     done = {}
-    for (kind, _), these in members.items():
-        parts = _dealt(fn, jnp.concatenate([stacks[i] for i in these]), kind, mesh.shape)
+    for these in members.values():
+        parts = _dealt(fn, jnp.concatenate([stacks[i] for i in these]), mesh.shape)
         for i in these:
             done[i], parts = parts[:len(stacks[i])], parts[len(stacks[i]):]
     return [_transposed(done[i], turn) for i, turn in enumerate(turned)]
@@ -67,8 +69,8 @@ def takers(count: int, sizes: dict[str, int]) -> tuple[str, ...]:
     return found
 
 
-def _dealt(fn: Callable, x: jax.Array, kind: Kind, sizes: dict[str, int]) -> jax.Array:
-    axes, count, devices = takers(len(x), sizes), len(x), 1
+def _dealt(fn: Callable, x: jax.Array, sizes: dict[str, int]) -> jax.Array:
+    kind, axes, count, devices = _kind(x), takers(len(x), sizes), len(x), 1
     for axis in axes:
         devices *= sizes[axis]
     steps = [_place(axes[:i], kind.cut) for i in range(len(axes) + 1)] + [P(axes or None)]
