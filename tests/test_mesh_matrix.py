@@ -48,9 +48,10 @@ CASES = [  # model, mesh, knobs, optimiser
     ("bias", dict(expert=4, data=2), {}),
     ("bias", dict(fsdp=4, tensor=2), dict(accumulate=4)),
 ]
-# Of gradients, parts of a leaf's largest entry. The worst that were seen: with dropout 3.6e-5; under ring attention, which
-# sums in another order, 1.1e-5 (a residual scalar, a sum over all tokens); others 8e-6. Later norms are behind updates: 4e-5.
-LOOSE = {"dropout": 5e-5}
+# Of gradients, parts of a leaf's largest entry, by model and whether a kernel is named. The worst that were seen: with
+# dropout 3.6e-5; modern under ring attention, which sums in another order, 1.1e-5 (a residual scalar, a sum over all
+# tokens); all others 8e-6. Later norms are behind updates: 4e-5.
+LOOSE = {("dropout", False): 5e-5, ("modern", True): 2e-5}
 NAMES = ["-".join([case[0], *(f"{axis}{size}" for axis, size in case[1].items()), *map(str, case[2].values()), *case[3:]])
          for case in CASES]
 
@@ -67,7 +68,7 @@ def test_mesh_equals_one_device(case):
     plain_sums, plain_first, plain_params = alone(name, optimizer)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain_first))
     for ours, theirs in zip(jax.tree.leaves(first), jax.tree.leaves(plain_first), strict=True):
-        close(ours, theirs, rel=LOOSE.get(name, 2e-5 if "kernel" in knobs else 1e-5), floor=1e-2 * largest)
+        close(ours, theirs, rel=LOOSE.get((name, "kernel" in knobs), 1e-5), floor=1e-2 * largest)
     for now, plain in zip(sums, plain_sums, strict=True):
         for key, value in now.items():
             np.testing.assert_allclose(value, plain[key], rtol=1e-4 if key == "grad_norm" else 1e-5, atol=1e-6, err_msg=key)
