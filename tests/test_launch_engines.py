@@ -17,7 +17,7 @@ import runs
 import yaml
 
 from gpt_jax import errors
-from gpt_jax.commands import join
+from gpt_jax.commands import join, launch
 from gpt_jax.devices import CHIPS
 from gpt_jax.launch import kubernetes, slurm
 
@@ -265,6 +265,14 @@ def test_what_train_would_refuse_is_not_submitted(given, words, tmp_path):
     assert code == 2 and text.startswith(words) and not (tmp_path / "logs").exists()
 
 
+def test_slurm_may_give_gpus_by_other_options(tmp_path, monkeypatch):
+    """Then the devices are not known here, and no mesh is refused for their number."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, text = runs.refusal("launch", "slurm", "--time=9", "--sbatch", "gres=gpu:8", f"--logs={tmp_path}", "--", *LLAMA_RUN,
+                              "--config.mesh.data=1", "--config.mesh.fsdp=8")
+    assert code == 2 and text.startswith("launch slurm: sbatch did not take it")
+
+
 def test_no_slurm_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, text = runs.refusal("launch", "slurm", "--time=9", f"--logs={tmp_path}", "--", *LLAMA_RUN)
@@ -345,6 +353,16 @@ def test_tpu_pod_dry_run_prints_and_runs_nothing(tmp_path):
 def test_bad_tpu_pod_flags(given, words):
     done = subprocess.run([LAUNCH / "tpu_pod.sh", *given], capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr
+
+
+@pytest.mark.parametrize("flag", launch.PLACES)
+def test_all_launchers_know_the_flags_of_a_process_s_place(flag):
+    given = ["train", "--config=c.py", "--workdir=/w", f"{flag}=1"]
+    done = subprocess.run([LAUNCH / "tpu_pod.sh", "--tpu=a", "--", *given], capture_output=True, text=True)
+    words = f"{flag}: the launcher gives it to each process; leave it out"
+    assert done.returncode == 2 and words in done.stderr
+    for engine in (["local"], ["slurm", "--time=9"], ["kubernetes", "--image=x", "--gpus_per_node=1"]):
+        assert runs.refusal("launch", *engine, "--", *given) == (2, words)
 
 
 def test_tpu_pod_help():

@@ -54,6 +54,8 @@ def test_who_stays_is_killed(monkeypatch, capfd):
     code, line = launch(monkeypatch, [[WAIT, "print('my reason', flush=True); exit(20)"]], said=said)
     assert code == 20 and "process 1 ended first: exit code 20" in line and "process 0 is still there" in said[0]
     assert "[1] my reason" in capfd.readouterr().err
+    code, line = launch(monkeypatch, [[WAIT, "exit(40)"]])  # whose reason is elsewhere, and not that 0 was killed here
+    assert code == 40 and "process 1 ended first: exit code 40" in line
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

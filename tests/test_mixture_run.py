@@ -169,6 +169,12 @@ def test_inspect_names_every_row_of_a_step(folder, whole, capsys, step):
     assert rows[0]["documents"][0]["name"] in shown
 
 
+def test_inspect_says_that_a_step_is_beyond_the_last(whole, capsys):
+    for step, said in ((24, False), (25, True)):
+        runs.call("inspect", f"--workdir={whole}", f"--batch={step}", "--rows=1")
+        assert (f"step {step} is beyond the run's last, 24" in capsys.readouterr().err) == said
+
+
 def test_inspect_refuses_what_is_not_there(folder, whole, tmp_path):
     assert "no run has begun there" in runs.refusal("inspect", f"--workdir={tmp_path}", "--batch=1")[1]
     assert runs.refusal("inspect", f"--workdir={whole}", "--batch=0")[0] == 2

@@ -163,6 +163,14 @@ def test_weights_of_experts_that_are_gathered():
     assert none[0] - held(both, fsdp=8) - (none[1] - held(mixed, fsdp=8)) == pytest.approx((experts + router - dense) * 2)
 
 
+def test_zero_1_gathers_no_experts_over_their_own_axis():
+    """Over an axis expert of 8 only what is not theirs is cut and gathered."""
+    job, shape = changed(job_of("moe:8x7b"), mesh=dict(zero=1)), ONE | {"expert": 8}
+    gathered = [flow for flow in traffic.flows(job, shape, "gpu") if flow.what == "updated parameters gathered"]
+    others = sum(entries(job, ONE, "params", 3, role) for role in ("layer", "embed", "head"))
+    assert [(flow.axis, flow.bytes) for flow in gathered] == [("expert", pytest.approx(7 / 8 * others))]
+
+
 @pytest.mark.parametrize("name, axes", [("moe:8x7b", dict(fsdp=8)), ("moe:small", dict(fsdp=2)), ("moe:8x7b", dict(expert=8))])
 def test_the_largest_layer_s_temporaries_count(name, axes):
     """Experts' buffers, however few of the layers have them: what comes to them and what comes back, and over an axis expert

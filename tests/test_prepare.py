@@ -562,6 +562,16 @@ def test_inputs_that_are_joined_and_files_that_are_no_part_are_told(tmp_path, ca
     assert said.err.count("is no part of the corpus") == 1 and "wiki/notes.txt: is no part" in said.err
 
 
+def test_a_source_of_which_nothing_is_held_out_is_named(tmp_path, capsys):
+    for name, count in (("one", 1), ("many", 60)):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts(count, count))
+    inputs = [f"--input={name}={tmp_path / name}.jsonl" for name in ("one", "many")]
+    for part, said in (("0.1", True), ("0", False)):
+        runs.call("prepare", *inputs, f"--eval_fraction={part}", "--workers=1", f"--output={tmp_path / part}")
+        out = capsys.readouterr().out
+        assert ("one: none of its 1 documents was held out (--eval_fraction=0.1" in out) == said and "many: none" not in out
+
+
 def test_files_that_are_given_twice_are_named(tmp_path, capsys, monkeypatch):
     """Whatever they are called, in one line."""
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", texts(3, ord(name))) for name in "ab"]

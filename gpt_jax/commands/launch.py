@@ -14,6 +14,7 @@ LAUNCHERS = {
     "slurm": "submits a job to SLURM, requeued where that helps",
     "kubernetes": "writes a JobSet for Kubernetes to standard output",
 }
+PLACES = ("--coordinator", "--num_processes", "--process_id", "--local_device", "--distributed")
 COMMANDS = ("train", "evaluate", "generate")  # what runs as several processes
 
 
@@ -42,7 +43,7 @@ def split(flags: Flags, arguments: list[str]) -> tuple[argparse.Namespace, list[
 
 def refuse(command: list[str], *more: str) -> None:
     """UsageError for flags that say a process's place in the job, which is the launcher's to say."""
-    for flag in ("--coordinator", "--num_processes", "--process_id", "--local_device", "--distributed", *more):
+    for flag in (*PLACES, *more):
         if any(word.split("=")[0] == flag for word in command):
             raise UsageError(f"{flag}: the launcher gives it to each process; leave it out")
 
@@ -76,8 +77,8 @@ def local(arguments: list[str]) -> None:
         raise UsageError(f"--restarts={args.restarts}: one machine of several cannot restart the job; its scheduler does")
     refuse(rest, "--cpu_devices")
 
-    if (total := args.processes * args.nodes) > 1 or args.devices_per_process:  # else the devices are not known before
-        check_train(rest, total * max(1, args.devices_per_process), True)
+    total = args.processes * args.nodes  # a process alone takes all devices that there are
+    check_train(rest, total * (args.devices_per_process or (total > 1)))
 
     def say(line: str) -> None:
         print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
@@ -123,7 +124,7 @@ def slurm(arguments: list[str]) -> None:
     if gpus % tasks:
         raise UsageError(f"--tasks_per_node={tasks}: {gpus} GPUs of a node cannot be dealt to so many evenly")
     refuse(rest)
-    check_train(rest, args.nodes * (gpus or tasks), bool(gpus))
+    check_train(rest, args.nodes * gpus, args.nodes * tasks)
     extra = {name: value for name, _, value in options}
     extra |= {"partition": args.partition} if args.partition else {}
     try:
@@ -168,7 +169,7 @@ def kubernetes(arguments: list[str]) -> None:
         args.image, args.name, args.nodes, args.gpus_per_node, args.tpu_topology, args.slices, args.restarts,
         args.grace_seconds, tuple(args.volume), tuple(args.env)), rest)
     refuse(rest, "--cpu_devices")
-    workdir = check_train(rest, count_devices(args), True, args.slices if args.tpu_topology else 0)
+    workdir = check_train(rest, count_devices(args), slices=args.slices if args.tpu_topology else 0)
     if workdir and not any(Path(workdir).is_relative_to(volume.partition(":")[2]) for volume in args.volume):
         raise UsageError(f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; as in "
                          f"--volume=CLAIM:{Path(workdir).absolute().parent}")
@@ -184,10 +185,10 @@ def count_devices(args: argparse.Namespace) -> int:
     return parse(args.tpu_topology, args.slices, "--tpu_topology").devices
 
 
-def check_train(command: list[str], devices: int, accelerators: bool, slices: int = 0) -> str:
+def check_train(command: list[str], devices: int, processes: int = 0, slices: int = 0) -> str:
     """UsageError now for what would end `train` at its start on every machine; other commands are not looked at. `devices`
-    of the whole job, on CPUs one a process unless the command says --cpu_devices; `slices` of TPUs, 0: none. Returns the
-    workdir, "" of other commands."""
+    of the whole job, 0: not known, unless the command says --cpu_devices for each of `processes`; `slices` of TPUs, 0: none.
+    Returns the workdir, "" of other commands."""
     if command[0] != "train":
         return ""
     from gpt_jax.commands.train import make_flags
@@ -199,7 +200,7 @@ def check_train(command: list[str], devices: int, accelerators: bool, slices: in
     local_workdir(args.workdir)
     if not (config.data.path or config.data.sources):
         raise UsageError("config.data.path" + EMPTY)
-    configs.check(config, devices if accelerators else devices * max(1, args.cpu_devices))
+    configs.check(config, devices or processes * args.cpu_devices or configs.least_devices(config.mesh))
     if slices and (problem := configs.slices_problem(configs.cross_slice(config.mesh), slices)):
         raise UsageError(problem)
     return args.workdir

@@ -13,6 +13,7 @@ from gpt_jax import config as configs
 from gpt_jax.model.grouped import WAYS, block_rows
 from gpt_jax.plan.job import Job, Widths, entries
 
+GATHERED = {"fsdp": 1, "context": 1, "pipeline": 1}  # axes that cut no weight of experts where it is multiplied
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 STREAMS = 6.0  # arrays as wide as the stream, in float32 or twice in bfloat16, while a layer's gradient is made
 # Each of q, k, v and the feed-forward's inner channels: its value and its gradient. In a layer of experts, whose rows are
@@ -153,6 +154,11 @@ def buffered(widths: Widths, model: configs.Model, times: float, platform: str) 
     return widths._replace(inner=widths.inner * grow, hidden=widths.hidden * grow, sent=widths.sent * times)
 
 
+def experts_bytes(job: Job, shape: dict[str, int], bytes_each: int) -> float:
+    """Of all layers' experts, as a device multiplies with them, at so many bytes a weight."""
+    return entries(job, shape | GATHERED, "params", 3, "expert", bytes_each)
+
+
 def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
     """Bytes that the forward pass leaves behind for a token in one layer. `widths`: `buffered`."""
     model, half, tensor = job.config.model, compute_bytes(job), shape["tensor"]
@@ -200,9 +206,8 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
         activations += 3 * here.tokens * stages * stream_bytes(job, shape)
     activations += here.tokens * stream_bytes(job, shape) * (1 + model.residual_scalars + model.backout)
     sparse = sum(widths.sent > 0 for widths in job.layers)
-    used = shape | {"fsdp": 1, "context": 1, "pipeline": 1}  # how experts' weights are cut where they are multiplied
-    layer = entries(job, used | {"expert": 1}, "params", 3, "layer", half) / len(job.layers)
-    experts = entries(job, used, "params", 3, "expert", half) / max(1, sparse)
+    layer = entries(job, shape | GATHERED | {"expert": 1}, "params", 3, "layer", half) / len(job.layers)
+    experts = experts_bytes(job, shape, half) / max(1, sparse)
     working = here.tick_tokens * (STREAMS * stream_bytes(job, shape) + max(inside(job, w, shape) for w in layers))
     if model.shard_sequence and shape["tensor"] > 1:
         working += here.tick_tokens * WHOLE * model.embed * half

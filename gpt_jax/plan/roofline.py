@@ -15,7 +15,8 @@ from gpt_jax.devices import GIB, GPU_FRACTION, mfu
 from gpt_jax.errors import UsageError
 from gpt_jax.model import experts, kernels
 from gpt_jax.plan.job import Job, entries
-from gpt_jax.plan.memory import FULL, Local, Memory, blockwise, compute_bytes, local, memory, padding, spare, turns
+from gpt_jax.plan.memory import (FULL, Local, Memory, blockwise, compute_bytes, experts_bytes, local, memory, padding, spare,
+                                   turns)
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.traffic import Flow, Link, flows, link
 
@@ -138,8 +139,7 @@ def _sums_bytes(job: Job, shape: dict[str, int], here: Local, platform: str) -> 
     written once a block."""
     if not blockwise(job.config.model, platform):
         return 0.0
-    used = shape | {"fsdp": 1, "context": 1, "pipeline": 1}
-    return 2 * entries(job, used, "params", 3, "expert", FULL) / len(job.layers) * turns(job, shape, here.tick_tokens, platform)
+    return 2 * experts_bytes(job, shape, FULL) / len(job.layers) * turns(job, shape, here.tick_tokens, platform)
 
 
 def update_seconds(job: Job, topology: Topology, shape: dict[str, int]) -> float:
