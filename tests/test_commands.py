@@ -16,7 +16,7 @@ import runs
 
 from gpt_jax import config as configs
 from gpt_jax import load
-from gpt_jax.commands import flags
+from gpt_jax.commands import flags as runtime
 from gpt_jax.commands import main as commands
 from gpt_jax.data.cache import load_text
 from gpt_jax.errors import EXIT_CODES, NoCheckpoint
@@ -324,10 +324,10 @@ def test_help(call, given):
 def test_cpu_devices_that_talk_to_each_other_take_one_step_at_a_time(given, several, monkeypatch):
     """With several in flight they can wait for each other for ever."""
     changed = {}
-    for module, name in ((flags.environment, "prepare"), (flags, "keep_memory"), (flags, "join")):
+    for module, name in ((runtime.environment, "prepare"), (runtime, "keep_memory"), (runtime, "join")):
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(jax.config, "update", changed.__setitem__)
-    parser = flags.Flags()
-    flags.add_runtime_flags(parser)
-    flags.start_runtime(parser.parse_args(given))
+    parser = runtime.Flags()
+    runtime.add_runtime_flags(parser)
+    runtime.start_runtime(parser.parse_args(given))
     assert (changed.get("jax_cpu_enable_async_dispatch") is False) == several
