@@ -5,117 +5,24 @@ this one, on the same parts.
 """
 
 import fcntl
-import math
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Callable
 
 import jax
-import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax import devices, evals, placing, report
+from gpt_jax import evals, placing, report
 from gpt_jax.data.pipeline import EvalBatches, make_eval_batches, make_stream
-from gpt_jax.errors import Diverged, Stopped, UsageError
-from gpt_jax.experiment import Parts, items, start_state, token_flops
-from gpt_jax.metrics import Clock, OneStepLate, divide, expert_metrics
-from gpt_jax.model.transformer import count_params
+from gpt_jax.errors import Stopped, UsageError
+from gpt_jax.experiment import Parts, items, start_state
+from gpt_jax.progress import Progress, check_finite
 from gpt_jax.stops import StopRequest, peer_gone, watchdog
 from gpt_jax.train import checkpoint
 from gpt_jax.train.agreement import agree
-from gpt_jax.train.schedule import make_schedule
 from gpt_jax.train.step import TrainState
-from gpt_jax.writers import BarWriter, JsonlWriter, TensorBoardWriter, Writers, read_jsonl, replace_file
-
-
-RATES_AT_ONCE = 4096  # learning rates
-
-
-class Loop:
-    """What `run` carries along besides the state: writers, clock, and the numbers for the next log line."""
-
-    def __init__(self, parts: Parts, workdir: Path, start: int, resumed: bool, beat: Callable[[], None],
-                 heldout: dict[str, EvalBatches], shares: Callable[[int], Mapping[str, float]],
-                 say: Callable[[str], None]):
-        config, model = parts.config, parts.config.model
-        self.parts, self.workdir, self.config, self.start, self.beat = parts, workdir, config, start, beat
-        self.heldout, self.shares = heldout, shares  # by source: held-out batches, and the part of the rows at a step
-        self.late, self.began, self.announce = OneStepLate(), time.perf_counter(), say
-        self.peak = devices.find_peak(parts.mesh.devices.flatten().tolist())
-        with jax.set_mesh(parts.mesh):
-            self.counts = count_params(model)
-        self.flops = token_flops(config, self.counts["matmul"])
-        self.rates: tuple[int, Any] = -1, None  # see `learning_rate`
-        self.batch_tokens = config.train.batch_size * config.train.seq_len
-        self.mark = start, time.perf_counter()
-        self.end = config.train.steps  # or where a request stops the run
-        self.evaluated: tuple[int, dict[str, float]] = start, {}  # the last evaluation: its step and what it found
-        self.writers = self._make_writers(start if resumed else None)
-        self.clock = Clock()  # last: what came before is not the loop's
-
-    def _make_writers(self, resumed_at: int | None) -> Writers:
-        if jax.process_index() != 0:
-            return Writers()
-        log, steps = self.config.log, self.config.train.steps
-        made = [JsonlWriter(self.workdir / "metrics.jsonl", resumed_at)]
-        if log.tensorboard:
-            made.append(TensorBoardWriter(self.workdir / "tensorboard", resumed_at))
-        return Writers([*made, BarWriter(steps, self.start, log.progress)])
-
-    def restart_rate(self, step: int) -> None:
-        """Throughput counts from here: evaluation, saving and sampling are not part of it."""
-        self.mark = step, time.perf_counter()
-
-    def learning_rate(self, step: int) -> float:
-        """The rate of update `step`, from a block of many made at once: each operation waits for the device."""
-        block, place = divmod(step - 1, RATES_AT_ONCE)
-        if block != self.rates[0]:
-            steps = block * RATES_AT_ONCE + np.arange(RATES_AT_ONCE)
-            self.rates = block, self.config.optim.learning_rate * np.asarray(make_schedule(self.config.optim)(steps))
-        return float(self.rates[1][place])
-
-    def announce_end(self, step: int, rate: float) -> None:
-        """Once, when a rate is known: when the last step is to be expected, evaluation and saving aside."""
-        if step < self.start + 10:  # the first ones are no measure
-            return
-        left = (self.config.train.steps - step) * self.batch_tokens / rate
-        self.announce, say = lambda line: None, self.announce
-        end = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + left))
-        say(f"{rate:,.0f} tokens/s so far: step {self.config.train.steps:,} is to be expected at {end}")
-
-    def record(self, late: tuple[int, Any] | None) -> None:
-        """A finished step's sums: checks that they are finite, and writes a line where one is due."""
-        if late is None:
-            return
-        step, means = late[0], divide(late[1])
-        for name in ("objective", "grad_norm", "param_norm"):
-            check_finite(name, means[name], step)
-        if step % self.config.log.every_steps and step != self.end:
-            return
-        values = {f"train/{name}": means[name] for name in ("loss", "bits_per_byte", "accuracy", "grad_norm",
-                                                            "param_norm")}
-        values |= expert_metrics(means)
-        values["train/learning_rate"] = self.learning_rate(step)
-        values["throughput/tokens_seen"] = step * self.batch_tokens
-        before, since = self.mark
-        if step > before:
-            rate = (step - before) * self.batch_tokens / (time.perf_counter() - since)
-            values["throughput/tokens_per_second"] = rate
-            values |= devices.mfu_metrics(*self.flops, rate, self.peak.flops)
-            self.announce_end(step, rate)
-            self.restart_rate(step)
-        with self.clock.phase("log"):
-            if step != self.end:  # where the whole run's times are written, by `finish`
-                values |= self.clock.metrics()
-            self.writers.write(step, values)
-
-
-def check_finite(name: str, value: float, step: int) -> None:
-    """Raises Diverged for nan and infinities."""
-    if not math.isfinite(value):
-        raise Diverged(f"the {name} at step {step} is {value}; the last checkpoint is from before it. Lower "
-                       "config.optim.learning_rate, or set config.optim.clip")
+from gpt_jax.writers import read_jsonl, replace_file
 
 
 def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
@@ -146,37 +53,37 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
         state = start_state(parts, checkpoints, say)
         if jax.process_index() == 0:
             replace_file(workdir / "config.json", configs.to_json(config).encode())
-        loop = Loop(parts, workdir, start, checkpoints.latest is not None, beat, heldout, stream.shares, say)
-        closing.callback(loop.writers.close)
+        progress = Progress(parts, workdir, start, checkpoints.latest is not None, beat, heldout, stream.shares, say)
+        closing.callback(progress.writers.close)
         if start < train.steps and jax.process_index() == 0:
             (workdir / "report.html").unlink(missing_ok=True)  # of an earlier stop: `conclude` takes it for the end's
-        say(loop.peak.line)
+        say(progress.peak.line)
         for line in stream.summary:
             say(line)
         for step in range(start + 1, train.steps + 1):
-            with loop.clock.phase("data", blocked=True):
+            with progress.clock.phase("data", blocked=True):
                 columns = next(stream)
-            state = one_step(loop, state, step, columns, profile)
+            state = one_step(progress, state, step, columns, profile)
             beat()
             checkpoints.check()
             stopping = stop(step)
-            loop.end = step if stopping else loop.end
+            progress.end = step if stopping else progress.end
             if stopping:  # first of all, and so without metrics of this step: who asks may not wait long
-                save(loop, checkpoints, state, step)
-                with loop.clock.phase("checkpoint", blocked=True):
+                save(progress, checkpoints, state, step)
+                with progress.clock.phase("checkpoint", blocked=True):
                     checkpoints.wait()
             if due(config.eval.every_steps, step) or step == train.steps:
-                evaluate(loop, state, step)
+                evaluate(progress, state, step)
             if due(config.eval.sample_every_steps, step) and step < train.steps:
-                write_samples(loop, state, step, 1)
+                write_samples(progress, state, step, 1)
             if checkpoints.should_save(step) or (step == train.steps and not stopping):
-                save(loop, checkpoints, state, step)
+                save(progress, checkpoints, state, step)
             beat()
             if stopping and step < train.steps:
-                finish(loop, step)
+                finish(progress, step)
                 raise Stopped(f"stopped on request after step {step} of {train.steps}, saved in "
                               f"{checkpoints.directory}; the same command goes on from there")
-        return conclude(loop, checkpoints, state, say)
+        return conclude(progress, checkpoints, state, say)
 
 
 def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
@@ -210,52 +117,53 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def one_step(loop: Loop, state: TrainState, step: int, columns, profile) -> TrainState:
+def one_step(progress: Progress, state: TrainState, step: int, columns, profile) -> TrainState:
     """Dispatches update `step` and handles the sums of the one before."""
-    parts, first = loop.parts, step == loop.start + 1
+    parts, first = progress.parts, step == progress.start + 1
     if profile and step == profile[0]:
-        jax.profiler.start_trace(str(loop.workdir / "profile"))
-    with loop.clock.phase("data"):
-        batch = placing.to_devices(parts.mesh, columns, loop.config.train.batch_size)
-    with loop.clock.phase("compile" if first else "step"):
+        jax.profiler.start_trace(str(progress.workdir / "profile"))
+    with progress.clock.phase("data"):
+        batch = placing.to_devices(parts.mesh, columns, progress.config.train.batch_size)
+    with progress.clock.phase("compile" if first else "step"):
         state, sums = parts.train_step(state, batch)
         if first:
             jax.block_until_ready(sums)
-            loop.restart_rate(step)
-    with loop.clock.phase("step", blocked=True):
-        late = loop.late.push(step, sums)
-    loop.record(late)
+            progress.restart_rate(step)
+    with progress.clock.phase("step", blocked=True):
+        late = progress.late.push(step, sums)
+    progress.record(late)
     if profile and step == profile[1]:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
     return state
 
 
-def settle(loop: Loop) -> None:
+def settle(progress: Progress) -> None:
     """Waits for the last dispatched step and records it, so that what follows is timed and ordered by itself."""
-    with loop.clock.phase("step", blocked=True):
-        late = loop.late.flush()
-    loop.record(late)
+    with progress.clock.phase("step", blocked=True):
+        late = progress.late.flush()
+    progress.record(late)
 
 
-def averaged_params(loop: Loop, state: TrainState):
+def averaged_params(progress: Progress, state: TrainState):
     """The averaged weights where the run keeps them, else the current ones."""
-    return state.ema if loop.config.train.ema else state.params
+    return state.ema if progress.config.train.ema else state.params
 
 
-def evaluate(loop: Loop, state: TrainState, step: int) -> None:
+def evaluate(progress: Progress, state: TrainState, step: int) -> None:
     """Held-out metrics after update `step`."""
-    settle(loop)
-    if loop.heldout:
-        with loop.clock.phase("eval"):
-            found = {name: evals.heldout_metrics(evals.heldout_sums(
-                loop.parts.eval_step, averaged_params(loop, state), watched(batches, loop.beat), loop.parts.mesh,
-                loop.config.eval.batch_size)) for name, batches in loop.heldout.items()}
-        found = evals.by_source(found, loop.shares(step))
+    settle(progress)
+    if progress.heldout:
+        with progress.clock.phase("eval"):
+            sums = lambda batches: evals.heldout_sums(
+                progress.parts.eval_step, averaged_params(progress, state), watched(batches, progress.beat),
+                progress.parts.mesh, progress.config.eval.batch_size)
+            found = {name: evals.heldout_metrics(sums(batches)) for name, batches in progress.heldout.items()}
+        found = evals.by_source(found, progress.shares(step))
         check_finite("held-out loss", found["eval/loss"], step)
-        loop.evaluated = step, found
-        loop.writers.write(step, found)
-    loop.restart_rate(step)
+        progress.evaluated = step, found
+        progress.writers.write(step, found)
+    progress.restart_rate(step)
 
 
 def watched(batches, beat: Callable[[], None]):
@@ -265,69 +173,69 @@ def watched(batches, beat: Callable[[], None]):
         yield batch
 
 
-def write_samples(loop: Loop, state: TrainState, step: int, count: int) -> None:
+def write_samples(progress: Progress, state: TrainState, step: int, count: int) -> None:
     """`count` samples, into the writers."""
-    settle(loop)
-    with loop.clock.phase("sample"):
-        texts = evals.samples(loop.config.model, averaged_params(loop, state), loop.parts.data.tokenizer,
-                              loop.config.eval, (loop.config.seed + step) % 2**32, count)
+    settle(progress)
+    with progress.clock.phase("sample"):
+        texts = evals.samples(progress.config.model, averaged_params(progress, state), progress.parts.data.tokenizer,
+                              progress.config.eval, (progress.config.seed + step) % 2**32, count)
     for i, text in enumerate(texts):
-        loop.writers.text(step, f"sample/{i}", text)
-    loop.restart_rate(step)
+        progress.writers.text(step, f"sample/{i}", text)
+    progress.restart_rate(step)
 
 
-def save(loop: Loop, checkpoints, state: TrainState, step: int) -> None:
+def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
     """Starts an asynchronous checkpoint of everything that evaluating, generating and resuming need."""
-    settle(loop)
-    with loop.clock.phase("checkpoint"):
-        meta = {"config": configs.to_dict(loop.config), "tokenizer": loop.parts.data.tokenizer.to_json(),
-                "data": {"next": step, "content": loop.parts.data.content}}
-        at, found = loop.evaluated
+    settle(progress)
+    with progress.clock.phase("checkpoint"):
+        meta = {"config": configs.to_dict(progress.config), "tokenizer": progress.parts.data.tokenizer.to_json(),
+                "data": {"next": step, "content": progress.parts.data.content}}
+        at, found = progress.evaluated
         checkpoints.save(step, meta=meta, metrics=found if at == step else {}, **items(state))
-    loop.restart_rate(step)
+    progress.restart_rate(step)
 
 
-def finish(loop: Loop, step: int, **facts) -> report.Summary | None:
+def finish(progress: Progress, step: int, **facts) -> report.Summary | None:
     """loss.png and report.html from what metrics.jsonl holds by now (process 0)."""
-    if step > loop.start:  # else nothing was trained, and the times are those of the run that did
-        loop.writers.write(step, loop.clock.metrics())
+    if step > progress.start:  # else nothing was trained, and the times are those of the run that did
+        progress.writers.write(step, progress.clock.metrics())
     if jax.process_index() != 0:
         return None
-    rows = read_jsonl(loop.workdir / "metrics.jsonl")
-    summary = report.summarize(rows, parameters=loop.counts["total"], peak=loop.peak.line,
-                               wall_seconds=time.perf_counter() - loop.began, **facts)
-    kind = loop.parts.mesh.devices.flat[0].device_kind
-    report.write_report(loop.workdir, title=loop.workdir.name, summary=summary, samples=report.samples_in(rows),
-                        versions={"device": f"{loop.parts.mesh.size} x {kind}"} | report.library_versions())
+    rows = read_jsonl(progress.workdir / "metrics.jsonl")
+    summary = report.summarize(rows, parameters=progress.counts["total"], peak=progress.peak.line,
+                               wall_seconds=time.perf_counter() - progress.began, **facts)
+    kind = progress.parts.mesh.devices.flat[0].device_kind
+    report.write_report(progress.workdir, title=progress.workdir.name, summary=summary, samples=report.samples_in(rows),
+                        versions={"device": f"{progress.parts.mesh.size} x {kind}"} | report.library_versions())
     return summary
 
 
-def conclude(loop: Loop, checkpoints, state: TrainState, say) -> report.Summary | None:
+def conclude(progress: Progress, checkpoints, state: TrainState, say) -> report.Summary | None:
     """The end of a run that got to its last step: three samples, the report, and where everything is. What a run that
     was already there has is not made again."""
-    config, steps = loop.config, max(loop.config.train.steps, loop.start)
+    config, steps = progress.config, max(progress.config.train.steps, progress.start)
     def found():
-        keys = {key for row in read_jsonl(loop.workdir / "metrics.jsonl") if row["step"] == steps for key in row}
-        return ["eval/loss" in keys, "sample/2" in keys, (loop.workdir / "report.html").exists()]
+        keys = {key for row in read_jsonl(progress.workdir / "metrics.jsonl") if row["step"] == steps for key in row}
+        return ["eval/loss" in keys, "sample/2" in keys, (progress.workdir / "report.html").exists()]
 
     measured, sampled, page = agree(found)
-    if loop.start >= steps and sampled and page:
-        say(f"finished before, at step {steps}: see {loop.workdir / 'report.html'}; for more steps raise "
+    if progress.start >= steps and sampled and page:
+        say(f"finished before, at step {steps}: see {progress.workdir / 'report.html'}; for more steps raise "
             "config.train.steps")
         return None
     if not measured:
-        evaluate(loop, state, steps)
+        evaluate(progress, state, steps)
     if not sampled:
-        write_samples(loop, state, steps, 3)
-    with loop.clock.phase("checkpoint", blocked=True):
+        write_samples(progress, state, steps, 3)
+    with progress.clock.phase("checkpoint", blocked=True):
         checkpoints.wait()
     facts = {}
     if config.eval.compare_xz and jax.process_index() == 0:
-        facts["xz_bits_per_byte"] = evals.xz_bits_per_byte(loop.parts.data)
-    summary = finish(loop, steps, **facts)
+        facts["xz_bits_per_byte"] = evals.xz_bits_per_byte(progress.parts.data)
+    summary = finish(progress, steps, **facts)
     if summary is not None:
         names = {"checkpoints": checkpoints.directory, "metrics": "metrics.jsonl", "loss curve": "loss.png",
                  "report": "report.html"}
-        for line in report.summary_lines(summary, {name: loop.workdir / path for name, path in names.items()}):
+        for line in report.summary_lines(summary, {name: progress.workdir / path for name, path in names.items()}):
             say(line)
     return summary

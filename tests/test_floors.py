@@ -13,15 +13,15 @@ FLOORS = (
     {"errors", "config", "sharding", "placing", "metrics", "writers", "devices", "compiler", "stops", "meeting", "version"},
     {"model", "data"},
     {"train", "infer", "interop"},
-    {"evals", "experiment", "loop", "report", "load", "scaling", "plan", "launch"},
+    {"evals", "experiment", "progress", "loop", "report", "load", "scaling", "plan", "launch"},
     {"commands", "__main__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Neighbours on a floor do not import each other, except these. errors and config are what everything stands on, errors
-# first; the one loop uses the evaluators and the report; __main__ is the door of commands.
+# first; the one loop uses its progress, the evaluators and the report; __main__ is the door of commands.
 NEIGHBOURS = {(room, base) for room in FLOORS[0] for base in ("errors", "config") if room not in ("errors", base)} | {
-    ("experiment", "evals"), ("loop", "experiment"), ("loop", "evals"), ("loop", "report"), ("plan", "experiment"),
-    ("__main__", "commands"), ("placing", "sharding")}
+    ("experiment", "evals"), ("progress", "experiment"), ("loop", "progress"), ("loop", "experiment"), ("loop", "evals"),
+    ("loop", "report"), ("plan", "experiment"), ("__main__", "commands"), ("placing", "sharding")}
 APART = {("train", "model"), ("train", "data"), ("data", "sharding"), ("data", "placing")}  # lower, and still not theirs to know
 FOREIGN = {"ml_collections": {"commands"}, "absl": {"commands"}, "argparse": {"commands"},  # package -> rooms that may
            "jax": set(FLOOR) - {"errors", "config", "data"}, "flax": {"model"}, "optax": {"train"},

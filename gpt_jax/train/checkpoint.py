@@ -5,8 +5,7 @@
 caller hands over) and `manifest.json` (see digest.py), written in this order, the last when all else is on disk.
 
 Orbax's free functions write the arrays; policies, digests and deletion are ours, because they must agree with the
-digests and because Orbax's manager keeps raising the first failure for ever. Trees are stored as nested dicts with
-string keys (`train/opt/0/mu/…`): NamedTuples and empty subtrees come back from the caller's own abstract tree.
+digests and because Orbax's manager keeps raising the first failure for ever. What an item holds: arrays.py.
 """
 
 import concurrent.futures
@@ -22,9 +21,10 @@ import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
 from gpt_jax import config
-from gpt_jax.errors import Exit, NoCheckpoint, PeerFailed, SaveFailed, UsageError
+from gpt_jax.errors import Exit, PeerFailed, SaveFailed
 from gpt_jax.stops import peer_gone
 from gpt_jax.train.agreement import agree
+from gpt_jax.train.arrays import nest, restore
 from gpt_jax.train.digest import (FOLDER, FORMAT, MANIFEST, META, SAVING, TEMPORARY, cause_of, find_damage,
                                   free_name, latest_valid, read_meta, resolve_checkpoint, steps_in, unfinished_in,
                                   write_atomically, write_manifest)
@@ -34,33 +34,6 @@ __all__ = ["FOLDER", "Checkpoints", "MANIFEST", "latest_valid", "look_at_clock",
 
 DELETED = ".deleted"  # an old step on its way out: renamed first, so that a kill never leaves half a checkpoint
 DAMAGED = ".damaged"
-
-
-def nest(tree, what: str) -> dict:
-    """A pytree of jax arrays (or ShapeDtypeStructs) as nested dicts with string keys; empty subtrees vanish.
-
-    TypeError for what would be saved and not come back: typed keys, arrays without elements, no array at all."""
-    out = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-            raise TypeError(f"{what} {_name(path)}: {type(leaf).__name__} is not a jax array")
-        if leaf.size == 0 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise TypeError(f"{what} {_name(path)}: {leaf.dtype}{list(leaf.shape)} cannot be stored; "
-                            "store the key data of a typed key, and no empty arrays")
-        *parents, last = [_name((key,)) for key in path] or ["value"]
-        node = out
-        for key in parents:
-            node = node.setdefault(key, {})
-        if last in node:
-            raise TypeError(f"{what} {_name(path)}: two leaves share this name")
-        node[last] = leaf
-    if not out:
-        raise TypeError(f"{what}: no array in it")
-    return out
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -> tuple[bool, int]:
@@ -263,46 +236,3 @@ def _metric(directory: Path, step: int, policy: config.Checkpoint) -> float | No
         return json.loads((directory / str(step) / META).read_bytes())["metrics"].get(policy.best_metric)
     except (OSError, ValueError, KeyError):
         return None  # damaged: it cannot be among the best, and whoever restores it is told why
-
-
-def restore(directory, step: int, wanted: dict) -> dict:
-    """The saved trees, to the bit: `{"params": …}` for `wanted = {"params": abstract tree}`; nothing else is read.
-
-    Abstract leaves: jax.ShapeDtypeStruct with concrete shardings, on any mesh and process count. All processes call it.
-    Raises UsageError naming the first array that is missing, left over, or of another shape or dtype; NoCheckpoint when
-    the files cannot be read. Verify first (`latest_valid`, `resolve_checkpoint`): this does not."""
-    folder = Path(directory).absolute() / str(step)
-    nested = {name: nest(tree, name) for name, tree in wanted.items()}
-    for name, tree in nested.items():
-        _compare_layout(folder, name, _flat(_read(folder, lambda: ocp.metadata(folder, name).metadata)), _flat(tree))
-    loaded = _read(folder, lambda: ocp.load_checkpointables(folder, nested))
-    out = {}
-    for name, tree in wanted.items():
-        arrays, (leaves, structure) = _flat(loaded[name]), jax.tree_util.tree_flatten_with_path(tree)
-        out[name] = jax.tree.unflatten(structure, [arrays[_name(path) or "value"] for path, _ in leaves])
-    return out
-
-
-def _read(folder: Path, read):
-    try:
-        return read()
-    except Exception as error:
-        raise NoCheckpoint(f"{folder}: cannot be restored: {cause_of(error)}") from error
-
-
-def _flat(tree) -> dict:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _compare_layout(folder: Path, item: str, saved: dict, wanted: dict) -> None:
-    """Orbax casts dtypes silently and calls a wrong shape an 'incompatible handler', so compare before loading."""
-    def show(leaf):
-        return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
-
-    for name in [*wanted, *(name for name in saved if name not in wanted)]:
-        old, new = saved.get(name), wanted.get(name)
-        if old is None or new is None or (tuple(old.shape), old.dtype) != (tuple(new.shape), new.dtype):
-            raise UsageError(f"checkpoint {folder}: {item} {name} is {show(old)} there and {show(new)} in this run; "
-                             "use the config of the checkpoint, or another workdir")
-        if not isinstance(new.sharding, jax.sharding.Sharding):
-            raise TypeError(f"{item} {name}: the abstract array has no sharding")
