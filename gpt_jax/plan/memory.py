@@ -15,6 +15,7 @@ from gpt_jax.plan.job import Job, Widths, entries
 
 GATHERED = {"fsdp": 1, "context": 1, "pipeline": 1}  # axes that cut no weight of experts where it is multiplied
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
+COLUMNS, APART = 4, 2  # of a batch, four bytes an entry each; more where documents are kept apart (data/rows.py)
 STREAMS = 6.0  # arrays as wide as the stream, in float32 or twice in bfloat16, while a layer's gradient is made
 # Each of q, k, v and the feed-forward's inner channels: its value and its gradient. In a layer of experts, whose rows are
 # most of it, not all live at once (moe:8x7b on v6e, v5p, H100 and H200).
@@ -224,6 +225,6 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     return Memory(
         parameters=parameters, optimizer=entries(job, shape, "opt", zero), average=entries(job, shape, "ema", zero),
         gradients=parameters * (1 + (train.accumulate > 1)),
-        batch=here.rows * train.seq_len / shape["context"] * train.accumulate * (24 if config.data.apart else 16),
+        batch=(COLUMNS + APART * config.data.apart) * FULL * here.rows * train.seq_len / shape["context"] * train.accumulate,
         activations=activations, working=working, logits=logits, gathered=gathered,
         gaps=GAPS[platform])

@@ -28,7 +28,10 @@ EFFICIENCY = {"tpu": 0.85, "gpu": 0.75}
 FLOAT32 = {"tpu": 1.0, "gpu": 0.5}
 ATTENTION = {"splash": 0.45, "cudnn": 0.55, "ring": 0.2, "xla": 0.2, "reference": 0.2, "blocked": 0.2}
 SKIPS = ("splash", "cudnn", "blocked", "ring")  # kernels that leave out what causal order rules out
-TOUCHES = 14.0  # times that a stream-wide array is read or written in one layer's forward and backward passes
+# Times that arrays are read or written forward and backward: in a layer those as wide as the stream, those inside it
+# (activations of the feed-forward, queries, keys and values), and maps of every query and key where a kernel makes them.
+TOUCHES, INSIDE_TOUCHES, MAP_TOUCHES = 14.0, 3.0, 8.0
+LOGITS_TOUCHES = 4.0  # float32 logits: made, read by the loss, their gradient made and read
 UPDATE_TOUCHES = 2.0  # every array of the optimiser's is read and written
 
 
@@ -126,11 +129,11 @@ def passes_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, i
     wide = model.embed / (shape["tensor"] if model.shard_sequence else 1)
     wide += model.embed * spare(model, shape, here.tick_tokens, platform) * mean(lambda w: w.sent)
     inner = mean(lambda w: w.inner + w.hidden + 2 * w.q) / shape["tensor"]
-    a_token = compute_bytes(job) * (TOUCHES * wide + 3 * inner)
+    a_token = compute_bytes(job) * (TOUCHES * wide + INSIDE_TOUCHES * inner)
     layers = here.ticks * here.tick_layers * (here.tick_tokens * a_token + _sums_bytes(job, shape, here, platform))
-    if kernel in ("reference", "xla"):  # maps of every query and key, in float32, written and read a few times
-        layers += here.tokens * len(job.layers) * 8 * model.heads / shape["tensor"] * train.seq_len * FULL
-    logits = 4 * here.tokens * model.vocab / shape["tensor"] * FULL
+    if kernel in ("reference", "xla"):  # which make whole maps, in float32
+        layers += here.tokens * len(job.layers) * MAP_TOUCHES * model.heads / shape["tensor"] * train.seq_len * FULL
+    logits = LOGITS_TOUCHES * here.tokens * model.vocab / shape["tensor"] * FULL
     return (layers + logits) * train.accumulate / topology.chip.bandwidth
 
 
