@@ -238,6 +238,20 @@ def test_muon_against_numpy(shape, knobs):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("knobs", [{}, {**MODERN, "decay_steps": 4}])
+def test_muon_takes_each_experts_matrix_by_itself(knobs):
+    """Three layers of two experts, and a last layer of two, move as eight matrices."""
+    o = optim(optimizer="muon", clip=0.0, **knobs)
+    shapes = {"blocks/0/moe/up/kernel": (3, 2, 6, 15), "tail/0/moe/up/kernel": (2, 6, 15)}
+    params, grads = draw(0, shapes), gradients(shapes)
+    assert set(assign(o, params).values()) == {0}
+    found = flat(run(make_optimizer(o, params), params, grads)[0])
+    for path, shape in shapes.items():
+        for at in np.ndindex(shape[:-2]):
+            alone = numpy_muon(o, flat(params)[path][at], [flat(g)[path][at] for g in grads])
+            np.testing.assert_allclose(found[path][at], alone, atol=2e-5)
+
+
 def test_muon_zero_gradient_is_a_zero_update():
     params = draw(0, MODEL)
     zero = jax.tree.map(jnp.zeros_like, params)

@@ -1,8 +1,8 @@
 """Muon: momentum, orthogonalised matrix by matrix (floor 2; called by optim.py).
 
-Leaves are kernels `[in, out]` or stacks of them `[L, in, out]`, float32. Own code because the library's version has
-neither the row normalisation, nor cautious decay, nor a momentum warmup, nor a say in where a matrix is
-orthogonalised. Muon: Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/.
+Leaves are kernels `[in, out]` or stacks of them, float32: `[L, in, out]` of layers, `[L, E, in, out]` of their experts.
+Own code because the library's version has neither the row normalisation, nor cautious decay, nor a momentum warmup, nor a
+say in where a matrix is orthogonalised. Muon: Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/.
 """
 
 from typing import Any, Callable, NamedTuple
@@ -83,10 +83,9 @@ def scale_by_muon(momentum: Callable, *, iterations: int, eps: float, dtype) -> 
 
     def orthogonal(tree):
         leaves, structure = jax.tree.flatten(tree)
-        stacks = [(m if m.ndim == 3 else m[None]).astype(dtype) for m in leaves]
-        found = on_whole_matrices(lambda x: orthogonalize(x, iterations, eps, dtype).astype(dtype), stacks)
-        found = [(u if m.ndim == 3 else u[0]).astype(m.dtype) for u, m in zip(found, leaves)]
-        return jax.tree.unflatten(structure, found)
+        found = on_whole_matrices(lambda x: orthogonalize(x, iterations, eps, dtype).astype(dtype),
+                                  [m.astype(dtype) for m in leaves])
+        return jax.tree.unflatten(structure, [u.astype(m.dtype) for u, m in zip(found, leaves)])
 
     def init(params):
         return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))

@@ -20,6 +20,7 @@ from gpt_jax.train.schedule import make_schedule
 
 STACKED = "blocks/"
 LAYERS = ("blocks/", "tail/")  # where the default Muon finds its matrices
+MATRICES = (2, 3)  # dims of what Muon takes: a matrix, or one for each expert
 ROUTER_BIAS = "router/bias"  # where the path of one ends, see `steer`
 
 
@@ -79,7 +80,7 @@ def _check_groups(optim: config.Optim, patterns, leaves, index) -> None:
                              f"{field}: found in no parameter path; paths look like {', '.join(list(leaves)[:4])}")
         if group.optimizer == "muon":
             for path, leaf in leaves.items():
-                if index[path] == i and leaf_dims(path, leaf) != 2:
+                if index[path] == i and leaf_dims(path, leaf) not in MATRICES:
                     raise UsageError(f"{field}: takes {path}, which is no matrix {leaf.shape}, and muon takes matrices "
                                      "only; narrow the expression or put a group for it first")
 
@@ -87,7 +88,7 @@ def _check_groups(optim: config.Optim, patterns, leaves, index) -> None:
 def assign(optim: config.Optim, params_like) -> dict[str, int]:
     """Path -> index of its group, for every parameter but the routers' biases (see `steer`): the first of `optim.groups`
     whose `match` is found in the path; else the default, index `len(optim.groups)`. When the default is Muon it keeps the
-    matrices inside layers, and embeddings, head, norms, biases, scalars and stacks of experts go to AdamW, index
+    matrices inside layers, each expert's too, and embeddings, head, norms, biases and scalars go to AdamW, index
     `len(optim.groups) + 1`.
 
     `params_like`: arrays or ShapeDtypeStructs. Raises UsageError, naming the group's field, for an expression that is
@@ -99,7 +100,7 @@ def assign(optim: config.Optim, params_like) -> dict[str, int]:
         for i, pattern in enumerate(patterns):
             if pattern.search(path):
                 return i
-        matrix = path.startswith(LAYERS) and leaf_dims(path, leaf) == 2
+        matrix = path.startswith(LAYERS) and leaf_dims(path, leaf) in MATRICES
         return default + (optim.optimizer == "muon" and not matrix)
 
     index = {path: index_of(path, leaf) for path, leaf in leaves.items()}
