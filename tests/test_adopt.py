@@ -1,5 +1,7 @@
 """Runs on token files of other tools."""
 
+import os
+
 import numpy as np
 import pytest
 import runs
@@ -7,7 +9,7 @@ import runs
 from gpt_jax import config
 from gpt_jax.data import dataset
 from gpt_jax.data.tokenizer import byte_tokenizer
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import DataError, UsageError
 from tests.test_foreign import write_megatron
 
 
@@ -119,6 +121,28 @@ def test_the_folder_of_nanogpt_and_the_prefix_of_megatron(tmp_path):
     for name in ("web_document", "web_document.bin", "web_document.idx", "web_document.*", "web_*"):
         part = load(tmp_path / name, eval_fraction=0.3).parts[0]
         assert part.train.offsets.tolist() == [0, 3, 4] and part.eval.size == 2
+
+
+def test_another_index_is_another_content(tmp_path):
+    """Documents of Megatron's pair lie in its .idx."""
+    found = set()
+    for split in ([[97, 98], [99, 97]], [[97], [98], [99, 97]]):
+        write_megatron(tmp_path / "a.bin", split)
+        found.add(load(tmp_path / "a.bin", eval_fraction=0.0).content)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("write", [lambda path, ids: ids.astype("<u2").tofile(path), write_llmc,
+                                   lambda path, ids: np.save(path, ids.astype("<u2"))])
+def test_a_file_that_shrinks_is_named(tmp_path, write):
+    """Read by place: a page of a map that is gone would kill the process."""
+    path = tmp_path / ("a.npy" if "save" in write.__code__.co_names else "a.bin")
+    write(path, documents([5000]))
+    tokens = load(path, eval_fraction=0.0).parts[0].train
+    assert tokens.ids(4990, 5001).tolist() == documents([5000])[4990:].tolist()
+    os.truncate(path, 4096)
+    with pytest.raises(DataError, match=f"{path.name}: changed during the run.* has 4096"):
+        tokens.ids(4990, 5001)
 
 
 def test_token_files_that_cannot_be_joined(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,11 +12,29 @@ from gpt_jax import config
 from gpt_jax.data import order, pipeline
 from gpt_jax.data.rows import ROWS, InOrder, columns, spans
 from gpt_jax.data.dataset import Dataset, Part
-from gpt_jax.data.shards import DOCUMENT, TokenArray, Tokens
+from gpt_jax.data.shards import DOCUMENT, Tokens
 from gpt_jax.data.tokenizer import byte_tokenizer, with_specials
 from gpt_jax.errors import DataError, UsageError
 
 BYTES = byte_tokenizer()
+
+
+class TokenArray(NamedTuple):
+    """Ids in memory, read like those of a TokenFile."""
+
+    ids: np.ndarray
+    path = "memory"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.ids.dtype
+
+    @property
+    def size(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        out[:] = self.ids[start: start + len(out)]
 
 
 def in_memory(name, ids, offsets, size):
@@ -333,9 +352,12 @@ def test_too_little_text(rows):
         pipeline.make_eval_batches(lone, BYTES, data, 8, 1, slice(0, 1), 0, "the held-out text of source wiki")
 
 
-def test_ids_beyond_the_vocabulary_stop_the_run():
-    tokens = make_tokens([100])
-    tokens.shards[0].ids[50] = 300
+@pytest.mark.parametrize("dtype, wrong", [(np.uint16, 300), (np.uint32, 2**31 + 5), (np.uint32, 2**32 - 1)])
+def test_ids_beyond_the_vocabulary_stop_the_run(dtype, wrong):
+    """Those too that a flipped bit has made negative as int32."""
+    ids = np.append(np.arange(97, 97 + 99) % 256, 256).astype(dtype)
+    ids[50] = wrong
+    tokens = in_memory("train", ids, [0, 100], 99)
     stream = pipeline.make_stream(alone(tokens), config.Data(rows="chunk"), 8, 4, 0, slice(0, 4))
-    with pytest.raises(DataError, match="holds the id 300 and the tokenizer only 257"):
+    with pytest.raises(DataError, match=f"holds the id {wrong} and the tokenizer only 257"):
         take(stream, 3)

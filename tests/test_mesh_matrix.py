@@ -32,6 +32,7 @@ CASES = [  # model, mesh, knobs, optimiser
     ("gpt2", dict(data=2, fsdp=4), dict(zero=1)),
     ("gpt2", dict(fsdp=4, tensor=2), dict(remat="block"), "muon"),
     ("gpt2", dict(fsdp=4, tensor=2), {}, "adafactor"),
+    ("gpt2", dict(pipeline=2, fsdp=2, tensor=2), {}, "adafactor"),
     ("gpt2", dict(pipeline=2, fsdp=2, context=2), RING | dict(zero=1), "muon"),
     ("modern", dict(fsdp=8), {}),
     ("modern", dict(data=2, fsdp=2, tensor=2), SEQ),
@@ -71,7 +72,8 @@ def test_mesh_equals_one_device(case):
         close(ours, theirs, rel=LOOSE.get((name, "kernel" in knobs), 1e-5), floor=1e-2 * largest)
     for now, plain in zip(sums, plain_sums, strict=True):
         for key, value in now.items():
-            np.testing.assert_allclose(value, plain[key], rtol=1e-4 if key == "grad_norm" else 1e-5, atol=1e-6, err_msg=key)
+            rough = key == "grad_norm" or (key, optimizer) == ("param_norm", "adafactor")  # which scales rounding up to steps
+            np.testing.assert_allclose(value, plain[key], rtol=1e-4 if rough else 1e-5, atol=1e-6, err_msg=key)
     assert sums[-1]["loss"] < 0.99 * sums[0]["loss"]  # it did train
     for ours, theirs, gradient in zip(*map(jax.tree.leaves, (state.params, plain_params, plain_first)), strict=True):
         if np.abs(gradient).max() > 1e-3 * largest:  # else rounding alone, which some optimisers blow up: key biases

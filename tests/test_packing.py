@@ -103,3 +103,9 @@ def test_rows_at_documents_against_a_loop():
             wanted.append(int(offsets[at]))
             at = next((i for i in range(at, len(offsets) - 1) if offsets[i] >= offsets[at] + seq_len), len(offsets))
         assert packing.at_documents(offsets, seq_len).tolist() == wanted
+
+
+@pytest.mark.parametrize("ending", [[10], [10, 10], [10, 10, 10]])
+def test_no_row_begins_with_nothing(ending):
+    """Empty documents at the end, as an index of another tool may have them."""
+    assert packing.at_documents(np.array([0, 4, 4, *ending]), 4).tolist() == [0, 4]

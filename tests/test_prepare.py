@@ -442,13 +442,42 @@ def test_input_that_is_not_what_was_scanned(folder):
 def test_two_calls_at_once(folder, monkeypatch):
     run = units.tokenize
 
+    settings = folder / "out" / "work" / "settings.json"
+
     def meanwhile(job, unit, tick, **more):
-        refused(2, ("another gpt-jax prepare is at work",), f"--output={folder / 'out'}", f"--input={folder / 'in'}")
+        before = settings.read_bytes()
+        for other in ((), ("--tokenizer=char",)):
+            refused(2, ("another gpt-jax prepare is at work",), f"--output={folder / 'out'}", f"--input={folder / 'in'}", *other)
+        assert settings.read_bytes() == before
         return run(job, unit, tick, **more)
 
     monkeypatch.setattr(units, "tokenize", meanwhile)
     prepare(folder / "out", f"--input={folder / 'in'}")
     assert corpus.is_corpus(folder / "out")
+
+
+def test_another_spelling_of_the_same_input_goes_on(folder, monkeypatch, capsys):
+    """From where a call ended that was given the path from another folder, and a finished one is the same call."""
+    out, run, begun = folder / "out", units.tokenize, []
+
+    def stops_after_one(job, unit, tick, **more):
+        if begun:
+            raise UsageError("enough")
+        begun.append(unit)
+        return run(job, unit, tick, **more)
+
+    write_jsonl(folder / "long/a.jsonl", texts(400))
+    cut = "--piece_mb=0.01"
+    monkeypatch.setattr(units, "tokenize", stops_after_one)
+    refused(2, ("enough",), f"--output={out}", f"--input=s={folder / 'long'}", cut)
+    done, = out.glob("s/*.tokens")
+    written = done.stat().st_mtime_ns
+    monkeypatch.setattr(units, "tokenize", run)
+    monkeypatch.chdir(folder)
+    prepare(out, "--input=s=long", cut)
+    assert done.stat().st_mtime_ns == written and len(list(out.glob("s/*.tokens"))) > 1
+    prepare(out, f"--input=s={folder}/in/../long", cut)
+    assert "is finished already" in capsys.readouterr().err
 
 
 BAD = {

@@ -14,7 +14,7 @@ from gpt_jax import config
 from gpt_jax.data import cache, sources, store
 from gpt_jax.data.cache import Prepared
 from gpt_jax.data.foreign import open_foreign, split
-from gpt_jax.data.shards import DOCUMENT, Origin, TokenArray, Tokens, digest
+from gpt_jax.data.shards import DOCUMENT, Origin, TokenFile, Tokens, digest
 from gpt_jax.data.sources import TOKEN_FILES, Source
 from gpt_jax.data.tokenizer import Tokenizer, known_tokenizer
 from gpt_jax.errors import UsageError
@@ -27,7 +27,8 @@ class Joined(NamedTuple):
     """Token files one after the other."""
 
     files: tuple[Path, ...]
-    ids: tuple[np.ndarray, ...]  # of each file
+    ids: tuple[np.ndarray, ...]  # of each file, memory-mapped
+    headers: tuple[int, ...]  # bytes before them
     offsets: np.ndarray  # int64 [documents + 1] through all files
     kind: str
 
@@ -89,7 +90,7 @@ def _join(files: tuple[Path, ...], eot: int | None) -> Joined:
             opened[i] = one._replace(offsets=split(one.tokens, eot, begins))
     starts = np.cumsum([0, *(len(one.tokens) for one in opened)])
     offsets = np.concatenate([one.offsets[:-1] + start for one, start in zip(opened, starts)] + [starts[-1:]])
-    return Joined(files, tuple(one.tokens for one in opened), offsets, opened[0].kind)
+    return Joined(files, tuple(one.tokens for one in opened), tuple(one.header for one in opened), offsets, opened[0].kind)
 
 
 def _side(name: str, found: Joined, first: int, last: int, tokenizer: Tokenizer, report) -> Tokens:
@@ -114,8 +115,10 @@ def _side(name: str, found: Joined, first: int, last: int, tokenizer: Tokenizer,
     docs["piece"] = np.searchsorted(firsts, np.arange(first, last), "right") - 1
     docs["row"] = np.arange(first, last) - firsts[docs["piece"]]
     origins = tuple(Origin(file.name, 0, bool(count > 1)) for file, count in zip(found.files, np.diff(firsts)))
-    arrays = tuple(TokenArray(ids) for ids in parts if len(ids))
-    return Tokens(name, arrays, found.offsets[first: last + 1] - start, docs, size, origins)
+    skipped = np.maximum(start - begins[:-1], 0).tolist()  # ids of each file
+    shards = tuple(TokenFile(file, ids.dtype, len(ids), header + skip * ids.itemsize)
+                   for file, ids, header, skip in zip(found.files, parts, found.headers, skipped) if len(ids))
+    return Tokens(name, shards, found.offsets[first: last + 1] - start, docs, size, origins)
 
 
 def _whole(name: str, files: tuple[Path, ...], tokenizer: Tokenizer, report) -> Tokens:
@@ -154,7 +157,8 @@ def adopt(paths: Sequence[str], data: config.Data, wanted: Tokenizer | None, rep
     count = f"{len(files):,} files, " if files[1:] else ""
     report(f"data: train on {cache.count(train)}, held out {cache.count(held)}; tokenizer {tokenizer.name} of "
            f"{tokenizer.vocab:,} ids; {named} ({count}{found.kind})")
-    hashes = store.content_hashes(tuple(Source(file, file.name) for file in (*files, *others)),
+    indexes = [file.with_suffix(".idx") for file in (*files, *others) if file.with_suffix(".idx").exists()]
+    hashes = store.content_hashes(tuple(Source(file, file.name) for file in (*files, *others, *indexes)),
                                   Path(data.cache).expanduser(), data.workers)
     return Prepared(train, held, tokenizer, files[0].parent,
                     digest(hashes, tokenizer.fingerprint, [len(files)] if others else data.eval_fraction))

@@ -29,9 +29,10 @@ AT_ONCE = 1 << 24  # ids searched for `eot` at once
 
 
 class Foreign(NamedTuple):
-    tokens: np.ndarray  # uint16 or uint32 [tokens], memory-mapped
+    tokens: np.ndarray  # uint16 or uint32 [tokens], memory-mapped: to be looked through once, not to train from
     offsets: np.ndarray  # int64 [documents + 1]: starts, then the end
     kind: str
+    header: int = 0  # bytes before the first id
 
 
 def _map(path: Path, dtype, count: int, offset: int = 0) -> np.ndarray:
@@ -71,7 +72,7 @@ def _llmc(path: Path, eot: int | None) -> Foreign:
     if count < 0 or size != expected:
         raise UsageError(f"{path}: has {size} bytes, its header of {count:,} tokens says {expected}; copy it again")
     tokens = _map(path, dtype, count, 4 * HEADER_INTS)
-    return Foreign(tokens, split(tokens, eot), "llm.c")
+    return Foreign(tokens, split(tokens, eot), "llm.c", 4 * HEADER_INTS)
 
 
 def _megatron(path: Path, eot: int | None) -> Foreign:
@@ -103,15 +104,16 @@ def _megatron(path: Path, eot: int | None) -> Foreign:
 
 def _npy(path: Path, eot: int | None) -> Foreign:
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UsageError(f"{path}: not a readable .npy file: {error}") from None
+    tokens = mapped.view(np.ndarray)
     if tokens.ndim != 1 or tokens.dtype.str not in ("<u2", "<u4", "<i4"):
         raise UsageError(f"{path}: holds {tokens.dtype} {list(tokens.shape)}, expected [N] of uint16, uint32, int32")
     if not len(tokens):
         raise UsageError(f"{path}: holds no tokens")
     tokens = tokens.view(np.uint32) if tokens.dtype.str == "<i4" else tokens
-    return Foreign(tokens, split(tokens, eot), "npy")
+    return Foreign(tokens, split(tokens, eot), "npy", mapped.offset)
 
 
 KINDS = {"nanogpt": _nanogpt, "llm.c": _llmc, "megatron": _megatron, "npy": _npy}

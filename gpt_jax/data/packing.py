@@ -111,7 +111,8 @@ def plan(offsets: np.ndarray, capacity: int, how: str, seed: int) -> Plan:
 
 def at_documents(offsets: np.ndarray, seq_len: int) -> np.ndarray:
     """int64 [rows]: where rows of T = `seq_len` begin that all begin with a document: the next one begins with the
-    first document that has not begun inside the inputs of this one."""
+    first document that has not begun inside the inputs of this one. Empty documents at the end begin none."""
+    offsets = offsets[: np.searchsorted(offsets, offsets[-1]) + 1]
     following = np.searchsorted(offsets[:-1], offsets[:-1] + seq_len, "left")
     rows, document, step = [], 0, 1 << 20
     while document < len(following):  # plain integers: a numpy scalar costs three times as much

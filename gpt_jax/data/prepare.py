@@ -63,19 +63,19 @@ def prepare(inputs: Mapping[str, tuple[str, ...]], folder: Path, settings: Setti
     found = {name: find(paths, f"--input {name}") for name, paths in inputs.items()}
     found, revisions = sameness.pin(found, sameness.earlier(folder).get("revisions", {}), say)
     stamps = {source.path: sameness.stamp(source) for group in found.values() for source in group}
-    places = Counter(source.path if isinstance(source.path, str) else source.path.resolve()
-                     for group in found.values() for source in group)
+    places = Counter(sameness.place(source.path) for group in found.values() for source in group)
     if again := [place for place, times in places.items() if times > 1]:
         more = f", and {len(again) - 1} more file{'s' * (len(again) > 2)}" if again[1:] else ""
         say(f"--input: {again[0]} is given {places[again[0]]} times{more}: their documents are taken as often")
     with _output(folder):
         about = sameness.describe(settings, known, found, revisions)
-        state = {str(path): list(map(str, value)) for path, value in stamps.items()}
+        state = {sameness.place(path): list(map(str, value)) for path, value in stamps.items()}
         if corpus.is_corpus(folder):
             return _again(folder, about, state, say)
-        _begin(folder, about, state, say)
+        _make_room(folder)
         with _locked(folder / WORK / "lock", folder):
             if not corpus.is_corpus(folder):
+                _begin(folder, about, say)
                 _make(Job(folder, settings), found, stamps, about, state, known, engine, say, show)
             assemble.clean(folder, corpus.read_manifest(folder))
     return corpus.read_manifest(folder)
@@ -99,6 +99,7 @@ def _again(folder: Path, about: dict, state: dict, say: Say) -> dict:
     sameness.refuse_other(folder, manifest["settings"], about)
     inputs = folder / assemble.INPUTS  # no part of a corpus, so a copy need not have it
     before = json.loads(inputs.read_bytes()) if inputs.exists() else {}
+    before = {sameness.place(path): value for path, value in before.items()}
     changed = [path for path in {**before, **state} if before.get(path) != state.get(path)] if inputs.exists() else []
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
@@ -115,7 +116,7 @@ def _again(folder: Path, about: dict, state: dict, say: Say) -> dict:
     return manifest
 
 
-def _begin(folder: Path, about: dict, state: dict, say: Say) -> None:
+def _make_room(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output={folder}: is a file; name a folder")
     work = folder / WORK
@@ -123,6 +124,11 @@ def _begin(folder: Path, about: dict, state: dict, say: Say) -> None:
         raise UsageError(f"--output={folder}: is not empty, and nothing there was begun by gpt-jax prepare; name a new "
                          "folder")
     work.mkdir(parents=True, exist_ok=True)
+
+
+def _begin(folder: Path, about: dict, say: Say) -> None:
+    """Under the lock: a call that is refused leaves no settings behind."""
+    work = folder / WORK
     begun = work / "settings.json"
     if begun.exists() and any(work.glob("*-*.json")):  # before the first unit is done, nothing would be lost
         sameness.refuse_other(folder, json.loads(begun.read_bytes()), about)
@@ -168,7 +174,7 @@ def plan(found: Mapping[str, Sequence[Source]], stamps: Mapping, settings: Setti
 
 
 def _unit(name: str, number: int, pieces: list, size: float, stamps: Mapping, about: dict) -> Unit:
-    parts = [[str(piece.source.path), piece.source.name, piece.start, piece.stop, *stamps[piece.source.path]]
+    parts = [[sameness.place(piece.source.path), piece.source.name, piece.start, piece.stop, *stamps[piece.source.path]]
              for piece in pieces]
     return Unit(name, number, tuple(pieces), int(size), digest(about, name, number, parts))
 

@@ -219,7 +219,8 @@ class InOrder:
 
 def check_ids(buffer: Buffer, tokens: Tokens, vocab: int) -> None:
     """DataError if there is an id that the tokenizer does not have."""
-    if (largest := buffer.ids.max(initial=0)) >= vocab:
+    # A flipped bit can make a negative of an id, too.
+    if (largest := buffer.ids.view(np.uint32).max(initial=0)) >= vocab:
         files = sorted({str(shard.path) for shard in tokens.shards})
         raise DataError(f"{files[0]}{' or another shard' * (len(files) > 1)}: holds the id {largest} and the tokenizer "
                         f"only {vocab}; delete a cache and it is built again, or check a corpus with gpt-jax prepare "

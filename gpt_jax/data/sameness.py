@@ -71,6 +71,11 @@ def pin(found: Mapping[str, Sequence[Source]], before: Mapping[str, str],
     return {name: tuple(sources) for name, sources in pinned.items()}, revisions
 
 
+def place(path: Path | str) -> str:
+    """Where an input lies, however the path to it is spelt: URLs as they are, files by their absolute path."""
+    return str(path) if remote.is_remote(path) or str(path).startswith(HUB) else str(Path(path).resolve())
+
+
 def stamp(source: Source) -> tuple[int, str]:
     """(bytes of a file or a data set, what changes when it does)."""
     if str(source.path).startswith(HUB):

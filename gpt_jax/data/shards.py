@@ -71,37 +71,19 @@ class TokenFile:
     path: Path
     dtype: np.dtype
     size: int  # ids
+    header: int = 0  # bytes before the first of them
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fills `out` ([n], of `dtype`) with ids from `start` on. DataError when the file has no longer that many."""
         try:
-            got = os.preadv(FILES.get(self).fileno(), [out], start * self.dtype.itemsize)
+            got = os.preadv(FILES.get(self).fileno(), [out], self.header + start * self.dtype.itemsize)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read any more: {error.strerror}") from None
         if got != out.nbytes:
             size = os.fstat(FILES.get(self).fileno()).st_size
-            raise DataError(f"{self.path}: changed during the run from {self.size * self.dtype.itemsize} to {size} "
-                            "bytes; start again, and a cache is rebuilt; of a prepared folder see gpt-jax prepare "
-                            "--verify")
-
-
-class TokenArray(NamedTuple):
-    """Ids in memory, read like those of a file."""
-
-    ids: np.ndarray
-
-    path = Path("the tokens in memory")
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.ids.dtype
-
-    @property
-    def size(self) -> int:
-        return len(self.ids)
-
-    def read(self, start: int, out: np.ndarray) -> None:
-        out[:] = self.ids[start: start + len(out)]
+            raise DataError(f"{self.path}: changed during the run: had {self.header + self.size * self.dtype.itemsize} bytes "
+                            f"or more and has {size}; start again, and a cache is rebuilt; of a prepared folder see "
+                            "gpt-jax prepare --verify")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +92,7 @@ class Tokens:
     documents are numbered through all shards; no document crosses from one shard to the next."""
 
     name: str  # train or eval
-    shards: tuple[TokenFile | TokenArray, ...]
+    shards: tuple[TokenFile, ...]
     offsets: np.ndarray  # int64 [documents + 1]: starts, then the end; memory-mapped where it lies in a file
     docs: np.ndarray  # DOCUMENT [documents], memory-mapped likewise
     bytes: int  # of the text in UTF-8, specials not counted

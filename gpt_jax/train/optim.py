@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt_jax import config
+from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.train import muon
 from gpt_jax.train.schedule import make_schedule
@@ -129,7 +129,9 @@ def _by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """`tx` on stacks, once for each layer: its statistics do not mix layers."""
 
     def init(params):
-        return (jax.vmap(tx.init) if jax.tree.leaves(params) else tx.init)(params)
+        if not jax.tree.leaves(params):
+            return tx.init(params)
+        return sharding.over_stages(jax.vmap(tx.init)(params))  # zeros do not inherit the layout of the layers
 
     def update(updates, state, params):
         return (jax.vmap(tx.update) if jax.tree.leaves(updates) else tx.update)(updates, state, params)
