@@ -38,7 +38,7 @@ class Parts(NamedTuple):
 
 
 def make_network(model: configs.Model) -> Network:
-    """The model as the two pure functions that train/ works with."""
+    """The model as the pure functions that train/ works with."""
     module = Transformer(model)
 
     def features(params, batch, key):

@@ -23,10 +23,10 @@ def order(length: int, pieces: int) -> np.ndarray:
     return np.concatenate([chunks[[i, 2 * pieces - 1 - i]].ravel() for i in range(pieces)])
 
 
-def reorder(x: jax.Array, dim: int = 1, back: bool = False) -> jax.Array:
-    """`x` [B, T, …], no part of whose dim `dim` is elsewhere, from the text's order to the mesh's, or back."""
-    places = order(x.shape[dim], sharding.parts("seq"))
-    return x if sharding.parts("seq") == 1 else jnp.take(x, np.argsort(places) if back else places, axis=dim)
+def reorder(x: jax.Array, back: bool = False) -> jax.Array:
+    """`x` [B, T, …], with all of T here, from the text's order to the mesh's, or back."""
+    places = order(x.shape[1], sharding.parts("seq"))
+    return x if sharding.parts("seq") == 1 else jnp.take(x, np.argsort(places) if back else places, axis=1)
 
 
 def positions(length: int) -> jax.Array:

@@ -164,7 +164,7 @@ class Job:
     def gone(self, seconds: float = 0.0) -> str:
         """ "a peer process is gone without a word", with its number and host if they are known within `seconds`."""
         end, line = time.monotonic() + seconds, "a peer process is gone without a word"
-        if self.process and not self._reaches_0():
+        if self.process and not self.silent and not self._reaches_0():  # who names another leaves by itself, right after
             self.silent = [0]
         while not self.silent and time.monotonic() < end:
             time.sleep(0.1)

@@ -211,7 +211,7 @@ def mixed(seed=0):
                    third.docs,
                    third.bytes)
     return Dataset(tuple(Part(name, weight, tokens, None) for name, weight, tokens in
-                         zip("abc", (0.5, 0.3, 0.2), (*parts[:2], split))), with_specials(BYTES, pipeline.FIM_TOKENS),
+                         zip("abc", (0.5, 0.3, 0.2), (*parts[:2], split))), with_specials(BYTES, pipeline.FIM_ORDER),
                          "")
 
 

@@ -174,8 +174,10 @@ def slow(path, content):
     save(path, content)
     print(path.name, flush=True)
     time.sleep(60)
-if sys.argv[3] == "slow":
-    shards.save = slow
+def told(path, content):
+    print("building", path.name, flush=True)
+    return save(path, content)
+shards.save = {"slow": slow, "fast": told}[sys.argv[3]]
 got = cache.prepare(config.Data(path=(sys.argv[1],), cache=sys.argv[2]), lambda line: print(line, flush=True))
 print("tokens", got.train.size)
 """
@@ -207,7 +209,9 @@ def test_several_processes_build_once(folder):
     waiting = [child.stdout.readline() for child in others]
     assert all("waiting for another process that builds" in line for line in waiting)
     first.kill()  # the lock goes with its process, one of the others builds and the last one finds it
-    results = [child.communicate(timeout=60)[0].splitlines()[-1] for child in others]
+    lines = [child.communicate(timeout=60)[0].splitlines() for child in others]
+    results = [said[-1] for said in lines]
+    assert sorted("building train.offsets" in said for said in lines) == [False, True]
     first.wait()
     first.stdout.close()
     assert results[0] == results[1] == f"tokens {cache.prepare(data_for(folder), quiet).train.size}"

@@ -98,7 +98,18 @@ def test_gpu_pods_find_pod_0():
                                   f"--coordinator=llama-{job['name']}-0-0.llama:8476", *TRAIN]
     assert [item["name"] for item in box["env"]] == ["RESTART_ATTEMPT", "NODE", "NCCL_DEBUG"]
     assert box["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    assert {"name": "disk", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
+    assert {"name": "volume-0", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
+
+
+def test_volumes_have_names_of_their_own_and_several_paths():
+    given = ("my.claim-1:/data", "shared-memory:/text", "my.claim-1:/cache/")
+    pod = kubernetes.container(kubernetes.Options("i", "n", 1, 1, None, 1, 0, 0, given), [], {}, [])
+    own, *volumes = pod["volumes"]
+    assert {item["name"]: item["persistentVolumeClaim"]["claimName"] for item in volumes} == {
+        "volume-0": "my.claim-1", "volume-1": "shared-memory"}
+    assert [(item["name"], item["mountPath"]) for item in pod["containers"][0]["volumeMounts"]] == [
+        (own["name"], "/dev/shm"), ("volume-0", "/data"), ("volume-1", "/text"), ("volume-0", "/cache")]
+    assert f"WORKDIR {kubernetes.RESERVED[3]}\n" in (LAUNCH / "Dockerfile").read_text()
 
 
 def test_pods_wait_before_a_restart(tmp_path):
@@ -159,7 +170,16 @@ def test_tpu_slices_become_machines(topology, slices, machines, chips, label):
     (["--tpu_topology=v6e:4x4", "--nodes=2"], "--nodes=2: "),
     (["--gpus_per_node=1", "--name=A_b"], "--name=A_b: expected lower"),
     (["--gpus_per_node=1", "--volume=disk"], "--volume=disk: expected"),
-    (["--gpus_per_node=1", "--env=X"], "--env=X: expected")])
+    *((["--gpus_per_node=1", f"--volume={text}"], f"--volume={text}: expected CLAIM:/PATH") for text in (
+        "C_B:/data", "a..b:/data", "-a:/data", "a.:/data", f"{'a' * 254}:/data", "a:data", "a:/b:c", "a://b", ":/data")),
+    *((["--gpus_per_node=1", f"--volume=c:{path}"], f"--volume=c:{path}: {taken} is taken by the pod itself")
+      for path, taken in (("/dev/shm", "/dev/shm"), ("/dev/shm/", "/dev/shm"), ("/a/..", "/"), ("/gpt_jax", "/gpt_jax"))),
+    (["--gpus_per_node=1", "--volume=a:/v", "--volume=b:/v/"], "--volume=b:/v/: /v is taken by --volume=a:/v; choose"),
+    *((["--gpus_per_node=1", f"--env={text}"], f"--env={text}: expected NAME=VALUE") for text in (
+        "X", "9X=a", "=a", "A B=c", "A-B=c")),
+    (["--gpus_per_node=1", "--env=NODE=3"], "--env=NODE=3: NODE is set by the launcher; leave it out"),
+    (["--tpu_topology=v6e:4x4", "--env=RESTART_ATTEMPT=3"], "--env=RESTART_ATTEMPT=3: RESTART_ATTEMPT is set by the launcher"),
+    (["--gpus_per_node=1", "--env=A=1", "--env=A=2"], "--env=A=2: A is set twice")])
 def test_bad_kubernetes_flags(given, words):
     code, text = runs.refusal("launch", "kubernetes", "--image=x", *given, "--", "train", "--config=c.py")
     assert code == 2 and text.startswith(words)
@@ -168,7 +188,8 @@ def test_bad_kubernetes_flags(given, words):
 @pytest.mark.parametrize("given, words", [
     (["--gpus_per_node=8", "--", "train", LLAMA], "--workdir is missing"),
     (["--gpus_per_node=8", "--", "train", LLAMA, "--workdir=/w"], "config.data.path is empty"),
-    (["--gpus_per_node=8", "--", *LLAMA_RUN], "--workdir=/w/runs: lies in no --volume"),
+    (["--gpus_per_node=8", "--", *LLAMA_RUN], "--workdir=/w/runs: lies in no --volume, and a pod's own disk is lost with it; "
+     "as in --volume=CLAIM:/w/runs"),
     (["--gpus_per_node=8", "--volume=a:/v", "--volume=b:/wo", "--", *LLAMA_RUN], "--workdir=/w/runs: lies in no --volume"),
     (["--gpus_per_node=8", "--", *LLAMA_RUN, "--distributed"], "--distributed: the launcher gives it"),
     (["--gpus_per_node=8", "--", "train", "--workdir=/w", "--config=c.py"], "--config=c.py: no such file"),
@@ -247,7 +268,12 @@ def test_what_submitit_is_given(tmp_path, monkeypatch):
     (["--time=60"], "gpt-jax launch slurm: what is to run is missing"), (["--time=5", "train"], "--time=5: expected 6 or more"),
     (["--time=9", "tarin"], "gpt-jax launch slurm: 'tarin' is no flag"), (["--nodes=0", "--time=9", "train"], "--nodes=0: "),
     (["--time=9", "sweep"], "gpt-jax launch slurm: 'sweep' is no flag"),
-    (["--time=9", "--sbatch", "mem", "train"], "--sbatch=mem: expected NAME=VALUE")])
+    (["--time=9", "--sbatch", "mem", "train"], "--sbatch=mem: expected NAME=VALUE"),
+    *((["--time=9", f"--sbatch={name}=1", "train"], f"--sbatch={name}=1: the launcher sets {name}; {way}") for name, way in (
+        ("nodes", "use --nodes"), ("ntasks-per-node", "use --tasks_per_node"), ("job_name", "use --name"),
+        ("output", "use --logs"), ("partition", "use --partition"), ("time", "use --time"), ("signal", "leave it out"),
+        ("requeue", "leave it out"), ("array", "leave it out"), ("open-mode", "leave it out"))),
+    (["--time=9", "--gpus_per_node=8", "--sbatch=gpus-per-node=4", "train"], "--sbatch=gpus-per-node=4: the launcher sets")])
 def test_bad_slurm_flags(given, words):
     code, text = runs.refusal("launch", "slurm", *given)
     assert code == 2 and text.startswith(words)
@@ -265,15 +291,35 @@ def test_what_train_would_refuse_is_not_submitted(given, words, tmp_path):
     assert code == 2 and text.startswith(words) and not (tmp_path / "logs").exists()
 
 
-def test_slurm_may_give_gpus_by_other_options(tmp_path, monkeypatch):
+def test_what_submitit_sets_is_refused_of_sbatch():
+    made = slurm.parameters(slurm.Shape(2, 8, 8, 60, 20, "n"), {})
+    no_options = {"srun_args", "stderr_to_stdout", "setup", "teardown", "additional_parameters"}
+    assert {*made, *made["additional_parameters"]} - no_options <= set(slurm.OWN)
+    assert slurm.further(["gpus-per-node=a100:4", "mem=64G"], 0) == {"gpus_per_node": "a100:4", "mem": "64G"}
+
+
+@pytest.mark.parametrize("logs", ["{0}/file", "{0}/file/below", "/proc/xx", "/proc"])
+def test_logs_that_cannot_be_written(tmp_path, logs):
+    (tmp_path / "file").touch()
+    logs = logs.format(tmp_path)
+    code, text = runs.refusal("launch", "slurm", "--time=9", f"--logs={logs}", "--", *LLAMA_RUN)
+    assert code == 2 and text.startswith(f"--logs={logs}: cannot be written (")
+
+
+@pytest.mark.parametrize("option", ["gres=gpu:8", "gpus-per-node=a100:8"])
+def test_slurm_may_give_gpus_by_other_options(tmp_path, monkeypatch, option):
     """Then the devices are not known here, and no mesh is refused for their number."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    code, text = runs.refusal("launch", "slurm", "--time=9", "--sbatch", "gres=gpu:8", f"--logs={tmp_path}", "--", *LLAMA_RUN,
+    code, text = runs.refusal("launch", "slurm", "--time=9", "--sbatch", option, f"--logs={tmp_path}", "--", *LLAMA_RUN,
                               "--config.mesh.data=1", "--config.mesh.fsdp=8")
     assert code == 2 and text.startswith("launch slurm: sbatch did not take it")
 
 
-def test_no_slurm_here(tmp_path, monkeypatch):
+@pytest.mark.parametrize("programs", [[], ["srun"]])
+def test_no_slurm_here(tmp_path, monkeypatch, programs):
+    for name in programs:
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     code, text = runs.refusal("launch", "slurm", "--time=9", f"--logs={tmp_path}", "--", *LLAMA_RUN)
     assert code == 2 and ("sbatch" in text or "srun" in text)
@@ -347,7 +393,8 @@ def test_tpu_pod_dry_run_prints_and_runs_nothing(tmp_path):
     ([], "--tpu=NAME"), (["--tpu=a"], "what is to run"), (["--tpu=a", "--zoen=b"], "unknown flag"),
     (["--tpu=a", "--restarts=x", "--", "train"], "--restarts=x: expected"),
     (["--tpu=a", "--", "train", "--config=c.py"], "train needs --workdir=DIR"),
-    (["--tpu=a", "--", "train", "--workdir=/w"], "train needs --config=FILE"), (["--tpu=a,", "--", "train"], "--tpu=a,: an empty"),
+    (["--tpu=a", "--", "train", "--workdir=/w"], "train needs --config=FILE"),
+    (["--tpu=a,", "--", "train"], "--tpu=a,: an empty"),
     (["--tpu=a", "--", "trian"], "'trian' is no command"),
     (["--tpu=a", "--", "evaluate", "--distributed"], "--distributed: the launcher gives it")])
 def test_bad_tpu_pod_flags(given, words):

@@ -13,6 +13,7 @@ import pytest
 import runs
 
 from gpt_jax import errors
+from gpt_jax.commands import launch as commands
 from gpt_jax.launch import local
 
 TWO = local.Group(2, 1)
@@ -24,11 +25,13 @@ def no_stragglers():
     runs.kill_all()
 
 
-def launch(monkeypatch, scripts, restarts=0, said=None):
-    """What `local.run` makes of Python snippets in place of processes; one list for each attempt."""
+def launch(monkeypatch, scripts, restarts=0, said=None, waited=None):
+    """What `local.run` makes of Python snippets in place of processes; one list for each attempt. `waited`: gets for how
+    many restarts each wait was."""
+    asked = waited if waited is not None else []
     attempts = iter(scripts)
     monkeypatch.setattr(local, "command_lines", lambda *_: [[sys.executable, "-c", text] for text in next(attempts)])
-    monkeypatch.setattr(local, "restart_seconds", lambda restarts: 0.01)
+    monkeypatch.setattr(local, "restart_seconds", lambda restarts: asked.append(restarts) or 0.01)
     return local.run(TWO, [], restarts, (said if said is not None else []).append)
 
 
@@ -46,6 +49,14 @@ def test_restarts_by_the_policy(monkeypatch, scripts, restarts, code, words):
     said = []
     found, line = launch(monkeypatch, scripts, restarts, said)
     assert found == code and words in line and len(said) == len(scripts) - 1
+
+
+@pytest.mark.parametrize("quiet, waits", [(-1, [0, 0, 0]), (600, [0, 1, 2])])
+def test_a_long_attempt_resets_the_wait_and_not_the_limit(monkeypatch, quiet, waits):
+    asked = []
+    monkeypatch.setattr(local, "QUIET_SECONDS", quiet)
+    code, line = launch(monkeypatch, [["exit(41)"]] * 4, 3, waited=asked)
+    assert code == 41 and line.endswith("no restarts left of 3") and asked == waits
 
 
 def test_who_stays_is_killed(monkeypatch, capfd):
@@ -100,6 +111,18 @@ def test_places_of_the_processes_of_a_node():
          f"--local_device={k}"] for k in range(2)]
     assert local.command_lines(local.Group(1, 0), ["train"])[0][1:] == ["-m", "gpt_jax", "train"]
     assert local.command_lines(local.Group(1, 4), ["train"])[0][1:] == ["-m", "gpt_jax", "train", "--cpu_devices=4"]
+
+
+@pytest.mark.parametrize("shape, devices", [
+    ([], 0), (["--devices_per_process=4"], 4), (["--processes=2"], 2), (["--processes=2", "--devices_per_process=4"], 8),
+    (["--nodes=2"], 0), (["--nodes=2", "--devices_per_process=4"], 8), (["--nodes=2", "--processes=8"], 16)])
+def test_devices_of_the_job_are_known_or_0(monkeypatch, shape, devices):
+    """A machine's only process takes all that the machine has, as the lines of `command_lines` say."""
+    found = []
+    monkeypatch.setattr(commands, "check_train", lambda command, count: found.append(count))
+    monkeypatch.setattr(local, "run", lambda *_: (0, ""))
+    runs.call("launch", "local", *shape, *["--coordinator=a:1"] * ("--nodes=2" in shape), "train")
+    assert found == [devices]
 
 
 def test_a_killed_process_and_the_job_starts_again_and_resumes(tmp_path):

@@ -239,7 +239,7 @@ def test_the_grouping_of_tpus_equals_blocks(accelerator, monkeypatch):
 
 @pytest.mark.parametrize("way", ["blocks", "sorted"])
 def test_sums_of_bfloat16_are_float32(way, request):
-    """Of gradients over 100 blocks of 8 rows and more, whose parts would be lost in a sum of bfloat16; an expert that
+    """Of gradients over 40 blocks of 8 rows and more, whose parts would be lost in a sum of bfloat16; an expert that
     nobody chose, choices of none."""
     if way == "sorted":
         request.getfixturevalue("accelerator")

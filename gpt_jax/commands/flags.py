@@ -18,6 +18,9 @@ from gpt_jax.errors import Stopped, UsageError
 from gpt_jax.meeting import split_address
 
 
+LONGEST = 86400  # seconds to wait for another process; what takes longer, nobody is waiting for
+
+
 class Flags(argparse.ArgumentParser):
     """argparse whose errors are UsageErrors: one line and exit code 2."""
 
@@ -54,9 +57,12 @@ def check_runtime(args: argparse.Namespace) -> None:
         raise UsageError(f"--num_processes={args.num_processes}: expected 1 or more")
     if args.local_device is not None and args.local_device < 0:
         raise UsageError(f"--local_device={args.local_device}: expected 0 or more")
+    if args.local_device is not None and args.num_processes == 1 and not args.distributed:
+        raise UsageError(f"--local_device={args.local_device}: is for one process of several; which GPUs a single one sees "
+                         f"is said by CUDA_VISIBLE_DEVICES={args.local_device}")
     for name in ("join_seconds", "heartbeat_seconds"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name}={getattr(args, name)}: expected 1 or more")
+        if not 1 <= getattr(args, name) <= LONGEST:
+            raise UsageError(f"--{name}={getattr(args, name)}: expected 1 to {LONGEST}")
     if args.distributed and args.coordinator:
         raise UsageError("--distributed: finds coordinator and processes itself; leave out "
                          f"--coordinator={args.coordinator} or --distributed")

@@ -36,12 +36,16 @@ def main(arguments: list[str]) -> None:
             flags.add_argument(f"--{spec.name}", action="store_true", help=HELP[spec.name])
         elif spec.name in HELP:
             flags.add_argument(f"--{spec.name}", type=type(spec.default), default=spec.default, help=HELP[spec.name])
-    flags.add_argument("--devices", type=int, default=1, help="devices of this machine to use; 0: all")
+    flags.add_argument("--devices", type=int, default=None, metavar="N",
+                       help="devices of this machine to use; 0: all, as with --cpu_devices and several processes; else 1")
     add_runtime_flags(flags)
     args = flags.parse_args(arguments)
     prompts = read_prompts(args.prompt, args.prompts)
-    if args.devices < 0:
+    if args.devices is not None and args.devices < 0:
         raise UsageError(f"--devices={args.devices}: expected 0 or more")
+    several = args.cpu_devices or args.num_processes > 1 or args.distributed
+    if several and args.devices:
+        raise UsageError(f"--devices={args.devices}: several processes, and --cpu_devices, use all devices; leave it out")
     sampling = Sampling(stop=tuple(args.stop), **{name: getattr(args, name) for name in HELP})
     start_runtime(args)
     end_on_request()
@@ -70,7 +74,7 @@ def run(args, prompts, sampling) -> None:
     first = jax.process_index() == 0
     say = make_say(sys.stderr)
     out = sys.stdout.buffer  # UTF-8 whatever the terminal's locale says
-    devices = 0 if args.cpu_devices or jax.process_count() > 1 else args.devices
+    devices = 0 if args.cpu_devices or jax.process_count() > 1 else 1 if args.devices is None else args.devices
     loaded = load.load(args.checkpoint, args.step, say, devices)
     single = len(prompts) * sampling.num_samples == 1 and not args.json
     done, began = [], time.perf_counter()

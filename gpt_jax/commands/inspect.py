@@ -32,6 +32,9 @@ def main(arguments: list[str]) -> None:
     if args.batch > config.train.steps:
         print(f"gpt-jax: step {args.batch:,} is beyond the run's last, {config.train.steps:,}: what it would get if it went on",
               file=sys.stderr)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator, and the run may be using it
     rows = step_rows(config, workdir, args.batch, args.rows)
     try:
         for row in rows:

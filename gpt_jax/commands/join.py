@@ -92,7 +92,7 @@ def join(args: argparse.Namespace) -> None:
         given = dict(coordinator_address=place.address, num_processes=place.processes, process_id=place.process,
                      local_device_ids=devices, cluster_detection_method="deactivate")  # else JAX takes SLURM's word
     else:
-        given = {}
+        given = dict(local_device_ids=devices)
     leave_on_abort(f"the processes of this job did not all meet{f' at {place.address}' if place else ''} within "
                    f"--join_seconds={seconds}: one has failed (its log has the reason)")
     try:

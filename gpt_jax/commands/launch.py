@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
@@ -77,8 +78,8 @@ def local(arguments: list[str]) -> None:
         raise UsageError(f"--restarts={args.restarts}: one machine of several cannot restart the job; its scheduler does")
     refuse(rest, "--cpu_devices")
 
-    total = args.processes * args.nodes  # a process alone takes all devices that there are
-    check_train(rest, total * (args.devices_per_process or (total > 1)))
+    each = args.devices_per_process or (args.processes > 1)  # a machine's only process takes all that it has: not known
+    check_train(rest, args.processes * args.nodes * each)
 
     def say(line: str) -> None:
         print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
@@ -98,7 +99,7 @@ class Ended(Exit):
 
 
 def slurm(arguments: list[str]) -> None:
-    from gpt_jax.launch.slurm import SAVE_SECONDS, Shape, Training, parameters
+    from gpt_jax.launch.slurm import SAVE_SECONDS, Shape, Training, further, parameters
 
     flags = Flags(prog="gpt-jax launch slurm", description=LAUNCHERS["slurm"] + ". Other options of sbatch are given as "
                   "--sbatch NAME=VALUE, as in --sbatch mem=64G.")
@@ -117,30 +118,36 @@ def slurm(arguments: list[str]) -> None:
     positive(args, "nodes")
     positive(args, "time", least=SAVE_SECONDS // 60 + 1)  # else it is told to save as soon as it begins
     positive(args, "gpus_per_node", "tasks_per_node", "restarts", least=0)
-    options = [option.partition("=") for option in args.sbatch]
-    if wrong := [name + equals + value for name, equals, value in options if not (name and equals)]:
-        raise UsageError(f"--sbatch={wrong[0]}: expected NAME=VALUE")
+    extra = further(args.sbatch, args.gpus_per_node) | ({"partition": args.partition} if args.partition else {})
     gpus, tasks = args.gpus_per_node, args.tasks_per_node or max(1, args.gpus_per_node)
     if gpus % tasks:
         raise UsageError(f"--tasks_per_node={tasks}: {gpus} GPUs of a node cannot be dealt to so many evenly")
     refuse(rest)
     check_train(rest, args.nodes * gpus, args.nodes * tasks)
-    extra = {name: value for name, _, value in options}
-    extra |= {"partition": args.partition} if args.partition else {}
     try:
         import submitit
     except ImportError:
         raise UsageError("gpt-jax launch slurm: needs submitit: pip install 'gpt_jax[slurm]'; or submit "
                          "launch/slurm.sbatch") from None
     shape = Shape(args.nodes, tasks, gpus, args.time, args.restarts, args.name)
-    Path(args.logs).mkdir(parents=True, exist_ok=True)
+    logs = make_logs(args.logs)
     try:
-        executor = submitit.SlurmExecutor(folder=Path(args.logs).resolve(), max_num_timeout=0)
+        executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
         executor.update_parameters(**parameters(shape, extra))
         job = executor.submit(Training([*rest, "--distributed"]))
-    except RuntimeError as error:  # no sbatch here, or sbatch refused
+    except (RuntimeError, OSError) as error:  # no sbatch here, or sbatch refused
         raise UsageError(f"launch slurm: sbatch did not take it: {' '.join(str(error).split())}") from None
     print(f"submitted job {job.job_id}; output: {job.paths.stdout}")
+
+
+def make_logs(text: str) -> Path:
+    """The folder of --logs, made where missing. Raises UsageError."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=text or ".").close()
+    except OSError as error:
+        raise UsageError(f"--logs={text}: cannot be written ({error.strerror}); choose another folder") from None
+    return Path(text).resolve()
 
 
 def kubernetes(arguments: list[str]) -> None:
@@ -170,9 +177,9 @@ def kubernetes(arguments: list[str]) -> None:
         args.grace_seconds, tuple(args.volume), tuple(args.env)), rest)
     refuse(rest, "--cpu_devices")
     workdir = check_train(rest, count_devices(args), slices=args.slices if args.tpu_topology else 0)
-    if workdir and not any(Path(workdir).is_relative_to(volume.partition(":")[2]) for volume in args.volume):
+    if workdir and not any(Path(workdir).is_relative_to(path) for path in engine.mounts(args.volume)):
         raise UsageError(f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; as in "
-                         f"--volume=CLAIM:{Path(workdir).absolute().parent}")
+                         f"--volume=CLAIM:{Path(workdir).absolute()}")
     print(engine.to_yaml(made), end="")
 
 

@@ -24,7 +24,7 @@ class Prepared:
     eval: Tokens | None  # None: config.data.eval_fraction is 0 and there is no eval_path
     tokenizer: Tokenizer
     folder: Path  # where it all lies
-    content: str  # digest of the text and of how it is split, whatever the files are called and tokenized by
+    content: str  # digest of the text and of how it is split, whatever the files are called; of token files, of the ids
 
 
 def _made_tokenizer(corpus: split.Corpus, report: Callable[[str], None]) -> Tokenizer:
@@ -96,8 +96,8 @@ def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer:
 
 def load_text(paths: tuple[str, ...], tokenizer: Tokenizer, data: config.Data,
               report: Callable[[str], None] = print) -> Tokens:
-    """All documents of `paths` as held-out tokens, cached like any other; of `data` only field, errors, cache and
-    workers count. UsageError, naming the flag --text, when there is no text."""
+    """All documents of `paths` as held-out tokens, cached like any other; of `data` only how text is read, cache
+    and workers count. UsageError, naming the flag --text, when there is no text."""
     data = replace(data, path=tuple(paths), eval_path=(), tokenizer="bytes")
     sides, _, folder, _ = _obtain(data, (), sources.find(data.path, "--text"), tokenizer, report)
     if sides["eval"] is None:

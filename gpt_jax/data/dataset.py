@@ -31,7 +31,7 @@ class Dataset:
 
     parts: tuple[Part, ...]
     tokenizer: Tokenizer
-    content: str  # digest of the text and of how it is split, whatever the files are called and tokenized by
+    content: str  # digest of the text and of how it is split, as cache.Prepared has it
 
     @property
     def heldout(self) -> dict[str, Tokens]:

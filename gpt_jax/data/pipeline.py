@@ -20,7 +20,7 @@ from gpt_jax.data.shards import Tokens
 from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UsageError
 
-FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # in the order that transforms takes
+FIM_ORDER = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # in which transforms takes them
 ENDLESS = 2**62  # batches in a stream that has no end; Grain wants a length
 
 
@@ -65,7 +65,7 @@ class Examples:
             buffer = transforms.shuffle_documents(buffer, self.seed + 1, indices)
         if self.knobs.fim:
             buffer = transforms.fill_in_the_middle(buffer, self.seed + 2, indices, self.knobs.fim, self.knobs.fim_spm,
-                                                   [self.tokenizer.specials[name] for name in FIM_TOKENS],
+                                                   [self.tokenizer.specials[name] for name in FIM_ORDER],
                                                    self.tokenizer.eot)
         return buffer
 

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
@@ -117,6 +118,9 @@ def _again(folder: Path, about: dict, state: dict, say: Say) -> dict:
 
 
 def _make_room(folder: Path) -> None:
+    if folder.is_symlink() and not folder.exists():
+        raise UsageError(f"--output={folder}: is a link to {os.readlink(folder)}, which is not there; make that folder, or "
+                         "remove the link")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output={folder}: is a file; name a folder")
     work = folder / WORK

@@ -1,8 +1,9 @@
 """Kubernetes: a JobSet (jobset.x-k8s.io/v1alpha2) for GPU nodes or GKE's TPU slices, as plain data."""
 
 import math
+import posixpath
 import re
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 
@@ -13,6 +14,9 @@ TPUS = {
     "v4": ("tpu-v4-podslice", 4, 3), "v5e": ("tpu-v5-lite-podslice", 4, 2), "v5p": ("tpu-v5p-slice", 4, 3),
     "v6e": ("tpu-v6e-slice", 4, 2), "tpu7x": ("tpu7x", 4, 3)}
 ONE_MACHINE = {"v5e": (1, 4, 8), "v6e": (1, 4, 8)}  # chips of a slice that is one machine
+
+CLAIM = r"(?=.{1,253}$)[a-z0-9]+(-+[a-z0-9]+)*(\.[a-z0-9]+(-+[a-z0-9]+)*)*"  # a DNS subdomain
+RESERVED = ("/", "/dev", "/dev/shm", "/gpt_jax", "/proc", "/sys")  # the system's, the memory of `container`, the program
 
 
 class Options(NamedTuple):
@@ -91,24 +95,49 @@ exec "$0" "$@"
     return ["sh", "-c", script, *command]
 
 
+def mounts(volumes: Iterable[str]) -> dict[str, str]:
+    """The claim at each path, of --volume. Raises UsageError."""
+    made = {}
+    for text in volumes:
+        claim, _, given = text.partition(":")
+        if not (re.fullmatch(CLAIM, claim) and re.fullmatch("/([^/:][^:]*)?", given)):
+            raise UsageError(f"--volume={text}: expected CLAIM:/PATH, with a claim of lower-case letters, digits, '-' and '.'")
+        path = posixpath.normpath(given)
+        if path in RESERVED or path in made:
+            raise UsageError(f"--volume={text}: {path} is taken by "
+                             f"{f'--volume={made[path]}:{path}' if path in made else 'the pod itself'}; choose another path")
+        made[path] = claim
+    return made
+
+
+def variables(own: list[dict], texts: Iterable[str]) -> list[dict]:
+    """The launcher's `own` and those of --env. Raises UsageError."""
+    made = {item["name"]: item for item in own}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (equals and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)):
+            raise UsageError(f"--env={text}: expected NAME=VALUE, with a NAME of letters, digits and '_'")
+        if name in made:
+            raise UsageError(f"--env={text}: {name} is set {'twice' if 'value' in made[name] else 'by the launcher'}; leave "
+                             "it out")
+        made[name] = {"name": name, "value": value}
+    return [*made.values()]
+
+
 def container(options: Options, command: list[str], limits: dict, env: list[dict]) -> dict:
     """The one container of a pod, with the pod's volumes beside it."""
-    claims = [text.partition(":") for text in options.volumes]
-    if wrong := [claim + colon + path for claim, colon, path in claims if not (claim and path.startswith("/"))]:
-        raise UsageError(f"--volume={wrong[0]}: expected CLAIM:/PATH")
-    given = [text.partition("=") for text in options.env]
-    if wrong := [name + equals + value for name, equals, value in given if not (name and equals)]:
-        raise UsageError(f"--env={wrong[0]}: expected NAME=VALUE")
+    claims = mounts(options.volumes)
+    volumes = {claim: f"volume-{k}" for k, claim in enumerate(dict.fromkeys(claims.values()))}  # a claim's may hold no dot
     memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}  # NCCL, and the data workers
     return {
         "containers": [{
             "name": "gpt-jax", "image": options.image, "command": patient(command),
-            "env": [annotation("RESTART_ATTEMPT", "jobset.sigs.k8s.io/restart-attempt"), *env,
-                    *({"name": name, "value": value} for name, _, value in given)],
+            "env": variables([annotation("RESTART_ATTEMPT", "jobset.sigs.k8s.io/restart-attempt"), *env], options.env),
             "resources": {"limits": limits},
             "volumeMounts": [{"name": memory["name"], "mountPath": "/dev/shm"},
-                             *({"name": claim, "mountPath": path} for claim, _, path in claims)]}],
-        "volumes": [memory, *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim, _, _ in claims)]}
+                             *({"name": volumes[claim], "mountPath": path} for path, claim in claims.items())]}],
+        "volumes": [memory, *({"name": name, "persistentVolumeClaim": {"claimName": claim}}
+                              for claim, name in volumes.items())]}
 
 
 def gpu_job(options: Options, arguments: list[str]) -> dict:

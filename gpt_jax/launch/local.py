@@ -12,7 +12,7 @@ from typing import Callable, Iterator, NamedTuple
 from gpt_jax.errors import EXIT_CODES, RESTARTABLE, PeerFailed, restart_seconds
 
 TOGETHER_SECONDS = 12.0  # for the others to go by themselves once one has failed; then they are killed
-QUIET_SECONDS = 300.0  # an attempt that ran so long starts the count of restarts anew
+QUIET_SECONDS = 300.0  # after an attempt that ran so long, the wait begins anew; the limit of restarts counts all
 
 
 class Group(NamedTuple):
@@ -48,12 +48,12 @@ def free_port() -> int:
 def run(group: Group, arguments: list[str], restarts: int, say: Callable[[str], None]) -> tuple[int, str]:
     """Runs the job until it is done, until it ends with a code that a restart cannot help, or `restarts` times more.
     Returns the exit code of the process that began the end, and a line. SIGTERM, SIGUSR1 and SIGINT go to all processes."""
-    used = 0
+    used = quick = 0  # restarts: all, and those since an attempt that ran long
     with passed_on() as requests:
         while True:
             began = time.monotonic()
             code, words = attempt(group, arguments, requests, say)
-            used = 0 if time.monotonic() - began > QUIET_SECONDS else used
+            quick = 0 if time.monotonic() - began > QUIET_SECONDS else quick
             if code == 0:
                 return 0, words
             end = f"{words}: exit code {code} ({EXIT_CODES.get(code, 'a bug' if code == 1 else 'unknown')})"
@@ -63,8 +63,8 @@ def run(group: Group, arguments: list[str], restarts: int, say: Callable[[str], 
                 return code, f"{end}; a restart would not help"
             if used >= restarts:
                 return code, f"{end}; no restarts left of {restarts}"
-            wait = restart_seconds(used)
-            used += 1
+            wait = restart_seconds(quick)
+            used, quick = used + 1, quick + 1
             say(f"launch: {end}; restart {used} of {restarts} in {wait} s")
             if requests.asked.wait(wait):
                 return code, f"{end}; asked to stop"

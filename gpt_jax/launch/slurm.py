@@ -4,9 +4,15 @@ import os
 import sys
 from typing import NamedTuple
 
-from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED
+from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 
 SAVE_SECONDS = 300  # before its time is up, a job is told to save
+# Options of sbatch that --sbatch may not set, and the way out. GPUs may come by any other than that of --gpus_per_node.
+OWN = {
+    "nodes": "use --nodes", "ntasks": "use --nodes and --tasks_per_node", "ntasks_per_node": "use --tasks_per_node",
+    "tasks_per_node": "use --tasks_per_node", "gpus_per_node": "leave out one of it and --gpus_per_node", "time": "use --time",
+    "partition": "use --partition", "job_name": "use --name", "output": "use --logs", "error": "use --logs",
+    **dict.fromkeys(("signal", "requeue", "no_requeue", "open_mode", "array"), "leave it out: how the job goes on rests on it")}
 
 
 class Training:
@@ -28,6 +34,20 @@ class Shape(NamedTuple):
     minutes: int
     restarts: int
     name: str
+
+
+def further(options: list[str], gpus: int) -> dict[str, str]:
+    """What --sbatch NAME=VALUE says, by name. `gpus`: --gpus_per_node. Raises UsageError."""
+    made = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not (name and equals):
+            raise UsageError(f"--sbatch={option}: expected NAME=VALUE")
+        key = name.replace("-", "_")
+        if key in OWN and (gpus or key != "gpus_per_node"):
+            raise UsageError(f"--sbatch={option}: the launcher sets {name}; {OWN[key]}")
+        made[key] = value
+    return made
 
 
 def parameters(shape: Shape, extra: dict[str, str]) -> dict:

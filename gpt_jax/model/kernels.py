@@ -204,7 +204,7 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
 def conformance(name: str, model: config.Model, segments: bool, rows: int) -> float:
     """Largest difference between kernel `name` and `reference` on a tiny packed batch, on the devices of the current mesh.
 
-    `rows`: batch rows, a multiple of data x fsdp. With `segments`, changing the first document must not change the second
+    `rows`: batch rows, a multiple of those that a mesh cuts them into (placing.row_parts). With `segments`, changing the first document must not change the second
     in the slightest. Raises UsageError when the kernel is wrong; returns the error relative to the largest value."""
     length = 32 if name in ("xla", "cudnn") else 256 * sharding.parts("seq")  # several of the blocks that it skips
     windows = sorted({min(w, length // 4) for w in model.windows})  # short enough to be seen

@@ -23,7 +23,7 @@ def run(layer: Callable, stacked, stream, columns, rounds: int, microbatches: in
     [layers, …]; `stream` and `columns` (what goes with it unchanged): trees of [B, …]; `unroll`: layers of a stage in one
     turn of its loop.
 
-    The rows of a microbatch are B / M apart, so that each device splits its own. M is at least S, divides B, and R * S
+    The rows of a microbatch are M apart, so that each device splits its own. M is at least S, divides B, and R * S
     divides the layers (config.check)."""
     stages = sharding.axis_size("pipeline")
     count = microbatches or stages

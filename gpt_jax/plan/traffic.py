@@ -9,13 +9,17 @@ import math
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.plan.job import Job, entries
+from gpt_jax.plan.job import Job, device_bytes
 from gpt_jax.plan.memory import FULL, Local, compute_bytes, local, room, stream_bytes
 from gpt_jax.plan.topology import Topology
 
 
 # Mesh axes that cut the weights of a role and that each use of them gathers.
 OVER = dict.fromkeys(("layer", "head", "embed"), configs.FSDP_AXES) | {"expert": ("fsdp", "context")}
+
+
+# Those along which every device has the weights whole and rows of its own: each stage of a pipeline has its layers.
+WHOLE = dict.fromkeys(("layer", "expert"), ("data",)) | dict.fromkeys(("head", "embed"), ("data", "pipeline"))
 
 
 class Flow(NamedTuple):
@@ -106,12 +110,12 @@ def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> lis
     zero, count, found = job.config.mesh.zero, job.config.train.accumulate, []
     if zero == 1:
         for role, over in OVER.items():
-            whole = entries(job, shape, "params", 1, role)
+            whole = device_bytes(job, shape, "params", 1, role)
             found += [Flow(axis, "updated parameters gathered", share(shape[axis]) * whole, False)
                       for axis in over if shape[axis] > 1]
     for use in _uses(job, shape, here, platform):
         over = OVER[use.role]
-        rest = entries(job, shape | dict.fromkeys(over, 1), "params", 3, use.role, 1)  # entries of this role, whole
+        rest = device_bytes(job, shape | dict.fromkeys(over, 1), "params", 3, use.role, 1)  # entries of this role, whole
         for axis in over:
             n = shape[axis]
             if n > 1 and zero == 3:
@@ -121,8 +125,9 @@ def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> lis
                 summed = share(n) * rest * use.sum_bytes * use.sums * count
                 found.append(_sum(axis, summed, platform, cut=zero == 3 and _scatters(shape, over, platform)))
             rest /= n if zero == 3 else 1
-        if (n := shape["data"]) > 1:
-            found.append(_sum("data", share(n) * rest * use.sum_bytes * use.sums * count, platform, cut=False))
+        for axis in WHOLE[use.role]:
+            if (n := shape[axis]) > 1:
+                found.append(_sum(axis, share(n) * rest * use.sum_bytes * use.sums * count, platform, cut=False))
     return found
 
 
@@ -159,6 +164,9 @@ def _activations(job: Job, shape: dict[str, int], here: Local, padded: bool) -> 
             flows.append(Flow("expert", "tokens to experts", moved * count, False))
     if stages > 1:
         flows.append(Flow("pipeline", "streams to the next stage", 2 * here.ticks * here.tick_tokens
+                          * stream_bytes(job, shape) * count, False))
+        # Gathered before the first stage, scattered behind the last, and both again backward.
+        flows.append(Flow("pipeline", "rows to the stages and back", 4 * (stages - 1) * here.tokens
                           * stream_bytes(job, shape) * count, False))
     if tensor > 1:
         ends = 3 * 2 * share(tensor) * model.embed * FULL * here.tokens
