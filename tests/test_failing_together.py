@@ -11,6 +11,7 @@ import runs
 from gpt_jax import meeting
 from gpt_jax.errors import EXIT_CODES, KINDS, PeerFailed, UsageError, exit_of
 from gpt_jax.launch.local import free_port
+from gpt_jax.stops import Job
 
 HOST = socket.gethostname()
 # From a process's end to that of the others, who hear of it within seconds: 15 on machines of which this is the only job.
@@ -27,6 +28,15 @@ def no_stragglers():
 def said(process) -> list[str]:
     """The program's own lines on standard error."""
     return [line for line in process.err.splitlines() if line.startswith("gpt-jax: ")]
+
+
+def test_who_is_silent_is_blamed_and_not_who_left_for_it():
+    """Process 0 may be gone already, because it has heard of the silent one."""
+    job = object.__new__(Job)
+    job.process, job.silent, job.hosts, job.address = 2, [1], {1: "b"}, f"127.0.0.1:{free_port()}"
+    assert job.gone() == "a peer process is gone without a word: process 1 on b"
+    job.silent = []
+    assert "process 0 on " in job.gone()
 
 
 CRASH = """

@@ -456,6 +456,12 @@ def test_two_calls_at_once(folder, monkeypatch):
     assert corpus.is_corpus(folder / "out")
 
 
+def test_an_output_that_is_a_link_to_nothing(folder):
+    (folder / "out").symlink_to("nowhere")
+    refused(2, (f"--output={folder / 'out'}: is a link to nowhere", "remove the link"), f"--output={folder / 'out'}",
+            f"--input={folder / 'in'}")
+
+
 def test_another_spelling_of_the_same_input_goes_on(folder, monkeypatch, capsys):
     """From where a call ended that was given the path from another folder, and a finished one is the same call."""
     out, run, begun = folder / "out", units.tokenize, []
