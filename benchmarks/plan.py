@@ -45,7 +45,7 @@ def plan(*words: str) -> tuple[dict | None, str]:
 
 
 def arithmetic(found: dict) -> dict:
-    return {key: found[key] for key in ("step_seconds", "mfu_full", "mfu_causal", "bound_by", "memory")}
+    return {key: found["arithmetic"][key] for key in ("step_seconds", "mfu_full", "mfu_causal", "bound_by", "memory")}
 
 
 def run(model: str, machine: str) -> dict:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import lzma
 import math
 import resource
 import shutil
@@ -217,6 +218,8 @@ DATA = {
                       ["a.jsonl:1", "config.data.field = 'text'", "body"]),
     "half a gzip file": ({"a.txt.gz": b"\x1f\x8b\x08\x00\x00\x00"}, ["a.txt.gz"],
                          ["a.txt.gz", "damaged or incomplete"]),
+    "a damaged later stream": ({"a.txt.xz": lzma.compress(TEXT * 99) + b"damaged" + lzma.compress(TEXT)}, ["a.txt.xz"],
+                               ["a.txt.xz: a damaged or incomplete .xz file", "copy it again"]),
     "smaller than a batch": ({"a.txt": TEXT * 5}, ["a.txt"], ["config.train.batch_size = 8", "217 tokens", "6 rows",
                                                               "config.train.seq_len = 32", "more text"]),
     "shorter than a row": ({"a.txt": b"too short to be"}, ["a.txt"], ["config.train.seq_len = 32", "a row needs 33"]),

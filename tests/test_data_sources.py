@@ -12,7 +12,7 @@ import pytest
 
 from gpt_jax import config
 from gpt_jax.commands import inspect
-from gpt_jax.data import dataset, formats, readers, sources
+from gpt_jax.data import dataset, decoding, formats, readers, remote, sources
 from gpt_jax.data.readers import Reading
 from gpt_jax.data.tokenizer import FIM_TOKENS, byte_tokenizer, with_specials
 from gpt_jax.errors import UsageError
@@ -132,8 +132,52 @@ def test_incomplete_or_damaged_archive(tmp_path, packing):
             read(path)
 
 
+@pytest.mark.parametrize("packing", sources.PACKINGS[1:])
+def test_what_follows_a_stream_is_read_or_refused(tmp_path, packing):
+    path, first, second = tmp_path / f"a.txt{packing}", pack(b"first ", packing), pack(b"second", packing)
+    flipped = bytes([second[0] ^ 1]) + second[1:]
+    for damaged in (first + flipped, first + b"garbage", first + b"\0" * 8 + b"garbage", first + second[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match=f"a.txt{packing}: a damaged or incomplete {packing} file"):
+            read(path)
+
+
+def test_xz_streams_may_have_padding_by_fours(tmp_path):
+    path, first, second = tmp_path / "a.txt.xz", lzma.compress(b"first " * 99_999), lzma.compress(b"second")
+    for padding in (0, 4, 8, 400_000):
+        for after in (0, 400_000):
+            path.write_bytes(first + b"\0" * padding + second + b"\0" * after)
+            assert [d.text for d in read(path)] == ["first " * 99_999 + "second"]
+        for wrong in (first + b"\0" * (padding + 3) + second, first + b"\0" * (padding + 1)):
+            path.write_bytes(wrong)
+            with pytest.raises(UsageError, match="neither padding nor another one"):
+                read(path)
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to("gone.txt")
+    (tmp_path / "picture.png").symlink_to("gone.png")  # of no concern
+    for path in (tmp_path, tmp_path / "*.txt", tmp_path / "b.txt"):
+        with pytest.raises(UsageError, match="b.txt: is a link to gone.txt, which is not there; remove the link, or name"):
+            sources.find((str(path),))
+    (tmp_path / "folder").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="folder: is a link to nowhere, which is not there"):
+        sources.find((str(tmp_path / "folder"),))
+    (tmp_path / "gone.txt").write_text("there")
+    assert [d.text for d in read(tmp_path)] == ["text", "there"]
+
+
+def test_a_data_set_as_path_is_refused_without_the_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "exists", lambda url: pytest.fail(f"asks for {url}"))
+    for name in ("org/name", str(tmp_path)):
+        for given in (dict(path=(f"hf://{name}",)), dict(sources=(("a", f"hf://{name}", 1.0),))):
+            with pytest.raises(UsageError, match=f"hf://{name}: .* run gpt-jax prepare --input=hf://{name} --output=DIR"):
+                dataset.load(config.Data(cache=str(tmp_path / "cache"), **given), lambda line: None)
+
+
 def test_every_kind_and_packing_is_read():
-    assert set(formats.FORMATS) == {*sources.KINDS, sources.HUB} and set(formats.UNPACK) == set(sources.PACKINGS[1:])
+    assert set(formats.FORMATS) == {*sources.KINDS, sources.HUB} and set(decoding.UNPACK) == set(sources.PACKINGS[1:])
 
 
 def test_paths_that_cannot_be_used(tmp_path):

@@ -13,7 +13,7 @@ from gpt_jax.commands import flags
 from gpt_jax.errors import UsageError
 from gpt_jax.model import experts, grouped
 from gpt_jax.plan import compiled, hlo, memory, roofline, schedule, targets, topology, traffic
-from gpt_jax.plan.job import entries, with_vocab
+from gpt_jax.plan.job import device_bytes, with_vocab
 
 # ---- machines ----
 
@@ -28,13 +28,17 @@ def test_machines_by_name(text, count, hosts):
 
 @pytest.mark.parametrize("text, slices, words", [("a100:8", 1, "unknown hardware 'a100'; known are v4:NxNxN"),
                                                  ("v5p:4x4", 1, "expected v5p:NxNxN"),
-                                                 ("h100:12", 1, "do not fill hosts"),
-                                                 ("v5e:0x4", 1, "expected v5e:NxN"), ("h100:8", 2, "GPUs have none"),
+                                                 ("h100:12", 1, "do not fill hosts of 8; take h100:8 or h100:16"),
+                                                 ("v5e:0x4", 1, "expected v5e:NxN, as in v5e:4x4"),
+                                                 ("h100:64", 2, "GPUs have none; .* as in h100:128"),
                                                  ("v5p:2x2x1", 0, "--slices=0"),
                                                  ("v5p:100000x100000x4", 1, "than a pod of 8,960; as in v5p:16x20x28"),
                                                  ("v5e:17x17", 1, "289 chips are more than a pod of 256; as in v5e:16x16"),
-                                                 ("v6e:3x17", 1, "each dim is 1, 2, 4, 8 or 16; as in v6e:2x16"),
-                                                 ("v5p:4x4x5", 1, "1, 2 or a multiple of 4; as in v5p:4x4x4"),
+                                                 ("v6e:3x17", 1, "1x1, 2x2, 2x4, .*, 16x16; as in v6e:4x8"),
+                                                 ("v6e:16x1", 1, "as in v6e:4x4"), ("v5e:2x16", 1, "as in v5e:4x8"),
+                                                 ("v5p:4x4x5", 1, "2x2x1, .* multiples of 4 up to 16x20x28; as in v5p:4x4x4"),
+                                                 ("v5p:64x4x4", 1, "as in v5p:8x8x16"), ("v4:1x1x1", 1, "as in v4:2x2x1"),
+                                                 ("v5p:1x1x28", 1, "as in v5p:2x2x4"),
                                                  ("h100:65544", 1, "more than 65,536 GPUs")])
 def test_machines_that_are_none(text, slices, words):
     with pytest.raises(UsageError, match=words):
@@ -65,22 +69,22 @@ MATRICES = 8_030_261_248 - 65 * 4096  # llama:8b without the scales of its norms
 def test_parameters_and_optimiser_of_llama_8b_over_64_devices():
     shape = ONE | {"fsdp": 64}
     want = 4 * (MATRICES / 64 + 65 * 4096)
-    assert entries(llama(), shape, "params") == want
+    assert device_bytes(llama(), shape, "params") == want
     counters = 2 * 4  # Adam's step and the schedule's
-    assert entries(llama(), shape, "opt") == 2 * want + counters
+    assert device_bytes(llama(), shape, "opt") == 2 * want + counters
 
 
 def test_zero_1_keeps_parameters_whole_and_cuts_the_optimiser():
     shape = ONE | {"fsdp": 8}
-    assert entries(llama(), shape, "params", zero=1) == 4 * 8_030_261_248
-    assert entries(llama(), shape, "opt", zero=1) == entries(llama(), shape, "opt", zero=3)
+    assert device_bytes(llama(), shape, "params", zero=1) == 4 * 8_030_261_248
+    assert device_bytes(llama(), shape, "opt", zero=1) == device_bytes(llama(), shape, "opt", zero=3)
 
 
 def test_pipeline_cuts_layers_and_tensor_cuts_matrices():
     layers = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14_336)
     tables = 2 * 128_256 * 4096
-    assert entries(llama(), ONE | {"pipeline": 4}, "params") == 4 * (layers / 4 + tables + 64 * 4096 / 4 + 4096)
-    assert entries(llama(), ONE | {"tensor": 8}, "params") == 4 * ((layers + tables) / 8 + 65 * 4096)
+    assert device_bytes(llama(), ONE | {"pipeline": 4}, "params") == 4 * (layers / 4 + tables + 64 * 4096 / 4 + 4096)
+    assert device_bytes(llama(), ONE | {"tensor": 8}, "params") == 4 * ((layers + tables) / 8 + 65 * 4096)
 
 
 @pytest.mark.parametrize("spec", ["tiny", "modern:d4"])
@@ -95,7 +99,7 @@ def test_state_is_that_of_the_train_step(spec, shape, zero):
     state = experiment.make_steps(config, mesh).abstract
     shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for part, tree in (("params", state.params), ("opt", state.opt)):
-        assert entries(job, dict(mesh.shape), part, zero) == sum(map(shard, jax.tree.leaves(tree))), part
+        assert device_bytes(job, dict(mesh.shape), part, zero) == sum(map(shard, jax.tree.leaves(tree))), part
 
 
 @pytest.mark.parametrize("text, vocab", [("bytes", 257), ("bpe:1000", 1000), ("bpe:1_000:gpt2+chat", 1002),
@@ -167,12 +171,22 @@ def test_zero_1_gathers_no_experts_over_their_own_axis():
     """Over an axis expert of 8 only what is not theirs is cut and gathered."""
     job, shape = changed(job_of("moe:8x7b"), mesh=dict(zero=1)), ONE | {"expert": 8}
     gathered = [flow for flow in traffic.flows(job, shape, "gpu") if flow.what == "updated parameters gathered"]
-    others = sum(entries(job, ONE, "params", 3, role) for role in ("layer", "embed", "head"))
+    others = sum(device_bytes(job, ONE, "params", 3, role) for role in ("layer", "embed", "head"))
     assert [(flow.axis, flow.bytes) for flow in gathered] == [("expert", pytest.approx(7 / 8 * others))]
 
 
+def test_stages_sum_the_gradients_of_what_is_in_none_of_them():
+    """Each has rows of its own for the table and the head; the rows go to all stages and come back."""
+    job, shape = llama(), ONE | {"pipeline": 4}
+    flows = {flow.what: flow.bytes for flow in traffic.flows(job, shape, "gpu") if flow.axis == "pipeline"}
+    matrix = 128_256 * 4096
+    assert flows["gradients summed"] == pytest.approx(2 * 3 / 4 * matrix * (2 + 4) * job.config.train.accumulate, rel=1e-3)
+    rows = job.config.train.batch_size * job.config.train.seq_len / 4 * 4096 * 2  # of a device, in bfloat16
+    assert flows["rows to the stages and back"] == pytest.approx(4 * 3 * rows)
+
+
 @pytest.mark.parametrize("name, axes", [("moe:8x7b", dict(fsdp=8)), ("moe:small", dict(fsdp=2)), ("moe:8x7b", dict(expert=8))])
-def test_the_largest_layer_s_temporaries_count(name, axes):
+def test_the_largest_layer_s_temporaries_count(name, axes, monkeypatch):
     """Experts' buffers, however few of the layers have them: what comes to them and what comes back, and over an axis expert
     also as it is sent and as it arrives."""
     job, shape = job_of(name), ONE | axes
@@ -180,7 +194,11 @@ def test_the_largest_layer_s_temporaries_count(name, axes):
     wide = max((widths for widths in job.layers), key=lambda widths: widths.sent)
     places = memory.spare(job.config.model, shape, here.tick_tokens, "gpu") * wide.sent * (6 if "expert" in axes else 2)
     rows = here.tick_tokens * places * job.config.model.embed * memory.compute_bytes(job) * memory.INSIDE_EXPERTS
-    assert memory.memory(job, shape, "cudnn", "gpu").working > rows > 0
+    monkeypatch.setattr(memory, "INSIDE", memory.INSIDE_EXPERTS)  # nothing but the rows differs
+    monkeypatch.setitem(memory.EXPERTS, "gpu", 0.0)
+    layers = [[widths._replace(inner=0, hidden=0, sent=sent * widths.sent) for widths in job.layers] for sent in (1, 0)]
+    working = [memory.memory(job._replace(layers=tuple(some)), shape, "cudnn", "gpu").working for some in layers]
+    assert working[0] - working[1] == pytest.approx(rows) and rows > 0
 
 
 @pytest.mark.parametrize("rows, platform, size", [(4, "cpu", 8), (16384, "gpu", 2048), (512, "gpu", 512), (100, "gpu", 64),

@@ -54,6 +54,17 @@ def test_kinds_axes_and_bytes(fn, want):
     assert rows(program(mapped, dict(fsdp=4, tensor=2), ((256,), P(None)))) == [(*want, 1)]
 
 
+@pytest.mark.parametrize("text, size", [("(bf16[8,64]{1,0:T(8,128)}, f32[])", 1028), ("f8e4m3[8,2]", 16), ("f8e8m0fnu[3]", 3),
+                                        ("f4e2m1fn[8]", 4), ("s2[8]", 2), ("u2[4]", 1), ("pred[3]", 3), ("token[]", 0)])
+def test_bytes_of_a_type(text, size):
+    assert hlo.size_of(text) == size
+
+
+def test_a_type_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match="'f6e3m2fn'"):
+        hlo.size_of("(f32[4], f6e3m2fn[8])")
+
+
 def test_replica_groups_in_every_notation():
     want = [[0, 2, 4, 6], [1, 3, 5, 7]]
     for text in ("replica_groups={{0,2,4,6},{1,3,5,7}}", "replica_groups=[2,4]<=[4,2]T(1,0)",

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from dataclasses import replace
 
 import pytest
@@ -66,7 +67,83 @@ def test_the_report_does_not_offer_what_was_refused(monkeypatch, capsys):
     assert found["would_fit"] and [] not in found["would_fit"]
     for offer in found["would_fit"]:
         command.main([*given, *offer])
-        assert json.loads(capsys.readouterr().out)["memory"]["peak"] < found["memory"]["peak"]
+        peak = json.loads(capsys.readouterr().out)["arithmetic"]["memory"]["peak"]
+        assert peak < found["arithmetic"]["memory"]["peak"]
+
+
+PROGRAM = dict(collectives=[], cycles=10**9, kernels={}, matmul_flops=0.0, turn_flops=0.0, grouped_flops=0.0)
+
+
+@pytest.mark.parametrize("over", [0.5, 2.0])
+def test_json_has_one_verdict(over, monkeypatch, capsys):
+    """The compiler's where there is one, whatever the arithmetic said; days are those of its step, and say so."""
+    machine = topology.parse("v5e:4x4")
+    done = {"seconds": 1, "refusal": "", "peak": over * machine.chip.memory, "program": PROGRAM, "argument": 1, "output": 1,
+            "alias": 1, "temporary": 1}
+    monkeypatch.setattr(command, "compile_outside", lambda args, rest: done)
+    monkeypatch.setattr(command, "_there", lambda name: True)
+    job = job_of("llama:1b")
+    best = search.overrides(job.config, search.search(job, machine)[0].config)
+    given = ["--config", f"{CONFIGS / 'llama.py'}:1b", "--topology=v5e:4x4", "--json", *best]
+    command.main(given)
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["fits"] and (alone["by"], alone["run"]["by"]) == ("arithmetic", "arithmetic") and alone["problems"] == []
+    try:
+        command.main([*given, "--compile"])
+    except UsageError:
+        assert over > 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["arithmetic"] == alone["arithmetic"] and (found["by"], found["run"]["by"]) == ("compiler", "compiler")
+    assert found["fits"] == (over < 1) == found["verdict"].startswith("fits: peak")
+    assert found["problems"] == ([] if over < 1 else [found["verdict"]])
+    assert found["run"]["days"] == pytest.approx(found["schedule"]["step"] * job.config.train.steps / 86_400)
+    assert "step_seconds" not in found and "memory" not in found
+
+
+@pytest.mark.parametrize("number, most, want", [(12, 99, (1, 2, 3, 4, 6, 12)), (12, 4, (1, 2, 3, 4)), (49, 48, (1, 7)),
+                                                (1, 9, (1,)), (10**12, 5, (1, 2, 4, 5))])
+def test_divisors(number, most, want):
+    assert search.divisors(number, most) == want
+
+
+def test_a_search_tries_few_of_the_accumulations(monkeypatch):
+    """And finds the first that fits, as all of them in turn would."""
+    machine, job = topology.parse("v5e:4x4"), changed(llama(), mesh=dict(fsdp=-1), train=dict(batch_size=3 * 2**16))
+    several = next(search.variants(job.config, configs.Mesh(data=1, fsdp=16)))
+    peaks = [roofline.estimate(job._replace(config=config), machine).memory.peak for config in several]
+    tried = []
+    monkeypatch.setattr(search, "estimate", lambda job, _: tried.append(0) or roofline.estimate(job, machine))
+    for limit in (*peaks, 0.99 * min(peaks)):
+        tried.clear()
+        found = search._first(job, machine, several, limit)
+        want = next((config for config, peak in zip(several, peaks) if peak <= limit), None)
+        assert (found and found.config) == want and len(tried) <= 2 + len(several).bit_length() < len(several) / 2
+
+
+@pytest.mark.parametrize("given", [["--config.train.batch_size=1000000000000"], ["--config.model.layers=100000"]])
+def test_absurd_sizes_are_told_at_once(given, capsys):
+    began = time.process_time()
+    with pytest.raises(UsageError, match=r"does not fit: peak|config.model.layers = 100000: a plan takes 512 at most"):
+        command.main(["--config", f"{CONFIGS / 'modern.py'}:d4", "--topology=v5p:2x2x2", *given])
+    assert time.process_time() - began < 20  # 2 s; hours, before
+
+
+def test_what_offload_costs_is_not_counted_and_said(capsys):
+    given = ["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", "--config.mesh.data=4"]
+    for remat, said in (("block", False), ("offload", True)):
+        command.main([*given, f"--config.model.remat={remat}"])
+        assert ("config.model.remat = 'offload': its copies" in capsys.readouterr().out) == said
+    command.main([*given, "--config.model.remat=offload", "--json"])
+    assert "copies to the host" in json.loads(capsys.readouterr().out)["notes"][0]
+
+
+@pytest.mark.parametrize("more, words", [([], "there is no program without --compile"),
+                                         (["--compile"], "cannot be written")])
+def test_a_program_that_cannot_be_kept_is_refused_at_once(more, words, monkeypatch):
+    monkeypatch.setattr(command, "compile_outside", None)
+    for place in ("/no/such/folder/x.hlo", str(CONFIGS)):
+        with pytest.raises(UsageError, match=f"^--keep_hlo={place}: {words}"):
+            command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", f"--keep_hlo={place}", *more])
 
 
 def test_the_winner_of_a_search_reproduces(capsys):
@@ -78,8 +155,7 @@ def test_the_winner_of_a_search_reproduces(capsys):
     winner = [word for word in shlex.split(first["command"]) if word.startswith("--config.")]
     command.main([*base, *winner])
     again = json.loads(capsys.readouterr().out)
-    assert [again[key] for key in ("mesh", "memory", "step_seconds")] == [
-        first[key] for key in ("mesh", "memory", "step_seconds")]
+    assert [again[key] for key in ("mesh", "arithmetic")] == [first[key] for key in ("mesh", "arithmetic")]
     assert again["fits"]
 
 
@@ -133,7 +209,7 @@ def test_where_nothing_fits_the_report_says_so(capsys):
 
 
 def test_where_nothing_runs_the_report_says_so():
-    with pytest.raises(UsageError, match="^--search: no mesh of v5p:16x20x28 runs it; with all devices on fsdp config.model.embed"):
+    with pytest.raises(UsageError, match="^--search: no mesh of v5p:16x20x28 runs it; with all devices on fsdp config.model"):
         command.main(["--config", f"{CONFIGS / 'llama.py'}:8b", "--topology=v5p:16x20x28", "--search"])
 
 
@@ -159,6 +235,9 @@ def test_slices_without_sizes_across_them_hold_copies(capsys):
     assert same.pop("notes") == [] and same == {key: value for key, value in found.items() if key != "notes"}
     with pytest.raises(UsageError, match="config.mesh.dcn_…: the cross-slice sizes multiply to 4"):
         command.main([*given, "--config.mesh.dcn_fsdp=4", "--config.mesh.fsdp=32"])
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"] and found["verdict"] == found["problems"][0]  # though the memory would do
+    assert found["arithmetic"]["verdict"].startswith("fits")
 
 
 @pytest.mark.parametrize("flag", ["--search=-2", "--compile=-1", "--data_tokens=-5", "--data_tokens=nan",

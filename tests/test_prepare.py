@@ -277,6 +277,15 @@ def test_a_full_disk_at_every_write_in_turn(folder, monkeypatch):
     assert calls > 5 and contents(folder / "out") == wanted
 
 
+def test_a_marker_of_an_older_version_is_gone_on_with(folder):
+    job, unit = units.Job(folder, units.Settings()), units.Unit("text", 0, (), 0, "key")
+    (folder / units.WORK).mkdir()
+    made = units.finish(job, "tokens", unit, {}, units.Counts(readers.Tally(rows=3)))
+    made["tally"]["bytes"] = 99  # counted once
+    units.marker(job, "tokens", unit).write_text(json.dumps(made))
+    assert readers.Tally(**units.finished(job, "tokens", unit)["tally"]) == readers.Tally(rows=3)
+
+
 def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys):
     given = [f"--input=a={folder / 'in/a.jsonl'}", "--eval_fraction=0.2"]
     out = prepare(folder / "out", *given)

@@ -8,6 +8,8 @@ import json
 import lzma
 import pickle
 import random
+import re
+import struct
 import tracemalloc
 
 import fsspec
@@ -15,8 +17,10 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from fsspec.exceptions import FSTimeoutError
 
 from gpt_jax.data import formats, hub, readers, remote, sources, store
+from gpt_jax.data.decoding import Damaged
 from gpt_jax.data.readers import Reading, Source, Tally
 from gpt_jax.errors import UsageError
 from tests.test_data_sources import pack
@@ -221,6 +225,51 @@ def test_a_column_that_does_not_exist_is_never_skipped(tmp_path, name, content, 
         read([readers.whole(source)], Reading(on_error=on_error))
 
 
+def write_table(path, column):
+    """One column of text, with its name."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(column, path)
+    elif path.suffix == ".arrow":
+        with pyarrow.ipc.new_file(str(path), column.schema) as out:
+            out.write_table(column)
+    else:
+        separator = {".csv": ",", ".tsv": "\t"}[path.suffix]
+        path.write_text("".join(separator.join(map(str, row)) + "\n" for row in [
+            column.column_names, *zip(*(cells.to_pylist() for cells in column.columns))]))
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.parquet", "a.arrow"])
+def test_a_name_of_two_columns_is_refused_where_it_is_read(tmp_path, name, on_error):
+    columns = [pyarrow.array([text]) for text in ("first", "second", "fine")]
+    write_table(tmp_path / name, pyarrow.Table.from_arrays(columns, names=["text", "text", "body"]))
+    pieces = [readers.whole(*sources.find((str(tmp_path / name),)))]
+    with pytest.raises(UsageError, match=rf"{name}: .*'text' .* names 2 columns; columns there: text, text, body; rename"):
+        read(pieces, Reading(on_error=on_error))
+    assert read(pieces, Reading("body", on_error=on_error)) == ["fine"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.parquet", "a.arrow", "a.jsonl"])
+def test_names_of_columns_are_one_line_without_control_characters(tmp_path, name):
+    if name == "a.jsonl":
+        (tmp_path / name).write_text('{"\\u001b[2J\\n": 1, "b": 2}')
+    else:
+        write_table(tmp_path / name, pyarrow.table({"\x1b[2J\n" if name[2] in "pa" else "\x1b[2J": ["x"], "b": ["y"]}))
+    with pytest.raises(UsageError, match=r"there: \\x1b\[2J ?, b") as error:
+        read([readers.whole(*sources.find((str(tmp_path / name),)))], Reading())
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("encodings", [("utf-8",), ("utf-16",)])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_tables_in_utf16_are_to_be_converted(tmp_path, name, encodings):
+    for text in ("text\nx\n", "id,text\n1,x\n", "id\ttext\n1\tx\n"):
+        (tmp_path / name).write_bytes(text.encode("utf-16"))
+        with pytest.raises(UsageError, match=f"{name}: .*its lines do not end in the byte 0A; convert the file to UTF-8") as e:
+            read([readers.whole(*sources.find((str(tmp_path / name),)))], Reading(encodings=encodings))
+        assert str(e.value).isprintable() and "missing" not in str(e.value)
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("a.json", b'[{"text": "x"},\n {"text": ]', "a.json: not JSON: .*line 2"),
     ("a.arrow", b"ARROW1 not", "not a readable Arrow"),
@@ -258,6 +307,53 @@ def test_dictionary_columns_and_bad_bytes_in_tables(tmp_path):
         read(pieces, Reading())
     tally = Tally()
     assert read(pieces, Reading(errors="replace"), tally) == ["ok", "\ufffdx"] and tally.replaced == 1
+    write_table(tmp_path / "b.arrow", pyarrow.table({"text": raw}))
+    with pytest.raises(UsageError, match="b.arrow:2: not UTF-8 at byte 0"):
+        read([readers.whole(*sources.find((str(tmp_path / "b.arrow"),)))], Reading())
+
+
+LONG = ["a" * 20, "b" * 30, "c" * 40]
+PLACES = {  # of the texts in a file of Arrow: (type, layout of the places, the true ones, others)
+    "string": (pyarrow.string(), "<4i", (0, 20, 50, 90), (0, 20, 1 << 30, 90)),
+    "large string": (pyarrow.large_string(), "<4q", (0, 20, 50, 90), (0, 20, 1 << 60, 90)),
+    "view": (pyarrow.string_view(), "<i4sii", (30, b"bbbb", 0, 20), (30, b"bbbb", 0, 1 << 30)),
+    "dictionary": (pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), "<3i", (0, 1, 2), (0, 1 << 28, 2)),
+    "its values": (pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), "<4i", (0, 20, 50, 90), (0, 20, 1 << 30, 90)),
+}
+
+
+@pytest.mark.parametrize("make", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+@pytest.mark.parametrize("name", PLACES)
+def test_places_that_lie_outside_are_damage(tmp_path, name, make):
+    """Followed, they would end the process."""
+    kind, layout, true, wrong = PLACES[name]
+    column, path = pyarrow.table({"text": pyarrow.array(LONG).cast(kind)}), tmp_path / "a.arrow"
+    with make(str(path), column.schema) as out:
+        out.write_table(column)
+    [source], raw, skip, tally = sources.find((str(path),)), path.read_bytes(), Reading(on_error="skip"), Tally()
+    assert read([readers.whole(source)], Reading()) == LONG and raw.count(struct.pack(layout, *true)) == 1
+    path.write_bytes(raw.replace(struct.pack(layout, *true), struct.pack(layout, *wrong)))
+    with pytest.raises(UsageError, match="a.arrow: not a readable Arrow file: .*copy it again"):
+        read([readers.whole(source)], Reading())
+    assert read([readers.whole(source)], skip, tally) == [] and tally.skipped == 1
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_damage_in_parquet_is_named_in_one_line(tmp_path, checksums):
+    texts, path, told = ["".join(random.Random(i).choices("ab", k=99)) for i in range(99)], tmp_path / "a.parquet", 0
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="none",
+                                write_page_checksum=checksums)
+    [source], raw = sources.find((str(path),)), path.read_bytes()
+    for at in [*range(4, 60), *range(5000, 5100), *range(len(raw) - 400, len(raw))]:
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1:])
+        try:
+            assert read(readers.cut(source, 1, Reading()), Reading()) == texts or not checksums
+        except UsageError as error:
+            assert re.search(r"a.parquet: (a damaged or incomplete .parquet file|not a readable parquet file|config.data)",
+                             str(error)) or not checksums
+            assert str(error).isprintable()
+            told += "incomplete .parquet file" in str(error)
+    assert told > 20
 
 
 # ---- encodings ----
@@ -367,6 +463,31 @@ def test_remote_files_are_known_by_their_content(bucket, tmp_path):
         assert hashes == [hashlib.sha256(content).hexdigest()] * 2
     with pytest.raises(UsageError, match="hf://a/b: .* gpt-jax prepare --input=hf://a/b"):
         store.content_hashes(sources.find(("hf://a/b",)), tmp_path / "cache", 1)
+
+
+@pytest.mark.parametrize("error, words", [
+    (FSTimeoutError(), "timed out"), (ConnectionError("reset"), "ConnectionError: reset"), (KeyError("x\ny"), "KeyError: ")])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet", "a.arrow"])
+def test_a_store_that_fails_while_a_file_is_read_is_no_damage_of_the_file(monkeypatch, name, error, words):
+    def fail(file, *_):
+        raise error
+
+    with fsspec.open(f"memory://box/{name}", "wb") as file:
+        file.write(b"x" * 99)
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", fail)
+    source, skip = Source(f"memory://box/{name}", name), Reading(on_error="skip")
+    with pytest.raises(UsageError, match=f"memory://box/{name}: cannot be read: {words}") as told:
+        read([readers.whole(source)], skip)
+    assert type(told.value) is UsageError and str(told.value).isprintable()
+    fsspec.filesystem("memory").rm("/box", recursive=True)
+
+
+def test_only_files_that_libraries_unpack_are_damaged_by_an_error_without_a_number():
+    for name, kind in [("a.txt", UsageError), ("a.txt.gz", Damaged), ("a.parquet", Damaged), ("a.arrow", Damaged)]:
+        with pytest.raises(UsageError, match=f"{name}: ") as told:
+            with readers._damage(Source(name, name)):
+                raise OSError("torn")
+        assert type(told.value) is kind
 
 
 def test_stores_that_cannot_be_reached(monkeypatch):

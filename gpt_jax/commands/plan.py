@@ -87,12 +87,23 @@ def check(args) -> None:
     if not args.search and (args.compile or 0) > 1:
         raise UsageError(f"--compile={args.compile}: without --search there is one program to compile; add --search, or leave "
                          "the number out")
+    if args.keep_hlo is not None:
+        check_keep(args)
     if not args.write_bandwidth > 0:
         raise UsageError(f"--write_bandwidth={args.write_bandwidth:g}: expected more than 0 bytes a second")
     for option in args.option:
         name, equals, _ = option.partition("=")
         if not (name and equals):
             raise UsageError(f"--option={option}: expected NAME=VALUE")
+
+
+def check_keep(args) -> None:
+    """UsageError for a --keep_hlo that gets nothing, or cannot."""
+    if not args.compile:
+        raise UsageError(f"--keep_hlo={args.keep_hlo}: there is no program without --compile; add it, or leave this out")
+    file = Path(args.keep_hlo)
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UsageError(f"--keep_hlo={args.keep_hlo}: cannot be written; name a file in a folder that is there and yours")
 
 
 def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> str:
@@ -102,13 +113,13 @@ def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> str:
     from gpt_jax.plan.search import search
 
     job, found = make_job(config), []
-    lines, out = [*notes], {"notes": notes}
+    lines, out = [*notes], {}
     if args.search:
         found = search(job, topology)
         if not found:
             raise UsageError(f"--search: {nothing_fits(job, topology)}")
         shown = found[:args.search]
-        lines += [f"{len(found)} combinations fit; the best by arithmetic", *report.ranked(topology, shown)]
+        lines += [f"{len(found)} combinations fit; the best by arithmetic", *report.ranked(shown)]
         out["search"] = report.ranked_data(job.config, shown)
     results = examine_best(args, rest, job, found, topology) if found else \
         [examine(args, rest, job, job.config, topology)]
@@ -116,13 +127,14 @@ def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> str:
         lines += [f"compiled {place}: {mesh_summary(result)}" for place, result in enumerate(results, 1)]
     best = min(results, key=lambda result: (not result["fits"], result["step"]))
     seen, whole = best["estimate"], job._replace(config=best["config"])
-    ahead = report.horizon(whole, topology, best["step"], args.data_tokens, args.write_bandwidth)
+    by = "compiler" if best["schedule"] else "arithmetic"
+    ahead = report.horizon(whole, topology, best["step"], by, args.data_tokens, args.write_bandwidth)
     lines += [*report.head(whole, topology, seen), *report.arithmetic(topology, seen)]
-    out |= report.data(whole, topology, seen, ahead)
+    out |= report.data(whole, topology, seen, ahead) | {"notes": [*notes, *report.left_out(whole.config)]}
     if best["compiled"]:
         lines += report.compiled(topology, best["compiled"], best["schedule"], seen.memory.peak)
-        out |= {"compiled": best["compiled"], "schedule": best["schedule"], "fits": best["fits"]}
-    lines += report.run_lines(ahead)
+        out |= {"compiled": best["compiled"], "schedule": best["schedule"]}
+    lines += [*report.left_out(whole.config), *report.run_lines(ahead)]
     if args.search:
         out["command"] = report.command(args.config, job.config, best["config"], rest)
         lines.append(f"best: {out['command']}")
@@ -134,9 +146,9 @@ def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> str:
 def nothing_fits(job, topology) -> str:
     from gpt_jax.plan.report import size, stored_bytes
     from gpt_jax.plan.roofline import estimate
-    from gpt_jax.plan.search import search
+    from gpt_jax.plan.search import fitting
 
-    if not search(job, topology, float("inf")):
+    if not any(fitting(job, topology, float("inf"))):
         plain = replace(job.config, mesh=configs.Mesh(data=1, fsdp=-1, dcn_data=topology.slices))
         first, *_ = estimate(job._replace(config=plain), topology).problems
         return f"no mesh of {topology} runs it; with all devices on fsdp {first}"
@@ -152,9 +164,10 @@ def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str]
     from gpt_jax.plan.search import advice, limit_after
 
     seen, done = best["estimate"], best["compiled"] or {"refusal": "", "peak": 0}
-    trouble = list(seen.problems)
-    if not best["fits"]:
-        trouble.append(done["refusal"] or verdict(done["peak"] or seen.memory.peak, topology))
+    said = done["refusal"] or verdict(done["peak"] or seen.memory.peak, topology)
+    trouble = [*seen.problems, *([] if best["fits"] else [said])]
+    out |= {"by": "compiler" if best["compiled"] else "arithmetic", "fits": not trouble, "verdict": [*trouble, said][0],
+            "problems": trouble}
     lines += [f"problem: {line}" for line in trouble]
     if trouble and not is_fault(done):
         refused = [(result["estimate"].memory.peak, result["compiled"]["peak"]) for result in results

@@ -1,12 +1,21 @@
-"""How bytes become a document's text, and why some do not (called by formats, hub and readers)."""
+"""How a file's bytes are unpacked and become a document's text, and why some do not (called by formats, hub and
+readers)."""
 
+import contextlib
+import gzip
+import io
 import json
+import lzma
+import shutil
+import tempfile
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import BinaryIO, Iterable, Iterator, NamedTuple
 
-from gpt_jax.data.sources import Source
+from gpt_jax.data import remote
+from gpt_jax.data.sources import Source, suffixes
 from gpt_jax.errors import UsageError
 
+BUFFER = 1 << 17
 CHOICES = {"errors": ("strict", "replace"), "on_error": ("stop", "skip"), "documents": ("file", "line")}
 SKIP = "gpt-jax prepare --on_error=skip leaves it out and counts it"
 REPLACE = "--config.data.errors=replace (--errors=replace of prepare)"
@@ -71,6 +80,85 @@ class Raw(NamedTuple):
     row: int = 0  # number in the file from 1, where a later piece knows it; 0: not known; -1: the file is one document
 
 
+# ---- unpacking ----
+
+
+def _unpack_arrow(file: BinaryIO, compression: str) -> BinaryIO:
+    """pyarrow takes several frames for one file, and refuses a torn end and whatever follows the last frame."""
+    import pyarrow
+
+    return pyarrow.input_stream(file, compression=compression)
+
+
+def _streams_of_xz(file: BinaryIO) -> Iterator[bytes]:
+    """lzma.LZMAFile takes a later stream that it cannot decode for the end of the file, and says nothing."""
+    rest = b""
+    while True:
+        stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        while not stream.eof:
+            if stream.needs_input and not (rest := rest or file.read(BUFFER)):
+                raise EOFError("it ends before its last stream does")
+            packed, rest = rest, b""
+            yield stream.decompress(packed, BUFFER)
+        rest, padding = stream.unused_data, 0
+        while (rest := rest or file.read(BUFFER)) and not rest[0]:
+            size, rest = len(rest), rest.lstrip(b"\0")
+            padding += size - len(rest)
+        if padding % 4:
+            raise lzma.LZMAError("what follows a stream is neither padding nor another one")
+        if not rest:
+            return
+
+
+class _Blocks(io.RawIOBase):
+    """A file to read, made of blocks of bytes."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self.blocks, self.left = blocks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, out) -> int:
+        while not self.left and (block := next(self.blocks, None)) is not None:
+            self.left = block
+        taken, self.left = self.left[:len(out)], self.left[len(out):]
+        out[:len(taken)] = taken
+        return len(taken)
+
+
+UNPACK = {".gz": lambda file: gzip.GzipFile(fileobj=file), ".xz": lambda file: _Blocks(_streams_of_xz(file)),
+          ".zst": lambda file: _unpack_arrow(file, "zstd"), ".bz2": lambda file: _unpack_arrow(file, "bz2")}
+
+
+@contextlib.contextmanager
+def opened(source: Source, seekable: bool = False) -> Iterator[BinaryIO]:
+    """The unpacked bytes of a file. `seekable`: a packed one is unpacked into a temporary file first."""
+    _, packing = suffixes(source.path)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(remote.open_binary(source.path))
+        if packing:
+            file = stack.enter_context(UNPACK[packing](file))
+        if packing and seekable:
+            whole = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(file, whole, 1 << 20)
+            whole.seek(0)
+            file = whole
+        yield file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, BUFFER)
+
+
+# ---- text ----
+
+
+def plain(text) -> str:
+    """What a file or a library says, for a message: one line, and nothing in it that a terminal would obey or hide."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
+
+
+def listed(names: Iterable) -> str:
+    return plain(", ".join(map(str, names))) or "none"
+
+
 def decode(raw: bytes, reading: Reading, start: int = 0) -> Decoded:
     """The text of bytes that begin at byte `start` of a file. Unreadable if no encoding fits."""
     wrong = ""
@@ -110,7 +198,7 @@ def field_text(row, reading: Reading, encoding: str = "utf-8", replaced: int = 0
     if not isinstance(row, dict):
         raise Unreadable(f"expected a JSON object, got {type(row).__name__}")
     if reading.field not in row:
-        raise Unreadable(f"{reading.label} is missing; fields there: {', '.join(map(str, row)) or 'none'}")
+        raise Unreadable(f"{reading.label} is missing; fields there: {listed(row)}")
     text = row[reading.field]
     if not isinstance(text, str):
         raise Unreadable(f"{reading.label} holds {type(text).__name__}, expected text")

@@ -7,52 +7,17 @@ cut. Lines end at byte 0A and nowhere else, never at U+2028 and its like. A row 
 
 import contextlib
 import csv
-import gzip
-import io
-import lzma
-import shutil
-import tempfile
-from typing import BinaryIO, Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
-from gpt_jax.data import hub, remote
+from gpt_jax.data import hub
 from gpt_jax.data.decoding import (Damaged, Decoded, Piece, Raw, Reading, Unreadable, decode, field_text, json_text,
-                                   line_text, parse_json, plain_text)
+                                   line_text, listed, opened, parse_json, plain, plain_text)
 from gpt_jax.data.sources import HUB, Source, suffixes
 from gpt_jax.errors import UsageError
 
-BUFFER = 1 << 17
+NO_LINES = "its lines do not end in the byte 0A; convert the file to UTF-8"
 BATCH_ROWS = 256  # of .parquet and .arrow made python objects at once
 csv.field_size_limit(2**31 - 1)  # of the process; its default of 128 KiB is less than one long document
-
-
-# ---- opening ----
-
-
-def _unpack_arrow(file: BinaryIO, compression: str) -> BinaryIO:
-    """pyarrow takes several frames for one file, and refuses a torn end and whatever follows the last frame."""
-    import pyarrow
-
-    return pyarrow.input_stream(file, compression=compression)
-
-
-UNPACK = {".gz": lambda file: gzip.GzipFile(fileobj=file), ".xz": lzma.LZMAFile,
-          ".zst": lambda file: _unpack_arrow(file, "zstd"), ".bz2": lambda file: _unpack_arrow(file, "bz2")}
-
-
-@contextlib.contextmanager
-def opened(source: Source, seekable: bool = False) -> Iterator[BinaryIO]:
-    """The unpacked bytes of a file. `seekable`: a packed one is unpacked into a temporary file first."""
-    _, packing = suffixes(source.path)
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(remote.open_binary(source.path))
-        if packing:
-            file = stack.enter_context(UNPACK[packing](file))
-        if packing and seekable:
-            whole = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(file, whole, 1 << 20)
-            whole.seek(0)
-            file = whole
-        yield file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, BUFFER)
 
 
 # ---- text ----
@@ -64,11 +29,14 @@ def _whole_file(piece: Piece, reading: Reading) -> Iterator[Raw]:
         yield Raw(raw.pop(), 0, -1)
 
 
-def _lines(piece: Piece, reading: Reading) -> Iterator[Raw]:
+def _check_encodings(piece: Piece, reading: Reading) -> None:
     for name in reading.encodings:
         if b"\n".decode(name, "replace") != "\n":
-            raise UsageError(f"{piece.source.path}: config.data.encodings = {name!r} (--encodings of prepare): its lines "
-                             "do not end in the byte 0A; convert the file to UTF-8")
+            raise UsageError(f"{piece.source.path}: config.data.encodings = {name!r} (--encodings of prepare): {NO_LINES}")
+
+
+def _lines(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    _check_encodings(piece, reading)
     with opened(piece.source) as file:
         if piece.start:
             file.seek(piece.start)
@@ -124,13 +92,22 @@ def _json(piece: Piece, reading: Reading) -> Iterator[Raw]:
 def _column(header: list[bytes], piece: Piece, reading: Reading) -> tuple[int, bool]:
     """(column, whether the first row is a header): by the name in the header; a number, from 0, means that there is
     none, whatever the first row holds (a class label may well be 1)."""
-    names = [name.decode("utf-8", "replace") for name in header]
-    if reading.field.isdecimal() and int(reading.field) < len(names):
+    if reading.field.isdecimal() and int(reading.field) < len(header):
         return int(reading.field), False
-    if reading.field in names:
-        return names.index(reading.field), True
-    raise UsageError(f"{piece.source.path}: {reading.label} is missing; columns there: {', '.join(names) or 'none'} "
-                     f"(or a number below {len(names)}, if the first row is no header)")
+    if any(b"\0" in name for name in header):
+        raise UsageError(f"{piece.source.path}: its first row holds NUL, so this is UTF-16 or a binary file: {NO_LINES}")
+    names = [name.decode("utf-8", "replace") for name in header]
+    _check_column(names, piece, reading, f" (or a number below {len(names)}, if the first row is no header)")
+    return names.index(reading.field), True
+
+
+def _check_column(names: list[str], piece: Piece, reading: Reading, more: str = "") -> None:
+    """UsageError unless exactly one column has the name."""
+    if not (count := names.count(reading.field)):
+        raise UsageError(f"{piece.source.path}: {reading.label} is missing; columns there: {listed(names)}{more}")
+    if count > 1:
+        raise UsageError(f"{piece.source.path}: {reading.label} names {count} columns; columns there: {listed(names)}; "
+                         "rename all but the one to be read")
 
 
 def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
@@ -151,6 +128,7 @@ def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
         line = line.removesuffix(b"\n").removesuffix(b"\r")
         return line.split(b"\t") if line else []
 
+    _check_encodings(piece, reading)
     with opened(piece.source) as file:
         first = file.readline().removeprefix(b"\xef\xbb\xbf")
     if not first:
@@ -166,6 +144,7 @@ def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
 def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
     """Cells are cut as latin-1, which keeps every byte, and decoded by themselves afterwards; a quoted cell may hold
     line ends. Strict, so that a stray quote is an error and not a very long cell."""
+    _check_encodings(piece, reading)
     with opened(piece.source) as file:
         text = (line.removeprefix(b"\xef\xbb\xbf" if not number else b"").decode("latin-1")
                 for number, line in enumerate(file))
@@ -186,14 +165,21 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
                 return
 
 
-def _check_schema(schema, piece: Piece, reading: Reading) -> None:
+def _bytes_of(kind):
+    """The type of the same layout that holds bytes; None if `kind` is no text."""
     import pyarrow
 
-    if reading.field not in schema.names:
-        raise UsageError(f"{piece.source.path}: {reading.label} is missing; columns there: {', '.join(schema.names)}")
+    if pyarrow.types.is_dictionary(kind):
+        values = _bytes_of(kind.value_type)
+        return values and pyarrow.dictionary(kind.index_type, values, kind.ordered)
+    return {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary(),
+            pyarrow.string_view(): pyarrow.binary_view()}.get(kind)
+
+
+def _check_schema(schema, piece: Piece, reading: Reading) -> None:
+    _check_column(schema.names, piece, reading)
     kind = schema.field(reading.field).type
-    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+    if _bytes_of(kind) is None:
         raise UsageError(f"{piece.source.path}: {reading.label} holds {kind}, expected text")
 
 
@@ -202,9 +188,11 @@ def _cells(batches, reading: Reading, first: int = 0) -> Iterator[Raw]:
     import pyarrow
 
     for batch in batches:
-        for at in range(0, batch.num_rows, BATCH_ROWS):
-            column = batch.column(reading.field).slice(at, BATCH_ROWS)
-            for value in column.cast(pyarrow.large_binary()).to_pylist():
+        column = batch.column(reading.field)
+        column = column.view(_bytes_of(column.type))  # what is no UTF-8 is told row by row
+        column.validate(full=True)  # places in a damaged file may lie anywhere, and going there ends the process
+        for at in range(0, len(column), BATCH_ROWS):
+            for value in column.slice(at, BATCH_ROWS).cast(pyarrow.large_binary()).to_pylist():
                 first += 1
                 yield Raw(Unreadable(f"{reading.label} is null, expected text") if value is None else value, 0, first)
 
@@ -215,17 +203,20 @@ def _arrow_errors(piece: Piece, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except pyarrow.ArrowException as error:
-        raise Damaged(f"{piece.source.path}: not a readable {kind} file: {error}") from None
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
+        raise Damaged(f"{piece.source.path}: not a readable {kind} file: {plain(error)}") from None
 
 
 def _parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
     import pyarrow.parquet
 
     with _arrow_errors(piece, "parquet"), opened(piece.source, seekable=True) as raw:
-        with pyarrow.parquet.ParquetFile(raw) as file:
+        with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as file:
             _check_schema(file.schema_arrow, piece, reading)
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            if sum(rows) != file.metadata.num_rows:
+                raise Damaged(f"{piece.source.path}: not a readable parquet file: it has {file.metadata.num_rows:,} rows, "
+                              f"and its groups {sum(rows):,}")
             groups = range(piece.start, len(rows) if piece.stop < 0 else piece.stop)
             batches = file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=[reading.field])
             yield from _cells(batches, reading, sum(rows[:piece.start]))
@@ -254,6 +245,7 @@ class Format(NamedTuple):
 
 FILE, LINE = Format(_whole_file), Format(_lines, line_text, "lines")
 TEXTS = {"file": FILE, "line": LINE}  # by Reading.documents
+BY_ARROW = (".parquet", ".arrow")
 FORMATS = {".txt": TEXTS, ".md": TEXTS, ".py": TEXTS, ".jsonl": Format(_lines, json_text, "lines"),
            ".json": Format(_json, json_text), ".csv": Format(_csv), ".tsv": Format(_tsv, cut="lines"),
            ".parquet": Format(_parquet, cut="groups"), ".arrow": Format(_arrow), HUB: Format(hub.rows, cut="shards")}

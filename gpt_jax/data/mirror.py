@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 from gpt_jax.data import corpus, remote, shards
+from gpt_jax.data.sources import HUB
 from gpt_jax.data.units import replacing
 from gpt_jax.errors import DataError, UsageError
 
@@ -16,8 +17,8 @@ BLOCK = 1 << 22
 
 
 def is_remote_corpus(url: str) -> bool:
-    """Whether a folder of a store was made by `gpt-jax prepare`."""
-    return remote.is_remote(url) and remote.exists(f"{url.rstrip('/')}/{corpus.MANIFEST}")
+    """Whether a folder of a store was made by `gpt-jax prepare`; a data set never is, and the hub is not asked."""
+    return remote.is_remote(url) and not url.startswith(HUB) and remote.exists(f"{url.rstrip('/')}/{corpus.MANIFEST}")
 
 
 def _blocks(url: str) -> Iterator[bytes]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Iterable, Iterator, NamedTuple, Sequence
 
 from gpt_jax.data import hub
-from gpt_jax.data.decoding import SKIP, Damaged, Decoded, Piece, Reading, Unreadable, decode
-from gpt_jax.data.formats import TEXTS, format_of, opened
+from gpt_jax.data.decoding import SKIP, Damaged, Decoded, Piece, Reading, Unreadable, decode, opened, plain
+from gpt_jax.data.formats import BY_ARROW, TEXTS, format_of
 from gpt_jax.data.sources import Source, suffixes
 from gpt_jax.errors import UsageError
 
@@ -34,7 +34,6 @@ class Tally:
     """What became of the rows. Two of them merge with `+=`."""
 
     rows: int = 0  # all, headers, blank and skipped ones too: where the rows of the next piece begin
-    bytes: int = 0  # of the rows as they lie in the file, unpacked; of tables the text's column
     documents: int = 0
     empty: int = 0  # rows without text
     skipped: int = 0
@@ -43,7 +42,7 @@ class Tally:
     places: list[str] = field(default_factory=list)  # and reasons of the first skipped rows
 
     def __iadd__(self, other: "Tally") -> "Tally":
-        for name in ("rows", "bytes", "documents", "empty", "skipped", "replaced"):
+        for name in ("rows", "documents", "empty", "skipped", "replaced"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, count in other.encodings.items():
             self.encodings[name] = self.encodings.get(name, 0) + count
@@ -73,17 +72,18 @@ class Tally:
 @contextlib.contextmanager
 def _damage(source: Source) -> Iterator[None]:
     """What the libraries say of files that are torn or gone, as UsageError."""
-    packing = suffixes(source.path)[1]
+    kind, packing = suffixes(source.path)
+    torn = f"{source.path}: a damaged or incomplete {packing or kind} file"
     try:
         yield
     except ImportError as error:
         raise UsageError(f"{source.path}: reading it needs a package; pip install {error.name}") from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise Damaged(f"{source.path}: a damaged or incomplete {packing} file: {error}") from None
+        raise Damaged(f"{torn}: {plain(error)}") from None
     except OSError as error:
-        if error.errno is None:  # the word of gzip and pyarrow for damage, not the system's
-            raise Damaged(f"{source.path}: a damaged or incomplete {packing} file: {error}") from None
-        raise UsageError(f"{source.path}: cannot be read: {error.strerror}") from None
+        if error.errno is None and (packing or kind in BY_ARROW):  # the word of gzip and pyarrow for damage
+            raise Damaged(f"{torn}: {plain(error)}") from None
+        raise UsageError(f"{source.path}: cannot be read: {error.strerror or plain(error)}") from None
 
 
 # ---- pieces ----
@@ -120,7 +120,7 @@ def _group_borders(source: Source, size: int) -> list[int]:
         with opened(source) as raw, pyarrow.parquet.ParquetFile(raw) as file:
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     except pyarrow.ArrowException as error:
-        raise Damaged(f"{source.path}: not a readable parquet file: {error}") from None
+        raise Damaged(f"{source.path}: not a readable parquet file: {plain(error)}") from None
     return _joined(sizes, size)
 
 
@@ -199,13 +199,10 @@ def _documents(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Documen
             if isinstance(value, Unreadable):
                 raise value
             if isinstance(value, bytes):
-                tally.bytes += len(value)
                 value = decode(value, reading, start)
                 if not number and not piece.start and form in TEXTS.values():
                     value = value._replace(text=value.text.removeprefix("\ufeff"))  # the mark of UTF-8, no text
                 value = form.text(value, reading)
-            elif value is not None:
-                tally.bytes += len(value.text.encode())
         except Unreadable as why:
             message = f"{_place(piece, row, number, reading)}: {why}"
             if reading.on_error == "stop":

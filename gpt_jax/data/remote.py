@@ -1,10 +1,11 @@
 """Files that are not on this machine's file system: object stores and whatever else fsspec opens (called by sources,
-formats and store).
+decoding and store).
 
 A remote path is a str with `://`; a local one is a `Path`. `file://` and `memory://` work without any store.
 """
 
 import contextlib
+import io
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
@@ -39,10 +40,49 @@ def reaching(url: str) -> Iterator[None]:
         raise UsageError(f"{url}: cannot be reached: {type(error).__name__}: {error}") from None
 
 
-def open_remote(url: str, mode: str = "rb") -> BinaryIO:
-    """The file at `url`, seekable where the store allows ranges. UsageError when it cannot be opened."""
+class _File(io.RawIOBase):
+    """A file of a store. Whatever the store says on the way is a UsageError: a time-out is no damage of the file, which
+    would be left out for good."""
+
+    def __init__(self, url: str, file: BinaryIO):
+        self.url, self.file = url, file
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            why = "timed out" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UsageError(f"{self.url}: cannot be read: {why}; run the command again") from None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self.file.seekable()
+
+    def seek(self, *place: int) -> int:
+        with self._reading():
+            return self.file.seek(*place)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readinto(self, out) -> int:
+        with self._reading():
+            block = self.file.read(len(out))
+        out[:len(block)] = block
+        return len(block)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def open_remote(url: str) -> BinaryIO:
+    """The file at `url`, seekable where the store allows ranges. UsageError when it cannot be opened or read."""
     with reaching(url):
-        return fsspec.open(url, mode).open()
+        return _File(url, fsspec.open(url, "rb").open())
 
 
 def open_binary(path: Path | str) -> BinaryIO:

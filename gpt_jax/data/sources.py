@@ -19,7 +19,7 @@ class Source(NamedTuple):
 
 
 KINDS = (".txt", ".md", ".py", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # rows of formats.FORMATS
-PACKINGS = ("", ".gz", ".xz", ".zst", ".bz2")  # rows of formats.UNPACK
+PACKINGS = ("", ".gz", ".xz", ".zst", ".bz2")  # rows of decoding.UNPACK
 SUFFIXES = f"{' '.join(KINDS)}, each also with {' '.join(PACKINGS[1:])} after it"
 EMPTY = " is empty: name files, directories or globs, or the word stdlib"
 TOKEN_FILES = (".bin", ".idx", ".npy")  # of other tools, see foreign
@@ -46,7 +46,14 @@ def _walk(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[Source]
         folders[:] = [f for f in folders if not f.startswith(".") and f not in excluded]
         found += [Path(here, f).relative_to(folder) for f in files if not f.startswith(".")]
     _refuse_prepared(str(folder), {path.as_posix() for path in found})
-    return [Source(folder / path, f"{name}/{path.as_posix()}") for path in sorted(filter(suffixes, found))]
+    return [_file(folder / path, f"{name}/{path.as_posix()}") for path in sorted(filter(suffixes, found))]
+
+
+def _file(path: Path, name: str) -> Source:
+    if path.is_symlink() and not path.exists():
+        raise UsageError(f"{path}: is a link to {os.readlink(path)}, which is not there; remove the link, or name the "
+                         "files without it")
+    return Source(path, name)
 
 
 PREPARED = ("corpus.json", "tokenizer.json"), ("work/settings.json", "work/lock")  # in finished, unfinished output
@@ -78,7 +85,7 @@ def _one(path: Path) -> list[Source]:
     """What an existing file or folder holds."""
     if path.is_dir():
         return _walk(path, path.resolve().name)
-    return [Source(path, path.name)] if suffixes(path) else []
+    return [_file(path, path.name)] if suffixes(path) else []
 
 
 def _one_remote(url: str) -> list[Source]:
@@ -104,6 +111,7 @@ def _expand(spec: str, key: str) -> list[Source]:
             raise UsageError(f"{key} = {spec!r}: no file matches")
         found = [source for match in matches for source in (_one(match) if here else _one_remote(match))]
     else:
+        here and _file(path, spec)  # has more to say of a link
         raise UsageError(f"{key} = {spec!r}: no such file or directory")
     if not found:
         raise UsageError(f"{key} = {spec!r}: no usable files; read are {SUFFIXES}; token files of other tools "

@@ -147,6 +147,7 @@ def finished(job: Job, phase: str, unit: Unit) -> dict | None:
     """What a phase has made of a unit, if it is done and all its files are there."""
     try:
         found = json.loads(marker(job, phase, unit).read_bytes())
+        found["tally"].pop("bytes", None)  # of an older version
         whole = found["key"] == unit.key and all(
             os.path.getsize(job.folder / name) == size for name, (size, _) in found["files"].items())
         return found if whole else None

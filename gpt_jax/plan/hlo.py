@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2,
-         "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
+# Of an entry, by XLA's names of types (xla_data.proto); those below a byte are packed.
+BYTES = {f"{kind}{bits}": bits / 8 for kind in "su" for bits in (1, 2, 4, 8, 16, 32, 64)} | dict.fromkeys(
+    ("pred", "f8e3m4", "f8e4m3", "f8e4m3fn", "f8e4m3fnuz", "f8e4m3b11fnuz", "f8e5m2", "f8e5m2fnuz", "f8e8m0fnu"), 1) | {
+    "token": 0, "opaque": 0, "f4e2m1fn": 0.5, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all",
          "collective-broadcast")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
@@ -90,9 +92,11 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def size_of(shape: str) -> int:
-    """Bytes of all arrays in the text of a type."""
-    return int(sum(BYTES.get(kind, 0) * math.prod(map(int, filter(None, dims.split(","))))
-                   for kind, dims in _SHAPE.findall(shape)))
+    """Bytes of all arrays in the text of a type. ValueError for a type whose size is not known."""
+    arrays = _SHAPE.findall(shape)
+    if unknown := [kind for kind, _ in arrays if kind not in BYTES]:
+        raise ValueError(f"a compiled program has the type {unknown[0]!r}, whose size is not in gpt_jax/plan/hlo.py BYTES")
+    return int(sum(BYTES[kind] * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in arrays))
 
 
 def called(instruction: Instruction) -> dict[str, list[str]]:

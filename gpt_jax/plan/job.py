@@ -20,6 +20,9 @@ from gpt_jax.model.layers import FFNS
 from gpt_jax.model.transformer import count_params
 
 
+MOST_LAYERS = 512  # the arithmetic goes through them one by one, for each of hundreds of meshes
+
+
 class Array(NamedTuple):
     """Arrays of the state that are cut alike. `part`: params, opt, ema or rest; `axes`: that cut them under ZeRO-3;
     `stacked`: layers first, which stages of a pipeline share; `role`: layer, expert, embed or head."""
@@ -100,7 +103,10 @@ def _widths(model: configs.Model, spec) -> Widths:
 
 
 def make_job(config: configs.Config) -> Job:
-    """Traces the state of `config` (3 s for the largest presets). UsageError for what has no size."""
+    """Traces the state of `config` (3 s for the largest presets). UsageError for what has no size, and for a mistake of
+    one."""
+    if config.model.layers > MOST_LAYERS:
+        raise UsageError(f"config.model.layers = {config.model.layers}: a plan takes {MOST_LAYERS:,} at most; lower it")
     config = with_vocab(config)
     traced = replace(config, model=replace(config.model, kernel="reference"), mesh=configs.Mesh(data=1))
     mesh = sharding.make_mesh({}, jax.devices()[:1])
@@ -122,7 +128,7 @@ def pieces(array: Array, shape: dict[str, int], zero: int = 3) -> int:
     return math.prod(shape[axis] for axis in kept) * (shape["pipeline"] if array.stacked else 1)
 
 
-def entries(job: Job, shape: dict[str, int], part: str, zero: int = 3, role: str = "", bytes_each: int = 0) -> float:
+def device_bytes(job: Job, shape: dict[str, int], part: str, zero: int = 3, role: str = "", bytes_each: int = 0) -> float:
     """Bytes on one device of a part of the state (`bytes_each`: instead of the arrays' own size)."""
     return sum(size * (bytes_each or array.itemsize) / pieces(array, shape, zero) for array, size in job.state.items()
                if array.part == part and (not role or array.role == role))

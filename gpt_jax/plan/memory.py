@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.model.grouped import WAYS, block_rows
-from gpt_jax.plan.job import Job, Widths, entries
+from gpt_jax.plan.job import Job, Widths, device_bytes
 
 GATHERED = {"fsdp": 1, "context": 1, "pipeline": 1}  # axes that cut no weight of experts where it is multiplied
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
@@ -157,7 +157,7 @@ def buffered(widths: Widths, model: configs.Model, times: float, platform: str) 
 
 def experts_bytes(job: Job, shape: dict[str, int], bytes_each: int) -> float:
     """Of all layers' experts, as a device multiplies with them, at so many bytes a weight."""
-    return entries(job, shape | GATHERED, "params", 3, "expert", bytes_each)
+    return device_bytes(job, shape | GATHERED, "params", 3, "expert", bytes_each)
 
 
 def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
@@ -196,7 +196,7 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     """For a mesh of these axis sizes; `kernel`: the attention kernel's name; `platform`: tpu or gpu."""
     config, zero = job.config, job.config.mesh.zero
     model, train, here, half = config.model, config.train, local(job, shape), compute_bytes(job)
-    parameters = entries(job, shape, "params", zero)
+    parameters = device_bytes(job, shape, "params", zero)
     fsdp = math.prod(shape[axis] for axis in configs.FSDP_AXES) > 1
     stages = shape["pipeline"]
     times = spare(model, shape, here.tick_tokens, platform)
@@ -207,7 +207,7 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
         activations += 3 * here.tokens * stages * stream_bytes(job, shape)
     activations += here.tokens * stream_bytes(job, shape) * (1 + model.residual_scalars + model.backout)
     sparse = sum(widths.sent > 0 for widths in job.layers)
-    layer = entries(job, shape | GATHERED | {"expert": 1}, "params", 3, "layer", half) / len(job.layers)
+    layer = device_bytes(job, shape | GATHERED | {"expert": 1}, "params", 3, "layer", half) / len(job.layers)
     experts = experts_bytes(job, shape, half) / max(1, sparse)
     working = here.tick_tokens * (STREAMS * stream_bytes(job, shape) + max(inside(job, w, shape) for w in layers))
     if model.shard_sequence and shape["tensor"] > 1:
@@ -223,7 +223,7 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     if model.remat == "none" and fsdp and zero == 3:  # the gathered weights are kept for the backward pass
         gathered += (layer * len(job.layers) + experts * sparse) / stages
     return Memory(
-        parameters=parameters, optimizer=entries(job, shape, "opt", zero), average=entries(job, shape, "ema", zero),
+        parameters=parameters, optimizer=device_bytes(job, shape, "opt", zero), average=device_bytes(job, shape, "ema", zero),
         gradients=parameters * (1 + (train.accumulate > 1)),
         batch=(COLUMNS + APART * config.data.apart) * FULL * here.rows * train.seq_len / shape["context"] * train.accumulate,
         activations=activations, working=working, logits=logits, gathered=gathered,

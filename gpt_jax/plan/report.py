@@ -14,13 +14,15 @@ from gpt_jax.plan.topology import Topology
 
 
 class Horizon(NamedTuple):
-    """What a whole run comes to. `epochs` is None when nobody said how many tokens there are."""
+    """What a whole run comes to. `epochs` is None when nobody said how many tokens there are; `by`: whose time of a step
+    the days are, compiler or arithmetic."""
 
     tokens_per_step: int
     tokens: int
     tokens_per_parameter: float
     epochs: float | None
     days: float
+    by: str
     checkpoint_bytes: int
     checkpoint_seconds: float
 
@@ -30,13 +32,13 @@ def stored_bytes(job: Job) -> int:
     return sum(size * array.itemsize for array, size in job.state.items())
 
 
-def horizon(job: Job, topology: Topology, step: float, data_tokens: int, host_bandwidth: float) -> Horizon:
-    """`step`: seconds; `host_bandwidth`: bytes a second that one host writes to storage."""
+def horizon(job: Job, topology: Topology, step: float, by: str, data_tokens: int, host_bandwidth: float) -> Horizon:
+    """`step`: seconds, `by` whom; `host_bandwidth`: bytes a second that one host writes to storage."""
     train = job.config.train
     tokens = train.batch_size * train.seq_len
     stored = stored_bytes(job)
     return Horizon(tokens, tokens * train.steps, tokens * train.steps / job.parameters,
-                   tokens * train.steps / data_tokens if data_tokens else None, step * train.steps / 86_400, stored,
+                   tokens * train.steps / data_tokens if data_tokens else None, step * train.steps / 86_400, by, stored,
                    stored / (topology.hosts * host_bandwidth))
 
 
@@ -69,6 +71,12 @@ def head(job: Job, topology: Topology, seen: Estimate) -> list[str]:
             f"{job.full_flops / 1e9:,.3g} GFLOP a token (full map; causal {job.causal_flops / 1e9:,.3g})"]
 
 
+def left_out(config: configs.Config) -> list[str]:
+    """What neither arithmetic nor compiler counts of this config."""
+    return ["config.model.remat = 'offload': its copies to the host's memory and back are not in the step's time"] * (
+        config.model.remat == "offload")
+
+
 def arithmetic(topology: Topology, seen: Estimate) -> list[str]:
     """The arithmetic stage's lines."""
     rows = [f"  {name:<12} {size(value):>12}" for name, value in seen.memory.rows().items() if value]
@@ -87,7 +95,8 @@ def arithmetic(topology: Topology, seen: Estimate) -> list[str]:
 def run_lines(ahead: Horizon) -> list[str]:
     epochs = "" if ahead.epochs is None else f", {ahead.epochs:.2f} epochs"
     return [f"run: {ahead.tokens_per_step:,} tokens a step, {ahead.tokens:.3g} in all "
-            f"({ahead.tokens_per_parameter:.1f} a parameter{epochs}), {ahead.days:.1f} days",
+            f"({ahead.tokens_per_parameter:.1f} a parameter{epochs}), {ahead.days:.1f} days by "
+            f"the {'compiled step' if ahead.by == 'compiler' else 'arithmetic'}",
             f"checkpoint: {size(ahead.checkpoint_bytes)}, written in {seconds(ahead.checkpoint_seconds)}"]
 
 
@@ -116,7 +125,7 @@ def compiled(topology: Topology, done: dict, time: dict | None, expected: float,
             f"estimated MFU {time['mfu_full']:.1%} (full map), {time['mfu_causal']:.1%} (causal)"]
 
 
-def ranked(topology: Topology, found: list[Found]) -> list[str]:
+def ranked(found: list[Found]) -> list[str]:
     """A table of what was found, best first."""
     lines = [f"{'':>3} {'step':>9} {'MFU full':>8} {'causal':>7} {'peak GiB':>8}  {'mesh':<44} remat  microbatches"]
     for place, (one, seen) in enumerate(found, 1):
@@ -139,13 +148,12 @@ def command(spec: str, base: configs.Config, best: configs.Config, given: list[s
 
 
 def data(job: Job, topology: Topology, seen: Estimate, ahead: Horizon) -> dict:
-    """The arithmetic stage as plain data; bytes and seconds."""
+    """The job, and under `arithmetic` that stage, as plain data; bytes and seconds."""
+    stage = {"memory": seen.memory.rows() | {"peak": seen.memory.peak, "limit": topology.chip.memory},
+             "step_seconds": seen.step, "bound_by": seen.bound, "mfu_full": seen.mfu_full, "mfu_causal": seen.mfu_causal,
+             "terms": {"matmuls": seen.matmuls, "passes": seen.passes, "hidden": seen.hidden, "open": seen.open,
+                       "update": seen.update, "bubble": seen.bubble},
+             "flows": [flow._asdict() | {"link": link.name, "speed": link.speed} for flow, link in seen.flows],
+             "verdict": verdict(seen.memory.peak, topology)}
     return {"topology": str(topology), "devices": topology.devices, "mesh": seen.shape, "parameters": job.parameters,
-            "kernel": seen.kernel,
-            "memory": seen.memory.rows() | {"peak": seen.memory.peak, "limit": topology.chip.memory},
-            "step_seconds": seen.step, "bound_by": seen.bound, "mfu_full": seen.mfu_full, "mfu_causal": seen.mfu_causal,
-            "terms": {"matmuls": seen.matmuls, "passes": seen.passes, "hidden": seen.hidden, "open": seen.open,
-                      "update": seen.update, "bubble": seen.bubble},
-            "flows": [flow._asdict() | {"link": link.name, "speed": link.speed} for flow, link in seen.flows],
-            "fits": seen.fits, "verdict": verdict(seen.memory.peak, topology), "problems": list(seen.problems),
-            "run": ahead._asdict()}
+            "kernel": seen.kernel, "arithmetic": stage, "run": ahead._asdict()}

@@ -14,7 +14,7 @@ from gpt_jax import config as configs
 from gpt_jax.devices import GIB, GPU_FRACTION, mfu
 from gpt_jax.errors import UsageError
 from gpt_jax.model import experts, kernels
-from gpt_jax.plan.job import Job, entries
+from gpt_jax.plan.job import Job, device_bytes
 from gpt_jax.plan.memory import (FULL, Local, Memory, blockwise, compute_bytes, experts_bytes, local, memory, padding, spare,
                                    turns)
 from gpt_jax.plan.topology import Topology
@@ -146,8 +146,8 @@ def _sums_bytes(job: Job, shape: dict[str, int], here: Local, platform: str) -> 
 
 
 def update_seconds(job: Job, topology: Topology, shape: dict[str, int]) -> float:
-    state = sum(entries(job, shape, part) for part in ("params", "opt", "ema"))
-    return (UPDATE_TOUCHES * state + entries(job, shape, "params")) / topology.chip.bandwidth
+    state = sum(device_bytes(job, shape, part) for part in ("params", "opt", "ema"))
+    return (UPDATE_TOUCHES * state + device_bytes(job, shape, "params")) / topology.chip.bandwidth
 
 
 def choose_kernel(config: configs.Config, topology: Topology, shape: dict[str, int]) -> tuple[str, str]:

@@ -1,17 +1,20 @@
 """Meshes, remat policies and microbatches by the hundred, ranked by the arithmetic (called by commands/plan.py)."""
 
 import math
+from bisect import bisect_left
 from dataclasses import replace
+from functools import lru_cache
 from typing import Iterator, NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.plan.job import Job
+from gpt_jax.plan.job import Job, device_bytes
 from gpt_jax.plan.roofline import Estimate, estimate
 from gpt_jax.plan.topology import Topology
 
 REMATS = ("none", "dots", "block")  # offload needs the host's links, which the arithmetic leaves out
 LARGEST = {"tensor": 16, "context": 8, "pipeline": 8}  # beyond these the open flows always lose
 MARGIN = 0.92  # of the memory: arithmetic and compiler mostly differ by less than a tenth, see benchmarks/plan.py
+MOST = 1 << 20  # microbatches of a step: a mistake rather than a run, beyond
 CLOSE = 0.97  # of the arithmetic's peak: above it is what the compiler will refuse like one that it has refused
 
 
@@ -20,8 +23,11 @@ class Found(NamedTuple):
     estimate: Estimate
 
 
-def divisors(number: int, most: int = 1 << 30) -> list[int]:
-    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+@lru_cache(maxsize=None)
+def divisors(number: int, most: int = MOST) -> tuple[int, ...]:
+    """Those up to `most`, in order."""
+    small = [n for n in range(1, min(math.isqrt(number), most) + 1) if number % n == 0]
+    return tuple(sorted({*small, *(number // n for n in small if number // n <= most)}))
 
 
 def meshes(config: configs.Config, topology: Topology) -> Iterator[configs.Mesh]:
@@ -66,19 +72,33 @@ def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[config
                 yield made
 
 
-def search(job: Job, topology: Topology, limit: float | None = None) -> list[Found]:
-    """Everything whose peak by the arithmetic is at most `limit` bytes (MARGIN of the memory), fastest first."""
-    found, limit = [], MARGIN * topology.chip.memory if limit is None else limit
+def _standing(job: Job, topology: Topology, mesh: configs.Mesh) -> float:
+    """Bytes of a device that no policy saves: the state, and gradients as large as the parameters."""
+    shape = configs.mesh_shape(mesh, topology.devices)
+    return sum(device_bytes(job, shape, part, mesh.zero) for part in ("params", "params", "opt", "ema"))
+
+
+def _first(job: Job, topology: Topology, several: list[configs.Config], limit: float) -> Found | None:
+    """The first of `several` (see `variants`) that fits. Peaks fall with accumulation, but from 1 to 2, where a second
+    sum of gradients comes in."""
+    found = lru_cache(lambda place: Found(several[place], estimate(job._replace(config=several[place]), topology)))
+    fits = lambda place: found(place).estimate.memory.peak <= limit
+    if found(0).estimate.problems:
+        return None
+    place = 0 if fits(0) else 1 + bisect_left(range(1, len(several)), True, key=fits)
+    return found(place) if place < len(several) else None
+
+
+def fitting(job: Job, topology: Topology, limit: float) -> Iterator[Found]:
+    """Everything that runs and whose peak by the arithmetic is at most `limit` bytes."""
     for mesh in meshes(job.config, topology):
-        for several in variants(job.config, mesh):
-            for config in several:
-                seen = estimate(job._replace(config=config), topology)
-                if seen.problems:
-                    break
-                if seen.memory.peak <= limit:
-                    found.append(Found(config, seen))
-                    break
-    return sorted(found, key=_order)
+        if _standing(job, topology, mesh) <= limit:
+            yield from filter(None, (_first(job, topology, several, limit) for several in variants(job.config, mesh)))
+
+
+def search(job: Job, topology: Topology, limit: float | None = None) -> list[Found]:
+    """What fits `limit` bytes (MARGIN of the memory), fastest first."""
+    return sorted(fitting(job, topology, MARGIN * topology.chip.memory if limit is None else limit), key=_order)
 
 
 def _order(one: Found) -> tuple:

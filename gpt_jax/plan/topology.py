@@ -1,5 +1,6 @@
 """Machines by name: v5p:4x4x4, h100:64 (called by the plan's other files and commands/plan.py)."""
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -7,11 +8,14 @@ from dataclasses import dataclass
 from gpt_jax.devices import CHIPS, Chip, peak_flops
 from gpt_jax.errors import UsageError
 
-EXAMPLES = {"tpu": "v5p:4x4x4", "gpu": "h100:8"}
+EXAMPLES = {0: "8", 2: "4x4", 3: "4x4x4"}  # shapes, by dims of the torus
 # The largest pods, from Google Cloud's pages of each generation.
 PODS = {"v4": (16, 16, 16), "v5e": (16, 16), "v5p": (16, 20, 28), "v6e": (16, 16), "TPU7x": (16, 24, 24)}
 MOST_GPUS = 65_536  # a mistake rather than a cluster, beyond
-FLAT = (1, 2, 4, 8, 16)  # sizes of a dim of a 2-D torus; of a 3-D one: 1, 2 and the multiples of 4
+# Slices that Google Cloud's pages offer (v4, v5e, v5p, v6e, TPU7x): all of the 2-D generations; those of the 3-D ones
+# below a cube of 4x4x4, beyond which every dim is a multiple of 4.
+FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Topology:
         return tuple(size % 4 == 0 if self.chip.dims == 3 else size == 16 for size in self.shape)
 
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape)) if self.chip.dims else str(self.devices)
+        shape = by(self.shape) if self.chip.dims else str(self.devices)
         return f"{self.name}:{shape}" + (f" x {self.slices} slices" if self.slices > 1 else "")
 
 
@@ -52,22 +56,30 @@ def known() -> str:
     return ", ".join(f"{name}:{'x'.join('N' * max(1, chip.dims))}" for name, chip in CHIPS.items())
 
 
-def offered(size: int, dims: int) -> bool:
-    """Whether there are slices with a dim of this size."""
-    return size in FLAT if dims == 2 else size in (1, 2) or size % 4 == 0
+def offered(name: str) -> list[tuple[int, ...]]:
+    """Shapes of the slices that there are."""
+    if CHIPS[name].dims == 2:
+        return [*FLAT]
+    return [*SMALL, *itertools.product(*(range(4, most + 1, 4) for most in PODS[name]))]
+
+
+def by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def check_slice(text: str, name: str, sizes: tuple[int, ...], flag: str) -> None:
     """UsageError, with one that there is, for a slice that nobody offers."""
-    dims, most = CHIPS[name].dims, math.prod(PODS[name])
-    shape = lambda sizes: f"as in {name}:{'x'.join(map(str, sizes))}"
-    if math.prod(sizes) > most:
-        raise UsageError(f"{flag}={text}: {math.prod(sizes):,} chips are more than a pod of {most:,}; {shape(PODS[name])}, "
+    count, most, shapes = math.prod(sizes), PODS[name], offered(name)
+    if count > math.prod(most):
+        raise UsageError(f"{flag}={text}: {count:,} chips are more than a pod of {math.prod(most):,}; as in {name}:{by(most)}, "
                          "and --slices for several")
-    if not all(offered(size, dims) for size in sizes):
-        near = [next(n for n in range(size, 0, -1) if offered(n, dims)) for size in sizes]
-        known = "1, 2, 4, 8 or 16" if dims == 2 else "1, 2 or a multiple of 4"
-        raise UsageError(f"{flag}={text}: there are no such slices: each dim is {known}; {shape(near)}")
+    if sizes not in shapes:
+        # The largest that has no more chips, and of those the nearest to a cube.
+        near = max((s for s in shapes if math.prod(s) <= count), key=lambda s: (math.prod(s), -sum(s), s[::-1]),
+                   default=shapes[0])
+        rest = "" if len(most) == 2 else f" and multiples of 4 up to {by(most)}"
+        raise UsageError(f"{flag}={text}: there are no such slices; offered are "
+                         f"{', '.join(map(by, FLAT if len(most) == 2 else SMALL))}{rest}; as in {name}:{by(near)}")
 
 
 def parse(text: str, slices: int = 1, flag: str = "--topology") -> Topology:
@@ -81,19 +93,19 @@ def parse(text: str, slices: int = 1, flag: str = "--topology") -> Topology:
     sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", shape) else ()
     wanted = max(1, chip.dims)
     if len(sizes) != wanted:
-        raise UsageError(f"{flag}={text}: expected {name}:{'x'.join('N' * wanted)}, as in "
-                         f"{EXAMPLES[chip.platform]}")
+        raise UsageError(f"{flag}={text}: expected {name}:{'x'.join('N' * wanted)}, as in {name}:{EXAMPLES[chip.dims]}")
     if slices < 1:
         raise UsageError(f"--slices={slices}: expected 1 or more")
     if chip.platform == "tpu":
         check_slice(text, name, sizes, flag)
         return Topology(name, chip, sizes, slices)
-    if slices > 1:
-        raise UsageError(f"--slices={slices}: GPUs have none; give their number, as in {name}:{8 * slices}")
     count = sizes[0]
+    if slices > 1:
+        raise UsageError(f"--slices={slices}: GPUs have none; give the number of all of them, as in {name}:{count * slices}")
     if count > MOST_GPUS:
         raise UsageError(f"{flag}={text}: more than {MOST_GPUS:,} GPUs; as in {name}:{MOST_GPUS}")
     if count > chip.per_host and count % chip.per_host:
-        raise UsageError(f"{flag}={text}: {count} GPUs do not fill hosts of {chip.per_host}")
+        raise UsageError(f"{flag}={text}: {count} GPUs do not fill hosts of {chip.per_host}; take "
+                         f"{name}:{count - count % chip.per_host} or {name}:{count - count % chip.per_host + chip.per_host}")
     per_host = min(count, chip.per_host)
     return Topology(name, chip, (count // per_host, per_host))
