@@ -1,5 +1,6 @@
 """What each layer of a model is, and how layers repeat."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from gpt_jax.config.fields import Model
@@ -28,6 +29,7 @@ def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
                  for i in range(layers))
 
 
+@lru_cache  # a plan asks for every mesh
 def layout(specs: tuple[LayerSpec, ...]) -> Layout:
     """The split that compiles the fewest layers."""
 
