@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from gpt_jax import config
+from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.train import muon
 from gpt_jax.train.optim import assign, describe, ema_init, ema_update, gradient_norm, leaf_dims, make_optimizer
@@ -395,7 +395,7 @@ def like_its_parameter(state, params) -> list[str]:
 
 def on_eight_devices():
     jax.config.update("jax_num_cpu_devices", 8)
-    mesh, report = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor")), {}
+    mesh, report = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2)), {}
 
     def place(tree):
         return nest({path: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*SHAPES[path][1])))
