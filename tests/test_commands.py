@@ -1,6 +1,7 @@
 """The commands that take a checkpoint, and what all commands share: their output, and that their numbers are the right
 ones."""
 
+import os
 import io
 import json
 import math
@@ -319,12 +320,21 @@ def test_help(call, given):
     assert [code for code, meaning in EXIT_CODES.items() if f"{code} {meaning}" not in out] == []
 
 
+def test_several_cpu_devices_have_threads_to_wait_in(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    environs = [{}, {}, {}, {"PJRT_NPROC": "3"}]
+    for devices, environ in zip((0, 1, 4, 4), environs):
+        runtime.environment.keep_threads(devices, environ)
+    assert environs == [{}, {}, {"PJRT_NPROC": "16"}, {"PJRT_NPROC": "3"}]
+
+
 @pytest.mark.parametrize("given, several", [([], False), (["--cpu_devices=1"], False), (["--cpu_devices=2"], True), (
     ["--num_processes=2", "--coordinator=a:1"], True), (["--distributed"], True)])
 def test_cpu_devices_that_talk_to_each_other_take_one_step_at_a_time(given, several, monkeypatch):
     """With several in flight they can wait for each other for ever."""
     changed = {}
-    for module, name in ((runtime.environment, "prepare"), (runtime, "keep_memory"), (runtime, "join")):
+    for module, name in ((runtime.environment, "prepare"), (runtime.environment, "keep_threads"), (runtime, "keep_memory"),
+                         (runtime, "join")):
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(jax.config, "update", changed.__setitem__)
     parser = runtime.Flags()

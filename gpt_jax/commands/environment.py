@@ -8,6 +8,17 @@ NO_TPU = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_HOST_BOUNDS": "1,1,1", "TPU_
 SKIP = "TPU_SKIP_MDS_QUERY"  # set by `import jax` where it sees no TPU on the bus
 
 
+THREADS = 4  # for each fake device
+
+
+def keep_threads(cpu_devices: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Threads enough for several fake CPU devices: XLA's pool has one a core, each collective of a device holds one until
+    the others have come, and those may need one too to get there. On 2 cores, 2 processes of 4 devices stood still for
+    ever so, seen in their stacks. What is set already stays."""
+    if cpu_devices > 1:
+        environ.setdefault("PJRT_NPROC", str(max(THREADS * cpu_devices, os.cpu_count() or 1)))
+
+
 def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
     """Call before the first device. What is set already stays: a GPU's memory by JAX's own names (of which it takes one
     only), and everything about TPUs."""

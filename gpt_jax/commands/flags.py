@@ -81,6 +81,7 @@ def start_runtime(args: argparse.Namespace) -> None:
     check_runtime(args)
     keep_memory()
     environment.prepare()
+    environment.keep_threads(args.cpu_devices)
     import jax
 
     if args.cpu_devices:
