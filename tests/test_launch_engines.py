@@ -12,6 +12,7 @@ import time
 import tomllib
 from argparse import Namespace
 
+import jax
 import pytest
 import runs
 import yaml
@@ -238,6 +239,20 @@ EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURM_GPUS_ON_NODE": "8"}
 def test_a_slurm_task_takes_its_part_of_the_gpus(environ, wanted):
     assert join.own_devices(ALONE, SLURM | environ) == wanted
     assert join.own_devices(ALONE, environ) is None  # not a task of SLURM
+
+
+@pytest.mark.parametrize("device, wanted", [(None, None), (3, [3])])
+def test_a_tpu_pods_place_is_left_to_jax(device, wanted, monkeypatch):
+    """All but the devices that --local_device names, and for how long to wait."""
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **more: given.update(more))
+    for name in ("keep_stdout", "leave_on_abort"):
+        monkeypatch.setattr(join, name, lambda *_: None)
+    monkeypatch.setattr("jax.experimental.multihost_utils.sync_global_devices", lambda name: None)
+    for name in ("SLURM_JOB_ID", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    join.join(Namespace(**vars(ALONE) | {"local_device": device, "join_seconds": 7, "heartbeat_seconds": 3}))
+    assert given == {"local_device_ids": wanted, "initialization_timeout": 7, "heartbeat_timeout_seconds": 3}
 
 
 @pytest.mark.parametrize("gpus, tasks", [(4, 8), (8, 3)])

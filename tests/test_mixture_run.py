@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -167,6 +168,17 @@ def test_inspect_names_every_row_of_a_step(folder, whole, capsys, step):
     shown = capsys.readouterr().out
     assert shown.count("\nrow ") == 1 and shown.startswith("row 0: example ")
     assert rows[0]["documents"][0]["name"] in shown
+
+
+def test_inspect_takes_no_accelerator(whole, capsys):
+    """Which the run itself may be using: only the CPU's platform is left to JAX."""
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "cuda,cpu")
+    try:
+        runs.call("inspect", f"--workdir={whole}", "--batch=1", "--rows=1")
+        assert jax.config.jax_platforms == "cpu"
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 def test_inspect_says_that_a_step_is_beyond_the_last(whole, capsys):

@@ -138,7 +138,8 @@ def test_what_offload_costs_is_not_counted_and_said(capsys):
 
 
 @pytest.mark.parametrize("more, words", [([], "there is no program without --compile"),
-                                         (["--compile"], "cannot be written")])
+                                         (["--compile"], "cannot be written"),
+                                         (["--compile=2", "--search"], "--search compiles one program after the other")])
 def test_a_program_that_cannot_be_kept_is_refused_at_once(more, words, monkeypatch):
     monkeypatch.setattr(command, "compile_outside", None)
     for place in ("/no/such/folder/x.hlo", str(CONFIGS)):

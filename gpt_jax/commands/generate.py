@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> None:
     several = args.cpu_devices or args.num_processes > 1 or args.distributed
     if several and args.devices:
         raise UsageError(f"--devices={args.devices}: several processes, and --cpu_devices, use all devices; leave it out")
+    if args.devices is None:
+        args.devices = 0 if several else 1
     sampling = Sampling(stop=tuple(args.stop), **{name: getattr(args, name) for name in HELP})
     start_runtime(args)
     end_on_request()
@@ -74,8 +76,7 @@ def run(args, prompts, sampling) -> None:
     first = jax.process_index() == 0
     say = make_say(sys.stderr)
     out = sys.stdout.buffer  # UTF-8 whatever the terminal's locale says
-    devices = 0 if args.cpu_devices or jax.process_count() > 1 else 1 if args.devices is None else args.devices
-    loaded = load.load(args.checkpoint, args.step, say, devices)
+    loaded = load.load(args.checkpoint, args.step, say, args.devices)
     single = len(prompts) * sampling.num_samples == 1 and not args.json
     done, began = [], time.perf_counter()
     with jax.set_mesh(loaded.mesh):

@@ -101,6 +101,9 @@ def check_keep(args) -> None:
     """UsageError for a --keep_hlo that gets nothing, or cannot."""
     if not args.compile:
         raise UsageError(f"--keep_hlo={args.keep_hlo}: there is no program without --compile; add it, or leave this out")
+    if args.search:
+        raise UsageError(f"--keep_hlo={args.keep_hlo}: --search compiles one program after the other; plan the one it finds "
+                         "without --search")
     file = Path(args.keep_hlo)
     if file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise UsageError(f"--keep_hlo={args.keep_hlo}: cannot be written; name a file in a folder that is there and yours")

@@ -111,7 +111,8 @@ def _expand(spec: str, key: str) -> list[Source]:
             raise UsageError(f"{key} = {spec!r}: no file matches")
         found = [source for match in matches for source in (_one(match) if here else _one_remote(match))]
     else:
-        here and _file(path, spec)  # has more to say of a link
+        if here:
+            _file(path, spec)  # has more to say of a link
         raise UsageError(f"{key} = {spec!r}: no such file or directory")
     if not found:
         raise UsageError(f"{key} = {spec!r}: no usable files; read are {SUFFIXES}; token files of other tools "
