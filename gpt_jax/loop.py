@@ -66,7 +66,7 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
             state = one_step(progress, state, step, columns, profile)
             beat()
             checkpoints.check()
-            stopping = stop(step)
+            stopping = stop()
             progress.end = step if stopping else progress.end
             if stopping:  # first of all, and so without metrics of this step: who asks may not wait long
                 save(progress, checkpoints, state, step)

@@ -33,10 +33,13 @@ def peer_gone(error: BaseException | None) -> bool:
 
 class StopRequest:
     """SIGTERM and SIGUSR1 as a question asked once a step. Over several processes JAX's preemption service makes all of
-    them answer yes at the same step; it owns SIGTERM there, so SIGUSR1 is passed on as one."""
+    them answer yes at the same step; it owns SIGTERM there, so SIGUSR1 is passed on as one.
+
+    What it compares is a count of the questions and not the step: asked before any question, the processes agree on number
+    1, and a resumed run never comes to that step again."""
 
     def __init__(self):
-        self.seen = False
+        self.seen, self.asked = False, 0
         self.shared = jax.process_count() > 1
         if self.shared:
             handlers = {signal.SIGUSR1: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
@@ -52,11 +55,12 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def __call__(self, step: int) -> bool:
-        """True when the run should save and stop after `step`."""
+    def __call__(self) -> bool:
+        """True when the run should save and stop after this step. All processes ask after each of the same steps."""
+        self.asked += 1
         if self.shared:
             from jax.experimental import multihost_utils
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self.asked)
         return self.seen
 
 

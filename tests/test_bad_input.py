@@ -170,6 +170,7 @@ def test_command_line(name, tmp_path, monkeypatch):
 FILES = {
     "syntax error": ("def get_config(:\n", ["line 1"]),
     "other mistake": ("def get_config():\n    return nothing\n", ["nothing"]),
+    "an exit": ("raise SystemExit(7)\n", ["SystemExit: 7"]),
     "no such module": ("import no_such_module_at_all\n", ["no_such_module_at_all"]),
     "no get_config": ("values = 1\n", ["has no get_config()"]),
     "not a ConfigDict": ("def get_config():\n    return None\n", ["get_config()"]),

@@ -262,7 +262,7 @@ MOE = dict(pattern=(("attention", "moe"),))
     (dict(tensor=8), dict(), ("config.model.heads = 4", "config.mesh.tensor = 8")),
     (dict(tensor=4), dict(model=dict(kv_heads=1)), ("config.model.kv_heads = 1", "config.mesh.tensor = 4")),
     (dict(tensor=4), dict(model=dict(mlp=30)), ("config.model.mlp = 30",)),
-    (dict(tensor=4), dict(model=dict(vocab=257)), ("config.model.vocab = 257", "vocab_multiple")),
+    (dict(tensor=4), dict(model=dict(vocab=257)), ("config.model.vocab = 257", "set it to 260, or to 0", "vocab_multiple to 4")),
     (dict(fsdp=8), dict(model=dict(embed=36)), ("config.model.embed = 36", "fsdp x expert x context = 8")),
     (dict(context=2), dict(train=dict(seq_len=254)), ("config.train.seq_len = 254", "config.mesh.context = 4")),
     (dict(context=4), dict(train=dict(loss_chunk=2)), ("config.train.loss_chunk = 2", "config.mesh.context = 4")),
@@ -294,11 +294,15 @@ def test_meshes_that_the_model_cannot_run_on_are_not_offered():
 
 
 @pytest.mark.parametrize("batch, accumulate, data, fsdp", [(9, 1, 8, 1), (12, 2, 2, 4), (4, 1, 8, 1), (6, 3, 1, 8),
-                                                           (20, 2, 4, 2), (1, 1, 2, 4)])
+                                                           (20, 2, 4, 2), (1, 1, 2, 4), (48, 12, 2, 4), (8, 8, 8, 1)])
 def test_the_batch_size_that_the_error_suggests_works(batch, accumulate, data, fsdp):
     sections = lambda size: dict(train=dict(batch_size=size, accumulate=accumulate), mesh=dict(data=data, fsdp=fsdp))
     message = refuses(lambda: config.check(made(**sections(batch)), devices=8), f"config.train.batch_size = {batch}")
-    suggested = int(message.rsplit("try ", 1)[1])
+    suggested, _, fewer = message.rsplit("try ", 1)[1].partition(", or config.train.accumulate=")
+    suggested = int(suggested)
+    assert bool(fewer) == (batch % (data * fsdp) == 0)
+    if fewer:
+        config.check(made(train=dict(batch_size=batch, accumulate=int(fewer)), mesh=sections(batch)["mesh"]), devices=8)
     assert batch < suggested < batch + 8 * accumulate
     config.check(made(**sections(suggested)), devices=8)
 

@@ -123,12 +123,17 @@ def test_a_stop_before_the_loop_leaves_at_once(tmp_path, number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_of_one_before_the_loop_stops_both_behind_its_first_steps(tmp_path, number):
+    """Of a new run, and of the same one when it goes on."""
     python = [("-m", "gpt_jax"), ("-c", EARLY.format(module="experiment", name="build", number=int(number)))]
-    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python)
-    for process in job:
-        process.end(10)
-        (last,) = said(process)
-        assert int(last.split("stopped on request after step ")[1].split()[0]) < 10
+    before = 0
+    for _ in range(2):
+        job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python)
+        for process in job:
+            process.end(10)
+            (last,) = said(process)
+            step = int(last.split("stopped on request after step ")[1].split()[0])
+            assert before < step < before + 10
+        before = step
 
 
 @pytest.mark.parametrize("victim", [0, 1])

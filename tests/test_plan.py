@@ -39,7 +39,9 @@ def test_machines_by_name(text, count, hosts):
                                                  ("v5p:4x4x5", 1, "2x2x1, .* multiples of 4 up to 16x20x28; as in v5p:4x4x4"),
                                                  ("v5p:64x4x4", 1, "as in v5p:8x8x16"), ("v4:1x1x1", 1, "as in v4:2x2x1"),
                                                  ("v5p:1x1x28", 1, "as in v5p:2x2x4"),
-                                                 ("h100:65544", 1, "more than 65,536 GPUs")])
+                                                 ("h100:65544", 1, "more than 65,536 GPUs"),
+                                                 ("h100:1000000", 1, "more than 65,536 GPUs"),
+                                                 ("v5p:2x2x1", 1025, "--slices=1025: expected 1 to 1024")])
 def test_machines_that_are_none(text, slices, words):
     with pytest.raises(UsageError, match=words):
         topology.parse(text, slices)

@@ -25,6 +25,43 @@ def test_every_problem_is_named():
                                                       "config.train.batch_size", "config.train.batch_size"]
 
 
+MOE = f"{CONFIGS / 'moe.py'}:8x7b"
+
+
+@pytest.mark.parametrize("given, words", [
+    ("experts_per_token=9", "config.model.experts_per_token = 9: is more than config.model.experts = 8"),
+    ("heads=7", "config.model.heads = 7: does not divide .*; and config.model.kv_heads = 8: must divide"),
+    ("kv_heads=3", "config.model.kv_heads = 3: must divide"), ("windows=()", "config.model.windows = .*: needs at least one"),
+    ("pattern=()", "config.model.pattern = .*: needs at least one")])
+def test_a_model_that_is_none_is_refused_before_it_is_traced(given, words):
+    with pytest.raises(UsageError, match=f"^{words}"):
+        command.main(["--config", MOE, "--topology=v5p:4x4x4", f"--config.model.{given}"])
+
+
+def test_only_meshes_that_run_are_offered():
+    with pytest.raises(UsageError, match="^config.mesh.pipeline = 4: 4 does not match 16 devices") as error:
+        command.main(["--config", f"{CONFIGS / 'modern.py'}:d4", "--topology=v5e:4x4", "--config.mesh.fsdp=1",
+                      "--config.mesh.pipeline=4"])  # it has two pairs of layers
+    _, _, offers = str(error.value).partition("the nearest that do: ")
+    assert "config.mesh.fsdp=8 config.mesh.pipeline=2" in offers and "pipeline=16" not in offers
+
+
+def test_tokens_beyond_a_capacity_are_no_work_done():
+    """A factor of 0.1 multiplies a tenth of the choices, and counts a tenth of them."""
+    machine, mfu = topology.parse("v5p:4x4x4"), {}
+    for factor in (0.1, 1.0):
+        job = job_of("moe:8x7b", "--config.model.dispatch=capacity", f"--config.model.capacity_factor={factor}")
+        mfu[factor] = roofline.estimate(job, machine).mfu_full
+    assert 0 < mfu[0.1] < mfu[1.0] < 1
+
+
+def test_weights_kept_whole_are_offered_to_be_cut():
+    job, machine = llama("--config.mesh.zero=1"), topology.parse("v5p:4x4x4")
+    assert not roofline.estimate(job, machine).fits
+    first, *_ = search.advice(job, machine)
+    assert "--config.mesh.zero=3" in search.overrides(job.config, first.config)
+
+
 def test_what_does_not_fit_is_told_what_would():
     machine = topology.parse("v5e:4x4")
     job = changed(llama(), mesh=dict(fsdp=-1), train=dict(accumulate=1, batch_size=512), eval=dict(batch_size=512))
@@ -216,7 +253,8 @@ def test_where_nothing_runs_the_report_says_so():
 
 @pytest.mark.parametrize("given, words", [
     (["--search=0"], "--search=0: expected 1 or more"), (["--compile=2"], "--compile=2: without --search"),
-    (["--config.mesh.tensor=3"], "config.mesh.tensor = 3"), (["--config.trian.steps=1"], "config.trian")])
+    (["--config.mesh.tensor=3"], "config.mesh.tensor = 3"), (["--config.trian.steps=1"], "config.trian"),
+    (["--slices=x"], "argument --slices: invalid int")])
 def test_json_also_of_what_cannot_run(given, words, capsys):
     with pytest.raises(UsageError) as error:
         command.main(["--config", f"{CONFIGS / 'llama.py'}:8b", "--topology=v5p:2x2x1", "--json", *given])
@@ -241,7 +279,8 @@ def test_slices_without_sizes_across_them_hold_copies(capsys):
     assert found["arithmetic"]["verdict"].startswith("fits")
 
 
-@pytest.mark.parametrize("flag", ["--search=-2", "--compile=-1", "--data_tokens=-5", "--data_tokens=nan",
+@pytest.mark.parametrize("flag", ["--search=-2", "--compile=-1", "--data_tokens=-5", "--data_tokens=nan", "--data_tokens=inf",
+                                  "--data_tokens=0.5", "--write_bandwidth=inf",
                                   "--write_bandwidth=0", "--option=xla_foo", "--option==1"])
 def test_a_flag_out_of_range_is_named(flag):
     with pytest.raises(UsageError, match=f"^{flag}: expected"):

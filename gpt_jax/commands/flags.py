@@ -1,6 +1,7 @@
 """What commands share: flags, config files, and the runtime (devices, processes, allocator)."""
 
 import argparse
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -160,14 +161,17 @@ def load_config(spec: str, overrides: list[str]) -> config.Config:
     if not file.is_file():
         near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise UsageError(f"--config={spec}: no such file" + (f"; there are {', '.join(near)}" if near else ""))
+    if file.suffix != ".py":
+        raise UsageError(f"--config={spec}: is no Python file; expected FILE.py, or FILE.py:VARIANT")
     sys.path.insert(0, str(file.resolve().parent))  # a config may import its neighbours
     try:
         module_spec = importlib.util.spec_from_file_location(file.stem, file)
         module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UsageError(f"--config={spec}: the file has no get_config()")
-        made = module.get_config(argument) if argument else module.get_config()
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is the command's own, JSON even
+            module_spec.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise UsageError(f"--config={spec}: the file has no get_config()")
+            made = module.get_config(argument) if argument else module.get_config()
         if not isinstance(made, ConfigDict):
             raise UsageError(f"--config={spec}: get_config() gives {type(made).__name__}, not a ConfigDict")
         values = made.to_dict()
@@ -175,7 +179,7 @@ def load_config(spec: str, overrides: list[str]) -> config.Config:
         raise
     except ValueError as error:  # how a config refuses its argument
         raise UsageError(f"--config={spec}: {error}") from None
-    except Exception as error:  # whatever a file that is not a config does
+    except (Exception, SystemExit) as error:  # whatever a file that is not a config does
         line = " ".join(str(error).split())
         raise UsageError(f"--config={spec}: cannot be read as a config: {type(error).__name__}: {line}") from None
     finally:

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -44,8 +45,9 @@ def main(arguments: list[str]) -> None:
     flags.add_argument("--keep_hlo", metavar="FILE", help="where the compiled program's text goes")
     flags.add_argument("--json", action="store_true", help="print JSON")
     flags.add_argument("--inside", help=argparse.SUPPRESS)  # where a process of this command's own puts what it compiled
-    args, rest = flags.parse_known_args(arguments)
+    args = argparse.Namespace(json="--json" in arguments, topology=None, inside=None)  # for what cannot even be parsed
     try:
+        args, rest = flags.parse_known_args(arguments)
         trouble = checked(args, rest)
     except UsageError as error:
         if args.json and not args.inside:
@@ -81,16 +83,18 @@ def checked(args, rest: list[str]) -> str:
 
 def check(args) -> None:
     """UsageError for a flag out of its range."""
-    for name, least in (("compile", 1), ("search", 1), ("data_tokens", 0)):
-        if (given := getattr(args, name)) is not None and not given >= least:
-            raise UsageError(f"--{name}={given:g}: expected {least} or more")
+    for name, least in (("compile", 1), ("search", 1)):
+        if (given := getattr(args, name)) is not None and given < least:
+            raise UsageError(f"--{name}={given}: expected {least} or more")
+    if args.data_tokens and not 1 <= args.data_tokens < math.inf:
+        raise UsageError(f"--data_tokens={args.data_tokens:g}: expected 1 or more tokens, or 0 where nobody knows")
     if not args.search and (args.compile or 0) > 1:
         raise UsageError(f"--compile={args.compile}: without --search there is one program to compile; add --search, or leave "
                          "the number out")
     if args.keep_hlo is not None:
         check_keep(args)
-    if not args.write_bandwidth > 0:
-        raise UsageError(f"--write_bandwidth={args.write_bandwidth:g}: expected more than 0 bytes a second")
+    if not 0 < args.write_bandwidth < math.inf:
+        raise UsageError(f"--write_bandwidth={args.write_bandwidth:g}: expected bytes a second, more than 0, as in 1e9")
     for option in args.option:
         name, equals, _ = option.partition("=")
         if not (name and equals):

@@ -5,7 +5,7 @@ last place that sees a ConfigDict. Each room receives its own section. Values th
 checked in `check`, before anything compiles.
 """
 
-from gpt_jax.config.checks import check, problems, resolve, wsd_start
+from gpt_jax.config.checks import check, faults, problems, resolve, shape_on, wsd_start
 from gpt_jax.config.depth import Layout, LayerSpec, layer_specs, layout
 from gpt_jax.config.fields import (BALANCES, DENSE_FFNS, DISPATCHES, DTYPES, ENDLESS, FFNS, INITS, KERNELS, MIXERS, NORMS,
                                    OBJECTIVES, OPTIMIZERS, POSITIONS, REMATS, RESUMABLE, ROUTERS, ROWS, SCHEDULES, SPLITS,

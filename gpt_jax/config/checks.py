@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Callable
 
 from gpt_jax.config.depth import layer_specs, layout
 from gpt_jax.config.fields import ENDLESS, FFNS, MIXERS, Config, Optim
@@ -36,17 +37,22 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
     """Everything that must agree across fields of a resolved config; returns the mesh's axis sizes.
 
     Raises UsageError for the first disagreement, naming field, value and way out."""
-    runs = lambda mesh: not problems(dataclasses.replace(config, mesh=mesh), mesh_shape(mesh, devices), tokenizer_vocab)
-    shape = mesh_shape(config.mesh, devices, runs)
+    shape = shape_on(config, devices, tokenizer_vocab)
     if found := problems(config, shape, tokenizer_vocab):
         raise UsageError(found[0])
     return shape
 
 
-def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) -> list[str]:
-    """All disagreements on a mesh of these axis sizes, a line each. A model that is none ends the list: the rest would be
-    about layers that it does not have."""
-    model, train, optim, found = config.model, config.train, config.optim, []
+def shape_on(config: Config, devices: int, tokenizer_vocab: int = 0) -> dict[str, int]:
+    """Sizes of the mesh's axes for so many devices. UsageError, with the nearest meshes on which a resolved config runs,
+    where they do not multiply."""
+    runs = lambda mesh: not problems(dataclasses.replace(config, mesh=mesh), mesh_shape(mesh, devices), tokenizer_vocab)
+    return mesh_shape(config.mesh, devices, runs)
+
+
+def _needing(config: Config) -> tuple[list[str], Callable]:
+    """(lines, need): `need(ok, path, way_out)` adds a line about the field at `path` where `ok` is false."""
+    found = []
 
     def need(ok, path, way_out):
         if not ok:
@@ -55,6 +61,23 @@ def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) ->
                 value = getattr(value, part)
             found.append(f"config.{path} = {value!r}: {way_out}")
 
+    return found, need
+
+
+def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) -> list[str]:
+    """All disagreements on a mesh of these axis sizes, a line each. A model that is none ends the list: the rest would be
+    about layers that it does not have."""
+    found, need = _needing(config)
+    if config.model.pattern and config.model.windows:
+        for checked in (_check_split, _check_sequence, _check_experts, _check_stages):
+            checked(need, config, shape)
+    return [*faults(config, tokenizer_vocab), *found]
+
+
+def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
+    """All disagreements that are there on every mesh, a line each; a config without any has a model that can be traced."""
+    model, train, optim = config.model, config.train, config.optim
+    found, need = _needing(config)
     need(model.head_dim > 0, "model.heads",
          f"does not divide config.model.embed = {model.embed}; choose a divisor or set config.model.head_dim")
     need(model.heads % model.kv_heads == 0, "model.kv_heads", f"must divide config.model.heads = {model.heads}")
@@ -90,10 +113,11 @@ def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) ->
     need(optim.schedule != "wsd" or optim.warmup_steps <= decay_from, "optim.decay_fraction",
          f"decay would start at step {decay_from}, before config.optim.warmup_steps = {optim.warmup_steps} are over; "
          "lower one of them")
-    _check_split(need, config, shape)
-    _check_sequence(need, config, shape)
-    _check_experts(need, config, shape)
-    _check_stages(need, config, shape)
+    if any(ffn == "moe" for _, ffn in model.pattern):
+        need(model.experts_per_token <= model.experts, "model.experts_per_token",
+             f"is more than config.model.experts = {model.experts}")
+        need(model.dispatch != "capacity" or model.capacity_factor > 0, "model.capacity_factor",
+             "leaves an expert no token; expected more than 0, as 1.25")
     return found
 
 
@@ -105,18 +129,20 @@ def _check_split(need, config: Config, shape: dict) -> None:
     for path, size in (("heads", model.heads), ("kv_heads", model.kv_heads), ("mlp", model.mlp),
                        ("vocab", model.vocab)):
         need(size % shape["tensor"] == 0, f"model.{path}", f"must be divisible by config.mesh.tensor = {shape['tensor']}; "
-             + ("set config.model.vocab_multiple" if path == "vocab" else f"lower that to {tensor}"))
+             + (f"set it to {-(-size // shape['tensor']) * shape['tensor']}, or to 0 and config.model.vocab_multiple to "
+                f"{shape['tensor']}" if path == "vocab" else f"lower that to {tensor}"))
     need(model.embed % split == 0, "model.embed", f"must be divisible by fsdp x expert x context = {split} of the mesh")
     values = model.kv_heads * model.head_dim  # width of the value embeddings' table, cut over fsdp like the embedding's
     need(not model.value_embed or values % split == 0, "model.kv_heads",
          f"times config.model.head_dim = {model.head_dim} must be divisible by fsdp x expert x context = {split} of the mesh "
          "(value_embed)")
-    micro = train.batch_size // train.accumulate
+    micro, most = train.batch_size // train.accumulate, math.gcd(train.batch_size // rows, train.accumulate)
     need(train.batch_size % train.accumulate == 0, "train.batch_size",
          f"must be divisible by config.train.accumulate = {train.accumulate}")
     need(micro % rows == 0, "train.batch_size",
          f"gives {micro} rows a microbatch, which must be divisible by pipeline x data x fsdp x expert = {rows} of the mesh; "
-         f"try {-(-train.batch_size // (rows * train.accumulate)) * rows * train.accumulate}")
+         f"try {-(-train.batch_size // (rows * train.accumulate)) * rows * train.accumulate}"
+         + f", or config.train.accumulate={most}" * (train.batch_size % rows == 0))
     need(config.eval.batch_size % rows == 0, "eval.batch_size",
          f"must be divisible by pipeline x data x fsdp x expert = {rows} of the mesh")
 
@@ -139,14 +165,10 @@ def _check_experts(need, config: Config, shape: dict) -> None:
     model, across, tensor = config.model, shape["expert"], shape["tensor"]
     if all(ffn != "moe" for _, ffn in model.pattern):
         return
-    need(model.experts_per_token <= model.experts, "model.experts_per_token",
-         f"is more than config.model.experts = {model.experts}")
     need(model.experts % across == 0, "model.experts",
          f"must be divisible by config.mesh.expert = {across}; lower that to {math.gcd(model.experts, across)}")
     need(model.expert_mlp % tensor == 0, "model.expert_mlp",
          f"must be divisible by config.mesh.tensor = {tensor}; lower that to {math.gcd(model.expert_mlp, tensor)}")
-    need(model.dispatch != "capacity" or model.capacity_factor > 0, "model.capacity_factor",
-         "leaves an expert no token; expected more than 0, as 1.25")
     need(model.dispatch != "capacity" or shape["context"] == 1, "model.dispatch",
          f"counts an expert's tokens over whole rows, and config.mesh.context = {shape['context']} cuts them; use dropless")
 

@@ -57,17 +57,25 @@ def mesh_shape(mesh: Mesh, devices: int, runs: Callable[[Mesh], bool] = lambda m
 
 
 def _way_out(mesh: Mesh, given: dict[str, int], devices: int, free: bool, runs: Callable[[Mesh], bool]) -> str:
-    """The nearest sizes of the axes that are given that multiply to `devices` (`free`: divide it): fewest axes changed
-    first, and of the nearest 50 those that run, if any do."""
+    """The nearest sizes of the axes that are given, or of data and fsdp besides, that multiply to `devices` (`free`: divide
+    it): those that run, if any of the nearest 50 do."""
+    as_mesh = lambda sizes: replace(mesh, **{name.split(".")[-1]: size for name, size in sizes.items()})
+    plain = {f"config.mesh.{axis}": 1 for axis in ("data", "fsdp") if getattr(mesh, axis) == 1}
+    near = _nearest(given, devices, free)
+    run = [sizes for sizes in near if runs(as_mesh(sizes))] or [
+        sizes for sizes in _nearest(plain | given, devices, free) if runs(as_mesh(sizes))]
+    offers = [" ".join(f"{name}={size}" for name, size in sizes.items()) for sizes in (run or near)[:3]]
+    return f"the nearest that do: {' or '.join(offers)}" + ", but as it is the config runs on none of them" * (not run)
+
+
+def _nearest(given: dict[str, int], devices: int, free: bool) -> list[dict[str, int]]:
+    """Up to 50 of `_changes`, fewest axes changed first."""
     found = []
     for count in range(1, len(given) + 1):
         if len(found) < NEAREST:
             found += sorted(_changes(given, devices, free, count),
                             key=lambda sizes: sum(abs(math.log(size / given[name])) for name, size in sizes.items()))
-    as_mesh = lambda sizes: replace(mesh, **{name.split(".")[-1]: size for name, size in sizes.items()})
-    near = [sizes for sizes in found[:NEAREST] if runs(as_mesh(sizes))] or found
-    offers = [" ".join(f"{name}={size}" for name, size in sizes.items()) for sizes in near[:3]]
-    return f"the nearest that do: {' or '.join(offers)}"
+    return found[:NEAREST]
 
 
 def _changes(given: dict[str, int], devices: int, free: bool, count: int) -> list[dict[str, int]]:

@@ -103,11 +103,13 @@ def _widths(model: configs.Model, spec) -> Widths:
 
 
 def make_job(config: configs.Config) -> Job:
-    """Traces the state of `config` (3 s for the largest presets). UsageError for what has no size, and for a mistake of
-    one."""
+    """Traces the state of `config` (3 s for the largest presets). UsageError for what has no size, for a mistake of one, and
+    for a model that is none."""
     if config.model.layers > MOST_LAYERS:
         raise UsageError(f"config.model.layers = {config.model.layers}: a plan takes {MOST_LAYERS:,} at most; lower it")
     config = with_vocab(config)
+    if found := configs.faults(config):
+        raise UsageError("; and ".join(found))
     traced = replace(config, model=replace(config.model, kernel="reference"), mesh=configs.Mesh(data=1))
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     steps = experiment.make_steps(traced, mesh)

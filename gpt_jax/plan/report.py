@@ -54,7 +54,7 @@ def seconds(value: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if value >= scale:
             return f"{value / scale:.{2 if unit == 's' else 1}f} {unit}"
-    return f"{value * 1e6:.2g} us" if value else "0 s"
+    return f"{value * 1e6:.3g} us" if value else "0 s"
 
 
 def mesh_text(shape: dict[str, int]) -> str:

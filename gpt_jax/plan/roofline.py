@@ -61,7 +61,7 @@ class Estimate(NamedTuple):
 def problems(config: configs.Config, devices: int) -> tuple[dict[str, int] | None, list[str]]:
     """The mesh's axis sizes (None: there is no such mesh) and every disagreement of the config's fields on it."""
     try:
-        shape = configs.mesh_shape(config.mesh, devices)
+        shape = configs.shape_on(config, devices)
     except UsageError as error:
         return None, [str(error)]
     return shape, configs.problems(config, shape)
@@ -101,7 +101,7 @@ def _wasted(job: Job, shape: dict[str, int], here: Local, platform: str) -> floa
     """Entries of experts' matrices that a token is multiplied with for nothing: rows beyond a capacity's choices, half of
     each expert's last block."""
     model = job.config.model
-    times = (model.capacity_factor - 1 if model.dispatch == "capacity" else
+    times = (max(0.0, model.capacity_factor - 1) if model.dispatch == "capacity" else
              padding(model, shape, here.tick_tokens, platform) / 2)
     return times * sum(w.sent / (w.sent + model.shared_experts) * (w.inner + w.hidden) * model.embed
                        for w in job.layers if w.sent)

@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from typing import Iterator, NamedTuple
 
 from gpt_jax import config as configs
@@ -31,7 +32,8 @@ def divisors(number: int, most: int = MOST) -> tuple[int, ...]:
 
 
 def meshes(config: configs.Config, topology: Topology) -> Iterator[configs.Mesh]:
-    """Meshes that use every device. Slices hold copies (data), the rest of the axes stays inside a slice."""
+    """Meshes that use every device. Slices hold copies (data), the rest of the axes stays inside a slice. The config's own
+    `zero`, and 3."""
     model, inside = config.model, topology.devices // topology.slices
     moe = any(ffn == "moe" for _, ffn in model.pattern)
     for tensor in divisors(math.gcd(inside, math.gcd(model.heads, model.kv_heads)), LARGEST["tensor"]):
@@ -41,10 +43,10 @@ def meshes(config: configs.Config, topology: Topology) -> Iterator[configs.Mesh]
                     continue
                 left = inside // tensor // context // pipeline
                 for expert in divisors(math.gcd(left, model.experts)) if moe else (1,):
-                    for fsdp in divisors(left // expert):
+                    for fsdp, zero in product(divisors(left // expert), sorted({config.mesh.zero, 3})):
                         yield configs.Mesh(
                             pipeline=pipeline, data=left // expert // fsdp, fsdp=fsdp, expert=expert, context=context,
-                            tensor=tensor, dcn_data=topology.slices, zero=config.mesh.zero)
+                            tensor=tensor, dcn_data=topology.slices, zero=zero)
 
 
 def _rows(mesh: configs.Mesh) -> int:

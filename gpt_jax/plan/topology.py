@@ -11,7 +11,7 @@ from gpt_jax.errors import UsageError
 EXAMPLES = {0: "8", 2: "4x4", 3: "4x4x4"}  # shapes, by dims of the torus
 # The largest pods, from Google Cloud's pages of each generation.
 PODS = {"v4": (16, 16, 16), "v5e": (16, 16), "v5p": (16, 20, 28), "v6e": (16, 16), "TPU7x": (16, 24, 24)}
-MOST_GPUS = 65_536  # a mistake rather than a cluster, beyond
+MOST_GPUS, MOST_SLICES = 65_536, 1024  # a mistake rather than a cluster, beyond
 # Slices that Google Cloud's pages offer (v4, v5e, v5p, v6e, TPU7x): all of the 2-D generations; those of the 3-D ones
 # below a cube of 4x4x4, beyond which every dim is a multiple of 4.
 FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
@@ -90,12 +90,12 @@ def parse(text: str, slices: int = 1, flag: str = "--topology") -> Topology:
         raise UsageError(f"{flag}={text}: unknown hardware {name!r}; known are {known()}")
     name = table[name.lower()]
     chip = CHIPS[name]
-    sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", shape) else ()
+    sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})*", shape) else ()
     wanted = max(1, chip.dims)
     if len(sizes) != wanted:
         raise UsageError(f"{flag}={text}: expected {name}:{'x'.join('N' * wanted)}, as in {name}:{EXAMPLES[chip.dims]}")
-    if slices < 1:
-        raise UsageError(f"--slices={slices}: expected 1 or more")
+    if not 1 <= slices <= MOST_SLICES:
+        raise UsageError(f"--slices={slices}: expected 1 to {MOST_SLICES}")
     if chip.platform == "tpu":
         check_slice(text, name, sizes, flag)
         return Topology(name, chip, sizes, slices)
