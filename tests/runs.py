@@ -224,8 +224,9 @@ def job(folder: Path, processes: int, given, devices: int = 1, own=None, python=
     each runs instead of the program."""
     port = free_port()
     own, python = own or [[]] * processes, python or [("-m", "gpt_jax")] * processes
-    return [Process(folder, [*given, *own[k], f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
-                             f"--process_id={k}", f"--cpu_devices={devices}"], python[k]) for k in range(processes)]
+    return [Process(folder, [*given, f"--cpu_devices={devices}", f"--coordinator=127.0.0.1:{port}",
+                             f"--num_processes={processes}", f"--process_id={k}", *own[k]], python[k])
+            for k in range(processes)]
 
 
 def kill_all() -> None:

@@ -102,6 +102,13 @@ def test_gpu_pods_find_pod_0():
     assert {"name": "volume-0", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
 
 
+@pytest.mark.parametrize("gpus, tpu", [(1, None), (0, "v6e:4x4")])
+def test_a_dollar_in_the_command_is_one_in_the_pod(gpus, tpu):
+    """Kubernetes fills in $(NAME), and takes $$ for a dollar."""
+    made = kubernetes.jobset(kubernetes.Options("i", "n", 1, gpus, tpu, 1, 0, 0), ["train", "--config.a=$(NODE)$1"])
+    assert "--config.a=$$(NODE)$$1" in parts(made)[3]["command"]
+
+
 def test_volumes_have_names_of_their_own_and_several_paths():
     given = ("my.claim-1:/data", "shared-memory:/text", "my.claim-1:/cache/")
     pod = kubernetes.container(kubernetes.Options("i", "n", 1, 1, None, 1, 0, 0, given), [], {}, [])
@@ -190,7 +197,12 @@ def test_bad_kubernetes_flags(given, words):
     (["--gpus_per_node=8", "--", "train", LLAMA], "--workdir is missing"),
     (["--gpus_per_node=8", "--", "train", LLAMA, "--workdir=/w"], "config.data.path is empty"),
     (["--gpus_per_node=8", "--", *LLAMA_RUN], "--workdir=/w/runs: lies in no --volume, and a pod's own disk is lost with it; "
-     "as in --volume=CLAIM:/w/runs"),
+     "as in --volume=CLAIM:/data -- train --workdir=/data/runs"),
+    (["--gpus_per_node=8", "--", *LLAMA_RUN, "--workdir=runs/a"], "--workdir=runs/a: lies in no --volume"),
+    (["--gpus_per_node=8", "--volume=a:/w", "--", *LLAMA_RUN, "--workdir=/w/../x"], "--workdir=/w/../x: lies in no --volume"),
+    (["--gpus_per_node=8", "--", *LLAMA_RUN, "--join_seconds=0"], "--join_seconds=0: expected"),
+    (["--gpus_per_node=8", "--", *LLAMA_RUN, "--profile=9:1"], "--profile=9:1: expected START:STOP"),
+    (["--gpus_per_node=8", "--", *LLAMA_RUN, "--print_config"], "--print_config: prints and trains nothing"),
     (["--gpus_per_node=8", "--volume=a:/v", "--volume=b:/wo", "--", *LLAMA_RUN], "--workdir=/w/runs: lies in no --volume"),
     (["--gpus_per_node=8", "--", *LLAMA_RUN, "--distributed"], "--distributed: the launcher gives it"),
     (["--gpus_per_node=8", "--", "train", "--workdir=/w", "--config=c.py"], "--config=c.py: no such file"),
@@ -327,7 +339,7 @@ def test_slurm_may_give_gpus_by_other_options(tmp_path, monkeypatch, option):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, text = runs.refusal("launch", "slurm", "--time=9", "--sbatch", option, f"--logs={tmp_path}", "--", *LLAMA_RUN,
                               "--config.mesh.data=1", "--config.mesh.fsdp=8")
-    assert code == 2 and text.startswith("launch slurm: sbatch did not take it")
+    assert code == 2 and text.startswith("launch slurm: there is no sbatch here")
 
 
 @pytest.mark.parametrize("programs", [[], ["srun"]])
@@ -407,6 +419,8 @@ def test_tpu_pod_dry_run_prints_and_runs_nothing(tmp_path):
 @pytest.mark.parametrize("given, words", [
     ([], "--tpu=NAME"), (["--tpu=a"], "what is to run"), (["--tpu=a", "--zoen=b"], "unknown flag"),
     (["--tpu=a", "--restarts=x", "--", "train"], "--restarts=x: expected"),
+    *((["--tpu=a", f"--folder={text}", "--setup"], f"--folder={text}: expected a folder of its own") for text in (
+        "", "~/x", "/x/../y", ".", "..", "-x", "a b")), (["--tpu=a", "--folder=/", "--setup"], "--folder=: expected"),
     (["--tpu=a", "--", "train", "--config=c.py"], "train needs --workdir=DIR"),
     (["--tpu=a", "--", "train", "--workdir=/w"], "train needs --config=FILE"),
     (["--tpu=a,", "--", "train"], "--tpu=a,: an empty"),

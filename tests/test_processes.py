@@ -133,6 +133,15 @@ def test_processes_that_were_told_different_things_stop(tmp_path, own, words):
         assert process.err.splitlines()[-1].startswith(f"gpt-jax: {words}not the same on all processes of this job")
 
 
+def test_processes_with_different_numbers_of_devices_stop(tmp_path):
+    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job"), own=([], ["--cpu_devices=2"]))
+    finish(job, [2, 2])
+    for process in job:
+        assert process.err.splitlines()[-1] == (
+            "gpt-jax: the processes of this job have different numbers of devices: process 0 has 1, process 1 has 2; give "
+            "each the same --cpu_devices, or as many accelerators")
+
+
 def test_the_same_source_is_the_same_code_with_and_without_git(monkeypatch, tmp_path):
     same, said = version.same_code(), version.code_version()
     for commit in ("", "0123456789+"):

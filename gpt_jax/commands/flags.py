@@ -19,6 +19,7 @@ from gpt_jax.errors import Stopped, UsageError
 from gpt_jax.meeting import split_address
 
 
+MOST_CPU_DEVICES = 4096  # each takes memory and threads; 100,000 are minutes of silence
 LONGEST = 86400  # seconds to wait for another process; what takes longer, nobody is waiting for
 
 
@@ -52,8 +53,8 @@ def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
 
 def check_runtime(args: argparse.Namespace) -> None:
     """Raises UsageError for runtime flags that make no sense, before anything is started."""
-    if args.cpu_devices < 0:
-        raise UsageError(f"--cpu_devices={args.cpu_devices}: expected 0 or more")
+    if not 0 <= args.cpu_devices <= MOST_CPU_DEVICES:
+        raise UsageError(f"--cpu_devices={args.cpu_devices}: expected 0 to {MOST_CPU_DEVICES}")
     if args.num_processes < 1:
         raise UsageError(f"--num_processes={args.num_processes}: expected 1 or more")
     if args.local_device is not None and args.local_device < 0:

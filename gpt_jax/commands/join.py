@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from typing import Iterator, Mapping
 
@@ -101,13 +102,26 @@ def join(args: argparse.Namespace) -> None:
     except ValueError as error:  # JAX found no cluster
         raise UsageError(f"--distributed: no TPU pod and no SLURM job found here ({error}); give --coordinator=HOST:PORT "
                          "--num_processes=N --process_id=K") from None
+    if jax.process_count() > 1:
+        JOBS.append(Job())
+    same_devices()
     # The processes connect here: the first exchange waits 30 s for the others, later ones as long as it takes (to
     # prepare data, say).
     multihost_utils.sync_global_devices("joined")
-    if jax.process_count() > 1:
-        JOBS.append(Job())
     leave_on_abort("aborted: usually {gone} (killed, or its machine failed; its log may have the reason). If it is not, the "
                    "lines above show a fault of this process itself")
+
+
+def same_devices() -> None:
+    """UsageError, on all processes alike, where they bring different numbers of devices: no mesh of JAX's has room for
+    that."""
+    import jax
+
+    counts = Counter(device.process_index for device in jax.devices())
+    few, most = min(counts, key=counts.get), max(counts, key=counts.get)
+    if counts[few] != counts[most]:
+        raise UsageError(f"the processes of this job have different numbers of devices: process {few} has {counts[few]}, "
+                         f"process {most} has {counts[most]}; give each the same --cpu_devices, or as many accelerators")
 
 
 def leave_on_abort(line: str) -> None:

@@ -1,12 +1,14 @@
 """`gpt-jax launch local|slurm|kubernetes … train …`: starts a command as a job of several processes."""
 
 import argparse
+import posixpath
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import Flags, load_config, local_workdir
+from gpt_jax.commands.flags import Flags, check_runtime, load_config, local_workdir
 from gpt_jax.data.sources import EMPTY
 from gpt_jax.errors import Exit, UsageError
 
@@ -131,11 +133,14 @@ def slurm(arguments: list[str]) -> None:
                          "launch/slurm.sbatch") from None
     shape = Shape(args.nodes, tasks, gpus, args.time, args.restarts, args.name)
     logs = make_logs(args.logs)
+    if lacking := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
+        raise UsageError(f"launch slurm: there is no {lacking[0]} here; call it where a SLURM cluster takes jobs, or use "
+                         "launch local")
     try:
         executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
         executor.update_parameters(**parameters(shape, extra))
         job = executor.submit(Training([*rest, "--distributed"]))
-    except (RuntimeError, OSError) as error:  # no sbatch here, or sbatch refused
+    except (RuntimeError, OSError) as error:  # sbatch refused
         raise UsageError(f"launch slurm: sbatch did not take it: {' '.join(str(error).split())}") from None
     print(f"submitted job {job.job_id}; output: {job.paths.stdout}")
 
@@ -177,9 +182,10 @@ def kubernetes(arguments: list[str]) -> None:
         args.grace_seconds, tuple(args.volume), tuple(args.env)), rest)
     refuse(rest, "--cpu_devices")
     workdir = check_train(rest, count_devices(args), slices=args.slices if args.tpu_topology else 0)
-    if workdir and not any(Path(workdir).is_relative_to(path) for path in engine.mounts(args.volume)):
+    inside = Path(posixpath.normpath(workdir))  # of the pod, which has not this machine's folders and links
+    if workdir and not any(inside.is_relative_to(path) for path in engine.mounts(args.volume)):
         raise UsageError(f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; as in "
-                         f"--volume=CLAIM:{Path(workdir).absolute()}")
+                         f"--volume=CLAIM:/data -- train --workdir=/data/{inside.name}")
     print(engine.to_yaml(made), end="")
 
 
@@ -198,13 +204,18 @@ def check_train(command: list[str], devices: int, processes: int = 0, slices: in
     Returns the workdir, "" of other commands."""
     if command[0] != "train":
         return ""
-    from gpt_jax.commands.train import make_flags
+    from gpt_jax.commands.train import make_flags, parse_profile
 
     args, rest = make_flags().parse_known_args(command[1:])
+    check_runtime(args)
+    if args.print_config:
+        raise UsageError("--print_config: prints and trains nothing; call gpt-jax train for it, without the launcher")
     config = configs.resolve(load_config(args.config, rest))
     if not args.workdir:
         raise UsageError("--workdir is missing: where should the run's files go?")
     local_workdir(args.workdir)
+    if args.profile:
+        parse_profile(args.profile, config.train.steps)
     if not (config.data.path or config.data.sources):
         raise UsageError("config.data.path" + EMPTY)
     configs.check(config, devices or processes * args.cpu_devices or configs.least_devices(config.mesh))

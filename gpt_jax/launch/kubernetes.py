@@ -44,6 +44,7 @@ def jobset(options: Options, arguments: list[str]) -> dict:
         raise UsageError(f"--slices={options.slices}: slices are of TPUs; GPU machines are counted by --nodes")
     if options.tpu and options.nodes > 1:
         raise UsageError(f"--nodes={options.nodes}: --tpu_topology={options.tpu} says how many machines there are")
+    arguments = [word.replace("$", "$$") for word in arguments]  # a pod's $(NAME) is filled in, and $$ is a $
     job = gpu_job(options, arguments) if options.gpus else tpu_job(options, arguments)
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet",
