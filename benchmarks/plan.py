@@ -1,6 +1,7 @@
 """The README's table of plans: for each model and machine the best mesh that the search finds, compiled.
 
     python benchmarks/plan.py                       every row that benchmarks/plan.json does not have yet, one at a time
+    python benchmarks/plan.py --anew                every row again, also those that it has
     python benchmarks/plan.py --only=llama:8b       rows whose name has that in it
     python benchmarks/plan.py --refresh             the arithmetic of the rows that there are, anew (nothing compiles)
     python benchmarks/plan.py --table               the table in Markdown, from the file
@@ -104,11 +105,14 @@ def keep(key: str, row: dict) -> None:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--only", default="")
+    flags.add_argument("--anew", action="store_true")
     flags.add_argument("--refresh", action="store_true")
     flags.add_argument("--table", action="store_true")
     args = flags.parse_args()
     names = {f"{model} on {machine}": (model, machine) for model in MODELS for machine in MACHINES}
     wanted = {key: name for key, name in names.items() if args.only in key}
+    if not wanted:
+        raise SystemExit(f"--only={args.only}: no row has that in its name; rows are, say, {next(iter(names))}")
     if args.table:
         print(HEAD + "\n" + "|---" * 7 + "|")
         print("\n".join(text(row) for key in wanted if (row := stored().get(key))))
@@ -116,7 +120,7 @@ def main() -> None:
     for key, (model, machine) in wanted.items():
         if args.refresh and key in stored():
             keep(key, refresh(stored()[key]))
-        elif not args.refresh and key not in stored():
+        elif not args.refresh and (args.anew or key not in stored()):
             keep(key, run(model, machine))
             print(f"{stored()[key]['wall_seconds']:>5} s  {text(stored()[key])}", flush=True)
 

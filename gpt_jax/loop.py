@@ -72,18 +72,32 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
                 save(progress, checkpoints, state, step)
                 with progress.clock.phase("checkpoint", blocked=True):
                     checkpoints.wait()
+            cut = False
             if due(config.eval.every_steps, step) or step == train.steps:
-                evaluate(progress, state, step)
-            if due(config.eval.sample_every_steps, step) and step < train.steps:
+                cut = not evaluate(progress, state, step, stop if not stopping else never)
+            if due(config.eval.sample_every_steps, step) and step < train.steps and not cut:
                 write_samples(progress, state, step, 1)
-            if checkpoints.should_save(step) or (step == train.steps and not stopping):
+            if checkpoints.should_save(step) or cut or (step == train.steps and not stopping):
                 save(progress, checkpoints, state, step)
             beat()
-            if stopping and step < train.steps:
-                finish(progress, step)
-                raise Stopped(f"stopped on request after step {step} of {train.steps}, saved in "
-                              f"{checkpoints.directory}; the same command goes on from there")
-        return conclude(progress, checkpoints, state, say)
+            if cut or (stopping and step < train.steps):
+                raise stopped(progress, checkpoints, step)
+        return conclude(progress, checkpoints, state, stop, say)
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
+def stopped(progress: Progress, checkpoints, step: int) -> Stopped:
+    """What a run ends with that stops on request after `step`, with everything written."""
+    with progress.clock.phase("checkpoint", blocked=True):
+        checkpoints.wait()
+    progress.end = step
+    finish(progress, step)
+    return Stopped(f"stopped on request after step {step} of {progress.config.train.steps}, saved in "
+                   f"{checkpoints.directory}; the same command goes on from there")
 
 
 def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
@@ -150,26 +164,37 @@ def averaged_params(progress: Progress, state: TrainState):
     return state.ema if progress.config.train.ema else state.params
 
 
-def evaluate(progress: Progress, state: TrainState, step: int) -> None:
-    """Held-out metrics after update `step`."""
+def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[], bool]) -> bool:
+    """Held-out metrics after update `step`. False when `stop`, asked at each batch, has cut it short: all of the held-out
+    text may take longer than who asks will wait."""
     settle(progress)
     if progress.heldout:
-        with progress.clock.phase("eval"):
-            sums = lambda batches: evals.heldout_sums(
-                progress.parts.eval_step, averaged_params(progress, state), watched(batches, progress.beat),
-                progress.parts.mesh, progress.config.eval.batch_size)
-            found = {name: evals.heldout_metrics(sums(batches)) for name, batches in progress.heldout.items()}
+        sums = lambda batches: evals.heldout_sums(
+            progress.parts.eval_step, averaged_params(progress, state), watched(batches, progress.beat, stop),
+            progress.parts.mesh, progress.config.eval.batch_size)
+        try:
+            with progress.clock.phase("eval"):
+                found = {name: evals.heldout_metrics(sums(batches)) for name, batches in progress.heldout.items()}
+        except CutShort:
+            return False
         found = evals.by_source(found, progress.shares(step))
         check_finite("held-out loss", found["eval/loss"], step)
         progress.evaluated = step, found
         progress.writers.write(step, found)
     progress.restart_rate(step)
+    return True
 
 
-def watched(batches, beat: Callable[[], None]):
-    """`batches`, telling the watchdog at each that the run is alive."""
+class CutShort(Exception):
+    """Somebody has asked to stop."""
+
+
+def watched(batches, beat: Callable[[], None], stop: Callable[[], bool]):
+    """`batches`, telling the watchdog at each that the run is alive, and asking whether to go on (CutShort)."""
     for batch in batches:
         beat()
+        if stop():
+            raise CutShort
         yield batch
 
 
@@ -210,7 +235,7 @@ def finish(progress: Progress, step: int, **facts) -> report.Summary | None:
     return summary
 
 
-def conclude(progress: Progress, checkpoints, state: TrainState, say) -> report.Summary | None:
+def conclude(progress: Progress, checkpoints, state: TrainState, stop: Callable[[], bool], say) -> report.Summary | None:
     """The end of a run that got to its last step: three samples, the report, and where everything is. What a run that
     was already there has is not made again."""
     config, steps = progress.config, max(progress.config.train.steps, progress.start)
@@ -223,8 +248,8 @@ def conclude(progress: Progress, checkpoints, state: TrainState, say) -> report.
         say(f"finished before, at step {steps}: see {progress.workdir / 'report.html'}; for more steps raise "
             "config.train.steps")
         return None
-    if not measured:
-        evaluate(progress, state, steps)
+    if not measured and not evaluate(progress, state, steps, stop):
+        raise stopped(progress, checkpoints, steps)
     if not sampled:
         write_samples(progress, state, steps, 3)
     with progress.clock.phase("checkpoint", blocked=True):

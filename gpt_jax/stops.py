@@ -56,7 +56,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        """True when the run should save and stop after this step. All processes ask after each of the same steps."""
+        """True when the run should save and stop. All processes ask at the same places, after each step say."""
         self.asked += 1
         if self.shared:
             from jax.experimental import multihost_utils

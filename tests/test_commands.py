@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -341,3 +342,19 @@ def test_cpu_devices_that_talk_to_each_other_take_one_step_at_a_time(given, seve
     runtime.add_runtime_flags(parser)
     runtime.start_runtime(parser.parse_args(given))
     assert (changed.get("jax_cpu_enable_async_dispatch") is False) == several
+
+
+TINY_PLAN = f"plan --config={runs.TINY} --topology=v5e:2x2 --config.mesh.data=4"
+FULL = "gpt-jax: standard output cannot be written (No space left on device)"
+
+
+@pytest.mark.parametrize("given, into, code, words", [
+    (TINY_PLAN, "&-", 0, ""), (TINY_PLAN, "/dev/full", 2, f"{FULL}; send it elsewhere"),
+    ("train", "/dev/full", 0, f"{FULL}: nothing more is said there")])
+def test_standard_output_that_takes_nothing(tmp_path, given, into, code, words):
+    """Closed by who calls, or on a full disk: a run goes on, what was asked for is missed."""
+    if given == "train":
+        given = " ".join(runs.arguments(tmp_path, tmp_path / "run", "--config.train.steps=2"))
+    done = subprocess.run(f"{sys.executable} -m gpt_jax {given} >{into}", shell=True, capture_output=True, text=True,
+                          cwd=runs.ROOT, env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr

@@ -136,6 +136,20 @@ def test_a_stop_of_one_before_the_loop_stops_both_behind_its_first_steps(tmp_pat
         before = step
 
 
+def test_a_stop_of_one_in_an_evaluation_stops_both_there(tmp_path):
+    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=3", "--config.eval.batches=50",
+                           "--config.eval.batch_size=2", "--config.checkpoint.every_steps=0")
+    python = [("-m", "gpt_jax"), ("-c", EARLY.format(module="evals", name="add", number=int(signal.SIGTERM)))]
+    for process in runs.job(tmp_path / "logs", 2, given, python=python):
+        process.end(10)
+        (last,) = said(process)
+        assert "stopped on request after step 3 of 3, saved in" in last
+    assert not runs.curve(tmp_path / "job", "eval/loss")
+    for process in runs.job(tmp_path / "logs", 2, given):
+        process.end(0)
+    assert list(runs.curve(tmp_path / "job", "eval/loss")) == [3]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_what_is_wrong_before_joining_ends_all(tmp_path, victim):
     own = [["--config.train.batch_size=0"] * (k == victim) for k in range(2)]

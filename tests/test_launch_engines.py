@@ -176,6 +176,7 @@ def test_tpu_slices_become_machines(topology, slices, machines, chips, label):
     (["--tpu_topology=v6e:3x3"], "--tpu_topology=v6e:3x3: 9 chips are no whole"),
     (["--gpus_per_node=-1"], "--gpus_per_node=-1: "),
     (["--tpu_topology=v6e:4x4", "--nodes=2"], "--nodes=2: "),
+    (["--gpus_per_node=1", "--image="], "--image=: expected the name"), (["--gpus_per_node=1", "--image=a b"], "--image=a b: "),
     (["--gpus_per_node=1", "--name=A_b"], "--name=A_b: expected lower"),
     (["--gpus_per_node=1", "--volume=disk"], "--volume=disk: expected"),
     *((["--gpus_per_node=1", f"--volume={text}"], f"--volume={text}: expected CLAIM:/PATH") for text in (
@@ -296,6 +297,8 @@ def test_what_submitit_is_given(tmp_path, monkeypatch):
     (["--time=9", "tarin"], "gpt-jax launch slurm: 'tarin' is no flag"), (["--nodes=0", "--time=9", "train"], "--nodes=0: "),
     (["--time=9", "sweep"], "gpt-jax launch slurm: 'sweep' is no flag"),
     (["--time=9", "--sbatch", "mem", "train"], "--sbatch=mem: expected NAME=VALUE"),
+    (["--time=9", "--sbatch=N=3", "train"], "--sbatch=N=3: expected the long name"),
+    (["--time=9", "--sbatch=gpus-per-task=1", "train"], "--sbatch=gpus-per-task=1: the launcher sets gpus-per-task; leave it"),
     *((["--time=9", f"--sbatch={name}=1", "train"], f"--sbatch={name}=1: the launcher sets {name}; {way}") for name, way in (
         ("nodes", "use --nodes"), ("ntasks-per-node", "use --tasks_per_node"), ("job_name", "use --name"),
         ("output", "use --logs"), ("partition", "use --partition"), ("time", "use --time"), ("signal", "leave it out"),

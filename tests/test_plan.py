@@ -177,6 +177,15 @@ def test_zero_1_gathers_no_experts_over_their_own_axis():
     assert [(flow.axis, flow.bytes) for flow in gathered] == [("expert", pytest.approx(7 / 8 * others))]
 
 
+def test_zero_1_over_two_axes_sends_what_it_does_over_one():
+    job = changed(llama(), mesh=dict(zero=1))
+    def sent(shape):
+        flows = traffic.flows(job, ONE | shape, "gpu")
+        return {what: sum(flow.bytes for flow in flows if flow.what == what and flow.axis in shape)
+                for what in ("updated parameters gathered", "gradients summed")}
+    assert sent({"fsdp": 8, "context": 8}) == pytest.approx(sent({"fsdp": 64}))
+
+
 def test_stages_sum_the_gradients_of_what_is_in_none_of_them():
     """Each has rows of its own for the table and the head; the rows go to all stages and come back."""
     job, shape = llama(), ONE | {"pipeline": 4}
@@ -250,6 +259,9 @@ def test_weights_over_fsdp():
     ("v5p:4x4x4", dict(fsdp=64), "fsdp", 3 * 200e9),  # three closed dims
     ("v5p:4x4x4", dict(fsdp=16, tensor=4), "tensor", 200e9),
     ("v5p:4x4x4", dict(fsdp=32, tensor=2), "tensor", 100e9),  # half of a dim is open
+    ("TPU7x:4x4x4", dict(fsdp=64, tensor=2), "tensor", 6 * 100e9),  # the two cores of a chip
+    ("TPU7x:4x4x4", dict(fsdp=32, tensor=4), "tensor", 100e9),  # both, and half of a dim
+    ("TPU7x:4x4x4", dict(fsdp=64, tensor=2), "fsdp", 300e9),  # chips alone
     ("v5e:16x16", dict(fsdp=256), "fsdp", 2 * 100e9), ("v5e:8x8", dict(fsdp=64), "fsdp", 2 * 50e9),
     ("h100:8", dict(fsdp=8), "fsdp", 450e9), ("h100:64", dict(fsdp=64), "fsdp", 8 * 50e9),
     ("h100:64", dict(data=8, fsdp=8), "data", 50e9), ("h100:64", dict(data=8, fsdp=8), "fsdp", 450e9)])

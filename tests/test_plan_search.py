@@ -1,18 +1,22 @@
 """What `gpt-jax plan` says: verdicts, advice, the best mesh, and the command that trains it."""
 
 import json
+import os
 import shlex
+import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+import runs
 from plans import CONFIGS, changed, job_of, llama
 
 from gpt_jax import config as configs
 from gpt_jax.commands import flags
 from gpt_jax.commands import plan as command
 from gpt_jax.errors import UsageError
-from gpt_jax.plan import report, roofline, search, topology
+from gpt_jax.plan import memory, report, roofline, search, topology
 
 
 def test_every_problem_is_named():
@@ -125,10 +129,8 @@ def test_json_has_one_verdict(over, monkeypatch, capsys):
     command.main(given)
     alone = json.loads(capsys.readouterr().out)
     assert alone["fits"] and (alone["by"], alone["run"]["by"]) == ("arithmetic", "arithmetic") and alone["problems"] == []
-    try:
+    with pytest.raises(UsageError, match="does not fit: peak") if over > 1 else nullcontext():
         command.main([*given, "--compile"])
-    except UsageError:
-        assert over > 1
     found = json.loads(capsys.readouterr().out)
     assert found["arithmetic"] == alone["arithmetic"] and (found["by"], found["run"]["by"]) == ("compiler", "compiler")
     assert found["fits"] == (over < 1) == found["verdict"].startswith("fits: peak")
@@ -149,7 +151,7 @@ def test_a_search_tries_few_of_the_accumulations(monkeypatch):
     several = next(search.variants(job.config, configs.Mesh(data=1, fsdp=16)))
     peaks = [roofline.estimate(job._replace(config=config), machine).memory.peak for config in several]
     tried = []
-    monkeypatch.setattr(search, "estimate", lambda job, _: tried.append(0) or roofline.estimate(job, machine))
+    monkeypatch.setattr(search, "memory", lambda *given: tried.append(0) or memory.memory(*given))
     for limit in (*peaks, 0.99 * min(peaks)):
         tried.clear()
         found = search._first(job, machine, several, limit)
@@ -211,7 +213,8 @@ def test_the_winning_command_is_one_for_a_shell():
 def test_options_go_to_the_config(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(command, "plan", lambda args, rest, config, *_: seen.append((rest, config)))
-    command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", "--option=a=1", "--option=b=x,y",
+    monkeypatch.setattr(command, "_there", lambda name: True)
+    command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", "--compile", "--option=a=1", "--option=b=x,y",
                   "--config.train.compiler_options=c=2"])
     (rest, config), = seen
     assert config.train.compiler_options == ("c=2", "a=1", "b=x,y")
@@ -281,10 +284,56 @@ def test_slices_without_sizes_across_them_hold_copies(capsys):
 
 @pytest.mark.parametrize("flag", ["--search=-2", "--compile=-1", "--data_tokens=-5", "--data_tokens=nan", "--data_tokens=inf",
                                   "--data_tokens=0.5", "--write_bandwidth=inf",
-                                  "--write_bandwidth=0", "--option=xla_foo", "--option==1"])
+                                  "--write_bandwidth=0", "--compile --option=xla_foo", "--compile --option==1"])
 def test_a_flag_out_of_range_is_named(flag):
-    with pytest.raises(UsageError, match=f"^{flag}: expected"):
-        command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", flag])
+    with pytest.raises(UsageError, match=f"^{flag.split()[-1]}: expected"):
+        command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", *flag.split()])
+
+
+def test_an_option_of_the_compiler_without_it_is_refused():
+    with pytest.raises(UsageError, match="^--option=a=1: is for the compiler; add --compile"):
+        command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", "--option=a=1"])
+
+
+def test_what_a_search_replaces_is_said(capsys):
+    """And is not in the winner's command, which gives the same plan."""
+    given = ["--config", f"{CONFIGS / 'llama.py'}:1b", "--topology=v5e:4x4", "--json"]
+    replaced = ["--config.mesh.fsdp=7", "--config.model.remat=offload", "--config.train.accumulate=2"]
+    command.main([*given, "--search=1", *replaced, "--config.train.batch_size", "64"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["notes"] == [f"{text}: --search chooses that itself" for text in replaced]
+    words = shlex.split(found["command"])
+    assert not {*replaced[:2]} & {*words} and "--config.train.batch_size=64" in words
+    command.main([*given, *(word for word in words if word.startswith("--config."))])
+    assert json.loads(capsys.readouterr().out)["arithmetic"] == found["arithmetic"]
+
+
+def test_no_command_is_offered_that_the_compiler_refused(monkeypatch, capsys):
+    monkeypatch.setattr(command, "compile_outside", lambda args, rest: {
+        "seconds": 1, "peak": 0, "refusal": "RESOURCE_EXHAUSTED: too much"})
+    monkeypatch.setattr(command, "_there", lambda name: True)
+    with pytest.raises(UsageError, match="RESOURCE_EXHAUSTED"):
+        command.main(["--config", f"{CONFIGS / 'llama.py'}:1b", "--topology=v5e:4x4", "--search=1", "--compile", "--json"])
+    assert "command" not in json.loads(capsys.readouterr().out)
+
+
+def test_a_request_to_stop_ends_the_compiler_too(tmp_path):
+    """The process that compiles is a child of the command."""
+    script = ("import sys, time\nfrom gpt_jax.commands import main, plan\nplan._there = lambda name: True\n"
+              "sys.executable = sys.argv.pop(1)\nmain.main(sys.argv[1:])\n")
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
+    (tmp_path / "python").chmod(0o755)
+    process = runs.Process(tmp_path / "logs", [str(tmp_path / "python"), "plan", f"--config={CONFIGS}/tiny.py",
+                                               "--topology=v5e:2x2", "--config.mesh.data=4", "--compile"], ("-c", script))
+    process.until((tmp_path / "pid").exists, "the compiler's process")
+    process.signal(signal.SIGTERM)
+    process.end(10)
+    child = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(child, 0)
+            time.sleep(0.1)
+    assert "stopped on request" in process.err
 
 
 def test_a_compiler_that_is_not_installed(monkeypatch):

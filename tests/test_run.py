@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -16,7 +17,7 @@ import runs
 
 from gpt_jax import config as configs
 from gpt_jax import evals, loop
-from gpt_jax.errors import Diverged, UsageError
+from gpt_jax.errors import Diverged, Stopped, UsageError
 from gpt_jax.model.transformer import count_params
 from gpt_jax.train.checkpoint import FOLDER
 from gpt_jax.train.digest import steps_in
@@ -292,6 +293,26 @@ def test_the_watchdog_ends_a_run_that_hangs(tmp_path):
     process.end(41)
     assert "no step ended for 0.1 minutes (config.train.hang_minutes)" in process.err
     assert "most recent call first" in process.err  # every thread's stack
+
+
+@pytest.mark.parametrize("every, stops_after", [(10, 10), (0, 20)])
+def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(tmp_path, every, stops_after):
+    """In one on the way and in the last one: saved, and what was not measured is when the run goes on and ends."""
+    config = runs.load(tmp_path, "--config.train.steps=20", f"--config.eval.every_steps={every}", "--config.eval.batches=6",
+                       "--config.checkpoint.every_steps=0")
+    parts, asked = runs.build(config), []
+
+    def first(*given):
+        asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        return parts.eval_step(*given)
+
+    with pytest.raises(Stopped, match=f"^stopped on request after step {stops_after} of 20, saved in"):
+        runs.run(parts._replace(eval_step=first), tmp_path / "run")
+    assert len(asked) == 1 and not runs.curve(tmp_path / "run", "eval/loss")
+    assert runs.final_state(parts, tmp_path / "run")[0] == stops_after
+    runs.run(parts, tmp_path / "run")
+    assert list(runs.curve(tmp_path / "run", "eval/loss")) == [20]
+    assert list(runs.curve(tmp_path / "run")) == list(range(1, 21))
 
 
 def test_the_watchdog_sees_an_evaluation_go_on(tmp_path, monkeypatch):

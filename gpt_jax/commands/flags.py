@@ -123,8 +123,20 @@ def local_workdir(text: str) -> Path:
     return Path(text)
 
 
+def emit(text: str) -> None:
+    """What a command is asked for, on standard output. Raises UsageError where it cannot be written."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has what it wanted
+        raise
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # else it is tried again at the end
+        raise UsageError(f"standard output cannot be written ({error.strerror}); send it elsewhere") from None
+
+
 def make_say(stream) -> Callable[[str], None]:
-    """Lines for people, from process 0 alone. A reader that has gone (`| head`) does not end what is being done."""
+    """Lines for people, from process 0 alone. A reader that has gone (`| head`), or a full disk, does not end what is being
+    done."""
     import jax
 
     gone = jax.process_index() != 0
@@ -135,10 +147,13 @@ def make_say(stream) -> Callable[[str], None]:
             return
         try:
             print(line, file=stream, flush=True)
-        except BrokenPipeError:
+        except OSError as error:
             gone = True
             if stream is sys.stdout:  # else Python complains about it at the end
                 sys.stdout = open(os.devnull, "w")
+                if not isinstance(error, BrokenPipeError):
+                    print(f"gpt-jax: standard output cannot be written ({error.strerror}): nothing more is said there",
+                          file=sys.stderr)
 
     return say
 

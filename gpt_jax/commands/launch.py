@@ -2,6 +2,7 @@
 
 import argparse
 import posixpath
+import re
 import shutil
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from gpt_jax import config as configs
 from gpt_jax.commands.flags import Flags, check_runtime, load_config, local_workdir
 from gpt_jax.data.sources import EMPTY
 from gpt_jax.errors import Exit, UsageError
+from gpt_jax.meeting import split_address
 
 LAUNCHERS = {
     "local": "several processes on this machine, restarted where that helps",
@@ -74,6 +76,8 @@ def local(arguments: list[str]) -> None:
     positive(args, "devices_per_process", "restarts", least=0)
     if args.nodes > 1 and not args.coordinator:
         raise UsageError(f"--nodes={args.nodes}: needs --coordinator=HOST:PORT of node 0")
+    if args.coordinator:
+        split_address(args.coordinator)
     if not 0 <= args.node < args.nodes:
         raise UsageError(f"--node={args.node}: expected 0 to {args.nodes - 1}")
     if args.nodes > 1 and args.restarts:
@@ -113,7 +117,8 @@ def slurm(arguments: list[str]) -> None:
                        help="time limit, whole minutes; the job goes on behind it")
     flags.add_argument("--partition", help="where to queue")
     flags.add_argument("--name", default="gpt-jax", help="of the job, as squeue shows it")
-    flags.add_argument("--restarts", type=int, default=20, help="how often the job goes back into the queue")
+    flags.add_argument("--restarts", type=int, default=20, help="how often the job goes back into the queue, for time limits too: a run of 40 days in jobs of one day "
+                       "needs 40")
     flags.add_argument("--logs", default="runs/slurm", metavar="DIR", help="for the script and the output of every task")
     flags.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="a further option")
     args, rest = split(flags, arguments)
@@ -174,8 +179,8 @@ def kubernetes(arguments: list[str]) -> None:
     flags.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every pod")
     args, rest = split(flags, arguments)
     positive(args, "nodes", "slices", "grace_seconds")
-    if not args.image:
-        raise UsageError("--image is empty: name the one that was made from launch/Dockerfile")
+    if not args.image or re.search(r"\s", args.image):
+        raise UsageError(f"--image={args.image}: expected the name of the one that was made from launch/Dockerfile")
     positive(args, "gpus_per_node", "restarts", least=0)
     made = engine.jobset(engine.Options(
         args.image, args.name, args.nodes, args.gpus_per_node, args.tpu_topology, args.slices, args.restarts,

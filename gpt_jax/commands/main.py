@@ -66,13 +66,16 @@ def complain(line: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line for a planned end, a traceback for a bug, and the exit code either way."""
     code, reason = 0, ""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called (`>&-`)
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except Exit as end:
         code, reason = end.code, str(end)
         complain(reason)
     except KeyboardInterrupt:
-        code, reason = 130, "interrupted; the last checkpoint is untouched"
+        code, reason = 130, "interrupted; checkpoints and what is finished are untouched"
         complain(reason)
     except BrokenPipeError:  # the reader of `generate | head` has gone; `train` goes on without (make_say, BarWriter)
         sys.stdout = open(os.devnull, "w")
@@ -111,8 +114,11 @@ def finish(code: int, reason: str = "") -> None:
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
-        except BrokenPipeError:
+        except OSError as error:
             setattr(sys, name, open(os.devnull, "w"))
+            if name == "stdout" and not isinstance(error, BrokenPipeError):
+                complain(f"standard output cannot be written ({error.strerror}); send it elsewhere")
+                code = code or UsageError.code
     if code and _processes() > 1:
         from gpt_jax.stops import end_process
 

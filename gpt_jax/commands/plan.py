@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import Flags, load_config, make_say
+from gpt_jax.commands.flags import Flags, emit, end_on_request, load_config, split_overrides
 from gpt_jax.errors import UsageError
 
 # What the compilers want of the environment, before they are loaded. The last lets several plans run at once.
@@ -45,13 +45,14 @@ def main(arguments: list[str]) -> None:
     flags.add_argument("--keep_hlo", metavar="FILE", help="where the compiled program's text goes")
     flags.add_argument("--json", action="store_true", help="print JSON")
     flags.add_argument("--inside", help=argparse.SUPPRESS)  # where a process of this command's own puts what it compiled
+    end_on_request()  # and with it the compiler's process
     args = argparse.Namespace(json="--json" in arguments, topology=None, inside=None)  # for what cannot even be parsed
     try:
         args, rest = flags.parse_known_args(arguments)
         trouble = checked(args, rest)
     except UsageError as error:
         if args.json and not args.inside:
-            print(json.dumps({"topology": args.topology, "fits": False, "problems": [str(error)]}, indent=2))
+            emit(json.dumps({"topology": args.topology, "fits": False, "problems": [str(error)]}, indent=2))
         raise
     if trouble:
         raise UsageError(trouble)
@@ -64,9 +65,12 @@ def checked(args, rest: list[str]) -> str:
 
     jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator, and a run may be using it
     from gpt_jax.plan import topology as topologies
+    from gpt_jax.plan.search import is_searched
 
     topology = topologies.parse(args.topology, args.slices)
-    config, notes = load_config(args.config, rest), []
+    rest, notes = [f"--config.{key}={text}" for key, text in split_overrides(rest)], []
+    config = load_config(args.config, rest)
+    notes += [f"{given}: --search chooses that itself" for given in rest if args.search and is_searched(given)]
     if topology.slices > 1 and set(configs.cross_slice(config.mesh).values()) == {1}:
         rest.append(f"--config.mesh.dcn_data={topology.slices}")
         notes.append(f"--slices={topology.slices}: no dcn_ size is set, so {rest[-1]} is taken; give it to train too")
@@ -78,7 +82,7 @@ def checked(args, rest: list[str]) -> str:
     if args.inside:
         Path(args.inside).write_text(json.dumps(compile_here(config, topology, args)))
         return ""
-    return plan(args, rest, config, topology, make_say(sys.stdout), notes)
+    return plan(args, rest, config, topology, notes)
 
 
 def check(args) -> None:
@@ -95,6 +99,8 @@ def check(args) -> None:
         check_keep(args)
     if not 0 < args.write_bandwidth < math.inf:
         raise UsageError(f"--write_bandwidth={args.write_bandwidth:g}: expected bytes a second, more than 0, as in 1e9")
+    if args.option and not args.compile:
+        raise UsageError(f"--option={args.option[0]}: is for the compiler; add --compile, or leave it out")
     for option in args.option:
         name, equals, _ = option.partition("=")
         if not (name and equals):
@@ -113,18 +119,17 @@ def check_keep(args) -> None:
         raise UsageError(f"--keep_hlo={args.keep_hlo}: cannot be written; name a file in a folder that is there and yours")
 
 
-def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> str:
-    """Says the report, and returns what is wrong, "" for nothing. `notes`: lines ahead of it."""
+def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
+    """Prints the report, and returns what is wrong, "" for nothing. `notes`: lines ahead of it."""
     from gpt_jax.plan import report
-    from gpt_jax.plan.job import make_job
-    from gpt_jax.plan.search import search
+    from gpt_jax.plan.job import make_job, with_vocab
+    from gpt_jax.plan.search import is_searched, search
 
-    job, found = make_job(config), []
-    lines, out = [*notes], {}
+    job, found, lines, out = make_job(config), [], [], {}
     if args.search:
         found = search(job, topology)
         if not found:
-            raise UsageError(f"--search: {nothing_fits(job, topology)}")
+            raise UsageError(f"--search: {report.nothing_fits(job, topology)}")
         shown = found[:args.search]
         lines += [f"{len(found)} combinations fit; the best by arithmetic", *report.ranked(shown)]
         out["search"] = report.ranked_data(job.config, shown)
@@ -136,32 +141,19 @@ def plan(args, rest: list[str], config, topology, say, notes: list[str]) -> str:
     seen, whole = best["estimate"], job._replace(config=best["config"])
     by = "compiler" if best["schedule"] else "arithmetic"
     ahead = report.horizon(whole, topology, best["step"], by, args.data_tokens, args.write_bandwidth)
-    lines += [*report.head(whole, topology, seen), *report.arithmetic(topology, seen)]
+    lines = [*notes, *lines, *report.head(whole, topology, seen), *report.arithmetic(whole, topology, seen)]
     out |= report.data(whole, topology, seen, ahead) | {"notes": [*notes, *report.left_out(whole.config)]}
     if best["compiled"]:
         lines += report.compiled(topology, best["compiled"], best["schedule"], seen.memory.peak)
         out |= {"compiled": best["compiled"], "schedule": best["schedule"]}
     lines += [*report.left_out(whole.config), *report.run_lines(ahead)]
-    if args.search:
-        out["command"] = report.command(args.config, job.config, best["config"], rest)
+    if args.search and best["fits"]:
+        kept = [given for given in rest if not is_searched(given)]
+        out["command"] = report.command(args.config, with_vocab(load_config(args.config, kept)), best["config"], kept)
         lines.append(f"best: {out['command']}")
     trouble = add_trouble(job, topology, best, results, lines, out)
-    say(json.dumps(out, indent=2) if args.json else "\n".join(lines))
+    emit(json.dumps(out, indent=2) if args.json else "\n".join(lines))
     return f"{topology}: {trouble}" if trouble else ""
-
-
-def nothing_fits(job, topology) -> str:
-    from gpt_jax.plan.report import size, stored_bytes
-    from gpt_jax.plan.roofline import estimate
-    from gpt_jax.plan.search import fitting
-
-    if not any(fitting(job, topology, float("inf"))):
-        plain = replace(job.config, mesh=configs.Mesh(data=1, fsdp=-1, dcn_data=topology.slices))
-        first, *_ = estimate(job._replace(config=plain), topology).problems
-        return f"no mesh of {topology} runs it; with all devices on fsdp {first}"
-    least = stored_bytes(job) / topology.devices
-    return (f"nothing fits {topology}, whose devices have {size(topology.chip.memory)}: the state cut over all of them is "
-            f"{size(least)} each; take more devices, or a smaller config.train.batch_size")
 
 
 def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str], out: dict) -> str:
@@ -184,7 +176,7 @@ def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str]
                   f"({report.seconds(found.step)} a step, {verdict(found.memory.peak, topology)})" for one, found in offers]
         out["would_fit"] = [report.overrides(job.config, one) for one, _ in offers]
         if not offers:
-            out["advice"] = nothing_fits(job, topology)
+            out["advice"] = report.nothing_fits(job, topology)
             lines.append(f"no mesh, remat or accumulation helps: {out['advice']}")
     return trouble[0] if trouble else ""
 

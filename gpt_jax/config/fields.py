@@ -44,7 +44,7 @@ class Model:
     mlp: int = knob(0, low=0)  # hidden width of the feed-forward; 0: 4 * embed
     vocab: int = knob(0, low=0)  # rows of the embedding; 0: the tokenizer's size rounded up to vocab_multiple
     vocab_multiple: int = knob(1, low=1)  # 64 or 128 keeps the head's matmul aligned
-    max_seq: int = knob(0, low=0)  # longest context (learned positions, KV cache); 0: train.seq_len
+    max_seq: int = knob(0, low=0, high=2**30)  # longest context (learned positions, KV cache); 0: train.seq_len
     pattern: tuple[tuple[str, str], ...] = (("attention", "gelu_tanh"),)  # (mixer, feed-forward), tiled over depth
     norm: str = knob("layernorm", choices=NORMS)
     norm_epsilon: float = knob(1e-5, low=0.0)
@@ -209,7 +209,7 @@ class Train:
 
     steps: int = knob(1000, low=0)
     batch_size: int = knob(8, low=1)  # rows a step, over all processes and microbatches
-    seq_len: int = knob(256, low=2)  # tokens a row
+    seq_len: int = knob(256, low=2, high=2**30)  # tokens a row
     accumulate: int = knob(1, low=1)  # microbatches a step
     objective: str = knob("next_token", choices=OBJECTIVES)
     z_loss: float = knob(0.0, low=0.0)  # weight of log(Z)^2

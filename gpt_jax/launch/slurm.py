@@ -12,6 +12,7 @@ OWN = {
     "nodes": "use --nodes", "ntasks": "use --nodes and --tasks_per_node", "ntasks_per_node": "use --tasks_per_node",
     "tasks_per_node": "use --tasks_per_node", "gpus_per_node": "leave out one of it and --gpus_per_node", "time": "use --time",
     "partition": "use --partition", "job_name": "use --name", "output": "use --logs", "error": "use --logs",
+    "gpus_per_task": "leave it out: the tasks of a node share its GPUs out",
     **dict.fromkeys(("signal", "requeue", "no_requeue", "open_mode", "array"), "leave it out: how the job goes on rests on it")}
 
 
@@ -44,6 +45,8 @@ def further(options: list[str], gpus: int) -> dict[str, str]:
         if not (name and equals):
             raise UsageError(f"--sbatch={option}: expected NAME=VALUE")
         key = name.replace("-", "_")
+        if len(name) == 1:
+            raise UsageError(f"--sbatch={option}: expected the long name of an option, as in mem=64G")
         if key in OWN and (gpus or key != "gpus_per_node"):
             raise UsageError(f"--sbatch={option}: the launcher sets {name}; {OWN[key]}")
         made[key] = value

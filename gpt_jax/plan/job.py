@@ -8,6 +8,7 @@ mesh of any sizes then divides. Sizes are in entries or bytes of the whole job u
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -57,6 +58,12 @@ class Job(NamedTuple):
     matmul_params: int
     full_flops: int  # of a token
     causal_flops: int
+
+
+@lru_cache(maxsize=None)
+def kinds(layers: tuple[Widths, ...]) -> tuple[tuple[Widths, int], ...]:
+    """Different layers, and how many of each: a search goes through them thousands of times."""
+    return tuple(Counter(layers).items())
 
 
 def with_vocab(config: configs.Config) -> configs.Config:

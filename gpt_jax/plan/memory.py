@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.model.grouped import WAYS, block_rows
-from gpt_jax.plan.job import Job, Widths, device_bytes
+from gpt_jax.plan.job import Job, Widths, device_bytes, kinds
 
 GATHERED = {"fsdp": 1, "context": 1, "pipeline": 1}  # axes that cut no weight of experts where it is multiplied
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
@@ -200,16 +200,16 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     fsdp = math.prod(shape[axis] for axis in configs.FSDP_AXES) > 1
     stages = shape["pipeline"]
     times = spare(model, shape, here.tick_tokens, platform)
-    layers = [buffered(widths, model, times, platform) for widths in job.layers]
-    held = [kept(job, widths, shape) for widths in layers]
-    activations = here.tick_tokens * here.ticks * sum(held) * here.tick_layers / len(held)
+    layers = [(buffered(widths, model, times, platform), count) for widths, count in kinds(job.layers)]
+    held = sum(kept(job, widths, shape) * count for widths, count in layers)
+    activations = here.tick_tokens * here.ticks * held * here.tick_layers / len(job.layers)
     if stages > 1:  # every stage holds all microbatches' streams, coming and going
         activations += 3 * here.tokens * stages * stream_bytes(job, shape)
     activations += here.tokens * stream_bytes(job, shape) * (1 + model.residual_scalars + model.backout)
     sparse = sum(widths.sent > 0 for widths in job.layers)
     layer = device_bytes(job, shape | GATHERED | {"expert": 1}, "params", 3, "layer", half) / len(job.layers)
     experts = experts_bytes(job, shape, half) / max(1, sparse)
-    working = here.tick_tokens * (STREAMS * stream_bytes(job, shape) + max(inside(job, w, shape) for w in layers))
+    working = here.tick_tokens * (STREAMS * stream_bytes(job, shape) + max(inside(job, w, shape) for w, _ in layers))
     if model.shard_sequence and shape["tensor"] > 1:
         working += here.tick_tokens * WHOLE * model.embed * half
     working += EXPERTS[platform] * experts

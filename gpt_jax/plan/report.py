@@ -1,15 +1,18 @@
 """A plan as lines for people, and as plain data (called by commands/plan.py)."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.devices import GIB
+from gpt_jax.experiment import count
 from gpt_jax.plan.hlo import Collective
 from gpt_jax.plan.job import Job
-from gpt_jax.plan.roofline import Estimate, verdict
-from gpt_jax.plan.search import Found, overrides
+from gpt_jax.plan.memory import memory
+from gpt_jax.plan.roofline import Estimate, estimate, verdict
+from gpt_jax.plan.search import MARGIN, REMATS, Found, fitting, meshes, overrides, standing
 from gpt_jax.plan.topology import Topology
 
 
@@ -66,9 +69,22 @@ def head(job: Job, topology: Topology, seen: Estimate) -> list[str]:
     return [f"{topology}: {topology.devices} {chip.kind} devices on {topology.hosts} hosts, "
             f"{topology.peak / 1e12:,.1f} TFLOP/s dense bf16 and {chip.memory / GIB:.1f} GiB each",
             f"mesh: {mesh_text(seen.shape)}; zero {config.mesh.zero}, remat {config.model.remat}, "
-            f"{config.train.accumulate} microbatches, attention kernel {seen.kernel} ({seen.reason})",
+            f"{count(config.train.accumulate, 'microbatch')}, attention kernel {seen.kernel} ({seen.reason})",
             f"model: {job.parameters:,} parameters, {job.matmul_params:,} multiplied; "
-            f"{job.full_flops / 1e9:,.3g} GFLOP a token (full map; causal {job.causal_flops / 1e9:,.3g})"]
+            f"{job.full_flops / 1e9:,.3g} GFLOP a token and {step_flops(job)[0] / 1e15:,.3g} PFLOP a step (full map; causal "
+            f"{job.causal_flops / 1e9:,.3g} and {step_flops(job)[1] / 1e15:,.3g})"]
+
+
+def step_flops(job: Job) -> tuple[float, float]:
+    """The model's in a step on all devices, (full attention map, causal)."""
+    tokens = job.config.train.batch_size * job.config.train.seq_len
+    return job.full_flops * tokens, job.causal_flops * tokens
+
+
+def by_remat(job: Job, topology: Topology, seen: Estimate) -> dict[str, float]:
+    """Bytes of activations on a device under each remat policy that a search tries."""
+    with_remat = lambda name: job._replace(config=replace(job.config, model=replace(job.config.model, remat=name)))
+    return {name: memory(with_remat(name), seen.shape, seen.kernel, topology.chip.platform).activations for name in REMATS}
 
 
 def left_out(config: configs.Config) -> list[str]:
@@ -77,19 +93,35 @@ def left_out(config: configs.Config) -> list[str]:
         config.model.remat == "offload")
 
 
-def arithmetic(topology: Topology, seen: Estimate) -> list[str]:
+def arithmetic(job: Job, topology: Topology, seen: Estimate) -> list[str]:
     """The arithmetic stage's lines."""
     rows = [f"  {name:<12} {size(value):>12}" for name, value in seen.memory.rows().items() if value]
     flows = [f"  {flow.axis:<9} {flow.what:<30} {size(flow.bytes):>12} over {link.name:<8} {link.speed / 1e9:6.1f} "
              f"GB/s {seconds(flow.bytes / link.speed):>10}{'  behind matmuls' if flow.hidden else ''}"
              for flow, link in seen.flows]
-    return ["memory of a device, by arithmetic", *rows, f"  {verdict(seen.memory.peak, topology)}",
+    remats = ", ".join(f"{name} {size(value)}" for name, value in by_remat(job, topology, seen).items())
+    return ["memory of a device, by arithmetic (of working and logits the larger counts: they are not there at once)", *rows,
+            f"  activations by remat: {remats}", f"  {verdict(seen.memory.peak, topology)}",
             "sent by a device in a step", *(flows or ["  nothing"]),
             f"step, by arithmetic: {seconds(seen.step)} = matmuls {seconds(seen.matmuls)} + passes over memory "
             f"{seconds(seen.passes)}, or links behind them {seconds(max(seen.hidden.values(), default=0))}; "
             f"+ open links {seconds(sum(seen.open.values()))} + update {seconds(seen.update)}; "
             f"pipeline bubble {seen.bubble:.0%}",
             f"bound by {seen.bound}; estimated MFU {seen.mfu_full:.1%} (full map), {seen.mfu_causal:.1%} (causal)"]
+
+
+def nothing_fits(job: Job, topology: Topology) -> str:
+    """Why no mesh, remat policy or accumulation makes the job fit."""
+    if not any(fitting(job, topology, float("inf"))):
+        plain = replace(job.config, mesh=configs.Mesh(data=1, fsdp=-1, dcn_data=topology.slices))
+        first, *_ = estimate(job._replace(config=plain), topology).problems
+        return f"no mesh of {topology} runs it; with all devices on fsdp {first}"
+    least = min(standing(job, topology, mesh) for mesh in meshes(job.config, topology))
+    enough = "alone is too much; take more devices" if least > MARGIN * topology.chip.memory else (
+        "leaves too little for the smallest microbatch; lower config.train.seq_len or config.train.batch_size, or take more "
+        "devices")
+    return (f"nothing fits {topology}, whose devices have {size(topology.chip.memory)}: the state and its gradients, cut over "
+            f"all of them, are {size(least)} each, which {enough}")
 
 
 def run_lines(ahead: Horizon) -> list[str]:
@@ -143,17 +175,22 @@ def ranked_data(base: configs.Config, found: list[Found]) -> list[dict]:
 def command(spec: str, base: configs.Config, best: configs.Config, given: list[str]) -> str:
     """The shell's command that trains `best`. `given`: what changed the config of `spec` to `base`."""
     path, _, variant = spec.partition(":")
-    name = f"{Path(path).stem}-{variant}" if variant else Path(path).stem
+    name = f"{Path(path).stem}-{variant.strip('/').replace('/', '-')}" if variant else Path(path).stem
     return shlex.join(["gpt-jax", "train", f"--config={spec}", f"--workdir=runs/{name}", *given, *overrides(base, best)])
 
 
 def data(job: Job, topology: Topology, seen: Estimate, ahead: Horizon) -> dict:
     """The job, and under `arithmetic` that stage, as plain data; bytes and seconds."""
+    full, causal = step_flops(job)
     stage = {"memory": seen.memory.rows() | {"peak": seen.memory.peak, "limit": topology.chip.memory},
+             "activations_by_remat": by_remat(job, topology, seen),
              "step_seconds": seen.step, "bound_by": seen.bound, "mfu_full": seen.mfu_full, "mfu_causal": seen.mfu_causal,
              "terms": {"matmuls": seen.matmuls, "passes": seen.passes, "hidden": seen.hidden, "open": seen.open,
                        "update": seen.update, "bubble": seen.bubble},
              "flows": [flow._asdict() | {"link": link.name, "speed": link.speed} for flow, link in seen.flows],
              "verdict": verdict(seen.memory.peak, topology)}
-    return {"topology": str(topology), "devices": topology.devices, "mesh": seen.shape, "parameters": job.parameters,
-            "kernel": seen.kernel, "arithmetic": stage, "run": ahead._asdict()}
+    config = job.config
+    return {"topology": str(topology), "devices": topology.devices, "mesh": seen.shape, "zero": config.mesh.zero,
+            "remat": config.model.remat, "accumulate": config.train.accumulate, "kernel": seen.kernel,
+            "parameters": job.parameters, "step_flops": {"full_map": full, "causal": causal},
+            "arithmetic": stage, "run": ahead._asdict()}

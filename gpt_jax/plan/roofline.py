@@ -14,7 +14,7 @@ from gpt_jax import config as configs
 from gpt_jax.devices import GIB, GPU_FRACTION, mfu
 from gpt_jax.errors import UsageError
 from gpt_jax.model import experts, kernels
-from gpt_jax.plan.job import Job, device_bytes
+from gpt_jax.plan.job import Job, device_bytes, kinds
 from gpt_jax.plan.memory import (FULL, Local, Memory, blockwise, compute_bytes, experts_bytes, local, memory, padding, spare,
                                    turns)
 from gpt_jax.plan.topology import Topology
@@ -103,8 +103,8 @@ def _wasted(job: Job, shape: dict[str, int], here: Local, platform: str) -> floa
     model = job.config.model
     times = (max(0.0, model.capacity_factor - 1) if model.dispatch == "capacity" else
              padding(model, shape, here.tick_tokens, platform) / 2)
-    return times * sum(w.sent / (w.sent + model.shared_experts) * (w.inner + w.hidden) * model.embed
-                       for w in job.layers if w.sent)
+    return times * sum(w.sent / (w.sent + model.shared_experts) * (w.inner + w.hidden) * model.embed * count
+                       for w, count in kinds(job.layers) if w.sent)
 
 
 def compute_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local) -> float:
@@ -125,7 +125,7 @@ def passes_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, i
     """Norms, residuals, activations, experts' rows: arrays read and written between matmuls; weights are read by the
     matmuls themselves."""
     model, train, platform = job.config.model, job.config.train, topology.chip.platform
-    mean = lambda of: sum(map(of, job.layers)) / len(job.layers)
+    mean = lambda of: sum(of(widths) * count for widths, count in kinds(job.layers)) / len(job.layers)
     wide = model.embed / (shape["tensor"] if model.shard_sequence else 1)
     wide += model.embed * spare(model, shape, here.tick_tokens, platform) * mean(lambda w: w.sent)
     inner = mean(lambda w: w.inner + w.hidden + 2 * w.q) / shape["tensor"]

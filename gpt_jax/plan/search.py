@@ -9,11 +9,14 @@ from typing import Iterator, NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.plan.job import Job, device_bytes
+from gpt_jax.plan.memory import memory
 from gpt_jax.plan.roofline import Estimate, estimate
 from gpt_jax.plan.topology import Topology
 
 REMATS = ("none", "dots", "block")  # offload needs the host's links, which the arithmetic leaves out
 LARGEST = {"tensor": 16, "context": 8, "pipeline": 8}  # beyond these the open flows always lose
+# The fields that `meshes` and `variants` set. (eval.batch_size follows accumulation only where it has to.)
+SEARCHED = ("mesh.", "model.remat", "model.shard_sequence", "model.pipeline_", "train.accumulate")
 MARGIN = 0.92  # of the memory: arithmetic and compiler mostly differ by less than a tenth, see benchmarks/plan.py
 MOST = 1 << 20  # microbatches of a step: a mistake rather than a run, beyond
 CLOSE = 0.97  # of the arithmetic's peak: above it is what the compiler will refuse like one that it has refused
@@ -74,7 +77,7 @@ def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[config
                 yield made
 
 
-def _standing(job: Job, topology: Topology, mesh: configs.Mesh) -> float:
+def standing(job: Job, topology: Topology, mesh: configs.Mesh) -> float:
     """Bytes of a device that no policy saves: the state, and gradients as large as the parameters."""
     shape = configs.mesh_shape(mesh, topology.devices)
     return sum(device_bytes(job, shape, part, mesh.zero) for part in ("params", "params", "opt", "ema"))
@@ -83,18 +86,21 @@ def _standing(job: Job, topology: Topology, mesh: configs.Mesh) -> float:
 def _first(job: Job, topology: Topology, several: list[configs.Config], limit: float) -> Found | None:
     """The first of `several` (see `variants`) that fits. Peaks fall with accumulation, but from 1 to 2, where a second
     sum of gradients comes in."""
-    found = lru_cache(lambda place: Found(several[place], estimate(job._replace(config=several[place]), topology)))
-    fits = lambda place: found(place).estimate.memory.peak <= limit
-    if found(0).estimate.problems:
-        return None
-    place = 0 if fits(0) else 1 + bisect_left(range(1, len(several)), True, key=fits)
-    return found(place) if place < len(several) else None
+    first = estimate(job._replace(config=several[0]), topology)
+    if first.problems or first.memory.peak <= limit:
+        return None if first.problems else Found(several[0], first)
+
+    def fits(config: configs.Config) -> bool:
+        return memory(job._replace(config=config), first.shape, first.kernel, topology.chip.platform).peak <= limit
+
+    place = 1 + bisect_left(several[1:], True, key=fits)
+    return Found(several[place], estimate(job._replace(config=several[place]), topology)) if place < len(several) else None
 
 
 def fitting(job: Job, topology: Topology, limit: float) -> Iterator[Found]:
     """Everything that runs and whose peak by the arithmetic is at most `limit` bytes."""
     for mesh in meshes(job.config, topology):
-        if _standing(job, topology, mesh) <= limit:
+        if standing(job, topology, mesh) <= limit:
             yield from filter(None, (_first(job, topology, several, limit) for several in variants(job.config, mesh)))
 
 
@@ -113,6 +119,11 @@ def overrides(old: configs.Config, new: configs.Config) -> list[str]:
     """What to add to a command line to come from one config to the other."""
     return [f"--config.{key}={str(value).lower() if isinstance(value, bool) else value}"
             for key, _, value, _ in configs.changes(old, new)]
+
+
+def is_searched(given: str) -> bool:
+    """Whether an override, as on a command line, is of a field that a search sets."""
+    return given.removeprefix("--config.").startswith(SEARCHED)
 
 
 def limit_after(topology: Topology, refused: list[tuple[float, float]]) -> float:

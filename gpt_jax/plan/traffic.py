@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.plan.job import Job, device_bytes
+from gpt_jax.plan.job import Job, device_bytes, kinds
 from gpt_jax.plan.memory import FULL, Local, compute_bytes, local, room, stream_bytes
 from gpt_jax.plan.topology import Topology
 
@@ -40,14 +40,14 @@ class Link(NamedTuple):
 
 def _torus_link(topology: Topology, within: dict[str, int], axis: str) -> Link:
     """Dims of the torus are dealt out from the last axis to the first. A closed dim sends both ways, an open one at
-    half; an axis on a part of a dim is open. Two cores of a chip are a dim of their own, as fast as all links of the
-    chip."""
+    half; an axis on a part of a dim is open. Two cores of a chip (TPU7x) are a dim of their own: alone as fast as all six
+    links of the chip, with others one more open dim; cores share the links."""
     chip = topology.chip
     free = [(size, wraps) for size, wraps in zip(topology.shape, topology.wraps)]
     if chip.per_chip > 1:
         free.append((chip.per_chip, True))
     for name in reversed(configs.AXES):
-        size, speed = within[name], 0.0
+        size, speed, cores = within[name], 0.0, chip.per_chip > 1 and len(free) > chip.dims
         while size > 1 and free:
             length, wraps = free[-1]
             part = math.gcd(size, length)
@@ -58,6 +58,8 @@ def _torus_link(topology: Topology, within: dict[str, int], axis: str) -> Link:
             free[-1] = (length // part, False)
             if length == part:
                 free.pop()
+        if name == axis and cores and within[name] == chip.per_chip:
+            return Link("ICI", 2 * chip.dims * chip.link)
         if name == axis:
             return Link("ICI", (speed or chip.link) / chip.per_chip)
     raise KeyError(axis)
@@ -110,9 +112,10 @@ def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> lis
     zero, count, found = job.config.mesh.zero, job.config.train.accumulate, []
     if zero == 1:
         for role, over in OVER.items():
-            whole = device_bytes(job, shape, "params", 1, role)
-            found += [Flow(axis, "updated parameters gathered", share(shape[axis]) * whole, False)
-                      for axis in over if shape[axis] > 1]
+            rest = device_bytes(job, shape, "params", 1, role)
+            for axis in (axis for axis in over if shape[axis] > 1):
+                found.append(Flow(axis, "updated parameters gathered", share(shape[axis]) * rest, False))
+                rest /= shape[axis]
     for use in _uses(job, shape, here, platform):
         over = OVER[use.role]
         rest = device_bytes(job, shape | dict.fromkeys(over, 1), "params", 3, use.role, 1)  # entries of this role, whole
@@ -124,7 +127,7 @@ def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> lis
             if n > 1:
                 summed = share(n) * rest * use.sum_bytes * use.sums * count
                 found.append(_sum(axis, summed, platform, cut=zero == 3 and _scatters(shape, over, platform)))
-            rest /= n if zero == 3 else 1
+            rest /= n
         for axis in WHOLE[use.role]:
             if (n := shape[axis]) > 1:
                 found.append(_sum(axis, share(n) * rest * use.sum_bytes * use.sums * count, platform, cut=False))
@@ -151,15 +154,16 @@ def _activations(job: Job, shape: dict[str, int], here: Local, padded: bool) -> 
     passed = here.tick_tokens * here.ticks * here.tick_layers / len(job.layers)  # tokens through each layer
     again = model.remat in ("block", "offload")
     tensor, context, expert, stages = (shape[axis] for axis in ("tensor", "context", "expert", "pipeline"))
-    for widths in job.layers:
+    for widths, times in kinds(job.layers):
+        through = passed * times
         if tensor > 1:  # two sums forward, two backward, and attention's again when it is recomputed
-            sums = (4 + again) * 2 * share(tensor) * model.embed * half * passed
+            sums = (4 + again) * 2 * share(tensor) * model.embed * half * through
             flows.append(Flow("tensor", "streams summed", sums * count, False))
         if context > 1:  # keys and values go round; backward their float32 gradients too
-            keys = 2 * widths.kv / tensor * passed * (context - 1)
+            keys = 2 * widths.kv / tensor * through * (context - 1)
             flows.append(Flow("context", "keys and values", keys * ((2 + again) * half + FULL) * count, False))
         if expert > 1 and widths.sent:  # there and back, forward and backward; empty places too where they travel
-            moved = (4 + 2 * again) * share(expert) * widths.sent * model.embed * half * passed * (
+            moved = (4 + 2 * again) * share(expert) * widths.sent * model.embed * half * through * (
                 room(model, shape) if padded or model.dispatch == "capacity" else 1)
             flows.append(Flow("expert", "tokens to experts", moved * count, False))
     if stages > 1:
