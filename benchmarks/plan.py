@@ -105,9 +105,9 @@ def keep(key: str, row: dict) -> None:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--only", default="")
-    flags.add_argument("--anew", action="store_true")
-    flags.add_argument("--refresh", action="store_true")
-    flags.add_argument("--table", action="store_true")
+    what = flags.add_mutually_exclusive_group()
+    for name in ("--anew", "--refresh", "--table"):
+        what.add_argument(name, action="store_true")
     args = flags.parse_args()
     names = {f"{model} on {machine}": (model, machine) for model in MODELS for machine in MACHINES}
     wanted = {key: name for key, name in names.items() if args.only in key}

@@ -68,33 +68,23 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
             checkpoints.check()
             stopping = stop()
             progress.end = step if stopping else progress.end
-            if stopping:  # first of all, and so without metrics of this step: who asks may not wait long
+            if not stopping and (due(config.eval.every_steps, step) or step == train.steps):
+                stopping = not evaluate(progress, state, step, stop)  # of this step a line is written already if one is due
+            if stopping:  # nothing else comes before: who asks may not wait long
                 save(progress, checkpoints, state, step)
-                with progress.clock.phase("checkpoint", blocked=True):
-                    checkpoints.wait()
-            cut = False
-            if due(config.eval.every_steps, step) or step == train.steps:
-                cut = not evaluate(progress, state, step, stop if not stopping else never)
-            if due(config.eval.sample_every_steps, step) and step < train.steps and not cut:
+                raise stopped(progress, checkpoints, step)
+            if due(config.eval.sample_every_steps, step) and step < train.steps:
                 write_samples(progress, state, step, 1)
-            if checkpoints.should_save(step) or cut or (step == train.steps and not stopping):
+            if checkpoints.should_save(step) or step == train.steps:
                 save(progress, checkpoints, state, step)
             beat()
-            if cut or (stopping and step < train.steps):
-                raise stopped(progress, checkpoints, step)
         return conclude(progress, checkpoints, state, stop, say)
 
 
-def never() -> bool:
-    """Nobody asks to stop."""
-    return False
-
-
 def stopped(progress: Progress, checkpoints, step: int) -> Stopped:
-    """What a run ends with that stops on request after `step`, with everything written."""
+    """What a run ends with that stops on request after `step`, once everything is written."""
     with progress.clock.phase("checkpoint", blocked=True):
         checkpoints.wait()
-    progress.end = step
     finish(progress, step)
     return Stopped(f"stopped on request after step {step} of {progress.config.train.steps}, saved in "
                    f"{checkpoints.directory}; the same command goes on from there")

@@ -149,8 +149,8 @@ def listen(address: str, port: int) -> socket.socket:
         return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=1024,
                                     dualstack_ipv6=both)
     except OSError as error:
-        raise UsageError(f"--coordinator={address}: process 0 cannot listen on port {port}: {os.strerror(error.errno)}; is another "
-                         "process 0 there? else choose another port") from None
+        raise UsageError(f"--coordinator={address}: process 0 cannot listen on port {port}: {os.strerror(error.errno)}; "
+                         "is another process 0 there? else choose another port") from None
 
 
 def short(text: str) -> str:

@@ -32,11 +32,12 @@ def peer_gone(error: BaseException | None) -> bool:
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1 as a question asked once a step. Over several processes JAX's preemption service makes all of
-    them answer yes at the same step; it owns SIGTERM there, so SIGUSR1 is passed on as one.
+    """SIGTERM and SIGUSR1 as a question, asked after each step and at each batch of an evaluation. Over several processes
+    JAX's preemption service makes all of them answer yes to the same one; it owns SIGTERM there, so SIGUSR1 is passed on as
+    one. Once yes, always yes.
 
-    What it compares is a count of the questions and not the step: asked before any question, the processes agree on number
-    1, and a resumed run never comes to that step again."""
+    What the service compares is a count of the questions and not the step: of a request before the first one the processes
+    agree on number 1, and a resumed run never comes to that step again."""
 
     def __init__(self):
         self.seen, self.asked = False, 0
@@ -56,11 +57,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        """True when the run should save and stop. All processes ask at the same places, after each step say."""
+        """True when the run should save and stop. All processes ask equally often, at the same places."""
         self.asked += 1
-        if self.shared:
+        if self.shared and not self.seen:
             from jax.experimental import multihost_utils
-            return multihost_utils.reached_preemption_sync_point(self.asked)
+            self.seen = multihost_utils.reached_preemption_sync_point(self.asked)
         return self.seen
 
 

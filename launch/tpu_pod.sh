@@ -32,8 +32,8 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$tpus" ] || fail "--tpu=NAME[,NAME…] is missing: which TPU VMs?"
 [[ ",$tpus," != *,,* ]] || fail "--tpu=$tpus: an empty name"
-folder=${folder%/} # what is in it may be replaced: no home, and nothing that only a shell there would understand
-[[ $folder =~ ^[A-Za-z0-9_./-]+$ && ! /$folder/ =~ /\.{1,2}/ && $folder != -* ]] ||
+# gpt_jax/ in it is replaced: not in a home or the root, and nothing that only a shell there would understand.
+[[ $folder =~ ^/?(\.?[A-Za-z0-9_][A-Za-z0-9_.-]*/)*\.?[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] ||
     fail "--folder=$folder: expected a folder of its own below the workers' home, as gpt_jax, or a whole path"
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: expected a number"
 [ $# -gt 0 ] || [ -n "$setup" ] || fail "what is to run is missing: -- train --config=…"

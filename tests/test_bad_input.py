@@ -144,7 +144,7 @@ LINES = {
     "address without processes": (["evaluate", "--checkpoint=x", "--coordinator=h:1"], ["--coordinator=h:1",
                                                                                         "--num_processes=N"]),
     "no process": (["evaluate", "--checkpoint=x", "--num_processes=0"], ["--num_processes=0", "1 or more"]),
-    "fewer than no devices": (["evaluate", "--checkpoint=x", "--cpu_devices=-3"], ["--cpu_devices=-3", "expected 0 to 4096"]),
+    "fewer than no devices": (["evaluate", "--checkpoint=x", "--cpu_devices=-3"], ["--cpu_devices=-3", "expected 0 to 1024"]),
     "one device of one process": (["evaluate", "--checkpoint=x", "--local_device=1"], ["--local_device=1",
                                                                                      "CUDA_VISIBLE_DEVICES=1"]),
     "longer than anybody waits": (["evaluate", "--checkpoint=x", "--coordinator=h:1", "--num_processes=2",

@@ -344,12 +344,24 @@ def test_cpu_devices_that_talk_to_each_other_take_one_step_at_a_time(given, seve
     assert (changed.get("jax_cpu_enable_async_dispatch") is False) == several
 
 
+def test_a_request_to_stop_during_an_import_is_no_bug(tmp_path):
+    """Of a library in C, which makes an ImportError of whatever comes."""
+    (tmp_path / "library.py").write_text("import os\ntry:\n    os.kill(os.getpid(), 15)\nexcept BaseException:\n"
+                                         "    raise ImportError('in the middle') from None\n")
+    script = "from gpt_jax.commands import flags; flags.end_on_request(); import library"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": f"{runs.ROOT}:{tmp_path}"})
+    assert (done.returncode, done.stderr) == (10, "gpt-jax: stopped on request\n")
+
+
 TINY_PLAN = f"plan --config={runs.TINY} --topology=v5e:2x2 --config.mesh.data=4"
 FULL = "gpt-jax: standard output cannot be written (No space left on device)"
 
 
 @pytest.mark.parametrize("given, into, code, words", [
     (TINY_PLAN, "&-", 0, ""), (TINY_PLAN, "/dev/full", 2, f"{FULL}; send it elsewhere"),
+    (f"{TINY_PLAN} --config.mesh.tensor=3 --json", "/dev/full", 2, "devices; the nearest that do: "),
+    (f"{TINY_PLAN} --config.mesh.tensor=3 --json 2>/dev/full", "&-", 2, ""),
     ("train", "/dev/full", 0, f"{FULL}: nothing more is said there")])
 def test_standard_output_that_takes_nothing(tmp_path, given, into, code, words):
     """Closed by who calls, or on a full disk: a run goes on, what was asked for is missed."""

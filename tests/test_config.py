@@ -262,7 +262,7 @@ MOE = dict(pattern=(("attention", "moe"),))
     (dict(tensor=8), dict(), ("config.model.heads = 4", "config.mesh.tensor = 8")),
     (dict(tensor=4), dict(model=dict(kv_heads=1)), ("config.model.kv_heads = 1", "config.mesh.tensor = 4")),
     (dict(tensor=4), dict(model=dict(mlp=30)), ("config.model.mlp = 30",)),
-    (dict(tensor=4), dict(model=dict(vocab=257)), ("config.model.vocab = 257", "set it to 260, or to 0", "vocab_multiple to 4")),
+    (dict(tensor=4), dict(model=dict(vocab=257)), ("config.model.vocab = 257", "to 260, or to 0", "vocab_multiple to 4")),
     (dict(fsdp=8), dict(model=dict(embed=36)), ("config.model.embed = 36", "fsdp x expert x context = 8")),
     (dict(context=2), dict(train=dict(seq_len=254)), ("config.train.seq_len = 254", "config.mesh.context = 4")),
     (dict(context=4), dict(train=dict(loss_chunk=2)), ("config.train.loss_chunk = 2", "config.mesh.context = 4")),
@@ -291,6 +291,14 @@ def test_meshes_that_the_model_cannot_run_on_are_not_offered():
     sections = dict(model=dict(heads=3, kv_heads=3, embed=24), mesh=dict(data=1, fsdp=2, tensor=3))
     message = refuses(lambda: config.check(made(**sections), devices=8), "config.mesh.tensor = 3")
     assert message.endswith("the nearest that do: config.mesh.fsdp=8 config.mesh.tensor=1")
+
+
+def test_sizes_across_slices_are_offered_last():
+    """The machine decides them."""
+    for mesh, offer in ((dict(fsdp=3, dcn_data=2), "config.mesh.fsdp=4"), (dict(data=4, dcn_data=4), "config.mesh.data=2"),
+                        (dict(data=1, dcn_data=3), "config.mesh.dcn_data=8")):
+        message = refuses(lambda: config.check(made(mesh=dict(data=1) | mesh), devices=8), "config.mesh.dcn_data")
+        assert offer in message.partition("the nearest that do: ")[2], message
 
 
 @pytest.mark.parametrize("batch, accumulate, data, fsdp", [(9, 1, 8, 1), (12, 2, 2, 4), (4, 1, 8, 1), (6, 3, 1, 8),

@@ -98,12 +98,13 @@ def test_a_failure_behind_the_save_of_a_stop_is_the_others_reason_too(tmp_path, 
 
 
 EARLY = """
-import os, sys
+import os, sys, time
 from gpt_jax import {module}
 from gpt_jax.commands import main
 plain = {module}.{name}
 def first(*given, **named):
     os.kill(os.getpid(), {number})
+    time.sleep(0.1)  # for the others to hear of it
     return plain(*given, **named)
 {module}.{name} = first
 main.main(sys.argv[1:])

@@ -297,6 +297,7 @@ def test_what_submitit_is_given(tmp_path, monkeypatch):
     (["--time=9", "tarin"], "gpt-jax launch slurm: 'tarin' is no flag"), (["--nodes=0", "--time=9", "train"], "--nodes=0: "),
     (["--time=9", "sweep"], "gpt-jax launch slurm: 'sweep' is no flag"),
     (["--time=9", "--sbatch", "mem", "train"], "--sbatch=mem: expected NAME=VALUE"),
+    (["--time=9", "--sbatch=mem=1G", "--sbatch=mem=2G", "train"], "--sbatch=mem=2G: mem is given twice"),
     (["--time=9", "--sbatch=N=3", "train"], "--sbatch=N=3: expected the long name"),
     (["--time=9", "--sbatch=gpus-per-task=1", "train"], "--sbatch=gpus-per-task=1: the launcher sets gpus-per-task; leave it"),
     *((["--time=9", f"--sbatch={name}=1", "train"], f"--sbatch={name}=1: the launcher sets {name}; {way}") for name, way in (
@@ -423,7 +424,7 @@ def test_tpu_pod_dry_run_prints_and_runs_nothing(tmp_path):
     ([], "--tpu=NAME"), (["--tpu=a"], "what is to run"), (["--tpu=a", "--zoen=b"], "unknown flag"),
     (["--tpu=a", "--restarts=x", "--", "train"], "--restarts=x: expected"),
     *((["--tpu=a", f"--folder={text}", "--setup"], f"--folder={text}: expected a folder of its own") for text in (
-        "", "~/x", "/x/../y", ".", "..", "-x", "a b")), (["--tpu=a", "--folder=/", "--setup"], "--folder=: expected"),
+        "", "~/x", "/x/../y", ".", "..", "-x", "a b", "/", "//", "a//b", "a/./b", "a/")),
     (["--tpu=a", "--", "train", "--config=c.py"], "train needs --workdir=DIR"),
     (["--tpu=a", "--", "train", "--workdir=/w"], "train needs --config=FILE"),
     (["--tpu=a,", "--", "train"], "--tpu=a,: an empty"),

@@ -13,7 +13,7 @@ import runs
 from plans import CONFIGS, changed, job_of, llama
 
 from gpt_jax import config as configs
-from gpt_jax.commands import flags
+from gpt_jax.commands import compiling, flags
 from gpt_jax.commands import plan as command
 from gpt_jax.errors import UsageError
 from gpt_jax.plan import memory, report, roofline, search, topology
@@ -64,6 +64,9 @@ def test_weights_kept_whole_are_offered_to_be_cut():
     assert not roofline.estimate(job, machine).fits
     first, *_ = search.advice(job, machine)
     assert "--config.mesh.zero=3" in search.overrides(job.config, first.config)
+    found = list(search.meshes(job.config, machine))
+    assert len({*found}) == len(found) and configs.Mesh(data=8, tensor=8, zero=1) in found
+    assert configs.Mesh(data=8, tensor=8, zero=3) not in found  # which is the same
 
 
 def test_what_does_not_fit_is_told_what_would():
@@ -98,7 +101,7 @@ def test_the_report_does_not_offer_what_was_refused(monkeypatch, capsys):
     """By a compiler that has no memory for what the arithmetic likes best."""
     refused = {"seconds": 1, "refusal": "RESOURCE_EXHAUSTED: out of memory", "peak": 0}
     monkeypatch.setattr(command, "compile_outside", lambda args, rest: refused)
-    monkeypatch.setattr(command, "_there", lambda name: True)
+    monkeypatch.setattr(compiling, "_there", lambda name: True)
     job, machine = job_of("llama:1b"), topology.parse("v5e:4x4")
     best = search.overrides(job.config, search.search(job, machine)[0].config)
     given = ["--config", f"{CONFIGS / 'llama.py'}:1b", "--topology=v5e:4x4", "--json", *best]
@@ -122,7 +125,7 @@ def test_json_has_one_verdict(over, monkeypatch, capsys):
     done = {"seconds": 1, "refusal": "", "peak": over * machine.chip.memory, "program": PROGRAM, "argument": 1, "output": 1,
             "alias": 1, "temporary": 1}
     monkeypatch.setattr(command, "compile_outside", lambda args, rest: done)
-    monkeypatch.setattr(command, "_there", lambda name: True)
+    monkeypatch.setattr(compiling, "_there", lambda name: True)
     job = job_of("llama:1b")
     best = search.overrides(job.config, search.search(job, machine)[0].config)
     given = ["--config", f"{CONFIGS / 'llama.py'}:1b", "--topology=v5e:4x4", "--json", *best]
@@ -205,7 +208,7 @@ def test_the_winning_command_is_one_for_a_shell():
     spec = f"{CONFIGS / 'llama.py'}:1b"
     base = flags.load_config(spec, given)
     best = replace(base, mesh=replace(base.mesh, fsdp=16, data=1), train=replace(base.train, accumulate=2))
-    words = shlex.split(report.command(spec, base, best, given))
+    words = shlex.split(report.command(spec, [*given, *search.overrides(base, best)]))
     assert words[:4] == ["gpt-jax", "train", f"--config={spec}", "--workdir=runs/llama-1b"]
     assert flags.load_config(spec, words[4:]) == best
 
@@ -213,7 +216,7 @@ def test_the_winning_command_is_one_for_a_shell():
 def test_options_go_to_the_config(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(command, "plan", lambda args, rest, config, *_: seen.append((rest, config)))
-    monkeypatch.setattr(command, "_there", lambda name: True)
+    monkeypatch.setattr(compiling, "_there", lambda name: True)
     command.main(["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", "--compile", "--option=a=1", "--option=b=x,y",
                   "--config.train.compiler_options=c=2"])
     (rest, config), = seen
@@ -283,7 +286,7 @@ def test_slices_without_sizes_across_them_hold_copies(capsys):
 
 
 @pytest.mark.parametrize("flag", ["--search=-2", "--compile=-1", "--data_tokens=-5", "--data_tokens=nan", "--data_tokens=inf",
-                                  "--data_tokens=0.5", "--write_bandwidth=inf",
+                                  "--data_tokens=0.5", "--write_bandwidth=inf", "--write_bandwidth=1e-300",
                                   "--write_bandwidth=0", "--compile --option=xla_foo", "--compile --option==1"])
 def test_a_flag_out_of_range_is_named(flag):
     with pytest.raises(UsageError, match=f"^{flag.split()[-1]}: expected"):
@@ -299,11 +302,13 @@ def test_what_a_search_replaces_is_said(capsys):
     """And is not in the winner's command, which gives the same plan."""
     given = ["--config", f"{CONFIGS / 'llama.py'}:1b", "--topology=v5e:4x4", "--json"]
     replaced = ["--config.mesh.fsdp=7", "--config.model.remat=offload", "--config.train.accumulate=2"]
-    command.main([*given, "--search=1", *replaced, "--config.train.batch_size", "64"])
+    command.main([*given, "--search=1", *replaced, "--config.train.batch_size", "64", "--config.eval.batch_size=7"])
     found = json.loads(capsys.readouterr().out)
-    assert found["notes"] == [f"{text}: --search chooses that itself" for text in replaced]
+    assert found["notes"] == [*(f"{text}: --search chooses that itself" for text in replaced),
+                              "--config.eval.batch_size=7: does not divide over the best mesh, and is replaced"]
     words = shlex.split(found["command"])
-    assert not {*replaced[:2]} & {*words} and "--config.train.batch_size=64" in words
+    keys = [word.partition("=")[0] for word in words]
+    assert len(keys) == len({*keys}) and "--config.train.batch_size=64" in words
     command.main([*given, *(word for word in words if word.startswith("--config."))])
     assert json.loads(capsys.readouterr().out)["arithmetic"] == found["arithmetic"]
 
@@ -311,7 +316,7 @@ def test_what_a_search_replaces_is_said(capsys):
 def test_no_command_is_offered_that_the_compiler_refused(monkeypatch, capsys):
     monkeypatch.setattr(command, "compile_outside", lambda args, rest: {
         "seconds": 1, "peak": 0, "refusal": "RESOURCE_EXHAUSTED: too much"})
-    monkeypatch.setattr(command, "_there", lambda name: True)
+    monkeypatch.setattr(compiling, "_there", lambda name: True)
     with pytest.raises(UsageError, match="RESOURCE_EXHAUSTED"):
         command.main(["--config", f"{CONFIGS / 'llama.py'}:1b", "--topology=v5e:4x4", "--search=1", "--compile", "--json"])
     assert "command" not in json.loads(capsys.readouterr().out)
@@ -319,7 +324,7 @@ def test_no_command_is_offered_that_the_compiler_refused(monkeypatch, capsys):
 
 def test_a_request_to_stop_ends_the_compiler_too(tmp_path):
     """The process that compiles is a child of the command."""
-    script = ("import sys, time\nfrom gpt_jax.commands import main, plan\nplan._there = lambda name: True\n"
+    script = ("import sys, time\nfrom gpt_jax.commands import compiling, main\ncompiling._there = lambda name: True\n"
               "sys.executable = sys.argv.pop(1)\nmain.main(sys.argv[1:])\n")
     (tmp_path / "python").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
     (tmp_path / "python").chmod(0o755)
@@ -337,7 +342,7 @@ def test_a_request_to_stop_ends_the_compiler_too(tmp_path):
 
 
 def test_a_compiler_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(command, "_there", lambda name: False)
+    monkeypatch.setattr(compiling, "_there", lambda name: False)
     for machine, extra in (("v5e:2x2", "plan"), ("h100:8", "plan-gpu")):
         with pytest.raises(UsageError, match=rf"pip install 'gpt_jax\[{extra}\]'"):
             command.main(["--config", str(CONFIGS / "tiny.py"), f"--topology={machine}", "--compile"])

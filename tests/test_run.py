@@ -295,6 +295,25 @@ def test_the_watchdog_ends_a_run_that_hangs(tmp_path):
     assert "most recent call first" in process.err  # every thread's stack
 
 
+def test_a_stop_at_a_step_leaves_its_evaluation_out(tmp_path):
+    """Saved first, and the last step's evaluation is made up for when the run is called again."""
+    config = runs.load(tmp_path, "--config.train.steps=4", "--config.eval.every_steps=2", "--config.checkpoint.every_steps=0")
+    parts, steps = runs.build(config), []
+
+    def train(*given):
+        steps.append(len(steps) + 1)
+        if steps[-1] in (2, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return parts.train_step(*given)
+
+    for step in (2, 4):
+        with pytest.raises(Stopped, match=f"^stopped on request after step {step} of 4, saved in"):
+            runs.run(parts._replace(train_step=train), tmp_path / "run")
+        assert not runs.curve(tmp_path / "run", "eval/loss") and runs.final_state(parts, tmp_path / "run")[0] == step
+    runs.run(parts._replace(train_step=train), tmp_path / "run")
+    assert steps == [1, 2, 3, 4] and list(runs.curve(tmp_path / "run", "eval/loss")) == [4]
+
+
 @pytest.mark.parametrize("every, stops_after", [(10, 10), (0, 20)])
 def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(tmp_path, every, stops_after):
     """In one on the way and in the last one: saved, and what was not measured is when the run goes on and ends."""

@@ -5,7 +5,7 @@ import math
 import sys
 from functools import partial
 
-from gpt_jax.commands.flags import Flags, add_runtime_flags, end_on_request, make_say, start_runtime
+from gpt_jax.commands.flags import Flags, add_runtime_flags, emit, end_on_request, make_say, start_runtime
 from gpt_jax.errors import UsageError
 
 COLUMNS = (("loss", "{:.4f}"), ("perplexity", "{:.3f}"), ("bits_per_byte", "{:.4f}"), ("accuracy", "{:.4f}"),
@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> None:
     if first and args.json:
         strict = {source: {name: value if math.isfinite(value) else None for name, value in row.items()}
                   for source, row in rows.items()}  # JSON has no NaN
-        print(json.dumps({"checkpoint": str(directory), "step": step, "sources": strict}, ensure_ascii=False, indent=2))
+        emit(json.dumps({"checkpoint": str(directory), "step": step, "sources": strict}, ensure_ascii=False, indent=2))
     elif first:
-        print("\n".join(table(rows)))
+        emit("\n".join(table(rows)))
 
 
 def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:

@@ -19,7 +19,7 @@ from gpt_jax.errors import Stopped, UsageError
 from gpt_jax.meeting import split_address
 
 
-MOST_CPU_DEVICES = 4096  # each takes memory and threads; 100,000 are minutes of silence
+MOST_CPU_DEVICES = 1024  # each has threads of its own (environment.keep_threads)
 LONGEST = 86400  # seconds to wait for another process; what takes longer, nobody is waiting for
 
 
@@ -100,13 +100,22 @@ def start_runtime(args: argparse.Namespace) -> None:
 def leaving(line: str) -> Callable:
     """A handler of signals that ends this process with Stopped's code and `line`, when there is nothing to save."""
 
-    def leave(*_):
+    def leave(_, frame):
         os.write(2, f"gpt-jax: {line}\n".encode())
+        if importing(frame):  # jaxlib makes an ImportError of an exit, and that would be taken for a bug
+            os._exit(Stopped.code)
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
             os._exit(Stopped.code)  # a normal exit would wait for the others
         sys.exit(Stopped.code)
 
     return leave
+
+
+def importing(frame) -> bool:
+    """Whether `frame` runs for an import."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def end_on_request() -> None:
@@ -123,15 +132,23 @@ def local_workdir(text: str) -> Path:
     return Path(text)
 
 
-def emit(text: str) -> None:
-    """What a command is asked for, on standard output. Raises UsageError where it cannot be written."""
+@contextlib.contextmanager
+def output():
+    """For writing what a command is asked for: UsageError where standard output does not take it. `| head` is another
+    matter: BrokenPipeError passes."""
     try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has what it wanted
+        yield sys.stdout
+    except BrokenPipeError:
         raise
     except OSError as error:
         sys.stdout = open(os.devnull, "w")  # else it is tried again at the end
         raise UsageError(f"standard output cannot be written ({error.strerror}); send it elsewhere") from None
+
+
+def emit(text: str) -> None:
+    """What a command is asked for, as a whole. Raises UsageError."""
+    with output() as stream:
+        print(text, file=stream, flush=True)
 
 
 def make_say(stream) -> Callable[[str], None]:
@@ -176,7 +193,8 @@ def load_config(spec: str, overrides: list[str]) -> config.Config:
     file = Path(path)
     if not file.is_file():
         near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        raise UsageError(f"--config={spec}: no such file" + (f"; there are {', '.join(near)}" if near else ""))
+        raise UsageError(f"--config={spec}: {'is a folder' if file.is_dir() else 'no such file'}"
+                         + (f"; there are {', '.join(near)}" if near else ""))
     if file.suffix != ".py":
         raise UsageError(f"--config={spec}: is no Python file; expected FILE.py, or FILE.py:VARIANT")
     sys.path.insert(0, str(file.resolve().parent))  # a config may import its neighbours

@@ -6,7 +6,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags, add_runtime_flags, end_on_request, make_say, start_runtime
+from gpt_jax.commands.flags import Flags, add_runtime_flags, end_on_request, make_say, output, start_runtime
 from gpt_jax.errors import UsageError
 
 HELP = {
@@ -75,28 +75,32 @@ def run(args, prompts, sampling) -> None:
 
     first = jax.process_index() == 0
     say = make_say(sys.stderr)
-    out = sys.stdout.buffer  # UTF-8 whatever the terminal's locale says
     loaded = load.load(args.checkpoint, args.step, say, args.devices)
     single = len(prompts) * sampling.num_samples == 1 and not args.json
     done, began = [], time.perf_counter()
     with jax.set_mesh(loaded.mesh):
         for piece in stream(loaded.config.model, loaded.params, loaded.tokenizer, prompts, sampling, say):
             if single and first:
-                out.write(piece.text.encode("utf-8", "replace"))
-                out.flush()
+                write(piece.text)
             if piece.completion:
                 done.append((piece.row, piece.completion))
     done = [completion for _, completion in sorted(done)]
-    for completion in done if first and not single else ():
-        out.write(((json.dumps(as_json(prompts, completion), ensure_ascii=False) if args.json else completion.text)
-                   + "\n").encode("utf-8", "replace"))
-    if single and first and sys.stdout.isatty():
-        out.write(b"\n")
-    out.flush()
+    if first and not single:
+        write("".join((json.dumps(as_json(prompts, completion), ensure_ascii=False) if args.json else completion.text) + "\n"
+                      for completion in done))
+    elif first and sys.stdout.isatty():
+        write("\n")
     tokens = sum(len(completion.tokens) for completion in done)
     seconds = time.perf_counter() - began
     say(f"{tokens} tokens in {seconds:.1f} s, compilation included; ended by "
         + ", ".join(sorted({completion.finish for completion in done})))
+
+
+def write(text: str) -> None:
+    """To standard output, as UTF-8 whatever the terminal's locale says."""
+    with output() as stream:
+        stream.buffer.write(text.encode("utf-8", "replace"))
+        stream.buffer.flush()
 
 
 def as_json(prompts, completion) -> dict:

@@ -53,14 +53,17 @@ def refuse(command: list[str], *more: str) -> None:
             raise UsageError(f"{flag}: the launcher gives it to each process; leave it out")
 
 
-def positive(args: argparse.Namespace, *names: str, least: int = 1) -> None:
+MOST = 10**6  # of anything that is counted here; what is more was typed wrong
+
+
+def positive(args: argparse.Namespace, *names: str, least: int = 1, most: int = MOST) -> None:
     for name in names:
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name}={getattr(args, name)}: expected {least} or more")
+        if not least <= getattr(args, name) <= most:
+            raise UsageError(f"--{name}={getattr(args, name)}: expected {least} to {most}")
 
 
 def local(arguments: list[str]) -> None:
-    from gpt_jax.launch.local import Group, run
+    from gpt_jax.launch.local import MOST_PROCESSES, Group, run
 
     flags = Flags(prog="gpt-jax launch local", description=LAUNCHERS["local"])
     flags.add_argument("--processes", type=int, default=1, metavar="N", help="processes of this machine")
@@ -72,7 +75,8 @@ def local(arguments: list[str]) -> None:
     flags.add_argument("--coordinator", default="", metavar="HOST:PORT", 
                        help="address on node 0, needed with --nodes; default '%(default)s': a free port of this machine")
     args, rest = split(flags, arguments)
-    positive(args, "processes", "nodes")
+    positive(args, "nodes")
+    positive(args, "processes", most=MOST_PROCESSES)
     positive(args, "devices_per_process", "restarts", least=0)
     if args.nodes > 1 and not args.coordinator:
         raise UsageError(f"--nodes={args.nodes}: needs --coordinator=HOST:PORT of node 0")
@@ -117,8 +121,8 @@ def slurm(arguments: list[str]) -> None:
                        help="time limit, whole minutes; the job goes on behind it")
     flags.add_argument("--partition", help="where to queue")
     flags.add_argument("--name", default="gpt-jax", help="of the job, as squeue shows it")
-    flags.add_argument("--restarts", type=int, default=20, help="how often the job goes back into the queue, for time limits too: a run of 40 days in jobs of one day "
-                       "needs 40")
+    flags.add_argument("--restarts", type=int, default=20,
+                       help="how often the job goes back into the queue, for time limits too: 40 days in jobs of one need 40")
     flags.add_argument("--logs", default="runs/slurm", metavar="DIR", help="for the script and the output of every task")
     flags.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="a further option")
     args, rest = split(flags, arguments)
@@ -187,7 +191,7 @@ def kubernetes(arguments: list[str]) -> None:
         args.grace_seconds, tuple(args.volume), tuple(args.env)), rest)
     refuse(rest, "--cpu_devices")
     workdir = check_train(rest, count_devices(args), slices=args.slices if args.tpu_topology else 0)
-    inside = Path(posixpath.normpath(workdir))  # of the pod, which has not this machine's folders and links
+    inside = Path(posixpath.normpath(workdir.replace("//", "/")))  # the pod, which has not this machine's links
     if workdir and not any(inside.is_relative_to(path) for path in engine.mounts(args.volume)):
         raise UsageError(f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; as in "
                          f"--volume=CLAIM:/data -- train --workdir=/data/{inside.name}")

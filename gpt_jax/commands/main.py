@@ -59,7 +59,7 @@ def complain(line: str) -> None:
     """A line on standard error, if somebody still reads it."""
     try:
         print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
-    except BrokenPipeError:
+    except OSError:  # nobody reads, or the disk is full: the exit code is still said
         sys.stderr = open(os.devnull, "w")
 
 
@@ -117,7 +117,8 @@ def finish(code: int, reason: str = "") -> None:
         except OSError as error:
             setattr(sys, name, open(os.devnull, "w"))
             if name == "stdout" and not isinstance(error, BrokenPipeError):
-                complain(f"standard output cannot be written ({error.strerror}); send it elsewhere")
+                reason = reason or f"standard output cannot be written ({error.strerror}); send it elsewhere"
+                complain(reason)
                 code = code or UsageError.code
     if code and _processes() > 1:
         from gpt_jax.stops import end_process

@@ -1,25 +1,15 @@
 """`gpt-jax plan`: whether a run fits on hardware that is not here, and how fast it could be."""
 
 import argparse
-import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, replace
 from pathlib import Path
 
 from gpt_jax import config as configs
+from gpt_jax.commands.compiling import compile_here, compile_outside, need_compiler
 from gpt_jax.commands.flags import Flags, emit, end_on_request, load_config, split_overrides
 from gpt_jax.errors import UsageError
-
-# What the compilers want of the environment, before they are loaded. The last lets several plans run at once.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-               "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-# platform -> (modules that must be there, the extra that brings them)
-COMPILERS = {"tpu": (("libtpu",), "plan"), "gpu": (("jax_plugins.xla_cuda13", "nvidia"), "plan-gpu")}
 
 MISSES = 3  # programs that do not fit, which --search compiles before it gives up
 
@@ -52,10 +42,18 @@ def main(arguments: list[str]) -> None:
         trouble = checked(args, rest)
     except UsageError as error:
         if args.json and not args.inside:
-            emit(json.dumps({"topology": args.topology, "fits": False, "problems": [str(error)]}, indent=2))
+            refuse(args.topology, error)
         raise
     if trouble:
         raise UsageError(trouble)
+
+
+def refuse(topology: str | None, error: UsageError) -> None:
+    """The JSON of a plan that there is none of."""
+    try:
+        emit(json.dumps({"topology": topology, "fits": False, "problems": [str(error)]}, indent=2))
+    except UsageError as unwritten:
+        raise UsageError(f"{error}; and {unwritten}") from None
 
 
 def checked(args, rest: list[str]) -> str:
@@ -97,8 +95,8 @@ def check(args) -> None:
                          "the number out")
     if args.keep_hlo is not None:
         check_keep(args)
-    if not 0 < args.write_bandwidth < math.inf:
-        raise UsageError(f"--write_bandwidth={args.write_bandwidth:g}: expected bytes a second, more than 0, as in 1e9")
+    if not 1 <= args.write_bandwidth < math.inf:
+        raise UsageError(f"--write_bandwidth={args.write_bandwidth:g}: expected 1 byte a second or more, as in 1e9")
     if args.option and not args.compile:
         raise UsageError(f"--option={args.option[0]}: is for the compiler; add --compile, or leave it out")
     for option in args.option:
@@ -122,8 +120,8 @@ def check_keep(args) -> None:
 def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
     """Prints the report, and returns what is wrong, "" for nothing. `notes`: lines ahead of it."""
     from gpt_jax.plan import report
-    from gpt_jax.plan.job import make_job, with_vocab
-    from gpt_jax.plan.search import is_searched, search
+    from gpt_jax.plan.job import make_job
+    from gpt_jax.plan.search import search
 
     job, found, lines, out = make_job(config), [], [], {}
     if args.search:
@@ -148,12 +146,27 @@ def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
         out |= {"compiled": best["compiled"], "schedule": best["schedule"]}
     lines += [*report.left_out(whole.config), *report.run_lines(ahead)]
     if args.search and best["fits"]:
-        kept = [given for given in rest if not is_searched(given)]
-        out["command"] = report.command(args.config, with_vocab(load_config(args.config, kept)), best["config"], kept)
-        lines.append(f"best: {out['command']}")
+        words, replaced = winner(args.config, rest, best["config"])
+        out["command"] = report.command(args.config, words)
+        more = [f"{given}: does not divide over the best mesh, and is replaced" for given in replaced]
+        out["notes"] += more
+        lines += [*more, f"best: {out['command']}"]
     trouble = add_trouble(job, topology, best, results, lines, out)
     emit(json.dumps(out, indent=2) if args.json else "\n".join(lines))
     return f"{topology}: {trouble}" if trouble else ""
+
+
+def winner(spec: str, rest: list[str], best) -> tuple[list[str], list[str]]:
+    """Overrides that make `best`, which a search has found, of the config of `spec`; and those of `rest`, not of fields that
+    it searches, that it could not keep."""
+    from gpt_jax.plan.job import with_vocab
+    from gpt_jax.plan.search import is_searched, overrides
+
+    given = [text for text in rest if not is_searched(text)]
+    changes = overrides(with_vocab(load_config(spec, given)), best)
+    keys = {change.partition("=")[0] for change in changes}
+    replaced = [text for text in given if text.partition("=")[0] in keys]
+    return [*(text for text in given if text not in replaced), *changes], replaced
 
 
 def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str], out: dict) -> str:
@@ -234,53 +247,3 @@ def examine(args, rest: list[str], job, config, topology) -> dict:
         time = schedule_of(job, topology, seen.kernel, done["program"])
         result |= {"schedule": time._asdict(), "step": time.step}
     return result
-
-
-def need_compiler(topology) -> None:
-    """UsageError when the compiler for this hardware is not installed, or cannot describe it."""
-    modules, extra = COMPILERS[topology.chip.platform]
-    missing = [name for name in modules if not _there(name)]
-    if missing:
-        raise UsageError(f"--compile: {topology.name} needs {missing[0]}, which is not installed: "
-                         f"pip install 'gpt_jax[{extra}]'")
-    if topology.name == "v4":
-        raise UsageError("--compile: libtpu describes v4 by cores, and runs use whole chips; leave --compile out")
-
-
-def _there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not there
-        return False
-
-
-def compile_outside(args, rest: list[str]) -> dict:
-    """compile_here in a process of its own: the compilers read their environment when they are loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "compiled.json"
-        command = [sys.executable, "-m", "gpt_jax", "plan", f"--config={args.config}", f"--topology={args.topology}",
-                   f"--slices={args.slices}", "--compile", f"--inside={answer}",
-                   *([f"--keep_hlo={args.keep_hlo}"] if args.keep_hlo else []), *rest]
-        done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace")
-        if answer.exists():
-            return json.loads(answer.read_text())
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode == UsageError.code:
-        raise UsageError(said[-1].removeprefix("gpt-jax: "))
-    tail = " | ".join(said[-3:])
-    return {"seconds": 0, "peak": 0,
-            "refusal": f"the compiler's process ended with code {done.returncode}: {tail[-500:]}"}
-
-
-def compile_here(config, topology, args) -> dict:
-    from gpt_jax.plan.compiled import compile_step
-    from gpt_jax.plan.job import with_vocab
-    from gpt_jax.plan.roofline import choose_kernel, problems
-
-    config = with_vocab(config)
-    shape, found = problems(config, topology.devices)
-    if found:
-        raise UsageError(found[0])
-    kernel, _ = choose_kernel(config, topology, shape)
-    keep = Path(args.keep_hlo).write_text if args.keep_hlo else None
-    return asdict(compile_step(config, topology, kernel, keep))

@@ -57,14 +57,19 @@ def mesh_shape(mesh: Mesh, devices: int, runs: Callable[[Mesh], bool] = lambda m
 
 
 def _way_out(mesh: Mesh, given: dict[str, int], devices: int, free: bool, runs: Callable[[Mesh], bool]) -> str:
-    """The nearest sizes of the axes that are given, or of data and fsdp besides, that multiply to `devices` (`free`: divide
-    it): those that run, if any of the nearest 50 do."""
+    """The nearest sizes that multiply to `devices` (`free`: divide it) and that run, if any of 50 do: of the axes that are
+    given, of data and fsdp besides; those across slices, which the machine decides, last."""
     as_mesh = lambda sizes: replace(mesh, **{name.split(".")[-1]: size for name, size in sizes.items()})
+    across = {name: size for name, size in given.items() if ".dcn_" in name}
+    within = {name: size for name, size in given.items() if name not in across}
     plain = {f"config.mesh.{axis}": 1 for axis in ("data", "fsdp") if getattr(mesh, axis) == 1}
-    near = _nearest(given, devices, free)
-    run = [sizes for sizes in near if runs(as_mesh(sizes))] or [
-        sizes for sizes in _nearest(plain | given, devices, free) if runs(as_mesh(sizes))]
-    offers = [" ".join(f"{name}={size}" for name, size in sizes.items()) for sizes in (run or near)[:3]]
+    inside, rest = divmod(devices, math.prod(across.values()))
+    tried = [_nearest(axes, 0 if rest else inside, free) for axes in (within, plain | within)]
+    tried.append(_nearest(given, devices, free))
+    runs_of = ([sizes for sizes in near if runs(as_mesh(sizes))] for near in tried)
+    run = next(filter(None, runs_of), [])
+    near = run or next(filter(None, tried))
+    offers = [" ".join(f"{name}={size}" for name, size in sizes.items()) for sizes in near[:3]]
     return f"the nearest that do: {' or '.join(offers)}" + ", but as it is the config runs on none of them" * (not run)
 
 

@@ -11,6 +11,7 @@ from typing import Callable, Iterator, NamedTuple
 
 from gpt_jax.errors import EXIT_CODES, RESTARTABLE, PeerFailed, restart_seconds
 
+MOST_PROCESSES = 256  # of one machine
 TOGETHER_SECONDS = 12.0  # for the others to go by themselves once one has failed; then they are killed
 QUIET_SECONDS = 300.0  # after an attempt that ran so long, the wait begins anew; the limit of restarts counts all
 

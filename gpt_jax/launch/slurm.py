@@ -49,6 +49,8 @@ def further(options: list[str], gpus: int) -> dict[str, str]:
             raise UsageError(f"--sbatch={option}: expected the long name of an option, as in mem=64G")
         if key in OWN and (gpus or key != "gpus_per_node"):
             raise UsageError(f"--sbatch={option}: the launcher sets {name}; {OWN[key]}")
+        if key in made:
+            raise UsageError(f"--sbatch={option}: {name} is given twice; leave one out")
         made[key] = value
     return made
 

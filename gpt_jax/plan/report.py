@@ -157,12 +157,17 @@ def compiled(topology: Topology, done: dict, time: dict | None, expected: float,
             f"estimated MFU {time['mfu_full']:.1%} (full map), {time['mfu_causal']:.1%} (causal)"]
 
 
+def zero(config: configs.Config) -> str:
+    """ ", zero 1" where that cuts less than the mesh could."""
+    return f", zero {config.mesh.zero}" * (config.mesh.zero != 3)
+
+
 def ranked(found: list[Found]) -> list[str]:
     """A table of what was found, best first."""
     lines = [f"{'':>3} {'step':>9} {'MFU full':>8} {'causal':>7} {'peak GiB':>8}  {'mesh':<44} remat  microbatches"]
     for place, (one, seen) in enumerate(found, 1):
         lines.append(f"{place:>3} {seconds(seen.step):>9} {seen.mfu_full:>8.1%} {seen.mfu_causal:>7.1%} "
-                     f"{seen.memory.peak / GIB:>8.1f}  {mesh_text(seen.shape):<44} {one.model.remat:<6} "
+                     f"{seen.memory.peak / GIB:>8.1f}  {mesh_text(seen.shape) + zero(one):<44} {one.model.remat:<6} "
                      f"{one.train.accumulate}")
     return lines
 
@@ -172,11 +177,11 @@ def ranked_data(base: configs.Config, found: list[Found]) -> list[dict]:
              "peak": seen.memory.peak} for one, seen in found]
 
 
-def command(spec: str, base: configs.Config, best: configs.Config, given: list[str]) -> str:
-    """The shell's command that trains `best`. `given`: what changed the config of `spec` to `base`."""
+def command(spec: str, overridden: list[str]) -> str:
+    """The shell's command that trains the config of `spec` with these overrides."""
     path, _, variant = spec.partition(":")
     name = f"{Path(path).stem}-{variant.strip('/').replace('/', '-')}" if variant else Path(path).stem
-    return shlex.join(["gpt-jax", "train", f"--config={spec}", f"--workdir=runs/{name}", *given, *overrides(base, best)])
+    return shlex.join(["gpt-jax", "train", f"--config={spec}", f"--workdir=runs/{name}", *overridden])
 
 
 def data(job: Job, topology: Topology, seen: Estimate, ahead: Horizon) -> dict:

@@ -4,7 +4,6 @@ import math
 from bisect import bisect_left
 from dataclasses import replace
 from functools import lru_cache
-from itertools import product
 from typing import Iterator, NamedTuple
 
 from gpt_jax import config as configs
@@ -35,8 +34,8 @@ def divisors(number: int, most: int = MOST) -> tuple[int, ...]:
 
 
 def meshes(config: configs.Config, topology: Topology) -> Iterator[configs.Mesh]:
-    """Meshes that use every device. Slices hold copies (data), the rest of the axes stays inside a slice. The config's own
-    `zero`, and 3."""
+    """Meshes that use every device. Slices hold copies (data), the rest of the axes stays inside a slice. With the config's
+    own `zero` and, where that cuts anything, with 3."""
     model, inside = config.model, topology.devices // topology.slices
     moe = any(ffn == "moe" for _, ffn in model.pattern)
     for tensor in divisors(math.gcd(inside, math.gcd(model.heads, model.kv_heads)), LARGEST["tensor"]):
@@ -46,10 +45,13 @@ def meshes(config: configs.Config, topology: Topology) -> Iterator[configs.Mesh]
                     continue
                 left = inside // tensor // context // pipeline
                 for expert in divisors(math.gcd(left, model.experts)) if moe else (1,):
-                    for fsdp, zero in product(divisors(left // expert), sorted({config.mesh.zero, 3})):
-                        yield configs.Mesh(
+                    for fsdp in divisors(left // expert):
+                        mesh = configs.Mesh(
                             pipeline=pipeline, data=left // expert // fsdp, fsdp=fsdp, expert=expert, context=context,
-                            tensor=tensor, dcn_data=topology.slices, zero=zero)
+                            tensor=tensor, dcn_data=topology.slices, zero=config.mesh.zero)
+                        yield mesh
+                        if mesh.zero != 3 and fsdp * expert * context > 1:
+                            yield replace(mesh, zero=3)
 
 
 def _rows(mesh: configs.Mesh) -> int:
