@@ -4,6 +4,9 @@ Every failure that a person or a scheduler has to tell apart is one row of `EXIT
 `Exit` into one line on standard error and its code; anything else is a bug and keeps its traceback.
 """
 
+import os
+import sys
+
 EXIT_CODES = {
     0: "done",
     2: "config or usage: what was typed cannot be run as it is",
@@ -24,6 +27,14 @@ RESTARTABLE = (10, 40, 41, 50)
 # its machine, or asked to stop before it could listen: as good a reason to restart as 40.
 SIGNALLED = (134, 135, 137, 138, 139, 143)  # ABRT BUS KILL USR1 SEGV TERM
 RESTART_SECONDS = 5, 300  # before the first restart, and at most: the wait doubles in between
+
+
+def complain(line: str) -> None:
+    """A line on standard error, if somebody still reads it and its disk is not full: the exit code is said all the same."""
+    try:
+        print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")
 
 
 def restart_seconds(restarts: int) -> int:

@@ -69,7 +69,8 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
             stopping = stop()
             progress.end = step if stopping else progress.end
             if not stopping and (due(config.eval.every_steps, step) or step == train.steps):
-                stopping = not evaluate(progress, state, step, stop)  # of this step a line is written already if one is due
+                # Cut short by a stop it has recorded the step already: `progress.end` would come too late for it.
+                stopping = not evaluate(progress, state, step, stop)
             if stopping:  # nothing else comes before: who asks may not wait long
                 save(progress, checkpoints, state, step)
                 raise stopped(progress, checkpoints, step)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 
-from gpt_jax.errors import RESTARTABLE, Hang, PeerFailed, Stopped
+from gpt_jax.errors import RESTARTABLE, Hang, PeerFailed, Stopped, complain
 
 
 # How the libraries below say that another process has left: gloo, NCCL, JAX's coordination service. What else goes wrong
@@ -74,8 +74,7 @@ def watchdog(minutes: float):
     def watch():
         while not done.wait(min(5.0, minutes * 15)):
             if time.monotonic() - last[0] > minutes * 60:
-                print(f"gpt-jax: no step ended for {minutes} minutes (config.train.hang_minutes); stacks follow",
-                      file=sys.stderr)
+                complain(f"no step ended for {minutes} minutes (config.train.hang_minutes); stacks follow")
                 faulthandler.dump_traceback()
                 end_process(Hang.code, f"no step ended for {minutes} minutes (config.train.hang_minutes)")
 
@@ -218,12 +217,12 @@ class Job:
         if not self.leaving.acquire(blocking=False):
             time.sleep(self.STOP_SECONDS + self.LINGER_SECONDS)
         if line:
-            print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
+            complain(line)
         try:
             if code == Stopped.code:  # all of them stop
                 if (found := self.stop_together()) is not None:
                     code = found.others_code
-                    print(f"gpt-jax: {found.line}", file=sys.stderr, flush=True)
+                    complain(found.line)
             elif text:
                 said = Failure(self.process, socket.gethostname(), code, text)
                 self.client.key_value_set(f"{self.SAID}{self.process}", json.dumps(said._asdict()))

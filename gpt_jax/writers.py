@@ -187,7 +187,7 @@ class BarWriter:
         try:
             show(text.encode(encoding, "replace").decode(encoding), file=self._stream)
             self._stream.flush()
-        except BrokenPipeError:  # nor must a reader that has gone
+        except OSError:  # nor must a reader that has gone, or a full disk
             self._stream, self._bar = open(os.devnull, "w"), None
 
     def text(self, step: int, key: str, text: str) -> None:

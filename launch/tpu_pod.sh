@@ -32,9 +32,10 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$tpus" ] || fail "--tpu=NAME[,NAME…] is missing: which TPU VMs?"
 [[ ",$tpus," != *,,* ]] || fail "--tpu=$tpus: an empty name"
-# gpt_jax/ in it is replaced: not in a home or the root, and nothing that only a shell there would understand.
-[[ $folder =~ ^/?(\.?[A-Za-z0-9_][A-Za-z0-9_.-]*/)*\.?[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] ||
+# gpt_jax/ in it is replaced: not the home itself or the root, and nothing that only a shell there would understand.
+[[ $folder =~ ^/?(\.?[A-Za-z0-9_][A-Za-z0-9_.-]*/)*\.?[A-Za-z0-9_][A-Za-z0-9_.-]*/?$ ]] ||
     fail "--folder=$folder: expected a folder of its own below the workers' home, as gpt_jax, or a whole path"
+folder=${folder%/}
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: expected a number"
 [ $# -gt 0 ] || [ -n "$setup" ] || fail "what is to run is missing: -- train --config=…"
 case ${1:-} in

@@ -104,7 +104,7 @@ from gpt_jax.commands import main
 plain = {module}.{name}
 def first(*given, **named):
     os.kill(os.getpid(), {number})
-    time.sleep(0.1)  # for the others to hear of it
+    time.sleep(0.1)  # the others have to hear of it before what follows is over: 5 s of an evaluation
     return plain(*given, **named)
 {module}.{name} = first
 main.main(sys.argv[1:])

@@ -145,6 +145,7 @@ def test_a_killed_process_and_the_job_starts_again_and_resumes(tmp_path):
     (["--processes=0", "train"], "--processes=0: expected 1"), (["--restarts=-1", "train"], "--restarts=-1: expected 0"),
     (["--nodes=2", "train"], "--nodes=2: needs --coordinator"), (["--node=1", "train"], "--node=1: expected 0 to 0"),
     (["--nodes=2", "--coordinator=a:1", "--restarts=1", "train"], "--restarts=1: one machine"),
+    (["--devices_per_process=2000", "train"], "--devices_per_process=2000: expected 0 to 1024"),
     (["--processes=1000", "train"], "--processes=1000: expected 1 to 256"),
     (["--coordinator=abc", "train"], "--coordinator=abc: expected HOST:PORT"),
     (["train", "--process_id=1"], "--process_id: the launcher gives"), (["prepare"], "gpt-jax launch local: 'prepare'")])

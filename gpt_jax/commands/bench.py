@@ -6,7 +6,7 @@ from typing import Callable
 
 import numpy as np
 
-from gpt_jax.commands.flags import Flags, load_config
+from gpt_jax.commands.flags import Flags, emit, load_config
 from gpt_jax.errors import UsageError
 
 
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     args, rest = flags.parse_known_args(arguments)
     if args.batches < 0 or not 0.01 <= args.seconds < 1e6:
         raise UsageError("--batches: expected 0 or more; --seconds: at least 0.01 and below 1e6")
-    print("\n".join(measure(load_config(args.config, rest), args.batches, args.seconds)))
+    emit("\n".join(measure(load_config(args.config, rest), args.batches, args.seconds)))
 
 
 def timed(make: Callable[[int], None], count: int, seconds: float) -> tuple[int, float]:

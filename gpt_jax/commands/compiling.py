@@ -55,6 +55,7 @@ def compile_outside(args, rest: list[str]) -> dict:
 
 
 def compile_here(config, topology, args) -> dict:
+    """plan.compiled.Compiled of the config, as a dict. UsageError for what cannot run."""
     from gpt_jax.plan.compiled import compile_step
     from gpt_jax.plan.job import with_vocab
     from gpt_jax.plan.roofline import choose_kernel, problems

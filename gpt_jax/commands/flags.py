@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from gpt_jax import config
 from gpt_jax.commands import environment
 from gpt_jax.commands.join import join
-from gpt_jax.errors import Stopped, UsageError
+from gpt_jax.errors import Stopped, UsageError, complain
 from gpt_jax.meeting import split_address
 
 
@@ -169,8 +169,7 @@ def make_say(stream) -> Callable[[str], None]:
             if stream is sys.stdout:  # else Python complains about it at the end
                 sys.stdout = open(os.devnull, "w")
                 if not isinstance(error, BrokenPipeError):
-                    print(f"gpt-jax: standard output cannot be written ({error.strerror}): nothing more is said there",
-                          file=sys.stderr)
+                    complain(f"standard output cannot be written ({error.strerror}): nothing more is said there")
 
     return say
 

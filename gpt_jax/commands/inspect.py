@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import Flags, local_workdir
-from gpt_jax.errors import UsageError
+from gpt_jax.commands.flags import Flags, emit, local_workdir
+from gpt_jax.errors import UsageError, complain
 
 
 LAST = 10**12  # step; numbers of examples are 64-bit
@@ -30,15 +30,14 @@ def main(arguments: list[str]) -> None:
     workdir = local_workdir(args.workdir)
     config = read_config(workdir)
     if args.batch > config.train.steps:
-        print(f"gpt-jax: step {args.batch:,} is beyond the run's last, {config.train.steps:,}: what it would get if it went on",
-              file=sys.stderr)
+        complain(f"step {args.batch:,} is beyond the run's last, {config.train.steps:,}: what it would get if it went on")
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator, and the run may be using it
     rows = step_rows(config, workdir, args.batch, args.rows)
     try:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(describe(row, args.chars)))
+            emit(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(describe(row, args.chars)))
     except UnicodeEncodeError as error:
         raise UsageError(f"standard output cannot hold this text ({error.encoding}); set "
                          "PYTHONIOENCODING=utf-8") from None

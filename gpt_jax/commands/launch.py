@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import Flags, check_runtime, load_config, local_workdir
+from gpt_jax.commands.flags import MOST_CPU_DEVICES, Flags, check_runtime, emit, load_config, local_workdir
 from gpt_jax.data.sources import EMPTY
-from gpt_jax.errors import Exit, UsageError
+from gpt_jax.errors import Exit, UsageError, complain
 from gpt_jax.meeting import split_address
 
 LAUNCHERS = {
@@ -20,6 +20,7 @@ LAUNCHERS = {
     "kubernetes": "writes a JobSet for Kubernetes to standard output",
 }
 PLACES = ("--coordinator", "--num_processes", "--process_id", "--local_device", "--distributed")
+MOST = 10**6  # of anything that is counted here; what is more was typed wrong
 COMMANDS = ("train", "evaluate", "generate")  # what runs as several processes
 
 
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> None:
     """Raises UsageError for what cannot be started, and what the job ended with."""
     if not arguments or arguments[0] in ("-h", "--help"):
         rows = [f"  {name:<10} {line}" for name, line in LAUNCHERS.items()]
-        print("\n".join(["usage: gpt-jax launch <engine> [flags] train [its flags]", "", *rows]))
+        emit("\n".join(["usage: gpt-jax launch <engine> [flags] train [its flags]", "", *rows]))
         sys.exit(0)
     name, *rest = arguments
     if name not in LAUNCHERS:
@@ -53,10 +54,7 @@ def refuse(command: list[str], *more: str) -> None:
             raise UsageError(f"{flag}: the launcher gives it to each process; leave it out")
 
 
-MOST = 10**6  # of anything that is counted here; what is more was typed wrong
-
-
-def positive(args: argparse.Namespace, *names: str, least: int = 1, most: int = MOST) -> None:
+def within(args: argparse.Namespace, *names: str, least: int = 1, most: int = MOST) -> None:
     for name in names:
         if not least <= getattr(args, name) <= most:
             raise UsageError(f"--{name}={getattr(args, name)}: expected {least} to {most}")
@@ -72,12 +70,13 @@ def local(arguments: list[str]) -> None:
     flags.add_argument("--restarts", type=int, default=0, metavar="K", help="how often to start again")
     flags.add_argument("--nodes", type=int, default=1, help="machines that each run this with as many processes")
     flags.add_argument("--node", type=int, default=0, help="which of them this is")
-    flags.add_argument("--coordinator", default="", metavar="HOST:PORT", 
+    flags.add_argument("--coordinator", default="", metavar="HOST:PORT",
                        help="address on node 0, needed with --nodes; default '%(default)s': a free port of this machine")
     args, rest = split(flags, arguments)
-    positive(args, "nodes")
-    positive(args, "processes", most=MOST_PROCESSES)
-    positive(args, "devices_per_process", "restarts", least=0)
+    within(args, "nodes")
+    within(args, "processes", most=MOST_PROCESSES)
+    within(args, "devices_per_process", least=0, most=MOST_CPU_DEVICES)
+    within(args, "restarts", least=0)
     if args.nodes > 1 and not args.coordinator:
         raise UsageError(f"--nodes={args.nodes}: needs --coordinator=HOST:PORT of node 0")
     if args.coordinator:
@@ -90,12 +89,8 @@ def local(arguments: list[str]) -> None:
 
     each = args.devices_per_process or (args.processes > 1)  # a machine's only process takes all that it has: not known
     check_train(rest, args.processes * args.nodes * each)
-
-    def say(line: str) -> None:
-        print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
-
     code, line = run(Group(args.processes, args.devices_per_process, args.coordinator, args.nodes, args.node), rest,
-                     args.restarts, say)
+                     args.restarts, complain)
     if code:
         raise Ended(code, line)
 
@@ -126,9 +121,9 @@ def slurm(arguments: list[str]) -> None:
     flags.add_argument("--logs", default="runs/slurm", metavar="DIR", help="for the script and the output of every task")
     flags.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="a further option")
     args, rest = split(flags, arguments)
-    positive(args, "nodes")
-    positive(args, "time", least=SAVE_SECONDS // 60 + 1)  # else it is told to save as soon as it begins
-    positive(args, "gpus_per_node", "tasks_per_node", "restarts", least=0)
+    within(args, "nodes")
+    within(args, "time", least=SAVE_SECONDS // 60 + 1)  # else it is told to save as soon as it begins
+    within(args, "gpus_per_node", "tasks_per_node", "restarts", least=0)
     extra = further(args.sbatch, args.gpus_per_node) | ({"partition": args.partition} if args.partition else {})
     gpus, tasks = args.gpus_per_node, args.tasks_per_node or max(1, args.gpus_per_node)
     if gpus % tasks:
@@ -151,7 +146,7 @@ def slurm(arguments: list[str]) -> None:
         job = executor.submit(Training([*rest, "--distributed"]))
     except (RuntimeError, OSError) as error:  # sbatch refused
         raise UsageError(f"launch slurm: sbatch did not take it: {' '.join(str(error).split())}") from None
-    print(f"submitted job {job.job_id}; output: {job.paths.stdout}")
+    emit(f"submitted job {job.job_id}; output: {job.paths.stdout}")
 
 
 def make_logs(text: str) -> Path:
@@ -182,20 +177,20 @@ def kubernetes(arguments: list[str]) -> None:
                        help="a PersistentVolumeClaim, mounted in all pods; the workdir has to be in one")
     flags.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every pod")
     args, rest = split(flags, arguments)
-    positive(args, "nodes", "slices", "grace_seconds")
+    within(args, "nodes", "slices", "grace_seconds")
     if not args.image or re.search(r"\s", args.image):
         raise UsageError(f"--image={args.image}: expected the name of the one that was made from launch/Dockerfile")
-    positive(args, "gpus_per_node", "restarts", least=0)
+    within(args, "gpus_per_node", "restarts", least=0)
     made = engine.jobset(engine.Options(
         args.image, args.name, args.nodes, args.gpus_per_node, args.tpu_topology, args.slices, args.restarts,
         args.grace_seconds, tuple(args.volume), tuple(args.env)), rest)
     refuse(rest, "--cpu_devices")
     workdir = check_train(rest, count_devices(args), slices=args.slices if args.tpu_topology else 0)
-    inside = Path(posixpath.normpath(workdir.replace("//", "/")))  # the pod, which has not this machine's links
+    inside = Path(posixpath.normpath(re.sub("^/+", "/", workdir)))  # in the pod, which has not this machine's links
     if workdir and not any(inside.is_relative_to(path) for path in engine.mounts(args.volume)):
         raise UsageError(f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; as in "
                          f"--volume=CLAIM:/data -- train --workdir=/data/{inside.name}")
-    print(engine.to_yaml(made), end="")
+    emit(engine.to_yaml(made).rstrip("\n"))
 
 
 def count_devices(args: argparse.Namespace) -> int:

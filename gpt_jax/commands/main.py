@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 
-from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError
+from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError, complain
 
 COMMANDS = {
     "prepare": "raw text to token shards: read, filter, leave out copies, tokenize",
@@ -53,14 +53,6 @@ def _lost_peer(error: Exception) -> bool:
     from gpt_jax.stops import peer_gone
 
     return peer_gone(error)
-
-
-def complain(line: str) -> None:
-    """A line on standard error, if somebody still reads it."""
-    try:
-        print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
-    except OSError:  # nobody reads, or the disk is full: the exit code is still said
-        sys.stderr = open(os.devnull, "w")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -117,9 +109,9 @@ def finish(code: int, reason: str = "") -> None:
         except OSError as error:
             setattr(sys, name, open(os.devnull, "w"))
             if name == "stdout" and not isinstance(error, BrokenPipeError):
-                reason = reason or f"standard output cannot be written ({error.strerror}); send it elsewhere"
-                complain(reason)
-                code = code or UsageError.code
+                said = f"standard output cannot be written ({error.strerror}); send it elsewhere"
+                complain(said)
+                code, reason = code or UsageError.code, reason or said
     if code and _processes() > 1:
         from gpt_jax.stops import end_process
 

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
 
 
 def refuse(topology: str | None, error: UsageError) -> None:
-    """The JSON of a plan that there is none of."""
+    """The JSON of a refusal. UsageError, of both, where it cannot be written."""
     try:
         emit(json.dumps({"topology": topology, "fits": False, "problems": [str(error)]}, indent=2))
     except UsageError as unwritten:
@@ -205,7 +205,7 @@ def mesh_summary(result: dict) -> str:
     done = result["compiled"]
     made = f"{seconds(result['step'])} a step, peak {done['peak'] / 2**30:.1f} GiB, {done['seconds']:.0f} s"
     said = done["refusal"] or made
-    return f"{mesh_text(result['estimate'].shape)}, remat {result['config'].model.remat}: {said}"
+    return f"{mesh_text(result['estimate'].shape, result['config'].mesh.zero)}, remat {result['config'].model.remat}: {said}"
 
 
 def examine_best(args, rest: list[str], job, found: list, topology) -> list[dict]:

@@ -11,7 +11,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.flags import Flags, emit
 from gpt_jax.errors import DataError, Stopped, UsageError
 
 SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -131,7 +131,7 @@ def run(args) -> None:
                       "there") from None
     finally:
         display.close()
-    print("\n".join(corpus.summary(folder)))
+    emit("\n".join(corpus.summary(folder)))
 
 
 def named(given: list[str]) -> dict[str, tuple[str, ...]]:
@@ -158,7 +158,7 @@ class Display:
 
     def say(self, line: str) -> None:
         self._end_bar()
-        with contextlib.suppress(BrokenPipeError):  # a reader that has gone (`2>&1 | head`) does not end the work
+        with contextlib.suppress(OSError):  # a reader that has gone (`2>&1 | head`), a full disk: the work goes on
             print(f"prepare: {line}", file=sys.stderr, flush=True)
 
     def show(self, progress) -> None:
@@ -205,7 +205,7 @@ def look_inside(folder: Path) -> None:
     from gpt_jax.data import corpus
 
     for line in corpus.inspect(folder):
-        print(line)
+        emit(line)
 
 
 def verify(folder: Path) -> None:
@@ -216,4 +216,4 @@ def verify(folder: Path) -> None:
     if wrong:
         raise DataError(f"--verify={folder}: {len(wrong)} damaged: {', '.join(wrong)}; copy them again, or remove the "
                         "folder and prepare it again")
-    print(f"{folder}: all files are whole")
+    emit(f"{folder}: all files are whole")

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import (Flags, add_runtime_flags, check_runtime, leaving, load_config, local_workdir,
+from gpt_jax.commands.flags import (Flags, add_runtime_flags, check_runtime, emit, leaving, load_config, local_workdir,
                                     make_say, start_runtime)
 from gpt_jax.commands.join import telling
 from gpt_jax.errors import UsageError
@@ -63,7 +63,7 @@ def say_start(mesh) -> None:
                       sharding.places(mesh), code_version())
     try:
         print(line, file=sys.stderr, flush=True)
-    except BrokenPipeError:  # `2>&1 | head`: the run goes on
+    except OSError:  # `2>&1 | head`, a full disk: the run goes on
         sys.stderr = open(os.devnull, "w")
 
 
@@ -73,7 +73,7 @@ def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int,
     if args.print_config:
         resolved = configs.resolve(config)
         configs.check(resolved, configs.least_devices(config.mesh))
-        print(configs.to_json(resolved))
+        emit(configs.to_json(resolved))
         return config, None, None
     if not args.workdir:
         raise UsageError("--workdir is missing: where should the run's files go?")

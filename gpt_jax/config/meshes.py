@@ -65,7 +65,7 @@ def _way_out(mesh: Mesh, given: dict[str, int], devices: int, free: bool, runs: 
     plain = {f"config.mesh.{axis}": 1 for axis in ("data", "fsdp") if getattr(mesh, axis) == 1}
     inside, rest = divmod(devices, math.prod(across.values()))
     tried = [_nearest(axes, 0 if rest else inside, free) for axes in (within, plain | within)]
-    tried.append(_nearest(given, devices, free))
+    tried += [_nearest(given, devices, free)] * bool(across)
     runs_of = ([sizes for sizes in near if runs(as_mesh(sizes))] for near in tried)
     run = next(filter(None, runs_of), [])
     near = run or next(filter(None, tried))

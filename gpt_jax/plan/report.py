@@ -60,8 +60,11 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.3g} us" if value else "0 s"
 
 
-def mesh_text(shape: dict[str, int]) -> str:
-    return " x ".join(f"{axis} {n}" for axis, n in shape.items() if n > 1) or "one device"
+def mesh_text(shape: dict[str, int], zero: int = 3) -> str:
+    """ "data 2 x fsdp 4", and with which `zero` where it is not 3 and some axis could cut the weights."""
+    cut = zero == 3 or all(shape[axis] == 1 for axis in configs.FSDP_AXES)
+    return (" x ".join(f"{axis} {n}" for axis, n in shape.items() if n > 1) or "one device") + (
+        "" if cut else f", zero {zero}")
 
 
 def head(job: Job, topology: Topology, seen: Estimate) -> list[str]:
@@ -157,17 +160,12 @@ def compiled(topology: Topology, done: dict, time: dict | None, expected: float,
             f"estimated MFU {time['mfu_full']:.1%} (full map), {time['mfu_causal']:.1%} (causal)"]
 
 
-def zero(config: configs.Config) -> str:
-    """ ", zero 1" where that cuts less than the mesh could."""
-    return f", zero {config.mesh.zero}" * (config.mesh.zero != 3)
-
-
 def ranked(found: list[Found]) -> list[str]:
     """A table of what was found, best first."""
     lines = [f"{'':>3} {'step':>9} {'MFU full':>8} {'causal':>7} {'peak GiB':>8}  {'mesh':<44} remat  microbatches"]
     for place, (one, seen) in enumerate(found, 1):
         lines.append(f"{place:>3} {seconds(seen.step):>9} {seen.mfu_full:>8.1%} {seen.mfu_causal:>7.1%} "
-                     f"{seen.memory.peak / GIB:>8.1f}  {mesh_text(seen.shape) + zero(one):<44} {one.model.remat:<6} "
+                     f"{seen.memory.peak / GIB:>8.1f}  {mesh_text(seen.shape, one.mesh.zero):<44} {one.model.remat:<6} "
                      f"{one.train.accumulate}")
     return lines
 
