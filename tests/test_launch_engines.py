@@ -382,7 +382,9 @@ def pod(folder, codes: dict[str, list], *flags, wait=""):
         (folder / name).write_text("".join(f"{value}\n" for value in values))
     return subprocess.run([LAUNCH / "tpu_pod.sh", f"--tpu={','.join(codes) or 'a'}", "--zone=z", *flags, "--", "train",
                            "--config=c.py", "--workdir=/w", "--config.data.path=a b"], capture_output=True, text=True,
-                          env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"})
+                          env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"},
+                          # A shell does not trap what it was started with ignoring, as a suite in the background is.
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 @pytest.mark.parametrize("codes, flags, ended, waits", [
