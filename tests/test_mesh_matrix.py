@@ -49,10 +49,11 @@ CASES = [  # model, mesh, knobs, optimiser
     ("bias", dict(expert=4, data=2), {}),
     ("bias", dict(fsdp=4, tensor=2), dict(accumulate=4)),
 ]
-# Of gradients, parts of a leaf's largest entry, by model and whether a kernel is named. The worst that were seen: with
-# dropout 3.6e-5 to 5.2e-5; modern under ring attention, which sums in another order, 1.1e-5 (a residual scalar, a sum over all
-# tokens); all others 8e-6. Later norms are behind updates: 4e-5.
-LOOSE = {("dropout", False): 1e-4, ("modern", True): 2e-5}
+# Of gradients, parts of a leaf's largest entry, by model, whether a kernel is named and whether the leaf is one entry, a
+# sum over all tokens whose parts cancel. The worst that were seen: with dropout 3.6e-5, and 5.2e-5 of smear's factor on one
+# kind of CPU; modern under ring attention, which sums in another order, 1.1e-5 of a residual scalar; all others 8e-6. Later
+# norms are behind updates: 4e-5.
+LOOSE = {("dropout", False, False): 5e-5, ("dropout", False, True): 1e-4, ("modern", True, True): 2e-5}
 NAMES = ["-".join([case[0], *(f"{axis}{size}" for axis, size in case[1].items()), *map(str, case[2].values()), *case[3:]])
          for case in CASES]
 
@@ -69,7 +70,7 @@ def test_mesh_equals_one_device(case):
     plain_sums, plain_first, plain_params = alone(name, optimizer)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain_first))
     for ours, theirs in zip(jax.tree.leaves(first), jax.tree.leaves(plain_first), strict=True):
-        close(ours, theirs, rel=LOOSE.get((name, "kernel" in knobs), 1e-5), floor=1e-2 * largest)
+        close(ours, theirs, rel=LOOSE.get((name, "kernel" in knobs, theirs.size == 1), 1e-5), floor=1e-2 * largest)
     for now, plain in zip(sums, plain_sums, strict=True):
         for key, value in now.items():
             rough = key == "grad_norm" or (key, optimizer) == ("param_norm", "adafactor")  # which scales rounding up to steps
