@@ -35,16 +35,21 @@ def texts_of(data: Path) -> tuple[str, dict[str, str]]:
     history = read(data / "lm_zh/zizhitongjian_modern.txt.xz")
     cut = len(history) * 9 // 10
     novels = sorted((data / "lm_en/gutenberg").glob("*.txt"))
-    return history[:cut], {"zizhitongjian": history[cut:], "hongloumeng": read(data / "lm_zh/hongloumeng.txt.xz"),
-                           "cluecorpussmall": read(data / "lm_zh/cluecorpussmall_sampled.txt.xz"),
-                           "gutenberg": "".join(path.read_text(encoding="latin-1") for path in novels)}
+    return history[:cut], {
+        "zizhitongjian": history[cut:],
+        "hongloumeng": read(data / "lm_zh/hongloumeng.txt.xz"),
+        "cluecorpussmall": read(data / "lm_zh/cluecorpussmall_sampled.txt.xz"),
+        "gutenberg": "".join(path.read_text(encoding="latin-1") for path in novels),
+    }
 
 
 def published(data: Path) -> list[Tokenizer]:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder) / "gpt2"
         folder.mkdir()
-        (folder / "encoder.json").write_bytes(lzma.open(data / "tokenizers/gpt2/encoder.json.xz").read())
+        (folder / "encoder.json").write_bytes(
+            lzma.open(data / "tokenizers/gpt2/encoder.json.xz").read()
+        )
         (folder / "vocab.bpe").write_bytes((data / "tokenizers/gpt2/vocab.bpe").read_bytes())
         ranks = folder / "cl100k_base.tiktoken"
         ranks.write_bytes(lzma.open(data / "tokenizers/tiktoken/cl100k_base.tiktoken.xz").read())
@@ -58,8 +63,13 @@ def measured(tokenizer: Tokenizer, texts: dict[str, str]) -> dict[str, dict]:
         parts = tokenizer.encode_batch(list(tokenizer.parts(text)))
         assert "".join(map(tokenizer.decode, parts)) == text, (tokenizer.name, name)
         tokens, size = sum(map(len, parts)), len(text.encode())
-        found[name] = {"characters": len(text), "bytes": size, "tokens": tokens,
-                       "tokens_per_character": round(tokens / len(text), 4), "bytes_per_token": round(size / tokens, 3)}
+        found[name] = {
+            "characters": len(text),
+            "bytes": size,
+            "tokens": tokens,
+            "tokens_per_character": round(tokens / len(text), 4),
+            "bytes_per_token": round(size / tokens, 3),
+        }
     return found
 
 
@@ -73,8 +83,14 @@ def main():
 
     def row(tokenizer: Tokenizer, seconds: float):
         found = measured(tokenizer, texts)
-        rows[tokenizer.name] = {"ids": tokenizer.vocab, "training_seconds": round(seconds, 1), "texts": found}
-        cells = [f"{f['tokens_per_character']:.3f} ({f['bytes_per_token']:.2f})" for f in found.values()]
+        rows[tokenizer.name] = {
+            "ids": tokenizer.vocab,
+            "training_seconds": round(seconds, 1),
+            "texts": found,
+        }
+        cells = [
+            f"{f['tokens_per_character']:.3f} ({f['bytes_per_token']:.2f})" for f in found.values()
+        ]
         print(f"| {tokenizer.name} | {tokenizer.vocab:,} | {' | '.join(cells)} |", flush=True)
 
     for size in SIZES:

@@ -46,12 +46,15 @@ def make(folder: Path, windows: int) -> tuple[Path, Path]:
 def readers(flat: Path, records: Path, windows: int) -> dict:
     """name -> function of window numbers [N] that returns uint16 [N, WINDOW]."""
     mapped = np.memmap(flat, np.uint16, "r").view(np.ndarray)
-    file, source = TokenFile(flat, np.dtype(np.uint16), windows * WINDOW), ArrayRecordDataSource([str(records)])
+    file, source = (
+        TokenFile(flat, np.dtype(np.uint16), windows * WINDOW),
+        ArrayRecordDataSource([str(records)]),
+    )
 
     def by_map(numbers):
         out = np.empty((len(numbers), WINDOW), np.uint16)
         for row, n in zip(out, numbers.tolist()):
-            row[:] = mapped[n * WINDOW: n * WINDOW + WINDOW]
+            row[:] = mapped[n * WINDOW : n * WINDOW + WINDOW]
         return out
 
     def by_place(numbers):
@@ -64,10 +67,16 @@ def readers(flat: Path, records: Path, windows: int) -> dict:
         return np.stack([np.frombuffer(source[n], np.uint16) for n in numbers.tolist()])
 
     def many_records(numbers):
-        return np.stack([np.frombuffer(raw, np.uint16) for raw in source.__getitems__(numbers.tolist())])
+        return np.stack(
+            [np.frombuffer(raw, np.uint16) for raw in source.__getitems__(numbers.tolist())]
+        )
 
-    return {"memory map": by_map, "by place (preadv)": by_place, "ArrayRecord, one a call": one_record,
-            "ArrayRecord, 64 a call": many_records}
+    return {
+        "memory map": by_map,
+        "by place (preadv)": by_place,
+        "ArrayRecord, one a call": one_record,
+        "ArrayRecord, 64 a call": many_records,
+    }
 
 
 def drop(*paths: Path) -> None:
@@ -87,7 +96,9 @@ def rate(read, windows: int, seconds: float, seed: int) -> float:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--folder", type=Path, required=True)
     flags.add_argument("--gigabytes", type=float, default=2.0)
     flags.add_argument("--seconds", type=float, default=3.0)
@@ -100,7 +111,9 @@ def main() -> None:
     found = {name: {"cold": 0.0, "warm": 0.0} for name in readers(flat, records, windows)}
     for i, name in enumerate(found):
         drop(flat, records)
-        found[name]["cold"] = rate(readers(flat, records, windows)[name], windows, args.seconds, 10 + i)
+        found[name]["cold"] = rate(
+            readers(flat, records, windows)[name], windows, args.seconds, 10 + i
+        )
     for path in (flat, records):
         with open(path, "rb") as file:
             while file.read(1 << 24):
@@ -109,11 +122,17 @@ def main() -> None:
         for name, read in readers(flat, records, windows).items():
             found[name]["warm"] = max(found[name]["warm"], rate(read, windows, args.seconds, 0))
     sizes = {"flat": flat.stat().st_size, "ArrayRecord": records.stat().st_size}
-    result = {"windows per second": found, "bytes": sizes, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    result = {
+        "windows per second": found,
+        "bytes": sizes,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     print("| reader | cold, windows/s | warm, windows/s | warm, M tokens/s |\n|---|---|---|---|")
     for name, row in found.items():
-        print(f"| {name} | {row['cold']:,.0f} | {row['warm']:,.0f} | {row['warm'] * WINDOW / 1e6:.0f} |")
+        print(
+            f"| {name} | {row['cold']:,.0f} | {row['warm']:,.0f} | {row['warm'] * WINDOW / 1e6:.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -20,29 +20,73 @@ from gpt_jax.model.transformer import count_params
 
 HERE = Path(__file__).resolve().parent
 SEEDS = 3
-SHAPE = ["model.layers=4", "model.embed=128", "model.heads=4", "train.seq_len=128", "train.batch_size=16", "train.steps=400",
-         "data.rows=window", "data.split=tail", "data.eval_fraction=0.1", "eval.every_steps=0", "eval.batches=0",
-         "eval.sample_every_steps=0", "eval.compare_xz=false", "checkpoint.every_steps=0", "log.tensorboard=false",
-         "model.unroll=0"]
-RUNS = {"gpt2 1e-3": ("gpt2.py", ["model.dtype=float32", "optim.learning_rate=1e-3", "optim.b2=0.99", "model.vocab=0"]),
-        "gpt2 3e-3": ("gpt2.py", ["model.dtype=float32", "optim.learning_rate=3e-3", "optim.b2=0.99", "model.vocab=0"]),
-        "gpt2 1e-2": ("gpt2.py", ["model.dtype=float32", "optim.learning_rate=1e-2", "optim.b2=0.99", "model.vocab=0"]),
-        "modern": ("quickstart.py", [])}
-GPT2_SCHEDULE = ["optim.warmup_steps=40", "model.max_seq=0", "train.accumulate=1", "eval.batch_size=0", "train.loss_chunk=0",
-                 "mesh.fsdp=1", "mesh.data=-1", "model.remat=none"]
+SHAPE = [
+    "model.layers=4",
+    "model.embed=128",
+    "model.heads=4",
+    "train.seq_len=128",
+    "train.batch_size=16",
+    "train.steps=400",
+    "data.rows=window",
+    "data.split=tail",
+    "data.eval_fraction=0.1",
+    "eval.every_steps=0",
+    "eval.batches=0",
+    "eval.sample_every_steps=0",
+    "eval.compare_xz=false",
+    "checkpoint.every_steps=0",
+    "log.tensorboard=false",
+    "model.unroll=0",
+]
+RUNS = {
+    "gpt2 1e-3": (
+        "gpt2.py",
+        ["model.dtype=float32", "optim.learning_rate=1e-3", "optim.b2=0.99", "model.vocab=0"],
+    ),
+    "gpt2 3e-3": (
+        "gpt2.py",
+        ["model.dtype=float32", "optim.learning_rate=3e-3", "optim.b2=0.99", "model.vocab=0"],
+    ),
+    "gpt2 1e-2": (
+        "gpt2.py",
+        ["model.dtype=float32", "optim.learning_rate=1e-2", "optim.b2=0.99", "model.vocab=0"],
+    ),
+    "modern": ("quickstart.py", []),
+}
+GPT2_SCHEDULE = [
+    "optim.warmup_steps=40",
+    "model.max_seq=0",
+    "train.accumulate=1",
+    "eval.batch_size=0",
+    "train.loss_chunk=0",
+    "mesh.fsdp=1",
+    "mesh.data=-1",
+    "model.remat=none",
+]
 
 
 def run(config: str, overrides: list[str], workdir: str) -> dict:
     """Held-out loss and bits per byte after the last step."""
-    parts = experiment.build(flags.load_config(str(HERE.parent / "configs" / config),
-                                               [f"--config.{text}" for text in overrides]))
+    parts = experiment.build(
+        flags.load_config(
+            str(HERE.parent / "configs" / config), [f"--config.{text}" for text in overrides]
+        )
+    )
     summary = loop.run(parts, Path(workdir))
-    return {"loss": summary.eval_loss, "bits_per_byte": summary.bits_per_byte, "parameters": summary.parameters,
-            "flops_per_token": experiment.token_flops(parts.config, count_params(parts.config.model)["matmul"])[0]}
+    return {
+        "loss": summary.eval_loss,
+        "bits_per_byte": summary.bits_per_byte,
+        "parameters": summary.parameters,
+        "flops_per_token": experiment.token_flops(
+            parts.config, count_params(parts.config.model)["matmul"]
+        )[0],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE:TOKENIZER")
     args = parser.parse_args()
     flags.keep_memory()
@@ -56,10 +100,24 @@ def main() -> None:
             seeds = []
             for seed in range(SEEDS):
                 with tempfile.TemporaryDirectory() as workdir:
-                    seeds.append(run(config, [*SHAPE, *schedule, *own, f"seed={seed}", f"data.path={file}",
-                                              f"data.tokenizer={tokenizer}"], workdir))
+                    seeds.append(
+                        run(
+                            config,
+                            [
+                                *SHAPE,
+                                *schedule,
+                                *own,
+                                f"seed={seed}",
+                                f"data.path={file}",
+                                f"data.tokenizer={tokenizer}",
+                            ],
+                            workdir,
+                        )
+                    )
             losses = [one["loss"] for one in seeds]
-            mean = {key: statistics.mean(one[key] for one in seeds) for key in ("loss", "bits_per_byte")}
+            mean = {
+                key: statistics.mean(one[key] for one in seeds) for key in ("loss", "bits_per_byte")
+            }
             found[name][title] = {**seeds[0], **mean, "lowest": min(losses), "highest": max(losses)}
             print(name, title, json.dumps(found[name][title]), flush=True)
     (HERE / "modern_vs_gpt2.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -31,8 +31,10 @@ from gpt_jax.train.schedule import make_schedule
 from gpt_jax.train.step import init_state, train_step
 
 HERE = Path(__file__).resolve().parent
-SIZES = {"small": dict(layers=4, embed=128, heads=4, block=64, batch=12, steps=20, losses=50),
-         "large": dict(layers=6, embed=384, heads=6, block=256, batch=8, steps=2, losses=10)}
+SIZES = {
+    "small": dict(layers=4, embed=128, heads=4, block=64, batch=12, steps=20, losses=50),
+    "large": dict(layers=6, embed=384, heads=6, block=256, batch=8, steps=2, losses=10),
+}
 
 
 class Torch:
@@ -40,8 +42,12 @@ class Torch:
 
     def __init__(self, python: str, clone: str, size: dict, seed: int = 0):
         shape = [str(size[k]) for k in ("layers", "embed", "heads", "block", "batch")]
-        self.process = subprocess.Popen([python, str(HERE / "nanogpt_worker.py"), clone, *shape, str(seed)], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [python, str(HERE / "nanogpt_worker.py"), clone, *shape, str(seed)],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def ask(self, **command):
         print(json.dumps(command), file=self.process.stdin, flush=True)
@@ -50,36 +56,61 @@ class Torch:
 
 def our_params(state: dict, layers: int) -> dict:
     """nanoGPT's state dict as our parameters: torch keeps (out, in), its q, k and v in one matrix."""
-    stack = lambda name: jnp.asarray(np.stack([state[f"transformer.h.{i}.{name}.weight"] for i in range(layers)]))
+    stack = lambda name: jnp.asarray(
+        np.stack([state[f"transformer.h.{i}.{name}.weight"] for i in range(layers)])
+    )
     kernel = lambda name: jnp.swapaxes(stack(name), 1, 2)
     q, k, v = jnp.split(kernel("attn.c_attn"), 3, axis=2)
-    attention = {"q": {"kernel": q}, "k": {"kernel": k}, "v": {"kernel": v}, "out": {"kernel": kernel("attn.c_proj")}}
-    block = {"mixer_norm": {"scale": stack("ln_1")}, "mlp_norm": {"scale": stack("ln_2")}, "attention": attention,
-             "mlp": {"up": {"kernel": kernel("mlp.c_fc")}, "down": {"kernel": kernel("mlp.c_proj")}}}
+    attention = {
+        "q": {"kernel": q},
+        "k": {"kernel": k},
+        "v": {"kernel": v},
+        "out": {"kernel": kernel("attn.c_proj")},
+    }
+    block = {
+        "mixer_norm": {"scale": stack("ln_1")},
+        "mlp_norm": {"scale": stack("ln_2")},
+        "attention": attention,
+        "mlp": {"up": {"kernel": kernel("mlp.c_fc")}, "down": {"kernel": kernel("mlp.c_proj")}},
+    }
     table = lambda name: {"table": jnp.asarray(state[f"transformer.{name}.weight"])}
-    return {"embed": table("wte"), "position": table("wpe"), "blocks": {"0": block},
-            "final_norm": {"scale": jnp.asarray(state["transformer.ln_f.weight"])}}
+    return {
+        "embed": table("wte"),
+        "position": table("wpe"),
+        "blocks": {"0": block},
+        "final_norm": {"scale": jnp.asarray(state["transformer.ln_f.weight"])},
+    }
 
 
 def make_ours(size: dict, weights: dict):
     """(state, jitted step, resolved config) with nanoGPT's weights and settings."""
-    config = flags.load_config(str(HERE.parent / "configs/shakespeare_char.py"), [
-        f"--config.model.{k}={size[k]}" for k in ("layers", "embed", "heads")] + [
-        f"--config.train.seq_len={size['block']}", f"--config.train.batch_size={size['batch']}"])
+    config = flags.load_config(
+        str(HERE.parent / "configs/shakespeare_char.py"),
+        [f"--config.model.{k}={size[k]}" for k in ("layers", "embed", "heads")]
+        + [f"--config.train.seq_len={size['block']}", f"--config.train.batch_size={size['batch']}"],
+    )
     config = configs.resolve(config, 65)
     model, _ = experiment.choose_kernel(config.model, size["block"], sharding.make_mesh({}), False)
     params = our_params(weights, size["layers"])
     tx = make_optimizer(config.optim, params)
     state = jax.jit(lambda p: init_state(p, tx, config.train))(params)
     network = experiment.make_network(model)
-    step = jax.jit(lambda state, batch: train_step(state, batch, jax.random.key(0), network=network, tx=tx,
-                                                   train=config.train), donate_argnums=0)
+    step = jax.jit(
+        lambda state, batch: train_step(
+            state, batch, jax.random.key(0), network=network, tx=tx, train=config.train
+        ),
+        donate_argnums=0,
+    )
     return state, step, config
 
 
 def columns(tokens, targets) -> dict:
-    return {"tokens": tokens, "targets": targets, "weight": np.ones(tokens.shape, np.float32),
-            "bytes": np.ones(tokens.shape, np.int32)}
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "weight": np.ones(tokens.shape, np.float32),
+        "bytes": np.ones(tokens.shape, np.int32),
+    }
 
 
 def read_characters(file: str) -> np.ndarray:
@@ -109,14 +140,21 @@ def compare_losses(torch: Torch, size: dict, weights: dict, text: str | None) ->
     for row in rows:
         state, sums = step(state, columns(row[:, :-1], row[:, 1:]))
         ours.append(float(sums["loss"][0] / sums["loss"][1]))
-    return {"steps": steps, "text": "given" if text else "random", "first": ours[0], "last": ours[-1],
-            "largest_difference": max(abs(a - b) for a, b in zip(ours, theirs))}
+    return {
+        "steps": steps,
+        "text": "given" if text else "random",
+        "first": ours[0],
+        "last": ours[-1],
+        "largest_difference": max(abs(a - b) for a, b in zip(ours, theirs)),
+    }
 
 
 def compare_time(torch: Torch, size: dict, weights: dict, rounds: int) -> dict:
     """Medians of the time of a step in turn, and of the ratio torch / ours pair by pair (above 1: ours is faster)."""
     state, step, _ = make_ours(size, weights)
-    tokens = np.random.default_rng(0).integers(0, 65, (size["batch"], size["block"])).astype(np.int32)
+    tokens = (
+        np.random.default_rng(0).integers(0, 65, (size["batch"], size["block"])).astype(np.int32)
+    )
     batch = jax.device_put(columns(tokens, tokens))
     for _ in range(3):
         state, sums = step(state, batch)
@@ -128,11 +166,22 @@ def compare_time(torch: Torch, size: dict, weights: dict, rounds: int) -> dict:
         for _ in range(size["steps"]):
             state, sums = step(state, batch)
         jax.block_until_ready(sums)
-        pairs.append(((time.perf_counter() - began) / size["steps"], torch.ask(do="time", steps=size["steps"])))
+        pairs.append(
+            (
+                (time.perf_counter() - began) / size["steps"],
+                torch.ask(do="time", steps=size["steps"]),
+            )
+        )
     ratios = [theirs / ours for ours, theirs in pairs]
     ours_ms, torch_ms = (1e3 * statistics.median(column) for column in zip(*pairs))
-    return {"ours_ms": ours_ms, "torch_ms": torch_ms,
-            "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "rounds": rounds}
+    return {
+        "ours_ms": ours_ms,
+        "torch_ms": torch_ms,
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "rounds": rounds,
+    }
 
 
 def train_theirs(python: str, clone: str, text: str) -> list[dict]:
@@ -149,21 +198,29 @@ def train_theirs(python: str, clone: str, text: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nanogpt", required=True, help="a clone of karpathy/nanoGPT")
     parser.add_argument("--torch_python", required=True, help="a Python that can import torch")
-    parser.add_argument("--text", help="tinyshakespeare; without it the losses are on random characters")
+    parser.add_argument(
+        "--text", help="tinyshakespeare; without it the losses are on random characters"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     flags.keep_memory()
-    found = {"machine": f"{platform.machine()}, {jax.device_count()} jax device, jax {jax.__version__}"}
+    found = {
+        "machine": f"{platform.machine()}, {jax.device_count()} jax device, jax {jax.__version__}"
+    }
     for name, size in SIZES.items():
         torch = Torch(args.torch_python, args.nanogpt, size)
         with tempfile.TemporaryDirectory() as folder:
             found["torch"] = torch.ask(do="weights", file=f"{folder}/weights.npz")
             weights = dict(np.load(f"{folder}/weights.npz"))
-        found[name] = {"loss": compare_losses(torch, size, weights, args.text),
-                       "time": compare_time(torch, size, weights, args.rounds)}
+        found[name] = {
+            "loss": compare_losses(torch, size, weights, args.text),
+            "time": compare_time(torch, size, weights, args.rounds),
+        }
         torch.process.terminate()
         print(name, json.dumps(found[name], indent=1), flush=True)
     if args.text:

@@ -22,7 +22,9 @@ def resident() -> float:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--sources", type=ast.literal_eval, required=True)
     flags.add_argument("--batches", type=int, default=1_000_000)
     args = flags.parse_args()
@@ -32,7 +34,10 @@ def main() -> None:
     for number in range(1, args.batches + 1):
         next(stream)
         if number in (1000, 10_000) or number % 100_000 == 0:
-            print(f"{number:>9,} batches  {resident():.1f} MB  {time.perf_counter() - began:.0f} s", flush=True)
+            print(
+                f"{number:>9,} batches  {resident():.1f} MB  {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
     stream.close()
 
 

@@ -36,10 +36,12 @@ DOCUMENT, VOCAB = 2000, 16384
 
 def read_texts(folder: Path) -> list[str]:
     """Documents of all files, Chinese and English in turn."""
-    files = [lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
-             for path in sorted([*folder.rglob("*.txt"), *folder.rglob("*.txt.xz")])]
+    files = [
+        lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
+        for path in sorted([*folder.rglob("*.txt"), *folder.rglob("*.txt.xz")])
+    ]
     texts = [raw.decode("utf-8", "replace") for raw in files]
-    return [text[i: i + DOCUMENT] for text in texts for i in range(0, len(text), DOCUMENT)]
+    return [text[i : i + DOCUMENT] for text in texts for i in range(0, len(text), DOCUMENT)]
 
 
 def write_jsonl(path: Path, texts: list[str], megabytes: float) -> list[str]:
@@ -68,7 +70,12 @@ def library_seconds(tokenizer: str, texts: list[str]) -> float:
 def prepare(source: Path, out: Path, tokenizer: Path, workers: int) -> tuple[float, int]:
     """(seconds, peak bytes) of the command."""
     shutil.rmtree(out, ignore_errors=True)
-    given = [f"--input={source}", f"--output={out}", f"--tokenizer={tokenizer}", f"--workers={workers}"]
+    given = [
+        f"--input={source}",
+        f"--output={out}",
+        f"--tokenizer={tokenizer}",
+        f"--workers={workers}",
+    ]
     began, peak, done = time.perf_counter(), [0], threading.Event()
     command = [sys.executable, "-m", "gpt_jax", "prepare", *given]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
@@ -95,7 +102,9 @@ def prepare(source: Path, out: Path, tokenizer: Path, workers: int) -> tuple[flo
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("texts", type=Path)
     flags.add_argument("--megabytes", type=float, default=100)
     flags.add_argument("--rounds", type=int, default=3)
@@ -115,21 +124,39 @@ def main() -> None:
         rounds = []
         for _ in range(args.rounds):
             library = megabytes / library_seconds(made, documents)
-            seconds, peak = prepare(folder / "text.jsonl", folder / "out", folder / "tokenizer.json", workers)
-            rounds.append({"library_mb_s": round(library, 3), "prepare_mb_s": round(megabytes / seconds, 3),
-                           "ratio": round(megabytes / seconds / library, 3), "peak_mb": round(peak / 1e6)})
+            seconds, peak = prepare(
+                folder / "text.jsonl", folder / "out", folder / "tokenizer.json", workers
+            )
+            rounds.append(
+                {
+                    "library_mb_s": round(library, 3),
+                    "prepare_mb_s": round(megabytes / seconds, 3),
+                    "ratio": round(megabytes / seconds / library, 3),
+                    "peak_mb": round(peak / 1e6),
+                }
+            )
             print(rounds[-1], flush=True)
         del documents
         memory = {}
         if args.memory_megabytes:
             write_jsonl(folder / "text.jsonl", texts, args.memory_megabytes)
-            seconds, peak = prepare(folder / "text.jsonl", folder / "out", folder / "tokenizer.json", workers)
-            memory = {"input_mb": round((folder / "text.jsonl").stat().st_size / 1e6), "peak_mb": round(peak / 1e6),
-                      "mb_s": round(args.memory_megabytes / seconds, 3)}
+            seconds, peak = prepare(
+                folder / "text.jsonl", folder / "out", folder / "tokenizer.json", workers
+            )
+            memory = {
+                "input_mb": round((folder / "text.jsonl").stat().st_size / 1e6),
+                "peak_mb": round(peak / 1e6),
+                "mb_s": round(args.memory_megabytes / seconds, 3),
+            }
             print(memory, flush=True)
-    found = {"machine": f"{platform.machine()}, {workers} cores", "tokenizers": tokenizers.__version__,
-             "megabytes": round(megabytes), "median_ratio": statistics.median(row["ratio"] for row in rounds),
-             "rounds": rounds, "memory": memory}
+    found = {
+        "machine": f"{platform.machine()}, {workers} cores",
+        "tokenizers": tokenizers.__version__,
+        "megabytes": round(megabytes),
+        "median_ratio": statistics.median(row["ratio"] for row in rounds),
+        "rounds": rounds,
+        "memory": memory,
+    }
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -39,17 +39,47 @@ def get_config(arg: str = "124m") -> ConfigDict:
     if arg not in SIZES:
         raise ValueError(f"gpt2:{arg}: choose one of {', '.join(SIZES)}")
     size = SIZES[arg]
-    rows, accumulate = 480, 5  # nanoGPT: 12 rows x 40 microbatches over 8 GPUs x 1024 = 491,520 tokens
-    return ConfigDict(dict(
-        model=dict(layers=size["layers"], embed=size["embed"], heads=size["heads"], vocab=50_257, max_seq=1024,
-                   pattern=(("attention", "gelu_tanh"),), norm="layernorm", norm_epsilon=1e-5, position="learned",
-                   bias=True, tied=True, init="gpt2", dtype="bfloat16", remat=size["remat"]),
-        data=dict(tokenizer="bpe:50257", rows="window", split="document", eval_fraction=0.0005),
-        mesh=dict(data=1, fsdp=-1),
-        optim=dict(optimizer="adamw", learning_rate=size["learning_rate"], b1=0.9, b2=0.95, weight_decay=0.1, clip=1.0,
-                   schedule="cosine", warmup_steps=2000, final_fraction=0.1),
-        train=dict(steps=600_000, batch_size=rows, accumulate=accumulate, seq_len=1024,
-                   loss_chunk=256),  # 12 rows x 256: 0.6 GB of logits a device instead of 2.5
-        eval=dict(every_steps=1000, batch_size=rows // accumulate, batches=25, sample_every_steps=5000),
-        checkpoint=dict(every_steps=1000, keep_best=1),
-    ))
+    rows, accumulate = (
+        480,
+        5,
+    )  # nanoGPT: 12 rows x 40 microbatches over 8 GPUs x 1024 = 491,520 tokens
+    return ConfigDict(
+        dict(
+            model=dict(
+                layers=size["layers"],
+                embed=size["embed"],
+                heads=size["heads"],
+                vocab=50_257,
+                max_seq=1024,
+                pattern=(("attention", "gelu_tanh"),),
+                norm="layernorm",
+                norm_epsilon=1e-5,
+                position="learned",
+                bias=True,
+                tied=True,
+                init="gpt2",
+                dtype="bfloat16",
+                remat=size["remat"],
+            ),
+            data=dict(tokenizer="bpe:50257", rows="window", split="document", eval_fraction=0.0005),
+            mesh=dict(data=1, fsdp=-1),
+            optim=dict(
+                optimizer="adamw",
+                learning_rate=size["learning_rate"],
+                b1=0.9,
+                b2=0.95,
+                weight_decay=0.1,
+                clip=1.0,
+                schedule="cosine",
+                warmup_steps=2000,
+                final_fraction=0.1,
+            ),
+            train=dict(
+                steps=600_000, batch_size=rows, accumulate=accumulate, seq_len=1024, loss_chunk=256
+            ),  # 12 rows x 256: 0.6 GB of logits a device instead of 2.5
+            eval=dict(
+                every_steps=1000, batch_size=rows // accumulate, batches=25, sample_every_steps=5000
+            ),
+            checkpoint=dict(every_steps=1000, keep_best=1),
+        )
+    )

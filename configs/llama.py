@@ -23,12 +23,36 @@ for 8 devices of 80 GB or more (1b: 4 rows each; 8b: 8 rows each), 70b for 256 (
 from ml_collections import ConfigDict
 
 SIZES = {
-    "1b": dict(layers=16, embed=2048, heads=32, mlp=8192, tied=True, rope_scale_factor=32.0,
-               learning_rate=3e-4, accumulate=16),
-    "8b": dict(layers=32, embed=4096, heads=32, mlp=14_336, tied=False, rope_scale_factor=8.0,
-               learning_rate=3e-4, accumulate=8),
-    "70b": dict(layers=80, embed=8192, heads=64, mlp=28_672, tied=False, rope_scale_factor=8.0,
-                learning_rate=1.5e-4, accumulate=2),
+    "1b": dict(
+        layers=16,
+        embed=2048,
+        heads=32,
+        mlp=8192,
+        tied=True,
+        rope_scale_factor=32.0,
+        learning_rate=3e-4,
+        accumulate=16,
+    ),
+    "8b": dict(
+        layers=32,
+        embed=4096,
+        heads=32,
+        mlp=14_336,
+        tied=False,
+        rope_scale_factor=8.0,
+        learning_rate=3e-4,
+        accumulate=8,
+    ),
+    "70b": dict(
+        layers=80,
+        embed=8192,
+        heads=64,
+        mlp=28_672,
+        tied=False,
+        rope_scale_factor=8.0,
+        learning_rate=1.5e-4,
+        accumulate=2,
+    ),
 }
 
 
@@ -38,19 +62,59 @@ def get_config(arg: str = "8b") -> ConfigDict:
     size = SIZES[arg]
     seq_len = 8192
     rows = 2**22 // seq_len
-    return ConfigDict(dict(
-        model=dict(layers=size["layers"], embed=size["embed"], heads=size["heads"], kv_heads=8, mlp=size["mlp"],
-                   vocab=128_256, max_seq=131_072, pattern=(("attention", "swiglu"),), norm="rmsnorm",
-                   norm_epsilon=1e-5, position="rotary", rope_base=500_000.0,
-                   rope_scale_factor=size["rope_scale_factor"], rope_scale_low=1.0, rope_scale_high=4.0,
-                   rope_scale_original_seq=8192, tied=size["tied"], bias=False, init="gpt2", dtype="bfloat16",
-                   remat="block"),
-        data=dict(tokenizer="bpe:128256", rows="best_fit", apart=True, split="document", eval_fraction=0.001),
-        mesh=dict(data=1, fsdp=-1),
-        optim=dict(optimizer="adamw", learning_rate=size["learning_rate"], b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1,
-                   clip=1.0, schedule="cosine", warmup_steps=2000, final_fraction=0.1),
-        train=dict(steps=500_000, batch_size=rows, accumulate=size["accumulate"], seq_len=seq_len,
-                   loss_chunk=1024),  # 0.5 GB of logits a row instead of 4.2
-        eval=dict(every_steps=1000, batch_size=rows // size["accumulate"], batches=16),
-        checkpoint=dict(every_steps=1000, every_minutes=60.0),
-    ))
+    return ConfigDict(
+        dict(
+            model=dict(
+                layers=size["layers"],
+                embed=size["embed"],
+                heads=size["heads"],
+                kv_heads=8,
+                mlp=size["mlp"],
+                vocab=128_256,
+                max_seq=131_072,
+                pattern=(("attention", "swiglu"),),
+                norm="rmsnorm",
+                norm_epsilon=1e-5,
+                position="rotary",
+                rope_base=500_000.0,
+                rope_scale_factor=size["rope_scale_factor"],
+                rope_scale_low=1.0,
+                rope_scale_high=4.0,
+                rope_scale_original_seq=8192,
+                tied=size["tied"],
+                bias=False,
+                init="gpt2",
+                dtype="bfloat16",
+                remat="block",
+            ),
+            data=dict(
+                tokenizer="bpe:128256",
+                rows="best_fit",
+                apart=True,
+                split="document",
+                eval_fraction=0.001,
+            ),
+            mesh=dict(data=1, fsdp=-1),
+            optim=dict(
+                optimizer="adamw",
+                learning_rate=size["learning_rate"],
+                b1=0.9,
+                b2=0.95,
+                eps=1e-5,
+                weight_decay=0.1,
+                clip=1.0,
+                schedule="cosine",
+                warmup_steps=2000,
+                final_fraction=0.1,
+            ),
+            train=dict(
+                steps=500_000,
+                batch_size=rows,
+                accumulate=size["accumulate"],
+                seq_len=seq_len,
+                loss_chunk=1024,
+            ),  # 0.5 GB of logits a row instead of 4.2
+            eval=dict(every_steps=1000, batch_size=rows // size["accumulate"], batches=16),
+            checkpoint=dict(every_steps=1000, every_minutes=60.0),
+        )
+    )

@@ -19,11 +19,20 @@ WEIGHTS = {"gutenberg": 0.45, "zizhitongjian": 0.5, "chatterbot": 0.05}
 
 def get_config(arg: str = "runs/mixture_data") -> ConfigDict:
     config = quickstart()
-    config.optim.eps = 1e-6  # Adam's 1e-8 turns rounding of near-zero gradients into steps of the rate's size
+    config.optim.eps = (
+        1e-6  # Adam's 1e-8 turns rounding of near-zero gradients into steps of the rate's size
+    )
     train = config.train
     tokens = train.steps * train.batch_size * train.seq_len
-    config.data = ConfigDict(dict(
-        sources=tuple((name, arg, weight) for name, weight in WEIGHTS.items()),
-        stages=((tokens * 2 // 3, (0.4, 0.45, 0.15)),), rows="best_fit", apart=True))
-    config.eval = ConfigDict(dict(every_steps=100, sample_tokens=60, sample_prompts=("She said ", "皇帝", "你好")))
+    config.data = ConfigDict(
+        dict(
+            sources=tuple((name, arg, weight) for name, weight in WEIGHTS.items()),
+            stages=((tokens * 2 // 3, (0.4, 0.45, 0.15)),),
+            rows="best_fit",
+            apart=True,
+        )
+    )
+    config.eval = ConfigDict(
+        dict(every_steps=100, sample_tokens=60, sample_prompts=("She said ", "皇帝", "你好"))
+    )
     return config

@@ -58,52 +58,119 @@ def horizon(depth: int) -> int:
 
 def batch_tokens(depth: int) -> int:
     """B ~ D^0.383 (Bergsma et al. 2025, arXiv 2505.13738), to the nearest power of two."""
-    best = REFERENCE_BATCH * (horizon(depth) / horizon(REFERENCE_DEPTH))**0.383
-    return max(2**k for k in range(40) if 2**(k - 0.5) <= best)
+    best = REFERENCE_BATCH * (horizon(depth) / horizon(REFERENCE_DEPTH)) ** 0.383
+    return max(2**k for k in range(40) if 2 ** (k - 0.5) <= best)
 
 
 def make_groups(width: int, weight_decay: float) -> tuple[dict, ...]:
     """The first that matches takes a parameter. Rates are absolute below and become factors of the matrices' rate."""
-    narrow = (width / 768)**-0.5  # Adam's rates were tuned at width 768
-    adam = lambda match, rate, b1, b2, decay: dict(match=match, optimizer="adamw", rate=rate / MATRIX_RATE, b1=b1,
-                                                   b2=b2, eps=1e-10, weight_decay=decay,
-                                                   optional=match.startswith(OPTIONAL))
-    return (adam("^head/", 0.008 * narrow, 0.8, 0.96, 0.01),
-            adam("^embed/", 0.3 * narrow, 0.8, 0.995, 0.001),
-            adam("/value_embed/", 0.15 * narrow, 0.8, 0.995, 0.01),
-            adam("^residual/x0$", 0.5, 0.96, 0.95, 0.0),  # b1 of 0.98 falls off a cliff
-            adam("^residual/x$", 0.005, 0.8, 0.95, 0.05),
-            adam("^(smear|backout)/", 0.2, 0.8, 0.95, 0.0),
-            dict(match="^(blocks|tail)/.*/kernel$", optimizer="muon", rate=1.0, b1=0.97, b2=0.9,
-                 weight_decay=weight_decay))
+    narrow = (width / 768) ** -0.5  # Adam's rates were tuned at width 768
+    adam = lambda match, rate, b1, b2, decay: dict(
+        match=match,
+        optimizer="adamw",
+        rate=rate / MATRIX_RATE,
+        b1=b1,
+        b2=b2,
+        eps=1e-10,
+        weight_decay=decay,
+        optional=match.startswith(OPTIONAL),
+    )
+    return (
+        adam("^head/", 0.008 * narrow, 0.8, 0.96, 0.01),
+        adam("^embed/", 0.3 * narrow, 0.8, 0.995, 0.001),
+        adam("/value_embed/", 0.15 * narrow, 0.8, 0.995, 0.01),
+        adam("^residual/x0$", 0.5, 0.96, 0.95, 0.0),  # b1 of 0.98 falls off a cliff
+        adam("^residual/x$", 0.005, 0.8, 0.95, 0.05),
+        adam("^(smear|backout)/", 0.2, 0.8, 0.95, 0.0),
+        dict(
+            match="^(blocks|tail)/.*/kernel$",
+            optimizer="muon",
+            rate=1.0,
+            b1=0.97,
+            b2=0.9,
+            weight_decay=weight_decay,
+        ),
+    )
 
 
 def get_config(arg: str = "d12") -> ConfigDict:
     number, _, suffix = arg.removeprefix("d").partition("-")
-    if not (arg.startswith("d") and number.isdecimal() and int(number) and arg in (f"d{number}", f"d{number}-windows")):
-        raise ValueError(f"modern:{arg}: expected dN or dN-windows with N layers, at least 1, such as d12")
+    if not (
+        arg.startswith("d")
+        and number.isdecimal()
+        and int(number)
+        and arg in (f"d{number}", f"d{number}-windows")
+    ):
+        raise ValueError(
+            f"modern:{arg}: expected dN or dN-windows with N layers, at least 1, such as d12"
+        )
     depth = int(number)
     width, batch = make_width(depth), batch_tokens(depth)
-    rows, scale = batch // SEQ_LEN, (batch / REFERENCE_BATCH)**0.5
+    rows, scale = batch // SEQ_LEN, (batch / REFERENCE_BATCH) ** 0.5
     accumulate = max(1, rows // EIGHT_DEVICES)
     # Constant B / (rate * decay * D) (Wang & Aitchison 2024, arXiv 2405.13698), with the rate growing as sqrt(B).
     weight_decay = 0.28 * scale * horizon(REFERENCE_DEPTH) / horizon(depth)
-    return ConfigDict(dict(
-        model=dict(layers=depth, embed=width, heads=width // HEAD_DIM, head_dim=HEAD_DIM, vocab=VOCAB,
-                   pattern=(("attention", "relu2"),), norm="plain_rmsnorm", norm_epsilon=1.2e-7,  # float32's own
-                   embed_norm=True, position="rotary", rope_base=100_000.0, qk_norm=True, qk_norm_after_rope=True,
-                   qk_scale=1.2, windows=(SEQ_LEN // 4,) * 3 + (0,) if suffix else (0,), last_window_full=True,
-                   logit_softcap=15.0, tied=False, bias=False, value_embed=True, value_embed_gate=GATE,
-                   residual_scalars=True, smear=True, smear_gate=SMEAR, backout=True, init="modern", dtype="bfloat16",
-                   remat="none" if depth <= 16 else "block"),  # 32 rows of d16: some 50 GB to keep, an estimate
-        data=dict(tokenizer=f"bpe:{VOCAB}", rows="chunk", split="document", eval_fraction=0.01),
-        mesh=dict(data=1, fsdp=-1),
-        optim=dict(optimizer="adamw", learning_rate=MATRIX_RATE * scale, weight_decay=0.0, decay="all", clip=0.0,
-                   schedule="wsd", warmup_steps=40, decay_fraction=0.65, final_fraction=0.05,
-                   muon_momentum_warmup=400, muon_momentum_final=0.9, muon_cautious=True, muon_decay_to_zero=True,
-                   muon_normalize=True, groups=make_groups(width, weight_decay)),
-        train=dict(steps=horizon(depth) // batch, batch_size=rows, accumulate=accumulate, seq_len=SEQ_LEN,
-                   loss_chunk=128),  # 32 rows x 128: 0.5 GB of logits a device instead of 8.6
-        eval=dict(every_steps=250, batch_size=rows // accumulate, batches=20, sample_every_steps=1000),
-        checkpoint=dict(every_steps=1000),
-    ))
+    return ConfigDict(
+        dict(
+            model=dict(
+                layers=depth,
+                embed=width,
+                heads=width // HEAD_DIM,
+                head_dim=HEAD_DIM,
+                vocab=VOCAB,
+                pattern=(("attention", "relu2"),),
+                norm="plain_rmsnorm",
+                norm_epsilon=1.2e-7,  # float32's own
+                embed_norm=True,
+                position="rotary",
+                rope_base=100_000.0,
+                qk_norm=True,
+                qk_norm_after_rope=True,
+                qk_scale=1.2,
+                windows=(SEQ_LEN // 4,) * 3 + (0,) if suffix else (0,),
+                last_window_full=True,
+                logit_softcap=15.0,
+                tied=False,
+                bias=False,
+                value_embed=True,
+                value_embed_gate=GATE,
+                residual_scalars=True,
+                smear=True,
+                smear_gate=SMEAR,
+                backout=True,
+                init="modern",
+                dtype="bfloat16",
+                remat="none" if depth <= 16 else "block",
+            ),  # 32 rows of d16: some 50 GB to keep, an estimate
+            data=dict(tokenizer=f"bpe:{VOCAB}", rows="chunk", split="document", eval_fraction=0.01),
+            mesh=dict(data=1, fsdp=-1),
+            optim=dict(
+                optimizer="adamw",
+                learning_rate=MATRIX_RATE * scale,
+                weight_decay=0.0,
+                decay="all",
+                clip=0.0,
+                schedule="wsd",
+                warmup_steps=40,
+                decay_fraction=0.65,
+                final_fraction=0.05,
+                muon_momentum_warmup=400,
+                muon_momentum_final=0.9,
+                muon_cautious=True,
+                muon_decay_to_zero=True,
+                muon_normalize=True,
+                groups=make_groups(width, weight_decay),
+            ),
+            train=dict(
+                steps=horizon(depth) // batch,
+                batch_size=rows,
+                accumulate=accumulate,
+                seq_len=SEQ_LEN,
+                loss_chunk=128,
+            ),  # 32 rows x 128: 0.5 GB of logits a device instead of 8.6
+            eval=dict(
+                every_steps=250, batch_size=rows // accumulate, batches=20, sample_every_steps=1000
+            ),
+            checkpoint=dict(every_steps=1000),
+        )
+    )

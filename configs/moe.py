@@ -33,27 +33,77 @@ ADAM_RATE = 0.004  # of experts and routers
 def mixtral() -> ConfigDict:
     seq_len = 8192
     rows = 2**22 // seq_len
-    return ConfigDict(dict(
-        model=dict(layers=32, embed=4096, heads=32, kv_heads=8, mlp=14_336, vocab=32_000, max_seq=32_768,
-                   pattern=(("attention", "moe"),), experts=8, experts_per_token=2, expert_ffn="swiglu",
-                   router="softmax", router_normalize=True, balance="aux", balance_weight=0.01, router_z_loss=1e-3,
-                   norm="rmsnorm", norm_epsilon=1e-5, position="rotary", rope_base=1e6, tied=False, bias=False, init="gpt2",
-                   dtype="bfloat16", remat="block"),
-        data=dict(tokenizer="bpe:32000", rows="best_fit", apart=True, split="document", eval_fraction=0.001),
-        mesh=dict(data=1, fsdp=-1),
-        optim=dict(optimizer="adamw", learning_rate=3e-4, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1, clip=1.0,
-                   schedule="cosine", warmup_steps=2000, final_fraction=0.1),
-        train=dict(steps=500_000, batch_size=rows, accumulate=8, seq_len=seq_len),
-        eval=dict(every_steps=1000, batch_size=rows // 8, batches=16),
-        checkpoint=dict(every_steps=1000, every_minutes=60.0),
-    ))
+    return ConfigDict(
+        dict(
+            model=dict(
+                layers=32,
+                embed=4096,
+                heads=32,
+                kv_heads=8,
+                mlp=14_336,
+                vocab=32_000,
+                max_seq=32_768,
+                pattern=(("attention", "moe"),),
+                experts=8,
+                experts_per_token=2,
+                expert_ffn="swiglu",
+                router="softmax",
+                router_normalize=True,
+                balance="aux",
+                balance_weight=0.01,
+                router_z_loss=1e-3,
+                norm="rmsnorm",
+                norm_epsilon=1e-5,
+                position="rotary",
+                rope_base=1e6,
+                tied=False,
+                bias=False,
+                init="gpt2",
+                dtype="bfloat16",
+                remat="block",
+            ),
+            data=dict(
+                tokenizer="bpe:32000",
+                rows="best_fit",
+                apart=True,
+                split="document",
+                eval_fraction=0.001,
+            ),
+            mesh=dict(data=1, fsdp=-1),
+            optim=dict(
+                optimizer="adamw",
+                learning_rate=3e-4,
+                b1=0.9,
+                b2=0.95,
+                eps=1e-5,
+                weight_decay=0.1,
+                clip=1.0,
+                schedule="cosine",
+                warmup_steps=2000,
+                final_fraction=0.1,
+            ),
+            train=dict(steps=500_000, batch_size=rows, accumulate=8, seq_len=seq_len),
+            eval=dict(every_steps=1000, batch_size=rows // 8, batches=16),
+            checkpoint=dict(every_steps=1000, every_minutes=60.0),
+        )
+    )
 
 
 def small() -> ConfigDict:
     config = quickstart()
     config.model.pattern = (("attention", "relu2"), ("attention", "moe"))
-    config.model.update(dict(experts=8, experts_per_token=2, shared_experts=1, expert_mlp=256, expert_ffn="relu2",
-                             router="sigmoid", balance="bias", balance_rate=0.02))
+    config.model.update(
+        dict(
+            experts=8,
+            experts_per_token=2,
+            shared_experts=1,
+            expert_mlp=256,
+            expert_ffn="relu2",
+            router="sigmoid",
+            balance="bias",
+            balance_rate=0.02,
+        )
+    )
     experts = adam("/mlp/(experts|router)/", ADAM_RATE, 0.9, 0.95)
     config.optim.groups = (experts, *config.optim.groups)
     return config

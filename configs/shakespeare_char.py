@@ -22,8 +22,26 @@ best checkpoint is kept beside the last.
 from ml_collections import ConfigDict
 
 VARIANTS = {
-    "cpu": dict(layers=4, heads=4, embed=128, dropout=0.0, seq_len=64, batch_size=12, steps=2000, dtype="float32"),
-    "gpu": dict(layers=6, heads=6, embed=384, dropout=0.2, seq_len=256, batch_size=64, steps=5000, dtype="bfloat16"),
+    "cpu": dict(
+        layers=4,
+        heads=4,
+        embed=128,
+        dropout=0.0,
+        seq_len=64,
+        batch_size=12,
+        steps=2000,
+        dtype="float32",
+    ),
+    "gpu": dict(
+        layers=6,
+        heads=6,
+        embed=384,
+        dropout=0.2,
+        seq_len=256,
+        batch_size=64,
+        steps=5000,
+        dtype="bfloat16",
+    ),
 }
 
 
@@ -31,15 +49,38 @@ def get_config(arg: str = "cpu") -> ConfigDict:
     if arg not in VARIANTS:
         raise ValueError(f"shakespeare_char:{arg}: choose one of {', '.join(VARIANTS)}")
     size = VARIANTS[arg]
-    return ConfigDict(dict(
-        model=dict(layers=size["layers"], heads=size["heads"], embed=size["embed"], pattern=(("attention", "gelu"),),
-                   norm="layernorm", norm_epsilon=1e-5, position="learned", bias=False, tied=True, init="gpt2",
-                   dropout=size["dropout"], attention_dropout=size["dropout"], dtype=size["dtype"],
-                   unroll=0),  # few layers: unrolled, a step on a CPU took 49 ms and scanned 57
-        data=dict(tokenizer="char", rows="window", split="tail", eval_fraction=0.1),
-        optim=dict(optimizer="adamw", learning_rate=1e-3, b1=0.9, b2=0.99, weight_decay=0.1, clip=1.0,
-                   schedule="cosine", warmup_steps=100, final_fraction=0.1),
-        train=dict(steps=size["steps"], batch_size=size["batch_size"], seq_len=size["seq_len"]),
-        eval=dict(every_steps=250, sample_every_steps=1000, sample_tokens=500),
-        checkpoint=dict(every_steps=250, keep_last=1, keep_best=1),
-    ))
+    return ConfigDict(
+        dict(
+            model=dict(
+                layers=size["layers"],
+                heads=size["heads"],
+                embed=size["embed"],
+                pattern=(("attention", "gelu"),),
+                norm="layernorm",
+                norm_epsilon=1e-5,
+                position="learned",
+                bias=False,
+                tied=True,
+                init="gpt2",
+                dropout=size["dropout"],
+                attention_dropout=size["dropout"],
+                dtype=size["dtype"],
+                unroll=0,
+            ),  # few layers: unrolled, a step on a CPU took 49 ms and scanned 57
+            data=dict(tokenizer="char", rows="window", split="tail", eval_fraction=0.1),
+            optim=dict(
+                optimizer="adamw",
+                learning_rate=1e-3,
+                b1=0.9,
+                b2=0.99,
+                weight_decay=0.1,
+                clip=1.0,
+                schedule="cosine",
+                warmup_steps=100,
+                final_fraction=0.1,
+            ),
+            train=dict(steps=size["steps"], batch_size=size["batch_size"], seq_len=size["seq_len"]),
+            eval=dict(every_steps=250, sample_every_steps=1000, sample_tokens=500),
+            checkpoint=dict(every_steps=250, keep_last=1, keep_best=1),
+        )
+    )

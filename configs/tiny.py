@@ -12,12 +12,14 @@ from ml_collections import ConfigDict
 def get_config(arg: str = "") -> ConfigDict:
     if arg:
         raise ValueError(f"tiny has no variants, got {arg!r}")
-    return ConfigDict(dict(
-        model=dict(layers=2, embed=32, heads=4, vocab_multiple=8),
-        data=dict(tokenizer="bytes", workers=1),
-        optim=dict(learning_rate=1e-2, warmup_steps=2),
-        train=dict(steps=20, batch_size=8, seq_len=32),
-        eval=dict(every_steps=10, sample_tokens=16),
-        checkpoint=dict(every_steps=10),
-        log=dict(every_steps=1, tensorboard=False),
-    ))
+    return ConfigDict(
+        dict(
+            model=dict(layers=2, embed=32, heads=4, vocab_multiple=8),
+            data=dict(tokenizer="bytes", workers=1),
+            optim=dict(learning_rate=1e-2, warmup_steps=2),
+            train=dict(steps=20, batch_size=8, seq_len=32),
+            eval=dict(every_steps=10, sample_tokens=16),
+            checkpoint=dict(every_steps=10),
+            log=dict(every_steps=1, tensorboard=False),
+        )
+    )

@@ -38,7 +38,9 @@ def parse(texts: Sequence[str]) -> dict:
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not (name and equals):
-            raise UsageError(f"{FIELD} = {text!r}: expected NAME=VALUE, or NAME= to leave out one of gpt_jax/compiler.py")
+            raise UsageError(
+                f"{FIELD} = {text!r}: expected NAME=VALUE, or NAME= to leave out one of gpt_jax/compiler.py"
+            )
         number = int(value) if value.lstrip("-").isdecimal() else value
         found[name] = {"true": True, "false": False, "": None}.get(value.lower(), number)
     return found
@@ -58,7 +60,10 @@ def describe(platform: str, chosen: dict) -> str:
 def fault(error: Exception) -> str:
     """What is wrong with the options, in a line, when that is why a compilation failed; else ""."""
     line = " ".join(str(error).split())
-    if not any(words in line for words in ("No such compile option", "While setting option", "nknown option")):
+    if not any(
+        words in line
+        for words in ("No such compile option", "While setting option", "nknown option")
+    ):
         return ""
     return f"{FIELD}: {line[:300]}; NAME= leaves an option of gpt_jax/compiler.py out"
 
@@ -69,7 +74,9 @@ def check(chosen: dict, mesh) -> None:
     if not chosen:
         return
     with jax.set_mesh(jax.sharding.Mesh(mesh.local_devices[:1], ("data",))):
-        lowered = jax.jit(jnp.negative, compiler_options=chosen).lower(jax.ShapeDtypeStruct((), jnp.float32))
+        lowered = jax.jit(jnp.negative, compiler_options=chosen).lower(
+            jax.ShapeDtypeStruct((), jnp.float32)
+        )
         try:
             lowered.compile()
         except Exception as error:

@@ -90,13 +90,17 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, device_kind)), None)
 
 
-def measure_cpu_peak(size: int = 1024, repeats: int = 5, now: Callable[[], float] = time.perf_counter) -> float:
+def measure_cpu_peak(
+    size: int = 1024, repeats: int = 5, now: Callable[[], float] = time.perf_counter
+) -> float:
     """float32 FLOP/s of this process's CPU: the best of `repeats` jitted `[size, size]` matmuls (about 0.2 s).
 
     An achieved rate, not a data-sheet one, so MFU on a CPU means "relative to a plain matmul here" and can pass 1."""
     one_device = jax.sharding.Mesh(jax.local_devices(backend="cpu")[:1], ("data",))
     best = float("inf")
-    with jax.set_mesh(one_device):  # whatever mesh the caller is in, the yardstick is one plain matmul
+    with jax.set_mesh(
+        one_device
+    ):  # whatever mesh the caller is in, the yardstick is one plain matmul
         x = jnp.ones((size, size), jnp.float32)
         matmul = jax.jit(jnp.dot)
         jax.block_until_ready(matmul(x, x))  # compile
@@ -115,7 +119,9 @@ class Peak:
     line: str
 
 
-def find_peak(devices: Sequence[jax.Device], measure: Callable[[], float] = measure_cpu_peak) -> Peak:
+def find_peak(
+    devices: Sequence[jax.Device], measure: Callable[[], float] = measure_cpu_peak
+) -> Peak:
     """The peak of a run on `devices` (all processes'), assumed from the table or, on CPUs, measured once here.
 
     Fake CPU devices share their process's cores, so a CPU peak counts processes, not devices."""
@@ -124,15 +130,26 @@ def find_peak(devices: Sequence[jax.Device], measure: Callable[[], float] = meas
         processes = len({d.process_index for d in devices})
         one = measure()
         many = f" x {processes} processes" if processes > 1 else ""
-        return Peak(one * processes, f"peak measured: {one / 1e9:,.1f} GFLOP/s, float32 matmul on this CPU{many}")
+        return Peak(
+            one * processes,
+            f"peak measured: {one / 1e9:,.1f} GFLOP/s, float32 matmul on this CPU{many}",
+        )
     one = peak_flops(kind)
     if one is None:
-        return Peak(None, f"peak unknown for {kind!r}: MFU is not reported; add a row to gpt_jax/devices.py PEAKS")
+        return Peak(
+            None,
+            f"peak unknown for {kind!r}: MFU is not reported; add a row to gpt_jax/devices.py PEAKS",
+        )
     return Peak(one * count, f"peak assumed: {one / 1e12:,.1f} TFLOP/s dense bf16 x {count} {kind}")
 
 
-def flops_per_token(matmul_params: int, windows: Sequence[int], attention_width: int, seq_len: int,
-                    causal: bool = False) -> int:
+def flops_per_token(
+    matmul_params: int,
+    windows: Sequence[int],
+    attention_width: int,
+    seq_len: int,
+    causal: bool = False,
+) -> int:
     """Training FLOPs (forward and backward) of one token: `6 N + sum over layers of 12 width min(window or T, T)`.
 
     `matmul_params`: N, every weight that is multiplied (looked-up embeddings excluded). `windows`: one entry a layer, 0
@@ -149,10 +166,13 @@ def mfu(token_flops: float, tokens_per_second: float, peak: float | None) -> flo
     return None if peak is None else token_flops * tokens_per_second / peak
 
 
-def mfu_metrics(full_flops: float, causal_flops: float, tokens_per_second: float,
-                peak: float | None) -> dict[str, float]:
+def mfu_metrics(
+    full_flops: float, causal_flops: float, tokens_per_second: float, peak: float | None
+) -> dict[str, float]:
     """Both conventions as metrics; empty when the peak is unknown, so that the keys are absent rather than wrong."""
     if peak is None:
         return {}
-    return {"throughput/mfu_full": mfu(full_flops, tokens_per_second, peak),
-            "throughput/mfu_causal": mfu(causal_flops, tokens_per_second, peak)}
+    return {
+        "throughput/mfu_full": mfu(full_flops, tokens_per_second, peak),
+        "throughput/mfu_causal": mfu(causal_flops, tokens_per_second, peak),
+    }

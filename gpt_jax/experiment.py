@@ -15,7 +15,13 @@ from gpt_jax.data.dataset import Dataset
 from gpt_jax.data.pipeline import check_sizes, make_examples
 from gpt_jax.errors import UsageError
 from gpt_jax.model import kernels
-from gpt_jax.model.transformer import Transformer, abstract_params, count_params, init_params, layer_specs
+from gpt_jax.model.transformer import (
+    Transformer,
+    abstract_params,
+    count_params,
+    init_params,
+    layer_specs,
+)
 from gpt_jax.train import checkpoint
 from gpt_jax.train.agreement import disagreements
 from gpt_jax.train.loss import Network
@@ -42,41 +48,71 @@ def make_network(model: configs.Model) -> Network:
     module = Transformer(model)
 
     def features(params, batch, key):
-        return module.apply({"params": params}, batch, rngs=None if key is None else {"dropout": key},
-                            method="features")
+        return module.apply(
+            {"params": params},
+            batch,
+            rngs=None if key is None else {"dropout": key},
+            method="features",
+        )
 
-    return Network(features, lambda params, dtype: module.apply({"params": params}, dtype, method="output"),
-                   lambda head, hidden: module.apply({}, head, hidden, method="logits"))
+    return Network(
+        features,
+        lambda params, dtype: module.apply({"params": params}, dtype, method="output"),
+        lambda head, hidden: module.apply({}, head, hidden, method="logits"),
+    )
 
 
-def choose_kernel(model: configs.Model, seq_len: int, mesh, segments: bool) -> tuple[configs.Model, str]:
+def choose_kernel(
+    model: configs.Model, seq_len: int, mesh, segments: bool
+) -> tuple[configs.Model, str]:
     """The model with a concrete attention kernel, proved against the reference on this mesh, and a line about it."""
-    name, reason = kernels.choose(model.kernel, kernels.problem(model, seq_len, mesh.devices.flat[0].platform,
-                                                              context=mesh.shape["context"]))
+    name, reason = kernels.choose(
+        model.kernel,
+        kernels.problem(
+            model, seq_len, mesh.devices.flat[0].platform, context=mesh.shape["context"]
+        ),
+    )
     line = f"attention kernel: {name} ({reason})"
     if name != "reference":
         rows = placing.row_parts(mesh)
         error = kernels.conformance(name, model, segments, rows)
-        line += f"; differs from reference by {error:.1e} on these devices" + ", no segment leak" * segments
+        line += (
+            f"; differs from reference by {error:.1e} on these devices"
+            + ", no segment leak" * segments
+        )
     return replace(model, kernel=name), line
 
 
 def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
     """Everything a run needs, checked before anything long compiles. Raises UsageError for what cannot be run."""
-    configs.check(configs.resolve(config), jax.device_count())  # before the data, which may take a while
+    configs.check(
+        configs.resolve(config), jax.device_count()
+    )  # before the data, which may take a while
     data = dataset.load(config.data, say)
     if config.eval.compare_xz and not data.heldout:
-        raise UsageError("config.eval.compare_xz = True: needs held-out text, and the data holds none out; set it to "
-                         "false, or prepare with --eval_fraction")
+        raise UsageError(
+            "config.eval.compare_xz = True: needs held-out text, and the data holds none out; set it to "
+            "false, or prepare with --eval_fraction"
+        )
     vocab = data.tokenizer.vocab
     config = configs.resolve(config, vocab)
-    mesh = sharding.make_mesh(configs.check(config, jax.device_count(), vocab), across=configs.cross_slice(config.mesh))
+    mesh = sharding.make_mesh(
+        configs.check(config, jax.device_count(), vocab), across=configs.cross_slice(config.mesh)
+    )
     check_job(config, data)
     return build_on(config, mesh, data)
 
 
-LOCAL = ("data.path", "data.source_paths", "data.eval_path", "data.cache", "data.workers", "data.prefetch", "data.threads",
-         "log.progress")
+LOCAL = (
+    "data.path",
+    "data.source_paths",
+    "data.eval_path",
+    "data.cache",
+    "data.workers",
+    "data.prefetch",
+    "data.threads",
+    "log.progress",
+)
 
 
 def check_job(config: configs.Config, data: Dataset) -> None:
@@ -90,16 +126,26 @@ def check_job(config: configs.Config, data: Dataset) -> None:
         counts = examples.mix and [examples.mix.counts.tolist(), examples.mix.begins.tolist()]
     except UsageError as error:  # raised once the others know: they wait below
         wrong, counts = error, str(error)
-    facts = {f"config.{key}": value for key, value in configs.flatten(config).items() if key not in LOCAL}
-    facts |= {"the text": data.content, "the tokenizer": data.tokenizer.fingerprint, "the mixture's counts": counts,
-              "the code": same_code()}
+    facts = {
+        f"config.{key}": value for key, value in configs.flatten(config).items() if key not in LOCAL
+    }
+    facts |= {
+        "the text": data.content,
+        "the tokenizer": data.tokenizer.fingerprint,
+        "the mixture's counts": counts,
+        "the code": same_code(),
+    }
     found = disagreements(facts)
     if "the code" in found:  # what else differs may come of that
-        raise UsageError("the code (source digest and jax version): not the same on all processes of this job; install the "
-                         f"same gpt_jax and jax on every host; this is {whose_code(jax.process_index())}") from wrong
+        raise UsageError(
+            "the code (source digest and jax version): not the same on all processes of this job; install the "
+            f"same gpt_jax and jax on every host; this is {whose_code(jax.process_index())}"
+        ) from wrong
     if found:
-        raise UsageError(f"{', '.join(found)}: not the same on all processes of this job; start them with the same flags "
-                         "and the same text") from wrong
+        raise UsageError(
+            f"{', '.join(found)}: not the same on all processes of this job; start them with the same flags "
+            "and the same text"
+        ) from wrong
     if wrong:
         raise wrong
 
@@ -125,14 +171,26 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         tx = make_optimizer(config.optim, like, jnp.dtype(model.dtype), model.balance_rate)
         stored = lambda params: params
         if config.mesh.zero == 1:
-            tx, stored = on_parts(tx, partial(sharding.lay_out, like=like), sharding.whole), sharding.whole
+            tx, stored = (
+                on_parts(tx, partial(sharding.lay_out, like=like), sharding.whole),
+                sharding.whole,
+            )
         make_state = lambda: init_state(stored(init_params(model, jax.random.key(seed))), tx, train)
         abstract = sharding.concrete(jax.eval_shape(make_state), mesh)
         key = lambda: jax.random.fold_in(jax.random.key(seed), 1)  # init has the seed's own key
-        step = jax.jit(lambda state, batch: train_step(state, batch, key(), network=network, tx=tx, train=train),
-                       donate_argnums=0, compiler_options=options)
-        return Steps(jax.jit(make_state), abstract, step,
-                     jax.jit(partial(eval_step, network=network, train=train), compiler_options=options))
+        step = jax.jit(
+            lambda state, batch: train_step(
+                state, batch, key(), network=network, tx=tx, train=train
+            ),
+            donate_argnums=0,
+            compiler_options=options,
+        )
+        return Steps(
+            jax.jit(make_state),
+            abstract,
+            step,
+            jax.jit(partial(eval_step, network=network, train=train), compiler_options=options),
+        )
 
 
 def compiler_options(config: configs.Config, mesh) -> dict:
@@ -152,19 +210,35 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
         compiler.check(options, mesh)
         steps = make_steps(config, mesh)
         counts = count_params(model)
-        notes = [describe_mesh(config, mesh), line,
-                 *([compiler.describe(mesh.devices.flat[0].platform, options)] if options else ()),
-                 f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, {counts['embedding']:,} looked up); "
-                 f"{model.dtype} compute, float32 parameters and sums, remat {model.remat}",
-                 f"tokens: {train.batch_size * train.seq_len:,} a step in {count(train.accumulate, 'microbatch')}, "
-                 f"{train.batch_size * train.seq_len * train.steps:,} in all, "
-                 f"{train.batch_size * train.seq_len * train.steps / counts['total']:.3g} per parameter",
-                 *(f"optimiser: {row.optimizer} for {row.group}: {count(row.tensors, 'tensor')}, {row.parameters:,} parameters, "
-                   f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
-                   for row in describe(config.optim, steps.abstract.params, model.balance_rate)),
-                 *(f"on every device whole, although over 1 MiB, because {why}: {', '.join(paths)}"
-                   for why, paths in unsharded(steps.abstract, mesh, config.mesh.zero).items())]
-        return Parts(config, mesh, data, steps.make_state, steps.abstract, steps.train_step, steps.eval_step, tuple(notes))
+        notes = [
+            describe_mesh(config, mesh),
+            line,
+            *([compiler.describe(mesh.devices.flat[0].platform, options)] if options else ()),
+            f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, {counts['embedding']:,} looked up); "
+            f"{model.dtype} compute, float32 parameters and sums, remat {model.remat}",
+            f"tokens: {train.batch_size * train.seq_len:,} a step in {count(train.accumulate, 'microbatch')}, "
+            f"{train.batch_size * train.seq_len * train.steps:,} in all, "
+            f"{train.batch_size * train.seq_len * train.steps / counts['total']:.3g} per parameter",
+            *(
+                f"optimiser: {row.optimizer} for {row.group}: {count(row.tensors, 'tensor')}, {row.parameters:,} parameters, "
+                f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
+                for row in describe(config.optim, steps.abstract.params, model.balance_rate)
+            ),
+            *(
+                f"on every device whole, although over 1 MiB, because {why}: {', '.join(paths)}"
+                for why, paths in unsharded(steps.abstract, mesh, config.mesh.zero).items()
+            ),
+        ]
+        return Parts(
+            config,
+            mesh,
+            data,
+            steps.make_state,
+            steps.abstract,
+            steps.train_step,
+            steps.eval_step,
+            tuple(notes),
+        )
 
 
 def unsharded(state: TrainState, mesh, zero: int) -> dict[str, list[str]]:
@@ -182,15 +256,25 @@ def describe_mesh(config: configs.Config, mesh) -> str:
     """One line: axes longer than 1 and how they are used, devices, processes."""
     model, across = config.model, configs.cross_slice(config.mesh)
     beyond = lambda axis: f" ({across[axis]} across slices)" if across[axis] > 1 else ""
-    axes = " x ".join(f"{axis} {size}{beyond(axis)}" for axis, size in mesh.shape.items() if size > 1)
+    axes = " x ".join(
+        f"{axis} {size}{beyond(axis)}" for axis, size in mesh.shape.items() if size > 1
+    )
     used = [f"zero {config.mesh.zero}"] * (config.mesh.zero != 3)
     used += ["the stream cut over tensor"] * (model.shard_sequence and mesh.shape["tensor"] > 1)
     if (stages := mesh.shape["pipeline"]) > 1:
-        used += [count(model.pipeline_microbatches or stages, "microbatch") + f" through {stages} stages, "
-                 + count(model.pipeline_rounds, "round")]
-    return "; ".join([f"mesh: {axes or 'no axis longer than 1'}", *used,
-                      f"{count(mesh.size, f'{mesh.devices.flat[0].device_kind} device')}, "
-                      + count(jax.process_count(), "process")])
+        used += [
+            count(model.pipeline_microbatches or stages, "microbatch")
+            + f" through {stages} stages, "
+            + count(model.pipeline_rounds, "round")
+        ]
+    return "; ".join(
+        [
+            f"mesh: {axes or 'no axis longer than 1'}",
+            *used,
+            f"{count(mesh.size, f'{mesh.devices.flat[0].device_kind} device')}, "
+            + count(jax.process_count(), "process"),
+        ]
+    )
 
 
 def count(number: int, what: str) -> str:
@@ -207,17 +291,28 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> None:
     """Reports every changed key; UsageError when one of them changes what the saved arrays mean."""
     found = configs.changes(saved_config(meta), parts.config)
     for key, old, new, may in found:
-        say(f"config.{key} changed since the checkpoint: {old!r} -> {new!r}" + ("" if may else " (not possible)"))
-    blocked = [f"config.{key} ({old!r} there, {new!r} now)" for key, old, new, may in found if not may]
+        say(
+            f"config.{key} changed since the checkpoint: {old!r} -> {new!r}"
+            + ("" if may else " (not possible)")
+        )
+    blocked = [
+        f"config.{key} ({old!r} there, {new!r} now)" for key, old, new, may in found if not may
+    ]
     if blocked:
-        raise UsageError(f"{directory.parent} holds a run with another {', '.join(blocked)}; use its values or another "
-                         "--workdir")
+        raise UsageError(
+            f"{directory.parent} holds a run with another {', '.join(blocked)}; use its values or another "
+            "--workdir"
+        )
     if meta["tokenizer"] != parts.data.tokenizer.to_json():
-        raise UsageError(f"{directory.parent} holds a run with another tokenizer: the text it is made from has changed; "
-                         "give the same text or another --workdir")
+        raise UsageError(
+            f"{directory.parent} holds a run with another tokenizer: the text it is made from has changed; "
+            "give the same text or another --workdir"
+        )
     if meta["data"]["content"] != parts.data.content:
-        raise UsageError(f"{directory.parent} holds a run on another text than {parts.config.data.where} now; give the same "
-                         "text or another --workdir")
+        raise UsageError(
+            f"{directory.parent} holds a run on another text than {parts.config.data.where} now; give the same "
+            "text or another --workdir"
+        )
 
 
 def start_state(parts: Parts, checkpoints, say) -> TrainState:
@@ -225,10 +320,14 @@ def start_state(parts: Parts, checkpoints, say) -> TrainState:
     step = checkpoints.latest
     if step is None:
         return parts.init()
-    check_resume(parts, checkpoint.read_meta(checkpoints.directory, step), checkpoints.directory, say)
+    check_resume(
+        parts, checkpoint.read_meta(checkpoints.directory, step), checkpoints.directory, say
+    )
     loaded = checkpoint.restore(checkpoints.directory, step, items(parts.abstract))
     say(f"resumed from step {step} of {checkpoints.directory}")
-    return loaded["train"]._replace(params=loaded["params"], ema=loaded["ema"] if "ema" in loaded else {})
+    return loaded["train"]._replace(
+        params=loaded["params"], ema=loaded["ema"] if "ema" in loaded else {}
+    )
 
 
 def items(state: TrainState) -> dict[str, Any]:
@@ -240,6 +339,11 @@ def items(state: TrainState) -> dict[str, Any]:
 def token_flops(config: configs.Config, matmul_params: int) -> tuple[int, int]:
     """Training FLOPs of a token: full attention map, causal."""
     model = config.model
-    flops = partial(devices.flops_per_token, matmul_params, [spec.window for spec in layer_specs(model)],
-                    model.heads * model.head_dim, config.train.seq_len)
+    flops = partial(
+        devices.flops_per_token,
+        matmul_params,
+        [spec.window for spec in layer_specs(model)],
+        model.heads * model.head_dim,
+        config.train.seq_len,
+    )
     return flops(), flops(causal=True)

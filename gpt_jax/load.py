@@ -49,9 +49,16 @@ def load(path: str, step: int, say: Callable[[str], None], devices: int = 0) -> 
             return _load(directory, found, say, devices)
         except (NoCheckpoint, UsageError):
             # Several processes would have to agree on it in the middle of a collective read.
-            if jax.process_count() > 1 or step or attempts == 1 or (directory / str(found) / checkpoint.MANIFEST).exists():
+            if (
+                jax.process_count() > 1
+                or step
+                or attempts == 1
+                or (directory / str(found) / checkpoint.MANIFEST).exists()
+            ):
                 raise
-            say(f"step {found} of {directory} was deleted by its run meanwhile; taking the newest again")
+            say(
+                f"step {found} of {directory} was deleted by its run meanwhile; taking the newest again"
+            )
 
 
 def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) -> Loaded:
@@ -60,14 +67,25 @@ def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) 
     count = devices or jax.device_count()
     # Not the kernel of the run, which was chosen for the machine and the dropout of training.
     model = replace(config.model, remat="none", dropout=0.0, attention_dropout=0.0)
-    name, reason = kernels.choose("auto", kernels.problem(model, config.train.seq_len, jax.default_backend()))
+    name, reason = kernels.choose(
+        "auto", kernels.problem(model, config.train.seq_len, jax.default_backend())
+    )
     model = replace(model, kernel=name)
     mesh = pick_mesh(model, count) if count > 1 else sharding.make_mesh({}, jax.local_devices()[:1])
     item = "ema" if config.train.ema else "params"
     with jax.set_mesh(mesh):
         abstract = sharding.concrete(abstract_params(model), mesh)
         params = checkpoint.restore(directory, step, {item: abstract})[item]
-    say(f"step {step} of {directory}, {'averaged weights, ' if config.train.ema else ''}on {mesh.size} "
-        f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}; attention kernel: {name} ({reason})")
-    return Loaded(replace(config, model=model), from_json(meta["tokenizer"]), params, mesh, directory, step,
-                  meta["data"]["content"])
+    say(
+        f"step {step} of {directory}, {'averaged weights, ' if config.train.ema else ''}on {mesh.size} "
+        f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}; attention kernel: {name} ({reason})"
+    )
+    return Loaded(
+        replace(config, model=model),
+        from_json(meta["tokenizer"]),
+        params,
+        mesh,
+        directory,
+        step,
+        meta["data"]["content"],
+    )

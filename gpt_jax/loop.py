@@ -25,8 +25,12 @@ from gpt_jax.train.step import TrainState
 from gpt_jax.writers import read_jsonl, replace_file
 
 
-def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
-        say: Callable[[str], None] = print) -> report.Summary:
+def run(
+    parts: Parts,
+    workdir: Path,
+    profile: tuple[int, int] | None = None,
+    say: Callable[[str], None] = print,
+) -> report.Summary:
     """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one; returns the numbers.
 
     `profile`: (first, last) step of a trace in `workdir`/profile. Raises Stopped after a SIGTERM or SIGUSR1 (saved),
@@ -39,24 +43,41 @@ def run(parts: Parts, workdir: Path, profile: tuple[int, int] | None = None,
         closing.enter_context(only_run(workdir, say))
         stop = StopRequest()
         closing.callback(stop.close)
-        checkpoints = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, config.checkpoint, say)
+        checkpoints = checkpoint.open_checkpoints(
+            workdir / checkpoint.FOLDER, config.checkpoint, say
+        )
         # A save in flight would wait for a peer that has left.
         closing.push(lambda kind, error, trace: None if peer_gone(error) else checkpoints.close())
         start = checkpoints.latest or 0
         if profile and profile[0] <= start:
-            raise UsageError(f"--profile={profile[0]}:{profile[1]}: this run goes on at step {start + 1}; start there or "
-                             "later")
+            raise UsageError(
+                f"--profile={profile[0]}:{profile[1]}: this run goes on at step {start + 1}; start there or "
+                "later"
+            )
         # Before the state: it refuses too little text, and compiles nothing.
-        stream = make_stream(parts.data, config.data, train.seq_len, train.batch_size, config.seed, rows, start, train.steps)
+        stream = make_stream(
+            parts.data,
+            config.data,
+            train.seq_len,
+            train.batch_size,
+            config.seed,
+            rows,
+            start,
+            train.steps,
+        )
         closing.callback(stream.close)
         heldout = heldout_batches(parts)
         state = start_state(parts, checkpoints, say)
         if jax.process_index() == 0:
             replace_file(workdir / "config.json", configs.to_json(config).encode())
-        progress = Progress(parts, workdir, start, checkpoints.latest is not None, beat, heldout, stream.shares, say)
+        progress = Progress(
+            parts, workdir, start, checkpoints.latest is not None, beat, heldout, stream.shares, say
+        )
         closing.callback(progress.writers.close)
         if start < train.steps and jax.process_index() == 0:
-            (workdir / "report.html").unlink(missing_ok=True)  # of an earlier stop: `conclude` takes it for the end's
+            (workdir / "report.html").unlink(
+                missing_ok=True
+            )  # of an earlier stop: `conclude` takes it for the end's
         say(progress.peak.line)
         for line in stream.summary:
             say(line)
@@ -87,31 +108,51 @@ def stopped(progress: Progress, checkpoints, step: int) -> Stopped:
     with progress.clock.phase("checkpoint", blocked=True):
         checkpoints.wait()
     finish(progress, step)
-    return Stopped(f"stopped on request after step {step} of {progress.config.train.steps}, saved in "
-                   f"{checkpoints.directory}; the same command goes on from there")
+    return Stopped(
+        f"stopped on request after step {step} of {progress.config.train.steps}, saved in "
+        f"{checkpoints.directory}; the same command goes on from there"
+    )
 
 
 def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
     """By source: all held-out batches or the first few, as config.eval says. UsageError for too little."""
     config = parts.config
     rows = placing.process_rows(parts.mesh, config.eval.batch_size)
-    return {name: make_eval_batches(tokens, parts.data.tokenizer, config.data, config.train.seq_len, config.eval.batch_size,
-                                    rows, config.eval.batches, f"the held-out text of source {name}")
-            for name, tokens in parts.data.heldout.items()}
+    return {
+        name: make_eval_batches(
+            tokens,
+            parts.data.tokenizer,
+            config.data,
+            config.train.seq_len,
+            config.eval.batch_size,
+            rows,
+            config.eval.batches,
+            f"the held-out text of source {name}",
+        )
+        for name, tokens in parts.data.heldout.items()
+    }
 
 
 @contextmanager
 def only_run(workdir: Path, say):
     """Holds the workdir for this run alone; UsageError on all processes when another run has it."""
     with ExitStack() as closing:
+
         def take():
             try:
-                fcntl.flock(closing.enter_context(open(workdir / ".lock", "a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(
+                    closing.enter_context(open(workdir / ".lock", "a")),
+                    fcntl.LOCK_EX | fcntl.LOCK_NB,
+                )
             except BlockingIOError:
-                raise UsageError(f"--workdir={workdir}: another run is training into it; wait for it, stop it, or choose "
-                                 "another --workdir") from None
+                raise UsageError(
+                    f"--workdir={workdir}: another run is training into it; wait for it, stop it, or choose "
+                    "another --workdir"
+                ) from None
             except OSError as error:  # a file system without locks
-                say(f"{workdir} cannot be locked ({error.strerror}): a second run in it would not be noticed")
+                say(
+                    f"{workdir} cannot be locked ({error.strerror}): a second run in it would not be noticed"
+                )
 
         agree(take)
         yield
@@ -161,11 +202,18 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
     settle(progress)
     if progress.heldout:
         sums = lambda batches: evals.heldout_sums(
-            progress.parts.eval_step, averaged_params(progress, state), watched(batches, progress.beat, stop),
-            progress.parts.mesh, progress.config.eval.batch_size)
+            progress.parts.eval_step,
+            averaged_params(progress, state),
+            watched(batches, progress.beat, stop),
+            progress.parts.mesh,
+            progress.config.eval.batch_size,
+        )
         try:
             with progress.clock.phase("eval"):
-                found = {name: evals.heldout_metrics(sums(batches)) for name, batches in progress.heldout.items()}
+                found = {
+                    name: evals.heldout_metrics(sums(batches))
+                    for name, batches in progress.heldout.items()
+                }
         except CutShort:
             return False
         found = evals.by_source(found, progress.shares(step))
@@ -193,8 +241,14 @@ def write_samples(progress: Progress, state: TrainState, step: int, count: int) 
     """`count` samples, into the writers."""
     settle(progress)
     with progress.clock.phase("sample"):
-        texts = evals.samples(progress.config.model, averaged_params(progress, state), progress.parts.data.tokenizer,
-                              progress.config.eval, (progress.config.seed + step) % 2**32, count)
+        texts = evals.samples(
+            progress.config.model,
+            averaged_params(progress, state),
+            progress.parts.data.tokenizer,
+            progress.config.eval,
+            (progress.config.seed + step) % 2**32,
+            count,
+        )
     for i, text in enumerate(texts):
         progress.writers.text(step, f"sample/{i}", text)
     progress.restart_rate(step)
@@ -204,8 +258,11 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
     """Starts an asynchronous checkpoint of everything that evaluating, generating and resuming need."""
     settle(progress)
     with progress.clock.phase("checkpoint"):
-        meta = {"config": configs.to_dict(progress.config), "tokenizer": progress.parts.data.tokenizer.to_json(),
-                "data": {"next": step, "content": progress.parts.data.content}}
+        meta = {
+            "config": configs.to_dict(progress.config),
+            "tokenizer": progress.parts.data.tokenizer.to_json(),
+            "data": {"next": step, "content": progress.parts.data.content},
+        }
         at, found = progress.evaluated
         checkpoints.save(step, meta=meta, metrics=found if at == step else {}, **items(state))
     progress.restart_rate(step)
@@ -213,31 +270,57 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
 
 def finish(progress: Progress, step: int, **facts) -> report.Summary | None:
     """loss.png and report.html from what metrics.jsonl holds by now (process 0)."""
-    if step > progress.start:  # else nothing was trained, and the times are those of the run that did
+    if (
+        step > progress.start
+    ):  # else nothing was trained, and the times are those of the run that did
         progress.writers.write(step, progress.clock.metrics())
     if jax.process_index() != 0:
         return None
     rows = read_jsonl(progress.workdir / "metrics.jsonl")
-    summary = report.summarize(rows, parameters=progress.counts["total"], peak=progress.peak.line,
-                               wall_seconds=time.perf_counter() - progress.began, **facts)
+    summary = report.summarize(
+        rows,
+        parameters=progress.counts["total"],
+        peak=progress.peak.line,
+        wall_seconds=time.perf_counter() - progress.began,
+        **facts,
+    )
     kind = progress.parts.mesh.devices.flat[0].device_kind
-    report.write_report(progress.workdir, title=progress.workdir.name, summary=summary, samples=report.samples_in(rows),
-                        versions={"device": f"{progress.parts.mesh.size} x {kind}"} | report.library_versions())
+    report.write_report(
+        progress.workdir,
+        title=progress.workdir.name,
+        summary=summary,
+        samples=report.samples_in(rows),
+        versions={"device": f"{progress.parts.mesh.size} x {kind}"} | report.library_versions(),
+    )
     return summary
 
 
-def conclude(progress: Progress, checkpoints, state: TrainState, stop: Callable[[], bool], say) -> report.Summary | None:
+def conclude(
+    progress: Progress, checkpoints, state: TrainState, stop: Callable[[], bool], say
+) -> report.Summary | None:
     """The end of a run that got to its last step: three samples, the report, and where everything is. What a run that
     was already there has is not made again."""
     config, steps = progress.config, max(progress.config.train.steps, progress.start)
+
     def found():
-        keys = {key for row in read_jsonl(progress.workdir / "metrics.jsonl") if row["step"] == steps for key in row}
-        return ["eval/loss" in keys, "sample/2" in keys, (progress.workdir / "report.html").exists()]
+        keys = {
+            key
+            for row in read_jsonl(progress.workdir / "metrics.jsonl")
+            if row["step"] == steps
+            for key in row
+        }
+        return [
+            "eval/loss" in keys,
+            "sample/2" in keys,
+            (progress.workdir / "report.html").exists(),
+        ]
 
     measured, sampled, page = agree(found)
     if progress.start >= steps and sampled and page:
-        say(f"finished before, at step {steps}: see {progress.workdir / 'report.html'}; for more steps raise "
-            "config.train.steps")
+        say(
+            f"finished before, at step {steps}: see {progress.workdir / 'report.html'}; for more steps raise "
+            "config.train.steps"
+        )
         return None
     if not measured and not evaluate(progress, state, steps, stop):
         raise stopped(progress, checkpoints, steps)
@@ -250,8 +333,14 @@ def conclude(progress: Progress, checkpoints, state: TrainState, stop: Callable[
         facts["xz_bits_per_byte"] = evals.xz_bits_per_byte(progress.parts.data)
     summary = finish(progress, steps, **facts)
     if summary is not None:
-        names = {"checkpoints": checkpoints.directory, "metrics": "metrics.jsonl", "loss curve": "loss.png",
-                 "report": "report.html"}
-        for line in report.summary_lines(summary, {name: progress.workdir / path for name, path in names.items()}):
+        names = {
+            "checkpoints": checkpoints.directory,
+            "metrics": "metrics.jsonl",
+            "loss curve": "loss.png",
+            "report": "report.html",
+        }
+        for line in report.summary_lines(
+            summary, {name: progress.workdir / path for name, path in names.items()}
+        ):
             say(line)
     return summary

@@ -17,7 +17,9 @@ from typing import Any, Callable
 import jax
 import numpy as np
 
-Sums = dict[str, tuple[Any, Any]]  # name -> (sum, weight): floats or float32 scalars on device; a pytree
+Sums = dict[
+    str, tuple[Any, Any]
+]  # name -> (sum, weight): floats or float32 scalars on device; a pytree
 
 
 def add(a: Sums, b: Sums) -> Sums:
@@ -28,8 +30,12 @@ def add(a: Sums, b: Sums) -> Sums:
 
 def divide(sums: Sums) -> dict[str, Any]:
     """sum / weight of each name, on the host, once, at print time; weight 0 gives nan. Sums may be arrays."""
-    one = lambda total, weight: float(total) / float(weight) if np.ndim(total) == 0 else np.asarray(total) / float(weight)
-    return {name: one(total, weight) if weight else math.nan for name, (total, weight) in sums.items()}
+    one = lambda total, weight: (
+        float(total) / float(weight) if np.ndim(total) == 0 else np.asarray(total) / float(weight)
+    )
+    return {
+        name: one(total, weight) if weight else math.nan for name, (total, weight) in sums.items()
+    }
 
 
 def expert_metrics(means: dict[str, Any]) -> dict[str, float]:
@@ -40,8 +46,13 @@ def expert_metrics(means: dict[str, Any]) -> dict[str, float]:
         return {}
     load = means["load"][means["load"].sum(1) > 0]  # [layers with experts, E]
     relative = load / load.mean(1, keepdims=True)
-    return {"moe/balance": means["balance"], "moe/router_z": means["router_z"], "moe/dropped": means["dropped"],
-            "moe/load_max": float(relative.max()), "moe/load_min": float(relative.min())}
+    return {
+        "moe/balance": means["balance"],
+        "moe/router_z": means["router_z"],
+        "moe/dropped": means["dropped"],
+        "moe/load_max": float(relative.max()),
+        "moe/load_min": float(relative.min()),
+    }
 
 
 def perplexity(nll_sum: float, weight: float) -> float:
@@ -112,12 +123,20 @@ class Clock:
         """Parts of the loop's time (LOOP phases). host: not blocked on device or data, its own overhead; data_wait:
         blocked on the input queue, near 0 when input never starves the device."""
         self._settle()
-        return self._parts(LOOP, {"host": [(phase, False) for phase in LOOP], "data_wait": [("data", True)]})
+        return self._parts(
+            LOOP, {"host": [(phase, False) for phase in LOOP], "data_wait": [("data", True)]}
+        )
 
     def _parts(self, phases, parts) -> dict[str, float]:
         total = sum(self._seconds[phase, blocked] for phase in phases for blocked in (False, True))
-        return {name: sum(self._seconds[key] for key in keys) / (total or 1.0) for name, keys in parts.items()}
+        return {
+            name: sum(self._seconds[key] for key in keys) / (total or 1.0)
+            for name, keys in parts.items()
+        }
 
     def metrics(self) -> dict[str, float]:
         """Both under their metric names, `time/…`."""
-        return {f"time/{name}": part for name, part in {**self.fractions(), **self.loop_fractions()}.items()}
+        return {
+            f"time/{name}": part
+            for name, part in {**self.fractions(), **self.loop_fractions()}.items()
+        }

@@ -26,7 +26,11 @@ def order(length: int, pieces: int) -> np.ndarray:
 def reorder(x: jax.Array, back: bool = False) -> jax.Array:
     """`x` [B, T, …], with all of T here, from the text's order to the mesh's, or back."""
     places = order(x.shape[1], sharding.parts("seq"))
-    return x if sharding.parts("seq") == 1 else jnp.take(x, np.argsort(places) if back else places, axis=1)
+    return (
+        x
+        if sharding.parts("seq") == 1
+        else jnp.take(x, np.argsort(places) if back else places, axis=1)
+    )
 
 
 def positions(length: int) -> jax.Array:
@@ -45,6 +49,7 @@ def in_order(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
 
 # ---- batches ----
 
+
 def row_parts(mesh: Mesh) -> int:
     """Pieces into which the rows of a batch are cut."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -56,8 +61,10 @@ def process_rows(mesh: Mesh, batch_size: int) -> slice:
     slices = sorted({index[0].indices(batch_size)[:2] for index in here.values()})
     start, stop = slices[0][0], slices[-1][1]
     if any(end != begin for (_, end), (begin, _) in zip(slices, slices[1:])):
-        raise UsageError("config.mesh: this process's devices hold rows of the batch that are not contiguous; "
-                         "put config.mesh.tensor and config.mesh.context inside a process")
+        raise UsageError(
+            "config.mesh: this process's devices hold rows of the batch that are not contiguous; "
+            "put config.mesh.tensor and config.mesh.context inside a process"
+        )
     return slice(start, stop)
 
 
@@ -73,7 +80,7 @@ def to_devices(mesh: Mesh, columns: dict[str, np.ndarray], batch_size: int) -> d
     def placed(value):
         def part(index):
             start, stop, _ = index[0].indices(batch_size)
-            return value[start - first:stop - first, index[1]]
+            return value[start - first : stop - first, index[1]]
 
         return jax.make_array_from_callback((batch_size, *value.shape[1:]), place, part)
 

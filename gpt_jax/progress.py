@@ -23,12 +23,29 @@ RATES_AT_ONCE = 4096  # learning rates
 class Progress:
     """What `loop.run` carries along besides the state: writers, clock, and the numbers for the next log line."""
 
-    def __init__(self, parts: Parts, workdir: Path, start: int, resumed: bool, beat: Callable[[], None],
-                 heldout: dict[str, EvalBatches], shares: Callable[[int], Mapping[str, float]],
-                 say: Callable[[str], None]):
+    def __init__(
+        self,
+        parts: Parts,
+        workdir: Path,
+        start: int,
+        resumed: bool,
+        beat: Callable[[], None],
+        heldout: dict[str, EvalBatches],
+        shares: Callable[[int], Mapping[str, float]],
+        say: Callable[[str], None],
+    ):
         config, model = parts.config, parts.config.model
-        self.parts, self.workdir, self.config, self.start, self.beat = parts, workdir, config, start, beat
-        self.heldout, self.shares = heldout, shares  # by source: held-out batches, and the part of the rows at a step
+        self.parts, self.workdir, self.config, self.start, self.beat = (
+            parts,
+            workdir,
+            config,
+            start,
+            beat,
+        )
+        self.heldout, self.shares = (
+            heldout,
+            shares,
+        )  # by source: held-out batches, and the part of the rows at a step
         self.late, self.began, self.announce = OneStepLate(), time.perf_counter(), say
         self.peak = devices.find_peak(parts.mesh.devices.flatten().tolist())
         with jax.set_mesh(parts.mesh):
@@ -38,7 +55,10 @@ class Progress:
         self.batch_tokens = config.train.batch_size * config.train.seq_len
         self.mark = start, time.perf_counter()
         self.end = config.train.steps  # or where a request stops the run
-        self.evaluated: tuple[int, dict[str, float]] = start, {}  # the last evaluation: its step and what it found
+        self.evaluated: tuple[int, dict[str, float]] = (
+            start,
+            {},
+        )  # the last evaluation: its step and what it found
         self.writers = self._make_writers(start if resumed else None)
         self.clock = Clock()  # last: what came before is not the loop's
 
@@ -60,7 +80,11 @@ class Progress:
         block, place = divmod(step - 1, RATES_AT_ONCE)
         if block != self.rates[0]:
             steps = block * RATES_AT_ONCE + np.arange(RATES_AT_ONCE)
-            self.rates = block, self.config.optim.learning_rate * np.asarray(make_schedule(self.config.optim)(steps))
+            self.rates = (
+                block,
+                self.config.optim.learning_rate
+                * np.asarray(make_schedule(self.config.optim)(steps)),
+            )
         return float(self.rates[1][place])
 
     def announce_end(self, step: int, rate: float) -> None:
@@ -70,7 +94,9 @@ class Progress:
         left = (self.config.train.steps - step) * self.batch_tokens / rate
         self.announce, say = lambda line: None, self.announce
         end = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + left))
-        say(f"{rate:,.0f} tokens/s so far: step {self.config.train.steps:,} is to be expected at {end}")
+        say(
+            f"{rate:,.0f} tokens/s so far: step {self.config.train.steps:,} is to be expected at {end}"
+        )
 
     def record(self, late: tuple[int, Any] | None) -> None:
         """A finished step's sums: checks that they are finite, and writes a line where one is due."""
@@ -81,8 +107,10 @@ class Progress:
             check_finite(name, means[name], step)
         if step % self.config.log.every_steps and step != self.end:
             return
-        values = {f"train/{name}": means[name] for name in ("loss", "bits_per_byte", "accuracy", "grad_norm",
-                                                            "param_norm")}
+        values = {
+            f"train/{name}": means[name]
+            for name in ("loss", "bits_per_byte", "accuracy", "grad_norm", "param_norm")
+        }
         values |= expert_metrics(means)
         values["train/learning_rate"] = self.learning_rate(step)
         values["throughput/tokens_seen"] = step * self.batch_tokens
@@ -102,5 +130,7 @@ class Progress:
 def check_finite(name: str, value: float, step: int) -> None:
     """Raises Diverged for nan and infinities."""
     if not math.isfinite(value):
-        raise Diverged(f"the {name} at step {step} is {value}; the last checkpoint is from before it. Lower "
-                       "config.optim.learning_rate, or set config.optim.clip")
+        raise Diverged(
+            f"the {name} at step {step} is {value}; the last checkpoint is from before it. Lower "
+            "config.optim.learning_rate, or set config.optim.clip"
+        )

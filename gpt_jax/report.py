@@ -20,7 +20,9 @@ from gpt_jax.metrics import PHASES
 from gpt_jax.writers import duration, human, read_jsonl, replace_file
 
 INK, MUTED, TRAIN, TREND, EVAL = "#1f2933", "#7b8794", "#8fb3d9", "#2b6cb0", "#d1495b"
-PHASE_COLORS = dict(zip(PHASES, ("#e0a458", TREND, EVAL, "#7a5195", "#3d8b7d", "#b07aa1", "#9aa5b1", "#dfe3e8")))
+PHASE_COLORS = dict(
+    zip(PHASES, ("#e0a458", TREND, EVAL, "#7a5195", "#3d8b7d", "#b07aa1", "#9aa5b1", "#dfe3e8"))
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +43,23 @@ class Summary:
     wall_seconds: float | None = None
     host: float | None = None  # parts of the loop's time, see metrics.Clock
     data_wait: float | None = None
-    phases: Mapping[str, float] = dataclasses.field(default_factory=dict)  # part of the wall time of each phase
+    phases: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # part of the wall time of each phase
 
 
 def series(rows: Sequence[Mapping], key: str) -> tuple[list[float], list[float]]:
     """(steps, values) of `key`; null (it was nan or infinite) comes back as nan."""
-    pairs = [(row["step"], math.nan if row[key] is None else row[key]) for row in rows if key in row]
+    pairs = [
+        (row["step"], math.nan if row[key] is None else row[key]) for row in rows if key in row
+    ]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def summarize(rows: Sequence[Mapping], **facts) -> Summary:
     """A Summary of metrics.jsonl rows: last values, and medians for rates (the first window holds compilation).
     `facts` are fields that the rows do not hold (parameters, xz_bits_per_byte, peak, wall_seconds) or overrule them."""
+
     def last(key):
         values = series(rows, key)[1]
         return values[-1] if values else None
@@ -63,23 +70,37 @@ def summarize(rows: Sequence[Mapping], **facts) -> Summary:
 
     phases = {phase: last(f"time/{phase}") for phase in PHASES}
     found = dict(
-        bits_per_byte=last("eval/bits_per_byte"), eval_loss=last("eval/loss"), train_loss=last("train/loss"),
-        steps=rows[-1]["step"] if rows else None, tokens_seen=last("throughput/tokens_seen"),
-        tokens_per_second=median("throughput/tokens_per_second"), mfu_full=median("throughput/mfu_full"),
-        mfu_causal=median("throughput/mfu_causal"), host=last("time/host"), data_wait=last("time/data_wait"),
-        phases={phase: part for phase, part in phases.items() if part})
+        bits_per_byte=last("eval/bits_per_byte"),
+        eval_loss=last("eval/loss"),
+        train_loss=last("train/loss"),
+        steps=rows[-1]["step"] if rows else None,
+        tokens_seen=last("throughput/tokens_seen"),
+        tokens_per_second=median("throughput/tokens_per_second"),
+        mfu_full=median("throughput/mfu_full"),
+        mfu_causal=median("throughput/mfu_causal"),
+        host=last("time/host"),
+        data_wait=last("time/data_wait"),
+        phases={phase: part for phase, part in phases.items() if part},
+    )
     return Summary(**{**found, **facts})
 
 
 def samples_in(rows: Sequence[Mapping]) -> list[dict]:
     """The texts written as `sample/<n>` in metrics.jsonl, those before a resume included: {step, text}."""
-    return [{"step": row["step"], "text": row[key]} for row in rows for key in row if key.startswith("sample/")]
+    return [
+        {"step": row["step"], "text": row[key]}
+        for row in rows
+        for key in row
+        if key.startswith("sample/")
+    ]
 
 
 def library_versions() -> dict[str, str]:
     """Name -> version of the installed libraries that shape a run's numbers."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
-    found = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+    found = {
+        dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()
+    }
     return {name: found[name] for name in names if name in found}
 
 
@@ -88,7 +109,7 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     out = []
     for i in range(len(values)):
         side = min(reach, i, len(values) - 1 - i)
-        near = [v for v in values[i - side:i + side + 1] if math.isfinite(v)]
+        near = [v for v in values[i - side : i + side + 1] if math.isfinite(v)]
         out.append(sum(near) / len(near) if near else math.nan)
     return out
 
@@ -108,7 +129,9 @@ def _style(axes) -> None:
 
 def _tokens_axis(axes, rows: Sequence[Mapping]) -> None:
     """Tokens seen along the top, when steps and tokens are proportional (they are while the batch stays the same)."""
-    pairs = [(step, tokens) for step, tokens in zip(*series(rows, "throughput/tokens_seen")) if step > 0]
+    pairs = [
+        (step, tokens) for step, tokens in zip(*series(rows, "throughput/tokens_seen")) if step > 0
+    ]
     if len(pairs) < 2:
         return
     rate = pairs[-1][1] / pairs[-1][0]
@@ -122,7 +145,9 @@ def _tokens_axis(axes, rows: Sequence[Mapping]) -> None:
 
 def draw_loss(rows: Sequence[Mapping]) -> bytes:
     """PNG, 1280 x 720: train loss (points faint, their running mean dark) and held-out loss over steps and tokens."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: half a second that only a report should pay
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # here: half a second that only a report should pay
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained", facecolor="white")
@@ -131,23 +156,59 @@ def draw_loss(rows: Sequence[Mapping]) -> bytes:
     steps, losses = series(rows, "train/loss")
     many, few = len(steps) > 60, "o" if len(steps) < 3 else None
     if steps:
-        axes.plot(steps, losses, color=TRAIN if many else TREND, linewidth=0.8 if many else 1.8, marker=few,
-                  alpha=0.7 if many else 1.0, label=None if many else "train")
+        axes.plot(
+            steps,
+            losses,
+            color=TRAIN if many else TREND,
+            linewidth=0.8 if many else 1.8,
+            marker=few,
+            alpha=0.7 if many else 1.0,
+            label=None if many else "train",
+        )
     if many:
-        axes.plot(steps, smooth(losses, max(3, len(steps) // 60)), color=TREND, linewidth=2, label="train (mean)")
+        axes.plot(
+            steps,
+            smooth(losses, max(3, len(steps) // 60)),
+            color=TREND,
+            linewidth=2,
+            label="train (mean)",
+        )
     steps, losses = series(rows, "eval/loss")
     if steps:
-        axes.plot(steps, losses, color=EVAL, linewidth=2, marker="o", markersize=4.5, markeredgecolor="white",
-                  markeredgewidth=0.8, label="held-out")
-        axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(0, 9), textcoords="offset points",
-                      ha="right", color=EVAL, fontweight="bold")
+        axes.plot(
+            steps,
+            losses,
+            color=EVAL,
+            linewidth=2,
+            marker="o",
+            markersize=4.5,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            label="held-out",
+        )
+        axes.annotate(
+            f"{losses[-1]:.3f}",
+            (steps[-1], losses[-1]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="right",
+            color=EVAL,
+            fontweight="bold",
+        )
     if axes.lines:
         axes.legend(frameon=False, labelcolor=INK)
         axes.margins(x=0.02)
         _tokens_axis(axes, rows)
     else:
         axes.set_axis_off()
-        axes.text(0.5, 0.5, "no step has been logged yet", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.text(
+            0.5,
+            0.5,
+            "no step has been logged yet",
+            transform=axes.transAxes,
+            ha="center",
+            color=MUTED,
+        )
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=160)
@@ -169,7 +230,12 @@ def headlines(s: Summary) -> list[tuple[str, str, str]]:
     """(label, value, note) of every number that is known, the most wanted first."""
     xz = s.bits_per_byte is not None and s.xz_bits_per_byte
     rows = (
-        ("held-out bits per byte", s.bits_per_byte, "{:.4f}", _against_xz(s.bits_per_byte, xz) if xz else ""),
+        (
+            "held-out bits per byte",
+            s.bits_per_byte,
+            "{:.4f}",
+            _against_xz(s.bits_per_byte, xz) if xz else "",
+        ),
         ("held-out loss", s.eval_loss, "{:.4f}", "nats per token"),
         ("train loss", s.train_loss, "{:.4f}", "last logged"),
         ("parameters", s.parameters and human(s.parameters), "{}", f"{s.parameters or 0:,}"),
@@ -184,20 +250,29 @@ def headlines(s: Summary) -> list[tuple[str, str, str]]:
     )
     if s.mfu_full is None and s.peak:
         rows += (("MFU", "not reported", "{}", s.peak),)
-    return [(label, how.format(value), note) for label, value, how, note in rows if value is not None]
+    return [
+        (label, how.format(value), note) for label, value, how, note in rows if value is not None
+    ]
 
 
 def summary_lines(summary: Summary, where: Mapping[str, str | Path] | None = None) -> list[str]:
     """The end of a run for the terminal: aligned numbers, the split of the time, and `where` things were written."""
-    rows = [(label, value, f"  ({note})" if note else "") for label, value, note in headlines(summary)]
+    rows = [
+        (label, value, f"  ({note})" if note else "") for label, value, note in headlines(summary)
+    ]
     split = ", ".join(f"{phase} {part:.1%}" for phase, part in _by_size(summary.phases))
-    rows += [("time", split, "")] * bool(split) + [(name, str(path), "") for name, path in (where or {}).items()]
+    rows += [("time", split, "")] * bool(split) + [
+        (name, str(path), "") for name, path in (where or {}).items()
+    ]
     width = max((len(label) for label, _, _ in rows), default=0)
     return [f"{label:<{width}}  {value}{note}" for label, value, note in rows]
 
 
 def _by_size(phases: Mapping[str, float]) -> list[tuple[str, float]]:
-    return sorted(((phase, part) for phase, part in phases.items() if part > 0), key=lambda pair: -pair[1])
+    return sorted(
+        ((phase, part) for phase, part in phases.items() if part > 0), key=lambda pair: -pair[1]
+    )
+
 
 CSS = """
 body{margin:0;background:#f5f7fa;color:#1f2933;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",
@@ -225,18 +300,25 @@ td:first-child{color:#52606d;width:15rem}
 
 def _text(value) -> str:
     """Escaped for HTML; control characters a byte-level model may emit become the replacement character."""
-    clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value).replace("\r\n", "\n"))
+    clean = re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value).replace("\r\n", "\n")
+    )
     return html.escape(clean)
 
 
 def _table(values: Mapping) -> str:
-    rows = (f"<tr><td>{_text(key)}</td><td>{_text(value)}</td></tr>" for key, value in values.items())
+    rows = (
+        f"<tr><td>{_text(key)}</td><td>{_text(value)}</td></tr>" for key, value in values.items()
+    )
     return f"<table>{''.join(rows)}</table>"
 
 
 def _tiles(summary: Summary) -> str:
-    tiles = [f'<div class="tile{" first" if label == "held-out bits per byte" else ""}"><span>{_text(label)}</span>'
-             f"<b>{_text(value)}</b><small>{_text(note)}</small></div>" for label, value, note in headlines(summary)]
+    tiles = [
+        f'<div class="tile{" first" if label == "held-out bits per byte" else ""}"><span>{_text(label)}</span>'
+        f"<b>{_text(value)}</b><small>{_text(note)}</small></div>"
+        for label, value, note in headlines(summary)
+    ]
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
@@ -245,8 +327,14 @@ def _samples(samples: Sequence[Mapping], shown: int = 8) -> str:
     steps = sorted({sample["step"] for sample in samples})
     if not steps:
         return ""
-    chosen = [steps[i * (len(steps) - 1) // (shown - 1)] for i in range(shown)] if len(steps) > shown else steps
-    note = f" ({shown} of {len(steps)} times; all are in metrics.jsonl)" if len(steps) > shown else ""
+    chosen = (
+        [steps[i * (len(steps) - 1) // (shown - 1)] for i in range(shown)]
+        if len(steps) > shown
+        else steps
+    )
+    note = (
+        f" ({shown} of {len(steps)} times; all are in metrics.jsonl)" if len(steps) > shown else ""
+    )
     cards = []
     for step in chosen:
         texts = "".join(f"<pre>\n{_text(s['text'])}</pre>" for s in samples if s["step"] == step)
@@ -258,37 +346,62 @@ def _time_split(phases: Mapping[str, float]) -> str:
     parts = _by_size(phases)
     if not parts:
         return ""
-    bar, legend = ("".join(form.format(color=PHASE_COLORS[phase], part=part, phase=phase) for phase, part in parts)
-                   for form in ('<div style="width:{part:.3%};background:{color}"></div>',
-                                '<span><i style="background:{color}"></i>{phase} {part:.1%}</span>'))
+    bar, legend = (
+        "".join(
+            form.format(color=PHASE_COLORS[phase], part=part, phase=phase) for phase, part in parts
+        )
+        for form in (
+            '<div style="width:{part:.3%};background:{color}"></div>',
+            '<span><i style="background:{color}"></i>{phase} {part:.1%}</span>',
+        )
+    )
     card = f'<div class="card"><div class="bar">{bar}</div><div class="legend">{legend}</div></div>'
     return f"<h2>Where the time went</h2>{card}"
 
 
 def _config(config: Mapping) -> str:
     top = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
-    sections = "".join(f"<h3>{_text(name)}</h3>{_table(section)}"
-                       for name, section in config.items() if isinstance(section, Mapping))
-    return f'<details class="card"><summary>Configuration</summary>{_table(top)}{sections}</details>'
+    sections = "".join(
+        f"<h3>{_text(name)}</h3>{_table(section)}"
+        for name, section in config.items()
+        if isinstance(section, Mapping)
+    )
+    return (
+        f'<details class="card"><summary>Configuration</summary>{_table(top)}{sections}</details>'
+    )
 
 
-def make_html(title: str, summary: Summary, png: bytes, samples: Sequence[Mapping], config: Mapping,
-              versions: Mapping[str, str]) -> str:
+def make_html(
+    title: str,
+    summary: Summary,
+    png: bytes,
+    samples: Sequence[Mapping],
+    config: Mapping,
+    versions: Mapping[str, str],
+) -> str:
     """One HTML page that needs nothing else: no script, no link, the picture inside. All texts are escaped."""
     picture = base64.b64encode(png).decode()
     details = _config(config) if config else ""
     if versions:
         details += f'<details class="card" open><summary>Device and versions</summary>{_table(versions)}</details>'
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{CSS}</style></head>'
-            f'<body><main><h1>{_text(title)}</h1><p class="sub">trained with gpt_jax</p>{_tiles(summary)}'
-            f'<h2>Loss</h2><div class="card"><img alt="loss over steps" src="data:image/png;base64,{picture}"></div>'
-            f"{_samples(samples)}{_time_split(summary.phases)}"
-            f"{f'<h2>The run</h2>{details}' if details else ''}</main></body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{CSS}</style></head>'
+        f'<body><main><h1>{_text(title)}</h1><p class="sub">trained with gpt_jax</p>{_tiles(summary)}'
+        f'<h2>Loss</h2><div class="card"><img alt="loss over steps" src="data:image/png;base64,{picture}"></div>'
+        f"{_samples(samples)}{_time_split(summary.phases)}"
+        f"{f'<h2>The run</h2>{details}' if details else ''}</main></body></html>\n"
+    )
 
 
-def write_report(workdir: str | Path, *, title: str, summary: Summary, samples: Sequence[Mapping] = (),
-                 versions: Mapping[str, str] | None = None) -> Path:
+def write_report(
+    workdir: str | Path,
+    *,
+    title: str,
+    summary: Summary,
+    samples: Sequence[Mapping] = (),
+    versions: Mapping[str, str] | None = None,
+) -> Path:
     """Writes `workdir`/loss.png and report.html; returns the page's path.
 
     `summary`: see `summarize`. `samples`: {step, text} each, in order; see `samples_in`. `versions`: name -> text,

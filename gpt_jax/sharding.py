@@ -23,10 +23,29 @@ from gpt_jax.config import AXES, BATCH_AXES, FSDP_AXES, slices_problem
 from gpt_jax.errors import UsageError
 
 # Logical axis -> mesh axes. A name that is in neither table is a KeyError, never "replicated".
-STORED = {"layers": None, "vocab": "tensor", "embed": FSDP_AXES, "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
-          "experts": "expert", "expert_embed": ("fsdp", "context"), "position": None, "scale": None, "gate": None}
-USED = STORED | {"embed": None, "expert_embed": None, "batch": BATCH_AXES, "seq": "context", "keys": None,
-                 "head_dim": None, "stream": ("context", "tensor"), "stages": "pipeline"}
+STORED = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": FSDP_AXES,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+    "expert_embed": ("fsdp", "context"),
+    "position": None,
+    "scale": None,
+    "gate": None,
+}
+USED = STORED | {
+    "embed": None,
+    "expert_embed": None,
+    "batch": BATCH_AXES,
+    "seq": "context",
+    "keys": None,
+    "head_dim": None,
+    "stream": ("context", "tensor"),
+    "stages": "pipeline",
+}
 
 
 def make_mesh(shape: dict[str, int], devices=None, across: dict[str, int] | None = None) -> Mesh:
@@ -37,31 +56,53 @@ def make_mesh(shape: dict[str, int], devices=None, across: dict[str, int] | None
     devices = list(jax.devices() if devices is None else devices)
     sizes, outer = (tuple((sizes or {}).get(axis, 1) for axis in AXES) for sizes in (shape, across))
     if math.prod(sizes) != len(devices):
-        raise UsageError(f"config.mesh = {shape}: needs {math.prod(sizes)} devices, there are {len(devices)}")
+        raise UsageError(
+            f"config.mesh = {shape}: needs {math.prod(sizes)} devices, there are {len(devices)}"
+        )
     inner = tuple(size // part for size, part in zip(sizes, outer))
     slices = _slices(devices, across or {})
-    grids = np.stack([mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in slices])
-    grid = grids.reshape(*outer, *inner).transpose([i for axis in range(len(AXES)) for i in (axis, axis + len(AXES))])
+    grids = np.stack(
+        [
+            mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True)
+            for part in slices
+        ]
+    )
+    grid = grids.reshape(*outer, *inner).transpose(
+        [i for axis in range(len(AXES)) for i in (axis, axis + len(AXES))]
+    )
     return Mesh(grid.reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def _slices(devices: list, across: dict[str, int]) -> list[list]:
     """The devices by slice."""
-    numbers, count = sorted({getattr(device, "slice_index", 0) for device in devices}), math.prod(across.values())
+    numbers, count = (
+        sorted({getattr(device, "slice_index", 0) for device in devices}),
+        math.prod(across.values()),
+    )
     if len(numbers) > 1:
         if problem := slices_problem(across, len(numbers)):
             raise UsageError(problem)
-        return [[device for device in devices if device.slice_index == number] for number in numbers]
+        return [
+            [device for device in devices if device.slice_index == number] for number in numbers
+        ]
     each = len(devices) // count
-    return [devices[i * each:(i + 1) * each] for i in range(count)]
+    return [devices[i * each : (i + 1) * each] for i in range(count)]
 
 
 def places(mesh: Mesh, devices=None) -> str:
     """Where `devices` (default: this process's) are in the mesh: "data 0-1, tensor 2", axes longer than 1 alone."""
     own = {device.id for device in (jax.local_devices() if devices is None else devices)}
     grid = np.vectorize(lambda device: device.id in own)(mesh.devices)
-    spans = {axis: sorted(set(found.tolist())) for axis, found in zip(AXES, np.nonzero(grid)) if mesh.shape[axis] > 1}
-    text = lambda at: f"{at[0]}-{at[-1]}" if len(at) > 1 and at[-1] - at[0] == len(at) - 1 else ",".join(map(str, at))
+    spans = {
+        axis: sorted(set(found.tolist()))
+        for axis, found in zip(AXES, np.nonzero(grid))
+        if mesh.shape[axis] > 1
+    }
+    text = lambda at: (
+        f"{at[0]}-{at[-1]}"
+        if len(at) > 1 and at[-1] - at[0] == len(at) - 1
+        else ",".join(map(str, at))
+    )
     return ", ".join(f"{axis} {text(at)}" for axis, at in spans.items())
 
 
@@ -72,7 +113,9 @@ def _mesh():
 
 # What `using` has changed of USED, during the trace of a function.
 _CHANGED: ContextVar[dict] = ContextVar("changed", default={})
-STAGE = {"batch": ("data", "fsdp", "expert")}  # inside a pipeline stage, where `pipeline` lays out the stages
+STAGE = {
+    "batch": ("data", "fsdp", "expert")
+}  # inside a pipeline stage, where `pipeline` lays out the stages
 WHOLE_ROWS = {"seq": None, "stream": None}  # where a sequence is not split: decoding
 
 
@@ -153,8 +196,9 @@ def use(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
     spec = jax.typeof(weight).sharding.spec
     given = P(*spec, reduced=rows - set(names))
     out = P(*(None if i == dim else part for i, part in enumerate(spec)), reduced=rows)
-    return jax.shard_map(lambda w: gather(w, names, dim, to="reduced"), in_specs=given, out_specs=out)(
-        jax.reshard(weight, given))
+    return jax.shard_map(
+        lambda w: gather(w, names, dim, to="reduced"), in_specs=given, out_specs=out
+    )(jax.reshard(weight, given))
 
 
 def gather(shard: jax.Array, names: tuple[str, ...], dim: int, **to) -> jax.Array:
@@ -167,7 +211,9 @@ def gather(shard: jax.Array, names: tuple[str, ...], dim: int, **to) -> jax.Arra
     return jax.lax.all_gather(shard, names, axis=dim, tiled=True, **to)
 
 
-def gathered_axes(weight: jax.Array, axes: tuple[str | None, ...]) -> tuple[int, tuple[str, ...]] | None:
+def gathered_axes(
+    weight: jax.Array, axes: tuple[str | None, ...]
+) -> tuple[int, tuple[str, ...]] | None:
     """(dim of `weight`, mesh axes) that a use of it gathers; None: nothing."""
     mesh = _mesh()
     if mesh is None:
@@ -205,7 +251,11 @@ def stored(init: Callable, axes: tuple[str | None, ...]) -> Callable:
 
 def lay_out(tree, like):
     """Every array of `tree` laid out as its counterpart in `like` (arrays or their abstract values)."""
-    return tree if _mesh() is None else jax.tree.map(lambda x, y: jax.reshard(x, jax.typeof(y).sharding.spec), tree, like)
+    return (
+        tree
+        if _mesh() is None
+        else jax.tree.map(lambda x, y: jax.reshard(x, jax.typeof(y).sharding.spec), tree, like)
+    )
 
 
 def relay(tree, change: Callable[[P], P]):
@@ -217,7 +267,9 @@ def relay(tree, change: Callable[[P], P]):
 
 def over_stages(tree):
     """Stacks [layers, …] with their layers over the stages of the pipeline."""
-    return tree if axis_size("pipeline") == 1 else relay(tree, lambda spec: P("pipeline", *spec[1:]))
+    return (
+        tree if axis_size("pipeline") == 1 else relay(tree, lambda spec: P("pipeline", *spec[1:]))
+    )
 
 
 def off_stages(tree):
@@ -244,13 +296,21 @@ def local(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
         return fn
     as_spec = lambda axes: P() if axes is None else used(*axes)
     many = isinstance(out_axes[0], tuple)
-    specs = tuple(map(as_spec, in_axes)), tuple(map(as_spec, out_axes)) if many else as_spec(out_axes)
+    specs = (
+        tuple(map(as_spec, in_axes)),
+        tuple(map(as_spec, out_axes)) if many else as_spec(out_axes),
+    )
     mapped = jax.shard_map(fn, in_specs=specs[0], out_specs=specs[1], check_vma=False)
     if _CHANGED.get().items() >= STAGE.items():
         mapped = _by_stage(fn, mapped, *specs)
 
     def run(*args):
-        return mapped(*(x if axes is None else constrain(x, *axes) for x, axes in zip(args, in_axes, strict=True)))
+        return mapped(
+            *(
+                x if axes is None else constrain(x, *axes)
+                for x, axes in zip(args, in_axes, strict=True)
+            )
+        )
 
     return run
 
@@ -280,8 +340,11 @@ def concrete(abstract, mesh: Mesh):
 
     def one(x):
         sharding = getattr(x, "sharding", None)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P() if sharding is None else
-                                                                             sharding.spec))
+        return jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            sharding=NamedSharding(mesh, P() if sharding is None else sharding.spec),
+        )
 
     return jax.tree.map(one, abstract)
 
@@ -291,8 +354,16 @@ def unsharded(tree, mesh: Mesh, minimum_bytes: int = 1 << 20) -> dict[str, list[
     found: dict[str, list[tuple[str, int]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         names = [name for part in leaf.sharding.spec for name in _names(part)]
-        if mesh.size > 1 and leaf.size * leaf.dtype.itemsize >= minimum_bytes and all(mesh.shape[n] == 1 for n in names):
-            why = f"laid over {', '.join(names)}, of size 1 on this mesh" if names else "no axis is laid over it"
+        if (
+            mesh.size > 1
+            and leaf.size * leaf.dtype.itemsize >= minimum_bytes
+            and all(mesh.shape[n] == 1 for n in names)
+        ):
+            why = (
+                f"laid over {', '.join(names)}, of size 1 on this mesh"
+                if names
+                else "no axis is laid over it"
+            )
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             found.setdefault(why, []).append((name, leaf.size * leaf.dtype.itemsize))
     return found

@@ -21,14 +21,17 @@ from gpt_jax.errors import RESTARTABLE, Hang, PeerFailed, Stopped, complain
 
 # How the libraries below say that another process has left: gloo, NCCL, JAX's coordination service. What else goes wrong
 # inside XLA (out of memory, say) is this process's own failure.
-PEER_GONE = re.compile(r"Gloo .*failed|closed by peer|reset by peer|[Rr]emote process (has )?exited|heartbeat timeout|"
-                       r"[Cc]oordination ?[Ss]ervice|Barrier failed|tasks are unhealthy")
+PEER_GONE = re.compile(
+    r"Gloo .*failed|closed by peer|reset by peer|[Rr]emote process (has )?exited|heartbeat timeout|"
+    r"[Cc]oordination ?[Ss]ervice|Barrier failed|tasks are unhealthy"
+)
 
 
 def peer_gone(error: BaseException | None) -> bool:
     """Whether `error` comes of another process of this job having left."""
-    return isinstance(error, PeerFailed) or (error is not None and jax.process_count() > 1
-                                             and PEER_GONE.search(str(error)) is not None)
+    return isinstance(error, PeerFailed) or (
+        error is not None and jax.process_count() > 1 and PEER_GONE.search(str(error)) is not None
+    )
 
 
 class StopRequest:
@@ -46,7 +49,9 @@ class StopRequest:
             handlers = {signal.SIGUSR1: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         else:
             handlers = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), self._note)
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._before = {
+            number: signal.signal(number, handler) for number, handler in handlers.items()
+        }
 
     def _note(self, *_):
         self.seen = True
@@ -61,6 +66,7 @@ class StopRequest:
         self.asked += 1
         if self.shared and not self.seen:
             from jax.experimental import multihost_utils
+
             self.seen = multihost_utils.reached_preemption_sync_point(self.asked)
         return self.seen
 
@@ -74,9 +80,13 @@ def watchdog(minutes: float):
     def watch():
         while not done.wait(min(5.0, minutes * 15)):
             if time.monotonic() - last[0] > minutes * 60:
-                complain(f"no step ended for {minutes} minutes (config.train.hang_minutes); stacks follow")
+                complain(
+                    f"no step ended for {minutes} minutes (config.train.hang_minutes); stacks follow"
+                )
                 faulthandler.dump_traceback()
-                end_process(Hang.code, f"no step ended for {minutes} minutes (config.train.hang_minutes)")
+                end_process(
+                    Hang.code, f"no step ended for {minutes} minutes (config.train.hang_minutes)"
+                )
 
     if minutes:
         threading.Thread(target=watch, daemon=True, name="watchdog").start()
@@ -115,22 +125,37 @@ class Job:
     A thread looks there for failures, since the main one may be in a collective that never returns, and a normal exit
     would wait for the others in a barrier, for minutes when one has failed."""
 
-    SAID, LEFT, STOPPED, ALL = "gpt_jax/failed/", "gpt_jax/left/", "gpt_jax/stopped/", "gpt_jax/all_stopped/"
+    SAID, LEFT, STOPPED, ALL = (
+        "gpt_jax/failed/",
+        "gpt_jax/left/",
+        "gpt_jax/stopped/",
+        "gpt_jax/all_stopped/",
+    )
     HOSTS, TURNS, SILENT = "gpt_jax/hosts/", "gpt_jax/turns/", "gpt_jax/silent/"
     SILENT_TURNS = 3  # of the others' threads, after which process 0 names a process; to say it only, none ends of that
-    OWN_SECONDS = 2.0  # for this process to end by itself after another has failed: often both saw the same
+    OWN_SECONDS = (
+        2.0  # for this process to end by itself after another has failed: often both saw the same
+    )
     LINGER_SECONDS = 5.0  # process 0 stays, and with it the store, until the others have read why
     STOP_SECONDS = 120.0  # to wait for the others at a stop on request: process 0 writes the report
 
     def __init__(self):
         from jax._src import distributed  # the client has no public door; Orbax takes it here too
-        self.client, self.process, self.processes = (distributed.global_state.client, jax.process_index(),
-                                                     jax.process_count())
+
+        self.client, self.process, self.processes = (
+            distributed.global_state.client,
+            jax.process_index(),
+            jax.process_count(),
+        )
         self.address = distributed.global_state.coordinator_address
         self.hosts: dict[int, str] = {}
-        self.silent: list[int] = []  # processes that have not been heard of for a while, as process 0 finds it
+        self.silent: list[
+            int
+        ] = []  # processes that have not been heard of for a while, as process 0 finds it
         self.over, self.leaving = threading.Event(), threading.Lock()
-        self.every = max(1.0, 3 * self.processes / 1000)  # seconds; process 0 is asked three times by each
+        self.every = max(
+            1.0, 3 * self.processes / 1000
+        )  # seconds; process 0 is asked three times by each
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
         atexit.register(self.over.set)  # before JAX takes the client down
 
@@ -147,7 +172,9 @@ class Job:
                 self.leave(found.others_code, line=found.line)
 
     def _read(self, folder: str) -> dict[int, str]:
-        return {int(key.rpartition("/")[2]): text for key, text in self.client.key_value_dir_get(folder)}
+        return {
+            int(key.rpartition("/")[2]): text for key, text in self.client.key_value_dir_get(folder)
+        }
 
     def _listen(self, seen: dict[int, tuple[str, int]], turn: int) -> None:
         """One turn of the thread: says that it is there, and learns who is silent. Process 0 reads all and tells all."""
@@ -156,23 +183,32 @@ class Job:
         if len(self.hosts) < self.processes:
             self.hosts = self._read(self.HOSTS)
         if self.process:
-            self.client.key_value_set(f"{self.TURNS}{self.process}", str(turn), allow_overwrite=True)
+            self.client.key_value_set(
+                f"{self.TURNS}{self.process}", str(turn), allow_overwrite=True
+            )
             self.silent = json.loads(self._read(self.SILENT).get(0, "[]"))
             return
         for process, text in self._read(self.TURNS).items():
             if seen.get(process, ("",))[0] != text:
                 seen[process] = text, turn
-        self.silent = sorted(process for process, (_, last) in seen.items() if turn - last >= self.SILENT_TURNS)
+        self.silent = sorted(
+            process for process, (_, last) in seen.items() if turn - last >= self.SILENT_TURNS
+        )
         self.client.key_value_set(f"{self.SILENT}0", json.dumps(self.silent), allow_overwrite=True)
 
     def gone(self, seconds: float = 0.0) -> str:
         """ "a peer process is gone without a word", with its number and host if they are known within `seconds`."""
         end, line = time.monotonic() + seconds, "a peer process is gone without a word"
-        if self.process and not self.silent and not self._reaches_0():  # who names another leaves by itself, right after
+        if (
+            self.process and not self.silent and not self._reaches_0()
+        ):  # who names another leaves by itself, right after
             self.silent = [0]
         while not self.silent and time.monotonic() < end:
             time.sleep(0.1)
-        names = [f"process {process} on {self.hosts.get(process, 'a host unknown')}" for process in self.silent[:8]]
+        names = [
+            f"process {process} on {self.hosts.get(process, 'a host unknown')}"
+            for process in self.silent[:8]
+        ]
         return line + (f": {', '.join(names)}" if names else "")
 
     def _reaches_0(self) -> bool:
@@ -189,12 +225,21 @@ class Job:
         end = time.monotonic() + seconds
         while True:
             try:
-                said = [Failure(**json.loads(text)) for _, text in self.client.key_value_dir_get(self.SAID)]
-            except jax.errors.JaxRuntimeError:  # the store is gone with process 0; JAX ends this process by abort()
+                said = [
+                    Failure(**json.loads(text))
+                    for _, text in self.client.key_value_dir_get(self.SAID)
+                ]
+            except (
+                jax.errors.JaxRuntimeError
+            ):  # the store is gone with process 0; JAX ends this process by abort()
                 said = []
             said = [found for found in said if found.process != self.process]
             if said or time.monotonic() >= end:  # first those that are not victims themselves
-                return min(said, key=lambda found: (found.code == PeerFailed.code, found.process), default=None)
+                return min(
+                    said,
+                    key=lambda found: (found.code == PeerFailed.code, found.process),
+                    default=None,
+                )
             time.sleep(0.2)
 
     def stop_together(self) -> Failure | None:
@@ -203,7 +248,10 @@ class Job:
         self.client.key_value_set(f"{self.STOPPED}{self.process}", "")
         end = time.monotonic() + self.STOP_SECONDS
         while (found := self.failure()) is None and time.monotonic() < end:
-            if self.process == 0 and len(self.client.key_value_dir_get(self.STOPPED)) == self.processes:
+            if (
+                self.process == 0
+                and len(self.client.key_value_dir_get(self.STOPPED)) == self.processes
+            ):
                 self.client.key_value_set(f"{self.ALL}0", "")
                 break
             if self.client.key_value_dir_get(self.ALL):
@@ -228,15 +276,20 @@ class Job:
                 self.client.key_value_set(f"{self.SAID}{self.process}", json.dumps(said._asdict()))
             self.client.key_value_set(f"{self.LEFT}{self.process}", "")
             end = time.monotonic() + self.LINGER_SECONDS
-            while (self.process == 0 and time.monotonic() < end
-                   and len(self.client.key_value_dir_get(self.LEFT)) < self.processes):
+            while (
+                self.process == 0
+                and time.monotonic() < end
+                and len(self.client.key_value_dir_get(self.LEFT)) < self.processes
+            ):
                 time.sleep(0.1)
         except jax.errors.JaxRuntimeError:  # process 0 is gone: nobody to tell
             pass
         os._exit(code)
 
 
-JOBS: list[Job] = []  # the job this process has joined: threads and the end of the program have to find it
+JOBS: list[
+    Job
+] = []  # the job this process has joined: threads and the end of the program have to find it
 
 
 def end_process(code: int, text: str) -> None:

@@ -13,7 +13,9 @@ def code_version() -> str:
     """ "0.1.0 3f2a9c1 source 1b9c44e0": package, commit ("+" after it: changed since) where there is a git checkout, and a
     digest of the package's source, which tells two machines apart whatever they were installed from."""
     commit = git_commit(PACKAGE)
-    return " ".join([package_version(), *([commit] if commit else []), f"source {source_digest(PACKAGE)}"])
+    return " ".join(
+        [package_version(), *([commit] if commit else []), f"source {source_digest(PACKAGE)}"]
+    )
 
 
 def same_code() -> str:
@@ -46,6 +48,7 @@ def source_digest(folder: Path) -> str:
 def git_commit(folder: Path) -> str:
     """The commit that `folder` is checked out from, "+" where its files differ; "" without git or where the folder only
     lies inside somebody else's checkout."""
+
     def git(*words):
         done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
@@ -59,7 +62,11 @@ def git_commit(folder: Path) -> str:
         return ""
 
 
-def start_line(process: int, processes: int, host: str, devices: int, kind: str, places: str, version: str) -> str:
+def start_line(
+    process: int, processes: int, host: str, devices: int, kind: str, places: str, version: str
+) -> str:
     """What every process prints at its start. `places`: where its devices sit in the mesh, as text ("" for unknown)."""
-    return (f"process {process} of {processes} on {host}: {devices} local {kind} device{'s' * (devices != 1)}"
-            f"{f', mesh {places}' if places else ''}, code {version}")
+    return (
+        f"process {process} of {processes} on {host}: {devices} local {kind} device{'s' * (devices != 1)}"
+        f"{f', mesh {places}' if places else ''}, code {version}"
+    )

@@ -19,7 +19,9 @@ def saving(path: Path):
     try:
         yield
     except OSError as error:
-        raise SaveFailed(f"{path}: cannot be written: {error.strerror}; saved checkpoints are intact") from error
+        raise SaveFailed(
+            f"{path}: cannot be written: {error.strerror}; saved checkpoints are intact"
+        ) from error
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -42,8 +44,10 @@ def _read_lines(path: Path) -> list[tuple[dict, bytes]]:
             row = json.loads(line)
             pairs.append((row | {"step": int(row["step"])}, line + b"\n"))
     except (ValueError, TypeError, KeyError):
-        raise UsageError(f"{path} line {len(pairs) + 1}: not a JSON object with a step; "
-                         "remove the line or move the file away") from None
+        raise UsageError(
+            f"{path} line {len(pairs) + 1}: not a JSON object with a step; "
+            "remove the line or move the file away"
+        ) from None
     return pairs
 
 
@@ -56,8 +60,15 @@ def read_jsonl(path: str | Path) -> list[dict]:
 def to_json_line(step: int, values: Mapping[str, float | str]) -> bytes:
     """One line of strict JSON. nan and infinities become null, and "nonfinite" says which each was."""
     row = {key: value if isinstance(value, str) else float(value) for key, value in values.items()}
-    nonfinite = {key: str(v) for key, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    row = {"step": int(step), **row, **dict.fromkeys(nonfinite), **({"nonfinite": nonfinite} if nonfinite else {})}
+    nonfinite = {
+        key: str(v) for key, v in row.items() if isinstance(v, float) and not math.isfinite(v)
+    }
+    row = {
+        "step": int(step),
+        **row,
+        **dict.fromkeys(nonfinite),
+        **({"nonfinite": nonfinite} if nonfinite else {}),
+    }
     # "replace": a lone surrogate, which UTF-8 has no bytes for, becomes a question mark.
     return json.dumps(row, allow_nan=False, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
@@ -92,18 +103,27 @@ class TensorBoardWriter:
     Written here and now: the library's ready-made writer hands events to a thread, and when the disk is full that
     thread dies and its queue then blocks the run for ever. Raises SaveFailed instead."""
 
-    def __init__(self, directory: str | Path, resumed_at: int | None = None, every_seconds: float = 30.0):
+    def __init__(
+        self, directory: str | Path, resumed_at: int | None = None, every_seconds: float = 30.0
+    ):
         # Here, because only runs that log to TensorBoard should pay for it.
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self.path, self._summary, self._event, self._every = Path(directory), summary, Event, every_seconds
+        self.path, self._summary, self._event, self._every = (
+            Path(directory),
+            summary,
+            Event,
+            every_seconds,
+        )
         first = 0 if resumed_at is None else resumed_at + 1
         with saving(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(self.path / "events"))
-            self._writer.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+            self._writer.write_event(
+                Event(step=first, session_log=SessionLog(status=SessionLog.START))
+            )
             self._flush()
 
     def _flush(self) -> None:
@@ -113,7 +133,9 @@ class TensorBoardWriter:
     def _add(self, step: int, *summaries) -> None:
         with saving(self.path):
             for summary in summaries:
-                self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+                self._writer.write_event(
+                    self._event(wall_time=time.time(), step=step, summary=summary)
+                )
             if time.monotonic() - self._flushed > self._every:  # it waits for the disk
                 self._flush()
 
@@ -122,7 +144,9 @@ class TensorBoardWriter:
 
     def text(self, step: int, key: str, text: str) -> None:
         text = text.encode("utf-8", "replace").decode().replace("\n", "\n    ")
-        self._add(step, self._summary.text(key, "    " + text))  # markdown: an indented block is verbatim
+        self._add(
+            step, self._summary.text(key, "    " + text)
+        )  # markdown: an indented block is verbatim
 
     def close(self) -> None:
         with saving(self.path):
@@ -145,8 +169,11 @@ def duration(seconds: float) -> str:
 
 
 SHOWN = (  # what people see while it runs: (key, how)
-    ("train/loss", "loss {:.4f}"), ("eval/loss", "held-out loss {:.4f}"),
-    ("eval/bits_per_byte", "{:.4f} bits/byte"), ("throughput/tokens_per_second", "{} tok/s"))
+    ("train/loss", "loss {:.4f}"),
+    ("eval/loss", "held-out loss {:.4f}"),
+    ("eval/bits_per_byte", "{:.4f} bits/byte"),
+    ("throughput/tokens_per_second", "{} tok/s"),
+)
 
 
 class BarWriter:
@@ -155,26 +182,54 @@ class BarWriter:
     Evaluations and texts are printed in full, above the bar. The plain line's ETA counts from the first write, so that
     compilation is not extrapolated."""
 
-    def __init__(self, total: int, start: int = 0, progress: bool = True, stream: TextIO | None = None,
-                 every_seconds: float = 10.0, now: Callable[[], float] = time.monotonic):
-        self._total, self._stream, self._every, self._now = total, stream or sys.stderr, every_seconds, now
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        progress: bool = True,
+        stream: TextIO | None = None,
+        every_seconds: float = 10.0,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._stream, self._every, self._now = (
+            total,
+            stream or sys.stderr,
+            every_seconds,
+            now,
+        )
         self._first = self._printed = self._bar = None
         if progress and self._stream.isatty():
             from tqdm import tqdm
 
-            sized = shutil.get_terminal_size((0, 0)).lines > 0  # on a terminal of 0 x 0 tqdm would show nothing at all
-            self._bar = tqdm(total=total, initial=start, file=self._stream, ncols=80, nrows=20, dynamic_ncols=sized,
-                             bar_format="{percentage:3.0f}%|{bar}| {n}/{total}  {desc}  {elapsed} < {remaining}")
+            sized = (
+                shutil.get_terminal_size((0, 0)).lines > 0
+            )  # on a terminal of 0 x 0 tqdm would show nothing at all
+            self._bar = tqdm(
+                total=total,
+                initial=start,
+                file=self._stream,
+                ncols=80,
+                nrows=20,
+                dynamic_ncols=sized,
+                bar_format="{percentage:3.0f}%|{bar}| {n}/{total}  {desc}  {elapsed} < {remaining}",
+            )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        shown = "  ".join(how.format(human(values[key]) if "second" in key else float(values[key]))
-                          for key, how in SHOWN if key in values)
+        shown = "  ".join(
+            how.format(human(values[key]) if "second" in key else float(values[key]))
+            for key, how in SHOWN
+            if key in values
+        )
         if any(key.startswith("eval/") for key in values):
             self._line(f"step {step}  {shown}")
         elif self._bar is not None:
             self._bar.set_description_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif self._printed is None or self._now() - self._printed >= self._every or step >= self._total:
+        elif (
+            self._printed is None
+            or self._now() - self._printed >= self._every
+            or step >= self._total
+        ):
             self._printed = moment = self._now()
             self._first = self._first or (step, moment)
             done, left, seconds = step - self._first[0], self._total - step, moment - self._first[1]

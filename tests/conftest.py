@@ -15,15 +15,21 @@ if OWNER:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     # Tiny programs run for milliseconds and compile for seconds: LLVM's optimiser costs more than half of that.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    )
 
 import jax
 import pytest
 
 from gpt_jax import sharding
 
-jax.config.update("jax_num_cpu_devices", 8)  # here and not in the environment: a child process chooses its own number
-jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the commands do where CPU devices talk (commands/flags.py)
+jax.config.update(
+    "jax_num_cpu_devices", 8
+)  # here and not in the environment: a child process chooses its own number
+jax.config.update(
+    "jax_cpu_enable_async_dispatch", False
+)  # as the commands do where CPU devices talk (commands/flags.py)
 
 
 def pytest_unconfigure(config):
@@ -38,6 +44,6 @@ def mesh():
 
     def make(data: int = 1, fsdp: int = 1, tensor: int = 1, **others: int):
         shape = {"data": data, "fsdp": fsdp, "tensor": tensor} | others
-        return sharding.make_mesh(shape, jax.devices()[:math.prod(shape.values())])
+        return sharding.make_mesh(shape, jax.devices()[: math.prod(shape.values())])
 
     return make

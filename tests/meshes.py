@@ -17,32 +17,81 @@ from gpt_jax.train.step import init_state, train_step
 ROWS, LENGTH, VOCAB, STEPS = 16, 16, 48, 10
 BATCH, FSDP = config.BATCH_AXES, config.FSDP_AXES
 TRAIN = config.Train(seq_len=LENGTH, batch_size=ROWS, z_loss=1e-3, label_smoothing=0.1)
-MODERN = dict(layers=5, kv_heads=4, norm="plain_rmsnorm", position="rotary", embed_norm=True, tied=False, bias=False,
-              pattern=(("attention", "swiglu"),), qk_norm=True, qk_norm_after_rope=True, logit_softcap=15.0,
-              value_embed=True, residual_scalars=True, smear=True, smear_gate=5, backout=True, init="modern")
+MODERN = dict(
+    layers=5,
+    kv_heads=4,
+    norm="plain_rmsnorm",
+    position="rotary",
+    embed_norm=True,
+    tied=False,
+    bias=False,
+    pattern=(("attention", "swiglu"),),
+    qk_norm=True,
+    qk_norm_after_rope=True,
+    logit_softcap=15.0,
+    value_embed=True,
+    residual_scalars=True,
+    smear=True,
+    smear_gate=5,
+    backout=True,
+    init="modern",
+)
 MODELS = {
     "gpt2": dict(layers=4, windows=(3,)),  # on packed rows
     "modern": MODERN,
     "dropout": MODERN | dict(layers=3, dropout=0.1, attention_dropout=0.1),
-    "moe": dict(layers=4, norm="rmsnorm", position="rotary", bias=False, windows=(5, 0),
-                pattern=(("attention", "swiglu"), ("attention", "moe")), experts=8, expert_mlp=16, shared_experts=1,
-                router_z_loss=1e-3),  # on packed rows
-    "bias": dict(layers=2, norm="rmsnorm", position="rotary", bias=False, pattern=(("attention", "moe"),), experts=8,
-                 expert_mlp=16, balance="bias", router="sigmoid", dispatch="capacity"),
+    "moe": dict(
+        layers=4,
+        norm="rmsnorm",
+        position="rotary",
+        bias=False,
+        windows=(5, 0),
+        pattern=(("attention", "swiglu"), ("attention", "moe")),
+        experts=8,
+        expert_mlp=16,
+        shared_experts=1,
+        router_z_loss=1e-3,
+    ),  # on packed rows
+    "bias": dict(
+        layers=2,
+        norm="rmsnorm",
+        position="rotary",
+        bias=False,
+        pattern=(("attention", "moe"),),
+        experts=8,
+        expert_mlp=16,
+        balance="bias",
+        router="sigmoid",
+        dispatch="capacity",
+    ),
 }
 PACKED = ("gpt2", "moe")
-OPTIMIZERS = {"adamw": config.Optim(schedule="constant", clip=0.0, weight_decay=1e-4, learning_rate=1e-3, b1=0.5,
-                                    eps=1e-6),  # neither lifts rounding noise much
-              "muon": config.Optim(optimizer="muon", schedule="constant", learning_rate=3e-3, b1=0.5, eps=1e-6),
-              "adafactor": config.Optim(optimizer="adafactor", schedule="constant", learning_rate=1e-2)}
+OPTIMIZERS = {
+    "adamw": config.Optim(
+        schedule="constant", clip=0.0, weight_decay=1e-4, learning_rate=1e-3, b1=0.5, eps=1e-6
+    ),  # neither lifts rounding noise much
+    "muon": config.Optim(
+        optimizer="muon", schedule="constant", learning_rate=3e-3, b1=0.5, eps=1e-6
+    ),
+    "adafactor": config.Optim(optimizer="adafactor", schedule="constant", learning_rate=1e-2),
+}
 
 
 def make_config(name: str, **knobs) -> config.Config:
     """The resolved config of a model; `knobs` are of Model, Train and Optim's names."""
-    of = lambda kind: {key: value for key, value in knobs.items() if key in kind.__dataclass_fields__}
-    model = config.Model(**dict(embed=32, heads=8, vocab=VOCAB, kernel="reference") | MODELS[name] | of(config.Model))
-    return config.resolve(config.Config(model=model, train=replace(TRAIN, **of(config.Train)),
-                                        mesh=config.Mesh(zero=knobs.get("zero", 3))))
+    of = lambda kind: {
+        key: value for key, value in knobs.items() if key in kind.__dataclass_fields__
+    }
+    model = config.Model(
+        **dict(embed=32, heads=8, vocab=VOCAB, kernel="reference") | MODELS[name] | of(config.Model)
+    )
+    return config.resolve(
+        config.Config(
+            model=model,
+            train=replace(TRAIN, **of(config.Train)),
+            mesh=config.Mesh(zero=knobs.get("zero", 3)),
+        )
+    )
 
 
 def make_model(name: str, **knobs) -> config.Model:
@@ -52,7 +101,9 @@ def make_model(name: str, **knobs) -> config.Model:
 def random_params(name):
     """Normal draws in numpy: the same on every mesh, and no zeros that would hide a wrong sum."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: np.float32(0.2 * rng.standard_normal(x.shape)), abstract_params(make_model(name)))
+    return jax.tree.map(
+        lambda x: np.float32(0.2 * rng.standard_normal(x.shape)), abstract_params(make_model(name))
+    )
 
 
 def make_columns(name):
@@ -60,18 +111,26 @@ def make_columns(name):
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, VOCAB, (ROWS, LENGTH + 1))
     weight = (rng.random((ROWS, LENGTH)) < rng.random((ROWS, 1))).astype(np.float32)
-    out = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weight": weight,
-           "bytes": rng.integers(1, 5, (ROWS, LENGTH))}
+    out = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weight": weight,
+        "bytes": rng.integers(1, 5, (ROWS, LENGTH)),
+    }
     if name in PACKED:
         first = LENGTH // 2 - 1
-        out |= {"segment": np.tile([1] * first + [2] * (LENGTH - first), (ROWS, 1)),
-                "position": np.tile([*range(first), *range(LENGTH - first)], (ROWS, 1))}
+        out |= {
+            "segment": np.tile([1] * first + [2] * (LENGTH - first), (ROWS, 1)),
+            "position": np.tile([*range(first), *range(LENGTH - first)], (ROWS, 1)),
+        }
     return out
 
 
 def remember() -> optax.GradientTransformation:
     """Passes gradients on and keeps the last ones as its state."""
-    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, s, p=None: (g, g))
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, s, p=None: (g, g)
+    )
 
 
 def run(name, columns, place, settings, optimizer="adamw"):
@@ -81,7 +140,10 @@ def run(name, columns, place, settings, optimizer="adamw"):
     tx = optax.chain(remember(), make_optimizer(OPTIMIZERS[optimizer], like))
     params = place(random_params(name))
     if settings.mesh.zero == 1:
-        tx, params = on_parts(tx, partial(sharding.lay_out, like=like), sharding.whole), sharding.whole(params)
+        tx, params = (
+            on_parts(tx, partial(sharding.lay_out, like=like), sharding.whole),
+            sharding.whole(params),
+        )
     state = init_state(params, tx, train)
     step = jax.jit(partial(train_step, network=experiment.make_network(model), tx=tx, train=train))
     sums, first = [], None
@@ -101,8 +163,11 @@ def alone(name, optimizer="adamw"):
 
 def put(params, mesh, model):
     """Numpy parameters laid out as the model would make them on `mesh`."""
-    return jax.tree.map(lambda x, like: jax.device_put(x, NamedSharding(mesh, like.sharding.spec)), params,
-                        abstract_params(model))
+    return jax.tree.map(
+        lambda x, like: jax.device_put(x, NamedSharding(mesh, like.sharding.spec)),
+        params,
+        abstract_params(model),
+    )
 
 
 def close(ours, theirs, rel=1e-5, floor=0.0):

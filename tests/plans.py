@@ -15,7 +15,9 @@ ONE = dict.fromkeys(configs.AXES, 1)
 @lru_cache(maxsize=None)
 def job_of(spec: str, *overrides: str):
     name, _, variant = spec.partition(":")
-    return make_job(flags.load_config(f"{CONFIGS / name}.py" + f":{variant}" * bool(variant), list(overrides)))
+    return make_job(
+        flags.load_config(f"{CONFIGS / name}.py" + f":{variant}" * bool(variant), list(overrides))
+    )
 
 
 def llama(*overrides: str):

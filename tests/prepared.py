@@ -14,7 +14,9 @@ WORDS = "the cat sat on the mat and 我是猫 looked at 👍 it all day long".sp
 def texts(count: int, seed: int = 0) -> list[str]:
     """Different documents of 1 to 60 words."""
     draw = random.Random(seed)
-    return [f"{seed}.{i} " + " ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for i in range(count)]
+    return [
+        f"{seed}.{i} " + " ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for i in range(count)
+    ]
 
 
 def write_jsonl(path: Path, rows) -> Path:
@@ -51,6 +53,12 @@ def documents(folder: Path) -> dict[str, dict[str, list[str]]]:
     def decoded(tokens) -> list[str]:
         if tokens is None:
             return []
-        return [opened.tokenizer.decode(tokens.ids(int(a), int(b))) for a, b in zip(tokens.offsets, tokens.offsets[1:])]
+        return [
+            opened.tokenizer.decode(tokens.ids(int(a), int(b)))
+            for a, b in zip(tokens.offsets, tokens.offsets[1:])
+        ]
 
-    return {name: {side: decoded(tokens) for side, tokens in sides.items()} for name, sides in opened.sources.items()}
+    return {
+        name: {side: decoded(tokens) for side, tokens in sides.items()}
+        for name, sides in opened.sources.items()
+    }

@@ -36,7 +36,9 @@ def write_text(path: Path, words: int = 4000, documents: int = 1) -> Path:
     draw = random.Random(0)
     lexicon = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
     texts = [" ".join(draw.choices(lexicon, k=words // documents)) for _ in range(documents)]
-    path.write_text(texts[0] if documents == 1 else "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text(
+        texts[0] if documents == 1 else "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     return path
 
 
@@ -45,21 +47,34 @@ def arguments(folder: Path, workdir: Path, *overrides: str) -> list[str]:
     text = folder / "text.txt"
     if not text.exists():
         write_text(text)
-    return ["train", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={text}",
-            f"--config.data.cache={folder / 'cache'}", "--config.log.progress=false", *overrides]
+    return [
+        "train",
+        f"--config={TINY}",
+        f"--workdir={workdir}",
+        f"--config.data.path={text}",
+        f"--config.data.cache={folder / 'cache'}",
+        "--config.log.progress=false",
+        *overrides,
+    ]
 
 
 def load(folder: Path, *overrides: str) -> configs.Config:
     """The Config that `arguments` stands for."""
-    given = [text for text in arguments(folder, Path("unused"), *overrides) if text.startswith("--config.")]
+    given = [
+        text
+        for text in arguments(folder, Path("unused"), *overrides)
+        if text.startswith("--config.")
+    ]
     return flags.load_config(TINY, given)
 
 
-def build(config: configs.Config, data: int = 1, fsdp: int = 1, tensor: int = 1) -> experiment.Parts:
+def build(
+    config: configs.Config, data: int = 1, fsdp: int = 1, tensor: int = 1
+) -> experiment.Parts:
     """The parts of a run on the first devices of this process."""
     loaded = dataset.load(config.data, lambda line: None)
     shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    mesh = sharding.make_mesh(shape, jax.devices()[:data * fsdp * tensor])
+    mesh = sharding.make_mesh(shape, jax.devices()[: data * fsdp * tensor])
     return experiment.build_on(configs.resolve(config, loaded.tokenizer.vocab), mesh, loaded)
 
 
@@ -85,8 +100,14 @@ def losses(parts: experiment.Parts, steps: int = 20) -> list[float]:
     """The training losses of the first steps, without all that a run does besides."""
     config, mesh, out = parts.config, parts.mesh, []
     size = config.train.batch_size
-    stream = make_stream(parts.data, config.data, config.train.seq_len, size, config.seed,
-                         placing.process_rows(mesh, size))
+    stream = make_stream(
+        parts.data,
+        config.data,
+        config.train.seq_len,
+        size,
+        config.seed,
+        placing.process_rows(mesh, size),
+    )
     with jax.set_mesh(mesh):
         state = parts.init()
         for _ in range(steps):
@@ -100,13 +121,23 @@ def heldout_loss(parts: experiment.Parts, workdir: Path) -> float:
     """The evaluation loss of the newest checkpoint in `workdir`, on the mesh of `parts`."""
     config, mesh, data = parts.config, parts.mesh, parts.data
     size = config.eval.batch_size
-    batches = make_eval_batches(data.parts[0].eval, data.tokenizer, config.data, config.train.seq_len, size,
-                                placing.process_rows(mesh, size))
+    batches = make_eval_batches(
+        data.parts[0].eval,
+        data.tokenizer,
+        config.data,
+        config.train.seq_len,
+        size,
+        placing.process_rows(mesh, size),
+    )
     with jax.set_mesh(mesh):
-        saved = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, config.checkpoint, lambda line: None)
+        saved = checkpoint.open_checkpoints(
+            workdir / checkpoint.FOLDER, config.checkpoint, lambda line: None
+        )
         state = experiment.start_state(parts, saved, lambda line: None)
         saved.close()
-        return divide(evals.heldout_sums(parts.eval_step, state.params, batches, mesh, size))["loss"]
+        return divide(evals.heldout_sums(parts.eval_step, state.params, batches, mesh, size))[
+            "loss"
+        ]
 
 
 def curve(workdir: Path, key: str = "train/loss") -> dict[int, float]:
@@ -120,7 +151,9 @@ def curve(workdir: Path, key: str = "train/loss") -> dict[int, float]:
 def restored(parts: experiment.Parts, workdir: Path):
     """The TrainState of the newest checkpoint, as the run would start from it."""
     with jax.set_mesh(parts.mesh):
-        saved = checkpoint.open_checkpoints(workdir / checkpoint.FOLDER, parts.config.checkpoint, lambda line: None)
+        saved = checkpoint.open_checkpoints(
+            workdir / checkpoint.FOLDER, parts.config.checkpoint, lambda line: None
+        )
         state = experiment.start_state(parts, saved, lambda line: None)
         saved.close()
     return state
@@ -128,7 +161,10 @@ def restored(parts: experiment.Parts, workdir: Path):
 
 def by_path(tree) -> dict[str, np.ndarray]:
     """Every array of a tree by its path."""
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def final_state(parts: experiment.Parts, workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
@@ -140,10 +176,15 @@ def final_state(parts: experiment.Parts, workdir: Path) -> tuple[int, dict[str, 
 def differing(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
     """Paths of the arrays that are not the same to the bit."""
     assert a.keys() == b.keys()
-    return [path for path in a if (a[path].dtype, a[path].tobytes()) != (b[path].dtype, b[path].tobytes())]
+    return [
+        path
+        for path in a
+        if (a[path].dtype, a[path].tobytes()) != (b[path].dtype, b[path].tobytes())
+    ]
 
 
 # ---- the program ----
+
 
 def call(*given: str) -> str:
     """The command line in this process. Raises Exit as the program would end."""
@@ -169,8 +210,13 @@ class Process:
         self.paths = folder / f"{number}.out", folder / f"{number}.err"
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
-            self.popen = subprocess.Popen([sys.executable, *python, *map(str, given)], stdout=out, stderr=err, cwd=ROOT,
-                                          env=env)
+            self.popen = subprocess.Popen(
+                [sys.executable, *python, *map(str, given)],
+                stdout=out,
+                stderr=err,
+                cwd=ROOT,
+                env=env,
+            )
         STARTED.append(self)
 
     @property
@@ -188,7 +234,9 @@ class Process:
         """Waits for `reached()` while the process runs."""
         end = time.monotonic() + SECONDS
         while not reached():
-            assert self.popen.poll() is None, f"ended with {self.popen.returncode} before {what}:\n{self.err}"
+            assert self.popen.poll() is None, (
+                f"ended with {self.popen.returncode} before {what}:\n{self.err}"
+            )
             assert time.monotonic() < end, f"no {what} within {SECONDS} s:\n{self.out}\n{self.err}"
             time.sleep(0.005)
 
@@ -198,8 +246,12 @@ class Process:
             found = self.popen.wait(seconds)
         except subprocess.TimeoutExpired:
             self.popen.kill()
-            raise AssertionError(f"still running after {seconds} s:\n{self.out}\n{self.err}") from None
-        assert code is None or found == code, f"exit code {found}, not {code}:\n{self.out}\n{self.err}"
+            raise AssertionError(
+                f"still running after {seconds} s:\n{self.out}\n{self.err}"
+            ) from None
+        assert code is None or found == code, (
+            f"exit code {found}, not {code}:\n{self.out}\n{self.err}"
+        )
         return found
 
     def kill(self) -> None:
@@ -219,14 +271,28 @@ def logged(workdir: Path, step: int):
     return reached
 
 
-def job(folder: Path, processes: int, given, devices: int = 1, own=None, python=None) -> list[Process]:
+def job(
+    folder: Path, processes: int, given, devices: int = 1, own=None, python=None
+) -> list[Process]:
     """One job of several processes with `devices` fake devices each; `own`: further arguments of each, `python`: what
     each runs instead of the program."""
     port = free_port()
     own, python = own or [[]] * processes, python or [("-m", "gpt_jax")] * processes
-    return [Process(folder, [*given, f"--cpu_devices={devices}", f"--coordinator=127.0.0.1:{port}",
-                             f"--num_processes={processes}", f"--process_id={k}", *own[k]], python[k])
-            for k in range(processes)]
+    return [
+        Process(
+            folder,
+            [
+                *given,
+                f"--cpu_devices={devices}",
+                f"--coordinator=127.0.0.1:{port}",
+                f"--num_processes={processes}",
+                f"--process_id={k}",
+                *own[k],
+            ],
+            python[k],
+        )
+        for k in range(processes)
+    ]
 
 
 def kill_all() -> None:

@@ -32,18 +32,22 @@ def abstract(tree):
 
 def same(a, b) -> bool:
     """Equal structure, dtypes, shapes and bytes (a NaN equals itself, -0 is not 0)."""
+
     def bits(leaf):
         array = np.asarray(leaf)
         return str(array.dtype), array.shape, array.tobytes()
 
-    return (jax.tree.structure(a) == jax.tree.structure(b)
-            and all(bits(x) == bits(y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))))
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        bits(x) == bits(y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
 
 
 def small(step: int):
     """(params, train) that tell their step."""
-    return ({"blocks": {"0": {"kernel": jnp.arange(12, dtype=jnp.float32).reshape(3, 4) + step}}},
-            {"step": jnp.int32(step), "mu": jnp.full((4,), step, jnp.bfloat16)})
+    return (
+        {"blocks": {"0": {"kernel": jnp.arange(12, dtype=jnp.float32).reshape(3, 4) + step}}},
+        {"step": jnp.int32(step), "mu": jnp.full((4,), step, jnp.bfloat16)},
+    )
 
 
 def save_all(directory, steps, policy=POLICY, metrics=lambda step: {}):
@@ -55,7 +59,9 @@ def save_all(directory, steps, policy=POLICY, metrics=lambda step: {}):
 
 
 def restored(directory, step):
-    out = checkpoint.restore(directory, step, dict(zip(("params", "train"), map(abstract, small(step)))))
+    out = checkpoint.restore(
+        directory, step, dict(zip(("params", "train"), map(abstract, small(step))))
+    )
     return out["params"], out["train"]
 
 
@@ -65,27 +71,57 @@ def restored(directory, step):
 def test_every_kind_of_leaf_and_node_comes_back_to_the_bit(tmp_path):
     odd = np.array([np.nan, -0.0, np.inf, 1e-45], np.float32)
     odd.view(np.uint32)[0] |= 0x1234  # a NaN with a payload
-    params = {"w": jnp.asarray(odd), "h": jnp.asarray(odd).astype(jnp.bfloat16), "deep": {"b": jnp.ones((2, 3))},
-              "empty": {}, "a/b.c": jnp.float16(0.1)}
+    params = {
+        "w": jnp.asarray(odd),
+        "h": jnp.asarray(odd).astype(jnp.bfloat16),
+        "deep": {"b": jnp.ones((2, 3))},
+        "empty": {},
+        "a/b.c": jnp.float16(0.1),
+    }
     adam = optax.adamw(1e-3).init(params)
-    parts = optax.partition({"a": optax.adamw(1e-3), "b": optax.sgd(0.1, momentum=0.9)},
-                            {"w": "a", "h": "b", "deep": {"b": "a"}, "empty": {}, "a/b.c": "b"}).init(params)
-    train = {"opt": adam, "parts": parts, "step": jnp.int32(7), "flag": jnp.array([True, False]), "none": None,
-             "key": jax.random.key_data(jax.random.key(3)), "small": jnp.arange(3, dtype=jnp.int8),
-             "list": [jnp.ones(2)]}
-    assert "MaskedNode" in str(jax.tree.structure(parts)) and "ScaleByAdamState" in str(jax.tree.structure(adam))
+    parts = optax.partition(
+        {"a": optax.adamw(1e-3), "b": optax.sgd(0.1, momentum=0.9)},
+        {"w": "a", "h": "b", "deep": {"b": "a"}, "empty": {}, "a/b.c": "b"},
+    ).init(params)
+    train = {
+        "opt": adam,
+        "parts": parts,
+        "step": jnp.int32(7),
+        "flag": jnp.array([True, False]),
+        "none": None,
+        "key": jax.random.key_data(jax.random.key(3)),
+        "small": jnp.arange(3, dtype=jnp.int8),
+        "list": [jnp.ones(2)],
+    }
+    assert "MaskedNode" in str(jax.tree.structure(parts)) and "ScaleByAdamState" in str(
+        jax.tree.structure(adam)
+    )
     saver = checkpoint.open_checkpoints(tmp_path, POLICY)
-    saver.save(7, params, train, {"data": {"index": 2**60}, "tokenizer": '{"é": "我"}', "list": [1, 2.5, None]})
+    saver.save(
+        7,
+        params,
+        train,
+        {"data": {"index": 2**60}, "tokenizer": '{"é": "我"}', "list": [1, 2.5, None]},
+    )
     saver.close()
     out = checkpoint.restore(tmp_path, 7, {"params": abstract(params), "train": abstract(train)})
     assert same(out["params"], params) and same(out["train"], train)
     meta = checkpoint.read_meta(tmp_path, 7)
-    assert meta == {"data": {"index": 2**60}, "tokenizer": '{"é": "我"}', "list": [1, 2.5, None], "step": 7,
-                    "metrics": {}, "format": digest.FORMAT}
+    assert meta == {
+        "data": {"index": 2**60},
+        "tokenizer": '{"é": "我"}',
+        "list": [1, 2.5, None],
+        "step": 7,
+        "metrics": {},
+        "format": digest.FORMAT,
+    }
 
 
-@pytest.mark.parametrize("make", [lambda: jax.random.key(1), lambda: jnp.zeros((0, 4)), lambda: np.ones(2), lambda: 3,
-                                  dict], ids=["typed key", "no elements", "numpy", "number", "no leaf"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: jax.random.key(1), lambda: jnp.zeros((0, 4)), lambda: np.ones(2), lambda: 3, dict],
+    ids=["typed key", "no elements", "numpy", "number", "no leaf"],
+)
 def test_what_would_not_come_back_is_refused_before_anything_is_written(tmp_path, make):
     saver = checkpoint.open_checkpoints(tmp_path, POLICY)
     with pytest.raises(TypeError, match="params" if make is dict else "params a"):
@@ -104,7 +140,9 @@ def test_restoring_params_reads_nothing_of_train(tmp_path):
 
 def test_donating_after_save_does_not_reach_the_checkpoint(tmp_path, monkeypatch):
     seal = digest.write_manifest
-    monkeypatch.setattr(checkpoint, "write_manifest", lambda folder: (time.sleep(0.2), seal(folder)))
+    monkeypatch.setattr(
+        checkpoint, "write_manifest", lambda folder: (time.sleep(0.2), seal(folder))
+    )
     saver = checkpoint.open_checkpoints(tmp_path, POLICY)
     make = lambda: {str(i): jax.random.normal(jax.random.key(i), (256, 1024)) for i in range(6)}
     state = make()
@@ -130,15 +168,33 @@ def test_meta_is_taken_when_save_is_called(tmp_path):
     assert checkpoint.read_meta(tmp_path, 1)["index"] == 1
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda p: {"blocks": {"0": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=p.sharding)}}},
-     ["params blocks/0/kernel", "float32[3, 4]", "float32[4, 4]"]),
-    (lambda p: {"blocks": {"0": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.bfloat16, sharding=p.sharding)}}},
-     ["params blocks/0/kernel", "float32[3, 4]", "bfloat16[3, 4]"]),
-    (lambda p: {"blocks": {"0": {"kernel": p, "bias": p}}}, ["params blocks/0/bias", "nothing there"]),
-    (lambda p: {"blocks": {"1": {"kernel": p}}}, ["params blocks/1/kernel", "nothing there"]),
-    (lambda p: {"other": p}, ["params other", "nothing there"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda p: {
+                "blocks": {
+                    "0": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=p.sharding)}
+                }
+            },
+            ["params blocks/0/kernel", "float32[3, 4]", "float32[4, 4]"],
+        ),
+        (
+            lambda p: {
+                "blocks": {
+                    "0": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.bfloat16, sharding=p.sharding)}
+                }
+            },
+            ["params blocks/0/kernel", "float32[3, 4]", "bfloat16[3, 4]"],
+        ),
+        (
+            lambda p: {"blocks": {"0": {"kernel": p, "bias": p}}},
+            ["params blocks/0/bias", "nothing there"],
+        ),
+        (lambda p: {"blocks": {"1": {"kernel": p}}}, ["params blocks/1/kernel", "nothing there"]),
+        (lambda p: {"other": p}, ["params other", "nothing there"]),
+    ],
+)
 def test_another_architecture_is_named(tmp_path, change, words):
     save_all(tmp_path, [10])
     leaf = abstract(small(10)[0])["blocks"]["0"]["kernel"]
@@ -149,11 +205,15 @@ def test_another_architecture_is_named(tmp_path, change, words):
 
 def test_a_part_that_the_run_does_not_know_is_named(tmp_path):
     save_all(tmp_path, [10])
-    with pytest.raises(UsageError, match=r"train mu is bfloat16\[4\] there and nothing in this run"):
+    with pytest.raises(
+        UsageError, match=r"train mu is bfloat16\[4\] there and nothing in this run"
+    ):
         checkpoint.restore(tmp_path, 10, {"train": {"step": abstract(small(10)[1]["step"])}})
 
 
-@pytest.mark.parametrize("other, way_out", [(1, "update the program"), (-1, "use the program that wrote it")])
+@pytest.mark.parametrize(
+    "other, way_out", [(1, "update the program"), (-1, "use the program that wrote it")]
+)
 def test_another_format_is_refused(tmp_path, other, way_out):
     save_all(tmp_path, [10])
     path = tmp_path / "10" / digest.META
@@ -166,7 +226,9 @@ def test_another_format_is_refused(tmp_path, other, way_out):
 
 
 def files_of(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def test_one_flipped_bit_in_any_file_is_found_and_named(tmp_path):
@@ -177,16 +239,24 @@ def test_one_flipped_bit_in_any_file_is_found_and_named(tmp_path):
     flipped = 0
     for name in names:
         whole = (folder / name).read_bytes()
-        for bit in rng.choice(len(whole) * 8, min(4, len(whole) * 8), replace=False) if whole else []:
+        for bit in (
+            rng.choice(len(whole) * 8, min(4, len(whole) * 8), replace=False) if whole else []
+        ):
             bad = bytearray(whole)
             bad[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(bad)
             lines = []
             assert checkpoint.latest_valid(tmp_path, lines.append) == 10
-            assert len(lines) == 1 and "step 20" in lines[0] and f": {name}: content changed" in lines[0]
+            assert (
+                len(lines) == 1
+                and "step 20" in lines[0]
+                and f": {name}: content changed" in lines[0]
+            )
             flipped += 1
         (folder / name).write_bytes(whole)
-    assert flipped > 40 and checkpoint.latest_valid(tmp_path, lines.append) == 20 and len(lines) == 1
+    assert (
+        flipped > 40 and checkpoint.latest_valid(tmp_path, lines.append) == 20 and len(lines) == 1
+    )
     assert same(restored(tmp_path, 10), small(10))
 
 
@@ -207,15 +277,33 @@ def cut(path):
 
 
 DAMAGE = {
-    "truncated": (lambda f: cut(f / "params" / "manifest.ocdbt"), r"params/manifest\.ocdbt: \d+ bytes instead of \d+"),
+    "truncated": (
+        lambda f: cut(f / "params" / "manifest.ocdbt"),
+        r"params/manifest\.ocdbt: \d+ bytes instead of \d+",
+    ),
     "missing": (lambda f: (f / "train" / "_METADATA").unlink(), r"train/_METADATA: missing"),
-    "item missing": (lambda f: shutil.rmtree(f / "params"), r"params/\S+: missing \(and \d+ more files\)"),
-    "extra": (lambda f: (f / "params" / "d" / "new").write_bytes(b"x"), r"params/d/new: not part of the checkpoint"),
+    "item missing": (
+        lambda f: shutil.rmtree(f / "params"),
+        r"params/\S+: missing \(and \d+ more files\)",
+    ),
+    "extra": (
+        lambda f: (f / "params" / "d" / "new").write_bytes(b"x"),
+        r"params/d/new: not part of the checkpoint",
+    ),
     "no manifest": (lambda f: (f / digest.MANIFEST).unlink(), r"manifest\.json: missing"),
-    "empty manifest": (lambda f: (f / digest.MANIFEST).write_text(""), r"manifest\.json: content changed"),
-    "other manifest": (lambda f: (f / digest.MANIFEST).write_text("[1]"), r"manifest\.json: content changed"),
+    "empty manifest": (
+        lambda f: (f / digest.MANIFEST).write_text(""),
+        r"manifest\.json: content changed",
+    ),
+    "other manifest": (
+        lambda f: (f / digest.MANIFEST).write_text("[1]"),
+        r"manifest\.json: content changed",
+    ),
     "empty": (lambda f: (shutil.rmtree(f), f.mkdir()), r"20: empty directory"),
-    "directory for a file": (lambda f: ((f / digest.META).unlink(), (f / digest.META).mkdir()), r"meta\.json: missing"),
+    "directory for a file": (
+        lambda f: ((f / digest.META).unlink(), (f / digest.META).mkdir()),
+        r"meta\.json: missing",
+    ),
 }
 
 
@@ -247,7 +335,10 @@ def test_nothing_valid_lists_what_was_found(tmp_path):
 
 
 def test_nothing_there_is_a_fresh_start(tmp_path):
-    assert checkpoint.latest_valid(tmp_path / "none") is None and checkpoint.latest_valid(tmp_path) is None
+    assert (
+        checkpoint.latest_valid(tmp_path / "none") is None
+        and checkpoint.latest_valid(tmp_path) is None
+    )
     assert checkpoint.open_checkpoints(tmp_path / "none", POLICY).latest is None
 
 
@@ -255,7 +346,10 @@ def test_a_step_that_is_there_already_is_not_saved_again(tmp_path):
     save_all(tmp_path, [10])
     before = (tmp_path / "10" / digest.MANIFEST).read_bytes()
     saver = checkpoint.open_checkpoints(tmp_path, POLICY)
-    assert not saver.save(10, *small(11), {}) and (tmp_path / "10" / digest.MANIFEST).read_bytes() == before
+    assert (
+        not saver.save(10, *small(11), {})
+        and (tmp_path / "10" / digest.MANIFEST).read_bytes() == before
+    )
     saver.close()
 
 
@@ -266,17 +360,30 @@ def test_what_is_kept_equals_a_brute_force_list():
     rng = np.random.default_rng(1)
     for _ in range(300):
         steps = sorted({int(s) for s in rng.integers(1, 60, rng.integers(1, 12))})
-        values = {s: [None, float("nan"), float(rng.integers(0, 4))][min(2, rng.integers(0, 6))] for s in steps}
-        policy = config.Checkpoint(keep_last=int(rng.integers(1, 4)), keep_best=int(rng.integers(0, 3)),
-                                   keep_every_steps=int(rng.integers(0, 8)))
+        values = {
+            s: [None, float("nan"), float(rng.integers(0, 4))][min(2, rng.integers(0, 6))]
+            for s in steps
+        }
+        policy = config.Checkpoint(
+            keep_last=int(rng.integers(1, 4)),
+            keep_best=int(rng.integers(0, 3)),
+            keep_every_steps=int(rng.integers(0, 8)),
+        )
         expected = set()
         for s in steps:
             newer = sum(other > s for other in steps)
             ranked = values[s] is not None and values[s] == values[s]
-            better = sum(v is not None and v == v and ranked and (v < values[s] or v == values[s] and o > s)
-                         for o, v in values.items())
-            if (newer < policy.keep_last or policy.keep_every_steps and s % policy.keep_every_steps == 0
-                    or ranked and better < policy.keep_best):
+            better = sum(
+                v is not None and v == v and ranked and (v < values[s] or v == values[s] and o > s)
+                for o, v in values.items()
+            )
+            if (
+                newer < policy.keep_last
+                or policy.keep_every_steps
+                and s % policy.keep_every_steps == 0
+                or ranked
+                and better < policy.keep_best
+            ):
                 expected.add(s)
         assert checkpoint.to_keep(values, policy) == expected
 
@@ -286,14 +393,22 @@ def test_policies_on_disk_across_a_restart(tmp_path):
     loss = {10: 1.0, 20: 3.0, 30: 4.0, 40: 2.0, 50: 5.0, 60: 6.0}
     save_all(tmp_path, [10, 20, 30, 40], policy, lambda step: {"eval/loss": loss[step]})
     assert digest.steps_in(tmp_path) == [10, 30, 40]
-    save_all(tmp_path, [50, 60], policy, lambda step: {"eval/loss": loss[step]})  # the metrics of before still count
-    assert digest.steps_in(tmp_path) == [10, 30, 60] and sorted(os.listdir(tmp_path)) == ["10", "30", "60"]
+    save_all(
+        tmp_path, [50, 60], policy, lambda step: {"eval/loss": loss[step]}
+    )  # the metrics of before still count
+    assert digest.steps_in(tmp_path) == [10, 30, 60] and sorted(os.listdir(tmp_path)) == [
+        "10",
+        "30",
+        "60",
+    ]
 
 
 def test_damaged_newer_steps_do_not_crowd_out_good_ones(tmp_path):
     save_all(tmp_path, [10, 20])
     cut(tmp_path / "20" / digest.META)
-    saver = checkpoint.open_checkpoints(tmp_path, config.Checkpoint(keep_last=2), report=lambda line: None)
+    saver = checkpoint.open_checkpoints(
+        tmp_path, config.Checkpoint(keep_last=2), report=lambda line: None
+    )
     saver.save(15, *small(15), {})
     saver.close()
     assert digest.steps_in(tmp_path) == [10, 15, 20]
@@ -318,8 +433,10 @@ def test_when_to_save(tmp_path, monkeypatch):
     saver.save(8, *small(8), {})
     saver.close()
     assert not saver.should_save(8)
-    assert not any(checkpoint.open_checkpoints(tmp_path, config.Checkpoint(every_steps=0)).should_save(s)
-                   for s in range(9, 99))
+    assert not any(
+        checkpoint.open_checkpoints(tmp_path, config.Checkpoint(every_steps=0)).should_save(s)
+        for s in range(9, 99)
+    )
 
 
 @pytest.mark.parametrize("seconds_per_step", [0.05, 1.0, 70.0])
@@ -328,16 +445,26 @@ def test_every_minutes_on_a_simulated_clock(tmp_path, monkeypatch, seconds_per_s
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
     look = checkpoint.look_at_clock
     monkeypatch.setattr(checkpoint, "look_at_clock", lambda *a: (asked.append(a), look(*a))[1])
-    saver = checkpoint.open_checkpoints(tmp_path, config.Checkpoint(every_steps=0, every_minutes=1.0))
-    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", lambda *a: pytest.fail("not needed"))
+    saver = checkpoint.open_checkpoints(
+        tmp_path, config.Checkpoint(every_steps=0, every_minutes=1.0)
+    )
+    monkeypatch.setattr(
+        checkpoint.ocp, "save_checkpointables_async", lambda *a: pytest.fail("not needed")
+    )
     saves, steps = [], int(600 / seconds_per_step)
     for step in range(1, steps + 1):
         now[0] += seconds_per_step
         if saver.should_save(step):
             saves.append(now[0])
-            saver._saved_step, saver._saved_at, saver._next_look = step, now[0], step + 1  # what save() does
+            saver._saved_step, saver._saved_at, saver._next_look = (
+                step,
+                now[0],
+                step + 1,
+            )  # what save() does
     gaps = np.diff([0.0, *saves])
-    assert len(saves) >= 7 and all(60 <= gap + 1e-6 and gap <= 60 + max(3.1, seconds_per_step) for gap in gaps)
+    assert len(saves) >= 7 and all(
+        60 <= gap + 1e-6 and gap <= 60 + max(3.1, seconds_per_step) for gap in gaps
+    )
     assert len(asked) <= 10 * 60  # few questions although there are many steps
 
 
@@ -361,8 +488,13 @@ def tiny_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
-    if os.getuid() or not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder],
-                                                  capture_output=True).returncode:
+    if (
+        os.getuid()
+        or not mount
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True
+        ).returncode
+    ):
         yield None
         return
     yield folder
@@ -374,8 +506,18 @@ def check_failed_save(directory, caplog, capfd, saver, fail, cause):
     with pytest.raises(SaveFailed) as error:
         fail()
     text = str(error.value)
-    assert str(directory) in text and "step 20" in text and cause in text and "step 10 is untouched" in text
-    assert "\n" not in text and error.value.code == 50 and not caplog.records and capfd.readouterr() == ("", "")
+    assert (
+        str(directory) in text
+        and "step 20" in text
+        and cause in text
+        and "step 10 is untouched" in text
+    )
+    assert (
+        "\n" not in text
+        and error.value.code == 50
+        and not caplog.records
+        and capfd.readouterr() == ("", "")
+    )
     assert sorted(os.listdir(directory)) == ["10"]  # nothing is left of the failed one
     assert checkpoint.latest_valid(directory) == 10 and same(restored(directory, 10), small(10))
 
@@ -390,8 +532,10 @@ def test_a_full_disk(tiny_disk, tmp_path, monkeypatch, caplog, capfd):
         if tiny_disk:
             fill(tiny_disk, 1 << 20)
         else:
+
             def refuse(*arguments):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
             monkeypatch.setattr(checkpoint, "write_manifest", refuse)
         saver.save(20, big, {"step": jnp.int32(20)}, {})
         saver.wait()
@@ -445,9 +589,15 @@ directory = {directory!r}
 
 def child(directory, body, devices=1):
     """A process of its own; `body` sees the names of this file."""
-    head = CHILD.format(root=str(ROOT), tests=str(ROOT / "tests"), devices=devices, directory=str(directory))
-    return subprocess.Popen([sys.executable, "-c", head + body], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)
+    head = CHILD.format(
+        root=str(ROOT), tests=str(ROOT / "tests"), devices=devices, directory=str(directory)
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", head + body],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(*processes, code=0):
@@ -458,12 +608,21 @@ def finish(*processes, code=0):
 
 KILLS = {  # where SIGKILL strikes while step 30 is saved, and the step that must be usable afterwards
     "before anything is written": ("checkpoint.ocp.save_checkpointables_async = die", 20),
-    "while Orbax writes": ("from orbax.checkpoint.experimental.v1._src.metadata import serialization; "
-                           "serialization.write = die", 20),
+    "while Orbax writes": (
+        "from orbax.checkpoint.experimental.v1._src.metadata import serialization; "
+        "serialization.write = die",
+        20,
+    ),
     "before the manifest": ("checkpoint.write_manifest = die", 20),
-    "within the manifest": ("move = os.replace; "
-                            "os.replace = lambda a, b: die() if str(b).endswith(digest.MANIFEST) else move(a, b)", 20),
-    "after the manifest": ("checkpoint.write_manifest = lambda folder: (digest.write_manifest(folder), die())", 30),
+    "within the manifest": (
+        "move = os.replace; "
+        "os.replace = lambda a, b: die() if str(b).endswith(digest.MANIFEST) else move(a, b)",
+        20,
+    ),
+    "after the manifest": (
+        "checkpoint.write_manifest = lambda folder: (digest.write_manifest(folder), die())",
+        30,
+    ),
     "while an old step is deleted": ("checkpoint.shutil.rmtree = die", 30),
 }
 
@@ -471,7 +630,10 @@ KILLS = {  # where SIGKILL strikes while step 30 is saved, and the step that mus
 @pytest.mark.parametrize("where", KILLS)
 def test_sigkill_during_a_save(tmp_path, where):
     patch, expected = KILLS[where]
-    finish(child(tmp_path, f"""
+    finish(
+        child(
+            tmp_path,
+            f"""
 policy = config.Checkpoint(keep_last=2)
 save_all(directory, [10, 20], policy)
 def die(*a, **k):
@@ -480,12 +642,19 @@ def die(*a, **k):
 saver = checkpoint.open_checkpoints(directory, policy)
 saver.save(30, *small(30), {{}})
 saver.wait()
-"""), code=-signal.SIGKILL)
+""",
+        ),
+        code=-signal.SIGKILL,
+    )
     lines = []
     assert checkpoint.latest_valid(tmp_path, lines.append) == expected
-    assert bool(lines) == (expected == 20) and all("step 30" in line and "not finished" in line for line in lines)
+    assert bool(lines) == (expected == 20) and all(
+        "step 30" in line and "not finished" in line for line in lines
+    )
     saver = checkpoint.open_checkpoints(tmp_path, POLICY, lines.append)
-    assert saver.latest == expected and sorted(os.listdir(tmp_path)) == sorted(map(str, digest.steps_in(tmp_path)))
+    assert saver.latest == expected and sorted(os.listdir(tmp_path)) == sorted(
+        map(str, digest.steps_in(tmp_path))
+    )
     assert same(restored(tmp_path, expected), small(expected))
     assert saver.save(30, *small(30), {}) == (expected == 20)
     saver.close()
@@ -497,7 +666,9 @@ def test_killed_in_the_first_save_starts_afresh(tmp_path):
     (tmp_path / f"10{digest.SAVING}").touch()
     lines = []
     assert checkpoint.latest_valid(tmp_path, lines.append) is None and "step 10" in lines[0]
-    assert checkpoint.open_checkpoints(tmp_path, POLICY, lines.append).latest is None and not os.listdir(tmp_path)
+    assert checkpoint.open_checkpoints(
+        tmp_path, POLICY, lines.append
+    ).latest is None and not os.listdir(tmp_path)
 
 
 # What a user types
@@ -509,17 +680,23 @@ def test_resolving_what_a_user_typed(tmp_path):
     at = run / "checkpoints"
     assert [checkpoint.resolve_checkpoint(p) for p in (run, at, str(at / "20"))] == [(at, 20)] * 3
     assert [checkpoint.resolve_checkpoint(p, 10) for p in (run, at, at / "10")] == [(at, 10)] * 3
-    for bad, step, words in [(run, 15, ["no step 15", "10, 20"]), (at / "15", 0, ["no step 15", "10, 20"]),
-                             (at / "10", 20, ["step 10", "step 20"]),
-                             (tmp_path / "runs" / "b", 0, ["does not exist", str(run), "10, 20"]),
-                             (tmp_path / "x" / "y", 0, ["does not exist", str(run), "10, 20"]),
-                             (at / "10" / "params", 0, ["holds no checkpoints", "10, 20"])]:
+    for bad, step, words in [
+        (run, 15, ["no step 15", "10, 20"]),
+        (at / "15", 0, ["no step 15", "10, 20"]),
+        (at / "10", 20, ["step 10", "step 20"]),
+        (tmp_path / "runs" / "b", 0, ["does not exist", str(run), "10, 20"]),
+        (tmp_path / "x" / "y", 0, ["does not exist", str(run), "10, 20"]),
+        (at / "10" / "params", 0, ["holds no checkpoints", "10, 20"]),
+    ]:
         with pytest.raises(UsageError) as error:
             checkpoint.resolve_checkpoint(bad, step)
         assert all(word in str(error.value) for word in [repr(str(bad)), *words]), str(error.value)
     cut(at / "20" / digest.META)
     lines = []
-    assert checkpoint.resolve_checkpoint(run, report=lines.append) == (at, 10) and "step 20" in lines[0]
+    assert (
+        checkpoint.resolve_checkpoint(run, report=lines.append) == (at, 10)
+        and "step 20" in lines[0]
+    )
     with pytest.raises(NoCheckpoint, match="meta.json"):
         checkpoint.resolve_checkpoint(run, 20)
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
@@ -601,8 +778,22 @@ try:
 except SaveFailed as error:
     assert "No space left" in str(error) and "step 2 is untouched" in str(error)
 """
-    finish(*(child(tmp_path, f"jax.distributed.initialize('127.0.0.1:{port}', 2, {rank})\n" + MESHES + MESH_2X2 + both,
-                   devices=2) for rank in range(2)))
+    finish(
+        *(
+            child(
+                tmp_path,
+                f"jax.distributed.initialize('127.0.0.1:{port}', 2, {rank})\n"
+                + MESHES
+                + MESH_2X2
+                + both,
+                devices=2,
+            )
+            for rank in range(2)
+        )
+    )
     check = "expect(1, mesh, specs)\nexpect(2, mesh, specs)"
-    finish(child(tmp_path, MESHES + MESH_1 + check), child(tmp_path, MESHES + MESH_4 + check, devices=4))
+    finish(
+        child(tmp_path, MESHES + MESH_1 + check),
+        child(tmp_path, MESHES + MESH_4 + check, devices=4),
+    )
     assert checkpoint.read_meta(tmp_path, 2)["step"] == 2

@@ -37,9 +37,18 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder):
     """A run on all three axes of eight devices, which has forgotten nothing: steps 5 and 10 are there."""
-    runs.call(*runs.arguments(folder, folder / "run", "--config.train.steps=10", "--config.checkpoint.every_steps=5",
-                              "--config.eval.every_steps=5", "--config.mesh.data=2", "--config.mesh.fsdp=2",
-                              "--config.mesh.tensor=2"))
+    runs.call(
+        *runs.arguments(
+            folder,
+            folder / "run",
+            "--config.train.steps=10",
+            "--config.checkpoint.every_steps=5",
+            "--config.eval.every_steps=5",
+            "--config.mesh.data=2",
+            "--config.mesh.fsdp=2",
+            "--config.mesh.tensor=2",
+        )
+    )
     return folder / "run"
 
 
@@ -48,9 +57,18 @@ def chinese(folder):
     """A run on bytes that knows one line of Chinese by heart."""
     text = folder / "chinese.txt"
     text.write_text((CHINESE + "\n") * 300)
-    runs.call(*runs.arguments(folder, folder / "chinese", f"--config.data.path={text}", "--config.train.steps=150",
-                              "--config.train.seq_len=64", "--config.eval.every_steps=0",
-                              "--config.optim.schedule=constant", "--config.checkpoint.every_steps=0"))
+    runs.call(
+        *runs.arguments(
+            folder,
+            folder / "chinese",
+            f"--config.data.path={text}",
+            "--config.train.steps=150",
+            "--config.train.seq_len=64",
+            "--config.eval.every_steps=0",
+            "--config.optim.schedule=constant",
+            "--config.checkpoint.every_steps=0",
+        )
+    )
     return folder / "chinese"
 
 
@@ -69,10 +87,13 @@ def call(capsysbinary):
 
 # ---- evaluate ----
 
+
 def heldout(workdir: Path, step: int) -> dict[str, float]:
     """What the run itself measured."""
-    return {name: runs.curve(workdir, f"eval/{name}")[step]
-            for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
+    return {
+        name: runs.curve(workdir, f"eval/{name}")[step]
+        for name in ("loss", "perplexity", "bits_per_byte", "accuracy")
+    }
 
 
 def same(found: dict, expected: dict) -> None:
@@ -89,7 +110,9 @@ def test_evaluate_measures_what_the_run_measured(call, trained):
         row = found["sources"]["held-out"]
         same(row, heldout(trained, step))
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]), rel=1e-5)
-        assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / row["bytes"] / math.log(2), rel=1e-5)
+        assert row["bits_per_byte"] == pytest.approx(
+            row["loss"] * row["tokens"] / row["bytes"] / math.log(2), rel=1e-5
+        )
         assert f"step {step} of" in err and "on 8 " in err
     assert call("evaluate", f"--checkpoint={trained}/checkpoints/5", "--json")[0] == out
     assert call("evaluate", f"--checkpoint={trained}/checkpoints", "--step=5", "--json")[0] == out
@@ -98,8 +121,10 @@ def test_evaluate_measures_what_the_run_measured(call, trained):
 def test_evaluate_in_a_process_of_its_own(tmp_path, trained):
     """On one device and on three, over which neither width nor batch divides: the same numbers, and only they on
     stdout."""
-    jobs = [runs.Process(tmp_path, ["evaluate", f"--checkpoint={trained}", "--json", *flags])
-            for flags in ([], ["--cpu_devices=3"])]
+    jobs = [
+        runs.Process(tmp_path, ["evaluate", f"--checkpoint={trained}", "--json", *flags])
+        for flags in ([], ["--cpu_devices=3"])
+    ]
     for process, devices in zip(jobs, ("on 1 cpu device", "on 3 cpu devices")):
         process.end(0)
         same(json.loads(process.out)["sources"]["held-out"], heldout(trained, 10))
@@ -117,38 +142,72 @@ def test_evaluate_per_source(call, trained, tmp_path):
     a, b, total = rows.values()
     for name in ("tokens", "bytes"):
         assert total[name] == a[name] + b[name]
-    assert [a["bytes"], b["bytes"]] == [len(file.read_bytes()) - 1 for file in files]  # nothing predicts the first one
+    assert [a["bytes"], b["bytes"]] == [
+        len(file.read_bytes()) - 1 for file in files
+    ]  # nothing predicts the first one
     for name in ("loss", "accuracy"):
-        assert total[name] == pytest.approx((a[name] * a["tokens"] + b[name] * b["tokens"]) / total["tokens"], rel=1e-5)
+        assert total[name] == pytest.approx(
+            (a[name] * a["tokens"] + b[name] * b["tokens"]) / total["tokens"], rel=1e-5
+        )
     header, *lines = call(*given)[0].splitlines()
-    assert header.split() == ["source", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes"]
+    assert header.split() == [
+        "source",
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "accuracy",
+        "tokens",
+        "bytes",
+    ]
     for line, (name, row) in zip(lines, rows.items(), strict=True):
-        assert line.split() == [name, f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", f"{row['bits_per_byte']:.4f}",
-                                f"{row['accuracy']:.4f}", f"{row['tokens']:,.0f}", f"{row['bytes']:,.0f}"]
+        assert line.split() == [
+            name,
+            f"{row['loss']:.4f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['accuracy']:.4f}",
+            f"{row['tokens']:,.0f}",
+            f"{row['bytes']:,.0f}",
+        ]
     assert len({len(line) for line in (header, *lines)}) == 1  # aligned
 
 
 def test_evaluate_equals_a_plain_forward_pass(call, trained, tmp_path):
     file = runs.write_text(tmp_path / "a.txt", 100)
-    found = json.loads(call("evaluate", f"--checkpoint={trained}", f"--text={file}", "--json")[0])["sources"][str(file)]
+    found = json.loads(call("evaluate", f"--checkpoint={trained}", f"--text={file}", "--json")[0])[
+        "sources"
+    ][str(file)]
     loaded = load.load(str(trained), 0, lambda line: None, 1)
     text = load_text((str(file),), loaded.tokenizer, loaded.config.data, report=lambda line: None)
     ids = text.ids(0, text.size).astype(np.int32)
     starts = range(0, len(ids) - 1, 32)  # rows in order, none of which sees the one before
     losses, right = [], []
     with jax.set_mesh(loaded.mesh):
-        forward = jax.jit(lambda tokens: Transformer(loaded.config.model).apply({"params": loaded.params},
-                                                                                {"tokens": tokens}))
+        forward = jax.jit(
+            lambda tokens: Transformer(loaded.config.model).apply(
+                {"params": loaded.params}, {"tokens": tokens}
+            )
+        )
         for start in starts:
-            row = ids[start:start + 33]
+            row = ids[start : start + 33]
             tokens = np.zeros(32, np.int32)
-            tokens[:len(row) - 1] = row[:-1]
-            logits = np.asarray(forward(tokens[None]), np.float64)[0, :len(row) - 1]
-            losses += list(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(row) - 1), row[1:]])
+            tokens[: len(row) - 1] = row[:-1]
+            logits = np.asarray(forward(tokens[None]), np.float64)[0, : len(row) - 1]
+            losses += list(
+                np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(row) - 1), row[1:]]
+            )
             right += list(logits.argmax(-1) == row[1:])
     same(found, {"loss": np.mean(losses), "accuracy": np.mean(right), "tokens": len(ids) - 1})
-    some = json.loads(call("evaluate", f"--checkpoint={trained}", f"--text={file}", "--json", "--batches=1",
-                           "--batch_size=2")[0])["sources"][str(file)]
+    some = json.loads(
+        call(
+            "evaluate",
+            f"--checkpoint={trained}",
+            f"--text={file}",
+            "--json",
+            "--batches=1",
+            "--batch_size=2",
+        )[0]
+    )["sources"][str(file)]
     assert some["tokens"] == 8 * 32 == 256  # two rows, rounded up to one for each device
 
 
@@ -172,6 +231,7 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile(trained, tmp_path, monkeypa
 
 # ---- generate ----
 
+
 def plain_greedy(workdir: Path, prompt: str, count: int) -> str:
     """No cache, no batch, no buckets: the whole text through the model for every new token."""
     loaded = load.load(str(workdir), 0, lambda line: None, 1)
@@ -180,14 +240,26 @@ def plain_greedy(workdir: Path, prompt: str, count: int) -> str:
         forward = jax.jit(partial(Transformer(model).apply, {"params": loaded.params}))
         for _ in range(count):
             tokens = np.zeros((1, model.max_seq), np.int32)
-            tokens[0, :len(ids)] = ids
-            ids.append(int(np.asarray(forward({"tokens": tokens}))[0, len(ids) - 1, :loaded.tokenizer.vocab].argmax()))
+            tokens[0, : len(ids)] = ids
+            ids.append(
+                int(
+                    np.asarray(forward({"tokens": tokens}))[
+                        0, len(ids) - 1, : loaded.tokenizer.vocab
+                    ].argmax()
+                )
+            )
     return loaded.tokenizer.decode(ids[-count:])
 
 
 def test_greedy_equals_the_plain_loop(call, trained):
     """The text and nothing else on stdout, the same each time, from a checkpoint written on another mesh."""
-    given = "generate", f"--checkpoint={trained}", "--prompt=abc de", "--temperature=0", "--max_new_tokens=20"
+    given = (
+        "generate",
+        f"--checkpoint={trained}",
+        "--prompt=abc de",
+        "--temperature=0",
+        "--max_new_tokens=20",
+    )
     out, err = call(*given)
     assert out == plain_greedy(trained, "abc de", 20) and len(out) == 20
     assert call(*given, "--seed=5")[0] == out
@@ -200,11 +272,19 @@ def test_greedy_equals_the_plain_loop(call, trained):
 def test_generate_several(call, trained, tmp_path):
     """--prompt and --prompts together, samples, JSON lines; a row is the one that it is alone."""
     (tmp_path / "prompts.txt").write_text("he\nabc de\n")
-    given = ("generate", f"--checkpoint={trained}", "--prompt=é", f"--prompts={tmp_path}/prompts.txt",
-             "--max_new_tokens=8",
-             "--num_samples=2", "--seed=3")
+    given = (
+        "generate",
+        f"--checkpoint={trained}",
+        "--prompt=é",
+        f"--prompts={tmp_path}/prompts.txt",
+        "--max_new_tokens=8",
+        "--num_samples=2",
+        "--seed=3",
+    )
     rows = [json.loads(line) for line in call(*given, "--json")[0].splitlines()]
-    assert [(row["prompt"], row["sample"]) for row in rows] == [(p, s) for p in ("é", "he", "abc de") for s in range(2)]
+    assert [(row["prompt"], row["sample"]) for row in rows] == [
+        (p, s) for p in ("é", "he", "abc de") for s in range(2)
+    ]
     assert all(set(row) == {"prompt", "sample", "text", "finish", "tokens"} for row in rows)
     assert all(row["finish"] in ("length", "eot") and row["tokens"] <= 8 for row in rows)
     texts = [row["text"] for row in rows]
@@ -225,7 +305,10 @@ def test_generate_step(call, trained):
 def test_generate_stop(call, chinese):
     given = "generate", f"--checkpoint={chinese}", "--temperature=0", f"--prompt=\n{CHINESE[:4]}"
     assert call(*given, "--max_new_tokens=36")[0].startswith(CHINESE[4:])
-    assert call(*given, "--stop=喜欢", "--stop=书", "--max_new_tokens=36")[0] == CHINESE[4:CHINESE.index("喜")]
+    assert (
+        call(*given, "--stop=喜欢", "--stop=书", "--max_new_tokens=36")[0]
+        == CHINESE[4 : CHINESE.index("喜")]
+    )
     [row] = call(*given, "--json", "--stop=\n")[0].splitlines()
     assert json.loads(row)["text"] == CHINESE[4:] and json.loads(row)["finish"] == "stop"
 
@@ -235,8 +318,13 @@ class Terminal(io.TextIOWrapper):
 
     def __init__(self):
         self.pieces, raw = [], io.RawIOBase()
-        raw.writable, raw.write = lambda: True, lambda data: self.pieces.append(bytes(data)) or len(data)
-        super().__init__(io.BufferedWriter(raw), encoding="ascii")  # which keeps what is not flushed
+        raw.writable, raw.write = (
+            lambda: True,
+            lambda data: self.pieces.append(bytes(data)) or len(data),
+        )
+        super().__init__(
+            io.BufferedWriter(raw), encoding="ascii"
+        )  # which keeps what is not flushed
 
 
 def test_streaming_never_cuts_a_character(monkeypatch, chinese):
@@ -244,7 +332,13 @@ def test_streaming_never_cuts_a_character(monkeypatch, chinese):
     terminal = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
-        runs.call("generate", f"--checkpoint={chinese}", "--temperature=0", f"--prompt=\n{CHINESE[:3]}", "--stop=\n")
+        runs.call(
+            "generate",
+            f"--checkpoint={chinese}",
+            "--temperature=0",
+            f"--prompt=\n{CHINESE[:3]}",
+            "--stop=\n",
+        )
     assert [piece.decode() for piece in terminal.pieces if piece] == [*CHINESE[3:]]
 
 
@@ -252,21 +346,49 @@ def test_bpe_from_text_to_text(call, folder):
     """A tokenizer trained on Chinese, a model on it, then both commands from the checkpoint alone."""
     file = folder / "bpe.txt"
     file.write_text((CHINESE + "\n") * 300)
-    call(*runs.arguments(folder, folder / "bpe", f"--config.data.path={file}", "--config.data.tokenizer=bpe:280",
-                         "--config.train.steps=100", "--config.eval.every_steps=0", "--config.optim.schedule=constant"))
-    out, _ = call("generate", f"--checkpoint={folder / 'bpe'}", "--temperature=0", f"--prompt={CHINESE[:4]}",
-                  "--stop=\n")
+    call(
+        *runs.arguments(
+            folder,
+            folder / "bpe",
+            f"--config.data.path={file}",
+            "--config.data.tokenizer=bpe:280",
+            "--config.train.steps=100",
+            "--config.eval.every_steps=0",
+            "--config.optim.schedule=constant",
+        )
+    )
+    out, _ = call(
+        "generate",
+        f"--checkpoint={folder / 'bpe'}",
+        "--temperature=0",
+        f"--prompt={CHINESE[:4]}",
+        "--stop=\n",
+    )
     assert len(out) >= 5 and set(out) <= set(CHINESE)  # whole characters, all of them known
-    row = json.loads(call("evaluate", f"--checkpoint={folder / 'bpe'}", f"--text={file}",
-                          "--json")[0])["sources"][str(file)]
-    assert row["bytes"] == pytest.approx(300 * len((CHINESE + "\n").encode()),
-                                         rel=1e-3) and row["tokens"] < row["bytes"] / 2
-    assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / row["bytes"] / math.log(2), rel=1e-5)
+    row = json.loads(
+        call("evaluate", f"--checkpoint={folder / 'bpe'}", f"--text={file}", "--json")[0]
+    )["sources"][str(file)]
+    assert (
+        row["bytes"] == pytest.approx(300 * len((CHINESE + "\n").encode()), rel=1e-3)
+        and row["tokens"] < row["bytes"] / 2
+    )
+    assert row["bits_per_byte"] == pytest.approx(
+        row["loss"] * row["tokens"] / row["bytes"] / math.log(2), rel=1e-5
+    )
 
 
 def test_a_process_writes_the_text_alone(tmp_path, trained):
-    process = runs.Process(tmp_path, ["generate", f"--checkpoint={trained}", "--prompt=abc de", "--temperature=0",
-                                      "--max_new_tokens=20", "--cpu_devices=2"])
+    process = runs.Process(
+        tmp_path,
+        [
+            "generate",
+            f"--checkpoint={trained}",
+            "--prompt=abc de",
+            "--temperature=0",
+            "--max_new_tokens=20",
+            "--cpu_devices=2",
+        ],
+    )
     process.end(0)
     assert process.out == plain_greedy(trained, "abc de", 20)
     assert "on 2 cpu devices" in process.err
@@ -274,14 +396,26 @@ def test_a_process_writes_the_text_alone(tmp_path, trained):
 
 # ---- config and help ----
 
+
 @pytest.mark.parametrize("spec", ["tiny.py", "llama.py:8b", "shakespeare_char.py:cpu"])
 def test_print_config(call, spec):
     """JSON that gives the same config again, with nothing left to derive but the tokenizer's size."""
-    out, err = call("train", f"--config={runs.ROOT}/configs/{spec}", "--config.train.steps=7000", "--print_config")
+    out, err = call(
+        "train",
+        f"--config={runs.ROOT}/configs/{spec}",
+        "--config.train.steps=7000",
+        "--print_config",
+    )
     made = configs.from_dict(json.loads(out))
     assert configs.to_json(made) == out.removesuffix("\n") and configs.resolve(made) == made
     assert made.train.steps == 7000 == made.optim.decay_steps or made.optim.decay_steps > 7000
-    assert made.model.kv_heads and made.model.head_dim and made.model.mlp and made.model.max_seq and not err
+    assert (
+        made.model.kv_heads
+        and made.model.head_dim
+        and made.model.mlp
+        and made.model.max_seq
+        and not err
+    )
 
 
 def test_the_resolved_config_is_kept(trained):
@@ -289,7 +423,10 @@ def test_the_resolved_config_is_kept(trained):
     kept = configs.from_dict(json.loads((trained / "config.json").read_text()))
     assert kept.model.vocab == 264 and kept.model.kernel != "auto" and kept.mesh.tensor == 2
     for step in (5, 10):
-        assert configs.from_dict(checkpoint.read_meta(trained / checkpoint.FOLDER, step)["config"]) == kept
+        assert (
+            configs.from_dict(checkpoint.read_meta(trained / checkpoint.FOLDER, step)["config"])
+            == kept
+        )
 
 
 @pytest.mark.parametrize("command", commands.COMMANDS)
@@ -298,19 +435,45 @@ def test_help_of_a_command(capsys, command):
         runs.call(command, "--help")
     text = capsys.readouterr().out
     assert end.value.code == 0 and f"usage: gpt-jax {command}" in text
-    wanted = {"train": ["--config", "--workdir", "--print_config", "--profile"],
-              "evaluate": ["--checkpoint", "--step", "--text", "--json"],
-              "generate": ["--checkpoint", "--prompt", "--prompts", "--max_new_tokens", "--temperature", "--top_k",
-                           "--top_p",
-                           "--min_p", "--repetition_penalty", "--seed", "--stop", "--num_samples", "--truncate"],
-              "prepare": ["--input", "--output", "--tokenizer", "--workers", "--engine", "--on_error", "--filters",
-                          "--dedup",
-                          "--eval_fraction", "--inspect", "--verify"],
-              "inspect": ["--workdir", "--batch", "--rows", "--chars", "--json"],
-              "bench": ["--config", "--batches", "--seconds"],
-              "plan": ["--config", "--topology", "--slices", "--compile", "--search", "--json"],
-              "launch": ["local", "slurm", "kubernetes"]}[command]
-    runtime = ["--cpu_devices", "--coordinator"] if command in ("train", "evaluate", "generate") else []
+    wanted = {
+        "train": ["--config", "--workdir", "--print_config", "--profile"],
+        "evaluate": ["--checkpoint", "--step", "--text", "--json"],
+        "generate": [
+            "--checkpoint",
+            "--prompt",
+            "--prompts",
+            "--max_new_tokens",
+            "--temperature",
+            "--top_k",
+            "--top_p",
+            "--min_p",
+            "--repetition_penalty",
+            "--seed",
+            "--stop",
+            "--num_samples",
+            "--truncate",
+        ],
+        "prepare": [
+            "--input",
+            "--output",
+            "--tokenizer",
+            "--workers",
+            "--engine",
+            "--on_error",
+            "--filters",
+            "--dedup",
+            "--eval_fraction",
+            "--inspect",
+            "--verify",
+        ],
+        "inspect": ["--workdir", "--batch", "--rows", "--chars", "--json"],
+        "bench": ["--config", "--batches", "--seconds"],
+        "plan": ["--config", "--topology", "--slices", "--compile", "--search", "--json"],
+        "launch": ["local", "slurm", "kubernetes"],
+    }[command]
+    runtime = (
+        ["--cpu_devices", "--coordinator"] if command in ("train", "evaluate", "generate") else []
+    )
     assert [flag for flag in [*wanted, *runtime] if flag not in text] == []
 
 
@@ -329,13 +492,25 @@ def test_several_cpu_devices_have_threads_to_wait_in(monkeypatch):
     assert environs == [{}, {}, {"PJRT_NPROC": "16"}, {"PJRT_NPROC": "3"}]
 
 
-@pytest.mark.parametrize("given, several", [([], False), (["--cpu_devices=1"], False), (["--cpu_devices=2"], True), (
-    ["--num_processes=2", "--coordinator=a:1"], True), (["--distributed"], True)])
+@pytest.mark.parametrize(
+    "given, several",
+    [
+        ([], False),
+        (["--cpu_devices=1"], False),
+        (["--cpu_devices=2"], True),
+        (["--num_processes=2", "--coordinator=a:1"], True),
+        (["--distributed"], True),
+    ],
+)
 def test_cpu_devices_that_talk_to_each_other_take_one_step_at_a_time(given, several, monkeypatch):
     """With several in flight they can wait for each other for ever."""
     changed = {}
-    for module, name in ((runtime.environment, "prepare"), (runtime.environment, "keep_threads"), (runtime, "keep_memory"),
-                         (runtime, "join")):
+    for module, name in (
+        (runtime.environment, "prepare"),
+        (runtime.environment, "keep_threads"),
+        (runtime, "keep_memory"),
+        (runtime, "join"),
+    ):
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(jax.config, "update", changed.__setitem__)
     parser = runtime.Flags()
@@ -346,11 +521,17 @@ def test_cpu_devices_that_talk_to_each_other_take_one_step_at_a_time(given, seve
 
 def test_a_request_to_stop_during_an_import_is_no_bug(tmp_path):
     """Of a library in C, which makes an ImportError of whatever comes."""
-    (tmp_path / "library.py").write_text("import os\ntry:\n    os.kill(os.getpid(), 15)\nexcept BaseException:\n"
-                                         "    raise ImportError('in the middle') from None\n")
+    (tmp_path / "library.py").write_text(
+        "import os\ntry:\n    os.kill(os.getpid(), 15)\nexcept BaseException:\n"
+        "    raise ImportError('in the middle') from None\n"
+    )
     script = "from gpt_jax.commands import flags; flags.end_on_request(); import library"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": f"{runs.ROOT}:{tmp_path}"})
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{runs.ROOT}:{tmp_path}"},
+    )
     assert (done.returncode, done.stderr) == (10, "gpt-jax: stopped on request\n")
 
 
@@ -358,15 +539,32 @@ TINY_PLAN = f"plan --config={runs.TINY} --topology=v5e:2x2 --config.mesh.data=4"
 FULL = "gpt-jax: standard output cannot be written (No space left on device)"
 
 
-@pytest.mark.parametrize("given, into, code, words", [
-    (TINY_PLAN, "&-", 0, ""), (TINY_PLAN, "/dev/full", 2, f"{FULL}; send it elsewhere"),
-    (f"{TINY_PLAN} --config.mesh.tensor=3 --json", "/dev/full", 2, f"; and {FULL.partition(': ')[2]}"),
-    (f"{TINY_PLAN} --config.mesh.tensor=3 --json 2>/dev/full", "&-", 2, ""),
-    ("train", "/dev/full", 0, f"{FULL}: nothing more is said there"), ("train", "/dev/full 2>&1", 0, "")])
+@pytest.mark.parametrize(
+    "given, into, code, words",
+    [
+        (TINY_PLAN, "&-", 0, ""),
+        (TINY_PLAN, "/dev/full", 2, f"{FULL}; send it elsewhere"),
+        (
+            f"{TINY_PLAN} --config.mesh.tensor=3 --json",
+            "/dev/full",
+            2,
+            f"; and {FULL.partition(': ')[2]}",
+        ),
+        (f"{TINY_PLAN} --config.mesh.tensor=3 --json 2>/dev/full", "&-", 2, ""),
+        ("train", "/dev/full", 0, f"{FULL}: nothing more is said there"),
+        ("train", "/dev/full 2>&1", 0, ""),
+    ],
+)
 def test_standard_output_that_takes_nothing(tmp_path, given, into, code, words):
     """Closed by who calls, or on a full disk: a run goes on, what was asked for is missed."""
     if given == "train":
         given = " ".join(runs.arguments(tmp_path, tmp_path / "run", "--config.train.steps=2"))
-    done = subprocess.run(f"{sys.executable} -m gpt_jax {given} >{into}", shell=True, capture_output=True, text=True,
-                          cwd=runs.ROOT, env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+    done = subprocess.run(
+        f"{sys.executable} -m gpt_jax {given} >{into}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=runs.ROOT,
+        env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
+    )
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr

@@ -19,13 +19,26 @@ from gpt_jax.train import loss, optim, schedule
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
-VARIANTS = {"gpt2": ("124m", "350m", "774m", "1558m"), "guide": ("",), "llama": ("1b", "8b", "70b"),
-            "mixture": ("",), "moe": ("8x7b", "small"),
-            "modern": ("d1", "d2", "d3", "d7", "d12", "d20", "d26", "d12-windows"), "quickstart": ("",),
-            "shakespeare_char": ("cpu", "gpu"), "tiny": ("",)}
+VARIANTS = {
+    "gpt2": ("124m", "350m", "774m", "1558m"),
+    "guide": ("",),
+    "llama": ("1b", "8b", "70b"),
+    "mixture": ("",),
+    "moe": ("8x7b", "small"),
+    "modern": ("d1", "d2", "d3", "d7", "d12", "d20", "d26", "d12-windows"),
+    "quickstart": ("",),
+    "shakespeare_char": ("cpu", "gpu"),
+    "tiny": ("",),
+}
 FOLDERS = {"mixture"}  # whose argument is a folder, any
 ALL = [(name, arg) for name, args in VARIANTS.items() for arg in args]
-VOCABS = {"quickstart": 4096, "mixture": 4096, "moe": 4096, "shakespeare_char": 65, "tiny": 257}  # of the tokenizer, where the config follows it
+VOCABS = {
+    "quickstart": 4096,
+    "mixture": 4096,
+    "moe": 4096,
+    "shakespeare_char": 65,
+    "tiny": 257,
+}  # of the tokenizer, where the config follows it
 
 
 def module(name):
@@ -69,7 +82,10 @@ def test_loads_agrees_and_takes_a_shape(name, arg):
     params = transformer.abstract_params(loaded.model)
     tokens = {"tokens": jax.ShapeDtypeStruct((1, loaded.train.seq_len), "int32")}
     logits = jax.eval_shape(lambda p, batch: model.apply({"params": p}, batch), params, tokens)
-    assert (logits.shape, logits.dtype) == ((1, loaded.train.seq_len, loaded.model.vocab), "float32")
+    assert (logits.shape, logits.dtype) == (
+        (1, loaded.train.seq_len, loaded.model.vocab),
+        "float32",
+    )
 
 
 @pytest.mark.parametrize("name, arg", ALL)
@@ -91,9 +107,11 @@ def test_names_sections_only_and_survives_json(name, arg):
     assert config.from_dict(json.loads(config.to_json(loaded))) == loaded
 
 
-@pytest.mark.parametrize("name, arg", [(name, arg) for name in VARIANTS if name not in FOLDERS
-                                       for arg in ("no-such-thing", "124M")] +
-                         [("modern", arg) for arg in ("12", "d", "d0", "d-1", "dx", "d12-", "d12-window", "d1.5", "")])
+@pytest.mark.parametrize(
+    "name, arg",
+    [(name, arg) for name in VARIANTS if name not in FOLDERS for arg in ("no-such-thing", "124M")]
+    + [("modern", arg) for arg in ("12", "d", "d0", "d-1", "dx", "d12-", "d12-window", "d1.5", "")],
+)
 def test_unknown_variants_are_one_line(name, arg):
     with pytest.raises(ValueError) as error:
         module(name).get_config(arg)
@@ -118,10 +136,19 @@ def test_the_docstring_is_a_lab_notebook(name):
 
 
 # The sources' own numbers: OpenAI's, Meta's and Mistral's released weights.
-@pytest.mark.parametrize("name, arg, published", [
-    ("gpt2", "124m", 124_439_808), ("gpt2", "350m", 354_823_168), ("gpt2", "774m", 774_030_080),
-    ("gpt2", "1558m", 1_557_611_200), ("llama", "1b", 1_235_814_400), ("llama", "8b", 8_030_261_248),
-    ("llama", "70b", 70_553_706_496), ("moe", "8x7b", 46_702_792_704)])
+@pytest.mark.parametrize(
+    "name, arg, published",
+    [
+        ("gpt2", "124m", 124_439_808),
+        ("gpt2", "350m", 354_823_168),
+        ("gpt2", "774m", 774_030_080),
+        ("gpt2", "1558m", 1_557_611_200),
+        ("llama", "1b", 1_235_814_400),
+        ("llama", "8b", 8_030_261_248),
+        ("llama", "70b", 70_553_706_496),
+        ("moe", "8x7b", 46_702_792_704),
+    ],
+)
 def test_parameters_published(name, arg, published):
     assert total(load(name, arg).model) == published
 
@@ -141,11 +168,20 @@ def test_parameters_of_the_guide_by_hand():
 def test_parameters_of_nanochat_d12_part_by_part():
     # nanochat counted its gates among the matrices when they had 32 channels; now they have 12, as here.
     model = load("modern", "d12", value_embed_gate=32).model
-    parts = {"^embed/": 25_165_824, "^head/": 25_165_824, "/value_embed/": 150_994_944,
-             "^(blocks|tail)/.*/kernel$": 84_935_808, "^residual/": 24, "^smear/": 24 + 1, "^backout/": 1}
+    parts = {
+        "^embed/": 25_165_824,
+        "^head/": 25_165_824,
+        "/value_embed/": 150_994_944,
+        "^(blocks|tail)/.*/kernel$": 84_935_808,
+        "^residual/": 24,
+        "^smear/": 24 + 1,
+        "^backout/": 1,
+    }
     assert {part: counted(model, part) for part in parts} == parts
     assert total(model) == sum(parts.values())
-    assert counted(load("modern", "d12").model, "^(blocks|tail)/.*/kernel$") == 84_935_808 - 6 * 6 * (32 - 12)
+    assert counted(
+        load("modern", "d12").model, "^(blocks|tail)/.*/kernel$"
+    ) == 84_935_808 - 6 * 6 * (32 - 12)
 
 
 @pytest.mark.parametrize("arg", ["d1", "d2", "d3", "d7", "d12", "d26"])
@@ -154,18 +190,30 @@ def test_modern_derives_from_the_model_that_is_built(arg):
     loaded, derived = load("modern", arg), module("modern")
     depth, width = loaded.model.layers, loaded.model.embed
     assert width == loaded.model.heads * 128 and 0 <= width - 64 * depth < 128
-    tokens = 12 * (counted(loaded.model, "^(blocks|tail)/.*/kernel$") + counted(loaded.model, "^head/"))
+    tokens = 12 * (
+        counted(loaded.model, "^(blocks|tail)/.*/kernel$") + counted(loaded.model, "^head/")
+    )
     assert derived.horizon(depth) == tokens
     batch = loaded.train.batch_size * loaded.train.seq_len
-    best = 2**19 * (tokens / derived.horizon(12))**0.383
-    assert batch == 2**round(math.log2(best))
+    best = 2**19 * (tokens / derived.horizon(12)) ** 0.383
+    assert batch == 2 ** round(math.log2(best))
     assert loaded.train.steps == tokens // batch
-    rates = {row.group.split()[-1]: row.peak_rate for row in
-             optim.describe(loaded.optim, transformer.abstract_params(loaded.model))}
-    scale, narrow = math.sqrt(batch / 2**19), (width / 768)**-0.5
-    assert rates == pytest.approx({
-        "^head/": 0.008 * narrow * scale, "^embed/": 0.3 * narrow * scale, "/value_embed/": 0.15 * narrow * scale,
-        "^residual/x0$": 0.5 * scale, "^residual/x$": 0.005 * scale, "^(smear|backout)/": 0.2 * scale, "^(blocks|tail)/.*/kernel$": 0.02 * scale})
+    rates = {
+        row.group.split()[-1]: row.peak_rate
+        for row in optim.describe(loaded.optim, transformer.abstract_params(loaded.model))
+    }
+    scale, narrow = math.sqrt(batch / 2**19), (width / 768) ** -0.5
+    assert rates == pytest.approx(
+        {
+            "^head/": 0.008 * narrow * scale,
+            "^embed/": 0.3 * narrow * scale,
+            "/value_embed/": 0.15 * narrow * scale,
+            "^residual/x0$": 0.5 * scale,
+            "^residual/x$": 0.005 * scale,
+            "^(smear|backout)/": 0.2 * scale,
+            "^(blocks|tail)/.*/kernel$": 0.02 * scale,
+        }
+    )
     decay = loaded.optim.groups[-1].weight_decay
     assert decay == pytest.approx(0.28 * scale * derived.horizon(12) / tokens)
 
@@ -178,7 +226,9 @@ def test_modern_runs_on_eight_devices_as_it_stands(arg):
 
 
 def test_modern_windows():
-    full, windows = (transformer.layer_specs(load("modern", arg).model) for arg in ("d12", "d12-windows"))
+    full, windows = (
+        transformer.layer_specs(load("modern", arg).model) for arg in ("d12", "d12-windows")
+    )
     assert {spec.window for spec in full} == {0}
     assert [spec.window for spec in windows] == [512, 512, 512, 0] * 3
     assert transformer.layer_specs(load("modern", "d12-windows", layers=6).model)[-1].window == 0
@@ -188,10 +238,14 @@ def test_modern_windows():
 def test_every_parameter_of_the_recipe_is_in_a_group_of_its_own_kind(name, arg):
     loaded = load(name, arg)
     index = optim.assign(loaded.optim, transformer.abstract_params(loaded.model))
-    kinds = {path: optim.groups_of(loaded.optim)[f"group{i}"].optimizer for path, i in index.items()}
+    kinds = {
+        path: optim.groups_of(loaded.optim)[f"group{i}"].optimizer for path, i in index.items()
+    }
     assert set(index.values()) == set(range(len(loaded.optim.groups)))
     for path, kind in kinds.items():
-        assert kind == ("muon" if path.startswith(("blocks", "tail")) and path.endswith("/kernel") else "adamw"), path
+        assert kind == (
+            "muon" if path.startswith(("blocks", "tail")) and path.endswith("/kernel") else "adamw"
+        ), path
 
 
 def test_tiny_fits_every_small_mesh():
@@ -203,7 +257,9 @@ def test_tiny_fits_every_small_mesh():
 
 def test_llama_divides_over_tensor_parallel_devices():
     loaded = load("llama", "70b")
-    config.check(dataclasses.replace(loaded, mesh=config.Mesh(data=1, fsdp=-1, tensor=8)), devices=256)
+    config.check(
+        dataclasses.replace(loaded, mesh=config.Mesh(data=1, fsdp=-1, tensor=8)), devices=256
+    )
 
 
 def test_gpt2_names_the_way_to_tensor_parallel():
@@ -214,10 +270,21 @@ def test_gpt2_names_the_way_to_tensor_parallel():
     config.check(dataclasses.replace(load("gpt2", "124m", vocab=50304), mesh=mesh), devices=8)
 
 
-@pytest.mark.parametrize("choices, table", [
-    (config.NORMS, layers.NORMS), (config.DENSE_FFNS, layers.FFNS), (config.INITS, init.INITS),
-    (config.KERNELS, {"auto"} | set(kernels.KERNELS)), (config.REMATS, {"none"} | set(transformer.REMATS)),
-    (config.MIXERS, transformer.MIXERS), (config.OBJECTIVES, loss.OBJECTIVES), (config.OPTIMIZERS, optim.OPTIMIZERS),
-    (config.SCHEDULES, schedule.SCHEDULES), (config.ROWS, rows.ROWS), (config.SPLITS, split.SPLITS)])
+@pytest.mark.parametrize(
+    "choices, table",
+    [
+        (config.NORMS, layers.NORMS),
+        (config.DENSE_FFNS, layers.FFNS),
+        (config.INITS, init.INITS),
+        (config.KERNELS, {"auto"} | set(kernels.KERNELS)),
+        (config.REMATS, {"none"} | set(transformer.REMATS)),
+        (config.MIXERS, transformer.MIXERS),
+        (config.OBJECTIVES, loss.OBJECTIVES),
+        (config.OPTIMIZERS, optim.OPTIMIZERS),
+        (config.SCHEDULES, schedule.SCHEDULES),
+        (config.ROWS, rows.ROWS),
+        (config.SPLITS, split.SPLITS),
+    ],
+)
 def test_choices_are_the_rows_of_the_tables(choices, table):
     assert sorted(choices) == sorted(table)

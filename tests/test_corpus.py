@@ -23,7 +23,14 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     rows = {"a": [*texts(80, 1), texts(1, 1)[0]], "b": ["long " * 500, *texts(40, 2)]}
     given = [f"{name}={write_jsonl(folder / f'{name}.jsonl', some)}" for name, some in rows.items()]
-    return prepare(folder / "out", "--input", *given, "--eval_fraction=0.2", "--tokenizer=bpe:300", "--piece_mb=0.003")
+    return prepare(
+        folder / "out",
+        "--input",
+        *given,
+        "--eval_fraction=0.2",
+        "--tokenizer=bpe:300",
+        "--piece_mb=0.003",
+    )
 
 
 @pytest.fixture
@@ -33,7 +40,10 @@ def copy(made, tmp_path):
 
 def test_a_corpus_reads_the_same_wherever_it_lies(made, copy):
     assert corpus.is_corpus(copy) and not corpus.is_corpus(copy / "a")
-    assert documents(copy) == documents(made) and corpus.open_corpus(copy).content == corpus.open_corpus(made).content
+    assert (
+        documents(copy) == documents(made)
+        and corpus.open_corpus(copy).content == corpus.open_corpus(made).content
+    )
     runs.call("prepare", f"--verify={copy}")
 
 
@@ -56,18 +66,50 @@ def reseal(path: Path, **changes) -> None:
 
 # what is done to a folder; the code and words of opening it; whether --verify names the file
 DAMAGE = {
-    "cut shard": (lambda f: os.truncate(f / "a/train-00001.tokens", 100), 20, ("train-00001.tokens", "has 100 bytes",
-                                                                               "--verify"), "a/train-00001.tokens"),
-    "lost shard": (lambda f: (f / "b/train-00000.tokens").unlink(), 20, ("b/train-00000.tokens", "No such file"),
-                   "b/train-00000.tokens"),
-    "longer index": (lambda f: os.truncate(f / "a/eval.offsets", 4096), 20, ("a/eval.offsets",), "a/eval.offsets"),
-    "flipped bit in a shard": (lambda f: flip(f / "b/train-00000.tokens"), 0, (), "b/train-00000.tokens"),
+    "cut shard": (
+        lambda f: os.truncate(f / "a/train-00001.tokens", 100),
+        20,
+        ("train-00001.tokens", "has 100 bytes", "--verify"),
+        "a/train-00001.tokens",
+    ),
+    "lost shard": (
+        lambda f: (f / "b/train-00000.tokens").unlink(),
+        20,
+        ("b/train-00000.tokens", "No such file"),
+        "b/train-00000.tokens",
+    ),
+    "longer index": (
+        lambda f: os.truncate(f / "a/eval.offsets", 4096),
+        20,
+        ("a/eval.offsets",),
+        "a/eval.offsets",
+    ),
+    "flipped bit in a shard": (
+        lambda f: flip(f / "b/train-00000.tokens"),
+        0,
+        (),
+        "b/train-00000.tokens",
+    ),
     "flipped bit in an index": (lambda f: flip(f / "a/train.docs"), 0, (), "a/train.docs"),
-    "flipped bit in the manifest": (lambda f: flip(f / "corpus.json", 300), 20, ("corpus.json", "damaged"), None),
-    "cut manifest": (lambda f: os.truncate(f / "corpus.json", 300), 20, ("corpus.json", "damaged"), None),
+    "flipped bit in the manifest": (
+        lambda f: flip(f / "corpus.json", 300),
+        20,
+        ("corpus.json", "damaged"),
+        None,
+    ),
+    "cut manifest": (
+        lambda f: os.truncate(f / "corpus.json", 300),
+        20,
+        ("corpus.json", "damaged"),
+        None,
+    ),
     "another format": (lambda f: reseal(f / "corpus.json", format=99), 2, ("format 99",), None),
-    "another tokenizer": (lambda f: (f / "tokenizer.json").write_text(char_tokenizer("ab").to_json()), 20,
-                          ("tokenizer.json",), "tokenizer.json"),
+    "another tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text(char_tokenizer("ab").to_json()),
+        20,
+        ("tokenizer.json",),
+        "tokenizer.json",
+    ),
 }
 
 
@@ -88,7 +130,9 @@ def test_a_tokenizer_of_the_same_size_is_not_taken_for_the_right_one(copy):
     other = char_tokenizer("ab").to_json()
     other += " " * (path.stat().st_size - len(other))
     path.write_text(other)
-    refused(20, ("tokenizer.json", char_tokenizer("ab").fingerprint, "put back"), f"--inspect={copy}")
+    refused(
+        20, ("tokenizer.json", char_tokenizer("ab").fingerprint, "put back"), f"--inspect={copy}"
+    )
 
 
 def test_a_flipped_bit_in_offsets_is_seen_or_named(copy):
@@ -102,7 +146,9 @@ def test_a_flipped_bit_in_offsets_is_seen_or_named(copy):
 def test_what_is_no_corpus(tmp_path):
     refused(2, ("nowhere", "no corpus.json"), f"--inspect={tmp_path / 'nowhere'}")
     (tmp_path / "half/work").mkdir(parents=True)
-    refused(2, ("half", "unfinished", "run the same command again"), f"--verify={tmp_path / 'half'}")
+    refused(
+        2, ("half", "unfinished", "run the same command again"), f"--verify={tmp_path / 'half'}"
+    )
 
 
 def copied(made, tmp_path, unfinished: bool):
@@ -140,12 +186,18 @@ def test_an_output_is_not_read_as_text(made, tmp_path, unfinished):
 def test_an_unfinished_folder_does_not_train(made, tmp_path):
     outer, out = copied(made, tmp_path, True)
     data = config.Data(path=(str(out),), cache=str(tmp_path / "cache"))
-    with pytest.raises(UsageError, match="config.data.path = .*has not finished; run the same command again"):
+    with pytest.raises(
+        UsageError, match="config.data.path = .*has not finished; run the same command again"
+    ):
         dataset.load(data, lambda line: None)
     shutil.copytree(made, tmp_path / "held")
     (tmp_path / "a.txt").write_text("some words of text")
-    data = config.Data(path=(str(tmp_path / "a.txt"),), eval_path=(str(tmp_path / "held"),), cache=data.cache)
-    with pytest.raises(UsageError, match="config.data.eval_path = .*whose output is tokens and no text"):
+    data = config.Data(
+        path=(str(tmp_path / "a.txt"),), eval_path=(str(tmp_path / "held"),), cache=data.cache
+    )
+    with pytest.raises(
+        UsageError, match="config.data.eval_path = .*whose output is tokens and no text"
+    ):
         dataset.load(data, lambda line: None)
 
 
@@ -155,8 +207,17 @@ def test_inspect_tells_what_is_inside(made, capsys):
     out = capsys.readouterr().out
     opened = corpus.open_corpus(made)
     tokens = opened.sources["b"]["train"]
-    for wanted in (opened.tokenizer.fingerprint, "bpe:300", "bytes/token", f"{tokens.size:,}", "122 documents with",
-                   "copies of another document inside: 1", "b.jsonl:1", "not looked for", "'long long"):
+    for wanted in (
+        opened.tokenizer.fingerprint,
+        "bpe:300",
+        "bytes/token",
+        f"{tokens.size:,}",
+        "122 documents with",
+        "copies of another document inside: 1",
+        "b.jsonl:1",
+        "not looked for",
+        "'long long",
+    ):
         assert wanted in out, wanted
     assert out.index("b.jsonl:1\n") < out.index("b/train: samples")  # the longest first
     assert f"{tokens.bytes / tokens.size:.3f}" in out and f"{tokens.size / tokens.bytes:.4f}" in out
@@ -166,7 +227,11 @@ def test_a_corpus_on_a_store_is_copied_once(made, tmp_path):
     store = fsspec.filesystem("memory")
     store.put(str(made), "/bucket/corpus", recursive=True)
     url, lines = "memory://bucket/corpus", []
-    assert is_remote_corpus(url) and not is_remote_corpus("memory://bucket") and not is_remote_corpus(str(made))
+    assert (
+        is_remote_corpus(url)
+        and not is_remote_corpus("memory://bucket")
+        and not is_remote_corpus(str(made))
+    )
     folder = mirror(url, tmp_path / "cache", lines.append)
     wanted = contents(made)
     del wanted["inputs.json"]
@@ -209,9 +274,13 @@ def test_a_network_that_fails_is_not_the_cache(made, tmp_path, monkeypatch):
                 raise ConnectionResetError(104, "Connection reset by peer")
             return self.file.read(5)
 
-    monkeypatch.setattr(remote, "open_remote", lambda url: Torn(fetch(url)) if url.endswith(broken) else fetch(url))
+    monkeypatch.setattr(
+        remote, "open_remote", lambda url: Torn(fetch(url)) if url.endswith(broken) else fetch(url)
+    )
     for broken in ("a/train-00000.tokens", "corpus.json"):
-        with pytest.raises(UsageError, match=f"^file://.*{broken}: cannot be reached: ConnectionResetError") as error:
+        with pytest.raises(
+            UsageError, match=f"^file://.*{broken}: cannot be reached: ConnectionResetError"
+        ) as error:
             mirror(f"file://{made}", tmp_path / "cache", lambda line: None)
         assert "config.data.cache" not in str(error.value)
     broken = "nothing"
@@ -228,9 +297,14 @@ def test_a_mirror_needs_room(made, tmp_path, monkeypatch):
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("name, place, words", [("a/origins.json", 0, "origins.json: damaged"),
-                                                ("a/train.offsets", 8 * 5 + 7, "offsets does not fit its meta"),
-                                                ("a/train.offsets", 8 * 5 + 2, "offsets does not fit its meta")])
+@pytest.mark.parametrize(
+    "name, place, words",
+    [
+        ("a/origins.json", 0, "origins.json: damaged"),
+        ("a/train.offsets", 8 * 5 + 7, "offsets does not fit its meta"),
+        ("a/train.offsets", 8 * 5 + 2, "offsets does not fit its meta"),
+    ],
+)
 def test_a_flipped_byte_of_an_index_is_named_when_it_is_opened(copy, name, place, words):
     flip(copy / name, place)
     with pytest.raises(DataError, match=words):

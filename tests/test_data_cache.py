@@ -27,7 +27,9 @@ def folder(tmp_path):
 
 
 def data_for(folder, **changes):
-    return config.Data(**{"path": (str(folder / "text"),), "cache": str(folder / "cache"), "workers": 2, **changes})
+    return config.Data(
+        **{"path": (str(folder / "text"),), "cache": str(folder / "cache"), "workers": 2, **changes}
+    )
 
 
 def ids(tokens):
@@ -50,7 +52,9 @@ def texts(tokens, tokenizer):
 def test_one_document_is_cut_as_nanogpt_cuts(tmp_path):
     text = WORDS * 37
     (tmp_path / "a.txt").write_text(text)
-    data = config.Data(path=(str(tmp_path / "a.txt"),), tokenizer="char", cache=str(tmp_path / "cache"))
+    data = config.Data(
+        path=(str(tmp_path / "a.txt"),), tokenizer="char", cache=str(tmp_path / "cache")
+    )
     got = cache.prepare(data, quiet)
     code = {c: i for i, c in enumerate(sorted(set(text)))}
     cut = int(len(text) * 0.9)
@@ -71,8 +75,9 @@ def test_many_documents_stay_whole(folder, how, tokenizer):
     assert [t for t in files if t in train] == train and [t for t in files if t in held] == held
     assert sorted(train + held) == sorted(files) and train and held
     assert "".join(held).encode() == heldout_text(data)
-    assert tuple(map(got.eval.document_name, range(got.eval.documents))) == tuple(f"text/{files.index(t):02d}.txt"
-                                                                                  for t in held)
+    assert tuple(map(got.eval.document_name, range(got.eval.documents))) == tuple(
+        f"text/{files.index(t):02d}.txt" for t in held
+    )
     assert got.eval.bytes == len("".join(held).encode()) and got.train.documents == len(train)
     ends = ids(got.train)[got.train.offsets[1:] - 1]
     assert got.tokenizer.eot is None or (ends == got.tokenizer.eot).all()
@@ -113,7 +118,9 @@ def test_held_out_text_of_its_own(folder):
 
 def test_bpe_sees_the_training_side_only(folder):
     (folder / "held.txt").write_text("zqzqzqzq " * 100)
-    got = cache.prepare(data_for(folder, tokenizer="bpe:280", eval_path=(str(folder / "held.txt"),)), quiet)
+    got = cache.prepare(
+        data_for(folder, tokenizer="bpe:280", eval_path=(str(folder / "held.txt"),)), quiet
+    )
     alone = train_bpe((path.read_text() for path in sorted((folder / "text").iterdir())), 280)
     assert got.tokenizer.fingerprint == alone.fingerprint
     assert texts(got.eval, got.tokenizer) == ["zqzqzqzq " * 100]
@@ -129,8 +136,13 @@ def test_found_again_and_rebuilt_when_the_source_or_settings_change(folder, monk
     old = path.stat()
     path.write_text("X" + path.read_text()[1:])  # the same size
     os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
-    assert texts((changed := cache.prepare(data, quiet)).train, changed.tokenizer)[0][0] == "X" and len(builds) == 2
-    os.utime(path, ns=(0, 0))  # an old file is not read again, and another time alone is no other content
+    assert (
+        texts((changed := cache.prepare(data, quiet)).train, changed.tokenizer)[0][0] == "X"
+        and len(builds) == 2
+    )
+    os.utime(
+        path, ns=(0, 0)
+    )  # an old file is not read again, and another time alone is no other content
     for _ in range(2):
         cache.prepare(data, quiet)
     assert len(builds) == 2 and len(list((folder / "cache").glob("*.stamps"))) == 1
@@ -145,17 +157,25 @@ def test_hashes_are_taken_over_only_for_settled_files(folder):
     path = found[0].path
     stat = path.stat()
     path.write_text("Y" + path.read_text()[1:])
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # a change that hides in the clock's grain
+    os.utime(
+        path, ns=(stat.st_atime_ns, stat.st_mtime_ns)
+    )  # a change that hides in the clock's grain
     assert store.content_hashes(found, folder / "cache", 1)[0] != fresh[0]
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (lambda f: os.truncate(f / "train.tokens", 10), "train.tokens has 10 bytes"),
-    (lambda f: (f / "meta.json").unlink(), "cannot be read"),
-    (lambda f: (f / "meta.json").write_text("{"), "cannot be read"),
-    (lambda f: os.truncate(f / "eval.offsets", 8), "eval.offsets has 8 bytes"),
-    (lambda f: (f / "tokenizer.json").write_text(char_tokenizer("ab").to_json()), "holds another tokenizer"),
-])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda f: os.truncate(f / "train.tokens", 10), "train.tokens has 10 bytes"),
+        (lambda f: (f / "meta.json").unlink(), "cannot be read"),
+        (lambda f: (f / "meta.json").write_text("{"), "cannot be read"),
+        (lambda f: os.truncate(f / "eval.offsets", 8), "eval.offsets has 8 bytes"),
+        (
+            lambda f: (f / "tokenizer.json").write_text(char_tokenizer("ab").to_json()),
+            "holds another tokenizer",
+        ),
+    ],
+)
 def test_a_damaged_cache_is_rebuilt_and_said(folder, damage, reason):
     first = cache.prepare(data_for(folder), quiet)
     whole = np.array(ids(first.train))
@@ -184,8 +204,12 @@ print("tokens", got.train.size)
 
 
 def start(folder, how):
-    return subprocess.Popen([sys.executable, "-c", KILLED, str(folder / "text"), str(folder / "cache"), how],
-                            stdout=subprocess.PIPE, text=True, cwd=Path(config.__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder / "text"), str(folder / "cache"), how],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(config.__file__).parents[2],
+    )
 
 
 def test_kill_while_building_leaves_nothing_usable(folder):
@@ -260,7 +284,9 @@ def test_a_token_file_that_shrinks_during_the_run(folder):
     stream = pipeline.make_stream(dataset.of_text(got), data_for(folder), 16, 4, 0, slice(0, 4))
     next(stream)
     os.truncate(got.folder / "train.tokens", 100)
-    with pytest.raises(DataError, match="train.tokens: changed during the run: had .* and has 100;"):
+    with pytest.raises(
+        DataError, match="train.tokens: changed during the run: had .* and has 100;"
+    ):
         for _ in range(20):
             next(stream)
     stream.close()
@@ -271,9 +297,14 @@ def test_text_for_a_tokenizer_of_a_checkpoint(folder):
     got = cache.load_text((str(folder / "text"),), bpe, data_for(folder), report=quiet)
     assert texts(got, bpe) == [path.read_text() for path in sorted((folder / "text").iterdir())]
     assert len({got.document_name(i) for i in range(got.documents)}) == got.documents == 12
-    assert cache.prepare(data_for(folder), quiet, tokenizer=bpe).tokenizer.fingerprint == bpe.fingerprint
+    assert (
+        cache.prepare(data_for(folder), quiet, tokenizer=bpe).tokenizer.fingerprint
+        == bpe.fingerprint
+    )
     with pytest.raises(UsageError, match=r"00.txt: text .*character 0, '0', is not among the 3"):
-        cache.load_text((str(folder / "text"),), char_tokenizer("abc"), data_for(folder), report=quiet)
+        cache.load_text(
+            (str(folder / "text"),), char_tokenizer("abc"), data_for(folder), report=quiet
+        )
     with pytest.raises(UsageError, match="--text = 'none': no such file"):
         cache.load_text(("none",), bpe, data_for(folder))
 
@@ -301,9 +332,13 @@ def test_undecodable_places_are_counted(folder):
 
 
 def test_wide_vocabularies_take_four_bytes(tmp_path):
-    wide = char_tokenizer("".join(chr(i) for i in range(0x3000, 0x3000 + 2**16 + 1) if not 0xD800 <= i < 0xE000)
-                          + "".join(chr(0x20000 + i) for i in range(2**12)))
+    wide = char_tokenizer(
+        "".join(chr(i) for i in range(0x3000, 0x3000 + 2**16 + 1) if not 0xD800 <= i < 0xE000)
+        + "".join(chr(0x20000 + i) for i in range(2**12))
+    )
     (tmp_path / "a.txt").write_text(wide.content[-5:] * 4)
-    got = cache.load_text((str(tmp_path / "a.txt"),), wide, config.Data(cache=str(tmp_path / "c")), report=quiet)
+    got = cache.load_text(
+        (str(tmp_path / "a.txt"),), wide, config.Data(cache=str(tmp_path / "c")), report=quiet
+    )
     assert wide.vocab > 2**16 and got.dtype == np.uint32
     assert ids(got).tolist() == list(range(wide.vocab - 5, wide.vocab)) * 4

@@ -8,11 +8,15 @@ import pytest
 
 from gpt_jax import devices
 
-LLAMA_8B = dict(matmul_params=int(8.03e9 - 0.525e9), windows=[0] * 32, attention_width=4096, seq_len=8192)
+LLAMA_8B = dict(
+    matmul_params=int(8.03e9 - 0.525e9), windows=[0] * 32, attention_width=4096, seq_len=8192
+)
 
 
 def test_nanochat_d24_flops_and_mfu():
-    windows = [2048 if layer % 4 == 3 else 1024 for layer in range(24)]  # S, S, S, L tiled; the last is L
+    windows = [
+        2048 if layer % 4 == 3 else 1024 for layer in range(24)
+    ]  # S, S, S, L tiled; the last is L
     matmul_params = 12 * 24 * 1536**2 + 32768 * 1536 + 12 * 32 * 12
     flops = devices.flops_per_token(matmul_params, windows, 1536, 2048)
     assert flops == 4_945_112_064
@@ -36,37 +40,74 @@ def test_windows_cap_at_the_row_and_causal_counts_the_keys_that_there_are():
     args, T = dict(windows=[0, 40, 6400], attention_width=8, seq_len=1600), 1600
     assert devices.flops_per_token(100, **args) == 600 + 12 * 8 * (T + 40 + T)
     counted = sum(min(t + 1, reach) for reach in (T, 40, T) for t in range(T)) / T
-    assert devices.flops_per_token(100, **args, causal=True) == pytest.approx(600 + 12 * 8 * counted, rel=1e-3)
+    assert devices.flops_per_token(100, **args, causal=True) == pytest.approx(
+        600 + 12 * 8 * counted, rel=1e-3
+    )
     assert devices.flops_per_token(100, [0], 8, T, causal=True) == 600 + 12 * 8 * T // 2
 
 
-@pytest.mark.parametrize("kind, peak", [
-    ("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12), ("TPU v5p", 459e12),
-    ("TPU v6 lite", 918e12), ("TPU v6e", 918e12), ("TPU7x", 1153.5e12),
-    ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12),
-    ("NVIDIA A100-PCIE-40GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756.5e12),
-    ("NVIDIA H100 NVL", 835.5e12), ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835.5e12),
-    ("NVIDIA GH200 480GB", 989e12), ("NVIDIA B200", 2250e12), ("NVIDIA GB200", 2500e12),
-    ("AMD Instinct MI300X", 1307.4e12)])
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v6e", 918e12),
+        ("TPU7x", 1153.5e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835.5e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("AMD Instinct MI300X", 1307.4e12),
+    ],
+)
 def test_known_devices(kind, peak):
     assert devices.peak_flops(kind) == peak
 
 
-@pytest.mark.parametrize("kind", ["cpu", "", "TPU v9", "TPU v4 lite", "NVIDIA H20", "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
-                                  "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "AMD Instinct MI300A", "NVIDIA A100X"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cpu",
+        "",
+        "TPU v9",
+        "TPU v4 lite",
+        "NVIDIA H20",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "AMD Instinct MI300A",
+        "NVIDIA A100X",
+    ],
+)
 def test_unknown_devices_have_no_peak(kind):
     assert devices.peak_flops(kind) is None
 
 
 def test_unknown_accelerator_says_so_and_reports_no_mfu():
-    found = devices.find_peak([SimpleNamespace(device_kind="Foo 9", platform="gpu", process_index=0)])
+    found = devices.find_peak(
+        [SimpleNamespace(device_kind="Foo 9", platform="gpu", process_index=0)]
+    )
     assert found.flops is None and "'Foo 9'" in found.line and "MFU is not reported" in found.line
     assert devices.mfu_metrics(1.0, 1.0, 1.0, found.flops) == {}
 
 
 def test_peak_counts_accelerators_but_processes_on_cpu():
     def fake(kind, platform):
-        return [SimpleNamespace(device_kind=kind, platform=platform, process_index=i // 4) for i in range(8)]
+        return [
+            SimpleNamespace(device_kind=kind, platform=platform, process_index=i // 4)
+            for i in range(8)
+        ]
 
     assert devices.find_peak(fake("TPU v4", "tpu")).flops == 8 * 275e12
     cpu = devices.find_peak(fake("cpu", "cpu"), measure=lambda: 5e10)
@@ -85,4 +126,7 @@ def test_cpu_peak_inside_a_mesh():
 
 
 def test_mfu_metrics_give_both_conventions():
-    assert devices.mfu_metrics(10.0, 5.0, 3.0, 60.0) == {"throughput/mfu_full": 0.5, "throughput/mfu_causal": 0.25}
+    assert devices.mfu_metrics(10.0, 5.0, 3.0, 60.0) == {
+        "throughput/mfu_full": 0.5,
+        "throughput/mfu_causal": 0.25,
+    }

@@ -16,7 +16,11 @@ from gpt_jax.stops import Job
 HOST = socket.gethostname()
 # From a process's end to that of the others, who hear of it within seconds: 15 on machines of which this is the only job.
 TOGETHER = 30
-LONG = ("--config.train.steps=100000", "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0")
+LONG = (
+    "--config.train.steps=100000",
+    "--config.eval.every_steps=0",
+    "--config.checkpoint.every_steps=0",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +58,13 @@ main.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("error, victim, codes", [
-    ("ZeroDivisionError('by nothing')", 1, (1, 1)), ("SaveFailed('the disk is full')", 0, (50, 40))])
+@pytest.mark.parametrize(
+    "error, victim, codes",
+    [
+        ("ZeroDivisionError('by nothing')", 1, (1, 1)),
+        ("SaveFailed('the disk is full')", 0, (50, 40)),
+    ],
+)
 def test_a_failure_in_one_process_is_the_others_reason(tmp_path, error, victim, codes):
     """The others leave with 40 where a restart may help, else with the same code. In the middle of a collective."""
     given = runs.arguments(tmp_path, tmp_path / "job", *LONG)
@@ -66,7 +75,9 @@ def test_a_failure_in_one_process_is_the_others_reason(tmp_path, error, victim, 
     job[1 - victim].end(codes[1], TOGETHER)
     (last,) = said(job[1 - victim])
     text = error.split("'")[1]
-    assert last.startswith(f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code {codes[0]}: ")
+    assert last.startswith(
+        f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code {codes[0]}: "
+    )
     assert text in last
     assert ("Traceback" in job[victim].err) == (codes[0] == 1) and text in job[victim].err
 
@@ -88,13 +99,17 @@ def test_a_failure_behind_the_save_of_a_stop_is_the_others_reason_too(tmp_path, 
     """The other has saved, is done, and waits for this one."""
     python = [("-m", "gpt_jax")] * 2
     python[victim] = "-c", LATE
-    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python)
+    job = runs.job(
+        tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python
+    )
     job[0].until(runs.logged(tmp_path / "job", 10), "step 10")
     job[0].signal(signal.SIGTERM)
     job[victim].end(1)
     job[1 - victim].end(1, TOGETHER)
     *_, last = said(job[1 - victim])
-    assert last.startswith(f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code 1: ")
+    assert last.startswith(
+        f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code 1: "
+    )
 
 
 EARLY = """
@@ -115,20 +130,29 @@ main.main(sys.argv[1:])
 def test_a_stop_before_the_loop_leaves_at_once(tmp_path, number):
     """While the text is read, say."""
     script = EARLY.format(module="experiment", name="build", number=int(number))
-    process = runs.Process(tmp_path / "logs", runs.arguments(tmp_path, tmp_path / "job", *LONG), ("-c", script))
+    process = runs.Process(
+        tmp_path / "logs", runs.arguments(tmp_path, tmp_path / "job", *LONG), ("-c", script)
+    )
     process.end(10)
-    assert said(process) == ["gpt-jax: stopped on request before the first step, nothing to save; the same command starts "
-                             "again"]
+    assert said(process) == [
+        "gpt-jax: stopped on request before the first step, nothing to save; the same command starts "
+        "again"
+    ]
     assert "Traceback" not in process.err and not (tmp_path / "job/config.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_of_one_before_the_loop_stops_both_behind_its_first_steps(tmp_path, number):
     """Of a new run, and of the same one when it goes on."""
-    python = [("-m", "gpt_jax"), ("-c", EARLY.format(module="experiment", name="build", number=int(number)))]
+    python = [
+        ("-m", "gpt_jax"),
+        ("-c", EARLY.format(module="experiment", name="build", number=int(number))),
+    ]
     before = 0
     for _ in range(2):
-        job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python)
+        job = runs.job(
+            tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python
+        )
         for process in job:
             process.end(10)
             (last,) = said(process)
@@ -138,9 +162,18 @@ def test_a_stop_of_one_before_the_loop_stops_both_behind_its_first_steps(tmp_pat
 
 
 def test_a_stop_of_one_in_an_evaluation_stops_both_there(tmp_path):
-    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=3", "--config.eval.batches=50",
-                           "--config.eval.batch_size=2", "--config.checkpoint.every_steps=0")
-    python = [("-m", "gpt_jax"), ("-c", EARLY.format(module="evals", name="add", number=int(signal.SIGTERM)))]
+    given = runs.arguments(
+        tmp_path,
+        tmp_path / "job",
+        "--config.train.steps=3",
+        "--config.eval.batches=50",
+        "--config.eval.batch_size=2",
+        "--config.checkpoint.every_steps=0",
+    )
+    python = [
+        ("-m", "gpt_jax"),
+        ("-c", EARLY.format(module="evals", name="add", number=int(signal.SIGTERM))),
+    ]
     for process in runs.job(tmp_path / "logs", 2, given, python=python):
         process.end(10)
         (last,) = said(process)
@@ -158,7 +191,9 @@ def test_what_is_wrong_before_joining_ends_all(tmp_path, victim):
     job[victim].end(2)
     job[1 - victim].end(2, TOGETHER)
     assert said(job[victim])[-1].startswith("gpt-jax: config.train.batch_size = 0")
-    assert said(job[1 - victim])[-1].startswith(f"gpt-jax: process {victim} on {HOST} failed: config.train.batch_size = 0")
+    assert said(job[1 - victim])[-1].startswith(
+        f"gpt-jax: process {victim} on {HOST} failed: config.train.batch_size = 0"
+    )
 
 
 def test_a_process_that_stands_still_is_missed(tmp_path):
@@ -181,17 +216,27 @@ main.main(sys.argv[1:])
 
 
 def test_processes_with_different_code_say_which_they_have(tmp_path):
-    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job"),
-                   python=[("-m", "gpt_jax"), ("-c", OTHER_CODE)])
+    job = runs.job(
+        tmp_path / "logs",
+        2,
+        runs.arguments(tmp_path, tmp_path / "job"),
+        python=[("-m", "gpt_jax"), ("-c", OTHER_CODE)],
+    )
     for k, process in enumerate(job):
         process.end(2)
         line = said(process)[-1]
-        assert line.startswith("gpt-jax: the code (source digest and jax version): not the same on all processes")
-        assert "install the same gpt_jax and jax on every host" in line and f"this is process {k} on {HOST}" in line
+        assert line.startswith(
+            "gpt-jax: the code (source digest and jax version): not the same on all processes"
+        )
+        assert (
+            "install the same gpt_jax and jax on every host" in line
+            and f"this is process {k} on {HOST}" in line
+        )
         assert ("source 0ddc0de0" in line) == (k == 1)
 
 
 # ---- the meeting ----
+
 
 def attend(port: int, places, seconds: float = 20.0, failed=None) -> list:
     """What `meet` raises for each (process, processes), in threads."""
@@ -201,7 +246,11 @@ def attend(port: int, places, seconds: float = 20.0, failed=None) -> list:
 
     def go(i, process, processes):
         try:
-            meeting.meet(meeting.Place(f"127.0.0.1:{port}", processes, process), seconds, (failed or {}).get(process))
+            meeting.meet(
+                meeting.Place(f"127.0.0.1:{port}", processes, process),
+                seconds,
+                (failed or {}).get(process),
+            )
             found[i] = "came"
         except Exception as error:
             found[i] = error
@@ -222,21 +271,32 @@ def test_a_worker_that_never_comes_is_named():
     found = attend(port := free_port(), [(k, 4) for k in (0, 2)], seconds=2)
     for error in found:
         assert isinstance(error, PeerFailed)
-        assert str(error).startswith(f"2 of 4 processes came to 127.0.0.1:{port}, missing: processes 1 and 3, within "
-                                     "--join_seconds=2")
+        assert str(error).startswith(
+            f"2 of 4 processes came to 127.0.0.1:{port}, missing: processes 1 and 3, within "
+            "--join_seconds=2"
+        )
 
 
 def test_a_coordinator_that_cannot_be_reached_is_named():
     (error,) = attend(port := free_port(), [(1, 2)], seconds=1.5)
-    assert isinstance(error, PeerFailed) and f"--coordinator=127.0.0.1:{port}: process 1" in str(error)
+    assert isinstance(error, PeerFailed) and f"--coordinator=127.0.0.1:{port}: process 1" in str(
+        error
+    )
     assert "--join_seconds=1.5" in str(error) and "refused" in str(error)
 
 
-@pytest.mark.parametrize("places, words", [([(0, 2), (1, 3)], "--num_processes: process 1"),
-                                           ([(0, 3), (1, 3), (1, 3)], "--process_id=1: two processes say so")])
+@pytest.mark.parametrize(
+    "places, words",
+    [
+        ([(0, 2), (1, 3)], "--num_processes: process 1"),
+        ([(0, 3), (1, 3), (1, 3)], "--process_id=1: two processes say so"),
+    ],
+)
 def test_processes_that_do_not_fit_together(monkeypatch, places, words):
     pids = iter(range(100, 200))
-    monkeypatch.setattr(os, "getpid", lambda: next(pids))  # each thread stands for a process: `meet` asks once
+    monkeypatch.setattr(
+        os, "getpid", lambda: next(pids)
+    )  # each thread stands for a process: `meet` asks once
     monkeypatch.setattr(meeting, "LINGER_SECONDS", 2.0)
     for error in attend(free_port(), places):
         assert isinstance(error, UsageError) and str(error).startswith(words)
@@ -245,10 +305,17 @@ def test_processes_that_do_not_fit_together(monkeypatch, places, words):
 def test_one_that_failed_tells_all(monkeypatch):
     monkeypatch.setattr(meeting, "LINGER_SECONDS", 2.0)
     for who in (0, 2):
-        found = attend(free_port(), [(k, 3) for k in range(3)], failed={who: UsageError("no such file: " + "x" * 9999)})
+        found = attend(
+            free_port(),
+            [(k, 3) for k in range(3)],
+            failed={who: UsageError("no such file: " + "x" * 9999)},
+        )
         assert found.pop(who) == "came"
-        assert all(isinstance(error, UsageError) and str(error).startswith(f"process {who} on {HOST} failed: no such file")
-                   for error in found)
+        assert all(
+            isinstance(error, UsageError)
+            and str(error).startswith(f"process {who} on {HOST} failed: no such file")
+            for error in found
+        )
 
 
 def test_strangers_are_no_process():
@@ -260,9 +327,21 @@ def test_strangers_are_no_process():
     job.start()
     hello = {"process": 1, "processes": 2, "host": "h", "pid": 1}
     near = [{key: value for key, value in hello.items() if key != left_out} for left_out in hello]
-    near += [hello | {"process": "1"}, hello | {"process": 0}, hello | {"process": 2}, hello | {"processes": [2]},
-             hello | {"failed": 3}, hello | {"failed": {"code": 2}}]
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b"", b"[1]\n", b"{}\n", *(json.dumps(word).encode() + b"\n" for word in near)):
+    near += [
+        hello | {"process": "1"},
+        hello | {"process": 0},
+        hello | {"process": 2},
+        hello | {"processes": [2]},
+        hello | {"failed": 3},
+        hello | {"failed": {"code": 2}},
+    ]
+    for text in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"",
+        b"[1]\n",
+        b"{}\n",
+        *(json.dumps(word).encode() + b"\n" for word in near),
+    ):
         while job.is_alive():
             try:
                 with socket.create_connection(("127.0.0.1", port), 5) as line:
@@ -275,8 +354,10 @@ def test_strangers_are_no_process():
     job.join(20)
 
 
-@pytest.mark.parametrize("said", [{"say": "end"}, {"say": "end", "text": "x", "code": "2"}, {"say": ["go"]},
-                                  {"text": "hi"}, []])
+@pytest.mark.parametrize(
+    "said",
+    [{"say": "end"}, {"say": "end", "text": "x", "code": "2"}, {"say": ["go"]}, {"text": "hi"}, []],
+)
 def test_what_is_no_answer_of_process_0_is_none(said):
     assert not meeting.is_answer(said)
 
@@ -284,10 +365,15 @@ def test_what_is_no_answer_of_process_0_is_none(said):
 def test_an_end_is_made_again_of_its_code():
     assert set(KINDS) == set(EXIT_CODES) - {0, 31}
     for code in (*EXIT_CODES, 1):
-        assert type(exit_of(code, "why")) is KINDS.get(code, PeerFailed) and str(exit_of(code, "why")) == "why"
+        assert (
+            type(exit_of(code, "why")) is KINDS.get(code, PeerFailed)
+            and str(exit_of(code, "why")) == "why"
+        )
 
 
 @pytest.mark.parametrize("address", ["host", "host:", "host:http", ":5", "host:99999", "host:0"])
 def test_an_address_without_a_port_is_refused(tmp_path, address):
-    code, text = runs.refusal(*runs.arguments(tmp_path, tmp_path / "job"), f"--coordinator={address}", "--num_processes=2")
+    code, text = runs.refusal(
+        *runs.arguments(tmp_path, tmp_path / "job"), f"--coordinator={address}", "--num_processes=2"
+    )
     assert code == 2 and text.startswith(f"--coordinator={address}: expected HOST:PORT")

@@ -52,24 +52,39 @@ def test_every_row_of_the_table_is_tested():
 
 
 def test_chain_order_and_pickle():
-    chain = pickle.loads(pickle.dumps(parse(("strip", "min_chars:2", "normalize:NFC", "max_chars:3"))))
+    chain = pickle.loads(
+        pickle.dumps(parse(("strip", "min_chars:2", "normalize:NFC", "max_chars:3")))
+    )
     assert chain("  e\u0301a ") == ("éa", "")
     assert chain("  a  ") == (None, "min_chars:2") and chain("abcd") == (None, "max_chars:3")
     assert parse(())("x") == ("x", "")
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("max_chars:-5", r"--filters='max_chars:-5': expected max_chars:N \(-5 is not from 0"),
-    ("min_char:3", "--filters='min_char:3': no such filter; there are min_chars:N max_chars:N .* module:function"),
-    ("nothing", "no such filter"), ("", "no such filter"),
-    ("min_chars", "expected min_chars:N$"), ("min_chars:x", "expected min_chars:N .*'x'"),
-    ("strip:1", "expected strip"), ("min_letters:2", "expected min_letters:PART .2 is not from 0 to 1"),
-    ("normalize:X", "expected normalize:NFC"),
-    ("language:english", "english unknown; known are .* en .* zh"), ("replace:[", "not a regular expression"),
-    (r"replace:a:\1", "not a regular expression"),
-    ("no_such_module:f", "--filters='no_such_module:f': ModuleNotFoundError.*PYTHONPATH.*min_chars:N"),
-    ("json:no_function", "AttributeError.*no_function"),
-])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("max_chars:-5", r"--filters='max_chars:-5': expected max_chars:N \(-5 is not from 0"),
+        (
+            "min_char:3",
+            "--filters='min_char:3': no such filter; there are min_chars:N max_chars:N .* module:function",
+        ),
+        ("nothing", "no such filter"),
+        ("", "no such filter"),
+        ("min_chars", "expected min_chars:N$"),
+        ("min_chars:x", "expected min_chars:N .*'x'"),
+        ("strip:1", "expected strip"),
+        ("min_letters:2", "expected min_letters:PART .2 is not from 0 to 1"),
+        ("normalize:X", "expected normalize:NFC"),
+        ("language:english", "english unknown; known are .* en .* zh"),
+        ("replace:[", "not a regular expression"),
+        (r"replace:a:\1", "not a regular expression"),
+        (
+            "no_such_module:f",
+            "--filters='no_such_module:f': ModuleNotFoundError.*PYTHONPATH.*min_chars:N",
+        ),
+        ("json:no_function", "AttributeError.*no_function"),
+    ],
+)
 def test_typed_wrong(spec, message):
     with pytest.raises(UsageError, match=message) as error:
         parse((spec,))
@@ -80,7 +95,8 @@ def test_own_function(tmp_path, monkeypatch):
     (tmp_path / "mine_for_test.py").write_text(
         "def upper(text):\n    return text.upper() if text != 'no' else None\n"
         "def wrong(text):\n    return 7\n"
-        "def broken(text):\n    return {}[text]\n")
+        "def broken(text):\n    return {}[text]\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     chain = pickle.loads(pickle.dumps(parse(("mine_for_test:upper",))))
     assert chain("yes") == ("YES", "") and chain("no") == (None, "mine_for_test:upper")
@@ -102,11 +118,18 @@ def test_code_of_own_functions(tmp_path, monkeypatch):
         [(spec, found)] = filters.code(specs).items()
         assert spec == specs[-1] and found == filters.code(specs)[spec]
         seen.add(found)
-    assert len(seen) == 3 and filters.code(("strip", "builtins:str")) == {"builtins:str": filters.digest([])}
+    assert len(seen) == 3 and filters.code(("strip", "builtins:str")) == {
+        "builtins:str": filters.digest([])
+    }
 
 
-@pytest.mark.parametrize("package, extra, use", [
-    ("py3langid", "filters", lambda: parse(("language:en",))), ("datasketch", "dedup", lambda: minhash("a"))])
+@pytest.mark.parametrize(
+    "package, extra, use",
+    [
+        ("py3langid", "filters", lambda: parse(("language:en",))),
+        ("datasketch", "dedup", lambda: minhash("a")),
+    ],
+)
 def test_packages_that_are_not_there(monkeypatch, package, extra, use):
     filters._identifier.cache_clear(), filters._blank_minhash.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
@@ -122,17 +145,22 @@ def test_packages_that_are_not_there(monkeypatch, package, extra, use):
 def shingles(text, size=5):
     """What minhash must estimate on: sets of runs, spelt out."""
     units = UNITS.findall(text.casefold()) or [text]
-    return {tuple(units[i:i + size]) for i in range(max(len(units) - size, 0) + 1)}
+    return {tuple(units[i : i + size]) for i in range(max(len(units) - size, 0) + 1)}
 
 
 def test_units():
     assert UNITS.findall("The CAT's, sat_1") == ["The", "CAT", "s", "sat_1"]
-    assert UNITS.findall("GPT模型 x") == ["GPT", "模", "型", "x"] and UNITS.findall("ไทย") == list("ไทย")
+    assert UNITS.findall("GPT模型 x") == ["GPT", "模", "型", "x"] and UNITS.findall("ไทย") == list(
+        "ไทย"
+    )
     letters = [chr(c) for c in range(0x20, 0x30000) if unicodedata.category(chr(c)).startswith("L")]
     assert {"".join(UNITS.findall(c)) for c in letters} == set(letters)  # none is lost
 
 
-@pytest.mark.parametrize("text", ["", "...", "one", "a b c d e f", "a a a a a a a a", "我是一个程序员", CHINESE + ENGLISH])
+@pytest.mark.parametrize(
+    "text",
+    ["", "...", "one", "a b c d e f", "a a a a a a a a", "我是一个程序员", CHINESE + ENGLISH],
+)
 def test_shingles_are_counted_as_spelt_out(text):
     hashes = [block.tolist() for block in filters._shingle_hashes(text, 5)]
     assert len({h for block in hashes for h in block}) == len(shingles(text))
@@ -147,8 +175,15 @@ def test_minhash_does_not_depend_on_chunks(monkeypatch):
     text = " ".join(map(str, range(500)))
     signature = minhash(text)
     monkeypatch.setattr(filters, "SHINGLES_AT_ONCE", 7)
-    assert (minhash(text) == signature).all() and signature.dtype == np.uint32 and signature.shape == (64,)
-    assert minhash(text, 32).shape == (32,) and (minhash(text.replace("1", "2")) != signature).mean() > 0.5
+    assert (
+        (minhash(text) == signature).all()
+        and signature.dtype == np.uint32
+        and signature.shape == (64,)
+    )
+    assert (
+        minhash(text, 32).shape == (32,)
+        and (minhash(text.replace("1", "2")) != signature).mean() > 0.5
+    )
 
 
 def jaccard(a, b):
@@ -174,17 +209,25 @@ def test_similarity_is_estimated():
     texts = planted(40)
     pairs = [(i, j) for i in range(3, 40, 4) for j in range(i)]
     signatures, sets = [minhash(text, 256) for text in texts], [shingles(text) for text in texts]
-    errors = np.array([(signatures[i] == signatures[j]).mean() - jaccard(sets[i], sets[j]) for i, j in pairs])
+    errors = np.array(
+        [(signatures[i] == signatures[j]).mean() - jaccard(sets[i], sets[j]) for i, j in pairs]
+    )
     assert np.abs(errors).max() < 5 / (2 * 256**0.5) and abs(errors.mean()) < 0.01
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
 def test_planted_duplicates_against_exact_similarity(threshold):
     texts = planted(240)
-    sets, signatures = [shingles(text) for text in texts], np.stack([minhash(text, 128) for text in texts])
+    sets, signatures = (
+        [shingles(text) for text in texts],
+        np.stack([minhash(text, 128) for text in texts]),
+    )
     found = near_duplicates(signatures, threshold)
     margin = 3 / (2 * 128**0.5)  # three standard errors
-    best = [max([jaccard(sets[i], sets[j]) for j in range(i) if not found[j]], default=0) for i in range(len(texts))]
+    best = [
+        max([jaccard(sets[i], sets[j]) for j in range(i) if not found[j]], default=0)
+        for i in range(len(texts))
+    ]
     sure = [i for i, b in enumerate(best) if b >= min(threshold + margin, 1)]
     never = [i for i, b in enumerate(best) if b < threshold - margin]
     assert found[sure].all() and not found[never].any() and len(sure) >= 8 and len(never) > 150
@@ -195,7 +238,9 @@ def all_pairs(signatures, threshold):
     """The same by comparing everything with everything that stays."""
     found = np.zeros(len(signatures), bool)
     for i in range(len(signatures)):
-        found[i] = any((signatures[i] == signatures[j]).mean() >= threshold for j in range(i) if not found[j])
+        found[i] = any(
+            (signatures[i] == signatures[j]).mean() >= threshold for j in range(i) if not found[j]
+        )
     return found
 
 
@@ -203,13 +248,15 @@ def test_bands_find_what_all_pairs_find():
     rng = np.random.default_rng(0)
     signatures = rng.integers(0, 2**32, (300, 64), np.uint64).astype(np.uint32)
     for i in range(1, 300, 2):  # like an earlier one in 64 to 32 places
-        signatures[i, :64 - i % 33] = signatures[rng.integers(i), :64 - i % 33]
+        signatures[i, : 64 - i % 33] = signatures[rng.integers(i), : 64 - i % 33]
     for threshold in (0.6, 0.8, 1.0):
         found, exact = near_duplicates(signatures, threshold), all_pairs(signatures, threshold)
         assert exact.sum() >= 5 and (found != exact).mean() < 0.02
     copies = np.repeat(signatures[[0, 2, 4]], 4, 0)
     assert near_duplicates(copies).tolist() == [False, True, True, True] * 3
-    assert near_duplicates(signatures[:0]).shape == (0,) and not near_duplicates(signatures[:1]).any()
+    assert (
+        near_duplicates(signatures[:0]).shape == (0,) and not near_duplicates(signatures[:1]).any()
+    )
 
 
 def test_bands_are_as_wide_as_finds_99_of_100():

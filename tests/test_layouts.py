@@ -15,8 +15,13 @@ from gpt_jax import experiment, sharding
 from gpt_jax.commands import flags
 
 FOLDER = Path(__file__).with_name("layouts")
-PRESETS = {"gpt2:1558m": dict(fsdp=8), "llama:8b": dict(fsdp=4, tensor=2), "llama:70b": dict(pipeline=2, fsdp=2, tensor=2),
-           "modern:d26": dict(data=2, fsdp=4), "moe:8x7b": dict(expert=4, tensor=2)}
+PRESETS = {
+    "gpt2:1558m": dict(fsdp=8),
+    "llama:8b": dict(fsdp=4, tensor=2),
+    "llama:70b": dict(pipeline=2, fsdp=2, tensor=2),
+    "modern:d26": dict(data=2, fsdp=4),
+    "moe:8x7b": dict(expert=4, tensor=2),
+}
 
 
 def text(preset: str) -> str:
@@ -24,18 +29,27 @@ def text(preset: str) -> str:
     name, variant = preset.split(":")
     shape = PRESETS[preset]
     config = flags.load_config(f"{FOLDER.parents[1]}/configs/{name}.py:{variant}", [])
-    config = configs.resolve(replace(config, model=replace(config.model, kernel="reference")), 32_768)
+    config = configs.resolve(
+        replace(config, model=replace(config.model, kernel="reference")), 32_768
+    )
     mesh = sharding.make_mesh(shape, jax.devices()[:8])
     leaves = jax.tree_util.tree_leaves_with_path(experiment.make_steps(config, mesh).abstract)
-    row = lambda path, x: (f"{jax.tree_util.keystr(path, simple=True, separator='/')} "
-                           f"{','.join(map(str, x.shape)) or '-'} {','.join(map(axes, x.sharding.spec)) or '-'}\n")
+    row = lambda path, x: (
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} "
+        f"{','.join(map(str, x.shape)) or '-'} {','.join(map(axes, x.sharding.spec)) or '-'}\n"
+    )
     axes = lambda part: "+".join(part) if isinstance(part, tuple) else part or "."
-    return f"# {preset} on {shape}: path, shape, mesh axes\n" + "".join(sorted(row(*leaf) for leaf in leaves))
+    return f"# {preset} on {shape}: path, shape, mesh axes\n" + "".join(
+        sorted(row(*leaf) for leaf in leaves)
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_layout_is_as_recorded(preset):
-    assert text(preset).splitlines() == (FOLDER / f"{preset.replace(':', '_')}.txt").read_text().splitlines()
+    assert (
+        text(preset).splitlines()
+        == (FOLDER / f"{preset.replace(':', '_')}.txt").read_text().splitlines()
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -53,33 +53,64 @@ CASES = [  # model, mesh, knobs, optimiser
 # sum over all tokens whose parts cancel. The worst that were seen: with dropout 3.6e-5, and 5.2e-5 of smear's factor on one
 # kind of CPU; modern under ring attention, which sums in another order, 1.1e-5 of a residual scalar; all others 8e-6. Later
 # norms are behind updates: 4e-5.
-LOOSE = {("dropout", False, False): 5e-5, ("dropout", False, True): 1e-4, ("modern", True, True): 2e-5}
-NAMES = ["-".join([case[0], *(f"{axis}{size}" for axis, size in case[1].items()), *map(str, case[2].values()), *case[3:]])
-         for case in CASES]
+LOOSE = {
+    ("dropout", False, False): 5e-5,
+    ("dropout", False, True): 1e-4,
+    ("modern", True, True): 2e-5,
+}
+NAMES = [
+    "-".join(
+        [
+            case[0],
+            *(f"{axis}{size}" for axis, size in case[1].items()),
+            *map(str, case[2].values()),
+            *case[3:],
+        ]
+    )
+    for case in CASES
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_mesh_equals_one_device(case):
     name, shape, knobs, optimizer = (*case, "adamw")[:4]
-    mesh = sharding.make_mesh(shape, jax.devices()[:math.prod(shape.values())])
+    mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape.values())])
     settings = make_config(name, **knobs)
     with jax.set_mesh(mesh):
         columns = placing.to_devices(mesh, make_columns(name), ROWS)
-        sums, first, state = run(name, columns, lambda p: put(p, mesh, settings.model), settings, optimizer)
+        sums, first, state = run(
+            name, columns, lambda p: put(p, mesh, settings.model), settings, optimizer
+        )
         specs = jax.tree.map(lambda x: x.sharding.spec, abstract_params(settings.model))
     plain_sums, plain_first, plain_params = alone(name, optimizer)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain_first))
     for ours, theirs in zip(jax.tree.leaves(first), jax.tree.leaves(plain_first), strict=True):
-        close(ours, theirs, rel=LOOSE.get((name, "kernel" in knobs, theirs.size == 1), 1e-5), floor=1e-2 * largest)
+        close(
+            ours,
+            theirs,
+            rel=LOOSE.get((name, "kernel" in knobs, theirs.size == 1), 1e-5),
+            floor=1e-2 * largest,
+        )
     for now, plain in zip(sums, plain_sums, strict=True):
         for key, value in now.items():
-            rough = key == "grad_norm" or (key, optimizer) == ("param_norm", "adafactor")  # which scales rounding up to steps
-            np.testing.assert_allclose(value, plain[key], rtol=1e-4 if rough else 1e-5, atol=1e-6, err_msg=key)
+            rough = key == "grad_norm" or (key, optimizer) == (
+                "param_norm",
+                "adafactor",
+            )  # which scales rounding up to steps
+            np.testing.assert_allclose(
+                value, plain[key], rtol=1e-4 if rough else 1e-5, atol=1e-6, err_msg=key
+            )
     assert sums[-1]["loss"] < 0.99 * sums[0]["loss"]  # it did train
-    for ours, theirs, gradient in zip(*map(jax.tree.leaves, (state.params, plain_params, plain_first)), strict=True):
-        if np.abs(gradient).max() > 1e-3 * largest:  # else rounding alone, which some optimisers blow up: key biases
+    for ours, theirs, gradient in zip(
+        *map(jax.tree.leaves, (state.params, plain_params, plain_first)), strict=True
+    ):
+        if (
+            np.abs(gradient).max() > 1e-3 * largest
+        ):  # else rounding alone, which some optimisers blow up: key biases
             close(np.asarray(ours), theirs, rel=1e-3)
-    assert jax.tree.map(lambda x: x.sharding.spec, state.opt[0]) == specs  # nothing has been gathered on the way
+    assert (
+        jax.tree.map(lambda x: x.sharding.spec, state.opt[0]) == specs
+    )  # nothing has been gathered on the way
     if settings.mesh.zero == 3:
         assert jax.tree.map(lambda x: x.sharding.spec, state.params) == specs
     elif math.prod(mesh.shape[axis] for axis in config.FSDP_AXES) > 1:
@@ -101,10 +132,19 @@ def test_gradients_are_scattered_and_the_head_is_gathered_once():
     with jax.set_mesh(mesh):
         columns = placing.to_devices(mesh, make_columns("gpt2"), ROWS)
         params = jax.jit(lambda: init_params(settings.model, jax.random.key(0)))()
-        compiled = jax.jit(lambda params, columns: gradients(network, params, columns, jax.random.key(0), settings.train))
+        compiled = jax.jit(
+            lambda params, columns: gradients(
+                network, params, columns, jax.random.key(0), settings.train
+            )
+        )
         program = hlo.read(compiled.lower(params, columns).compile().as_text(), dict(mesh.shape))
-    smallest, vocabulary = (3 / 4 * 4 * settings.model.embed * size for size in (settings.model.embed, settings.model.vocab))
+    smallest, vocabulary = (
+        3 / 4 * 4 * settings.model.embed * size
+        for size in (settings.model.embed, settings.model.vocab)
+    )
     sent = [row for row in program.collectives if row.bytes >= smallest]  # less: sums of vectors
     assert {row.kind for row in sent if "fsdp" in row.axes} == {"all-gather", "reduce-scatter"}
     assert {row.axes for row in sent if row.kind == "all-reduce"} == {("data",)}
-    assert [row.calls for row in sent if row.kind == "all-gather" and row.bytes == vocabulary] == [1]
+    assert [row.calls for row in sent if row.kind == "all-gather" and row.bytes == vocabulary] == [
+        1
+    ]

@@ -24,11 +24,16 @@ def test_merged_parts_equal_the_whole():
     merged = {}
     for cut in (slice(0, 7), slice(7, 8), slice(8, 30)):
         merged = metrics.add(merged, sums(rows[cut]))
-    assert metrics.divide(merged)["loss"] == pytest.approx(metrics.divide(sums(rows))["loss"], rel=1e-12)
+    assert metrics.divide(merged)["loss"] == pytest.approx(
+        metrics.divide(sums(rows))["loss"], rel=1e-12
+    )
 
 
 def test_add_works_under_jit_and_keeps_names_of_either_side():
-    a, b = {"x": (jnp.float32(1), jnp.float32(2)), "a": (3.0, 4.0)}, {"x": (10.0, 20.0), "b": (5.0, 6.0)}
+    a, b = (
+        {"x": (jnp.float32(1), jnp.float32(2)), "a": (3.0, 4.0)},
+        {"x": (10.0, 20.0), "b": (5.0, 6.0)},
+    )
     assert jax.device_get(jax.jit(metrics.add)(a, b)) == {"x": (11, 22), "a": (3, 4), "b": (5, 6)}
 
 
@@ -97,8 +102,17 @@ def test_clock_splits_all_time_and_nested_time_counts_once():
     fractions = clock.fractions()
     assert sum(fractions.values()) == 1
     assert {k: v * 10 for k, v in fractions.items() if v} == {
-        "other": 1, "data": 1, "step": 2.5, "log": 0.5, "eval": 4, "checkpoint": 1}
-    assert clock.loop_fractions() == {"host": 2 / 5, "data_wait": 1 / 5}  # loop: 5 s, of which other 1, 4 x 0.25
+        "other": 1,
+        "data": 1,
+        "step": 2.5,
+        "log": 0.5,
+        "eval": 4,
+        "checkpoint": 1,
+    }
+    assert clock.loop_fractions() == {
+        "host": 2 / 5,
+        "data_wait": 1 / 5,
+    }  # loop: 5 s, of which other 1, 4 x 0.25
     assert clock.metrics()["time/eval"] == 0.4 and clock.metrics()["time/host"] == 0.4
 
 
@@ -116,12 +130,19 @@ def test_clock_leaves_the_phase_on_an_error_and_knows_its_phases():
 def test_expert_metrics_are_relative_to_an_equal_share():
     load = np.array([[1.0, 3.0], [0.0, 0.0], [2.0, 2.0]])  # layer 1 is dense
     means = {"load": load, "balance": 1.25, "router_z": 4.0, "dropped": 0.1}
-    assert metrics.expert_metrics(means) == {"moe/balance": 1.25, "moe/router_z": 4.0, "moe/dropped": 0.1,
-                                             "moe/load_max": 1.5, "moe/load_min": 0.5}
+    assert metrics.expert_metrics(means) == {
+        "moe/balance": 1.25,
+        "moe/router_z": 4.0,
+        "moe/dropped": 0.1,
+        "moe/load_max": 1.5,
+        "moe/load_min": 0.5,
+    }
     assert metrics.expert_metrics({"loss": 1.0}) == {}
 
 
 def test_divide_keeps_arrays():
-    found = metrics.divide({"load": (np.array([2.0, 6.0]), 4.0), "loss": (3.0, 2.0), "none": (np.ones(2), 0.0)})
+    found = metrics.divide(
+        {"load": (np.array([2.0, 6.0]), 4.0), "loss": (3.0, 2.0), "none": (np.ones(2), 0.0)}
+    )
     np.testing.assert_array_equal(found["load"], [0.5, 1.5])
     assert found["loss"] == 1.5 and math.isnan(found["none"])

@@ -16,10 +16,12 @@ def test_every_block_holds_each_share_exactly_and_in_its_own_order():
     source, _ = MIX.assign(np.arange(150))
     for block in range(15):
         stage = sum(block >= begin for begin in (0, 4, 9)) - 1
-        here = source[block * 10: block * 10 + 10]
+        here = source[block * 10 : block * 10 + 10]
         assert np.bincount(here, minlength=3).tolist() == COUNTS[stage].tolist()
-    assert len({tuple(source[i: i + 10]) for i in range(0, 40, 10)}) > 1
-    assert sum((source[i: i + 10] == sorted(source[i: i + 10])).all() for i in range(0, 150, 10)) < 3
+    assert len({tuple(source[i : i + 10]) for i in range(0, 40, 10)}) > 1
+    assert (
+        sum((source[i : i + 10] == sorted(source[i : i + 10])).all() for i in range(0, 150, 10)) < 3
+    )
 
 
 def test_a_source_gives_its_rows_in_turn_through_blocks_and_stages():
@@ -51,7 +53,7 @@ def test_a_stage_begins_at_the_very_example_asked_for_and_counts_its_blocks_from
     for begin, end, counts in zip(begins, [*begins[1:], total], COUNTS):
         for at in range(begin, end, 10):
             size = min(10, end - at)
-            found = np.bincount(source[at: at + size], minlength=3)
+            found = np.bincount(source[at : at + size], minlength=3)
             assert (np.abs(found - counts * size / 10) < (1 if size < 10 else 0.01)).all()
     for i in range(3):  # and no row of a source is left out or given twice where blocks are cut
         assert sorted(nth[source == i]) == list(range((source == i).sum()))
@@ -59,15 +61,27 @@ def test_a_stage_begins_at_the_very_example_asked_for_and_counts_its_blocks_from
         assert mix.drawn(examples).tolist() == np.bincount(source[:examples], minlength=3).tolist()
 
 
-@pytest.mark.parametrize("stages, message", [
-    (((0, (1.0,)),), r"config.data.sources = .* expected 2 weights, for a, b"),
-    (((0, (0.0, 0.0)),), "config.data.sources: the weights .* not all 0"),
-    (((0, (math.nan, 1.0)),), "config.data.sources: the weights"),
-    (((0, (1.0, 1.0)), (50, (1.0, -1.0))), r"config.data.stages\[0\]: the weights .* 0 or more"),
-    (((0, (1.0, 1.0)), (0, (1.0, 1.0))), r"config.data.stages\[0\] begins at token 0"),
-    (((0, (1.0, 1.0)), (50, (1.0, 1.0)), (50, (1.0, 1.0))), r"config.data.stages\[1\] .* let stages rise"),
-    (((0, (1.0, 1.0)), (50, (1.0, 1.0, 1.0))), r"config.data.stages\[0\] = .* expected 2 weights"),
-])
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        (((0, (1.0,)),), r"config.data.sources = .* expected 2 weights, for a, b"),
+        (((0, (0.0, 0.0)),), "config.data.sources: the weights .* not all 0"),
+        (((0, (math.nan, 1.0)),), "config.data.sources: the weights"),
+        (
+            ((0, (1.0, 1.0)), (50, (1.0, -1.0))),
+            r"config.data.stages\[0\]: the weights .* 0 or more",
+        ),
+        (((0, (1.0, 1.0)), (0, (1.0, 1.0))), r"config.data.stages\[0\] begins at token 0"),
+        (
+            ((0, (1.0, 1.0)), (50, (1.0, 1.0)), (50, (1.0, 1.0))),
+            r"config.data.stages\[1\] .* let stages rise",
+        ),
+        (
+            ((0, (1.0, 1.0)), (50, (1.0, 1.0, 1.0))),
+            r"config.data.stages\[0\] = .* expected 2 weights",
+        ),
+    ],
+)
 def test_stages_that_cannot_be(stages, message):
     with pytest.raises(UsageError, match=message):
         check(stages, ("a", "b"))
@@ -92,6 +106,8 @@ def test_shares_by_largest_remainder():
 
 
 def test_a_share_too_small_for_the_block_is_refused():
-    with pytest.raises(UsageError, match="config.data.block = 100: the share 0.001 of source b is less than one "
-                                         "example"):
+    with pytest.raises(
+        UsageError,
+        match="config.data.block = 100: the share 0.001 of source b is less than one example",
+    ):
         apportion(np.array([0.999, 0.001]), 100, ("a", "b"))

@@ -18,27 +18,86 @@ from gpt_jax import config
 from gpt_jax.errors import UsageError
 from gpt_jax.model.init import make_init, residual_ramp
 from gpt_jax.model.layers import FFNS, NORMS, dropout, rotary_frequencies
-from gpt_jax.model.transformer import (LayerSpec, Transformer, abstract_params, count_params, init_params, layer_specs,
-                                       layout)
+from gpt_jax.model.transformer import (
+    LayerSpec,
+    Transformer,
+    abstract_params,
+    count_params,
+    init_params,
+    layer_specs,
+    layout,
+)
 from plain_model import np_frequencies, np_layer, np_row
 
 T, V = 10, 29
 BASE = dict(layers=3, embed=16, heads=4, vocab=V, max_seq=T, kernel="reference")
 VARIANTS = {
     "gpt2": {},
-    "llama3": dict(norm="rmsnorm", position="rotary", rope_base=500.0, rope_scale_factor=8.0, head_dim=8, kv_heads=2,
-                   rope_scale_original_seq=256, pattern=(("attention", "swiglu"),), tied=False, bias=False),
-    "modern": dict(layers=5, norm="plain_rmsnorm", norm_epsilon=0.01, position="rotary", embed_norm=True, tied=False,
-                   bias=False, pattern=(("attention", "relu2"),), logit_softcap=3.0,
-                   qk_norm=True, qk_norm_after_rope=True, qk_scale=1.2,
-                   value_embed=True, value_embed_gate=3, residual_scalars=True, smear=True, smear_gate=5, backout=True, windows=(2, 0), last_window_full=True),
-    "gemma2": dict(norm="rmsnorm", norm_epsilon=0.02, position="rotary", kv_heads=1, head_dim=6,
-                   pattern=(("attention", "geglu"),), attention_softcap=0.7, logit_softcap=2.0,
-                   windows=(3, 0), qk_norm=True, mlp=24, layers=2),
-    "guide": dict(norm_position="post", pattern=(("attention", "relu"),), norm_epsilon=1e-6, final_norm=False),
-    "neox": dict(position="rotary", rope_fraction=0.5, head_dim=8, pattern=(("attention", "gelu"),), qkv_bias=False),
+    "llama3": dict(
+        norm="rmsnorm",
+        position="rotary",
+        rope_base=500.0,
+        rope_scale_factor=8.0,
+        head_dim=8,
+        kv_heads=2,
+        rope_scale_original_seq=256,
+        pattern=(("attention", "swiglu"),),
+        tied=False,
+        bias=False,
+    ),
+    "modern": dict(
+        layers=5,
+        norm="plain_rmsnorm",
+        norm_epsilon=0.01,
+        position="rotary",
+        embed_norm=True,
+        tied=False,
+        bias=False,
+        pattern=(("attention", "relu2"),),
+        logit_softcap=3.0,
+        qk_norm=True,
+        qk_norm_after_rope=True,
+        qk_scale=1.2,
+        value_embed=True,
+        value_embed_gate=3,
+        residual_scalars=True,
+        smear=True,
+        smear_gate=5,
+        backout=True,
+        windows=(2, 0),
+        last_window_full=True,
+    ),
+    "gemma2": dict(
+        norm="rmsnorm",
+        norm_epsilon=0.02,
+        position="rotary",
+        kv_heads=1,
+        head_dim=6,
+        pattern=(("attention", "geglu"),),
+        attention_softcap=0.7,
+        logit_softcap=2.0,
+        windows=(3, 0),
+        qk_norm=True,
+        mlp=24,
+        layers=2,
+    ),
+    "guide": dict(
+        norm_position="post", pattern=(("attention", "relu"),), norm_epsilon=1e-6, final_norm=False
+    ),
+    "neox": dict(
+        position="rotary",
+        rope_fraction=0.5,
+        head_dim=8,
+        pattern=(("attention", "gelu"),),
+        qkv_bias=False,
+    ),
     "sinusoidal": dict(position="sinusoidal", embed=15, heads=3, windows=(4,), norm_epsilon=1e-3),
-    "mixed": dict(position="none", pattern=(("attention", "relu"), ("attention", "swiglu")), qk_norm=True, layers=4),
+    "mixed": dict(
+        position="none",
+        pattern=(("attention", "relu"), ("attention", "swiglu")),
+        qk_norm=True,
+        layers=4,
+    ),
 }
 
 
@@ -54,7 +113,9 @@ def random_params(model, seed=0):
 
     def draw(path, leaf):
         name = path[-1].key
-        size = {"scale": 0.2, "x": 0.2, "x0": 0.2, "bias": 0.1}.get(name, 0.5 if name == "table" else 0.3)
+        size = {"scale": 0.2, "x": 0.2, "x0": 0.2, "bias": 0.1}.get(
+            name, 0.5 if name == "table" else 0.3
+        )
         return jnp.float32((name in ("scale", "x")) + size * rng.standard_normal(leaf.shape))
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(model))
@@ -95,6 +156,7 @@ def close(ours, theirs, rel=2e-5):
 
 # ---- every variant -------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_numpy(name):
     model, batch = make_model(name), make_batch()
@@ -117,7 +179,7 @@ def test_no_token_reaches_back(name):
         moved = np.abs(logits[s + 1] - logits[0]).max(-1)
         assert moved[s] > 1e-3
         assert (moved[:s] < 1e-6).all(), f"token {s} reaches back"
-        assert (moved[s + reach + 1:] < 1e-6).all(), f"token {s} reaches beyond the windows"
+        assert (moved[s + reach + 1 :] < 1e-6).all(), f"token {s} reaches beyond the windows"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -132,9 +194,15 @@ def test_variants_cover_every_row():
     models = [make_model(name) for name in VARIANTS]
     assert {m.norm for m in models} == set(config.NORMS) == set(NORMS)
     assert {m.position for m in models} == set(config.POSITIONS)
-    assert {ffn for m in models for _, ffn in m.pattern} == set(config.DENSE_FFNS) == set(FFNS)  # experts: test_moe
+    assert (
+        {ffn for m in models for _, ffn in m.pattern} == set(config.DENSE_FFNS) == set(FFNS)
+    )  # experts: test_moe
     assert {m.norm_position for m in models} == {"pre", "post"}
-    assert {m.tied for m in models} == {m.qk_norm_after_rope for m in models if m.qk_norm} == {True, False}
+    assert (
+        {m.tied for m in models}
+        == {m.qk_norm_after_rope for m in models if m.qk_norm}
+        == {True, False}
+    )
 
 
 def test_ar_column_equals_explicit_mask():
@@ -152,21 +220,43 @@ def test_ar_column_equals_explicit_mask():
 
 def test_rotary_frequencies_equal_the_loop_over_wavelengths():
     for name in ("llama3", "neox", "gemma2"):
-        np.testing.assert_allclose(rotary_frequencies(make_model(name)), np_frequencies(make_model(name)), rtol=1e-6)
-    scaled, plain = (rotary_frequencies(make_model("llama3", rope_scale_factor=f)) for f in (8.0, 1.0))
-    kept, between, divided = scaled == plain, (scaled < plain) & (scaled > plain / 8), np.isclose(scaled, plain / 8)
-    assert kept.any() and between.any() and divided.any()  # the three bands of the scaling are all seen
+        np.testing.assert_allclose(
+            rotary_frequencies(make_model(name)), np_frequencies(make_model(name)), rtol=1e-6
+        )
+    scaled, plain = (
+        rotary_frequencies(make_model("llama3", rope_scale_factor=f)) for f in (8.0, 1.0)
+    )
+    kept, between, divided = (
+        scaled == plain,
+        (scaled < plain) & (scaled > plain / 8),
+        np.isclose(scaled, plain / 8),
+    )
+    assert (
+        kept.any() and between.any() and divided.any()
+    )  # the three bands of the scaling are all seen
 
 
 # ---- depth: layout, scan, remat ------------------------------------------------------------------
+
 
 def spec_list(text):
     return tuple(LayerSpec("attention", letter, 0, False) for letter in text)
 
 
-@pytest.mark.parametrize("layers, period, repeats, tail", [
-    ("a", "a", 1, ""), ("aaaa", "a", 4, ""), ("abab", "ab", 2, ""), ("ababa", "ab", 2, "a"), ("aaab", "a", 3, "b"),
-    ("aaabaaab", "aaab", 2, ""), ("aaabaaabb", "aaab", 2, "b"), ("aaaaab", "a", 5, "b"), ("abcabcab", "abc", 2, "ab")])
+@pytest.mark.parametrize(
+    "layers, period, repeats, tail",
+    [
+        ("a", "a", 1, ""),
+        ("aaaa", "a", 4, ""),
+        ("abab", "ab", 2, ""),
+        ("ababa", "ab", 2, "a"),
+        ("aaab", "a", 3, "b"),
+        ("aaabaaab", "aaab", 2, ""),
+        ("aaabaaabb", "aaab", 2, "b"),
+        ("aaaaab", "a", 5, "b"),
+        ("abcabcab", "abc", 2, "ab"),
+    ],
+)
 def test_layout_compiles_the_fewest_layers(layers, period, repeats, tail):
     found = layout(spec_list(layers))
     assert found == (spec_list(period), repeats, spec_list(tail))
@@ -177,11 +267,21 @@ def test_layer_specs():
     model = make_model("modern", layers=6, windows=(2, 2, 0))
     assert [s.window for s in layer_specs(model)] == [2, 2, 0, 2, 2, 0]
     assert [s.value_embed for s in layer_specs(model)] == [False, True] * 3
-    assert [s.window for s in layer_specs(make_model("modern", layers=4, windows=(2,)))] == [2, 2, 2, 0]
+    assert [s.window for s in layer_specs(make_model("modern", layers=4, windows=(2,)))] == [
+        2,
+        2,
+        2,
+        0,
+    ]
 
 
-DEPTHWISE = {"plain": {}, "unrolled": dict(unroll=0), "block": dict(remat="block"),
-             "dots": dict(remat="dots"), "offload": dict(remat="offload")}
+DEPTHWISE = {
+    "plain": {},
+    "unrolled": dict(unroll=0),
+    "block": dict(remat="block"),
+    "dots": dict(remat="dots"),
+    "offload": dict(remat="offload"),
+}
 
 
 @lru_cache(maxsize=None)
@@ -229,25 +329,37 @@ def equations(jaxpr):
 
 
 def test_program_does_not_grow_with_depth():
-    small, large = (len([*equations(gradient_jaxpr(make_model("modern", layers=n)))]) for n in (5, 25))
+    small, large = (
+        len([*equations(gradient_jaxpr(make_model("modern", layers=n)))]) for n in (5, 25)
+    )
     assert small == large
-    assert small < len([*equations(gradient_jaxpr(make_model("modern", layers=5, windows=(2, 3, 4, 5))))])  # none alike
+    assert small < len(
+        [*equations(gradient_jaxpr(make_model("modern", layers=5, windows=(2, 3, 4, 5))))]
+    )  # none alike
 
 
-@pytest.mark.parametrize("changes, wanted", [
-    ({}, False), (dict(unroll=0), True), (dict(layers=3, windows=(2, 0)), True)])
+@pytest.mark.parametrize(
+    "changes, wanted", [({}, False), (dict(unroll=0), True), (dict(layers=3, windows=(2, 0)), True)]
+)
 def test_inline_remat_is_fenced(changes, wanted):
     """Outside a loop the compiler would merge the recomputation with the first pass, if no fence stood between."""
-    fences = [e.params["prevent_cse"] for e in equations(gradient_jaxpr(make_model(remat="block", **changes)))
-              if "prevent_cse" in e.params]
+    fences = [
+        e.params["prevent_cse"]
+        for e in equations(gradient_jaxpr(make_model(remat="block", **changes)))
+        if "prevent_cse" in e.params
+    ]
     assert fences and (True in fences) == wanted
 
 
 # ---- dropout -------------------------------------------------------------------------------------
 
+
 def test_dropout_keeps_the_mean_and_needs_a_key():
     class Module:
-        has_rng, make_rng = staticmethod(lambda name: True), staticmethod(lambda name: jax.random.key(0))
+        has_rng, make_rng = (
+            staticmethod(lambda name: True),
+            staticmethod(lambda name: jax.random.key(0)),
+        )
 
     x = jnp.ones((8, 64, 16))
     dropped = np.asarray(dropout(Module, x, 0.25))
@@ -262,9 +374,16 @@ def test_dropout_differs_by_layer_and_key_and_only_with_a_key():
     """Every branch outputs ones (kernels 0, biases 1), so that a layer adds its two masks to the stream."""
     model = make_model(layers=5, windows=(2, 0), last_window_full=True, dropout=0.5)
     params = random_params(model)
-    params["blocks"], params["tail"] = (jax.tree_util.tree_map_with_path(
-        lambda path, x: np.float32(path[-1].key == "bias" and path[-2].key in ("out", "down")) * np.ones_like(x),
-        params[name]) for name in ("blocks", "tail"))
+    params["blocks"], params["tail"] = (
+        jax.tree_util.tree_map_with_path(
+            lambda path, x: (
+                np.float32(path[-1].key == "bias" and path[-2].key in ("out", "down"))
+                * np.ones_like(x)
+            ),
+            params[name],
+        )
+        for name in ("blocks", "tail")
+    )
 
     @jax.jit
     def stream(keys):
@@ -273,8 +392,14 @@ def test_dropout_differs_by_layer_and_key_and_only_with_a_key():
         return *(run({"dropout": key}) for key in keys), run({})
 
     one, again, other, without = (
-        np.stack([np.asarray(np_layer(tree["intermediates"], i)["residual"][0]) for i in range(model.layers)])
-        for tree in stream([jax.random.key(n) for n in (0, 0, 1)]))
+        np.stack(
+            [
+                np.asarray(np_layer(tree["intermediates"], i)["residual"][0])
+                for i in range(model.layers)
+            ]
+        )
+        for tree in stream([jax.random.key(n) for n in (0, 0, 1)])
+    )
     np.testing.assert_array_equal(one, again)
     assert (one != other).mean() > 0.3
     np.testing.assert_allclose(np.diff(without, axis=0), 2, rtol=1e-4)
@@ -294,7 +419,9 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key():
     @jax.jit
     def run(keys):
         one = lambda **more: apply(model, params, {"tokens": tokens}, method="features", **more)[0]
-        plain = apply(replace(model, attention_dropout=0.0), params, {"tokens": tokens}, method="features")[0]
+        plain = apply(
+            replace(model, attention_dropout=0.0), params, {"tokens": tokens}, method="features"
+        )[0]
         return jax.vmap(lambda key: one(rngs={"dropout": key}))(keys), one(), plain
 
     many, without, plain = run(jax.random.split(jax.random.key(0), 400))
@@ -304,6 +431,7 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key():
 
 
 # ---- dtypes, paths, initialisation ---------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
 def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
@@ -315,8 +443,14 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
     assert {v.aval.dtype.name for e in products for v in e.invars} == {"bfloat16"}
     outputs = {e.outvars[0].aval.dtype.name for e in products if e.outvars[0].aval.shape[-1] == V}
     roots = [e for e in equations(trace.jaxpr) if e.primitive.name == "rsqrt"]
-    assert outputs == {"float32"} and {e.outvars[0].aval.dtype.name for e in roots} == {"float32"}  # logits, norms
-    softmaxes = [e for e in equations(trace.jaxpr) if e.primitive.name == "exp" and e.outvars[0].aval.ndim == 5]
+    assert outputs == {"float32"} and {e.outvars[0].aval.dtype.name for e in roots} == {
+        "float32"
+    }  # logits, norms
+    softmaxes = [
+        e
+        for e in equations(trace.jaxpr)
+        if e.primitive.name == "exp" and e.outvars[0].aval.ndim == 5
+    ]
     assert softmaxes and {e.outvars[0].aval.dtype.name for e in softmaxes} == {"float32"}
     ours = jax.jit(lambda p, b: apply(model, p, b))(random_params(model), make_batch())[0]
     close(ours, logits_of(name)[0], 0.06)
@@ -381,42 +515,96 @@ position/table 10,16
 @pytest.mark.parametrize("unroll", [1, 0])
 def test_parameter_paths_are_api(name, golden, unroll):
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(make_model(name, unroll=unroll)))
-    found = [f"{jax.tree_util.keystr(path, simple=True, separator='/')} {','.join(map(str, leaf.shape))}"
-             for path, leaf in leaves]
+    found = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {','.join(map(str, leaf.shape))}"
+        for path, leaf in leaves
+    ]
     assert sorted(found) == golden.split("\n")[1:-1]
 
 
 def test_count_params():
     assert count_params(make_model("gpt2")) == {
         "total": 3 * (4 * (16 * 16 + 16) + 2 * 16 * 64 + 64 + 16 + 4 * 16) + 29 * 16 + 10 * 16 + 32,
-        "embedding": 29 * 16 + 10 * 16, "matmul": 3 * (4 * 16 * 16 + 2 * 16 * 64) + 29 * 16}
+        "embedding": 29 * 16 + 10 * 16,
+        "matmul": 3 * (4 * 16 * 16 + 2 * 16 * 64) + 29 * 16,
+    }
     modern = count_params(make_model("modern"))
-    assert modern["embedding"] == 4 * 29 * 16 and modern["total"] == modern["embedding"] + modern["matmul"] + 10 + 2
+    assert (
+        modern["embedding"] == 4 * 29 * 16
+        and modern["total"] == modern["embedding"] + modern["matmul"] + 10 + 2
+    )
 
 
-@pytest.mark.parametrize("init, role, std", [
-    ("gpt2", "qkv", 0.02), ("gpt2", "embed", 0.02), ("gpt2", "mlp_out", 0.02 / math.sqrt(6)),
-    ("gpt2", "attention_out", 0.02 / math.sqrt(6)), ("xavier", "mlp_in", math.sqrt(2 / 384)),
-    ("xavier", "embed", 1 / 8),
-    ("modern", "embed", 0.8), ("modern", "head", 0.001), ("modern", "qkv", 1 / 8), ("modern", "mlp_in", 0.4 / 8),
-    ("modern", "attention_out", 0.0), ("modern", "mlp_out", 0.0), ("modern", "gate", 0.0)])
+@pytest.mark.parametrize(
+    "init, role, std",
+    [
+        ("gpt2", "qkv", 0.02),
+        ("gpt2", "embed", 0.02),
+        ("gpt2", "mlp_out", 0.02 / math.sqrt(6)),
+        ("gpt2", "attention_out", 0.02 / math.sqrt(6)),
+        ("xavier", "mlp_in", math.sqrt(2 / 384)),
+        ("xavier", "embed", 1 / 8),
+        ("modern", "embed", 0.8),
+        ("modern", "head", 0.001),
+        ("modern", "qkv", 1 / 8),
+        ("modern", "mlp_in", 0.4 / 8),
+        ("modern", "attention_out", 0.0),
+        ("modern", "mlp_out", 0.0),
+        ("modern", "gate", 0.0),
+    ],
+)
 def test_spread_of_fresh_weights(init, role, std):
-    weights = make_init(role, make_model(init=init, embed=64))(jax.random.key(0), (128, 256), jnp.float32)
-    assert float(weights.std()) == pytest.approx(std, rel=0.02) and abs(float(weights.mean())) <= 0.02 * std
+    weights = make_init(role, make_model(init=init, embed=64))(
+        jax.random.key(0), (128, 256), jnp.float32
+    )
+    assert (
+        float(weights.std()) == pytest.approx(std, rel=0.02)
+        and abs(float(weights.mean())) <= 0.02 * std
+    )
 
 
 # ---- test_model.py
 
-@pytest.mark.parametrize("init, wanted", [
-    ("gpt2", {"embed/table": 0.02, "q/kernel": 0.02, "up/kernel": 0.02, "out/kernel": 0.02 / 2, "down/kernel": 0.02 / 2,
-              "value_embed/table": 0.02, "head/kernel": 0.02}),
-    ("modern", {"embed/table": 0.8, "q/kernel": 1 / 8, "up/kernel": 0.4 / 8, "out/kernel": 0, "down/kernel": 0,
-                "value_embed/table": 1 / 8, "value_gate/kernel": 0, "head/kernel": 0.001})])
+
+@pytest.mark.parametrize(
+    "init, wanted",
+    [
+        (
+            "gpt2",
+            {
+                "embed/table": 0.02,
+                "q/kernel": 0.02,
+                "up/kernel": 0.02,
+                "out/kernel": 0.02 / 2,
+                "down/kernel": 0.02 / 2,
+                "value_embed/table": 0.02,
+                "head/kernel": 0.02,
+            },
+        ),
+        (
+            "modern",
+            {
+                "embed/table": 0.8,
+                "q/kernel": 1 / 8,
+                "up/kernel": 0.4 / 8,
+                "out/kernel": 0,
+                "down/kernel": 0,
+                "value_embed/table": 1 / 8,
+                "value_gate/kernel": 0,
+                "head/kernel": 0.001,
+            },
+        ),
+    ],
+)
 def test_fresh_weights_are_spread_by_their_role(init, wanted):
     """As they lie in the tree: residual projections small or zero, embedding and head each in its own way."""
     model = make_model("modern", layers=2, embed=64, vocab=128, windows=(0,), init=init)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
-    found = {jax.tree_util.keystr(path, simple=True, separator="/"): float(x.std()) for path, x in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(
+        jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    )
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): float(x.std()) for path, x in leaves
+    }
     for end, std in wanted.items():
         ours = [value for path, value in found.items() if f"/{path}".endswith(f"/{end}")]
         assert ours == pytest.approx([std] * len(ours), rel=0.05) and ours, end
@@ -427,7 +615,9 @@ def test_the_embedding_is_dropped_too():
     model = make_model(layers=1, dropout=0.5, final_norm=False)
     params, tokens = random_params(model), make_batch()["tokens"]
     params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
-    run = lambda **more: np.asarray(apply(model, params, {"tokens": tokens}, method="features", **more)[0])
+    run = lambda **more: np.asarray(
+        apply(model, params, {"tokens": tokens}, method="features", **more)[0]
+    )
     plain, dropped = run(), run(rngs={"dropout": jax.random.key(0)})
     assert 0.4 < (dropped == 0).mean() < 0.6
     np.testing.assert_allclose(dropped[dropped != 0], 2 * plain[dropped != 0], rtol=1e-6)
@@ -438,7 +628,9 @@ def test_fresh_layers_differ_and_ramps_run_over_depth():
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     first, second = params["blocks"]["0"]["attention"]["q"]["kernel"][:2]
     assert (first != second).mean() > 0.99
-    np.testing.assert_allclose(params["residual"]["x"], [1.15, 1.15 - 1 / 30, 1.05 + 1 / 30, 1.05], rtol=1e-6)
+    np.testing.assert_allclose(
+        params["residual"]["x"], [1.15, 1.15 - 1 / 30, 1.05 + 1 / 30, 1.05], rtol=1e-6
+    )
     np.testing.assert_allclose(residual_ramp(0.2, 0.05)(None, (3,)), [0.2, 0.125, 0.05], rtol=1e-6)
 
 

@@ -16,14 +16,23 @@ from gpt_jax.model.moe import Moe
 from gpt_jax.train.optim import make_optimizer
 
 B, T, D = 8, 8, 16
-BASE = dict(embed=D, experts=4, experts_per_token=2, expert_mlp=8, bias=False, pattern=(("attention", "moe"),))
+BASE = dict(
+    embed=D,
+    experts=4,
+    experts_per_token=2,
+    expert_mlp=8,
+    bias=False,
+    pattern=(("attention", "moe"),),
+)
 CASES = {
     "plain": dict(balance="none", router_normalize=False),
     "normalised": dict(balance="aux"),
     "sigmoid-bias": dict(balance="bias", router="sigmoid", experts=8, experts_per_token=3),
     "shared": dict(shared_experts=2, expert_ffn="relu2", router="sigmoid", router_normalize=False),
     "capacity": dict(dispatch="capacity", capacity_factor=0.5),
-    "capacity-bias": dict(dispatch="capacity", capacity_factor=0.75, balance="bias", experts=8, shared_experts=1),
+    "capacity-bias": dict(
+        dispatch="capacity", capacity_factor=0.75, balance="bias", experts=8, shared_experts=1
+    ),
 }
 
 
@@ -33,7 +42,9 @@ def make_model(**knobs):
 
 def make_params(model, skew=0.0):
     """Normal draws in numpy, the same on every mesh; `skew` makes the first experts the favourites."""
-    shapes = jax.eval_shape(lambda: Moe(model).init(jax.random.key(0), jnp.zeros((1, 1, D)), None))["params"]
+    shapes = jax.eval_shape(lambda: Moe(model).init(jax.random.key(0), jnp.zeros((1, 1, D)), None))[
+        "params"
+    ]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.float32(0.4 * rng.standard_normal(x.shape)), shapes)
     params["router"]["kernel"][0] -= skew * np.arange(model.experts)
@@ -80,7 +91,7 @@ def close(ours, theirs, rel=1e-5):
 
 # ---- the loop ----
 
-ACTIVATIONS = {"swiglu": lambda x: x / (1 + jnp.exp(-x)), "relu2": lambda x: jnp.maximum(x, 0)**2}
+ACTIVATIONS = {"swiglu": lambda x: x / (1 + jnp.exp(-x)), "relu2": lambda x: jnp.maximum(x, 0) ** 2}
 
 
 def loop_ffn(model, p, x, expert=...):
@@ -98,12 +109,19 @@ def loop_row(model, params, x, segment):
     ys, z, probability = [], 0.0, jnp.zeros(E)
     for t in range(T):
         logits = x[t] @ params["router"]["kernel"]
-        scores = jnp.exp(logits) / jnp.exp(logits).sum() if model.router == "softmax" else 1 / (1 + jnp.exp(-logits))
+        scores = (
+            jnp.exp(logits) / jnp.exp(logits).sum()
+            if model.router == "softmax"
+            else 1 / (1 + jnp.exp(-logits))
+        )
         ranked = np.asarray(jax.lax.stop_gradient(scores + params["router"].get("bias", 0.0)))
         chosen = sorted(range(E), key=lambda e: (-ranked[e], e))[:k]
         y = loop_ffn(model, params["shared"], x[t]) if model.shared_experts else jnp.zeros(D)
         if segment[t]:
-            z, probability = z + jnp.log(jnp.exp(logits).sum())**2, probability + scores / scores.sum()
+            z, probability = (
+                z + jnp.log(jnp.exp(logits).sum()) ** 2,
+                probability + scores / scores.sum(),
+            )
             whole = sum(scores[e] for e in chosen) if model.router_normalize else 1.0
             for e in chosen:
                 load[e] += 1
@@ -114,8 +132,12 @@ def loop_row(model, params, x, segment):
                     dropped += 1
         ys.append(y)
     real = max(1, (segment != 0).sum())
-    stats = {"balance": real * E * (load / (real * k) * probability / real).sum(), "router_z": z, "load": load,
-             "dropped": dropped}
+    stats = {
+        "balance": real * E * (load / (real * k) * probability / real).sum(),
+        "router_z": z,
+        "load": load,
+        "dropped": dropped,
+    }
     if "bias" in params["router"]:
         bias = params["router"]["bias"]
         stats["steer"] = ((bias - jax.lax.stop_gradient(bias)) * (E * load - load.sum())).sum()
@@ -126,10 +148,15 @@ def loop(model, params, x, segment, probe):
     def total(params, x):
         rows = [loop_row(model, params, x[b], segment[b]) for b in range(len(x))]
         y = jnp.stack([row[0] for row in rows])
-        stats = {name: jnp.stack([jnp.asarray(row[1][name], jnp.float32) for row in rows]) for name in rows[0][1]}
+        stats = {
+            name: jnp.stack([jnp.asarray(row[1][name], jnp.float32) for row in rows])
+            for name in rows[0][1]
+        }
         return objective(y, stats, probe), (y, stats)
 
-    grads, (y, stats) = jax.grad(total, (0, 1), has_aux=True)(jax.tree.map(jnp.asarray, params), jnp.asarray(x))
+    grads, (y, stats) = jax.grad(total, (0, 1), has_aux=True)(
+        jax.tree.map(jnp.asarray, params), jnp.asarray(x)
+    )
     return jax.tree.map(np.asarray, (y, stats, grads))
 
 
@@ -143,15 +170,18 @@ def test_equals_a_loop_over_tokens(name):
     assert ours[1]["load"].sum() == model.experts_per_token * (segment != 0).sum()
 
 
-
 def test_what_is_dropped_is_reported_as_a_part_of_the_choices():
     """Two choices a token, and experts that take half of an equal share: about half of all are left out."""
-    model = make_model(experts=4, experts_per_token=2, dispatch="capacity", capacity_factor=0.5, balance="none")
+    model = make_model(
+        experts=4, experts_per_token=2, dispatch="capacity", capacity_factor=0.5, balance="none"
+    )
     x, segment, probe = make_inputs()
     _, stats, _ = run(model, make_params(model), x, segment, probe)
     report = add_layer(empty_report(model, len(x)), stats, model, 0)
     found = report["dropped"].sum() / report["tokens"].sum()
-    assert found == pytest.approx(stats["dropped"].sum() / stats["load"].sum()) and 0.4 < found < 0.6
+    assert (
+        found == pytest.approx(stats["dropped"].sum() / stats["load"].sum()) and 0.4 < found < 0.6
+    )
 
 
 def test_capacity_with_room_for_all_drops_nothing():
@@ -162,7 +192,13 @@ def test_capacity_with_room_for_all_drops_nothing():
 
 
 def test_capacity_is_rounded_up_and_no_more_than_a_row():
-    cases = {(8, 4, 2, 1.25): 5, (100, 4, 2, 1.1): 55, (8, 64, 1, 0.5): 1, (8, 8, 3, 0.75): 3, (8, 2, 2, 3.0): 8}
+    cases = {
+        (8, 4, 2, 1.25): 5,
+        (100, 4, 2, 1.1): 55,
+        (8, 64, 1, 0.5): 1,
+        (8, 8, 3, 0.75): 3,
+        (8, 2, 2, 3.0): 8,
+    }
     assert {args: experts.capacity(*args) for args in cases} == cases
 
 
@@ -170,10 +206,15 @@ def test_padding_is_in_no_statistic_and_takes_no_room():
     model = make_model(dispatch="capacity", capacity_factor=0.5, balance="bias")
     params, (x, segment, probe) = make_params(model), make_inputs()
     garbage = np.where((segment == 0)[..., None], 1e3, x)
-    (y, stats, _), (y_plain, stats_plain, _) = (run(model, params, x, segment, probe) for x in (garbage, x))
+    (y, stats, _), (y_plain, stats_plain, _) = (
+        run(model, params, x, segment, probe) for x in (garbage, x)
+    )
     close(stats, stats_plain)
     close(y, y_plain)
-    assert stats["load"][2].sum() == stats["balance"][2] == stats["router_z"][2] == 0 and np.abs(y[2]).max() == 0
+    assert (
+        stats["load"][2].sum() == stats["balance"][2] == stats["router_z"][2] == 0
+        and np.abs(y[2]).max() == 0
+    )
 
 
 def test_equal_scores_go_to_the_lower_experts():
@@ -191,24 +232,35 @@ def test_experts_start_like_dense_layers(init):
     params = make(jax.random.key(0))
     up, down = (np.asarray(params["experts"][name]["kernel"]) for name in ("up", "down"))
     F = model.expert_mlp
-    xavier = (2 / (D + F))**0.5
-    expected = {"gpt2": (0.02, 0.02 / 2**0.5), "xavier": (xavier, xavier), "modern": (0.4 * D**-0.5, 0.0)}
+    xavier = (2 / (D + F)) ** 0.5
+    expected = {
+        "gpt2": (0.02, 0.02 / 2**0.5),
+        "xavier": (xavier, xavier),
+        "modern": (0.4 * D**-0.5, 0.0),
+    }
     np.testing.assert_allclose((up.std(), down.std()), expected[init], rtol=0.03)
     assert np.abs(up[0] - up[1]).max() > 0
 
 
 # ---- the other platforms' ways, on this one ----
 
-def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+
+def emulated_ragged_all_to_all(
+    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
+):
     """What jax.lax.ragged_all_to_all documents, from gathers: a CPU has none."""
     me, gather = jax.lax.axis_index(axis_name), partial(jax.lax.all_gather, axis_name=axis_name)
-    everything, starts, sizes, ends = (gather(x) for x in (operand, input_offsets, send_sizes, output_offsets))
+    everything, starts, sizes, ends = (
+        gather(x) for x in (operand, input_offsets, send_sizes, output_offsets)
+    )
     for source in range(len(starts)):
         place = jnp.arange(len(output)) - ends[source, me]
         here = (place >= 0) & (place < sizes[source, me])
         sent = everything[source][(starts[source, me] + place).clip(0, len(operand) - 1)]
         output = jnp.where(here[:, None], sent, output)
-    return jnp.where((recv_sizes == sizes[:, me]).all(), output, jnp.nan)  # else a device would wait, or take too little
+    return jnp.where(
+        (recv_sizes == sizes[:, me]).all(), output, jnp.nan
+    )  # else a device would wait, or take too little
 
 
 @pytest.fixture
@@ -216,7 +268,9 @@ def accelerator(monkeypatch):
     """The exchange and the grouped matmul of platforms that are no CPU."""
     monkeypatch.setattr(experts, "EXCHANGES", {})
     monkeypatch.setattr(grouped, "WAYS", {"cpu": grouped.by_sorting})
-    monkeypatch.setattr(grouped, "kernel_gradient", partial(grouped.kernel_gradient, interpret=True))
+    monkeypatch.setattr(
+        grouped, "kernel_gradient", partial(grouped.kernel_gradient, interpret=True)
+    )
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
 
 
@@ -251,10 +305,14 @@ def test_sums_of_bfloat16_are_float32(way, request):
 
     def ours(x, kernels):
         done = grouped.feed_forward(x, choice, 1, kernels, jax.nn.silu, "cpu", 32)
-        return (grouped.combine(done.rows, jnp.ones((n, 1)), done.there, done.back) * probe).sum(dtype=jnp.float32)
+        return (grouped.combine(done.rows, jnp.ones((n, 1)), done.there, done.back) * probe).sum(
+            dtype=jnp.float32
+        )
 
     def dense(x, kernels):
-        down, up, gate = (jnp.take(kernel, choice, axis=0, mode="fill", fill_value=0) for kernel in kernels)
+        down, up, gate = (
+            jnp.take(kernel, choice, axis=0, mode="fill", fill_value=0) for kernel in kernels
+        )
         times = partial(jnp.einsum, "nd,ndf->nf")
         return (times(jax.nn.silu(times(x, gate)) * times(x, up), down) * probe).sum()
 
@@ -265,16 +323,23 @@ def test_sums_of_bfloat16_are_float32(way, request):
 
 # ---- meshes ----
 
-MESHES = [("sigmoid-bias", dict(expert=8)),
-          ("sigmoid-bias", dict(expert=2, fsdp=2, tensor=2)), ("shared", dict(expert=2, data=2, context=2)),
-          ("capacity-bias", dict(expert=4, data=2))]
+MESHES = [
+    ("sigmoid-bias", dict(expert=8)),
+    ("sigmoid-bias", dict(expert=2, fsdp=2, tensor=2)),
+    ("shared", dict(expert=2, data=2, context=2)),
+    ("capacity-bias", dict(expert=4, data=2)),
+]
 
 
 def put(params, model):
     """Parameters laid out as the module makes them on the current mesh."""
-    like = jax.eval_shape(lambda: Moe(model).init(jax.random.key(0), zeros_on_mesh(), None))["params"]
+    like = jax.eval_shape(lambda: Moe(model).init(jax.random.key(0), zeros_on_mesh(), None))[
+        "params"
+    ]
     mesh = jax.sharding.get_mesh()
-    return jax.tree.map(lambda x, like: jax.device_put(x, NamedSharding(mesh, like.sharding.spec)), params, like)
+    return jax.tree.map(
+        lambda x, like: jax.device_put(x, NamedSharding(mesh, like.sharding.spec)), params, like
+    )
 
 
 def zeros_on_mesh():
@@ -282,7 +347,9 @@ def zeros_on_mesh():
 
 
 def on_mesh(mesh, model, params, x, segment, probe):
-    lay = lambda x, *rest: jax.device_put(x, NamedSharding(mesh, P(config.BATCH_AXES, "context", *rest)))
+    lay = lambda x, *rest: jax.device_put(
+        x, NamedSharding(mesh, P(config.BATCH_AXES, "context", *rest))
+    )
     with jax.set_mesh(mesh):
         return run(model, put(params, model), lay(x, None), lay(segment), lay(probe, None))
 
@@ -294,7 +361,10 @@ def test_a_mesh_equals_one_device(name, shape, mesh):
     close(on_mesh(mesh(**shape), model, params, *inputs), run(model, params, *inputs))
 
 
-STAGES = [("normalised", dict(pipeline=2, expert=2, fsdp=2)), ("capacity-bias", dict(pipeline=2, expert=2, data=2))]
+STAGES = [
+    ("normalised", dict(pipeline=2, expert=2, fsdp=2)),
+    ("capacity-bias", dict(pipeline=2, expert=2, data=2)),
+]
 
 
 @pytest.mark.parametrize("name, shape", STAGES, ids=str)
@@ -304,8 +374,10 @@ def test_under_vmap_over_stages(name, shape, mesh, accelerator, monkeypatch):
     grid = mesh(**shape)
     with jax.set_mesh(grid):
         over = lambda spec: NamedSharding(grid, P("pipeline", *spec))
-        params = jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves), over(leaves[0].sharding.spec)),
-                              *(put(params, model) for params in two))
+        params = jax.tree.map(
+            lambda *leaves: jax.device_put(np.stack(leaves), over(leaves[0].sharding.spec)),
+            *(put(params, model) for params in two),
+        )
         lay = lambda x: jax.device_put(np.stack([x, x]), over([("data", "fsdp", "expert")]))
 
         @jax.jit
@@ -327,10 +399,13 @@ def test_under_vmap_over_stages(name, shape, mesh, accelerator, monkeypatch):
 
 # ---- the bias ----
 
+
 def test_the_bias_balances_a_skewed_router():
     model = make_model(balance="bias", router="sigmoid", experts=8, experts_per_token=2)
     params, inputs = make_params(model, skew=0.3), make_inputs()
-    tx = make_optimizer(config.Optim(learning_rate=0.0, schedule="constant"), params, balance_rate=0.05)
+    tx = make_optimizer(
+        config.Optim(learning_rate=0.0, schedule="constant"), params, balance_rate=0.05
+    )
     state, worst, step = tx.init(params), [], compiled(model)
     for _ in range(20):
         _, stats, (grads, _) = step(params, *inputs)

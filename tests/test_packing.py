@@ -43,7 +43,10 @@ def test_blocks_side_by_side_are_packed_as_by_a_loop(how, slow, capacity):
     rows, used = packing.place(arranged, capacity, choose)
     for block in range(len(sizes)):
         given = [int(s) for s in sizes[block] if s]
-        found = [[int(s) for s, row in zip(arranged[block], rows[block]) if row == r and s] for r in range(used[block])]
+        found = [
+            [int(s) for s, row in zip(arranged[block], rows[block]) if row == r and s]
+            for r in range(used[block])
+        ]
         assert found == slow(given, capacity)
 
 
@@ -56,18 +59,24 @@ def test_every_token_is_in_one_row_and_predicted_once(how, seq_len, monkeypatch)
     sizes[:4] = 1, seq_len, seq_len + 1, seq_len + 2
     offsets, capacity = offsets_of(sizes), seq_len + 1
     plan = packing.plan(offsets, capacity, how, 3)
-    assert plan.first[0] == 0 and plan.first[-1] == len(plan.starts) and (np.diff(plan.first) > 0).all()
+    assert (
+        plan.first[0] == 0
+        and plan.first[-1] == len(plan.starts)
+        and (np.diff(plan.first) > 0).all()
+    )
     filled = np.add.reduceat(plan.sizes, plan.first[:-1])
     assert filled.max() <= capacity
     predicted, seen = np.zeros(offsets[-1], int), np.zeros(offsets[-1], int)
     for start, size in zip(plan.starts, plan.sizes):
         document = np.searchsorted(offsets, start, "right") - 1
         assert start + size <= offsets[document + 1]  # never over the end of its document
-        predicted[start + 1: start + size] += 1
-        seen[start: start + size] += 1
+        predicted[start + 1 : start + size] += 1
+        seen[start : start + size] += 1
     first = np.zeros(offsets[-1], bool)
     first[offsets[:-1]] = True
-    assert (predicted[~first] == 1).all() and (predicted[first] == 0).all()  # what begins a document has no context
+    assert (predicted[~first] == 1).all() and (
+        predicted[first] == 0
+    ).all()  # what begins a document has no context
     assert (seen[first] == 1).all() and (seen >= 1).all()
 
 
@@ -90,8 +99,15 @@ def test_best_fit_wastes_less_than_first_fit_and_both_little():
 def test_the_seed_decides_who_shares_a_row():
     offsets = offsets_of(np.random.default_rng(0).integers(1, 30, 300))
     plans = [packing.plan(offsets, 33, "first_fit", seed) for seed in (0, 0, 1)]
-    same = [all((getattr(plans[0], name) == getattr(plan, name)).all() if len(getattr(plans[0], name)) ==
-                len(getattr(plan, name)) else False for name in ("first", "starts", "sizes")) for plan in plans]
+    same = [
+        all(
+            (getattr(plans[0], name) == getattr(plan, name)).all()
+            if len(getattr(plans[0], name)) == len(getattr(plan, name))
+            else False
+            for name in ("first", "starts", "sizes")
+        )
+        for plan in plans
+    ]
     assert same == [True, True, False]
 
 
@@ -101,7 +117,10 @@ def test_rows_at_documents_against_a_loop():
         wanted, at = [], 0
         while at < len(offsets) - 1:
             wanted.append(int(offsets[at]))
-            at = next((i for i in range(at, len(offsets) - 1) if offsets[i] >= offsets[at] + seq_len), len(offsets))
+            at = next(
+                (i for i in range(at, len(offsets) - 1) if offsets[i] >= offsets[at] + seq_len),
+                len(offsets),
+            )
         assert packing.at_documents(offsets, seq_len).tolist() == wanted
 
 

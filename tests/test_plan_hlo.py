@@ -13,9 +13,12 @@ from gpt_jax.plan import hlo
 
 def program(fn, shape, *arrays):
     """What hlo.read finds in `fn` compiled for fake CPU devices; arrays: (dims, spec) in float32."""
-    mesh = sharding.make_mesh(shape, jax.devices()[:math.prod(shape.values())])
+    mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape.values())])
     with jax.set_mesh(mesh):
-        given = [jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(mesh, spec)) for dims, spec in arrays]
+        given = [
+            jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(mesh, spec))
+            for dims, spec in arrays
+        ]
         text = jax.jit(fn).lower(*given).compile().as_text()
     return hlo.read(text, dict(mesh.shape))
 
@@ -26,10 +29,15 @@ def rows(found):
 
 def test_a_gather_in_a_loop_counts_as_often_as_it_runs():
     def fn(stack, x):
-        body = lambda x, w: (jnp.tanh(jnp.matmul(x, jax.reshard(w, P(None, None)), out_sharding=P("data", None))), None)
+        body = lambda x, w: (
+            jnp.tanh(jnp.matmul(x, jax.reshard(w, P(None, None)), out_sharding=P("data", None))),
+            None,
+        )
         return jax.lax.scan(body, x, stack)[0]
 
-    found = program(fn, dict(data=2, fsdp=4), ((6, 64, 64), P(None, "fsdp", None)), ((16, 64), P("data", None)))
+    found = program(
+        fn, dict(data=2, fsdp=4), ((6, 64, 64), P(None, "fsdp", None)), ((16, 64), P("data", None))
+    )
     assert rows(found) == [("all-gather", ("fsdp",), 64 * 64 * 4 * 3 // 4, 6)]
 
 
@@ -37,25 +45,52 @@ def test_loops_in_loops():
     def fn(x):
         inner = lambda x, _: (jax.lax.psum(x, "tensor") * 0.5, None)
         outer = lambda x, _: (jax.lax.scan(inner, x, None, 3)[0] + 1, None)
-        return jax.shard_map(lambda x: jax.lax.scan(outer, x, None, 5)[0], in_specs=P(None), out_specs=P(None),
-                             check_vma=False)(x)
+        return jax.shard_map(
+            lambda x: jax.lax.scan(outer, x, None, 5)[0],
+            in_specs=P(None),
+            out_specs=P(None),
+            check_vma=False,
+        )(x)
 
     found = program(fn, dict(fsdp=2, tensor=4), ((128,), P(None)))
     assert rows(found) == [("all-reduce", ("tensor",), round(2 * 0.75 * 128 * 4), 15)]
 
 
-@pytest.mark.parametrize("fn, want", [
-    (lambda x: jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]),
-     ("collective-permute", ("fsdp",), 256 * 4)),
-    (lambda x: jax.lax.all_to_all(x.reshape(4, 64), "fsdp", 0, 0).reshape(256), ("all-to-all", ("fsdp",), 192 * 4)),
-    (lambda x: jax.lax.psum(x, ("fsdp", "tensor")), ("all-reduce", ("fsdp", "tensor"), round(2 * 7 / 8 * 256 * 4)))])
+@pytest.mark.parametrize(
+    "fn, want",
+    [
+        (
+            lambda x: jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]),
+            ("collective-permute", ("fsdp",), 256 * 4),
+        ),
+        (
+            lambda x: jax.lax.all_to_all(x.reshape(4, 64), "fsdp", 0, 0).reshape(256),
+            ("all-to-all", ("fsdp",), 192 * 4),
+        ),
+        (
+            lambda x: jax.lax.psum(x, ("fsdp", "tensor")),
+            ("all-reduce", ("fsdp", "tensor"), round(2 * 7 / 8 * 256 * 4)),
+        ),
+    ],
+)
 def test_kinds_axes_and_bytes(fn, want):
     mapped = lambda x: jax.shard_map(fn, in_specs=P(None), out_specs=P(None), check_vma=False)(x)
     assert rows(program(mapped, dict(fsdp=4, tensor=2), ((256,), P(None)))) == [(*want, 1)]
 
 
-@pytest.mark.parametrize("text, size", [("(bf16[8,64]{1,0:T(8,128)}, f32[])", 1028), ("f8e4m3[8,2]", 16), ("f8e8m0fnu[3]", 3),
-                                        ("f4e2m1fn[8]", 4), ("s2[8]", 2), ("u2[4]", 1), ("pred[3]", 3), ("token[]", 0)])
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("(bf16[8,64]{1,0:T(8,128)}, f32[])", 1028),
+        ("f8e4m3[8,2]", 16),
+        ("f8e8m0fnu[3]", 3),
+        ("f4e2m1fn[8]", 4),
+        ("s2[8]", 2),
+        ("u2[4]", 1),
+        ("pred[3]", 3),
+        ("token[]", 0),
+    ],
+)
 def test_bytes_of_a_type(text, size):
     assert hlo.size_of(text) == size
 
@@ -67,13 +102,24 @@ def test_a_type_that_is_not_known_is_named():
 
 def test_replica_groups_in_every_notation():
     want = [[0, 2, 4, 6], [1, 3, 5, 7]]
-    for text in ("replica_groups={{0,2,4,6},{1,3,5,7}}", "replica_groups=[2,4]<=[4,2]T(1,0)",
-                 "replica_groups=mesh['a'=4,'b'=2] {'a'}"):
+    for text in (
+        "replica_groups={{0,2,4,6},{1,3,5,7}}",
+        "replica_groups=[2,4]<=[4,2]T(1,0)",
+        "replica_groups=mesh['a'=4,'b'=2] {'a'}",
+    ):
         assert hlo.groups(text).tolist() == want, text
-    assert hlo.groups("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}").tolist() == want
-    assert hlo.groups("replica_groups=mesh['a'=8] {'a':(1)4}").tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert (
+        hlo.groups("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}").tolist()
+        == want
+    )
+    assert hlo.groups("replica_groups=mesh['a'=8] {'a':(1)4}").tolist() == [
+        [0, 2, 4, 6],
+        [1, 3, 5, 7],
+    ]
     assert hlo.groups("source_target_pairs={{0,1},{1,0}}").tolist() == [[0, 1], [1, 0]]
-    assert hlo.axes_of(hlo.groups("replica_groups=[2,4]<=[4,2]T(1,0)"), {"fsdp": 4, "tensor": 2}) == ("fsdp",)
+    assert hlo.axes_of(
+        hlo.groups("replica_groups=[2,4]<=[4,2]T(1,0)"), {"fsdp": 4, "tensor": 2}
+    ) == ("fsdp",)
 
 
 TPU_TEXT = """HloModule jit_f, is_scheduled=true
@@ -121,17 +167,22 @@ def test_a_program_as_libtpu_writes_it():
     7."""
     found = hlo.read(TPU_TEXT, {"fsdp": 8})
     assert [(row.kind, row.bytes, row.calls, row.asynchronous) for row in found.collectives] == [
-        ("all-gather", 64 * 64 * 2 * 7 // 8, 7, True), ("all-reduce", round(16 * 4 * 2 * 7 / 8), 7, False)]
+        ("all-gather", 64 * 64 * 2 * 7 // 8, 7, True),
+        ("all-reduce", round(16 * 4 * 2 * 7 / 8), 7, False),
+    ]
     assert found.cycles == 7 * 100 + 11
 
 
 def test_flops_of_a_dot_in_a_loop():
     """7 times 3 matrices 8 x 16 times 16 x 32: the batch dim 0 stays, dim 2 of the one meets dim 1 of the other."""
-    text = TPU_TEXT.replace("  %all-reduce.9", """  %l = bf16[3,8,16]{2,1,0} parameter(1)
+    text = TPU_TEXT.replace(
+        "  %all-reduce.9",
+        """  %l = bf16[3,8,16]{2,1,0} parameter(1)
   %r = bf16[3,16,32]{2,1,0} parameter(2)
   %dot.1 = f32[3,8,32]{2,1,0} dot(%l, %r), lhs_batch_dims={0}, rhs_batch_dims={0}, lhs_contracting_dims={2}, """
-                            """rhs_contracting_dims={1}
-  %all-reduce.9""")
+        """rhs_contracting_dims={1}
+  %all-reduce.9""",
+    )
     assert hlo.read(TPU_TEXT, {"fsdp": 8}).matmul_flops == 0
     assert hlo.read(text, {"fsdp": 8}).matmul_flops == 7 * 3 * 2 * 8 * 16 * 32
 
@@ -158,11 +209,12 @@ def test_flops_of_a_matmul_that_libtpu_writes_as_a_padded_convolution():
     assert hlo.read(text, {"fsdp": 1}).matmul_flops == 24 * 2 * 8 * 16 * 32
 
 
-CUBLAS = """%step (i: s32[]) -> s32[] {
+CUBLAS = (
+    """%step (i: s32[]) -> s32[] {
   %l = bf16[512,64]{1,0} parameter(0)
   %r = bf16[64,32]{1,0} parameter(1)
-  %call = (bf16[512,32]{1,0}, s8[4194304]{0}) custom-call(%l, %r), custom_call_target="__cublas$lt$matmul", """ \
-    """backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],""" \
+  %call = (bf16[512,32]{1,0}, s8[4194304]{0}) custom-call(%l, %r), custom_call_target="__cublas$lt$matmul", """
+    """backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"""
     """"rhs_contracting_dimensions":["0"]}},"estimated_cycles":"9"}
 }
 
@@ -177,13 +229,20 @@ ENTRY %main (a: s32[]) -> s32[] {
   ROOT %w = s32[] while(%a), condition=%until, body=%step
 }
 """
+)
 
 
 @pytest.mark.parametrize("known, flops", [(False, (0, 1)), (True, (5, 0))])
 def test_flops_of_calls_of_cublas(known, flops):
     """2 x 512 x 64 x 32 a turn, and a loop whose length the data decides counts apart."""
-    found = hlo.read(CUBLAS.replace("body=%step", """body=%step, backend_config={"known_trip_count":{"n":"5"}}""")
-                     if known else CUBLAS, {"fsdp": 8})
+    found = hlo.read(
+        CUBLAS.replace(
+            "body=%step", """body=%step, backend_config={"known_trip_count":{"n":"5"}}"""
+        )
+        if known
+        else CUBLAS,
+        {"fsdp": 8},
+    )
     assert (found.matmul_flops, found.turn_flops) == tuple(n * 2 * 512 * 64 * 32 for n in flops)
     assert found.cycles == 9 * sum(flops)
 
@@ -206,5 +265,7 @@ def test_flops_of_grouped_matmuls_whose_kernels_carry_no_cycles():
 
 
 def test_a_call_of_cublas_that_is_no_matmul_has_no_flops():
-    solved = CUBLAS.replace("lt$matmul", "triangularSolve").replace('"lhs_contracting_dimensions":["1"],', "")
+    solved = CUBLAS.replace("lt$matmul", "triangularSolve").replace(
+        '"lhs_contracting_dimensions":["1"],', ""
+    )
     assert hlo.read(solved, {"fsdp": 8}).turn_flops == 0

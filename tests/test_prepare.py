@@ -32,25 +32,43 @@ def folder(tmp_path):
 
 
 def test_documents_come_out_as_they_went_in(folder):
-    out = prepare(folder / "out", f"--input={folder / 'in'}", "--eval_fraction=0.3", "--piece_mb=0.002")
-    wanted = {side: [t for t in texts(60, 1) + texts(40, 2) if (shards.text_hash(t) < 0.3 * 2**64) == (side == "eval")]
-              for side in ("train", "eval")}
+    out = prepare(
+        folder / "out", f"--input={folder / 'in'}", "--eval_fraction=0.3", "--piece_mb=0.002"
+    )
+    wanted = {
+        side: [
+            t
+            for t in texts(60, 1) + texts(40, 2)
+            if (shards.text_hash(t) < 0.3 * 2**64) == (side == "eval")
+        ]
+        for side in ("train", "eval")
+    }
     assert documents(out) == {"text": wanted} and len(wanted["eval"]) > 10
     opened = corpus.open_corpus(out)
     for side, tokens in opened.sources["text"].items():
         assert len(tokens.shards) > 2 and tokens.documents == len(wanted[side])
         assert tokens.docs["hash"].tolist() == [shards.text_hash(t) for t in wanted[side]]
         assert tokens.docs["bytes"].tolist() == [len(t.encode()) for t in wanted[side]]
-        assert tokens.bytes == sum(tokens.docs["bytes"]) == tokens.size - tokens.documents  # bytes, and end of text
-        names = [f"in/{'ab'[int(t[0]) - 1]}.jsonl:{int(t.split()[0][2:]) + 1}" for t in wanted[side]]
+        assert (
+            tokens.bytes == sum(tokens.docs["bytes"]) == tokens.size - tokens.documents
+        )  # bytes, and end of text
+        names = [
+            f"in/{'ab'[int(t[0]) - 1]}.jsonl:{int(t.split()[0][2:]) + 1}" for t in wanted[side]
+        ]
         assert [tokens.document_name(i) for i in range(tokens.documents)] == names
     assert not (out / "work").exists()
 
 
 @pytest.mark.parametrize("more", [(), ("--dedup=exact", "--tokenizer=char")])
 def test_the_number_of_workers_changes_no_byte(folder, more):
-    given = [f"--input=x={folder / 'in/a.jsonl'}", f"y={folder / 'in'}", "--eval_fraction=0.2", "--piece_mb=0.002",
-             "--tokenizer=bpe:300", *more]
+    given = [
+        f"--input=x={folder / 'in/a.jsonl'}",
+        f"y={folder / 'in'}",
+        "--eval_fraction=0.2",
+        "--piece_mb=0.002",
+        "--tokenizer=bpe:300",
+        *more,
+    ]
     one = contents(prepare(folder / "one", *given))
     assert {name.split("/")[0] for name in one} >= {"x", "y", "corpus.json", "tokenizer.json"}
     for workers in (2, 3) if not more else (2,):
@@ -76,8 +94,13 @@ def test_the_size_of_a_unit_changes_shards_and_nothing_else(folder):
 def test_content_is_that_of_the_text_and_its_split(folder):
     given = [f"--input={folder / 'in'}", "--eval_fraction=0.2"]
     found = corpus.open_corpus(prepare(folder / "bytes", *given)).content
-    assert corpus.open_corpus(prepare(folder / "bpe", *given, "--tokenizer=bpe:300")).content == found
-    assert corpus.open_corpus(prepare(folder / "split", *given[:1], "--eval_fraction=0.3")).content != found
+    assert (
+        corpus.open_corpus(prepare(folder / "bpe", *given, "--tokenizer=bpe:300")).content == found
+    )
+    assert (
+        corpus.open_corpus(prepare(folder / "split", *given[:1], "--eval_fraction=0.3")).content
+        != found
+    )
     (folder / "in/a.jsonl").rename(folder / "in/aa.jsonl")
     assert corpus.open_corpus(prepare(folder / "renamed", *given)).content == found
 
@@ -90,15 +113,22 @@ def test_long_documents_are_encoded_in_parts(folder, monkeypatch):
     assert documents(out)["text"]["train"] == [long, "short", long[::-1]]
     opened = corpus.open_corpus(out)
     tokens = opened.sources["text"]["train"]
-    assert tokens.ids(0, int(tokens.offsets[1]) - 1).tolist() == opened.tokenizer.encode(long).tolist()
+    assert (
+        tokens.ids(0, int(tokens.offsets[1]) - 1).tolist() == opened.tokenizer.encode(long).tolist()
+    )
 
 
 def test_bpe_sees_the_training_side_of_what_stays(folder):
     held = [t for t in texts(4000, 5) if shards.text_hash(t) < 0.01 * 2**64]
     rows = texts(60, 1) + ["zqzqzqzq " * 50] * 3 + held
     write_jsonl(folder / "in/a.jsonl", rows)
-    out = prepare(folder / "out", f"--input={folder / 'in/a.jsonl'}", "--tokenizer=bpe:290", "--dedup=exact",
-                  "--eval_fraction=0.01")
+    out = prepare(
+        folder / "out",
+        f"--input={folder / 'in/a.jsonl'}",
+        "--tokenizer=bpe:290",
+        "--dedup=exact",
+        "--eval_fraction=0.01",
+    )
     alone = train_bpe([t for t in dict.fromkeys(rows) if shards.text_hash(t) >= 0.01 * 2**64], 290)
     assert corpus.open_corpus(out).tokenizer.fingerprint == alone.fingerprint
 
@@ -107,13 +137,26 @@ def test_a_sample_for_the_tokenizer_is_spread_over_the_input(folder, monkeypatch
     from gpt_jax.data import prepare as module
 
     seen = []
-    monkeypatch.setattr(module, "made_tokenizer", lambda spec, texts, characters: train_bpe(
-        seen.extend(texts()) or list(seen), 280))
+    monkeypatch.setattr(
+        module,
+        "made_tokenizer",
+        lambda spec, texts, characters: train_bpe(seen.extend(texts()) or list(seen), 280),
+    )
     write_jsonl(folder / "in/c.jsonl", texts(60, 99))
     write_jsonl(folder / "in/d.jsonl", ["100." + "long " * 4000])  # cut at its share
-    prepare(folder / "out", f"--input={folder / 'in'}", "--tokenizer=bpe:280", "--tokenizer_mb=0.004",
-            "--piece_mb=0.01")
-    assert {text.split(".")[0] for text in seen} == {"1", "2", "99", "100"}  # the beginning of every file
+    prepare(
+        folder / "out",
+        f"--input={folder / 'in'}",
+        "--tokenizer=bpe:280",
+        "--tokenizer_mb=0.004",
+        "--piece_mb=0.01",
+    )
+    assert {text.split(".")[0] for text in seen} == {
+        "1",
+        "2",
+        "99",
+        "100",
+    }  # the beginning of every file
     assert 3000 < sum(len(text.encode()) for text in seen) < 5000
 
 
@@ -121,7 +164,10 @@ def test_exact_copies_are_left_out_wherever_they_are(folder):
     write_jsonl(folder / "in/b.jsonl", [texts(1, 1)[0], "new", *texts(60, 1)[30:], "new"])
     given = [f"--input=a={folder / 'in/a.jsonl'}", f"b={folder / 'in/b.jsonl'}", "--piece_mb=0.002"]
     out = prepare(folder / "out", *given, "--dedup=exact")
-    assert documents(out) == {"a": {"train": texts(60, 1), "eval": []}, "b": {"train": ["new"], "eval": []}}
+    assert documents(out) == {
+        "a": {"train": texts(60, 1), "eval": []},
+        "b": {"train": ["new"], "eval": []},
+    }
     manifest = corpus.read_manifest(out)
     assert manifest["counts"]["exact"] == 32 and manifest["counts"]["near"] == 0
     assert corpus.open_corpus(out).sources["b"]["train"].document_name(0) == "b.jsonl:2"
@@ -133,8 +179,12 @@ def test_near_copies_are_left_out(folder):
     words = [f"word{i}" for i in range(400)]
     near = [*words[:200], "changed", *words[201:]]
     other = [f"other{i}" for i in range(400)]
-    write_jsonl(folder / "in/a.jsonl", [" ".join(words), " ".join(other), " ".join(words), " ".join(near)])
-    out = prepare(folder / "out", f"--input={folder / 'in/a.jsonl'}", "--dedup=near:0.7", "--piece_mb=0.001")
+    write_jsonl(
+        folder / "in/a.jsonl", [" ".join(words), " ".join(other), " ".join(words), " ".join(near)]
+    )
+    out = prepare(
+        folder / "out", f"--input={folder / 'in/a.jsonl'}", "--dedup=near:0.7", "--piece_mb=0.001"
+    )
     assert documents(out)["text"]["train"] == [" ".join(words), " ".join(other)]
     counts = corpus.read_manifest(out)["counts"]
     assert (counts["exact"], counts["near"]) == (1, 1)
@@ -163,23 +213,36 @@ def test_rows_that_cannot_be_read(folder):
     assert counts["skipped"] == 2 and counts["empty"] == 2 and "a.jsonl:2" in counts["places"][0]
     opened = corpus.open_corpus(out).sources["text"]["train"]
     assert [opened.document_name(i) for i in range(2)] == ["a.jsonl:1", "a.jsonl:6"]
-    refused(2, ("a.jsonl:1", "'body'", "text"), f"--output={folder / 'field'}", *given, "--field=body")
+    refused(
+        2, ("a.jsonl:1", "'body'", "text"), f"--output={folder / 'field'}", *given, "--field=body"
+    )
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe:280", "bpe:280:cl100k"])
 def test_a_nul_spelt_out_in_json_is_a_character_like_any_other(folder, tokenizer):
     """It is text on purpose, unlike the byte in a file of text; the filter `controls` takes it out."""
     rows = ["before \0 after", "\0", "a\0\0b\x01c", "plain"]
-    given = [f"--input={write_jsonl(folder / 'nul.jsonl', rows)}", f"--tokenizer={tokenizer}", "--dedup=exact"]
+    given = [
+        f"--input={write_jsonl(folder / 'nul.jsonl', rows)}",
+        f"--tokenizer={tokenizer}",
+        "--dedup=exact",
+    ]
     assert "\\u0000" in (folder / "nul.jsonl").read_text()
     one, two = prepare(folder / "one", *given), prepare(folder / "two", *given, workers=2)
     assert documents(one)["text"]["train"] == rows and contents(one) == contents(two)
     none = documents(prepare(folder / "none", *given, "--filters=controls"))["text"]["train"]
     assert none == ["before  after", "abc", "plain"]
-    data = config.Data(path=(str(folder / "nul.jsonl"),), tokenizer=tokenizer, eval_fraction=0.0, field="text",
-                       cache=str(folder / "cache"))
+    data = config.Data(
+        path=(str(folder / "nul.jsonl"),),
+        tokenizer=tokenizer,
+        eval_fraction=0.0,
+        field="text",
+        cache=str(folder / "cache"),
+    )
     found = dataset.load(data, lambda line: None)
-    assert found.tokenizer.decode(found.parts[0].train.ids(0, found.parts[0].train.size)) == "".join(rows)
+    assert found.tokenizer.decode(
+        found.parts[0].train.ids(0, found.parts[0].train.size)
+    ) == "".join(rows)
 
 
 def test_many_small_files_share_a_unit_and_packed_ones_are_read(folder):
@@ -191,10 +254,17 @@ def test_many_small_files_share_a_unit_and_packed_ones_are_read(folder):
         file.write('{"text": "packed 1"}\n{"text": "packed 2"}\n')
     out = prepare(folder / "out", f"--input={small}", "--piece_mb=1")
     tokens = corpus.open_corpus(out).sources["text"]["train"]
-    assert documents(out)["text"]["train"] == [f"text {i}" for i in range(9)] + ["packed 1", "packed 2"]
+    assert documents(out)["text"]["train"] == [f"text {i}" for i in range(9)] + [
+        "packed 1",
+        "packed 2",
+    ]
     assert len(tokens.shards) == 1
-    assert [tokens.document_name(i) for i in (0, 8, 9, 10)] == ["small/0.txt", "small/8.txt", "small/x.jsonl.gz:1",
-                                                                "small/x.jsonl.gz:2"]
+    assert [tokens.document_name(i) for i in (0, 8, 9, 10)] == [
+        "small/0.txt",
+        "small/8.txt",
+        "small/x.jsonl.gz:1",
+        "small/x.jsonl.gz:2",
+    ]
 
 
 def write_rows(path: Path, rows: list[str]) -> None:
@@ -208,7 +278,10 @@ def write_rows(path: Path, rows: list[str]) -> None:
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(table, path, row_group_size=4)
     elif path.suffix == ".arrow":
-        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as out:
+        with (
+            pyarrow.OSFile(str(path), "wb") as file,
+            pyarrow.ipc.new_file(file, table.schema) as out,
+        ):
             out.write_table(table, max_chunksize=4)
     elif path.suffix == ".csv":
         pyarrow.csv.write_csv(table, path)
@@ -226,7 +299,9 @@ def test_documents_of_every_format_keep_their_names(name, tmp_path):
     out = prepare(tmp_path / "out", f"--input={path}", "--piece_mb=0.0004", "--documents=line")
     tokens = corpus.open_corpus(out).sources["text"]["train"]
     assert documents(out)["text"]["train"] == rows
-    whole = readers.documents((readers.whole(sources.Source(path, name)),), readers.Reading(documents="line"))
+    whole = readers.documents(
+        (readers.whole(sources.Source(path, name)),), readers.Reading(documents="line")
+    )
     assert [tokens.document_name(i) for i in range(30)] == [document.name for document in whole]
     assert (len(tokens.shards) > 2) == (name in ("a.parquet", "a.txt"))  # those that can be cut
 
@@ -235,7 +310,10 @@ def test_input_on_a_store(tmp_path):
     store = fsspec.filesystem("memory")
     given = ["--input=memory://in/*.jsonl", "--piece_mb=0.001"]
     for name, some in (("a", texts(30, 1)), ("b", texts(20, 2))):
-        store.pipe(f"/in/{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in some).encode())
+        store.pipe(
+            f"/in/{name}.jsonl",
+            "".join(json.dumps({"text": text}) + "\n" for text in some).encode(),
+        )
     out = prepare(tmp_path / "out", *given)
     assert documents(out)["text"]["train"] == texts(30, 1) + texts(20, 2)
     prepare(out, *given)
@@ -248,8 +326,13 @@ def test_input_on_a_store(tmp_path):
 
 def test_a_full_disk_at_every_write_in_turn(folder, monkeypatch):
     """Each call has room for one write more than the one before; the end is that of an undisturbed call."""
-    given = [f"--input={folder / 'in'}", "--eval_fraction=0.2", "--piece_mb=0.006", "--tokenizer=bpe:300",
-             "--dedup=exact"]
+    given = [
+        f"--input={folder / 'in'}",
+        "--eval_fraction=0.2",
+        "--piece_mb=0.006",
+        "--tokenizer=bpe:300",
+        "--dedup=exact",
+    ]
     wanted = contents(prepare(folder / "wanted", *given))
     sync, room = shards.sync, [0]
 
@@ -299,7 +382,13 @@ def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys)
     there = f"--output={out}"
     refused(2, ("--eval_fraction was 0.2 and is 0.3",), there, given[0], "--eval_fraction=0.3")
     refused(2, ("--tokenizer was bytes", "bpe:300"), there, *given, "--tokenizer=bpe:300")
-    refused(2, ("--input was ['a'] and is ['text']",), there, f"--input={folder / 'in/a.jsonl'}", given[1])
+    refused(
+        2,
+        ("--input was ['a'] and is ['text']",),
+        there,
+        f"--input={folder / 'in/a.jsonl'}",
+        given[1],
+    )
     refused(2, ("--field was text and is body",), there, *given, "--field=body")
     (folder / "in/a.jsonl").write_text('{"text": "new"}\n')
     refused(2, ("is finished, and the input has changed", "a.jsonl"), there, *given)
@@ -391,11 +480,17 @@ def test_a_filter_edited_between_two_calls_is_refused(folder, monkeypatch, own_f
     monkeypatch.setattr(units, "tokenize", stopping)
     refused(2, ("gone",), f"--output={folder / 'out'}", *given)
     own_filter("text.lower()")
-    refused(2, ("the source code of --filters was {'mine_of_prepare:change'", "remove this one"),
-            f"--output={folder / 'out'}", *given)
+    refused(
+        2,
+        ("the source code of --filters was {'mine_of_prepare:change'", "remove this one"),
+        f"--output={folder / 'out'}",
+        *given,
+    )
     own_filter("text.upper()")
     prepare(folder / "out", *given)
-    assert documents(folder / "out")["text"]["train"] == [text.upper() for text in texts(60, 1) + texts(40, 2)]
+    assert documents(folder / "out")["text"]["train"] == [
+        text.upper() for text in texts(60, 1) + texts(40, 2)
+    ]
     own_filter("text.lower()")
     refused(2, ("the source code of --filters",), f"--output={folder / 'out'}", *given)
 
@@ -409,8 +504,13 @@ def test_a_filter_edited_while_it_is_in_use_is_refused(folder, monkeypatch, own_
         return run(job, unit, tick, **more)
 
     monkeypatch.setattr(units, "tokenize", editing)
-    refused(20, ("--filters mine_of_prepare:change", "edited while it was in use", "remove --output="),
-            f"--output={folder / 'out'}", f"--input={folder / 'in'}", "--filters=mine_of_prepare:change")
+    refused(
+        20,
+        ("--filters mine_of_prepare:change", "edited while it was in use", "remove --output="),
+        f"--output={folder / 'out'}",
+        f"--input={folder / 'in'}",
+        "--filters=mine_of_prepare:change",
+    )
 
 
 def test_input_that_changes_during_a_call_is_refused(folder, monkeypatch):
@@ -422,7 +522,12 @@ def test_input_that_changes_during_a_call_is_refused(folder, monkeypatch):
         return made
 
     monkeypatch.setattr(units, "tokenize", changing)
-    refused(20, ("a.jsonl", "changed while being read"), f"--output={folder / 'out'}", f"--input={folder / 'in'}")
+    refused(
+        20,
+        ("a.jsonl", "changed while being read"),
+        f"--output={folder / 'out'}",
+        f"--input={folder / 'in'}",
+    )
     monkeypatch.undo()
     prepare(folder / "out", f"--input={folder / 'in'}")
     scan = survey.scan
@@ -433,8 +538,13 @@ def test_input_that_changes_during_a_call_is_refused(folder, monkeypatch):
         return made
 
     monkeypatch.setattr(survey, "scan", rewriting)
-    refused(20, ("a.jsonl", "changed while being read"), f"--output={folder / 'two'}", f"--input={folder / 'in'}",
-            "--dedup=exact")
+    refused(
+        20,
+        ("a.jsonl", "changed while being read"),
+        f"--output={folder / 'two'}",
+        f"--input={folder / 'in'}",
+        "--dedup=exact",
+    )
 
 
 def test_input_that_is_not_what_was_scanned(folder):
@@ -456,7 +566,13 @@ def test_two_calls_at_once(folder, monkeypatch):
     def meanwhile(job, unit, tick, **more):
         before = settings.read_bytes()
         for other in ((), ("--tokenizer=char",)):
-            refused(2, ("another gpt-jax prepare is at work",), f"--output={folder / 'out'}", f"--input={folder / 'in'}", *other)
+            refused(
+                2,
+                ("another gpt-jax prepare is at work",),
+                f"--output={folder / 'out'}",
+                f"--input={folder / 'in'}",
+                *other,
+            )
         assert settings.read_bytes() == before
         return run(job, unit, tick, **more)
 
@@ -467,8 +583,12 @@ def test_two_calls_at_once(folder, monkeypatch):
 
 def test_an_output_that_is_a_link_to_nothing(folder):
     (folder / "out").symlink_to("nowhere")
-    refused(2, (f"--output={folder / 'out'}: is a link to nowhere", "remove the link"), f"--output={folder / 'out'}",
-            f"--input={folder / 'in'}")
+    refused(
+        2,
+        (f"--output={folder / 'out'}: is a link to nowhere", "remove the link"),
+        f"--output={folder / 'out'}",
+        f"--input={folder / 'in'}",
+    )
 
 
 def test_another_spelling_of_the_same_input_goes_on(folder, monkeypatch, capsys):
@@ -485,7 +605,7 @@ def test_another_spelling_of_the_same_input_goes_on(folder, monkeypatch, capsys)
     cut = "--piece_mb=0.01"
     monkeypatch.setattr(units, "tokenize", stops_after_one)
     refused(2, ("enough",), f"--output={out}", f"--input=s={folder / 'long'}", cut)
-    done, = out.glob("s/*.tokens")
+    (done,) = out.glob("s/*.tokens")
     written = done.stat().st_mtime_ns
     monkeypatch.setattr(units, "tokenize", run)
     monkeypatch.chdir(folder)
@@ -498,22 +618,61 @@ def test_another_spelling_of_the_same_input_goes_on(folder, monkeypatch, capsys)
 BAD = {
     "nothing": ([], ["--input and --output"]),
     "no output": (["--input=x"], ["--input and --output"]),
-    "no such input": (["--input=nosuch.jsonl", "--output=out"], ["--input text", "nosuch.jsonl", "no such file"]),
-    "a store to write to": (["--input=x", "--output=gs://b/c"], ["--output=gs://b/c", "local folder"]),
-    "unknown engine": (["--input=x", "--output=out", "--engine=spark"], ["--engine=spark", "local, ray"]),
-    "all held out": (["--input=x", "--output=out", "--eval_fraction=1"], ["--eval_fraction=1", "0.9"]),
+    "no such input": (
+        ["--input=nosuch.jsonl", "--output=out"],
+        ["--input text", "nosuch.jsonl", "no such file"],
+    ),
+    "a store to write to": (
+        ["--input=x", "--output=gs://b/c"],
+        ["--output=gs://b/c", "local folder"],
+    ),
+    "unknown engine": (
+        ["--input=x", "--output=out", "--engine=spark"],
+        ["--engine=spark", "local, ray"],
+    ),
+    "all held out": (
+        ["--input=x", "--output=out", "--eval_fraction=1"],
+        ["--eval_fraction=1", "0.9"],
+    ),
     "not a number": (["--input=x", "--output=out", "--piece_mb=nan"], ["--piece_mb=nan"]),
     "fewer than no workers": (["--input=x", "--output=out", "--workers=-1"], ["--workers=-1"]),
     "name of our own folder": (["--input=work=x", "--output=out"], ["'work'", "name of a source"]),
-    "dedup": (["--input=README.md", "--output=out", "--dedup=fuzzy"], ["--dedup=fuzzy", "near:SIMILARITY"]),
-    "similarity": (["--input=README.md", "--output=out", "--dedup=near:7"], ["--dedup=near:7", "between 0 and 1"]),
-    "errors": (["--input=x", "--output=out", "--errors=ignore"], ["--errors='ignore'", "strict, replace"]),
-    "encoding": (["--input=x", "--output=out", "--encodings", "klingon"], ["--encodings='klingon'", "gb18030"]),
-    "on_error": (["--input=x", "--output=out", "--on_error=bogus"], ["--on_error='bogus'", "stop, skip"]),
-    "documents": (["--input=x", "--output=out", "--documents=page"], ["--documents='page'", "file, line"]),
-    "name that cannot be": (["--input=my source=x", "--output=out"], ["'my source'", "name of a source", "letters"]),
-    "filter": (["--input=README.md", "--output=out", "--filters=shorten"], ["--filters='shorten'", "min_chars:N"]),
-    "tokenizer": (["--input=README.md", "--output=out", "--tokenizer=bpe:2"], ["--tokenizer", "bpe:2"]),
+    "dedup": (
+        ["--input=README.md", "--output=out", "--dedup=fuzzy"],
+        ["--dedup=fuzzy", "near:SIMILARITY"],
+    ),
+    "similarity": (
+        ["--input=README.md", "--output=out", "--dedup=near:7"],
+        ["--dedup=near:7", "between 0 and 1"],
+    ),
+    "errors": (
+        ["--input=x", "--output=out", "--errors=ignore"],
+        ["--errors='ignore'", "strict, replace"],
+    ),
+    "encoding": (
+        ["--input=x", "--output=out", "--encodings", "klingon"],
+        ["--encodings='klingon'", "gb18030"],
+    ),
+    "on_error": (
+        ["--input=x", "--output=out", "--on_error=bogus"],
+        ["--on_error='bogus'", "stop, skip"],
+    ),
+    "documents": (
+        ["--input=x", "--output=out", "--documents=page"],
+        ["--documents='page'", "file, line"],
+    ),
+    "name that cannot be": (
+        ["--input=my source=x", "--output=out"],
+        ["'my source'", "name of a source", "letters"],
+    ),
+    "filter": (
+        ["--input=README.md", "--output=out", "--filters=shorten"],
+        ["--filters='shorten'", "min_chars:N"],
+    ),
+    "tokenizer": (
+        ["--input=README.md", "--output=out", "--tokenizer=bpe:2"],
+        ["--tokenizer", "bpe:2"],
+    ),
     "two tasks": (["--inspect=a", "--verify=b"], ["--inspect=a", "alone"]),
     "unknown flag": (["--inputs=a"], ["--inputs", "--help"]),
 }
@@ -534,12 +693,21 @@ def test_folders_of_no_use(folder):
     (folder / "file").write_text("x")
     refused(2, ("is a file",), given, f"--output={folder / 'file'}")
     write_jsonl(folder / "empty.jsonl", ["", ""])
-    refused(2, ("no text is left", "2 empty"), f"--input={folder / 'empty.jsonl'}", f"--output={folder / 'out'}")
+    refused(
+        2,
+        ("no text is left", "2 empty"),
+        f"--input={folder / 'empty.jsonl'}",
+        f"--output={folder / 'out'}",
+    )
 
 
 def test_a_finished_run_prints_what_it_made(folder, capsys):
-    prepare(folder / "out", f"--input=a={folder / 'in/a.jsonl'}", f"b={folder / 'in/b.jsonl'}",
-            "--eval_fraction=0.00001")
+    prepare(
+        folder / "out",
+        f"--input=a={folder / 'in/a.jsonl'}",
+        f"b={folder / 'in/b.jsonl'}",
+        "--eval_fraction=0.00001",
+    )
     out, err = capsys.readouterr()
     assert "100 documents with text" in out and "all" in out and "nothing is held out" in err
     json.loads((folder / "out/corpus.json").read_text())
@@ -551,7 +719,9 @@ def test_a_reader_that_has_gone_does_not_end_the_work(folder, monkeypatch):
             raise BrokenPipeError
 
     monkeypatch.setattr("sys.stderr", Gone())
-    out = prepare(folder / "out", f"--input={folder / 'in'}", "--tokenizer=bpe:280")  # says that it makes one
+    out = prepare(
+        folder / "out", f"--input={folder / 'in'}", "--tokenizer=bpe:280"
+    )  # says that it makes one
     assert corpus.is_corpus(out)
 
 
@@ -575,13 +745,17 @@ def test_progress_is_a_bar_or_lines(stream, monkeypatch):
     shown = err.getvalue()
     for wanted in ("tokens", "documents/s", "MB/s of text", "prepare: a line", "other"):
         assert wanted in shown
-    assert ("50%" in shown) == (stream is Terminal) and ("s left" in shown) == (stream is io.StringIO)
+    assert ("50%" in shown) == (stream is Terminal) and ("s left" in shown) == (
+        stream is io.StringIO
+    )
 
 
 def test_filters_given_apart_add_up_and_output_inside_input_is_refused(tmp_path):
     write_jsonl(tmp_path / "in" / "a.jsonl", texts(30))
     given = f"--input={tmp_path / 'in'}"
-    both = documents(prepare(tmp_path / "both", given, "--filters", "min_chars:100", "--filters=strip"))
+    both = documents(
+        prepare(tmp_path / "both", given, "--filters", "min_chars:100", "--filters=strip")
+    )
     assert both["text"]["train"] == [text for text in texts(30) if len(text) >= 100]
     refused(2, ("--output=", "lies inside --input="), given, f"--output={tmp_path / 'in' / 'out'}")
     with pytest.raises(Exception, match="cannot be the name of a source"):
@@ -590,20 +764,35 @@ def test_filters_given_apart_add_up_and_output_inside_input_is_refused(tmp_path)
 
 def test_a_first_call_that_failed_before_any_unit_spoils_nothing(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", texts(5))
-    refused(2, ("txet",), f"--input={tmp_path / 'a.jsonl'}", "--field=txet", f"--output={tmp_path / 'out'}")
-    assert documents(prepare(tmp_path / "out", f"--input={tmp_path / 'a.jsonl'}"))["text"]["train"] == texts(5)
+    refused(
+        2,
+        ("txet",),
+        f"--input={tmp_path / 'a.jsonl'}",
+        "--field=txet",
+        f"--output={tmp_path / 'out'}",
+    )
+    assert documents(prepare(tmp_path / "out", f"--input={tmp_path / 'a.jsonl'}"))["text"][
+        "train"
+    ] == texts(5)
 
 
 def test_inputs_that_are_joined_and_files_that_are_no_part_are_told(tmp_path, capsys):
     for name in "ab":
         write_jsonl(tmp_path / f"{name}.jsonl", texts(5, ord(name)))
-    folder = prepare(tmp_path / "out", "--input", f"wiki={tmp_path}/a.jsonl", f"wiki={tmp_path}/b.jsonl")
-    assert f"source wiki is given 2 times and joins {tmp_path}/a.jsonl, {tmp_path}/b.jsonl" in capsys.readouterr().err
+    folder = prepare(
+        tmp_path / "out", "--input", f"wiki={tmp_path}/a.jsonl", f"wiki={tmp_path}/b.jsonl"
+    )
+    assert (
+        f"source wiki is given 2 times and joins {tmp_path}/a.jsonl, {tmp_path}/b.jsonl"
+        in capsys.readouterr().err
+    )
     (folder / "wiki/notes.txt").write_text("mine")
     runs.call("prepare", f"--verify={folder}")
     said = capsys.readouterr()
     assert "all files are whole" in said.out
-    assert said.err.count("is no part of the corpus") == 1 and "wiki/notes.txt: is no part" in said.err
+    assert (
+        said.err.count("is no part of the corpus") == 1 and "wiki/notes.txt: is no part" in said.err
+    )
 
 
 def test_a_source_of_which_nothing_is_held_out_is_named(tmp_path, capsys):
@@ -611,17 +800,35 @@ def test_a_source_of_which_nothing_is_held_out_is_named(tmp_path, capsys):
         write_jsonl(tmp_path / f"{name}.jsonl", texts(count, count))
     inputs = [f"--input={name}={tmp_path / name}.jsonl" for name in ("one", "many")]
     for part, said in (("0.1", True), ("0", False)):
-        runs.call("prepare", *inputs, f"--eval_fraction={part}", "--workers=1", f"--output={tmp_path / part}")
+        runs.call(
+            "prepare",
+            *inputs,
+            f"--eval_fraction={part}",
+            "--workers=1",
+            f"--output={tmp_path / part}",
+        )
         out = capsys.readouterr().out
-        assert ("one: none of its 1 documents was held out (--eval_fraction=0.1" in out) == said and "many: none" not in out
+        assert (
+            "one: none of its 1 documents was held out (--eval_fraction=0.1" in out
+        ) == said and "many: none" not in out
 
 
 def test_files_that_are_given_twice_are_named(tmp_path, capsys, monkeypatch):
     """Whatever they are called, in one line."""
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", texts(3, ord(name))) for name in "ab"]
     monkeypatch.chdir(tmp_path)
-    runs.call("prepare", f"--input=wiki={paths[0]}", f"--input=wiki={paths[1]}", "--input", "a.jsonl", "b.jsonl",
-              "--workers=1", f"--output={tmp_path / 'out'}")
-    said = f"--input: {paths[0]} is given 2 times, and 1 more file: their documents are taken as often"
+    runs.call(
+        "prepare",
+        f"--input=wiki={paths[0]}",
+        f"--input=wiki={paths[1]}",
+        "--input",
+        "a.jsonl",
+        "b.jsonl",
+        "--workers=1",
+        f"--output={tmp_path / 'out'}",
+    )
+    said = (
+        f"--input: {paths[0]} is given 2 times, and 1 more file: their documents are taken as often"
+    )
     assert said in capsys.readouterr().err
     assert corpus.read_manifest(tmp_path / "out")["sources"].keys() == {"wiki", "text"}

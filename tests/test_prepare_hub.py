@@ -35,21 +35,30 @@ ALL = [text for i in range(3) for text in texts(40, i)]
 def tokens_units(monkeypatch) -> list[str]:
     """The names of the units that are tokenized from now on."""
     made, run = [], units.tokenize
-    monkeypatch.setattr(units, "tokenize", lambda job, unit, tick, **more: made.append(unit.name) or run(
-        job, unit, tick, **more))
+    monkeypatch.setattr(
+        units,
+        "tokenize",
+        lambda job, unit, tick, **more: made.append(unit.name) or run(job, unit, tick, **more),
+    )
     return made
 
 
 @pytest.mark.parametrize("sizes_known", [True, False])
 def test_shards_are_units_and_the_output_is_that_of_one(folder, monkeypatch, sizes_known):
-    given = [f"--input=hf://{folder / 'set'}", "--piece_mb=0.004" if sizes_known else "--piece_mb=64"]
+    given = [
+        f"--input=hf://{folder / 'set'}",
+        "--piece_mb=0.004" if sizes_known else "--piece_mb=64",
+    ]
     if sizes_known:
         two = contents(prepare(folder / "two", *given, workers=2))
     else:
         monkeypatch.setattr(hub, "sizes", lambda path: [0, 0, 0])
     made = tokens_units(monkeypatch)
     out = prepare(folder / "out", *given)
-    assert made == [f"text-{i:05d}" for i in range(3)] and len(list((out / "text").glob("train-*.tokens"))) == 3
+    assert (
+        made == [f"text-{i:05d}" for i in range(3)]
+        and len(list((out / "text").glob("train-*.tokens"))) == 3
+    )
     assert documents(out)["text"]["train"] == ALL
     assert not sizes_known or contents(out) == two
 
@@ -73,10 +82,18 @@ def test_the_sample_for_the_tokenizer_is_bounded(folder, monkeypatch, sizes_know
     if not sizes_known:
         monkeypatch.setattr(hub, "sizes", lambda path: [0, 0, 0])
     seen = []
-    monkeypatch.setattr(preparing, "made_tokenizer", lambda spec, given, characters: train_bpe(
-        seen.extend(given()) or list(seen), 280))
-    prepare(folder / "out", f"--input=hf://{folder / 'set'}", "--tokenizer=bpe:280", "--tokenizer_mb=0.003",
-            "--piece_mb=0.004")
+    monkeypatch.setattr(
+        preparing,
+        "made_tokenizer",
+        lambda spec, given, characters: train_bpe(seen.extend(given()) or list(seen), 280),
+    )
+    prepare(
+        folder / "out",
+        f"--input=hf://{folder / 'set'}",
+        "--tokenizer=bpe:280",
+        "--tokenizer_mb=0.003",
+        "--piece_mb=0.004",
+    )
     assert 2000 < sum(len(text.encode()) for text in seen) <= 3000
     assert {text.split(".")[0] for text in seen} == {"0", "1", "2"}  # of every shard
 
@@ -94,7 +111,9 @@ class Hub:
 
     def info(self, *_, revision=None, files_metadata=False, **__):
         files = [SimpleNamespace(rfilename=f"train-{i}.jsonl", size=5000 + i) for i in range(3)]
-        return SimpleNamespace(sha=self.head if revision in (None, "main") else revision, siblings=files)
+        return SimpleNamespace(
+            sha=self.head if revision in (None, "main") else revision, siblings=files
+        )
 
     def load(self, name, config, *, split, revision, streaming):
         self.asked.append(revision)
@@ -127,7 +146,9 @@ def test_a_set_of_the_hub_is_held_to_its_commit(folder, monkeypatch, capsys):
     assert set(there.asked) == {HEAD} and len(there.asked) == 1  # and once in a process
     assert made == ["text-00000", "text-00001", "text-00001", "text-00002"]
     assert documents(out)["text"]["train"] == ALL
-    assert json.loads((out / "corpus.json").read_bytes())["settings"]["revisions"] == {"hf://org/set": HEAD}
+    assert json.loads((out / "corpus.json").read_bytes())["settings"]["revisions"] == {
+        "hf://org/set": HEAD
+    }
     assert f"revision {HEAD}, as before" in capsys.readouterr().err
     prepare(out, *given)
     assert "is finished already" in capsys.readouterr().err
@@ -139,7 +160,12 @@ def test_a_revision_can_be_named(folder, monkeypatch):
     there = Hub(monkeypatch, folder)
     prepare(folder / "out", f"--input=hf://org/set#{NEXT}")
     assert set(there.asked) == {NEXT}
-    refused(2, ("the revision of --input was", HEAD, NEXT), f"--output={folder / 'out'}", "--input=hf://org/set#main")
+    refused(
+        2,
+        ("the revision of --input was", HEAD, NEXT),
+        f"--output={folder / 'out'}",
+        "--input=hf://org/set#main",
+    )
 
 
 def test_a_hub_that_does_not_answer_is_said(folder, monkeypatch, capsys):
@@ -150,4 +176,6 @@ def test_a_hub_that_does_not_answer_is_said(folder, monkeypatch, capsys):
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", silent)
     runs.call("prepare", "--input=hf://org/set", "--workers=1", f"--output={folder / 'out'}")
-    assert "hf://org/set: no route to the hub" in capsys.readouterr().err and set(there.asked) == {None}
+    assert "hf://org/set: no route to the hub" in capsys.readouterr().err and set(there.asked) == {
+        None
+    }

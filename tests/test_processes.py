@@ -42,20 +42,39 @@ def assert_close(found: dict, wanted: dict, relative: float) -> None:
 MOE = "--config.model.pattern=(('attention', 'moe'),)"
 
 
-@pytest.mark.parametrize("processes, devices, mesh, model", [
-    (2, 1, "data=2", []), (4, 1, "fsdp=2 tensor=2", []), (2, 2, "pipeline=2 context=2", []),
-    (2, 4, "dcn_data=2 expert=2 tensor=2", [MOE]), (4, 2, "pipeline=2 expert=2 tensor=2", [MOE])])
+@pytest.mark.parametrize(
+    "processes, devices, mesh, model",
+    [
+        (2, 1, "data=2", []),
+        (4, 1, "fsdp=2 tensor=2", []),
+        (2, 2, "pipeline=2 context=2", []),
+        (2, 4, "dcn_data=2 expert=2 tensor=2", [MOE]),
+        (4, 2, "pipeline=2 expert=2 tensor=2", [MOE]),
+    ],
+)
 def test_losses_do_not_depend_on_the_processes(tmp_path, processes, devices, mesh, model):
     axes = [f"--config.mesh.{size}" for size in ("data=1", *mesh.split())]
-    job = runs.job(tmp_path / "logs", processes, runs.arguments(tmp_path, tmp_path / "job", *axes, *model), devices)
+    job = runs.job(
+        tmp_path / "logs",
+        processes,
+        runs.arguments(tmp_path, tmp_path / "job", *axes, *model),
+        devices,
+    )
     finish(job, [0] * processes)
-    assert [process.out for process in job[1:]] == [""] * (processes - 1)  # process 0 alone speaks and writes
-    assert not any("held-out loss" in process.err for process in job[1:]) and "held-out loss" in job[0].err
+    assert [process.out for process in job[1:]] == [""] * (
+        processes - 1
+    )  # process 0 alone speaks and writes
+    assert (
+        not any("held-out loss" in process.err for process in job[1:])
+        and "held-out loss" in job[0].err
+    )
     _, wanted = alone(tmp_path, *model)
     found = runs.curve(tmp_path / "job")
     assert list(found) == list(range(1, 21))
     assert_close(found, wanted, 1e-5)
-    assert_close(runs.curve(tmp_path / "job", "eval/loss"), runs.curve(tmp_path / "alone", "eval/loss"), 1e-5)
+    assert_close(
+        runs.curve(tmp_path / "job", "eval/loss"), runs.curve(tmp_path / "alone", "eval/loss"), 1e-5
+    )
     assert (tmp_path / "job/report.html").exists()  # made after sampling, on all processes
 
 
@@ -92,9 +111,13 @@ def test_killed_and_resumed_on_two_and_on_one(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, number):
-    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=100000",
-                           "--config.checkpoint.every_steps=0",
-                           "--config.eval.every_steps=0")
+    given = runs.arguments(
+        tmp_path,
+        tmp_path / "job",
+        "--config.train.steps=100000",
+        "--config.checkpoint.every_steps=0",
+        "--config.eval.every_steps=0",
+    )
     job = runs.job(tmp_path / "logs", 2, given)
     job[0].until(runs.logged(tmp_path / "job", 20), "step 20")
     job[1].signal(number)
@@ -109,20 +132,33 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, number):
 @pytest.mark.parametrize("victim, every", [(1, 0), (0, 0), (1, 1)])
 def test_when_one_is_killed_the_other_leaves_and_says_why(tmp_path, victim, every):
     """Between saves and, with one after every step, during them; process 0 holds the coordination service."""
-    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=100000", "--config.eval.every_steps=0",
-                           f"--config.checkpoint.every_steps={every}", "--heartbeat_seconds=10")
+    given = runs.arguments(
+        tmp_path,
+        tmp_path / "job",
+        "--config.train.steps=100000",
+        "--config.eval.every_steps=0",
+        f"--config.checkpoint.every_steps={every}",
+        "--heartbeat_seconds=10",
+    )
     job = runs.job(tmp_path / "logs", 2, given)
     job[0].until(runs.logged(tmp_path / "job", 20), "step 20")
     job[victim].kill()
     other = job[1 - victim]
     other.end(40, 100)  # 10 s for its heartbeats to be missed; the rest is for a busy machine
     # Not always the last line: the thread that noticed first may be writing its own.
-    assert any(line.startswith("gpt-jax: ") and "a peer process" in line for line in other.err.splitlines())
+    assert any(
+        line.startswith("gpt-jax: ") and "a peer process" in line for line in other.err.splitlines()
+    )
     assert "Traceback" not in other.err
 
 
-@pytest.mark.parametrize("own, words", [(["--config.optim.learning_rate=0.5"], "config.optim.learning_rate: "),
-                                        (["--config.data.path=other.txt"], "the text: ")])
+@pytest.mark.parametrize(
+    "own, words",
+    [
+        (["--config.optim.learning_rate=0.5"], "config.optim.learning_rate: "),
+        (["--config.data.path=other.txt"], "the text: "),
+    ],
+)
 def test_processes_that_were_told_different_things_stop(tmp_path, own, words):
     given = runs.arguments(tmp_path, tmp_path / "job")
     runs.write_text(tmp_path / "other.txt", words=3000)
@@ -130,32 +166,47 @@ def test_processes_that_were_told_different_things_stop(tmp_path, own, words):
     job = runs.job(tmp_path / "logs", 2, given, own=([], own))
     finish(job, [2, 2])
     for process in job:
-        assert process.err.splitlines()[-1].startswith(f"gpt-jax: {words}not the same on all processes of this job")
+        assert process.err.splitlines()[-1].startswith(
+            f"gpt-jax: {words}not the same on all processes of this job"
+        )
 
 
 def test_processes_with_different_numbers_of_devices_stop(tmp_path):
-    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job"), own=([], ["--cpu_devices=2"]))
+    job = runs.job(
+        tmp_path / "logs",
+        2,
+        runs.arguments(tmp_path, tmp_path / "job"),
+        own=([], ["--cpu_devices=2"]),
+    )
     finish(job, [2, 2])
     for process in job:
         assert process.err.splitlines()[-1] == (
             "gpt-jax: the processes of this job have different numbers of devices: process 0 has 1, process 1 has 2; give "
-            "each the same --cpu_devices, or as many accelerators")
+            "each the same --cpu_devices, or as many accelerators"
+        )
 
 
 def test_the_same_source_is_the_same_code_with_and_without_git(monkeypatch, tmp_path):
     same, said = version.same_code(), version.code_version()
     for commit in ("", "0123456789+"):
         monkeypatch.setattr(version, "git_commit", lambda folder: commit)
-        assert version.same_code() == same and version.code_version().endswith(said[said.index("source "):])
+        assert version.same_code() == same and version.code_version().endswith(
+            said[said.index("source ") :]
+        )
     assert "0123456789+" in version.code_version()
     monkeypatch.setattr(version, "PACKAGE", tmp_path)
     assert version.same_code() != same
 
 
 def test_processes_that_do_not_meet_say_so(tmp_path):
-    given = runs.arguments(tmp_path, tmp_path / "job", "--join_seconds=3", "--coordinator=127.0.0.1:1",
-                           "--num_processes=2",
-                           "--process_id=1")
+    given = runs.arguments(
+        tmp_path,
+        tmp_path / "job",
+        "--join_seconds=3",
+        "--coordinator=127.0.0.1:1",
+        "--num_processes=2",
+        "--process_id=1",
+    )
     process = runs.Process(tmp_path / "logs", given)
     process.end(40, 100)
     assert "--join_seconds=3" in process.err.splitlines()[-1] and "Traceback" not in process.err
@@ -171,14 +222,26 @@ def test_saved_on_eight_devices_measured_and_sampled_on_two_processes(tmp_path, 
     assert found["loss"] == pytest.approx(runs.curve(tmp_path / "run", "eval/loss")[20], rel=1e-6)
     assert job[1].out == ""
 
-    given = ["generate", f"--checkpoint={tmp_path / 'run'}", "--prompt=ab", "--max_new_tokens=12", "--temperature=0"]
+    given = [
+        "generate",
+        f"--checkpoint={tmp_path / 'run'}",
+        "--prompt=ab",
+        "--max_new_tokens=12",
+        "--temperature=0",
+    ]
     job = runs.job(tmp_path / "logs", 2, given)
     finish(job, [0, 0])
     runs.call(*given)
-    assert job[0].out.encode() == capfdbinary.readouterr().out and len(job[0].out) and job[1].out == ""
+    assert (
+        job[0].out.encode() == capfdbinary.readouterr().out and len(job[0].out) and job[1].out == ""
+    )
 
     (tmp_path / "long.txt").write_text("to be or not to be, " * 100_000)  # minutes
-    job = runs.job(tmp_path / "logs", 2, ["evaluate", f"--checkpoint={tmp_path / 'run'}", f"--text={tmp_path / 'long.txt'}"])
+    job = runs.job(
+        tmp_path / "logs",
+        2,
+        ["evaluate", f"--checkpoint={tmp_path / 'run'}", f"--text={tmp_path / 'long.txt'}"],
+    )
     job[0].until(lambda: "2,000,001 tokens" in job[0].err, "a word of the text")
     for process in job:
         process.signal(signal.SIGTERM)

@@ -21,19 +21,29 @@ B, T, N, K, H = 2, 32, 4, 2, 8
 def columns(length):
     """Segments that cross the cuts, with padding at the end of one row, and blocks (prefix-LM, bidirectional)."""
     third, most = length // 3, length - 3
-    segment = np.array([[1] * third + [2] * (third + 1) + [3] * (most - 2 * third - 1) + [0] * 3,
-                        [1] * (third - 1) + [2] * (length - third + 1)])
+    segment = np.array(
+        [
+            [1] * third + [2] * (third + 1) + [3] * (most - 2 * third - 1) + [0] * 3,
+            [1] * (third - 1) + [2] * (length - third + 1),
+        ]
+    )
     ar = np.array([[0] * third + [1] * (length - third), [1] + [0] * (length - 1)])
     return segment, np.cumsum(ar, 1)
 
 
 def patterns(length):
     segment, block = columns(length)
-    return {"causal": Pattern(), "window of one": Pattern(1), "window within a chunk": Pattern(3),
-            "window over chunks": Pattern(length // 3 + 1), "segments": Pattern(0, segment),
-            "segments and long window": Pattern(length // 3, segment),
-            "segments and window": Pattern(7, segment), "blocks": Pattern(0, None, block),
-            "blocks, segments and window": Pattern(5, segment, block)}
+    return {
+        "causal": Pattern(),
+        "window of one": Pattern(1),
+        "window within a chunk": Pattern(3),
+        "window over chunks": Pattern(length // 3 + 1),
+        "segments": Pattern(0, segment),
+        "segments and long window": Pattern(length // 3, segment),
+        "segments and window": Pattern(7, segment),
+        "blocks": Pattern(0, None, block),
+        "blocks, segments and window": Pattern(5, segment, block),
+    }
 
 
 PATTERNS = patterns(T)
@@ -41,11 +51,16 @@ PATTERNS = patterns(T)
 
 def inputs(length, kv_heads=K, dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal((B, length, heads, H)), dtype) for heads in (N, kv_heads, kv_heads)]
+    return [
+        jnp.asarray(rng.standard_normal((B, length, heads, H)), dtype)
+        for heads in (N, kv_heads, kv_heads)
+    ]
 
 
 def whole(q, k, v, pattern, cap):
-    jnp_pattern = Pattern(pattern.window, *(None if x is None else jnp.asarray(x) for x in pattern[1:]))
+    jnp_pattern = Pattern(
+        pattern.window, *(None if x is None else jnp.asarray(x) for x in pattern[1:])
+    )
     return attend(q, k, v, make_mask(jnp_pattern, q.shape[1]), cap)
 
 
@@ -60,7 +75,9 @@ def cut(mesh, run=ring.ring_attention, rows=("data", "fsdp", "expert"), heads="t
         places = placing.order(q.shape[1], mesh.shape["context"])
         ordered = lambda x: jax.reshard(jnp.asarray(x), P(rows))[:, places]
         place = lambda x, spec: None if x is None else jax.reshard(ordered(x), spec)
-        out = jax.shard_map(own, in_specs=specs, out_specs=spec, check_vma=False)(*map(place, arrays, specs))
+        out = jax.shard_map(own, in_specs=specs, out_specs=spec, check_vma=False)(
+            *map(place, arrays, specs)
+        )
         return jax.reshard(out, P(rows, None, heads))[:, np.argsort(places)]
 
     return shards
@@ -90,18 +107,31 @@ def truth(name, cap, length, kv_heads):
 
 def compare(mesh, names, cap=0.0, length=T, kv_heads=K, limit=1e-5, **how):
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda args: {name: both_ways(cut(mesh, **how), patterns(length)[name], cap, args)
-                                      for name in names})(inputs(length, kv_heads))
+        found = jax.jit(
+            lambda args: {
+                name: both_ways(cut(mesh, **how), patterns(length)[name], cap, args)
+                for name in names
+            }
+        )(inputs(length, kv_heads))
     for name in names:
         for ours, theirs in zip(found[name], truth(name, cap, length, kv_heads)):
-            np.testing.assert_allclose(ours, theirs, atol=limit * max(1, np.abs(theirs).max()), rtol=0, err_msg=name)
+            np.testing.assert_allclose(
+                ours, theirs, atol=limit * max(1, np.abs(theirs).max()), rtol=0, err_msg=name
+            )
 
 
 # ---- the same values and gradients ---------------------------------------------------------------
 
-@pytest.mark.parametrize("pieces, names", [
-    (1, ("segments and window",)), (2, ("window within a chunk", "segments", "blocks, segments and window")),
-    (4, ("window of one", "window over chunks", "blocks")), (8, ("causal", "segments and window"))])
+
+@pytest.mark.parametrize(
+    "pieces, names",
+    [
+        (1, ("segments and window",)),
+        (2, ("window within a chunk", "segments", "blocks, segments and window")),
+        (4, ("window of one", "window over chunks", "blocks")),
+        (8, ("causal", "segments and window")),
+    ],
+)
 def test_ring_equals_whole_rows(pieces, names, mesh):
     compare(mesh(context=pieces), names)
 
@@ -125,10 +155,14 @@ def test_ring_in_bfloat16(mesh):
     pattern, line = PATTERNS["segments and window"], mesh(context=4)
     with jax.set_mesh(line):
         ours = jax.jit(lambda *x: both_ways(cut(line), pattern, 0.0, x))(q, k, v)
-    theirs = jax.jit(partial(both_ways, whole, pattern, 0.0))([x.astype(jnp.float32) for x in (q, k, v)])
+    theirs = jax.jit(partial(both_ways, whole, pattern, 0.0))(
+        [x.astype(jnp.float32) for x in (q, k, v)]
+    )
     assert ours[1].dtype == jnp.bfloat16
     for ours, theirs in zip(ours, theirs):
-        np.testing.assert_allclose(np.float32(ours), theirs, atol=0.02 * np.abs(theirs).max(), rtol=0)
+        np.testing.assert_allclose(
+            np.float32(ours), theirs, atol=0.02 * np.abs(theirs).max(), rtol=0
+        )
 
 
 def test_a_query_that_may_see_nothing_gives_zero_and_finite_gradients(mesh):
@@ -151,21 +185,27 @@ def test_ring_in_scanned_stages_of_a_pipeline(mesh):
     def layers(run, x, k, v):
         def layer(x, _):
             return x + sharding.lay_out(run(x, k, v, pattern, 0.0), x), None
+
         return jax.lax.scan(jax.checkpoint(layer), x, None, length=2)[0]
 
     def loss(run, q, k, v):
         y = jax.vmap(partial(layers, run))(q, k, v)
-        return (sharding.relay(y, lambda spec: P()) * (pattern.segment != 0)[None, :, :, None, None]).sum()
+        return (
+            sharding.relay(y, lambda spec: P()) * (pattern.segment != 0)[None, :, :, None, None]
+        ).sum()
 
     with jax.set_mesh(square):
         stages = [jax.reshard(x, P("pipeline", "data", "context")) for x in (q, k, v)]
-        ours = jax.jit(jax.value_and_grad(partial(loss, cut(square, rows="data")), (0, 1, 2)))(*stages)
+        ours = jax.jit(jax.value_and_grad(partial(loss, cut(square, rows="data")), (0, 1, 2)))(
+            *stages
+        )
     theirs = jax.value_and_grad(partial(loss, whole), (0, 1, 2))(q, k, v)
     for ours, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
 
 
 # ---- the order, and the work ---------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("pieces", [1, 2, 4, 8])
 def test_order_is_a_balanced_permutation(pieces):
@@ -182,8 +222,12 @@ def equations(jaxpr, times=1):
     """(equation, how often it runs) of a jaxpr and all it contains."""
     for equation in jaxpr.eqns:
         yield equation, times
-        inner = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        inner = (
+            times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
+        )
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
             value = getattr(value, "jaxpr", value)
             if hasattr(value, "eqns"):
                 yield from equations(value, inner)
@@ -192,17 +236,31 @@ def equations(jaxpr, times=1):
 def work(mesh, pattern, run=None):
     """(multiply-adds of one device's matmuls, permutes) of a pass."""
     with jax.set_mesh(mesh):
-        found = list(equations(jax.make_jaxpr(run or (lambda *x: cut(mesh)(*x, pattern, 0.0)))(*inputs(T)).jaxpr))
-    dots = [times * equation.outvars[0].aval.size * np.prod([equation.invars[0].aval.shape[i]
-            for i in equation.params["dimension_numbers"][0][0]])
-            for equation, times in found if equation.primitive.name == "dot_general"]
-    return sum(dots), sum(times for equation, times in found if equation.primitive.name == "ppermute")
+        found = list(
+            equations(
+                jax.make_jaxpr(run or (lambda *x: cut(mesh)(*x, pattern, 0.0)))(*inputs(T)).jaxpr
+            )
+        )
+    dots = [
+        times
+        * equation.outvars[0].aval.size
+        * np.prod(
+            [equation.invars[0].aval.shape[i] for i in equation.params["dimension_numbers"][0][0]]
+        )
+        for equation, times in found
+        if equation.primitive.name == "dot_general"
+    ]
+    return sum(dots), sum(
+        times for equation, times in found if equation.primitive.name == "ppermute"
+    )
 
 
 @pytest.mark.parametrize("pieces", [2, 4, 8])
 def test_causal_order_halves_the_work_of_every_step_but_the_own(pieces, mesh):
     half = T // pieces // 2
-    block = 2 * B * N * half ** 2 * H  # scores and their product with the values, for half a device's queries and keys
+    block = (
+        2 * B * N * half**2 * H
+    )  # scores and their product with the values, for half a device's queries and keys
     line = mesh(context=pieces)
     assert work(line, Pattern()) == ((3 + 2 * (pieces - 1)) * block, 2 * (pieces - 1))
     assert work(line, PATTERNS["blocks"]) == (4 * pieces * block, 3 * (pieces - 1))
@@ -247,15 +305,20 @@ def test_blocks_are_near_their_aim():
 
 # ---- whole keys ----------------------------------------------------------------------------------
 
+
 def test_gather_brings_the_text_back(mesh):
     line, x = mesh(context=4), np.arange(B * T).reshape(B, T)
     with jax.set_mesh(line):
         parts = jax.reshard(jnp.asarray(x[:, placing.order(T, 4)]), P(None, "context"))
-        found = jax.shard_map(ring.gather, in_specs=P(None, "context"), out_specs=P(), check_vma=False)(parts)
+        found = jax.shard_map(
+            ring.gather, in_specs=P(None, "context"), out_specs=P(), check_vma=False
+        )(parts)
     np.testing.assert_array_equal(found, x)
 
 
-@pytest.mark.parametrize("name, cap, length", [("causal", 0.0, 512), ("segments and long window", 2.0, 256)])
+@pytest.mark.parametrize(
+    "name, cap, length", [("causal", 0.0, 512), ("segments and long window", 2.0, 256)]
+)
 def test_splash_on_cut_rows_equals_whole_rows(name, cap, length, mesh, monkeypatch):
     """Interpreted: the kernel's own code and its tables of blocks to skip, on a CPU."""
     monkeypatch.setattr(splash, "BLOCK", 128)

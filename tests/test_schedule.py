@@ -33,17 +33,24 @@ def test_cosine_is_nanogpts():
 def test_warmup_is_the_same_line_for_all():
     for name in SCHEDULES:
         rate = make_schedule(optim(schedule=name))
-        np.testing.assert_allclose([rate(0), rate(4), rate(9), rate(10)], [1 / 11, 5 / 11, 10 / 11, 1], rtol=1e-6)
+        np.testing.assert_allclose(
+            [rate(0), rate(4), rate(9), rate(10)], [1 / 11, 5 / 11, 10 / 11, 1], rtol=1e-6
+        )
 
 
-@pytest.mark.parametrize("name, steps, expected", [
-    ("constant", (10, 110, 500), (1, 1, 1)),
-    ("linear", (35, 60, 85, 110, 500), (0.775, 0.55, 0.325, 0.1, 0.1)),
-    ("wsd", (11, 82, 83, 109, 110, 500), (1, 1, 1 - 0.9 / 28, 0.1 + 0.9 / 28, 0.1, 0.1)),
-    ("inverse_sqrt", (43, 98, 1099, 100_000), (0.5, 1 / 3, 0.1, 0.1)),
-])
+@pytest.mark.parametrize(
+    "name, steps, expected",
+    [
+        ("constant", (10, 110, 500), (1, 1, 1)),
+        ("linear", (35, 60, 85, 110, 500), (0.775, 0.55, 0.325, 0.1, 0.1)),
+        ("wsd", (11, 82, 83, 109, 110, 500), (1, 1, 1 - 0.9 / 28, 0.1 + 0.9 / 28, 0.1, 0.1)),
+        ("inverse_sqrt", (43, 98, 1099, 100_000), (0.5, 1 / 3, 0.1, 0.1)),
+    ],
+)
 def test_after_warmup(name, steps, expected):
-    rate = make_schedule(optim(schedule=name, decay_fraction=0.25))  # wsd: round(27.5) = 28 steps of decay, from 82
+    rate = make_schedule(
+        optim(schedule=name, decay_fraction=0.25)
+    )  # wsd: round(27.5) = 28 steps of decay, from 82
     np.testing.assert_allclose([rate(step) for step in steps], expected, rtol=1e-6)
 
 

@@ -23,7 +23,10 @@ def test_logits_equal_one_device(mesh):
     plain = apply(random_params("gpt2"), {"tokens": tokens})
     mesh = mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        ours = apply(put(random_params("gpt2"), mesh, model), placing.to_devices(mesh, {"tokens": tokens}, ROWS))
+        ours = apply(
+            put(random_params("gpt2"), mesh, model),
+            placing.to_devices(mesh, {"tokens": tokens}, ROWS),
+        )
     assert ours.sharding.spec == P(BATCH, "context", "tensor")
     close(np.asarray(ours), np.asarray(plain))
 
@@ -34,8 +37,9 @@ def test_fresh_parameters_are_the_same_on_every_mesh(mesh):
     plain = make(key)
     with jax.set_mesh(mesh(2, 2, 2)):
         ours = make(key)
-        assert jax.tree.map(lambda x: x.sharding.spec, ours) == jax.tree.map(lambda x: x.sharding.spec,
-                                                                            abstract_params(model))
+        assert jax.tree.map(lambda x: x.sharding.spec, ours) == jax.tree.map(
+            lambda x: x.sharding.spec, abstract_params(model)
+        )
     jax.tree.map(partial(close, rel=1e-6), ours, plain)
 
 
@@ -71,20 +75,28 @@ residual/x0 None
 
 
 def test_storage_layout(mesh):
-    model = replace(make_model("gpt2"), layers=1, value_embed=True, residual_scalars=True, tied=False)
+    model = replace(
+        make_model("gpt2"), layers=1, value_embed=True, residual_scalars=True, tied=False
+    )
     with jax.set_mesh(mesh(2, 2, 2)):
         leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
-    found = [f"{jax.tree_util.keystr(path, simple=True, separator='/')} {','.join('+'.join(part) if isinstance(part, tuple) else str(part) for part in leaf.sharding.spec)}"
-             for path, leaf in leaves]
+    found = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {','.join('+'.join(part) if isinstance(part, tuple) else str(part) for part in leaf.sharding.spec)}"
+        for path, leaf in leaves
+    ]
     assert sorted(found) == GOLDEN.split("\n")[1:-1]
 
 
 def test_spec_refuses_what_it_does_not_know():
-    assert sharding.spec(sharding.STORED, ("layers", "embed", "mlp", None)) == P(None, FSDP, "tensor", None)
+    assert sharding.spec(sharding.STORED, ("layers", "embed", "mlp", None)) == P(
+        None, FSDP, "tensor", None
+    )
     assert sharding.spec(sharding.USED, ("batch", "seq", "embed")) == P(BATCH, "context", None)
     with pytest.raises(KeyError, match="emebd"):
         sharding.spec(sharding.STORED, ("emebd", "mlp"))
-    with pytest.raises(KeyError, match="batch"):  # an activation's axis is no axis of a stored weight
+    with pytest.raises(
+        KeyError, match="batch"
+    ):  # an activation's axis is no axis of a stored weight
         sharding.spec(sharding.STORED, ("batch", "mlp"))
     pair = sharding.STORED | {"rows": ("data", "fsdp")}
     for table, axes in ((sharding.STORED, ("mlp", "heads")), (pair, ("rows", "embed"))):
@@ -94,7 +106,13 @@ def test_spec_refuses_what_it_does_not_know():
 
 def test_make_mesh_counts_devices():
     assert dict(sharding.make_mesh({"fsdp": 4, "tensor": 2}).shape) == {
-        "pipeline": 1, "data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
+        "pipeline": 1,
+        "data": 1,
+        "fsdp": 4,
+        "expert": 1,
+        "context": 1,
+        "tensor": 2,
+    }
     with pytest.raises(UsageError, match="needs 4 devices, there are 8"):
         sharding.make_mesh({"data": 4})
 
@@ -102,9 +120,13 @@ def test_make_mesh_counts_devices():
 def test_make_mesh_keeps_slices_together():
     """Two slices of four: an axis across them steps from one to the other, all others stay inside."""
     shape, devices = {"data": 2, "fsdp": 2, "tensor": 2}, jax.devices()[:8]
-    grid = np.vectorize(lambda device: device.id)(sharding.make_mesh(shape, devices, {"data": 2}).devices).reshape(2, 2, 2)
+    grid = np.vectorize(lambda device: device.id)(
+        sharding.make_mesh(shape, devices, {"data": 2}).devices
+    ).reshape(2, 2, 2)
     assert [set(part.ravel()) for part in grid] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
-    grid = np.vectorize(lambda device: device.id)(sharding.make_mesh(shape, devices, {"fsdp": 2}).devices).reshape(2, 2, 2)
+    grid = np.vectorize(lambda device: device.id)(
+        sharding.make_mesh(shape, devices, {"fsdp": 2}).devices
+    ).reshape(2, 2, 2)
     assert [set(part.ravel()) for part in grid.swapaxes(0, 1)] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
 
 
@@ -124,7 +146,10 @@ def test_order_gives_every_device_an_early_and_a_late_chunk(pieces):
 
 def test_helpers_are_the_identity_without_a_mesh():
     x = jnp.arange(12.0).reshape(3, 4)
-    assert sharding.constrain(x, "batch", "embed") is x and sharding.use(x, ("embed", "mlp"), jnp.float32) is x
+    assert (
+        sharding.constrain(x, "batch", "embed") is x
+        and sharding.use(x, ("embed", "mlp"), jnp.float32) is x
+    )
     assert sharding.out("batch", None) is None and sharding.axis_size("tensor") == 1
     assert sharding.local(len, ((None,),), ()) is len
     np.testing.assert_array_equal(sharding.reshape(x, (2, 6), None, None), x.reshape(2, 6))
@@ -132,25 +157,43 @@ def test_helpers_are_the_identity_without_a_mesh():
 
 def test_unsharded_names_large_replicated_leaves(mesh):
     mesh = mesh(2, 2, 2)
-    place = lambda spec, *shape: jax.device_put(np.zeros(shape, np.float32), NamedSharding(mesh, spec))
-    tree = {"a": {"whole": place(P(), 8, 8), "split": place(P(None, "tensor"), 8, 8), "small": place(P(), 8)},
-            "one": place(P("expert"), 8, 8)}
+    place = lambda spec, *shape: jax.device_put(
+        np.zeros(shape, np.float32), NamedSharding(mesh, spec)
+    )
+    tree = {
+        "a": {
+            "whole": place(P(), 8, 8),
+            "split": place(P(None, "tensor"), 8, 8),
+            "small": place(P(), 8),
+        },
+        "one": place(P("expert"), 8, 8),
+    }
     assert sharding.unsharded(tree, mesh, 256) == {
-        "no axis is laid over it": [("a/whole", 256)], "laid over expert, of size 1 on this mesh": [("one", 256)]}
+        "no axis is laid over it": [("a/whole", 256)],
+        "laid over expert, of size 1 on this mesh": [("one", 256)],
+    }
     assert sharding.unsharded(tree, mesh, 257) == sharding.unsharded(tree, mesh) == {}
     one = sharding.make_mesh({}, jax.devices()[:1])
-    assert sharding.unsharded({"x": jax.device_put(np.zeros((512, 512)), NamedSharding(one, P()))}, one) == {}
+    assert (
+        sharding.unsharded(
+            {"x": jax.device_put(np.zeros((512, 512)), NamedSharding(one, P()))}, one
+        )
+        == {}
+    )
 
 
 def test_concrete_gives_every_leaf_a_layout(mesh):
     mesh, model = mesh(2, 2, 2), make_model("gpt2")
     with jax.set_mesh(mesh):
-        found = sharding.concrete({"params": abstract_params(model), "step": jax.ShapeDtypeStruct((), jnp.int32)}, mesh)
+        found = sharding.concrete(
+            {"params": abstract_params(model), "step": jax.ShapeDtypeStruct((), jnp.int32)}, mesh
+        )
     assert found["step"].sharding == NamedSharding(mesh, P())
     assert found["params"]["embed"]["table"].sharding == NamedSharding(mesh, P("tensor", FSDP))
 
 
 # ---- batches -------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_to_devices_lays_rows_over_data_and_fsdp(shape, mesh):
@@ -162,10 +205,13 @@ def test_to_devices_lays_rows_over_data_and_fsdp(shape, mesh):
     assert {s.data.shape for s in made.addressable_shards} == {(ROWS // (shape[0] * shape[1]), 3)}
 
 
-@pytest.mark.parametrize("held, wanted", [([(4, 6), (6, 8)], slice(4, 8)), ([(4, 8), (4, 8)], slice(4, 8)),
-                                          ([(0, 2), (4, 6)], None)])
+@pytest.mark.parametrize(
+    "held, wanted",
+    [([(4, 6), (6, 8)], slice(4, 8)), ([(4, 8), (4, 8)], slice(4, 8)), ([(0, 2), (4, 6)], None)],
+)
 def test_process_rows_are_contiguous_or_refused(held, wanted, mesh, monkeypatch):
     """As a process sees it that owns only some of the devices."""
+
     class Fake:
         def __init__(self, mesh, spec):
             pass
@@ -177,11 +223,15 @@ def test_process_rows_are_contiguous_or_refused(held, wanted, mesh, monkeypatch)
     if wanted:
         assert placing.process_rows(mesh(2, 2, 2), 8) == wanted
     else:
-        with pytest.raises(UsageError, match="not contiguous; put config.mesh.tensor and config.mesh.context inside a process"):
+        with pytest.raises(
+            UsageError,
+            match="not contiguous; put config.mesh.tensor and config.mesh.context inside a process",
+        ):
             placing.process_rows(mesh(2, 2, 2), 8)
 
 
 # ---- single helpers on a mesh --------------------------------------------------------------------
+
 
 def test_lookup_over_a_sharded_vocabulary(mesh):
     """Values and gradients; tokens of one row come from every shard, and some come many times."""
@@ -197,7 +247,9 @@ def test_lookup_over_a_sharded_vocabulary(mesh):
     with jax.set_mesh(mesh):
         stored = jax.device_put(table, NamedSharding(mesh, P("tensor", FSDP)))
         columns = placing.to_devices(mesh, {"tokens": tokens}, 8)
-        (_, found), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(stored, columns["tokens"])
+        (_, found), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+            stored, columns["tokens"]
+        )
     theirs = np.zeros_like(table)
     np.add.at(theirs, tokens, weights)
     np.testing.assert_array_equal(found, table[tokens])
@@ -212,30 +264,47 @@ def test_reshape_and_local(mesh):
     def moved(x):
         x = sharding.constrain(x, "batch", "seq", "heads")
         split = sharding.reshape(x, (8, 4, 2, 3), "batch", "seq", "heads", "head_dim")
-        doubled = sharding.local(lambda y, none: y * 2 + (none is None), (("batch", "seq", "heads", "head_dim"), None),
-                                 ("batch", "seq", "heads", "head_dim"))(split, None)
-        pair = sharding.local(lambda y: (y, y[:, 0]), (("batch", "seq", "heads"),),
-                              (("batch", "seq", "heads"), ("batch", "heads")))(x)
+        doubled = sharding.local(
+            lambda y, none: y * 2 + (none is None),
+            (("batch", "seq", "heads", "head_dim"), None),
+            ("batch", "seq", "heads", "head_dim"),
+        )(split, None)
+        pair = sharding.local(
+            lambda y: (y, y[:, 0]),
+            (("batch", "seq", "heads"),),
+            (("batch", "seq", "heads"), ("batch", "heads")),
+        )(x)
         return split, doubled, *pair
 
     with jax.set_mesh(mesh(2, 2, 2)):
         split, doubled, same, first = moved(x)
-    for ours, theirs in ((split, x.reshape(8, 4, 2, 3)), (doubled, 2 * x.reshape(8, 4, 2, 3) + 1), (same, x),
-                         (first, x[:, 0])):
+    for ours, theirs in (
+        (split, x.reshape(8, 4, 2, 3)),
+        (doubled, 2 * x.reshape(8, 4, 2, 3) + 1),
+        (same, x),
+        (first, x[:, 0]),
+    ):
         np.testing.assert_array_equal(ours, theirs)
     assert split.sharding.spec == doubled.sharding.spec == P(BATCH, "context", "tensor", None)
     assert first.sharding.spec == P(BATCH, "tensor")
 
 
-@pytest.mark.parametrize("platform, dim, kept", [("gpu", 1, True), ("gpu", 0, False), ("cpu", 1, False)])
+@pytest.mark.parametrize(
+    "platform, dim, kept", [("gpu", 1, True), ("gpu", 0, False), ("cpu", 1, False)]
+)
 def test_gathered_weights_keep_their_layout_on_gpus(platform, dim, kept, mesh, monkeypatch):
     """The shard's and its gradient's, where the dim that is gathered is not the outermost."""
     monkeypatch.setattr(sharding, "platform", lambda: platform)
     grid, weight = mesh(fsdp=8), jnp.arange(64.0 * 16).reshape(64, 16)
     stored = P(*("fsdp" if i == dim else None for i in range(2)))
-    gather = jax.shard_map(lambda w: sharding.gather(w, ("fsdp",), dim), in_specs=stored, out_specs=P(), check_vma=False)
+    gather = jax.shard_map(
+        lambda w: sharding.gather(w, ("fsdp",), dim),
+        in_specs=stored,
+        out_specs=P(),
+        check_vma=False,
+    )
     with jax.set_mesh(grid):
         placed = jax.device_put(weight, NamedSharding(grid, stored))
-        both = jax.jit(jax.value_and_grad(lambda w: (gather(w)**2).sum()))
+        both = jax.jit(jax.value_and_grad(lambda w: (gather(w) ** 2).sum()))
         assert str(jax.make_jaxpr(both)(placed)).count("layout_constraint") == 2 * kept
         np.testing.assert_array_equal(jax.jit(gather)(placed), weight)

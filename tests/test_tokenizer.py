@@ -25,13 +25,26 @@ def bpe():
 def sentencepiece_json():
     """A tokenizer.json in the manner of Llama 2: spaces as ▁, byte fallback, unknown, </s>."""
     pieces = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a", "ab"]
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {p: i for i, p in enumerate(pieces)}, [("▁", "a"), ("a", "b")], unk_token="<unk>", byte_fallback=True))
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {p: i for i, p in enumerate(pieces)},
+            [("▁", "a"), ("a", "b")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
     library.add_special_tokens(["<unk>", "</s>"])
     library.normalizer = tokenizers.normalizers.Replace(" ", "▁")
-    library.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    library.decoder = tokenizers.decoders.Sequence([
-        tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    library.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
     return library.to_str()
 
 
@@ -42,10 +55,15 @@ def every_kind(bpe):
 
 def test_round_trip_and_bytes_of_tokens(bpe):
     for tokenizer in every_kind(bpe):
-        assert tokenizer.token_bytes.shape == (tokenizer.vocab,) and tokenizer.token_bytes.dtype == np.int32
+        assert (
+            tokenizer.token_bytes.shape == (tokenizer.vocab,)
+            and tokenizer.token_bytes.dtype == np.int32
+        )
         for text in TEXTS:
             ids = tokenizer.encode(text)
-            assert ids.dtype == np.int32 and (not len(ids) or 0 <= ids.min() and ids.max() < tokenizer.vocab)
+            assert ids.dtype == np.int32 and (
+                not len(ids) or 0 <= ids.min() and ids.max() < tokenizer.vocab
+            )
             assert tokenizer.decode(ids) == text, tokenizer.name
             assert tokenizer.decode_bytes(ids) == text.encode()
             assert tokenizer.token_bytes[ids].sum() == len(text.encode())
@@ -55,9 +73,12 @@ def test_a_tokenizer_that_would_drop_text_is_refused():
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
-    library.train_from_iterator(["only these"],
-                                tokenizers.trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))
-    with pytest.raises(UsageError, match="has no token for 2[0-9][0-9] of the bytes of UTF-8.*drop text"):
+    library.train_from_iterator(
+        ["only these"], tokenizers.trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False)
+    )
+    with pytest.raises(
+        UsageError, match="has no token for 2[0-9][0-9] of the bytes of UTF-8.*drop text"
+    ):
         tk.json_tokenizer(library.to_str())
 
 
@@ -67,9 +88,14 @@ def test_special_text_is_ordinary_and_specials_stand_for_nothing(bpe):
             if tokenizer.kind != "char":
                 assert tokenizer.eot not in tokenizer.encode(text)
         if tokenizer.eot is not None:
-            assert tokenizer.token_bytes[tokenizer.eot] == 0 and tokenizer.decode([tokenizer.eot]) == ""
+            assert (
+                tokenizer.token_bytes[tokenizer.eot] == 0
+                and tokenizer.decode([tokenizer.eot]) == ""
+            )
     assert tk.byte_tokenizer().eot == 256 and tk.byte_tokenizer().vocab == 257
-    assert tk.char_tokenizer("ba").eot is None and tk.char_tokenizer("ba").encode("ab").tolist() == [0, 1]
+    assert tk.char_tokenizer("ba").eot is None and tk.char_tokenizer("ba").encode(
+        "ab"
+    ).tolist() == [0, 1]
 
 
 def test_decoding_never_raises(bpe):
@@ -78,13 +104,17 @@ def test_decoding_never_raises(bpe):
         for _ in range(50):
             ids = [rng.randrange(-2, tokenizer.vocab + 50) for _ in range(rng.randrange(20))]
             raw = b"".join(tokenizer.pieces[i] for i in ids if 0 <= i < tokenizer.vocab)
-            assert tokenizer.decode_bytes(ids) == raw and tokenizer.decode(ids) == raw.decode("utf-8", "replace")
+            assert tokenizer.decode_bytes(ids) == raw and tokenizer.decode(ids) == raw.decode(
+                "utf-8", "replace"
+            )
 
 
 def test_stream_decoder_gives_whole_characters_and_the_same_text(bpe):
     rng = random.Random(1)
     for tokenizer in every_kind(bpe):
-        for ids in [tokenizer.encode(t) for t in TEXTS] + [[rng.randrange(tokenizer.vocab) for _ in range(60)]]:
+        for ids in [tokenizer.encode(t) for t in TEXTS] + [
+            [rng.randrange(tokenizer.vocab) for _ in range(60)]
+        ]:
             decoder = tk.StreamDecoder(tokenizer)
             parts = [decoder.feed(i) for i in ids]
             if tokenizer.decode(ids).count("\ufffd") == 0:
@@ -109,21 +139,46 @@ def test_parts_encode_as_the_whole(bpe, monkeypatch):
     rng = random.Random(2)
     for tokenizer in every_kind(bpe):
         for _ in range(40):
-            text = "".join(rng.choice(["a", "b's", " ", "  ", "\n", "\r\n", "\u3000", "我", ".", "9", "\t", "\x1c",
-                                       "\x85"])
-                           for _ in range(80))
+            text = "".join(
+                rng.choice(
+                    [
+                        "a",
+                        "b's",
+                        " ",
+                        "  ",
+                        "\n",
+                        "\r\n",
+                        "\u3000",
+                        "我",
+                        ".",
+                        "9",
+                        "\t",
+                        "\x1c",
+                        "\x85",
+                    ]
+                )
+                for _ in range(80)
+            )
             if tokenizer.kind == "char":
                 tokenizer = tk.char_tokenizer(text)
             parts = list(tokenizer.parts(text))
             assert "".join(parts) == text and (len(parts) > 1 or tokenizer.name == "llama")
-            assert np.concatenate([tokenizer.encode(p) for p in parts]).tolist() == tokenizer.encode(text).tolist()
+            assert (
+                np.concatenate([tokenizer.encode(p) for p in parts]).tolist()
+                == tokenizer.encode(text).tolist()
+            )
 
 
 def test_json_carries_the_whole_tokenizer(bpe):
     for tokenizer in every_kind(bpe):
         again = tk.from_json(tokenizer.to_json())
         assert (again.name, again.vocab, again.eot, again.fingerprint, again.pieces) == (
-            tokenizer.name, tokenizer.vocab, tokenizer.eot, tokenizer.fingerprint, tokenizer.pieces)
+            tokenizer.name,
+            tokenizer.vocab,
+            tokenizer.eot,
+            tokenizer.fingerprint,
+            tokenizer.pieces,
+        )
         assert all((again.encode(t) == tokenizer.encode(t)).all() for t in TEXTS)
     assert len({t.fingerprint for t in every_kind(bpe)}) == 4
     assert tk.json_tokenizer(bpe.content, "other name").fingerprint == bpe.fingerprint
@@ -167,5 +222,7 @@ def test_bad_tokenizer_files(tmp_path, bpe):
     with pytest.raises(UsageError, match=r"its decoder \(none\)"):
         tk.read_tokenizer(str(path))
     library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
-    with pytest.raises(UsageError, match=r"mine: has no end-of-text token; add one of <\|endoftext\|>"):
+    with pytest.raises(
+        UsageError, match=r"mine: has no end-of-text token; add one of <\|endoftext\|>"
+    ):
         tk.json_tokenizer(library.to_str(), "mine")

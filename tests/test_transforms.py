@@ -11,11 +11,14 @@ EOT, PRE, SUF, MID = 256, 257, 258, 259
 
 def make_buffer(rows, length):
     """Rows of pieces, each a list of ids; the first may be the tail of a document (no mark)."""
-    ids, begins, inside = np.zeros((len(rows), length), np.int32), *(np.zeros((len(rows), length), bool) for _ in "bi")
+    ids, begins, inside = (
+        np.zeros((len(rows), length), np.int32),
+        *(np.zeros((len(rows), length), bool) for _ in "bi"),
+    )
     for n, pieces in enumerate(rows):
         at = 0
         for piece in pieces:
-            ids[n, at: at + len(piece)] = piece
+            ids[n, at : at + len(piece)] = piece
             begins[n, at] = at > 0 or n % 2 == 0
             at += len(piece)
         inside[n, :at] = True
@@ -30,7 +33,10 @@ def pieces_of(buffer, row):
 
 def random_rows(seed, count=30):
     rng = np.random.default_rng(seed)
-    return [[rng.integers(0, 256, size).tolist() + [EOT] for size in rng.integers(1, 30, 4)] for _ in range(count)]
+    return [
+        [rng.integers(0, 256, size).tolist() + [EOT] for size in rng.integers(1, 30, 4)]
+        for _ in range(count)
+    ]
 
 
 def test_shuffled_rows_hold_the_same_documents_in_other_orders():
@@ -40,12 +46,18 @@ def test_shuffled_rows_hold_the_same_documents_in_other_orders():
     moved = shuffle_documents(buffer, 5, index)
     for n, pieces in enumerate(rows):
         assert sorted(pieces_of(moved, n)) == sorted(pieces)
-        assert (moved.inside[n] == buffer.inside[n]).all() and not moved.ids[n][~moved.inside[n]].any()
+        assert (moved.inside[n] == buffer.inside[n]).all() and not moved.ids[n][
+            ~moved.inside[n]
+        ].any()
         assert not moved.begins[n][~moved.inside[n]].any()
-    orders = {tuple(pieces.index(piece) for piece in pieces_of(moved, n)) for n, pieces in enumerate(rows)}
+    orders = {
+        tuple(pieces.index(piece) for piece in pieces_of(moved, n)) for n, pieces in enumerate(rows)
+    }
     assert len(orders) > 8
     for n in (0, 7):  # a row does not depend on its company
-        alone = shuffle_documents(Buffer(*(column[n: n + 1] for column in buffer)), 5, index[n: n + 1])
+        alone = shuffle_documents(
+            Buffer(*(column[n : n + 1] for column in buffer)), 5, index[n : n + 1]
+        )
         assert (alone.ids[0] == moved.ids[n]).all()
     assert (shuffle_documents(buffer, 6, index).ids != moved.ids).any()
 
@@ -55,8 +67,8 @@ def undone(piece):
     assert piece[0] == PRE
     suffix, middle = piece.index(SUF), piece.index(MID)
     if suffix == 1:  # suffix first: everything after the middle's mark is prefix and middle
-        return piece[middle + 1:] + piece[2: middle]
-    return piece[1: suffix] + piece[middle + 1:] + piece[suffix + 1: middle]
+        return piece[middle + 1 :] + piece[2:middle]
+    return piece[1:suffix] + piece[middle + 1 :] + piece[suffix + 1 : middle]
 
 
 @pytest.mark.parametrize("spm", [0.0, 1.0, 0.5])
@@ -74,7 +86,9 @@ def test_rearranged_documents_can_be_put_together_again(spm):
                 continue
             assert undone(after[:-1]) == before[3:-1]
             kinds.add(after[1] == SUF)
-    assert kinds == {1.0: {True}}.get(spm, {False, True})  # with spm 0 an empty prefix looks like it now and then
+    assert kinds == {1.0: {True}}.get(
+        spm, {False, True}
+    )  # with spm 0 an empty prefix looks like it now and then
 
 
 def test_the_rate_is_kept_and_rows_are_pure():
@@ -82,7 +96,16 @@ def test_the_rate_is_kept_and_rows_are_pure():
     buffer, index = make_buffer(rows, 30), np.arange(2000)
     moved = fill_in_the_middle(buffer, 1, index, 0.25, 0.5, (PRE, SUF, MID), EOT)
     assert abs((moved.ids == PRE).any(1).mean() - 0.25) < 0.04
-    assert not (fill_in_the_middle(buffer, 1, index, 0.0, 0.5, (PRE, SUF, MID), EOT).ids != buffer.ids).any()
-    part = fill_in_the_middle(Buffer(*(column[500:600] for column in buffer)), 1, index[500:600], 0.25, 0.5,
-                              (PRE, SUF, MID), EOT)
+    assert not (
+        fill_in_the_middle(buffer, 1, index, 0.0, 0.5, (PRE, SUF, MID), EOT).ids != buffer.ids
+    ).any()
+    part = fill_in_the_middle(
+        Buffer(*(column[500:600] for column in buffer)),
+        1,
+        index[500:600],
+        0.25,
+        0.5,
+        (PRE, SUF, MID),
+        EOT,
+    )
     assert (part.ids == moved.ids[500:600]).all()

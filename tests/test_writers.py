@@ -16,8 +16,10 @@ from gpt_jax.errors import SaveFailed, UsageError
 
 def strict(line):
     """json.loads that refuses NaN and Infinity, which are no JSON."""
+
     def refuse(text):
         raise AssertionError(f"{text} is not JSON")
+
     return json.loads(line, parse_constant=refuse)
 
 
@@ -37,9 +39,20 @@ def test_jsonl_is_strict_json_and_reads_back(tmp_path):
     assert len(path.read_bytes().splitlines()) == 2  # on disk before close
     writer.close()
     rows = [strict(line) for line in path.read_text("utf-8").split("\n") if line]
-    assert rows == writers.read_jsonl(path) == [
-        {"step": 1, "train/loss": 2.5, "a": None, "b": None, "nonfinite": {"a": "nan", "b": "-inf"}},
-        {"step": 2, "sample/0": "我是\u2028<b>?\n"}]
+    assert (
+        rows
+        == writers.read_jsonl(path)
+        == [
+            {
+                "step": 1,
+                "train/loss": 2.5,
+                "a": None,
+                "b": None,
+                "nonfinite": {"a": "nan", "b": "-inf"},
+            },
+            {"step": 2, "sample/0": "我是\u2028<b>?\n"},
+        ]
+    )
 
 
 def write_steps(path, steps, resumed_at=None):
@@ -125,10 +138,19 @@ def test_plain_lines_come_every_so_often_and_at_the_end():
     bar.close()
     lines = out.getvalue().splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step") and "/100" in line] == [
-        "0/100", "30/100", "60/100", "90/100", "100/100"]
+        "0/100",
+        "30/100",
+        "60/100",
+        "90/100",
+        "100/100",
+    ]
     assert lines[1] == "step 30/100  loss 3.0000  12.3k tok/s  ETA 0:28"
-    assert lines[5:] == ["step 100  held-out loss 2.0000  1.5000 bits/byte", "step 100  sample/0",
-                         "    def f():", "      pass"]
+    assert lines[5:] == [
+        "step 100  held-out loss 2.0000  1.5000 bits/byte",
+        "step 100  sample/0",
+        "    def f():",
+        "      pass",
+    ]
 
 
 def test_bar_on_a_terminal_shows_the_step_and_progress_off_does_not():
@@ -155,7 +177,9 @@ def test_duration(seconds, text):
     assert writers.duration(seconds) == text
 
 
-@pytest.mark.parametrize("number, text", [(0, "0"), (12.34, "12.3"), (999, "999"), (12345, "12.3k"), (2.5e9, "2.5B")])
+@pytest.mark.parametrize(
+    "number, text", [(0, "0"), (12.34, "12.3"), (999, "999"), (12345, "12.3k"), (2.5e9, "2.5B")]
+)
 def test_human(number, text):
     assert writers.human(number) == text
 
@@ -168,12 +192,16 @@ def test_tensorboard_events_hold_what_was_written(tmp_path):
     data, events = next(tmp_path.iterdir()).read_bytes(), []
     while data:  # a record: u64 length, u32 checksum, payload, u32 checksum
         length = int.from_bytes(data[:8], "little")
-        events.append(proto.Event.FromString(data[12:12 + length]))
-        data = data[16 + length:]
+        events.append(proto.Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
     values = [(event.step, value) for event in events for value in event.summary.value]
     assert (5, "train/loss", 2.5) in [(step, v.tag, v.simple_value) for step, v in values]
-    assert any("我\n    x" in v.tensor.string_val[0].decode() for _, v in values if v.tensor.string_val)
-    assert any(event.step == 5 and event.HasField("session_log") for event in events)  # steps from 5 on are purged
+    assert any(
+        "我\n    x" in v.tensor.string_val[0].decode() for _, v in values if v.tensor.string_val
+    )
+    assert any(
+        event.step == 5 and event.HasField("session_log") for event in events
+    )  # steps from 5 on are purged
 
 
 def test_writers_fan_out_and_close_all():
@@ -199,7 +227,17 @@ def test_writers_fan_out_and_close_all():
     both.text(1, "k", "t")
     with pytest.raises(OSError):
         both.close()
-    assert sorted(map(str, log)) == sorted(map(str, [
-        ("a", 1, {"x": 2.0}), ("b", 1, {"x": 2.0}), ("a", 1, "k", "t"), ("b", 1, "k", "t"),
-        ("a", "closed"), ("b", "closed")]))
+    assert sorted(map(str, log)) == sorted(
+        map(
+            str,
+            [
+                ("a", 1, {"x": 2.0}),
+                ("b", 1, {"x": 2.0}),
+                ("a", 1, "k", "t"),
+                ("b", 1, "k", "t"),
+                ("a", "closed"),
+                ("b", "closed"),
+            ],
+        )
+    )
     writers.Writers().write(1, {})

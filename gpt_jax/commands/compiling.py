@@ -12,10 +12,17 @@ from pathlib import Path
 from gpt_jax.errors import UsageError
 
 # What the compilers want of the environment, before they are loaded. The last lets several plans run at once.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-               "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 # platform -> (modules that must be there, the extra that brings them)
-COMPILERS = {"tpu": (("libtpu",), "plan"), "gpu": (("jax_plugins.xla_cuda13", "nvidia"), "plan-gpu")}
+COMPILERS = {
+    "tpu": (("libtpu",), "plan"),
+    "gpu": (("jax_plugins.xla_cuda13", "nvidia"), "plan-gpu"),
+}
 
 
 def need_compiler(topology) -> None:
@@ -23,10 +30,14 @@ def need_compiler(topology) -> None:
     modules, extra = COMPILERS[topology.chip.platform]
     missing = [name for name in modules if not _there(name)]
     if missing:
-        raise UsageError(f"--compile: {topology.name} needs {missing[0]}, which is not installed: "
-                         f"pip install 'gpt_jax[{extra}]'")
+        raise UsageError(
+            f"--compile: {topology.name} needs {missing[0]}, which is not installed: "
+            f"pip install 'gpt_jax[{extra}]'"
+        )
     if topology.name == "v4":
-        raise UsageError("--compile: libtpu describes v4 by cores, and runs use whole chips; leave --compile out")
+        raise UsageError(
+            "--compile: libtpu describes v4 by cores, and runs use whole chips; leave --compile out"
+        )
 
 
 def _there(module: str) -> bool:
@@ -40,18 +51,33 @@ def compile_outside(args, rest: list[str]) -> dict:
     """compile_here in a process of its own: the compilers read their environment when they are loaded."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "compiled.json"
-        command = [sys.executable, "-m", "gpt_jax", "plan", f"--config={args.config}", f"--topology={args.topology}",
-                   f"--slices={args.slices}", "--compile", f"--inside={answer}",
-                   *([f"--keep_hlo={args.keep_hlo}"] if args.keep_hlo else []), *rest]
-        done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace")
+        command = [
+            sys.executable,
+            "-m",
+            "gpt_jax",
+            "plan",
+            f"--config={args.config}",
+            f"--topology={args.topology}",
+            f"--slices={args.slices}",
+            "--compile",
+            f"--inside={answer}",
+            *([f"--keep_hlo={args.keep_hlo}"] if args.keep_hlo else []),
+            *rest,
+        ]
+        done = subprocess.run(
+            command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace"
+        )
         if answer.exists():
             return json.loads(answer.read_text())
     said = [line for line in done.stderr.splitlines() if line.strip()]
     if done.returncode == UsageError.code:
         raise UsageError(said[-1].removeprefix("gpt-jax: "))
     tail = " | ".join(said[-3:])
-    return {"seconds": 0, "peak": 0,
-            "refusal": f"the compiler's process ended with code {done.returncode}: {tail[-500:]}"}
+    return {
+        "seconds": 0,
+        "peak": 0,
+        "refusal": f"the compiler's process ended with code {done.returncode}: {tail[-500:]}",
+    }
 
 
 def compile_here(config, topology, args) -> dict:

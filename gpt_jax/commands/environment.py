@@ -4,7 +4,11 @@ import os
 from typing import MutableMapping
 
 # libtpu, on a machine without a TPU, says in five lines of standard error that it found none, unless it is told of one.
-NO_TPU = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_HOST_BOUNDS": "1,1,1", "TPU_CHIPS_PER_HOST_BOUNDS": "1,1,1"}
+NO_TPU = {
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_HOST_BOUNDS": "1,1,1",
+    "TPU_CHIPS_PER_HOST_BOUNDS": "1,1,1",
+}
 SKIP = "TPU_SKIP_MDS_QUERY"  # set by `import jax` where it sees no TPU on the bus
 
 

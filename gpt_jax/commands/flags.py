@@ -27,7 +27,9 @@ class Flags(argparse.ArgumentParser):
     """argparse whose errors are UsageErrors: one line and exit code 2."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
+        )
 
     def error(self, message):
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -36,19 +38,43 @@ class Flags(argparse.ArgumentParser):
 def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
     """How many devices and processes take part."""
     group = flags.add_argument_group("devices and processes")
-    group.add_argument("--cpu_devices", type=int, default=0, metavar="N",
-                       help="run on N fake CPU devices, to try a mesh without hardware; 0: the devices there are")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0 of a job of several processes")
+    group.add_argument(
+        "--cpu_devices",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run on N fake CPU devices, to try a mesh without hardware; 0: the devices there are",
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0 of a job of several processes",
+    )
     group.add_argument("--num_processes", type=int, default=1, help="processes of the job")
     group.add_argument("--process_id", type=int, default=0, help="which of them this is")
-    group.add_argument("--join_seconds", type=int, default=300,
-                       help="how long the processes wait for each other at the start")
-    group.add_argument("--heartbeat_seconds", type=int, default=10,
-                       help="a process that is silent for so long counts as gone; raise it where the network has gaps")
-    group.add_argument("--local_device", type=int, metavar="K",
-                       help="use this one of the machine's accelerators only (one process for each)")
-    group.add_argument("--distributed", action="store_true",
-                       help="find coordinator and processes from the cluster (TPU pod, SLURM)")
+    group.add_argument(
+        "--join_seconds",
+        type=int,
+        default=300,
+        help="how long the processes wait for each other at the start",
+    )
+    group.add_argument(
+        "--heartbeat_seconds",
+        type=int,
+        default=10,
+        help="a process that is silent for so long counts as gone; raise it where the network has gaps",
+    )
+    group.add_argument(
+        "--local_device",
+        type=int,
+        metavar="K",
+        help="use this one of the machine's accelerators only (one process for each)",
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find coordinator and processes from the cluster (TPU pod, SLURM)",
+    )
 
 
 def check_runtime(args: argparse.Namespace) -> None:
@@ -60,20 +86,28 @@ def check_runtime(args: argparse.Namespace) -> None:
     if args.local_device is not None and args.local_device < 0:
         raise UsageError(f"--local_device={args.local_device}: expected 0 or more")
     if args.local_device is not None and args.num_processes == 1 and not args.distributed:
-        raise UsageError(f"--local_device={args.local_device}: is for one process of several; which GPUs a single one sees "
-                         f"is said by CUDA_VISIBLE_DEVICES={args.local_device}")
+        raise UsageError(
+            f"--local_device={args.local_device}: is for one process of several; which GPUs a single one sees "
+            f"is said by CUDA_VISIBLE_DEVICES={args.local_device}"
+        )
     for name in ("join_seconds", "heartbeat_seconds"):
         if not 1 <= getattr(args, name) <= LONGEST:
             raise UsageError(f"--{name}={getattr(args, name)}: expected 1 to {LONGEST}")
     if args.distributed and args.coordinator:
-        raise UsageError("--distributed: finds coordinator and processes itself; leave out "
-                         f"--coordinator={args.coordinator} or --distributed")
+        raise UsageError(
+            "--distributed: finds coordinator and processes itself; leave out "
+            f"--coordinator={args.coordinator} or --distributed"
+        )
     if args.coordinator:
         split_address(args.coordinator)
     if args.num_processes > 1 and not args.coordinator:
-        raise UsageError(f"--num_processes={args.num_processes}: needs --coordinator=HOST:PORT of process 0")
+        raise UsageError(
+            f"--num_processes={args.num_processes}: needs --coordinator=HOST:PORT of process 0"
+        )
     if args.coordinator and args.num_processes == 1:
-        raise UsageError(f"--coordinator={args.coordinator}: needs --num_processes=N, the processes of the job")
+        raise UsageError(
+            f"--coordinator={args.coordinator}: needs --num_processes=N, the processes of the job"
+        )
     if not 0 <= args.process_id < args.num_processes:
         raise UsageError(f"--process_id={args.process_id}: expected 0 to {args.num_processes - 1}")
 
@@ -102,7 +136,9 @@ def leaving(line: str) -> Callable:
 
     def leave(_, frame):
         os.write(2, f"gpt-jax: {line}\n".encode())
-        if importing(frame):  # jaxlib makes an ImportError of an exit, and that would be taken for a bug
+        if importing(
+            frame
+        ):  # jaxlib makes an ImportError of an exit, and that would be taken for a bug
             os._exit(Stopped.code)
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
             os._exit(Stopped.code)  # a normal exit would wait for the others
@@ -128,7 +164,9 @@ def local_workdir(text: str) -> Path:
     """The folder that --workdir means. Raises UsageError for the address of an object store, which a Path would take for
     a folder of that name, on every machine its own."""
     if "://" in text:
-        raise UsageError(f"--workdir={text}: object stores are not supported; mount a folder that all hosts share")
+        raise UsageError(
+            f"--workdir={text}: object stores are not supported; mount a folder that all hosts share"
+        )
     return Path(text)
 
 
@@ -142,7 +180,9 @@ def output():
         raise
     except OSError as error:
         sys.stdout = open(os.devnull, "w")  # else it is tried again at the end
-        raise UsageError(f"standard output cannot be written ({error.strerror}); send it elsewhere") from None
+        raise UsageError(
+            f"standard output cannot be written ({error.strerror}); send it elsewhere"
+        ) from None
 
 
 def emit(text: str) -> None:
@@ -169,7 +209,9 @@ def make_say(stream) -> Callable[[str], None]:
             if stream is sys.stdout:  # else Python complains about it at the end
                 sys.stdout = open(os.devnull, "w")
                 if not isinstance(error, BrokenPipeError):
-                    complain(f"standard output cannot be written ({error.strerror}): nothing more is said there")
+                    complain(
+                        f"standard output cannot be written ({error.strerror}): nothing more is said there"
+                    )
 
     return say
 
@@ -192,21 +234,29 @@ def load_config(spec: str, overrides: list[str]) -> config.Config:
     file = Path(path)
     if not file.is_file():
         near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        raise UsageError(f"--config={spec}: {'is a folder' if file.is_dir() else 'no such file'}"
-                         + (f"; there are {', '.join(near)}" if near else ""))
+        raise UsageError(
+            f"--config={spec}: {'is a folder' if file.is_dir() else 'no such file'}"
+            + (f"; there are {', '.join(near)}" if near else "")
+        )
     if file.suffix != ".py":
-        raise UsageError(f"--config={spec}: is no Python file; expected FILE.py, or FILE.py:VARIANT")
+        raise UsageError(
+            f"--config={spec}: is no Python file; expected FILE.py, or FILE.py:VARIANT"
+        )
     sys.path.insert(0, str(file.resolve().parent))  # a config may import its neighbours
     try:
         module_spec = importlib.util.spec_from_file_location(file.stem, file)
         module = importlib.util.module_from_spec(module_spec)
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is the command's own, JSON even
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # standard output is the command's own, JSON even
             module_spec.loader.exec_module(module)
             if not hasattr(module, "get_config"):
                 raise UsageError(f"--config={spec}: the file has no get_config()")
             made = module.get_config(argument) if argument else module.get_config()
         if not isinstance(made, ConfigDict):
-            raise UsageError(f"--config={spec}: get_config() gives {type(made).__name__}, not a ConfigDict")
+            raise UsageError(
+                f"--config={spec}: get_config() gives {type(made).__name__}, not a ConfigDict"
+            )
         values = made.to_dict()
     except UsageError:
         raise
@@ -214,7 +264,9 @@ def load_config(spec: str, overrides: list[str]) -> config.Config:
         raise UsageError(f"--config={spec}: {error}") from None
     except (Exception, SystemExit) as error:  # whatever a file that is not a config does
         line = " ".join(str(error).split())
-        raise UsageError(f"--config={spec}: cannot be read as a config: {type(error).__name__}: {line}") from None
+        raise UsageError(
+            f"--config={spec}: cannot be read as a config: {type(error).__name__}: {line}"
+        ) from None
     finally:
         sys.path.pop(0)
     for key, text in split_overrides(overrides):
@@ -228,7 +280,9 @@ def split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--config."):
-            raise UsageError(f"unknown argument {flag!r}; overrides look like --config.optim.learning_rate=3e-4")
+            raise UsageError(
+                f"unknown argument {flag!r}; overrides look like --config.optim.learning_rate=3e-4"
+            )
         key, equals, text = flag.removeprefix("--config.").partition("=")
         if not equals:
             if not rest:

@@ -23,8 +23,17 @@ def usage() -> str:
     """What `gpt-jax --help` prints."""
     rows = [f"  {name:<10} {line}" for name, line in COMMANDS.items()]
     codes = [f"  {code:>3} {meaning}" for code, meaning in EXIT_CODES.items()]
-    return "\n".join(["usage: gpt-jax <command> [flags]      gpt-jax <command> --help", "", "commands", *rows, "",
-                      "exit codes", *codes])
+    return "\n".join(
+        [
+            "usage: gpt-jax <command> [flags]      gpt-jax <command> --help",
+            "",
+            "commands",
+            *rows,
+            "",
+            "exit codes",
+            *codes,
+        ]
+    )
 
 
 def run(arguments: list[str]) -> None:
@@ -43,6 +52,7 @@ def _processes() -> int:
     if "jax" not in sys.modules:
         return 1
     import jax
+
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
@@ -69,10 +79,15 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         code, reason = 130, "interrupted; checkpoints and what is finished are untouched"
         complain(reason)
-    except BrokenPipeError:  # the reader of `generate | head` has gone; `train` goes on without (make_say, BarWriter)
+    except (
+        BrokenPipeError
+    ):  # the reader of `generate | head` has gone; `train` goes on without (make_say, BarWriter)
         sys.stdout = open(os.devnull, "w")
     except MemoryError as error:
-        code, reason = UsageError.code, f"out of memory ({error}); make the model, the batch or the rows smaller"
+        code, reason = (
+            UsageError.code,
+            f"out of memory ({error}); make the model, the batch or the rows smaller",
+        )
         complain(reason)
     except Exception as error:
         if _lost_peer(error):
@@ -80,7 +95,10 @@ def main(arguments: list[str] | None = None) -> None:
             complain(reason)
         else:
             traceback.print_exc()
-            code, reason = 1, f"a bug there, the log has the traceback: {type(error).__name__}: {first_line(error)}"
+            code, reason = (
+                1,
+                f"a bug there, the log has the traceback: {type(error).__name__}: {first_line(error)}",
+            )
     finish(code, reason)
 
 
@@ -96,8 +114,10 @@ def _blame_peer(error: Exception) -> tuple[int, str]:
     if found is not None:
         return found.others_code, found.line
     gone = JOBS[0].gone(4.0) if JOBS else "a peer process is gone without a word"
-    return PeerFailed.code, (f"{gone} (killed, or its machine failed; its log may have the reason); seen here as: "
-                             f"{first_line(error)}")
+    return PeerFailed.code, (
+        f"{gone} (killed, or its machine failed; its log may have the reason); seen here as: "
+        f"{first_line(error)}"
+    )
 
 
 def finish(code: int, reason: str = "") -> None:

@@ -16,27 +16,69 @@ MISSES = 3  # programs that do not fit, which --search compiles before it gives 
 
 def main(arguments: list[str]) -> None:
     """Raises UsageError (after the report) for what does not fit or cannot run, and for what was typed wrong."""
-    flags = Flags(prog="gpt-jax plan", description="Preflight: memory, collectives, step time and MFU of a config on a "
-                  "machine that need not exist. Exit code 0: it fits; 2: it does not, or cannot run as it is.")
-    flags.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant")
-    flags.add_argument("--topology", required=True, metavar="NAME:SHAPE",
-                       help="the machine, as in v5p:4x4x4 or h100:64")
-    flags.add_argument("--slices", type=int, default=1, metavar="N",
-                       help="slices of that shape, over the data centre network (TPU)")
-    flags.add_argument("--compile", type=int, nargs="?", const=1, metavar="K",
-                       help="compile the train step for it, too; with --search the best K (minutes each)")
-    flags.add_argument("--search", type=int, nargs="?", const=10, metavar="N",
-                       help="try meshes, remat policies and microbatches, and show the best N")
-    flags.add_argument("--data_tokens", type=float, default=0, help="tokens of the data, to count epochs")
-    flags.add_argument("--write_bandwidth", type=float, default=1e9, metavar="B",
-                       help="bytes a second that a host writes to storage")
-    flags.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                       help="a compiler option more, as in --config.train.compiler_options")
+    flags = Flags(
+        prog="gpt-jax plan",
+        description="Preflight: memory, collectives, step time and MFU of a config on a "
+        "machine that need not exist. Exit code 0: it fits; 2: it does not, or cannot run as it is.",
+    )
+    flags.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant"
+    )
+    flags.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME:SHAPE",
+        help="the machine, as in v5p:4x4x4 or h100:64",
+    )
+    flags.add_argument(
+        "--slices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="slices of that shape, over the data centre network (TPU)",
+    )
+    flags.add_argument(
+        "--compile",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="K",
+        help="compile the train step for it, too; with --search the best K (minutes each)",
+    )
+    flags.add_argument(
+        "--search",
+        type=int,
+        nargs="?",
+        const=10,
+        metavar="N",
+        help="try meshes, remat policies and microbatches, and show the best N",
+    )
+    flags.add_argument(
+        "--data_tokens", type=float, default=0, help="tokens of the data, to count epochs"
+    )
+    flags.add_argument(
+        "--write_bandwidth",
+        type=float,
+        default=1e9,
+        metavar="B",
+        help="bytes a second that a host writes to storage",
+    )
+    flags.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a compiler option more, as in --config.train.compiler_options",
+    )
     flags.add_argument("--keep_hlo", metavar="FILE", help="where the compiled program's text goes")
     flags.add_argument("--json", action="store_true", help="print JSON")
-    flags.add_argument("--inside", help=argparse.SUPPRESS)  # where a process of this command's own puts what it compiled
+    flags.add_argument(
+        "--inside", help=argparse.SUPPRESS
+    )  # where a process of this command's own puts what it compiled
     end_on_request()  # and with it the compiler's process
-    args = argparse.Namespace(json="--json" in arguments, topology=None, inside=None)  # for what cannot even be parsed
+    args = argparse.Namespace(
+        json="--json" in arguments, topology=None, inside=None
+    )  # for what cannot even be parsed
     try:
         args, rest = flags.parse_known_args(arguments)
         trouble = checked(args, rest)
@@ -61,19 +103,29 @@ def checked(args, rest: list[str]) -> str:
     check(args)
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator, and a run may be using it
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # nothing here needs an accelerator, and a run may be using it
     from gpt_jax.plan import topology as topologies
     from gpt_jax.plan.search import is_searched
 
     topology = topologies.parse(args.topology, args.slices)
     rest, notes = [f"--config.{key}={text}" for key, text in split_overrides(rest)], []
     config = load_config(args.config, rest)
-    notes += [f"{given}: --search chooses that itself" for given in rest if args.search and is_searched(given)]
+    notes += [
+        f"{given}: --search chooses that itself"
+        for given in rest
+        if args.search and is_searched(given)
+    ]
     if topology.slices > 1 and set(configs.cross_slice(config.mesh).values()) == {1}:
         rest.append(f"--config.mesh.dcn_data={topology.slices}")
-        notes.append(f"--slices={topology.slices}: no dcn_ size is set, so {rest[-1]} is taken; give it to train too")
+        notes.append(
+            f"--slices={topology.slices}: no dcn_ size is set, so {rest[-1]} is taken; give it to train too"
+        )
     if args.option:
-        rest.append(f"--config.train.compiler_options={(*config.train.compiler_options, *args.option)}")
+        rest.append(
+            f"--config.train.compiler_options={(*config.train.compiler_options, *args.option)}"
+        )
     config = load_config(args.config, rest)
     if args.compile:
         need_compiler(topology)
@@ -89,16 +141,24 @@ def check(args) -> None:
         if (given := getattr(args, name)) is not None and given < least:
             raise UsageError(f"--{name}={given}: expected {least} or more")
     if args.data_tokens and not 1 <= args.data_tokens < math.inf:
-        raise UsageError(f"--data_tokens={args.data_tokens:g}: expected 1 or more tokens, or 0 where nobody knows")
+        raise UsageError(
+            f"--data_tokens={args.data_tokens:g}: expected 1 or more tokens, or 0 where nobody knows"
+        )
     if not args.search and (args.compile or 0) > 1:
-        raise UsageError(f"--compile={args.compile}: without --search there is one program to compile; add --search, or leave "
-                         "the number out")
+        raise UsageError(
+            f"--compile={args.compile}: without --search there is one program to compile; add --search, or leave "
+            "the number out"
+        )
     if args.keep_hlo is not None:
         check_keep(args)
     if not 1 <= args.write_bandwidth < math.inf:
-        raise UsageError(f"--write_bandwidth={args.write_bandwidth:g}: expected 1 byte a second or more, as in 1e9")
+        raise UsageError(
+            f"--write_bandwidth={args.write_bandwidth:g}: expected 1 byte a second or more, as in 1e9"
+        )
     if args.option and not args.compile:
-        raise UsageError(f"--option={args.option[0]}: is for the compiler; add --compile, or leave it out")
+        raise UsageError(
+            f"--option={args.option[0]}: is for the compiler; add --compile, or leave it out"
+        )
     for option in args.option:
         name, equals, _ = option.partition("=")
         if not (name and equals):
@@ -108,13 +168,23 @@ def check(args) -> None:
 def check_keep(args) -> None:
     """UsageError for a --keep_hlo that gets nothing, or cannot."""
     if not args.compile:
-        raise UsageError(f"--keep_hlo={args.keep_hlo}: there is no program without --compile; add it, or leave this out")
+        raise UsageError(
+            f"--keep_hlo={args.keep_hlo}: there is no program without --compile; add it, or leave this out"
+        )
     if args.search:
-        raise UsageError(f"--keep_hlo={args.keep_hlo}: --search compiles one program after the other; plan the one it finds "
-                         "without --search")
+        raise UsageError(
+            f"--keep_hlo={args.keep_hlo}: --search compiles one program after the other; plan the one it finds "
+            "without --search"
+        )
     file = Path(args.keep_hlo)
-    if file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UsageError(f"--keep_hlo={args.keep_hlo}: cannot be written; name a file in a folder that is there and yours")
+    if (
+        file.is_dir()
+        or not file.parent.is_dir()
+        or not os.access(file if file.exists() else file.parent, os.W_OK)
+    ):
+        raise UsageError(
+            f"--keep_hlo={args.keep_hlo}: cannot be written; name a file in a folder that is there and yours"
+        )
 
 
 def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
@@ -128,19 +198,33 @@ def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
         found = search(job, topology)
         if not found:
             raise UsageError(f"--search: {report.nothing_fits(job, topology)}")
-        shown = found[:args.search]
+        shown = found[: args.search]
         lines += [f"{len(found)} combinations fit; the best by arithmetic", *report.ranked(shown)]
         out["search"] = report.ranked_data(job.config, shown)
-    results = examine_best(args, rest, job, found, topology) if found else \
-        [examine(args, rest, job, job.config, topology)]
+    results = (
+        examine_best(args, rest, job, found, topology)
+        if found
+        else [examine(args, rest, job, job.config, topology)]
+    )
     if args.search and args.compile:
-        lines += [f"compiled {place}: {mesh_summary(result)}" for place, result in enumerate(results, 1)]
+        lines += [
+            f"compiled {place}: {mesh_summary(result)}" for place, result in enumerate(results, 1)
+        ]
     best = min(results, key=lambda result: (not result["fits"], result["step"]))
     seen, whole = best["estimate"], job._replace(config=best["config"])
     by = "compiler" if best["schedule"] else "arithmetic"
-    ahead = report.horizon(whole, topology, best["step"], by, args.data_tokens, args.write_bandwidth)
-    lines = [*notes, *lines, *report.head(whole, topology, seen), *report.arithmetic(whole, topology, seen)]
-    out |= report.data(whole, topology, seen, ahead) | {"notes": [*notes, *report.left_out(whole.config)]}
+    ahead = report.horizon(
+        whole, topology, best["step"], by, args.data_tokens, args.write_bandwidth
+    )
+    lines = [
+        *notes,
+        *lines,
+        *report.head(whole, topology, seen),
+        *report.arithmetic(whole, topology, seen),
+    ]
+    out |= report.data(whole, topology, seen, ahead) | {
+        "notes": [*notes, *report.left_out(whole.config)]
+    }
     if best["compiled"]:
         lines += report.compiled(topology, best["compiled"], best["schedule"], seen.memory.peak)
         out |= {"compiled": best["compiled"], "schedule": best["schedule"]}
@@ -148,7 +232,9 @@ def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
     if args.search and best["fits"]:
         words, replaced = winner(args.config, rest, best["config"])
         out["command"] = report.command(args.config, words)
-        more = [f"{given}: does not divide over the best mesh, and is replaced" for given in replaced]
+        more = [
+            f"{given}: does not divide over the best mesh, and is replaced" for given in replaced
+        ]
         out["notes"] += more
         lines += [*more, f"best: {out['command']}"]
     trouble = add_trouble(job, topology, best, results, lines, out)
@@ -178,15 +264,25 @@ def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str]
     seen, done = best["estimate"], best["compiled"] or {"refusal": "", "peak": 0}
     said = done["refusal"] or verdict(done["peak"] or seen.memory.peak, topology)
     trouble = [*seen.problems, *([] if best["fits"] else [said])]
-    out |= {"by": "compiler" if best["compiled"] else "arithmetic", "fits": not trouble, "verdict": [*trouble, said][0],
-            "problems": trouble}
+    out |= {
+        "by": "compiler" if best["compiled"] else "arithmetic",
+        "fits": not trouble,
+        "verdict": [*trouble, said][0],
+        "problems": trouble,
+    }
     lines += [f"problem: {line}" for line in trouble]
     if trouble and not is_fault(done):
-        refused = [(result["estimate"].memory.peak, result["compiled"]["peak"]) for result in results
-                   if result["compiled"] and not result["fits"]]
+        refused = [
+            (result["estimate"].memory.peak, result["compiled"]["peak"])
+            for result in results
+            if result["compiled"] and not result["fits"]
+        ]
         offers = advice(job, topology, limit_after(topology, refused))
-        lines += [f"would fit, by arithmetic: {' '.join(report.overrides(job.config, one))} "
-                  f"({report.seconds(found.step)} a step, {verdict(found.memory.peak, topology)})" for one, found in offers]
+        lines += [
+            f"would fit, by arithmetic: {' '.join(report.overrides(job.config, one))} "
+            f"({report.seconds(found.step)} a step, {verdict(found.memory.peak, topology)})"
+            for one, found in offers
+        ]
         out["would_fit"] = [report.overrides(job.config, one) for one, _ in offers]
         if not offers:
             out["advice"] = report.nothing_fits(job, topology)
@@ -221,7 +317,11 @@ def examine_best(args, rest: list[str], job, found: list, topology) -> list[dict
         if not results[-1]["fits"]:
             limit = CLOSE * seen.memory.peak
         enough = sum(result["fits"] for result in results) >= (args.compile or 1)
-        if enough or len(results) >= MISSES + (args.compile or 0) or is_fault(results[-1]["compiled"]):
+        if (
+            enough
+            or len(results) >= MISSES + (args.compile or 0)
+            or is_fault(results[-1]["compiled"])
+        ):
             break
     return results
 
@@ -233,8 +333,14 @@ def examine(args, rest: list[str], job, config, topology) -> dict:
 
     job = job._replace(config=config)
     seen = estimate(job, topology)
-    result = {"config": config, "estimate": seen, "compiled": None, "schedule": None, "step": seen.step,
-              "fits": seen.fits}
+    result = {
+        "config": config,
+        "estimate": seen,
+        "compiled": None,
+        "schedule": None,
+        "step": seen.step,
+        "fits": seen.fits,
+    }
     if not args.compile or seen.problems:
         return result
     from gpt_jax.plan.schedule import schedule_of
@@ -242,7 +348,10 @@ def examine(args, rest: list[str], job, config, topology) -> dict:
     base = load_config(args.config, rest)
     more = overrides(base, config)
     done = compile_outside(args, [*rest, *more])
-    result |= {"compiled": done, "fits": not done["refusal"] and done["peak"] <= topology.chip.memory}
+    result |= {
+        "compiled": done,
+        "fits": not done["refusal"] and done["peak"] <= topology.chip.memory,
+    }
     if not done["refusal"]:
         time = schedule_of(job, topology, seen.kernel, done["program"])
         result |= {"schedule": time._asdict(), "step": time.step}

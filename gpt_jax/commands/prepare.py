@@ -52,38 +52,98 @@ class Given(argparse.Action):
 
 def make_flags() -> Flags:
     """The command line."""
-    flags = Flags(prog="gpt-jax prepare", description="Read text, filter it, and write token shards that "
-                  "--config.data.path takes. Killed at any moment, the same command goes on where it was; when all is "
-                  "finished it says so, after a look at the files' sizes: their content is checked by --verify. "
-                  "Memory: for each worker some 200 MB, a few times the largest document, and 32 bytes a document of a "
-                  "unit.")
-    flags.add_argument("--input", nargs="+", action="extend", default=[], metavar="[NAME=]PATH",
-                       help="files, directories, globs, URLs, hf://name[:config][@split][#revision]; NAME: the source "
-                       "they are")
-    flags.add_argument("--output", metavar="DIR", help="a new folder, or one that an earlier call began")
+    flags = Flags(
+        prog="gpt-jax prepare",
+        description="Read text, filter it, and write token shards that "
+        "--config.data.path takes. Killed at any moment, the same command goes on where it was; when all is "
+        "finished it says so, after a look at the files' sizes: their content is checked by --verify. "
+        "Memory: for each worker some 200 MB, a few times the largest document, and 32 bytes a document of a "
+        "unit.",
+    )
+    flags.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="files, directories, globs, URLs, hf://name[:config][@split][#revision]; NAME: the source "
+        "they are",
+    )
+    flags.add_argument(
+        "--output", metavar="DIR", help="a new folder, or one that an earlier call began"
+    )
     flags.add_argument("--inspect", metavar="DIR", help="print what is inside a finished folder")
-    flags.add_argument("--verify", metavar="DIR", help="compare every file of a finished folder with its checksum")
+    flags.add_argument(
+        "--verify", metavar="DIR", help="compare every file of a finished folder with its checksum"
+    )
     text = flags.add_argument_group("the text")
-    text.add_argument("--field", default="text", help="the text's field or column where a file has several")
-    text.add_argument("--errors", default="strict", help="undecodable bytes: strict or replace (by U+FFFD)")
-    text.add_argument("--encodings", nargs="+", action=Given, default=["utf-8"], help="tried in turn on each document")
-    text.add_argument("--on_error", default="stop", help="a row that cannot be read: stop, or skip (counted)")
-    text.add_argument("--documents", default="file", help="what a document of a text file is: file or line")
-    text.add_argument("--filters", nargs="+", action="extend", default=[], metavar="FILTER",
-                      help="in this order, such as strip min_chars:100 normalize:NFC language:en module:function")
-    text.add_argument("--dedup", default="none", metavar="none|exact|near[:SIMILARITY]",
-                      help="leave out copies of earlier documents; near: by MinHash, 0.8 if no similarity is given")
-    text.add_argument("--eval_fraction", type=float, default=0.0, help="part of the documents held out, by their hash")
+    text.add_argument(
+        "--field", default="text", help="the text's field or column where a file has several"
+    )
+    text.add_argument(
+        "--errors", default="strict", help="undecodable bytes: strict or replace (by U+FFFD)"
+    )
+    text.add_argument(
+        "--encodings",
+        nargs="+",
+        action=Given,
+        default=["utf-8"],
+        help="tried in turn on each document",
+    )
+    text.add_argument(
+        "--on_error", default="stop", help="a row that cannot be read: stop, or skip (counted)"
+    )
+    text.add_argument(
+        "--documents", default="file", help="what a document of a text file is: file or line"
+    )
+    text.add_argument(
+        "--filters",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILTER",
+        help="in this order, such as strip min_chars:100 normalize:NFC language:en module:function",
+    )
+    text.add_argument(
+        "--dedup",
+        default="none",
+        metavar="none|exact|near[:SIMILARITY]",
+        help="leave out copies of earlier documents; near: by MinHash, 0.8 if no similarity is given",
+    )
+    text.add_argument(
+        "--eval_fraction",
+        type=float,
+        default=0.0,
+        help="part of the documents held out, by their hash",
+    )
     tokens = flags.add_argument_group("the tokens")
-    tokens.add_argument("--tokenizer", default="bytes", help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer")
-    tokens.add_argument("--tokenizer_mb", type=float, default=200.0, help="of text that a trained tokenizer sees")
-    tokens.add_argument("--piece_mb", type=float, default=0.0,
-                        help="input of a unit of work and of a shard; 0: a 500th of the input, 4 to 64")
+    tokens.add_argument(
+        "--tokenizer",
+        default="bytes",
+        help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer",
+    )
+    tokens.add_argument(
+        "--tokenizer_mb", type=float, default=200.0, help="of text that a trained tokenizer sees"
+    )
+    tokens.add_argument(
+        "--piece_mb",
+        type=float,
+        default=0.0,
+        help="input of a unit of work and of a shard; 0: a 500th of the input, 4 to 64",
+    )
     work = flags.add_argument_group("the work (decides nothing about the output)")
-    work.add_argument("--engine", default="local", help="local: processes of this machine; ray: a Ray cluster")
-    work.add_argument("--workers", type=int, default=0, help="processes; 1: this one alone, 0: one a core")
-    work.add_argument("--ray_address", default="local", help="of a cluster (auto, HOST:PORT) that sees input and "
-                      "output under the same paths; local: one of --workers CPUs is started here")
+    work.add_argument(
+        "--engine", default="local", help="local: processes of this machine; ray: a Ray cluster"
+    )
+    work.add_argument(
+        "--workers", type=int, default=0, help="processes; 1: this one alone, 0: one a core"
+    )
+    work.add_argument(
+        "--ray_address",
+        default="local",
+        help="of a cluster (auto, HOST:PORT) that sees input and "
+        "output under the same paths; local: one of --workers CPUs is started here",
+    )
     return flags
 
 
@@ -98,27 +158,40 @@ def run(args) -> None:
     if not args.input or not args.output:
         raise UsageError("--input and --output: both are needed (or --inspect or --verify alone)")
     if "://" in args.output:
-        raise UsageError(f"--output={args.output}: prepare writes to a file system; name a local folder and copy it "
-                         "there when it is finished (--input may be remote)")
+        raise UsageError(
+            f"--output={args.output}: prepare writes to a file system; name a local folder and copy it "
+            "there when it is finished (--input may be remote)"
+        )
     if args.engine not in ENGINES:
         raise UsageError(f"--engine={args.engine}: expected one of {', '.join(ENGINES)}")
-    limits = {"eval_fraction": (0.0, 0.9), "piece_mb": (0.0, 1e6), "tokenizer_mb": (1e-6, 1e9), "workers": (0, 4096)}
+    limits = {
+        "eval_fraction": (0.0, 0.9),
+        "piece_mb": (0.0, 1e6),
+        "tokenizer_mb": (1e-6, 1e9),
+        "workers": (0, 4096),
+    }
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             raise UsageError(f"--{name}={getattr(args, name)}: expected {low} to {high}")
     try:
-        reading = Reading(args.field, args.errors, tuple(args.encodings), args.on_error, args.documents)
+        reading = Reading(
+            args.field, args.errors, tuple(args.encodings), args.on_error, args.documents
+        )
     except UsageError as error:
         raise UsageError(f"--{str(error).replace(' = ', '=', 1)}") from None
-    given = {spec.name: getattr(args, spec.name) for spec in fields(Settings) if spec.name != "reading"}
+    given = {
+        spec.name: getattr(args, spec.name) for spec in fields(Settings) if spec.name != "reading"
+    }
     settings = Settings(**given | {"reading": reading, "filters": tuple(args.filters)})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     engine = Engine(args.engine, args.workers or cores, args.ray_address)
     folder, display, inputs = Path(args.output).expanduser(), Display(), named(args.input)
     for path in (Path(path).expanduser() for paths in inputs.values() for path in paths):
         if path.is_dir() and path.resolve() in folder.resolve().parents:
-            raise UsageError(f"--output={args.output}: lies inside --input={path}, which would then read its own "
-                             "output; name a folder elsewhere")
+            raise UsageError(
+                f"--output={args.output}: lies inside --input={path}, which would then read its own "
+                "output; name a folder elsewhere"
+            )
     for name, paths in inputs.items():
         paths = list(dict.fromkeys(paths))
         if paths[1:] and any(text.startswith(f"{name}=") for text in args.input):
@@ -127,8 +200,10 @@ def run(args) -> None:
     try:
         prepare(inputs, folder, settings, engine, display.say, display.show)
     except KeyboardInterrupt:
-        raise Stopped(f"--output={args.output}: interrupted; what is finished stays: the same command goes on from "
-                      "there") from None
+        raise Stopped(
+            f"--output={args.output}: interrupted; what is finished stays: the same command goes on from "
+            "there"
+        ) from None
     finally:
         display.close()
     emit("\n".join(corpus.summary(folder)))
@@ -141,11 +216,20 @@ def named(given: list[str]) -> dict[str, tuple[str, ...]]:
         match = None if os.path.exists(text) or glob.glob(text) else NAMED.fullmatch(text)
         name, path = match.groups() if match else (SOURCE, text)
         if name.startswith(".") or name in ("work", "all") or name.endswith(".json"):
-            raise UsageError(f"--input={text}: {name!r} cannot be the name of a source (the output has files of such "
-                             "names, and all is the sum of sources)")
-        if not match and (typed := MISNAMED.match(text)) and not os.path.exists(text) and not glob.glob(text):
-            raise UsageError(f"--input={text}: {typed[1]!r} cannot be the name of a source; use letters, digits and "
-                             ". _ -")
+            raise UsageError(
+                f"--input={text}: {name!r} cannot be the name of a source (the output has files of such "
+                "names, and all is the sum of sources)"
+            )
+        if (
+            not match
+            and (typed := MISNAMED.match(text))
+            and not os.path.exists(text)
+            and not glob.glob(text)
+        ):
+            raise UsageError(
+                f"--input={text}: {typed[1]!r} cannot be the name of a source; use letters, digits and "
+                ". _ -"
+            )
         found.setdefault(name, []).append(path)
     return {name: tuple(paths) for name, paths in found.items()}
 
@@ -158,7 +242,9 @@ class Display:
 
     def say(self, line: str) -> None:
         self._end_bar()
-        with contextlib.suppress(OSError):  # a reader that has gone (`2>&1 | head`), a full disk: the work goes on
+        with contextlib.suppress(
+            OSError
+        ):  # a reader that has gone (`2>&1 | head`), a full disk: the work goes on
             print(f"prepare: {line}", file=sys.stderr, flush=True)
 
     def show(self, progress) -> None:
@@ -187,7 +273,13 @@ class Display:
 
         if self.bar is None:
             layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}B [{elapsed}<{remaining}]{postfix}"
-            self.bar = tqdm(total=progress.total, desc=progress.phase, unit_scale=True, bar_format=layout, leave=False)
+            self.bar = tqdm(
+                total=progress.total,
+                desc=progress.phase,
+                unit_scale=True,
+                bar_format=layout,
+                leave=False,
+            )
         self.bar.set_postfix_str(speed, refresh=False)
         self.bar.n = progress.done
         self.bar.refresh()
@@ -214,6 +306,8 @@ def verify(folder: Path) -> None:
 
     wrong = corpus.verify(folder, lambda line: print(line, file=sys.stderr))
     if wrong:
-        raise DataError(f"--verify={folder}: {len(wrong)} damaged: {', '.join(wrong)}; copy them again, or remove the "
-                        "folder and prepare it again")
+        raise DataError(
+            f"--verify={folder}: {len(wrong)} damaged: {', '.join(wrong)}; copy them again, or remove the "
+            "folder and prepare it again"
+        )
     emit(f"{folder}: all files are whole")

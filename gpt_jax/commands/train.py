@@ -8,8 +8,17 @@ import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import (Flags, add_runtime_flags, check_runtime, emit, leaving, load_config, local_workdir,
-                                    make_say, start_runtime)
+from gpt_jax.commands.flags import (
+    Flags,
+    add_runtime_flags,
+    check_runtime,
+    emit,
+    leaving,
+    load_config,
+    local_workdir,
+    make_say,
+    start_runtime,
+)
 from gpt_jax.commands.join import telling
 from gpt_jax.errors import UsageError
 from gpt_jax.version import code_version, start_line
@@ -17,7 +26,9 @@ from gpt_jax.version import code_version, start_line
 
 def main(arguments: list[str]) -> None:
     """Raises UsageError for what cannot be run, Stopped, Diverged, DataError, SaveFailed, NoCheckpoint otherwise."""
-    leave = leaving("stopped on request before the first step, nothing to save; the same command starts again")
+    leave = leaving(
+        "stopped on request before the first step, nothing to save; the same command starts again"
+    )
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until the loop takes them (stops.StopRequest)
         signal.signal(number, leave)
     args, rest = make_flags().parse_known_args(arguments)
@@ -28,7 +39,9 @@ def main(arguments: list[str]) -> None:
         return
     if args.num_processes > 1 or args.distributed:
         signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    start_runtime(args)  # makes SIGTERM JAX's in a job of several: it is kept, and all stop together after the first step
+    start_runtime(
+        args
+    )  # makes SIGTERM JAX's in a job of several: it is kept, and all stop together after the first step
     import jax
 
     from gpt_jax import experiment, loop
@@ -42,12 +55,21 @@ def main(arguments: list[str]) -> None:
 
 
 def make_flags() -> Flags:
-    flags = Flags(prog="gpt-jax train", description="Train from a config; the same command again resumes. Any field is "
-                  "set by --config.section.field=value, as in --config.optim.learning_rate=3e-4.")
-    flags.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant")
+    flags = Flags(
+        prog="gpt-jax train",
+        description="Train from a config; the same command again resumes. Any field is "
+        "set by --config.section.field=value, as in --config.optim.learning_rate=3e-4.",
+    )
+    flags.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant"
+    )
     flags.add_argument("--workdir", help="where the run's files go, and where it resumes from")
-    flags.add_argument("--print_config", action="store_true", help="print the resolved config as JSON and stop")
-    flags.add_argument("--profile", metavar="START:STOP", help="write a trace of these steps to WORKDIR/profile")
+    flags.add_argument(
+        "--print_config", action="store_true", help="print the resolved config as JSON and stop"
+    )
+    flags.add_argument(
+        "--profile", metavar="START:STOP", help="write a trace of these steps to WORKDIR/profile"
+    )
     add_runtime_flags(flags)
     return flags
 
@@ -59,8 +81,15 @@ def say_start(mesh) -> None:
     from gpt_jax import sharding
 
     own = jax.local_devices()
-    line = start_line(jax.process_index(), jax.process_count(), socket.gethostname(), len(own), own[0].device_kind,
-                      sharding.places(mesh), code_version())
+    line = start_line(
+        jax.process_index(),
+        jax.process_count(),
+        socket.gethostname(),
+        len(own),
+        own[0].device_kind,
+        sharding.places(mesh),
+        code_version(),
+    )
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:  # `2>&1 | head`, a full disk: the run goes on
@@ -85,7 +114,9 @@ def parse_profile(text: str, steps: int) -> tuple[int, int]:
     """ "10:20" -> (10, 20)."""
     start, _, stop = text.partition(":")
     if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop) <= steps):
-        raise UsageError(f"--profile={text}: expected START:STOP with 1 <= START <= STOP <= {steps} steps")
+        raise UsageError(
+            f"--profile={text}: expected START:STOP with 1 <= START <= STOP <= {steps} steps"
+        )
     return int(start), int(stop)
 
 
@@ -94,7 +125,9 @@ def make_workdir(text: str) -> Path:
     path = local_workdir(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()  # a name of its own: all processes of a job do this at once
+        tempfile.TemporaryFile(
+            dir=path
+        ).close()  # a name of its own: all processes of a job do this at once
     except OSError as error:
         raise UsageError(f"--workdir={text}: cannot be written: {error.strerror}") from None
     return path

@@ -24,9 +24,17 @@ class Layout(NamedTuple):
 def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
     """One row a layer: patterns tiled over depth."""
     layers, last = model.layers, model.layers - 1
-    window = lambda i: 0 if i == last and model.last_window_full else model.windows[i % len(model.windows)]
-    return tuple(LayerSpec(*model.pattern[i % len(model.pattern)], window(i), model.value_embed and (last - i) % 2 == 0)
-                 for i in range(layers))
+    window = lambda i: (
+        0 if i == last and model.last_window_full else model.windows[i % len(model.windows)]
+    )
+    return tuple(
+        LayerSpec(
+            *model.pattern[i % len(model.pattern)],
+            window(i),
+            model.value_embed and (last - i) % 2 == 0,
+        )
+        for i in range(layers)
+    )
 
 
 @lru_cache  # a plan asks for every mesh
@@ -35,8 +43,10 @@ def layout(specs: tuple[LayerSpec, ...]) -> Layout:
 
     def split(size):
         repeats = 1
-        while specs[repeats * size:(repeats + 1) * size] == specs[:size]:
+        while specs[repeats * size : (repeats + 1) * size] == specs[:size]:
             repeats += 1
-        return Layout(specs[:size], repeats, specs[repeats * size:])
+        return Layout(specs[:size], repeats, specs[repeats * size :])
 
-    return min(map(split, range(1, len(specs) + 1)), key=lambda found: len(found.period) + len(found.tail))
+    return min(
+        map(split, range(1, len(specs) + 1)), key=lambda found: len(found.period) + len(found.tail)
+    )

@@ -42,10 +42,16 @@ class Model:
     kv_heads: int = knob(0, low=0)  # key and value heads; 0: same as heads (1: multi-query)
     head_dim: int = knob(0, low=0)  # 0: embed / heads
     mlp: int = knob(0, low=0)  # hidden width of the feed-forward; 0: 4 * embed
-    vocab: int = knob(0, low=0)  # rows of the embedding; 0: the tokenizer's size rounded up to vocab_multiple
+    vocab: int = knob(
+        0, low=0
+    )  # rows of the embedding; 0: the tokenizer's size rounded up to vocab_multiple
     vocab_multiple: int = knob(1, low=1)  # 64 or 128 keeps the head's matmul aligned
-    max_seq: int = knob(0, low=0, high=2**30)  # longest context (learned positions, KV cache); 0: train.seq_len
-    pattern: tuple[tuple[str, str], ...] = (("attention", "gelu_tanh"),)  # (mixer, feed-forward), tiled over depth
+    max_seq: int = knob(
+        0, low=0, high=2**30
+    )  # longest context (learned positions, KV cache); 0: train.seq_len
+    pattern: tuple[tuple[str, str], ...] = (
+        ("attention", "gelu_tanh"),
+    )  # (mixer, feed-forward), tiled over depth
     norm: str = knob("layernorm", choices=NORMS)
     norm_epsilon: float = knob(1e-5, low=0.0)
     norm_position: str = knob("pre", choices=("pre", "post"))
@@ -55,13 +61,19 @@ class Model:
     rope_base: float = knob(10_000.0, low=1.0)
     rope_fraction: float = knob(1.0, low=0.0, high=1.0)  # part of head_dim that rotates
     rope_scale_factor: float = knob(1.0, low=1.0)  # Llama-3 frequency scaling; 1: off
-    rope_scale_low: float = knob(1.0, low=0.0)  # wavelengths above original_seq / low are divided by the factor
+    rope_scale_low: float = knob(
+        1.0, low=0.0
+    )  # wavelengths above original_seq / low are divided by the factor
     rope_scale_high: float = knob(4.0, low=0.0)  # wavelengths below original_seq / high stay
     rope_scale_original_seq: int = knob(8192, low=1)
-    windows: tuple[int, ...] = (0,)  # keys a query may look at, itself included, tiled over depth; 0: all
+    windows: tuple[int, ...] = (
+        0,
+    )  # keys a query may look at, itself included, tiled over depth; 0: all
     last_window_full: bool = False  # the last layer always sees everything
     qk_norm: bool = False
-    qk_norm_after_rope: bool = False  # normalise after rotating (nanochat) instead of before (Qwen3)
+    qk_norm_after_rope: bool = (
+        False  # normalise after rotating (nanochat) instead of before (Qwen3)
+    )
     qk_scale: float = knob(1.0, low=0.0)  # extra factor on both q and k after their norm
     attention_softcap: float = knob(0.0, low=0.0)  # c * tanh(score / c); 0: off
     logit_softcap: float = knob(0.0, low=0.0)  # the same on the logits
@@ -69,7 +81,9 @@ class Model:
     bias: bool = True  # biases on matmuls and LayerNorms
     qkv_bias: bool = True  # biases on q, k, v; needs bias (Qwen2: bias only here is a later row)
     dropout: float = knob(0.0, low=0.0, high=0.99)  # on the embedding and on every residual branch
-    attention_dropout: float = knob(0.0, low=0.0, high=0.99)  # on attention probabilities (reference and blocked kernels)
+    attention_dropout: float = knob(
+        0.0, low=0.0, high=0.99
+    )  # on attention probabilities (reference and blocked kernels)
     value_embed: bool = False  # gated value embeddings on alternate layers, the last included
     value_embed_gate: int = knob(12, low=1)  # channels of the residual stream that drive the gate
     residual_scalars: bool = False  # x = r_i * x + a_i * x0, both learned
@@ -84,19 +98,31 @@ class Model:
     router: str = knob("softmax", choices=ROUTERS)  # scores of the experts
     router_normalize: bool = True  # the chosen experts' scores are scaled to a sum of 1
     router_z_loss: float = knob(0.0, low=0.0)  # weight of the router's log(Z)^2
-    balance: str = knob("aux", choices=BALANCES)  # how experts get equal shares: a loss, or a bias on the choice
+    balance: str = knob(
+        "aux", choices=BALANCES
+    )  # how experts get equal shares: a loss, or a bias on the choice
     balance_weight: float = knob(0.01, low=0.0)  # of the loss (aux)
     balance_rate: float = knob(0.001, low=0.0)  # step of the bias (bias)
-    dispatch: str = knob("dropless", choices=DISPATCHES)  # capacity: what exceeds an expert's share of a row is left out
+    dispatch: str = knob(
+        "dropless", choices=DISPATCHES
+    )  # capacity: what exceeds an expert's share of a row is left out
     capacity_factor: float = knob(1.25, low=0.0)  # that share, in parts of an equal one
     init: str = knob("gpt2", choices=INITS)
     dtype: str = knob("float32", choices=DTYPES)  # of matmuls; parameters and sums stay float32
     kernel: str = knob("auto", choices=KERNELS)  # attention kernel; a named one runs or raises
     remat: str = knob("none", choices=REMATS)  # what the backward pass recomputes
-    unroll: int = knob(1, low=0)  # layer periods per scan iteration; 0: all (same parameters, longer compile)
-    shard_sequence: bool = False  # between matmuls the stream's sequence is split over the axis tensor too
-    pipeline_rounds: int = knob(1, low=1)  # times that a microbatch goes round the stages; more rounds, smaller bubble
-    pipeline_microbatches: int = knob(0, low=0)  # of a (micro)batch in the pipeline; 0: as many as stages
+    unroll: int = knob(
+        1, low=0
+    )  # layer periods per scan iteration; 0: all (same parameters, longer compile)
+    shard_sequence: bool = (
+        False  # between matmuls the stream's sequence is split over the axis tensor too
+    )
+    pipeline_rounds: int = knob(
+        1, low=1
+    )  # times that a microbatch goes round the stages; more rounds, smaller bubble
+    pipeline_microbatches: int = knob(
+        0, low=0
+    )  # of a (micro)batch in the pipeline; 0: as many as stages
 
     @property
     def stream(self) -> str:
@@ -108,27 +134,45 @@ class Model:
 class Data:
     """Where text comes from and how it becomes rows (read by gpt_jax/data)."""
 
-    path: tuple[str, ...] = ()  # files, directories, globs, a folder made by `gpt-jax prepare`, or the word stdlib (the
+    path: tuple[
+        str, ...
+    ] = ()  # files, directories, globs, a folder made by `gpt-jax prepare`, or the word stdlib (the
     #                             Python standard library's source)
-    sources: tuple[tuple[str, str, float], ...] = ()  # in place of path, a mixture: (name, path, weight), …
+    sources: tuple[
+        tuple[str, str, float], ...
+    ] = ()  # in place of path, a mixture: (name, path, weight), …
     weights: str = knob("tokens", choices=WEIGHTS)  # what the weights of sources are parts of
-    temperature: float = knob(0.0, low=0.0)  # t > 0: weights are multiplied by size ** (1 / t), in the unit of weights
-    stages: tuple[tuple[int, tuple[float, ...]], ...] = ()  # (from token, a weight for each source), …; begins with
+    temperature: float = knob(
+        0.0, low=0.0
+    )  # t > 0: weights are multiplied by size ** (1 / t), in the unit of weights
+    stages: tuple[
+        tuple[int, tuple[float, ...]], ...
+    ] = ()  # (from token, a weight for each source), …; begins with
     #                                         the first row at or after that token, blocks are counted from there
-    block: int = knob(1000, low=1)  # examples that hold each source's share exactly; shorter only just before a stage
+    block: int = knob(
+        1000, low=1
+    )  # examples that hold each source's share exactly; shorter only just before a stage
     eval_path: tuple[str, ...] = ()  # held-out text; empty: split off `path`
-    eval_fraction: float = knob(0.1, low=0.0, high=0.9)  # of text files; `gpt-jax prepare` has decided for its folders
-    split: str = knob("tail", choices=SPLITS)  # tail: the last part by position; document: by hash of the document
+    eval_fraction: float = knob(
+        0.1, low=0.0, high=0.9
+    )  # of text files; `gpt-jax prepare` has decided for its folders
+    split: str = knob(
+        "tail", choices=SPLITS
+    )  # tail: the last part by position; document: by hash of the document
     field: str = "text"  # the text's field in .jsonl, .json, .csv, .tsv, .parquet, .arrow
     errors: str = knob("strict", choices=("strict", "replace"))  # undecodable bytes
     encodings: tuple[str, ...] = ("utf-8",)  # tried in turn on each document
     documents: str = knob("file", choices=("file", "line"))  # what a document of a text file is
     tokenizer: str = ""  # bytes | char | bpe:VOCAB | a path, see the README; empty: that of a prepared folder, else bytes
-    rows: str = knob("window", choices=ROWS)  # window: random windows; chunk: each token once an epoch; document: rows
+    rows: str = knob(
+        "window", choices=ROWS
+    )  # window: random windows; chunk: each token once an epoch; document: rows
     #                                           begin with a document; first_fit, best_fit: whole documents, packed
     apart: bool = False  # documents of a row do not see and do not predict each other (segments, own positions)
     shuffle_documents: bool = False  # another order of the documents inside each row
-    fim: float = knob(0.0, low=0.0, high=1.0)  # part of the documents rearranged to fill in the middle
+    fim: float = knob(
+        0.0, low=0.0, high=1.0
+    )  # part of the documents rearranged to fill in the middle
     fim_spm: float = knob(0.5, low=0.0, high=1.0)  # of those, the part with the suffix first
     cache: str = "~/.cache/gpt_jax"  # token files, keyed by content and tokenizer
     workers: int = knob(0, low=0)  # tokenizing threads; 0: one a core
@@ -160,7 +204,9 @@ class Mesh:
     dcn_expert: int = knob(1, low=1)
     dcn_context: int = knob(1, low=1)
     dcn_tensor: int = knob(1, low=1)
-    zero: int = knob(3, choices=(1, 3))  # what fsdp splits. 3: parameters, gradients, optimiser state; 1: the last alone
+    zero: int = knob(
+        3, choices=(1, 3)
+    )  # what fsdp splits. 3: parameters, gradients, optimiser state; 1: the last alone
 
 
 @dataclass(frozen=True)
@@ -187,7 +233,9 @@ class Optim:
     b2: float = knob(0.95, low=0.0, high=0.99999)
     eps: float = knob(1e-8, low=0.0)
     weight_decay: float = knob(0.1, low=0.0)
-    decay: str = knob("matrices", choices=("matrices", "all"))  # matrices: not biases, norms and scalars
+    decay: str = knob(
+        "matrices", choices=("matrices", "all")
+    )  # matrices: not biases, norms and scalars
     clip: float = knob(1.0, low=0.0)  # global gradient norm; 0: off
     schedule: str = knob("cosine", choices=SCHEDULES)
     warmup_steps: int = knob(0, low=0)
@@ -196,8 +244,12 @@ class Optim:
     final_fraction: float = knob(0.1, low=0.0, high=1.0)  # last rate over peak rate
     groups: tuple[Group, ...] = ()
     muon_iterations: int = knob(5, low=1)  # Newton-Schulz steps
-    muon_momentum_warmup: int = knob(0, low=0)  # steps over which Muon's momentum rises from 0.85 to b1; 0: off
-    muon_momentum_final: float = knob(0.0, low=0.0, high=0.9999)  # where Muon's momentum falls to while wsd decays; 0: off
+    muon_momentum_warmup: int = knob(
+        0, low=0
+    )  # steps over which Muon's momentum rises from 0.85 to b1; 0: off
+    muon_momentum_final: float = knob(
+        0.0, low=0.0, high=0.9999
+    )  # where Muon's momentum falls to while wsd decays; 0: off
     muon_cautious: bool = False  # decay only where update and weight agree in sign
     muon_decay_to_zero: bool = False  # cosine of Muon's weight decay to zero at decay_steps
     muon_normalize: bool = False  # NorMuon: per-row second moment after orthogonalising (b2)
@@ -217,7 +269,9 @@ class Train:
     loss_chunk: int = knob(0, low=0)  # tokens of a row whose logits exist at once; 0: all
     ema: float = knob(0.0, low=0.0, high=0.999999)  # decay of averaged weights; 0: off
     hang_minutes: float = knob(30.0, low=0.0)  # exit 41 when no step ends for so long; 0: off
-    compiler_options: tuple[str, ...] = ()  # NAME=VALUE, on top of gpt_jax/compiler.py; NAME= leaves one of it out
+    compiler_options: tuple[
+        str, ...
+    ] = ()  # NAME=VALUE, on top of gpt_jax/compiler.py; NAME= leaves one of it out
 
 
 @dataclass(frozen=True)
@@ -228,7 +282,9 @@ class Eval:
     batches: int = knob(0, low=0)  # held-out batches; 0: all of them
     batch_size: int = knob(0, low=0)  # 0: train.batch_size
     sample_every_steps: int = knob(0, low=0)  # 0: only at the end
-    sample_prompts: tuple[str, ...] = ()  # none: a newline, or the first character that the tokenizer knows
+    sample_prompts: tuple[
+        str, ...
+    ] = ()  # none: a newline, or the first character that the tokenizer knows
     sample_tokens: int = knob(100, low=1)
     sample_temperature: float = knob(0.8, low=0.0)
     sample_top_k: int = knob(0, low=0, high=2**31 - 1)
@@ -244,7 +300,9 @@ class Checkpoint:
     keep_last: int = knob(2, low=1)
     keep_every_steps: int = knob(0, low=0)  # multiples of this are kept for ever; 0: off
     keep_best: int = knob(0, low=0)  # how many of the best by best_metric; 0: off
-    best_metric: str = knob("eval/loss", choices=("eval/loss", "eval/bits_per_byte", "eval/perplexity"))
+    best_metric: str = knob(
+        "eval/loss", choices=("eval/loss", "eval/bits_per_byte", "eval/perplexity")
+    )
 
 
 @dataclass(frozen=True)
@@ -272,8 +330,29 @@ class Config:
 
 
 # Sections and fields that may change when a run resumes: they alter neither the parameters' layout nor their meaning.
-RESUMABLE = ("log", "eval", "checkpoint", "mesh", "train.steps", "train.hang_minutes", "train.accumulate",
-             "train.loss_chunk", "train.compiler_options", "data.path", "data.eval_path", "data.cache", "data.workers",
-             "data.prefetch", "data.threads", "data.source_paths",
-             "model.kernel", "model.remat", "model.unroll", "model.shard_sequence", "model.pipeline_rounds",
-             "model.pipeline_microbatches", "optim.learning_rate", "optim.decay_steps")
+RESUMABLE = (
+    "log",
+    "eval",
+    "checkpoint",
+    "mesh",
+    "train.steps",
+    "train.hang_minutes",
+    "train.accumulate",
+    "train.loss_chunk",
+    "train.compiler_options",
+    "data.path",
+    "data.eval_path",
+    "data.cache",
+    "data.workers",
+    "data.prefetch",
+    "data.threads",
+    "data.source_paths",
+    "model.kernel",
+    "model.remat",
+    "model.unroll",
+    "model.shard_sequence",
+    "model.pipeline_rounds",
+    "model.pipeline_microbatches",
+    "optim.learning_rate",
+    "optim.decay_steps",
+)

@@ -34,7 +34,9 @@ def _coerce(kind, value, path: str):
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
-        raise UsageError(f"{path} = {value!r}: expected {_describe(kind)}, got {_describe(type(value))}")
+        raise UsageError(
+            f"{path} = {value!r}: expected {_describe(kind)}, got {_describe(type(value))}"
+        )
     if kind is float and not math.isfinite(value):
         raise UsageError(f"{path} = {value!r}: expected a finite number")
     return value
@@ -45,7 +47,13 @@ def _limits(spec: dataclasses.Field, value, path: str) -> None:
     if choices is not None and value not in choices:
         raise UsageError(f"{path} = {value!r}: choose one of {', '.join(map(str, choices))}")
     if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"{low} (reserved)" if low == high else f"from {low} to {high}"
+        bounds = (
+            f"at least {low}"
+            if high is None
+            else f"{low} (reserved)"
+            if low == high
+            else f"from {low} to {high}"
+        )
         raise UsageError(f"{path} = {value!r}: expected {bounds}")
 
 
@@ -81,7 +89,11 @@ def flatten(config) -> dict[str, Any]:
     between machines, are a key of their own."""
     out = {}
     for name, value in to_dict(config).items():
-        out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        out |= (
+            {f"{name}.{k}": v for k, v in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
     sources = out["data.sources"]
     out["data.sources"] = [[name, weight] for name, _, weight in sources]
     out["data.source_paths"] = [path for _, path, _ in sources]
@@ -91,8 +103,11 @@ def flatten(config) -> dict[str, Any]:
 def changes(old, new) -> list[tuple[str, Any, Any, bool]]:
     """(key, old value, new value, may resume) for every field that differs between two Configs."""
     before, after = flatten(old), flatten(new)
-    return [(key, before[key], after[key], key in RESUMABLE or key.split(".")[0] in RESUMABLE)
-            for key in after if before[key] != after[key]]
+    return [
+        (key, before[key], after[key], key in RESUMABLE or key.split(".")[0] in RESUMABLE)
+        for key in after
+        if before[key] != after[key]
+    ]
 
 
 def override(values: dict, key: str, text: str) -> None:
@@ -103,12 +118,18 @@ def override(values: dict, key: str, text: str) -> None:
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if section not in hints:
             near = difflib.get_close_matches(section, hints, 1, 0.5)
-            known = f"did you mean {path}.{near[0]}?" if near else f"known keys: {', '.join(hints) or 'none'}"
+            known = (
+                f"did you mean {path}.{near[0]}?"
+                if near
+                else f"known keys: {', '.join(hints) or 'none'}"
+            )
             raise UsageError(f"{path}.{section} = {text!r}: unknown key; {known}")
         kind, path = hints[section], f"{path}.{section}"
     if dataclasses.is_dataclass(kind):
-        raise UsageError(f"{path} = {text!r}: is a section; set one of its fields: "
-                         f"{', '.join(typing.get_type_hints(kind))}")
+        raise UsageError(
+            f"{path} = {text!r}: is a section; set one of its fields: "
+            f"{', '.join(typing.get_type_hints(kind))}"
+        )
     for section in sections:
         values = values.setdefault(section, {})
     values[name] = parse(kind, text, path)
@@ -120,7 +141,9 @@ def parse(kind, text: str, path: str):
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         if kind is int:
-            value = float(text) if "e" in text.lower() else int(text)  # 1e6 steps is a whole number too
+            value = (
+                float(text) if "e" in text.lower() else int(text)
+            )  # 1e6 steps is a whole number too
             if value != int(value):
                 raise ValueError
             return int(value)
@@ -128,10 +151,18 @@ def parse(kind, text: str, path: str):
             return float(text)
         if kind is str:
             return text
-        if isinstance(kind, types.GenericAlias) and typing.get_args(kind)[0] is str and not text.startswith("("):
+        if (
+            isinstance(kind, types.GenericAlias)
+            and typing.get_args(kind)[0] is str
+            and not text.startswith("(")
+        ):
             return tuple(part for part in text.split(",") if part)
         value = ast.literal_eval(text)
         return value if isinstance(value, tuple) else (value,)
     except (ValueError, KeyError, SyntaxError, OverflowError):
-        like = ", such as (a, b) with quotes around texts" if isinstance(kind, types.GenericAlias) else ""
+        like = (
+            ", such as (a, b) with quotes around texts"
+            if isinstance(kind, types.GenericAlias)
+            else ""
+        )
         raise UsageError(f"{path} = {text!r}: expected {_describe(kind)}{like}") from None

@@ -34,39 +34,80 @@ def _join(path: Path, chunks: Iterable[bytes]) -> Digest:
     return Digest(size, sha256.hexdigest())
 
 
-def assemble(job: Job, todo: Sequence[Unit], made: Sequence[dict], counted: Sequence[dict], tokenizer: Tokenizer,
-             about: dict, dropped: Sequence[int]) -> dict:
+def assemble(
+    job: Job,
+    todo: Sequence[Unit],
+    made: Sequence[dict],
+    counted: Sequence[dict],
+    tokenizer: Tokenizer,
+    about: dict,
+    dropped: Sequence[int],
+) -> dict:
     """Writes the indexes and gives the manifest; `counted`: the results of the phase that read everything, `dropped`:
     exact and near copies."""
     content, sources = hashlib.sha256(), {}
-    files = {"tokenizer.json": replace_file(job.folder / "tokenizer.json", tokenizer.to_json().encode())}
+    files = {
+        "tokenizer.json": replace_file(job.folder / "tokenizer.json", tokenizer.to_json().encode())
+    }
     for name in dict.fromkeys(unit.source for unit in todo):
         mine = [i for i, unit in enumerate(todo) if unit.source == name]
-        sources[name] = _source(job, name, [todo[i] for i in mine], [made[i] for i in mine], files, content)
+        sources[name] = _source(
+            job, name, [todo[i] for i in mine], [made[i] for i in mine], files, content
+        )
         origins = _origins([todo[i] for i in mine], [counted[i] for i in mine])
-        files[f"{name}/origins.json"] = replace_file(job.folder / name / "origins.json", json.dumps(origins).encode())
-    return {"format": corpus.FORMAT, "content": content.hexdigest()[:20], "settings": about,
-            "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab": tokenizer.vocab},
-            "dtype": shards.id_type(tokenizer.vocab).name, "sources": sources, "counts": _counts(job, counted, dropped),
-            "files": dict(sorted(files.items()))}
+        files[f"{name}/origins.json"] = replace_file(
+            job.folder / name / "origins.json", json.dumps(origins).encode()
+        )
+    return {
+        "format": corpus.FORMAT,
+        "content": content.hexdigest()[:20],
+        "settings": about,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab": tokenizer.vocab,
+        },
+        "dtype": shards.id_type(tokenizer.vocab).name,
+        "sources": sources,
+        "counts": _counts(job, counted, dropped),
+        "files": dict(sorted(files.items())),
+    }
 
 
-def _source(job: Job, name: str, mine: Sequence[Unit], made: Sequence[dict], files: dict, content) -> dict:
+def _source(
+    job: Job, name: str, mine: Sequence[Unit], made: Sequence[dict], files: dict, content
+) -> dict:
     """Counts and shards of each side; adds to `files` and `content`."""
     found = {}
     for side in SIDES:
         parts = [result["sides"][side] for result in made]
-        whole = [(unit, part, result) for unit, part, result in zip(mine, parts, made) if part["documents"]]
+        whole = [
+            (unit, part, result)
+            for unit, part, result in zip(mine, parts, made)
+            if part["documents"]
+        ]
         for unit, _, result in whole:
             shard = units.unit_file(unit, side, ".tokens")
             files[shard] = Digest(*result["files"][shard])
         content.update(json.dumps([side, sum(part["documents"] for part in parts)]).encode())
-        index = {".offsets": _offsets(job, side, whole), ".docs": _docs(job, side, mine, made, content)}
+        index = {
+            ".offsets": _offsets(job, side, whole),
+            ".docs": _docs(job, side, mine, made, content),
+        }
         for suffix, chunks in index.items():
             files[f"{name}/{side}{suffix}"] = _join(job.folder / name / f"{side}{suffix}", chunks)
-        counts = ("documents", "tokens", "bytes", "lost")  # the last is new: a unit of an older version has none
+        counts = (
+            "documents",
+            "tokens",
+            "bytes",
+            "lost",
+        )  # the last is new: a unit of an older version has none
         found[side] = {key: sum(part.get(key, 0) for part in parts) for key in counts} | {
-            "shards": [[Path(units.unit_file(unit, side, ".tokens")).name, part["tokens"]] for unit, part, _ in whole]}
+            "shards": [
+                [Path(units.unit_file(unit, side, ".tokens")).name, part["tokens"]]
+                for unit, part, _ in whole
+            ]
+        }
     return found
 
 
@@ -80,7 +121,9 @@ def _offsets(job: Job, side: str, whole) -> Iterable[bytes]:
         start += part["tokens"]
 
 
-def _docs(job: Job, side: str, mine: Sequence[Unit], made: Sequence[dict], content) -> Iterable[bytes]:
+def _docs(
+    job: Job, side: str, mine: Sequence[Unit], made: Sequence[dict], content
+) -> Iterable[bytes]:
     """DOCUMENT of each, its piece counted through the source; the hashes go into `content`."""
     start = 0
     for unit, result in zip(mine, made):
@@ -107,20 +150,35 @@ def _counts(job: Job, counted: Sequence[dict], dropped: Sequence[int]) -> dict:
     for result in counted:
         tally += Tally(**result["tally"])
         filtered.update(result["filtered"])
-    return {"documents": tally.documents, "empty": tally.empty, "skipped": tally.skipped, "places": tally.places,
-            "replaced": tally.replaced, "encodings": tally.encodings, "filtered": dict(filtered),
-            "dedup": job.settings.dedup, "exact": dropped[0], "near": dropped[1]}
+    return {
+        "documents": tally.documents,
+        "empty": tally.empty,
+        "skipped": tally.skipped,
+        "places": tally.places,
+        "replaced": tally.replaced,
+        "encodings": tally.encodings,
+        "filtered": dict(filtered),
+        "dedup": job.settings.dedup,
+        "exact": dropped[0],
+        "near": dropped[1],
+    }
 
 
-OURS = re.compile(r"(train|eval)-\d{5,}\.tokens|\.(train|eval)-\d{5,}-[0-9a-f]{32}\.\w+|\.[0-9a-f]{32}")
+OURS = re.compile(
+    r"(train|eval)-\d{5,}\.tokens|\.(train|eval)-\d{5,}-[0-9a-f]{32}\.\w+|\.[0-9a-f]{32}"
+)
 
 
 def leftovers(folder: Path, manifest: dict) -> list[Path]:
     """The work, what kills left, and shards of earlier calls that are no part of the corpus."""
-    there = [*folder.iterdir(), *(path for name in manifest["sources"] for path in (folder / name).iterdir())]
+    there = [
+        *folder.iterdir(),
+        *(path for name in manifest["sources"] for path in (folder / name).iterdir()),
+    ]
     ours = [path for path in there if OURS.fullmatch(path.name)]
-    return [path for path in ours if path.relative_to(folder).as_posix() not in manifest["files"]] + [
-        path for path in (folder / WORK,) if path.is_dir()]
+    return [
+        path for path in ours if path.relative_to(folder).as_posix() not in manifest["files"]
+    ] + [path for path in (folder / WORK,) if path.is_dir()]
 
 
 def clean(folder: Path, manifest: dict) -> None:

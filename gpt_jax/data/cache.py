@@ -31,12 +31,16 @@ def _made_tokenizer(corpus: split.Corpus, report: Callable[[str], None]) -> Toke
     """The tokenizer that is made from the text: characters of all of it, BPE of the training side only."""
     if size := bpe_vocab(corpus.data.tokenizer):
         report(f"data: training a byte-level BPE of {size:,} tokens")
-    return made_tokenizer(corpus.data.tokenizer, lambda: corpus.side(split.TRAIN), corpus.characters)
+    return made_tokenizer(
+        corpus.data.tokenizer, lambda: corpus.side(split.TRAIN), corpus.characters
+    )
 
 
 def _content(data: config.Data, found, held, hashes: list[str]) -> str:
     splitting = None if held else [data.split, data.eval_fraction]
-    kinds = [sources.suffixes(source.path) for source in (*found, *held)]  # which decide how the bytes are read
+    kinds = [
+        sources.suffixes(source.path) for source in (*found, *held)
+    ]  # which decide how the bytes are read
     return digest(len(found), kinds, hashes, astuple(split.reading_of(data)), splitting)
 
 
@@ -47,8 +51,12 @@ def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report)
     try:
         hashes = store.content_hashes((*found, *held), root, data.workers)
         content = _content(data, found, held, hashes)
-        folder = root / digest(store.FORMAT, [s.name for s in (*found, *held)], content,
-                                tokenizer.fingerprint if tokenizer else data.tokenizer)
+        folder = root / digest(
+            store.FORMAT,
+            [s.name for s in (*found, *held)],
+            content,
+            tokenizer.fingerprint if tokenizer else data.tokenizer,
+        )
 
         def build(building: Path) -> None:
             corpus = split.plan(found, held, data)
@@ -56,14 +64,18 @@ def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report)
                 report(f"data: {note}")
             using = tokenizer or _made_tokenizer(corpus, report)
             names = [source.name for source in (*found, *held)]
-            store.write(building, corpus.texts(), using, data.workers, report, names, {"hashes": hashes})
+            store.write(
+                building, corpus.texts(), using, data.workers, report, names, {"hashes": hashes}
+            )
             if store.content_hashes((*found, *held), root, data.workers) != hashes:
                 raise DataError(f"{', '.join(data.path)}: changed while being read; start again")
 
         sides, using = store.obtain(folder, build, report)
     except OSError as error:
-        raise UsageError(f"config.data.cache = {data.cache!r}: {error.strerror or error}; choose a folder that can "
-                         "be written and has room") from None
+        raise UsageError(
+            f"config.data.cache = {data.cache!r}: {error.strerror or error}; choose a folder that can "
+            "be written and has room"
+        ) from None
     return sides, using, folder, content
 
 
@@ -75,8 +87,12 @@ def count(tokens: Tokens | None) -> str:
     return f"{tokens.size:,} tokens in {tokens.documents:,} document{'s' * (tokens.documents > 1)}{gone}"
 
 
-def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None,
-            field: str = "config.data.path") -> Prepared:
+def prepare(
+    data: config.Data,
+    report: Callable[[str], None] = print,
+    tokenizer: Tokenizer | None = None,
+    field: str = "config.data.path",
+) -> Prepared:
     """Tokens to train on and held-out tokens, from the cache or built now; `tokenizer` (of a checkpoint) takes the
     place of `data.tokenizer`, `field` is where the path was given, for messages.
 
@@ -89,13 +105,19 @@ def prepare(data: config.Data, report: Callable[[str], None] = print, tokenizer:
     train, held_out = sides["train"], sides["eval"]
     if train is None:
         raise UsageError(f"{field} = {', '.join(data.path)}: the tokenizer makes no tokens of it")
-    report(f"data: train on {count(train)}, held out {count(held_out)}; tokenizer {tokenizer.name} of "
-           f"{tokenizer.vocab:,} ids{'' if tokenizer.lossless else ' (not lossless: it normalises text)'}; {folder}")
+    report(
+        f"data: train on {count(train)}, held out {count(held_out)}; tokenizer {tokenizer.name} of "
+        f"{tokenizer.vocab:,} ids{'' if tokenizer.lossless else ' (not lossless: it normalises text)'}; {folder}"
+    )
     return Prepared(train, held_out, tokenizer, folder, content)
 
 
-def load_text(paths: tuple[str, ...], tokenizer: Tokenizer, data: config.Data,
-              report: Callable[[str], None] = print) -> Tokens:
+def load_text(
+    paths: tuple[str, ...],
+    tokenizer: Tokenizer,
+    data: config.Data,
+    report: Callable[[str], None] = print,
+) -> Tokens:
     """All documents of `paths` as held-out tokens, cached like any other; of `data` only how text is read, cache
     and workers count. UsageError, naming the flag --text, when there is no text."""
     data = replace(data, path=tuple(paths), eval_path=(), tokenizer="bytes")

@@ -34,7 +34,9 @@ class Corpus:
     """An opened folder."""
 
     tokenizer: Tokenizer
-    sources: Mapping[str, Mapping[str, Tokens | None]]  # {source: {side: tokens, or None without any}}
+    sources: Mapping[
+        str, Mapping[str, Tokens | None]
+    ]  # {source: {side: tokens, or None without any}}
     content: str  # digest of the texts and of how they are split, whatever the files are called and tokenized by
     manifest: dict
 
@@ -61,10 +63,14 @@ def parse_manifest(raw: bytes, path: str) -> dict:
     except (ValueError, KeyError, TypeError):
         whole, number = False, FORMAT
     if not whole:
-        raise DataError(f"{path}: damaged, its digest does not fit; copy it again, or remove the folder and prepare it "
-                        "again")
+        raise DataError(
+            f"{path}: damaged, its digest does not fit; copy it again, or remove the folder and prepare it "
+            "again"
+        )
     if number != FORMAT:
-        raise UsageError(f"{path}: has format {number}, this version reads {FORMAT}; prepare it again")
+        raise UsageError(
+            f"{path}: has format {number}, this version reads {FORMAT}; prepare it again"
+        )
     return manifest
 
 
@@ -74,8 +80,12 @@ def read_manifest(folder: Path) -> dict:
     try:
         return parse_manifest(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
-        unfinished = ": it is unfinished, run the same command again" if (folder / "work").is_dir() else ""
-        raise UsageError(f"{folder}: no {MANIFEST} there, so no output of gpt-jax prepare{unfinished}") from None
+        unfinished = (
+            ": it is unfinished, run the same command again" if (folder / "work").is_dir() else ""
+        )
+        raise UsageError(
+            f"{folder}: no {MANIFEST} there, so no output of gpt-jax prepare{unfinished}"
+        ) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -92,8 +102,10 @@ def check_sizes(folder: Path, manifest: dict) -> None:
         except OSError as error:
             raise DataError(f"{folder / name}: {error.strerror}; {_remedy(folder)}") from None
         if found != size:
-            raise DataError(f"{folder / name}: has {found} bytes, {MANIFEST} says {size}; run gpt-jax prepare "
-                            f"--verify={folder} for all damage, then {_remedy(folder)}")
+            raise DataError(
+                f"{folder / name}: has {found} bytes, {MANIFEST} says {size}; run gpt-jax prepare "
+                f"--verify={folder} for all damage, then {_remedy(folder)}"
+            )
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -105,29 +117,43 @@ def open_corpus(folder: Path) -> Corpus:
     try:
         tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, UsageError) as error:
-        raise DataError(f"{folder / 'tokenizer.json'}: damaged ({error}); {_remedy(folder)}") from None
+        raise DataError(
+            f"{folder / 'tokenizer.json'}: damaged ({error}); {_remedy(folder)}"
+        ) from None
     if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
-        raise DataError(f"{folder / 'tokenizer.json'}: is {tokenizer.fingerprint}, and the shards are of "
-                        f"{manifest['tokenizer']['fingerprint']}; put back the one that made them")
-    sources = {name: _open_source(folder / name, source, np.dtype(manifest["dtype"]))
-               for name, source in manifest["sources"].items()}
+        raise DataError(
+            f"{folder / 'tokenizer.json'}: is {tokenizer.fingerprint}, and the shards are of "
+            f"{manifest['tokenizer']['fingerprint']}; put back the one that made them"
+        )
+    sources = {
+        name: _open_source(folder / name, source, np.dtype(manifest["dtype"]))
+        for name, source in manifest["sources"].items()
+    }
     return Corpus(tokenizer, sources, manifest["content"], manifest)
 
 
 def _open_source(folder: Path, source: dict, dtype: np.dtype) -> dict[str, Tokens | None]:
     try:
-        origins = tuple(Origin(*origin) for origin in json.loads((folder / "origins.json").read_bytes()))
+        origins = tuple(
+            Origin(*origin) for origin in json.loads((folder / "origins.json").read_bytes())
+        )
     except (ValueError, TypeError) as error:
-        raise DataError(f"{folder / 'origins.json'}: damaged ({error}); {_remedy(folder.parent)}") from None
+        raise DataError(
+            f"{folder / 'origins.json'}: damaged ({error}); {_remedy(folder.parent)}"
+        ) from None
     return {side: _open_side(folder, side, source[side], dtype, origins) for side in SIDES}
 
 
-def _open_side(folder: Path, side: str, counts: dict, dtype: np.dtype, origins: tuple[Origin, ...]) -> Tokens | None:
+def _open_side(
+    folder: Path, side: str, counts: dict, dtype: np.dtype, origins: tuple[Origin, ...]
+) -> Tokens | None:
     if not counts["tokens"]:
         return None
     files = tuple(TokenFile(folder / name, dtype, tokens) for name, tokens in counts["shards"])
     try:
-        offsets, docs = shards.open_index(folder / side, counts["documents"], sum(file.size for file in files))
+        offsets, docs = shards.open_index(
+            folder / side, counts["documents"], sum(file.size for file in files)
+        )
     except ValueError as error:
         raise DataError(f"{folder}/{error}; {_remedy(folder.parent)}") from None
     return Tokens(side, files, offsets, docs, counts["bytes"], origins, counts.get("lost", 0))
@@ -136,7 +162,9 @@ def _open_side(folder: Path, side: str, counts: dict, dtype: np.dtype, origins: 
 def verify(folder: Path, say: Callable[[str], None]) -> list[str]:
     """Reads every file and compares its hash; the names of the damaged ones, each said with what is wrong."""
     files = read_manifest(folder)["files"]
-    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    there = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
     for name in there:
         if name not in files and name not in (MANIFEST, "inputs.json"):
             say(f"{folder / name}: is no part of the corpus; it is neither read nor checked")
@@ -179,46 +207,74 @@ def summary(folder: Path) -> Iterator[str]:
 
 def _summary(folder: Path, corpus: Corpus) -> Iterator[str]:
     tokenizer = corpus.tokenizer
-    yield (f"{folder}: tokenizer {tokenizer.name} of {tokenizer.vocab:,} ids ({tokenizer.fingerprint}), "
-           f"{corpus.manifest['dtype']}, content {corpus.content}")
+    yield (
+        f"{folder}: tokenizer {tokenizer.name} of {tokenizer.vocab:,} ids ({tokenizer.fingerprint}), "
+        f"{corpus.manifest['dtype']}, content {corpus.content}"
+    )
     yield from _table(corpus)
     yield from left_out(corpus.manifest["counts"])
     part = corpus.manifest["settings"]["eval_fraction"]
     for name, sides in corpus.sources.items():
         if part and sides["eval"] is None and sides["train"] is not None:
-            yield (f"{name}: none of its {sides['train'].documents:,} documents was held out (--eval_fraction={part:g} goes by "
-                   "their hashes), so runs will know no held-out loss of it; cut it into more documents, or hold out more")
+            yield (
+                f"{name}: none of its {sides['train'].documents:,} documents was held out (--eval_fraction={part:g} goes by "
+                "their hashes), so runs will know no held-out loss of it; cut it into more documents, or hold out more"
+            )
         for side, tokens in sides.items():
             if tokens is not None and tokens.lost:
-                yield (f"{name}/{side}: {shards.lost(tokens)}; a tokenizer with byte fallback, or one that is trained "
-                       "on such text, keeps it")
+                yield (
+                    f"{name}/{side}: {shards.lost(tokens)}; a tokenizer with byte fallback, or one that is trained "
+                    "on such text, keeps it"
+                )
 
 
 def _table(corpus: Corpus) -> Iterator[str]:
-    rows = [("source", "side", "shards", "documents", "tokens", "bytes", "bytes/token", "tokens/byte")]
+    rows = [
+        ("source", "side", "shards", "documents", "tokens", "bytes", "bytes/token", "tokens/byte")
+    ]
     total = {side: [0, 0, 0, 0] for side in SIDES}
     for name, sides in corpus.sources.items():
         for side, tokens in sides.items():
-            found = [0] * 4 if tokens is None else [len(tokens.shards), tokens.documents, tokens.size, tokens.bytes]
+            found = (
+                [0] * 4
+                if tokens is None
+                else [len(tokens.shards), tokens.documents, tokens.size, tokens.bytes]
+            )
             total[side] = [a + b for a, b in zip(total[side], found)]
             rows.append(_row(name, side, *found))
     if len(corpus.sources) > 1:
         rows += [_row("all", side, *found) for side, found in total.items()]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        yield "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        yield "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        )
 
 
-def _row(name: str, side: str, files: int, documents: int, tokens: int, size: int) -> tuple[str, ...]:
-    return (name, side, f"{files:,}", f"{documents:,}", f"{tokens:,}", f"{size:,}",
-            f"{size / tokens:.3f}" if tokens else "-", f"{tokens / size:.4f}" if size else "-")
+def _row(
+    name: str, side: str, files: int, documents: int, tokens: int, size: int
+) -> tuple[str, ...]:
+    return (
+        name,
+        side,
+        f"{files:,}",
+        f"{documents:,}",
+        f"{tokens:,}",
+        f"{size:,}",
+        f"{size / tokens:.3f}" if tokens else "-",
+        f"{tokens / size:.4f}" if size else "-",
+    )
 
 
 def left_out(counts: dict) -> Iterator[str]:
     """What was read and what of it is not in the corpus, as lines."""
     yield f"read: {counts['documents']:,} documents with text; {counts['empty']:,} empty ones left out"
-    yield f"duplicates: {counts['exact']:,} exact, {counts['near']:,} near left out" if counts["dedup"] != "none" else (
-        "duplicates: not looked for (--dedup=none)")
+    yield (
+        f"duplicates: {counts['exact']:,} exact, {counts['near']:,} near left out"
+        if counts["dedup"] != "none"
+        else ("duplicates: not looked for (--dedup=none)")
+    )
     for name, number in sorted(counts["filtered"].items()):
         yield f"filter {name}: {number:,} documents left out"
     if counts["skipped"]:
@@ -227,7 +283,9 @@ def left_out(counts: dict) -> Iterator[str]:
         yield f"undecodable places: {counts['replaced']:,} replaced by U+FFFD"
     others = {name: number for name, number in counts["encodings"].items() if name != "utf-8"}
     if others:
-        yield "encodings: " + ", ".join(f"{number:,} documents in {name}" for name, number in sorted(others.items()))
+        yield "encodings: " + ", ".join(
+            f"{number:,} documents in {name}" for name, number in sorted(others.items())
+        )
 
 
 def _look_at(name: str, tokens: Tokens, tokenizer: Tokenizer) -> Iterator[str]:

@@ -16,7 +16,11 @@ from gpt_jax.data.sources import Source, suffixes
 from gpt_jax.errors import UsageError
 
 BUFFER = 1 << 17
-CHOICES = {"errors": ("strict", "replace"), "on_error": ("stop", "skip"), "documents": ("file", "line")}
+CHOICES = {
+    "errors": ("strict", "replace"),
+    "on_error": ("stop", "skip"),
+    "documents": ("file", "line"),
+}
 SKIP = "gpt-jax prepare --on_error=skip leaves it out and counts it"
 REPLACE = "--config.data.errors=replace (--errors=replace of prepare)"
 
@@ -27,8 +31,12 @@ class Reading:
 
     field: str = "text"  # the text's column of .jsonl .json .csv .tsv .parquet .arrow and hf://
     errors: str = "strict"  # strict | replace: undecodable bytes
-    encodings: tuple[str, ...] = ("utf-8",)  # tried in order; the first that decodes a document strictly wins
-    on_error: str = "stop"  # stop | skip: a row that cannot be read is an error, or is counted and left out
+    encodings: tuple[str, ...] = (
+        "utf-8",
+    )  # tried in order; the first that decodes a document strictly wins
+    on_error: str = (
+        "stop"  # stop | skip: a row that cannot be read is an error, or is counted and left out
+    )
     documents: str = "file"  # file | line: what one document of .txt .md .py is
 
     def __post_init__(self):
@@ -42,8 +50,10 @@ class Reading:
                 b"a".decode(name, "replace")
                 "é".encode(name, "replace").decode(name, "replace")
             except (LookupError, UnicodeError):
-                raise UsageError(f"encodings = {name!r}: no text encoding of this name; known are utf-8, utf-16, "
-                                 "gb18030, big5, latin-1, shift-jis and the others of python") from None
+                raise UsageError(
+                    f"encodings = {name!r}: no text encoding of this name; known are utf-8, utf-16, "
+                    "gb18030, big5, latin-1, shift-jis and the others of python"
+                ) from None
 
     @property
     def label(self) -> str:
@@ -122,13 +132,17 @@ class _Blocks(io.RawIOBase):
     def readinto(self, out) -> int:
         while not self.left and (block := next(self.blocks, None)) is not None:
             self.left = block
-        taken, self.left = self.left[:len(out)], self.left[len(out):]
-        out[:len(taken)] = taken
+        taken, self.left = self.left[: len(out)], self.left[len(out) :]
+        out[: len(taken)] = taken
         return len(taken)
 
 
-UNPACK = {".gz": lambda file: gzip.GzipFile(fileobj=file), ".xz": lambda file: _Blocks(_streams_of_xz(file)),
-          ".zst": lambda file: _unpack_arrow(file, "zstd"), ".bz2": lambda file: _unpack_arrow(file, "bz2")}
+UNPACK = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".xz": lambda file: _Blocks(_streams_of_xz(file)),
+    ".zst": lambda file: _unpack_arrow(file, "zstd"),
+    ".bz2": lambda file: _unpack_arrow(file, "bz2"),
+}
 
 
 @contextlib.contextmanager
@@ -166,16 +180,23 @@ def decode(raw: bytes, reading: Reading, start: int = 0) -> Decoded:
         try:
             text = raw.decode(name)
         except UnicodeDecodeError as error:
-            wrong = wrong or f"not {name.upper()} at byte {start + error.start} (0x{raw[error.start]:02x})"
+            wrong = (
+                wrong
+                or f"not {name.upper()} at byte {start + error.start} (0x{raw[error.start]:02x})"
+            )
             continue
         if "\0" not in text:
             return Decoded(text, name, 0)
     if (nul := raw.find(b"\0")) >= 0:
-        raise Unreadable(f"byte {start + nul} is NUL, so this is a binary file (or UTF-16) among the text; take it out "
-                         "of the data, or convert it to UTF-8")
+        raise Unreadable(
+            f"byte {start + nul} is NUL, so this is a binary file (or UTF-16) among the text; take it out "
+            "of the data, or convert it to UTF-8"
+        )
     if reading.errors == "strict":
         others = "".join(f", nor {name.upper()}" for name in reading.encodings[1:])
-        raise Unreadable(f"{wrong}{others}; convert the file, name its encoding, or go on with {REPLACE}")
+        raise Unreadable(
+            f"{wrong}{others}; convert the file, name its encoding, or go on with {REPLACE}"
+        )
     name = reading.encodings[0]
     text = raw.decode(name, "replace")
     try:
@@ -192,7 +213,9 @@ def parse_json(text: str):
         raise Unreadable(f"not JSON: {error}") from None
 
 
-def field_text(row, reading: Reading, encoding: str = "utf-8", replaced: int = 0, check: bool = True) -> Decoded:
+def field_text(
+    row, reading: Reading, encoding: str = "utf-8", replaced: int = 0, check: bool = True
+) -> Decoded:
     """The text of a row, which must be a dict. `check`: JSON can spell half a surrogate pair, which is no character:
     the same choice as for undecodable bytes."""
     if not isinstance(row, dict):
@@ -208,8 +231,10 @@ def field_text(row, reading: Reading, encoding: str = "utf-8", replaced: int = 0
         return Decoded(text, encoding, replaced)
     except UnicodeEncodeError as error:
         if reading.errors == "strict":
-            raise Unreadable(f"character {error.start} is a lone surrogate ({text[error.start]!r}); mend the file, or "
-                             f"go on with {REPLACE}") from None
+            raise Unreadable(
+                f"character {error.start} is a lone surrogate ({text[error.start]!r}); mend the file, or "
+                f"go on with {REPLACE}"
+            ) from None
     mended = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return Decoded(mended, encoding, replaced + mended.count("\ufffd") - text.count("\ufffd"))
 

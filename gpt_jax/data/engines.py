@@ -75,13 +75,19 @@ def _follow_parent() -> None:
 
 def _serve(function: Callable, pipe: Connection, threads: int) -> None:
     """The life of a worker: an item comes in, ticks and a message go out, until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_follow_parent, daemon=True).start()
     _limit_threads(threads)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             item = pipe.recv()
-            pipe.send(_attempt(function, item, lambda documents, size: pipe.send(("tick", (documents, size)))))
+            pipe.send(
+                _attempt(
+                    function, item, lambda documents, size: pipe.send(("tick", (documents, size)))
+                )
+            )
 
 
 class Worker(NamedTuple):
@@ -111,9 +117,15 @@ def _end(workers: Sequence[Worker], force: bool) -> None:
 def _lost(worker: Worker, what: str) -> PeerFailed:
     worker.process.join(5)
     code = worker.process.exitcode
-    reason = f"killed by signal {-code}" if code is not None and code < 0 else f"gone with exit code {code}"
-    return PeerFailed(f"a worker process was {reason} at {what}; what is finished stays: the same command goes on from "
-                      "there (with fewer --workers if memory ran out)")
+    reason = (
+        f"killed by signal {-code}"
+        if code is not None and code < 0
+        else f"gone with exit code {code}"
+    )
+    return PeerFailed(
+        f"a worker process was {reason} at {what}; what is finished stays: the same command goes on from "
+        "there (with fewer --workers if memory ran out)"
+    )
 
 
 def local(work: Work) -> Iterator[tuple[int, Any]]:
@@ -169,17 +181,26 @@ def _join_ray(work: Work):
     try:
         import ray
     except ImportError:
-        raise UsageError("--engine=ray: needs the package ray; pip install 'gpt_jax[ray]', or use "
-                         "--engine=local") from None
+        raise UsageError(
+            "--engine=ray: needs the package ray; pip install 'gpt_jax[ray]', or use --engine=local"
+        ) from None
     given = {"num_cpus": work.workers} if work.address == "local" else {}
     try:
         if host := re.fullmatch(r"([\w.-]+):(\d+)", work.address):  # Ray itself tries for minutes
             socket.create_connection((host[1], int(host[2])), timeout=10).close()
         if not ray.is_initialized():
-            ray.init(work.address, **given, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                work.address,
+                **given,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
     except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--ray_address={work.address}: no cluster there: {' '.join(str(error).split())}; "
-                         "start one with ray start --head") from None
+        raise UsageError(
+            f"--ray_address={work.address}: no cluster there: {' '.join(str(error).split())}; "
+            "start one with ray start --head"
+        ) from None
     return ray
 
 
@@ -206,8 +227,10 @@ def on_ray(work: Work) -> Iterator[tuple[int, Any]]:
                 try:
                     message, documents, size = ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    raise PeerFailed(f"a Ray worker failed at {work.describe(item)}: {_last_line(error)}; what is "
-                                     "finished stays: the same command goes on from there") from None
+                    raise PeerFailed(
+                        f"a Ray worker failed at {work.describe(item)}: {_last_line(error)}; what is "
+                        "finished stays: the same command goes on from there"
+                    ) from None
                 work.tick(documents, size)
                 yield number, _result(message)
     finally:

@@ -23,12 +23,16 @@ from gpt_jax.errors import UsageError
 
 Apply = Callable[[str], str | None]
 LANGUAGE_CHARACTERS = 2000  # of a document, by which its language is judged: py3langid reads 4 MB/s
-CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127])  # all but tab, line feed and carriage return
+CONTROLS = dict.fromkeys(
+    [*range(9), 11, 12, *range(14, 32), 127]
+)  # all but tab, line feed and carriage return
 
 
 class Filter(NamedTuple):
     usage: str
-    make: Callable[..., Apply]  # of the arguments as typed; ValueError or TypeError for those of no use
+    make: Callable[
+        ..., Apply
+    ]  # of the arguments as typed; ValueError or TypeError for those of no use
 
 
 # ---- measures, and filters that bound them ----
@@ -57,11 +61,17 @@ def _limit(text: str, kind=int, most: float = 2**63):
 _part = functools.partial(_limit, kind=float, most=1)
 
 
-def _bound(measure: Callable[[str], float], holds: Callable[[float, float], bool], number: Callable[[str], float]):
+def _bound(
+    measure: Callable[[str], float],
+    holds: Callable[[float, float], bool],
+    number: Callable[[str], float],
+):
     """The maker of a filter that keeps a text whose `measure` holds against the limit typed."""
+
     def make(limit: str) -> Apply:
         limit = number(limit)
         return lambda text: text if holds(measure(text), limit) else None
+
     return make
 
 
@@ -73,7 +83,9 @@ def _identifier():
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
-        raise UsageError("--filters=language: needs the package py3langid; pip install 'gpt_jax[filters]'") from None
+        raise UsageError(
+            "--filters=language: needs the package py3langid; pip install 'gpt_jax[filters]'"
+        ) from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
@@ -81,7 +93,9 @@ def _language(names: str, probability: str = "0") -> Apply:
     """py3langid's best guess is one of `names` (joined by , or +), and its probability at least so much."""
     wanted, least, identifier = set(re.split("[,+]", names)), _part(probability), _identifier()
     if unknown := wanted - set(identifier.labels):
-        raise ValueError(f"{' '.join(sorted(unknown))} unknown; known are {' '.join(sorted(identifier.labels))}")
+        raise ValueError(
+            f"{' '.join(sorted(unknown))} unknown; known are {' '.join(sorted(identifier.labels))}"
+        )
 
     def apply(text: str) -> str | None:
         guess, likely = identifier.classify(text[:LANGUAGE_CHARACTERS])
@@ -94,7 +108,9 @@ def _language(names: str, probability: str = "0") -> Apply:
 
 
 def _normalize(form: str) -> Apply:
-    unicodedata.normalize(form, "\u00e9")  # ValueError for a form that does not exist, though not on an empty text
+    unicodedata.normalize(
+        form, "\u00e9"
+    )  # ValueError for a form that does not exist, though not on an empty text
     return functools.partial(unicodedata.normalize, form)
 
 
@@ -121,7 +137,9 @@ FILTERS = {
     "language": Filter("language:zh,en[:PROBABILITY]", _language),
     "normalize": Filter("normalize:NFC|NFKC|NFD|NFKD", _normalize),
     "strip": Filter("strip", _plain(str.strip)),
-    "newlines": Filter("newlines", _plain(lambda text: text.replace("\r\n", "\n").replace("\r", "\n"))),
+    "newlines": Filter(
+        "newlines", _plain(lambda text: text.replace("\r\n", "\n").replace("\r", "\n"))
+    ),
     "controls": Filter("controls", _plain(lambda text: text.translate(CONTROLS))),
     "blank_lines": Filter("blank_lines", _plain(lambda text: re.sub(r"\n{3,}", "\n\n", text))),
     "replace": Filter("replace:REGEX[:NEW]", _replace),
@@ -140,8 +158,10 @@ def _import(spec: str) -> Callable:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a module does when it is imported
-        raise UsageError(f"--filters={spec!r}: {type(error).__name__}: {error}; a module must be importable "
-                         f"(PYTHONPATH); filters are {KNOWN}") from None
+        raise UsageError(
+            f"--filters={spec!r}: {type(error).__name__}: {error}; a module must be importable "
+            f"(PYTHONPATH); filters are {KNOWN}"
+        ) from None
 
 
 def code(specs: Iterable[str]) -> dict[str, str]:
@@ -152,7 +172,10 @@ def code(specs: Iterable[str]) -> dict[str, str]:
         if spec.partition(":")[0] not in FILTERS:
             function = inspect.unwrap(_import(spec))
             written = getattr(function, "__code__", None)
-            files = {getattr(sys.modules[spec.partition(":")[0]], "__file__", None), written and written.co_filename}
+            files = {
+                getattr(sys.modules[spec.partition(":")[0]], "__file__", None),
+                written and written.co_filename,
+            }
             found[spec] = digest([_sha256(file) for file in sorted(filter(None, files))])
     return found
 
@@ -172,9 +195,13 @@ def _own(spec: str) -> Apply:
         try:
             made = function(text)
         except Exception as error:
-            raise UsageError(f"--filters={spec!r}: raised {type(error).__name__}: {error}") from error
+            raise UsageError(
+                f"--filters={spec!r}: raised {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(made, str | None):
-            raise UsageError(f"--filters={spec!r}: gave {type(made).__name__}, expected text or None")
+            raise UsageError(
+                f"--filters={spec!r}: gave {type(made).__name__}, expected text or None"
+            )
         return made
 
     return apply
@@ -218,9 +245,11 @@ def parse(specs: tuple[str, ...]) -> Chain:
 # ---- duplicates ----
 
 # Scripts written without spaces count by the character, everything else by the word.
-UNITS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-                   "\U00020000-\U0003ffff]|[^\\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf"
-                   "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+UNITS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]|[^\\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
+)
 SHINGLES_AT_ONCE = 1 << 14  # times `permutations` hashes of 4 bytes are held
 MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd
 
@@ -229,12 +258,16 @@ def _shingle_hashes(text: str, size: int) -> Iterator[np.ndarray]:
     """uint32 hashes, in blocks, of every run of `size` units (words; characters of Chinese, Japanese, Thai, Khmer, Lao,
     Burmese), case and punctuation aside; at least one. CRCs of units are combined by arithmetic, as hashing each joined
     run was most of the time."""
-    units = np.fromiter((zlib.crc32(found[0].encode()) for found in UNITS.finditer(text.casefold())), np.uint32)
+    units = np.fromiter(
+        (zlib.crc32(found[0].encode()) for found in UNITS.finditer(text.casefold())), np.uint32
+    )
     units = units if len(units) else np.array([zlib.crc32(text.encode())], np.uint32)
     size = min(size, len(units))
     for at in range(0, len(units) - size + 1, SHINGLES_AT_ONCE):
-        block = units[at:at + SHINGLES_AT_ONCE + size - 1].astype(np.uint64)
-        yield np.unique(_mixed(block[i:len(block) - size + 1 + i] for i in range(size)) >> np.uint64(32))
+        block = units[at : at + SHINGLES_AT_ONCE + size - 1].astype(np.uint64)
+        yield np.unique(
+            _mixed(block[i : len(block) - size + 1 + i] for i in range(size)) >> np.uint64(32)
+        )
 
 
 def _mixed(columns: Iterable[np.ndarray]) -> np.ndarray:
@@ -251,7 +284,9 @@ def _blank_minhash(permutations: int):
     try:
         from datasketch import MinHash
     except ImportError:
-        raise UsageError("near-duplicates: need the package datasketch; pip install 'gpt_jax[dedup]'") from None
+        raise UsageError(
+            "near-duplicates: need the package datasketch; pip install 'gpt_jax[dedup]'"
+        ) from None
     return MinHash(permutations, seed=1, scheme="affine32", hashfunc=int)
 
 
@@ -267,8 +302,11 @@ def minhash(text: str, permutations: int = 64, shingle: int = 5) -> np.ndarray:
 def band_rows(permutations: int, threshold: float) -> int:
     """Hashes to a band: as many as find a pair at the threshold with probability 0.99 (Leskovec et al., Mining of
     Massive Datasets, section 3.4); what is found beyond that is compared, so that too few cost time only."""
-    caught = [rows for rows in range(1, permutations + 1)
-              if 1 - (1 - threshold**rows) ** (permutations // rows) >= 0.99]
+    caught = [
+        rows
+        for rows in range(1, permutations + 1)
+        if 1 - (1 - threshold**rows) ** (permutations // rows) >= 0.99
+    ]
     return max(caught, default=1)
 
 
@@ -282,11 +320,18 @@ def near_duplicates(signatures: np.ndarray, threshold: float = 0.8) -> np.ndarra
     """bool [N] of MinHash signatures [N, permutations]: whether a document's estimated similarity to an earlier one
     that stays is `threshold` or more. So the first of a group stays, and what goes has something like it that stays."""
     if not 0 < threshold <= 1:
-        raise UsageError(f"threshold = {threshold}: the similarity of near-duplicates is above 0 and at most 1")
+        raise UsageError(
+            f"threshold = {threshold}: the similarity of near-duplicates is above 0 and at most 1"
+        )
     count, permutations = signatures.shape
     rows = band_rows(permutations, threshold)
-    buckets = np.stack([_shared_buckets(signatures[:, at:at + rows])
-                        for at in range(0, permutations - rows + 1, rows)], 1)
+    buckets = np.stack(
+        [
+            _shared_buckets(signatures[:, at : at + rows])
+            for at in range(0, permutations - rows + 1, rows)
+        ],
+        1,
+    )
     staying: dict[tuple[int, int], list[int]] = {}
     found = np.zeros(count, bool)
     for i in np.flatnonzero((buckets >= 0).any(1)):

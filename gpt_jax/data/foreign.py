@@ -29,7 +29,9 @@ AT_ONCE = 1 << 24  # ids searched for `eot` at once
 
 
 class Foreign(NamedTuple):
-    tokens: np.ndarray  # uint16 or uint32 [tokens], memory-mapped: to be looked through once, not to train from
+    tokens: (
+        np.ndarray
+    )  # uint16 or uint32 [tokens], memory-mapped: to be looked through once, not to train from
     offsets: np.ndarray  # int64 [documents + 1]: starts, then the end
     kind: str
     header: int = 0  # bytes before the first id
@@ -38,7 +40,9 @@ class Foreign(NamedTuple):
 def _map(path: Path, dtype, count: int, offset: int = 0) -> np.ndarray:
     if not count:
         raise UsageError(f"{path}: holds no tokens")
-    return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r", offset, (count,)).view(np.ndarray)
+    return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r", offset, (count,)).view(
+        np.ndarray
+    )
 
 
 def split(tokens: np.ndarray, eot: int | None, begins: bool | None = None) -> np.ndarray:
@@ -46,7 +50,9 @@ def split(tokens: np.ndarray, eot: int | None, begins: bool | None = None) -> np
     puts it in front)."""
     if eot is None:
         return np.array([0, len(tokens)], np.int64)
-    at = np.concatenate([np.flatnonzero(tokens[i:i + AT_ONCE] == eot) + i for i in range(0, len(tokens), AT_ONCE)])
+    at = np.concatenate(
+        [np.flatnonzero(tokens[i : i + AT_ONCE] == eot) + i for i in range(0, len(tokens), AT_ONCE)]
+    )
     inner = at if (tokens[0] == eot if begins is None else begins) else at + 1
     return np.unique(np.concatenate([[0], inner, [len(tokens)]])).astype(np.int64)
 
@@ -54,8 +60,10 @@ def split(tokens: np.ndarray, eot: int | None, begins: bool | None = None) -> np
 def _nanogpt(path: Path, eot: int | None) -> Foreign:
     size = path.stat().st_size
     if size % 2:
-        raise UsageError(f"{path}: has {size} bytes, an odd number, so it is neither nanoGPT's uint16 nor whole; known "
-                         "are its .bin, those of llm.c and modded-nanogpt, Megatron's .bin and .idx, and .npy")
+        raise UsageError(
+            f"{path}: has {size} bytes, an odd number, so it is neither nanoGPT's uint16 nor whole; known "
+            "are its .bin, those of llm.c and modded-nanogpt, Megatron's .bin and .idx, and .npy"
+        )
     tokens = _map(path, np.uint16, size // 2)
     return Foreign(tokens, split(tokens, eot), "nanogpt")
 
@@ -63,14 +71,20 @@ def _nanogpt(path: Path, eot: int | None) -> Foreign:
 def _llmc(path: Path, eot: int | None) -> Foreign:
     header, size = np.fromfile(path, "<i4", HEADER_INTS), path.stat().st_size
     if len(header) < HEADER_INTS:
-        raise UsageError(f"{path}: ends inside its header, at byte {size} of {4 * HEADER_INTS}; copy it again")
+        raise UsageError(
+            f"{path}: ends inside its header, at byte {size} of {4 * HEADER_INTS}; copy it again"
+        )
     magic, version, count = header[:3].tolist()
     wanted, dtype = LLMC[magic]
     if version != wanted:
-        raise UsageError(f"{path}: an llm.c file {magic} of version {version}; read is version {wanted}")
+        raise UsageError(
+            f"{path}: an llm.c file {magic} of version {version}; read is version {wanted}"
+        )
     expected = 4 * HEADER_INTS + count * np.dtype(dtype).itemsize
     if count < 0 or size != expected:
-        raise UsageError(f"{path}: has {size} bytes, its header of {count:,} tokens says {expected}; copy it again")
+        raise UsageError(
+            f"{path}: has {size} bytes, its header of {count:,} tokens says {expected}; copy it again"
+        )
     tokens = _map(path, dtype, count, 4 * HEADER_INTS)
     return Foreign(tokens, split(tokens, eot), "llm.c", 4 * HEADER_INTS)
 
@@ -82,11 +96,18 @@ def _megatron(path: Path, eot: int | None) -> Foreign:
         raise UsageError(f"{index}: ends inside its header, at byte {len(raw)}; copy it again")
     magic, version, code, sequences, ends = MEGATRON_HEADER.unpack_from(raw)
     if magic != MEGATRON_MAGIC or version != 1:
-        raise UsageError(f"{index}: not an index of Megatron, version 1 (begins with {raw[:9]!r}, version {version})")
+        raise UsageError(
+            f"{index}: not an index of Megatron, version 1 (begins with {raw[:9]!r}, version {version})"
+        )
     if code not in MEGATRON_TYPES:
-        raise UsageError(f"{index}: ids of Megatron's type {code}; read are 4 (int32) and 8 (uint16); write them again")
+        raise UsageError(
+            f"{index}: ids of Megatron's type {code}; read are 4 (int32) and 8 (uint16); write them again"
+        )
     needed = MEGATRON_HEADER.size + sequences * 12 + ends * 8
-    if len(raw) not in (needed, needed + sequences):  # a byte a sequence: the modes of a multimodal set
+    if len(raw) not in (
+        needed,
+        needed + sequences,
+    ):  # a byte a sequence: the modes of a multimodal set
         raise UsageError(f"{index}: has {len(raw)} bytes, its header says {needed}; copy it again")
     dtype = np.dtype(MEGATRON_TYPES[code])
     lengths = np.frombuffer(raw, "<i4", sequences, MEGATRON_HEADER.size).astype(np.int64)
@@ -94,12 +115,25 @@ def _megatron(path: Path, eot: int | None) -> Foreign:
     documents = np.frombuffer(raw, "<i8", ends, MEGATRON_HEADER.size + sequences * 12)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     if (lengths < 0).any() or (pointers != starts[:-1] * dtype.itemsize).any():
-        raise UsageError(f"{index}: its sequences do not lie one after the other in {path.name}; write it again")
-    if ends < 2 or documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
-        raise UsageError(f"{index}: its documents are not its {sequences:,} sequences in order; write it again")
+        raise UsageError(
+            f"{index}: its sequences do not lie one after the other in {path.name}; write it again"
+        )
+    if (
+        ends < 2
+        or documents[0] != 0
+        or documents[-1] != sequences
+        or (np.diff(documents) < 0).any()
+    ):
+        raise UsageError(
+            f"{index}: its documents are not its {sequences:,} sequences in order; write it again"
+        )
     if size != starts[-1] * dtype.itemsize:
-        raise UsageError(f"{path}: has {size} bytes, {index.name} says {starts[-1] * dtype.itemsize}; copy it again")
-    return Foreign(_map(path, dtype, int(starts[-1])), starts[documents].astype(np.int64), "megatron")
+        raise UsageError(
+            f"{path}: has {size} bytes, {index.name} says {starts[-1] * dtype.itemsize}; copy it again"
+        )
+    return Foreign(
+        _map(path, dtype, int(starts[-1])), starts[documents].astype(np.int64), "megatron"
+    )
 
 
 def _npy(path: Path, eot: int | None) -> Foreign:
@@ -109,7 +143,9 @@ def _npy(path: Path, eot: int | None) -> Foreign:
         raise UsageError(f"{path}: not a readable .npy file: {error}") from None
     tokens = mapped.view(np.ndarray)
     if tokens.ndim != 1 or tokens.dtype.str not in ("<u2", "<u4", "<i4"):
-        raise UsageError(f"{path}: holds {tokens.dtype} {list(tokens.shape)}, expected [N] of uint16, uint32, int32")
+        raise UsageError(
+            f"{path}: holds {tokens.dtype} {list(tokens.shape)}, expected [N] of uint16, uint32, int32"
+        )
     if not len(tokens):
         raise UsageError(f"{path}: holds no tokens")
     tokens = tokens.view(np.uint32) if tokens.dtype.str == "<i4" else tokens
@@ -129,7 +165,9 @@ def kind_of(path: Path) -> str:
         start = file.read(9)
     magic = int.from_bytes(start[:4], "little") if len(start) >= 4 else 0
     if start == MEGATRON_MAGIC:
-        raise UsageError(f"{path}: is an index of Megatron; it must be called .idx, beside its .bin")
+        raise UsageError(
+            f"{path}: is an index of Megatron; it must be called .idx, beside its .bin"
+        )
     if magic == LLMC_QUESTIONS:
         raise UsageError(f"{path}: holds llm.c's multiple-choice questions, not a text to train on")
     return "llm.c" if magic in LLMC else "nanogpt"

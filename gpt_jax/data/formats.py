@@ -10,14 +10,31 @@ import csv
 from typing import Callable, Iterator, NamedTuple
 
 from gpt_jax.data import hub
-from gpt_jax.data.decoding import (Damaged, Decoded, Piece, Raw, Reading, Unreadable, decode, field_text, json_text,
-                                   line_text, listed, opened, parse_json, plain, plain_text)
+from gpt_jax.data.decoding import (
+    Damaged,
+    Decoded,
+    Piece,
+    Raw,
+    Reading,
+    Unreadable,
+    decode,
+    field_text,
+    json_text,
+    line_text,
+    listed,
+    opened,
+    parse_json,
+    plain,
+    plain_text,
+)
 from gpt_jax.data.sources import HUB, Source, suffixes
 from gpt_jax.errors import UsageError
 
 NO_LINES = "its lines do not end in the byte 0A; convert the file to UTF-8"
 BATCH_ROWS = 256  # of .parquet and .arrow made python objects at once
-csv.field_size_limit(2**31 - 1)  # of the process; its default of 128 KiB is less than one long document
+csv.field_size_limit(
+    2**31 - 1
+)  # of the process; its default of 128 KiB is less than one long document
 
 
 # ---- text ----
@@ -32,7 +49,9 @@ def _whole_file(piece: Piece, reading: Reading) -> Iterator[Raw]:
 def _check_encodings(piece: Piece, reading: Reading) -> None:
     for name in reading.encodings:
         if b"\n".decode(name, "replace") != "\n":
-            raise UsageError(f"{piece.source.path}: config.data.encodings = {name!r} (--encodings of prepare): {NO_LINES}")
+            raise UsageError(
+                f"{piece.source.path}: config.data.encodings = {name!r} (--encodings of prepare): {NO_LINES}"
+            )
 
 
 def _lines(piece: Piece, reading: Reading) -> Iterator[Raw]:
@@ -42,7 +61,9 @@ def _lines(piece: Piece, reading: Reading) -> Iterator[Raw]:
             file.seek(piece.start)
         at = piece.start
         while piece.stop < 0 or at < piece.stop:
-            line = [file.readline()]  # in a list: handed on and not held here meanwhile, for it may be huge
+            line = [
+                file.readline()
+            ]  # in a list: handed on and not held here meanwhile, for it may be huge
             if not line[0]:
                 return
             start, at = at, at + len(line[0])
@@ -60,7 +81,9 @@ def _holds_lines(piece: Piece, reading: Reading) -> bool:
             return False
         try:
             parse_json(decode(first, reading).text.removeprefix("\ufeff"))
-        except Unreadable:  # a file laid out over several lines; if it is not, reading all of it says so
+        except (
+            Unreadable
+        ):  # a file laid out over several lines; if it is not, reading all of it says so
             return False
         return any(not line.isspace() for line in file)
 
@@ -95,19 +118,27 @@ def _column(header: list[bytes], piece: Piece, reading: Reading) -> tuple[int, b
     if reading.field.isdecimal() and int(reading.field) < len(header):
         return int(reading.field), False
     if any(b"\0" in name for name in header):
-        raise UsageError(f"{piece.source.path}: its first row holds NUL, so this is UTF-16 or a binary file: {NO_LINES}")
+        raise UsageError(
+            f"{piece.source.path}: its first row holds NUL, so this is UTF-16 or a binary file: {NO_LINES}"
+        )
     names = [name.decode("utf-8", "replace") for name in header]
-    _check_column(names, piece, reading, f" (or a number below {len(names)}, if the first row is no header)")
+    _check_column(
+        names, piece, reading, f" (or a number below {len(names)}, if the first row is no header)"
+    )
     return names.index(reading.field), True
 
 
 def _check_column(names: list[str], piece: Piece, reading: Reading, more: str = "") -> None:
     """UsageError unless exactly one column has the name."""
     if not (count := names.count(reading.field)):
-        raise UsageError(f"{piece.source.path}: {reading.label} is missing; columns there: {listed(names)}{more}")
+        raise UsageError(
+            f"{piece.source.path}: {reading.label} is missing; columns there: {listed(names)}{more}"
+        )
     if count > 1:
-        raise UsageError(f"{piece.source.path}: {reading.label} names {count} columns; columns there: {listed(names)}; "
-                         "rename all but the one to be read")
+        raise UsageError(
+            f"{piece.source.path}: {reading.label} names {count} columns; columns there: {listed(names)}; "
+            "rename all but the one to be read"
+        )
 
 
 def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
@@ -116,14 +147,17 @@ def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
     if cells and column >= len(cells):
         return Unreadable(f"has {len(cells)} columns, expected more than {column}")
     if any(cells[width:]):
-        return Unreadable(f"has {len(cells)} columns and the first row {width}, so a text may be cut in two; put it in "
-                          "quotes (.csv) or mend the row")
+        return Unreadable(
+            f"has {len(cells)} columns and the first row {width}, so a text may be cut in two; put it in "
+            "quotes (.csv) or mend the row"
+        )
     return cells[column] if cells else b""
 
 
 def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
     """A row a line, quotes are ordinary characters (as IANA's text/tab-separated-values has it): a stray quote must not
     swallow the rows after it."""
+
     def cells(line: bytes) -> list[bytes]:
         line = line.removesuffix(b"\n").removesuffix(b"\r")
         return line.split(b"\t") if line else []
@@ -137,7 +171,9 @@ def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
     column, header = _column(cells(first), piece, reading)
     for number, raw in enumerate(_lines(piece, reading)):
         line = raw.value if number or piece.start else first
-        value = None if header and not number and not piece.start else _cell(cells(line), column, width)
+        value = (
+            None if header and not number and not piece.start else _cell(cells(line), column, width)
+        )
         yield Raw(value)
 
 
@@ -146,8 +182,10 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
     line ends. Strict, so that a stray quote is an error and not a very long cell."""
     _check_encodings(piece, reading)
     with opened(piece.source) as file:
-        text = (line.removeprefix(b"\xef\xbb\xbf" if not number else b"").decode("latin-1")
-                for number, line in enumerate(file))
+        text = (
+            line.removeprefix(b"\xef\xbb\xbf" if not number else b"").decode("latin-1")
+            for number, line in enumerate(file)
+        )
         table = csv.reader(text, strict=True)
         column = header = None
         while True:
@@ -159,7 +197,9 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
                 header = False
             except csv.Error as error:
                 if column is None:
-                    raise UsageError(f"{piece.source.path}: no header can be read: {error}") from None
+                    raise UsageError(
+                        f"{piece.source.path}: no header can be read: {error}"
+                    ) from None
                 yield Raw(Unreadable(f"not CSV at line {table.line_num}: {error}"))
             except StopIteration:
                 return
@@ -172,8 +212,11 @@ def _bytes_of(kind):
     if pyarrow.types.is_dictionary(kind):
         values = _bytes_of(kind.value_type)
         return values and pyarrow.dictionary(kind.index_type, values, kind.ordered)
-    return {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary(),
-            pyarrow.string_view(): pyarrow.binary_view()}.get(kind)
+    return {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }.get(kind)
 
 
 def _check_schema(schema, piece: Piece, reading: Reading) -> None:
@@ -190,11 +233,19 @@ def _cells(batches, reading: Reading, first: int = 0) -> Iterator[Raw]:
     for batch in batches:
         column = batch.column(reading.field)
         column = column.view(_bytes_of(column.type))  # what is no UTF-8 is told row by row
-        column.validate(full=True)  # places in a damaged file may lie anywhere, and going there ends the process
+        column.validate(
+            full=True
+        )  # places in a damaged file may lie anywhere, and going there ends the process
         for at in range(0, len(column), BATCH_ROWS):
             for value in column.slice(at, BATCH_ROWS).cast(pyarrow.large_binary()).to_pylist():
                 first += 1
-                yield Raw(Unreadable(f"{reading.label} is null, expected text") if value is None else value, 0, first)
+                yield Raw(
+                    Unreadable(f"{reading.label} is null, expected text")
+                    if value is None
+                    else value,
+                    0,
+                    first,
+                )
 
 
 @contextlib.contextmanager
@@ -215,11 +266,15 @@ def _parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
             _check_schema(file.schema_arrow, piece, reading)
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             if sum(rows) != file.metadata.num_rows:
-                raise Damaged(f"{piece.source.path}: not a readable parquet file: it has {file.metadata.num_rows:,} rows, "
-                              f"and its groups {sum(rows):,}")
+                raise Damaged(
+                    f"{piece.source.path}: not a readable parquet file: it has {file.metadata.num_rows:,} rows, "
+                    f"and its groups {sum(rows):,}"
+                )
             groups = range(piece.start, len(rows) if piece.stop < 0 else piece.stop)
-            batches = file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=[reading.field])
-            yield from _cells(batches, reading, sum(rows[:piece.start]))
+            batches = file.iter_batches(
+                BATCH_ROWS, row_groups=list(groups), columns=[reading.field]
+            )
+            yield from _cells(batches, reading, sum(rows[: piece.start]))
 
 
 def _arrow(piece: Piece, reading: Reading) -> Iterator[Raw]:
@@ -246,9 +301,18 @@ class Format(NamedTuple):
 FILE, LINE = Format(_whole_file), Format(_lines, line_text, "lines")
 TEXTS = {"file": FILE, "line": LINE}  # by Reading.documents
 BY_ARROW = (".parquet", ".arrow")
-FORMATS = {".txt": TEXTS, ".md": TEXTS, ".py": TEXTS, ".jsonl": Format(_lines, json_text, "lines"),
-           ".json": Format(_json, json_text), ".csv": Format(_csv), ".tsv": Format(_tsv, cut="lines"),
-           ".parquet": Format(_parquet, cut="groups"), ".arrow": Format(_arrow), HUB: Format(hub.rows, cut="shards")}
+FORMATS = {
+    ".txt": TEXTS,
+    ".md": TEXTS,
+    ".py": TEXTS,
+    ".jsonl": Format(_lines, json_text, "lines"),
+    ".json": Format(_json, json_text),
+    ".csv": Format(_csv),
+    ".tsv": Format(_tsv, cut="lines"),
+    ".parquet": Format(_parquet, cut="groups"),
+    ".arrow": Format(_arrow),
+    HUB: Format(hub.rows, cut="shards"),
+}
 
 
 def format_of(source: Source, reading: Reading) -> Format:

@@ -42,7 +42,7 @@ def parse(path: str) -> Name:
     """UsageError for a path that names no data set."""
     whole = path.removeprefix(HUB)
     revision = re.search(r"#(\w[\w./-]*)$", whole)
-    name, _, split = whole[:revision.start() if revision else None].partition("@")
+    name, _, split = whole[: revision.start() if revision else None].partition("@")
     name, _, config = name.partition(":")
     if not name:
         raise UsageError(f"{path}: names no data set; write {HUB}name[:config][@split][#revision]")
@@ -58,8 +58,11 @@ def _library(path: str) -> Iterator[None]:
         raise
     except ImportError as error:
         package = error.name if error.name in ("datasets", "huggingface_hub") else None
-        raise UsageError(f"{path}: needs the package {package}; pip install 'gpt_jax[hf]'" if package else
-                         f"{path}: {error}") from None
+        raise UsageError(
+            f"{path}: needs the package {package}; pip install 'gpt_jax[hf]'"
+            if package
+            else f"{path}: {error}"
+        ) from None
     except Exception as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
 
@@ -97,8 +100,9 @@ def _stream(path: str):
     with _library(path):
         import datasets
 
-        return datasets.load_dataset(found.name, found.config, split=found.split, revision=found.revision,
-                                     streaming=True)
+        return datasets.load_dataset(
+            found.name, found.config, split=found.split, revision=found.revision, streaming=True
+        )
 
 
 # ---- what it is made of ----
@@ -117,11 +121,15 @@ def _sizes(path: str) -> list[int]:
 
         builder = datasets.load_dataset_builder(found.name, found.config, revision=found.revision)
         files = [str(file) for file in (builder.config.data_files or {}).get(found.split, ())]
-        known = {file: os.path.getsize(file) for file in files} if found.local else _hub_sizes(found)
+        known = (
+            {file: os.path.getsize(file) for file in files} if found.local else _hub_sizes(found)
+        )
     each = [known.get(file.partition(f"@{found.revision}/")[2] or file, 0) for file in files]
     if len(each) == count and all(each):
         return each
-    return [sum(each) // count if all(each) else 0] * count  # files of which a part holds several, or half a one
+    return [
+        sum(each) // count if all(each) else 0
+    ] * count  # files of which a part holds several, or half a one
 
 
 def _hub_sizes(found: Name) -> dict[str, int]:
@@ -140,8 +148,12 @@ def stamp(path: str) -> tuple[int, str]:
     found = parse(path)
     if not found.local:
         return sum(sizes(path)), found.revision or ""
-    files = sorted(file for file in [Path(found.name), *Path(found.name).rglob("*")] if file.is_file())
-    return sum(sizes(path)), digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    files = sorted(
+        file for file in [Path(found.name), *Path(found.name).rglob("*")] if file.is_file()
+    )
+    return sum(sizes(path)), digest(
+        [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    )
 
 
 def rows(piece: Piece, reading: Reading) -> Iterator[Raw]:
@@ -149,7 +161,11 @@ def rows(piece: Piece, reading: Reading) -> Iterator[Raw]:
     dataset = stream(piece.source.path)
     whole = piece.start == 0 and piece.stop < 0
     stop = dataset.num_shards if piece.stop < 0 else piece.stop
-    parts = [dataset] if whole else (dataset.shard(dataset.num_shards, i) for i in range(piece.start, stop))
+    parts = (
+        [dataset]
+        if whole
+        else (dataset.shard(dataset.num_shards, i) for i in range(piece.start, stop))
+    )
     with _library(piece.source.path):
         for row in (row for part in parts for row in part):
             try:

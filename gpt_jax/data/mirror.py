@@ -18,7 +18,11 @@ BLOCK = 1 << 22
 
 def is_remote_corpus(url: str) -> bool:
     """Whether a folder of a store was made by `gpt-jax prepare`; a data set never is, and the hub is not asked."""
-    return remote.is_remote(url) and not url.startswith(HUB) and remote.exists(f"{url.rstrip('/')}/{corpus.MANIFEST}")
+    return (
+        remote.is_remote(url)
+        and not url.startswith(HUB)
+        and remote.exists(f"{url.rstrip('/')}/{corpus.MANIFEST}")
+    )
 
 
 def _blocks(url: str) -> Iterator[bytes]:
@@ -42,7 +46,9 @@ def mirror(url: str, cache: Path, say: Callable[[str], None]) -> Path:
     folder = cache / f"corpus-{manifest['digest'][:20]}"
     if corpus.is_corpus(folder):
         return folder
-    say(f"data: copying {sum(size for size, _ in manifest['files'].values()) / 1e6:,.0f} MB from {url} to {folder}")
+    say(
+        f"data: copying {sum(size for size, _ in manifest['files'].values()) / 1e6:,.0f} MB from {url} to {folder}"
+    )
 
     def fetch(name: str) -> None:
         path, wanted = folder / name, shards.Digest(*manifest["files"][name])
@@ -55,7 +61,9 @@ def mirror(url: str, cache: Path, say: Callable[[str], None]) -> Path:
                     out.write(block)
                 shards.sync(out)
             if shards.digest_of(temporary) != wanted:
-                raise DataError(f"{url}/{name}: damaged, its checksum is wrong; copy it there again")
+                raise DataError(
+                    f"{url}/{name}: damaged, its checksum is wrong; copy it there again"
+                )
 
     try:
         with ThreadPoolExecutor(COPIES) as pool:
@@ -63,6 +71,8 @@ def mirror(url: str, cache: Path, say: Callable[[str], None]) -> Path:
         with replacing(folder / corpus.MANIFEST) as temporary:
             shards.save(temporary, raw)
     except OSError as error:
-        raise UsageError(f"config.data.cache = {cache}: no copy of {url} there: {error.strerror or error}; choose a "
-                         "folder that can be written and has room") from None
+        raise UsageError(
+            f"config.data.cache = {cache}: no copy of {url} there: {error.strerror or error}; choose a "
+            "folder that can be written and has room"
+        ) from None
     return folder

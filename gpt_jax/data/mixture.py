@@ -23,8 +23,12 @@ class Mixture:
     `begins[r]`. See `make`."""
 
     counts: np.ndarray  # int64 [runs, sources]; a row's sum is the size of the blocks
-    begins: np.ndarray  # int64 [runs], the first is 0; a run is whole blocks, the last one without end
-    weights: np.ndarray  # float [runs, sources] of sum 1: each source's share in the stage that the run belongs to
+    begins: (
+        np.ndarray
+    )  # int64 [runs], the first is 0; a run is whole blocks, the last one without end
+    weights: (
+        np.ndarray
+    )  # float [runs, sources] of sum 1: each source's share in the stage that the run belongs to
     seed: int
 
     @functools.cached_property
@@ -48,7 +52,9 @@ class Mixture:
         block, place = np.divmod(index - self.begins[run], self.sizes[run])
         for r in np.unique(run):
             here = run == r
-            place[here] = permute(place[here], int(self.sizes[r]), self.seed, blocks[r] + block[here])
+            place[here] = permute(
+                place[here], int(self.sizes[r]), self.seed, blocks[r] + block[here]
+            )
         counts = self.counts[run]
         ends = np.cumsum(counts, axis=1)
         source = (place[:, None] >= ends).sum(1)
@@ -65,7 +71,11 @@ class Mixture:
         run = int(self._run(examples))
         block, rest = divmod(examples - int(self.begins[run]), int(self.sizes[run]))
         last = self.assign(examples - rest + np.arange(rest))[0]
-        return self._before[1][run] + block * self.counts[run] + np.bincount(last, minlength=self.counts.shape[1])
+        return (
+            self._before[1][run]
+            + block * self.counts[run]
+            + np.bincount(last, minlength=self.counts.shape[1])
+        )
 
 
 def make(counts: np.ndarray, begins: Sequence[int], seed: int) -> Mixture:
@@ -93,13 +103,19 @@ def check(stages: Sequence[tuple[int, Sequence[float]]], names: Sequence[str]) -
     for i, (token, weights) in enumerate(stages):
         field = f"config.data.stages[{i - 1}]" if i else "config.data.sources"
         if len(weights) != len(names):
-            raise UsageError(f"{field} = {weights}: expected {len(names)} weights, for {', '.join(names)}")
+            raise UsageError(
+                f"{field} = {weights}: expected {len(names)} weights, for {', '.join(names)}"
+            )
         if token < (i > 0) or token > LAST_TOKEN:
             raise UsageError(f"{field} begins at token {token:,}; expected 1 to {LAST_TOKEN:,}")
         if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
-            raise UsageError(f"{field}: the weights {tuple(weights)} must be 0 or more, and not all 0")
+            raise UsageError(
+                f"{field}: the weights {tuple(weights)} must be 0 or more, and not all 0"
+            )
         if i and token <= stages[i - 1][0]:
-            raise UsageError(f"{field} begins at token {token:,}, before the stage before it; let stages rise")
+            raise UsageError(
+                f"{field} begins at token {token:,}, before the stage before it; let stages rise"
+            )
 
 
 def _remainders(shares: np.ndarray, total: int) -> np.ndarray:
@@ -117,6 +133,8 @@ def apportion(shares: np.ndarray, block: int, names: tuple[str, ...]) -> np.ndar
     counts = _remainders(shares, block)
     for name, share, count in zip(names, shares, counts):
         if share > 0 and not count:
-            raise UsageError(f"config.data.block = {block}: the share {share / shares.sum():.2g} of source {name} is "
-                             "less than one example of a block; raise it, or the weight")
+            raise UsageError(
+                f"config.data.block = {block}: the share {share / shares.sum():.2g} of source {name} is "
+                "less than one example of a block; raise it, or the weight"
+            )
     return counts

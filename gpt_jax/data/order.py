@@ -22,7 +22,10 @@ def random_bits(seed: int, *words) -> np.ndarray:
     """uint64 hash of `seed` and of `words`, integers or integer arrays that broadcast together (shape [1] at least)."""
     state = mix(np.array([seed % 2**64], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     for word in words:
-        state = mix(state * np.uint64(0xD1342543DE82EF95) + np.atleast_1d(np.asarray(word)).astype(np.uint64))
+        state = mix(
+            state * np.uint64(0xD1342543DE82EF95)
+            + np.atleast_1d(np.asarray(word)).astype(np.uint64)
+        )
     return state
 
 

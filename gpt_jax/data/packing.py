@@ -39,7 +39,9 @@ def cut(offsets: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.
     nth = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)
     whole = np.repeat(begins, full) + nth * (capacity - 1)
     rest = sizes - full * (capacity - 1)
-    left = (rest > 1) | ((full == 0) & (rest > 0))  # the one token that a full row ends with has been predicted
+    left = (rest > 1) | (
+        (full == 0) & (rest > 0)
+    )  # the one token that a full row ends with has been predicted
     return whole, (begins + full * (capacity - 1))[left], rest[left].astype(np.int32)
 
 
@@ -59,7 +61,11 @@ def place(sizes: np.ndarray, capacity: int, choose: Callable) -> tuple[np.ndarra
     order given."""
     groups, pieces = sizes.shape
     room = np.full((groups, pieces + 1), capacity, np.int32)
-    rows, used, every = np.zeros((groups, pieces), np.int64), np.zeros(groups, np.int64), np.arange(groups)
+    rows, used, every = (
+        np.zeros((groups, pieces), np.int64),
+        np.zeros(groups, np.int64),
+        np.arange(groups),
+    )
     for i in range(pieces):
         size = sizes[:, i]
         rows[:, i] = row = choose(room[:, : int(used.max()) + 1], size)
@@ -87,7 +93,11 @@ def plan(offsets: np.ndarray, capacity: int, how: str, seed: int) -> Plan:
     arrange, choose = PACKINGS[how]
     whole, begins, sizes = cut(offsets, capacity)
     count, done = len(begins), len(whole)
-    starts, lengths, row_sizes = [whole], [np.full(done, capacity, np.int32)], [np.ones(done, np.int64)]
+    starts, lengths, row_sizes = (
+        [whole],
+        [np.full(done, capacity, np.int32)],
+        [np.ones(done, np.int64)],
+    )
     step = BLOCK * BLOCKS_AT_ONCE
     for at in range(0, count, step):
         index = np.arange(at, min(at + step, count))
@@ -106,7 +116,11 @@ def plan(offsets: np.ndarray, capacity: int, how: str, seed: int) -> Plan:
         order = np.argsort(rows, kind="stable")
         starts.append(begins[index[order]]), lengths.append(size[order])
         row_sizes.append(np.bincount(rows, minlength=int(used.sum())))
-    return Plan(np.cumsum(np.concatenate([[0], *row_sizes])), np.concatenate(starts), np.concatenate(lengths))
+    return Plan(
+        np.cumsum(np.concatenate([[0], *row_sizes])),
+        np.concatenate(starts),
+        np.concatenate(lengths),
+    )
 
 
 def at_documents(offsets: np.ndarray, seq_len: int) -> np.ndarray:
@@ -117,7 +131,7 @@ def at_documents(offsets: np.ndarray, seq_len: int) -> np.ndarray:
     rows, document, step = [], 0, 1 << 20
     while document < len(following):  # plain integers: a numpy scalar costs three times as much
         base = document
-        chunk = following[base: base + step].tolist()
+        chunk = following[base : base + step].tolist()
         while document - base < len(chunk):
             rows.append(document)
             document = chunk[document - base]

@@ -58,15 +58,23 @@ class Examples:
             part = self.rows[i].fill(nth[mine])
             check_ids(part, self.rows[i].tokens, self.tokenizer.vocab)
             if buffer is None:
-                buffer = Buffer(*(np.zeros((len(indices), column.shape[1]), column.dtype) for column in part))
+                buffer = Buffer(
+                    *(np.zeros((len(indices), column.shape[1]), column.dtype) for column in part)
+                )
             for whole, column in zip(buffer, part):
                 whole[mine] = column
         if self.knobs.shuffle_documents:
             buffer = transforms.shuffle_documents(buffer, self.seed + 1, indices)
         if self.knobs.fim:
-            buffer = transforms.fill_in_the_middle(buffer, self.seed + 2, indices, self.knobs.fim, self.knobs.fim_spm,
-                                                   [self.tokenizer.specials[name] for name in FIM_ORDER],
-                                                   self.tokenizer.eot)
+            buffer = transforms.fill_in_the_middle(
+                buffer,
+                self.seed + 2,
+                indices,
+                self.knobs.fim,
+                self.knobs.fim_spm,
+                [self.tokenizer.specials[name] for name in FIM_ORDER],
+                self.tokenizer.eot,
+            )
         return buffer
 
     def columns(self, indices: np.ndarray) -> Columns:
@@ -98,8 +106,15 @@ class Batches:
 class Stream:
     """An iterator of batches from number `start` on, `prefetch` of them made ahead by `threads`. Close it when done."""
 
-    def __init__(self, batches: Batches, prefetch: int, threads: int, start: int = 0, summary: Sequence[str] = (),
-                 shares: Callable[[int], dict[str, float]] = lambda step: {}):
+    def __init__(
+        self,
+        batches: Batches,
+        prefetch: int,
+        threads: int,
+        start: int = 0,
+        summary: Sequence[str] = (),
+        shares: Callable[[int], dict[str, float]] = lambda step: {},
+    ):
         self.summary = tuple(summary)  # lines about the rows, for people
         self.shares = shares  # at a step, see Examples.shares
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
@@ -138,32 +153,44 @@ class EvalBatches:
             stream.close()
 
 
-def _row_shares(weights, parts: Sequence[Part], rows: Sequence[Window], knobs: config.Data) -> np.ndarray:
+def _row_shares(
+    weights, parts: Sequence[Part], rows: Sequence[Window], knobs: config.Data
+) -> np.ndarray:
     """float [sources]: the part of the rows for each source, from `weights` in tokens or documents."""
-    size = {"tokens": [part.train.size for part in parts], "documents": [part.train.documents for part in parts]}
+    size = {
+        "tokens": [part.train.size for part in parts],
+        "documents": [part.train.documents for part in parts],
+    }
     amount = np.array(size[knobs.weights], float)  # in the unit of the weights
     wanted = np.array(weights, float)
     if knobs.temperature:
         wanted = wanted * (amount / amount.max()) ** (1 / knobs.temperature)
     # Tokens in a row are as many as its places are filled; a source whose rows hold less needs more of them.
-    a_row = {"tokens": [source.filled for source in rows],
-             "documents": [n / source.count for n, source in zip(amount, rows)]}[knobs.weights]
+    a_row = {
+        "tokens": [source.filled for source in rows],
+        "documents": [n / source.count for n, source in zip(amount, rows)],
+    }[knobs.weights]
     return wanted / np.array(a_row)
 
 
-def make_mixture(parts: Sequence[Part], rows: Sequence[Window], knobs: config.Data, seq_len: int,
-                 seed: int) -> mixture.Mixture:
+def make_mixture(
+    parts: Sequence[Part], rows: Sequence[Window], knobs: config.Data, seq_len: int, seed: int
+) -> mixture.Mixture:
     """The stages of config.data as counts. UsageError for weights that cannot be."""
     names = tuple(part.name for part in parts)
     stages = ((0, tuple(part.weight for part in parts)), *knobs.stages)
     mixture.check(stages, names)
     counts, begins = [], []
     for i, (token, weights) in enumerate(stages):
-        counts.append(mixture.apportion(_row_shares(weights, parts, rows, knobs), knobs.block, names))
+        counts.append(
+            mixture.apportion(_row_shares(weights, parts, rows, knobs), knobs.block, names)
+        )
         begins.append(-(-token // seq_len))  # the first row that begins there
         if i and begins[i] <= begins[i - 1]:
-            raise UsageError(f"config.data.stages[{i - 1}] begins at token {token:,}, within the first row "
-                             f"({seq_len:,} tokens) of the stage before; let stages be further apart")
+            raise UsageError(
+                f"config.data.stages[{i - 1}] begins at token {token:,}, within the first row "
+                f"({seq_len:,} tokens) of the stage before; let stages be further apart"
+            )
     return mixture.make(np.array(counts), begins, seed)
 
 
@@ -172,14 +199,20 @@ def _source_seed(seed: int, name: str, only: bool) -> int:
     return seed if only else int(random_bits(seed, *name.encode())[0] >> np.uint64(1))
 
 
-@functools.lru_cache(1)  # a job compares it between its processes first; packing a large corpus takes a while
+@functools.lru_cache(
+    1
+)  # a job compares it between its processes first; packing a large corpus takes a while
 def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) -> Examples:
     """Rows of all sources and their mixture. UsageError for too little text, or settings that do not fit."""
     parts = data.parts
     check_fim(knobs, data.tokenizer.name, data.tokenizer.specials)
     label = lambda part: "the training text" if len(parts) == 1 else f"source {part.name}"
-    rows = tuple(ROWS[knobs.rows](part.train, seq_len, _source_seed(seed, part.name, len(parts) == 1), label(part))
-                 for part in parts)
+    rows = tuple(
+        ROWS[knobs.rows](
+            part.train, seq_len, _source_seed(seed, part.name, len(parts) == 1), label(part)
+        )
+        for part in parts
+    )
     mix = make_mixture(parts, rows, knobs, seq_len, seed)  # of one source too, for what it refuses
     mix = mix if len(parts) > 1 else None
     return Examples(tuple(part.name for part in parts), rows, mix, data.tokenizer, knobs, seed)
@@ -191,10 +224,16 @@ def check_sizes(examples: Examples, batch_size: int) -> None:
     for name, rows, share in zip(examples.names, examples.rows, most):
         needed = max(1, int(batch_size * share))
         if rows.count < needed:
-            what = f"{needed} of them from source {name}, which" if examples.mix else "the training text"
-            raise UsageError(f"config.train.batch_size = {batch_size}: {what} of {rows.tokens.size} tokens has "
-                             f"{rows.count} rows of config.train.seq_len = {rows.length - 1}, less than a batch; give "
-                             "more text, shorter rows or a smaller batch")
+            what = (
+                f"{needed} of them from source {name}, which"
+                if examples.mix
+                else "the training text"
+            )
+            raise UsageError(
+                f"config.train.batch_size = {batch_size}: {what} of {rows.tokens.size} tokens has "
+                f"{rows.count} rows of config.train.seq_len = {rows.length - 1}, less than a batch; give "
+                "more text, shorter rows or a smaller batch"
+            )
 
 
 def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
@@ -212,25 +251,50 @@ def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
             epochs = drawn / rows.count
             line = f"source {name}: {epochs:{'.2f' if epochs >= 0.1 else '.2g'}} epochs, {part:.2%} of the rows; {line}"
         lines.append(line)
-    return lines + [f"config.data.stages[{i}] begins at token {token:,}, and the run ends before it, at token "
-                    f"{tokens:,}: it is never reached" for i, (token, _) in enumerate(examples.knobs.stages)
-                    if steps and token > tokens - examples.rows[0].length + 1]
+    return lines + [
+        f"config.data.stages[{i}] begins at token {token:,}, and the run ends before it, at token "
+        f"{tokens:,}: it is never reached"
+        for i, (token, _) in enumerate(examples.knobs.stages)
+        if steps and token > tokens - examples.rows[0].length + 1
+    ]
 
 
-def make_stream(data: Dataset, knobs: config.Data, seq_len: int, batch_size: int, seed: int, rows: slice,
-                start: int = 0, steps: int = 0) -> Stream:
+def make_stream(
+    data: Dataset,
+    knobs: config.Data,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    rows: slice,
+    start: int = 0,
+    steps: int = 0,
+) -> Stream:
     """Training batches without end. `batch_size` rows make a global batch, of which this process gets `rows`; row i of
     batch n is example n * batch_size + i whatever the slices. `steps` is for the summary only. UsageError for a text
     shorter than a row or a batch."""
     examples = make_examples(data, knobs, seq_len, seed)
     check_sizes(examples, batch_size)
     batches = Batches(examples.columns, batch_size, rows, ENDLESS)
-    return Stream(batches, knobs.prefetch, knobs.threads, start, describe(examples, batch_size, steps),
-                  lambda step: examples.shares(step * batch_size))
+    return Stream(
+        batches,
+        knobs.prefetch,
+        knobs.threads,
+        start,
+        describe(examples, batch_size, steps),
+        lambda step: examples.shares(step * batch_size),
+    )
 
 
-def make_eval_batches(tokens: Tokens, tokenizer: Tokenizer, knobs: config.Data, seq_len: int, batch_size: int,
-                      rows: slice, limit: int = 0, name: str = "the held-out text") -> EvalBatches:
+def make_eval_batches(
+    tokens: Tokens,
+    tokenizer: Tokenizer,
+    knobs: config.Data,
+    seq_len: int,
+    batch_size: int,
+    rows: slice,
+    limit: int = 0,
+    name: str = "the held-out text",
+) -> EvalBatches:
     """All held-out text in order, or its first `limit` batches (0: all); as many batches on every process, with the
     columns of training. UsageError, by `name`, for text of one token."""
     source = InOrder(tokens, seq_len, name)
@@ -241,4 +305,6 @@ def make_eval_batches(tokens: Tokens, tokenizer: Tokenizer, knobs: config.Data, 
         return columns(buffer, tokenizer.token_bytes, knobs.apart)
 
     count = -(-source.count // batch_size)
-    return EvalBatches(Batches(make, batch_size, rows, min(limit, count) if limit else count), knobs)
+    return EvalBatches(
+        Batches(make, batch_size, rows, min(limit, count) if limit else count), knobs
+    )

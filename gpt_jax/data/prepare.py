@@ -51,8 +51,14 @@ Say = Callable[[str], None]
 Show = Callable[[Progress], None]
 
 
-def prepare(inputs: Mapping[str, tuple[str, ...]], folder: Path, settings: Settings, engine: Engine, say: Say,
-            show: Show) -> dict:
+def prepare(
+    inputs: Mapping[str, tuple[str, ...]],
+    folder: Path,
+    settings: Settings,
+    engine: Engine,
+    say: Say,
+    show: Show,
+) -> dict:
     """Makes the corpus of `inputs` ({source: what sources.find takes}) in `folder`, or goes on where an earlier call
     was ended, and gives its manifest. The same input and settings make the same bytes, whatever the engine.
 
@@ -67,7 +73,9 @@ def prepare(inputs: Mapping[str, tuple[str, ...]], folder: Path, settings: Setti
     places = Counter(sameness.place(source.path) for group in found.values() for source in group)
     if again := [place for place, times in places.items() if times > 1]:
         more = f", and {len(again) - 1} more file{'s' * (len(again) > 2)}" if again[1:] else ""
-        say(f"--input: {again[0]} is given {places[again[0]]} times{more}: their documents are taken as often")
+        say(
+            f"--input: {again[0]} is given {places[again[0]]} times{more}: their documents are taken as often"
+        )
     with _output(folder):
         about = sameness.describe(settings, known, found, revisions)
         state = {sameness.place(path): list(map(str, value)) for path, value in stamps.items()}
@@ -87,8 +95,10 @@ def _output(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"--output={folder}: {error.strerror or error}; make room or choose a folder that can be "
-                         "written; what is finished stays: the same command goes on from there") from None
+        raise UsageError(
+            f"--output={folder}: {error.strerror or error}; make room or choose a folder that can be "
+            "written; what is finished stays: the same command goes on from there"
+        ) from None
 
 
 # ---- what is there already ----
@@ -101,32 +111,44 @@ def _again(folder: Path, about: dict, state: dict, say: Say) -> dict:
     inputs = folder / assemble.INPUTS  # no part of a corpus, so a copy need not have it
     before = json.loads(inputs.read_bytes()) if inputs.exists() else {}
     before = {sameness.place(path): value for path, value in before.items()}
-    changed = [path for path in {**before, **state} if before.get(path) != state.get(path)] if inputs.exists() else []
+    changed = (
+        [path for path in {**before, **state} if before.get(path) != state.get(path)]
+        if inputs.exists()
+        else []
+    )
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
-        raise UsageError(f"--output={folder}: is finished, and the input has changed since ({changed[0]}{more}); "
-                         "choose another folder, or remove this one")
+        raise UsageError(
+            f"--output={folder}: is finished, and the input has changed since ({changed[0]}{more}); "
+            "choose another folder, or remove this one"
+        )
     corpus.check_sizes(folder, manifest)
     if assemble.leftovers(folder, manifest):  # else it need not be writable
         (folder / WORK).mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another call has cleaned up meanwhile
             with _locked(folder / WORK / "lock", folder):
                 assemble.clean(folder, manifest)
-    say(f"{folder}: is finished already, with these settings and this input (each file has its size; that its content "
-        f"is whole is checked by gpt-jax prepare --verify={folder})")
+    say(
+        f"{folder}: is finished already, with these settings and this input (each file has its size; that its content "
+        f"is whole is checked by gpt-jax prepare --verify={folder})"
+    )
     return manifest
 
 
 def _make_room(folder: Path) -> None:
     if folder.is_symlink() and not folder.exists():
-        raise UsageError(f"--output={folder}: is a link to {os.readlink(folder)}, which is not there; make that folder, or "
-                         "remove the link")
+        raise UsageError(
+            f"--output={folder}: is a link to {os.readlink(folder)}, which is not there; make that folder, or "
+            "remove the link"
+        )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output={folder}: is a file; name a folder")
     work = folder / WORK
     if not work.is_dir() and folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"--output={folder}: is not empty, and nothing there was begun by gpt-jax prepare; name a new "
-                         "folder")
+        raise UsageError(
+            f"--output={folder}: is not empty, and nothing there was begun by gpt-jax prepare; name a new "
+            "folder"
+        )
     work.mkdir(parents=True, exist_ok=True)
 
 
@@ -134,7 +156,9 @@ def _begin(folder: Path, about: dict, say: Say) -> None:
     """Under the lock: a call that is refused leaves no settings behind."""
     work = folder / WORK
     begun = work / "settings.json"
-    if begun.exists() and any(work.glob("*-*.json")):  # before the first unit is done, nothing would be lost
+    if begun.exists() and any(
+        work.glob("*-*.json")
+    ):  # before the first unit is done, nothing would be lost
         sameness.refuse_other(folder, json.loads(begun.read_bytes()), about)
         say(f"{folder}: goes on from where an earlier call ended")
     else:
@@ -147,15 +171,19 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"--output={folder}: another gpt-jax prepare is at work there; wait for it, or choose "
-                             "another folder") from None
+            raise UsageError(
+                f"--output={folder}: another gpt-jax prepare is at work there; wait for it, or choose "
+                "another folder"
+            ) from None
         yield  # the end of the process gives the lock back, whatever ends it
 
 
 # ---- units ----
 
 
-def plan(found: Mapping[str, Sequence[Source]], stamps: Mapping, settings: Settings, about: dict) -> list[Unit]:
+def plan(
+    found: Mapping[str, Sequence[Source]], stamps: Mapping, settings: Settings, about: dict
+) -> list[Unit]:
     """The units in the order of the input. Large files are cut where their format allows it, small ones joined."""
     total = sum(size for size, _ in stamps.values())
     target = settings.piece_mb * 1e6 or min(max(total / UNITS, SMALLEST), LARGEST)
@@ -163,13 +191,18 @@ def plan(found: Mapping[str, Sequence[Source]], stamps: Mapping, settings: Setti
     for name, sources in found.items():
         number, held, size = 0, [], 0.0
         for source in sources:
-            pieces, whole = readers.cut(source, int(target), settings.reading), stamps[source.path][0]
+            pieces, whole = (
+                readers.cut(source, int(target), settings.reading),
+                stamps[source.path][0],
+            )
             if not whole and str(source.path).startswith(HUB):
                 whole = len(pieces) * target  # nobody knows: each shard is a unit
             for piece in pieces:
                 held.append(piece)
                 size += whole / len(pieces)
-                if size >= 0.6 * target:  # pieces of a file come out a little smaller than asked for
+                if (
+                    size >= 0.6 * target
+                ):  # pieces of a file come out a little smaller than asked for
                     made.append(_unit(name, number, held, size, stamps, about))
                     number, held, size = number + 1, [], 0.0
         if held:
@@ -178,17 +211,40 @@ def plan(found: Mapping[str, Sequence[Source]], stamps: Mapping, settings: Setti
 
 
 def _unit(name: str, number: int, pieces: list, size: float, stamps: Mapping, about: dict) -> Unit:
-    parts = [[sameness.place(piece.source.path), piece.source.name, piece.start, piece.stop, *stamps[piece.source.path]]
-             for piece in pieces]
+    parts = [
+        [
+            sameness.place(piece.source.path),
+            piece.source.name,
+            piece.start,
+            piece.stop,
+            *stamps[piece.source.path],
+        ]
+        for piece in pieces
+    ]
     return Unit(name, number, tuple(pieces), int(size), digest(about, name, number, parts))
 
 
 # ---- the work ----
 
 
-def _make(job: Job, found, stamps, about: dict, state: dict, known: Tokenizer | None, engine: Engine, say: Say,
-          show: Show) -> None:
-    settings, todo, scans, keys, dropped = job.settings, plan(found, stamps, job.settings, about), None, None, (0, 0)
+def _make(
+    job: Job,
+    found,
+    stamps,
+    about: dict,
+    state: dict,
+    known: Tokenizer | None,
+    engine: Engine,
+    say: Say,
+    show: Show,
+) -> None:
+    settings, todo, scans, keys, dropped = (
+        job.settings,
+        plan(found, stamps, job.settings, about),
+        None,
+        None,
+        (0, 0),
+    )
     for name in found:
         (job.folder / name).mkdir(exist_ok=True)
     if settings.dedup != "none" or is_char(settings.tokenizer):
@@ -198,24 +254,43 @@ def _make(job: Job, found, stamps, about: dict, state: dict, known: Tokenizer | 
     tokenizer = known or _made(job, todo, scans, keys, say)
     tokenizer_file = job.folder / WORK / "tokenizer.json"
     units.replace_file(tokenizer_file, tokenizer.to_json().encode())
-    todo = [unit._replace(key=digest(unit.key, tokenizer.fingerprint, keys and keys[i])) for i, unit in enumerate(todo)]
-    function = functools.partial(units.tokenize, fingerprint=tokenizer.fingerprint, keep=keys is not None)
+    todo = [
+        unit._replace(key=digest(unit.key, tokenizer.fingerprint, keys and keys[i]))
+        for i, unit in enumerate(todo)
+    ]
+    function = functools.partial(
+        units.tokenize, fingerprint=tokenizer.fingerprint, keep=keys is not None
+    )
     made = run_phase(job, "tokens", todo, function, engine, show)
-    if changed := [path for path, before in stamps.items() if sameness.stamp(Source(path, "")) != before]:
+    if changed := [
+        path for path, before in stamps.items() if sameness.stamp(Source(path, "")) != before
+    ]:
         raise DataError(f"{changed[0]}: changed while being read; run the command again")
-    if changed := [spec for spec, code in filters.code(settings.filters).items() if code != about["code"][spec]]:
-        raise DataError(f"--filters {changed[0]}: its module was edited while it was in use; remove "
-                        f"--output={job.folder} and run the command again")
+    if changed := [
+        spec for spec, code in filters.code(settings.filters).items() if code != about["code"][spec]
+    ]:
+        raise DataError(
+            f"--filters {changed[0]}: its module was edited while it was in use; remove "
+            f"--output={job.folder} and run the command again"
+        )
     manifest = assemble.assemble(job, todo, made, scans or made, tokenizer, about, dropped)
     if not any(source["train"]["documents"] for source in manifest["sources"].values()):
-        raise UsageError(f"--input: no text is left to train on; {'; '.join(corpus.left_out(manifest['counts']))}")
-    if settings.eval_fraction and not any(source["eval"]["documents"] for source in manifest["sources"].values()):
-        say(f"nothing is held out: none of the documents is in --eval_fraction={settings.eval_fraction}")
+        raise UsageError(
+            f"--input: no text is left to train on; {'; '.join(corpus.left_out(manifest['counts']))}"
+        )
+    if settings.eval_fraction and not any(
+        source["eval"]["documents"] for source in manifest["sources"].values()
+    ):
+        say(
+            f"nothing is held out: none of the documents is in --eval_fraction={settings.eval_fraction}"
+        )
     units.replace_file(job.folder / assemble.INPUTS, json.dumps(state, indent=1).encode())
     units.replace_file(job.folder / corpus.MANIFEST, corpus.seal(manifest))
 
 
-def run_phase(job: Job, phase: str, todo: Sequence[Unit], function: Callable, engine: Engine, show: Show) -> list[dict]:
+def run_phase(
+    job: Job, phase: str, todo: Sequence[Unit], function: Callable, engine: Engine, show: Show
+) -> list[dict]:
     """What `function(job, unit, tick)` makes of every unit, in order; what a marker says is done is not done again."""
     made = [units.finished(job, phase, unit) for unit in todo]
     missing = [i for i, result in enumerate(made) if result is None]
@@ -229,8 +304,14 @@ def run_phase(job: Job, phase: str, todo: Sequence[Unit], function: Callable, en
         show(Progress(phase, done, total, documents, size))
 
     tick(0, 0)
-    work = Work(functools.partial(function, job), [todo[i] for i in missing], engine.workers, tick, Unit.describe,
-                engine.address)
+    work = Work(
+        functools.partial(function, job),
+        [todo[i] for i in missing],
+        engine.workers,
+        tick,
+        Unit.describe,
+        engine.address,
+    )
     for number, result in ENGINES[engine.name](work):
         made[missing[number]] = result
         done += todo[missing[number]].size
@@ -246,7 +327,9 @@ def _made(job: Job, todo: Sequence[Unit], scans, keys, say: Say) -> Tokenizer:
     if not path.exists():
         characters = "".join(sorted(set().union(*(scan["characters"] for scan in scans or ()))))
         say(f"tokenizer: making {settings.tokenizer}")
-        made = made_tokenizer(settings.tokenizer, lambda: _sample(job, todo, keys is not None), characters)
+        made = made_tokenizer(
+            settings.tokenizer, lambda: _sample(job, todo, keys is not None), characters
+        )
         units.replace_file(path, made.to_json().encode())
     return from_json(path.read_text(encoding="utf-8"))
 

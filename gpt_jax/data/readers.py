@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from typing import Iterable, Iterator, NamedTuple, Sequence
 
 from gpt_jax.data import hub
-from gpt_jax.data.decoding import SKIP, Damaged, Decoded, Piece, Reading, Unreadable, decode, opened, plain
+from gpt_jax.data.decoding import (
+    SKIP,
+    Damaged,
+    Decoded,
+    Piece,
+    Reading,
+    Unreadable,
+    decode,
+    opened,
+    plain,
+)
 from gpt_jax.data.formats import BY_ARROW, TEXTS, format_of
 from gpt_jax.data.sources import Source, suffixes
 from gpt_jax.errors import UsageError
@@ -33,12 +43,16 @@ class Document(NamedTuple):
 class Tally:
     """What became of the rows. Two of them merge with `+=`."""
 
-    rows: int = 0  # all, headers, blank and skipped ones too: where the rows of the next piece begin
+    rows: int = (
+        0  # all, headers, blank and skipped ones too: where the rows of the next piece begin
+    )
     documents: int = 0
     empty: int = 0  # rows without text
     skipped: int = 0
     replaced: int = 0
-    encodings: dict[str, int] = field(default_factory=dict)  # documents by the encoding that decoded them
+    encodings: dict[str, int] = field(
+        default_factory=dict
+    )  # documents by the encoding that decoded them
     places: list[str] = field(default_factory=list)  # and reasons of the first skipped rows
 
     def __iadd__(self, other: "Tally") -> "Tally":
@@ -64,8 +78,14 @@ class Tally:
         """What a person must be told of, a line each; nothing when all was plain."""
         others = {name: n for name, n in self.encodings.items() if name != reading.encodings[0]}
         lines = [f"{n:,} documents decoded as {name}" for name, n in sorted(others.items())]
-        lines += [f"{self.replaced:,} undecodable places replaced by U+FFFD"] if self.replaced else []
-        lines += [f"{self.skipped:,} rows cannot be read and are left out, first:"] if self.skipped else []
+        lines += (
+            [f"{self.replaced:,} undecodable places replaced by U+FFFD"] if self.replaced else []
+        )
+        lines += (
+            [f"{self.skipped:,} rows cannot be read and are left out, first:"]
+            if self.skipped
+            else []
+        )
         return lines + [f"  {place}" for place in self.places]
 
 
@@ -77,13 +97,19 @@ def _damage(source: Source) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UsageError(f"{source.path}: reading it needs a package; pip install {error.name}") from None
+        raise UsageError(
+            f"{source.path}: reading it needs a package; pip install {error.name}"
+        ) from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise Damaged(f"{torn}: {plain(error)}") from None
     except OSError as error:
-        if error.errno is None and (packing or kind in BY_ARROW):  # the word of gzip and pyarrow for damage
+        if error.errno is None and (
+            packing or kind in BY_ARROW
+        ):  # the word of gzip and pyarrow for damage
             raise Damaged(f"{torn}: {plain(error)}") from None
-        raise UsageError(f"{source.path}: cannot be read: {error.strerror or plain(error)}") from None
+        raise UsageError(
+            f"{source.path}: cannot be read: {error.strerror or plain(error)}"
+        ) from None
 
 
 # ---- pieces ----
@@ -99,7 +125,9 @@ def _line_borders(source: Source, size: int) -> list[int]:
         if not file.seekable():
             return [0]
         end, borders = file.seek(0, 2), [0]
-        while (at := borders[-1] + size - 1) < end - 1:  # a line that ends at byte `at` ends the piece
+        while (
+            at := borders[-1] + size - 1
+        ) < end - 1:  # a line that ends at byte `at` ends the piece
             file.seek(at)
             while block := file.read(BLOCK):
                 if (found := block.find(b"\n")) >= 0:
@@ -141,7 +169,12 @@ def _shard_borders(source: Source, size: int) -> list[int]:
     return _joined(sizes, size) if any(sizes) else list(range(len(sizes)))
 
 
-CUTS = {"lines": _line_borders, "groups": _group_borders, "shards": _shard_borders, "": lambda source, size: [0]}
+CUTS = {
+    "lines": _line_borders,
+    "groups": _group_borders,
+    "shards": _shard_borders,
+    "": lambda source, size: [0],
+}
 
 
 def cut(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:
@@ -149,7 +182,9 @@ def cut(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:
     bytes, .parquet by row groups, hf:// by the data set's own shards; packed files and all other formats whole."""
     packing, borders = suffixes(source.path)[1], [0]
     with contextlib.suppress(Damaged), _damage(source):  # told when it is read
-        borders = list(CUTS["" if packing else format_of(source, reading).cut](source, max(size, 1))) or [0]
+        borders = list(
+            CUTS["" if packing else format_of(source, reading).cut](source, max(size, 1))
+        ) or [0]
     return tuple(Piece(source, start, stop) for start, stop in zip(borders, [*borders[1:], -1]))
 
 
@@ -158,8 +193,13 @@ def cut(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:
 
 def _name(label, piece: Piece, row: int, number: int) -> str:
     """`label:row`; of a later piece that does not know its row in the file, `label@start:row in the piece`."""
-    return str(label) if row < 0 else f"{label}:{row}" if row else (
-        f"{label}@{piece.start}:{number + 1}" if piece.start else f"{label}:{number + 1}")
+    return (
+        str(label)
+        if row < 0
+        else f"{label}:{row}"
+        if row
+        else (f"{label}@{piece.start}:{number + 1}" if piece.start else f"{label}:{number + 1}")
+    )
 
 
 def _place(piece: Piece, row: int, number: int, reading: Reading) -> str:
@@ -172,7 +212,9 @@ def _place(piece: Piece, row: int, number: int, reading: Reading) -> str:
     return _name(piece.source.path, piece, row, number)
 
 
-def documents(pieces: Iterable[Piece], reading: Reading, tally: Tally | None = None) -> Iterator[Document]:
+def documents(
+    pieces: Iterable[Piece], reading: Reading, tally: Tally | None = None
+) -> Iterator[Document]:
     """Every document that has text, in order; `tally` counts what was read and left out.
 
     UsageError for a file that cannot be read, naming it and the place in it; with on_error=skip the rest of a damaged
@@ -185,14 +227,19 @@ def documents(pieces: Iterable[Piece], reading: Reading, tally: Tally | None = N
                 yield from _documents(piece, reading, tally)
         except Damaged as error:
             if reading.on_error == "stop":
-                raise UsageError(f"{error}; copy it again, or {SKIP}: all of the file from there on") from None
+                raise UsageError(
+                    f"{error}; copy it again, or {SKIP}: all of the file from there on"
+                ) from None
             tally.skip(f"{error}; the rest of the file is left out")
 
 
 def _documents(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Document]:
     form, number = format_of(piece.source, reading), -1
     for raw in form.rows(piece, reading):
-        (value, start, row), raw = raw, None  # a huge row is held once, and as what it becomes: enumerate would hold it
+        (value, start, row), raw = (
+            raw,
+            None,
+        )  # a huge row is held once, and as what it becomes: enumerate would hold it
         number += 1
         tally.rows += 1
         try:
@@ -201,7 +248,9 @@ def _documents(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Documen
             if isinstance(value, bytes):
                 value = decode(value, reading, start)
                 if not number and not piece.start and form in TEXTS.values():
-                    value = value._replace(text=value.text.removeprefix("\ufeff"))  # the mark of UTF-8, no text
+                    value = value._replace(
+                        text=value.text.removeprefix("\ufeff")
+                    )  # the mark of UTF-8, no text
                 value = form.text(value, reading)
         except Unreadable as why:
             message = f"{_place(piece, row, number, reading)}: {why}"
@@ -216,4 +265,3 @@ def _documents(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Documen
             name = _name(piece.source.name, piece, row, number)
             document, value = Document(name, value.text, value.replaced, number), None
             yield document
-

@@ -14,8 +14,17 @@ from fsspec.core import url_to_fs
 
 from gpt_jax.errors import UsageError
 
-PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp",
-            "az": "adlfs", "abfs": "adlfs", "oss": "ossfs"}  # what fsspec needs for a protocol
+PACKAGES = {
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "oss": "ossfs",
+}  # what fsspec needs for a protocol
 
 
 def is_remote(path: Path | str) -> bool:
@@ -32,10 +41,16 @@ def reaching(url: str) -> Iterator[None]:
         raise
     except ImportError as error:
         package = PACKAGES.get(protocol)
-        way = f"needs the package {package}; pip install {package}" if package else f"needs a package: {error}"
+        way = (
+            f"needs the package {package}; pip install {package}"
+            if package
+            else f"needs a package: {error}"
+        )
         raise UsageError(f"{url}: {protocol}:// {way}") from None
     except ValueError as error:
-        raise UsageError(f"{url}: {error}; known are gs://, s3://, https:// and what else fsspec opens") from None
+        raise UsageError(
+            f"{url}: {error}; known are gs://, s3://, https:// and what else fsspec opens"
+        ) from None
     except Exception as error:
         raise UsageError(f"{url}: cannot be reached: {type(error).__name__}: {error}") from None
 
@@ -52,7 +67,11 @@ class _File(io.RawIOBase):
         try:
             yield
         except Exception as error:
-            why = "timed out" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            why = (
+                "timed out"
+                if isinstance(error, TimeoutError)
+                else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
             raise UsageError(f"{self.url}: cannot be read: {why}; run the command again") from None
 
     def readable(self) -> bool:
@@ -71,7 +90,7 @@ class _File(io.RawIOBase):
     def readinto(self, out) -> int:
         with self._reading():
             block = self.file.read(len(out))
-        out[:len(block)] = block
+        out[: len(block)] = block
         return len(block)
 
     def close(self) -> None:
@@ -107,8 +126,10 @@ def walk(url: str) -> list[str]:
     left out, as in a local folder."""
     with reaching(url):
         files, folder = url_to_fs(url)
-        found = [path[len(folder.rstrip("/")) + 1:] for path in files.find(folder)]
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.split("/")))
+        found = [path[len(folder.rstrip("/")) + 1 :] for path in files.find(folder)]
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.split("/"))
+    )
 
 
 def glob(url: str) -> list[str]:

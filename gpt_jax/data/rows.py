@@ -50,7 +50,9 @@ def contiguous(tokens: Tokens, starts: np.ndarray, length: int) -> Buffer:
     there = np.clip(tokens.size - starts, 0, length)
     for row, start, count in zip(ids, starts.tolist(), there.tolist()):
         tokens.read(start, row[:count])
-    return Buffer(ids.astype(np.int32), _begins(tokens, starts, length), np.arange(length) < there[:, None])
+    return Buffer(
+        ids.astype(np.int32), _begins(tokens, starts, length), np.arange(length) < there[:, None]
+    )
 
 
 def spans(tokens: Tokens, pieces: list[tuple[int, int]]) -> Iterator[Span]:
@@ -63,7 +65,12 @@ def spans(tokens: Tokens, pieces: list[tuple[int, int]]) -> Iterator[Span]:
             count = min(size, int(tokens.offsets[document + 1]) - start)
             if count:
                 yield Span(column, count, document, start - here)
-            column, start, size, document = column + count, start + count, size - count, document + 1
+            column, start, size, document = (
+                column + count,
+                start + count,
+                size - count,
+                document + 1,
+            )
 
 
 def columns(buffer: Buffer, token_bytes: np.ndarray, apart: bool) -> Columns:
@@ -86,9 +93,16 @@ def columns(buffer: Buffer, token_bytes: np.ndarray, apart: bool) -> Columns:
         segment = np.cumsum(starts, axis=1, dtype=np.int32)
         position = place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
         kept = {"segment": segment * here, "position": position * here}
-    targets = ids[:, 1:].copy()  # contiguous here, off the main thread, so that the transfer need not copy
-    return {"tokens": ids[:, :-1].copy(), "targets": targets, "weight": predicted.astype(np.float32),
-            "bytes": token_bytes[targets] * predicted, **kept}
+    targets = ids[
+        :, 1:
+    ].copy()  # contiguous here, off the main thread, so that the transfer need not copy
+    return {
+        "tokens": ids[:, :-1].copy(),
+        "targets": targets,
+        "weight": predicted.astype(np.float32),
+        "bytes": token_bytes[targets] * predicted,
+        **kept,
+    }
 
 
 class Window:
@@ -105,14 +119,18 @@ class Window:
 
     def _plan(self, seq_len: int) -> None:
         if self.tokens.size <= seq_len:
-            raise UsageError(f"config.train.seq_len = {seq_len}: {self.name} has {self.tokens.size} tokens and a row "
-                             f"needs {seq_len + 1}; give more text or a shorter row")
+            raise UsageError(
+                f"config.train.seq_len = {seq_len}: {self.name} has {self.tokens.size} tokens and a row "
+                f"needs {seq_len + 1}; give more text or a shorter row"
+            )
         self.count = (self.tokens.size - 1) // seq_len
 
     def _need_pairs(self) -> None:
         if np.diff(self.tokens.offsets).max() < 2:
-            raise UsageError(f"config.data.rows: {self.name} has no document of two tokens, so there is nothing to "
-                             "predict; give other text, or config.data.rows=chunk")
+            raise UsageError(
+                f"config.data.rows: {self.name} has no document of two tokens, so there is nothing to "
+                "predict; give other text, or config.data.rows=chunk"
+            )
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
         """Where rows begin, int64 [N]."""
@@ -153,7 +171,10 @@ class AtDocument(Window):
         self.count = len(self._starts)
         ends = np.minimum(self._starts + seq_len, self.tokens.size - 1)
         predicted = int((ends - self._starts).sum())
-        self.lost, self.filled = self.tokens.size - 1 - predicted, predicted / (self.count * seq_len)
+        self.lost, self.filled = (
+            self.tokens.size - 1 - predicted,
+            predicted / (self.count * seq_len),
+        )
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
         return self._starts[self._row(indices)]
@@ -181,7 +202,7 @@ class FirstFit(Window):
         for n, row in enumerate(self._row(indices).tolist()):
             at = 0
             for start, size in self.pieces(row):
-                self.tokens.read(start, ids[n, at: at + size])
+                self.tokens.read(start, ids[n, at : at + size])
                 begins[n, at] = True
                 at += size
             sizes[n] = at
@@ -197,8 +218,13 @@ class BestFit(FirstFit):
     how = "best_fit"
 
 
-ROWS: dict[str, Callable] = {"window": Window, "chunk": Chunk, "document": AtDocument, "first_fit": FirstFit,
-                             "best_fit": BestFit}
+ROWS: dict[str, Callable] = {
+    "window": Window,
+    "chunk": Chunk,
+    "document": AtDocument,
+    "first_fit": FirstFit,
+    "best_fit": BestFit,
+}
 
 
 class InOrder:
@@ -207,8 +233,10 @@ class InOrder:
 
     def __init__(self, tokens: Tokens, seq_len: int, name: str = "the held-out text"):
         if tokens.size < 2:
-            raise UsageError(f"{name} has {tokens.size} token and there is nothing to predict; hold out more "
-                             "(config.data.eval_fraction, --eval_fraction of prepare) or give config.data.eval_path")
+            raise UsageError(
+                f"{name} has {tokens.size} token and there is nothing to predict; hold out more "
+                "(config.data.eval_fraction, --eval_fraction of prepare) or give config.data.eval_path"
+            )
         self.tokens, self.length = tokens, seq_len + 1
         self.count = -(-(tokens.size - 1) // seq_len)
 
@@ -222,6 +250,8 @@ def check_ids(buffer: Buffer, tokens: Tokens, vocab: int) -> None:
     # A flipped bit can make a negative of an id, too.
     if (largest := buffer.ids.view(np.uint32).max(initial=0)) >= vocab:
         files = sorted({str(shard.path) for shard in tokens.shards})
-        raise DataError(f"{files[0]}{' or another shard' * (len(files) > 1)}: holds the id {largest} and the tokenizer "
-                        f"only {vocab}; delete a cache and it is built again, or check a corpus with gpt-jax prepare "
-                        "--verify")
+        raise DataError(
+            f"{files[0]}{' or another shard' * (len(files) > 1)}: holds the id {largest} and the tokenizer "
+            f"only {vocab}; delete a cache and it is built again, or check a corpus with gpt-jax prepare "
+            "--verify"
+        )

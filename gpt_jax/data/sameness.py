@@ -18,8 +18,12 @@ from gpt_jax.errors import UsageError
 Say = Callable[[str], None]
 
 
-def describe(settings: Settings, known: Tokenizer | None, found: Mapping[str, Sequence[Source]],
-             revisions: Mapping[str, str]) -> dict:
+def describe(
+    settings: Settings,
+    known: Tokenizer | None,
+    found: Mapping[str, Sequence[Source]],
+    revisions: Mapping[str, str],
+) -> dict:
     """The settings as the manifest has them, by the names of the flags; with them the code of the user's own filters
     and the commits of data sets, where there are any."""
     plain = asdict(settings)
@@ -30,16 +34,23 @@ def describe(settings: Settings, known: Tokenizer | None, found: Mapping[str, Se
     return json.loads(json.dumps(plain))  # tuples become lists, as they are when read back
 
 
-WORDS = {"code": "the source code of --filters", "revisions": "the revision of --input"}  # no flags of these names
+WORDS = {
+    "code": "the source code of --filters",
+    "revisions": "the revision of --input",
+}  # no flags of these names
 
 
 def refuse_other(folder: Path, then: dict, now: dict) -> None:
     other = [key for key in {**now, **then} if then.get(key) != now.get(key)]
     if other:
-        differences = ", ".join(f"{WORDS.get(key, f'--{key}')} was {then.get(key)} and is {now.get(key)}"
-                                for key in other)
-        raise UsageError(f"--output={folder}: was begun with other settings: {differences}; give the same ones, choose "
-                         "another folder, or remove this one")
+        differences = ", ".join(
+            f"{WORDS.get(key, f'--{key}')} was {then.get(key)} and is {now.get(key)}"
+            for key in other
+        )
+        raise UsageError(
+            f"--output={folder}: was begun with other settings: {differences}; give the same ones, choose "
+            "another folder, or remove this one"
+        )
 
 
 def earlier(folder: Path) -> dict:
@@ -48,12 +59,16 @@ def earlier(folder: Path) -> dict:
         return corpus.read_manifest(folder)["settings"]
     try:
         return json.loads((folder / WORK / "settings.json").read_bytes())
-    except (OSError, ValueError):  # there is none, and what is wrong with the folder is said where it is written to
+    except (
+        OSError,
+        ValueError,
+    ):  # there is none, and what is wrong with the folder is said where it is written to
         return {}
 
 
-def pin(found: Mapping[str, Sequence[Source]], before: Mapping[str, str],
-        say: Say) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:
+def pin(
+    found: Mapping[str, Sequence[Source]], before: Mapping[str, str], say: Say
+) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:
     """(the sources, those of the hub with a commit in their path; {path as typed: its commit}). The commit is that of
     an earlier call for this folder (`before`), else the hub's newest."""
     pinned, revisions = {}, {}
@@ -66,14 +81,20 @@ def pin(found: Mapping[str, Sequence[Source]], before: Mapping[str, str],
                 path = hub.at(path, commit) if commit else hub.pin(path, say)
                 if hub.parse(path).pinned:
                     revisions[source.path] = hub.parse(path).revision
-                    say(f"{source.path}: revision {hub.parse(path).revision}{', as before' if commit else ''}")
+                    say(
+                        f"{source.path}: revision {hub.parse(path).revision}{', as before' if commit else ''}"
+                    )
             pinned[name].append(source._replace(path=path))
     return {name: tuple(sources) for name, sources in pinned.items()}, revisions
 
 
 def place(path: Path | str) -> str:
     """Where an input lies, however the path to it is spelt: URLs as they are, files by their absolute path."""
-    return str(path) if remote.is_remote(path) or str(path).startswith(HUB) else str(Path(path).resolve())
+    return (
+        str(path)
+        if remote.is_remote(path) or str(path).startswith(HUB)
+        else str(Path(path).resolve())
+    )
 
 
 def stamp(source: Source) -> tuple[int, str]:

@@ -76,14 +76,18 @@ class TokenFile:
     def read(self, start: int, out: np.ndarray) -> None:
         """Fills `out` ([n], of `dtype`) with ids from `start` on. DataError when the file has no longer that many."""
         try:
-            got = os.preadv(FILES.get(self).fileno(), [out], self.header + start * self.dtype.itemsize)
+            got = os.preadv(
+                FILES.get(self).fileno(), [out], self.header + start * self.dtype.itemsize
+            )
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read any more: {error.strerror}") from None
         if got != out.nbytes:
             size = os.fstat(FILES.get(self).fileno()).st_size
-            raise DataError(f"{self.path}: changed during the run: had {self.header + self.size * self.dtype.itemsize} bytes "
-                            f"or more and has {size}; start again, and a cache is rebuilt; of a prepared folder see "
-                            "gpt-jax prepare --verify")
+            raise DataError(
+                f"{self.path}: changed during the run: had {self.header + self.size * self.dtype.itemsize} bytes "
+                f"or more and has {size}; start again, and a cache is rebuilt; of a prepared folder see "
+                "gpt-jax prepare --verify"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +97,18 @@ class Tokens:
 
     name: str  # train or eval
     shards: tuple[TokenFile, ...]
-    offsets: np.ndarray  # int64 [documents + 1]: starts, then the end; memory-mapped where it lies in a file
+    offsets: (
+        np.ndarray
+    )  # int64 [documents + 1]: starts, then the end; memory-mapped where it lies in a file
     docs: np.ndarray  # DOCUMENT [documents], memory-mapped likewise
     bytes: int  # of the text in UTF-8, specials not counted
     origins: tuple[Origin, ...] = ()  # what DOCUMENT's `piece` counts
-    lost: int = 0  # of `bytes`, those whose characters the tokenizer does not know (Tokenizer.unknown)
-    begins: np.ndarray = field(init=False)  # int64 [shards + 1]: the first id of each shard, then the end
+    lost: int = (
+        0  # of `bytes`, those whose characters the tokenizer does not know (Tokenizer.unknown)
+    )
+    begins: np.ndarray = field(
+        init=False
+    )  # int64 [shards + 1]: the first id of each shard, then the end
 
     def __post_init__(self):
         object.__setattr__(self, "begins", np.cumsum([0, *(shard.size for shard in self.shards)]))
@@ -118,7 +128,9 @@ class Tokens:
         done = 0
         while done < len(out):
             count = min(len(out) - done, int(self.begins[shard + 1]) - start - done)
-            self.shards[shard].read(start + done - int(self.begins[shard]), out[done: done + count])
+            self.shards[shard].read(
+                start + done - int(self.begins[shard]), out[done : done + count]
+            )
             done, shard = done + count, shard + 1
 
     def ids(self, start: int, stop: int) -> np.ndarray:
@@ -137,15 +149,23 @@ class Tokens:
             return f"document {document}"
         row = self.docs[document]
         if int(row["piece"]) >= len(self.origins):
-            raise DataError(f"document {document} of the {self.name} tokens in {self.shards[0].path.parent}: its "
-                            "record is damaged; check a prepared folder with gpt-jax prepare --verify")
+            raise DataError(
+                f"document {document} of the {self.name} tokens in {self.shards[0].path.parent}: its "
+                "record is damaged; check a prepared folder with gpt-jax prepare --verify"
+            )
         return self.origins[int(row["piece"])].document(int(row["row"]))
 
 
 def lost(tokens: Tokens) -> str:
     """What the tokenizer does not know of a text, for people; empty if it knows all of it."""
-    return (f"{tokens.lost / max(tokens.bytes, 1):.2%} of the text is lost to <unk> ({tokens.lost:,} of "
-            f"{tokens.bytes:,} bytes), and bits per byte are of the rest") if tokens.lost else ""
+    return (
+        (
+            f"{tokens.lost / max(tokens.bytes, 1):.2%} of the text is lost to <unk> ({tokens.lost:,} of "
+            f"{tokens.bytes:,} bytes), and bits per byte are of the rest"
+        )
+        if tokens.lost
+        else ""
+    )
 
 
 class Digest(NamedTuple):
@@ -163,7 +183,13 @@ class Writer:
         self.base, self.dtype = base, np.dtype(dtype)
         self.ending = np.array([] if eot is None else [eot], dtype).tobytes()
         self.file, self.digest = open(f"{base}.tokens", "wb"), hashlib.sha256()
-        self.tokens, self.bytes, self.lost, self.offsets, self.docs = 0, 0, 0, array("q", [0]), bytearray()
+        self.tokens, self.bytes, self.lost, self.offsets, self.docs = (
+            0,
+            0,
+            0,
+            array("q", [0]),
+            bytearray(),
+        )
 
     def write(self, ids: np.ndarray, lost: int = 0) -> None:
         """`lost`: see Tokens."""
@@ -186,9 +212,11 @@ class Writer:
         """Everything on disk; {suffix: Digest}."""
         sync(self.file)
         self.file.close()
-        return {".tokens": Digest(self.tokens * self.dtype.itemsize, self.digest.hexdigest()),
-                ".offsets": save(Path(f"{self.base}.offsets"), self.offsets.tobytes()),
-                ".docs": save(Path(f"{self.base}.docs"), bytes(self.docs))}
+        return {
+            ".tokens": Digest(self.tokens * self.dtype.itemsize, self.digest.hexdigest()),
+            ".offsets": save(Path(f"{self.base}.offsets"), self.offsets.tobytes()),
+            ".docs": save(Path(f"{self.base}.docs"), bytes(self.docs)),
+        }
 
 
 def sync(file: BinaryIO) -> None:
@@ -235,4 +263,8 @@ def open_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     wanted, size = count * np.dtype(dtype).itemsize, os.path.getsize(path)
     if size != wanted:
         raise ValueError(f"{path.name} has {size} bytes, its meta says {wanted}")
-    return np.memmap(path, dtype, "r", shape=(count,)).view(np.ndarray) if count else np.zeros(0, dtype)
+    return (
+        np.memmap(path, dtype, "r", shape=(count,)).view(np.ndarray)
+        if count
+        else np.zeros(0, dtype)
+    )

@@ -18,7 +18,17 @@ class Source(NamedTuple):
     name: str  # for people and reports; the same on every machine
 
 
-KINDS = (".txt", ".md", ".py", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # rows of formats.FORMATS
+KINDS = (
+    ".txt",
+    ".md",
+    ".py",
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+)  # rows of formats.FORMATS
 PACKINGS = ("", ".gz", ".xz", ".zst", ".bz2")  # rows of decoding.UNPACK
 SUFFIXES = f"{' '.join(KINDS)}, each also with {' '.join(PACKINGS[1:])} after it"
 EMPTY = " is empty: name files, directories or globs, or the word stdlib"
@@ -38,6 +48,7 @@ def suffixes(path: Path | str) -> tuple[str, str] | None:
 
 def _walk(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[Source]:
     """Readable files under `folder`, by path; hidden and `excluded` folders are left out."""
+
     def fail(error):
         raise error
 
@@ -46,17 +57,25 @@ def _walk(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[Source]
         folders[:] = [f for f in folders if not f.startswith(".") and f not in excluded]
         found += [Path(here, f).relative_to(folder) for f in files if not f.startswith(".")]
     _refuse_prepared(str(folder), {path.as_posix() for path in found})
-    return [_file(folder / path, f"{name}/{path.as_posix()}") for path in sorted(filter(suffixes, found))]
+    return [
+        _file(folder / path, f"{name}/{path.as_posix()}")
+        for path in sorted(filter(suffixes, found))
+    ]
 
 
 def _file(path: Path, name: str) -> Source:
     if path.is_symlink() and not path.exists():
-        raise UsageError(f"{path}: is a link to {os.readlink(path)}, which is not there; remove the link, or name the "
-                         "files without it")
+        raise UsageError(
+            f"{path}: is a link to {os.readlink(path)}, which is not there; remove the link, or name the "
+            "files without it"
+        )
     return Source(path, name)
 
 
-PREPARED = ("corpus.json", "tokenizer.json"), ("work/settings.json", "work/lock")  # in finished, unfinished output
+PREPARED = (
+    ("corpus.json", "tokenizer.json"),
+    ("work/settings.json", "work/lock"),
+)  # in finished, unfinished output
 
 
 def _refuse_prepared(folder: str, files: set[str]) -> None:
@@ -66,19 +85,34 @@ def _refuse_prepared(folder: str, files: set[str]) -> None:
         for path in sorted(path for path in files if f"/{path}".endswith(f"/{first}")):
             inside = path.removesuffix(first)
             if inside + second in files:
-                way = ("which has not finished; run the same command again, and then give that folder as "
-                       "config.data.path or in config.data.sources" if unfinished else
-                       "whose output is tokens and no text; give that folder itself as config.data.path or in "
-                       "config.data.sources, and as text what it was made from")
-                raise UsageError(f"{f'{folder}/{inside}'.rstrip('/')}: was made by gpt-jax prepare, {way}")
+                way = (
+                    "which has not finished; run the same command again, and then give that folder as "
+                    "config.data.path or in config.data.sources"
+                    if unfinished
+                    else "whose output is tokens and no text; give that folder itself as config.data.path or in "
+                    "config.data.sources, and as text what it was made from"
+                )
+                raise UsageError(
+                    f"{f'{folder}/{inside}'.rstrip('/')}: was made by gpt-jax prepare, {way}"
+                )
 
 
-NOT_LIBRARY = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled")
+NOT_LIBRARY = (
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "_bundled",
+)
 
 
 def _standard_library() -> list[Source]:
     folder = Path(sysconfig.get_path("stdlib"))
-    return [source for source in _walk(folder, "stdlib", NOT_LIBRARY) if source.path.suffix == ".py"]
+    return [
+        source for source in _walk(folder, "stdlib", NOT_LIBRARY) if source.path.suffix == ".py"
+    ]
 
 
 def _one(path: Path) -> list[Source]:
@@ -93,7 +127,11 @@ def _one_remote(url: str) -> list[Source]:
     if remote.is_folder(url):
         found = remote.walk(url)
         _refuse_prepared(url.rstrip("/"), set(found))
-        return [Source(f"{url.rstrip('/')}/{path}", f"{name}/{path}") for path in found if suffixes(path)]
+        return [
+            Source(f"{url.rstrip('/')}/{path}", f"{name}/{path}")
+            for path in found
+            if suffixes(path)
+        ]
     return [Source(url, name)] if suffixes(url) else []
 
 
@@ -106,18 +144,26 @@ def _expand(spec: str, key: str) -> list[Source]:
     elif path.exists() if here else remote.exists(spec):
         found = _one(path) if here else _one_remote(spec)
     elif glob.has_magic(spec):
-        matches = [Path(m) for m in sorted(glob.glob(str(path), recursive=True))] if here else remote.glob(spec)
+        matches = (
+            [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
+            if here
+            else remote.glob(spec)
+        )
         if not matches:
             raise UsageError(f"{key} = {spec!r}: no file matches")
-        found = [source for match in matches for source in (_one(match) if here else _one_remote(match))]
+        found = [
+            source for match in matches for source in (_one(match) if here else _one_remote(match))
+        ]
     else:
         if here:
             _file(path, spec)  # has more to say of a link
         raise UsageError(f"{key} = {spec!r}: no such file or directory")
     if not found:
-        raise UsageError(f"{key} = {spec!r}: no usable files; read are {SUFFIXES}; token files of other tools "
-                         f"({' '.join(TOKEN_FILES)}, a glob of them) are read in place, as config.data.path or in "
-                         "config.data.sources, without gpt-jax prepare")
+        raise UsageError(
+            f"{key} = {spec!r}: no usable files; read are {SUFFIXES}; token files of other tools "
+            f"({' '.join(TOKEN_FILES)}, a glob of them) are read in place, as config.data.path or in "
+            "config.data.sources, without gpt-jax prepare"
+        )
     return found
 
 
@@ -125,7 +171,9 @@ def _named(spec: str, key: str) -> list[Source]:
     try:
         return _expand(spec, key)
     except UsageError as error:
-        raise error if str(error).startswith(key) else UsageError(f"{key} = {spec!r}: {error}") from None
+        raise (
+            error if str(error).startswith(key) else UsageError(f"{key} = {spec!r}: {error}")
+        ) from None
 
 
 def find(paths: tuple[str, ...], key: str = "config.data.path") -> tuple[Source, ...]:
@@ -138,6 +186,8 @@ def find(paths: tuple[str, ...], key: str = "config.data.path") -> tuple[Source,
         raise UsageError(key + EMPTY)
     try:
         found = [source for spec in paths for source in _named(spec, key)]
-        return tuple({s.path if isinstance(s.path, str) else s.path.resolve(): s for s in found}.values())
+        return tuple(
+            {s.path if isinstance(s.path, str) else s.path.resolve(): s for s in found}.values()
+        )
     except OSError as error:
         raise UsageError(f"{key} = {', '.join(paths)}: {error}") from None

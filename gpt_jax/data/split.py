@@ -39,8 +39,8 @@ class Corpus:
             if count > len(self.held_out):
                 break
             if self.cut:
-                yield TRAIN, source, document._replace(text=document.text[:self.cut])
-                yield EVAL, source, document._replace(text=document.text[self.cut:])
+                yield TRAIN, source, document._replace(text=document.text[: self.cut])
+                yield EVAL, source, document._replace(text=document.text[self.cut :])
             else:
                 yield (EVAL if self.held_out[count - 1] else TRAIN), source, document
         if count != len(self.held_out):
@@ -73,8 +73,10 @@ def _tail(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.nd
     cut = int(sizes.sum() * (1 - fraction))
     if len(sizes) == 1:
         if not 0 < cut < sizes[0]:
-            raise UsageError(f"config.data.eval_fraction = {fraction}: leaves no text on one side of a document of "
-                             f"{sizes[0]} characters; give more text or config.data.eval_path")
+            raise UsageError(
+                f"config.data.eval_fraction = {fraction}: leaves no text on one side of a document of "
+                f"{sizes[0]} characters; give more text or config.data.eval_path"
+            )
         return np.zeros(1, bool), cut
     held_out = np.cumsum(sizes) - sizes >= cut
     held_out[0], held_out[-1] = False, True
@@ -84,17 +86,23 @@ def _tail(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.nd
 def _by_document(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, int]:
     """By a hash of the text alone: adding documents moves none across, and copies of one text stay together."""
     if len(set(hashes.tolist())) < 2:
-        raise UsageError("config.data.split = 'document': needs at least two different documents and there is one; use "
-                         "--config.data.split=tail or give config.data.eval_path")
+        raise UsageError(
+            "config.data.split = 'document': needs at least two different documents and there is one; use "
+            "--config.data.split=tail or give config.data.eval_path"
+        )
     order = np.unique(hashes)
-    limit = min(max(int(fraction * 2.0**64), int(order[0])), int(order[-2]))  # something on either side
+    limit = min(
+        max(int(fraction * 2.0**64), int(order[0])), int(order[-2])
+    )  # something on either side
     return hashes <= np.uint64(limit), 0
 
 
 SPLITS = {"tail": _tail, "document": _by_document}
 
 
-def plan(sources: tuple[Source, ...], eval_sources: tuple[Source, ...], data: config.Data) -> Corpus:
+def plan(
+    sources: tuple[Source, ...], eval_sources: tuple[Source, ...], data: config.Data
+) -> Corpus:
     """Reads everything once. UsageError when there is no text, or too little to hold some out."""
     sizes, hashes, tally, characters = array("q"), array("Q"), Tally(), set()
     for group in (sources, eval_sources):
@@ -106,7 +114,9 @@ def plan(sources: tuple[Source, ...], eval_sources: tuple[Source, ...], data: co
                 sizes.append(size), hashes.append(text_hash(document.text))
         if group and not size:
             more = f" and {len(group) - 1} more" if group[1:] else ""
-            raise UsageError(f"{group[0].path}: no text in this file{more}; the data must have some")
+            raise UsageError(
+                f"{group[0].path}: no text in this file{more}; the data must have some"
+            )
     sizes, hashes = np.frombuffer(sizes, np.int64), np.frombuffer(hashes, np.uint64)
     held_out, cut = np.zeros(len(sizes), bool), 0
     if data.eval_fraction and not eval_sources:

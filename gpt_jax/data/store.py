@@ -29,7 +29,9 @@ FORMAT = 3
 BATCH_CHARACTERS = 1 << 23  # tokenized at once: what is held in memory
 
 
-def _encoded(texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, workers: int) -> Iterator[tuple]:
+def _encoded(
+    texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple]:
     """(side, source, document, ids, bytes lost, whether the document ends here) in order. Threads, not processes: the
     library releases the interpreter's lock, and on 2 cores two threads encode 5.6 MB/s where two spawned processes encode
     4.4."""
@@ -55,8 +57,15 @@ def _encoded(texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, w
         yield from pool.map(encode, batch)
 
 
-def write(folder: Path, texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, workers: int,
-          report: Callable[[str], None], sources: list[str], about: dict) -> None:
+def write(
+    folder: Path,
+    texts: Iterable[tuple[str, int, Document]],
+    tokenizer: Tokenizer,
+    workers: int,
+    report: Callable[[str], None],
+    sources: list[str],
+    about: dict,
+) -> None:
     """Fills `folder` with the tokens of `texts` (side, number of the source, document); `sources` are their names,
     `about` goes into the meta, written last."""
     dtype = shards.id_type(tokenizer.vocab)
@@ -69,18 +78,36 @@ def write(folder: Path, texts: Iterable[tuple[str, int, Document]], tokenizer: T
             sides[side].write(ids, lost)
             if last:
                 several[source] |= document.name != sources[source]
-                sides[side].end(shards.text_hash(document.text), len(document.text.encode()), document.row, source)
+                sides[side].end(
+                    shards.text_hash(document.text),
+                    len(document.text.encode()),
+                    document.row,
+                    source,
+                )
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 report(f"data: tokenized {sum(s.bytes for s in sides.values()) / 1e6:,.0f} MB")
         for out in sides.values():
             out.close()
-    counts = {side: {"tokens": out.tokens, "documents": len(out.offsets) - 1, "bytes": out.bytes,
-                     "lost": out.lost} for side, out in sides.items()}
+    counts = {
+        side: {
+            "tokens": out.tokens,
+            "documents": len(out.offsets) - 1,
+            "bytes": out.bytes,
+            "lost": out.lost,
+        }
+        for side, out in sides.items()
+    }
     origins = [[name, 0, many] for name, many in zip(sources, several)]
     shards.save(folder / "origins.json", json.dumps(origins).encode())
     shards.save(folder / "tokenizer.json", tokenizer.to_json().encode())
-    meta = {"format": FORMAT, "dtype": dtype.name, "tokenizer": tokenizer.fingerprint, **counts, **about}
+    meta = {
+        "format": FORMAT,
+        "dtype": dtype.name,
+        "tokenizer": tokenizer.fingerprint,
+        **counts,
+        **about,
+    }
     shards.save(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
 
@@ -97,16 +124,23 @@ def load(folder: Path) -> tuple[dict[str, Tokens | None], Tokenizer]:
         tokenizer = from_json((folder / "tokenizer.json").read_text())
         if tokenizer.fingerprint != meta["tokenizer"]:
             raise Unusable("holds another tokenizer than its meta says")
-        origins = tuple(Origin(*origin) for origin in json.loads((folder / "origins.json").read_bytes()))
+        origins = tuple(
+            Origin(*origin) for origin in json.loads((folder / "origins.json").read_bytes())
+        )
         return {side: _open(folder, side, meta, origins) for side in SIDES}, tokenizer
     except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
         raise Unusable(f"cannot be read ({error})") from None
 
 
 def _open(folder: Path, side: str, meta: dict, origins: tuple[Origin, ...]) -> Tokens | None:
-    counts, file = meta[side], TokenFile(folder / f"{side}.tokens", np.dtype(meta["dtype"]), meta[side]["tokens"])
+    counts, file = (
+        meta[side],
+        TokenFile(folder / f"{side}.tokens", np.dtype(meta["dtype"]), meta[side]["tokens"]),
+    )
     if (size := os.path.getsize(file.path)) != file.size * file.dtype.itemsize:
-        raise Unusable(f"{side}.tokens has {size} bytes, its meta says {file.size * file.dtype.itemsize}")
+        raise Unusable(
+            f"{side}.tokens has {size} bytes, its meta says {file.size * file.dtype.itemsize}"
+        )
     offsets, docs = shards.open_index(folder / side, counts["documents"], file.size)
     found = Tokens(side, (file,), offsets, docs, counts["bytes"], origins, counts["lost"])
     return found if file.size else None
@@ -127,7 +161,9 @@ def obtain(folder: Path, build: Callable[[Path], None], report: Callable[[str], 
     """`load(folder)`, after `build(temporary folder)` and a rename if there is no whole cache yet. Of several processes
     that ask at once, one builds and the others wait."""
     if folder.is_dir():
-        with contextlib.suppress(Unusable):  # looked at again under the lock, where the reason is reported
+        with contextlib.suppress(
+            Unusable
+        ):  # looked at again under the lock, where the reason is reported
             return load(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_suffix(".lock"), report):
@@ -152,7 +188,10 @@ def obtain(folder: Path, build: Callable[[Path], None], report: Callable[[str], 
 def content_hashes(sources: tuple[Source, ...], root: Path, workers: int) -> list[str]:
     """SHA-256 of every file. A file whose size and time are those of the last hashing is not read again, unless it was
     so young then that a change could have hidden in the clock's grain."""
-    paths = [source.path if remote.is_remote(source.path) else str(source.path.resolve()) for source in sources]
+    paths = [
+        source.path if remote.is_remote(source.path) else str(source.path.resolve())
+        for source in sources
+    ]
     key = hashlib.sha256("\0".join(paths).encode()).hexdigest()[:16]
     stamps = root / f"{key}.stamps"
     known = {}
@@ -161,8 +200,10 @@ def content_hashes(sources: tuple[Source, ...], root: Path, workers: int) -> lis
 
     def look(path: str) -> tuple[str, list]:
         if path.startswith(HUB):
-            raise UsageError(f"{path}: a data set has no files to know a cache by; run gpt-jax prepare --input={path} "
-                             "--output=DIR first, and give DIR")
+            raise UsageError(
+                f"{path}: a data set has no files to know a cache by; run gpt-jax prepare --input={path} "
+                "--output=DIR first, and give DIR"
+            )
         try:
             if remote.is_remote(path):  # stamped as new, so that it is hashed again the next time
                 with remote.open_remote(path) as file:
@@ -181,7 +222,9 @@ def content_hashes(sources: tuple[Source, ...], root: Path, workers: int) -> lis
         found = dict(pool.map(look, paths))
     old = {path: entry for path, entry in found.items() if now - entry[1] > 2_000_000_000}
     if old != known:
-        with contextlib.suppress(OSError):  # a finished cache may be read-only; building one fails with a message
+        with contextlib.suppress(
+            OSError
+        ):  # a finished cache may be read-only; building one fails with a message
             root.mkdir(parents=True, exist_ok=True)
             temporary = stamps.with_suffix(f".{os.getpid()}-{now}")
             temporary.write_text(json.dumps(old))

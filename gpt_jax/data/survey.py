@@ -27,8 +27,10 @@ def threshold(spec: str) -> float | None:
     except (KeyError, ValueError):
         value = -1.0
     if (value is not None and not 0 < value <= 1) or (number and kind != "near"):
-        raise UsageError(f"--dedup={spec}: expected none, exact, near or near:SIMILARITY with a similarity between 0 "
-                         f"and 1, such as near:{SIMILARITY}")
+        raise UsageError(
+            f"--dedup={spec}: expected none, exact, near or near:SIMILARITY with a similarity between 0 "
+            f"and 1, such as near:{SIMILARITY}"
+        )
     return value
 
 
@@ -58,10 +60,20 @@ def scan(job: Job, unit: Unit, tick: Callable[[int, int], None]) -> dict:
     found = {"numbers": np.array(numbers, np.uint32), "hashes": np.array(hashes, np.uint64)}
     if near:
         found["minhash"] = np.array(signatures)
-    files = {name: units.replace_file(job.folder / name, found[what].tobytes())
-             for what, name in scan_files(unit).items() if what in found}
-    return units.finish(job, "scan", unit, files, counts, documents=counts.tally.documents,
-                        characters="".join(sorted(characters)))
+    files = {
+        name: units.replace_file(job.folder / name, found[what].tobytes())
+        for what, name in scan_files(unit).items()
+        if what in found
+    }
+    return units.finish(
+        job,
+        "scan",
+        unit,
+        files,
+        counts,
+        documents=counts.tally.documents,
+        characters="".join(sorted(characters)),
+    )
 
 
 def decide(job: Job, todo: Sequence[Unit], scans: Sequence[dict]) -> tuple[list[str], int, int]:
@@ -74,15 +86,21 @@ def decide(job: Job, todo: Sequence[Unit], scans: Sequence[dict]) -> tuple[list[
     exact, near = int(len(stays) - stays.sum()), 0
     if job.settings.dedup.startswith("near"):
         like = filters.minhash("")
-        signatures = np.concatenate([np.fromfile(job.folder / name["minhash"], like.dtype) for name in names])
+        signatures = np.concatenate(
+            [np.fromfile(job.folder / name["minhash"], like.dtype) for name in names]
+        )
         unique = np.flatnonzero(stays)
-        again = filters.near_duplicates(signatures.reshape(-1, len(like))[unique], threshold(job.settings.dedup))
+        again = filters.near_duplicates(
+            signatures.reshape(-1, len(like))[unique], threshold(job.settings.dedup)
+        )
         stays[unique[again]] = False
         near = int(again.sum())
     keys, start = [], 0
     for unit, scan, name, part in zip(todo, scans, names, parts):
         keep = np.zeros(scan["documents"], bool)
-        keep[np.fromfile(job.folder / name["numbers"], np.uint32)] = stays[start: start + len(part)]
+        keep[np.fromfile(job.folder / name["numbers"], np.uint32)] = stays[
+            start : start + len(part)
+        ]
         keys.append(units.replace_file(job.folder / units.keep_file(unit), keep.tobytes()).sha256)
         start += len(part)
     return keys, exact, near

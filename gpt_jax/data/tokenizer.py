@@ -17,17 +17,50 @@ from typing import Callable, Iterable, NamedTuple
 
 from gpt_jax.data.bpe import PATTERNS, json_tokenizer, train_bpe
 from gpt_jax.data.tokenizer_files import read_tokenizer, sentencepiece_tokenizer
-from gpt_jax.data.vocabulary import (CHAT_TOKENS, EOT, FIM_TOKENS, SPECIALS, StreamDecoder, Tokenizer, byte_tokenizer,
-                                     char_tokenizer, with_extra, with_specials)
+from gpt_jax.data.vocabulary import (
+    CHAT_TOKENS,
+    EOT,
+    FIM_TOKENS,
+    SPECIALS,
+    StreamDecoder,
+    Tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    with_extra,
+    with_specials,
+)
 from gpt_jax.errors import UsageError
 
-__all__ = ["CHAT_TOKENS", "EOT", "FIM_TOKENS", "KINDS", "SPECIALS", "Spec", "StreamDecoder", "Tokenizer", "bpe_vocab",
-           "byte_tokenizer", "char_tokenizer", "from_json", "is_char", "json_tokenizer", "known_tokenizer",
-           "made_tokenizer", "parse_spec", "read_tokenizer", "train_bpe", "with_specials"]
+__all__ = [
+    "CHAT_TOKENS",
+    "EOT",
+    "FIM_TOKENS",
+    "KINDS",
+    "SPECIALS",
+    "Spec",
+    "StreamDecoder",
+    "Tokenizer",
+    "bpe_vocab",
+    "byte_tokenizer",
+    "char_tokenizer",
+    "from_json",
+    "is_char",
+    "json_tokenizer",
+    "known_tokenizer",
+    "made_tokenizer",
+    "parse_spec",
+    "read_tokenizer",
+    "train_bpe",
+    "with_specials",
+]
 
 LARGEST_BPE = 10_000_000
-KINDS = {"bytes": byte_tokenizer, "char": char_tokenizer, "json": json_tokenizer,
-         "sentencepiece": sentencepiece_tokenizer}
+KINDS = {
+    "bytes": byte_tokenizer,
+    "char": char_tokenizer,
+    "json": json_tokenizer,
+    "sentencepiece": sentencepiece_tokenizer,
+}
 
 
 class Spec(NamedTuple):
@@ -42,19 +75,30 @@ class Spec(NamedTuple):
 def parse_spec(spec: str, field: str = "config.data.tokenizer") -> Spec:
     """`spec` in parts; UsageError, naming `field`, for a BPE that cannot be. Paths are not looked at."""
     base, *names = spec.split("+")
-    while names and names[0] not in SPECIALS and base not in ("bytes", "char") and not base.startswith("bpe:"):
+    while (
+        names
+        and names[0] not in SPECIALS
+        and base not in ("bytes", "char")
+        and not base.startswith("bpe:")
+    ):
         base += "+" + names.pop(0)  # a path may hold a +
     if unknown := [name for name in names if name not in SPECIALS]:
-        raise UsageError(f"{field} = {spec!r}: +{unknown[0]} adds nothing known; choose from +{', +'.join(SPECIALS)}")
+        raise UsageError(
+            f"{field} = {spec!r}: +{unknown[0]} adds nothing known; choose from +{', +'.join(SPECIALS)}"
+        )
     specials = tuple(token for name in names for token in SPECIALS[name])
     if not base.startswith("bpe:"):
         return Spec(base, 0, "", specials)
     size, _, pattern = base[4:].partition(":")
     if not size.replace("_", "").isdecimal() or not 257 <= int(size) <= LARGEST_BPE:
-        raise UsageError(f"{field} = {spec!r}: expected bpe:N with N at least 257 (256 bytes and {EOT}) and at most "
-                         f"{LARGEST_BPE:,}")
+        raise UsageError(
+            f"{field} = {spec!r}: expected bpe:N with N at least 257 (256 bytes and {EOT}) and at most "
+            f"{LARGEST_BPE:,}"
+        )
     if (pattern or "gpt2") not in PATTERNS or base.endswith(":"):
-        raise UsageError(f"{field} = {spec!r}: unknown pattern {pattern!r}; choose one of {', '.join(PATTERNS)}")
+        raise UsageError(
+            f"{field} = {spec!r}: unknown pattern {pattern!r}; choose one of {', '.join(PATTERNS)}"
+        )
     return Spec("bpe", int(size), pattern or "gpt2", specials)
 
 
@@ -75,10 +119,12 @@ def known_tokenizer(spec: str, field: str = "config.data.tokenizer") -> Tokenize
     if base == "char" or vocab:
         return None
     found = byte_tokenizer() if base in ("", "bytes") else read_tokenizer(base, field)
-    return replace(with_specials(found, specials), name=found.name + spec[len(base):])
+    return replace(with_specials(found, specials), name=found.name + spec[len(base) :])
 
 
-def made_tokenizer(spec: str, texts: Callable[[], Iterable[str]], characters: str = "") -> Tokenizer:
+def made_tokenizer(
+    spec: str, texts: Callable[[], Iterable[str]], characters: str = ""
+) -> Tokenizer:
     """The tokenizer of a spec that `known_tokenizer` knows none for: `char` from `characters`, BPE from `texts()`. Its
     name is the spec."""
     base, vocab, pattern, specials = parse_spec(spec)

@@ -15,7 +15,9 @@ SHORTEST = 10  # tokens of a piece that is rearranged; three of them make room f
 def shuffle_documents(buffer: Buffer, seed: int, index: np.ndarray) -> Buffer:
     """The pieces of each row in another order, padding last; `index` int64 [N]: numbers of the examples."""
     piece = np.cumsum(buffer.begins, axis=1)
-    keys = random_bits(seed, index[:, None], np.arange(piece.max(initial=0) + 1)[None]) >> np.uint64(1)
+    keys = random_bits(
+        seed, index[:, None], np.arange(piece.max(initial=0) + 1)[None]
+    ) >> np.uint64(1)
     keys = np.where(buffer.inside, np.take_along_axis(keys, piece, 1), np.uint64(2**64 - 1))
     order = np.argsort(keys, axis=1, kind="stable")
     moved = Buffer(*(np.take_along_axis(column, order, 1) for column in buffer))
@@ -25,7 +27,9 @@ def shuffle_documents(buffer: Buffer, seed: int, index: np.ndarray) -> Buffer:
     return moved
 
 
-def fill_in_the_middle(buffer: Buffer, seed: int, index: np.ndarray, rate: float, spm: float, sentinels, eot) -> Buffer:
+def fill_in_the_middle(
+    buffer: Buffer, seed: int, index: np.ndarray, rate: float, spm: float, sentinels, eot
+) -> Buffer:
     """A part `rate` of the pieces as (prefix, suffix, middle), or in the part `spm` of those as (suffix, prefix,
     middle) (Bavarian et al. 2022, "Efficient training of language models to fill in the middle": on the pieces of a
     packed row).
@@ -41,14 +45,16 @@ def fill_in_the_middle(buffer: Buffer, seed: int, index: np.ndarray, rate: float
         for i, (start, stop) in enumerate(zip(edges, edges[1:])):
             if stop - start < SHORTEST:
                 continue
-            chance, order, a, b = draws[4 * i: 4 * i + 4].tolist()
+            chance, order, a, b = draws[4 * i : 4 * i + 4].tolist()
             if chance >= rate * 2.0**64:
                 continue
             end = stop - int(eot is not None and ids[row, stop - 1] == eot)
-            body = ids[row, start + 3: end].copy()
+            body = ids[row, start + 3 : end].copy()
             a, b = sorted((a % (len(body) + 1), b % (len(body) + 1)))
             prefix, middle, suffix = body[:a], body[a:b], body[b:]
             suffix_first = order < spm * 2.0**64
-            parts = (pre, suf, suffix, mid, prefix) if suffix_first else (pre, prefix, suf, suffix, mid)
-            ids[row, start: end] = np.concatenate([*parts, middle])
+            parts = (
+                (pre, suf, suffix, mid, prefix) if suffix_first else (pre, prefix, suf, suffix, mid)
+            )
+            ids[row, start:end] = np.concatenate([*parts, middle])
     return buffer._replace(ids=ids)

@@ -26,7 +26,9 @@ from gpt_jax.data.tokenizer import Tokenizer, from_json
 from gpt_jax.errors import DataError, UsageError
 
 WORK = "work"  # the folder of what is unfinished
-BATCH_CHARACTERS = 1 << 20  # encoded at once; the library holds some 40 bytes a character of it while it does
+BATCH_CHARACTERS = (
+    1 << 20
+)  # encoded at once; the library holds some 40 bytes a character of it while it does
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Counts:
 
     tally: Tally = field(default_factory=Tally)
     rows: list[int] = field(default_factory=list)  # of each piece
-    several: list[bool] = field(default_factory=list)  # whether the piece's file holds more than one document
+    several: list[bool] = field(
+        default_factory=list
+    )  # whether the piece's file holds more than one document
     filtered: Counter = field(default_factory=Counter)  # documents dropped, by filter
 
 
@@ -107,8 +111,10 @@ def read(job: Job, unit: Unit, counts: Counts, keep: np.ndarray | None = None) -
             except UsageError as error:
                 raise UsageError(f"{document.name}: {error}") from None
             except UnicodeEncodeError as error:
-                raise UsageError(f"{document.name}: a filter left a lone surrogate at character {error.start}, which "
-                                 "no UTF-8 text contains") from None
+                raise UsageError(
+                    f"{document.name}: a filter left a lone surrogate at character {error.start}, which "
+                    "no UTF-8 text contains"
+                ) from None
             if text is None:
                 counts.filtered[dropped_by] += 1
             else:
@@ -149,16 +155,25 @@ def finished(job: Job, phase: str, unit: Unit) -> dict | None:
         found = json.loads(marker(job, phase, unit).read_bytes())
         found["tally"].pop("bytes", None)  # of an older version
         whole = found["key"] == unit.key and all(
-            os.path.getsize(job.folder / name) == size for name, (size, _) in found["files"].items())
+            os.path.getsize(job.folder / name) == size for name, (size, _) in found["files"].items()
+        )
         return found if whole else None
     except (OSError, ValueError, KeyError):  # not there, or torn: it is made again
         return None
 
 
-def finish(job: Job, phase: str, unit: Unit, files: dict[str, Digest], counts: Counts, **more) -> dict:
+def finish(
+    job: Job, phase: str, unit: Unit, files: dict[str, Digest], counts: Counts, **more
+) -> dict:
     """Writes the marker. `more` is json."""
-    made = {"key": unit.key, "files": files, "rows": counts.rows, "several": counts.several,
-            "tally": asdict(counts.tally), "filtered": counts.filtered} | more
+    made = {
+        "key": unit.key,
+        "files": files,
+        "rows": counts.rows,
+        "several": counts.several,
+        "tally": asdict(counts.tally),
+        "filtered": counts.filtered,
+    } | more
     replace_file(marker(job, phase, unit), json.dumps(made).encode())
     return json.loads(json.dumps(made))  # as `finished` gives it
 
@@ -217,7 +232,9 @@ def _encode(tokenizer: Tokenizer, batch: list[Part]) -> list[np.ndarray]:
         raise
 
 
-def _encoded(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[tuple[list[Part], list[np.ndarray]]]:
+def _encoded(
+    parts: Iterable[Part], tokenizer: Tokenizer
+) -> Iterator[tuple[list[Part], list[np.ndarray]]]:
     """Batches with their ids; one is encoded while the one before is written and the one after is read."""
     with ThreadPoolExecutor(1) as thread:
         waiting = None
@@ -240,7 +257,9 @@ def is_held_out(text_hash: int, fraction: float) -> bool:
     return text_hash < int(fraction * 2.0**64)
 
 
-def tokenize(job: Job, unit: Unit, tick: Callable[[int, int], None], *, fingerprint: str, keep: bool) -> dict:
+def tokenize(
+    job: Job, unit: Unit, tick: Callable[[int, int], None], *, fingerprint: str, keep: bool
+) -> dict:
     """Writes at most one shard for each side: `SOURCE/SIDE-NUMBER.tokens`, and its index among the work; the marker
     also has `sides`: {side: documents, tokens, bytes, lost}. Memory: the largest document and 32 bytes for each."""
     tokenizer = _tokenizer(job.folder / WORK / "tokenizer.json", fingerprint)
@@ -263,8 +282,12 @@ def tokenize(job: Job, unit: Unit, tick: Callable[[int, int], None], *, fingerpr
         files, sides = {}, {}
         for side, out in writers.items():
             digests = out.close()
-            sides[side] = {"documents": len(out.offsets) - 1, "tokens": out.tokens, "bytes": out.bytes,
-                           "lost": out.lost}
+            sides[side] = {
+                "documents": len(out.offsets) - 1,
+                "tokens": out.tokens,
+                "bytes": out.bytes,
+                "lost": out.lost,
+            }
             for suffix, digest in digests.items() if out.tokens else ():
                 name = unit_file(unit, side, suffix)
                 os.replace(f"{temporary[side]}{suffix}", job.folder / name)

@@ -18,7 +18,17 @@ from gpt_jax.errors import UsageError
 
 EOT = "<|endoftext|>"
 # End of text in the vocabularies of GPT-2, Llama 3, Llama 1-2 and Mistral, Gemma, DeepSeek, and older lists.
-EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|eos|>", "<|im_end|>", "[EOS]", "<EOS>")
+EOT_NAMES = (
+    EOT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+    "<|eos|>",
+    "<|im_end|>",
+    "[EOS]",
+    "<EOS>",
+)
 # A turn is <|im_start|>role\n...<|im_end|>\n: ChatML, of OpenAI, Qwen and others; two tokens serve any role.
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 # Prefix, suffix, then the middle to be filled in, with the names of cl100k and Qwen (Bavarian et al. 2022).
@@ -41,11 +51,19 @@ class Tokenizer:
     eot: int | None  # the id that ends a document; characters have none
     encoder: Callable[[Sequence[str]], list[np.ndarray]]
     cutter: Callable[[str], Iterator[str]]
-    specials: Mapping[str, int] = field(default_factory=dict)  # every special token by name, end of text included
-    extra: Mapping[str, int] = field(default_factory=dict)  # those of `specials` that are not in `content`
+    specials: Mapping[str, int] = field(
+        default_factory=dict
+    )  # every special token by name, end of text included
+    extra: Mapping[str, int] = field(
+        default_factory=dict
+    )  # those of `specials` that are not in `content`
     prefix: bytes = b""  # what encoding puts before a text and decoding takes away: a space in the manner of Llama 2
-    lossless: bool = True  # False: some texts come back changed (normalised, unknown characters, ▁ for a space)
-    unknown: int | None = None  # the id that stands for characters without one; None: every character has ids
+    lossless: bool = (
+        True  # False: some texts come back changed (normalised, unknown characters, ▁ for a space)
+    )
+    unknown: int | None = (
+        None  # the id that stands for characters without one; None: every character has ids
+    )
 
     @property
     def vocab(self) -> int:
@@ -55,7 +73,9 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab]: how many bytes of UTF-8 each id stands for; 0 for specials and for `unknown`, whose " ⁇ " is
         not what the text had: bits per byte must not be flattered by its length."""
-        return np.array([len(piece) * (i != self.unknown) for i, piece in enumerate(self.pieces)], np.int32)
+        return np.array(
+            [len(piece) * (i != self.unknown) for i, piece in enumerate(self.pieces)], np.int32
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -72,8 +92,10 @@ class Tokenizer:
         try:
             return self.encoder(texts)
         except UnicodeEncodeError as error:  # which carries the text it stumbled over
-            raise UsageError(f"text {around(error.object, error.start)}: character {error.start} is a lone surrogate, "
-                             "which no UTF-8 text contains; remove it") from None
+            raise UsageError(
+                f"text {around(error.object, error.start)}: character {error.start} is a lone surrogate, "
+                "which no UTF-8 text contains; remove it"
+            ) from None
 
     def lost(self, text: str, ids: np.ndarray) -> int:
         """Bytes in UTF-8 of the characters of `text` that its encoding `ids` has as `unknown`."""
@@ -100,7 +122,9 @@ class Tokenizer:
     def to_json(self) -> str:
         """Everything that `from_json` needs; a checkpoint carries it."""
         saved = {"kind": self.kind, "name": self.name, "content": self.content}
-        return json.dumps(saved | ({"extra": dict(self.extra)} if self.extra else {}), ensure_ascii=True)
+        return json.dumps(
+            saved | ({"extra": dict(self.extra)} if self.extra else {}), ensure_ascii=True
+        )
 
 
 class StreamDecoder:
@@ -140,20 +164,26 @@ def with_extra(tokenizer: Tokenizer, extra: Mapping[str, int]) -> Tokenizer:
     """`tokenizer` with more special tokens by name and id, none of which is in use."""
     for name in extra:
         if name.encode() in tokenizer.pieces:
-            raise UsageError(f"special token {name!r}: is an ordinary token of the tokenizer {tokenizer.name}; choose "
-                             "another name")
+            raise UsageError(
+                f"special token {name!r}: is an ordinary token of the tokenizer {tokenizer.name}; choose "
+                "another name"
+            )
     size = max([tokenizer.vocab, *(i + 1 for i in extra.values())])
     pieces = tokenizer.pieces + (b"",) * (size - tokenizer.vocab)
-    return replace(tokenizer, pieces=pieces, specials={**tokenizer.specials, **extra},
-                   extra={**tokenizer.extra, **extra})
+    return replace(
+        tokenizer,
+        pieces=pieces,
+        specials={**tokenizer.specials, **extra},
+        extra={**tokenizer.extra, **extra},
+    )
 
 
 def around(text: str, place: int) -> str:
-    return repr(text[max(0, place - 20): place + 20])
+    return repr(text[max(0, place - 20) : place + 20])
 
 
 def _cut_anywhere(text: str) -> Iterator[str]:
-    return (text[i: i + PART] for i in range(0, len(text), PART))
+    return (text[i : i + PART] for i in range(0, len(text), PART))
 
 
 def byte_tokenizer(content: str = "", name: str = "bytes") -> Tokenizer:
@@ -170,17 +200,29 @@ def char_tokenizer(content: str, name: str = "char") -> Tokenizer:
     """One id per character of `content`, in code point order (nanoGPT's shakespeare_char/prepare.py); no specials."""
     characters = "".join(sorted(set(content)))
     codes = np.frombuffer(characters.encode("utf-32-le"), "<u4")
-    table = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # the last entry stands for all code points beyond
+    table = np.full(
+        int(codes.max(initial=0)) + 2, -1, np.int32
+    )  # the last entry stands for all code points beyond
     table[codes] = np.arange(len(codes), dtype=np.int32)
 
     def encode(text: str) -> np.ndarray:
         ids = table[np.minimum(np.frombuffer(text.encode("utf-32-le"), "<u4"), len(table) - 1)]
         if len(unknown := np.flatnonzero(ids < 0)):
             place = int(unknown[0])
-            raise UsageError(f"text {around(text, place)}: character {place}, {text[place]!r}, is not among the "
-                             f"{len(characters)} that the char tokenizer knows; leave it out, or train with "
-                             "--config.data.tokenizer=bytes")
+            raise UsageError(
+                f"text {around(text, place)}: character {place}, {text[place]!r}, is not among the "
+                f"{len(characters)} that the char tokenizer knows; leave it out, or train with "
+                "--config.data.tokenizer=bytes"
+            )
         return ids
 
     pieces = tuple(c.encode() for c in characters)
-    return Tokenizer("char", name, characters, pieces, None, lambda texts: [encode(t) for t in texts], _cut_anywhere)
+    return Tokenizer(
+        "char",
+        name,
+        characters,
+        pieces,
+        None,
+        lambda texts: [encode(t) for t in texts],
+        _cut_anywhere,
+    )

@@ -20,7 +20,9 @@ from gpt_jax.infer.sampling import Knobs, Sampling, check, sample
 from gpt_jax.model import kernels
 from gpt_jax.model.transformer import Transformer, make_cache
 
-SMALLEST_BUCKET = 16  # tokens; more than one, because a single token is a decoding step to the model
+SMALLEST_BUCKET = (
+    16  # tokens; more than one, because a single token is a decoding step to the model
+)
 
 
 class Completion(NamedTuple):
@@ -44,6 +46,7 @@ class Piece(NamedTuple):
 
 # ---- the two programs ----
 
+
 class State(NamedTuple):
     """Between two steps: `lengths` [B] tokens are in the cache, `tokens` [B] come next, `seen` [B, V]."""
 
@@ -57,7 +60,9 @@ def _pick(params, hidden, cache, lengths, seen, knobs, model, vocab):
     """hidden [B, 1, D] of the last tokens -> (State, the new tokens [B] on every device)."""
     logits = Transformer(model).apply({"params": params}, hidden, method="unembed")
     rows, table = ("batch",), ("batch", None)
-    logits = sharding.constrain(logits, "batch", None, None)[:, 0]  # the sampler sees a row's whole vocabulary
+    logits = sharding.constrain(logits, "batch", None, None)[
+        :, 0
+    ]  # the sampler sees a row's whole vocabulary
     run = sharding.local(partial(sample, vocab=vocab), (table, rows, rows, table), rows)
     tokens = run(logits, lengths, knobs, seen)
     seen = seen | (jnp.arange(seen.shape[1]) == tokens[:, None])
@@ -77,7 +82,9 @@ def _start(params, tokens, lengths, seen, knobs, *, model: config.Model, vocab: 
     place = jnp.arange(tokens.shape[1])[None]
     batch = {"tokens": tokens, "segment": (place < lengths[:, None]).astype(jnp.int32)}
     cache = make_cache(model, tokens.shape[0], length)
-    hidden, cache = Transformer(model).apply({"params": params}, batch, cache, lengths, method="step")
+    hidden, cache = Transformer(model).apply(
+        {"params": params}, batch, cache, lengths, method="step"
+    )
     last = jnp.where((place == lengths[:, None] - 1)[..., None], hidden, 0).sum(1, keepdims=True)
     return _pick(params, last, cache, lengths, seen, knobs, model, vocab)
 
@@ -88,11 +95,14 @@ def _next(params, state: State, knobs, *, model: config.Model, vocab: int):
     """One more token a row. Rows that have ended run along, their positions held inside the context."""
     position = jnp.minimum(state.lengths, model.max_seq - 1)[:, None]
     batch = {"tokens": state.tokens[:, None], "position": position}
-    hidden, cache = Transformer(model).apply({"params": params}, batch, state.cache, state.lengths, method="step")
+    hidden, cache = Transformer(model).apply(
+        {"params": params}, batch, state.cache, state.lengths, method="step"
+    )
     return _pick(params, hidden, cache, state.lengths + 1, state.seen, _place(knobs), model, vocab)
 
 
 # ---- text ----
+
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where `text` is cut: the start of the stop string that is complete first (the longest of those), however the text
@@ -103,14 +113,21 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
 
 def held_back(text: str, stops: Sequence[str]) -> int:
     """How many of the last characters may be the beginning of a stop string."""
-    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return max(
+        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+    )
 
 
 class _Row:
     """One row's text: tokens in, characters that may be shown out. `finish` is None until the row ends."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], limit: int):
-        self._decoder, self._eot, self._stops, self._limit = StreamDecoder(tokenizer), tokenizer.eot, stops, limit
+        self._decoder, self._eot, self._stops, self._limit = (
+            StreamDecoder(tokenizer),
+            tokenizer.eot,
+            stops,
+            limit,
+        )
         self._waiting, self.tokens, self.text, self.finish = "", [], "", None
 
     def push(self, token: int) -> str:
@@ -144,12 +161,15 @@ class _Row:
 
 # ---- the loop ----
 
+
 def bucket(size: int, smallest: int = 1) -> int:
     """The first power of two, from `smallest` on, that holds `size`."""
     return max(smallest, 1 << (size - 1).bit_length())
 
 
-def fit_prompt(number: int, text: str, tokenizer: Tokenizer, context: int, sampling: Sampling, report) -> np.ndarray:
+def fit_prompt(
+    number: int, text: str, tokenizer: Tokenizer, context: int, sampling: Sampling, report
+) -> np.ndarray:
     """The prompt's ids, at least one, with room for a new token in the context.
 
     An empty prompt starts from the end-of-text token. A prompt that fills the context raises UsageError, or with
@@ -157,19 +177,27 @@ def fit_prompt(number: int, text: str, tokenizer: Tokenizer, context: int, sampl
     ids = tokenizer.encode(text)
     if not len(ids):
         if tokenizer.eot is None:
-            raise UsageError(f"prompt {number} is empty, and the {tokenizer.name} tokenizer has no end-of-text token "
-                             "to start from; give a prompt of at least one character")
+            raise UsageError(
+                f"prompt {number} is empty, and the {tokenizer.name} tokenizer has no end-of-text token "
+                "to start from; give a prompt of at least one character"
+            )
         ids = np.array([tokenizer.eot], np.int32)
     if len(ids) >= context:
         keep = max(context - sampling.max_new_tokens, context // 2)
         if not sampling.truncate or not keep:
-            raise UsageError(f"prompt {number} has {len(ids)} tokens and the model's context holds {context}, new ones "
-                             f"included; shorten it to {context - 1} or fewer, or keep its last tokens with --truncate")
-        report(f"prompt {number}: kept the last {keep} of {len(ids)} tokens, cut the first {len(ids) - keep} (the "
-               f"context holds {context}, new ones included)")
+            raise UsageError(
+                f"prompt {number} has {len(ids)} tokens and the model's context holds {context}, new ones "
+                f"included; shorten it to {context - 1} or fewer, or keep its last tokens with --truncate"
+            )
+        report(
+            f"prompt {number}: kept the last {keep} of {len(ids)} tokens, cut the first {len(ids) - keep} (the "
+            f"context holds {context}, new ones included)"
+        )
         ids = ids[-keep:]
     if len(ids) + sampling.max_new_tokens > context:
-        report(f"prompt {number}: stops after {context - len(ids)} new tokens, where the context of {context} is full")
+        report(
+            f"prompt {number}: stops after {context - len(ids)} new tokens, where the context of {context} is full"
+        )
     return ids
 
 
@@ -188,11 +216,17 @@ def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
     lengths, seen, index = np.ones(B, np.int32), np.zeros((B, vocab), bool), np.zeros(B, np.int32)
     for b, (p, s) in enumerate(rows):
         ids = prompts[p]
-        tokens[b, :len(ids)], lengths[b], seen[b, ids], index[b] = ids, len(ids), True, s
+        tokens[b, : len(ids)], lengths[b], seen[b, ids], index[b] = ids, len(ids), True, s
     full = lambda value, dtype: np.full(B, value, dtype)
-    knobs = Knobs(full(sampling.seed, np.uint32), index, full(sampling.temperature, np.float32),
-                  full(sampling.top_k, np.int32), full(sampling.top_p, np.float32), full(sampling.min_p, np.float32),
-                  full(sampling.repetition_penalty, np.float32))
+    knobs = Knobs(
+        full(sampling.seed, np.uint32),
+        index,
+        full(sampling.temperature, np.float32),
+        full(sampling.top_k, np.int32),
+        full(sampling.top_p, np.float32),
+        full(sampling.min_p, np.float32),
+        full(sampling.repetition_penalty, np.float32),
+    )
     return tokens, lengths, seen, knobs
 
 
@@ -219,12 +253,14 @@ def _stream_rows(model, params, tokenizer, prompts, rows, sampling) -> Iterator[
         fetched = ready
         if left:  # under way before the host waits for the token before it
             state, ready = _next(params, state, knobs, **static)
-        for b, token in enumerate(np.asarray(fetched)[:len(rows)].tolist()):
+        for b, token in enumerate(np.asarray(fetched)[: len(rows)].tolist()):
             if b not in live:
                 continue
             row, text = live[b], live[b].push(token)
             prompt, sample = rows[b]
-            done = row.finish and Completion(prompt, sample, tuple(row.tokens), row.text, row.finish)
+            done = row.finish and Completion(
+                prompt, sample, tuple(row.tokens), row.text, row.finish
+            )
             if done:
                 del live[b]
             if text or done:
@@ -233,8 +269,15 @@ def _stream_rows(model, params, tokenizer, prompts, rows, sampling) -> Iterator[
             return
 
 
-def stream(model: config.Model, params, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling,
-           report: Callable[[str], None], max_rows: int = 32) -> Iterator[Piece]:
+def stream(
+    model: config.Model,
+    params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    report: Callable[[str], None],
+    max_rows: int = 32,
+) -> Iterator[Piece]:
     """Text as it comes, `num_samples` rows for each prompt, `max_rows` at a time. Input is checked before this returns.
 
     `model` is resolved (no field left to derive); `params` may live on the current mesh, whatever its shape. `report`
@@ -243,17 +286,34 @@ def stream(model: config.Model, params, tokenizer: Tokenizer, prompts: Sequence[
     """
     check(sampling)
     model = dataclasses.replace(model, remat="none", dropout=0.0, attention_dropout=0.0)
-    fitted = [fit_prompt(i + 1, text, tokenizer, model.max_seq, sampling, report) for i, text in enumerate(prompts)]
+    fitted = [
+        fit_prompt(i + 1, text, tokenizer, model.max_seq, sampling, report)
+        for i, text in enumerate(prompts)
+    ]
     rows = [(p, s) for p in range(len(fitted)) for s in range(sampling.num_samples)]
     if sharding.axis_size("pipeline") > 1:  # a token goes through all layers on every stage
         params = params | {"blocks": sharding.off_stages(params["blocks"])}
     params = _kernels_once(params, model.dtype)
-    groups = (rows[i:i + max_rows] for i in range(0, len(rows), max_rows))
-    return (piece for group in groups for piece in _stream_rows(model, params, tokenizer, fitted, group, sampling))
+    groups = (rows[i : i + max_rows] for i in range(0, len(rows), max_rows))
+    return (
+        piece
+        for group in groups
+        for piece in _stream_rows(model, params, tokenizer, fitted, group, sampling)
+    )
 
 
-def generate(model: config.Model, params, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling,
-             report: Callable[[str], None], max_rows: int = 32) -> list[Completion]:
+def generate(
+    model: config.Model,
+    params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    report: Callable[[str], None],
+    max_rows: int = 32,
+) -> list[Completion]:
     """`stream` to its end: one Completion for each row, in the order of rows."""
     pieces = stream(model, params, tokenizer, prompts, sampling, report, max_rows)
-    return [done for _, done in sorted((piece.row, piece.completion) for piece in pieces if piece.completion)]
+    return [
+        done
+        for _, done in sorted((piece.row, piece.completion) for piece in pieces if piece.completion)
+    ]

@@ -23,19 +23,30 @@ class Sampling:
     max_new_tokens: int = knob(100, low=1)
     temperature: float = knob(1.0, low=0.0)  # 0: the most likely token
     top_k: int = knob(0, low=0, high=2**31 - 1)  # only the k most likely tokens; 0: off
-    top_p: float = knob(1.0, low=0.0, high=1.0)  # the fewest tokens that hold this probability (Holtzman et al. 2020)
-    min_p: float = knob(0.0, low=0.0, high=1.0)  # tokens of at least this part of the best one's probability
-    repetition_penalty: float = knob(1.0, low=1e-3)  # over 1: tokens already in the row are less likely (CTRL, 2019)
+    top_p: float = knob(
+        1.0, low=0.0, high=1.0
+    )  # the fewest tokens that hold this probability (Holtzman et al. 2020)
+    min_p: float = knob(
+        0.0, low=0.0, high=1.0
+    )  # tokens of at least this part of the best one's probability
+    repetition_penalty: float = knob(
+        1.0, low=1e-3
+    )  # over 1: tokens already in the row are less likely (CTRL, 2019)
     seed: int = knob(0, low=0, high=2**32 - 1)
     num_samples: int = knob(1, low=1)  # rows for each prompt
     stop: tuple[str, ...] = ()  # a row ends before the first of these strings
-    truncate: bool = False  # a prompt that fills the context keeps its last tokens instead of raising
+    truncate: bool = (
+        False  # a prompt that fills the context keeps its last tokens instead of raising
+    )
 
 
 def check(sampling: Sampling) -> None:
     """UsageError for the first value out of its range, named as the generate command's flag."""
     for spec in dataclasses.fields(sampling):
-        value, (low, high) = getattr(sampling, spec.name), (spec.metadata.get("low"), spec.metadata.get("high"))
+        value, (low, high) = (
+            getattr(sampling, spec.name),
+            (spec.metadata.get("low"), spec.metadata.get("high")),
+        )
         if low is not None and not low <= value <= (math.inf if high is None else high):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UsageError(f"--{spec.name} = {value!r}: expected {bounds}")
@@ -77,7 +88,9 @@ def _filter(scaled_BV, knobs: Knobs):
     """-inf where top_k or top_p rules a token out; `scaled` has its largest value, 0, in every row. Ties stay."""
     ordered = _ordered(scaled_BV)
     wanted = jnp.where(knobs.top_k > 0, knobs.top_k, scaled_BV.shape[-1])
-    ordered = jnp.where(ordered >= _cutoff(ordered, jnp.ones_like(ordered, jnp.int32), wanted)[:, None], ordered, 0)
+    ordered = jnp.where(
+        ordered >= _cutoff(ordered, jnp.ones_like(ordered, jnp.int32), wanted)[:, None], ordered, 0
+    )
     mass = jnp.where(ordered > 0, jnp.exp(scaled_BV), 0)
     nucleus = _cutoff(ordered, mass, knobs.top_p * mass.sum(-1))
     nucleus = jnp.where(knobs.top_p < 1, jnp.minimum(nucleus, ordered.max(-1)), 1)
@@ -98,7 +111,9 @@ def _draw(logits_BV, position_B, knobs: Knobs):
     return jnp.argmax(scaled + jax.vmap(noise)(knobs.seed, knobs.sample, position_B), axis=-1)
 
 
-def sample(logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, seen_BV: jax.Array, vocab: int) -> jax.Array:
+def sample(
+    logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, seen_BV: jax.Array, vocab: int
+) -> jax.Array:
     """The tokens [B], int32, that come at `position_B`, from float32 logits; ids from `vocab` on (padding rows of the
     embedding) never come. `seen_BV`: which tokens the row already holds. A pure function of (logits, seed, sample,
     position) row by row: the batch around a row makes no difference."""
@@ -107,5 +122,7 @@ def sample(logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, seen_BV: j
     logits = jnp.where(seen_BV, penalised, logits_BV)
     logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
     best = jnp.argmax(logits, axis=-1)
-    drawn = jax.lax.cond(jnp.any(knobs.temperature > 0), _draw, lambda *_: best, logits, position_B, knobs)
+    drawn = jax.lax.cond(
+        jnp.any(knobs.temperature > 0), _draw, lambda *_: best, logits, position_B, knobs
+    )
     return jnp.where(knobs.temperature > 0, drawn, best).astype(jnp.int32)

@@ -12,7 +12,9 @@ from typing import Callable, Iterator, NamedTuple
 from gpt_jax.errors import EXIT_CODES, RESTARTABLE, PeerFailed, restart_seconds
 
 MOST_PROCESSES = 256  # of one machine
-TOGETHER_SECONDS = 12.0  # for the others to go by themselves once one has failed; then they are killed
+TOGETHER_SECONDS = (
+    12.0  # for the others to go by themselves once one has failed; then they are killed
+)
 QUIET_SECONDS = 300.0  # after an attempt that ran so long, the wait begins anew; the limit of restarts counts all
 
 
@@ -33,10 +35,24 @@ def command_lines(group: Group, arguments: list[str]) -> list[list[str]]:
         return [[sys.executable, "-m", "gpt_jax", *arguments]]
     address = group.coordinator or f"127.0.0.1:{free_port()}"
     job = [f"--coordinator={address}", f"--num_processes={total}"] if total > 1 else []
-    return [[sys.executable, "-m", "gpt_jax", *arguments, *job,
-             *([f"--process_id={group.node * group.processes + k}"] if total > 1 else []),
-             *([f"--cpu_devices={group.devices}"] if group.devices else
-               [f"--local_device={k}"] if group.processes > 1 else [])] for k in range(group.processes)]
+    return [
+        [
+            sys.executable,
+            "-m",
+            "gpt_jax",
+            *arguments,
+            *job,
+            *([f"--process_id={group.node * group.processes + k}"] if total > 1 else []),
+            *(
+                [f"--cpu_devices={group.devices}"]
+                if group.devices
+                else [f"--local_device={k}"]
+                if group.processes > 1
+                else []
+            ),
+        ]
+        for k in range(group.processes)
+    ]
 
 
 def free_port() -> int:
@@ -46,7 +62,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run(group: Group, arguments: list[str], restarts: int, say: Callable[[str], None]) -> tuple[int, str]:
+def run(
+    group: Group, arguments: list[str], restarts: int, say: Callable[[str], None]
+) -> tuple[int, str]:
     """Runs the job until it is done, until it ends with a code that a restart cannot help, or `restarts` times more.
     Returns the exit code of the process that began the end, and a line. SIGTERM, SIGUSR1 and SIGINT go to all processes."""
     used = quick = 0  # restarts: all, and those since an attempt that ran long
@@ -95,14 +113,22 @@ class Requests:
                 process.send_signal(self.number)
 
 
-def attempt(group: Group, arguments: list[str], requests: Requests, say: Callable[[str], None]) -> tuple[int, str]:
+def attempt(
+    group: Group, arguments: list[str], requests: Requests, say: Callable[[str], None]
+) -> tuple[int, str]:
     """One start of all processes: (exit code of the one that began the end, how it ended)."""
     processes, first = requests.processes, group.node * group.processes
     for k, line in enumerate(command_lines(group, arguments)):
         # Process 0 has the terminal; the others' lines get their number.
-        requests.start(line, **({} if first + k == 0 else dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
-    readers = [threading.Thread(target=prefix, args=(process.stdout, f"[{first + k}] "), daemon=True)
-               for k, process in enumerate(processes) if process.stdout]
+        requests.start(
+            line,
+            **({} if first + k == 0 else dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)),
+        )
+    readers = [
+        threading.Thread(target=prefix, args=(process.stdout, f"[{first + k}] "), daemon=True)
+        for k, process in enumerate(processes)
+        if process.stdout
+    ]
     for reader in readers:
         reader.start()
     ended: dict[int, int] = {}  # in the order of their ends
@@ -117,7 +143,9 @@ def attempt(group: Group, arguments: list[str], requests: Requests, say: Callabl
             deadline = time.monotonic() + TOGETHER_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             for k in (k for k, process in enumerate(processes) if process.poll() is None):
-                say(f"launch: process {first + k} is still there {TOGETHER_SECONDS:g} s after another has failed: killed")
+                say(
+                    f"launch: process {first + k} is still there {TOGETHER_SECONDS:g} s after another has failed: killed"
+                )
                 processes[k].kill()
                 killed.add(k)
             deadline = float("inf")
@@ -150,8 +178,10 @@ def prefix(stream, mark: str) -> None:
 def passed_on() -> Iterator[Requests]:
     """Requests to stop go to the job in here."""
     requests = Requests()
-    before = {number: signal.signal(number, requests.pass_on)
-              for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, requests.pass_on)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
     try:
         yield requests
     finally:

@@ -9,11 +9,22 @@ from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 SAVE_SECONDS = 300  # before its time is up, a job is told to save
 # Options of sbatch that --sbatch may not set, and the way out. GPUs may come by any other than that of --gpus_per_node.
 OWN = {
-    "nodes": "use --nodes", "ntasks": "use --nodes and --tasks_per_node", "ntasks_per_node": "use --tasks_per_node",
-    "tasks_per_node": "use --tasks_per_node", "gpus_per_node": "leave out one of it and --gpus_per_node", "time": "use --time",
-    "partition": "use --partition", "job_name": "use --name", "output": "use --logs", "error": "use --logs",
+    "nodes": "use --nodes",
+    "ntasks": "use --nodes and --tasks_per_node",
+    "ntasks_per_node": "use --tasks_per_node",
+    "tasks_per_node": "use --tasks_per_node",
+    "gpus_per_node": "leave out one of it and --gpus_per_node",
+    "time": "use --time",
+    "partition": "use --partition",
+    "job_name": "use --name",
+    "output": "use --logs",
+    "error": "use --logs",
     "gpus_per_task": "leave it out: the tasks of a node share its GPUs out",
-    **dict.fromkeys(("signal", "requeue", "no_requeue", "open_mode", "array"), "leave it out: how the job goes on rests on it")}
+    **dict.fromkeys(
+        ("signal", "requeue", "no_requeue", "open_mode", "array"),
+        "leave it out: how the job goes on rests on it",
+    ),
+}
 
 
 class Training:
@@ -46,7 +57,9 @@ def further(options: list[str], gpus: int) -> dict[str, str]:
             raise UsageError(f"--sbatch={option}: expected NAME=VALUE")
         key = name.replace("-", "_")
         if len(name) == 1:
-            raise UsageError(f"--sbatch={option}: expected the long name of an option, as in mem=64G")
+            raise UsageError(
+                f"--sbatch={option}: expected the long name of an option, as in mem=64G"
+            )
         if key in OWN and (gpus or key != "gpus_per_node"):
             raise UsageError(f"--sbatch={option}: the launcher sets {name}; {OWN[key]}")
         if key in made:
@@ -57,12 +70,22 @@ def further(options: list[str], gpus: int) -> dict[str, str]:
 
 def parameters(shape: Shape, extra: dict[str, str]) -> dict:
     """Arguments of submitit's `update_parameters`. `extra`: further #SBATCH options by name."""
-    own = {"signal": f"USR1@{SAVE_SECONDS}", "requeue": True}  # to the tasks: they save and end with 10
+    own = {
+        "signal": f"USR1@{SAVE_SECONDS}",
+        "requeue": True,
+    }  # to the tasks: they save and end with 10
     gpus = {"gpus_per_node": shape.gpus_per_node} if shape.gpus_per_node else {}
-    return gpus | {"job_name": shape.name, "nodes": shape.nodes, "ntasks_per_node": shape.tasks_per_node,
-                   "time": shape.minutes, "srun_args": ["--kill-on-bad-exit=0"], "stderr_to_stdout": True,
-                   "setup": ["trap '' TERM  # the tasks get it too, save, and end; srun has to wait for them"],
-                   "teardown": afterwards(shape.restarts).splitlines(), "additional_parameters": own | extra}
+    return gpus | {
+        "job_name": shape.name,
+        "nodes": shape.nodes,
+        "ntasks_per_node": shape.tasks_per_node,
+        "time": shape.minutes,
+        "srun_args": ["--kill-on-bad-exit=0"],
+        "stderr_to_stdout": True,
+        "setup": ["trap '' TERM  # the tasks get it too, save, and end; srun has to wait for them"],
+        "teardown": afterwards(shape.restarts).splitlines(),
+        "additional_parameters": own | extra,
+    }
 
 
 def afterwards(restarts: int | str) -> str:

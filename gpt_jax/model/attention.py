@@ -39,7 +39,9 @@ def slot_positions(lengths: jax.Array, slots: int) -> jax.Array:
 def fill(values: jax.Array, lengths: jax.Array, slots: int) -> jax.Array:
     """The cache [B, S, K, H] after a prompt's keys or values [B, T, K, H] of which the first `lengths` [B] are real."""
     position = slot_positions(lengths, slots)
-    found = jnp.take_along_axis(values, jnp.clip(position, 0, values.shape[1] - 1)[..., None, None], axis=1)
+    found = jnp.take_along_axis(
+        values, jnp.clip(position, 0, values.shape[1] - 1)[..., None, None], axis=1
+    )
     return jnp.where((position >= 0)[..., None, None], found, 0)
 
 
@@ -54,13 +56,15 @@ def _decode(q, k, v, cached_k, cached_v, lengths, cap):
     written: two score blocks under one softmax, so that no layer copies its cache."""
     B, _, N, H = q.shape
     slots, K = cached_k.shape[1:3]
-    q = q.reshape(B, K, N // K, H) * jnp.asarray(H ** -0.5, q.dtype)
+    q = q.reshape(B, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
     score = lambda keys: jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
     scores = softcap(jnp.concatenate([score(cached_k), score(k)], -1), cap)
     position = slot_positions(lengths, slots)
     # The slot that the new token will take holds nothing yet, or what the window now leaves behind.
     seen = (position >= 0) & (position > lengths[:, None] - slots)
-    scores = jnp.where(jnp.pad(seen, ((0, 0), (0, 1)), constant_values=True)[:, None, None], scores, -jnp.inf)
+    scores = jnp.where(
+        jnp.pad(seen, ((0, 0), (0, 1)), constant_values=True)[:, None, None], scores, -jnp.inf
+    )
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     mix = lambda probs, values: jnp.einsum("bkgs,bskh->bkgh", probs, values)
     return (mix(probs[..., :slots], cached_v) + mix(probs[..., slots:], v)).reshape(B, 1, N, H)
@@ -73,9 +77,13 @@ class QkNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = NORMS["plain_rmsnorm"][0](x.astype(jnp.float32), self.model.norm_epsilon).astype(x.dtype)
+        x = NORMS["plain_rmsnorm"][0](x.astype(jnp.float32), self.model.norm_epsilon).astype(
+            x.dtype
+        )
         if self.model.norm != "plain_rmsnorm":
-            scale = self.param("scale", sharding.stored(nn.initializers.ones, ("scale",)), (x.shape[-1],))
+            scale = self.param(
+                "scale", sharding.stored(nn.initializers.ones, ("scale",)), (x.shape[-1],)
+            )
             x = (x * scale).astype(x.dtype)
         return x * jnp.asarray(self.model.qk_scale, x.dtype)
 
@@ -99,10 +107,19 @@ class Attention(nn.Module):
 
         axes = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
         counts = {"q": model.heads, "k": model.kv_heads, "v": model.kv_heads}
-        flat = project(x, *(Weights(counts[n] * model.head_dim, ("embed", axes[n]), "qkv", model, bias, name=n)
-                            for n in "qkv"))
-        q, k, v = (sharding.reshape(y, (B, T, counts[n], model.head_dim), "batch", "seq", axes[n], "head_dim")
-                   for n, y in zip("qkv", flat))
+        flat = project(
+            x,
+            *(
+                Weights(counts[n] * model.head_dim, ("embed", axes[n]), "qkv", model, bias, name=n)
+                for n in "qkv"
+            ),
+        )
+        q, k, v = (
+            sharding.reshape(
+                y, (B, T, counts[n], model.head_dim), "batch", "seq", axes[n], "head_dim"
+            )
+            for n, y in zip("qkv", flat)
+        )
         if self.value_embed:
             v = v + self._value_embedding(x, context.tokens)
         norm = [QkNorm(model, name=f"{n}_norm") for n in "qk"] if model.qk_norm else []
@@ -117,11 +134,18 @@ class Attention(nn.Module):
             y, cache = self._decode(q, k, v, cache, context.lengths), (k, v)
         else:
             pattern = kernels.Pattern(self.window, context.segment, context.block)
-            y = kernels.attention(model.kernel, q, k, v, pattern, model.attention_softcap, self._keep(B, T))
+            y = kernels.attention(
+                model.kernel, q, k, v, pattern, model.attention_softcap, self._keep(B, T)
+            )
             if cache is not None:
                 cache = [self._fill(x, context.lengths, cache[0].shape[1]) for x in (k, v)]
         y = sharding.reshape(y, (B, T, model.heads * model.head_dim), "batch", "seq", "heads")
-        y = project(y, Weights(model.embed, ("heads", "embed"), "attention_out", model, model.bias, name="out"))[0]
+        y = project(
+            y,
+            Weights(
+                model.embed, ("heads", "embed"), "attention_out", model, model.bias, name="out"
+            ),
+        )[0]
         return dropout(self, y, model.dropout), None if cache is None else tuple(cache)
 
     def _value_embedding(self, x, tokens):
@@ -129,12 +153,25 @@ class Attention(nn.Module):
         3 * sigmoid of a few channels of the stream, joins the values. [B, T, K, H]."""
         model = self.model
         width = model.kv_heads * model.head_dim
-        embedded = Embed(model.vocab, width, "value_embed", model, name="value_embed")(tokens).astype(x.dtype)
-        embedded = sharding.reshape(embedded, (*tokens.shape, model.kv_heads, model.head_dim), "batch", "seq",
-                                    None, "head_dim")
-        gate = Weights(model.kv_heads, ("gate", "kv_heads"), "gate", model, False, name="value_gate")
-        strength = 3 * jax.nn.sigmoid(project(x[..., :model.value_embed_gate], gate)[0])
-        return sharding.constrain(embedded, "batch", "seq", "kv_heads", "head_dim") * strength[..., None]
+        embedded = Embed(model.vocab, width, "value_embed", model, name="value_embed")(
+            tokens
+        ).astype(x.dtype)
+        embedded = sharding.reshape(
+            embedded,
+            (*tokens.shape, model.kv_heads, model.head_dim),
+            "batch",
+            "seq",
+            None,
+            "head_dim",
+        )
+        gate = Weights(
+            model.kv_heads, ("gate", "kv_heads"), "gate", model, False, name="value_gate"
+        )
+        strength = 3 * jax.nn.sigmoid(project(x[..., : model.value_embed_gate], gate)[0])
+        return (
+            sharding.constrain(embedded, "batch", "seq", "kv_heads", "head_dim")
+            * strength[..., None]
+        )
 
     def _keep(self, B, T):
         """Attention dropout as factors [B, N, T, T], or None."""
@@ -145,10 +182,17 @@ class Attention(nn.Module):
         return sharding.constrain(keep / (1 - rate), "batch", "heads", "seq", "keys")
 
     def _decode(self, q, k, v, cache, lengths):
-        query, keys = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "kv_heads", "head_dim")
+        query, keys = (
+            ("batch", "seq", "heads", "head_dim"),
+            ("batch", "seq", "kv_heads", "head_dim"),
+        )
         run = lambda *args: _decode(*args, self.model.attention_softcap)
-        return sharding.local(run, (query, keys, keys, keys, keys, ("batch",)), query)(q, k, v, *cache, lengths)
+        return sharding.local(run, (query, keys, keys, keys, keys, ("batch",)), query)(
+            q, k, v, *cache, lengths
+        )
 
     def _fill(self, values, lengths, slots):
         keys = ("batch", "seq", "kv_heads", "head_dim")
-        return sharding.local(lambda x, n: fill(x, n, slots), (keys, ("batch",)), keys)(values, lengths)
+        return sharding.local(lambda x, n: fill(x, n, slots), (keys, ("batch",)), keys)(
+            values, lengths
+        )

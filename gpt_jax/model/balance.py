@@ -17,9 +17,12 @@ def empty_report(model: config.Model, rows: int) -> dict[str, jax.Array]:
     that each expert was sent."""
     if all(spec.ffn != "moe" for spec in config.layer_specs(model)):
         return {}
-    zeros = lambda *shape: sharding.constrain(jnp.zeros((rows, *shape)), "batch", *(None,) * len(shape))
+    zeros = lambda *shape: sharding.constrain(
+        jnp.zeros((rows, *shape)), "batch", *(None,) * len(shape)
+    )
     return {name: zeros() for name in ("objective", "tokens", "balance", "router_z", "dropped")} | {
-        "load": zeros(model.layers, model.experts)}
+        "load": zeros(model.layers, model.experts)
+    }
 
 
 def add_layer(report: dict, stats: dict, model: config.Model, layer) -> dict:
@@ -34,7 +37,9 @@ def add_layer(report: dict, stats: dict, model: config.Model, layer) -> dict:
         objective = objective + model.balance_weight * stats["balance"]
     elif model.balance == "bias":
         objective = objective + stats["steer"]  # 0: it is there for its gradient
-    return added | {"objective": report["objective"] + objective,
-                    "dropped": report["dropped"] + stats["dropped"] / model.experts_per_token,
-                    "tokens": report["tokens"] + load.sum(-1) / model.experts_per_token,
-                    "load": report["load"] + jnp.where(here, load[:, None], 0)}
+    return added | {
+        "objective": report["objective"] + objective,
+        "dropped": report["dropped"] + stats["dropped"] / model.experts_per_token,
+        "tokens": report["tokens"] + load.sum(-1) / model.experts_per_token,
+        "load": report["load"] + jnp.where(here, load[:, None], 0),
+    }

@@ -13,15 +13,35 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.model.grouped import (Kernels, Placed, combine, feed_forward, first, hidden_of, in_places, pick, sort_choices,
-                                   starts_of)
+from gpt_jax.model.grouped import (
+    Kernels,
+    Placed,
+    combine,
+    feed_forward,
+    first,
+    hidden_of,
+    in_places,
+    pick,
+    sort_choices,
+    starts_of,
+)
 
 AXIS = "expert"
 
 
 # ---- dropless ----
 
-def dropless(x, choice, weight, kernels: Kernels, activation: Callable, devices: int, platform: str, kind: str):
+
+def dropless(
+    x,
+    choice,
+    weight,
+    kernels: Kernels,
+    activation: Callable,
+    devices: int,
+    platform: str,
+    kind: str,
+):
     """Every choice computed: x [n, D], choice [n, k] in 0 … E (E: none), summed with weight [n, k] -> [n, D].
 
     With `devices` along the axis expert the choices go to their experts' owner, where they are grouped once more, and
@@ -73,7 +93,9 @@ def padded(route: Route) -> Trip:
     device = choice // own
     back = jnp.where(device < devices, device * room + rank - starts[device], there.size)
     trade = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
-    return Trip(lambda x, k: trade(pick(x, there, back, k)), lambda out: Placed(trade(out), there, back))
+    return Trip(
+        lambda x, k: trade(pick(x, there, back, k)), lambda out: Placed(trade(out), there, back)
+    )
 
 
 def ragged(route: Route) -> Trip:
@@ -87,11 +109,24 @@ def ragged(route: Route) -> Trip:
 
     def go(x, k):
         rows = pick(x, there, back, k)
-        return trade(rows, jnp.zeros((devices * room, x.shape[1]), x.dtype), starts[me], sent[me],
-                     jnp.full(devices, me * room), sent[:, me])
+        return trade(
+            rows,
+            jnp.zeros((devices * room, x.shape[1]), x.dtype),
+            starts[me],
+            sent[me],
+            jnp.full(devices, me * room),
+            sent[:, me],
+        )
 
     def come_back(out):
-        rows = trade(out, jnp.zeros((none, out.shape[1]), out.dtype), ends, sent[:, me], starts[:, me], sent[me])
+        rows = trade(
+            out,
+            jnp.zeros((none, out.shape[1]), out.dtype),
+            ends,
+            sent[:, me],
+            starts[:, me],
+            sent[me],
+        )
         return Placed(rows, there, back)
 
     return Trip(go, come_back)
@@ -109,9 +144,12 @@ def exchange(kind: str) -> Callable:
 
 # ---- capacity ----
 
+
 def capacity(tokens: int, experts: int, per_token: int, factor: float) -> int:
     """Choices that an expert takes from one row of `tokens`."""
-    return max(1, min(tokens, math.ceil(round(tokens * per_token * factor / experts, 6))))  # 55.000001 is 55
+    return max(
+        1, min(tokens, math.ceil(round(tokens * per_token * factor / experts, 6)))
+    )  # 55.000001 is 55
 
 
 def limited(x, choice, weight, kernels: Kernels, activation: Callable, devices: int, room: int):

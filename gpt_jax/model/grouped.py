@@ -41,12 +41,15 @@ def combine(rows, weight, there, back):
     """The choices of each token, from their places in rows [places, D], summed in float32 with weight [n, k] -> [n, D];
     `there` and `back` as in `pick`. One choice of all tokens after the other: an array [n, k, D] of float32 would be the
     largest that there is, and a TPU pads its k to 8."""
-    return sum(_column(rows, back, weight.shape, j) * weight[:, j, None]
-               for j in range(weight.shape[1])).astype(rows.dtype)
+    return sum(
+        _column(rows, back, weight.shape, j) * weight[:, j, None] for j in range(weight.shape[1])
+    ).astype(rows.dtype)
 
 
 def _column(rows, back, shape, j):
-    return jnp.take(rows, back.reshape(shape)[:, j], axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+    return jnp.take(rows, back.reshape(shape)[:, j], axis=0, mode="fill", fill_value=0).astype(
+        jnp.float32
+    )
 
 
 def _combine_backward(saved, g):
@@ -89,7 +92,9 @@ def in_places(order, starts, sizes, width: int):
     return jnp.where(place < sizes[:, None], choice, order.size).ravel()
 
 
-def feed_forward(x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int) -> Placed:
+def feed_forward(
+    x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
+) -> Placed:
     """x [n, D] through the `experts` [n * fan] of each choice, zeros for none: an expert of E / p. `likely`: choices that are
     there when tokens spread evenly."""
     return WAYS.get(platform, by_blocks)(x, experts, fan, kernels, activation, platform, likely)
@@ -110,11 +115,15 @@ def first(kernels: Kernels) -> tuple:
 TILE = 128  # rows of a matrix unit's tile
 
 
-def by_sorting(x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int):
+def by_sorting(
+    x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
+):
     """Choices sorted by expert and `jax.lax.ragged_dot`, for which the TPU compiler has kernels."""
     order, rank, sizes = sort_choices(experts, kernels.up.shape[0])
     places = -(-experts.size // TILE) * TILE
-    there = jnp.where(jnp.arange(places) < sizes.sum(), jnp.pad(order, (0, places - order.size)), experts.size)
+    there = jnp.where(
+        jnp.arange(places) < sizes.sum(), jnp.pad(order, (0, places - order.size)), experts.size
+    )
     back = jnp.where(experts < kernels.up.shape[0], rank, places)
     rows = pick(x, there, back, fan)
     hidden = hidden_of(activation, *(ragged_dot(rows, kernel, sizes) for kernel in first(kernels)))
@@ -130,7 +139,7 @@ def ragged_dot(rows, kernel, sizes):
 
 def _ragged_dot_backward(saved, g):
     rows, kernel, sizes = saved
-    back, = jax.linear_transpose(lambda rows: jax.lax.ragged_dot(rows, kernel, sizes), rows)(g)
+    (back,) = jax.linear_transpose(lambda rows: jax.lax.ragged_dot(rows, kernel, sizes), rows)(g)
     return back, kernel_gradient(rows, g, sizes, kernel.dtype), None
 
 
@@ -140,6 +149,7 @@ ragged_dot.defvjp(lambda *args: (ragged_dot(*args), args), _ragged_dot_backward)
 def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
     """Sum of rows[i]^T g[i] over each group: [m, in], [m, out] -> [groups, in, out]. m is a multiple of TILE."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
     tile = next(size for size in (512, 256, TILE) if rows.shape[0] % size == 0)
     tiling = (tile, *(min(1024, x.shape[1]) for x in (rows, g)))
     return tgmm(rows.T, g, sizes, dtype, tiling, interpret=interpret)
@@ -153,7 +163,9 @@ def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
 SUM_ROWS = {"gpu": 200, "cpu": 8}
 
 
-def by_blocks(x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int):
+def by_blocks(
+    x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
+):
     """Each expert's choices padded to whole blocks (MegaBlocks, Gale et al. 2022, arXiv:2211.15841), and one block at a
     time through its expert: on GPUs and CPUs XLA's `ragged_dot` multiplies every row with every expert."""
     count = kernels.up.shape[0]
@@ -165,7 +177,9 @@ def by_blocks(x, experts, fan: int, kernels: Kernels, activation: Callable, plat
     passed = (jnp.arange(number) - before[owner]) * size
     there = in_places(order, starts[owner] + passed, sizes[owner] - passed, size)
     back = jnp.where(experts < count, before[experts] * size + rank - starts[experts], there.size)
-    return Placed(through_blocks(activation, size, pick(x, there, back, fan), kernels, blocks), there, back)
+    return Placed(
+        through_blocks(activation, size, pick(x, there, back, fan), kernels, blocks), there, back
+    )
 
 
 def block_rows(choices: int, experts: int, platform: str) -> int:
@@ -173,7 +187,7 @@ def block_rows(choices: int, experts: int, platform: str) -> int:
     gradients once a block; at most what an expert gets where `choices` spread evenly, at least 8."""
     rows = max(1, choices // experts)
     best = round(math.log2(2 * SUM_ROWS[platform] * rows) / 2)
-    return 2**max(3, min(best, rows.bit_length() - 1))
+    return 2 ** max(3, min(best, rows.bit_length() - 1))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -188,7 +202,9 @@ def through_blocks(activation, size: int, rows, kernels: Kernels, blocks):
 
         def step(i, out):
             row = _block(rows, size, i)
-            return _put(out, i, hidden_of(activation, *(row @ kernel for kernel in first(own))) @ own.down)
+            return _put(
+                out, i, hidden_of(activation, *(row @ kernel for kernel in first(own))) @ own.down
+            )
 
         return jax.lax.fori_loop(ends[e] - blocks[e], ends[e], step, out)
 
@@ -206,7 +222,9 @@ def _through_blocks_backward(activation, size, saved, g):
         def step(i, carry):
             back, sums = carry
             row, out = _block(rows, size, i), _block(g, size, i)
-            hidden, transpose = jax.vjp(partial(hidden_of, activation), *(row @ kernel for kernel in first(own)))
+            hidden, transpose = jax.vjp(
+                partial(hidden_of, activation), *(row @ kernel for kernel in first(own))
+            )
             inner = transpose(out @ own.down.T)
             parts = product(hidden.T, out), *(product(row.T, part) for part in inner)
             to_row = sum(product(part, kernel.T) for part, kernel in zip(inner, first(own)))
@@ -215,15 +233,21 @@ def _through_blocks_backward(activation, size, saved, g):
         back, grads = carry
         sums = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, jnp.float32), own)
         back, sums = jax.lax.fori_loop(ends[e] - blocks[e], ends[e], step, (back, sums))
-        put = lambda grad, made: jax.lax.dynamic_update_index_in_dim(grad, made.astype(grad.dtype), e, 0)
+        put = lambda grad, made: jax.lax.dynamic_update_index_in_dim(
+            grad, made.astype(grad.dtype), e, 0
+        )
         return back, jax.tree.map(put, grads, sums)
 
-    back, grads = jax.lax.fori_loop(0, blocks.size, expert, (jnp.zeros_like(rows), jax.tree.map(jnp.zeros_like, kernels)))
+    back, grads = jax.lax.fori_loop(
+        0, blocks.size, expert, (jnp.zeros_like(rows), jax.tree.map(jnp.zeros_like, kernels))
+    )
     return back, grads, None
 
 
 def _own(kernels: Kernels, expert) -> Kernels:
-    return jax.tree.map(lambda kernel: jax.lax.dynamic_index_in_dim(kernel, expert, keepdims=False), kernels)
+    return jax.tree.map(
+        lambda kernel: jax.lax.dynamic_index_in_dim(kernel, expert, keepdims=False), kernels
+    )
 
 
 def _block(rows, size, i):

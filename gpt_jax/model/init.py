@@ -11,7 +11,9 @@ RESIDUAL_OUT = ("attention_out", "mlp_out")
 
 
 def _uniform(bound):
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 def _gpt2(role: str, model: config.Model):
@@ -21,16 +23,28 @@ def _gpt2(role: str, model: config.Model):
 
 def _xavier(role: str, model: config.Model):
     """Glorot & Bengio 2010 for matrices; embeddings N(0, 1 / embed)."""
-    return inits.normal(model.embed ** -0.5) if role in ("embed", "position", "value_embed") else inits.xavier_uniform()
+    return (
+        inits.normal(model.embed**-0.5)
+        if role in ("embed", "position", "value_embed")
+        else inits.xavier_uniform()
+    )
 
 
 def _modern(role: str, model: config.Model):
     """nanochat's: every block starts as the identity, and the head near zero."""
     bound = (3 / model.embed) ** 0.5
-    return {"embed": inits.normal(0.8), "position": inits.normal(0.02), "head": inits.normal(0.001),
-            "qkv": _uniform(bound), "value_embed": _uniform(bound), "mlp_in": _uniform(0.4 * bound),
-            "router": _uniform(0.4 * bound),
-            "attention_out": inits.zeros, "mlp_out": inits.zeros, "gate": inits.zeros}[role]
+    return {
+        "embed": inits.normal(0.8),
+        "position": inits.normal(0.02),
+        "head": inits.normal(0.001),
+        "qkv": _uniform(bound),
+        "value_embed": _uniform(bound),
+        "mlp_in": _uniform(0.4 * bound),
+        "router": _uniform(0.4 * bound),
+        "attention_out": inits.zeros,
+        "mlp_out": inits.zeros,
+        "gate": inits.zeros,
+    }[role]
 
 
 INITS = {"gpt2": _gpt2, "xavier": _xavier, "modern": _modern}

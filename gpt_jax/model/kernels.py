@@ -54,7 +54,7 @@ def attend(q, k, v, mask, cap: float = 0.0, keep=None):
     # Heads first, and a group's queries stacked on those of its kv head: one plain batched matmul over [B, K], which
     # XLA's CPU backend runs a quarter faster than the contraction with heads inside.
     stack = lambda x: jnp.moveaxis(x.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
-    q, k, v = stack(q * jnp.asarray(H ** -0.5, q.dtype)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    q, k, v = stack(q * jnp.asarray(H**-0.5, q.dtype)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     scores = softcap(jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32), cap)
     scores = scores.reshape(B, K, G, T, S)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -87,7 +87,9 @@ def _jax_attention(implementation, q, k, v, pattern, cap, keep):
     plain = pattern.segment is None and pattern.block is None
     window = {"local_window_size": (pattern.window - 1, 0)} if plain and pattern.window else {}
     mask = None if plain else make_mask(pattern, q.shape[1])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain, implementation=implementation, **window)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=plain, implementation=implementation, **window
+    )
 
 
 def _splash(q, k, v, pattern, cap, keep, interpret=False):
@@ -108,7 +110,11 @@ class Problem(NamedTuple):
 
 
 def _uncut(p: Problem) -> str:
-    return f"needs whole rows, and config.mesh.context = {p.context} cuts them" if p.context > 1 else ""
+    return (
+        f"needs whole rows, and config.mesh.context = {p.context} cuts them"
+        if p.context > 1
+        else ""
+    )
 
 
 def _blocked_cannot(p: Problem) -> str:
@@ -130,7 +136,9 @@ def _cudnn_cannot(p: Problem) -> str:
         return f"needs a GPU, this is {p.platform}"
     if p.dtype == "float32":
         return "needs config.model.dtype = bfloat16"
-    if p.head_dim % 8 or p.head_dim > 256:  # on GPUs before Hopper it also refuses more than 128, by itself
+    if (
+        p.head_dim % 8 or p.head_dim > 256
+    ):  # on GPUs before Hopper it also refuses more than 128, by itself
         return "needs a head_dim divisible by 8 and at most 256"
     return _xla_cannot(p)
 
@@ -150,27 +158,44 @@ class Kernel(NamedTuple):
     cut: Callable | None = None  # (q, k, v, pattern, cap) for rows cut over the mesh axis context
 
 
-KERNELS = {"reference": Kernel(_reference, _uncut),
-           "blocked": Kernel(_blocked, _blocked_cannot),
-           "ring": Kernel(_reference, _ring_cannot, cut=ring.ring_attention),
-           "xla": Kernel(partial(_jax_attention, "xla"), _xla_cannot),
-           "cudnn": Kernel(partial(_jax_attention, "cudnn"), _cudnn_cannot, "gpu"),
-           "splash": Kernel(_splash, _splash_cannot, "tpu", partial(splash.attention, axis="context"))}
-PREFERENCE = {"cpu": ("blocked", "reference", "ring"), "gpu": ("cudnn", "xla", "reference", "ring"),
-              "tpu": ("splash", "xla", "reference", "ring")}
+KERNELS = {
+    "reference": Kernel(_reference, _uncut),
+    "blocked": Kernel(_blocked, _blocked_cannot),
+    "ring": Kernel(_reference, _ring_cannot, cut=ring.ring_attention),
+    "xla": Kernel(partial(_jax_attention, "xla"), _xla_cannot),
+    "cudnn": Kernel(partial(_jax_attention, "cudnn"), _cudnn_cannot, "gpu"),
+    "splash": Kernel(_splash, _splash_cannot, "tpu", partial(splash.attention, axis="context")),
+}
+PREFERENCE = {
+    "cpu": ("blocked", "reference", "ring"),
+    "gpu": ("cudnn", "xla", "reference", "ring"),
+    "tpu": ("splash", "xla", "reference", "ring"),
+}
 
 
-def problem(model: config.Model, seq_len: int, platform: str, ar: bool = False, context: int = 1) -> Problem:
+def problem(
+    model: config.Model, seq_len: int, platform: str, ar: bool = False, context: int = 1
+) -> Problem:
     """The attention problem that a model poses on `platform` (cpu, gpu or tpu), rows cut into `context` pieces."""
-    return Problem(platform, model.dtype, model.head_dim, seq_len, model.attention_softcap > 0,
-                   model.attention_dropout > 0, ar, context)
+    return Problem(
+        platform,
+        model.dtype,
+        model.head_dim,
+        seq_len,
+        model.attention_softcap > 0,
+        model.attention_dropout > 0,
+        ar,
+        context,
+    )
 
 
 def choose(name: str, p: Problem) -> tuple[str, str]:
     """(kernel, reason). A named kernel is taken or UsageError says why it cannot; `auto` takes the first that can."""
     if name != "auto":
         if reason := KERNELS[name].cannot(p):
-            raise UsageError(f"config.model.kernel = {name!r}: {reason}; choose auto or another kernel")
+            raise UsageError(
+                f"config.model.kernel = {name!r}: {reason}; choose auto or another kernel"
+            )
         return name, "asked for"
     passed = []
     for candidate in PREFERENCE.get(p.platform, ("reference",)):
@@ -185,19 +210,37 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
     """Kernel `name` on each device's own batch rows and heads; shapes as in `attend`."""
 
     cut = sharding.parts("seq") > 1
-    asked = Problem(KERNELS[name].platform, q.dtype.name, q.shape[-1], q.shape[1], cap > 0, keep is not None,
-                    pattern.block is not None, sharding.parts("seq"))
+    asked = Problem(
+        KERNELS[name].platform,
+        q.dtype.name,
+        q.shape[-1],
+        q.shape[1],
+        cap > 0,
+        keep is not None,
+        pattern.block is not None,
+        sharding.parts("seq"),
+    )
     if reason := KERNELS[name].cannot(asked):
         raise UsageError(f"config.model.kernel = {name!r}: {reason}; choose another kernel")
 
     def run(q, k, v, segment, block, keep):
         own = Pattern(pattern.window, segment, block)
-        return KERNELS[name].cut(q, k, v, own, cap) if cut else KERNELS[name].run(q, k, v, own, cap, keep)
+        return (
+            KERNELS[name].cut(q, k, v, own, cap)
+            if cut
+            else KERNELS[name].run(q, k, v, own, cap, keep)
+        )
 
     heads = lambda n: ("batch", "seq", n, "head_dim")
     column = lambda x: None if x is None else ("batch", "seq")
-    axes = (heads("heads"), heads("kv_heads"), heads("kv_heads"), column(pattern.segment), column(pattern.block),
-            None if keep is None else ("batch", "heads", "seq", "keys"))
+    axes = (
+        heads("heads"),
+        heads("kv_heads"),
+        heads("kv_heads"),
+        column(pattern.segment),
+        column(pattern.block),
+        None if keep is None else ("batch", "heads", "seq", "keys"),
+    )
     return sharding.local(run, axes, heads("heads"))(q, k, v, pattern.segment, pattern.block, keep)
 
 
@@ -206,36 +249,65 @@ def conformance(name: str, model: config.Model, segments: bool, rows: int) -> fl
 
     `rows`: batch rows, a multiple of those that a mesh cuts them into (placing.row_parts). With `segments`, changing the first document must not change the second
     in the slightest. Raises UsageError when the kernel is wrong; returns the error relative to the largest value."""
-    length = 32 if name in ("xla", "cudnn") else 256 * sharding.parts("seq")  # several of the blocks that it skips
+    length = (
+        32 if name in ("xla", "cudnn") else 256 * sharding.parts("seq")
+    )  # several of the blocks that it skips
     windows = sorted({min(w, length // 4) for w in model.windows})  # short enough to be seen
     rng, dtype = np.random.default_rng(0), jnp.dtype(model.dtype)
-    q, k, v = (jnp.asarray(rng.standard_normal((rows, length, heads, model.head_dim)), dtype)
-               for heads in (model.heads, model.kv_heads, model.kv_heads))
-    segment = jnp.asarray(np.repeat([[1] * (length // 2) + [2] * (length // 2)], rows, 0)) if segments else None
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((rows, length, heads, model.head_dim)), dtype)
+        for heads in (model.heads, model.kv_heads, model.kv_heads)
+    )
+    segment = (
+        jnp.asarray(np.repeat([[1] * (length // 2) + [2] * (length // 2)], rows, 0))
+        if segments
+        else None
+    )
     place = lambda x, axis: sharding.constrain(placing.reorder(x), "batch", "seq", axis, "head_dim")
 
     @partial(jax.jit, static_argnums=(0, 1))
     def run(kernel, window, q, k, v):
         with sharding.using(sharding.WHOLE_ROWS if kernel == "reference" else {}):
-            column = None if segment is None else sharding.constrain(placing.reorder(segment), "batch", "seq")
+            column = (
+                None
+                if segment is None
+                else sharding.constrain(placing.reorder(segment), "batch", "seq")
+            )
             q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
             found = attention(kernel, q, k, v, Pattern(window, column), model.attention_softcap)
-            return placing.reorder(sharding.constrain(found, "batch", None, "heads", "head_dim"), back=True)
+            return placing.reorder(
+                sharding.constrain(found, "batch", None, "heads", "head_dim"), back=True
+            )
 
     def difference(ours, reference):
-        return float(jnp.max(jnp.abs(ours - reference).astype(jnp.float32)) / jnp.max(jnp.abs(reference)))
+        return float(
+            jnp.max(jnp.abs(ours - reference).astype(jnp.float32)) / jnp.max(jnp.abs(reference))
+        )
 
-    error = float(np.max([difference(run(name, window, q, k, v), run("reference", window, q, k, v))
-                          for window in windows]))  # numpy's, which lets no nan pass
+    error = float(
+        np.max(
+            [
+                difference(run(name, window, q, k, v), run("reference", window, q, k, v))
+                for window in windows
+            ]
+        )
+    )  # numpy's, which lets no nan pass
     limit = 1e-4 if model.dtype == "float32" else 3e-2
     if not error <= limit:
-        raise UsageError(f"config.model.kernel = {name!r}: differs from reference by {error:.1e} on this machine (limit "
-                         f"{limit:.0e}); choose another kernel")
+        raise UsageError(
+            f"config.model.kernel = {name!r}: differs from reference by {error:.1e} on this machine (limit "
+            f"{limit:.0e}); choose another kernel"
+        )
     if segments:
         first = jnp.arange(length)[None, :, None, None] < length // 2
-        clean, dirty = (run(name, windows[0], q, k, x)[:, length // 2:] for x in (v, jnp.where(first, v + 100, v)))
+        clean, dirty = (
+            run(name, windows[0], q, k, x)[:, length // 2 :]
+            for x in (v, jnp.where(first, v + 100, v))
+        )
         leaked = clean != dirty
         if bool(leaked.any()):
-            raise UsageError(f"config.model.kernel = {name!r}: lets a document see the one before it in a packed row; "
-                             "choose another kernel")
+            raise UsageError(
+                f"config.model.kernel = {name!r}: lets a document see the one before it in a packed row; "
+                "choose another kernel"
+            )
     return error

@@ -15,15 +15,23 @@ from gpt_jax import config, placing, sharding
 from gpt_jax.model.init import make_init, residual_ramp
 
 
-def matmul(x: jax.Array, kernel: jax.Array, out_axis: str | None, precise=None, seq: str = "seq") -> jax.Array:
+def matmul(
+    x: jax.Array, kernel: jax.Array, out_axis: str | None, precise=None, seq: str = "seq"
+) -> jax.Array:
     """x [B, T, D] @ kernel [D, F] -> [B, T, F]; `seq`: how the result's T is laid out, `precise`: its dtype. Where no
     mesh axis cuts T, on activations flattened to two dims: XLA's CPU backend runs the backward pass of the three-dim form
     at half the speed, and no other backend minds."""
     if sharding.parts(seq) > 1 or sharding.is_gathered(kernel):
         layout, whole = (sharding.out("batch", over, out_axis) for over in (seq, "seq"))
-        return _matmul(x, kernel, precise, layout) if layout == whole else _scattered(x, kernel, precise, layout, whole)
+        return (
+            _matmul(x, kernel, precise, layout)
+            if layout == whole
+            else _scattered(x, kernel, precise, layout, whole)
+        )
     rows = x.reshape(-1, x.shape[-1])
-    y = jnp.matmul(rows, kernel, preferred_element_type=precise, out_sharding=sharding.out("batch", out_axis))
+    y = jnp.matmul(
+        rows, kernel, preferred_element_type=precise, out_sharding=sharding.out("batch", out_axis)
+    )
     return sharding.reshape(y, (*x.shape[:-1], kernel.shape[-1]), "batch", seq, out_axis)
 
 
@@ -39,10 +47,14 @@ def _scattered(x, kernel, precise, layout, whole):
 
 
 def _scattered_backward(precise, layout, whole, saved, g):
-    return jax.vjp(lambda x, kernel: _matmul(x, kernel, precise, whole), *saved)[1](jax.reshard(g, whole))
+    return jax.vjp(lambda x, kernel: _matmul(x, kernel, precise, whole), *saved)[1](
+        jax.reshard(g, whole)
+    )
 
 
-_scattered.defvjp(lambda x, kernel, *how: (_scattered(x, kernel, *how), (x, kernel)), _scattered_backward)
+_scattered.defvjp(
+    lambda x, kernel, *how: (_scattered(x, kernel, *how), (x, kernel)), _scattered_backward
+)
 
 
 class Weights(nn.Module):
@@ -62,7 +74,9 @@ class Weights(nn.Module):
         kernel = sharding.use(self.param("kernel", init, (width, self.features)), self.axes, dtype)
         if not self.bias:
             return kernel, None
-        bias = self.param("bias", sharding.stored(nn.initializers.zeros, self.axes[1:]), (self.features,))
+        bias = self.param(
+            "bias", sharding.stored(nn.initializers.zeros, self.axes[1:]), (self.features,)
+        )
         return kernel, sharding.constrain(bias.astype(dtype), *self.axes[1:])
 
 
@@ -78,10 +92,14 @@ def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
     weights = [linear(x.shape[-1]) for linear in maps]
     if len(maps) > 1 and sharding.axis_size("tensor") == 1 and sharding.platform() == "cpu":
         ends = np.cumsum([linear.features for linear in maps])[:-1]
-        parts = jnp.split(matmul(x, jnp.concatenate([kernel for kernel, _ in weights], 1), None), ends, -1)
+        parts = jnp.split(
+            matmul(x, jnp.concatenate([kernel for kernel, _ in weights], 1), None), ends, -1
+        )
     else:
-        parts = [matmul(x, kernel, linear.axes[1], seq=model.stream if back else "seq")
-                 for linear, (kernel, _) in zip(maps, weights)]
+        parts = [
+            matmul(x, kernel, linear.axes[1], seq=model.stream if back else "seq")
+            for linear, (kernel, _) in zip(maps, weights)
+        ]
     return [y if bias is None else y + bias for y, (_, bias) in zip(parts, weights)]
 
 
@@ -95,9 +113,11 @@ def _rmsnorm(x, epsilon):
 
 
 # name -> (function in float32, has a scale, has a bias)
-NORMS = {"layernorm": (_layernorm, True, True),  # Ba et al. 2016
-         "rmsnorm": (_rmsnorm, True, False),  # Zhang & Sennrich 2019
-         "plain_rmsnorm": (_rmsnorm, False, False)}
+NORMS = {
+    "layernorm": (_layernorm, True, True),  # Ba et al. 2016
+    "rmsnorm": (_rmsnorm, True, False),  # Zhang & Sennrich 2019
+    "plain_rmsnorm": (_rmsnorm, False, False),
+}
 
 
 class Norm(nn.Module):
@@ -110,9 +130,13 @@ class Norm(nn.Module):
         function, has_scale, has_bias = NORMS[self.model.norm]
         y = function(x.astype(jnp.float32), self.model.norm_epsilon)
         if has_scale:
-            y = y * self.param("scale", sharding.stored(nn.initializers.ones, ("scale",)), (x.shape[-1],))
+            y = y * self.param(
+                "scale", sharding.stored(nn.initializers.ones, ("scale",)), (x.shape[-1],)
+            )
         if has_bias and self.model.bias:
-            y = y + self.param("bias", sharding.stored(nn.initializers.zeros, ("scale",)), (x.shape[-1],))
+            y = y + self.param(
+                "bias", sharding.stored(nn.initializers.zeros, ("scale",)), (x.shape[-1],)
+            )
         return y.astype(x.dtype)
 
 
@@ -129,7 +153,13 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
         found = jnp.where(inside[..., None], table[jnp.clip(mine, 0, table.shape[0] - 1)], 0)
         return jax.lax.psum(found, "tensor")
 
-    return look_up(rows if sharding.axis_size("tensor") == 1 else own_rows, table, ("vocab", "embed"), tokens, "batch")
+    return look_up(
+        rows if sharding.axis_size("tensor") == 1 else own_rows,
+        table,
+        ("vocab", "embed"),
+        tokens,
+        "batch",
+    )
 
 
 def look_up(function, table, axes: tuple[str, str], index, rows: str | None):
@@ -140,7 +170,9 @@ def look_up(function, table, axes: tuple[str, str], index, rows: str | None):
         dim, names = where
         gather = lambda table, index: function(sharding.gather(table, names, dim), index)
     with sharding.using({axes[1]: wide} if where else {}):
-        mapped = sharding.local(gather if where else function, (axes, (rows, "seq")), (rows, "seq", None))
+        mapped = sharding.local(
+            gather if where else function, (axes, (rows, "seq")), (rows, "seq", None)
+        )
         return mapped(table.astype(jnp.float32), index)
 
 
@@ -179,7 +211,9 @@ def rotary_frequencies(model: config.Model) -> np.ndarray:
     rotating = int(model.head_dim * model.rope_fraction)
     frequencies = model.rope_base ** -(np.arange(0, rotating, 2, dtype=np.float64) / rotating)
     if model.rope_scale_factor > 1:
-        turns = model.rope_scale_original_seq * frequencies / (2 * np.pi)  # over the original context
+        turns = (
+            model.rope_scale_original_seq * frequencies / (2 * np.pi)
+        )  # over the original context
         smooth = (turns - model.rope_scale_low) / (model.rope_scale_high - model.rope_scale_low)
         smooth = np.clip(smooth, 0, 1)
         frequencies = frequencies * (smooth + (1 - smooth) / model.rope_scale_factor)
@@ -191,7 +225,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     Channel i pairs with i + R / 2 (the layout of GPT-NeoX and Hugging Face's Llama)."""
     half = cos.shape[-1]
     cos, sin = (jnp.concatenate(parts, -1)[:, :, None] for parts in ((cos, cos), (-sin, sin)))
-    turning, rest = x[..., :2 * half].astype(jnp.float32), x[..., 2 * half:]
+    turning, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     turned = (turning * cos + jnp.roll(turning, half, -1) * sin).astype(x.dtype)
     return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)
 
@@ -204,12 +238,14 @@ def sinusoids(position: jax.Array, width: int) -> jax.Array:
 
 
 # name -> (activation, has a gate)
-FFNS = {"relu": (jax.nn.relu, False),
-        "gelu": (lambda x: jax.nn.gelu(x, approximate=False), False),
-        "gelu_tanh": (lambda x: jax.nn.gelu(x, approximate=True), False),
-        "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),  # So et al. 2021
-        "swiglu": (jax.nn.silu, True),  # Shazeer 2020
-        "geglu": (lambda x: jax.nn.gelu(x, approximate=True), True)}
+FFNS = {
+    "relu": (jax.nn.relu, False),
+    "gelu": (lambda x: jax.nn.gelu(x, approximate=False), False),
+    "gelu_tanh": (lambda x: jax.nn.gelu(x, approximate=True), False),
+    "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),  # So et al. 2021
+    "swiglu": (jax.nn.silu, True),  # Shazeer 2020
+    "geglu": (lambda x: jax.nn.gelu(x, approximate=True), True),
+}
 
 
 class Mlp(nn.Module):
@@ -222,9 +258,13 @@ class Mlp(nn.Module):
     def __call__(self, x):
         model = self.model
         activation, gated = FFNS[self.name_of_row]
-        linear = lambda features, axes, role, name: Weights(features, axes, role, model, model.bias, name=name)
+        linear = lambda features, axes, role, name: Weights(
+            features, axes, role, model, model.bias, name=name
+        )
         names = ("up", "gate") if gated else ("up",)
-        up, *gate = project(x, *(linear(model.mlp, ("embed", "mlp"), "mlp_in", name) for name in names))
+        up, *gate = project(
+            x, *(linear(model.mlp, ("embed", "mlp"), "mlp_in", name) for name in names)
+        )
         hidden = activation(gate[0]) * up if gated else activation(up)
         return project(hidden, linear(model.embed, ("mlp", "embed"), "mlp_out", "down"))[0]
 
@@ -237,9 +277,14 @@ class PositionTable(nn.Module):
     @nn.compact
     def __call__(self, position, shared: bool):
         axes = ("position", "embed")
-        table = self.param("table", sharding.stored(make_init("position", self.model), axes),
-                           (self.model.max_seq, self.model.embed))
-        return look_up(lambda table, index: table[index], table, axes, position, None if shared else "batch")
+        table = self.param(
+            "table",
+            sharding.stored(make_init("position", self.model), axes),
+            (self.model.max_seq, self.model.embed),
+        )
+        return look_up(
+            lambda table, index: table[index], table, axes, position, None if shared else "batch"
+        )
 
 
 class ResidualScalars(nn.Module):
@@ -249,7 +294,9 @@ class ResidualScalars(nn.Module):
 
     @nn.compact
     def __call__(self):
-        make = lambda name, *ends: self.param(name, sharding.stored(residual_ramp(*ends), ("layers",)), (self.layers,))
+        make = lambda name, *ends: self.param(
+            name, sharding.stored(residual_ramp(*ends), ("layers",)), (self.layers,)
+        )
         return make("x", 1.15, 1.05), make("x0", 0.20, 0.05)
 
 
@@ -260,7 +307,9 @@ class Factor(nn.Module):
 
     @nn.compact
     def __call__(self):
-        return self.param("scale", sharding.stored(nn.initializers.constant(self.start), ("scale",)), (1,))
+        return self.param(
+            "scale", sharding.stored(nn.initializers.constant(self.start), ("scale",)), (1,)
+        )
 
 
 class Smear(nn.Module):
@@ -271,7 +320,7 @@ class Smear(nn.Module):
     @nn.compact
     def __call__(self, x, before):
         weights = Weights(1, ("gate", None), "gate", self.model, False, name="gate")
-        gate = jax.nn.sigmoid(project(x[..., :self.model.smear_gate], weights)[0])
+        gate = jax.nn.sigmoid(project(x[..., : self.model.smear_gate], weights)[0])
         scale = Factor(0.0, name="factor")().astype(x.dtype)
         return x + scale * gate * before
 
@@ -284,6 +333,9 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, dtype):
         axes = ("embed", "vocab")
-        kernel = self.param("kernel", sharding.stored(make_init("head", self.model), axes),
-                            (self.model.embed, self.model.vocab))
+        kernel = self.param(
+            "kernel",
+            sharding.stored(make_init("head", self.model), axes),
+            (self.model.embed, self.model.vocab),
+        )
         return sharding.use(kernel, axes, dtype)

@@ -19,7 +19,10 @@ from gpt_jax.model.init import make_init
 from gpt_jax.model.layers import FFNS, Mlp
 
 ROUTERS = {"softmax": jax.nn.softmax, "sigmoid": lambda logits, axis=-1: jax.nn.sigmoid(logits)}
-UP, DOWN = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")  # the kernels' logical axes
+UP, DOWN = (
+    ("experts", "expert_embed", "mlp"),
+    ("experts", "mlp", "expert_embed"),
+)  # the kernels' logical axes
 
 
 class Moe(nn.Module):
@@ -36,10 +39,14 @@ class Moe(nn.Module):
         real = jnp.ones_like(choice[..., 0], bool) if segment is None else segment != 0
         room = None
         if model.dispatch == "capacity":
-            room = experts.capacity(x.shape[1], model.experts, model.experts_per_token, model.capacity_factor)
+            room = experts.capacity(
+                x.shape[1], model.experts, model.experts_per_token, model.capacity_factor
+            )
         stats = make_stats(model, logits, scores, choice, real, bias, room)
         kernels = Experts(model, name="experts")(x.shape[-1])
-        y = dispatch(model, x, jnp.where(real[..., None], choice, model.experts), weight, kernels, room)
+        y = dispatch(
+            model, x, jnp.where(real[..., None], choice, model.experts), weight, kernels, room
+        )
         if model.shared_experts:
             wide = replace(model, mlp=model.shared_experts * model.expert_mlp)
             y = y + Mlp(model.expert_ffn, wide, name="shared")(x)
@@ -56,12 +63,20 @@ class Router(nn.Module):
     def __call__(self, x):
         model, axes = self.model, ("embed", None)
         init = sharding.stored(make_init("router", model), axes)
-        kernel = sharding.use(self.param("kernel", init, (x.shape[-1], model.experts)), axes, jnp.float32)
-        logits = jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST,
-                            out_sharding=sharding.out("batch", "seq", None))
+        kernel = sharding.use(
+            self.param("kernel", init, (x.shape[-1], model.experts)), axes, jnp.float32
+        )
+        logits = jnp.matmul(
+            x.astype(jnp.float32),
+            kernel,
+            precision=jax.lax.Precision.HIGHEST,
+            out_sharding=sharding.out("batch", "seq", None),
+        )
         if model.balance != "bias":
             return logits, None
-        return logits, self.param("bias", sharding.stored(nn.initializers.zeros, (None,)), (model.experts,))
+        return logits, self.param(
+            "bias", sharding.stored(nn.initializers.zeros, (None,)), (model.experts,)
+        )
 
 
 def route(model: config.Model, logits: jax.Array, bias: jax.Array | None):
@@ -70,14 +85,18 @@ def route(model: config.Model, logits: jax.Array, bias: jax.Array | None):
     scores = ROUTERS[model.router](logits, axis=-1)
     ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     choice = jax.lax.top_k(ranked, model.experts_per_token)[1]
-    chosen = choice[..., None] == jnp.arange(model.experts)  # no gather: along rows that are cut it is refused
+    chosen = choice[..., None] == jnp.arange(
+        model.experts
+    )  # no gather: along rows that are cut it is refused
     weight = jnp.where(chosen, scores[:, :, None], 0).sum(-1)
     if model.router_normalize:
         weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
     return choice, weight, scores
 
 
-def make_stats(model: config.Model, logits, scores, choice, real, bias, room) -> dict[str, jax.Array]:
+def make_stats(
+    model: config.Model, logits, scores, choice, real, bias, room
+) -> dict[str, jax.Array]:
     """Sums over each row's real tokens, float32, [B] but for load: `load` [B, E] choices by expert; `dropped` choices
     beyond the capacity `room`; `router_z` of logsumexp(logits)^2 (Zoph et al. 2022, arXiv:2202.08906); `balance`, the
     loss of the Switch Transformer (Fedus et al. 2021, arXiv:2101.03961) within the row, times its tokens: E * sum over
@@ -91,9 +110,14 @@ def make_stats(model: config.Model, logits, scores, choice, real, bias, room) ->
     load = (chosen * mask).sum(1)
     total = load.sum(-1, keepdims=True)
     probability = ((scores / (scores.sum(-1, keepdims=True) + 1e-20)) * mask).sum(1)
-    stats = {"load": load, "router_z": (jax.nn.logsumexp(logits, axis=-1)**2 * mask[..., 0]).sum(1),
-             "balance": model.experts * (load / jnp.maximum(total, 1) * probability).sum(-1),
-             "dropped": jnp.zeros_like(load[:, 0]) if room is None else jnp.maximum(load - room, 0).sum(-1)}
+    stats = {
+        "load": load,
+        "router_z": (jax.nn.logsumexp(logits, axis=-1) ** 2 * mask[..., 0]).sum(1),
+        "balance": model.experts * (load / jnp.maximum(total, 1) * probability).sum(-1),
+        "dropped": jnp.zeros_like(load[:, 0])
+        if room is None
+        else jnp.maximum(load - room, 0).sum(-1),
+    }
     if bias is not None:
         excess = model.experts * load - total
         stats["steer"] = ((bias - jax.lax.stop_gradient(bias)) * excess).sum(-1)
@@ -110,7 +134,9 @@ class Experts(nn.Module):
         model, names = self.model, ("up", "gate") if FFNS[self.model.expert_ffn][1] else ("up",)
         down = Stack(model, DOWN, "mlp_out", name="down")((model.experts, model.expert_mlp, width))
         shape = (model.experts, width, model.expert_mlp)
-        return experts.Kernels(down, *(Stack(model, UP, "mlp_in", name=name)(shape) for name in names))
+        return experts.Kernels(
+            down, *(Stack(model, UP, "mlp_in", name=name)(shape) for name in names)
+        )
 
 
 class Stack(nn.Module):
@@ -139,7 +165,9 @@ def dispatch(model: config.Model, x, choice, weight, kernels: experts.Kernels, r
     kind = sharding.device_kind()
     given = [kernel.astype(x.dtype) for kernel in kernels if kernel is not None]
     stored, laid = sharding.STORED["expert_embed"], jax.typeof(given[0]).sharding.spec
-    split = tuple(axis for axis in stored if sharding.axis_size(axis) > 1 and stored in laid)  # no axis with ZeRO-1
+    split = tuple(
+        axis for axis in stored if sharding.axis_size(axis) > 1 and stored in laid
+    )  # no axis with ZeRO-1
 
     def local(x, choice, weight, *given):
         # Gathered here and not before, so that gradients are scattered, and not summed whole on every device.
@@ -147,7 +175,9 @@ def dispatch(model: config.Model, x, choice, weight, kernels: experts.Kernels, r
         kernels = experts.Kernels(gather(given[0], 2), *(gather(kernel, 1) for kernel in given[1:]))
         if room is None:
             flat = (y.reshape(-1, y.shape[-1]) for y in (x, choice, weight))
-            y = experts.dropless(*flat, kernels, activation, devices, platform, kind).reshape(x.shape)
+            y = experts.dropless(*flat, kernels, activation, devices, platform, kind).reshape(
+                x.shape
+            )
         else:
             y = experts.limited(x, choice, weight, kernels, activation, devices, room)
         if scatter:
@@ -161,4 +191,6 @@ def dispatch(model: config.Model, x, choice, weight, kernels: experts.Kernels, r
     rows = ("batch", "seq", None)
     with sharding.using({"expert_embed": stored} if split else {}):
         axes = (rows, rows, rows, DOWN, *(UP,) * (len(given) - 1))
-        return sharding.local(on_device, axes, ("batch", model.stream, None))(x, choice, weight, *given)
+        return sharding.local(on_device, axes, ("batch", model.stream, None))(
+            x, choice, weight, *given
+        )

@@ -44,7 +44,9 @@ def schedule(length: int, pieces: int, size: int, window: int, both_ways: bool) 
         lists = []
         for device in range(pieces):
             apart = first[device][:, None] - first[(device - turn) % pieces][None, :]
-            seen = (apart - size < window - 1 if window else True) & (both_ways | (apart + size > 0))
+            seen = (apart - size < window - 1 if window else True) & (
+                both_ways | (apart + size > 0)
+            )
             query, key = np.nonzero(seen)
             lists.append(np.stack([query, key, apart[query, key]], 1))
         most = max(map(len, lists))
@@ -74,10 +76,17 @@ def ring_attention(q, k, v, pattern, cap: float = 0.0, axis: str = "context"):
     steps = schedule(t * pieces, pieces, size, pattern.window, pattern.block is not None)
     column = lambda x: None if x is None else jnp.moveaxis(x.reshape(B, -1, size), 1, 0)
     # One dim is split or joined at a time: under vmap over a pipeline's stages no reshape can do more.
-    q = (q * jnp.asarray(H ** -0.5, q.dtype)).reshape(B, t, K, N // K, H)
+    q = (q * jnp.asarray(H**-0.5, q.dtype)).reshape(B, t, K, N // K, H)
     q = jnp.moveaxis(q.reshape(B, -1, size, K, N // K, H), (1, 2), (0, 4))
     k, v = (jnp.moveaxis(x.reshape(B, -1, size, K, H), (1, 2), (0, 3)) for x in (k, v))
-    out = _ring(_Ring(axis, steps, pattern.window, cap), q, k, v, column(pattern.segment), column(pattern.block))
+    out = _ring(
+        _Ring(axis, steps, pattern.window, cap),
+        q,
+        k,
+        v,
+        column(pattern.segment),
+        column(pattern.block),
+    )
     return jnp.moveaxis(out, (0, 4), (1, 2)).reshape(B, t, K, N // K, H).reshape(B, t, N, H)
 
 
@@ -119,7 +128,11 @@ class _Ring(NamedTuple):
         if self.window:
             mask = mask & (apart < self.window)[None]
         if segment is not None:
-            mask = mask & (segment[:, :, None] == key_segment[:, None, :]) & (key_segment != 0)[:, None, :]
+            mask = (
+                mask
+                & (segment[:, :, None] == key_segment[:, None, :])
+                & (key_segment != 0)[:, None, :]
+            )
         return mask[:, None, None]
 
     def scores(self, q, k):
@@ -134,7 +147,9 @@ def _pick(tree, place):
 
 
 def _put(tree, parts, place):
-    return jax.tree.map(lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, place, 0), tree, parts)
+    return jax.tree.map(
+        lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, place, 0), tree, parts
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -145,7 +160,11 @@ def _ring(ring: _Ring, q, k, v, segment, block):
 
 def _forward(ring, q, k, v, segment, block):
     own, held = (segment, block), (k, v, segment, block)
-    state = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], LOWEST), jnp.zeros(q.shape[:-1], jnp.float32)
+    state = (
+        jnp.zeros(q.shape, jnp.float32),
+        jnp.full(q.shape[:-1], LOWEST),
+        jnp.zeros(q.shape[:-1], jnp.float32),
+    )
 
     def merge(held, state, item):
         (query, columns), (k, v, *key_columns) = _pick((q, own), item[0]), _pick(held, item[1])
@@ -161,7 +180,15 @@ def _forward(ring, q, k, v, segment, block):
     out, top, total = ring.go_round(step, held, state)
     seen = total > 0
     out = jnp.where(seen[..., None], out / jnp.where(seen, total, 1)[..., None], 0).astype(q.dtype)
-    return out, (q, k, v, segment, block, out, jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), 0))
+    return out, (
+        q,
+        k,
+        v,
+        segment,
+        block,
+        out,
+        jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), 0),
+    )
 
 
 def _backward(ring, kept, d_out):
@@ -170,7 +197,10 @@ def _backward(ring, kept, d_out):
     pull = (d_out.astype(jnp.float32) * out).sum(-1)
 
     def merge(held, state, item):
-        ours, (k, v, *key_columns) = _pick((q, d_out, log_sum, pull, own), item[0]), _pick(held, item[1])
+        ours, (k, v, *key_columns) = (
+            _pick((q, d_out, log_sum, pull, own), item[0]),
+            _pick(held, item[1]),
+        )
         query, d_out_here, log_sum_here, pull_here, columns = ours
         mask = ring.mask(item[2], columns, key_columns, q.shape[4])
         scores = ring.scores(query, k)
@@ -181,8 +211,12 @@ def _backward(ring, kept, d_out):
         probs, d_scores = probs.astype(v.dtype), d_scores.astype(q.dtype)
         d_q, d_k, d_v = state
         d_q = _put(d_q, _pick(d_q, item[0]) + _product("bkgts,bksh->bkgth", d_scores, k), item[0])
-        d_k = _put(d_k, _pick(d_k, item[1]) + _product("bkgts,bkgth->bksh", d_scores, query), item[1])
-        d_v = _put(d_v, _pick(d_v, item[1]) + _product("bkgts,bkgth->bksh", probs, d_out_here), item[1])
+        d_k = _put(
+            d_k, _pick(d_k, item[1]) + _product("bkgts,bkgth->bksh", d_scores, query), item[1]
+        )
+        d_v = _put(
+            d_v, _pick(d_v, item[1]) + _product("bkgts,bkgth->bksh", probs, d_out_here), item[1]
+        )
         return (d_q, d_k, d_v), None
 
     def step(state, held, items, shift):
@@ -206,11 +240,14 @@ _ring.defvjp(_forward, _backward)
 
 # ---- kernels that want whole keys ----
 
+
 def gather(x, axis: str = "context"):
     """All devices' parts of a row, x [B, t, …] in placing.order, as [B, T, …] in the order of the text."""
     if jax.lax.axis_size(axis) == 1:
         return x
     parts = jax.lax.all_gather(x, axis)
     halves = parts.reshape(parts.shape[0], x.shape[0], 2, x.shape[1] // 2, *x.shape[2:])
-    chunks = jnp.concatenate([halves[:, :, 0], halves[::-1, :, 1]])  # the i-th chunks, then the i-th last
+    chunks = jnp.concatenate(
+        [halves[:, :, 0], halves[::-1, :, 1]]
+    )  # the i-th chunks, then the i-th last
     return jnp.moveaxis(chunks, 0, 1).reshape(x.shape[0], -1, *x.shape[2:])

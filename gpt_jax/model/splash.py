@@ -26,20 +26,36 @@ def attention(q, k, v, pattern, cap: float = 0.0, axis: str | None = None, inter
     t, N, H = q.shape[1:]
     pieces = jax.lax.axis_size(axis) if axis else 1
     T, size = t * pieces, math.gcd(t, BLOCK)
-    mask = masks.LocalMask((T, T), (pattern.window - 1, 0), 0) if pattern.window else masks.CausalMask((T, T))
+    mask = (
+        masks.LocalMask((T, T), (pattern.window - 1, 0), 0)
+        if pattern.window
+        else masks.CausalMask((T, T))
+    )
     if axis:
-        mask.q_sequence = placing.order(T, pieces).astype(np.int32)  # row -> token, here and inside the kernel
-    kernel = splash.make_splash_mha(mask=masks.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=pieces,
-                                    block_sizes=BlockSizes(*(size,) * 8), attn_logits_soft_cap=cap or None,
-                                    interpret=interpret)
+        mask.q_sequence = placing.order(T, pieces).astype(
+            np.int32
+        )  # row -> token, here and inside the kernel
+    kernel = splash.make_splash_mha(
+        mask=masks.MultiHeadMask([mask] * N),
+        head_shards=1,
+        q_seq_shards=pieces,
+        block_sizes=BlockSizes(*(size,) * 8),
+        attn_logits_soft_cap=cap or None,
+        interpret=interpret,
+    )
     whole = (lambda x: ring.gather(x, axis)) if axis else lambda x: x
     if axis:  # its tables by blocks of queries, [1, c * …, …], and the tokens of the queries, [T]: this device's part
         me = jax.lax.axis_index(axis)
-        part = lambda x, dim: jax.lax.dynamic_slice_in_dim(x, me * (x.shape[dim] // pieces), x.shape[dim] // pieces, dim)
+        part = lambda x, dim: jax.lax.dynamic_slice_in_dim(
+            x, me * (x.shape[dim] // pieces), x.shape[dim] // pieces, dim
+        )
         kernel = jax.tree.map(lambda x: part(x, x.ndim // 2), kernel)
     segment = pattern.segment
     ids = None if segment is None else splash.SegmentIds(q=segment, kv=whole(segment))
     heads_first = lambda x: x.swapaxes(1, 2)
-    q, k, v = (heads_first(x) for x in (q * jnp.asarray(H ** -0.5, q.dtype), whole(k), whole(v)))
-    run = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids), in_axes=(0, 0, 0, None if ids is None else 0))
+    q, k, v = (heads_first(x) for x in (q * jnp.asarray(H**-0.5, q.dtype), whole(k), whole(v)))
+    run = jax.vmap(
+        lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids),
+        in_axes=(0, 0, 0, None if ids is None else 0),
+    )
     return heads_first(run(q, k, v, ids))

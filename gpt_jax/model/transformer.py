@@ -18,14 +18,29 @@ from gpt_jax.errors import UsageError
 from gpt_jax.model import pipeline
 from gpt_jax.model.attention import Attention, Context, append, cache_slots
 from gpt_jax.model.balance import add_layer, empty_report
-from gpt_jax.model.layers import (Embed, Factor, Head, Mlp, Norm, PositionTable, ResidualScalars, Smear, dropout,
-                                  matmul, rotary_frequencies, sinusoids, softcap)
+from gpt_jax.model.layers import (
+    Embed,
+    Factor,
+    Head,
+    Mlp,
+    Norm,
+    PositionTable,
+    ResidualScalars,
+    Smear,
+    dropout,
+    matmul,
+    rotary_frequencies,
+    sinusoids,
+    softcap,
+)
 from gpt_jax.model.moe import Moe
 
 MIXERS = {"attention": Attention}
-REMATS = {"block": None,  # recompute the block from its input
-          "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results
-          "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")}
+REMATS = {
+    "block": None,  # recompute the block from its input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 
 
 class Block(nn.Module):
@@ -77,7 +92,9 @@ class Period(nn.Module):
         for i, spec in enumerate(self.specs):
             scalar = None if scalars is None else (scalars[0][i], scalars[1][i])
             cache = None if caches is None else caches[str(i)]
-            x, new[str(i)], stats = block(self.model, spec, name=str(i))(x, x0, scalar, cache, context)
+            x, new[str(i)], stats = block(self.model, spec, name=str(i))(
+                x, x0, scalar, cache, context
+            )
             report = add_layer(report, stats, self.model, first + i)
             if half is not None:
                 half = jnp.where(first + i == self.model.layers // 2, x, half)
@@ -96,9 +113,14 @@ class Transformer(nn.Module):
         if model.position == "learned":
             self.position = PositionTable(model)
         unroll = model.unroll or self.plan.repeats
-        scanned = nn.scan(Period, variable_axes={"params": 0, "intermediates": 0},
-                          split_rngs={"params": True, "dropout": True}, in_axes=(0, 0, 0, nn.broadcast),
-                          length=self.plan.repeats, unroll=unroll)
+        scanned = nn.scan(
+            Period,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, 0, 0, nn.broadcast),
+            length=self.plan.repeats,
+            unroll=unroll,
+        )
         self.blocks = scanned(model, self.plan.period, looped=unroll < self.plan.repeats)
         if self.plan.tail:
             self.tail = Period(model, self.plan.tail, looped=False)
@@ -140,8 +162,12 @@ class Transformer(nn.Module):
         keys = (None, "batch", "seq", "kv_heads", "head_dim")
         put = sharding.local(append, (keys, keys, ("batch",)), keys)
         tail = lambda old, x: put(old[None], x[None], lengths)[0]
-        return hidden, new | {"blocks": jax.tree.map(lambda old, x: put(old, x, lengths), cache["blocks"], new["blocks"]),
-                        "tail": jax.tree.map(tail, cache["tail"], new["tail"])}
+        return hidden, new | {
+            "blocks": jax.tree.map(
+                lambda old, x: put(old, x, lengths), cache["blocks"], new["blocks"]
+            ),
+            "tail": jax.tree.map(tail, cache["tail"], new["tail"]),
+        }
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [B, T, D] -> logits [B, T, V], float32."""
@@ -160,8 +186,12 @@ class Transformer(nn.Module):
     def _forward(self, batch, cache, lengths):
         model, plan = self.model, self.plan
         tokens = batch["tokens"]
-        if model.position == "learned" and tokens.shape[1] > model.max_seq:  # a lookup beyond the table would clamp
-            raise UsageError(f"{tokens.shape[1]} tokens do not fit the model's context of {model.max_seq}")
+        if (
+            model.position == "learned" and tokens.shape[1] > model.max_seq
+        ):  # a lookup beyond the table would clamp
+            raise UsageError(
+                f"{tokens.shape[1]} tokens do not fit the model's context of {model.max_seq}"
+            )
         position = batch["position"] if "position" in batch else placing.positions(tokens.shape[1])
         running = lambda ar: jnp.cumsum(ar, axis=1, dtype=jnp.int32)
         block = placing.in_order(running, batch["ar"], "batch", "seq") if "ar" in batch else None
@@ -169,7 +199,9 @@ class Transformer(nn.Module):
         if model.position == "rotary":
             radians = position[..., None].astype(jnp.float32) * rotary_frequencies(model)
             angles = (jnp.cos(radians), jnp.sin(radians))
-        context = Context(tokens, batch["segment"] if "segment" in batch else None, block, angles, lengths)
+        context = Context(
+            tokens, batch["segment"] if "segment" in batch else None, block, angles, lengths
+        )
         x = self._embed(tokens, position, "position" not in batch)
         extra = {}
         if model.smear:
@@ -177,9 +209,16 @@ class Transformer(nn.Module):
         x = sharding.constrain(x, "batch", model.stream, None)
         scalars = self.residual() if model.residual_scalars else None
         split = len(plan.period) * plan.repeats
-        stacked = None if scalars is None else tuple(s[:split].reshape(plan.repeats, -1) for s in scalars)
+        stacked = (
+            None if scalars is None else tuple(s[:split].reshape(plan.repeats, -1) for s in scalars)
+        )
         caches = (None, None) if cache is None else (cache["blocks"], cache["tail"])
-        carry = (x, x, jnp.zeros_like(x) if model.backout else None, empty_report(model, tokens.shape[0]))
+        carry = (
+            x,
+            x,
+            jnp.zeros_like(x) if model.backout else None,
+            empty_report(model, tokens.shape[0]),
+        )
         firsts = jnp.arange(0, split, len(plan.period))
         if sharding.axis_size("pipeline") > 1 and cache is None and not self.is_initializing():
             carry, blocks = self._through_stages(carry, firsts, stacked, context), None
@@ -209,16 +248,27 @@ class Transformer(nn.Module):
 
         angles, columns = context.angles, context._replace(angles=None) if shared else context
         stacked = (self.variables["params"]["blocks"], firsts, scalars)
-        return pipeline.run(layer, stacked, carry, columns, model.pipeline_rounds, model.pipeline_microbatches,
-                            model.unroll or self.plan.repeats)
+        return pipeline.run(
+            layer,
+            stacked,
+            carry,
+            columns,
+            model.pipeline_rounds,
+            model.pipeline_microbatches,
+            model.unroll or self.plan.repeats,
+        )
 
     def _smear(self, x, context, cache):
         """(x with its predecessors' share, [B, D] what the next token's predecessor is when there is a cache)."""
         if cache is not None and x.shape[1] == 1:
             return self.smear(x, cache["previous"][:, None]), x[:, 0]
-        before = placing.in_order(lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1], x, "batch", "seq", None)
+        before = placing.in_order(
+            lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1], x, "batch", "seq", None
+        )
         if context.segment is not None:
-            segment = placing.in_order(lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1], context.segment, "batch", "seq")
+            segment = placing.in_order(
+                lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1], context.segment, "batch", "seq"
+            )
             before = jnp.where((segment == context.segment)[..., None], before, 0)
         last = None
         if cache is not None:
@@ -246,11 +296,22 @@ def make_cache(model: config.Model, rows: int, length: int) -> dict:
 
     def layer(spec, *lead):
         shape = (*lead, rows, cache_slots(spec.window, length), model.kv_heads, model.head_dim)
-        return tuple(sharding.constrain(jnp.zeros(shape, dtype), *(None,) * len(lead), "batch", "seq", "kv_heads",
-                                        "head_dim") for _ in "kv")
+        return tuple(
+            sharding.constrain(
+                jnp.zeros(shape, dtype),
+                *(None,) * len(lead),
+                "batch",
+                "seq",
+                "kv_heads",
+                "head_dim",
+            )
+            for _ in "kv"
+        )
 
-    made = {"blocks": {str(i): layer(spec, plan.repeats) for i, spec in enumerate(plan.period)},
-            "tail": {str(i): layer(spec) for i, spec in enumerate(plan.tail)} if plan.tail else None}
+    made = {
+        "blocks": {str(i): layer(spec, plan.repeats) for i, spec in enumerate(plan.period)},
+        "tail": {str(i): layer(spec) for i, spec in enumerate(plan.tail)} if plan.tail else None,
+    }
     if model.smear:
         made["previous"] = sharding.constrain(jnp.zeros((rows, model.embed), dtype), "batch", None)
     return made
@@ -259,8 +320,12 @@ def make_cache(model: config.Model, rows: int, length: int) -> dict:
 def init_params(model: config.Model, key: jax.Array) -> dict:
     """Fresh parameters, float32, laid out by the STORED rules; the same values on every mesh. Call it under jit."""
     with sharding.using(sharding.WHOLE_ROWS):
-        tokens = sharding.constrain(jnp.zeros((sharding.parts("batch"), 1), jnp.int32), "batch", "seq")
-        params = Transformer(replace(model, kernel="reference")).init(key, {"tokens": tokens})["params"]
+        tokens = sharding.constrain(
+            jnp.zeros((sharding.parts("batch"), 1), jnp.int32), "batch", "seq"
+        )
+        params = Transformer(replace(model, kernel="reference")).init(key, {"tokens": tokens})[
+            "params"
+        ]
     return params | {"blocks": sharding.over_stages(params["blocks"])}
 
 
@@ -273,10 +338,20 @@ def count_params(model: config.Model) -> dict[str, int]:
     """`total`, `embedding` (rows looked up) and `matmul` (weights that a token is multiplied with: a tied head counted, and
     of experts those that it is sent to, as far as their capacity goes) parameters."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
-    sizes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size for path, leaf in leaves}
-    of = lambda ending, part="": sum(size for path, size in sizes.items() if path.endswith(ending) and part in path)
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size for path, leaf in leaves
+    }
+    of = lambda ending, part="": sum(
+        size for path, size in sizes.items() if path.endswith(ending) and part in path
+    )
     experts = of("/kernel", "/experts/")
     room = min(1.0, model.capacity_factor) if model.dispatch == "capacity" else 1
     active = int(experts * model.experts_per_token // model.experts * room)
-    return {"total": sum(sizes.values()), "embedding": of("/table"),
-            "matmul": of("/kernel") - experts + active + (model.vocab * model.embed if model.tied else 0)}
+    return {
+        "total": sum(sizes.values()),
+        "embedding": of("/table"),
+        "matmul": of("/kernel")
+        - experts
+        + active
+        + (model.vocab * model.embed if model.tied else 0),
+    }

@@ -42,23 +42,38 @@ def describe(topology: Topology):
     """The devices of a machine, as JAX sees them, slice by slice."""
     if topology.chip.platform == "gpu":
         shape = "x".join(map(str, (1, *topology.shape)))  # slices x hosts x cards
-        return topologies.get_topology_desc(platform="cuda", topology_name="plan", topology=shape,
-                                            target_config=targets.text(topology.name)).devices
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="plan",
+            topology=shape,
+            target_config=targets.text(topology.name),
+        ).devices
     more = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    if topology.chip.dims == 3 and topology.chip.per_chip == 1:  # else v5p's gathers are compiled as sums
+    if (
+        topology.chip.dims == 3 and topology.chip.per_chip == 1
+    ):  # else v5p's gathers are compiled as sums
         more["wrap"] = topology.wraps
     shape = "x".join(map(str, topology.shape))
     try:
-        return topologies.get_topology_desc(topology_name=f"{topology.name}:{shape}", platform="tpu", **more).devices
+        return topologies.get_topology_desc(
+            topology_name=f"{topology.name}:{shape}", platform="tpu", **more
+        ).devices
     except Exception as error:
-        raise UsageError(f"--topology={topology}: libtpu does not know it: {str(error).splitlines()[0]}") from None
+        raise UsageError(
+            f"--topology={topology}: libtpu does not know it: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def abstract_batch(config: configs.Config, mesh) -> dict:
     """The columns of a step's batch, on `mesh`."""
-    shape, place = (config.train.batch_size, config.train.seq_len), NamedSharding(mesh, sharding.batch_spec())
+    shape, place = (
+        (config.train.batch_size, config.train.seq_len),
+        NamedSharding(mesh, sharding.batch_spec()),
+    )
     columns = COLUMNS | (APART if config.data.apart else {})
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in columns.items()}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in columns.items()
+    }
 
 
 def lower(config: configs.Config, mesh):
@@ -71,7 +86,9 @@ def lower(config: configs.Config, mesh):
 def compile_step(config: configs.Config, topology: Topology, kernel: str, keep=None) -> Compiled:
     """`keep(text)` gets the program's text. UsageError for options that the compiler does not know."""
     devices = describe(topology)
-    mesh = sharding.make_mesh(configs.check(config, len(devices)), devices, configs.cross_slice(config.mesh))
+    mesh = sharding.make_mesh(
+        configs.check(config, len(devices)), devices, configs.cross_slice(config.mesh)
+    )
     lowered = lower(replace(config, model=replace(config.model, kernel=kernel)), mesh)
     began = time.perf_counter()
     try:
@@ -83,7 +100,19 @@ def compile_step(config: configs.Config, topology: Topology, kernel: str, keep=N
     seconds, used, text = time.perf_counter() - began, done.memory_analysis(), done.as_text()
     if keep:
         keep(text)
-    held = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
+    held = (
+        used.argument_size_in_bytes
+        + used.output_size_in_bytes
+        - used.alias_size_in_bytes
+        + used.temp_size_in_bytes
+    )
     peak = max(held, getattr(used, "peak_memory_in_bytes", 0))
-    return Compiled(seconds, used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes,
-                    used.alias_size_in_bytes, peak, hlo.read(text, dict(mesh.shape)))
+    return Compiled(
+        seconds,
+        used.argument_size_in_bytes,
+        used.output_size_in_bytes,
+        used.temp_size_in_bytes,
+        used.alias_size_in_bytes,
+        peak,
+        hlo.read(text, dict(mesh.shape)),
+    )

@@ -76,9 +76,15 @@ def with_vocab(config: configs.Config) -> configs.Config:
     if spec.vocab:
         return configs.resolve(config, spec.vocab + len(spec.specials))
     if spec.base == "char" or not text:
-        why = f"{text!r} is made of the text" if text else "'' means that of the prepared folder or token files, else bytes"
-        raise UsageError(f"config.model.vocab = 0: a plan reads no text, and config.data.tokenizer = {why}; set "
-                         "config.model.vocab to its size (`gpt-jax train` prints it), or config.data.tokenizer")
+        why = (
+            f"{text!r} is made of the text"
+            if text
+            else "'' means that of the prepared folder or token files, else bytes"
+        )
+        raise UsageError(
+            f"config.model.vocab = 0: a plan reads no text, and config.data.tokenizer = {why}; set "
+            "config.model.vocab to its size (`gpt-jax train` prints it), or config.data.tokenizer"
+        )
     return configs.resolve(config, known_tokenizer(text).vocab)
 
 
@@ -92,11 +98,20 @@ def _role(path: str) -> str:
 
 def _array(path: str, leaf) -> Array:
     part = path.split("/")[0]
-    names = [name for part_of in leaf.sharding.spec if part_of
-             for name in ((part_of,) if isinstance(part_of, str) else part_of)]
+    names = [
+        name
+        for part_of in leaf.sharding.spec
+        if part_of
+        for name in ((part_of,) if isinstance(part_of, str) else part_of)
+    ]
     role = _role(path)
-    return Array(part if part in ("params", "opt", "ema") else "rest", role, tuple(sorted(names)),
-                 "/blocks/" in path, leaf.dtype.itemsize)
+    return Array(
+        part if part in ("params", "opt", "ema") else "rest",
+        role,
+        tuple(sorted(names)),
+        "/blocks/" in path,
+        leaf.dtype.itemsize,
+    )
 
 
 def _widths(model: configs.Model, spec) -> Widths:
@@ -105,19 +120,29 @@ def _widths(model: configs.Model, spec) -> Widths:
     if spec.ffn != "moe":
         return Widths(q, kv, gates(spec.ffn) * model.mlp, model.mlp, spec.ffn, 0)
     seen = model.experts_per_token + model.shared_experts
-    return Widths(q, kv, seen * gates(model.expert_ffn) * model.expert_mlp, seen * model.expert_mlp,
-                  model.expert_ffn, model.experts_per_token)
+    return Widths(
+        q,
+        kv,
+        seen * gates(model.expert_ffn) * model.expert_mlp,
+        seen * model.expert_mlp,
+        model.expert_ffn,
+        model.experts_per_token,
+    )
 
 
 def make_job(config: configs.Config) -> Job:
     """Traces the state of `config` (3 s for the largest presets). UsageError for what has no size, for a mistake of one, and
     for a model that is none."""
     if config.model.layers > MOST_LAYERS:
-        raise UsageError(f"config.model.layers = {config.model.layers}: a plan takes {MOST_LAYERS:,} at most; lower it")
+        raise UsageError(
+            f"config.model.layers = {config.model.layers}: a plan takes {MOST_LAYERS:,} at most; lower it"
+        )
     config = with_vocab(config)
     if found := configs.faults(config):
         raise UsageError("; and ".join(found))
-    traced = replace(config, model=replace(config.model, kernel="reference"), mesh=configs.Mesh(data=1))
+    traced = replace(
+        config, model=replace(config.model, kernel="reference"), mesh=configs.Mesh(data=1)
+    )
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     steps = experiment.make_steps(traced, mesh)
     state: Counter = Counter()
@@ -133,11 +158,20 @@ def make_job(config: configs.Config) -> Job:
 def pieces(array: Array, shape: dict[str, int], zero: int = 3) -> int:
     """Devices' shares into which an array is cut on a mesh of these axis sizes."""
     dropped = configs.FSDP_AXES if zero == 1 and array.part in ("params", "ema") else ()
-    kept = [axis for axis in array.axes if axis not in dropped or (axis == "expert" and array.role == "expert")]
+    kept = [
+        axis
+        for axis in array.axes
+        if axis not in dropped or (axis == "expert" and array.role == "expert")
+    ]
     return math.prod(shape[axis] for axis in kept) * (shape["pipeline"] if array.stacked else 1)
 
 
-def device_bytes(job: Job, shape: dict[str, int], part: str, zero: int = 3, role: str = "", bytes_each: int = 0) -> float:
+def device_bytes(
+    job: Job, shape: dict[str, int], part: str, zero: int = 3, role: str = "", bytes_each: int = 0
+) -> float:
     """Bytes on one device of a part of the state (`bytes_each`: instead of the arrays' own size)."""
-    return sum(size * (bytes_each or array.itemsize) / pieces(array, shape, zero) for array, size in job.state.items()
-               if array.part == part and (not role or array.role == role))
+    return sum(
+        size * (bytes_each or array.itemsize) / pieces(array, shape, zero)
+        for array, size in job.state.items()
+        if array.part == part and (not role or array.role == role)
+    )

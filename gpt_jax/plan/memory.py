@@ -13,9 +13,16 @@ from gpt_jax import config as configs
 from gpt_jax.model.grouped import WAYS, block_rows
 from gpt_jax.plan.job import Job, Widths, device_bytes, kinds
 
-GATHERED = {"fsdp": 1, "context": 1, "pipeline": 1}  # axes that cut no weight of experts where it is multiplied
+GATHERED = {
+    "fsdp": 1,
+    "context": 1,
+    "pipeline": 1,
+}  # axes that cut no weight of experts where it is multiplied
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
-COLUMNS, APART = 4, 2  # of a batch, four bytes an entry each; more where documents are kept apart (data/rows.py)
+COLUMNS, APART = (
+    4,
+    2,
+)  # of a batch, four bytes an entry each; more where documents are kept apart (data/rows.py)
 STREAMS = 6.0  # arrays as wide as the stream, in float32 or twice in bfloat16, while a layer's gradient is made
 # Each of q, k, v and the feed-forward's inner channels: its value and its gradient. In a layer of experts, whose rows are
 # most of it, not all live at once (moe:8x7b on v6e, v5p, H100 and H200).
@@ -84,12 +91,22 @@ class Local(NamedTuple):
 
 def local(job: Job, shape: dict[str, int]) -> Local:
     config, stages, layers = job.config, shape["pipeline"], len(job.layers)
-    rows = config.train.batch_size / config.train.accumulate / math.prod(shape[axis] for axis in configs.BATCH_AXES)
+    rows = (
+        config.train.batch_size
+        / config.train.accumulate
+        / math.prod(shape[axis] for axis in configs.BATCH_AXES)
+    )
     tokens = rows * config.train.seq_len / shape["context"]
     if stages == 1:
         return Local(rows, tokens, tokens, 1, layers)
     count, rounds = config.model.pipeline_microbatches or stages, config.model.pipeline_rounds
-    return Local(rows, tokens, tokens * stages / count, rounds * count + stages - 1, layers / (rounds * stages))
+    return Local(
+        rows,
+        tokens,
+        tokens * stages / count,
+        rounds * count + stages - 1,
+        layers / (rounds * stages),
+    )
 
 
 def stream_bytes(job: Job, shape: dict[str, int]) -> float:
@@ -108,7 +125,9 @@ def blockwise(model: configs.Model, platform: str) -> bool:
     return model.dispatch == "dropless" and platform not in WAYS
 
 
-def _blocks(model: configs.Model, shape: dict[str, int], tokens: float, platform: str) -> tuple[int, float, int]:
+def _blocks(
+    model: configs.Model, shape: dict[str, int], tokens: float, platform: str
+) -> tuple[int, float, int]:
     """(experts of a device, choices that its `tokens` make, rows of a block)."""
     own, choices = max(1, model.experts // shape["expert"]), tokens * model.experts_per_token
     return own, choices, block_rows(int(choices), own, platform)
@@ -152,7 +171,9 @@ def buffered(widths: Widths, model: configs.Model, times: float, platform: str) 
         return widths
     within = 0.0 if blockwise(model, platform) else times
     grow = (within * widths.sent + model.shared_experts) / (widths.sent + model.shared_experts)
-    return widths._replace(inner=widths.inner * grow, hidden=widths.hidden * grow, sent=widths.sent * times)
+    return widths._replace(
+        inner=widths.inner * grow, hidden=widths.hidden * grow, sent=widths.sent * times
+    )
 
 
 def experts_bytes(job: Job, shape: dict[str, int], bytes_each: int) -> float:
@@ -167,10 +188,16 @@ def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
     inside = (widths.q + 2 * widths.kv + widths.inner) / tensor * half
     if model.remat in ("block", "offload"):
         return stream
-    if model.remat == "dots":  # results of matmuls that are read again: q, k, v, attention's output, inner; no experts'
+    if (
+        model.remat == "dots"
+    ):  # results of matmuls that are read again: q, k, v, attention's output, inner; no experts'
         return 2 * stream + ((widths.q + 2 * widths.kv) / tensor * half if widths.sent else inside)
-    norms = 2 * (stream + stream / half * FULL)  # what goes into the matmuls, and the norms' own float32
-    activation = (2 * widths.q + widths.hidden * ACTIVATIONS.get(widths.ffn, SMOOTH)) / tensor * half
+    norms = 2 * (
+        stream + stream / half * FULL
+    )  # what goes into the matmuls, and the norms' own float32
+    activation = (
+        (2 * widths.q + widths.hidden * ACTIVATIONS.get(widths.ffn, SMOOTH)) / tensor * half
+    )
     sent = 2 * widths.sent * model.embed * half  # what goes into the experts, and what comes back
     return 3 * stream + inside + norms + activation + sent
 
@@ -200,16 +227,24 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     fsdp = math.prod(shape[axis] for axis in configs.FSDP_AXES) > 1
     stages = shape["pipeline"]
     times = spare(model, shape, here.tick_tokens, platform)
-    layers = [(buffered(widths, model, times, platform), count) for widths, count in kinds(job.layers)]
+    layers = [
+        (buffered(widths, model, times, platform), count) for widths, count in kinds(job.layers)
+    ]
     held = sum(kept(job, widths, shape) * count for widths, count in layers)
     activations = here.tick_tokens * here.ticks * held * here.tick_layers / len(job.layers)
     if stages > 1:  # every stage holds all microbatches' streams, coming and going
         activations += 3 * here.tokens * stages * stream_bytes(job, shape)
-    activations += here.tokens * stream_bytes(job, shape) * (1 + model.residual_scalars + model.backout)
+    activations += (
+        here.tokens * stream_bytes(job, shape) * (1 + model.residual_scalars + model.backout)
+    )
     sparse = sum(widths.sent > 0 for widths in job.layers)
-    layer = device_bytes(job, shape | GATHERED | {"expert": 1}, "params", 3, "layer", half) / len(job.layers)
+    layer = device_bytes(job, shape | GATHERED | {"expert": 1}, "params", 3, "layer", half) / len(
+        job.layers
+    )
     experts = experts_bytes(job, shape, half) / max(1, sparse)
-    working = here.tick_tokens * (STREAMS * stream_bytes(job, shape) + max(inside(job, w, shape) for w, _ in layers))
+    working = here.tick_tokens * (
+        STREAMS * stream_bytes(job, shape) + max(inside(job, w, shape) for w, _ in layers)
+    )
     if model.shard_sequence and shape["tensor"] > 1:
         working += here.tick_tokens * WHOLE * model.embed * half
     working += EXPERTS[platform] * experts
@@ -220,11 +255,24 @@ def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memor
     gathered = (2 * (layer + experts) + table * half) * fsdp * (zero == 3) + table * FULL * fsdp
     if 0 < train.loss_chunk < train.seq_len:
         gathered += (SUMMED[platform] - 1) * table * FULL * fsdp
-    if model.remat == "none" and fsdp and zero == 3:  # the gathered weights are kept for the backward pass
+    if (
+        model.remat == "none" and fsdp and zero == 3
+    ):  # the gathered weights are kept for the backward pass
         gathered += (layer * len(job.layers) + experts * sparse) / stages
     return Memory(
-        parameters=parameters, optimizer=device_bytes(job, shape, "opt", zero), average=device_bytes(job, shape, "ema", zero),
+        parameters=parameters,
+        optimizer=device_bytes(job, shape, "opt", zero),
+        average=device_bytes(job, shape, "ema", zero),
         gradients=parameters * (1 + (train.accumulate > 1)),
-        batch=(COLUMNS + APART * config.data.apart) * FULL * here.rows * train.seq_len / shape["context"] * train.accumulate,
-        activations=activations, working=working, logits=logits, gathered=gathered,
-        gaps=GAPS[platform])
+        batch=(COLUMNS + APART * config.data.apart)
+        * FULL
+        * here.rows
+        * train.seq_len
+        / shape["context"]
+        * train.accumulate,
+        activations=activations,
+        working=working,
+        logits=logits,
+        gathered=gathered,
+        gaps=GAPS[platform],
+    )

@@ -15,8 +15,19 @@ from gpt_jax.devices import GIB, GPU_FRACTION, mfu
 from gpt_jax.errors import UsageError
 from gpt_jax.model import experts, kernels
 from gpt_jax.plan.job import Job, device_bytes, kinds
-from gpt_jax.plan.memory import (FULL, Local, Memory, blockwise, compute_bytes, experts_bytes, local, memory, padding, spare,
-                                   turns)
+from gpt_jax.plan.memory import (
+    FULL,
+    Local,
+    Memory,
+    blockwise,
+    compute_bytes,
+    experts_bytes,
+    local,
+    memory,
+    padding,
+    spare,
+    turns,
+)
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.traffic import Flow, Link, flows, link
 
@@ -26,7 +37,14 @@ EFFICIENCY = {"tpu": 0.85, "gpu": 0.75}
 # Parts of the bf16 peak for `config.model.dtype = "float32"`: by default XLA multiplies float32 in one pass of bfloat16 on
 # a TPU, and as TF32 on a GPU, whose peak is half (data sheets of H100, H200, B200).
 FLOAT32 = {"tpu": 1.0, "gpu": 0.5}
-ATTENTION = {"splash": 0.45, "cudnn": 0.55, "ring": 0.2, "xla": 0.2, "reference": 0.2, "blocked": 0.2}
+ATTENTION = {
+    "splash": 0.45,
+    "cudnn": 0.55,
+    "ring": 0.2,
+    "xla": 0.2,
+    "reference": 0.2,
+    "blocked": 0.2,
+}
 SKIPS = ("splash", "cudnn", "blocked", "ring")  # kernels that leave out what causal order rules out
 # Times that arrays are read or written forward and backward: in a layer those as wide as the stream, those inside it
 # (activations of the feed-forward, queries, keys and values), and maps of every query and key where a kernel makes them.
@@ -81,7 +99,9 @@ def attention_flops(job: Job, kernel: str) -> float:
 def _again(job: Job) -> tuple[float, float]:
     """FLOPs done over FLOPs counted, (matmuls of layers, attention): recomputing adds a forward pass to three."""
     sent = any(widths.sent for widths in job.layers)  # whose matmuls `dots` does not keep
-    matmuls = {"none": 1.0, "block": 4 / 3, "offload": 1.0, "dots": 4 / 3 if sent else 1.0}[job.config.model.remat]
+    matmuls = {"none": 1.0, "block": 4 / 3, "offload": 1.0, "dots": 4 / 3 if sent else 1.0}[
+        job.config.model.remat
+    ]
     return matmuls, 1.0 if job.config.model.remat == "none" else 4 / 3
 
 
@@ -101,38 +121,70 @@ def _wasted(job: Job, shape: dict[str, int], here: Local, platform: str) -> floa
     """Entries of experts' matrices that a token is multiplied with for nothing: rows beyond a capacity's choices, half of
     each expert's last block."""
     model = job.config.model
-    times = (max(0.0, model.capacity_factor - 1) if model.dispatch == "capacity" else
-             padding(model, shape, here.tick_tokens, platform) / 2)
-    return times * sum(w.sent / (w.sent + model.shared_experts) * (w.inner + w.hidden) * model.embed * count
-                       for w, count in kinds(job.layers) if w.sent)
+    times = (
+        max(0.0, model.capacity_factor - 1)
+        if model.dispatch == "capacity"
+        else padding(model, shape, here.tick_tokens, platform) / 2
+    )
+    return times * sum(
+        w.sent / (w.sent + model.shared_experts) * (w.inner + w.hidden) * model.embed * count
+        for w, count in kinds(job.layers)
+        if w.sent
+    )
 
 
-def compute_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local) -> float:
+def compute_seconds(
+    job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local
+) -> float:
     """Matmuls and attention of one device in a step."""
     model, train = job.config.model, job.config.train
     tokens = train.batch_size * train.seq_len / topology.devices
-    head = 6 * model.vocab * model.embed * (4 / 3 if train.loss_chunk else 1.0)  # chunks make their logits twice
-    matrices = job.matmul_params - model.vocab * model.embed + _wasted(job, shape, here, topology.chip.platform)
+    head = (
+        6 * model.vocab * model.embed * (4 / 3 if train.loss_chunk else 1.0)
+    )  # chunks make their logits twice
+    matrices = (
+        job.matmul_params
+        - model.vocab * model.embed
+        + _wasted(job, shape, here, topology.chip.platform)
+    )
     layers = 6 * matrices * _again(job)[0] * _idle(job, here)
-    return matmul_seconds(job, topology, tokens * (layers + head)) + attention_seconds(job, topology, kernel, here)
+    return matmul_seconds(job, topology, tokens * (layers + head)) + attention_seconds(
+        job, topology, kernel, here
+    )
 
 
 def matmul_seconds(job: Job, topology: Topology, flops: float) -> float:
     return flops / multiply_peak(job, topology) / EFFICIENCY[topology.chip.platform]
 
 
-def passes_seconds(job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local) -> float:
+def passes_seconds(
+    job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local
+) -> float:
     """Norms, residuals, activations, experts' rows: arrays read and written between matmuls; weights are read by the
     matmuls themselves."""
     model, train, platform = job.config.model, job.config.train, topology.chip.platform
-    mean = lambda of: sum(of(widths) * count for widths, count in kinds(job.layers)) / len(job.layers)
+    mean = lambda of: (
+        sum(of(widths) * count for widths, count in kinds(job.layers)) / len(job.layers)
+    )
     wide = model.embed / (shape["tensor"] if model.shard_sequence else 1)
     wide += model.embed * spare(model, shape, here.tick_tokens, platform) * mean(lambda w: w.sent)
     inner = mean(lambda w: w.inner + w.hidden + 2 * w.q) / shape["tensor"]
     a_token = compute_bytes(job) * (TOUCHES * wide + INSIDE_TOUCHES * inner)
-    layers = here.ticks * here.tick_layers * (here.tick_tokens * a_token + _sums_bytes(job, shape, here, platform))
+    layers = (
+        here.ticks
+        * here.tick_layers
+        * (here.tick_tokens * a_token + _sums_bytes(job, shape, here, platform))
+    )
     if kernel in ("reference", "xla"):  # which make whole maps, in float32
-        layers += here.tokens * len(job.layers) * MAP_TOUCHES * model.heads / shape["tensor"] * train.seq_len * FULL
+        layers += (
+            here.tokens
+            * len(job.layers)
+            * MAP_TOUCHES
+            * model.heads
+            / shape["tensor"]
+            * train.seq_len
+            * FULL
+        )
     logits = LOGITS_TOUCHES * here.tokens * model.vocab / shape["tensor"] * FULL
     return (layers + logits) * train.accumulate / topology.chip.bandwidth
 
@@ -142,7 +194,12 @@ def _sums_bytes(job: Job, shape: dict[str, int], here: Local, platform: str) -> 
     written once a block."""
     if not blockwise(job.config.model, platform):
         return 0.0
-    return 2 * experts_bytes(job, shape, FULL) / len(job.layers) * turns(job, shape, here.tick_tokens, platform)
+    return (
+        2
+        * experts_bytes(job, shape, FULL)
+        / len(job.layers)
+        * turns(job, shape, here.tick_tokens, platform)
+    )
 
 
 def update_seconds(job: Job, topology: Topology, shape: dict[str, int]) -> float:
@@ -150,11 +207,17 @@ def update_seconds(job: Job, topology: Topology, shape: dict[str, int]) -> float
     return (UPDATE_TOUCHES * state + device_bytes(job, shape, "params")) / topology.chip.bandwidth
 
 
-def choose_kernel(config: configs.Config, topology: Topology, shape: dict[str, int]) -> tuple[str, str]:
+def choose_kernel(
+    config: configs.Config, topology: Topology, shape: dict[str, int]
+) -> tuple[str, str]:
     """(attention kernel, why) as a run on this machine would choose. UsageError where there is none."""
     model = config.model
-    return kernels.choose(model.kernel, kernels.problem(model, config.train.seq_len, topology.chip.platform,
-                                                        context=shape["context"]))
+    return kernels.choose(
+        model.kernel,
+        kernels.problem(
+            model, config.train.seq_len, topology.chip.platform, context=shape["context"]
+        ),
+    )
 
 
 def estimate(job: Job, topology: Topology) -> Estimate:
@@ -164,7 +227,9 @@ def estimate(job: Job, topology: Topology) -> Estimate:
     if shape is None:
         raise UsageError(found[0])
     across = configs.cross_slice(config.mesh)
-    if topology.chip.platform == "tpu" and (text := configs.slices_problem(across, topology.slices)):
+    if topology.chip.platform == "tpu" and (
+        text := configs.slices_problem(across, topology.slices)
+    ):
         found = [text, *found]
     try:
         kernel, reason = choose_kernel(config, topology, shape)
@@ -175,25 +240,52 @@ def estimate(job: Job, topology: Topology) -> Estimate:
     passes = passes_seconds(job, topology, kernel, shape, here)
     update = update_seconds(job, topology, shape)
     padded = experts.exchange(topology.chip.kind) is experts.padded
-    found_flows = [(flow, link(topology, shape, across, flow.axis))
-                   for flow in flows(job, shape, topology.chip.platform, padded)]
-    hidden, open_ = ({axis: seconds for axis in configs.AXES if (seconds := sum(
-        flow.bytes / line.speed for flow, line in found_flows if flow.axis == axis and flow.hidden == kind))}
-        for kind in (True, False))
+    found_flows = [
+        (flow, link(topology, shape, across, flow.axis))
+        for flow in flows(job, shape, topology.chip.platform, padded)
+    ]
+    hidden, open_ = (
+        {
+            axis: seconds
+            for axis in configs.AXES
+            if (
+                seconds := sum(
+                    flow.bytes / line.speed
+                    for flow, line in found_flows
+                    if flow.axis == axis and flow.hidden == kind
+                )
+            )
+        }
+        for kind in (True, False)
+    )
     behind, before = max(hidden.values(), default=0.0), sum(open_.values())
     step = max(compute + passes, behind) + before + update
     terms = {"matmuls": compute, "memory bandwidth": passes + update} | {
-        f"the links of axis {axis}": hidden.get(axis, 0) + open_.get(axis, 0) for axis in {*hidden, *open_}}
+        f"the links of axis {axis}": hidden.get(axis, 0) + open_.get(axis, 0)
+        for axis in {*hidden, *open_}
+    }
     used = memory(job, shape, kernel, topology.chip.platform)
     tokens = config.train.batch_size * config.train.seq_len / step
     stages = shape["pipeline"]
     return Estimate(
-        kernel=kernel, reason=reason, shape=shape, memory=used, matmuls=compute, passes=passes, hidden=hidden,
-        open=open_, update=update,
-        bubble=(stages - 1) / here.ticks if stages > 1 else 0.0, flows=tuple(found_flows), step=step,
-        bound=max(terms, key=terms.get), mfu_full=mfu(job.full_flops, tokens, topology.peak * topology.devices),
+        kernel=kernel,
+        reason=reason,
+        shape=shape,
+        memory=used,
+        matmuls=compute,
+        passes=passes,
+        hidden=hidden,
+        open=open_,
+        update=update,
+        bubble=(stages - 1) / here.ticks if stages > 1 else 0.0,
+        flows=tuple(found_flows),
+        step=step,
+        bound=max(terms, key=terms.get),
+        mfu_full=mfu(job.full_flops, tokens, topology.peak * topology.devices),
         mfu_causal=mfu(job.causal_flops, tokens, topology.peak * topology.devices),
-        fits=used.peak <= topology.chip.memory, problems=tuple(found))
+        fits=used.peak <= topology.chip.memory,
+        problems=tuple(found),
+    )
 
 
 def verdict(peak: float, topology: Topology) -> str:

@@ -12,7 +12,11 @@ from gpt_jax.plan.memory import memory
 from gpt_jax.plan.roofline import Estimate, estimate
 from gpt_jax.plan.topology import Topology
 
-REMATS = ("none", "dots", "block")  # offload needs the host's links, which the arithmetic leaves out
+REMATS = (
+    "none",
+    "dots",
+    "block",
+)  # offload needs the host's links, which the arithmetic leaves out
 LARGEST = {"tensor": 16, "context": 8, "pipeline": 8}  # beyond these the open flows always lose
 # The fields that `meshes` and `variants` set. (eval.batch_size follows accumulation only where it has to.)
 SEARCHED = ("mesh.", "model.remat", "model.shard_sequence", "model.pipeline_", "train.accumulate")
@@ -38,7 +42,9 @@ def meshes(config: configs.Config, topology: Topology) -> Iterator[configs.Mesh]
     own `zero` and, where that cuts anything, with 3."""
     model, inside = config.model, topology.devices // topology.slices
     moe = any(ffn == "moe" for _, ffn in model.pattern)
-    for tensor in divisors(math.gcd(inside, math.gcd(model.heads, model.kv_heads)), LARGEST["tensor"]):
+    for tensor in divisors(
+        math.gcd(inside, math.gcd(model.heads, model.kv_heads)), LARGEST["tensor"]
+    ):
         for context in divisors(inside // tensor, LARGEST["context"]):
             for pipeline in divisors(inside // tensor // context, LARGEST["pipeline"]):
                 if context > 1 and pipeline > 1:
@@ -47,15 +53,24 @@ def meshes(config: configs.Config, topology: Topology) -> Iterator[configs.Mesh]
                 for expert in divisors(math.gcd(left, model.experts)) if moe else (1,):
                     for fsdp in divisors(left // expert):
                         mesh = configs.Mesh(
-                            pipeline=pipeline, data=left // expert // fsdp, fsdp=fsdp, expert=expert, context=context,
-                            tensor=tensor, dcn_data=topology.slices, zero=config.mesh.zero)
+                            pipeline=pipeline,
+                            data=left // expert // fsdp,
+                            fsdp=fsdp,
+                            expert=expert,
+                            context=context,
+                            tensor=tensor,
+                            dcn_data=topology.slices,
+                            zero=config.mesh.zero,
+                        )
                         yield mesh
                         if mesh.zero != 3 and fsdp * expert * context > 1:
                             yield replace(mesh, zero=3)
 
 
 def _rows(mesh: configs.Mesh) -> int:
-    return math.prod(getattr(mesh, axis) * getattr(mesh, f"dcn_{axis}") for axis in configs.BATCH_AXES)
+    return math.prod(
+        getattr(mesh, axis) * getattr(mesh, f"dcn_{axis}") for axis in configs.BATCH_AXES
+    )
 
 
 def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[configs.Config]]:
@@ -67,14 +82,32 @@ def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[config
         shapes = [(rounds, times * mesh.pipeline) for rounds in (1, 2) for times in (1, 2, 4)]
     for remat in REMATS:
         for rounds, microbatches in shapes:
-            model = replace(config.model, remat=remat, shard_sequence=mesh.tensor > 1, pipeline_rounds=rounds,
-                            pipeline_microbatches=microbatches)
+            model = replace(
+                config.model,
+                remat=remat,
+                shard_sequence=mesh.tensor > 1,
+                pipeline_rounds=rounds,
+                pipeline_microbatches=microbatches,
+            )
             unit = rows // mesh.pipeline * microbatches if microbatches else rows
             made = []
-            for accumulate in divisors(train.batch_size // unit) if train.batch_size % unit == 0 else ():
-                held = config.eval.batch_size if config.eval.batch_size % unit == 0 else train.batch_size // accumulate
-                made.append(replace(config, model=model, mesh=mesh, train=replace(train, accumulate=accumulate),
-                                    eval=replace(config.eval, batch_size=held)))
+            for accumulate in (
+                divisors(train.batch_size // unit) if train.batch_size % unit == 0 else ()
+            ):
+                held = (
+                    config.eval.batch_size
+                    if config.eval.batch_size % unit == 0
+                    else train.batch_size // accumulate
+                )
+                made.append(
+                    replace(
+                        config,
+                        model=model,
+                        mesh=mesh,
+                        train=replace(train, accumulate=accumulate),
+                        eval=replace(config.eval, batch_size=held),
+                    )
+                )
             if made:
                 yield made
 
@@ -82,10 +115,14 @@ def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[config
 def standing(job: Job, topology: Topology, mesh: configs.Mesh) -> float:
     """Bytes of a device that no policy saves: the state, and gradients as large as the parameters."""
     shape = configs.mesh_shape(mesh, topology.devices)
-    return sum(device_bytes(job, shape, part, mesh.zero) for part in ("params", "params", "opt", "ema"))
+    return sum(
+        device_bytes(job, shape, part, mesh.zero) for part in ("params", "params", "opt", "ema")
+    )
 
 
-def _first(job: Job, topology: Topology, several: list[configs.Config], limit: float) -> Found | None:
+def _first(
+    job: Job, topology: Topology, several: list[configs.Config], limit: float
+) -> Found | None:
     """The first of `several` (see `variants`) that fits. Peaks fall with accumulation, but from 1 to 2, where a second
     sum of gradients comes in."""
     first = estimate(job._replace(config=several[0]), topology)
@@ -93,22 +130,37 @@ def _first(job: Job, topology: Topology, several: list[configs.Config], limit: f
         return None if first.problems else Found(several[0], first)
 
     def fits(config: configs.Config) -> bool:
-        return memory(job._replace(config=config), first.shape, first.kernel, topology.chip.platform).peak <= limit
+        return (
+            memory(
+                job._replace(config=config), first.shape, first.kernel, topology.chip.platform
+            ).peak
+            <= limit
+        )
 
     place = 1 + bisect_left(several[1:], True, key=fits)
-    return Found(several[place], estimate(job._replace(config=several[place]), topology)) if place < len(several) else None
+    return (
+        Found(several[place], estimate(job._replace(config=several[place]), topology))
+        if place < len(several)
+        else None
+    )
 
 
 def fitting(job: Job, topology: Topology, limit: float) -> Iterator[Found]:
     """Everything that runs and whose peak by the arithmetic is at most `limit` bytes."""
     for mesh in meshes(job.config, topology):
         if standing(job, topology, mesh) <= limit:
-            yield from filter(None, (_first(job, topology, several, limit) for several in variants(job.config, mesh)))
+            yield from filter(
+                None,
+                (_first(job, topology, several, limit) for several in variants(job.config, mesh)),
+            )
 
 
 def search(job: Job, topology: Topology, limit: float | None = None) -> list[Found]:
     """What fits `limit` bytes (MARGIN of the memory), fastest first."""
-    return sorted(fitting(job, topology, MARGIN * topology.chip.memory if limit is None else limit), key=_order)
+    return sorted(
+        fitting(job, topology, MARGIN * topology.chip.memory if limit is None else limit),
+        key=_order,
+    )
 
 
 def _order(one: Found) -> tuple:
@@ -119,8 +171,10 @@ def _order(one: Found) -> tuple:
 
 def overrides(old: configs.Config, new: configs.Config) -> list[str]:
     """What to add to a command line to come from one config to the other."""
-    return [f"--config.{key}={str(value).lower() if isinstance(value, bool) else value}"
-            for key, _, value, _ in configs.changes(old, new)]
+    return [
+        f"--config.{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, _, value, _ in configs.changes(old, new)
+    ]
 
 
 def is_searched(given: str) -> bool:
@@ -141,4 +195,6 @@ def advice(job: Job, topology: Topology, limit: float | None = None, count: int 
     """What fits (see `search`) and is not the config itself, with the fewest changes to it first, and of those the
     fastest."""
     offers = [one for one in search(job, topology, limit) if overrides(job.config, one.config)]
-    return sorted(offers, key=lambda one: (len(overrides(job.config, one.config)), _order(one)))[:count]
+    return sorted(offers, key=lambda one: (len(overrides(job.config, one.config)), _order(one)))[
+        :count
+    ]

@@ -10,7 +10,13 @@ from gpt_jax.errors import UsageError
 
 EXAMPLES = {0: "8", 2: "4x4", 3: "4x4x4"}  # shapes, by dims of the torus
 # The largest pods, from Google Cloud's pages of each generation.
-PODS = {"v4": (16, 16, 16), "v5e": (16, 16), "v5p": (16, 20, 28), "v6e": (16, 16), "TPU7x": (16, 24, 24)}
+PODS = {
+    "v4": (16, 16, 16),
+    "v5e": (16, 16),
+    "v5p": (16, 20, 28),
+    "v6e": (16, 16),
+    "TPU7x": (16, 24, 24),
+}
 MOST_GPUS, MOST_SLICES = 65_536, 1024  # a mistake rather than a cluster, beyond
 # Slices that Google Cloud's pages offer (v4, v5e, v5p, v6e, TPU7x): all of the 2-D generations; those of the 3-D ones
 # below a cube of 4x4x4, beyond which every dim is a multiple of 4.
@@ -71,15 +77,22 @@ def check_slice(text: str, name: str, sizes: tuple[int, ...], flag: str) -> None
     """UsageError, with one that there is, for a slice that nobody offers."""
     count, most, shapes = math.prod(sizes), PODS[name], offered(name)
     if count > math.prod(most):
-        raise UsageError(f"{flag}={text}: {count:,} chips are more than a pod of {math.prod(most):,}; as in {name}:{by(most)}, "
-                         "and --slices for several")
+        raise UsageError(
+            f"{flag}={text}: {count:,} chips are more than a pod of {math.prod(most):,}; as in {name}:{by(most)}, "
+            "and --slices for several"
+        )
     if sizes not in shapes:
         # The largest that has no more chips, and of those the nearest to a cube.
-        near = max((s for s in shapes if math.prod(s) <= count), key=lambda s: (math.prod(s), -sum(s), s[::-1]),
-                   default=shapes[0])
+        near = max(
+            (s for s in shapes if math.prod(s) <= count),
+            key=lambda s: (math.prod(s), -sum(s), s[::-1]),
+            default=shapes[0],
+        )
         rest = "" if len(most) == 2 else f" and multiples of 4 up to {by(most)}"
-        raise UsageError(f"{flag}={text}: there are no such slices; offered are "
-                         f"{', '.join(map(by, FLAT if len(most) == 2 else SMALL))}{rest}; as in {name}:{by(near)}")
+        raise UsageError(
+            f"{flag}={text}: there are no such slices; offered are "
+            f"{', '.join(map(by, FLAT if len(most) == 2 else SMALL))}{rest}; as in {name}:{by(near)}"
+        )
 
 
 def parse(text: str, slices: int = 1, flag: str = "--topology") -> Topology:
@@ -90,10 +103,16 @@ def parse(text: str, slices: int = 1, flag: str = "--topology") -> Topology:
         raise UsageError(f"{flag}={text}: unknown hardware {name!r}; known are {known()}")
     name = table[name.lower()]
     chip = CHIPS[name]
-    sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})*", shape) else ()
+    sizes = (
+        tuple(map(int, shape.split("x")))
+        if re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})*", shape)
+        else ()
+    )
     wanted = max(1, chip.dims)
     if len(sizes) != wanted:
-        raise UsageError(f"{flag}={text}: expected {name}:{'x'.join('N' * wanted)}, as in {name}:{EXAMPLES[chip.dims]}")
+        raise UsageError(
+            f"{flag}={text}: expected {name}:{'x'.join('N' * wanted)}, as in {name}:{EXAMPLES[chip.dims]}"
+        )
     if not 1 <= slices <= MOST_SLICES:
         raise UsageError(f"--slices={slices}: expected 1 to {MOST_SLICES}")
     if chip.platform == "tpu":
@@ -101,11 +120,15 @@ def parse(text: str, slices: int = 1, flag: str = "--topology") -> Topology:
         return Topology(name, chip, sizes, slices)
     count = sizes[0]
     if slices > 1:
-        raise UsageError(f"--slices={slices}: GPUs have none; give the number of all of them, as in {name}:{count * slices}")
+        raise UsageError(
+            f"--slices={slices}: GPUs have none; give the number of all of them, as in {name}:{count * slices}"
+        )
     if count > MOST_GPUS:
         raise UsageError(f"{flag}={text}: more than {MOST_GPUS:,} GPUs; as in {name}:{MOST_GPUS}")
     if count > chip.per_host and count % chip.per_host:
-        raise UsageError(f"{flag}={text}: {count} GPUs do not fill hosts of {chip.per_host}; take "
-                         f"{name}:{count - count % chip.per_host} or {name}:{count - count % chip.per_host + chip.per_host}")
+        raise UsageError(
+            f"{flag}={text}: {count} GPUs do not fill hosts of {chip.per_host}; take "
+            f"{name}:{count - count % chip.per_host} or {name}:{count - count % chip.per_host + chip.per_host}"
+        )
     per_host = min(count, chip.per_host)
     return Topology(name, chip, (count // per_host, per_host))

@@ -15,11 +15,15 @@ from gpt_jax.plan.topology import Topology
 
 
 # Mesh axes that cut the weights of a role and that each use of them gathers.
-OVER = dict.fromkeys(("layer", "head", "embed"), configs.FSDP_AXES) | {"expert": ("fsdp", "context")}
+OVER = dict.fromkeys(("layer", "head", "embed"), configs.FSDP_AXES) | {
+    "expert": ("fsdp", "context")
+}
 
 
 # Those along which every device has the weights whole and rows of its own: each stage of a pipeline has its layers.
-WHOLE = dict.fromkeys(("layer", "expert"), ("data",)) | dict.fromkeys(("head", "embed"), ("data", "pipeline"))
+WHOLE = dict.fromkeys(("layer", "expert"), ("data",)) | dict.fromkeys(
+    ("head", "embed"), ("data", "pipeline")
+)
 
 
 class Flow(NamedTuple):
@@ -72,8 +76,10 @@ def link(topology: Topology, shape: dict[str, int], across: dict[str, int], axis
         inside = _torus_link(topology, within, axis)
         if across[axis] == 1:
             return inside
-        return Link("DCN", min(inside.speed if within[axis] > 1 else math.inf, chip.network * within[axis]))
-    stride = math.prod(within[name] for name in configs.AXES[configs.AXES.index(axis) + 1:])
+        return Link(
+            "DCN", min(inside.speed if within[axis] > 1 else math.inf, chip.network * within[axis])
+        )
+    stride = math.prod(within[name] for name in configs.AXES[configs.AXES.index(axis) + 1 :])
     together = max(1, min(within[axis], chip.per_host // stride))  # devices of the axis in one host
     if together == shape[axis] or topology.hosts == 1:
         return Link("NVLink", chip.link)
@@ -104,7 +110,13 @@ def _uses(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[U
     table = (1, half if platform == "tpu" and shape["tensor"] == 1 else FULL, 1, FULL)
     layer = ((1 + again) * here.ticks, half, here.ticks, half)
     tied = [Use("embed", *head)] if config.model.tied else []
-    return [Use("layer", *layer), Use("expert", *layer), Use("head", *head), Use("embed", *table), *tied]
+    return [
+        Use("layer", *layer),
+        Use("expert", *layer),
+        Use("head", *head),
+        Use("embed", *table),
+        *tied,
+    ]
 
 
 def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[Flow]:
@@ -114,11 +126,15 @@ def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> lis
         for role, over in OVER.items():
             rest = device_bytes(job, shape, "params", 1, role)
             for axis in (axis for axis in over if shape[axis] > 1):
-                found.append(Flow(axis, "updated parameters gathered", share(shape[axis]) * rest, False))
+                found.append(
+                    Flow(axis, "updated parameters gathered", share(shape[axis]) * rest, False)
+                )
                 rest /= shape[axis]
     for use in _uses(job, shape, here, platform):
         over = OVER[use.role]
-        rest = device_bytes(job, shape | dict.fromkeys(over, 1), "params", 3, use.role, 1)  # entries of this role, whole
+        rest = device_bytes(
+            job, shape | dict.fromkeys(over, 1), "params", 3, use.role, 1
+        )  # entries of this role, whole
         for axis in over:
             n = shape[axis]
             if n > 1 and zero == 3:
@@ -126,11 +142,20 @@ def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> lis
                 found.append(Flow(axis, "weights gathered", gathered, True))
             if n > 1:
                 summed = share(n) * rest * use.sum_bytes * use.sums * count
-                found.append(_sum(axis, summed, platform, cut=zero == 3 and _scatters(shape, over, platform)))
+                found.append(
+                    _sum(axis, summed, platform, cut=zero == 3 and _scatters(shape, over, platform))
+                )
             rest /= n
         for axis in WHOLE[use.role]:
             if (n := shape[axis]) > 1:
-                found.append(_sum(axis, share(n) * rest * use.sum_bytes * use.sums * count, platform, cut=False))
+                found.append(
+                    _sum(
+                        axis,
+                        share(n) * rest * use.sum_bytes * use.sums * count,
+                        platform,
+                        cut=False,
+                    )
+                )
     return found
 
 
@@ -144,34 +169,70 @@ def _scatters(shape: dict[str, int], over: tuple[str, ...], platform: str) -> bo
 def _sum(axis: str, once: float, platform: str, cut: bool) -> Flow:
     """Gradients summed over an axis, each device keeping its part (`cut`) or everything. libtpu 0.0.42 makes gathers
     asynchronous and sums not: computing waits for those."""
-    return Flow(axis, "gradients scattered" if cut else "gradients summed", once * (1 if cut else 2), platform != "tpu")
+    return Flow(
+        axis,
+        "gradients scattered" if cut else "gradients summed",
+        once * (1 if cut else 2),
+        platform != "tpu",
+    )
 
 
 def _activations(job: Job, shape: dict[str, int], here: Local, padded: bool) -> list[Flow]:
     """Streams and keys that cross between devices, forward, recomputed and backward."""
     config, model, half = job.config, job.config.model, compute_bytes(job)
     count, flows = config.train.accumulate, []
-    passed = here.tick_tokens * here.ticks * here.tick_layers / len(job.layers)  # tokens through each layer
+    passed = (
+        here.tick_tokens * here.ticks * here.tick_layers / len(job.layers)
+    )  # tokens through each layer
     again = model.remat in ("block", "offload")
-    tensor, context, expert, stages = (shape[axis] for axis in ("tensor", "context", "expert", "pipeline"))
+    tensor, context, expert, stages = (
+        shape[axis] for axis in ("tensor", "context", "expert", "pipeline")
+    )
     for widths, times in kinds(job.layers):
         through = passed * times
-        if tensor > 1:  # two sums forward, two backward, and attention's again when it is recomputed
+        if (
+            tensor > 1
+        ):  # two sums forward, two backward, and attention's again when it is recomputed
             sums = (4 + again) * 2 * share(tensor) * model.embed * half * through
             flows.append(Flow("tensor", "streams summed", sums * count, False))
         if context > 1:  # keys and values go round; backward their float32 gradients too
             keys = 2 * widths.kv / tensor * through * (context - 1)
-            flows.append(Flow("context", "keys and values", keys * ((2 + again) * half + FULL) * count, False))
-        if expert > 1 and widths.sent:  # there and back, forward and backward; empty places too where they travel
-            moved = (4 + 2 * again) * share(expert) * widths.sent * model.embed * half * through * (
-                room(model, shape) if padded or model.dispatch == "capacity" else 1)
+            flows.append(
+                Flow(
+                    "context", "keys and values", keys * ((2 + again) * half + FULL) * count, False
+                )
+            )
+        if (
+            expert > 1 and widths.sent
+        ):  # there and back, forward and backward; empty places too where they travel
+            moved = (
+                (4 + 2 * again)
+                * share(expert)
+                * widths.sent
+                * model.embed
+                * half
+                * through
+                * (room(model, shape) if padded or model.dispatch == "capacity" else 1)
+            )
             flows.append(Flow("expert", "tokens to experts", moved * count, False))
     if stages > 1:
-        flows.append(Flow("pipeline", "streams to the next stage", 2 * here.ticks * here.tick_tokens
-                          * stream_bytes(job, shape) * count, False))
+        flows.append(
+            Flow(
+                "pipeline",
+                "streams to the next stage",
+                2 * here.ticks * here.tick_tokens * stream_bytes(job, shape) * count,
+                False,
+            )
+        )
         # Gathered before the first stage, scattered behind the last, and both again backward.
-        flows.append(Flow("pipeline", "rows to the stages and back", 4 * (stages - 1) * here.tokens
-                          * stream_bytes(job, shape) * count, False))
+        flows.append(
+            Flow(
+                "pipeline",
+                "rows to the stages and back",
+                4 * (stages - 1) * here.tokens * stream_bytes(job, shape) * count,
+                False,
+            )
+        )
     if tensor > 1:
         ends = 3 * 2 * share(tensor) * model.embed * FULL * here.tokens
         flows.append(Flow("tensor", "embeddings and head", ends * count, False))

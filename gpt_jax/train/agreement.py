@@ -24,13 +24,20 @@ def agree(decide):
         try:
             verdict = {"value": decide()}
             if len(json.dumps(verdict)) > MESSAGE_BYTES:
-                raise ValueError(f"{len(json.dumps(verdict))} bytes do not fit into one message of {MESSAGE_BYTES}")
+                raise ValueError(
+                    f"{len(json.dumps(verdict))} bytes do not fit into one message of {MESSAGE_BYTES}"
+                )
         except Exit as error:
             verdict = {"code": error.code, "text": str(error)}
         except Exception as error:  # raised below, once the others know
-            verdict, crash = {"code": PeerFailed.code, "text": f"process 0 failed: {error!r}"}, error
-    while len(message := json.dumps(verdict).encode()) > MESSAGE_BYTES:  # escapes count, so cut until it fits
-        verdict["text"] = verdict["text"][:len(verdict["text"]) // 2] + " …"
+            verdict, crash = (
+                {"code": PeerFailed.code, "text": f"process 0 failed: {error!r}"},
+                error,
+            )
+    while (
+        len(message := json.dumps(verdict).encode()) > MESSAGE_BYTES
+    ):  # escapes count, so cut until it fits
+        verdict["text"] = verdict["text"][: len(verdict["text"]) // 2] + " …"
     message = np.frombuffer(message.ljust(MESSAGE_BYTES), np.uint8)
     verdict = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes())
     if crash is not None:
@@ -45,6 +52,13 @@ def disagreements(facts: dict[str, object]) -> list[str]:
     tells apart, under the same names in the same order on all processes, which must all call this."""
     if jax.process_count() == 1:
         return []
-    mine = np.stack([np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8) for value in facts.values()])
+    mine = np.stack(
+        [
+            np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
+            for value in facts.values()
+        ]
+    )
     everyone = np.asarray(multihost_utils.process_allgather(mine))  # [processes, facts, 32]
-    return [name for name, values in zip(facts, everyone.swapaxes(0, 1)) if (values != values[0]).any()]
+    return [
+        name for name, values in zip(facts, everyone.swapaxes(0, 1)) if (values != values[0]).any()
+    ]

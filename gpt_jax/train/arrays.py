@@ -22,8 +22,10 @@ def nest(tree, what: str) -> dict:
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
             raise TypeError(f"{what} {_name(path)}: {type(leaf).__name__} is not a jax array")
         if leaf.size == 0 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise TypeError(f"{what} {_name(path)}: {leaf.dtype}{list(leaf.shape)} cannot be stored; "
-                            "store the key data of a typed key, and no empty arrays")
+            raise TypeError(
+                f"{what} {_name(path)}: {leaf.dtype}{list(leaf.shape)} cannot be stored; "
+                "store the key data of a typed key, and no empty arrays"
+            )
         *parents, last = [_name((key,)) for key in path] or ["value"]
         node = out
         for key in parents:
@@ -49,12 +51,22 @@ def restore(directory, step: int, wanted: dict) -> dict:
     folder = Path(directory).absolute() / str(step)
     nested = {name: nest(tree, name) for name, tree in wanted.items()}
     for name, tree in nested.items():
-        _compare_layout(folder, name, _flat(_read(folder, lambda: ocp.metadata(folder, name).metadata)), _flat(tree))
+        _compare_layout(
+            folder,
+            name,
+            _flat(_read(folder, lambda: ocp.metadata(folder, name).metadata)),
+            _flat(tree),
+        )
     loaded = _read(folder, lambda: ocp.load_checkpointables(folder, nested))
     out = {}
     for name, tree in wanted.items():
-        arrays, (leaves, structure) = _flat(loaded[name]), jax.tree_util.tree_flatten_with_path(tree)
-        out[name] = jax.tree.unflatten(structure, [arrays[_name(path) or "value"] for path, _ in leaves])
+        arrays, (leaves, structure) = (
+            _flat(loaded[name]),
+            jax.tree_util.tree_flatten_with_path(tree),
+        )
+        out[name] = jax.tree.unflatten(
+            structure, [arrays[_name(path) or "value"] for path, _ in leaves]
+        )
     return out
 
 
@@ -71,13 +83,20 @@ def _flat(tree) -> dict:
 
 def _compare_layout(folder: Path, item: str, saved: dict, wanted: dict) -> None:
     """Orbax casts dtypes silently and calls a wrong shape an 'incompatible handler', so compare before loading."""
+
     def show(leaf):
         return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 
     for name in [*wanted, *(name for name in saved if name not in wanted)]:
         old, new = saved.get(name), wanted.get(name)
-        if old is None or new is None or (tuple(old.shape), old.dtype) != (tuple(new.shape), new.dtype):
-            raise UsageError(f"checkpoint {folder}: {item} {name} is {show(old)} there and {show(new)} in this run; "
-                             "use the config of the checkpoint, or another workdir")
+        if (
+            old is None
+            or new is None
+            or (tuple(old.shape), old.dtype) != (tuple(new.shape), new.dtype)
+        ):
+            raise UsageError(
+                f"checkpoint {folder}: {item} {name} is {show(old)} there and {show(new)} in this run; "
+                "use the config of the checkpoint, or another workdir"
+            )
         if not isinstance(new.sharding, jax.sharding.Sharding):
             raise TypeError(f"{item} {name}: the abstract array has no sharding")

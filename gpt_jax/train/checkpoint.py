@@ -25,12 +25,37 @@ from gpt_jax.errors import Exit, PeerFailed, SaveFailed
 from gpt_jax.stops import peer_gone
 from gpt_jax.train.agreement import agree
 from gpt_jax.train.arrays import nest, restore
-from gpt_jax.train.digest import (FOLDER, FORMAT, MANIFEST, META, SAVING, TEMPORARY, cause_of, find_damage,
-                                  free_name, latest_valid, read_meta, resolve_checkpoint, steps_in, unfinished_in,
-                                  write_atomically, write_manifest)
+from gpt_jax.train.digest import (
+    FOLDER,
+    FORMAT,
+    MANIFEST,
+    META,
+    SAVING,
+    TEMPORARY,
+    cause_of,
+    find_damage,
+    free_name,
+    latest_valid,
+    read_meta,
+    resolve_checkpoint,
+    steps_in,
+    unfinished_in,
+    write_atomically,
+    write_manifest,
+)
 
-__all__ = ["FOLDER", "Checkpoints", "MANIFEST", "latest_valid", "look_at_clock", "open_checkpoints", "read_meta",
-           "resolve_checkpoint", "restore", "to_keep"]
+__all__ = [
+    "FOLDER",
+    "Checkpoints",
+    "MANIFEST",
+    "latest_valid",
+    "look_at_clock",
+    "open_checkpoints",
+    "read_meta",
+    "resolve_checkpoint",
+    "restore",
+    "to_keep",
+]
 
 DELETED = ".deleted"  # an old step on its way out: renamed first, so that a kill never leaves half a checkpoint
 DAMAGED = ".damaged"
@@ -52,10 +77,12 @@ def to_keep(metrics: dict[int, float | None], policy: config.Checkpoint) -> set[
     """The steps that stay, of complete checkpoints `{step: value of policy.best_metric, or None}`.
 
     The last `keep_last`, multiples of `keep_every_steps`, and the `keep_best` smallest values (newer wins a tie)."""
-    last = sorted(metrics)[-policy.keep_last:]
-    every = [step for step in metrics if policy.keep_every_steps and step % policy.keep_every_steps == 0]
+    last = sorted(metrics)[-policy.keep_last :]
+    every = [
+        step for step in metrics if policy.keep_every_steps and step % policy.keep_every_steps == 0
+    ]
     scored = [step for step, value in metrics.items() if value is not None and math.isfinite(value)]
-    best = sorted(scored, key=lambda step: (metrics[step], -step))[:policy.keep_best]
+    best = sorted(scored, key=lambda step: (metrics[step], -step))[: policy.keep_best]
     return {*last, *every, *best}
 
 
@@ -71,12 +98,17 @@ class Checkpoints:
     def __init__(self, directory: Path, policy: config.Checkpoint, report, latest: int | None):
         self.directory, self.policy, self.latest = directory, policy, latest
         self._report = report
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")  # one worker: written, then sealed
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            1, "checkpoint"
+        )  # one worker: written, then sealed
         self._pending: tuple | None = None  # (step, written, sealed) of the save in flight
         self._saved_step, self._saved_at, self._next_look = latest or 0, time.monotonic(), 0
         # What newer steps than `latest` hold is damaged: they neither count as kept nor get deleted.
-        self._complete = {step: _metric(directory, step, policy) for step in steps_in(directory)
-                          if latest is not None and step <= latest and (directory / str(step) / MANIFEST).exists()}
+        self._complete = {
+            step: _metric(directory, step, policy)
+            for step in steps_in(directory)
+            if latest is not None and step <= latest and (directory / str(step) / MANIFEST).exists()
+        }
 
     def should_save(self, step: int) -> bool:
         """Whether the policy wants a checkpoint after `step`. The same on all processes; asks process 0's clock only
@@ -87,11 +119,22 @@ class Checkpoints:
             return True
         if not self.policy.every_minutes or step < self._next_look:
             return False
-        due, self._next_look = agree(lambda: look_at_clock(
-            step, self._saved_step, time.monotonic() - self._saved_at, self.policy.every_minutes))
+        due, self._next_look = agree(
+            lambda: look_at_clock(
+                step, self._saved_step, time.monotonic() - self._saved_at, self.policy.every_minutes
+            )
+        )
         return due
 
-    def save(self, step: int, params, train, meta: dict, metrics: dict[str, float] | None = None, ema=None) -> bool:
+    def save(
+        self,
+        step: int,
+        params,
+        train,
+        meta: dict,
+        metrics: dict[str, float] | None = None,
+        ema=None,
+    ) -> bool:
         """Starts saving and returns once all arrays are copied or held (their buffers may be donated next).
 
         `params`, `train`, and `ema` where there is one: pytrees of jax arrays, each an item that can be restored by
@@ -99,8 +142,11 @@ class Checkpoints:
         Waits for the save before. False when a whole checkpoint of this step is there already. Raises SaveFailed."""
         self.wait()
         text = json.dumps({**meta, "step": step, "metrics": metrics or {}, "format": FORMAT})
-        trees = {name: nest(tree, name) for name, tree in (("params", params), ("train", train), ("ema", ema))
-                 if tree is not None}
+        trees = {
+            name: nest(tree, name)
+            for name, tree in (("params", params), ("train", train), ("ema", ema))
+            if tree is not None
+        }
         self._saved_step, self._saved_at, self._next_look = step, time.monotonic(), step + 1
         if not agree(lambda: self._make_room(step)):
             return False
@@ -119,7 +165,9 @@ class Checkpoints:
             return
         (step, written, sealed), self._pending = self._pending, None
         error = written.exception()
-        if error is not None:  # raised here alone: the other processes may still wait for this one inside Orbax
+        if (
+            error is not None
+        ):  # raised here alone: the other processes may still wait for this one inside Orbax
             sealed.result()  # its remains are gone
             raise self._failed(step, error) from error
         agree(sealed.result)
@@ -148,7 +196,9 @@ class Checkpoints:
                     return False
                 aside = free_name(folder.with_name(folder.name + DAMAGED))
                 folder.rename(aside)
-                self._report(f"checkpoint step {step}: the damaged one there ({damage}) is now {aside}")
+                self._report(
+                    f"checkpoint step {step}: the damaged one there ({damage}) is now {aside}"
+                )
             (self.directory / f"{step}{SAVING}").touch()
         except OSError as error:
             raise self._failed(step, error) from error
@@ -189,14 +239,24 @@ class Checkpoints:
     def _failed(self, step: int, error: BaseException) -> Exit:
         """What to raise for a save that ended with `error`: SaveFailed, or PeerFailed when another process has left."""
         good = max((s for s in self._complete if s != step), default=None)
-        rest = "there is no earlier checkpoint" if good is None else f"the checkpoint of step {good} is untouched"
-        parent = next(folder for folder in (self.directory, *self.directory.parents) if folder.exists())
+        rest = (
+            "there is no earlier checkpoint"
+            if good is None
+            else f"the checkpoint of step {good} is untouched"
+        )
+        parent = next(
+            folder for folder in (self.directory, *self.directory.parents) if folder.exists()
+        )
         free = shutil.disk_usage(parent).free / 2**20
         if peer_gone(error):
-            return PeerFailed(f"{self.directory}: a peer process left while step {step} was being saved, its log has the "
-                              f"reason; {rest}")
-        return SaveFailed(f"{self.directory}: saving step {step} failed: {cause_of(error)} ({free:,.1f} MiB free); "
-                          f"{rest}")
+            return PeerFailed(
+                f"{self.directory}: a peer process left while step {step} was being saved, its log has the "
+                f"reason; {rest}"
+            )
+        return SaveFailed(
+            f"{self.directory}: saving step {step} failed: {cause_of(error)} ({free:,.1f} MiB free); "
+            f"{rest}"
+        )
 
 
 def open_checkpoints(directory, policy: config.Checkpoint, report=print) -> Checkpoints:
@@ -207,8 +267,12 @@ def open_checkpoints(directory, policy: config.Checkpoint, report=print) -> Chec
     directory = Path(directory).absolute()
     logging.getLogger("absl").addFilter(_not_orbax)
     agree(lambda: _sweep(directory, report))
-    return Checkpoints(directory, policy, report if jax.process_index() == 0 else _silent,
-                       latest_valid(directory, report))
+    return Checkpoints(
+        directory,
+        policy,
+        report if jax.process_index() == 0 else _silent,
+        latest_valid(directory, report),
+    )
 
 
 def _silent(line: str) -> None:
@@ -221,18 +285,24 @@ def _sweep(directory: Path, report) -> None:
         doomed = [path for end in (TEMPORARY, DELETED) for path in directory.glob(f"*{end}*")]
         for step in unfinished_in(directory):
             doomed += [directory / str(step)] if (directory / str(step)).exists() else []
-            report(f"checkpoint step {step} in {directory} was not finished; its remains are removed")
+            report(
+                f"checkpoint step {step} in {directory} was not finished; its remains are removed"
+            )
         for folder in doomed:
             shutil.rmtree(folder)
         for mark in directory.glob(f"*{SAVING}"):
             mark.unlink()
     except OSError as error:
-        raise SaveFailed(f"{error.filename or directory}: cannot be removed: {error.strerror}") from error
+        raise SaveFailed(
+            f"{error.filename or directory}: cannot be removed: {error.strerror}"
+        ) from error
 
 
 def _metric(directory: Path, step: int, policy: config.Checkpoint) -> float | None:
     """The saved value of `best_metric`; None when that checkpoint has none, or no readable meta."""
     try:
-        return json.loads((directory / str(step) / META).read_bytes())["metrics"].get(policy.best_metric)
+        return json.loads((directory / str(step) / META).read_bytes())["metrics"].get(
+            policy.best_metric
+        )
     except (OSError, ValueError, KeyError):
         return None  # damaged: it cannot be among the best, and whoever restores it is told why

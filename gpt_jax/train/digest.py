@@ -46,11 +46,16 @@ def free_name(path: Path) -> Path:
 def list_files(folder: Path) -> dict[str, int]:
     """Relative name -> bytes of every file below `folder` except its manifest, sorted by name."""
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths if path != folder / MANIFEST}
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in paths
+        if path != folder / MANIFEST
+    }
 
 
 def hash_files(folder: Path, names) -> list[str]:
     """sha256 of each named file, in hexadecimal."""
+
     def digest(name):
         with open(folder / name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -85,7 +90,9 @@ def write_manifest(folder: Path) -> None:
     """Hashes all files of the finished step in `folder` and seals it."""
     sizes = list_files(folder)
     hashes = hash_files(folder, sizes)
-    write_atomically(folder / MANIFEST, render_manifest({n: [s, h] for (n, s), h in zip(sizes.items(), hashes)}))
+    write_atomically(
+        folder / MANIFEST, render_manifest({n: [s, h] for (n, s), h in zip(sizes.items(), hashes)})
+    )
 
 
 def find_damage(folder: Path) -> str:
@@ -110,11 +117,17 @@ def _compare(folder: Path) -> str:
         return f"{MANIFEST}: content changed"
     bad = {name: "missing" for name in files if name not in sizes}
     bad |= {name: "not part of the checkpoint as saved" for name in sizes if name not in files}
-    bad |= {name: f"{sizes[name]} bytes instead of {size}" for name, (size, _) in files.items()
-            if name in sizes and sizes[name] != size}
+    bad |= {
+        name: f"{sizes[name]} bytes instead of {size}"
+        for name, (size, _) in files.items()
+        if name in sizes and sizes[name] != size
+    }
     if not bad:
-        bad = {name: "content changed (sha256 differs)" for name, found in zip(files, hash_files(folder, files))
-               if files[name][1] != found}
+        bad = {
+            name: "content changed (sha256 differs)"
+            for name, found in zip(files, hash_files(folder, files))
+            if files[name][1] != found
+        }
     more = f" (and {len(bad) - 1} more files)" if len(bad) > 1 else ""
     return next((f"{name}: {reason}{more}" for name, reason in bad.items()), "")
 
@@ -123,15 +136,26 @@ def steps_in(directory: Path) -> list[int]:
     """The steps that have a folder here, whole or not, in order; none when there is no such directory."""
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(
+        int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()
+    )
 
 
 def unfinished_in(directory: Path) -> list[int]:
     """Steps whose save began and did not end: still under way, or its process was killed."""
     names = [path.name.removesuffix(SAVING) for path in directory.glob(f"*{SAVING}")]
-    names += [path.name.removesuffix(TEMPORARY) for path in directory.glob(f"*{TEMPORARY}")
-              if not path.with_name(path.name.removesuffix(TEMPORARY)).exists()]
-    return sorted({int(name) for name in names if name.isdecimal() and not (directory / name / MANIFEST).exists()})
+    names += [
+        path.name.removesuffix(TEMPORARY)
+        for path in directory.glob(f"*{TEMPORARY}")
+        if not path.with_name(path.name.removesuffix(TEMPORARY)).exists()
+    ]
+    return sorted(
+        {
+            int(name)
+            for name in names
+            if name.isdecimal() and not (directory / name / MANIFEST).exists()
+        }
+    )
 
 
 def latest_valid(directory, report=print) -> int | None:
@@ -157,8 +181,10 @@ def _newest(directory: Path, report) -> int | None:
         damaged.append(f"step {step}: {damage}")
         report(f"checkpoint step {step} in {directory} is damaged and is passed over: {damage}")
     if damaged:
-        raise NoCheckpoint(f"{directory}: no valid checkpoint; found {'; '.join(damaged)}. "
-                           "Restore one from a copy, or start again with another workdir")
+        raise NoCheckpoint(
+            f"{directory}: no valid checkpoint; found {'; '.join(damaged)}. "
+            "Restore one from a copy, or start again with another workdir"
+        )
     return None
 
 
@@ -168,6 +194,7 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
 
     Raises UsageError when there is no such path or step (the text lists what there is), NoCheckpoint when the one asked
     for, or every one, is damaged."""
+
     def find():
         directory, wanted = _locate(Path(path).absolute(), step)
         steps = steps_in(directory)
@@ -175,13 +202,21 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
         if not wanted:
             newest = _newest(directory, report)
             if newest is None:
-                raise UsageError(f"checkpoint {str(path)!r}: nothing finished there yet; {_nearby(directory)}")
+                raise UsageError(
+                    f"checkpoint {str(path)!r}: nothing finished there yet; {_nearby(directory)}"
+                )
             return [str(directory), newest]
         if wanted not in steps:
             raise UsageError(f"checkpoint {str(path)!r}: no step {wanted}; {listing}")
-        damage = "not finished" if wanted in unfinished_in(directory) else find_damage(directory / str(wanted))
+        damage = (
+            "not finished"
+            if wanted in unfinished_in(directory)
+            else find_damage(directory / str(wanted))
+        )
         if damage:
-            raise NoCheckpoint(f"checkpoint step {wanted} in {directory} is damaged: {damage}; {listing}")
+            raise NoCheckpoint(
+                f"checkpoint step {wanted} in {directory} is damaged: {damage}; {listing}"
+            )
         return [str(directory), wanted]
 
     directory, found = agree(find)
@@ -193,12 +228,16 @@ def _locate(path: Path, step: int) -> tuple[Path, int]:
         return path / FOLDER, step
     if path.name.isdecimal() and (path.is_dir() or steps_in(path.parent)):
         if step not in (0, int(path.name)):
-            raise UsageError(f"checkpoint {str(path)!r}: is step {path.name}, but step {step} was asked for; drop one")
+            raise UsageError(
+                f"checkpoint {str(path)!r}: is step {path.name}, but step {step} was asked for; drop one"
+            )
         return path.parent, int(path.name)
     if path.is_dir() and (path.name == FOLDER or steps_in(path)):
         return path, step
-    raise UsageError(f"checkpoint {str(path)!r}: {'holds no checkpoints' if path.exists() else 'does not exist'}; "
-                     f"{_nearby(path)}")
+    raise UsageError(
+        f"checkpoint {str(path)!r}: {'holds no checkpoints' if path.exists() else 'does not exist'}; "
+        f"{_nearby(path)}"
+    )
 
 
 def _nearby(path: Path) -> str:
@@ -207,9 +246,14 @@ def _nearby(path: Path) -> str:
     for root in [base, *base.parents][:4]:
         if root == root.parent:
             break  # not the whole disk
-        folders = sorted({*root.glob(f"{FOLDER}"), *root.glob(f"*/{FOLDER}"), *root.glob(f"*/*/{FOLDER}")})
-        runs = [f"{folder.parent} (steps {', '.join(map(str, steps_in(folder)))})"
-                for folder in folders if steps_in(folder)]
+        folders = sorted(
+            {*root.glob(f"{FOLDER}"), *root.glob(f"*/{FOLDER}"), *root.glob(f"*/*/{FOLDER}")}
+        )
+        runs = [
+            f"{folder.parent} (steps {', '.join(map(str, steps_in(folder)))})"
+            for folder in folders
+            if steps_in(folder)
+        ]
         if runs:
             return f"found {'; '.join(runs[:10])}"
     return f"no checkpoints under {base} either"
@@ -223,6 +267,12 @@ def read_meta(directory, step: int) -> dict:
     except (OSError, ValueError) as error:
         raise NoCheckpoint(f"{path}: cannot be read: {cause_of(error)}") from error
     if meta["format"] != FORMAT:
-        way_out = "update the program" if meta["format"] > FORMAT else "use the program that wrote it, or train again"
-        raise UsageError(f"{path}: format {meta['format']} is not this program's {FORMAT}; {way_out}")
+        way_out = (
+            "update the program"
+            if meta["format"] > FORMAT
+            else "use the program that wrote it, or train again"
+        )
+        raise UsageError(
+            f"{path}: format {meta['format']} is not this program's {FORMAT}; {way_out}"
+        )
     return meta

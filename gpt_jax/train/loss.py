@@ -38,14 +38,19 @@ def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:
     first_best = jnp.where(logits == best, vocab, logits.shape[-1]).min(-1)
     objective = loss
     if train.label_smoothing:
-        objective = (1 - train.label_smoothing) * loss + train.label_smoothing * (log_z - logits.mean(-1))
+        objective = (1 - train.label_smoothing) * loss + train.label_smoothing * (
+            log_z - logits.mean(-1)
+        )
     if train.z_loss:  # Chowdhery et al. 2022: keeps the normaliser near 1
         objective = objective + train.z_loss * jnp.square(log_z)
     total = weight.sum()
     summed = lambda values: (values * weight).sum()
-    return {"objective": (summed(objective), total), "loss": (summed(loss), total),
-            "accuracy": (summed((first_best == targets[..., 0]).astype(jnp.float32)), total),
-            "bits_per_byte": (summed(loss) / math.log(2), summed(batch["bytes"].astype(jnp.float32)))}
+    return {
+        "objective": (summed(objective), total),
+        "loss": (summed(loss), total),
+        "accuracy": (summed((first_best == targets[..., 0]).astype(jnp.float32)), total),
+        "bits_per_byte": (summed(loss) / math.log(2), summed(batch["bytes"].astype(jnp.float32))),
+    }
 
 
 OBJECTIVES = {"next_token": next_token}
@@ -60,7 +65,11 @@ def batch_sums(network: Network, params, batch: dict, key, train: config.Train) 
         total, weight = sums["objective"]
         sums["objective"] = (total + report["objective"].sum(), weight)
         tokens = report["tokens"].sum()
-        sums |= {name: (value.sum(0), tokens) for name, value in report.items() if name not in ("objective", "tokens")}
+        sums |= {
+            name: (value.sum(0), tokens)
+            for name, value in report.items()
+            if name not in ("objective", "tokens")
+        }
     return sums
 
 
@@ -69,9 +78,13 @@ def _head_sums(network: Network, params, hidden, batch: dict, train: config.Trai
     if not train.loss_chunk or train.loss_chunk >= hidden.shape[1]:
         return objective(network.logits(network.head(params, hidden.dtype), hidden), batch, train)
 
-    def chunks(x):  # the tokens of a chunk are apart, so that each device splits its own; sums do not mind
+    def chunks(
+        x,
+    ):  # the tokens of a chunk are apart, so that each device splits its own; sums do not mind
         shape = (x.shape[0], train.loss_chunk, x.shape[1] // train.loss_chunk, *x.shape[2:])
-        return jnp.moveaxis(sharding.reshape(x, shape, "batch", "seq", None, *(None,) * (x.ndim - 2)), 2, 0)
+        return jnp.moveaxis(
+            sharding.reshape(x, shape, "batch", "seq", None, *(None,) * (x.ndim - 2)), 2, 0
+        )
 
     @jax.checkpoint
     def one(head, hidden, columns):

@@ -29,7 +29,9 @@ _RAW = (
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 )
-POLAR_EXPRESS = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _RAW) + ((1.875, -1.25, 0.375),)
+POLAR_EXPRESS = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _RAW) + (
+    (1.875, -1.25, 0.375),
+)
 WARMUP_MOMENTUM = 0.85  # where the momentum warmup starts (modded-nanogpt, nanochat)
 TINY = 1e-10  # floor of the row normalisation's second moment and norm (nanochat)
 
@@ -77,14 +79,18 @@ def momentum_at(optim: config.Optim, b1: float) -> Callable:
     return momentum
 
 
-def scale_by_muon(momentum: Callable, *, iterations: int, eps: float, dtype) -> optax.GradientTransformation:
+def scale_by_muon(
+    momentum: Callable, *, iterations: int, eps: float, dtype
+) -> optax.GradientTransformation:
     """Gradients to orthogonalised Nesterov momentum (the moving-average form of nanochat), `momentum(step)` at a step.
     Matrices travel, and are multiplied, in `dtype`."""
 
     def orthogonal(tree):
         leaves, structure = jax.tree.flatten(tree)
-        found = on_whole_matrices(lambda x: orthogonalize(x, iterations, eps, dtype).astype(dtype),
-                                  [m.astype(dtype) for m in leaves])
+        found = on_whole_matrices(
+            lambda x: orthogonalize(x, iterations, eps, dtype).astype(dtype),
+            [m.astype(dtype) for m in leaves],
+        )
         return jax.tree.unflatten(structure, [u.astype(m.dtype) for u, m in zip(found, leaves)])
 
     def init(params):
@@ -94,7 +100,9 @@ def scale_by_muon(momentum: Callable, *, iterations: int, eps: float, dtype) -> 
         b = momentum(state.count)
         average = lambda m, g: b * m + (1 - b) * g
         averages = jax.tree.map(average, state.momentum, grads)
-        return orthogonal(jax.tree.map(average, averages, grads)), MuonState(state.count + 1, averages)
+        return orthogonal(jax.tree.map(average, averages, grads)), MuonState(
+            state.count + 1, averages
+        )
 
     return optax.GradientTransformation(init, update)
 
@@ -117,7 +125,9 @@ def normalize_rows(b2: float) -> optax.GradientTransformation:
         return RowState(jax.tree.map(lambda p: jnp.zeros_like(mean_square(p)), params))
 
     def update(updates, state, params=None):
-        square = jax.tree.map(lambda s, u: b2 * s + (1 - b2) * mean_square(u), state.square, updates)
+        square = jax.tree.map(
+            lambda s, u: b2 * s + (1 - b2) * mean_square(u), state.square, updates
+        )
 
         def normalize(u, s):
             scaled = u * jax.lax.rsqrt(jnp.maximum(s, TINY))
@@ -130,11 +140,16 @@ def normalize_rows(b2: float) -> optax.GradientTransformation:
 
 def scale_by_shape() -> optax.GradientTransformation:
     """Keller Jordan's max(1, out / in)^0.5 for kernels `[in, out]`: keeps the change of an output's size the same."""
-    return optax.stateless(lambda updates, params: jax.tree.map(
-        lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates))
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(
+            lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates
+        )
+    )
 
 
-def add_decay(weight_decay: float, *, cautious: bool = False, end: int = 0) -> optax.GradientTransformation:
+def add_decay(
+    weight_decay: float, *, cautious: bool = False, end: int = 0
+) -> optax.GradientTransformation:
     """Decoupled weight decay. `cautious`: only where update and weight agree in sign, that is, where the step shrinks
     the weight anyway (arXiv 2510.12402). `end`: the decay falls to zero along a cosine until that step; 0: constant."""
 
@@ -153,17 +168,30 @@ def add_decay(weight_decay: float, *, cautious: bool = False, end: int = 0) -> o
     return optax.GradientTransformation(init, update)
 
 
-def make_muon(optim: config.Optim, group: config.Group, dtype=jnp.float32) -> optax.GradientTransformation:
+def make_muon(
+    optim: config.Optim, group: config.Group, dtype=jnp.float32
+) -> optax.GradientTransformation:
     """Muon for one group, without the learning rate and its sign: momentum, orthogonalisation in `dtype`, row
     normalisation, shape factor, decay. The decay is not multiplied by the shape factor (Keller Jordan's convention).
 
     Raises UsageError when the decay is to reach zero at a decay_steps that is not resolved (0)."""
     if optim.muon_decay_to_zero and not optim.decay_steps:
-        raise UsageError("config.optim.decay_steps = 0: config.optim.muon_decay_to_zero needs the step of the zero; "
-                         "set it, or resolve the config first")
+        raise UsageError(
+            "config.optim.decay_steps = 0: config.optim.muon_decay_to_zero needs the step of the zero; "
+            "set it, or resolve the config first"
+        )
     return optax.chain(
-        scale_by_muon(momentum_at(optim, group.b1), iterations=optim.muon_iterations, eps=group.eps, dtype=dtype),
+        scale_by_muon(
+            momentum_at(optim, group.b1),
+            iterations=optim.muon_iterations,
+            eps=group.eps,
+            dtype=dtype,
+        ),
         normalize_rows(group.b2) if optim.muon_normalize else optax.identity(),
         scale_by_shape(),
-        add_decay(group.weight_decay, cautious=optim.muon_cautious,
-                  end=optim.decay_steps if optim.muon_decay_to_zero else 0))
+        add_decay(
+            group.weight_decay,
+            cautious=optim.muon_cautious,
+            end=optim.decay_steps if optim.muon_decay_to_zero else 0,
+        ),
+    )

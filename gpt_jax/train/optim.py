@@ -52,11 +52,21 @@ def _leaves(params_like) -> dict[str, Any]:
 def groups_of(optim: config.Optim) -> dict[str, config.Group]:
     """Every group by label, in the order of `assign`'s indices: those of the config, the default, and for a default
     Muon the AdamW that takes what is no matrix of a layer, with the same rate, betas, eps and decay."""
-    fallback = {"default": optim.optimizer} | ({"default_adamw": "adamw"} if optim.optimizer == "muon" else {})
+    fallback = {"default": optim.optimizer} | (
+        {"default_adamw": "adamw"} if optim.optimizer == "muon" else {}
+    )
     return {f"group{i}": group for i, group in enumerate(optim.groups)} | {
-        label: config.Group(match=label, optimizer=optimizer, rate=1.0, b1=optim.b1, b2=optim.b2, eps=optim.eps,
-                            weight_decay=optim.weight_decay)
-        for label, optimizer in fallback.items()}
+        label: config.Group(
+            match=label,
+            optimizer=optimizer,
+            rate=1.0,
+            b1=optim.b1,
+            b2=optim.b2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+        for label, optimizer in fallback.items()
+    }
 
 
 def _patterns(optim: config.Optim) -> list[re.Pattern]:
@@ -65,8 +75,10 @@ def _patterns(optim: config.Optim) -> list[re.Pattern]:
         try:
             compiled.append(re.compile(group.match))
         except re.error as error:
-            raise UsageError(f"config.optim.groups[{i}].match = {group.match!r}: not a regular expression: "
-                             f"{error}") from None
+            raise UsageError(
+                f"config.optim.groups[{i}].match = {group.match!r}: not a regular expression: "
+                f"{error}"
+            ) from None
     return compiled
 
 
@@ -75,14 +87,19 @@ def _check_groups(optim: config.Optim, patterns, leaves, index) -> None:
         field = f"config.optim.groups[{i}].match = {group.match!r}"
         if i not in index.values() and not group.optional:
             earlier = [index[path] for path in leaves if patterns[i].search(path)]
-            raise UsageError(f"{field}: every parameter it finds is taken by config.optim.groups[{earlier[0]}]; put "
-                             "the narrower one first" if earlier else
-                             f"{field}: found in no parameter path; paths look like {', '.join(list(leaves)[:4])}")
+            raise UsageError(
+                f"{field}: every parameter it finds is taken by config.optim.groups[{earlier[0]}]; put "
+                "the narrower one first"
+                if earlier
+                else f"{field}: found in no parameter path; paths look like {', '.join(list(leaves)[:4])}"
+            )
         if group.optimizer == "muon":
             for path, leaf in leaves.items():
                 if index[path] == i and leaf_dims(path, leaf) not in MATRICES:
-                    raise UsageError(f"{field}: takes {path}, which is no matrix {leaf.shape}, and muon takes matrices "
-                                     "only; narrow the expression or put a group for it first")
+                    raise UsageError(
+                        f"{field}: takes {path}, which is no matrix {leaf.shape}, and muon takes matrices "
+                        "only; narrow the expression or put a group for it first"
+                    )
 
 
 def assign(optim: config.Optim, params_like) -> dict[str, int]:
@@ -94,7 +111,9 @@ def assign(optim: config.Optim, params_like) -> dict[str, int]:
     `params_like`: arrays or ShapeDtypeStructs. Raises UsageError, naming the group's field, for an expression that is
     none, for a group that takes no parameter, and for a Muon group that takes something that is no matrix."""
     patterns, default = _patterns(optim), len(optim.groups)
-    leaves = {path: leaf for path, leaf in _leaves(params_like).items() if not path.endswith(ROUTER_BIAS)}
+    leaves = {
+        path: leaf for path, leaf in _leaves(params_like).items() if not path.endswith(ROUTER_BIAS)
+    }
 
     def index_of(path, leaf):
         for i, pattern in enumerate(patterns):
@@ -108,20 +127,36 @@ def assign(optim: config.Optim, params_like) -> dict[str, int]:
     return index
 
 
-def describe(optim: config.Optim, params_like, balance_rate: float = config.Model.balance_rate) -> list[GroupRow]:
+def describe(
+    optim: config.Optim, params_like, balance_rate: float = config.Model.balance_rate
+) -> list[GroupRow]:
     """One row for every group that has parameters; tensors count a stack of layers as one, decay is the knob's value
     (which leaves it touches is `optim.decay`'s matter)."""
     index, leaves = assign(optim, params_like), _leaves(params_like)
-    sizes_of = lambda i: [math.prod(leaf.shape) for path, leaf in leaves.items() if index.get(path) == i]
+    sizes_of = lambda i: [
+        math.prod(leaf.shape) for path, leaf in leaves.items() if index.get(path) == i
+    ]
     rows = []
     for i, (label, group) in enumerate(groups_of(optim).items()):
         sizes = sizes_of(i)
         if sizes:
             name = f"{label} {group.match}" if i < len(optim.groups) else label
-            rows.append(GroupRow(name, group.optimizer, len(sizes), sum(sizes), optim.learning_rate * group.rate,
-                                 group.weight_decay))
+            rows.append(
+                GroupRow(
+                    name,
+                    group.optimizer,
+                    len(sizes),
+                    sum(sizes),
+                    optim.learning_rate * group.rate,
+                    group.weight_decay,
+                )
+            )
     biases = sizes_of(None)
-    own = [GroupRow(ROUTER_BIAS, "sign", len(biases), sum(biases), balance_rate, 0.0)] if biases else []
+    own = (
+        [GroupRow(ROUTER_BIAS, "sign", len(biases), sum(biases), balance_rate, 0.0)]
+        if biases
+        else []
+    )
     return rows + own
 
 
@@ -131,24 +166,31 @@ def _by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     def init(params):
         if not jax.tree.leaves(params):
             return tx.init(params)
-        return sharding.over_stages(jax.vmap(tx.init)(params))  # zeros do not inherit the layout of the layers
+        return sharding.over_stages(
+            jax.vmap(tx.init)(params)
+        )  # zeros do not inherit the layout of the layers
 
     def update(updates, state, params):
-        return (jax.vmap(tx.update) if jax.tree.leaves(updates) else tx.update)(updates, state, params)
+        return (jax.vmap(tx.update) if jax.tree.leaves(updates) else tx.update)(
+            updates, state, params
+        )
 
     return optax.GradientTransformation(init, update)
 
 
 def _stacking(tree):
     return jax.tree_util.tree_map_with_path(
-        lambda keys, _: "stacked" if path_of(keys).startswith(STACKED) else "single", tree)
+        lambda keys, _: "stacked" if path_of(keys).startswith(STACKED) else "single", tree
+    )
 
 
 def _decay(optim: config.Optim, group: config.Group) -> optax.GradientTransformation:
     least = {"matrices": 2, "all": 0}[optim.decay]
 
     def mask(params):
-        return jax.tree_util.tree_map_with_path(lambda keys, p: leaf_dims(path_of(keys), p) >= least, params)
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, p: leaf_dims(path_of(keys), p) >= least, params
+        )
 
     return optax.add_decayed_weights(group.weight_decay, mask)
 
@@ -159,8 +201,15 @@ def _adamw(optim, group, dtype):
 
 def _adafactor(optim, group, dtype):
     # Built from parts: the ready-made one does not multiply the decay by the learning rate.
-    rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
-    return optax.chain(optax.partition({"single": rule, "stacked": _by_layer(rule)}, _stacking), _decay(optim, group))
+    rule = optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+    return optax.chain(
+        optax.partition({"single": rule, "stacked": _by_layer(rule)}, _stacking),
+        _decay(optim, group),
+    )
 
 
 def _lion(optim, group, dtype):
@@ -173,18 +222,28 @@ def _sgd(optim, group, dtype):
 
 
 # Each row makes a group's step before the learning rate: (optim, group, dtype) -> transformation.
-OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "sgd": _sgd, "muon": muon.make_muon}
+OPTIMIZERS = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "sgd": _sgd,
+    "muon": muon.make_muon,
+}
 
 
 def steer(balance_rate: float) -> optax.GradientTransformation:
     """The rule of a router's bias: a step of `balance_rate` against the sign of its gradient, which says how far each
     expert is above its share (model/moe.py). No decay, no schedule (Wang et al. 2024, arXiv:2408.15664)."""
-    return optax.stateless(lambda updates, params: jax.tree.map(lambda g: -balance_rate * jnp.sign(g), updates))
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda g: -balance_rate * jnp.sign(g), updates)
+    )
 
 
 def gradient_norm(grads) -> jax.Array:
     """The norm over all gradients; the routers' biases have none."""
-    return optax.tree.norm([leaf for path, leaf in _leaves(grads).items() if not path.endswith(ROUTER_BIAS)])
+    return optax.tree.norm(
+        [leaf for path, leaf in _leaves(grads).items() if not path.endswith(ROUTER_BIAS)]
+    )
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
@@ -198,8 +257,12 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def make_optimizer(optim: config.Optim, params_like, dtype=jnp.float32,
-                   balance_rate: float = config.Model.balance_rate) -> optax.GradientTransformation:
+def make_optimizer(
+    optim: config.Optim,
+    params_like,
+    dtype=jnp.float32,
+    balance_rate: float = config.Model.balance_rate,
+) -> optax.GradientTransformation:
     """The whole optimiser: clipping over all gradients, then each group's own rule, decay and rate.
 
     A group's rate at a step is `learning_rate * group.rate * make_schedule(optim)(step)`, step 0 for the first update.
@@ -213,21 +276,34 @@ def make_optimizer(optim: config.Optim, params_like, dtype=jnp.float32,
     `jit(tx.init)`. Raises what `assign` and `make_schedule` raise."""
     index, groups, schedule = assign(optim, params_like), groups_of(optim), make_schedule(optim)
     names = dict(enumerate(groups)) | {None: ROUTER_BIAS}
-    labels = jax.tree_util.tree_map_with_path(lambda keys, _: names[index.get(path_of(keys))], params_like)
+    labels = jax.tree_util.tree_map_with_path(
+        lambda keys, _: names[index.get(path_of(keys))], params_like
+    )
 
     def make_group(group):
         return optax.chain(
             OPTIMIZERS[group.optimizer](optim, group, dtype),
-            optax.scale_by_learning_rate(lambda step: optim.learning_rate * group.rate * schedule(step)))
+            optax.scale_by_learning_rate(
+                lambda step: optim.learning_rate * group.rate * schedule(step)
+            ),
+        )
 
-    used = {name: make_group(group) for i, (name, group) in enumerate(groups.items()) if i in index.values()}
+    used = {
+        name: make_group(group)
+        for i, (name, group) in enumerate(groups.items())
+        if i in index.values()
+    }
     if ROUTER_BIAS in jax.tree.leaves(labels):
         used[ROUTER_BIAS] = steer(balance_rate)
-    return optax.chain(clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
-                       optax.partition(used, labels))
+    return optax.chain(
+        clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
+        optax.partition(used, labels),
+    )
 
 
-def on_parts(tx: optax.GradientTransformation, split: Callable, whole: Callable) -> optax.GradientTransformation:
+def on_parts(
+    tx: optax.GradientTransformation, split: Callable, whole: Callable
+) -> optax.GradientTransformation:
     """`tx` with its state, and its work, on `split` parameters and gradients, and its updates `whole` again: ZeRO-1
     (Rajbhandari et al. 2020). Both functions lay out a tree shaped like the parameters."""
 

@@ -44,7 +44,13 @@ def _inverse_sqrt(optim: config.Optim, step) -> jax.Array:
     return jnp.maximum(optim.final_fraction, jnp.sqrt((optim.warmup_steps + 1) / (step + 1)))
 
 
-SCHEDULES = {"constant": _constant, "cosine": _cosine, "linear": _linear, "wsd": _wsd, "inverse_sqrt": _inverse_sqrt}
+SCHEDULES = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "linear": _linear,
+    "wsd": _wsd,
+    "inverse_sqrt": _inverse_sqrt,
+}
 
 
 def make_schedule(optim: config.Optim) -> Callable[[jax.typing.ArrayLike], jax.Array]:
@@ -60,8 +66,10 @@ def make_schedule(optim: config.Optim) -> Callable[[jax.typing.ArrayLike], jax.A
 
     Raises UsageError when the schedule needs an end and decay_steps is not resolved (0)."""
     if not optim.decay_steps and optim.schedule not in config.ENDLESS:
-        raise UsageError(f"config.optim.decay_steps = 0: schedule {optim.schedule!r} needs its last step; "
-                         "set it, or resolve the config first")
+        raise UsageError(
+            f"config.optim.decay_steps = 0: schedule {optim.schedule!r} needs its last step; "
+            "set it, or resolve the config first"
+        )
     after = SCHEDULES[optim.schedule]
 
     def schedule(step) -> jax.Array:

@@ -42,8 +42,10 @@ def on_whole_matrices(fn: Callable, stacks: list[jax.Array]) -> list[jax.Array]:
     for these in members.values():
         parts = _dealt(fn, jnp.concatenate([lists[i] for i in these], axis=1), sizes)
         for i in these:
-            done[i], parts = parts[:, :lists[i].shape[1]], parts[:, lists[i].shape[1]:]
-    return [_as_before(_transposed(done[i], turn), x) for i, (x, turn) in enumerate(zip(stacks, turned))]
+            done[i], parts = parts[:, : lists[i].shape[1]], parts[:, lists[i].shape[1] :]
+    return [
+        _as_before(_transposed(done[i], turn), x) for i, (x, turn) in enumerate(zip(stacks, turned))
+    ]
 
 
 def _names(part) -> tuple[str, ...]:
@@ -54,13 +56,16 @@ def _listed(x: jax.Array, sizes: dict[str, int]) -> jax.Array:
     """[..., in, out] as [p, n, in, out]: p parts, one on each device along the axes that cut a dim of the stack."""
     *lead, rows, columns = jax.typeof(x).sharding.spec
     held, dim, parts = _held(x, sizes)
-    split = lambda at: at if dim is None else (*at[:dim], parts, at[dim] // parts, *at[dim + 1:])
+    split = lambda at: at if dim is None else (*at[:dim], parts, at[dim] // parts, *at[dim + 1 :])
     x = jax.reshard(x, P(*(held if i == dim else None for i in range(len(lead))), rows, columns))
     if dim is not None:
         spec = P(*(None,) * dim, held, *(None,) * (len(lead) - dim), rows, columns)
         x = jnp.moveaxis(jax.lax.reshape(x, split(x.shape), out_sharding=spec), dim, 0)
-    return jax.lax.reshape(x, (parts, math.prod(x.shape[:-2]) // parts, *x.shape[-2:]),
-                           out_sharding=P(held or None, None, rows, columns))
+    return jax.lax.reshape(
+        x,
+        (parts, math.prod(x.shape[:-2]) // parts, *x.shape[-2:]),
+        out_sharding=P(held or None, None, rows, columns),
+    )
 
 
 def _as_before(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -71,8 +76,10 @@ def _as_before(x: jax.Array, like: jax.Array) -> jax.Array:
     if dim is None:
         x = jax.lax.reshape(x, like.shape, out_sharding=P(*(None,) * len(lead), rows, columns))
     else:
-        rest = (*like.shape[:dim], like.shape[dim] // parts, *like.shape[dim + 1:])
-        x = jax.lax.reshape(x, (parts, *rest), out_sharding=P(held, *(None,) * len(lead), rows, columns))
+        rest = (*like.shape[:dim], like.shape[dim] // parts, *like.shape[dim + 1 :])
+        x = jax.lax.reshape(
+            x, (parts, *rest), out_sharding=P(held, *(None,) * len(lead), rows, columns)
+        )
         spec = P(*(held if i == dim else None for i in range(len(lead))), rows, columns)
         x = jax.lax.reshape(jnp.moveaxis(x, 0, dim), like.shape, out_sharding=spec)
     return jax.reshard(x, jax.typeof(like).sharding.spec)
@@ -115,7 +122,9 @@ def takers(count: int, sizes: dict[str, int]) -> tuple[str, ...]:
 def _dealt(fn: Callable, x: jax.Array, sizes: dict[str, int]) -> jax.Array:
     kind, count = _kind(x), x.shape[1]
     axes = takers(count, {axis: size for axis, size in sizes.items() if axis not in kind.held})
-    steps = [_place(kind, axes[:i]) for i in range(len(axes) + 1)] + [P(kind.held or None, axes or None)]
+    steps = [_place(kind, axes[:i]) for i in range(len(axes) + 1)] + [
+        P(kind.held or None, axes or None)
+    ]
     x = jnp.pad(x, ((0, 0), (0, -count % math.prod(sizes[axis] for axis in axes)), (0, 0), (0, 0)))
     for step in steps[1:]:
         x = jax.reshard(x, step)
@@ -127,5 +136,8 @@ def _dealt(fn: Callable, x: jax.Array, sizes: dict[str, int]) -> jax.Array:
 
 def _place(kind: Kind, taken: tuple[str, ...]) -> P:
     """Stacks dealt out over the axes `taken` too, their matrices cut over what is left of `cut`."""
-    return P(kind.held or None, taken or None,
-             *(tuple(axis for axis in part if axis not in taken) or None for part in kind.cut))
+    return P(
+        kind.held or None,
+        taken or None,
+        *(tuple(axis for axis in part if axis not in taken) or None for part in kind.cut),
+    )

@@ -22,7 +22,9 @@ class TrainState(NamedTuple):
 
 def init_state(params, tx: optax.GradientTransformation, train: config.Train) -> TrainState:
     """The state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema_init(params) if train.ema else {})
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, tx.init(params), ema_init(params) if train.ema else {}
+    )
 
 
 def _microbatches(batch: dict, count: int) -> dict:
@@ -48,6 +50,7 @@ def gradients(network: Network, params, batch: dict, key, train: config.Train):
     if train.accumulate == 1:
         grads, sums = grad(params, batch, key)
     else:
+
         def add(carry, x):
             index, micro = x
             grads = grad(params, micro, jax.random.fold_in(key, index))
@@ -57,7 +60,10 @@ def gradients(network: Network, params, batch: dict, key, train: config.Train):
         micro = _microbatches(batch, train.accumulate)
         # From zeros, not from the first microbatch: that would compile the model a second time.
         _, sums = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro), key)
-        zeros = jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+        zeros = (
+            jax.tree.map(jnp.zeros_like, params),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums),
+        )
         (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(train.accumulate), micro))
     weight = jnp.maximum(sums["objective"][1], 1e-9)
     return jax.tree.map(lambda g: g / weight, grads), sums
@@ -65,7 +71,9 @@ def gradients(network: Network, params, batch: dict, key, train: config.Train):
 
 def train_step(state: TrainState, batch: dict, key, *, network: Network, tx, train: config.Train):
     """One update: (new state, Sums with gradient and parameter norms added). `key` is the run's; the step is folded in."""
-    grads, sums = gradients(network, state.params, batch, jax.random.fold_in(key, state.step), train)
+    grads, sums = gradients(
+        network, state.params, batch, jax.random.fold_in(key, state.step), train
+    )
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = ema_update(state.ema, params, train.ema) if train.ema else {}
