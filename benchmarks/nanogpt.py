@@ -56,10 +56,15 @@ class Torch:
 
 def our_params(state: dict, layers: int) -> dict:
     """nanoGPT's state dict as our parameters: torch keeps (out, in), its q, k and v in one matrix."""
-    stack = lambda name: jnp.asarray(
-        np.stack([state[f"transformer.h.{i}.{name}.weight"] for i in range(layers)])
-    )
-    kernel = lambda name: jnp.swapaxes(stack(name), 1, 2)
+
+    def stack(name):
+        return jnp.asarray(
+            np.stack([state[f"transformer.h.{i}.{name}.weight"] for i in range(layers)])
+        )
+
+    def kernel(name):
+        return jnp.swapaxes(stack(name), 1, 2)
+
     q, k, v = jnp.split(kernel("attn.c_attn"), 3, axis=2)
     attention = {
         "q": {"kernel": q},
@@ -73,7 +78,10 @@ def our_params(state: dict, layers: int) -> dict:
         "attention": attention,
         "mlp": {"up": {"kernel": kernel("mlp.c_fc")}, "down": {"kernel": kernel("mlp.c_proj")}},
     }
-    table = lambda name: {"table": jnp.asarray(state[f"transformer.{name}.weight"])}
+
+    def table(name):
+        return {"table": jnp.asarray(state[f"transformer.{name}.weight"])}
+
     return {
         "embed": table("wte"),
         "position": table("wpe"),

@@ -29,7 +29,9 @@ def main(
         )
     )
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    answer = lambda value: print(json.dumps(value), file=replies, flush=True)
+
+    def answer(value):
+        return print(json.dumps(value), file=replies, flush=True)
 
     def step(tokens, targets, rate: float) -> float:
         for group in optimizer.param_groups:

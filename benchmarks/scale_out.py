@@ -79,11 +79,14 @@ def train_by_slurm(workdir: Path, tasks: int, devices: int, mesh: dict[str, int]
         .rstrip(";")
     )
     show = ["scontrol", "show", "job", job]
-    state = lambda: (
-        subprocess.run(show, check=True, capture_output=True, text=True)
-        .stdout.split("JobState=")[1]
-        .split()[0]
-    )
+
+    def state():
+        return (
+            subprocess.run(show, check=True, capture_output=True, text=True)
+            .stdout.split("JobState=")[1]
+            .split()[0]
+        )
+
     log = workdir / "metrics.jsonl"
     while state() in ("PENDING", "RUNNING") and not (
         log.exists() and log.read_text().count("\n") > STEPS // 4

@@ -65,16 +65,19 @@ def batch_tokens(depth: int) -> int:
 def make_groups(width: int, weight_decay: float) -> tuple[dict, ...]:
     """The first that matches takes a parameter. Rates are absolute below and become factors of the matrices' rate."""
     narrow = (width / 768) ** -0.5  # Adam's rates were tuned at width 768
-    adam = lambda match, rate, b1, b2, decay: dict(
-        match=match,
-        optimizer="adamw",
-        rate=rate / MATRIX_RATE,
-        b1=b1,
-        b2=b2,
-        eps=1e-10,
-        weight_decay=decay,
-        optional=match.startswith(OPTIONAL),
-    )
+
+    def adam(match, rate, b1, b2, decay):
+        return dict(
+            match=match,
+            optimizer="adamw",
+            rate=rate / MATRIX_RATE,
+            b1=b1,
+            b2=b2,
+            eps=1e-10,
+            weight_decay=decay,
+            optional=match.startswith(OPTIONAL),
+        )
+
     return (
         adam("^head/", 0.008 * narrow, 0.8, 0.96, 0.01),
         adam("^embed/", 0.3 * narrow, 0.8, 0.995, 0.001),

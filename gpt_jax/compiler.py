@@ -5,7 +5,7 @@ They go with a compilation (`jax.jit(compiler_options=…)`), never through XLA_
 process, here it raises. `config.train.compiler_options` adds to them, `gpt-jax plan --option` adds to that.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp

@@ -6,8 +6,8 @@ reported: a number under a guessed peak is worse than none. On a CPU the peak is
 
 import re
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """What is measured on held-out text, and samples (floor 3; called by loop and the evaluate command)."""
 
 import lzma
-from typing import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 

@@ -1,15 +1,16 @@
 """What a run consists of: `build(config)` makes its parts, `start_state` its first state (floor 3; loop runs them)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import config as configs
 from gpt_jax import compiler, devices, evals, placing, sharding
+from gpt_jax import config as configs
 from gpt_jax.data import dataset
 from gpt_jax.data.dataset import Dataset
 from gpt_jax.data.pipeline import check_sizes, make_examples
@@ -169,15 +170,24 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         network = make_network(model)
         like = abstract_params(model)
         tx = make_optimizer(config.optim, like, jnp.dtype(model.dtype), model.balance_rate)
-        stored = lambda params: params
+
+        def stored(params):
+            return params
+
         if config.mesh.zero == 1:
             tx, stored = (
                 on_parts(tx, partial(sharding.lay_out, like=like), sharding.whole),
                 sharding.whole,
             )
-        make_state = lambda: init_state(stored(init_params(model, jax.random.key(seed))), tx, train)
+
+        def make_state():
+            return init_state(stored(init_params(model, jax.random.key(seed))), tx, train)
+
         abstract = sharding.concrete(jax.eval_shape(make_state), mesh)
-        key = lambda: jax.random.fold_in(jax.random.key(seed), 1)  # init has the seed's own key
+
+        def key():
+            return jax.random.fold_in(jax.random.key(seed), 1)  # init has the seed's own key
+
         step = jax.jit(
             lambda state, batch: train_step(
                 state, batch, key(), network=network, tx=tx, train=train
@@ -255,7 +265,10 @@ def unsharded(state: TrainState, mesh, zero: int) -> dict[str, list[str]]:
 def describe_mesh(config: configs.Config, mesh) -> str:
     """One line: axes longer than 1 and how they are used, devices, processes."""
     model, across = config.model, configs.cross_slice(config.mesh)
-    beyond = lambda axis: f" ({across[axis]} across slices)" if across[axis] > 1 else ""
+
+    def beyond(axis):
+        return f" ({across[axis]} across slices)" if across[axis] > 1 else ""
+
     axes = " x ".join(
         f"{axis} {size}{beyond(axis)}" for axis, size in mesh.shape.items() if size > 1
     )

@@ -1,9 +1,10 @@
 """A trained model from a checkpoint path alone: config, tokenizer and weights on the devices there are (floor 3; called by
 the commands that take a checkpoint)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 

@@ -6,9 +6,9 @@ this one, on the same parts.
 
 import fcntl
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Callable
 
 import jax
 
@@ -201,13 +201,16 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
     text may take longer than who asks will wait."""
     settle(progress)
     if progress.heldout:
-        sums = lambda batches: evals.heldout_sums(
-            progress.parts.eval_step,
-            averaged_params(progress, state),
-            watched(batches, progress.beat, stop),
-            progress.parts.mesh,
-            progress.config.eval.batch_size,
-        )
+
+        def sums(batches):
+            return evals.heldout_sums(
+                progress.parts.eval_step,
+                averaged_params(progress, state),
+                watched(batches, progress.beat, stop),
+                progress.parts.mesh,
+                progress.config.eval.batch_size,
+            )
+
         try:
             with progress.clock.phase("eval"):
                 found = {

@@ -9,7 +9,8 @@ import json
 import os
 import socket
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from gpt_jax.errors import Exit, PeerFailed, UsageError, exit_of
 

@@ -12,7 +12,8 @@ Names are `room/what`, one meaning each:
 import contextlib
 import math
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,9 +31,14 @@ def add(a: Sums, b: Sums) -> Sums:
 
 def divide(sums: Sums) -> dict[str, Any]:
     """sum / weight of each name, on the host, once, at print time; weight 0 gives nan. Sums may be arrays."""
-    one = lambda total, weight: (
-        float(total) / float(weight) if np.ndim(total) == 0 else np.asarray(total) / float(weight)
-    )
+
+    def one(total, weight):
+        return (
+            float(total) / float(weight)
+            if np.ndim(total) == 0
+            else np.asarray(total) / float(weight)
+        )
+
     return {
         name: one(total, weight) if weight else math.nan for name, (total, weight) in sums.items()
     }

@@ -2,16 +2,18 @@
 (floor 0)."""
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gpt_jax import sharding
 from gpt_jax.config import BATCH_AXES
 from gpt_jax.errors import UsageError
+import itertools
 
 
 def order(length: int, pieces: int) -> np.ndarray:
@@ -60,7 +62,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> slice:
     here = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((batch_size,))
     slices = sorted({index[0].indices(batch_size)[:2] for index in here.values()})
     start, stop = slices[0][0], slices[-1][1]
-    if any(end != begin for (_, end), (begin, _) in zip(slices, slices[1:])):
+    if any(end != begin for (_, end), (begin, _) in itertools.pairwise(slices)):
         raise UsageError(
             "config.mesh: this process's devices hold rows of the batch that are not contiguous; "
             "put config.mesh.tensor and config.mesh.context inside a process"

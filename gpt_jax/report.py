@@ -12,9 +12,9 @@ import io
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Sequence
 
 from gpt_jax.metrics import PHASES
 from gpt_jax.writers import duration, human, read_jsonl, replace_file

@@ -8,16 +8,17 @@ every helper is the identity.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gpt_jax.config import AXES, BATCH_AXES, FSDP_AXES, slices_problem
 from gpt_jax.errors import UsageError
@@ -98,11 +99,14 @@ def places(mesh: Mesh, devices=None) -> str:
         for axis, found in zip(AXES, np.nonzero(grid))
         if mesh.shape[axis] > 1
     }
-    text = lambda at: (
-        f"{at[0]}-{at[-1]}"
-        if len(at) > 1 and at[-1] - at[0] == len(at) - 1
-        else ",".join(map(str, at))
-    )
+
+    def text(at):
+        return (
+            f"{at[0]}-{at[-1]}"
+            if len(at) > 1 and at[-1] - at[0] == len(at) - 1
+            else ",".join(map(str, at))
+        )
+
     return ", ".join(f"{axis} {text(at)}" for axis, at in spans.items())
 
 
@@ -280,7 +284,10 @@ def off_stages(tree):
 def whole(tree):
     """Every array of `tree` without the fsdp axes: each copy of the model holds it whole but for tensor, expert and
     pipeline (what ZeRO-1 keeps of parameters)."""
-    drop = lambda part: None if part == FSDP_AXES or part == STORED["expert_embed"] else part
+
+    def drop(part):
+        return None if part == FSDP_AXES or part == STORED["expert_embed"] else part
+
     return relay(tree, lambda spec: P(*map(drop, spec)))
 
 
@@ -294,7 +301,10 @@ def local(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
     out by the USED rules first, or None for an argument that is None; `out_axes`: of the result, or a tuple of them."""
     if _mesh() is None:
         return fn
-    as_spec = lambda axes: P() if axes is None else used(*axes)
+
+    def as_spec(axes):
+        return P() if axes is None else used(*axes)
+
     many = isinstance(out_axes[0], tuple)
     specs = (
         tuple(map(as_spec, in_axes)),

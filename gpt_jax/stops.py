@@ -18,7 +18,6 @@ import jax
 
 from gpt_jax.errors import RESTARTABLE, Hang, PeerFailed, Stopped, complain
 
-
 # How the libraries below say that another process has left: gloo, NCCL, JAX's coordination service. What else goes wrong
 # inside XLA (out of memory, say) is this process's own failure.
 PEER_GONE = re.compile(

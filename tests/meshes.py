@@ -1,7 +1,7 @@
 """One tiny model of each kind, trained for a few steps without a mesh and on any mesh, for comparison."""
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -79,9 +79,10 @@ OPTIMIZERS = {
 
 def make_config(name: str, **knobs) -> config.Config:
     """The resolved config of a model; `knobs` are of Model, Train and Optim's names."""
-    of = lambda kind: {
-        key: value for key, value in knobs.items() if key in kind.__dataclass_fields__
-    }
+
+    def of(kind):
+        return {key: value for key, value in knobs.items() if key in kind.__dataclass_fields__}
+
     model = config.Model(
         **dict(embed=32, heads=8, vocab=VOCAB, kernel="reference") | MODELS[name] | of(config.Model)
     )
@@ -154,7 +155,7 @@ def run(name, columns, place, settings, optimizer="adamw"):
     return sums, first, state
 
 
-@lru_cache(maxsize=None)
+@cache
 def alone(name, optimizer="adamw"):
     """The reference: no mesh, one microbatch, all logits at once, whole rows."""
     sums, first, state = run(name, make_columns(name), lambda p: p, make_config(name), optimizer)

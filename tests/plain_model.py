@@ -97,11 +97,17 @@ def np_attention(model, p, x, window, tokens, position, allowed):
         strength = 3 / (1 + np.exp(-(x[:, : model.value_embed_gate] @ p["value_gate"]["kernel"])))
         v = v + np.repeat(strength, model.head_dim, axis=1) * p["value_embed"]["table"][tokens]
     H, outs = model.head_dim, []
-    looks = lambda t, s: allowed(t, s) and not (window and t - s >= window)
+
+    def looks(t, s):
+        return allowed(t, s) and not (window and t - s >= window)
+
     mask = np.array([[looks(t, s) for s in range(len(x))] for t in range(len(x))])
     for n in range(model.heads):
         kv = n // (model.heads // model.kv_heads)
-        cut = lambda y, i: y[:, i * H : (i + 1) * H]
+
+        def cut(y, i):
+            return y[:, i * H : (i + 1) * H]
+
         query = np_qk(model, p.get("q_norm", {}), cut(q, n), position)
         key = np_qk(model, p.get("k_norm", {}), cut(k, kv), position)
         scores = np.where(
@@ -158,7 +164,10 @@ def np_row(model, params, tokens, position, allowed):
             ("mlp_norm", lambda y: np_mlp(model.pattern[i % len(model.pattern)][1], p["mlp"], y)),
         )
         for name, part in parts:
-            norm = lambda y: np_norm(model, p.get(name, {}), y)
+
+            def norm(y):
+                return np_norm(model, p.get(name, {}), y)
+
             x = x + part(norm(x)) if model.norm_position == "pre" else norm(x + part(x))
         half = x if i == model.layers // 2 else None if i == 0 else half
     x = x - params["backout"]["scale"] * half if model.backout else x

@@ -1,7 +1,7 @@
 """Jobs for tests of `gpt-jax plan`, traced once."""
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from gpt_jax import config as configs
@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 ONE = dict.fromkeys(configs.AXES, 1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def job_of(spec: str, *overrides: str):
     name, _, variant = spec.partition(":")
     return make_job(

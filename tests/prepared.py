@@ -8,7 +8,23 @@ import runs
 
 from gpt_jax.data import corpus
 
-WORDS = "the cat sat on the mat and 我是猫 looked at 👍 it all day long".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "the",
+    "mat",
+    "and",
+    "我是猫",
+    "looked",
+    "at",
+    "👍",
+    "it",
+    "all",
+    "day",
+    "long",
+]
 
 
 def texts(count: int, seed: int = 0) -> list[str]:

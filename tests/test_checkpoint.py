@@ -144,7 +144,10 @@ def test_donating_after_save_does_not_reach_the_checkpoint(tmp_path, monkeypatch
         checkpoint, "write_manifest", lambda folder: (time.sleep(0.2), seal(folder))
     )
     saver = checkpoint.open_checkpoints(tmp_path, POLICY)
-    make = lambda: {str(i): jax.random.normal(jax.random.key(i), (256, 1024)) for i in range(6)}
+
+    def make():
+        return {str(i): jax.random.normal(jax.random.key(i), (256, 1024)) for i in range(6)}
+
     state = make()
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     saver.save(1, state, {"step": jnp.int32(1)}, {})
@@ -374,15 +377,16 @@ def test_what_is_kept_equals_a_brute_force_list():
             newer = sum(other > s for other in steps)
             ranked = values[s] is not None and values[s] == values[s]
             better = sum(
-                v is not None and v == v and ranked and (v < values[s] or v == values[s] and o > s)
+                v is not None
+                and v == v
+                and ranked
+                and (v < values[s] or (v == values[s] and o > s))
                 for o, v in values.items()
             )
             if (
                 newer < policy.keep_last
-                or policy.keep_every_steps
-                and s % policy.keep_every_steps == 0
-                or ranked
-                and better < policy.keep_best
+                or (policy.keep_every_steps and s % policy.keep_every_steps == 0)
+                or (ranked and better < policy.keep_best)
             ):
                 expected.add(s)
         assert checkpoint.to_keep(values, policy) == expected
@@ -463,7 +467,7 @@ def test_every_minutes_on_a_simulated_clock(tmp_path, monkeypatch, seconds_per_s
             )  # what save() does
     gaps = np.diff([0.0, *saves])
     assert len(saves) >= 7 and all(
-        60 <= gap + 1e-6 and gap <= 60 + max(3.1, seconds_per_step) for gap in gaps
+        gap + 1e-6 >= 60 and gap <= 60 + max(3.1, seconds_per_step) for gap in gaps
     )
     assert len(asked) <= 10 * 60  # few questions although there are many steps
 

@@ -1,10 +1,10 @@
 """The commands that take a checkpoint, and what all commands share: their output, and that their numbers are the right
 ones."""
 
-import os
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys

@@ -11,7 +11,8 @@ import pytest
 import runs
 from plans import job_of
 
-from gpt_jax import compiler, config as configs, experiment, sharding
+from gpt_jax import compiler, experiment, sharding
+from gpt_jax import config as configs
 from gpt_jax.commands import environment
 from gpt_jax.errors import UsageError
 from gpt_jax.plan import compiled

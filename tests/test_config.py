@@ -399,7 +399,7 @@ MOE = dict(pattern=(("attention", "moe"),))
 @pytest.mark.parametrize(
     "mesh, sections, words",
     [
-        (dict(tensor=8), dict(), ("config.model.heads = 4", "config.mesh.tensor = 8")),
+        (dict(tensor=8), {}, ("config.model.heads = 4", "config.mesh.tensor = 8")),
         (
             dict(tensor=4),
             dict(model=dict(kv_heads=1)),
@@ -442,7 +442,7 @@ MOE = dict(pattern=(("attention", "moe"),))
             ("config.model.experts = 12", "config.mesh.expert = 8"),
         ),
         (
-            dict(),
+            {},
             dict(model=dict(experts=2, experts_per_token=3) | MOE),
             ("config.model.experts_per_token = 3",),
         ),
@@ -456,7 +456,7 @@ MOE = dict(pattern=(("attention", "moe"),))
             dict(model=dict(dispatch="capacity") | MOE),
             ("config.model.dispatch = 'capacity'", "dropless"),
         ),
-        (dict(pipeline=8), dict(), ("config.model.layers = 4", "config.mesh.pipeline = 8")),
+        (dict(pipeline=8), {}, ("config.model.layers = 4", "config.mesh.pipeline = 8")),
         (
             dict(pipeline=2),
             dict(model=dict(layers=5)),
@@ -474,14 +474,14 @@ MOE = dict(pattern=(("attention", "moe"),))
             ("config.train.batch_size = 8", "8 x 2"),
         ),
         (dict(pipeline=2), dict(model=dict(dropout=0.1)), ("config.model.dropout = 0.1", "set 0")),
-        (dict(), dict(eval=dict(batch_size=3)), ("config.eval.batch_size = 3", "8")),
+        ({}, dict(eval=dict(batch_size=3)), ("config.eval.batch_size = 3", "8")),
         (
-            dict(),
+            {},
             dict(model=dict(dispatch="capacity", capacity_factor=0.0) | MOE),
             ("config.model.capacity_factor = 0.0",),
         ),
         (
-            dict(),
+            {},
             dict(model=dict(pipeline_rounds=2)),
             ("config.model.pipeline_rounds = 2", "without config.mesh.pipeline"),
         ),
@@ -525,9 +525,11 @@ def test_sizes_across_slices_are_offered_last():
     ],
 )
 def test_the_batch_size_that_the_error_suggests_works(batch, accumulate, data, fsdp):
-    sections = lambda size: dict(
-        train=dict(batch_size=size, accumulate=accumulate), mesh=dict(data=data, fsdp=fsdp)
-    )
+    def sections(size):
+        return dict(
+            train=dict(batch_size=size, accumulate=accumulate), mesh=dict(data=data, fsdp=fsdp)
+        )
+
     message = refuses(
         lambda: config.check(made(**sections(batch)), devices=8),
         f"config.train.batch_size = {batch}",

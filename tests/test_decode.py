@@ -1,7 +1,7 @@
 """Generation: cached = full forward for every variant, a row = the same row in any batch, stops cut to the letter."""
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def make_model(**changes) -> config.Model:
     return config.resolve(config.Config(model=model)).model
 
 
-@lru_cache(maxsize=None)
+@cache
 def make_params(model: config.Model):
     """Every parameter is noise, large enough that no most likely token is an accident of rounding: projections that
     start at zero would hide the whole cache. Factors are near 1."""
@@ -238,7 +238,10 @@ def test_a_mesh_changes_nothing(mesh, shape):
 def test_one_compilation_for_a_bucket(monkeypatch):
     model, traced, pick = make_model(mlp=24), [], decode._pick
     monkeypatch.setattr(decode, "_pick", lambda *args: traced.append(args[1].shape) or pick(*args))
-    texts = lambda *sizes: ["a" * n for n in sizes]
+
+    def texts(*sizes):
+        return ["a" * n for n in sizes]
+
     run(model, texts(3, 16), GREEDY)
     assert len(traced) == 2  # a prompt and a step
     run(
@@ -263,7 +266,10 @@ def numpy_filter(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0, penalty
     x /= temperature
     if top_k:
         x[x < np.sort(x)[-min(top_k, len(x))]] = -np.inf
-    softmax = lambda x: np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
+    def softmax(x):
+        return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
     if top_p < 1:
         order = np.argsort(
             x
@@ -277,7 +283,7 @@ def numpy_filter(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0, penalty
 
 
 FILTERS = [
-    dict(),
+    {},
     dict(top_k=5),
     dict(top_p=0.7),
     dict(min_p=0.2),
@@ -351,9 +357,12 @@ def test_rows_with_different_settings_and_greedy():
 
 def test_draws_change_with_seed_sample_and_position_only():
     logits = np.zeros((2, 1000), np.float32)
-    draw = lambda position, **k: np.asarray(
-        sample(logits, np.full(2, position), knobs_of(2, **k), np.zeros((2, 1000), bool), 1000)
-    ).tolist()
+
+    def draw(position, **k):
+        return np.asarray(
+            sample(logits, np.full(2, position), knobs_of(2, **k), np.zeros((2, 1000), bool), 1000)
+        ).tolist()
+
     a, b = draw(3, sample=[0, 1])
     assert a != b and draw(3, sample=[1, 0]) == [b, a]
     assert len({a, draw(4)[0], draw(3, seed=1)[0]}) == 3
@@ -417,8 +426,11 @@ def test_stop_strings_cut_exactly(monkeypatch, stops, text, finish, size):
     """Tokens of 1, 2 or 5 letters give the same text, and the stream never shows what a stop string takes back."""
     said = "hello0world"
     words = [said[i : i + size] for i in range(0, len(said), size)]
-    pieces = tuple(w.encode() for w in words) + (b"",)
-    encode = lambda texts: [np.zeros(1, np.int32) for _ in texts]
+    pieces = (*tuple(w.encode() for w in words), b"")
+
+    def encode(texts):
+        return [np.zeros(1, np.int32) for _ in texts]
+
     tokenizer = Tokenizer(
         "words", "words", "", pieces, len(words), encode, lambda text: iter((text,))
     )

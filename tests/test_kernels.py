@@ -90,7 +90,10 @@ def test_attend_equals_numpy():
     q, k, v = inputs(length)
     mask = np.asarray(make_mask(Pattern(3), length))
     keep = np.random.default_rng(1).integers(0, 2, (B, N, length, length)) * 2.0
-    repeat = lambda x: np.repeat(x, N // K, axis=2).astype(np.float64)
+
+    def repeat(x):
+        return np.repeat(x, N // K, axis=2).astype(np.float64)
+
     scores = np.einsum("btnh,bsnh->bnts", q, repeat(k)) / H**0.5
     scores = np.where(mask[:, None], 1.5 * np.tanh(scores / 1.5), -np.inf)
     probs = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True) * keep
@@ -309,9 +312,10 @@ def test_conformance_refuses_a_broken_kernel(broken, words, monkeypatch):
 def test_what_a_kernel_cannot_do_is_refused_when_it_is_asked():
     """Also when nobody asked `cannot` before: blocked would answer an ar pattern as if it were causal."""
     q = jnp.ones((1, 8, 2, 4))
-    run = lambda name, **how: kernels.attention(
-        name, q, q, q, Pattern(block=how.pop("block", None)), **how
-    )
+
+    def run(name, **how):
+        return kernels.attention(name, q, q, q, Pattern(block=how.pop("block", None)), **how)
+
     with pytest.raises(UsageError, match="'blocked': has no ar blocks"):
         run("blocked", block=jnp.zeros((1, 8), int))
     with pytest.raises(UsageError, match="'xla': has no soft-cap"):

@@ -34,11 +34,16 @@ def text(preset: str) -> str:
     )
     mesh = sharding.make_mesh(shape, jax.devices()[:8])
     leaves = jax.tree_util.tree_leaves_with_path(experiment.make_steps(config, mesh).abstract)
-    row = lambda path, x: (
-        f"{jax.tree_util.keystr(path, simple=True, separator='/')} "
-        f"{','.join(map(str, x.shape)) or '-'} {','.join(map(axes, x.sharding.spec)) or '-'}\n"
-    )
-    axes = lambda part: "+".join(part) if isinstance(part, tuple) else part or "."
+
+    def row(path, x):
+        return (
+            f"{jax.tree_util.keystr(path, simple=True, separator='/')} "
+            f"{','.join(map(str, x.shape)) or '-'} {','.join(map(axes, x.sharding.spec)) or '-'}\n"
+        )
+
+    def axes(part):
+        return "+".join(part) if isinstance(part, tuple) else part or "."
+
     return f"# {preset} on {shape}: path, shape, mesh axes\n" + "".join(
         sorted(row(*leaf) for leaf in leaves)
     )

@@ -93,7 +93,10 @@ def test_next_token_equals_numpy(smoothing, z_loss):
 
 def test_ties_go_to_the_first():
     batch = make_batch() | {"targets": np.zeros((B, T), int), "weight": np.ones((B, T), np.float32)}
-    accuracy = lambda batch: float(next_token(jnp.zeros((B, T, V)), batch, PLAIN)["accuracy"][0])
+
+    def accuracy(batch):
+        return float(next_token(jnp.zeros((B, T, V)), batch, PLAIN)["accuracy"][0])
+
     assert accuracy(batch) == B * T
     assert accuracy(batch | {"targets": np.full((B, T), V - 1)}) == 0
 
@@ -215,9 +218,10 @@ def test_train_step():
         ema = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, ema, params)
         assert int(state.step) == n + 1
         jax.tree.map(close, (state.params, state.ema), (params, ema))
-        norm = lambda tree: math.sqrt(
-            sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(tree))
-        )
+
+        def norm(tree):
+            return math.sqrt(sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(tree)))
+
         assert float(sums["loss"][0]) == pytest.approx(float(plain["loss"][0]), rel=1e-5)
         assert float(sums["grad_norm"][0]) == pytest.approx(norm(grads), rel=1e-5)
         assert float(sums["param_norm"][0]) == pytest.approx(norm(params), rel=1e-5)

@@ -10,7 +10,6 @@ import pytest
 
 from gpt_jax import metrics
 
-
 # --- sums ---
 
 

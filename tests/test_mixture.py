@@ -29,7 +29,7 @@ def test_a_source_gives_its_rows_in_turn_through_blocks_and_stages():
     for i in range(3):
         drawn = nth[source == i]
         assert sorted(drawn) == list(range(len(drawn)))
-        ends = [n for n in range(0, 151, 10)]
+        ends = list(range(0, 151, 10))
         for end in ends:  # after any whole number of blocks, exactly the first ones
             assert sorted(nth[:end][source[:end] == i]) == list(range(MIX.drawn(end)[i]))
 

@@ -6,13 +6,14 @@ Shapes: B batch, T sequence, D embed, N heads, H head_dim, V vocab.
 
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_model import np_frequencies, np_layer, np_row
 
 from gpt_jax import config
 from gpt_jax.errors import UsageError
@@ -27,7 +28,6 @@ from gpt_jax.model.transformer import (
     layer_specs,
     layout,
 )
-from plain_model import np_frequencies, np_layer, np_row
 
 T, V = 10, 29
 BASE = dict(layers=3, embed=16, heads=4, vocab=V, max_seq=T, kernel="reference")
@@ -140,7 +140,7 @@ def apply(model, params, batch, **more):
     return Transformer(model).apply({"params": params}, batch, **more)
 
 
-@lru_cache(maxsize=None)
+@cache
 def logits_of(name):
     model = make_model(name)
     return np.asarray(jax.jit(lambda p, b: apply(model, p, b))(random_params(model), make_batch()))
@@ -164,7 +164,10 @@ def test_logits_equal_numpy(name):
     assert ours.dtype == np.float32
     for row in (0, 3, T + 1):
         segment = batch["segment"][row]
-        allowed = lambda t, s: s <= t and segment[t] == segment[s] != 0
+
+        def allowed(t, s):
+            return s <= t and segment[t] == segment[s] != 0
+
         theirs = np_row(model, params, batch["tokens"][row], batch["position"][row], allowed)
         close(ours[row, segment != 0], theirs[segment != 0])
 
@@ -214,7 +217,10 @@ def test_ar_column_equals_explicit_mask():
     ar = np.array([[t >= p for t in range(length)] for p in prefixes]).astype(np.uint8)
     ours = jax.jit(lambda p, b: apply(model, p, b))(params, {"tokens": tokens, "ar": ar})
     for row, prefix in enumerate(prefixes):
-        allowed = lambda t, s: s <= t or (s < prefix and t < prefix)
+
+        def allowed(t, s):
+            return s <= t or (s < prefix and t < prefix)
+
         close(ours[row], np_row(model, np_float64(params), tokens[row], np.arange(length), allowed))
 
 
@@ -284,7 +290,7 @@ DEPTHWISE = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def gradient_of(how):
     """(loss, gradients, bytes of temporaries) with dropout on: recomputing must draw the same masks."""
     model = make_model(layers=4, dropout=0.2, attention_dropout=0.2, max_seq=32, **DEPTHWISE[how])
@@ -388,7 +394,10 @@ def test_dropout_differs_by_layer_and_key_and_only_with_a_key():
     @jax.jit
     def stream(keys):
         batch = {"tokens": make_batch()["tokens"]}
-        run = lambda rngs: apply(model, params, batch, rngs=rngs, mutable="intermediates")[1]
+
+        def run(rngs):
+            return apply(model, params, batch, rngs=rngs, mutable="intermediates")[1]
+
         return *(run({"dropout": key}) for key in keys), run({})
 
     one, again, other, without = (
@@ -418,7 +427,9 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key():
 
     @jax.jit
     def run(keys):
-        one = lambda **more: apply(model, params, {"tokens": tokens}, method="features", **more)[0]
+        def one(**more):
+            return apply(model, params, {"tokens": tokens}, method="features", **more)[0]
+
         plain = apply(
             replace(model, attention_dropout=0.0), params, {"tokens": tokens}, method="features"
         )[0]
@@ -615,9 +626,10 @@ def test_the_embedding_is_dropped_too():
     model = make_model(layers=1, dropout=0.5, final_norm=False)
     params, tokens = random_params(model), make_batch()["tokens"]
     params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
-    run = lambda **more: np.asarray(
-        apply(model, params, {"tokens": tokens}, method="features", **more)[0]
-    )
+
+    def run(**more):
+        return np.asarray(apply(model, params, {"tokens": tokens}, method="features", **more)[0])
+
     plain, dropped = run(), run(rngs={"dropout": jax.random.key(0)})
     assert 0.4 < (dropped == 0).mean() < 0.6
     np.testing.assert_allclose(dropped[dropped != 0], 2 * plain[dropped != 0], rtol=1e-6)

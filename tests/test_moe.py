@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gpt_jax import config, sharding
 from gpt_jax.model import experts, grouped
@@ -298,7 +299,10 @@ def test_sums_of_bfloat16_are_float32(way, request):
     if way == "sorted":
         request.getfixturevalue("accelerator")
     rng, n, count = np.random.default_rng(0), 640, 4
-    draw = lambda *shape: jnp.asarray(rng.uniform(0.5, 1.0, shape), jnp.bfloat16)
+
+    def draw(*shape):
+        return jnp.asarray(rng.uniform(0.5, 1.0, shape), jnp.bfloat16)
+
     x, probe = draw(n, 128), draw(n, 128)
     kernels = grouped.Kernels(*(draw(count, *shape) / 64 for shape in ((128, 128),) * 3))
     choice = jnp.asarray(rng.choice([0, 0, 0, 1, 2, count], n))
@@ -316,7 +320,9 @@ def test_sums_of_bfloat16_are_float32(way, request):
         times = partial(jnp.einsum, "nd,ndf->nf")
         return (times(jax.nn.silu(times(x, gate)) * times(x, up), down) * probe).sum()
 
-    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    def wide(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
     found = jax.jit(jax.value_and_grad(ours, (0, 1)))(x, kernels)
     close(wide(found), jax.value_and_grad(dense, (0, 1))(*wide((x, kernels))), rel=1e-2)
 
@@ -347,9 +353,9 @@ def zeros_on_mesh():
 
 
 def on_mesh(mesh, model, params, x, segment, probe):
-    lay = lambda x, *rest: jax.device_put(
-        x, NamedSharding(mesh, P(config.BATCH_AXES, "context", *rest))
-    )
+    def lay(x, *rest):
+        return jax.device_put(x, NamedSharding(mesh, P(config.BATCH_AXES, "context", *rest)))
+
     with jax.set_mesh(mesh):
         return run(model, put(params, model), lay(x, None), lay(segment), lay(probe, None))
 
@@ -373,17 +379,24 @@ def test_under_vmap_over_stages(name, shape, mesh, accelerator, monkeypatch):
     inputs, two = make_inputs(), [make_params(model), make_params(model, skew=1.0)]
     grid = mesh(**shape)
     with jax.set_mesh(grid):
-        over = lambda spec: NamedSharding(grid, P("pipeline", *spec))
+
+        def over(spec):
+            return NamedSharding(grid, P("pipeline", *spec))
+
         params = jax.tree.map(
             lambda *leaves: jax.device_put(np.stack(leaves), over(leaves[0].sharding.spec)),
             *(put(params, model) for params in two),
         )
-        lay = lambda x: jax.device_put(np.stack([x, x]), over([("data", "fsdp", "expert")]))
+
+        def lay(x):
+            return jax.device_put(np.stack([x, x]), over([("data", "fsdp", "expert")]))
 
         @jax.jit
         def both(*args):
             with sharding.using(sharding.STAGE):
-                stage = lambda *args: Moe(model).apply({"params": args[0]}, *args[1:3])
+
+                def stage(*args):
+                    return Moe(model).apply({"params": args[0]}, *args[1:3])
 
                 def total(params, x):
                     y, stats = jax.vmap(stage)(params, x, args[2])

@@ -410,7 +410,7 @@ def test_a_router_bias_has_a_rule_of_its_own():
     params = draw(0, MODEL | {path: shape for path, (shape, _) in bias.items()})
     grads = [draw(i, MODEL) for i in (1, 2)]
     excess = np.array([[3.0, -1.0, 0.0, 4e6], [-2.0, 1.0, 1.0, 0.0]], np.float32)
-    steered = [nest(flat(g) | {path: excess for path in bias}) for g in grads]
+    steered = [nest(flat(g) | dict.fromkeys(bias, excess)) for g in grads]
     found = flat(run(make_optimizer(o, params, balance_rate=0.25), params, steered)[0])
     moved = found.pop("blocks/0/mlp/router/bias") - flat(params).pop("blocks/0/mlp/router/bias")
     np.testing.assert_allclose(moved, -2 * 0.25 * np.sign(excess), atol=1e-6)

@@ -136,7 +136,10 @@ def test_state_is_that_of_the_train_step(spec, shape, zero):
     )
     mesh = sharding.make_mesh(shape, jax.devices()[:8])
     state = experiment.make_steps(config, mesh).abstract
-    shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    def shard(leaf):
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
     for part, tree in (("params", state.params), ("opt", state.opt)):
         assert device_bytes(job, dict(mesh.shape), part, zero) == sum(
             map(shard, jax.tree.leaves(tree))
@@ -225,7 +228,10 @@ def test_weights_of_experts_that_are_gathered():
         job_of("moe:8x7b", "--config.model.layers=2", f"--config.model.pattern={pattern}")
         for pattern in ("(('attention','moe'),)", "(('attention','swiglu'),('attention','moe'))")
     )
-    held = lambda job, **axes: memory.memory(job, ONE | axes, "cudnn", "gpu").gathered
+
+    def held(job, **axes):
+        return memory.memory(job, ONE | axes, "cudnn", "gpu").gathered
+
     assert held(mixed, fsdp=8) - held(both, fsdp=8) == pytest.approx(2 * (dense - router) / 2 * 2)
     assert held(both, fsdp=8) - held(both, expert=8) == pytest.approx(2 * experts * 7 / 8 * 2)
     none = [

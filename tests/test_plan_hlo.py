@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gpt_jax import sharding
 from gpt_jax.plan import hlo
@@ -29,10 +30,14 @@ def rows(found):
 
 def test_a_gather_in_a_loop_counts_as_often_as_it_runs():
     def fn(stack, x):
-        body = lambda x, w: (
-            jnp.tanh(jnp.matmul(x, jax.reshard(w, P(None, None)), out_sharding=P("data", None))),
-            None,
-        )
+        def body(x, w):
+            return (
+                jnp.tanh(
+                    jnp.matmul(x, jax.reshard(w, P(None, None)), out_sharding=P("data", None))
+                ),
+                None,
+            )
+
         return jax.lax.scan(body, x, stack)[0]
 
     found = program(
@@ -43,8 +48,12 @@ def test_a_gather_in_a_loop_counts_as_often_as_it_runs():
 
 def test_loops_in_loops():
     def fn(x):
-        inner = lambda x, _: (jax.lax.psum(x, "tensor") * 0.5, None)
-        outer = lambda x, _: (jax.lax.scan(inner, x, None, 3)[0] + 1, None)
+        def inner(x, _):
+            return (jax.lax.psum(x, "tensor") * 0.5, None)
+
+        def outer(x, _):
+            return (jax.lax.scan(inner, x, None, 3)[0] + 1, None)
+
         return jax.shard_map(
             lambda x: jax.lax.scan(outer, x, None, 5)[0],
             in_specs=P(None),
@@ -74,7 +83,9 @@ def test_loops_in_loops():
     ],
 )
 def test_kinds_axes_and_bytes(fn, want):
-    mapped = lambda x: jax.shard_map(fn, in_specs=P(None), out_specs=P(None), check_vma=False)(x)
+    def mapped(x):
+        return jax.shard_map(fn, in_specs=P(None), out_specs=P(None), check_vma=False)(x)
+
     assert rows(program(mapped, dict(fsdp=4, tensor=2), ((256,), P(None)))) == [(*want, 1)]
 
 

@@ -15,8 +15,8 @@ import pytest
 import runs
 from prepared import contents, documents, prepare, refused, texts, write_jsonl
 
-from gpt_jax.commands.prepare import Display
 from gpt_jax import config
+from gpt_jax.commands.prepare import Display
 from gpt_jax.data import assemble, corpus, dataset, readers, shards, sources, survey, units
 from gpt_jax.data.prepare import Progress
 from gpt_jax.data.tokenizer import train_bpe
@@ -355,7 +355,7 @@ def test_a_full_disk_at_every_write_in_turn(folder, monkeypatch):
             code, line = error.code, str(error)
         assert code == 2 and f"--output={folder / 'out'}" in line and "No space left" in line, line
         assert not corpus.is_corpus(folder / "out")
-        left = [path for path in (folder / "out").rglob(".*")]
+        left = list((folder / "out").rglob(".*"))
         assert left == []  # nothing that takes room
     assert calls > 5 and contents(folder / "out") == wanted
 

@@ -83,7 +83,10 @@ def command(output: Path, *given, workers=2) -> list[str]:
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen:
     """In a process group of its own, where Ctrl-C counts: a suite that runs in the background has it ignored."""
-    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def hear():
+        return signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with open(log, "ab") as out:
         return subprocess.Popen(
             arguments,

@@ -221,7 +221,7 @@ BAD = {  # file, its content with one bad row, a reading, the message; "good" an
     ),
     "undecodable in two": (
         "a.txt",
-        "good\n".encode() + b"\x81\x30\n" + b"fine\n",
+        b"good\n" + b"\x81\x30\n" + b"fine\n",
         {"documents": "line", "encodings": ("utf-8", "gb18030")},
         "not UTF-8 .*, nor GB18030",
     ),
@@ -801,7 +801,7 @@ def test_the_rest_of_a_damaged_file_is_an_error_or_counted(tmp_path, name):
         [piece for source in found for piece in readers.cut(source, 1 << 30, skip)], skip, tally
     )
     whole = [text for text in got[:-1] if name.startswith("a.jsonl")]
-    assert got == whole + ["after"] and whole == rows[: len(whole)] and len(whole) < 3900
+    assert got == [*whole, "after"] and whole == rows[: len(whole)] and len(whole) < 3900
     assert (
         tally.skipped == 1
         and f"{name}: " in tally.places[0]

@@ -96,7 +96,7 @@ def test_picture_shows_the_data():
                     [],
                     falling,
                     falling[:3],
-                    falling + [{"step": 4, "eval/loss": 5.0}],
+                    [*falling, {"step": 4, "eval/loss": 5.0}],
                     *(
                         falling
                         + [

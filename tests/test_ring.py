@@ -68,13 +68,22 @@ def cut(mesh, run=ring.ring_attention, rows=("data", "fsdp", "expert"), heads="t
     """`run` on rows that are put in the mesh's order, cut, and put back: as `whole`."""
 
     def shards(q, k, v, pattern, cap):
-        own = lambda q, k, v, *columns: run(q, k, v, Pattern(pattern.window, *columns), cap)
-        column = lambda x: P() if x is None else P(rows, "context")
+        def own(q, k, v, *columns):
+            return run(q, k, v, Pattern(pattern.window, *columns), cap)
+
+        def column(x):
+            return P() if x is None else P(rows, "context")
+
         arrays, spec = (q, k, v, *pattern[1:]), P(rows, "context", heads)
         specs = (spec, spec, spec, column(pattern.segment), column(pattern.block))
         places = placing.order(q.shape[1], mesh.shape["context"])
-        ordered = lambda x: jax.reshard(jnp.asarray(x), P(rows))[:, places]
-        place = lambda x, spec: None if x is None else jax.reshard(ordered(x), spec)
+
+        def ordered(x):
+            return jax.reshard(jnp.asarray(x), P(rows))[:, places]
+
+        def place(x, spec):
+            return None if x is None else jax.reshard(ordered(x), spec)
+
         out = jax.shard_map(own, in_specs=specs, out_specs=spec, check_vma=False)(
             *map(place, arrays, specs)
         )

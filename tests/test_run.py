@@ -334,7 +334,10 @@ def test_logged_numbers_are_what_they_are_called(tmp_path):
     for steps in (3, 6):
         parts = runs.build(runs.load(tmp_path, *given, f"--config.train.steps={steps}"))
         runs.run(parts, tmp_path / "run")
-    curve = lambda key: runs.curve(tmp_path / "run", key)
+
+    def curve(key):
+        return runs.curve(tmp_path / "run", key)
+
     factor = make_schedule(parts.config.optim)
     assert curve("train/learning_rate") == pytest.approx(
         {n: 1e-2 * float(factor(n - 1)) for n in range(1, 7)}

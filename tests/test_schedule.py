@@ -71,7 +71,7 @@ def test_jit_and_vectors_agree_with_integers():
         rate = make_schedule(optim(schedule=name))
         one_by_one = [rate(int(step)) for step in steps]
         np.testing.assert_allclose(jax.jit(rate)(steps), one_by_one, rtol=1e-6)
-        assert 0 <= min(one_by_one) and max(one_by_one) <= 1
+        assert min(one_by_one) >= 0 and max(one_by_one) <= 1
 
 
 def test_errors_name_the_field():

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from meshes import BATCH, FSDP, ROWS, close, make_columns, make_model, put, random_params
 
 from gpt_jax import placing, sharding
@@ -157,9 +158,10 @@ def test_helpers_are_the_identity_without_a_mesh():
 
 def test_unsharded_names_large_replicated_leaves(mesh):
     mesh = mesh(2, 2, 2)
-    place = lambda spec, *shape: jax.device_put(
-        np.zeros(shape, np.float32), NamedSharding(mesh, spec)
-    )
+
+    def place(spec, *shape):
+        return jax.device_put(np.zeros(shape, np.float32), NamedSharding(mesh, spec))
+
     tree = {
         "a": {
             "whole": place(P(), 8, 8),

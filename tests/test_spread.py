@@ -3,7 +3,8 @@ import math
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gpt_jax.train.spread import on_whole_matrices, takers
 

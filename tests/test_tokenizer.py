@@ -62,7 +62,7 @@ def test_round_trip_and_bytes_of_tokens(bpe):
         for text in TEXTS:
             ids = tokenizer.encode(text)
             assert ids.dtype == np.int32 and (
-                not len(ids) or 0 <= ids.min() and ids.max() < tokenizer.vocab
+                not len(ids) or (ids.min() >= 0 and ids.max() < tokenizer.vocab)
             )
             assert tokenizer.decode(ids) == text, tokenizer.name
             assert tokenizer.decode_bytes(ids) == text.encode()

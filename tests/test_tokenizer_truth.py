@@ -16,6 +16,7 @@ import tokenizers
 
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.bpe import byte_alphabet
+import itertools
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data"
@@ -200,7 +201,7 @@ def replayed(words: Counter, merges: list[tuple[str, str]]):
     words, pairs = [(list(word), count) for word, count in words.items()], Counter()
 
     def add(parts, count):
-        for pair in zip(parts, parts[1:]):
+        for pair in itertools.pairwise(parts):
             pairs[pair] += count
 
     for parts, count in words:
@@ -239,8 +240,13 @@ def test_training_makes_cs336_s_choices_up_to_ties():
         )
     )
     letters = byte_alphabet()
-    as_bytes = lambda pair: tuple(bytes(letters[c] for c in token) for token in pair)
-    as_ids = lambda pair: tuple(vocab[token] for token in pair)
+
+    def as_bytes(pair):
+        return tuple(bytes(letters[c] for c in token) for token in pair)
+
+    def as_ids(pair):
+        return tuple(vocab[token] for token in pair)
+
     of_ours, of_theirs = (list(replayed(words, merges)) for merges in (ours, theirs))
     assert [max(ties, key=as_bytes) for _, ties in of_theirs] == theirs and len(theirs) == 243
     assert [min(ties, key=as_ids) for _, ties in of_ours] == ours

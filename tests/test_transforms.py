@@ -5,6 +5,7 @@ import pytest
 
 from gpt_jax.data.rows import Buffer
 from gpt_jax.data.transforms import SHORTEST, fill_in_the_middle, shuffle_documents
+import itertools
 
 EOT, PRE, SUF, MID = 256, 257, 258, 259
 
@@ -28,13 +29,13 @@ def make_buffer(rows, length):
 def pieces_of(buffer, row):
     length = int(buffer.inside[row].sum())
     edges = [0, *(np.flatnonzero(buffer.begins[row, 1:length]) + 1), length]
-    return [buffer.ids[row, a:b].tolist() for a, b in zip(edges, edges[1:])]
+    return [buffer.ids[row, a:b].tolist() for a, b in itertools.pairwise(edges)]
 
 
 def random_rows(seed, count=30):
     rng = np.random.default_rng(seed)
     return [
-        [rng.integers(0, 256, size).tolist() + [EOT] for size in rng.integers(1, 30, 4)]
+        [[*rng.integers(0, 256, size).tolist(), EOT] for size in rng.integers(1, 30, 4)]
         for _ in range(count)
     ]
 

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -75,7 +75,10 @@ def measure(config, count: int, seconds: float) -> list[str]:
         f"memory {after.ru_maxrss / 1024:,.0f} MB (grew by "
         f"{(after.ru_maxrss - before.ru_maxrss) / 1024:,.1f})"
     )
-    indices = lambda n: np.arange(n * size, (n + 1) * size, dtype=np.int64)
+
+    def indices(n):
+        return np.arange(n * size, (n + 1) * size, dtype=np.int64)
+
     stages = {
         "which rows": lambda n: examples.assign(indices(n)),
         "read and transform": lambda n: examples.fill(indices(n)),

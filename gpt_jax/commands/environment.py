@@ -1,7 +1,7 @@
 """What JAX wants of the environment, written before it looks for devices (called by flags.start_runtime)."""
 
 import os
-from typing import MutableMapping
+from collections.abc import MutableMapping
 
 # libtpu, on a machine without a TPU, says in five lines of standard error that it found none, unless it is told of one.
 NO_TPU = {

@@ -7,8 +7,8 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from ml_collections import ConfigDict
 
@@ -17,7 +17,6 @@ from gpt_jax.commands import environment
 from gpt_jax.commands.join import join
 from gpt_jax.errors import Stopped, UsageError, complain
 from gpt_jax.meeting import split_address
-
 
 MOST_CPU_DEVICES = 1024  # each has threads of its own (environment.keep_threads)
 LONGEST = 86400  # seconds to wait for another process; what takes longer, nobody is waiting for

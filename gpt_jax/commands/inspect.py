@@ -10,7 +10,6 @@ from gpt_jax import config as configs
 from gpt_jax.commands.flags import Flags, emit, local_workdir
 from gpt_jax.errors import UsageError, complain
 
-
 LAST = 10**12  # step; numbers of examples are 64-bit
 
 

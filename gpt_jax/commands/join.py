@@ -8,8 +8,8 @@ import re
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Iterator, Mapping
 
 from gpt_jax.errors import Exit, PeerFailed, UsageError
 from gpt_jax.meeting import Place, meet

@@ -6,7 +6,7 @@ checked in `check`, before anything compiles.
 """
 
 from gpt_jax.config.checks import check, faults, problems, resolve, shape_on, wsd_start
-from gpt_jax.config.depth import Layout, LayerSpec, layer_specs, layout
+from gpt_jax.config.depth import LayerSpec, Layout, layer_specs, layout
 from gpt_jax.config.fields import (
     BALANCES,
     DENSE_FFNS,

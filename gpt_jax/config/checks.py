@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Callable
+from collections.abc import Callable
 
 from gpt_jax.config.depth import layer_specs, layout
 from gpt_jax.config.fields import ENDLESS, FFNS, MIXERS, Config, Optim
@@ -54,11 +54,12 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
 def shape_on(config: Config, devices: int, tokenizer_vocab: int = 0) -> dict[str, int]:
     """Sizes of the mesh's axes for so many devices. UsageError, with the nearest meshes on which a resolved config runs,
     where they do not multiply."""
-    runs = lambda mesh: (
-        not problems(
+
+    def runs(mesh):
+        return not problems(
             dataclasses.replace(config, mesh=mesh), mesh_shape(mesh, devices), tokenizer_vocab
         )
-    )
+
     return mesh_shape(config.mesh, devices, runs)
 
 

@@ -24,9 +24,10 @@ class Layout(NamedTuple):
 def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
     """One row a layer: patterns tiled over depth."""
     layers, last = model.layers, model.layers - 1
-    window = lambda i: (
-        0 if i == last and model.last_window_full else model.windows[i % len(model.windows)]
-    )
+
+    def window(i):
+        return 0 if i == last and model.last_window_full else model.windows[i % len(model.windows)]
+
     return tuple(
         LayerSpec(
             *model.pattern[i % len(model.pattern)],

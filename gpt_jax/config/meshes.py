@@ -1,9 +1,9 @@
 """Sizes of the mesh's axes: what a config asks for, on so many devices."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations, product
-from typing import Callable
 
 from gpt_jax.config.fields import Mesh
 from gpt_jax.errors import UsageError
@@ -85,9 +85,10 @@ def _way_out(
 ) -> str:
     """The nearest sizes that multiply to `devices` (`free`: divide it) and that run, if any of 50 do: of the axes that are
     given, of data and fsdp besides; those across slices, which the machine decides, last."""
-    as_mesh = lambda sizes: replace(
-        mesh, **{name.split(".")[-1]: size for name, size in sizes.items()}
-    )
+
+    def as_mesh(sizes):
+        return replace(mesh, **{name.split(".")[-1]: size for name, size in sizes.items()})
+
     across = {name: size for name, size in given.items() if ".dcn_" in name}
     within = {name: size for name, size in given.items() if name not in across}
     plain = {f"config.mesh.{axis}": 1 for axis in ("data", "fsdp") if getattr(mesh, axis) == 1}

@@ -7,7 +7,8 @@ import json
 import math
 import types
 import typing
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from gpt_jax.config.fields import RESUMABLE, Config
 from gpt_jax.errors import UsageError

@@ -5,8 +5,9 @@ so that one cut in two by its tool counts as two. A row may reach over the end o
 """
 
 import glob
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 

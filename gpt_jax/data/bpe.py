@@ -2,7 +2,8 @@
 
 import json
 import re
-from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -174,11 +175,8 @@ def _prefix(spec: dict) -> bytes:
     """The space that Llama 2's kind of tokenizer puts in front and its decoder takes away."""
 
     def strips(step: dict) -> bool:
-        return (
-            step["type"] == "Strip"
-            and step["content"] == " "
-            and step["start"] > 0
-            or step["type"] == "Metaspace"
+        return (step["type"] == "Strip" and step["content"] == " " and step["start"] > 0) or (
+            step["type"] == "Metaspace"
             and step.get("prepend_scheme", "always") != "never"
             and step.get("add_prefix_space", True)
         )

@@ -5,9 +5,9 @@ The cache is keyed by the content of the files, how they are split and what toke
 another cache and an unchanged one is found again.
 """
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Callable
 
 from gpt_jax import config
 from gpt_jax.data import shards, sources, split, store

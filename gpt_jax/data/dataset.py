@@ -4,9 +4,10 @@ A path is a folder made by `gpt-jax prepare` or a token file of another tool, wh
 text files, which are tokenized into the cache.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Collection, NamedTuple
+from typing import NamedTuple
 
 from gpt_jax import config
 from gpt_jax.data import adopt, cache, corpus, mirror, mixture
@@ -233,7 +234,10 @@ def _mixture(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
             content = f"{opened[path].content} {there}"
         else:
             one = replace(data, path=(path,), sources=())
-            say = lambda line, name=name: report(f"{name}: {line}")
+
+            def say(line, name=name):
+                return report(f"{name}: {line}")
+
             found = of_text(
                 adopt.adopt((path,), one, wanted, say, f"config.data.sources[{i}]")
                 if adopt.is_foreign(path)

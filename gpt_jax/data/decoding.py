@@ -8,8 +8,9 @@ import json
 import lzma
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Iterable, Iterator, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from gpt_jax.data import remote
 from gpt_jax.data.sources import Source, suffixes

@@ -14,8 +14,9 @@ import signal
 import socket
 import threading
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from gpt_jax.errors import Exit, PeerFailed, UsageError
 

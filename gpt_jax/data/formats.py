@@ -7,7 +7,8 @@ cut. Lines end at byte 0A and nowhere else, never at U+2028 and its like. A row 
 
 import contextlib
 import csv
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from gpt_jax.data import hub
 from gpt_jax.data.decoding import (

@@ -8,8 +8,9 @@ import contextlib
 import functools
 import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 from gpt_jax.data.decoding import Piece, Raw, Reading, Unreadable, field_text
 from gpt_jax.data.shards import digest

@@ -3,9 +3,9 @@
 Training reads rows by place all over the shards, which a store serves a thousand times slower than a disk.
 """
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterator
 
 from gpt_jax.data import corpus, remote, shards
 from gpt_jax.data.sources import HUB

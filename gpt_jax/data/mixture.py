@@ -8,8 +8,8 @@ asked for: blocks are counted from it, and what is left before it is a shorter b
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 
@@ -58,7 +58,10 @@ class Mixture:
         counts = self.counts[run]
         ends = np.cumsum(counts, axis=1)
         source = (place[:, None] >= ends).sum(1)
-        pick = lambda table: np.take_along_axis(table, source[:, None], 1)[:, 0]
+
+        def pick(table):
+            return np.take_along_axis(table, source[:, None], 1)[:, 0]
+
         return source, pick(drawn[run]) + block * pick(counts) + place - pick(ends - counts)
 
     def shares(self, index: int) -> np.ndarray:

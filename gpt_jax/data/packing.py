@@ -8,8 +8,8 @@ improve language modeling"; where documents are not kept apart, the token that i
 bytes a document are held in memory.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import numpy as np
 

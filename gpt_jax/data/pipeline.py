@@ -5,8 +5,8 @@ a slice of the rows: nothing here knows how many processes there are.
 """
 
 import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -206,7 +206,10 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
     """Rows of all sources and their mixture. UsageError for too little text, or settings that do not fit."""
     parts = data.parts
     check_fim(knobs, data.tokenizer.name, data.tokenizer.specials)
-    label = lambda part: "the training text" if len(parts) == 1 else f"source {part.name}"
+
+    def label(part):
+        return "the training text" if len(parts) == 1 else f"source {part.name}"
+
     rows = tuple(
         ROWS[knobs.rows](
             part.train, seq_len, _source_seed(seed, part.name, len(parts) == 1), label(part)

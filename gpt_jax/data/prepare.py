@@ -10,16 +10,17 @@ import functools
 import json
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from gpt_jax.data import assemble, corpus, filters, readers, sameness, survey, units
 from gpt_jax.data.engines import ENGINES, Work
 from gpt_jax.data.readers import Source
-from gpt_jax.data.sources import HUB, find
 from gpt_jax.data.shards import digest
+from gpt_jax.data.sources import HUB, find
 from gpt_jax.data.tokenizer import Tokenizer, from_json, is_char, known_tokenizer, made_tokenizer
 from gpt_jax.data.units import WORK, Job, Settings, Unit
 from gpt_jax.errors import DataError, UsageError

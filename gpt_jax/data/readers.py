@@ -8,8 +8,9 @@ place in it, or with on_error=skip a row that is counted.
 import contextlib
 import lzma
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Iterable, Iterator, NamedTuple, Sequence
+from typing import NamedTuple
 
 from gpt_jax.data import hub
 from gpt_jax.data.decoding import (
@@ -72,7 +73,7 @@ class Tally:
 
     def skip(self, message: str) -> None:
         self.skipped += 1
-        self.places = (self.places + [message])[:PLACES]
+        self.places = ([*self.places, message])[:PLACES]
 
     def notes(self, reading: Reading) -> list[str]:
         """What a person must be told of, a line each; nothing when all was plain."""

@@ -6,8 +6,9 @@ A remote path is a str with `://`; a local one is a `Path`. `file://` and `memor
 
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import BinaryIO
 
 import fsspec
 from fsspec.core import url_to_fs

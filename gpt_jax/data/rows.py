@@ -4,7 +4,8 @@ A row of ROWS finds training rows; `InOrder` reads held-out text once from front
 ids; the shift by one between `tokens` and `targets` happens in `columns` and nowhere else.
 """
 
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 

@@ -4,9 +4,9 @@
 
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Callable, Mapping, Sequence
 
 from gpt_jax.data import corpus, filters, hub, remote
 from gpt_jax.data.readers import Source

@@ -49,7 +49,7 @@ class Files(threading.local):
     """Open files of this thread, the OPEN_FILES last used."""
 
     def __init__(self):
-        self.open: OrderedDict["TokenFile", BinaryIO] = OrderedDict()
+        self.open: OrderedDict[TokenFile, BinaryIO] = OrderedDict()
 
     def get(self, file: "TokenFile") -> BinaryIO:
         """By object and not by path, where another file may lie by now."""

@@ -4,8 +4,9 @@ cache, prepare)."""
 import glob
 import os
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Iterable, NamedTuple
+from typing import NamedTuple
 
 from gpt_jax.data import remote
 from gpt_jax.errors import UsageError

@@ -5,8 +5,8 @@ Two readings instead of one keep memory at one document, whatever the size of th
 """
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import numpy as np
 

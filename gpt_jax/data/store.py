@@ -12,15 +12,15 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
 from gpt_jax.data import remote, shards
-from gpt_jax.data.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.data.readers import Document
+from gpt_jax.data.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.data.sources import HUB, Source
 from gpt_jax.data.tokenizer import Tokenizer, from_json
 from gpt_jax.errors import UsageError

@@ -5,7 +5,7 @@ Of copies the first in the order of the input stays, across all sources. Memory:
 another 256 of MinHash and 8 a band (see filters.near_duplicates).
 """
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 

@@ -12,8 +12,9 @@ and after any of them +NAME, in any number, adds the special tokens of a row of 
 """
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple
 
 from gpt_jax.data.bpe import PATTERNS, json_tokenizer, train_bpe
 from gpt_jax.data.tokenizer_files import read_tokenizer, sentencepiece_tokenizer

@@ -8,8 +8,8 @@ no exact equal elsewhere.
 import base64
 import binascii
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gpt_jax.data.bpe import PATTERNS, bpe_json, byte_alphabet, json_tokenizer
 from gpt_jax.data.sources import PACKINGS
 from gpt_jax.data.vocabulary import EOT, EOT_NAMES, FIM_TOKENS, Tokenizer
 from gpt_jax.errors import UsageError
+import itertools
 
 LETTERS = {
     byte: letter for letter, byte in byte_alphabet().items()
@@ -61,7 +62,7 @@ def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """What BPE makes of `token` with lower ranks only: two parts for one that can be reached by merging."""
     parts, limit = [token[i : i + 1] for i in range(len(token))], ranks[token]
     while len(parts) > 2:
-        found = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:])]
+        found = [ranks.get(a + b, limit) for a, b in itertools.pairwise(parts)]
         if (lowest := min(found)) >= limit:
             break
         at = found.index(lowest)

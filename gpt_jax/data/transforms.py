@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt_jax.data.order import random_bits
 from gpt_jax.data.rows import Buffer
+import itertools
 
 SHORTEST = 10  # tokens of a piece that is rearranged; three of them make room for the sentinels
 
@@ -42,7 +43,7 @@ def fill_in_the_middle(
         length = int(buffer.inside[row].sum())
         edges = [0, *(np.flatnonzero(buffer.begins[row, 1:length]) + 1).tolist(), length]
         draws = random_bits(seed, np.array([number]), np.arange(4 * len(edges)))
-        for i, (start, stop) in enumerate(zip(edges, edges[1:])):
+        for i, (start, stop) in enumerate(itertools.pairwise(edges)):
             if stop - start < SHORTEST:
                 continue
             chance, order, a, b = draws[4 * i : 4 * i + 4].tolist()

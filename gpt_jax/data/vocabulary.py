@@ -9,8 +9,8 @@ import codecs
 import functools
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -192,7 +192,7 @@ def byte_tokenizer(content: str = "", name: str = "bytes") -> Tokenizer:
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
-    pieces = tuple(bytes([i]) for i in range(256)) + (b"",)
+    pieces = (*tuple(bytes([i]) for i in range(256)), b"")
     return Tokenizer("bytes", name, content, pieces, 256, encode, _cut_anywhere, {EOT: 256})
 
 

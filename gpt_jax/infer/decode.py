@@ -6,8 +6,9 @@ right-padded to a shape bucket, so that `_start` compiles once per (rows, prompt
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +204,10 @@ def fit_prompt(
 
 def _kernels_once(params, dtype: str):
     """Matmul weights in the dtype in which they are multiplied anyway: the same numbers, read at half the bytes."""
-    cast = lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x
+
+    def cast(path, x):
+        return x.astype(dtype) if path[-1].key == "kernel" else x
+
     return params if dtype == "float32" else jax.tree_util.tree_map_with_path(cast, params)
 
 
@@ -217,7 +221,10 @@ def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
     for b, (p, s) in enumerate(rows):
         ids = prompts[p]
         tokens[b, : len(ids)], lengths[b], seen[b, ids], index[b] = ids, len(ids), True, s
-    full = lambda value, dtype: np.full(B, value, dtype)
+
+    def full(value, dtype):
+        return np.full(B, value, dtype)
+
     knobs = Knobs(
         full(sampling.seed, np.uint32),
         index,

@@ -6,8 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 from gpt_jax.errors import EXIT_CODES, RESTARTABLE, PeerFailed, restart_seconds
 

@@ -57,7 +57,10 @@ def _decode(q, k, v, cached_k, cached_v, lengths, cap):
     B, _, N, H = q.shape
     slots, K = cached_k.shape[1:3]
     q = q.reshape(B, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
-    score = lambda keys: jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
+
+    def score(keys):
+        return jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
+
     scores = softcap(jnp.concatenate([score(cached_k), score(k)], -1), cap)
     position = slot_positions(lengths, slots)
     # The slot that the new token will take holds nothing yet, or what the window now leaves behind.
@@ -66,7 +69,10 @@ def _decode(q, k, v, cached_k, cached_v, lengths, cap):
         jnp.pad(seen, ((0, 0), (0, 1)), constant_values=True)[:, None, None], scores, -jnp.inf
     )
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mix = lambda probs, values: jnp.einsum("bkgs,bskh->bkgh", probs, values)
+
+    def mix(probs, values):
+        return jnp.einsum("bkgs,bskh->bkgh", probs, values)
+
     return (mix(probs[..., :slots], cached_v) + mix(probs[..., slots:], v)).reshape(B, 1, N, H)
 
 
@@ -186,7 +192,10 @@ class Attention(nn.Module):
             ("batch", "seq", "heads", "head_dim"),
             ("batch", "seq", "kv_heads", "head_dim"),
         )
-        run = lambda *args: _decode(*args, self.model.attention_softcap)
+
+        def run(*args):
+            return _decode(*args, self.model.attention_softcap)
+
         return sharding.local(run, (query, keys, keys, keys, keys, ("batch",)), query)(
             q, k, v, *cache, lengths
         )

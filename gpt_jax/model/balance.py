@@ -17,9 +17,10 @@ def empty_report(model: config.Model, rows: int) -> dict[str, jax.Array]:
     that each expert was sent."""
     if all(spec.ffn != "moe" for spec in config.layer_specs(model)):
         return {}
-    zeros = lambda *shape: sharding.constrain(
-        jnp.zeros((rows, *shape)), "batch", *(None,) * len(shape)
-    )
+
+    def zeros(*shape):
+        return sharding.constrain(jnp.zeros((rows, *shape)), "batch", *(None,) * len(shape))
+
     return {name: zeros() for name in ("objective", "tokens", "balance", "router_z", "dropped")} | {
         "load": zeros(model.layers, model.experts)
     }

@@ -7,8 +7,9 @@ experts in all, of which this device has E / p.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -233,9 +234,10 @@ def _through_blocks_backward(activation, size, saved, g):
         back, grads = carry
         sums = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, jnp.float32), own)
         back, sums = jax.lax.fori_loop(ends[e] - blocks[e], ends[e], step, (back, sums))
-        put = lambda grad, made: jax.lax.dynamic_update_index_in_dim(
-            grad, made.astype(grad.dtype), e, 0
-        )
+
+        def put(grad, made):
+            return jax.lax.dynamic_update_index_in_dim(grad, made.astype(grad.dtype), e, 0)
+
         return back, jax.tree.map(put, grads, sums)
 
     back, grads = jax.lax.fori_loop(

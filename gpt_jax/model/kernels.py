@@ -5,8 +5,9 @@ Shapes: B batch, T query, S key, N heads, K kv heads, G = N / K, H head_dim. Eve
 segments and `ar` blocks, or says before anything compiles which of them it cannot do.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +52,12 @@ def attend(q, k, v, mask, cap: float = 0.0, keep=None):
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     G = N // K
+
     # Heads first, and a group's queries stacked on those of its kv head: one plain batched matmul over [B, K], which
     # XLA's CPU backend runs a quarter faster than the contraction with heads inside.
-    stack = lambda x: jnp.moveaxis(x.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
+    def stack(x):
+        return jnp.moveaxis(x.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
+
     q, k, v = stack(q * jnp.asarray(H**-0.5, q.dtype)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     scores = softcap(jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32), cap)
     scores = scores.reshape(B, K, G, T, S)
@@ -231,8 +235,12 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
             else KERNELS[name].run(q, k, v, own, cap, keep)
         )
 
-    heads = lambda n: ("batch", "seq", n, "head_dim")
-    column = lambda x: None if x is None else ("batch", "seq")
+    def heads(n):
+        return ("batch", "seq", n, "head_dim")
+
+    def column(x):
+        return None if x is None else ("batch", "seq")
+
     axes = (
         heads("heads"),
         heads("kv_heads"),
@@ -263,7 +271,9 @@ def conformance(name: str, model: config.Model, segments: bool, rows: int) -> fl
         if segments
         else None
     )
-    place = lambda x, axis: sharding.constrain(placing.reorder(x), "batch", "seq", axis, "head_dim")
+
+    def place(x, axis):
+        return sharding.constrain(placing.reorder(x), "batch", "seq", axis, "head_dim")
 
     @partial(jax.jit, static_argnums=(0, 1))
     def run(kernel, window, q, k, v):

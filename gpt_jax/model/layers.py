@@ -168,7 +168,10 @@ def look_up(function, table, axes: tuple[str, str], index, rows: str | None):
     where, wide = sharding.gathered_axes(table, axes), sharding.STORED[axes[1]]
     if where:
         dim, names = where
-        gather = lambda table, index: function(sharding.gather(table, names, dim), index)
+
+        def gather(table, index):
+            return function(sharding.gather(table, names, dim), index)
+
     with sharding.using({axes[1]: wide} if where else {}):
         mapped = sharding.local(
             gather if where else function, (axes, (rows, "seq")), (rows, "seq", None)
@@ -258,9 +261,10 @@ class Mlp(nn.Module):
     def __call__(self, x):
         model = self.model
         activation, gated = FFNS[self.name_of_row]
-        linear = lambda features, axes, role, name: Weights(
-            features, axes, role, model, model.bias, name=name
-        )
+
+        def linear(features, axes, role, name):
+            return Weights(features, axes, role, model, model.bias, name=name)
+
         names = ("up", "gate") if gated else ("up",)
         up, *gate = project(
             x, *(linear(model.mlp, ("embed", "mlp"), "mlp_in", name) for name in names)
@@ -294,9 +298,11 @@ class ResidualScalars(nn.Module):
 
     @nn.compact
     def __call__(self):
-        make = lambda name, *ends: self.param(
-            name, sharding.stored(residual_ramp(*ends), ("layers",)), (self.layers,)
-        )
+        def make(name, *ends):
+            return self.param(
+                name, sharding.stored(residual_ramp(*ends), ("layers",)), (self.layers,)
+            )
+
         return make("x", 1.15, 1.05), make("x0", 0.20, 0.05)
 
 

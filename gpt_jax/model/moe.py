@@ -171,7 +171,9 @@ def dispatch(model: config.Model, x, choice, weight, kernels: experts.Kernels, r
 
     def local(x, choice, weight, *given):
         # Gathered here and not before, so that gradients are scattered, and not summed whole on every device.
-        gather = lambda kernel, dim: sharding.gather(kernel, split, dim) if split else kernel
+        def gather(kernel, dim):
+            return sharding.gather(kernel, split, dim) if split else kernel
+
         kernels = experts.Kernels(gather(given[0], 2), *(gather(kernel, 1) for kernel in given[1:]))
         if room is None:
             flat = (y.reshape(-1, y.shape[-1]) for y in (x, choice, weight))

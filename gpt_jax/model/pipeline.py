@@ -8,8 +8,9 @@ is the transpose of the forward one.
 Shapes: S stages, R rounds, M microbatches, B batch, T sequence; a stage has k = layers / (R * S) layers a round.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,11 @@ def run(layer: Callable, stacked, stream, columns, rounds: int, microbatches: in
         held = jax.tree.map(partial(_split, stages=stages, count=count), (stream, columns))
         moving = jax.tree.map(lambda x: x[:, 0], held)
         first = sharding.constrain(jnp.arange(stages) == 0, "stages")
-        pick = lambda a, b: jax.tree.map(
-            lambda a, b: jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), a, b), a, b
-        )
+
+        def pick(a, b):
+            return jax.tree.map(
+                lambda a, b: jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), a, b), a, b
+            )
 
         def stage(weights, stream, columns):
             return jax.lax.scan(
@@ -53,9 +56,12 @@ def run(layer: Callable, stacked, stream, columns, rounds: int, microbatches: in
             done = time - (
                 stages - 1
             )  # what has come round to the first stage, once it is a microbatch
-            keep = lambda old, new: jnp.where(
-                done >= 0, jax.lax.dynamic_update_index_in_dim(old, new, done % count, 1), old
-            )
+
+            def keep(old, new):
+                return jnp.where(
+                    done >= 0, jax.lax.dynamic_update_index_in_dim(old, new, done % count, 1), old
+                )
+
             return (jax.tree.map(keep, held, moving), moving), None
 
         (held, _), _ = jax.lax.scan(tick, (held, moving), jnp.arange(rounds * count + stages - 1))

@@ -10,9 +10,10 @@ Shapes: c devices along the axis, T tokens of a row, t = T / c of them on one de
 K kv heads, G = N / K, H head_dim.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,10 @@ def schedule(length: int, pieces: int, size: int, window: int, both_ways: bool) 
             lists.append(np.stack([query, key, apart[query, key]], 1))
         most = max(map(len, lists))
         if most:
-            idle = lambda pairs: np.tile([[0, 0, NEVER]], (most - len(pairs), 1))
+
+            def idle(pairs):
+                return np.tile([[0, 0, NEVER]], (most - len(pairs), 1))
+
             items = np.stack([np.concatenate([pairs, idle(pairs)]) for pairs in lists])
             steps.append(Step(turn - at, items.astype(np.int32)))
             at = turn
@@ -74,7 +78,10 @@ def ring_attention(q, k, v, pattern, cap: float = 0.0, axis: str = "context"):
     K, pieces = k.shape[2], jax.lax.axis_size(axis)
     size = block_size(t if pieces == 1 else t // 2)
     steps = schedule(t * pieces, pieces, size, pattern.window, pattern.block is not None)
-    column = lambda x: None if x is None else jnp.moveaxis(x.reshape(B, -1, size), 1, 0)
+
+    def column(x):
+        return None if x is None else jnp.moveaxis(x.reshape(B, -1, size), 1, 0)
+
     # One dim is split or joined at a time: under vmap over a pipeline's stages no reshape can do more.
     q = (q * jnp.asarray(H**-0.5, q.dtype)).reshape(B, t, K, N // K, H)
     q = jnp.moveaxis(q.reshape(B, -1, size, K, N // K, H), (1, 2), (0, 4))
@@ -108,7 +115,10 @@ class _Ring(NamedTuple):
         the next are on their way. Equal steps in a row are one loop, which holds two devices' keys and no more."""
         me = jax.lax.axis_index(self.axis)
         onward = [step.shift for step in self.steps[1:]] + [0]
-        kind = lambda pair: (pair[0].shift, pair[1], pair[0].items.shape)
+
+        def kind(pair):
+            return (pair[0].shift, pair[1], pair[0].items.shape)
+
         for (shift, next_shift, _), group in groupby(zip(self.steps, onward), kind):
             items = jnp.asarray(np.stack([step.items for step, _ in group], 1))[me]
 
@@ -176,7 +186,9 @@ def _forward(ring, q, k, v, segment, block):
         out = out * fade[..., None] + _product("bkgts,bksh->bkgth", probs.astype(v.dtype), v)
         return _put(state, (out, best, total * fade + probs.sum(-1)), item[0]), None
 
-    step = lambda state, held, items, shift: jax.lax.scan(partial(merge, held), state, items)[0]
+    def step(state, held, items, shift):
+        return jax.lax.scan(partial(merge, held), state, items)[0]
+
     out, top, total = ring.go_round(step, held, state)
     seen = total > 0
     out = jnp.where(seen[..., None], out / jnp.where(seen, total, 1)[..., None], 0).astype(q.dtype)

@@ -46,13 +46,19 @@ def attention(q, k, v, pattern, cap: float = 0.0, axis: str | None = None, inter
     whole = (lambda x: ring.gather(x, axis)) if axis else lambda x: x
     if axis:  # its tables by blocks of queries, [1, c * …, …], and the tokens of the queries, [T]: this device's part
         me = jax.lax.axis_index(axis)
-        part = lambda x, dim: jax.lax.dynamic_slice_in_dim(
-            x, me * (x.shape[dim] // pieces), x.shape[dim] // pieces, dim
-        )
+
+        def part(x, dim):
+            return jax.lax.dynamic_slice_in_dim(
+                x, me * (x.shape[dim] // pieces), x.shape[dim] // pieces, dim
+            )
+
         kernel = jax.tree.map(lambda x: part(x, x.ndim // 2), kernel)
     segment = pattern.segment
     ids = None if segment is None else splash.SegmentIds(q=segment, kv=whole(segment))
-    heads_first = lambda x: x.swapaxes(1, 2)
+
+    def heads_first(x):
+        return x.swapaxes(1, 2)
+
     q, k, v = (heads_first(x) for x in (q * jnp.asarray(H**-0.5, q.dtype), whole(k), whole(v)))
     run = jax.vmap(
         lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids),

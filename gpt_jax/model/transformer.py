@@ -54,8 +54,13 @@ class Block(nn.Module):
         model, spec = self.model, self.spec
         pre = model.norm_position == "pre"
         norms = [Norm(model, name=name) for name in ("mixer_norm", "mlp_norm")]
-        before = lambda i, x: norms[i](x) if pre else x
-        after = lambda i, x: x if pre else norms[i](x)
+
+        def before(i, x):
+            return norms[i](x) if pre else x
+
+        def after(i, x):
+            return x if pre else norms[i](x)
+
         if scalars is not None:
             x = (scalars[0] * x + scalars[1] * x0).astype(x.dtype)
         mixer = MIXERS[spec.mixer](model, spec.window, spec.value_embed, name=spec.mixer)
@@ -161,7 +166,10 @@ class Transformer(nn.Module):
             return hidden, new
         keys = (None, "batch", "seq", "kv_heads", "head_dim")
         put = sharding.local(append, (keys, keys, ("batch",)), keys)
-        tail = lambda old, x: put(old[None], x[None], lengths)[0]
+
+        def tail(old, x):
+            return put(old[None], x[None], lengths)[0]
+
         return hidden, new | {
             "blocks": jax.tree.map(
                 lambda old, x: put(old, x, lengths), cache["blocks"], new["blocks"]
@@ -193,7 +201,10 @@ class Transformer(nn.Module):
                 f"{tokens.shape[1]} tokens do not fit the model's context of {model.max_seq}"
             )
         position = batch["position"] if "position" in batch else placing.positions(tokens.shape[1])
-        running = lambda ar: jnp.cumsum(ar, axis=1, dtype=jnp.int32)
+
+        def running(ar):
+            return jnp.cumsum(ar, axis=1, dtype=jnp.int32)
+
         block = placing.in_order(running, batch["ar"], "batch", "seq") if "ar" in batch else None
         angles = None
         if model.position == "rotary":
@@ -341,9 +352,10 @@ def count_params(model: config.Model) -> dict[str, int]:
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size for path, leaf in leaves
     }
-    of = lambda ending, part="": sum(
-        size for path, size in sizes.items() if path.endswith(ending) and part in path
-    )
+
+    def of(ending, part=""):
+        return sum(size for path, size in sizes.items() if path.endswith(ending) and part in path)
+
     experts = of("/kernel", "/experts/")
     room = min(1.0, model.capacity_factor) if model.dispatch == "capacity" else 1
     active = int(experts * model.experts_per_token // model.experts * room)

@@ -12,8 +12,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from gpt_jax import config as configs
 from gpt_jax import compiler, experiment, sharding
+from gpt_jax import config as configs
 from gpt_jax.errors import UsageError
 from gpt_jax.plan import hlo, targets
 from gpt_jax.plan.topology import Topology

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import itertools
 
 # Of an entry, by XLA's names of types (xla_data.proto); those below a byte are packed.
 BYTES = (
@@ -198,7 +199,7 @@ def _named_groups(mesh: str, numbers: str | None, chosen: str) -> np.ndarray:
         cuts = sorted(
             {1, size, *(cut for before, n in parts[name] for cut in (before, before * n))}
         )
-        for low, high in zip(cuts, cuts[1:]):
+        for low, high in itertools.pairwise(cuts):
             shape.append(high // low)
             inside.append(
                 name in whole
@@ -270,7 +271,10 @@ def _flops(line: Instruction, shapes: dict[str, str]) -> float:
     ):
         return 0.0
     names = re.findall(r"%([\w.\-]+)", line.rest.split(")")[0])
-    dims = lambda text: [int(n) for n in _SHAPE.findall(text)[0][1].split(",") if n]
+
+    def dims(text):
+        return [int(n) for n in _SHAPE.findall(text)[0][1].split(",") if n]
+
     if len(names) < 2 or not all(name in shapes for name in names):
         return 0.0
     result, left, right = dims(line.result), dims(shapes[names[0]]), dims(shapes[names[1]])
@@ -291,7 +295,10 @@ def _flops(line: Instruction, shapes: dict[str, str]) -> float:
             re.search(r"window=\{([^}]*)\}|$", line.rest)[0],
         )
     )
-    of = lambda name, i, missing: window[name].split("x")[i] if name in window else missing
+
+    def of(name, i, missing):
+        return window[name].split("x")[i] if name in window else missing
+
     taps = 1.0
     for i, digit in enumerate(sorted(filter(str.isdigit, labels[1]))):
         low = int(of("pad", i, "0_0").split("_")[0])
@@ -321,7 +328,10 @@ def _grouped_flops(line: Instruction, shapes: dict[str, str]) -> float:
     if line.opcode != "custom-call" or not _GROUPED.match(line.name):
         return 0.0
     rows = shapes[re.findall(r"%([\w.\-]+)", line.rest.split(")")[0])[-2]]
-    dims = lambda text: [int(n) for n in _SHAPE.findall(text)[0][1].split(",")]
+
+    def dims(text):
+        return [int(n) for n in _SHAPE.findall(text)[0][1].split(",")]
+
     return 2.0 * math.prod(dims(rows)) * dims(line.result)[-1]
 
 

@@ -8,7 +8,7 @@ mesh of any sizes then divides. Sizes are in entries or bytes of the whole job u
 import math
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,6 @@ from gpt_jax.data.tokenizer import known_tokenizer, parse_spec
 from gpt_jax.errors import UsageError
 from gpt_jax.model.layers import FFNS
 from gpt_jax.model.transformer import count_params
-
 
 MOST_LAYERS = 512  # the arithmetic goes through them one by one, for each of hundreds of meshes
 
@@ -60,7 +59,7 @@ class Job(NamedTuple):
     causal_flops: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def kinds(layers: tuple[Widths, ...]) -> tuple[tuple[Widths, int], ...]:
     """Different layers, and how many of each: a search goes through them thousands of times."""
     return tuple(Counter(layers).items())
@@ -115,7 +114,9 @@ def _array(path: str, leaf) -> Array:
 
 
 def _widths(model: configs.Model, spec) -> Widths:
-    gates = lambda name: 1 + FFNS[name][1]
+    def gates(name):
+        return 1 + FFNS[name][1]
+
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     if spec.ffn != "moe":
         return Widths(q, kv, gates(spec.ffn) * model.mlp, model.mlp, spec.ffn, 0)

@@ -98,9 +98,10 @@ def step_flops(job: Job) -> tuple[float, float]:
 
 def by_remat(job: Job, topology: Topology, seen: Estimate) -> dict[str, float]:
     """Bytes of activations on a device under each remat policy that a search tries."""
-    with_remat = lambda name: job._replace(
-        config=replace(job.config, model=replace(job.config.model, remat=name))
-    )
+
+    def with_remat(name):
+        return job._replace(config=replace(job.config, model=replace(job.config.model, remat=name)))
+
     return {
         name: memory(with_remat(name), seen.shape, seen.kernel, topology.chip.platform).activations
         for name in REMATS

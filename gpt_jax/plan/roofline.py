@@ -163,9 +163,10 @@ def passes_seconds(
     """Norms, residuals, activations, experts' rows: arrays read and written between matmuls; weights are read by the
     matmuls themselves."""
     model, train, platform = job.config.model, job.config.train, topology.chip.platform
-    mean = lambda of: (
-        sum(of(widths) * count for widths, count in kinds(job.layers)) / len(job.layers)
-    )
+
+    def mean(of):
+        return sum(of(widths) * count for widths, count in kinds(job.layers)) / len(job.layers)
+
     wide = model.embed / (shape["tensor"] if model.shard_sequence else 1)
     wide += model.embed * spare(model, shape, here.tick_tokens, platform) * mean(lambda w: w.sent)
     inner = mean(lambda w: w.inner + w.hidden + 2 * w.q) / shape["tensor"]

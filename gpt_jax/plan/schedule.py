@@ -17,7 +17,6 @@ from gpt_jax.plan.roofline import (
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.traffic import link
 
-
 KERNELS = (
     "splash",
     "cudnn",

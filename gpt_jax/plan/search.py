@@ -2,9 +2,10 @@
 
 import math
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
-from typing import Iterator, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.plan.job import Job, device_bytes
@@ -30,7 +31,7 @@ class Found(NamedTuple):
     estimate: Estimate
 
 
-@lru_cache(maxsize=None)
+@cache
 def divisors(number: int, most: int = MOST) -> tuple[int, ...]:
     """Those up to `most`, in order."""
     small = [n for n in range(1, min(math.isqrt(number), most) + 1) if number % n == 0]

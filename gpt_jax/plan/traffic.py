@@ -13,7 +13,6 @@ from gpt_jax.plan.job import Job, device_bytes, kinds
 from gpt_jax.plan.memory import FULL, Local, compute_bytes, local, room, stream_bytes
 from gpt_jax.plan.topology import Topology
 
-
 # Mesh axes that cut the weights of a role and that each use of them gathers.
 OVER = dict.fromkeys(("layer", "head", "embed"), configs.FSDP_AXES) | {
     "expert": ("fsdp", "context")
@@ -163,7 +162,7 @@ def _scatters(shape: dict[str, int], over: tuple[str, ...], platform: str) -> bo
     """Whether gradients are scattered over these axes. libtpu 0.0.42 makes of a scatter over all devices, and of one in a
     pipeline's stages, a sum of whole gradients and a cut (seen in every such program that was compiled)."""
     others = [axis for axis in configs.AXES if axis not in over and shape[axis] > 1]
-    return platform != "tpu" or bool(others) and shape["pipeline"] == 1
+    return platform != "tpu" or (bool(others) and shape["pipeline"] == 1)
 
 
 def _sum(axis: str, once: float, platform: str, cut: bool) -> Flow:

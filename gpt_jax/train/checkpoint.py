@@ -46,8 +46,8 @@ from gpt_jax.train.digest import (
 
 __all__ = [
     "FOLDER",
-    "Checkpoints",
     "MANIFEST",
+    "Checkpoints",
     "latest_valid",
     "look_at_clock",
     "open_checkpoints",

@@ -4,7 +4,8 @@ Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,10 @@ def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:
     if train.z_loss:  # Chowdhery et al. 2022: keeps the normaliser near 1
         objective = objective + train.z_loss * jnp.square(log_z)
     total = weight.sum()
-    summed = lambda values: (values * weight).sum()
+
+    def summed(values):
+        return (values * weight).sum()
+
     return {
         "objective": (summed(objective), total),
         "loss": (summed(loss), total),

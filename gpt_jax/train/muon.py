@@ -5,7 +5,8 @@ Own code because the library's version has neither the row normalisation, nor ca
 say in where a matrix is orthogonalised. Muon: Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/.
 """
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ _RAW = (
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 )
-POLAR_EXPRESS = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _RAW) + (
+POLAR_EXPRESS = (
+    *tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _RAW),
     (1.875, -1.25, 0.375),
 )
 WARMUP_MOMENTUM = 0.85  # where the momentum warmup starts (modded-nanogpt, nanochat)
@@ -98,7 +100,10 @@ def scale_by_muon(
 
     def update(grads, state, params=None):
         b = momentum(state.count)
-        average = lambda m, g: b * m + (1 - b) * g
+
+        def average(m, g):
+            return b * m + (1 - b) * g
+
         averages = jax.tree.map(average, state.momentum, grads)
         return orthogonal(jax.tree.map(average, averages, grads)), MuonState(
             state.count + 1, averages

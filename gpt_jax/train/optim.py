@@ -7,7 +7,8 @@ its own optimiser, rate and decay.
 
 import math
 import re
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,9 +134,10 @@ def describe(
     """One row for every group that has parameters; tensors count a stack of layers as one, decay is the knob's value
     (which leaves it touches is `optim.decay`'s matter)."""
     index, leaves = assign(optim, params_like), _leaves(params_like)
-    sizes_of = lambda i: [
-        math.prod(leaf.shape) for path, leaf in leaves.items() if index.get(path) == i
-    ]
+
+    def sizes_of(i):
+        return [math.prod(leaf.shape) for path, leaf in leaves.items() if index.get(path) == i]
+
     rows = []
     for i, (label, group) in enumerate(groups_of(optim).items()):
         sizes = sizes_of(i)

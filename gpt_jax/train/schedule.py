@@ -4,7 +4,7 @@ A step is counted from 0: `schedule(0)` scales the first update. Letters: `step`
 `end` = `optim.decay_steps`, `last` = `optim.final_fraction`.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

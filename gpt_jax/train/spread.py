@@ -1,7 +1,8 @@
 """Matrices that are cut over a mesh, whole on single devices for a moment (called by muon)."""
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,10 @@ def _listed(x: jax.Array, sizes: dict[str, int]) -> jax.Array:
     """[..., in, out] as [p, n, in, out]: p parts, one on each device along the axes that cut a dim of the stack."""
     *lead, rows, columns = jax.typeof(x).sharding.spec
     held, dim, parts = _held(x, sizes)
-    split = lambda at: at if dim is None else (*at[:dim], parts, at[dim] // parts, *at[dim + 1 :])
+
+    def split(at):
+        return at if dim is None else (*at[:dim], parts, at[dim] // parts, *at[dim + 1 :])
+
     x = jax.reshard(x, P(*(held if i == dim else None for i in range(len(lead))), rows, columns))
     if dim is not None:
         spec = P(*(None,) * dim, held, *(None,) * (len(lead) - dim), rows, columns)
