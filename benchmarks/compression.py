@@ -2,11 +2,12 @@
 
     python benchmarks/compression.py DATA            # minutes, most of them training six vocabularies
 
-DATA is a folder with `lm_zh/` (zizhitongjian_modern, hongloumeng, cluecorpussmall_sampled: .txt.xz), `lm_en/gutenberg/`
-(.txt, latin-1) and `tokenizers/` (GPT-2's encoder.json.xz and vocab.bpe, cl100k_base.tiktoken.xz). Byte-level BPE of
-4,096 and 16,384 ids is trained on the first nine tenths of zizhitongjian with every row of `bpe.PATTERNS`,
-and measured there on the last tenth; English is foreign to them, as Chinese is to GPT-2. Prints a table, writes
-`compression.json` beside this file.
+DATA is a folder with `lm_zh/` (zizhitongjian_modern, hongloumeng, cluecorpussmall_sampled:
+.txt.xz), `lm_en/gutenberg/` (.txt, latin-1) and `tokenizers/` (GPT-2's encoder.json.xz and
+vocab.bpe, cl100k_base.tiktoken.xz). Byte-level BPE of 4,096 and 16,384 ids is trained on the first
+nine tenths of zizhitongjian with every row of `bpe.PATTERNS`, and measured there on the last tenth;
+English is foreign to them, as Chinese is to GPT-2. Prints a table, writes `compression.json` beside
+this file.
 """
 
 import argparse

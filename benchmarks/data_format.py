@@ -2,11 +2,12 @@
 
     .venv/bin/python benchmarks/data_format.py --folder /some/disk [--gigabytes 2]
 
-The same tokens (uint16) as one flat file, read through a memory map and by place (`preadv`, what gpt_jax does), and as
-ArrayRecord of one record a window, with random access options, one record a call and 64 a call. Order: gpt_jax's own
-global permutation. Cold: the files' pages are dropped from the cache before each reader (posix_fadvise), so that every
-window comes from the disk; warm: the file has been read once. One thread; best of three alternating rounds when warm.
-Writes data_format.json next to this file.
+The same tokens (uint16) as one flat file, read through a memory map and by place (`preadv`, what
+gpt_jax does), and as ArrayRecord of one record a window, with random access options, one record a
+call and 64 a call. Order: gpt_jax's own global permutation. Cold: the files' pages are dropped from
+the cache before each reader (posix_fadvise), so that every window comes from the disk; warm: the
+file has been read once. One thread; best of three alternating rounds when warm. Writes
+data_format.json next to this file.
 """
 
 import argparse

@@ -1,19 +1,22 @@
-"""A mixture from end to end: three sources prepared together, trained, killed, gone on with by another number of processes.
+"""A mixture from end to end: three sources prepared together, trained, killed, gone on with by
+another number of processes.
 
     python benchmarks/mixture.py --novels DIR --history FILE --talk DIR --out runs/mixture_example
 
-`--novels`: a folder of text files (.xz too), `--history`: a text file, `--talk`: folders of chatterbot-corpus .yml files.
-Any other files of those kinds will do. They are written as JSON lines first, novels and history cut into documents of
-some lines, so that some of each source can be held out. Then what runs is what a person would type: `gpt-jax prepare`,
-and `gpt-jax train --config=configs/mixture.py:…` three times:
+`--novels`: a folder of text files (.xz too), `--history`: a text file, `--talk`: folders of
+chatterbot-corpus .yml files. Any other files of those kinds will do. They are written as JSON lines
+first, novels and history cut into documents of some lines, so that some of each source can be held
+out. Then what runs is what a person would type: `gpt-jax prepare`, and `gpt-jax train
+--config=configs/mixture.py:…` three times:
 
     whole     one process, never stopped
     same      one process, killed with SIGKILL at a third of the run, the same command again
     other     two processes, killed likewise, gone on with by one
 
-Losses of `same` must be those of `whole` to the bit. Those of `other` differ by rounding, since sums over two processes
-are added in another order, and training spreads that: the table gives the difference over the first ten steps and over
-all. Prints tables and writes `mixture.json` beside this file.
+Losses of `same` must be those of `whole` to the bit. Those of `other` differ by rounding, since
+sums over two processes are added in another order, and training spreads that: the table gives the
+difference over the first ten steps and over all. Prints tables and writes `mixture.json` beside
+this file.
 """
 
 import argparse
@@ -85,7 +88,8 @@ def finish(processes: list[subprocess.Popen]) -> None:
 
 
 def train(workdir: Path, data: Path, steps: int, processes: int, kill_at: int = 0) -> None:
-    """The train command in `processes` processes; killed once step `kill_at` is logged, if that is not 0."""
+    """The train command in `processes` processes; killed once step `kill_at` is logged, if that
+    is not 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

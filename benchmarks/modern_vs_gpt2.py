@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/modern_vs_gpt2.py --text shakespeare=input.txt:char chinese=book.txt:bpe:4096
 
-Both models are 4 layers of 128 with 4 heads and a feed-forward of 512 on rows of 128 tokens, 16 a step, 400 steps; the
-FLOPs of a token are equal within 1 % (modern pads the head to 128 rows; value embeddings are looked up). GPT-2: learned
-positions, LayerNorm, GELU, tied head, AdamW at three peak rates, cosine. Modern: the settings of configs/quickstart.py.
-Held out: the last tenth of the text, all of it. Three seeds each. Writes modern_vs_gpt2.json next to this file.
+Both models are 4 layers of 128 with 4 heads and a feed-forward of 512 on rows of 128 tokens, 16 a
+step, 400 steps; the FLOPs of a token are equal within 1 % (modern pads the head to 128 rows; value
+embeddings are looked up). GPT-2: learned positions, LayerNorm, GELU, tied head, AdamW at three peak
+rates, cosine. Modern: the settings of configs/quickstart.py. Held out: the last tenth of the text,
+all of it. Three seeds each. Writes modern_vs_gpt2.json next to this file.
 """
 
 import argparse

@@ -1,13 +1,16 @@
-"""gpt_jax against nanoGPT in PyTorch on this machine's CPU: the same losses, and the time of a step.
+"""gpt_jax against nanoGPT in PyTorch on this machine's CPU: the same losses, and the time of a
+step.
 
     git clone https://github.com/karpathy/nanoGPT            # any folder
     .venv/bin/python benchmarks/nanogpt.py --nanogpt=nanoGPT --torch_python=PYTHON_WITH_TORCH [--text=input.txt]
 
-Losses: both start from nanoGPT's initial weights and take 50 steps on the same batches (warmup, cosine, clipping, decay
-as in config/train_shakespeare_char.py with its CPU settings; the larger model takes 10). Time: the two run in turn, a few
-steps each, many times over; the ratio is taken pair by pair. Torch runs eagerly, as fast as compiled on CPU. Held-out
-loss: with --text, nanoGPT's smaller model trained for its 2,000 steps with three seeds, over the whole held-out text and
-as nanoGPT estimates it, for configs/shakespeare_char.py:cpu to be compared with. Writes nanogpt.json next to this file.
+Losses: both start from nanoGPT's initial weights and take 50 steps on the same batches (warmup,
+cosine, clipping, decay as in config/train_shakespeare_char.py with its CPU settings; the larger
+model takes 10). Time: the two run in turn, a few steps each, many times over; the ratio is taken
+pair by pair. Torch runs eagerly, as fast as compiled on CPU. Held-out loss: with --text, nanoGPT's
+smaller model trained for its 2,000 steps with three seeds, over the whole held-out text and as
+nanoGPT estimates it, for configs/shakespeare_char.py:cpu to be compared with. Writes nanogpt.json
+next to this file.
 """
 
 import argparse
@@ -55,7 +58,8 @@ class Torch:
 
 
 def our_params(state: dict, layers: int) -> dict:
-    """nanoGPT's state dict as our parameters: torch keeps (out, in), its q, k and v in one matrix."""
+    """nanoGPT's state dict as our parameters: torch keeps (out, in), its q, k and v in one
+    matrix."""
 
     def stack(name):
         return jnp.asarray(
@@ -158,7 +162,8 @@ def compare_losses(torch: Torch, size: dict, weights: dict, text: str | None) ->
 
 
 def compare_time(torch: Torch, size: dict, weights: dict, rounds: int) -> dict:
-    """Medians of the time of a step in turn, and of the ratio torch / ours pair by pair (above 1: ours is faster)."""
+    """Medians of the time of a step in turn, and of the ratio torch / ours pair by pair (above
+    1: ours is faster)."""
     state, step, _ = make_ours(size, weights)
     tokens = (
         np.random.default_rng(0).integers(0, 65, (size["batch"], size["block"])).astype(np.int32)

@@ -1,5 +1,6 @@
-"""The PyTorch side of nanogpt.py: runs in a Python that has torch, on a clone of karpathy/nanoGPT; one JSON command a line
-on standard input, one JSON answer a line on standard output. Started by nanogpt.py.
+"""The PyTorch side of nanogpt.py: runs in a Python that has torch, on a clone of karpathy/nanoGPT;
+one JSON command a line on standard input, one JSON answer a line on standard output. Started by
+nanogpt.py.
 """
 
 import json
@@ -44,8 +45,8 @@ def main(
         return float(loss.detach())
 
     def heldout(ids, steps: int) -> dict:
-        """Trains as config/train_shakespeare_char.py does with its CPU settings; the loss over all of the last tenth, and
-        nanoGPT's own estimates of it, each from 20 random batches."""
+        """Trains as config/train_shakespeare_char.py does with its CPU settings; the loss over
+        all of the last tenth, and nanoGPT's own estimates of it, each from 20 random batches."""
         ids = torch.from_numpy(ids).long()
         train, held = ids[: int(0.9 * len(ids))], ids[int(0.9 * len(ids)) :]
 

@@ -2,8 +2,8 @@
 
     python benchmarks/pipeline_memory.py --sources "(('a','DIR',0.5),('b','DIR',0.5))" [--batches 1000000]
 
-Batches are small (2 rows of 64 tokens), so that a million take a quarter of an hour. Prints the resident memory of the
-process after 1,000 batches, 10,000, and every 100,000.
+Batches are small (2 rows of 64 tokens), so that a million take a quarter of an hour. Prints the
+resident memory of the process after 1,000 batches, 10,000, and every 100,000.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""The README's table of plans: for each model and machine the best mesh that the search finds, compiled.
+"""The README's table of plans: for each model and machine the best mesh that the search finds,
+compiled.
 
     python benchmarks/plan.py                       every row that benchmarks/plan.json does not have yet, one at a time
     python benchmarks/plan.py --anew                every row again, also those that it has
@@ -6,9 +7,9 @@
     python benchmarks/plan.py --refresh             the arithmetic of the rows that there are, anew (nothing compiles)
     python benchmarks/plan.py --table               the table in Markdown, from the file
 
-Needs the extras plan and plan-gpu (pip install 'gpt_jax[plan,plan-gpu]'), no accelerator. A row is one command, which
-is in the file: gpt-jax plan --config=configs/<model> --topology=<machine> --search --compile. On 2 cores GPU programs
-compile in 10 to 100 s, TPU programs in 1 to 10 minutes.
+Needs the extras plan and plan-gpu (pip install 'gpt_jax[plan,plan-gpu]'), no accelerator. A row is
+one command, which is in the file: gpt-jax plan --config=configs/<model> --topology=<machine>
+--search --compile. On 2 cores GPU programs compile in 10 to 100 s, TPU programs in 1 to 10 minutes.
 """
 
 import argparse
@@ -33,7 +34,8 @@ MACHINES = {
     "64 H100": ("h100:64", 1),
     "8 H200": ("h200:8", 1),
 }
-# gpt2's vocabulary of 50,257 divides by nothing; its 480 rows of 1,024 tokens are too few for 256 devices and more.
+# gpt2's vocabulary of 50,257 divides by nothing; its 480 rows of 1,024 tokens are too few for 256
+# devices and more.
 CHANGES = {"gpt2:1558m": ("--config.model.vocab=50304", "--config.train.batch_size=512")}
 HEAD = (
     "| model | machine | best mesh | peak GiB (arithmetic) | step (arithmetic) | MFU, causal (arithmetic) | "

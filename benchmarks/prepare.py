@@ -1,16 +1,19 @@
-"""How fast `gpt-jax prepare` is next to the `tokenizers` library itself, and how much memory it takes.
+"""How fast `gpt-jax prepare` is next to the `tokenizers` library itself, and how much memory it
+takes.
 
     python benchmarks/prepare.py TEXTS [--megabytes=100] [--rounds=3] [--memory_megabytes=2000]
 
-TEXTS is a folder of .txt and .txt.xz files (the numbers in prepare.json: Zizhi Tongjian in modern Chinese, 14 MB, and
-five English books, 3 MB). They are cut into documents of 2,000 characters, repeated to a jsonl of `megabytes`, and
-encoded by a BPE of 16,384 tokens trained on them:
+TEXTS is a folder of .txt and .txt.xz files (the numbers in prepare.json: Zizhi Tongjian in modern
+Chinese, 14 MB, and five English books, 3 MB). They are cut into documents of 2,000 characters,
+repeated to a jsonl of `megabytes`, and encoded by a BPE of 16,384 tokens trained on them:
 
-- library: one call of encode_batch_fast on all documents, in memory as str; all its threads; nothing is written;
-- prepare: the whole command, with start-up, reading, hashing, writing and checksums; a worker a core.
+- library: one call of encode_batch_fast on all documents, in memory as str; all its threads;
+  nothing is written;
+- prepare: the whole command, with start-up, reading, hashing, writing and checksums; a worker a
+  core.
 
-They take turns, so that a machine that slows down slows both. Memory: resident size of all processes of `prepare`,
-summed (shared pages count several times), on a jsonl of `memory_megabytes`.
+They take turns, so that a machine that slows down slows both. Memory: resident size of all
+processes of `prepare`, summed (shared pages count several times), on a jsonl of `memory_megabytes`.
 """
 
 import argparse
@@ -45,7 +48,8 @@ def read_texts(folder: Path) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: list[str], megabytes: float) -> list[str]:
-    """The documents again and again, each time with another number in front, until there are so many bytes."""
+    """The documents again and again, each time with another number in front, until there are so
+    many bytes."""
     size, number, written = 0, 0, []
     with open(path, "w", encoding="utf-8") as file:
         while size < megabytes * 1e6:

@@ -3,9 +3,9 @@
     ./launch/slurm_test.sh -- .venv/bin/python benchmarks/scale_out.py      beside a SLURM of two nodes (root)
     python benchmarks/scale_out.py                                          without one
 
-Every run is the `gpt-jax train` command with another mesh. Where `sbatch` leads to a SLURM, the last run is a job of two
-tasks that is put back into the queue on its way. The curves' differences go to scale_out.json, the picture to
-pictures/scale_out.png. float32 on a CPU.
+Every run is the `gpt-jax train` command with another mesh. Where `sbatch` leads to a SLURM, the
+last run is a job of two tasks that is put back into the queue on its way. The curves' differences
+go to scale_out.json, the picture to pictures/scale_out.png. float32 on a CPU.
 """
 
 import json
@@ -29,7 +29,8 @@ TRAIN = [
     "--config.eval.batches=4",
     "--config.log.every_steps=1",
     "--config.log.progress=false",
-    # Adam's usual eps of 1e-8 makes steps of the rate's size out of rounding noise, and curves part after 20 steps.
+    # Adam's usual eps of 1e-8 makes steps of the rate's size out of rounding noise, and curves part
+    # after 20 steps.
     "--config.optim.eps=1e-6",
     "--config.optim.learning_rate=2e-3",
 ]
@@ -61,8 +62,8 @@ def train(workdir: Path, processes: int, devices: int, mesh: dict[str, int]) -> 
 
 
 def train_by_slurm(workdir: Path, tasks: int, devices: int, mesh: dict[str, int]) -> None:
-    """The same as a job, requeued after a quarter of its steps; raises CalledProcessError, and SystemExit where it does
-    not end well."""
+    """The same as a job, requeued after a quarter of its steps; raises CalledProcessError, and
+    SystemExit where it does not end well."""
     launcher = [
         "launch",
         "slurm",

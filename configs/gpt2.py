@@ -8,21 +8,25 @@
     774m     36 x 1280       20       774,030,080  2.5e-4
     1558m    48 x 1600       25     1,557,611,200  2e-4
 
-Architecture: Radford et al. 2019 and OpenAI's released weights (pre-norm, biases everywhere, tanh GELU, learned
-positions up to 1024, vocabulary 50,257, tied head). Training: nanoGPT `config/train_gpt2.py` (600,000 steps of 491,520
-tokens, AdamW 0.9 / 0.95, decay 0.1, clip 1.0, 2,000 steps of warmup, cosine to a tenth, bfloat16, no dropout); the peak
-rates of the larger sizes are those of the GPT-3 models nearest to them (Brown et al. 2020, table 2.1).
+Architecture: Radford et al. 2019 and OpenAI's released weights (pre-norm, biases everywhere, tanh
+GELU, learned positions up to 1024, vocabulary 50,257, tied head). Training: nanoGPT
+`config/train_gpt2.py` (600,000 steps of 491,520 tokens, AdamW 0.9 / 0.95, decay 0.1, clip 1.0,
+2,000 steps of warmup, cosine to a tenth, bfloat16, no dropout); the peak rates of the larger sizes
+are those of the GPT-3 models nearest to them (Brown et al. 2020, table 2.1).
 
-Expected for 124m: held-out loss about 2.85 on OpenWebText at the end (nanoGPT's README; OpenAI's own weights have 3.12
-there). A short run to compare: llm.c reaches 3.272 on FineWeb in 19,560 steps of 524,288 tokens (decay to 0).
+Expected for 124m: held-out loss about 2.85 on OpenWebText at the end (nanoGPT's README; OpenAI's
+own weights have 3.12 there). A short run to compare: llm.c reaches 3.272 on FineWeb in 19,560 steps
+of 524,288 tokens (decay to 0).
 
-The tokenizer: `bpe:50257` trains GPT-2's kind of vocabulary (50,000 merges, 256 bytes, end of text) on your text. For
-OpenAI's own merges, and to compare losses with anyone, give their file: --config.data.tokenizer=path/to/tokenizer.json
+The tokenizer: `bpe:50257` trains GPT-2's kind of vocabulary (50,000 merges, 256 bytes, end of text)
+on your text. For OpenAI's own merges, and to compare losses with anyone, give their file:
+--config.data.tokenizer=path/to/tokenizer.json
 
-Sized for 8 devices with 12 rows each and 5 microbatches, as nanoGPT. On one: --config.train.accumulate=40
---config.eval.batch_size=12. For `--config.mesh.tensor` above 1 the vocabulary must divide: --config.model.vocab=50304,
-which is faster on any device and what nanoGPT trains (it also drops the biases: --config.model.bias=false). One text
-file alone is one document: then --config.data.split=tail.
+Sized for 8 devices with 12 rows each and 5 microbatches, as nanoGPT. On one:
+--config.train.accumulate=40 --config.eval.batch_size=12. For `--config.mesh.tensor` above 1 the
+vocabulary must divide: --config.model.vocab=50304, which is faster on any device and what nanoGPT
+trains (it also drops the biases: --config.model.bias=false). One text file alone is one document:
+then --config.data.split=tail.
 """
 
 from ml_collections import ConfigDict

@@ -7,17 +7,20 @@
     8b       Llama 3.1  32 x 4096       32 / 8      14,336        untied   8            8,030,261,248  3e-4
     70b      Llama 3.1  80 x 8192       64 / 8      28,672        untied   8           70,553,706,496  1.5e-4
 
-Architecture: Meta's released `config.json` of each model: RMSNorm 1e-5, SwiGLU, no biases, vocabulary 128,256, rotary
-base 500,000 with frequencies scaled for a context of 131,072 (original 8,192, low 1, high 4).
-Training: peak rates of 8b and 70b from the Llama 3 report (arXiv 2407.21783, table 3; 1b takes that of 8b, since the
-released one was pruned and distilled); AdamW 0.9 / 0.95, eps 1e-5, decay 0.1, clip 1.0, 2,000 steps of warmup, cosine
-to a tenth, 4 M tokens a step and 2 T tokens in all from Llama 2 (arXiv 2307.09288, section 2.2).
+Architecture: Meta's released `config.json` of each model: RMSNorm 1e-5, SwiGLU, no biases,
+vocabulary 128,256, rotary base 500,000 with frequencies scaled for a context of 131,072 (original
+8,192, low 1, high 4). Training: peak rates of 8b and 70b from the Llama 3 report (arXiv 2407.21783,
+table 3; 1b takes that of 8b, since the released one was pruned and distilled); AdamW 0.9 / 0.95,
+eps 1e-5, decay 0.1, clip 1.0, 2,000 steps of warmup, cosine to a tenth, 4 M tokens a step and 2 T
+tokens in all from Llama 2 (arXiv 2307.09288, section 2.2).
 
-The tokenizer: `bpe:128256` trains one of that size on your text; for Meta's give --config.data.tokenizer=tokenizer.json
+The tokenizer: `bpe:128256` trains one of that size on your text; for Meta's give
+--config.data.tokenizer=tokenizer.json
 
-Parameters, optimiser and gradients are sharded over all devices (fsdp), 16 bytes a parameter in all. 4 M tokens are 512
-rows; a microbatch must divide over the devices, so choose `--config.train.accumulate` with the machine in mind. Sized
-for 8 devices of 80 GB or more (1b: 4 rows each; 8b: 8 rows each), 70b for 256 (1 row each).
+Parameters, optimiser and gradients are sharded over all devices (fsdp), 16 bytes a parameter in
+all. 4 M tokens are 512 rows; a microbatch must divide over the devices, so choose
+`--config.train.accumulate` with the machine in mind. Sized for 8 devices of 80 GB or more (1b: 4
+rows each; 8b: 8 rows each), 70b for 256 (1 row each).
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,14 @@
-"""Several sources mixed by weight, packed whole: English novels, a Chinese history and small talk in both languages.
+"""Several sources mixed by weight, packed whole: English novels, a Chinese history and small talk
+in both languages.
 
     gpt-jax prepare --input gutenberg=novels.jsonl zizhitongjian=history.jsonl chatterbot=talk.jsonl \\
         --tokenizer=bpe:4096 --eval_fraction=0.05 --output=runs/mixture_data
     gpt-jax train --config=configs/mixture.py:runs/mixture_data --workdir=runs/mixture
 
-The argument is the prepared folder. Any other sources: `--config.data.sources="(('name', 'path', 0.5), …)"`, each path a
-prepared folder or text files. Weights are parts of the tokens, exact in every block of 1,000 rows; for the last third of
-the run small talk counts three times as much (`stages`). Rows hold whole documents, best fit, that do not see each other.
+The argument is the prepared folder. Any other sources: `--config.data.sources="(('name', 'path',
+0.5), …)"`, each path a prepared folder or text files. Weights are parts of the tokens, exact in
+every block of 1,000 rows; for the last third of the run small talk counts three times as much
+(`stages`). Rows hold whole documents, best fit, that do not see each other.
 
 The model and its rates are those of `quickstart.py`.
 """

@@ -1,19 +1,22 @@
-"""The recipe that the public speedruns agree on, with one dial: depth. Width, batch, steps, rates and decay follow.
+"""The recipe that the public speedruns agree on, with one dial: depth. Width, batch, steps, rates
+and decay follow.
 
     gpt-jax train --config=configs/modern.py:d12 --config.data.path='corpus/*.parquet' --workdir=runs/d12
 
-`modern:dN` has N layers; `modern:dN-windows` also limits three layers of four to a quarter of the context. Windows are
-not the default because they only pay where the attention kernel skips what it masks (splash on TPU does; a kernel that
-computes the full map and masks it is no faster and a little worse).
+`modern:dN` has N layers; `modern:dN-windows` also limits three layers of four to a quarter of the
+context. Windows are not the default because they only pay where the attention kernel skips what it
+masks (splash on TPU does; a kernel that computes the full map and masks it is no faster and a
+little worse).
 
-Source: karpathy/nanochat, `nanochat/gpt.py`, `nanochat/optim.py`, `scripts/base_train.py` (2026), which took most of it
-from KellerJordan/modded-nanogpt and tested each part at two depths or more. Untied head, parameter-free RMSNorm (after
-the embedding too), ReLU^2, rotary base 100,000, QK-norm after the rotation with both sides times 1.2, gated value
-embeddings on every second layer, learned scalars on the residual stream and on the embedding at every layer, a gated
-share of the token before (smear), a share of the middle of the stream taken off at its end (backout), logits capped at
-15, projections that start at zero; matrices by Muon (row-normalised, decay cautious and falling to zero, momentum up
-to 0.97 and down to 0.90), the rest by AdamW with a rate and betas of its own for each kind; 40 steps of warmup, 65 %
-of linear decay to 5 %.
+Source: karpathy/nanochat, `nanochat/gpt.py`, `nanochat/optim.py`, `scripts/base_train.py` (2026),
+which took most of it from KellerJordan/modded-nanogpt and tested each part at two depths or more.
+Untied head, parameter-free RMSNorm (after the embedding too), ReLU^2, rotary base 100,000, QK-norm
+after the rotation with both sides times 1.2, gated value embeddings on every second layer, learned
+scalars on the residual stream and on the embedding at every layer, a gated share of the token
+before (smear), a share of the middle of the stream taken off at its end (backout), logits capped at
+15, projections that start at zero; matrices by Muon (row-normalised, decay cautious and falling to
+zero, momentum up to 0.97 and down to 0.90), the rest by AdamW with a rate and betas of its own for
+each kind; 40 steps of warmup, 65 % of linear decay to 5 %.
 
 What the dial derives (computed below; vocabulary 32,768):
 
@@ -22,12 +25,13 @@ What the dial derives (computed below; vocabulary 32,768):
     d20     1280  393.2 M + 41.9 M        5.22 B   1,048,576  4,980
     d26     1664  863.9 M + 54.5 M       11.02 B   1,048,576 10,510
 
-Not here, though nanochat has them: row equilibration before and rescaling after orthogonalisation; rows that always
-begin with a document; gates that start slightly above neutral.
+Not here, though nanochat has them: row equilibration before and rescaling after orthogonalisation;
+rows that always begin with a document; gates that start slightly above neutral.
 
-Sized for 8 devices with 32 rows each, as nanochat; on one, --config.train.accumulate=8 --config.eval.batch_size=32 (d20
-and up: 16 and 32). Value embeddings, residual scalars, smear and backout can be switched off (as in
---config.model.value_embed=false); their optimiser groups are optional. For experiments on a CPU derive a small one:
+Sized for 8 devices with 32 rows each, as nanochat; on one, --config.train.accumulate=8
+--config.eval.batch_size=32 (d20 and up: 16 and 32). Value embeddings, residual scalars, smear and
+backout can be switched off (as in --config.model.value_embed=false); their optimiser groups are
+optional. For experiments on a CPU derive a small one:
     --config=configs/modern.py:d2 --config.model.dtype=float32 --config.data.tokenizer=bpe:4096
     --config.model.vocab=4096 --config.train.seq_len=256 --config.train.batch_size=16
     --config.train.steps=500 --config.eval.batch_size=16
@@ -63,7 +67,8 @@ def batch_tokens(depth: int) -> int:
 
 
 def make_groups(width: int, weight_decay: float) -> tuple[dict, ...]:
-    """The first that matches takes a parameter. Rates are absolute below and become factors of the matrices' rate."""
+    """The first that matches takes a parameter. Rates are absolute below and become factors of
+    the matrices' rate."""
     narrow = (width / 768) ** -0.5  # Adam's rates were tuned at width 768
 
     def adam(match, rate, b1, b2, decay):
@@ -111,7 +116,8 @@ def get_config(arg: str = "d12") -> ConfigDict:
     width, batch = make_width(depth), batch_tokens(depth)
     rows, scale = batch // SEQ_LEN, (batch / REFERENCE_BATCH) ** 0.5
     accumulate = max(1, rows // EIGHT_DEVICES)
-    # Constant B / (rate * decay * D) (Wang & Aitchison 2024, arXiv 2405.13698), with the rate growing as sqrt(B).
+    # Constant B / (rate * decay * D) (Wang & Aitchison 2024, arXiv 2405.13698), with the rate
+    # growing as sqrt(B).
     weight_decay = 0.28 * scale * horizon(REFERENCE_DEPTH) / horizon(depth)
     return ConfigDict(
         dict(

@@ -9,19 +9,21 @@
     small    4 x 192         3 / 3       8 of 256, 2 a token, and   quickstart.py's model, every second feed-forward a
                                          1 for all                  mixture of the same width for each token
 
-8x7b: architecture from Mistral's released `config.json` (arXiv 2401.04088): SwiGLU experts, RMSNorm 1e-5, no biases,
-untied head, vocabulary 32,000, rotary base 1e6, no windows, context 32,768; the router's softmax is taken over the
-chosen two, which is the softmax over all, scaled to a sum of 1. How it was trained is not released: rates, batch and
-horizon are those of `llama.py:8b`, the balance loss 0.01 a layer is the Switch Transformer's (arXiv 2101.03961) and the
-router's z-loss 1e-3 ST-MoE's (arXiv 2202.08906). Rows are 8,192 tokens. 16 bytes a parameter make 747 GB of state:
-sized for 64 devices of 80 GB or more, a row each; `--config.mesh.expert=8` splits the experts, and their tokens travel;
-without it (fsdp alone) the experts' weights do.
+8x7b: architecture from Mistral's released `config.json` (arXiv 2401.04088): SwiGLU experts, RMSNorm
+1e-5, no biases, untied head, vocabulary 32,000, rotary base 1e6, no windows, context 32,768; the
+router's softmax is taken over the chosen two, which is the softmax over all, scaled to a sum of 1.
+How it was trained is not released: rates, batch and horizon are those of `llama.py:8b`, the balance
+loss 0.01 a layer is the Switch Transformer's (arXiv 2101.03961) and the router's z-loss 1e-3
+ST-MoE's (arXiv 2202.08906). Rows are 8,192 tokens. 16 bytes a parameter make 747 GB of state: sized
+for 64 devices of 80 GB or more, a row each; `--config.mesh.expert=8` splits the experts, and their
+tokens travel; without it (fsdp alone) the experts' weights do.
 
-small: nothing is dropped and no loss is added for balance: a bias on the choice keeps the experts equally busy
-(DeepSeek-V3, arXiv 2412.19437; watch moe/load_max in the log, 1 is perfect). Muon takes single matrices, so experts and
-routers go to AdamW. Seen with --config.train.steps=120 (2 CPU cores, seed 0): held-out 2.065 bits a byte on 20 batches,
-moe/load_max from 2.7 at step 10 to 1.4; with a balance_rate of 0.001 2.070 bits, and 3.6: nine tenths of all tokens went
-to one expert, among others.
+small: nothing is dropped and no loss is added for balance: a bias on the choice keeps the experts
+equally busy (DeepSeek-V3, arXiv 2412.19437; watch moe/load_max in the log, 1 is perfect). Muon
+takes single matrices, so experts and routers go to AdamW. Seen with --config.train.steps=120 (2 CPU
+cores, seed 0): held-out 2.065 bits a byte on 20 batches, moe/load_max from 2.7 at step 10 to 1.4;
+with a balance_rate of 0.001 2.070 bits, and 3.6: nine tenths of all tokens went to one expert,
+among others.
 """
 
 from ml_collections import ConfigDict

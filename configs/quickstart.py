@@ -1,15 +1,17 @@
-"""A small GPT on text that every machine has: the source of Python's standard library. Minutes on two CPU cores.
+"""A small GPT on text that every machine has: the source of Python's standard library. Minutes on
+two CPU cores.
 
     ./launch/local.sh train --config=configs/quickstart.py --workdir=runs/quickstart
 
-The recipe of `modern.py` at 4 x 192 on a byte-level BPE of 4,096 tokens: parameter-free RMSNorm, rotary positions,
-QK-norm, ReLU^2, value embeddings, residual scalars, Muon for matrices and AdamW for the rest. Files are split whole,
-one in twenty held out, so that no held-out function has a neighbour in training.
+The recipe of `modern.py` at 4 x 192 on a byte-level BPE of 4,096 tokens: parameter-free RMSNorm,
+rotary positions, QK-norm, ReLU^2, value embeddings, residual scalars, Muon for matrices and AdamW
+for the rest. Files are split whole, one in twenty held out, so that no held-out function has a
+neighbour in training.
 
-The size is meant for about three minutes of training on 2 CPU cores: a step of 2,048 tokens is 36 GFLOP (2.6 M matmul
-weights times 6 and 2.4 M of attention map, per token) and some 10 more for Muon. With more patience
---config.train.steps=2000.
-Rates are `modern.py`'s, those of AdamW times (192 / 768)^-0.5 = 2.
+The size is meant for about three minutes of training on 2 CPU cores: a step of 2,048 tokens is 36
+GFLOP (2.6 M matmul weights times 6 and 2.4 M of attention map, per token) and some 10 more for
+Muon. With more patience --config.train.steps=2000. Rates are `modern.py`'s, those of AdamW times
+(192 / 768)^-0.5 = 2.
 """
 
 from ml_collections import ConfigDict

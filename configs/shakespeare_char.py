@@ -3,20 +3,21 @@
     gpt-jax train --config=configs/shakespeare_char.py:cpu --config.data.path=tinyshakespeare.txt --workdir=runs/cpu
     gpt-jax train --config=configs/shakespeare_char.py:gpu --config.data.path=tinyshakespeare.txt --workdir=runs/gpu
 
-The text is Karpathy's tinyshakespeare (1,115,394 characters, 65 different ones), split 90 / 10 by position.
+The text is Karpathy's tinyshakespeare (1,115,394 characters, 65 different ones), split 90 / 10 by
+position.
 
     variant  layers x width  context  batch  steps  parameters (nanoGPT's count, without positions)  expected eval/loss
     cpu      4 x 128         64       12     2,000   0.80 M                                           1.907 at the end
     gpu      6 x 384         256      64     5,000  10.65 M                                           1.4697 at best
 
-Expected: gpu nanoGPT's README; cpu seen on 2 x86-64 cores in 2 minutes, where nanoGPT itself, measured in the same way,
-ends at 1.904 to 1.917 for three seeds (its README has 1.88, an estimate from 20 random batches). Settings: its
-`config/train_shakespeare_char.py`, for `cpu` with the flags that the README
-gives for a computer without GPU, and the defaults of `train.py` and `model.py`.
+Expected: gpu nanoGPT's README; cpu seen on 2 x86-64 cores in 2 minutes, where nanoGPT itself,
+measured in the same way, ends at 1.904 to 1.917 for three seeds (its README has 1.88, an estimate
+from 20 random batches). Settings: its `config/train_shakespeare_char.py`, for `cpu` with the flags
+that the README gives for a computer without GPU, and the defaults of `train.py` and `model.py`.
 
-Where we differ: nanoGPT estimates the held-out loss on 20 (gpu: 200) random batches, we take the mean over the whole
-held-out text, which is the same quantity without the noise. The gpu variant overfits on purpose, as nanoGPT's does: the
-best checkpoint is kept beside the last.
+Where we differ: nanoGPT estimates the held-out loss on 20 (gpu: 200) random batches, we take the
+mean over the whole held-out text, which is the same quantity without the noise. The gpu variant
+overfits on purpose, as nanoGPT's does: the best checkpoint is kept beside the last.
 """
 
 from ml_collections import ConfigDict

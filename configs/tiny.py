@@ -2,8 +2,9 @@
 
     gpt-jax train --config=configs/tiny.py --config.data.path=some.txt --workdir=runs/tiny
 
-34,944 parameters on bytes. Sizes divide by 2 and 4, so that any mesh of up to 8 devices with `tensor` at most 4 takes
-it. Expected: the loss starts at 5.6 (ln 264) and falls; 20 steps learn nothing worth sampling.
+34,944 parameters on bytes. Sizes divide by 2 and 4, so that any mesh of up to 8 devices with
+`tensor` at most 4 takes it. Expected: the loss starts at 5.6 (ln 264) and falls; 20 steps learn
+nothing worth sampling.
 """
 
 from ml_collections import ConfigDict

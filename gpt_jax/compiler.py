@@ -1,8 +1,9 @@
-"""Options of XLA's compilers by platform, each with its reason, and how a config changes them (floor 0, called by
-experiment, and so by `gpt-jax train` and `gpt-jax plan` alike).
+"""Options of XLA's compilers by platform, each with its reason, and how a config changes them
+(floor 0, called by experiment, and so by `gpt-jax train` and `gpt-jax plan` alike).
 
-They go with a compilation (`jax.jit(compiler_options=…)`), never through XLA_FLAGS: there an unknown name ends the
-process, here it raises. `config.train.compiler_options` adds to them, `gpt-jax plan --option` adds to that.
+They go with a compilation (`jax.jit(compiler_options=…)`), never through XLA_FLAGS: there an
+unknown name ends the process, here it raises. `config.train.compiler_options` adds to them,
+`gpt-jax plan --option` adds to that.
 """
 
 from collections.abc import Sequence
@@ -13,19 +14,22 @@ import jax.numpy as jnp
 from gpt_jax.errors import UsageError
 
 FIELD = "config.train.compiler_options"
-# Collectives next to matmuls. Without them libtpu 0.0.42 compiles every gather of a fsdp program for v5p and v6e as one
-# that computing waits for (on v5e they change nothing).
+# Collectives next to matmuls. Without them libtpu 0.0.42 compiles every gather of a fsdp program
+# for v5p and v6e as one that computing waits for (on v5e they change nothing).
 TPU = {
-    "xla_tpu_enable_async_collective_fusion": True,  # a collective runs inside a fusion of what is computed meanwhile
+    # a collective runs inside a fusion of what is computed meanwhile
+    "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,  # gathers of weights too
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,  # over several fusions: a gather outlasts one
+    # over several fusions: a gather outlasts one
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,  # the tensor core goes on while the links work
     "xla_enable_async_all_gather": True,
 }
 
 GPU = {
     "xla_gpu_enable_latency_hiding_scheduler": True,  # gathers start early, reductions end late
-    "xla_disable_hlo_passes": "rematerialization",  # else XLA undoes the remat policy that was chosen
+    # else XLA undoes the remat policy that was chosen
+    "xla_disable_hlo_passes": "rematerialization",
     "xla_gpu_enable_triton_gemm": False,  # cuBLASLt's matmuls are faster on Hopper
 }
 
@@ -33,7 +37,8 @@ DEFAULTS = {"tpu": TPU, "gpu": GPU}  # by `device.platform`; none on CPUs
 
 
 def parse(texts: Sequence[str]) -> dict:
-    """`["name=true", "other=3"]` -> {"name": True, "other": 3}; "name=" gives None. UsageError for one without a `=`."""
+    """`["name=true", "other=3"]` -> {"name": True, "other": 3}; "name=" gives None. UsageError
+    for one without a `=`."""
     found = {}
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
@@ -47,7 +52,8 @@ def parse(texts: Sequence[str]) -> dict:
 
 
 def options(platform: str, texts: Sequence[str] = ()) -> dict:
-    """What a program for `platform` is compiled with: DEFAULTS, changed by `texts` (`config.train.compiler_options`)."""
+    """What a program for `platform` is compiled with: DEFAULTS, changed by `texts`
+    (`config.train.compiler_options`)."""
     chosen = DEFAULTS.get(platform, {}) | parse(texts)
     return {name: value for name, value in chosen.items() if value is not None}
 
@@ -69,8 +75,8 @@ def fault(error: Exception) -> str:
 
 
 def check(chosen: dict, mesh) -> None:
-    """UsageError, naming it, for an option that the installed compiler does not know or that has a wrong value: found
-    by compiling next to nothing (0.1 s), before anything long is."""
+    """UsageError, naming it, for an option that the installed compiler does not know or that has
+    a wrong value: found by compiling next to nothing (0.1 s), before anything long is."""
     if not chosen:
         return
     with jax.set_mesh(jax.sharding.Mesh(mesh.local_devices[:1], ("data",))):

@@ -1,7 +1,9 @@
-"""What the hardware could do and what the model asks of it: peaks, memories, links; FLOPs a token, MFU (floor 0).
+"""What the hardware could do and what the model asks of it: peaks, memories, links; FLOPs a token,
+MFU (floor 0).
 
-Called by gpt_jax/experiment.py and the planner. A device that is not in the table has no peak, so its MFU is not
-reported: a number under a guessed peak is worse than none. On a CPU the peak is measured, in float32.
+Called by gpt_jax/experiment.py and the planner. A device that is not in the table has no peak, so
+its MFU is not reported: a number under a guessed peak is worse than none. On a CPU the peak is
+measured, in float32.
 """
 
 import re
@@ -12,13 +14,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 peak in FLOP/s of one JAX device, found by a full match of its `device_kind`; the first row wins.
-# Sources. TPU: Google Cloud's "system architecture" page of each generation (peak compute per chip, bf16); kinds as in
-# jax/_src/pallas/mosaic/tpu_info.py. v4 and v5p are one device a chip (megacore); TPU7x is two a chip of 2,307e12.
-# NVIDIA: data sheets of A100, H100, H200, GH200, HGX B200 and GB200 NVL72; from H100 on they print the figure with
-# 2:4 sparsity, which is halved here (SXM 1,979e12, PCIe 1,513e12, NVL 1,671e12, B200 4.5e15, GB200 5e15).
-# AMD: MI300X data sheet, peak bfloat16 without sparsity.
-# A MIG slice carries the card's name plus " MIG …" and has no row: it is a fraction of the card that we do not know.
+# Dense bfloat16 peak in FLOP/s of one JAX device, found by a full match of its `device_kind`; the
+# first row wins. Sources. TPU: Google Cloud's "system architecture" page of each generation (peak
+# compute per chip, bf16); kinds as in jax/_src/pallas/mosaic/tpu_info.py. v4 and v5p are one device
+# a chip (megacore); TPU7x is two a chip of 2,307e12. NVIDIA: data sheets of A100, H100, H200,
+# GH200, HGX B200 and GB200 NVL72; from H100 on they print the figure with 2:4 sparsity, which is
+# halved here (SXM 1,979e12, PCIe 1,513e12, NVL 1,671e12, B200 4.5e15, GB200 5e15). AMD: MI300X data
+# sheet, peak bfloat16 without sparsity. A MIG slice carries the card's name plus " MIG …" and has
+# no row: it is a fraction of the card that we do not know.
 PEAKS = (
     (r"TPU v4", 275e12),
     (r"TPU v5 lite|TPU v5e", 197e12),
@@ -39,7 +42,8 @@ PEAKS = (
 
 @dataclass(frozen=True)
 class Chip:
-    """What one JAX device of a kind has, for `gpt-jax plan`. Bytes, bytes a second and one direction throughout."""
+    """What one JAX device of a kind has, for `gpt-jax plan`. Bytes, bytes a second and one
+    direction throughout."""
 
     kind: str  # `device_kind`, a key of PEAKS
     platform: str  # tpu or gpu
@@ -59,19 +63,24 @@ class Chip:
 
 
 GIB = 2**30
-# Of a card's memory, taken by commands/environment.py at the start (JAX by itself takes 0.75): the rest is for CUDA, its
-# libraries and NCCL's buffers. An environment that sets XLA_CLIENT_MEM_FRACTION is left alone.
+# Of a card's memory, taken by commands/environment.py at the start (JAX by itself takes 0.75): the
+# rest is for CUDA, its libraries and NCCL's buffers. An environment that sets
+# XLA_CLIENT_MEM_FRACTION is left alone.
 GPU_FRACTION = 0.9
-# By the name that --topology takes. Sources:
-# TPU memory: what libtpu 0.0.42 says a program may use when it refuses a larger one; v4, whose two cores JAX drives as
-#   one device, from the data sheet less what v5p keeps back.
-# TPU bandwidths: the tables of Google Cloud's pages v4, v5e, v5p, v6e and TPU7x: memory 1,200, 819, 2,765, 1,638 and
-#   7,380 GB/s a chip; ICI both ways a chip 600, 400, 1,200, 800 and 1,200 GB/s, over 6 links (3-D torus) or 4 (2-D);
-#   data centre network 50, 25, 50, 100 and 100 Gb/s a chip. TPU7x: half of the chip's a device.
-# TPU clocks: peak of PEAKS / (2 x rows x columns x arrays of the matrix units: 8 of 128 x 128 on v4 and v5p, 4 on v5e,
-#   4 of 256 x 256 on v6e and TPU7x). An 8,192-cubed matmul was compiled for each: its cycles give 70 to 90 % of that.
-# GPUs: data sheets of H100 SXM (80 GB, 3.35 TB/s, NVLink 900 GB/s both ways), H200 SXM (141 GB, 4.8 TB/s, 900) and HGX
-#   B200 (180 GB, 8 TB/s, 1,800), and the DGX systems' 400 Gb/s of network a GPU. Memory and its bandwidth: what the
+# By the name that --topology takes. Sources: TPU memory: what libtpu 0.0.42 says a program may use
+# when it refuses a larger one; v4, whose two cores JAX drives as
+# one device, from the data sheet less what v5p keeps back. TPU bandwidths: the tables of Google
+# Cloud's pages v4, v5e, v5p, v6e and TPU7x: memory 1,200, 819, 2,765, 1,638 and
+# 7,380 GB/s a chip; ICI both ways a chip 600, 400, 1,200, 800 and 1,200 GB/s, over 6 links (3-D
+# torus) or 4 (2-D);
+# data centre network 50, 25, 50, 100 and 100 Gb/s a chip. TPU7x: half of the chip's a device. TPU
+# clocks: peak of PEAKS / (2 x rows x columns x arrays of the matrix units: 8 of 128 x 128 on v4 and
+# v5p, 4 on v5e,
+# 4 of 256 x 256 on v6e and TPU7x). An 8,192-cubed matmul was compiled for each: its cycles give 70
+# to 90 % of that. GPUs: data sheets of H100 SXM (80 GB, 3.35 TB/s, NVLink 900 GB/s both ways), H200
+# SXM (141 GB, 4.8 TB/s, 900) and HGX
+# B200 (180 GB, 8 TB/s, 1,800), and the DGX systems' 400 Gb/s of network a GPU. Memory and its
+# bandwidth: what the
 #   driver shows to XLA (openxla/xla, target_config/specs).
 CHIPS = {
     "v4": Chip("TPU v4", "tpu", int(31.7 * GIB), 1.2e12, 50e9, 3, 6.25e9, 4, 1, 1.049e9),
@@ -86,16 +95,19 @@ CHIPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of one JAX device of this kind; None when the table does not know it (CPUs included)."""
+    """Dense bf16 FLOP/s of one JAX device of this kind; None when the table does not know it
+    (CPUs included)."""
     return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, device_kind)), None)
 
 
 def measure_cpu_peak(
     size: int = 1024, repeats: int = 5, now: Callable[[], float] = time.perf_counter
 ) -> float:
-    """float32 FLOP/s of this process's CPU: the best of `repeats` jitted `[size, size]` matmuls (about 0.2 s).
+    """float32 FLOP/s of this process's CPU: the best of `repeats` jitted `[size, size]` matmuls
+    (about 0.2 s).
 
-    An achieved rate, not a data-sheet one, so MFU on a CPU means "relative to a plain matmul here" and can pass 1."""
+    An achieved rate, not a data-sheet one, so MFU on a CPU means "relative to a plain matmul
+    here" and can pass 1."""
     one_device = jax.sharding.Mesh(jax.local_devices(backend="cpu")[:1], ("data",))
     best = float("inf")
     with jax.set_mesh(
@@ -113,7 +125,8 @@ def measure_cpu_peak(
 
 @dataclass(frozen=True)
 class Peak:
-    """What MFU is relative to: FLOP/s of all the run's devices together (None: unknown), and a line that says so."""
+    """What MFU is relative to: FLOP/s of all the run's devices together (None: unknown), and a
+    line that says so."""
 
     flops: float | None
     line: str
@@ -122,7 +135,8 @@ class Peak:
 def find_peak(
     devices: Sequence[jax.Device], measure: Callable[[], float] = measure_cpu_peak
 ) -> Peak:
-    """The peak of a run on `devices` (all processes'), assumed from the table or, on CPUs, measured once here.
+    """The peak of a run on `devices` (all processes'), assumed from the table or, on CPUs, measured
+    once here.
 
     Fake CPU devices share their process's cores, so a CPU peak counts processes, not devices."""
     kind, count = devices[0].device_kind, len(devices)
@@ -150,26 +164,30 @@ def flops_per_token(
     seq_len: int,
     causal: bool = False,
 ) -> int:
-    """Training FLOPs (forward and backward) of one token: `6 N + sum over layers of 12 width min(window or T, T)`.
+    """Training FLOPs (forward and backward) of one token: `6 N + sum over layers of 12 width
+    min(window or T, T)`.
 
-    `matmul_params`: N, every weight that is multiplied (looked-up embeddings excluded). `windows`: one entry a layer, 0
-    meaning all of T. `attention_width`: heads * head_dim. The attention term counts the full T x T map, or the whole
-    window at every token, as PaLM (2204.02311, appendix B), nanochat and Megatron do; `causal` counts the keys that
-    there are, `w - w^2 / 2T` on average for a reach of w, which for w = T is the half that MaxText counts."""
+    `matmul_params`: N, every weight that is multiplied (looked-up embeddings excluded).
+    `windows`: one entry a layer, 0 meaning all of T. `attention_width`: heads * head_dim. The
+    attention term counts the full T x T map, or the whole window at every token, as PaLM
+    (2204.02311, appendix B), nanochat and Megatron do; `causal` counts the keys that there are,
+    `w - w^2 / 2T` on average for a reach of w, which for w = T is the half that MaxText counts."""
     reaches = [min(window or seq_len, seq_len) for window in windows]
     keys = sum(reach - reach**2 / (2 * seq_len) if causal else reach for reach in reaches)
     return 6 * matmul_params + round(12 * attention_width * keys)
 
 
 def mfu(token_flops: float, tokens_per_second: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, of a whole run: all its tokens a second over all its devices' `peak`."""
+    """Model FLOPs utilisation, 0 to 1, of a whole run: all its tokens a second over all its
+    devices' `peak`."""
     return None if peak is None else token_flops * tokens_per_second / peak
 
 
 def mfu_metrics(
     full_flops: float, causal_flops: float, tokens_per_second: float, peak: float | None
 ) -> dict[str, float]:
-    """Both conventions as metrics; empty when the peak is unknown, so that the keys are absent rather than wrong."""
+    """Both conventions as metrics; empty when the peak is unknown, so that the keys are absent
+    rather than wrong."""
     if peak is None:
         return {}
     return {

@@ -1,7 +1,8 @@
 """Exit codes and the exceptions that carry them (floor 0, imported everywhere).
 
-Every failure that a person or a scheduler has to tell apart is one row of `EXIT_CODES`. `gpt_jax.commands` turns an
-`Exit` into one line on standard error and its code; anything else is a bug and keeps its traceback.
+Every failure that a person or a scheduler has to tell apart is one row of `EXIT_CODES`.
+`gpt_jax.commands` turns an `Exit` into one line on standard error and its code; anything else is a
+bug and keeps its traceback.
 """
 
 import os
@@ -20,17 +21,19 @@ EXIT_CODES = {
     51: "no valid checkpoint",
 }
 
-# What every launcher does with a code: start the same command again, which resumes, or stop. Stopping is for what a
-# restart repeats: bad input, divergence, broken hardware, a bug (1).
+# What every launcher does with a code: start the same command again, which resumes, or stop.
+# Stopping is for what a restart repeats: bad input, divergence, broken hardware, a bug (1).
 RESTARTABLE = (10, 40, 41, 50)
-# A process that did not end by itself, as shells, SLURM and Kubernetes count: 128 and the signal. Killed for memory, with
-# its machine, or asked to stop before it could listen: as good a reason to restart as 40.
+# A process that did not end by itself, as shells, SLURM and Kubernetes count: 128 and the signal.
+# Killed for memory, with its machine, or asked to stop before it could listen: as good a reason to
+# restart as 40.
 SIGNALLED = (134, 135, 137, 138, 139, 143)  # ABRT BUS KILL USR1 SEGV TERM
 RESTART_SECONDS = 5, 300  # before the first restart, and at most: the wait doubles in between
 
 
 def complain(line: str) -> None:
-    """A line on standard error, if somebody still reads it and its disk is not full: the exit code is said all the same."""
+    """A line on standard error, if somebody still reads it and its disk is not full: the exit
+    code is said all the same."""
     try:
         print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
     except OSError:
@@ -101,5 +104,6 @@ KINDS = {kind.code: kind for kind in Exit.__subclasses__()}
 
 
 def exit_of(code: int, text: str) -> Exit:
-    """What another process raised, made again of its code and text; PeerFailed for a code of no Exit (a bug there)."""
+    """What another process raised, made again of its code and text; PeerFailed for a code of no
+    Exit (a bug there)."""
     return KINDS.get(code, PeerFailed)(text)

@@ -1,4 +1,5 @@
-"""What is measured on held-out text, and samples (floor 3; called by loop and the evaluate command)."""
+"""What is measured on held-out text, and samples (floor 3; called by loop and the evaluate
+command)."""
 
 import lzma
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,8 @@ from gpt_jax.metrics import Sums, add, divide, perplexity
 
 
 def heldout_sums(step: Callable, params, batches: Iterable, mesh, batch_size: int) -> Sums:
-    """Sums of `step(params, batch)` over all `batches` (this process's rows of each); fetched once, at the end."""
+    """Sums of `step(params, batch)` over all `batches` (this process's rows of each); fetched
+    once, at the end."""
     total: Sums = {}
     for columns in batches:
         total = add(total, step(params, placing.to_devices(mesh, columns, batch_size)))
@@ -34,8 +36,9 @@ def heldout_metrics(sums: Sums) -> dict[str, float]:
 def by_source(
     found: Mapping[str, Mapping[str, float]], shares: Mapping[str, float]
 ) -> dict[str, float]:
-    """`eval/<metric>` of {source: metrics}: of the only source, or the mean weighted by the sources' `shares` of the rows
-    trained on (perplexity: of the mean loss), and then `eval/<source>/<metric>` besides."""
+    """`eval/<metric>` of {source: metrics}: of the only source, or the mean weighted by the
+    sources' `shares` of the rows trained on (perplexity: of the mean loss), and then
+    `eval/<source>/<metric>` besides."""
     total = sum(shares[name] for name in found)
     weight = {name: shares[name] / total if total else 1 / len(found) for name in found}
     mean = {
@@ -61,14 +64,15 @@ def heldout_text(data: Dataset) -> bytes:
 
 
 def xz_bits_per_byte(data: Dataset) -> float:
-    """What `xz -9` needs for the held-out text: a yardstick that anyone can check, in the model's own unit."""
+    """What `xz -9` needs for the held-out text: a yardstick that anyone can check, in the
+    model's own unit."""
     text = heldout_text(data)
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
 def sample_prompts(model: config.Model, tokenizer, knobs: config.Eval) -> tuple[str, ...]:
-    """The prompts of a run's samples. Raises UsageError, before training and not after it, for one that this tokenizer
-    and context cannot take."""
+    """The prompts of a run's samples. Raises UsageError, before training and not after it, for
+    one that this tokenizer and context cannot take."""
     for i, prompt in enumerate(knobs.sample_prompts):
         try:
             size = len(tokenizer.encode(prompt))
@@ -96,8 +100,8 @@ def sample_prompts(model: config.Model, tokenizer, knobs: config.Eval) -> tuple[
 def samples(
     model: config.Model, params, tokenizer, knobs: config.Eval, seed: int, count: int
 ) -> list[str]:
-    """`count` texts, prompts in turn, each with its prompt in front; none longer than the context. Every process of a job
-    calls it together."""
+    """`count` texts, prompts in turn, each with its prompt in front; none longer than the
+    context. Every process of a job calls it together."""
     prompts = knobs.sample_prompts[:count]
     each = -(-count // len(prompts))
     sampling = Sampling(

@@ -1,4 +1,5 @@
-"""What a run consists of: `build(config)` makes its parts, `start_state` its first state (floor 3; loop runs them)."""
+"""What a run consists of: `build(config)` makes its parts, `start_state` its first state (floor
+3; loop runs them)."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +33,8 @@ from gpt_jax.version import same_code, whose_code
 
 
 class Parts(NamedTuple):
-    """What a run consists of. `config` is resolved; `init`, `train_step` and `eval_step` are jitted."""
+    """What a run consists of. `config` is resolved; `init`, `train_step` and `eval_step` are
+    jitted."""
 
     config: configs.Config
     mesh: jax.sharding.Mesh
@@ -66,7 +68,8 @@ def make_network(model: configs.Model) -> Network:
 def choose_kernel(
     model: configs.Model, seq_len: int, mesh, segments: bool
 ) -> tuple[configs.Model, str]:
-    """The model with a concrete attention kernel, proved against the reference on this mesh, and a line about it."""
+    """The model with a concrete attention kernel, proved against the reference on this mesh, and
+    a line about it."""
     name, reason = kernels.choose(
         model.kernel,
         kernels.problem(
@@ -85,7 +88,8 @@ def choose_kernel(
 
 
 def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
-    """Everything a run needs, checked before anything long compiles. Raises UsageError for what cannot be run."""
+    """Everything a run needs, checked before anything long compiles. Raises UsageError for what
+    cannot be run."""
     configs.check(
         configs.resolve(config), jax.device_count()
     )  # before the data, which may take a while
@@ -117,9 +121,10 @@ LOCAL = (
 
 
 def check_job(config: configs.Config, data: Dataset) -> None:
-    """Raises UsageError on all processes when they were started with different configs or texts: each would train what
-    it was given, and what counts as replicated would quietly differ. LOCAL keys may; the text itself is compared, and
-    so are the counts of the mixture, which come of floats. Also for text and settings that make no rows."""
+    """Raises UsageError on all processes when they were started with different configs or texts:
+    each would train what it was given, and what counts as replicated would quietly differ. LOCAL
+    keys may; the text itself is compared, and so are the counts of the mixture, which come of
+    floats. Also for text and settings that make no rows."""
     wrong = None
     try:
         examples = make_examples(data, config.data, config.train.seq_len, config.seed)
@@ -161,8 +166,8 @@ class Steps(NamedTuple):
 
 
 def make_steps(config: configs.Config, mesh) -> Steps:
-    """The jitted functions of a resolved config whose kernel is a concrete one. Makes no array: the mesh may be of
-    devices that are not there (`gpt-jax plan`)."""
+    """The jitted functions of a resolved config whose kernel is a concrete one. Makes no array:
+    the mesh may be of devices that are not there (`gpt-jax plan`)."""
     train, seed = config.train, config.seed
     options = compiler_options(config, mesh) or None
     with jax.set_mesh(mesh):
@@ -252,7 +257,8 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
 
 
 def unsharded(state: TrainState, mesh, zero: int) -> dict[str, list[str]]:
-    """Why -> what every device of `mesh` holds whole of the abstract state and is over 1 MiB, with its size."""
+    """Why -> what every device of `mesh` holds whole of the abstract state and is over 1 MiB,
+    with its size."""
     found: dict[str, list[str]] = {}
     for why, arrays in sharding.unsharded(state._asdict(), mesh).items():
         for path, size in arrays:

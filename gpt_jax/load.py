@@ -1,5 +1,5 @@
-"""A trained model from a checkpoint path alone: config, tokenizer and weights on the devices there are (floor 3; called by
-the commands that take a checkpoint)."""
+"""A trained model from a checkpoint path alone: config, tokenizer and weights on the devices
+there are (floor 3; called by the commands that take a checkpoint)."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +30,8 @@ class Loaded(NamedTuple):
 
 
 def pick_mesh(model: configs.Model, devices: int) -> jax.sharding.Mesh:
-    """`devices` of them along fsdp, which needs least memory, or along data where a width does not divide."""
+    """`devices` of them along fsdp, which needs least memory, or along data where a width does
+    not divide."""
     widths = [model.embed] + [model.kv_heads * model.head_dim] * model.value_embed
     axis = "data" if any(width % devices for width in widths) else "fsdp"
     return sharding.make_mesh({axis: devices}, jax.devices()[:devices])
@@ -40,10 +41,11 @@ ATTEMPTS = 3
 
 
 def load(path: str, step: int, say: Callable[[str], None], devices: int = 0) -> Loaded:
-    """The newest valid checkpoint at `path` (or its `step`), on `devices` devices of this job (0: all).
+    """The newest valid checkpoint at `path` (or its `step`), on `devices` devices of this job (0:
+    all).
 
-    Averaged weights are taken where the run kept them. Raises UsageError for a path or step that is not there,
-    NoCheckpoint for damage."""
+    Averaged weights are taken where the run kept them. Raises UsageError for a path or step that
+    is not there, NoCheckpoint for damage."""
     for attempts in range(ATTEMPTS, 0, -1):
         directory, found = checkpoint.resolve_checkpoint(path, step, say)
         try:

@@ -1,7 +1,7 @@
 """The one loop: trains the parts of a run to its last step (floor 3; called by the train command).
 
-All processes of a job execute the same lines; only process 0 writes and prints. Another kind of loop is a file beside
-this one, on the same parts.
+All processes of a job execute the same lines; only process 0 writes and prints. Another kind of
+loop is a file beside this one, on the same parts.
 """
 
 import fcntl
@@ -31,10 +31,11 @@ def run(
     profile: tuple[int, int] | None = None,
     say: Callable[[str], None] = print,
 ) -> report.Summary:
-    """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one; returns the numbers.
+    """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one;
+    returns the numbers.
 
-    `profile`: (first, last) step of a trace in `workdir`/profile. Raises Stopped after a SIGTERM or SIGUSR1 (saved),
-    Diverged, DataError, SaveFailed, NoCheckpoint, UsageError."""
+    `profile`: (first, last) step of a trace in `workdir`/profile. Raises Stopped after a SIGTERM
+    or SIGUSR1 (saved), Diverged, DataError, SaveFailed, NoCheckpoint, UsageError."""
     config, mesh = parts.config, parts.mesh
     train, rows = config.train, placing.process_rows(mesh, config.train.batch_size)
     for note in parts.notes:
@@ -90,7 +91,8 @@ def run(
             stopping = stop()
             progress.end = step if stopping else progress.end
             if not stopping and (due(config.eval.every_steps, step) or step == train.steps):
-                # Cut short by a stop it has recorded the step already: `progress.end` would come too late for it.
+                # Cut short by a stop it has recorded the step already: `progress.end` would come
+                # too late for it.
                 stopping = not evaluate(progress, state, step, stop)
             if stopping:  # nothing else comes before: who asks may not wait long
                 save(progress, checkpoints, state, step)
@@ -115,7 +117,8 @@ def stopped(progress: Progress, checkpoints, step: int) -> Stopped:
 
 
 def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
-    """By source: all held-out batches or the first few, as config.eval says. UsageError for too little."""
+    """By source: all held-out batches or the first few, as config.eval says. UsageError for too
+    little."""
     config = parts.config
     rows = placing.process_rows(parts.mesh, config.eval.batch_size)
     return {
@@ -185,7 +188,8 @@ def one_step(progress: Progress, state: TrainState, step: int, columns, profile)
 
 
 def settle(progress: Progress) -> None:
-    """Waits for the last dispatched step and records it, so that what follows is timed and ordered by itself."""
+    """Waits for the last dispatched step and records it, so that what follows is timed and
+    ordered by itself."""
     with progress.clock.phase("step", blocked=True):
         late = progress.late.flush()
     progress.record(late)
@@ -197,8 +201,8 @@ def averaged_params(progress: Progress, state: TrainState):
 
 
 def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[], bool]) -> bool:
-    """Held-out metrics after update `step`. False when `stop`, asked at each batch, has cut it short: all of the held-out
-    text may take longer than who asks will wait."""
+    """Held-out metrics after update `step`. False when `stop`, asked at each batch, has cut it
+    short: all of the held-out text may take longer than who asks will wait."""
     settle(progress)
     if progress.heldout:
 
@@ -232,7 +236,8 @@ class CutShort(Exception):
 
 
 def watched(batches, beat: Callable[[], None], stop: Callable[[], bool]):
-    """`batches`, telling the watchdog at each that the run is alive, and asking whether to go on (CutShort)."""
+    """`batches`, telling the watchdog at each that the run is alive, and asking whether to go on
+    (CutShort)."""
     for batch in batches:
         beat()
         if stop():
@@ -258,7 +263,8 @@ def write_samples(progress: Progress, state: TrainState, step: int, count: int) 
 
 
 def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
-    """Starts an asynchronous checkpoint of everything that evaluating, generating and resuming need."""
+    """Starts an asynchronous checkpoint of everything that evaluating, generating and resuming
+    need."""
     settle(progress)
     with progress.clock.phase("checkpoint"):
         meta = {
@@ -301,8 +307,8 @@ def finish(progress: Progress, step: int, **facts) -> report.Summary | None:
 def conclude(
     progress: Progress, checkpoints, state: TrainState, stop: Callable[[], bool], say
 ) -> report.Summary | None:
-    """The end of a run that got to its last step: three samples, the report, and where everything is. What a run that
-    was already there has is not made again."""
+    """The end of a run that got to its last step: three samples, the report, and where
+    everything is. What a run that was already there has is not made again."""
     config, steps = progress.config, max(progress.config.train.steps, progress.start)
 
     def found():

@@ -1,8 +1,10 @@
-"""How the processes of a job find each other before JAX takes over the same port (floor 0; called by commands).
+"""How the processes of a job find each other before JAX takes over the same port (floor 0; called
+by commands).
 
-JAX's own start waits in native code and ends it with abort(): it cannot say who is missing, nor hear that somebody has
-failed on the way. So every process first says hello to process 0, which answers "wait", "go" or "end" with a reason. One
-short connection a question: thousands of processes need no open sockets. A line of JSON each way.
+JAX's own start waits in native code and ends it with abort(): it cannot say who is missing, nor
+hear that somebody has failed on the way. So every process first says hello to process 0, which
+answers "wait", "go" or "end" with a reason. One short connection a question: thousands of processes
+need no open sockets. A line of JSON each way.
 """
 
 import json
@@ -39,11 +41,12 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def meet(place: Place, seconds: float, failed: Exit | None = None) -> None:
-    """Returns once all processes of the job have come. `failed`: why this one cannot start, which ends it for all.
+    """Returns once all processes of the job have come. `failed`: why this one cannot start, which
+    ends it for all.
 
-    Raises PeerFailed when the others or process 0 do not come within `seconds`, UsageError when they do not fit
-    together, and what another process failed of with its code and text. With `failed`, tells who comes within
-    LINGER_SECONDS and returns, whatever it finds."""
+    Raises PeerFailed when the others or process 0 do not come within `seconds`, UsageError when
+    they do not fit together, and what another process failed of with its code and text. With
+    `failed`, tells who comes within LINGER_SECONDS and returns, whatever it finds."""
     host, port = split_address(place.address)
     hello = {
         "process": place.process,
@@ -74,7 +77,8 @@ def ask(place: Place, host: str, port: int, hello: dict, seconds: float) -> None
         else:
             if heard.get("say") == "end":
                 raise exit_of(heard["code"], heard["text"])
-            if not heard:  # JAX has the port: this job's, its "go" was lost, or that of the job before, soon gone
+            # JAX has the port: this job's, its "go" was lost, or that of the job before, soon gone
+            if not heard:
                 strange = strange or now
             if heard.get("say") == "go" or (not heard and now - strange > LINGER_SECONDS):
                 return
@@ -227,7 +231,8 @@ def is_answer(message: object) -> bool:
 
 
 def read_line(line: socket.socket, wanted: Callable[[object], bool]) -> dict | None:
-    """The other side's message; None for what is not `wanted`. Raises OSError when nothing comes."""
+    """The other side's message; None for what is not `wanted`. Raises OSError when nothing
+    comes."""
     got = b""
     while not got.endswith(b"\n") and len(got) < LINE_BYTES:
         part = line.recv(LINE_BYTES)

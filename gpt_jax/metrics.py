@@ -1,4 +1,5 @@
-"""Metrics: mergeable sums, and where the wall time goes (floor 0; called by loop, evals and report).
+"""Metrics: mergeable sums, and where the wall time goes (floor 0; called by loop, evals and
+report).
 
 Names are `room/what`, one meaning each:
 
@@ -24,13 +25,15 @@ Sums = dict[
 
 
 def add(a: Sums, b: Sums) -> Sums:
-    """Sums of the union of what `a` and `b` summed; a name only one of them has passes through. Works under jit."""
+    """Sums of the union of what `a` and `b` summed; a name only one of them has passes through.
+    Works under jit."""
     both = {name: (a[name][0] + b[name][0], a[name][1] + b[name][1]) for name in a if name in b}
     return {**a, **b, **both}
 
 
 def divide(sums: Sums) -> dict[str, Any]:
-    """sum / weight of each name, on the host, once, at print time; weight 0 gives nan. Sums may be arrays."""
+    """sum / weight of each name, on the host, once, at print time; weight 0 gives nan. Sums may
+    be arrays."""
 
     def one(total, weight):
         return (
@@ -45,9 +48,10 @@ def divide(sums: Sums) -> dict[str, Any]:
 
 
 def expert_metrics(means: dict[str, Any]) -> dict[str, float]:
-    """`moe/...` of a step's means (see model/balance.py): the balance loss (1 is perfect), the router's mean square
-    logarithm of Z, the part of choices that was left out, and the largest and smallest load of an expert in any layer,
-    in parts of an equal share. {} for a model without experts."""
+    """`moe/...` of a step's means (see model/balance.py): the balance loss (1 is perfect), the
+    router's mean square logarithm of Z, the part of choices that was left out, and the largest
+    and smallest load of an expert in any layer, in parts of an equal share. {} for a model
+    without experts."""
     if "load" not in means:
         return {}
     load = means["load"][means["load"].sum(1) > 0]  # [layers with experts, E]
@@ -68,9 +72,10 @@ def perplexity(nll_sum: float, weight: float) -> float:
 
 
 class OneStepLate:
-    """Holds a step's metrics on the device until the next step is dispatched, so that reading them stalls nothing.
-    `push` right after dispatching step n returns (step, host values) of the push before, or None; it starts step n's
-    copy to the host in the background. `flush` returns what is left: call it before saving and at the end."""
+    """Holds a step's metrics on the device until the next step is dispatched, so that reading
+    them stalls nothing. `push` right after dispatching step n returns (step, host values) of the
+    push before, or None; it starts step n's copy to the host in the background. `flush` returns
+    what is left: call it before saving and at the end."""
 
     _held = None
 
@@ -93,9 +98,10 @@ LOOP = ("data", "step", "log", "other")  # what happens at every step
 
 
 class Clock:
-    """Wall time by phase. `with clock.phase("data", blocked=True): …` counts the time to "data" and as waiting.
-    Every moment since the start belongs to exactly one phase ("other" outside of any); a phase inside another takes its
-    time from the outer one. `blocked` marks waiting for the device or for the input queue."""
+    """Wall time by phase. `with clock.phase("data", blocked=True): …` counts the time to "data"
+    and as waiting. Every moment since the start belongs to exactly one phase ("other" outside of
+    any); a phase inside another takes its time from the outer one. `blocked` marks waiting for
+    the device or for the input queue."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now = now
@@ -126,8 +132,9 @@ class Clock:
         return self._parts(PHASES, {phase: ((phase, False), (phase, True)) for phase in PHASES})
 
     def loop_fractions(self) -> dict[str, float]:
-        """Parts of the loop's time (LOOP phases). host: not blocked on device or data, its own overhead; data_wait:
-        blocked on the input queue, near 0 when input never starves the device."""
+        """Parts of the loop's time (LOOP phases). host: not blocked on device or data, its own
+        overhead; data_wait: blocked on the input queue, near 0 when input never starves the
+        device."""
         self._settle()
         return self._parts(
             LOOP, {"host": [(phase, False) for phase in LOOP], "data_wait": [("data", True)]}

@@ -1,6 +1,7 @@
-"""Rows of a batch on a mesh: which of them a process has, and in which order their tokens lie over the axis context
-(floor 0)."""
+"""Rows of a batch on a mesh: which of them a process has, and in which order their tokens lie
+over the axis context (floor 0)."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -13,12 +14,12 @@ from jax.sharding import PartitionSpec as P
 from gpt_jax import sharding
 from gpt_jax.config import BATCH_AXES
 from gpt_jax.errors import UsageError
-import itertools
 
 
 def order(length: int, pieces: int) -> np.ndarray:
-    """Which token [T] stands at each place of a row cut over `pieces` devices: device i holds the i-th and the i-th last of
-    2 * pieces equal chunks, so that causal attention is equal work for all (Megatron-LM's context parallelism)."""
+    """Which token [T] stands at each place of a row cut over `pieces` devices: device i holds
+    the i-th and the i-th last of 2 * pieces equal chunks, so that causal attention is equal work
+    for all (Megatron-LM's context parallelism)."""
     if pieces == 1:
         return np.arange(length)
     chunks = np.arange(length).reshape(2 * pieces, -1)
@@ -41,8 +42,8 @@ def positions(length: int) -> jax.Array:
 
 
 def in_order(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
-    """`fn` of x [B, T, …] with whole rows in the text's order, laid out by `axes` again: for the few things that look
-    along a row and are no attention."""
+    """`fn` of x [B, T, …] with whole rows in the text's order, laid out by `axes` again: for the
+    few things that look along a row and are no attention."""
     if sharding.parts(axes[1]) == 1:
         return fn(x)
     rows = sharding.constrain(x, axes[0], *(None,) * (x.ndim - 1))
@@ -71,7 +72,8 @@ def process_rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 def to_devices(mesh: Mesh, columns: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """This process's rows [b, T] of every column as global arrays [batch_size, T] on the mesh, tokens in its order."""
+    """This process's rows [b, T] of every column as global arrays [batch_size, T] on the mesh,
+    tokens in its order."""
     place, pieces = NamedSharding(mesh, sharding.batch_spec()), mesh.shape["context"]
     if pieces > 1:
         columns = {name: value[:, order(value.shape[1], pieces)] for name, value in columns.items()}

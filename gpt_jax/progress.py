@@ -22,7 +22,8 @@ RATES_AT_ONCE = 4096  # learning rates
 
 
 class Progress:
-    """What `loop.run` carries along besides the state: writers, clock, and the numbers for the next log line."""
+    """What `loop.run` carries along besides the state: writers, clock, and the numbers for the
+    next log line."""
 
     def __init__(
         self,
@@ -77,7 +78,8 @@ class Progress:
         self.mark = step, time.perf_counter()
 
     def learning_rate(self, step: int) -> float:
-        """The rate of update `step`, from a block of many made at once: each operation waits for the device."""
+        """The rate of update `step`, from a block of many made at once: each operation waits for
+        the device."""
         block, place = divmod(step - 1, RATES_AT_ONCE)
         if block != self.rates[0]:
             steps = block * RATES_AT_ONCE + np.arange(RATES_AT_ONCE)
@@ -89,7 +91,8 @@ class Progress:
         return float(self.rates[1][place])
 
     def announce_end(self, step: int, rate: float) -> None:
-        """Once, when a rate is known: when the last step is to be expected, evaluation and saving aside."""
+        """Once, when a rate is known: when the last step is to be expected, evaluation and
+        saving aside."""
         if step < self.start + 10:  # the first ones are no measure
             return
         left = (self.config.train.steps - step) * self.batch_tokens / rate
@@ -100,7 +103,8 @@ class Progress:
         )
 
     def record(self, late: tuple[int, Any] | None) -> None:
-        """A finished step's sums: checks that they are finite, and writes a line where one is due."""
+        """A finished step's sums: checks that they are finite, and writes a line where one is
+        due."""
         if late is None:
             return
         step, means = late[0], divide(late[1])

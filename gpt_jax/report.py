@@ -1,7 +1,9 @@
-"""What a run leaves for people: loss.png, a report.html that stands alone, a summary for the terminal (floor 3).
+"""What a run leaves for people: loss.png, a report.html that stands alone, a summary for the
+terminal (floor 3).
 
-Called by gpt_jax/commands at the end of a run, and good at any moment of it: whatever is missing is left out. All is
-read from the workdir's metrics.jsonl and config.json or passed in; nothing is fetched, and the page links to nothing.
+Called by gpt_jax/commands at the end of a run, and good at any moment of it: whatever is missing is
+left out. All is read from the workdir's metrics.jsonl and config.json or passed in; nothing is
+fetched, and the page links to nothing.
 """
 
 import base64
@@ -27,7 +29,8 @@ PHASE_COLORS = dict(
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The numbers of a run; None leaves a line out. Rates are of the whole run, fractions from 0 to 1."""
+    """The numbers of a run; None leaves a line out. Rates are of the whole run, fractions from 0
+    to 1."""
 
     bits_per_byte: float | None = None  # on held-out text
     xz_bits_per_byte: float | None = None  # of `xz -9` on the same text
@@ -57,8 +60,9 @@ def series(rows: Sequence[Mapping], key: str) -> tuple[list[float], list[float]]
 
 
 def summarize(rows: Sequence[Mapping], **facts) -> Summary:
-    """A Summary of metrics.jsonl rows: last values, and medians for rates (the first window holds compilation).
-    `facts` are fields that the rows do not hold (parameters, xz_bits_per_byte, peak, wall_seconds) or overrule them."""
+    """A Summary of metrics.jsonl rows: last values, and medians for rates (the first window
+    holds compilation). `facts` are fields that the rows do not hold (parameters,
+    xz_bits_per_byte, peak, wall_seconds) or overrule them."""
 
     def last(key):
         values = series(rows, key)[1]
@@ -86,7 +90,8 @@ def summarize(rows: Sequence[Mapping], **facts) -> Summary:
 
 
 def samples_in(rows: Sequence[Mapping]) -> list[dict]:
-    """The texts written as `sample/<n>` in metrics.jsonl, those before a resume included: {step, text}."""
+    """The texts written as `sample/<n>` in metrics.jsonl, those before a resume included: {step,
+    text}."""
     return [
         {"step": row["step"], "text": row[key]}
         for row in rows
@@ -105,7 +110,8 @@ def library_versions() -> dict[str, str]:
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Mean of the finite values at most `reach` to either side, fewer near the ends so that nothing lags."""
+    """Mean of the finite values at most `reach` to either side, fewer near the ends so that
+    nothing lags."""
     out = []
     for i in range(len(values)):
         side = min(reach, i, len(values) - 1 - i)
@@ -128,7 +134,8 @@ def _style(axes) -> None:
 
 
 def _tokens_axis(axes, rows: Sequence[Mapping]) -> None:
-    """Tokens seen along the top, when steps and tokens are proportional (they are while the batch stays the same)."""
+    """Tokens seen along the top, when steps and tokens are proportional (they are while the
+    batch stays the same)."""
     pairs = [
         (step, tokens) for step, tokens in zip(*series(rows, "throughput/tokens_seen")) if step > 0
     ]
@@ -144,7 +151,8 @@ def _tokens_axis(axes, rows: Sequence[Mapping]) -> None:
 
 
 def draw_loss(rows: Sequence[Mapping]) -> bytes:
-    """PNG, 1280 x 720: train loss (points faint, their running mean dark) and held-out loss over steps and tokens."""
+    """PNG, 1280 x 720: train loss (points faint, their running mean dark) and held-out loss over
+    steps and tokens."""
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
     )  # here: half a second that only a report should pay
@@ -256,7 +264,8 @@ def headlines(s: Summary) -> list[tuple[str, str, str]]:
 
 
 def summary_lines(summary: Summary, where: Mapping[str, str | Path] | None = None) -> list[str]:
-    """The end of a run for the terminal: aligned numbers, the split of the time, and `where` things were written."""
+    """The end of a run for the terminal: aligned numbers, the split of the time, and `where`
+    things were written."""
     rows = [
         (label, value, f"  ({note})" if note else "") for label, value, note in headlines(summary)
     ]
@@ -299,7 +308,8 @@ td:first-child{color:#52606d;width:15rem}
 
 
 def _text(value) -> str:
-    """Escaped for HTML; control characters a byte-level model may emit become the replacement character."""
+    """Escaped for HTML; control characters a byte-level model may emit become the replacement
+    character."""
     clean = re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value).replace("\r\n", "\n")
     )
@@ -323,7 +333,8 @@ def _tiles(summary: Summary) -> str:
 
 
 def _samples(samples: Sequence[Mapping], shown: int = 8) -> str:
-    """Samples by step; when there are many, `shown` steps spread evenly, the first and the last among them."""
+    """Samples by step; when there are many, `shown` steps spread evenly, the first and the last
+    among them."""
     steps = sorted({sample["step"] for sample in samples})
     if not steps:
         return ""
@@ -379,7 +390,8 @@ def make_html(
     config: Mapping,
     versions: Mapping[str, str],
 ) -> str:
-    """One HTML page that needs nothing else: no script, no link, the picture inside. All texts are escaped."""
+    """One HTML page that needs nothing else: no script, no link, the picture inside. All texts
+    are escaped."""
     picture = base64.b64encode(png).decode()
     details = _config(config) if config else ""
     if versions:
@@ -404,8 +416,9 @@ def write_report(
 ) -> Path:
     """Writes `workdir`/loss.png and report.html; returns the page's path.
 
-    `summary`: see `summarize`. `samples`: {step, text} each, in order; see `samples_in`. `versions`: name -> text,
-    device first. Works with a workdir that has no metrics.jsonl or config.json yet. Raises SaveFailed."""
+    `summary`: see `summarize`. `samples`: {step, text} each, in order; see `samples_in`.
+    `versions`: name -> text, device first. Works with a workdir that has no metrics.jsonl or
+    config.json yet. Raises SaveFailed."""
     png, config = write_loss_png(workdir).read_bytes(), Path(workdir) / "config.json"
     values = json.loads(config.read_text("utf-8")) if config.exists() else {}
     page = make_html(title, summary, png, samples, values, versions or {})

@@ -1,10 +1,11 @@
 """Meshes, and the rules that lay logical axes over them (floor 0). What reshards lives here.
 
-Weights have two layouts. They are *stored* split over `fsdp` (and whatever else repeats the model: ZeRO-3, Rajbhandari
-et al. 2020, arXiv:1910.02054) and `tensor`, layers over `pipeline`, and *used* split over `tensor` alone (Shoeybi et al.
-2019, arXiv:1909.08053): `use` casts and gathers a weight where it is multiplied, and its transpose scatters the gradient.
-The mesh has Explicit axis types, so a wrong layout is an error at trace time. Without a mesh (`jax.set_mesh` not called)
-every helper is the identity.
+Weights have two layouts. They are *stored* split over `fsdp` (and whatever else repeats the model:
+ZeRO-3, Rajbhandari et al. 2020, arXiv:1910.02054) and `tensor`, layers over `pipeline`, and *used*
+split over `tensor` alone (Shoeybi et al. 2019, arXiv:1909.08053): `use` casts and gathers a weight
+where it is multiplied, and its transpose scatters the gradient. The mesh has Explicit axis types,
+so a wrong layout is an error at trace time. Without a mesh (`jax.set_mesh` not called) every helper
+is the identity.
 """
 
 import math
@@ -50,10 +51,12 @@ USED = STORED | {
 
 
 def make_mesh(shape: dict[str, int], devices=None, across: dict[str, int] | None = None) -> Mesh:
-    """A mesh with Explicit axis types from axis sizes by name (absent axes are 1); devices default to all.
+    """A mesh with Explicit axis types from axis sizes by name (absent axes are 1); devices default
+    to all.
 
-    `across`: the part of each size that crosses slices. Inside a slice the last axes get the neighbouring chips; slices
-    are those of the hardware, else equal runs of the device list (hosts, for GPUs). UsageError for sizes that do not fit."""
+    `across`: the part of each size that crosses slices. Inside a slice the last axes get the
+    neighbouring chips; slices are those of the hardware, else equal runs of the device list
+    (hosts, for GPUs). UsageError for sizes that do not fit."""
     devices = list(jax.devices() if devices is None else devices)
     sizes, outer = (tuple((sizes or {}).get(axis, 1) for axis in AXES) for sizes in (shape, across))
     if math.prod(sizes) != len(devices):
@@ -91,7 +94,8 @@ def _slices(devices: list, across: dict[str, int]) -> list[list]:
 
 
 def places(mesh: Mesh, devices=None) -> str:
-    """Where `devices` (default: this process's) are in the mesh: "data 0-1, tensor 2", axes longer than 1 alone."""
+    """Where `devices` (default: this process's) are in the mesh: "data 0-1, tensor 2", axes
+    longer than 1 alone."""
     own = {device.id for device in (jax.local_devices() if devices is None else devices)}
     grid = np.vectorize(lambda device: device.id in own)(mesh.devices)
     spans = {
@@ -125,8 +129,8 @@ WHOLE_ROWS = {"seq": None, "stream": None}  # where a sequence is not split: dec
 
 @contextmanager
 def using(changes: dict):
-    """USED with `changes`, for what is traced inside. Enter it in the traced function itself, never around a call of a
-    jitted one: it is no part of a compiled function's key."""
+    """USED with `changes`, for what is traced inside. Enter it in the traced function itself,
+    never around a call of a jitted one: it is no part of a compiled function's key."""
     token = _CHANGED.set(_CHANGED.get() | changes)
     try:
         yield
@@ -135,7 +139,8 @@ def using(changes: dict):
 
 
 def spec(table: dict, axes: tuple[str | None, ...]) -> P:
-    """The PartitionSpec of logical `axes`; two axes on one mesh axis raise ValueError, unknown names KeyError."""
+    """The PartitionSpec of logical `axes`; two axes on one mesh axis raise ValueError, unknown
+    names KeyError."""
     parts = [table[axis] if axis is not None else None for axis in axes]
     used = [name for part in parts for name in _names(part)]
     if len(used) != len(set(used)):
@@ -149,7 +154,8 @@ def used(*axes: str | None) -> P:
 
 
 def platform() -> str:
-    """What the program is compiled for: the platform of the mesh, which need not be this process's."""
+    """What the program is compiled for: the platform of the mesh, which need not be this
+    process's."""
     device = _abstract_device()
     return jax.default_backend() if device is None else device.platform
 
@@ -187,10 +193,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def use(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
-    """A stored weight, cast to the compute dtype first and gathered over fsdp second (half the bytes on the wire). What
-    is gathered is typed as `reduced` over the axes of rows and tokens: its gradient stays each device's own part of a sum
-    until it is scattered to where the weight is stored, in one go, where a plain reshard sums whole gradients on every
-    device. Not under the vmap of a pipeline's stages, which JAX 0.10 refuses."""
+    """A stored weight, cast to the compute dtype first and gathered over fsdp second (half the
+    bytes on the wire). What is gathered is typed as `reduced` over the axes of rows and tokens:
+    its gradient stays each device's own part of a sum until it is scattered to where the weight
+    is stored, in one go, where a plain reshard sums whole gradients on every device. Not under
+    the vmap of a pipeline's stages, which JAX 0.10 refuses."""
     weight = weight.astype(dtype)
     where = gathered_axes(weight, axes)
     if where is None or _CHANGED.get():
@@ -206,10 +213,11 @@ def use(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
 
 
 def gather(shard: jax.Array, names: tuple[str, ...], dim: int, **to) -> jax.Array:
-    """A weight made whole along `dim` over mesh axes, on each device (inside a jax.shard_map). XLA wants the dim that a
-    collective works on outermost, and on GPUs lays out the stack of all layers so, which costs a float32 copy of it
-    outside the layers' loop and one of its gradients (moe:8x7b on 8 H200: 21 GiB); there the shard and its gradient keep
-    the layout that they are stored in, and one layer at a time is transposed."""
+    """A weight made whole along `dim` over mesh axes, on each device (inside a jax.shard_map).
+    XLA wants the dim that a collective works on outermost, and on GPUs lays out the stack of all
+    layers so, which costs a float32 copy of it outside the layers' loop and one of its gradients
+    (moe:8x7b on 8 H200: 21 GiB); there the shard and its gradient keep the layout that they are
+    stored in, and one layer at a time is transposed."""
     if dim and platform() == "gpu":
         shard = with_layout_constraint(shard, Layout(tuple(range(shard.ndim))))
     return jax.lax.all_gather(shard, names, axis=dim, tiled=True, **to)
@@ -254,7 +262,8 @@ def stored(init: Callable, axes: tuple[str | None, ...]) -> Callable:
 
 
 def lay_out(tree, like):
-    """Every array of `tree` laid out as its counterpart in `like` (arrays or their abstract values)."""
+    """Every array of `tree` laid out as its counterpart in `like` (arrays or their abstract
+    values)."""
     return (
         tree
         if _mesh() is None
@@ -282,8 +291,8 @@ def off_stages(tree):
 
 
 def whole(tree):
-    """Every array of `tree` without the fsdp axes: each copy of the model holds it whole but for tensor, expert and
-    pipeline (what ZeRO-1 keeps of parameters)."""
+    """Every array of `tree` without the fsdp axes: each copy of the model holds it whole but for
+    tensor, expert and pipeline (what ZeRO-1 keeps of parameters)."""
 
     def drop(part):
         return None if part == FSDP_AXES or part == STORED["expert_embed"] else part
@@ -297,8 +306,9 @@ def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Arra
 
 
 def local(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
-    """`fn` run on each device's own shard (jax.shard_map). `in_axes`: the logical axes of each argument, which is laid
-    out by the USED rules first, or None for an argument that is None; `out_axes`: of the result, or a tuple of them."""
+    """`fn` run on each device's own shard (jax.shard_map). `in_axes`: the logical axes of each
+    argument, which is laid out by the USED rules first, or None for an argument that is None;
+    `out_axes`: of the result, or a tuple of them."""
     if _mesh() is None:
         return fn
 
@@ -326,9 +336,10 @@ def local(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
 
 
 def _by_stage(fn: Callable, mapped: Callable, in_specs: tuple, out_specs) -> Callable:
-    """`mapped` (`fn` on shards) for the vmap over a pipeline's stages, of which each device has one. Left to itself the vmap
-    of a shard_map (JAX 0.10) gathers every argument over the stages, and leaves out the axis pipeline, which what runs on
-    single devices only (Pallas kernels, ragged collectives) does not bear."""
+    """`mapped` (`fn` on shards) for the vmap over a pipeline's stages, of which each device has
+    one. Left to itself the vmap of a shard_map (JAX 0.10) gathers every argument over the
+    stages, and leaves out the axis pipeline, which what runs on single devices only (Pallas
+    kernels, ragged collectives) does not bear."""
     run, over = jax.custom_batching.custom_vmap(mapped), lambda spec: P("pipeline", *spec)
 
     @run.def_vmap
@@ -346,7 +357,8 @@ def _by_stage(fn: Callable, mapped: Callable, in_specs: tuple, out_specs) -> Cal
 
 
 def concrete(abstract, mesh: Mesh):
-    """eval_shape's result with concrete shardings on `mesh` (scalars replicated), as Orbax needs them."""
+    """eval_shape's result with concrete shardings on `mesh` (scalars replicated), as Orbax needs
+    them."""
 
     def one(x):
         sharding = getattr(x, "sharding", None)
@@ -360,7 +372,8 @@ def concrete(abstract, mesh: Mesh):
 
 
 def unsharded(tree, mesh: Mesh, minimum_bytes: int = 1 << 20) -> dict[str, list[tuple[str, int]]]:
-    """Why -> (path, bytes) of the leaves of at least `minimum_bytes` that no axis of `mesh`, of several devices, splits."""
+    """Why -> (path, bytes) of the leaves of at least `minimum_bytes` that no axis of `mesh`, of
+    several devices, splits."""
     found: dict[str, list[tuple[str, int]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         names = [name for part in leaf.sharding.spec for name in _names(part)]

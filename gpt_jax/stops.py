@@ -1,5 +1,6 @@
-"""When a run ends before its last step: requests to stop, the watchdog for hangs, the signs that a peer process is gone,
-and how a process that fails tells the others (floor 0; called by loop, checkpoint and commands)."""
+"""When a run ends before its last step: requests to stop, the watchdog for hangs, the signs that
+a peer process is gone, and how a process that fails tells the others (floor 0; called by loop,
+checkpoint and commands)."""
 
 import atexit
 import faulthandler
@@ -18,8 +19,8 @@ import jax
 
 from gpt_jax.errors import RESTARTABLE, Hang, PeerFailed, Stopped, complain
 
-# How the libraries below say that another process has left: gloo, NCCL, JAX's coordination service. What else goes wrong
-# inside XLA (out of memory, say) is this process's own failure.
+# How the libraries below say that another process has left: gloo, NCCL, JAX's coordination service.
+# What else goes wrong inside XLA (out of memory, say) is this process's own failure.
 PEER_GONE = re.compile(
     r"Gloo .*failed|closed by peer|reset by peer|[Rr]emote process (has )?exited|heartbeat timeout|"
     r"[Cc]oordination ?[Ss]ervice|Barrier failed|tasks are unhealthy"
@@ -34,12 +35,13 @@ def peer_gone(error: BaseException | None) -> bool:
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1 as a question, asked after each step and at each batch of an evaluation. Over several processes
-    JAX's preemption service makes all of them answer yes to the same one; it owns SIGTERM there, so SIGUSR1 is passed on as
-    one. Once yes, always yes.
+    """SIGTERM and SIGUSR1 as a question, asked after each step and at each batch of an evaluation.
+    Over several processes JAX's preemption service makes all of them answer yes to the same one; it
+    owns SIGTERM there, so SIGUSR1 is passed on as one. Once yes, always yes.
 
-    What the service compares is a count of the questions and not the step: of a request before the first one the processes
-    agree on number 1, and a resumed run never comes to that step again."""
+    What the service compares is a count of the questions and not the step: of a request before
+    the first one the processes agree on number 1, and a resumed run never comes to that step
+    again."""
 
     def __init__(self):
         self.seen, self.asked = False, 0
@@ -61,7 +63,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        """True when the run should save and stop. All processes ask equally often, at the same places."""
+        """True when the run should save and stop. All processes ask equally often, at the same
+        places."""
         self.asked += 1
         if self.shared and not self.seen:
             from jax.experimental import multihost_utils
@@ -72,8 +75,9 @@ class StopRequest:
 
 @contextmanager
 def watchdog(minutes: float):
-    """Yields `beat()`; when it is not called for `minutes`, prints every thread's stack and ends the process with code 41.
-    A thread of its own, since a hung collective never returns to Python. 0 minutes: off."""
+    """Yields `beat()`; when it is not called for `minutes`, prints every thread's stack and ends
+    the process with code 41. A thread of its own, since a hung collective never returns to
+    Python. 0 minutes: off."""
     last, done = [time.monotonic()], threading.Event()
 
     def watch():
@@ -113,16 +117,19 @@ class Failure(NamedTuple):
 
     @property
     def others_code(self) -> int:
-        """How those leave who hear of it: 40, but with its own code where a restart would only repeat it. SLURM and
-        Kubernetes see one code of many, and not always that of the process that began it."""
+        """How those leave who hear of it: 40, but with its own code where a restart would only
+        repeat it. SLURM and Kubernetes see one code of many, and not always that of the process
+        that began it."""
         return PeerFailed.code if self.code in RESTARTABLE else self.code
 
 
 class Job:
-    """This process's line to the others of its job: the key-value store of JAX's coordination service, at process 0.
+    """This process's line to the others of its job: the key-value store of JAX's coordination
+    service, at process 0.
 
-    A thread looks there for failures, since the main one may be in a collective that never returns, and a normal exit
-    would wait for the others in a barrier, for minutes when one has failed."""
+    A thread looks there for failures, since the main one may be in a collective that never
+    returns, and a normal exit would wait for the others in a barrier, for minutes when one has
+    failed."""
 
     SAID, LEFT, STOPPED, ALL = (
         "gpt_jax/failed/",
@@ -131,7 +138,9 @@ class Job:
         "gpt_jax/all_stopped/",
     )
     HOSTS, TURNS, SILENT = "gpt_jax/hosts/", "gpt_jax/turns/", "gpt_jax/silent/"
-    SILENT_TURNS = 3  # of the others' threads, after which process 0 names a process; to say it only, none ends of that
+    # of the others' threads, after which process 0 names a process; to say it only, none ends of
+    # that
+    SILENT_TURNS = 3
     OWN_SECONDS = (
         2.0  # for this process to end by itself after another has failed: often both saw the same
     )
@@ -176,7 +185,8 @@ class Job:
         }
 
     def _listen(self, seen: dict[int, tuple[str, int]], turn: int) -> None:
-        """One turn of the thread: says that it is there, and learns who is silent. Process 0 reads all and tells all."""
+        """One turn of the thread: says that it is there, and learns who is silent. Process 0
+        reads all and tells all."""
         if turn == 1:
             self.client.key_value_set(f"{self.HOSTS}{self.process}", socket.gethostname())
         if len(self.hosts) < self.processes:
@@ -196,7 +206,8 @@ class Job:
         self.client.key_value_set(f"{self.SILENT}0", json.dumps(self.silent), allow_overwrite=True)
 
     def gone(self, seconds: float = 0.0) -> str:
-        """ "a peer process is gone without a word", with its number and host if they are known within `seconds`."""
+        """ "a peer process is gone without a word", with its number and host if they are known
+        within `seconds`."""
         end, line = time.monotonic() + seconds, "a peer process is gone without a word"
         if (
             self.process and not self.silent and not self._reaches_0()
@@ -220,7 +231,8 @@ class Job:
         return True
 
     def failure(self, seconds: float = 0.0) -> Failure | None:
-        """What another process said it failed of, if one does so within `seconds`. None also when process 0 is gone."""
+        """What another process said it failed of, if one does so within `seconds`. None also
+        when process 0 is gone."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -242,8 +254,8 @@ class Job:
             time.sleep(0.2)
 
     def stop_together(self) -> Failure | None:
-        """Waits until all processes have come to their stop on request: one that left before would count as gone. What
-        another fails of meanwhile, if one does."""
+        """Waits until all processes have come to their stop on request: one that left before
+        would count as gone. What another fails of meanwhile, if one does."""
         self.client.key_value_set(f"{self.STOPPED}{self.process}", "")
         end = time.monotonic() + self.STOP_SECONDS
         while (found := self.failure()) is None and time.monotonic() < end:
@@ -259,8 +271,8 @@ class Job:
         return found
 
     def leave(self, code: int, text: str | None = None, line: str | None = None) -> None:
-        """Ends this process with `code`, after telling the others `text` and standard error `line`. Never returns: of two
-        threads the second waits for the first to end them both."""
+        """Ends this process with `code`, after telling the others `text` and standard error
+        `line`. Never returns: of two threads the second waits for the first to end them both."""
         if not self.leaving.acquire(blocking=False):
             time.sleep(self.STOP_SECONDS + self.LINGER_SECONDS)
         if line:

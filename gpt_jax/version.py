@@ -10,8 +10,9 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def code_version() -> str:
-    """ "0.1.0 3f2a9c1 source 1b9c44e0": package, commit ("+" after it: changed since) where there is a git checkout, and a
-    digest of the package's source, which tells two machines apart whatever they were installed from."""
+    """ "0.1.0 3f2a9c1 source 1b9c44e0": package, commit ("+" after it: changed since) where
+    there is a git checkout, and a digest of the package's source, which tells two machines apart
+    whatever they were installed from."""
     commit = git_commit(PACKAGE)
     return " ".join(
         [package_version(), *([commit] if commit else []), f"source {source_digest(PACKAGE)}"]
@@ -19,7 +20,8 @@ def code_version() -> str:
 
 
 def same_code() -> str:
-    """What has to be equal on all processes of a job: the source and JAX. Not the commit, which one machine may lack."""
+    """What has to be equal on all processes of a job: the source and JAX. Not the commit, which
+    one machine may lack."""
     return f"source {source_digest(PACKAGE)} jax {metadata.version('jax')}"
 
 
@@ -46,8 +48,8 @@ def source_digest(folder: Path) -> str:
 
 
 def git_commit(folder: Path) -> str:
-    """The commit that `folder` is checked out from, "+" where its files differ; "" without git or where the folder only
-    lies inside somebody else's checkout."""
+    """The commit that `folder` is checked out from, "+" where its files differ; "" without git
+    or where the folder only lies inside somebody else's checkout."""
 
     def git(*words):
         done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True)
@@ -65,7 +67,8 @@ def git_commit(folder: Path) -> str:
 def start_line(
     process: int, processes: int, host: str, devices: int, kind: str, places: str, version: str
 ) -> str:
-    """What every process prints at its start. `places`: where its devices sit in the mesh, as text ("" for unknown)."""
+    """What every process prints at its start. `places`: where its devices sit in the mesh, as
+    text ("" for unknown)."""
     return (
         f"process {process} of {processes} on {host}: {devices} local {kind} device{'s' * (devices != 1)}"
         f"{f', mesh {places}' if places else ''}, code {version}"

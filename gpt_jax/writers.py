@@ -1,4 +1,5 @@
-"""Where metrics end: metrics.jsonl, TensorBoard, a line or a bar for a person (floor 0; called by loop and report)."""
+"""Where metrics end: metrics.jsonl, TensorBoard, a line or a bar for a person (floor 0; called
+by loop and report)."""
 
 import contextlib
 import json
@@ -16,7 +17,8 @@ from gpt_jax.errors import SaveFailed, UsageError
 
 @contextlib.contextmanager
 def saving(path: Path):
-    """Turns a failure of the disk (full, read-only …) into SaveFailed, one line that names `path`."""
+    """Turns a failure of the disk (full, read-only …) into SaveFailed, one line that names
+    `path`."""
     try:
         yield
     except OSError as error:
@@ -26,7 +28,8 @@ def saving(path: Path):
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes `path` whole or not at all: a reader sees the old content or the new. Raises SaveFailed."""
+    """Writes `path` whole or not at all: a reader sees the old content or the new. Raises
+    SaveFailed."""
     part = path.with_name(f".{path.name}.part")
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,13 +56,14 @@ def _read_lines(path: Path) -> list[tuple[dict, bytes]]:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Rows of metrics.jsonl; [] without a file. A last line cut by a kill (no newline) is left out; any other line that
-    is no JSON object with a `step` raises UsageError naming it."""
+    """Rows of metrics.jsonl; [] without a file. A last line cut by a kill (no newline) is left
+    out; any other line that is no JSON object with a `step` raises UsageError naming it."""
     return [row for row, _ in _read_lines(Path(path))]
 
 
 def to_json_line(step: int, values: Mapping[str, float | str]) -> bytes:
-    """One line of strict JSON. nan and infinities become null, and "nonfinite" says which each was."""
+    """One line of strict JSON. nan and infinities become null, and "nonfinite" says which each
+    was."""
     row = {key: value if isinstance(value, str) else float(value) for key, value in values.items()}
     nonfinite = {
         key: str(v) for key, v in row.items() if isinstance(v, float) and not math.isfinite(v)
@@ -76,8 +80,9 @@ def to_json_line(step: int, values: Mapping[str, float | str]) -> bytes:
 
 # Writers share one interface: write(step, {key: number}), text(step, key, str), close().
 class JsonlWriter:
-    """metrics.jsonl: one JSON object a line. `resumed_at` drops the lines of later steps, so that the curve has no
-    overlap; None (nothing was restored) starts an empty file. Raises SaveFailed when the disk is full."""
+    """metrics.jsonl: one JSON object a line. `resumed_at` drops the lines of later steps, so
+    that the curve has no overlap; None (nothing was restored) starts an empty file. Raises
+    SaveFailed when the disk is full."""
 
     def __init__(self, path: str | Path, resumed_at: int | None = None):
         self.path = Path(path)
@@ -99,10 +104,12 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """TensorBoard event files in `directory`. On resume TensorBoard is told to drop what came after `resumed_at`.
+    """TensorBoard event files in `directory`. On resume TensorBoard is told to drop what came after
+    `resumed_at`.
 
-    Written here and now: the library's ready-made writer hands events to a thread, and when the disk is full that
-    thread dies and its queue then blocks the run for ever. Raises SaveFailed instead."""
+    Written here and now: the library's ready-made writer hands events to a thread, and when the
+    disk is full that thread dies and its queue then blocks the run for ever. Raises SaveFailed
+    instead."""
 
     def __init__(
         self, directory: str | Path, resumed_at: int | None = None, every_seconds: float = 30.0
@@ -178,10 +185,11 @@ SHOWN = (  # what people see while it runs: (key, how)
 
 
 class BarWriter:
-    """Progress for a person: a bar on a terminal, else (or with `progress` off) a plain line every `every_seconds`.
+    """Progress for a person: a bar on a terminal, else (or with `progress` off) a plain line every
+    `every_seconds`.
 
-    Evaluations and texts are printed in full, above the bar. The plain line's ETA counts from the first write, so that
-    compilation is not extrapolated."""
+    Evaluations and texts are printed in full, above the bar. The plain line's ETA counts from
+    the first write, so that compilation is not extrapolated."""
 
     def __init__(
         self,
@@ -255,7 +263,8 @@ class BarWriter:
 
 
 class Writers:
-    """Several writers as one; none on processes that only compute. `close` closes all, even if one fails."""
+    """Several writers as one; none on processes that only compute. `close` closes all, even if
+    one fails."""
 
     def __init__(self, writers: Sequence = ()):
         self._writers = tuple(writers)

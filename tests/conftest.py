@@ -1,7 +1,8 @@
 """Eight fake CPU devices in every test process, and compiled programs kept for the whole session.
 
-The environment is written before jax is imported, so that the processes that tests start inherit it: what one of them
-compiled, the next one loads. Under pytest-xdist the controller makes the folder and its workers inherit it too.
+The environment is written before jax is imported, so that the processes that tests start inherit
+it: what one of them compiled, the next one loads. Under pytest-xdist the controller makes the
+folder and its workers inherit it too.
 """
 
 import math
@@ -14,7 +15,8 @@ if OWNER:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    # Tiny programs run for milliseconds and compile for seconds: LLVM's optimiser costs more than half of that.
+    # Tiny programs run for milliseconds and compile for seconds: LLVM's optimiser costs more than
+    # half of that.
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     )
@@ -39,8 +41,8 @@ def pytest_unconfigure(config):
 
 @pytest.fixture
 def mesh():
-    """A mesh of (data, fsdp, tensor) devices, and further axes by name, the first ones of the eight:
-    `with jax.set_mesh(mesh(2, 2, 2)):`."""
+    """A mesh of (data, fsdp, tensor) devices, and further axes by name, the first ones of the
+    eight: `with jax.set_mesh(mesh(2, 2, 2)):`."""
 
     def make(data: int = 1, fsdp: int = 1, tensor: int = 1, **others: int):
         shape = {"data": data, "fsdp": fsdp, "tensor": tensor} | others

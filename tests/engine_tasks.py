@@ -1,4 +1,5 @@
-"""What engines are given to do in tests: apart from them, so that a worker process need not import jax."""
+"""What engines are given to do in tests: apart from them, so that a worker process need not
+import jax."""
 
 import os
 import signal
@@ -13,7 +14,8 @@ def square(item: int, tick) -> int:
 
 
 def slowly(text: str) -> str:
-    """A filter that takes a millisecond, so that a job is still at work when a test sends its signal."""
+    """A filter that takes a millisecond, so that a job is still at work when a test sends its
+    signal."""
     time.sleep(0.001)
     return text
 
@@ -39,7 +41,8 @@ def die(item: int, tick) -> int:
 
 
 def native_threads(item: int, tick) -> int:
-    """Threads of this process after the tokenizers library has encoded something on as many as it likes."""
+    """Threads of this process after the tokenizers library has encoded something on as many as
+    it likes."""
     import tokenizers
 
     library = tokenizers.Tokenizer(tokenizers.models.BPE())

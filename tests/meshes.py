@@ -1,4 +1,5 @@
-"""One tiny model of each kind, trained for a few steps without a mesh and on any mesh, for comparison."""
+"""One tiny model of each kind, trained for a few steps without a mesh and on any mesh, for
+comparison."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -108,7 +109,8 @@ def random_params(name):
 
 
 def make_columns(name):
-    """Packed rows with segments and positions for some, plain ones for others; some rows learn much, some little."""
+    """Packed rows with segments and positions for some, plain ones for others; some rows learn
+    much, some little."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, VOCAB, (ROWS, LENGTH + 1))
     weight = (rng.random((ROWS, LENGTH)) < rng.random((ROWS, 1))).astype(np.float32)
@@ -172,5 +174,6 @@ def put(params, mesh, model):
 
 
 def close(ours, theirs, rel=1e-5, floor=0.0):
-    """To `rel` of the largest entry, or of `floor`: the key biases' gradient is zero but for rounding."""
+    """To `rel` of the largest entry, or of `floor`: the key biases' gradient is zero but for
+    rounding."""
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=rel * max(np.abs(theirs).max(), floor))

@@ -1,8 +1,9 @@
-"""The transformer in plain numpy and float64, a row and a head at a time: what the real one is compared with.
+"""The transformer in plain numpy and float64, a row and a head at a time: what the real one is
+compared with.
 
-It shares no code with gpt_jax: parameters come as the documented tree of paths, and rules are written as a textbook has
-them (rotation by complex numbers, frequencies by wavelength, masks as a function of two positions).
-Shapes: T sequence, D embed, H head_dim, V vocab.
+It shares no code with gpt_jax: parameters come as the documented tree of paths, and rules are
+written as a textbook has them (rotation by complex numbers, frequencies by wavelength, masks as a
+function of two positions). Shapes: T sequence, D embed, H head_dim, V vocab.
 """
 
 import math

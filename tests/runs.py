@@ -32,7 +32,8 @@ SECONDS = 240  # after which a process counts as stuck; idle machines need a ten
 
 
 def write_text(path: Path, words: int = 4000, documents: int = 1) -> Path:
-    """About 5.5 characters a word from sixty words, so that a tiny model learns something; .jsonl for documents."""
+    """About 5.5 characters a word from sixty words, so that a tiny model learns something;
+    .jsonl for documents."""
     draw = random.Random(0)
     lexicon = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
     texts = [" ".join(draw.choices(lexicon, k=words // documents)) for _ in range(documents)]
@@ -202,7 +203,8 @@ def refusal(*given: str) -> tuple[int, str]:
 
 
 class Process:
-    """`python -m gpt_jax …` (or other Python) with its output in files, so that no pipe ever fills."""
+    """`python -m gpt_jax …` (or other Python) with its output in files, so that no pipe ever
+    fills."""
 
     def __init__(self, folder: Path, given, python=("-m", "gpt_jax")):
         folder.mkdir(parents=True, exist_ok=True)
@@ -274,8 +276,8 @@ def logged(workdir: Path, step: int):
 def job(
     folder: Path, processes: int, given, devices: int = 1, own=None, python=None
 ) -> list[Process]:
-    """One job of several processes with `devices` fake devices each; `own`: further arguments of each, `python`: what
-    each runs instead of the program."""
+    """One job of several processes with `devices` fake devices each; `own`: further arguments of
+    each, `python`: what each runs instead of the program."""
     port = free_port()
     own, python = own or [[]] * processes, python or [("-m", "gpt_jax")] * processes
     return [

@@ -1,4 +1,5 @@
-"""What cannot be run is refused in one line that names the thing, its value and the way out, with its exit code."""
+"""What cannot be run is refused in one line that names the thing, its value and the way out,
+with its exit code."""
 
 import contextlib
 import fcntl
@@ -25,7 +26,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """A workdir with whole checkpoints of steps 1 and 2, on bytes. Tests that damage it copy it first."""
+    """A workdir with whole checkpoints of steps 1 and 2, on bytes. Tests that damage it copy it
+    first."""
     runs.call(
         *runs.arguments(
             folder,
@@ -549,7 +551,8 @@ def test_workdir_of_another_tokenizer(tmp_path):
 
 
 def test_workdir_of_another_text(tmp_path, capsys):
-    """Whatever it is called: the content counts, on resume and where held-out text is split off again."""
+    """Whatever it is called: the content counts, on resume and where held-out text is split off
+    again."""
     (tmp_path / "data").mkdir()
     first, second = (tmp_path / "data" / name for name in ("a.txt", "b.txt"))
     first.write_bytes(TEXT * 40)
@@ -698,7 +701,8 @@ def test_prompt_unknown_to_the_character_tokenizer(tmp_path):
 
 @contextlib.contextmanager
 def files_at_most(size: int):
-    """Writing more to any file fails, as on a full disk. Nothing goes into the compilation cache of the other tests."""
+    """Writing more to any file fails, as on a full disk. Nothing goes into the compilation cache
+    of the other tests."""
     before, key = (
         resource.getrlimit(resource.RLIMIT_FSIZE),
         "jax_persistent_cache_min_compile_time_secs",

@@ -506,7 +506,8 @@ def tiny_disk(tmp_path):
 
 
 def check_failed_save(directory, caplog, capfd, saver, fail, cause):
-    """`fail()` makes the save of step 20 fail with `cause`; step 10 survives and step 20 can be saved afterwards."""
+    """`fail()` makes the save of step 20 fail with `cause`; step 10 survives and step 20 can be
+    saved afterwards."""
     with pytest.raises(SaveFailed) as error:
         fail()
     text = str(error.value)
@@ -610,7 +611,8 @@ def finish(*processes, code=0):
         assert process.returncode == code, output[-3000:]
 
 
-KILLS = {  # where SIGKILL strikes while step 30 is saved, and the step that must be usable afterwards
+# where SIGKILL strikes while step 30 is saved, and the step that must be usable afterwards
+KILLS = {
     "before anything is written": ("checkpoint.ocp.save_checkpointables_async = die", 20),
     "while Orbax writes": (
         "from orbax.checkpoint.experimental.v1._src.metadata import serialization; "

@@ -1,5 +1,5 @@
-"""The commands that take a checkpoint, and what all commands share: their output, and that their numbers are the right
-ones."""
+"""The commands that take a checkpoint, and what all commands share: their output, and that their
+numbers are the right ones."""
 
 import io
 import json
@@ -36,7 +36,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """A run on all three axes of eight devices, which has forgotten nothing: steps 5 and 10 are there."""
+    """A run on all three axes of eight devices, which has forgotten nothing: steps 5 and 10 are
+    there."""
     runs.call(
         *runs.arguments(
             folder,
@@ -119,8 +120,8 @@ def test_evaluate_measures_what_the_run_measured(call, trained):
 
 
 def test_evaluate_in_a_process_of_its_own(tmp_path, trained):
-    """On one device and on three, over which neither width nor batch divides: the same numbers, and only they on
-    stdout."""
+    """On one device and on three, over which neither width nor batch divides: the same numbers,
+    and only they on stdout."""
     jobs = [
         runs.Process(tmp_path, ["evaluate", f"--checkpoint={trained}", "--json", *flags])
         for flags in ([], ["--cpu_devices=3"])
@@ -132,7 +133,8 @@ def test_evaluate_in_a_process_of_its_own(tmp_path, trained):
 
 
 def test_evaluate_per_source(call, trained, tmp_path):
-    """Rows by source, in the order given, and `all`, which is their sum; the table says what the JSON says."""
+    """Rows by source, in the order given, and `all`, which is their sum; the table says what the
+    JSON says."""
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file, words in zip(files, (30, 200)):
         runs.write_text(file, words)
@@ -252,7 +254,8 @@ def plain_greedy(workdir: Path, prompt: str, count: int) -> str:
 
 
 def test_greedy_equals_the_plain_loop(call, trained):
-    """The text and nothing else on stdout, the same each time, from a checkpoint written on another mesh."""
+    """The text and nothing else on stdout, the same each time, from a checkpoint written on
+    another mesh."""
     given = (
         "generate",
         f"--checkpoint={trained}",
@@ -328,7 +331,8 @@ class Terminal(io.TextIOWrapper):
 
 
 def test_streaming_never_cuts_a_character(monkeypatch, chinese):
-    """Each character of several bytes, which are as many tokens, comes whole and as soon as it is complete."""
+    """Each character of several bytes, which are as many tokens, comes whole and as soon as it
+    is complete."""
     terminal = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
@@ -343,7 +347,8 @@ def test_streaming_never_cuts_a_character(monkeypatch, chinese):
 
 
 def test_bpe_from_text_to_text(call, folder):
-    """A tokenizer trained on Chinese, a model on it, then both commands from the checkpoint alone."""
+    """A tokenizer trained on Chinese, a model on it, then both commands from the checkpoint
+    alone."""
     file = folder / "bpe.txt"
     file.write_text((CHINESE + "\n") * 300)
     call(
@@ -399,7 +404,8 @@ def test_a_process_writes_the_text_alone(tmp_path, trained):
 
 @pytest.mark.parametrize("spec", ["tiny.py", "llama.py:8b", "shakespeare_char.py:cpu"])
 def test_print_config(call, spec):
-    """JSON that gives the same config again, with nothing left to derive but the tokenizer's size."""
+    """JSON that gives the same config again, with nothing left to derive but the tokenizer's
+    size."""
     out, err = call(
         "train",
         f"--config={runs.ROOT}/configs/{spec}",

@@ -1,5 +1,5 @@
-"""Compiler options: parsed, changed by the config, part of every compilation, refused in one line; and what JAX is told
-by the environment."""
+"""Compiler options: parsed, changed by the config, part of every compilation, refused in one
+line; and what JAX is told by the environment."""
 
 import os
 import subprocess
@@ -46,7 +46,8 @@ def test_a_config_adds_replaces_and_leaves_out(monkeypatch):
 
 @pytest.mark.parametrize("of_config", [True, False])
 def test_they_are_part_of_the_train_step(monkeypatch, of_config):
-    """An option that no compiler knows, in the config or in the table, and the step does not compile."""
+    """An option that no compiler knows, in the config or in the table, and the step does not
+    compile."""
     config = job_of("tiny").config
     texts = ("xla_no_such_option=1",) if of_config else ()
     monkeypatch.setattr(

@@ -1,4 +1,5 @@
-"""The door of every run: what a config may say, and the one line that comes back when it may not."""
+"""The door of every run: what a config may say, and the one line that comes back when it may
+not."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,5 @@
-"""Every file in configs/: it loads, agrees with itself, has the published number of parameters, and imports nothing."""
+"""Every file in configs/: it loads, agrees with itself, has the published number of parameters,
+and imports nothing."""
 
 import ast
 import dataclasses
@@ -166,7 +167,8 @@ def test_parameters_of_the_guide_by_hand():
 
 
 def test_parameters_of_nanochat_d12_part_by_part():
-    # nanochat counted its gates among the matrices when they had 32 channels; now they have 12, as here.
+    # nanochat counted its gates among the matrices when they had 32 channels; now they have 12, as
+    # here.
     model = load("modern", "d12", value_embed_gate=32).model
     parts = {
         "^embed/": 25_165_824,

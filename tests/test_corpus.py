@@ -1,4 +1,5 @@
-"""A prepared folder: opened, looked into, verified, copied from a store; damage is named and never read over."""
+"""A prepared folder: opened, looked into, verified, copied from a store; damage is named and
+never read over."""
 
 import json
 import os

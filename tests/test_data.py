@@ -1,4 +1,5 @@
-"""Order, rows and streams: every vectorised answer against a slow loop, every stream against itself cut otherwise."""
+"""Order, rows and streams: every vectorised answer against a slow loop, every stream against
+itself cut otherwise."""
 
 import itertools
 import threading
@@ -123,7 +124,8 @@ def test_a_chunk_epoch_has_every_target_once():
 
 @pytest.mark.parametrize("kind", ["document", "first_fit", "best_fit"])
 def test_an_epoch_of_whole_documents(kind):
-    """Every row once an epoch, in another order; packed rows lose nothing, those at documents what they say."""
+    """Every row once an epoch, in another order; packed rows lose nothing, those at documents
+    what they say."""
     tokens = make_tokens(np.random.default_rng(0).integers(1, 40, 60))
     rows = ROWS[kind](tokens, 16, 1)
     epochs = [

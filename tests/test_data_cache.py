@@ -232,7 +232,8 @@ def test_several_processes_build_once(folder):
     others = [start(folder, "fast") for _ in range(2)]
     waiting = [child.stdout.readline() for child in others]
     assert all("waiting for another process that builds" in line for line in waiting)
-    first.kill()  # the lock goes with its process, one of the others builds and the last one finds it
+    # the lock goes with its process, one of the others builds and the last one finds it
+    first.kill()
     lines = [child.communicate(timeout=60)[0].splitlines() for child in others]
     results = [said[-1] for said in lines]
     assert sorted("building train.offsets" in said for said in lines) == [False, True]

@@ -1,4 +1,5 @@
-"""Generation: cached = full forward for every variant, a row = the same row in any batch, stops cut to the letter."""
+"""Generation: cached = full forward for every variant, a row = the same row in any batch, stops
+cut to the letter."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -91,8 +92,8 @@ def make_model(**changes) -> config.Model:
 
 @cache
 def make_params(model: config.Model):
-    """Every parameter is noise, large enough that no most likely token is an accident of rounding: projections that
-    start at zero would hide the whole cache. Factors are near 1."""
+    """Every parameter is noise, large enough that no most likely token is an accident of
+    rounding: projections that start at zero would hide the whole cache. Factors are near 1."""
     rng = np.random.default_rng(1)
 
     def one(path, leaf):
@@ -259,7 +260,8 @@ def test_one_compilation_for_a_bucket(monkeypatch):
 
 
 def numpy_filter(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0, penalty=1.0, seen=()):
-    """The probabilities of one row, as transformers' logits processors define them (with their sorts)."""
+    """The probabilities of one row, as transformers' logits processors define them (with their
+    sorts)."""
     x = logits.astype(np.float64).copy()
     for token in seen:
         x[token] = x[token] * penalty if x[token] < 0 else x[token] / penalty
@@ -301,7 +303,8 @@ FILTERS = [
 
 @pytest.mark.parametrize("setting", FILTERS, ids=str)
 def test_draws_follow_the_definition(setting):
-    """Frequencies over 20,000 samples match the distribution, and what is filtered out never comes."""
+    """Frequencies over 20,000 samples match the distribution, and what is filtered out never
+    comes."""
     logits = np.random.default_rng(2).standard_normal(12).astype(np.float32) * 2
     rows, vocab = 20_000, 10  # ids 10 and 11 are padding
     expected = numpy_filter(logits[:vocab], **setting)
@@ -423,7 +426,8 @@ def test_characters_are_never_cut(monkeypatch):
 )
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_stop_strings_cut_exactly(monkeypatch, stops, text, finish, size):
-    """Tokens of 1, 2 or 5 letters give the same text, and the stream never shows what a stop string takes back."""
+    """Tokens of 1, 2 or 5 letters give the same text, and the stream never shows what a stop
+    string takes back."""
     said = "hello0world"
     words = [said[i : i + size] for i in range(0, len(said), size)]
     pieces = (*tuple(w.encode() for w in words), b"")

@@ -1,4 +1,5 @@
-"""One process of a job fails: the others are gone at once, say why, and leave with a code that a scheduler can use."""
+"""One process of a job fails: the others are gone at once, say why, and leave with a code that a
+scheduler can use."""
 
 import json
 import os
@@ -14,7 +15,8 @@ from gpt_jax.launch.local import free_port
 from gpt_jax.stops import Job
 
 HOST = socket.gethostname()
-# From a process's end to that of the others, who hear of it within seconds: 15 on machines of which this is the only job.
+# From a process's end to that of the others, who hear of it within seconds: 15 on machines of which
+# this is the only job.
 TOGETHER = 30
 LONG = (
     "--config.train.steps=100000",
@@ -66,7 +68,8 @@ main.main(sys.argv[1:])
     ],
 )
 def test_a_failure_in_one_process_is_the_others_reason(tmp_path, error, victim, codes):
-    """The others leave with 40 where a restart may help, else with the same code. In the middle of a collective."""
+    """The others leave with 40 where a restart may help, else with the same code. In the middle
+    of a collective."""
     given = runs.arguments(tmp_path, tmp_path / "job", *LONG)
     python = [("-m", "gpt_jax")] * 2
     python[victim] = "-c", CRASH.format(error=error)
@@ -197,7 +200,8 @@ def test_what_is_wrong_before_joining_ends_all(tmp_path, victim):
 
 
 def test_a_process_that_stands_still_is_missed(tmp_path):
-    """One that stands still altogether, so that no connection closes: only its heartbeats are missing."""
+    """One that stands still altogether, so that no connection closes: only its heartbeats are
+    missing."""
     job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG))
     job[0].until(runs.logged(tmp_path / "job", 10), "step 10")
     job[1].signal(signal.SIGSTOP)  # no word, no closed connection: only silence

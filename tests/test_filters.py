@@ -1,4 +1,5 @@
-"""Filters and duplicates: each row of the table, what is typed wrong, and MinHash against exact similarity."""
+"""Filters and duplicates: each row of the table, what is typed wrong, and MinHash against exact
+similarity."""
 
 import pickle
 import random

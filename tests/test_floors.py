@@ -1,4 +1,5 @@
-"""Imports go down the floors of the house, and nothing below the commands reads flags or the environment.
+"""Imports go down the floors of the house, and nothing below the commands reads flags or the
+environment.
 
 The rules are one table; each of them is also shown a small house that breaks it.
 """
@@ -29,8 +30,9 @@ FLOORS = (
     {"commands", "__main__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# Neighbours on a floor do not import each other, except these. errors and config are what everything stands on, errors
-# first; the one loop uses its progress, the evaluators and the report; __main__ is the door of commands.
+# Neighbours on a floor do not import each other, except these. errors and config are what
+# everything stands on, errors first; the one loop uses its progress, the evaluators and the report;
+# __main__ is the door of commands.
 NEIGHBOURS = {
     (room, base)
     for room in FLOORS[0]
@@ -76,7 +78,8 @@ def read_house() -> dict[str, str]:
 
 
 def imported(source: str) -> list[str]:
-    """Every module that `source` may import, at the top and inside functions; `from a import b` gives a.b."""
+    """Every module that `source` may import, at the top and inside functions; `from a import b`
+    gives a.b."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -259,7 +262,8 @@ def test_package_starts_empty():
 
 
 def test_configs_are_pure_data():
-    """Config files import ml_collections and each other (and the plain arithmetic of the standard library)."""
+    """Config files import ml_collections and each other (and the plain arithmetic of the
+    standard library)."""
     files = list((ROOT / "configs").glob("*.py"))
     neighbours = {path.stem for path in files}
     assert files

@@ -1,4 +1,5 @@
-"""Token files of other tools: written here as those tools write them, read in place; torn and wrong ones."""
+"""Token files of other tools: written here as those tools write them, read in place; torn and
+wrong ones."""
 
 import struct
 

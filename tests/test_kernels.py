@@ -1,4 +1,5 @@
-"""Every attention kernel against `reference`, the reference against loops, the choice, and the check of the choice.
+"""Every attention kernel against `reference`, the reference against loops, the choice, and the
+check of the choice.
 
 Shapes: B batch, T query, N heads, K kv heads, H head_dim.
 """
@@ -275,7 +276,8 @@ def sabotage(**changes):
 
 
 def leaky(q, k, v, pattern, cap, keep):
-    """Right to within any tolerance on values of ordinary size, yet the first document seeps into the second."""
+    """Right to within any tolerance on values of ordinary size, yet the first document seeps
+    into the second."""
     return KERNELS["reference"].run(q, k, v, pattern, cap, keep) + 1e-6 * v.mean(
         (1, 2), keepdims=True
     )
@@ -310,7 +312,8 @@ def test_conformance_refuses_a_broken_kernel(broken, words, monkeypatch):
 
 
 def test_what_a_kernel_cannot_do_is_refused_when_it_is_asked():
-    """Also when nobody asked `cannot` before: blocked would answer an ar pattern as if it were causal."""
+    """Also when nobody asked `cannot` before: blocked would answer an ar pattern as if it were
+    causal."""
     q = jnp.ones((1, 8, 2, 4))
 
     def run(name, **how):

@@ -1,4 +1,5 @@
-"""The launchers, with a stand-in for what they install: arguments pass through, and a machine without Python is told so."""
+"""The launchers, with a stand-in for what they install: arguments pass through, and a machine
+without Python is told so."""
 
 import os
 import shutil
@@ -10,7 +11,8 @@ import runs
 
 @pytest.fixture
 def house(tmp_path):
-    """A copy of what the launchers read, and a .venv that looks installed and whose programs print their arguments."""
+    """A copy of what the launchers read, and a .venv that looks installed and whose programs
+    print their arguments."""
     shutil.copytree(runs.ROOT / "launch", tmp_path / "launch")
     shutil.copy(runs.ROOT / "pyproject.toml", tmp_path)
     programs = tmp_path / ".venv/bin"

@@ -1,5 +1,6 @@
-"""The launchers of engines that are not here: what they write and run, against schemas and stand-ins. (SLURM's own test is
-launch/slurm_test.sh; no image was built and no cluster of Kubernetes or TPUs was used.)"""
+"""The launchers of engines that are not here: what they write and run, against schemas and
+stand-ins. (SLURM's own test is launch/slurm_test.sh; no image was built and no cluster of
+Kubernetes or TPUs was used.)"""
 
 import json
 import os
@@ -92,7 +93,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_jobset_is_one_by_its_schema(kind):
-    """Against the models that Kubeflow generates from the JobSet and Kubernetes APIs; an unknown key would be lost there."""
+    """Against the models that Kubeflow generates from the JobSet and Kubernetes APIs; an unknown
+    key would be lost there."""
     from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
     made = manifest(*KINDS[kind])
@@ -650,7 +652,8 @@ esac
 
 
 def pod(folder, codes: dict[str, list], *flags, wait=""):
-    """tpu_pod.sh with a gcloud whose workers end with these codes, one an attempt, and `wait` in place of waiting."""
+    """tpu_pod.sh with a gcloud whose workers end with these codes, one an attempt, and `wait` in
+    place of waiting."""
     for name, content in (
         ("gcloud", GCLOUD.format(folder=folder)),
         ("sleep", f'#!/bin/sh\necho "$1" >> {folder}/waits\n{wait}\n'),

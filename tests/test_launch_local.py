@@ -1,5 +1,5 @@
-"""`gpt-jax launch local`: processes that start, end and start again together. Small stand-ins for the program where what it
-does is not the point, and one real run."""
+"""`gpt-jax launch local`: processes that start, end and start again together. Small stand-ins
+for the program where what it does is not the point, and one real run."""
 
 import os
 import re
@@ -26,8 +26,8 @@ def no_stragglers():
 
 
 def launch(monkeypatch, scripts, restarts=0, said=None, waited=None):
-    """What `local.run` makes of Python snippets in place of processes; one list for each attempt. `waited`: gets for how
-    many restarts each wait was."""
+    """What `local.run` makes of Python snippets in place of processes; one list for each
+    attempt. `waited`: gets for how many restarts each wait was."""
     asked = waited if waited is not None else []
     attempts = iter(scripts)
     monkeypatch.setattr(
@@ -167,7 +167,8 @@ def test_places_of_the_processes_of_a_node():
     ],
 )
 def test_devices_of_the_job_are_known_or_0(monkeypatch, shape, devices):
-    """A machine's only process takes all that the machine has, as the lines of `command_lines` say."""
+    """A machine's only process takes all that the machine has, as the lines of `command_lines`
+    say."""
     found = []
     monkeypatch.setattr(commands, "check_train", lambda command, count: found.append(count))
     monkeypatch.setattr(local, "run", lambda *_: (0, ""))

@@ -1,4 +1,5 @@
-"""How every array of the presets lies on a mesh, parameters and optimiser state, against recorded files.
+"""How every array of the presets lies on a mesh, parameters and optimiser state, against recorded
+files.
 
 An array that is no longer cut, or cut otherwise, changes a line. After a change that is meant:
     python tests/test_layouts.py        writes tests/layouts/*.txt anew; look at the difference before committing it

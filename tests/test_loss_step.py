@@ -1,4 +1,5 @@
-"""The objective against numpy's log-softmax; microbatches and chunks against the whole; and the step's bookkeeping.
+"""The objective against numpy's log-softmax; microbatches and chunks against the whole; and the
+step's bookkeeping.
 
 The network here is a lookup and a matmul, so that each program compiles in a moment.
 Shapes: B batch, T sequence, D embed, V vocab.
@@ -200,7 +201,8 @@ def test_microbatches_draw_their_own_randomness():
 
 
 def test_train_step():
-    """Parameters move by the optimiser's rule on the mean gradient; the key is that of the run and of the step."""
+    """Parameters move by the optimiser's rule on the mean gradient; the key is that of the run
+    and of the step."""
     train, tx, key = replace(PLAIN, ema=0.75), optax.sgd(0.5, momentum=0.9), jax.random.key(4)
     step = jax.jit(partial(train_step, network=NETWORK, tx=tx, train=train))
     state = init_state(make_params(), tx, train)

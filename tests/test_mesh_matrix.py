@@ -1,6 +1,8 @@
-"""One device and any mesh give one answer: losses, gradients and updates of the same config on many meshes.
+"""One device and any mesh give one answer: losses, gradients and updates of the same config on many
+meshes.
 
-The reference of every comparison runs without a mesh, in one microbatch, with all logits at once (tests/meshes.py).
+The reference of every comparison runs without a mesh, in one microbatch, with all logits at once
+(tests/meshes.py).
 """
 
 import math
@@ -49,10 +51,11 @@ CASES = [  # model, mesh, knobs, optimiser
     ("bias", dict(expert=4, data=2), {}),
     ("bias", dict(fsdp=4, tensor=2), dict(accumulate=4)),
 ]
-# Of gradients, parts of a leaf's largest entry, by model, whether a kernel is named and whether the leaf is one entry, a
-# sum over all tokens whose parts cancel. The worst that were seen: with dropout 3.6e-5, and 5.2e-5 of smear's factor on one
-# kind of CPU; modern under ring attention, which sums in another order, 1.1e-5 of a residual scalar; all others 8e-6. Later
-# norms are behind updates: 4e-5.
+# Of gradients, parts of a leaf's largest entry, by model, whether a kernel is named and whether the
+# leaf is one entry, a sum over all tokens whose parts cancel. The worst that were seen: with
+# dropout 3.6e-5, and 5.2e-5 of smear's factor on one kind of CPU; modern under ring attention,
+# which sums in another order, 1.1e-5 of a residual scalar; all others 8e-6. Later norms are behind
+# updates: 4e-5.
 LOOSE = {
     ("dropout", False, False): 5e-5,
     ("dropout", False, True): 1e-4,
@@ -124,8 +127,9 @@ def test_the_matrix_is_wide():
 
 
 def test_gradients_are_scattered_and_the_head_is_gathered_once():
-    """What the compiled gradients of a loss in four chunks send: matrices are gathered and their gradients scattered over
-    fsdp, summed over data in parts, and the vocabulary does not travel for each chunk."""
+    """What the compiled gradients of a loss in four chunks send: matrices are gathered and their
+    gradients scattered over fsdp, summed over data in parts, and the vocabulary does not travel
+    for each chunk."""
     shape = dict(data=2, fsdp=4)
     mesh, settings = sharding.make_mesh(shape), make_config("gpt2", loss_chunk=4)
     network = make_network(settings.model)

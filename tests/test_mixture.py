@@ -1,4 +1,5 @@
-"""Mixtures: exact shares, every row of a source in turn, stages, and all of it from the number alone."""
+"""Mixtures: exact shares, every row of a source in turn, stages, and all of it from the number
+alone."""
 
 import math
 

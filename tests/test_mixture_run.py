@@ -1,4 +1,5 @@
-"""Runs on a mixture, from prepared folders: killed, gone on with by another number of processes, named row by row."""
+"""Runs on a mixture, from prepared folders: killed, gone on with by another number of processes,
+named row by row."""
 
 import json
 import random
@@ -216,8 +217,8 @@ def test_a_run_says_how_often_each_source_is_seen(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("step", [1, 20])
 def test_inspect_names_every_row_of_a_step(folder, whole, capsys, step):
-    """From the config and the seed alone: the documents are in the files they are said to be in, and the ids are those
-    of the batch that the run was given."""
+    """From the config and the seed alone: the documents are in the files they are said to be in,
+    and the ids are those of the batch that the run was given."""
     capsys.readouterr()
     runs.call("inspect", f"--workdir={whole}", f"--batch={step}", "--json")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -360,7 +361,8 @@ def test_a_stage_that_the_run_never_reaches_is_told(folder, tmp_path):
 
 
 def test_counts_of_the_mixture_are_compared_between_processes(folder, tmp_path, monkeypatch):
-    """Each makes them of floats by itself, and one that rounds differently must be named and not trained with."""
+    """Each makes them of floats by itself, and one that rounds differently must be named and not
+    trained with."""
     config = runs.configs.resolve(runs.load(folder, *arguments(folder, tmp_path)[3:]))
     data, facts = dataset.load(config.data, lambda line: None), []
     monkeypatch.setattr(experiment, "disagreements", lambda found: facts.append(found) or [])

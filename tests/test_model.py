@@ -1,7 +1,7 @@
 """The transformer against a plain numpy one, and the properties that every variant must have.
 
-Parameters are drawn at random from the abstract tree, so that nothing starts at zero and no initialiser is compiled.
-Shapes: B batch, T sequence, D embed, N heads, H head_dim, V vocab.
+Parameters are drawn at random from the abstract tree, so that nothing starts at zero and no
+initialiser is compiled. Shapes: B batch, T sequence, D embed, N heads, H head_dim, V vocab.
 """
 
 import math
@@ -122,8 +122,8 @@ def random_params(model, seed=0):
 
 
 def make_batch():
-    """Rows 0 … T: one document, and the same with token s - 1 changed in row s. Then two documents packed in one row
-    with padding behind, and each of the two on its own."""
+    """Rows 0 … T: one document, and the same with token s - 1 changed in row s. Then two
+    documents packed in one row with padding behind, and each of the two on its own."""
     rng = np.random.default_rng(1)
     tokens = np.tile(rng.integers(0, V, T), (T + 4, 1))
     for s in range(T):
@@ -174,7 +174,8 @@ def test_logits_equal_numpy(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_token_reaches_back(name):
-    """Token s changes logits at s, nothing before s, and nothing beyond the reach of the windows."""
+    """Token s changes logits at s, nothing before s, and nothing beyond the reach of the
+    windows."""
     model, logits = make_model(name), logits_of(name)
     windows = [spec.window for spec in layer_specs(model)]
     reach = T if 0 in windows else sum(w - 1 for w in windows)
@@ -209,7 +210,8 @@ def test_variants_cover_every_row():
 
 
 def test_ar_column_equals_explicit_mask():
-    """Prefix-LM, bidirectional and causal rows in one batch; one byte a flag, and more tokens than a byte counts."""
+    """Prefix-LM, bidirectional and causal rows in one batch; one byte a flag, and more tokens
+    than a byte counts."""
     length = 264
     model = make_model(layers=1, position="sinusoidal", heads=2, embed=8)
     params, tokens = random_params(model), np.random.default_rng(2).integers(0, V, (3, length))
@@ -292,7 +294,8 @@ DEPTHWISE = {
 
 @cache
 def gradient_of(how):
-    """(loss, gradients, bytes of temporaries) with dropout on: recomputing must draw the same masks."""
+    """(loss, gradients, bytes of temporaries) with dropout on: recomputing must draw the same
+    masks."""
     model = make_model(layers=4, dropout=0.2, attention_dropout=0.2, max_seq=32, **DEPTHWISE[how])
     tokens = np.random.default_rng(3).integers(0, V, (8, 32))
 
@@ -348,7 +351,8 @@ def test_program_does_not_grow_with_depth():
     "changes, wanted", [({}, False), (dict(unroll=0), True), (dict(layers=3, windows=(2, 0)), True)]
 )
 def test_inline_remat_is_fenced(changes, wanted):
-    """Outside a loop the compiler would merge the recomputation with the first pass, if no fence stood between."""
+    """Outside a loop the compiler would merge the recomputation with the first pass, if no fence
+    stood between."""
     fences = [
         e.params["prevent_cse"]
         for e in equations(gradient_jaxpr(make_model(remat="block", **changes)))
@@ -377,7 +381,8 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 
 
 def test_dropout_differs_by_layer_and_key_and_only_with_a_key():
-    """Every branch outputs ones (kernels 0, biases 1), so that a layer adds its two masks to the stream."""
+    """Every branch outputs ones (kernels 0, biases 1), so that a layer adds its two masks to the
+    stream."""
     model = make_model(layers=5, windows=(2, 0), last_window_full=True, dropout=0.5)
     params = random_params(model)
     params["blocks"], params["tail"] = (
@@ -608,7 +613,8 @@ def test_spread_of_fresh_weights(init, role, std):
     ],
 )
 def test_fresh_weights_are_spread_by_their_role(init, wanted):
-    """As they lie in the tree: residual projections small or zero, embedding and head each in its own way."""
+    """As they lie in the tree: residual projections small or zero, embedding and head each in
+    its own way."""
     model = make_model("modern", layers=2, embed=64, vocab=128, windows=(0,), init=init)
     leaves = jax.tree_util.tree_leaves_with_path(
         jax.jit(lambda key: init_params(model, key))(jax.random.key(0))

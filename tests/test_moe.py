@@ -1,5 +1,5 @@
-"""The mixture of experts against a loop over tokens, on meshes, in the stages of a pipeline; the rule of the router's
-bias."""
+"""The mixture of experts against a loop over tokens, on meshes, in the stages of a pipeline; the
+rule of the router's bias."""
 
 from functools import partial
 
@@ -42,7 +42,8 @@ def make_model(**knobs):
 
 
 def make_params(model, skew=0.0):
-    """Normal draws in numpy, the same on every mesh; `skew` makes the first experts the favourites."""
+    """Normal draws in numpy, the same on every mesh; `skew` makes the first experts the
+    favourites."""
     shapes = jax.eval_shape(lambda: Moe(model).init(jax.random.key(0), jnp.zeros((1, 1, D)), None))[
         "params"
     ]
@@ -172,7 +173,8 @@ def test_equals_a_loop_over_tokens(name):
 
 
 def test_what_is_dropped_is_reported_as_a_part_of_the_choices():
-    """Two choices a token, and experts that take half of an equal share: about half of all are left out."""
+    """Two choices a token, and experts that take half of an equal share: about half of all are
+    left out."""
     model = make_model(
         experts=4, experts_per_token=2, dispatch="capacity", capacity_factor=0.5, balance="none"
     )
@@ -294,8 +296,8 @@ def test_the_grouping_of_tpus_equals_blocks(accelerator, monkeypatch):
 
 @pytest.mark.parametrize("way", ["blocks", "sorted"])
 def test_sums_of_bfloat16_are_float32(way, request):
-    """Of gradients over 40 blocks of 8 rows and more, whose parts would be lost in a sum of bfloat16; an expert that
-    nobody chose, choices of none."""
+    """Of gradients over 40 blocks of 8 rows and more, whose parts would be lost in a sum of
+    bfloat16; an expert that nobody chose, choices of none."""
     if way == "sorted":
         request.getfixturevalue("accelerator")
     rng, n, count = np.random.default_rng(0), 640, 4

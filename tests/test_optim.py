@@ -1,6 +1,7 @@
 """Optimisers against plain numpy, stacked against separate, 8 devices against one.
 
-Run as a program, this file is the 8-device half of the comparison (its process needs its own device count)."""
+Run as a program, this file is the 8-device half of the comparison (its process needs its own
+device count)."""
 
 import json
 import os
@@ -228,7 +229,8 @@ def test_stacked_is_each_layer_separately(name):
 
 
 def newton_schulz(g, iterations):
-    """One dense matrix [m, n], float64, no transposing: the polynomial applied to the singular values."""
+    """One dense matrix [m, n], float64, no transposing: the polynomial applied to the singular
+    values."""
     u, s, vt = np.linalg.svd(g.astype(np.float64), full_matrices=False)
     s = s / np.sqrt(np.sum(np.square(s)))
     for i in range(iterations):
@@ -400,7 +402,8 @@ def test_every_parameter_in_one_group_and_the_first_match_wins():
 
 
 def test_a_router_bias_has_a_rule_of_its_own():
-    """A step of balance_rate against the sign, whatever rate, decay and groups say; the clipping norm does not hear of it."""
+    """A step of balance_rate against the sign, whatever rate, decay and groups say; the clipping
+    norm does not hear of it."""
     bias = {"blocks/0/mlp/router/bias": ((2, 4), None)}
     o = optim(
         clip=0.1,
@@ -508,8 +511,8 @@ def test_ema():
 
 
 def like_its_parameter(state, params) -> list[str]:
-    """Paths of state arrays that are cut otherwise than the parameter whose path they end with, or of parameters
-    that have no state."""
+    """Paths of state arrays that are cut otherwise than the parameter whose path they end with,
+    or of parameters that have no state."""
     wrong, seen, specs = (
         [],
         set(),

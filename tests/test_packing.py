@@ -1,4 +1,5 @@
-"""Packing against slow loops, and what must hold of every plan: nothing lost, nothing cut, no row too full."""
+"""Packing against slow loops, and what must hold of every plan: nothing lost, nothing cut, no
+row too full."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""The arithmetic of `gpt-jax plan` against numbers worked out by hand, and against the train step's own arrays."""
+"""The arithmetic of `gpt-jax plan` against numbers worked out by hand, and against the train
+step's own arrays."""
 
 import math
 from dataclasses import replace
@@ -175,7 +176,8 @@ def test_a_plan_reads_no_text():
 
 
 def test_activations_of_llama_8b():
-    """One row a device under remat `block`: 32 streams of 8,192 x 4,096 in bfloat16, and the one that comes out."""
+    """One row a device under remat `block`: 32 streams of 8,192 x 4,096 in bfloat16, and the one
+    that comes out."""
     job = changed(llama(), train=dict(batch_size=64, accumulate=1))
     stream = 8192 * 4096 * 2
     assert memory.memory(job, ONE | {"fsdp": 64}, "splash", "tpu").activations == 33 * stream
@@ -202,8 +204,8 @@ def test_logits_of_llama_8b():
 
 
 def test_rows_and_turns_of_experts_blocks():
-    """1,024 tokens x 2 choices over 4 experts: 512 each, in a block of 512, and half a block more. An axis expert of 2 leaves
-    a device 2 experts of 1,024 choices each, in blocks of 512."""
+    """1,024 tokens x 2 choices over 4 experts: 512 each, in a block of 512, and half a block
+    more. An axis expert of 2 leaves a device 2 experts of 1,024 choices each, in blocks of 512."""
     model = configs.Model(experts=4, experts_per_token=2)
     assert memory.padding(model, ONE, 1024, "gpu") == 4 * 512 / 2048
     job = job_of("moe:small")
@@ -220,9 +222,9 @@ def test_rows_and_turns_of_experts_blocks():
 
 
 def test_weights_of_experts_that_are_gathered():
-    """moe:8x7b, two layers. Of two, one dense: the layers' own matrices are on average half a feed-forward more, less half a
-    router, and a layer of experts holds what it held. Over an axis expert of 8 a device has an eighth of the experts, and
-    all of what is not theirs."""
+    """moe:8x7b, two layers. Of two, one dense: the layers' own matrices are on average half a
+    feed-forward more, less half a router, and a layer of experts holds what it held. Over an
+    axis expert of 8 a device has an eighth of the experts, and all of what is not theirs."""
     experts, dense, router = 8 * 3 * 4096 * 14336, 3 * 4096 * 14336, 4096 * 8
     both, mixed = (
         job_of("moe:8x7b", "--config.model.layers=2", f"--config.model.pattern={pattern}")
@@ -273,7 +275,8 @@ def test_zero_1_over_two_axes_sends_what_it_does_over_one():
 
 
 def test_stages_sum_the_gradients_of_what_is_in_none_of_them():
-    """Each has rows of its own for the table and the head; the rows go to all stages and come back."""
+    """Each has rows of its own for the table and the head; the rows go to all stages and come
+    back."""
     job, shape = llama(), ONE | {"pipeline": 4}
     flows = {
         flow.what: flow.bytes
@@ -295,8 +298,8 @@ def test_stages_sum_the_gradients_of_what_is_in_none_of_them():
     [("moe:8x7b", dict(fsdp=8)), ("moe:small", dict(fsdp=2)), ("moe:8x7b", dict(expert=8))],
 )
 def test_the_largest_layer_s_temporaries_count(name, axes, monkeypatch):
-    """Experts' buffers, however few of the layers have them: what comes to them and what comes back, and over an axis expert
-    also as it is sent and as it arrives."""
+    """Experts' buffers, however few of the layers have them: what comes to them and what comes
+    back, and over an axis expert also as it is sent and as it arrives."""
     job, shape = job_of(name), ONE | axes
     here = memory.local(job, shape)
     wide = max((widths for widths in job.layers), key=lambda widths: widths.sent)
@@ -367,8 +370,8 @@ def test_a_pipeline_ticks():
 
 
 def test_streams_over_tensor():
-    """Two sums forward, two backward, one recomputed, of 8,192 x 4,096 bfloat16 in each of 32 layers; each 2 x 3/4 of
-    it."""
+    """Two sums forward, two backward, one recomputed, of 8,192 x 4,096 bfloat16 in each of 32
+    layers; each 2 x 3/4 of it."""
     job = changed(llama(), train=dict(batch_size=16, accumulate=1))
     flows = traffic.flows(job, ONE | {"fsdp": 16, "tensor": 4}, "tpu")
     assert [flow.bytes for flow in flows if flow.what == "streams summed"] == [
@@ -438,7 +441,8 @@ def test_slices_talk_over_the_data_centre_network():
     "data, what, sent", [(1, "gradients summed", 2), (2, "gradients scattered", 1)]
 )
 def test_gradients_on_a_tpu(data, what, sent):
-    """libtpu sums whole ones over all devices there are; else each keeps its part, which is summed over the rest."""
+    """libtpu sums whole ones over all devices there are; else each keeps its part, which is
+    summed over the rest."""
     job = changed(llama(), train=dict(batch_size=128, accumulate=1))
     layers, table = MATRICES - 2 * 128_256 * 4096 + 64 * 4096, 128_256 * 4096
     whole = 2 * (layers + table) + 4 * table
@@ -451,8 +455,8 @@ def test_gradients_on_a_tpu(data, what, sent):
 
 
 def test_tokens_travel_to_experts_with_empty_places_on_v5e():
-    """Whose exchange is padded: of 8 experts on 8 devices one gets all of a device's tokens at most, and 2 choices of each
-    travel."""
+    """Whose exchange is padded: of 8 experts on 8 devices one gets all of a device's tokens at
+    most, and 2 choices of each travel."""
     job, shape = job_of("moe:small"), ONE | {"expert": 8}
     sent = {
         padded: next(
@@ -469,8 +473,8 @@ def test_tokens_travel_to_experts_with_empty_places_on_v5e():
 
 
 def test_the_whole_step_as_arithmetic_and_compiler_have_it():
-    """Arguments of the compiled train step on 8 fake devices = state and batch by arithmetic; gathers over fsdp are
-    there."""
+    """Arguments of the compiled train step on 8 fake devices = state and batch by arithmetic;
+    gathers over fsdp are there."""
     job = job_of("tiny")
     config = replace(
         job.config,
@@ -491,7 +495,8 @@ def test_the_whole_step_as_arithmetic_and_compiler_have_it():
 
 
 def test_float32_takes_what_it_takes():
-    """On GPUs half of the matmuls' rate, on TPUs the same; twice the bytes between matmuls on both."""
+    """On GPUs half of the matmuls' rate, on TPUs the same; twice the bytes between matmuls on
+    both."""
     for name, slower in (("h100:8", 2), ("v5e:4x4", 1)):
         machine = topology.parse(name)
         half, full = (

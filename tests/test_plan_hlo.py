@@ -13,7 +13,8 @@ from gpt_jax.plan import hlo
 
 
 def program(fn, shape, *arrays):
-    """What hlo.read finds in `fn` compiled for fake CPU devices; arrays: (dims, spec) in float32."""
+    """What hlo.read finds in `fn` compiled for fake CPU devices; arrays: (dims, spec) in
+    float32."""
     mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape.values())])
     with jax.set_mesh(mesh):
         given = [
@@ -174,8 +175,8 @@ ENTRY %main.1 (a: bf16[8,64]) -> bf16[8,64] {
 
 
 def test_a_program_as_libtpu_writes_it():
-    """An asynchronous gather stands in two fusions and is one; cycles and calls of a loop whose condition compares with
-    7."""
+    """An asynchronous gather stands in two fusions and is one; cycles and calls of a loop whose
+    condition compares with 7."""
     found = hlo.read(TPU_TEXT, {"fsdp": 8})
     assert [(row.kind, row.bytes, row.calls, row.asynchronous) for row in found.collectives] == [
         ("all-gather", 64 * 64 * 2 * 7 // 8, 7, True),
@@ -185,7 +186,8 @@ def test_a_program_as_libtpu_writes_it():
 
 
 def test_flops_of_a_dot_in_a_loop():
-    """7 times 3 matrices 8 x 16 times 16 x 32: the batch dim 0 stays, dim 2 of the one meets dim 1 of the other."""
+    """7 times 3 matrices 8 x 16 times 16 x 32: the batch dim 0 stays, dim 2 of the one meets dim
+    1 of the other."""
     text = TPU_TEXT.replace(
         "  %all-reduce.9",
         """  %l = bf16[3,8,16]{2,1,0} parameter(1)
@@ -210,7 +212,8 @@ def test_flops_of_a_matmul_that_libtpu_writes_as_a_convolution():
 
 
 def test_flops_of_a_matmul_that_libtpu_writes_as_a_padded_convolution():
-    """One matrix 8 x 16 times 24 matrices 16 x 32, the 24 as a window over a single entry with 23 of padding around it."""
+    """One matrix 8 x 16 times 24 matrices 16 x 32, the 24 as a window over a single entry with
+    23 of padding around it."""
     text = """ENTRY %main.1 (a: bf16[8,16,1], b: bf16[24,32,16]) -> bf16[24,8,32] {
   %a = bf16[8,16,1]{1,0,2} parameter(0)
   %b = bf16[24,32,16]{1,2,0} parameter(1)

@@ -129,7 +129,8 @@ def test_what_does_not_fit_is_told_what_would():
 
 
 def test_advice_learns_from_what_the_compiler_refused():
-    """Nothing that the arithmetic has above the refused config's place; and never that config itself."""
+    """Nothing that the arithmetic has above the refused config's place; and never that config
+    itself."""
     machine, job = topology.parse("v5e:4x4"), job_of("llama:1b")
     config, seen = search.search(job, machine)[0]
     job = job._replace(config=config)
@@ -170,7 +171,8 @@ PROGRAM = dict(
 
 @pytest.mark.parametrize("over", [0.5, 2.0])
 def test_json_has_one_verdict(over, monkeypatch, capsys):
-    """The compiler's where there is one, whatever the arithmetic said; days are those of its step, and say so."""
+    """The compiler's where there is one, whatever the arithmetic said; days are those of its
+    step, and say so."""
     machine = topology.parse("v5e:4x4")
     done = {
         "seconds": 1,

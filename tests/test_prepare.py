@@ -1,4 +1,5 @@
-"""`gpt-jax prepare`: what it makes of which input, the same however it is done, and what it refuses."""
+"""`gpt-jax prepare`: what it makes of which input, the same however it is done, and what it
+refuses."""
 
 import errno
 import gzip
@@ -220,7 +221,8 @@ def test_rows_that_cannot_be_read(folder):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe:280", "bpe:280:cl100k"])
 def test_a_nul_spelt_out_in_json_is_a_character_like_any_other(folder, tokenizer):
-    """It is text on purpose, unlike the byte in a file of text; the filter `controls` takes it out."""
+    """It is text on purpose, unlike the byte in a file of text; the filter `controls` takes it
+    out."""
     rows = ["before \0 after", "\0", "a\0\0b\x01c", "plain"]
     given = [
         f"--input={write_jsonl(folder / 'nul.jsonl', rows)}",
@@ -325,7 +327,8 @@ def test_input_on_a_store(tmp_path):
 
 
 def test_a_full_disk_at_every_write_in_turn(folder, monkeypatch):
-    """Each call has room for one write more than the one before; the end is that of an undisturbed call."""
+    """Each call has room for one write more than the one before; the end is that of an
+    undisturbed call."""
     given = [
         f"--input={folder / 'in'}",
         "--eval_fraction=0.2",
@@ -454,7 +457,8 @@ def test_input_that_changes_between_two_calls_is_read_again(folder, monkeypatch)
 
 @pytest.fixture
 def own_filter(folder, monkeypatch):
-    """A function that writes the module `mine_of_prepare` anew, as an editor and a new process would have it."""
+    """A function that writes the module `mine_of_prepare` anew, as an editor and a new process
+    would have it."""
     monkeypatch.syspath_prepend(folder)
 
     def write(body: str) -> None:
@@ -592,7 +596,8 @@ def test_an_output_that_is_a_link_to_nothing(folder):
 
 
 def test_another_spelling_of_the_same_input_goes_on(folder, monkeypatch, capsys):
-    """From where a call ended that was given the path from another folder, and a finished one is the same call."""
+    """From where a call ended that was given the path from another folder, and a finished one is
+    the same call."""
     out, run, begun = folder / "out", units.tokenize, []
 
     def stops_after_one(job, unit, tick, **more):

@@ -82,7 +82,8 @@ def command(output: Path, *given, workers=2) -> list[str]:
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen:
-    """In a process group of its own, where Ctrl-C counts: a suite that runs in the background has it ignored."""
+    """In a process group of its own, where Ctrl-C counts: a suite that runs in the background
+    has it ignored."""
 
     def hear():
         return signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -100,7 +101,8 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen:
 
 
 def children(pid: int) -> list[int]:
-    """The workers of a command: its children but for the one that multiprocessing keeps for itself."""
+    """The workers of a command: its children but for the one that multiprocessing keeps for
+    itself."""
     found = [
         int(p)
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -132,8 +134,8 @@ def until(process: subprocess.Popen, reached, log: Path) -> None:
 
 
 def test_killed_at_random_moments(tmp_path):
-    """All of it, or the parent alone (its workers must not outlive it); what was done is not done again, and the end is
-    that of an undisturbed call."""
+    """All of it, or the parent alone (its workers must not outlive it); what was done is not
+    done again, and the end is that of an undisturbed call."""
     write_jsonl(tmp_path / "in.jsonl", texts(3000))
     given = [
         f"--input={tmp_path / 'in.jsonl'}",

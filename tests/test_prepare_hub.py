@@ -1,4 +1,5 @@
-"""`gpt-jax prepare` of data sets of Hugging Face: cut into units, held to one revision, the tokenizer's sample bounded.
+"""`gpt-jax prepare` of data sets of Hugging Face: cut into units, held to one revision, the
+tokenizer's sample bounded.
 
 On folders of this machine; the hub's answers are put in their place, for no test has a network.
 """

@@ -1,4 +1,5 @@
-"""Readers: every format in every cut gives the same documents, every packing, bad rows, encodings, remote and hf://."""
+"""Readers: every format in every cut gives the same documents, every packing, bad rows,
+encodings, remote and hf://."""
 
 import bz2
 import csv

@@ -1,4 +1,5 @@
-"""Attention over rows cut over the mesh axis context, against kernels.attend on whole rows; and how much it computes.
+"""Attention over rows cut over the mesh axis context, against kernels.attend on whole rows; and how
+much it computes.
 
 Shapes: B batch, T tokens of a row, c devices it is cut over, N heads, K kv heads, H head_dim.
 """
@@ -19,7 +20,8 @@ B, T, N, K, H = 2, 32, 4, 2, 8
 
 
 def columns(length):
-    """Segments that cross the cuts, with padding at the end of one row, and blocks (prefix-LM, bidirectional)."""
+    """Segments that cross the cuts, with padding at the end of one row, and blocks (prefix-LM,
+    bidirectional)."""
     third, most = length // 3, length - 3
     segment = np.array(
         [
@@ -273,7 +275,8 @@ def test_causal_order_halves_the_work_of_every_step_but_the_own(pieces, mesh):
     line = mesh(context=pieces)
     assert work(line, Pattern()) == ((3 + 2 * (pieces - 1)) * block, 2 * (pieces - 1))
     assert work(line, PATTERNS["blocks"]) == (4 * pieces * block, 3 * (pieces - 1))
-    # The gradient: the forward pass, the scores again and four products; keys as before, and theirs once more home.
+    # The gradient: the forward pass, the scores again and four products; keys as before, and theirs
+    # once more home.
     grad = jax.grad(lambda *x: jax.reshard(cut(line)(*x, Pattern(), 0.0), P()).sum(), (0, 1, 2))
     flops, permutes = work(line, None, grad)
     assert flops == (3 + 2 * (pieces - 1)) * block * 7 // 2

@@ -69,7 +69,8 @@ def documents(folder, variant):
 
 
 def test_resumed_with_averaged_weights_to_the_bit(tmp_path, capsys):
-    """Twenty steps at once, and ten and ten; `evaluate` measures the averages, as the run did at its end."""
+    """Twenty steps at once, and ten and ten; `evaluate` measures the averages, as the run did at
+    its end."""
     overrides = ("--config.train.ema=0.9", "--config.optim.decay_steps=20")
     parts = runs.build(runs.load(tmp_path, *overrides))
     half = runs.build(runs.load(tmp_path, *overrides, "--config.train.steps=10"))
@@ -276,7 +277,8 @@ def test_the_best_checkpoint_stays(tmp_path, monkeypatch, every):
 
 
 def test_what_a_run_says(tmp_path):
-    """What was chosen and proved before the first step; numbers, samples and places after the last one."""
+    """What was chosen and proved before the first step; numbers, samples and places after the
+    last one."""
     run, lines = tmp_path / "run", []
     parts = runs.build(
         runs.load(
@@ -324,8 +326,8 @@ def test_what_a_run_says(tmp_path):
 
 
 def test_logged_numbers_are_what_they_are_called(tmp_path):
-    """Over a resume: the rate of the update, the tokens since the first step, and MFU with the whole map and with
-    half."""
+    """Over a resume: the rate of the update, the tokens since the first step, and MFU with the
+    whole map and with half."""
     given = (
         "--config.optim.decay_steps=6",
         "--config.eval.every_steps=0",
@@ -464,7 +466,8 @@ def test_a_stop_at_a_step_leaves_its_evaluation_out(tmp_path):
 
 @pytest.mark.parametrize("every, stops_after", [(10, 10), (0, 20)])
 def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(tmp_path, every, stops_after):
-    """In one on the way and in the last one: saved, and what was not measured is when the run goes on and ends."""
+    """In one on the way and in the last one: saved, and what was not measured is when the run
+    goes on and ends."""
     config = runs.load(
         tmp_path,
         "--config.train.steps=20",

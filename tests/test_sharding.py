@@ -1,4 +1,5 @@
-"""The rules of the mesh, the layouts they give, and the helpers that reshard; losses and gradients: test_mesh_matrix."""
+"""The rules of the mesh, the layouts they give, and the helpers that reshard; losses and
+gradients: test_mesh_matrix."""
 
 from dataclasses import replace
 from functools import partial
@@ -119,7 +120,8 @@ def test_make_mesh_counts_devices():
 
 
 def test_make_mesh_keeps_slices_together():
-    """Two slices of four: an axis across them steps from one to the other, all others stay inside."""
+    """Two slices of four: an axis across them steps from one to the other, all others stay
+    inside."""
     shape, devices = {"data": 2, "fsdp": 2, "tensor": 2}, jax.devices()[:8]
     grid = np.vectorize(lambda device: device.id)(
         sharding.make_mesh(shape, devices, {"data": 2}).devices

@@ -10,8 +10,8 @@ from gpt_jax.train.spread import on_whole_matrices, takers
 
 FSDP = ("fsdp", "expert", "context")
 INNER = ("fsdp", "context")
-# q and o are each other's transpose, laid out so; three and five layers divide no axis. Experts in layers, and in one alone; layers of
-# a pipeline's stages.
+# q and o are each other's transpose, laid out so; three and five layers divide no axis. Experts in
+# layers, and in one alone; layers of a pipeline's stages.
 STACKS = {
     "q": ((3, 8, 8), P(None, FSDP, "tensor")),
     "o": ((3, 8, 8), P(None, "tensor", FSDP)),
@@ -53,7 +53,8 @@ def test_axes_that_leave_a_device_fewer_matrices(count, sizes, wanted):
     ],
 )
 def test_every_matrix_is_whole_on_one_device(shape, mesh):
-    """Cubes of matrices come back right and laid out as before; no device has more than its share to work on."""
+    """Cubes of matrices come back right and laid out as before; no device has more than its
+    share to work on."""
     draw, seen = np.random.default_rng(0), []
     values = {
         name: draw.standard_normal(shape).astype(np.float32) for name, (shape, _) in STACKS.items()

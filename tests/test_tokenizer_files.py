@@ -39,13 +39,15 @@ def write_ranks(path, tokens):
 
 
 def ranks_of(tokenizer):
-    """The tokens of a trained tokenizer in the order of their making, which is what tiktoken calls ranks."""
+    """The tokens of a trained tokenizer in the order of their making, which is what tiktoken
+    calls ranks."""
     return [piece for i, piece in enumerate(tokenizer.pieces) if i != tokenizer.eot]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A SentencePiece model in the manner of Llama 2: BPE, byte fallback, a space in front, nothing normalised."""
+    """A SentencePiece model in the manner of Llama 2: BPE, byte fallback, a space in front,
+    nothing normalised."""
     sentencepiece = pytest.importorskip(
         "sentencepiece", reason="the extra sentencepiece is not installed"
     )
@@ -93,7 +95,8 @@ def test_ranks_give_the_ids_of_tiktoken(trained, pattern, tmp_path):
 
 
 def test_ranks_that_no_merging_leads_to(tmp_path):
-    """Tokens put into a vocabulary by hand: found as whole words, or from any two tokens that spell them."""
+    """Tokens put into a vocabulary by hand: found as whole words, or from any two tokens that
+    spell them."""
     tiktoken = pytest.importorskip("tiktoken", reason="the extra test is not installed")
     rng = random.Random(0)
     letters = [bytes([i]) for i in range(256)]

@@ -1,9 +1,11 @@
-"""Tokenizers against what others publish for the same files: GPT-2, GPT-4 (tiktoken), SentencePiece, Pythia, CS336.
+"""Tokenizers against what others publish for the same files: GPT-2, GPT-4 (tiktoken),
+SentencePiece, Pythia, CS336.
 
 All of it lies in a folder of data beside the checkout; without it these tests are skipped.
 """
 
 import base64
+import itertools
 import json
 import lzma
 import random
@@ -16,7 +18,6 @@ import tokenizers
 
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.bpe import byte_alphabet
-import itertools
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data"
@@ -197,7 +198,8 @@ def test_decoding_any_ids_never_raises(gpt2, cl100k, botchan, pythia):
 
 
 def replayed(words: Counter, merges: list[tuple[str, str]]):
-    """For each merge, (the greatest count of a pair in the words as they then are, the pairs of that count)."""
+    """For each merge, (the greatest count of a pair in the words as they then are, the pairs of
+    that count)."""
     words, pairs = [(list(word), count) for word, count in words.items()], Counter()
 
     def add(parts, count):
@@ -219,8 +221,9 @@ def replayed(words: Counter, merges: list[tuple[str, str]]):
 
 
 def test_training_makes_cs336_s_choices_up_to_ties():
-    """Of the most frequent pairs the reference merges the one of the greatest bytes, the library the one of the lowest
-    ids. Every merge of either is such a pair over the same words, so they differ in nothing but ties."""
+    """Of the most frequent pairs the reference merges the one of the greatest bytes, the library
+    the one of the lowest ids. Every merge of either is such a pair over the same words, so they
+    differ in nothing but ties."""
     text = read("lm_en/cs336_corpus.en")
     trained = json.loads(tk.train_bpe([text], 500).content)["model"]
     ours, vocab = [tuple(pair) for pair in trained["merges"]], trained["vocab"]

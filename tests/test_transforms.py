@@ -1,11 +1,12 @@
 """Documents inside rows: shuffled and rearranged, and nothing else changed."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from gpt_jax.data.rows import Buffer
 from gpt_jax.data.transforms import SHORTEST, fill_in_the_middle, shuffle_documents
-import itertools
 
 EOT, PRE, SUF, MID = 256, 257, 258, 259
 

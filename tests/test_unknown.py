@@ -1,5 +1,5 @@
-"""Text that the tokenizer does not know: counted while it is tokenized, told wherever it is used, and no gain in bits
-per byte."""
+"""Text that the tokenizer does not know: counted while it is tokenized, told wherever it is
+used, and no gain in bits per byte."""
 
 import io
 

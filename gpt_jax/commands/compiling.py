@@ -11,7 +11,8 @@ from pathlib import Path
 
 from gpt_jax.errors import UsageError
 
-# What the compilers want of the environment, before they are loaded. The last lets several plans run at once.
+# What the compilers want of the environment, before they are loaded. The last lets several plans
+# run at once.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -48,7 +49,8 @@ def _there(module: str) -> bool:
 
 
 def compile_outside(args, rest: list[str]) -> dict:
-    """compile_here in a process of its own: the compilers read their environment when they are loaded."""
+    """compile_here in a process of its own: the compilers read their environment when they are
+    loaded."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "compiled.json"
         command = [

@@ -27,7 +27,8 @@ RATES = ("loss", "perplexity", "bits_per_byte", "accuracy")
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError for a path or text that cannot be used, NoCheckpoint for a damaged checkpoint."""
+    """Raises UsageError for a path or text that cannot be used, NoCheckpoint for a damaged
+    checkpoint."""
     flags = Flags(
         prog="gpt-jax evaluate",
         description="Loss (nats a token), perplexity, bits per byte and accuracy of "
@@ -91,7 +92,8 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
-    """({source: metrics}, step, directory); with several sources `all` besides, as main's help defines it."""
+    """({source: metrics}, step, directory); with several sources `all` besides, as main's help
+    defines it."""
     import jax
 
     from gpt_jax import evals, experiment, load, placing

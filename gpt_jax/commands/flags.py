@@ -112,7 +112,8 @@ def check_runtime(args: argparse.Namespace) -> None:
 
 
 def start_runtime(args: argparse.Namespace) -> None:
-    """Allocator, fake devices and process group, in the order in which JAX wants them. Call before any array exists."""
+    """Allocator, fake devices and process group, in the order in which JAX wants them. Call
+    before any array exists."""
     check_runtime(args)
     keep_memory()
     environment.prepare()
@@ -123,15 +124,17 @@ def start_runtime(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if args.cpu_devices > 1 or args.num_processes > 1 or args.distributed:
-        # Of CPU devices that talk to each other one step may be running: with the next ones behind it, all threads can
-        # end up waiting for devices whose step has none (seen with 2 processes of 4 devices on 2 busy cores).
+        # Of CPU devices that talk to each other one step may be running: with the next ones behind
+        # it, all threads can end up waiting for devices whose step has none (seen with 2 processes
+        # of 4 devices on 2 busy cores).
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     if args.distributed or args.num_processes > 1:
         join(args)
 
 
 def leaving(line: str) -> Callable:
-    """A handler of signals that ends this process with Stopped's code and `line`, when there is nothing to save."""
+    """A handler of signals that ends this process with Stopped's code and `line`, when there is
+    nothing to save."""
 
     def leave(_, frame):
         os.write(2, f"gpt-jax: {line}\n".encode())
@@ -154,14 +157,14 @@ def importing(frame) -> bool:
 
 
 def end_on_request() -> None:
-    """SIGTERM ends this process at once, for commands that have nothing to save: in a job of several JAX takes the signal,
-    and goes on. Call after start_runtime."""
+    """SIGTERM ends this process at once, for commands that have nothing to save: in a job of
+    several JAX takes the signal, and goes on. Call after start_runtime."""
     signal.signal(signal.SIGTERM, leaving("stopped on request"))
 
 
 def local_workdir(text: str) -> Path:
-    """The folder that --workdir means. Raises UsageError for the address of an object store, which a Path would take for
-    a folder of that name, on every machine its own."""
+    """The folder that --workdir means. Raises UsageError for the address of an object store,
+    which a Path would take for a folder of that name, on every machine its own."""
     if "://" in text:
         raise UsageError(
             f"--workdir={text}: object stores are not supported; mount a folder that all hosts share"
@@ -171,8 +174,8 @@ def local_workdir(text: str) -> Path:
 
 @contextlib.contextmanager
 def output():
-    """For writing what a command is asked for: UsageError where standard output does not take it. `| head` is another
-    matter: BrokenPipeError passes."""
+    """For writing what a command is asked for: UsageError where standard output does not take
+    it. `| head` is another matter: BrokenPipeError passes."""
     try:
         yield sys.stdout
     except BrokenPipeError:
@@ -191,8 +194,8 @@ def emit(text: str) -> None:
 
 
 def make_say(stream) -> Callable[[str], None]:
-    """Lines for people, from process 0 alone. A reader that has gone (`| head`), or a full disk, does not end what is being
-    done."""
+    """Lines for people, from process 0 alone. A reader that has gone (`| head`), or a full disk,
+    does not end what is being done."""
     import jax
 
     gone = jax.process_index() != 0
@@ -216,8 +219,9 @@ def make_say(stream) -> Callable[[str], None]:
 
 
 def keep_memory() -> None:
-    """Stops glibc from giving big buffers back to the kernel after every step: on CPU the page faults of getting them
-    anew cost about a third of a small step. Elsewhere, and under other C libraries, nothing happens."""
+    """Stops glibc from giving big buffers back to the kernel after every step: on CPU the page
+    faults of getting them anew cost about a third of a small step. Elsewhere, and under other C
+    libraries, nothing happens."""
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -228,7 +232,8 @@ def keep_memory() -> None:
 
 
 def load_config(spec: str, overrides: list[str]) -> config.Config:
-    """The Config of `path.py[:argument]` with `--config.section.key=value` overrides. Raises UsageError."""
+    """The Config of `path.py[:argument]` with `--config.section.key=value` overrides. Raises
+    UsageError."""
     path, _, argument = spec.partition(":")
     file = Path(path)
     if not file.is_file():
@@ -274,7 +279,8 @@ def load_config(spec: str, overrides: list[str]) -> config.Config:
 
 
 def split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
-    """`["--config.a.b=1", "--config.c", "2"]` -> [("a.b", "1"), ("c", "2")]; anything else is a UsageError."""
+    """`["--config.a.b=1", "--config.c", "2"]` -> [("a.b", "1"), ("c", "2")]; anything else is a
+    UsageError."""
     pairs, rest = [], list(arguments)
     while rest:
         flag = rest.pop(0)

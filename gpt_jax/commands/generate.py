@@ -1,4 +1,5 @@
-"""`gpt-jax generate`: continues prompts from a checkpoint. Standard output gets the generated text and nothing else."""
+"""`gpt-jax generate`: continues prompts from a checkpoint. Standard output gets the generated
+text and nothing else."""
 
 import json
 import sys
@@ -30,7 +31,8 @@ HELP = {
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError for a checkpoint, prompt or setting that cannot be used, NoCheckpoint for damage."""
+    """Raises UsageError for a checkpoint, prompt or setting that cannot be used, NoCheckpoint
+    for damage."""
     from gpt_jax.infer.decode import Sampling
 
     flags = Flags(

@@ -14,7 +14,8 @@ LAST = 10**12  # step; numbers of examples are 64-bit
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError for a workdir, a step or a text that is not there; DataError for damaged shards."""
+    """Raises UsageError for a workdir, a step or a text that is not there; DataError for damaged
+    shards."""
     flags = Flags(
         prog="gpt-jax inspect",
         description="Every row of a step of a run: source, documents, where in them "
@@ -113,14 +114,16 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int):
 
 
 def with_specials(tokenizer, ids) -> str:
-    """The text of `ids` with the names of special tokens where they stand, which decoding leaves out."""
+    """The text of `ids` with the names of special tokens where they stand, which decoding leaves
+    out."""
     names = {i: name.encode() for name, i in tokenizer.specials.items()}
     raw = b"".join(names.get(i) or tokenizer.decode_bytes([i]) for i in map(int, ids))
     return raw.removeprefix(tokenizer.prefix).decode("utf-8", "replace")
 
 
 def check_text(workdir: Path, data) -> None:
-    """UsageError when text or tokenizer are no longer those that the run's newest checkpoint knows."""
+    """UsageError when text or tokenizer are no longer those that the run's newest checkpoint
+    knows."""
     from gpt_jax.train import checkpoint
 
     if not (workdir / checkpoint.FOLDER).is_dir():

@@ -1,5 +1,5 @@
-"""This process as one of a job of several: where its place comes from, and how it learns that another is gone (called by
-flags and train)."""
+"""This process as one of a job of several: where its place comes from, and how it learns that
+another is gone (called by flags and train)."""
 
 import argparse
 import ctypes
@@ -25,8 +25,8 @@ SLURM_NEEDS = (
 
 
 def place_of(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Place | None:
-    """The place that the flags give, or SLURM with --distributed. None: a single process, or one whose place JAX finds (a
-    TPU pod). Raises UsageError."""
+    """The place that the flags give, or SLURM with --distributed. None: a single process, or one
+    whose place JAX finds (a TPU pod). Raises UsageError."""
     if args.num_processes > 1:
         return Place(args.coordinator, args.num_processes, args.process_id)
     if not args.distributed or "SLURM_JOB_ID" not in environ:
@@ -36,7 +36,8 @@ def place_of(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) 
             f"--distributed: inside a SLURM job but not under srun ({', '.join(lacking)} not set); start it by "
             "`srun gpt-jax train --distributed …`"
         )
-    # Below Linux's and above most services' ports; the same for all tasks and after a requeue, another for another job.
+    # Below Linux's and above most services' ports; the same for all tasks and after a requeue,
+    # another for another job.
     port = 20000 + int(environ["SLURM_JOB_ID"]) % 10000
     return Place(
         f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
@@ -46,7 +47,8 @@ def place_of(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) 
 
 
 def first_host(nodes: str) -> str:
-    """Task 0's host in SLURM's notation: "n[1-2,7],m3" -> "n1", "a,b" -> "a", "r[01-02]s[1-3]" -> "r01s1"."""
+    """Task 0's host in SLURM's notation: "n[1-2,7],m3" -> "n1", "a,b" -> "a", "r[01-02]s[1-3]"
+    -> "r01s1"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes).group()
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
 
@@ -54,9 +56,9 @@ def first_host(nodes: str) -> str:
 def own_devices(
     args: argparse.Namespace, environ: Mapping[str, str] = os.environ
 ) -> list[int] | None:
-    """The accelerators this process may use, by number among those it sees; None: all of them. Under SLURM the node's are
-    dealt to its tasks, unless SLURM shows each task its own already; one each where SLURM knows of none. Raises
-    UsageError."""
+    """The accelerators this process may use, by number among those it sees; None: all of them.
+    Under SLURM the node's are dealt to its tasks, unless SLURM shows each task its own already;
+    one each where SLURM knows of none. Raises UsageError."""
     if args.local_device is not None:
         return [args.local_device]
     if not args.distributed or "SLURM_LOCALID" not in environ:
@@ -87,7 +89,8 @@ def tasks_here(environ: Mapping[str, str]) -> int:
 
 @contextmanager
 def telling(args: argparse.Namespace) -> Iterator[None]:
-    """What a process of a job finds wrong before it joins is told to the others, who would wait for it."""
+    """What a process of a job finds wrong before it joins is told to the others, who would wait
+    for it."""
     try:
         yield
     except Exit as error:
@@ -98,7 +101,8 @@ def telling(args: argparse.Namespace) -> Iterator[None]:
 
 
 def join(args: argparse.Namespace) -> None:
-    """Makes this process one of a job. Raises PeerFailed when the others do not turn up within `--join_seconds`."""
+    """Makes this process one of a job. Raises PeerFailed when the others do not turn up within
+    `--join_seconds`."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -137,8 +141,8 @@ def join(args: argparse.Namespace) -> None:
     if jax.process_count() > 1:
         JOBS.append(Job())
     same_devices()
-    # The processes connect here: the first exchange waits 30 s for the others, later ones as long as it takes (to
-    # prepare data, say).
+    # The processes connect here: the first exchange waits 30 s for the others, later ones as long
+    # as it takes (to prepare data, say).
     multihost_utils.sync_global_devices("joined")
     leave_on_abort(
         "aborted: usually {gone} (killed, or its machine failed; its log may have the reason). If it is not, the "
@@ -147,8 +151,8 @@ def join(args: argparse.Namespace) -> None:
 
 
 def same_devices() -> None:
-    """UsageError, on all processes alike, where they bring different numbers of devices: no mesh of JAX's has room for
-    that."""
+    """UsageError, on all processes alike, where they bring different numbers of devices: no mesh
+    of JAX's has room for that."""
     import jax
 
     counts = Counter(device.process_index for device in jax.devices())
@@ -161,10 +165,11 @@ def same_devices() -> None:
 
 
 def leave_on_abort(line: str) -> None:
-    """From now on abort() means `line`, with what is known of who left for "{gone}", and exit code 40. JAX's process group
-    ends a process that way when it finds a peer gone (at once if that was process 0, else when its heartbeats are
-    missed), in a thread of its own, where Python's signal handlers do not run, and its callback cannot be used (jaxlib
-    0.10: std::bad_cast): so C calls this handler."""
+    """From now on abort() means `line`, with what is known of who left for "{gone}", and exit
+    code 40. JAX's process group ends a process that way when it finds a peer gone (at once if
+    that was process 0, else when its heartbeats are missed), in a thread of its own, where
+    Python's signal handlers do not run, and its callback cannot be used (jaxlib 0.10:
+    std::bad_cast): so C calls this handler."""
     from gpt_jax.stops import JOBS
 
     def leave(_):
@@ -180,8 +185,8 @@ def leave_on_abort(line: str) -> None:
 
 
 def keep_stdout() -> None:
-    """Standard output for Python alone: gloo greets its peers there, in the middle of a text or of JSON. What native
-    code prints goes to standard error from now on."""
+    """Standard output for Python alone: gloo greets its peers there, in the middle of a text or
+    of JSON. What native code prints goes to standard error from now on."""
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)

@@ -1,4 +1,5 @@
-"""`gpt-jax launch local|slurm|kubernetes … train …`: starts a command as a job of several processes."""
+"""`gpt-jax launch local|slurm|kubernetes … train …`: starts a command as a job of several
+processes."""
 
 import argparse
 import posixpath
@@ -57,7 +58,8 @@ def split(flags: Flags, arguments: list[str]) -> tuple[argparse.Namespace, list[
 
 
 def refuse(command: list[str], *more: str) -> None:
-    """UsageError for flags that say a process's place in the job, which is the launcher's to say."""
+    """UsageError for flags that say a process's place in the job, which is the launcher's to
+    say."""
     for flag in (*PLACES, *more):
         if any(word.split("=")[0] == flag for word in command):
             raise UsageError(f"{flag}: the launcher gives it to each process; leave it out")
@@ -308,9 +310,10 @@ def count_devices(args: argparse.Namespace) -> int:
 
 
 def check_train(command: list[str], devices: int, processes: int = 0, slices: int = 0) -> str:
-    """UsageError now for what would end `train` at its start on every machine; other commands are not looked at. `devices`
-    of the whole job, 0: not known, unless the command says --cpu_devices for each of `processes`; `slices` of TPUs, 0: none.
-    Returns the workdir, "" of other commands."""
+    """UsageError now for what would end `train` at its start on every machine; other commands
+    are not looked at. `devices` of the whole job, 0: not known, unless the command says
+    --cpu_devices for each of `processes`; `slices` of TPUs, 0: none. Returns the workdir, "" of
+    other commands."""
     if command[0] != "train":
         return ""
     from gpt_jax.commands.train import make_flags, parse_profile

@@ -1,4 +1,5 @@
-"""`gpt-jax <command> …`: picks the command, imports only that one, and turns failures into exit codes."""
+"""`gpt-jax <command> …`: picks the command, imports only that one, and turns failures into exit
+codes."""
 
 import importlib
 import os
@@ -66,7 +67,8 @@ def _lost_peer(error: Exception) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: one line for a planned end, a traceback for a bug, and the exit code either way."""
+    """Entry point: one line for a planned end, a traceback for a bug, and the exit code either
+    way."""
     code, reason = 0, ""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who called (`>&-`)
@@ -107,7 +109,8 @@ def first_line(error: Exception) -> str:
 
 
 def _blame_peer(error: Exception) -> tuple[int, str]:
-    """Exit code and line for an error that comes of a peer having left: what that one said, if it could."""
+    """Exit code and line for an error that comes of a peer having left: what that one said, if
+    it could."""
     from gpt_jax.stops import JOBS
 
     found = JOBS[0].failure(3.0) if JOBS else None
@@ -121,8 +124,8 @@ def _blame_peer(error: Exception) -> tuple[int, str]:
 
 
 def finish(code: int, reason: str = "") -> None:
-    """Ends the process. Over several processes a normal exit would wait for the others in a barrier, for minutes when
-    one of them has failed: tell them and leave."""
+    """Ends the process. Over several processes a normal exit would wait for the others in a
+    barrier, for minutes when one of them has failed: tell them and leave."""
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()

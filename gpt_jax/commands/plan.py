@@ -15,7 +15,8 @@ MISSES = 3  # programs that do not fit, which --search compiles before it gives 
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError (after the report) for what does not fit or cannot run, and for what was typed wrong."""
+    """Raises UsageError (after the report) for what does not fit or cannot run, and for what was
+    typed wrong."""
     flags = Flags(
         prog="gpt-jax plan",
         description="Preflight: memory, collectives, step time and MFU of a config on a "
@@ -99,7 +100,8 @@ def refuse(topology: str | None, error: UsageError) -> None:
 
 
 def checked(args, rest: list[str]) -> str:
-    """The report, printed; what is wrong with the run, "" for nothing. UsageError where there is none to print."""
+    """The report, printed; what is wrong with the run, "" for nothing. UsageError where there is
+    none to print."""
     check(args)
     import jax
 
@@ -243,8 +245,8 @@ def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
 
 
 def winner(spec: str, rest: list[str], best) -> tuple[list[str], list[str]]:
-    """Overrides that make `best`, which a search has found, of the config of `spec`; and those of `rest`, not of fields that
-    it searches, that it could not keep."""
+    """Overrides that make `best`, which a search has found, of the config of `spec`; and those
+    of `rest`, not of fields that it searches, that it could not keep."""
     from gpt_jax.plan.job import with_vocab
     from gpt_jax.plan.search import is_searched, overrides
 
@@ -256,7 +258,8 @@ def winner(spec: str, rest: list[str], best) -> tuple[list[str], list[str]]:
 
 
 def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str], out: dict) -> str:
-    """What is wrong with `best` of `results`, "" for nothing; adds it, and what would do instead, to the report."""
+    """What is wrong with `best` of `results`, "" for nothing; adds it, and what would do
+    instead, to the report."""
     from gpt_jax.plan import report
     from gpt_jax.plan.roofline import verdict
     from gpt_jax.plan.search import advice, limit_after
@@ -291,7 +294,8 @@ def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str]
 
 
 def is_fault(done: dict | None) -> bool:
-    """Whether the compiler refused for another reason than memory: a fault of its own, which other meshes may share."""
+    """Whether the compiler refused for another reason than memory: a fault of its own, which
+    other meshes may share."""
     return bool(done and done["refusal"]) and "RESOURCE_EXHAUSTED" not in done["refusal"]
 
 
@@ -305,8 +309,8 @@ def mesh_summary(result: dict) -> str:
 
 
 def examine_best(args, rest: list[str], job, found: list, topology) -> list[dict]:
-    """The first of `found`; with --compile=K, K that fit, best first. One that does not fit by the compiler rules out
-    all that need as much by the arithmetic."""
+    """The first of `found`; with --compile=K, K that fit, best first. One that does not fit by
+    the compiler rules out all that need as much by the arithmetic."""
     from gpt_jax.plan.search import CLOSE
 
     results, limit = [], float("inf")

@@ -22,8 +22,8 @@ SOURCE = "text"  # the source of input without a name
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError for input, settings and folders of no use, DataError for damage, PeerFailed for lost
-    workers."""
+    """Raises UsageError for input, settings and folders of no use, DataError for damage,
+    PeerFailed for lost workers."""
     args = make_flags().parse_args([part for text in arguments for part in apart(text)])
     looks = [name for name in ("inspect", "verify") if getattr(args, name)]
     if looks and (args.input or args.output or len(looks) > 1):
@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> None:
 
 
 def apart(text: str) -> list[str]:
-    """`--input=a` as `--input a`: argparse takes no further values after the first form, and people type them."""
+    """`--input=a` as `--input a`: argparse takes no further values after the first form, and
+    people type them."""
     flag, equals, value = text.partition("=")
     return [flag, value] if equals and flag in ("--input", "--filters", "--encodings") else [text]
 
@@ -210,7 +211,8 @@ def run(args) -> None:
 
 
 def named(given: list[str]) -> dict[str, tuple[str, ...]]:
-    """{source: its paths} in the order given. A path that exists as it is written is no NAME=PATH."""
+    """{source: its paths} in the order given. A path that exists as it is written is no
+    NAME=PATH."""
     found: dict[str, list[str]] = {}
     for text in given:
         match = None if os.path.exists(text) or glob.glob(text) else NAMED.fullmatch(text)

@@ -25,7 +25,8 @@ from gpt_jax.version import code_version, start_line
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError for what cannot be run, Stopped, Diverged, DataError, SaveFailed, NoCheckpoint otherwise."""
+    """Raises UsageError for what cannot be run, Stopped, Diverged, DataError, SaveFailed,
+    NoCheckpoint otherwise."""
     leave = leaving(
         "stopped on request before the first step, nothing to save; the same command starts again"
     )

@@ -1,8 +1,8 @@
 """The frozen `Config`: every knob of a run, its default and its limits (floor 0).
 
-A config file returns a `ConfigDict` holding only what it changes; `from_dict` turns it into one `Config` and is the
-last place that sees a ConfigDict. Each room receives its own section. Values that must agree with each other are
-checked in `check`, before anything compiles.
+A config file returns a `ConfigDict` holding only what it changes; `from_dict` turns it into one
+`Config` and is the last place that sees a ConfigDict. Each room receives its own section. Values
+that must agree with each other are checked in `check`, before anything compiles.
 """
 
 from gpt_jax.config.checks import check, faults, problems, resolve, shape_on, wsd_start

@@ -52,8 +52,8 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
 
 
 def shape_on(config: Config, devices: int, tokenizer_vocab: int = 0) -> dict[str, int]:
-    """Sizes of the mesh's axes for so many devices. UsageError, with the nearest meshes on which a resolved config runs,
-    where they do not multiply."""
+    """Sizes of the mesh's axes for so many devices. UsageError, with the nearest meshes on which
+    a resolved config runs, where they do not multiply."""
 
     def runs(mesh):
         return not problems(
@@ -64,7 +64,8 @@ def shape_on(config: Config, devices: int, tokenizer_vocab: int = 0) -> dict[str
 
 
 def _needing(config: Config) -> tuple[list[str], Callable]:
-    """(lines, need): `need(ok, path, way_out)` adds a line about the field at `path` where `ok` is false."""
+    """(lines, need): `need(ok, path, way_out)` adds a line about the field at `path` where `ok`
+    is false."""
     found = []
 
     def need(ok, path, way_out):
@@ -78,8 +79,8 @@ def _needing(config: Config) -> tuple[list[str], Callable]:
 
 
 def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) -> list[str]:
-    """All disagreements on a mesh of these axis sizes, a line each. A model that is none ends the list: the rest would be
-    about layers that it does not have."""
+    """All disagreements on a mesh of these axis sizes, a line each. A model that is none ends
+    the list: the rest would be about layers that it does not have."""
     found, need = _needing(config)
     if config.model.pattern and config.model.windows:
         for checked in (_check_split, _check_sequence, _check_experts, _check_stages):
@@ -88,7 +89,8 @@ def problems(config: Config, shape: dict[str, int], tokenizer_vocab: int = 0) ->
 
 
 def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
-    """All disagreements that are there on every mesh, a line each; a config without any has a model that can be traced."""
+    """All disagreements that are there on every mesh, a line each; a config without any has a
+    model that can be traced."""
     model, train, optim = config.model, config.train, config.optim
     found, need = _needing(config)
     need(

@@ -47,9 +47,11 @@ def least_devices(mesh: Mesh) -> int:
 def mesh_shape(
     mesh: Mesh, devices: int, runs: Callable[[Mesh], bool] = lambda mesh: True
 ) -> dict[str, int]:
-    """Axis sizes in mesh order, in-slice times cross-slice, with -1 filled in, for `devices` devices in all.
+    """Axis sizes in mesh order, in-slice times cross-slice, with -1 filled in, for `devices`
+    devices in all.
 
-    Raises UsageError when they do not multiply, with the nearest that do and that `runs` is true of, if any are."""
+    Raises UsageError when they do not multiply, with the nearest that do and that `runs` is true
+    of, if any are."""
     within, across = {axis: getattr(mesh, axis) for axis in AXES}, cross_slice(mesh)
     for axis, size in within.items():
         if size == 0:
@@ -83,8 +85,9 @@ def mesh_shape(
 def _way_out(
     mesh: Mesh, given: dict[str, int], devices: int, free: bool, runs: Callable[[Mesh], bool]
 ) -> str:
-    """The nearest sizes that multiply to `devices` (`free`: divide it) and that run, if any of 50 do: of the axes that are
-    given, of data and fsdp besides; those across slices, which the machine decides, last."""
+    """The nearest sizes that multiply to `devices` (`free`: divide it) and that run, if any of
+    50 do: of the axes that are given, of data and fsdp besides; those across slices, which the
+    machine decides, last."""
 
     def as_mesh(sizes):
         return replace(mesh, **{name.split(".")[-1]: size for name, size in sizes.items()})

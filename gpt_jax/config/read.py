@@ -19,7 +19,8 @@ def _describe(kind) -> str:
 
 
 def _coerce(kind, value, path: str):
-    """`value` as `kind`, or a UsageError naming `path`. Ints pass as floats, lists as tuples; nothing else bends."""
+    """`value` as `kind`, or a UsageError naming `path`. Ints pass as floats, lists as tuples;
+    nothing else bends."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return from_dict(value, kind, path)
@@ -59,8 +60,8 @@ def _limits(spec: dataclasses.Field, value, path: str) -> None:
 
 
 def from_dict(values: Mapping[str, Any], kind=Config, path: str = "config"):
-    """A frozen `kind` from nested mappings (a ConfigDict too). Unknown keys, wrong types and values out of range raise
-    UsageError with the field, the value and the way out."""
+    """A frozen `kind` from nested mappings (a ConfigDict too). Unknown keys, wrong types and
+    values out of range raise UsageError with the field, the value and the way out."""
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise UsageError(f"{path} = {values!r}: expected a section with named fields")
     specs, hints = {f.name: f for f in dataclasses.fields(kind)}, typing.get_type_hints(kind)
@@ -81,13 +82,14 @@ def to_dict(config) -> dict:
 
 
 def to_json(config) -> str:
-    """The whole config as JSON, defaults included; `from_dict(json.loads(text))` gives the same Config."""
+    """The whole config as JSON, defaults included; `from_dict(json.loads(text))` gives the same
+    Config."""
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
 def flatten(config) -> dict[str, Any]:
-    """`{"model.layers": 4, …}`; groups and other tuples stay whole, but the paths of data.sources, which may differ
-    between machines, are a key of their own."""
+    """`{"model.layers": 4, …}`; groups and other tuples stay whole, but the paths of
+    data.sources, which may differ between machines, are a key of their own."""
     out = {}
     for name, value in to_dict(config).items():
         out |= (
@@ -112,7 +114,8 @@ def changes(old, new) -> list[tuple[str, Any, Any, bool]]:
 
 
 def override(values: dict, key: str, text: str) -> None:
-    """Sets `section.field` of nested dict `values` from command-line text, parsed by the field's type."""
+    """Sets `section.field` of nested dict `values` from command-line text, parsed by the field's
+    type."""
     *sections, name = key.split(".")
     kind, path = Config, "config"
     for section in [*sections, name]:
@@ -137,7 +140,8 @@ def override(values: dict, key: str, text: str) -> None:
 
 
 def parse(kind, text: str, path: str):
-    """Command-line text as a value of type `kind`: numbers with underscores, true/false, `a,b` or a Python tuple."""
+    """Command-line text as a value of type `kind`: numbers with underscores, true/false, `a,b`
+    or a Python tuple."""
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]

@@ -1,7 +1,8 @@
 """Token files of other tools as what a run trains on, read where they lie (called by dataset).
 
-Several files (the shards that llm.c writes) are one source: joined in the order of their names, each ending a document,
-so that one cut in two by its tool counts as two. A row may reach over the end of a file as over that of any document.
+Several files (the shards that llm.c writes) are one source: joined in the order of their names,
+each ending a document, so that one cut in two by its tool counts as two. A row may reach over the
+end of a file as over that of any document.
 """
 
 import glob
@@ -38,7 +39,8 @@ class Joined(NamedTuple):
 
 
 def _matches(path: str) -> list[Path]:
-    """The token files that a path means by its name: itself, Megatron's prefix, a glob; [] for anything else."""
+    """The token files that a path means by its name: itself, Megatron's prefix, a glob; [] for
+    anything else."""
     here = Path(path).expanduser()
     if path.endswith(TOKEN_FILES) and (here.exists() or not glob.has_magic(path)):
         return [here]
@@ -57,7 +59,8 @@ def _matches(path: str) -> list[Path]:
 
 
 def _folder(path: str) -> list[Path]:
-    """train.bin and val.bin of a folder made by nanoGPT's prepare.py; [] for any other. UsageError beside text."""
+    """train.bin and val.bin of a folder made by nanoGPT's prepare.py; [] for any other.
+    UsageError beside text."""
     files = [Path(path).expanduser() / name for name in NANOGPT]
     if not all(file.is_file() for file in files):
         return []
@@ -76,7 +79,8 @@ def is_foreign(path: str) -> bool:
 
 
 def _files(paths: Sequence[str], field: str) -> tuple[Path, ...]:
-    """The files that `paths` mean, each once. UsageError, by `field`, for anything else among them."""
+    """The files that `paths` mean, each once. UsageError, by `field`, for anything else among
+    them."""
     if other := [path for path in paths if not _matches(path)]:
         raise UsageError(
             f"{field} = {', '.join(paths)}: {other[0]} is no token file and cannot be joined with such; "
@@ -180,9 +184,10 @@ def adopt(
     report: Callable[[str], None],
     field: str = "config.data.path",
 ) -> Prepared:
-    """Train and held-out tokens of token files: config.data.eval_path are others (and val.bin of nanoGPT's folder), or
-    the last eval_fraction of the documents (of one document alone, of its tokens) is held out. All ids are looked at
-    once, to be sure that they are in the vocabulary. UsageError for files or a tokenizer of no use."""
+    """Train and held-out tokens of token files: config.data.eval_path are others (and val.bin of
+    nanoGPT's folder), or the last eval_fraction of the documents (of one document alone, of its
+    tokens) is held out. All ids are looked at once, to be sure that they are in the vocabulary.
+    UsageError for files or a tokenizer of no use."""
     tokenizer, named = wanted or known_tokenizer(data.tokenizer), ", ".join(paths)
     if tokenizer is None or not (wanted or data.tokenizer):
         raise UsageError(

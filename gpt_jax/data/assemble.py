@@ -1,7 +1,8 @@
 """What the units made, put together: the index of each source and the manifest (called by prepare).
 
-Shards lie where the workers wrote them; only their indexes are joined, a unit at a time, so memory does not grow with
-the corpus. Nothing here is lost by a kill: it is all made again from the units until the manifest is there.
+Shards lie where the workers wrote them; only their indexes are joined, a unit at a time, so memory
+does not grow with the corpus. Nothing here is lost by a kill: it is all made again from the units
+until the manifest is there.
 """
 
 import hashlib
@@ -43,8 +44,8 @@ def assemble(
     about: dict,
     dropped: Sequence[int],
 ) -> dict:
-    """Writes the indexes and gives the manifest; `counted`: the results of the phase that read everything, `dropped`:
-    exact and near copies."""
+    """Writes the indexes and gives the manifest; `counted`: the results of the phase that read
+    everything, `dropped`: exact and near copies."""
     content, sources = hashlib.sha256(), {}
     files = {
         "tokenizer.json": replace_file(job.folder / "tokenizer.json", tokenizer.to_json().encode())

@@ -1,4 +1,5 @@
-"""Byte-level BPE and any `tokenizer.json`, by the `tokenizers` library (called by tokenizer and tokenizer_files)."""
+"""Byte-level BPE and any `tokenizer.json`, by the `tokenizers` library (called by tokenizer and
+tokenizer_files)."""
 
 import json
 import re
@@ -12,7 +13,8 @@ from gpt_jax.data import vocabulary
 from gpt_jax.data.vocabulary import EOT, EOT_NAMES, SPECIALS, Tokenizer
 from gpt_jax.errors import UsageError
 
-# White space as the library's regular expressions have it (Unicode's White_Space); Python's \s holds \x1c to \x1f too.
+# White space as the library's regular expressions have it (Unicode's White_Space); Python's \s
+# holds \x1c to \x1f too.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 BEFORE_SPACE = re.compile(rf"[^{SPACE}](?=[{SPACE}])")
 AT_LINES = re.compile(
@@ -29,14 +31,17 @@ class Pattern(NamedTuple):
     """How text falls into the words that BPE never merges across."""
 
     regex: str  # empty: the library's own, GPT-2's
-    end: re.Pattern  # the last character before a place where every text may be cut: no word spans it or looks across
+    # the last character before a place where every text may be cut: no word spans it or looks
+    # across
+    end: re.Pattern
 
 
-# gpt2: words with the space before them, runs of digits, runs of signs (GPT-2's encoder.py); also r50k and p50k.
-# cl100k: as GPT-4 and Llama 3: words take any one sign before them, digits fall into threes, signs take line ends.
-# digits: the same with every digit a token (Qwen 2): numbers of one length always look alike, however they are written.
-# A rule for cutting holds if no word spans it: GPT-2's words have spaces in front only, and of the others signs take
-# line ends too, while nothing but spaces comes before a line end's own word.
+# gpt2: words with the space before them, runs of digits, runs of signs (GPT-2's encoder.py); also
+# r50k and p50k. cl100k: as GPT-4 and Llama 3: words take any one sign before them, digits fall into
+# threes, signs take line ends. digits: the same with every digit a token (Qwen 2): numbers of one
+# length always look alike, however they are written. A rule for cutting holds if no word spans it:
+# GPT-2's words have spaces in front only, and of the others signs take line ends too, while nothing
+# but spaces comes before a line end's own word.
 PATTERNS = {
     "gpt2": Pattern("", BEFORE_SPACE),
     "cl100k": Pattern(MODERN % r"\p{N}{1,3}", AT_LINES),
@@ -72,7 +77,8 @@ def bpe_json(
     specials: Iterable[str],
     ignore_merges: bool = False,
 ) -> str:
-    """The text of a tokenizer.json: byte-level BPE with these tokens, of which `specials` are special."""
+    """The text of a tokenizer.json: byte-level BPE with these tokens, of which `specials` are
+    special."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE({}, []))
     library.pre_tokenizer, library.decoder = pre_tokenizer(pattern), tokenizers.decoders.ByteLevel()
     spec = json.loads(library.to_str())
@@ -85,8 +91,8 @@ def bpe_json(
 
 
 def train_bpe(texts: Iterable[str], vocab: int, pattern: str = "gpt2") -> Tokenizer:
-    """Byte-level BPE with the pre-tokenizer of a row of PATTERNS: `<|endoftext|>`, 256 bytes, then merges, at most
-    `vocab` ids (fewer when the text has no pair left that occurs twice)."""
+    """Byte-level BPE with the pre-tokenizer of a row of PATTERNS: `<|endoftext|>`, 256 bytes,
+    then merges, at most `vocab` ids (fewer when the text has no pair left that occurs twice)."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer, library.decoder = pre_tokenizer(pattern), tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -105,7 +111,8 @@ def train_bpe(texts: Iterable[str], vocab: int, pattern: str = "gpt2") -> Tokeni
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character for every byte that byte-level BPE uses (GPT-2's encoder.py, bytes_to_unicode)."""
+    """The printable character for every byte that byte-level BPE uses (GPT-2's encoder.py,
+    bytes_to_unicode)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -128,7 +135,8 @@ UTF8_BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 256)}  # those th
 
 
 def _steps(part: dict | None, inside: str) -> list[dict]:
-    """The steps of one part of a tokenizer.json, which may be a sequence, under `inside`, or nothing."""
+    """The steps of one part of a tokenizer.json, which may be a sequence, under `inside`, or
+    nothing."""
     return part.get(inside, [part]) if part else []
 
 
@@ -159,7 +167,8 @@ def _own_words(before: list[dict]) -> re.Pattern | None:
 
 
 def _cutter(spec: dict) -> Callable[[str], Iterator[str]]:
-    """Exact only without a normaliser that looks across the cut, and without added tokens that span it."""
+    """Exact only without a normaliser that looks across the cut, and without added tokens that
+    span it."""
     end, normalizer = (
         _own_words(_steps(spec.get("pre_tokenizer"), "pretokenizers")),
         spec.get("normalizer"),
@@ -185,7 +194,8 @@ def _prefix(spec: dict) -> bytes:
 
 
 def _lossless(spec: dict) -> bool:
-    """Whether every text comes back: bytes all the way, with nothing put in, taken away or normalised."""
+    """Whether every text comes back: bytes all the way, with nothing put in, taken away or
+    normalised."""
     before = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     kept = {
         "ByteLevel": lambda s: not s.get("add_prefix_space", True),
@@ -200,8 +210,8 @@ def _lossless(spec: dict) -> bool:
 
 
 def _open(content: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
-    """(the library's tokenizer, its parsed file). Chat and fill-in-the-middle tokens that the file adds as ordinary
-    ones (Qwen 2.5 does) become special, so that no text makes them."""
+    """(the library's tokenizer, its parsed file). Chat and fill-in-the-middle tokens that the
+    file adds as ordinary ones (Qwen 2.5 does) become special, so that no text makes them."""
     try:
         spec, known = (
             json.loads(content),
@@ -223,8 +233,9 @@ def _open(content: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
 
 
 def json_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer:
-    """A tokenizer of the `tokenizers` library from the text of its file; UsageError if it has no end-of-text token or
-    would drop text. One with a normaliser (NFC, spaces as ▁) is not `lossless`."""
+    """A tokenizer of the `tokenizers` library from the text of its file; UsageError if it has no
+    end-of-text token or would drop text. One with a normaliser (NFC, spaces as ▁) is not
+    `lossless`."""
     library, spec = _open(content, name)
     vocab = library.get_vocab(with_added_tokens=True)
     end = next((end for end in EOT_NAMES if end in vocab), None)
@@ -254,7 +265,8 @@ def json_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer:
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             text.encode()  # the library's own error for a lone surrogate names no place
-        # The batch call releases the interpreter's lock, the single one does not; `fast` leaves offsets out.
+        # The batch call releases the interpreter's lock, the single one does not; `fast` leaves
+        # offsets out.
         found = library.encode_batch_fast(texts, add_special_tokens=False)
         return [np.fromiter(ids, np.int32, len(ids)) for ids in (one.ids for one in found)]
 

@@ -1,8 +1,8 @@
-"""From `config.Data` to token files: `prepare` for a run, `load_text` for any text with a given tokenizer (called by
-experiment, loop and commands).
+"""From `config.Data` to token files: `prepare` for a run, `load_text` for any text with a given
+tokenizer (called by experiment, loop and commands).
 
-The cache is keyed by the content of the files, how they are split and what tokenizes them, so a changed source is
-another cache and an unchanged one is found again.
+The cache is keyed by the content of the files, how they are split and what tokenizes them, so a
+changed source is another cache and an unchanged one is found again.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,14 @@ class Prepared:
     eval: Tokens | None  # None: config.data.eval_fraction is 0 and there is no eval_path
     tokenizer: Tokenizer
     folder: Path  # where it all lies
-    content: str  # digest of the text and of how it is split, whatever the files are called; of token files, of the ids
+    # digest of the text and of how it is split, whatever the files are called; of token files, of
+    # the ids
+    content: str
 
 
 def _made_tokenizer(corpus: split.Corpus, report: Callable[[str], None]) -> Tokenizer:
-    """The tokenizer that is made from the text: characters of all of it, BPE of the training side only."""
+    """The tokenizer that is made from the text: characters of all of it, BPE of the training
+    side only."""
     if size := bpe_vocab(corpus.data.tokenizer):
         report(f"data: training a byte-level BPE of {size:,} tokens")
     return made_tokenizer(
@@ -45,8 +48,8 @@ def _content(data: config.Data, found, held, hashes: list[str]) -> str:
 
 
 def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report):
-    """(sides, tokenizer, folder, content) for training sources `found` and held-out sources `held`, built if need
-    be."""
+    """(sides, tokenizer, folder, content) for training sources `found` and held-out sources
+    `held`, built if need be."""
     root = Path(data.cache).expanduser()
     try:
         hashes = store.content_hashes((*found, *held), root, data.workers)
@@ -93,10 +96,12 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     field: str = "config.data.path",
 ) -> Prepared:
-    """Tokens to train on and held-out tokens, from the cache or built now; `tokenizer` (of a checkpoint) takes the
-    place of `data.tokenizer`, `field` is where the path was given, for messages.
+    """Tokens to train on and held-out tokens, from the cache or built now; `tokenizer` (of a
+    checkpoint) takes the place of `data.tokenizer`, `field` is where the path was given, for
+    messages.
 
-    UsageError for paths, files, settings or a cache folder of no use; DataError if a source changes meanwhile.
+    UsageError for paths, files, settings or a cache folder of no use; DataError if a source changes
+    meanwhile.
     """
     tokenizer = tokenizer or known_tokenizer(data.tokenizer)
     found = sources.find(data.path, field)
@@ -118,8 +123,9 @@ def load_text(
     data: config.Data,
     report: Callable[[str], None] = print,
 ) -> Tokens:
-    """All documents of `paths` as held-out tokens, cached like any other; of `data` only how text is read, cache
-    and workers count. UsageError, naming the flag --text, when there is no text."""
+    """All documents of `paths` as held-out tokens, cached like any other; of `data` only how
+    text is read, cache and workers count. UsageError, naming the flag --text, when there is no
+    text."""
     data = replace(data, path=tuple(paths), eval_path=(), tokenizer="bytes")
     sides, _, folder, _ = _obtain(data, (), sources.find(data.path, "--text"), tokenizer, report)
     if sides["eval"] is None:

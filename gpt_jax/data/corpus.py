@@ -1,5 +1,5 @@
-"""A folder of token shards made by `gpt-jax prepare`: opened, verified and looked into (called by dataset, prepare and
-the prepare command).
+"""A folder of token shards made by `gpt-jax prepare`: opened, verified and looked into (called by
+dataset, prepare and the prepare command).
 
     corpus.json                  the manifest, written last: what is inside, and the SHA-256 of every other file
     tokenizer.json               what made the tokens (Tokenizer.to_json)
@@ -37,7 +37,8 @@ class Corpus:
     sources: Mapping[
         str, Mapping[str, Tokens | None]
     ]  # {source: {side: tokens, or None without any}}
-    content: str  # digest of the texts and of how they are split, whatever the files are called and tokenized by
+    # digest of the texts and of how they are split, whatever the files are called and tokenized by
+    content: str
     manifest: dict
 
 
@@ -56,7 +57,8 @@ def _digest(manifest: dict) -> str:
 
 
 def parse_manifest(raw: bytes, path: str) -> dict:
-    """What `seal` made. DataError for damage, UsageError for another format; `path` for the message."""
+    """What `seal` made. DataError for damage, UsageError for another format; `path` for the
+    message."""
     try:
         manifest = json.loads(raw)
         whole, number = manifest["digest"] == _digest(manifest), manifest["format"]
@@ -75,7 +77,8 @@ def parse_manifest(raw: bytes, path: str) -> dict:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a folder. UsageError when it holds no corpus or one of another format, DataError for damage."""
+    """The manifest of a folder. UsageError when it holds no corpus or one of another format,
+    DataError for damage."""
     path = folder / MANIFEST
     try:
         return parse_manifest(path.read_bytes(), str(path))
@@ -95,7 +98,8 @@ def _remedy(folder: Path) -> str:
 
 
 def check_sizes(folder: Path, manifest: dict) -> None:
-    """DataError naming the first file that is missing or has another size than the manifest says."""
+    """DataError naming the first file that is missing or has another size than the manifest
+    says."""
     for name, (size, _) in manifest["files"].items():
         try:
             found = os.path.getsize(folder / name)
@@ -109,9 +113,11 @@ def check_sizes(folder: Path, manifest: dict) -> None:
 
 
 def open_corpus(folder: Path) -> Corpus:
-    """The tokens in `folder`, read from where they lie. Each file's size is checked, the hashes are not (see `verify`).
+    """The tokens in `folder`, read from where they lie. Each file's size is checked, the hashes are
+    not (see `verify`).
 
-    UsageError when there is no corpus; DataError naming the file that is missing, cut or does not fit."""
+    UsageError when there is no corpus; DataError naming the file that is missing, cut or does
+    not fit."""
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     try:
@@ -160,7 +166,8 @@ def _open_side(
 
 
 def verify(folder: Path, say: Callable[[str], None]) -> list[str]:
-    """Reads every file and compares its hash; the names of the damaged ones, each said with what is wrong."""
+    """Reads every file and compares its hash; the names of the damaged ones, each said with what
+    is wrong."""
     files = read_manifest(folder)["files"]
     there = sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
@@ -190,7 +197,8 @@ def verify(folder: Path, say: Callable[[str], None]) -> list[str]:
 
 
 def inspect(folder: Path) -> Iterator[str]:
-    """Lines for people: sources, documents, tokens, bytes a token, what was left out, longest documents, samples."""
+    """Lines for people: sources, documents, tokens, bytes a token, what was left out, longest
+    documents, samples."""
     corpus = open_corpus(folder)
     tokenizer = corpus.tokenizer
     yield from _summary(folder, corpus)

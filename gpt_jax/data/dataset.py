@@ -1,7 +1,8 @@
-"""What a run trains and is measured on: one text, or sources with weights (called by experiment, pipeline, commands).
+"""What a run trains and is measured on: one text, or sources with weights (called by experiment,
+pipeline, commands).
 
-A path is a folder made by `gpt-jax prepare` or a token file of another tool, whose tokens are used where they lie, or
-text files, which are tokenized into the cache.
+A path is a folder made by `gpt-jax prepare` or a token file of another tool, whose tokens are used
+where they lie, or text files, which are tokenized into the cache.
 """
 
 from collections.abc import Callable, Collection
@@ -56,7 +57,8 @@ def _require(field: str, found: Tokenizer, wanted: Tokenizer | None, what: str) 
 
 
 def _folder(path: str, data: config.Data, report) -> Path | None:
-    """The folder of shards that `path` means, copied here if it lies on an object store; None for text files."""
+    """The folder of shards that `path` means, copied here if it lies on an object store; None
+    for text files."""
     if mirror.is_remote_corpus(path):
         return mirror.mirror(path, Path(data.cache).expanduser(), report)
     folder = Path(path).expanduser()
@@ -100,8 +102,9 @@ def _part(field: str, path: str, opened: corpus.Corpus, name: str, report) -> Pa
 def heldout_of(
     path: str, data: config.Data, tokenizer: Tokenizer, report: Callable[[str], None]
 ) -> dict[str, Tokens]:
-    """What `gpt-jax evaluate --text` measures on, by the name of its row: all of a text, or what a folder made by
-    `gpt-jax prepare` holds out, each of its sources. UsageError, naming --text, for one of no use."""
+    """What `gpt-jax evaluate --text` measures on, by the name of its row: all of a text, or what
+    a folder made by `gpt-jax prepare` holds out, each of its sources. UsageError, naming --text,
+    for one of no use."""
     folder = _folder(path, data, report)
     if folder is None and adopt.is_foreign(path):
         return {path: adopt.heldout(path, tokenizer, report)}
@@ -126,8 +129,8 @@ def heldout_of(
 
 
 def _check_spec(field: str, path: str, found: Tokenizer, spec: str) -> None:
-    """UsageError when the config names another tokenizer than the shards have. One that is made from text has no more
-    than its name."""
+    """UsageError when the config names another tokenizer than the shards have. One that is made
+    from text has no more than its name."""
     made = known_tokenizer(spec)
     if (made is None and found.name != spec) or (
         made is not None and made.fingerprint != found.fingerprint
@@ -143,8 +146,8 @@ ADD_FIM = "give config.data.tokenizer the ending +fim, as in bpe:4096+fim"
 
 
 def check_fim(data: config.Data, name: str, specials: Collection[str], way: str = ADD_FIM) -> None:
-    """UsageError for config.data.fim with a tokenizer, called `name`, whose special tokens are not enough; `way`: what
-    can be done."""
+    """UsageError for config.data.fim with a tokenizer, called `name`, whose special tokens are
+    not enough; `way`: what can be done."""
     if data.fim and (missing := [token for token in FIM_TOKENS if token not in specials]):
         raise UsageError(
             f"config.data.fim = {data.fim}: the tokenizer {name} has no {missing[0]}; {way}"
@@ -154,8 +157,9 @@ def check_fim(data: config.Data, name: str, specials: Collection[str], way: str 
 def load(
     data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None
 ) -> Dataset:
-    """The sources of `data`, text files tokenized if need be; `tokenizer` (of a checkpoint) takes the place of
-    `data.tokenizer`. UsageError for paths and settings of no use; DataError for damaged shards."""
+    """The sources of `data`, text files tokenized if need be; `tokenizer` (of a checkpoint)
+    takes the place of `data.tokenizer`. UsageError for paths and settings of no use; DataError
+    for damaged shards."""
     if data.fim and (tokenizer or data.tokenizer):  # else the tokenizer is that of a folder
         known = tokenizer or known_tokenizer(data.tokenizer)
         check_fim(

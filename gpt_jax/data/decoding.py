@@ -1,5 +1,5 @@
-"""How a file's bytes are unpacked and become a document's text, and why some do not (called by formats, hub and
-readers)."""
+"""How a file's bytes are unpacked and become a document's text, and why some do not (called by
+formats, hub and readers)."""
 
 import contextlib
 import gzip
@@ -84,25 +84,30 @@ class Decoded(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """A row: bytes not yet decoded, or what came decoded, or why there is none. None: a header, no document."""
+    """A row: bytes not yet decoded, or what came decoded, or why there is none. None: a header,
+    no document."""
 
     value: bytes | Decoded | Unreadable | None
     start: int = 0  # byte of the file at which bytes begin, where that is known
-    row: int = 0  # number in the file from 1, where a later piece knows it; 0: not known; -1: the file is one document
+    # number in the file from 1, where a later piece knows it; 0: not known; -1: the file is one
+    # document
+    row: int = 0
 
 
 # ---- unpacking ----
 
 
 def _unpack_arrow(file: BinaryIO, compression: str) -> BinaryIO:
-    """pyarrow takes several frames for one file, and refuses a torn end and whatever follows the last frame."""
+    """pyarrow takes several frames for one file, and refuses a torn end and whatever follows the
+    last frame."""
     import pyarrow
 
     return pyarrow.input_stream(file, compression=compression)
 
 
 def _streams_of_xz(file: BinaryIO) -> Iterator[bytes]:
-    """lzma.LZMAFile takes a later stream that it cannot decode for the end of the file, and says nothing."""
+    """lzma.LZMAFile takes a later stream that it cannot decode for the end of the file, and says
+    nothing."""
     rest = b""
     while True:
         stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
@@ -148,7 +153,8 @@ UNPACK = {
 
 @contextlib.contextmanager
 def opened(source: Source, seekable: bool = False) -> Iterator[BinaryIO]:
-    """The unpacked bytes of a file. `seekable`: a packed one is unpacked into a temporary file first."""
+    """The unpacked bytes of a file. `seekable`: a packed one is unpacked into a temporary file
+    first."""
     _, packing = suffixes(source.path)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(remote.open_binary(source.path))
@@ -166,7 +172,8 @@ def opened(source: Source, seekable: bool = False) -> Iterator[BinaryIO]:
 
 
 def plain(text) -> str:
-    """What a file or a library says, for a message: one line, and nothing in it that a terminal would obey or hide."""
+    """What a file or a library says, for a message: one line, and nothing in it that a terminal
+    would obey or hide."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
 
 
@@ -217,8 +224,8 @@ def parse_json(text: str):
 def field_text(
     row, reading: Reading, encoding: str = "utf-8", replaced: int = 0, check: bool = True
 ) -> Decoded:
-    """The text of a row, which must be a dict. `check`: JSON can spell half a surrogate pair, which is no character:
-    the same choice as for undecodable bytes."""
+    """The text of a row, which must be a dict. `check`: JSON can spell half a surrogate pair,
+    which is no character: the same choice as for undecodable bytes."""
     if not isinstance(row, dict):
         raise Unreadable(f"expected a JSON object, got {type(row).__name__}")
     if reading.field not in row:

@@ -1,9 +1,10 @@
-"""Where units of work run: here, in worker processes of this machine, or on a Ray cluster (called by prepare).
+"""Where units of work run: here, in worker processes of this machine, or on a Ray cluster (called
+by prepare).
 
-An engine is a row of ENGINES: it calls `function(item, tick)` for every item and yields (number of the item, result) as
-they end, in any order. `tick(documents, bytes)` tells of progress inside an item (of Ray: when it ends). What a
-function raises is raised here, and the workers are ended first. Items and results must be picklable, and few of them
-are under way at once.
+An engine is a row of ENGINES: it calls `function(item, tick)` for every item and yields (number of
+the item, result) as they end, in any order. `tick(documents, bytes)` tells of progress inside an
+item (of Ray: when it ends). What a function raises is raised here, and the workers are ended first.
+Items and results must be picklable, and few of them are under way at once.
 """
 
 import contextlib
@@ -35,15 +36,15 @@ class Work(NamedTuple):
 
 
 def _limit_threads(threads: int) -> None:
-    """How many threads the tokenizers library may use in this process; before it makes its first one. putenv and not
-    os.environ: only native code has to see it."""
+    """How many threads the tokenizers library may use in this process; before it makes its first
+    one. putenv and not os.environ: only native code has to see it."""
     os.putenv("RAYON_NUM_THREADS", str(threads))
     os.putenv("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
 
 
 def _attempt(function: Callable, item, tick: Tick) -> tuple[str, Any]:
-    """("result", …) or ("error", exception): planned ends as they are, bugs with their traceback as text, because not
-    every exception survives the way to another process."""
+    """("result", …) or ("error", exception): planned ends as they are, bugs with their traceback
+    as text, because not every exception survives the way to another process."""
     try:
         return "result", function(item, tick)
     except (Exit, OSError, MemoryError) as error:
@@ -69,13 +70,15 @@ def in_process(work: Work) -> Iterator[tuple[int, Any]]:
 
 
 def _follow_parent() -> None:
-    """Ends this process when its parent is gone, whatever killed it: nobody would take its results."""
+    """Ends this process when its parent is gone, whatever killed it: nobody would take its
+    results."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _serve(function: Callable, pipe: Connection, threads: int) -> None:
-    """The life of a worker: an item comes in, ticks and a message go out, until the pipe is closed."""
+    """The life of a worker: an item comes in, ticks and a message go out, until the pipe is
+    closed."""
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the parent decides
@@ -130,9 +133,10 @@ def _lost(worker: Worker, what: str) -> PeerFailed:
 
 
 def local(work: Work) -> Iterator[tuple[int, Any]]:
-    """Worker processes. One thread of the tokenizers library in each, unless there are fewer items than workers: such
-    processes encode as fast as the library's own threads in one (2 cores, BPE of 16,384: 3.1 and 3.3 MB/s of English),
-    and reading, hashing and writing run beside each other as well. Figures: benchmarks/prepare.py."""
+    """Worker processes. One thread of the tokenizers library in each, unless there are fewer
+    items than workers: such processes encode as fast as the library's own threads in one (2
+    cores, BPE of 16,384: 3.1 and 3.3 MB/s of English), and reading, hashing and writing run
+    beside each other as well. Figures: benchmarks/prepare.py."""
     if work.workers == 1 or not work.items:
         yield from in_process(work)
         return
@@ -169,7 +173,8 @@ def local(work: Work) -> Iterator[tuple[int, Any]]:
 
 
 def _remote(function: Callable, item) -> tuple[tuple[str, Any], int, int]:
-    """(message, documents, bytes): Ray has no pipe for ticks under way, so they are added up and told at the end."""
+    """(message, documents, bytes): Ray has no pipe for ticks under way, so they are added up and
+    told at the end."""
     _limit_threads(1)
     seen = []
     message = _attempt(function, item, lambda documents, size: seen.append((documents, size)))
@@ -177,8 +182,8 @@ def _remote(function: Callable, item) -> tuple[tuple[str, Any], int, int]:
 
 
 def _join_ray(work: Work):
-    """The package, connected once for the whole program: that ends with the program, and with it a cluster that was
-    started here."""
+    """The package, connected once for the whole program: that ends with the program, and with it
+    a cluster that was started here."""
     try:
         import ray
     except ImportError:
@@ -211,8 +216,9 @@ def _last_line(error: Exception) -> str:
 
 
 def on_ray(work: Work) -> Iterator[tuple[int, Any]]:
-    """Tasks of a Ray cluster, which must see input and output under the same paths (a shared file system). `address`:
-    as ray.init takes it; `local` starts a cluster of `workers` CPUs here."""
+    """Tasks of a Ray cluster, which must see input and output under the same paths (a shared
+    file system). `address`: as ray.init takes it; `local` starts a cluster of `workers` CPUs
+    here."""
     ray = _join_ray(work)
     # A unit that is run twice makes the same files, so Ray may try again where a machine went away.
     task = ray.remote(num_cpus=1, max_retries=2)(_remote)

@@ -1,8 +1,9 @@
-"""What a document must be, and what is made of it: a table of small pure functions (called by prepare).
+"""What a document must be, and what is made of it: a table of small pure functions (called by
+prepare).
 
-A filter is typed `name:argument`, or `module:function` for one of the user's own. It takes a text and gives the text it
-made of it, or None for a document that is left out. Duplicates need a decision over all documents: their pure parts
-come last.
+A filter is typed `name:argument`, or `module:function` for one of the user's own. It takes a text
+and gives the text it made of it, or None for a document that is left out. Duplicates need a
+decision over all documents: their pure parts come last.
 """
 
 import functools
@@ -48,7 +49,8 @@ def _letters(text: str) -> float:
 
 
 def _repeated(text: str) -> float:
-    """Part of the characters that stand in lines seen before (Rae et al. 2021, Gopher, appendix A)."""
+    """Part of the characters that stand in lines seen before (Rae et al. 2021, Gopher, appendix
+    A)."""
     lines = [line for line in text.split("\n") if line.strip()]
     return 1 - sum(map(len, set(lines))) / max(sum(map(len, lines)), 1)
 
@@ -91,7 +93,8 @@ def _identifier():
 
 
 def _language(names: str, probability: str = "0") -> Apply:
-    """py3langid's best guess is one of `names` (joined by , or +), and its probability at least so much."""
+    """py3langid's best guess is one of `names` (joined by , or +), and its probability at least
+    so much."""
     wanted, least, identifier = set(re.split("[,+]", names)), _part(probability), _identifier()
     if unknown := wanted - set(identifier.labels):
         raise ValueError(
@@ -166,8 +169,9 @@ def _import(spec: str) -> Callable:
 
 
 def code(specs: Iterable[str]) -> dict[str, str]:
-    """{spec: digest} of the user's own filters, as their source files are now: of the module named, and of the one
-    that the function was written in. What these import in turn is not looked at."""
+    """{spec: digest} of the user's own filters, as their source files are now: of the module
+    named, and of the one that the function was written in. What these import in turn is not
+    looked at."""
     found = {}
     for spec in specs:
         if spec.partition(":")[0] not in FILTERS:
@@ -220,14 +224,16 @@ def _make(spec: str) -> Apply:
 
 
 class Chain:
-    """Filters one after the other; pickled as what was typed, and made again in the process that gets it."""
+    """Filters one after the other; pickled as what was typed, and made again in the process that
+    gets it."""
 
     def __init__(self, specs: tuple[str, ...]):
         self.specs = tuple(specs)
         self.steps = [(spec, _make(spec)) for spec in self.specs]
 
     def __call__(self, text: str) -> tuple[str | None, str]:
-        """(text, "") or (None, the filter that left it out as typed). A text that became empty is left out."""
+        """(text, "") or (None, the filter that left it out as typed). A text that became empty
+        is left out."""
         for spec, apply in self.steps:
             text = apply(text)
             if not text:
@@ -239,7 +245,8 @@ class Chain:
 
 
 def parse(specs: tuple[str, ...]) -> Chain:
-    """The chain of filters typed. UsageError for an unknown one (listing the table) and for arguments of no use."""
+    """The chain of filters typed. UsageError for an unknown one (listing the table) and for
+    arguments of no use."""
     return Chain(specs)
 
 
@@ -256,9 +263,9 @@ MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd
 
 
 def _shingle_hashes(text: str, size: int) -> Iterator[np.ndarray]:
-    """uint32 hashes, in blocks, of every run of `size` units (words; characters of Chinese, Japanese, Thai, Khmer, Lao,
-    Burmese), case and punctuation aside; at least one. CRCs of units are combined by arithmetic, as hashing each joined
-    run was most of the time."""
+    """uint32 hashes, in blocks, of every run of `size` units (words; characters of Chinese,
+    Japanese, Thai, Khmer, Lao, Burmese), case and punctuation aside; at least one. CRCs of units
+    are combined by arithmetic, as hashing each joined run was most of the time."""
     units = np.fromiter(
         (zlib.crc32(found[0].encode()) for found in UNITS.finditer(text.casefold())), np.uint32
     )
@@ -272,7 +279,8 @@ def _shingle_hashes(text: str, size: int) -> Iterator[np.ndarray]:
 
 
 def _mixed(columns: Iterable[np.ndarray]) -> np.ndarray:
-    """uint64 [N]: a number for each row of uint32 columns, in their order; its upper half is the better one."""
+    """uint64 [N]: a number for each row of uint32 columns, in their order; its upper half is the
+    better one."""
     mixed = np.uint64(0)
     for column in columns:
         mixed = (mixed ^ column.astype(np.uint64)) * MIX + np.uint64(1)
@@ -292,8 +300,9 @@ def _blank_minhash(permutations: int):
 
 
 def minhash(text: str, permutations: int = 64, shingle: int = 5) -> np.ndarray:
-    """uint32 [permutations]: the part in which two of them agree estimates the Jaccard similarity of the texts'
-    shingles (Broder 1997), with a standard error of at most 1 / (2 sqrt(permutations))."""
+    """uint32 [permutations]: the part in which two of them agree estimates the Jaccard
+    similarity of the texts' shingles (Broder 1997), with a standard error of at most 1 / (2
+    sqrt(permutations))."""
     signature = _blank_minhash(permutations).copy()
     for hashes in _shingle_hashes(text, shingle):
         signature.update_batch(hashes)
@@ -301,8 +310,9 @@ def minhash(text: str, permutations: int = 64, shingle: int = 5) -> np.ndarray:
 
 
 def band_rows(permutations: int, threshold: float) -> int:
-    """Hashes to a band: as many as find a pair at the threshold with probability 0.99 (Leskovec et al., Mining of
-    Massive Datasets, section 3.4); what is found beyond that is compared, so that too few cost time only."""
+    """Hashes to a band: as many as find a pair at the threshold with probability 0.99 (Leskovec
+    et al., Mining of Massive Datasets, section 3.4); what is found beyond that is compared, so
+    that too few cost time only."""
     caught = [
         rows
         for rows in range(1, permutations + 1)
@@ -312,14 +322,16 @@ def band_rows(permutations: int, threshold: float) -> int:
 
 
 def _shared_buckets(band: np.ndarray) -> np.ndarray:
-    """int64 [N]: a number for rows of `band` [N, rows] that occur more than once, -1 for the others."""
+    """int64 [N]: a number for rows of `band` [N, rows] that occur more than once, -1 for the
+    others."""
     _, bucket, count = np.unique(_mixed(band.T), return_inverse=True, return_counts=True)
     return np.where(count[bucket] > 1, bucket, -1)
 
 
 def near_duplicates(signatures: np.ndarray, threshold: float = 0.8) -> np.ndarray:
-    """bool [N] of MinHash signatures [N, permutations]: whether a document's estimated similarity to an earlier one
-    that stays is `threshold` or more. So the first of a group stays, and what goes has something like it that stays."""
+    """bool [N] of MinHash signatures [N, permutations]: whether a document's estimated
+    similarity to an earlier one that stays is `threshold` or more. So the first of a group
+    stays, and what goes has something like it that stays."""
     if not 0 < threshold <= 1:
         raise UsageError(
             f"threshold = {threshold}: the similarity of near-duplicates is above 0 and at most 1"

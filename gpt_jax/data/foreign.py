@@ -8,7 +8,8 @@
             core/datasets/indexed_dataset.py)
   npy       NAME.npy: one array of uint16, uint32 or int32 (karpathy/build-nanogpt, fineweb.py)
 
-All are little-endian. Nothing in the first and the last tells which tokenizer made them: whoever uses them must.
+All are little-endian. Nothing in the first and the last tells which tokenizer made them: whoever
+uses them must.
 """
 
 import struct
@@ -46,8 +47,8 @@ def _map(path: Path, dtype, count: int, offset: int = 0) -> np.ndarray:
 
 
 def split(tokens: np.ndarray, eot: int | None, begins: bool | None = None) -> np.ndarray:
-    """Offsets of the documents that `eot` ends or `begins`; None: it begins them where it is the very first id (llm.c
-    puts it in front)."""
+    """Offsets of the documents that `eot` ends or `begins`; None: it begins them where it is the
+    very first id (llm.c puts it in front)."""
     if eot is None:
         return np.array([0, len(tokens)], np.int64)
     at = np.concatenate(
@@ -174,8 +175,8 @@ def kind_of(path: Path) -> str:
 
 
 def open_foreign(path: Path | str, eot: int | None = None) -> Foreign:
-    """The tokens of another tool's file (`.bin`, `.idx` or `.npy`; of Megatron's pair either one). Where the file does
-    not say where documents end, `eot` does, and without it all is one document.
+    """The tokens of another tool's file (`.bin`, `.idx` or `.npy`; of Megatron's pair either one).
+    Where the file does not say where documents end, `eot` does, and without it all is one document.
 
     UsageError, naming the file, for one that is missing, torn, or none of these kinds."""
     path = Path(path)

@@ -1,8 +1,8 @@
 """The rows of one file, format by format (called by readers).
 
-A format is a row of FORMATS: a generator of `Raw`, what makes a document's text of a decoded row, and how a file can be
-cut. Lines end at byte 0A and nowhere else, never at U+2028 and its like. A row that cannot be read is a value
-(`Unreadable`), so that the rows after it can still be had.
+A format is a row of FORMATS: a generator of `Raw`, what makes a document's text of a decoded row,
+and how a file can be cut. Lines end at byte 0A and nowhere else, never at U+2028 and its like. A
+row that cannot be read is a value (`Unreadable`), so that the rows after it can still be had.
 """
 
 import contextlib
@@ -90,8 +90,8 @@ def _holds_lines(piece: Piece, reading: Reading) -> bool:
 
 
 def _json(piece: Piece, reading: Reading) -> Iterator[Raw]:
-    """A list of objects or one object, read as a whole: memory is a multiple of the file. A file that holds an object a
-    line is read as .jsonl, for many are published so."""
+    """A list of objects or one object, read as a whole: memory is a multiple of the file. A file
+    that holds an object a line is read as .jsonl, for many are published so."""
     if _holds_lines(piece, reading):
         yield from _lines(piece, reading)
         return
@@ -114,8 +114,8 @@ def _json(piece: Piece, reading: Reading) -> Iterator[Raw]:
 
 
 def _column(header: list[bytes], piece: Piece, reading: Reading) -> tuple[int, bool]:
-    """(column, whether the first row is a header): by the name in the header; a number, from 0, means that there is
-    none, whatever the first row holds (a class label may well be 1)."""
+    """(column, whether the first row is a header): by the name in the header; a number, from 0,
+    means that there is none, whatever the first row holds (a class label may well be 1)."""
     if reading.field.isdecimal() and int(reading.field) < len(header):
         return int(reading.field), False
     if any(b"\0" in name for name in header):
@@ -143,8 +143,8 @@ def _check_column(names: list[str], piece: Piece, reading: Reading, more: str = 
 
 
 def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
-    """Of a row of a table whose first row has `width` columns. More of them, if not empty, are what is left of a text
-    that was cut at a separator."""
+    """Of a row of a table whose first row has `width` columns. More of them, if not empty, are
+    what is left of a text that was cut at a separator."""
     if cells and column >= len(cells):
         return Unreadable(f"has {len(cells)} columns, expected more than {column}")
     if any(cells[width:]):
@@ -156,8 +156,8 @@ def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
 
 
 def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
-    """A row a line, quotes are ordinary characters (as IANA's text/tab-separated-values has it): a stray quote must not
-    swallow the rows after it."""
+    """A row a line, quotes are ordinary characters (as IANA's text/tab-separated-values has it):
+    a stray quote must not swallow the rows after it."""
 
     def cells(line: bytes) -> list[bytes]:
         line = line.removesuffix(b"\n").removesuffix(b"\r")
@@ -179,8 +179,9 @@ def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
 
 
 def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
-    """Cells are cut as latin-1, which keeps every byte, and decoded by themselves afterwards; a quoted cell may hold
-    line ends. Strict, so that a stray quote is an error and not a very long cell."""
+    """Cells are cut as latin-1, which keeps every byte, and decoded by themselves afterwards; a
+    quoted cell may hold line ends. Strict, so that a stray quote is an error and not a very long
+    cell."""
     _check_encodings(piece, reading)
     with opened(piece.source) as file:
         text = (
@@ -228,7 +229,8 @@ def _check_schema(schema, piece: Piece, reading: Reading) -> None:
 
 
 def _cells(batches, reading: Reading, first: int = 0) -> Iterator[Raw]:
-    """The texts of record batches as bytes, to be decoded as all others are; `first`: rows of the file before them."""
+    """The texts of record batches as bytes, to be decoded as all others are; `first`: rows of
+    the file before them."""
     import pyarrow
 
     for batch in batches:

@@ -1,7 +1,9 @@
-"""Data sets of Hugging Face, streamed: `hf://name[:config][@split][#revision]` (called by formats, readers, prepare).
-Without a split, `train`; `pin` puts the commit of the hub in the place of the revision.
+"""Data sets of Hugging Face, streamed: `hf://name[:config][@split][#revision]` (called by formats,
+readers, prepare). Without a split, `train`; `pin` puts the commit of the hub in the place of the
+revision.
 
-A name that is a folder of this machine works as well, for `datasets` reads the files in it: `hf:///data/stories@train`.
+A name that is a folder of this machine works as well, for `datasets` reads the files in it:
+`hf:///data/stories@train`.
 """
 
 import contextlib
@@ -52,7 +54,8 @@ def parse(path: str) -> Name:
 
 @contextlib.contextmanager
 def _library(path: str) -> Iterator[None]:
-    """What `datasets` and the libraries under it say, in one line: names, networks and files are all outside."""
+    """What `datasets` and the libraries under it say, in one line: names, networks and files are
+    all outside."""
     try:
         yield
     except UsageError:
@@ -69,8 +72,9 @@ def _library(path: str) -> Iterator[None]:
 
 
 def pin(path: str, say: Callable[[str], None]) -> str:
-    """`path` with the commit that the hub has for it now, so that every worker and every later call reads the same; a
-    folder of this machine, or a commit, as it is. Says so where the hub does not answer."""
+    """`path` with the commit that the hub has for it now, so that every worker and every later
+    call reads the same; a folder of this machine, or a commit, as it is. Says so where the hub
+    does not answer."""
     found = parse(path)
     if found.local or found.pinned:
         return path
@@ -144,8 +148,8 @@ def _hub_sizes(found: Name) -> dict[str, int]:
 
 
 def stamp(path: str) -> tuple[int, str]:
-    """(bytes, 0 where that is not known; what changes when it does): the commit, or sizes and times of a folder's
-    files, as of any file."""
+    """(bytes, 0 where that is not known; what changes when it does): the commit, or sizes and
+    times of a folder's files, as of any file."""
     found = parse(path)
     if not found.local:
         return sum(sizes(path)), found.revision or ""

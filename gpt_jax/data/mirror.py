@@ -1,6 +1,7 @@
 """A corpus on an object store, copied to this machine once (called by dataset).
 
-Training reads rows by place all over the shards, which a store serves a thousand times slower than a disk.
+Training reads rows by place all over the shards, which a store serves a thousand times slower than
+a disk.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ BLOCK = 1 << 22
 
 
 def is_remote_corpus(url: str) -> bool:
-    """Whether a folder of a store was made by `gpt-jax prepare`; a data set never is, and the hub is not asked."""
+    """Whether a folder of a store was made by `gpt-jax prepare`; a data set never is, and the
+    hub is not asked."""
     return (
         remote.is_remote(url)
         and not url.startswith(HUB)
@@ -26,7 +28,8 @@ def is_remote_corpus(url: str) -> bool:
 
 
 def _blocks(url: str) -> Iterator[bytes]:
-    """The file at `url`. UsageError naming it for whatever the store or the network says on the way."""
+    """The file at `url`. UsageError naming it for whatever the store or the network says on the
+    way."""
     with remote.open_remote(url) as file:
         while True:
             with remote.reaching(url):
@@ -37,9 +40,10 @@ def _blocks(url: str) -> Iterator[bytes]:
 
 
 def mirror(url: str, cache: Path, say: Callable[[str], None]) -> Path:
-    """The folder below `cache` that holds the corpus at `url`, copied there if need be: named by its content, each file
-    checked against its SHA-256 and there as a whole or not at all, the manifest last; files that are there already (of
-    an earlier call that was killed) stay. UsageError when it cannot be had, DataError for a file damaged there."""
+    """The folder below `cache` that holds the corpus at `url`, copied there if need be: named by
+    its content, each file checked against its SHA-256 and there as a whole or not at all, the
+    manifest last; files that are there already (of an earlier call that was killed) stay.
+    UsageError when it cannot be had, DataError for a file damaged there."""
     url = url.rstrip("/")
     raw = b"".join(_blocks(f"{url}/{corpus.MANIFEST}"))
     manifest = corpus.parse_manifest(raw, f"{url}/{corpus.MANIFEST}")

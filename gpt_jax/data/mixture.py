@@ -1,9 +1,11 @@
-"""Which source each example comes from (called by pipeline): a pure function of the example's number.
+"""Which source each example comes from (called by pipeline): a pure function of the example's
+number.
 
-Examples are dealt in blocks. Every block holds each source's share exactly, shuffled within the block, and the n-th
-example of a source in the stream is its own n-th row, so that neither a shuffle buffer nor a count of what was drawn is
-kept (after Levanter's block-deterministic mixtures, data/mixture.py). Unlike there a stage begins at the very example
-asked for: blocks are counted from it, and what is left before it is a shorter block.
+Examples are dealt in blocks. Every block holds each source's share exactly, shuffled within the
+block, and the n-th example of a source in the stream is its own n-th row, so that neither a shuffle
+buffer nor a count of what was drawn is kept (after Levanter's block-deterministic mixtures,
+data/mixture.py). Unlike there a stage begins at the very example asked for: blocks are counted from
+it, and what is left before it is a shorter block.
 """
 
 import functools
@@ -19,8 +21,8 @@ from gpt_jax.errors import UsageError
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Runs of equal blocks; `counts[r, i]` examples of source i in every block of run r, which begins with example
-    `begins[r]`. See `make`."""
+    """Runs of equal blocks; `counts[r, i]` examples of source i in every block of run r, which
+    begins with example `begins[r]`. See `make`."""
 
     counts: np.ndarray  # int64 [runs, sources]; a row's sum is the size of the blocks
     begins: (
@@ -47,7 +49,8 @@ class Mixture:
         return np.searchsorted(self.begins, index, "right") - 1
 
     def assign(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source [N], number of the example within its source [N]) of examples `index` (int64 [N])."""
+        """(source [N], number of the example within its source [N]) of examples `index` (int64
+        [N])."""
         run, (blocks, drawn) = self._run(index), self._before
         block, place = np.divmod(index - self.begins[run], self.sizes[run])
         for r in np.unique(run):
@@ -65,8 +68,8 @@ class Mixture:
         return source, pick(drawn[run]) + block * pick(counts) + place - pick(ends - counts)
 
     def shares(self, index: int) -> np.ndarray:
-        """float [sources] of sum 1: the part of the examples from each source in the stage that example `index` is
-        in."""
+        """float [sources] of sum 1: the part of the examples from each source in the stage that
+        example `index` is in."""
         return self.weights[self._run(index)]
 
     def drawn(self, examples: int) -> np.ndarray:
@@ -82,9 +85,9 @@ class Mixture:
 
 
 def make(counts: np.ndarray, begins: Sequence[int], seed: int) -> Mixture:
-    """The mixture of stages whose blocks hold `counts` (int64 [stages, sources], rows of one sum) and that begin with
-    examples `begins` (rising, from 0). What is left of a stage after its whole blocks is a block of its own, with its
-    shares by largest remainders."""
+    """The mixture of stages whose blocks hold `counts` (int64 [stages, sources], rows of one
+    sum) and that begin with examples `begins` (rising, from 0). What is left of a stage after
+    its whole blocks is a block of its own, with its shares by largest remainders."""
     runs = []  # (begin, counts, shares)
     for stage, (row, begin) in enumerate(zip(counts, begins)):
         size, shares = int(row.sum()), row / row.sum()
@@ -101,8 +104,9 @@ LAST_TOKEN = 10**18  # at which a stage may begin
 
 
 def check(stages: Sequence[tuple[int, Sequence[float]]], names: Sequence[str]) -> None:
-    """UsageError for stages (first token, a weight for each of the sources `names`) that can be no mixture, whatever
-    the sources hold; the first of them is config.data.sources itself, the others config.data.stages."""
+    """UsageError for stages (first token, a weight for each of the sources `names`) that can be
+    no mixture, whatever the sources hold; the first of them is config.data.sources itself, the
+    others config.data.stages."""
     for i, (token, weights) in enumerate(stages):
         field = f"config.data.stages[{i - 1}]" if i else "config.data.sources"
         if len(weights) != len(names):
@@ -130,8 +134,8 @@ def _remainders(shares: np.ndarray, total: int) -> np.ndarray:
 
 
 def apportion(shares: np.ndarray, block: int, names: tuple[str, ...]) -> np.ndarray:
-    """int64 [sources] that sum to `block`: each share (float [sources], any sum) by largest remainders. UsageError for
-    a share that is not 0 and gets no example."""
+    """int64 [sources] that sum to `block`: each share (float [sources], any sum) by largest
+    remainders. UsageError for a share that is not 0 and gets no example."""
     shares = shares / shares.max()
     counts = _remainders(shares, block)
     for name, share, count in zip(names, shares, counts):

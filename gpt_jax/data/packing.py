@@ -1,11 +1,12 @@
-"""Documents to rows without cutting them (called by rows): who shares a row with whom, planned once and before any
-slicing, so that row r is the same for every reader and any row is found at once.
+"""Documents to rows without cutting them (called by rows): who shares a row with whom, planned once
+and before any slicing, so that row r is the same for every reader and any row is found at once.
 
-Plans are in tokens. A row holds up to `capacity` = T + 1 of them, T inputs and the last target. A document that does
-not fit is cut into rows of its own, each beginning with the last token of the one before, and its rest shares a row
-like any short document, so that no token is lost and each is predicted once (Ding et al. 2024, "Fewer truncations
-improve language modeling"; where documents are not kept apart, the token that is there twice is predicted twice). 16
-bytes a document are held in memory.
+Plans are in tokens. A row holds up to `capacity` = T + 1 of them, T inputs and the last target. A
+document that does not fit is cut into rows of its own, each beginning with the last token of the
+one before, and its rest shares a row like any short document, so that no token is lost and each is
+predicted once (Ding et al. 2024, "Fewer truncations improve language modeling"; where documents are
+not kept apart, the token that is there twice is predicted twice). 16 bytes a document are held in
+memory.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import numpy as np
 
 from gpt_jax.data.order import permute
 
-BLOCK = 1024  # pieces that are packed among themselves: enough for full rows, and many blocks go side by side
+# pieces that are packed among themselves: enough for full rows, and many blocks go side by side
+BLOCK = 1024
 BLOCKS_AT_ONCE = 256
 
 
@@ -33,7 +35,8 @@ class Plan:
 
 
 def cut(offsets: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(starts of full rows, starts of pieces, sizes of pieces) of documents that begin at `offsets` (int64 [N + 1])."""
+    """(starts of full rows, starts of pieces, sizes of pieces) of documents that begin at
+    `offsets` (int64 [N + 1])."""
     begins, sizes = offsets[:-1], np.diff(offsets)
     full = np.where(sizes > capacity, (sizes - 1) // (capacity - 1), 0)
     nth = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)
@@ -57,8 +60,8 @@ def best_fit(room: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 
 def place(sizes: np.ndarray, capacity: int, choose: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """(row of every piece [G, K], rows used [G]) of G blocks of K pieces (size 0: none), packed side by side in the
-    order given."""
+    """(row of every piece [G, K], rows used [G]) of G blocks of K pieces (size 0: none), packed
+    side by side in the order given."""
     groups, pieces = sizes.shape
     room = np.full((groups, pieces + 1), capacity, np.int32)
     rows, used, every = (
@@ -82,14 +85,14 @@ def _longest_first(sizes: np.ndarray) -> np.ndarray:
     return np.argsort(-sizes, axis=1, kind="stable")
 
 
-# name -> (order of a block's pieces, choice of the row): documents as they come into the first row with room (Johnson
-# 1973), or the longest first into the row they fill best.
+# name -> (order of a block's pieces, choice of the row): documents as they come into the first row
+# with room (Johnson 1973), or the longest first into the row they fill best.
 PACKINGS = {"first_fit": (_in_arrival_order, first_fit), "best_fit": (_longest_first, best_fit)}
 
 
 def plan(offsets: np.ndarray, capacity: int, how: str, seed: int) -> Plan:
-    """Rows of up to `capacity` tokens for documents at `offsets` (int64 [N + 1]), those that share a row drawn from all
-    over the corpus by `seed`. A pure function of its arguments."""
+    """Rows of up to `capacity` tokens for documents at `offsets` (int64 [N + 1]), those that
+    share a row drawn from all over the corpus by `seed`. A pure function of its arguments."""
     arrange, choose = PACKINGS[how]
     whole, begins, sizes = cut(offsets, capacity)
     count, done = len(begins), len(whole)
@@ -124,8 +127,9 @@ def plan(offsets: np.ndarray, capacity: int, how: str, seed: int) -> Plan:
 
 
 def at_documents(offsets: np.ndarray, seq_len: int) -> np.ndarray:
-    """int64 [rows]: where rows of T = `seq_len` begin that all begin with a document: the next one begins with the
-    first document that has not begun inside the inputs of this one. Empty documents at the end begin none."""
+    """int64 [rows]: where rows of T = `seq_len` begin that all begin with a document: the next
+    one begins with the first document that has not begun inside the inputs of this one. Empty
+    documents at the end begin none."""
     offsets = offsets[: np.searchsorted(offsets, offsets[-1]) + 1]
     following = np.searchsorted(offsets[:-1], offsets[:-1] + seq_len, "left")
     rows, document, step = [], 0, 1 << 20

@@ -1,7 +1,8 @@
-"""Rows to streams: batches as a Grain data set, read ahead off the main thread (called by loop and commands).
+"""Rows to streams: batches as a Grain data set, read ahead off the main thread (called by loop and
+commands).
 
-A batch is a pure function of its number, so the only state is the number of the next one, and the share of a process is
-a slice of the rows: nothing here knows how many processes there are.
+A batch is a pure function of its number, so the only state is the number of the next one, and the
+share of a process is a slice of the rows: nothing here knows how many processes there are.
 """
 
 import functools
@@ -26,7 +27,8 @@ ENDLESS = 2**62  # batches in a stream that has no end; Grain wants a length
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Training rows by number, mixed from sources: `columns(indices)`, int64 [N] -> Columns [N, T]."""
+    """Training rows by number, mixed from sources: `columns(indices)`, int64 [N] -> Columns [N,
+    T]."""
 
     names: tuple[str, ...]
     rows: tuple[Window, ...]  # of each source
@@ -44,8 +46,9 @@ class Examples:
         return self.mix.drawn(examples) if self.mix else np.array([examples])
 
     def shares(self, examples: int) -> dict[str, float]:
-        """{source: its part of the rows} in the stage of the mixture that the last of the first `examples` is in: the
-        weights of the sources in the mean of their held-out metrics, here and in `gpt-jax evaluate`."""
+        """{source: its part of the rows} in the stage of the mixture that the last of the first
+        `examples` is in: the weights of the sources in the mean of their held-out metrics, here
+        and in `gpt-jax evaluate`."""
         shares = self.mix.shares(max(0, examples - 1)).tolist() if self.mix else [1.0]
         return dict(zip(self.names, shares))
 
@@ -81,13 +84,15 @@ class Examples:
         return columns(self.fill(indices), self.tokenizer.token_bytes, self.knobs.apart)
 
     def spans(self, index: int) -> tuple[int, list[Span]]:
-        """(source, the documents that example `index` is made of, in the order before `shuffle_documents`)."""
+        """(source, the documents that example `index` is made of, in the order before
+        `shuffle_documents`)."""
         source, nth = self.assign(np.array([index]))
         return int(source[0]), self.rows[source[0]].spans(int(nth[0]))
 
 
 class Batches:
-    """Random access to batches: `self[n]` is rows `n * batch_size + rows`, as columns [len(rows), T]."""
+    """Random access to batches: `self[n]` is rows `n * batch_size + rows`, as columns
+    [len(rows), T]."""
 
     def __init__(self, make, batch_size: int, rows: slice, count: int):
         self._make, self._batch_size, self._count = make, batch_size, count
@@ -104,7 +109,8 @@ class Batches:
 
 
 class Stream:
-    """An iterator of batches from number `start` on, `prefetch` of them made ahead by `threads`. Close it when done."""
+    """An iterator of batches from number `start` on, `prefetch` of them made ahead by `threads`.
+    Close it when done."""
 
     def __init__(
         self,
@@ -125,11 +131,13 @@ class Stream:
         return self
 
     def __next__(self) -> Columns:
-        """The next batch: numpy columns [rows of this process, T], see rows.columns. DataError for data turned bad."""
+        """The next batch: numpy columns [rows of this process, T], see rows.columns. DataError
+        for data turned bad."""
         return next(self._iterator)
 
     def state(self) -> dict[str, int]:
-        """`{"next": n}`: the number of the batch that `next` gives; `start=n` goes on there in O(1)."""
+        """`{"next": n}`: the number of the batch that `next` gives; `start=n` goes on there in
+        O(1)."""
         return {"next": int(self._iterator.get_state()["next_index"])}
 
     def close(self) -> None:
@@ -137,7 +145,8 @@ class Stream:
 
 
 class EvalBatches:
-    """Held-out batches, the same every time they are iterated, the last padded with rows of weight 0."""
+    """Held-out batches, the same every time they are iterated, the last padded with rows of
+    weight 0."""
 
     def __init__(self, batches: Batches, data: config.Data):
         self._batches, self._data = batches, data
@@ -156,7 +165,8 @@ class EvalBatches:
 def _row_shares(
     weights, parts: Sequence[Part], rows: Sequence[Window], knobs: config.Data
 ) -> np.ndarray:
-    """float [sources]: the part of the rows for each source, from `weights` in tokens or documents."""
+    """float [sources]: the part of the rows for each source, from `weights` in tokens or
+    documents."""
     size = {
         "tokens": [part.train.size for part in parts],
         "documents": [part.train.documents for part in parts],
@@ -165,7 +175,8 @@ def _row_shares(
     wanted = np.array(weights, float)
     if knobs.temperature:
         wanted = wanted * (amount / amount.max()) ** (1 / knobs.temperature)
-    # Tokens in a row are as many as its places are filled; a source whose rows hold less needs more of them.
+    # Tokens in a row are as many as its places are filled; a source whose rows hold less needs more
+    # of them.
     a_row = {
         "tokens": [source.filled for source in rows],
         "documents": [n / source.count for n, source in zip(amount, rows)],
@@ -203,7 +214,8 @@ def _source_seed(seed: int, name: str, only: bool) -> int:
     1
 )  # a job compares it between its processes first; packing a large corpus takes a while
 def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) -> Examples:
-    """Rows of all sources and their mixture. UsageError for too little text, or settings that do not fit."""
+    """Rows of all sources and their mixture. UsageError for too little text, or settings that do
+    not fit."""
     parts = data.parts
     check_fim(knobs, data.tokenizer.name, data.tokenizer.specials)
 
@@ -240,8 +252,8 @@ def check_sizes(examples: Examples, batch_size: int) -> None:
 
 
 def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
-    """A line a source: rows, how full they are, what is lost, how many epochs `steps` batches make; and a line for each
-    stage that so few steps never reach."""
+    """A line a source: rows, how full they are, what is lost, how many epochs `steps` batches
+    make; and a line for each stage that so few steps never reach."""
     lines, tokens = [], batch_size * steps * (examples.rows[0].length - 1)
     for name, rows, drawn in zip(examples.names, examples.rows, examples.drawn(batch_size * steps)):
         line = f"{examples.knobs.rows} rows: {rows.count:,} of {rows.length - 1:,} tokens an epoch"
@@ -272,9 +284,9 @@ def make_stream(
     start: int = 0,
     steps: int = 0,
 ) -> Stream:
-    """Training batches without end. `batch_size` rows make a global batch, of which this process gets `rows`; row i of
-    batch n is example n * batch_size + i whatever the slices. `steps` is for the summary only. UsageError for a text
-    shorter than a row or a batch."""
+    """Training batches without end. `batch_size` rows make a global batch, of which this process
+    gets `rows`; row i of batch n is example n * batch_size + i whatever the slices. `steps` is
+    for the summary only. UsageError for a text shorter than a row or a batch."""
     examples = make_examples(data, knobs, seq_len, seed)
     check_sizes(examples, batch_size)
     batches = Batches(examples.columns, batch_size, rows, ENDLESS)
@@ -298,8 +310,8 @@ def make_eval_batches(
     limit: int = 0,
     name: str = "the held-out text",
 ) -> EvalBatches:
-    """All held-out text in order, or its first `limit` batches (0: all); as many batches on every process, with the
-    columns of training. UsageError, by `name`, for text of one token."""
+    """All held-out text in order, or its first `limit` batches (0: all); as many batches on
+    every process, with the columns of training. UsageError, by `name`, for text of one token."""
     source = InOrder(tokens, seq_len, name)
 
     def make(indices: np.ndarray) -> Columns:

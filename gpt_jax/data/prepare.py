@@ -1,7 +1,9 @@
-"""From raw text to a corpus of token shards: what `gpt-jax prepare` does (called by the prepare command).
+"""From raw text to a corpus of token shards: what `gpt-jax prepare` does (called by the prepare
+command).
 
-The input is cut into units (see units), an engine runs them (see engines), and what they made is put together (see
-assemble). Two phases when something has to be known of all documents first (duplicates, characters), else one.
+The input is cut into units (see units), an engine runs them (see engines), and what they made is
+put together (see assemble). Two phases when something has to be known of all documents first
+(duplicates, characters), else one.
 """
 
 import contextlib
@@ -25,8 +27,9 @@ from gpt_jax.data.tokenizer import Tokenizer, from_json, is_char, known_tokenize
 from gpt_jax.data.units import WORK, Job, Settings, Unit
 from gpt_jax.errors import DataError, UsageError
 
-# Input of a unit when --piece_mb is 0: a five-hundredth of all, so that the last units keep all workers busy, but no
-# more than is redone gladly after a kill, and no less than is worth three files.
+# Input of a unit when --piece_mb is 0: a five-hundredth of all, so that the last units keep all
+# workers busy, but no more than is redone gladly after a kill, and no less than is worth three
+# files.
 UNITS, SMALLEST, LARGEST = 500, 4e6, 64e6
 
 
@@ -60,11 +63,13 @@ def prepare(
     say: Say,
     show: Show,
 ) -> dict:
-    """Makes the corpus of `inputs` ({source: what sources.find takes}) in `folder`, or goes on where an earlier call
-    was ended, and gives its manifest. The same input and settings make the same bytes, whatever the engine.
+    """Makes the corpus of `inputs` ({source: what sources.find takes}) in `folder`, or goes on
+    where an earlier call was ended, and gives its manifest. The same input and settings make the
+    same bytes, whatever the engine.
 
-    UsageError for settings, files and a folder of no use, and for a full disk; DataError when the input or the module
-    of a filter changes meanwhile; PeerFailed when a worker is killed. What is finished stays."""
+    UsageError for settings, files and a folder of no use, and for a full disk; DataError when
+    the input or the module of a filter changes meanwhile; PeerFailed when a worker is killed.
+    What is finished stays."""
     known = known_tokenizer(settings.tokenizer, "--tokenizer")
     survey.threshold(settings.dedup)
     filters.parse(settings.filters)
@@ -185,7 +190,8 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
 def plan(
     found: Mapping[str, Sequence[Source]], stamps: Mapping, settings: Settings, about: dict
 ) -> list[Unit]:
-    """The units in the order of the input. Large files are cut where their format allows it, small ones joined."""
+    """The units in the order of the input. Large files are cut where their format allows it,
+    small ones joined."""
     total = sum(size for size, _ in stamps.values())
     target = settings.piece_mb * 1e6 or min(max(total / UNITS, SMALLEST), LARGEST)
     made = []
@@ -292,7 +298,8 @@ def _make(
 def run_phase(
     job: Job, phase: str, todo: Sequence[Unit], function: Callable, engine: Engine, show: Show
 ) -> list[dict]:
-    """What `function(job, unit, tick)` makes of every unit, in order; what a marker says is done is not done again."""
+    """What `function(job, unit, tick)` makes of every unit, in order; what a marker says is done
+    is not done again."""
     made = [units.finished(job, phase, unit) for unit in todo]
     missing = [i for i, result in enumerate(made) if result is None]
     documents, size = 0, 0
@@ -321,8 +328,8 @@ def run_phase(
 
 
 def _made(job: Job, todo: Sequence[Unit], scans, keys, say: Say) -> Tokenizer:
-    """The tokenizer that is made from the text: characters of all of it, BPE of a sample of the training side. Kept
-    among the work, so that it is not made again."""
+    """The tokenizer that is made from the text: characters of all of it, BPE of a sample of the
+    training side. Kept among the work, so that it is not made again."""
     settings = job.settings
     path = job.folder / WORK / f"trained-{digest([unit.key for unit in todo], keys)}.json"
     if not path.exists():
@@ -336,7 +343,8 @@ def _made(job: Job, todo: Sequence[Unit], scans, keys, say: Say) -> Tokenizer:
 
 
 def _sample(job: Job, todo: Sequence[Unit], keep: bool) -> Iterator[str]:
-    """At most `tokenizer_mb` of text to train on, from the beginning of every unit as its share of the input."""
+    """At most `tokenizer_mb` of text to train on, from the beginning of every unit as its share
+    of the input."""
     total, most = max(sum(unit.size for unit in todo), 1), job.settings.tokenizer_mb * 1e6
     for unit in todo:
         room = int(most * unit.size / total)

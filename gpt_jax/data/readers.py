@@ -1,8 +1,8 @@
-"""Documents of sources: read in order, whole or piece by piece, with a count of what was left out (called by split and
-prepare).
+"""Documents of sources: read in order, whole or piece by piece, with a count of what was left out
+(called by split and prepare).
 
-Text stays exact: no newline translation, no stripping. Everything unusable is a UsageError that names the file and the
-place in it, or with on_error=skip a row that is counted.
+Text stays exact: no newline translation, no stripping. Everything unusable is a UsageError that
+names the file and the place in it, or with on_error=skip a row that is counted.
 """
 
 import contextlib
@@ -165,7 +165,8 @@ def _joined(sizes: Sequence[int], size: int) -> list[int]:
 
 
 def _shard_borders(source: Source, size: int) -> list[int]:
-    """Shards at which pieces of about `size` bytes begin; each one where their sizes are not known."""
+    """Shards at which pieces of about `size` bytes begin; each one where their sizes are not
+    known."""
     sizes = hub.sizes(source.path)
     return _joined(sizes, size) if any(sizes) else list(range(len(sizes)))
 
@@ -179,8 +180,9 @@ CUTS = {
 
 
 def cut(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:
-    """Pieces of about `size` bytes, at least one, whose documents one after the other are those of the whole: lines by
-    bytes, .parquet by row groups, hf:// by the data set's own shards; packed files and all other formats whole."""
+    """Pieces of about `size` bytes, at least one, whose documents one after the other are those
+    of the whole: lines by bytes, .parquet by row groups, hf:// by the data set's own shards;
+    packed files and all other formats whole."""
     packing, borders = suffixes(source.path)[1], [0]
     with contextlib.suppress(Damaged), _damage(source):  # told when it is read
         borders = list(
@@ -193,7 +195,8 @@ def cut(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:
 
 
 def _name(label, piece: Piece, row: int, number: int) -> str:
-    """`label:row`; of a later piece that does not know its row in the file, `label@start:row in the piece`."""
+    """`label:row`; of a later piece that does not know its row in the file, `label@start:row in
+    the piece`."""
     return (
         str(label)
         if row < 0
@@ -218,9 +221,9 @@ def documents(
 ) -> Iterator[Document]:
     """Every document that has text, in order; `tally` counts what was read and left out.
 
-    UsageError for a file that cannot be read, naming it and the place in it; with on_error=skip the rest of a damaged
-    one counts as a row that is skipped. Memory: 2 to 4 times the largest row
-    (.csv: up to 11), where a whole text file is a row, and a multiple of a whole .json."""
+    UsageError for a file that cannot be read, naming it and the place in it; with on_error=skip
+    the rest of a damaged one counts as a row that is skipped. Memory: 2 to 4 times the largest
+    row (.csv: up to 11), where a whole text file is a row, and a multiple of a whole .json."""
     tally = Tally() if tally is None else tally
     for piece in pieces:
         try:

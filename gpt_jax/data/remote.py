@@ -1,7 +1,8 @@
-"""Files that are not on this machine's file system: object stores and whatever else fsspec opens (called by sources,
-decoding and store).
+"""Files that are not on this machine's file system: object stores and whatever else fsspec opens
+(called by sources, decoding and store).
 
-A remote path is a str with `://`; a local one is a `Path`. `file://` and `memory://` work without any store.
+A remote path is a str with `://`; a local one is a `Path`. `file://` and `memory://` work without
+any store.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ def is_remote(path: Path | str) -> bool:
 
 @contextlib.contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """Every store has errors of its own (credentials, buckets, networks); all of them mean that `url` is of no use."""
+    """Every store has errors of its own (credentials, buckets, networks); all of them mean that
+    `url` is of no use."""
     protocol = url.partition("://")[0]
     try:
         yield
@@ -57,8 +59,8 @@ def reaching(url: str) -> Iterator[None]:
 
 
 class _File(io.RawIOBase):
-    """A file of a store. Whatever the store says on the way is a UsageError: a time-out is no damage of the file, which
-    would be left out for good."""
+    """A file of a store. Whatever the store says on the way is a UsageError: a time-out is no
+    damage of the file, which would be left out for good."""
 
     def __init__(self, url: str, file: BinaryIO):
         self.url, self.file = url, file
@@ -100,13 +102,15 @@ class _File(io.RawIOBase):
 
 
 def open_remote(url: str) -> BinaryIO:
-    """The file at `url`, seekable where the store allows ranges. UsageError when it cannot be opened or read."""
+    """The file at `url`, seekable where the store allows ranges. UsageError when it cannot be
+    opened or read."""
     with reaching(url):
         return _File(url, fsspec.open(url, "rb").open())
 
 
 def open_binary(path: Path | str) -> BinaryIO:
-    """A local or a remote file to read; OSError for a local one, UsageError for a remote one that cannot be opened."""
+    """A local or a remote file to read; OSError for a local one, UsageError for a remote one
+    that cannot be opened."""
     return open_remote(path) if is_remote(path) else open(path, "rb")
 
 
@@ -123,8 +127,8 @@ def exists(url: str) -> bool:
 
 
 def walk(url: str) -> list[str]:
-    """All files below the folder `url`, as paths relative to it, sorted; hidden ones and those in hidden folders are
-    left out, as in a local folder."""
+    """All files below the folder `url`, as paths relative to it, sorted; hidden ones and those
+    in hidden folders are left out, as in a local folder."""
     with reaching(url):
         files, folder = url_to_fs(url)
         found = [path[len(folder.rstrip("/")) + 1 :] for path in files.find(folder)]

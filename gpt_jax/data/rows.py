@@ -1,7 +1,8 @@
 """Tokens to rows, rows to numpy columns of B rows by T tokens (called by pipeline).
 
-A row of ROWS finds training rows; `InOrder` reads held-out text once from front to back. Both give a Buffer of T + 1
-ids; the shift by one between `tokens` and `targets` happens in `columns` and nowhere else.
+A row of ROWS finds training rows; `InOrder` reads held-out text once from front to back. Both give
+a Buffer of T + 1 ids; the shift by one between `tokens` and `targets` happens in `columns` and
+nowhere else.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +47,8 @@ def _begins(tokens: Tokens, starts: np.ndarray, length: int) -> np.ndarray:
 
 
 def contiguous(tokens: Tokens, starts: np.ndarray, length: int) -> Buffer:
-    """What follows each of `starts` (int64 [N]); padding beyond the last token. DataError for a damaged token file."""
+    """What follows each of `starts` (int64 [N]); padding beyond the last token. DataError for a
+    damaged token file."""
     ids = np.zeros((len(starts), length), tokens.dtype)
     there = np.clip(tokens.size - starts, 0, length)
     for row, start, count in zip(ids, starts.tolist(), there.tolist()):
@@ -77,12 +79,13 @@ def spans(tokens: Tokens, pieces: list[tuple[int, int]]) -> Iterator[Span]:
 def columns(buffer: Buffer, token_bytes: np.ndarray, apart: bool) -> Columns:
     """A Buffer of T + 1 ids as columns of T tokens.
 
-    tokens, targets  int32 [N, T]    targets[i] follows tokens[i]; padding is 0
-    weight           float32 [N, T]  1 where the target is to be predicted; 0 in padding, and if `apart` where the
+    tokens, targets  int32 [N, T]    targets[i] follows tokens[i]; padding is 0 weight
+    float32 [N, T]  1 where the target is to be predicted; 0 in padding, and if `apart` where the
                                      target begins another document
-    bytes            int32 [N, T]    UTF-8 bytes of each predicted target, 0 elsewhere
-    segment          int32 [N, T]    only if `apart`: 1, 2, … by document within the row; 0 in padding
-    position         int32 [N, T]    only if `apart`: place in the document, from 0 where the document or the row begins
+    bytes            int32 [N, T]    UTF-8 bytes of each predicted target, 0 elsewhere segment
+    int32 [N, T]    only if `apart`: 1, 2, … by document within the row; 0 in padding position
+    int32 [N, T]    only if `apart`: place in the document, from 0 where the document or the row
+    begins
     """
     ids, begins, inside = buffer
     predicted, kept = inside[:, 1:], {}
@@ -107,10 +110,12 @@ def columns(buffer: Buffer, token_bytes: np.ndarray, apart: bool) -> Columns:
 
 
 class Window:
-    """Rows at random places, with replacement, every place where T + 1 tokens exist as likely (nanoGPT's get_batch).
+    """Rows at random places, with replacement, every place where T + 1 tokens exist as likely
+    (nanoGPT's get_batch).
 
-    `fill(indices)`: int64 [N] -> Buffer, a pure function of (seed, index). `count`: rows that hold as many tokens as
-    the text. `lost`: tokens that no row of an epoch predicts. `filled`: the part of the rows' places that holds tokens.
+    `fill(indices)`: int64 [N] -> Buffer, a pure function of (seed, index). `count`: rows that hold
+    as many tokens as the text. `lost`: tokens that no row of an epoch predicts. `filled`: the part
+    of the rows' places that holds tokens.
     """
 
     def __init__(self, tokens: Tokens, seq_len: int, seed: int, name: str = "the training text"):
@@ -151,8 +156,8 @@ class Window:
 
 
 class Chunk(Window):
-    """Every token once an epoch: row r is tokens[r*T : r*T + T + 1], documents cut where a row ends. The tail that
-    fills no row is lost."""
+    """Every token once an epoch: row r is tokens[r*T : r*T + T + 1], documents cut where a row
+    ends. The tail that fills no row is lost."""
 
     def _plan(self, seq_len: int) -> None:
         super()._plan(seq_len)
@@ -163,8 +168,8 @@ class Chunk(Window):
 
 
 class AtDocument(Window):
-    """Every row begins with a document and goes on with those after it; what the last one has beyond the row is
-    lost."""
+    """Every row begins with a document and goes on with those after it; what the last one has
+    beyond the row is lost."""
 
     def _plan(self, seq_len: int) -> None:
         self._need_pairs()
@@ -229,8 +234,9 @@ ROWS: dict[str, Callable] = {
 
 
 class InOrder:
-    """Held-out rows, sequential, the last one padded, so that every token is a target exactly once. The first token of
-    the text has nothing before it and is no target (nor, if kept apart, the first of each document)."""
+    """Held-out rows, sequential, the last one padded, so that every token is a target exactly
+    once. The first token of the text has nothing before it and is no target (nor, if kept apart,
+    the first of each document)."""
 
     def __init__(self, tokens: Tokens, seq_len: int, name: str = "the held-out text"):
         if tokens.size < 2:

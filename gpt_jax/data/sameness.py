@@ -1,5 +1,6 @@
-"""What tells one call of `gpt-jax prepare` from another: its settings, the code of its filters, the state of its input
-(called by prepare). What an earlier call has begun is gone on with only where all of them are the same.
+"""What tells one call of `gpt-jax prepare` from another: its settings, the code of its filters, the
+state of its input (called by prepare). What an earlier call has begun is gone on with only where
+all of them are the same.
 """
 
 import json
@@ -24,8 +25,8 @@ def describe(
     found: Mapping[str, Sequence[Source]],
     revisions: Mapping[str, str],
 ) -> dict:
-    """The settings as the manifest has them, by the names of the flags; with them the code of the user's own filters
-    and the commits of data sets, where there are any."""
+    """The settings as the manifest has them, by the names of the flags; with them the code of
+    the user's own filters and the commits of data sets, where there are any."""
     plain = asdict(settings)
     plain |= plain.pop("reading") | {"input": list(found)}
     plain["tokenizer"] = f"{known.name} ({known.fingerprint})" if known else settings.tokenizer
@@ -69,8 +70,8 @@ def earlier(folder: Path) -> dict:
 def pin(
     found: Mapping[str, Sequence[Source]], before: Mapping[str, str], say: Say
 ) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:
-    """(the sources, those of the hub with a commit in their path; {path as typed: its commit}). The commit is that of
-    an earlier call for this folder (`before`), else the hub's newest."""
+    """(the sources, those of the hub with a commit in their path; {path as typed: its commit}).
+    The commit is that of an earlier call for this folder (`before`), else the hub's newest."""
     pinned, revisions = {}, {}
     for name, sources in found.items():
         pinned[name] = []
@@ -89,7 +90,8 @@ def pin(
 
 
 def place(path: Path | str) -> str:
-    """Where an input lies, however the path to it is spelt: URLs as they are, files by their absolute path."""
+    """Where an input lies, however the path to it is spelt: URLs as they are, files by their
+    absolute path."""
     return (
         str(path)
         if remote.is_remote(path) or str(path).startswith(HUB)

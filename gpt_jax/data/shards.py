@@ -1,10 +1,10 @@
-"""Token shards: how the ids of documents are written, read by place, and proved whole (called by store, corpus,
-prepare, rows).
+"""Token shards: how the ids of documents are written, read by place, and proved whole (called by
+store, corpus, prepare, rows).
 
-`NAME.tokens` holds ids (uint16 or uint32, little-endian, nothing else), `NAME.offsets` int64 [documents + 1] where each
-document starts and the last one ends, `NAME.docs` one DOCUMENT each. Files are read by place and not mapped: a page
-fault of a map reads ahead 128 KiB for a row of 2 KiB and kills the process when the file has shrunk (figures:
-benchmarks/data_format.py).
+`NAME.tokens` holds ids (uint16 or uint32, little-endian, nothing else), `NAME.offsets` int64
+[documents + 1] where each document starts and the last one ends, `NAME.docs` one DOCUMENT each.
+Files are read by place and not mapped: a page fault of a map reads ahead 128 KiB for a row of 2 KiB
+and kills the process when the file has shrunk (figures: benchmarks/data_format.py).
 """
 
 import hashlib
@@ -21,7 +21,8 @@ import numpy as np
 
 from gpt_jax.errors import DataError
 
-# What is known of a document besides its ids: hash of its text, bytes of it in UTF-8, and where it came from.
+# What is known of a document besides its ids: hash of its text, bytes of it in UTF-8, and where it
+# came from.
 DOCUMENT = np.dtype([("hash", "<u8"), ("bytes", "<u8"), ("row", "<u4"), ("piece", "<u4")])
 SIDES = ("train", "eval")
 SUFFIXES = (".tokens", ".offsets", ".docs")
@@ -74,7 +75,8 @@ class TokenFile:
     header: int = 0  # bytes before the first of them
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fills `out` ([n], of `dtype`) with ids from `start` on. DataError when the file has no longer that many."""
+        """Fills `out` ([n], of `dtype`) with ids from `start` on. DataError when the file has no
+        longer that many."""
         try:
             got = os.preadv(
                 FILES.get(self).fileno(), [out], self.header + start * self.dtype.itemsize
@@ -92,8 +94,9 @@ class TokenFile:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """The ids of some documents, one after the other, each ended by end of text where the tokenizer has it. Ids and
-    documents are numbered through all shards; no document crosses from one shard to the next."""
+    """The ids of some documents, one after the other, each ended by end of text where the
+    tokenizer has it. Ids and documents are numbered through all shards; no document crosses from
+    one shard to the next."""
 
     name: str  # train or eval
     shards: tuple[TokenFile, ...]
@@ -176,8 +179,9 @@ class Digest(NamedTuple):
 
 
 class Writer:
-    """Writes one shard: `write` for ids, `end` after the last id of each document, `close` when all are there. Any
-    OSError (a full disk) passes through and leaves files that nothing refers to."""
+    """Writes one shard: `write` for ids, `end` after the last id of each document, `close` when
+    all are there. Any OSError (a full disk) passes through and leaves files that nothing refers
+    to."""
 
     def __init__(self, base: Path, dtype: np.dtype, eot: int | None):
         self.base, self.dtype = base, np.dtype(dtype)
@@ -250,8 +254,8 @@ def id_type(vocab: int) -> np.dtype:
 
 
 def open_index(base: Path, documents: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets int64 [documents + 1], DOCUMENT [documents]) of a side, memory-mapped. ValueError when they do not fit a
-    side of so many documents and tokens."""
+    """(offsets int64 [documents + 1], DOCUMENT [documents]) of a side, memory-mapped. ValueError
+    when they do not fit a side of so many documents and tokens."""
     offsets = open_array(Path(f"{base}.offsets"), np.dtype(np.int64), documents + 1)
     if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
         raise ValueError(f"{base.name}.offsets does not fit its meta")

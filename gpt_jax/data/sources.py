@@ -1,5 +1,5 @@
-"""What a path means: files, folders, globs, URLs, data sets, and which suffixes are read (called by readers, split,
-cache, prepare)."""
+"""What a path means: files, folders, globs, URLs, data sets, and which suffixes are read (called
+by readers, split, cache, prepare)."""
 
 import glob
 import os
@@ -80,8 +80,8 @@ PREPARED = (
 
 
 def _refuse_prepared(folder: str, files: set[str]) -> None:
-    """UsageError if `folder`, or one inside, was made by `gpt-jax prepare`: its indexes end in .json and are no text.
-    `files`: what it holds, as paths relative to it."""
+    """UsageError if `folder`, or one inside, was made by `gpt-jax prepare`: its indexes end in
+    .json and are no text. `files`: what it holds, as paths relative to it."""
     for unfinished, (first, second) in enumerate(PREPARED):
         for path in sorted(path for path in files if f"/{path}".endswith(f"/{first}")):
             inside = path.removesuffix(first)
@@ -178,11 +178,13 @@ def _named(spec: str, key: str) -> list[Source]:
 
 
 def find(paths: tuple[str, ...], key: str = "config.data.path") -> tuple[Source, ...]:
-    """The files that `paths` mean, in a fixed order, each once: files, directories (recursive) and globs, here or on an
-    object store (`gs://…`, `s3://…`, whatever fsspec opens), data sets `hf://name[:config][@split]`, and the word
-    `stdlib`, the running interpreter's library without its tests (a folder of that name is `./stdlib`).
+    """The files that `paths` mean, in a fixed order, each once: files, directories (recursive) and
+    globs, here or on an object store (`gs://…`, `s3://…`, whatever fsspec opens), data sets
+    `hf://name[:config][@split]`, and the word `stdlib`, the running interpreter's library without
+    its tests (a folder of that name is `./stdlib`).
 
-    UsageError, naming the setting `key`, for a path that does not exist or holds nothing that can be read."""
+    UsageError, naming the setting `key`, for a path that does not exist or holds nothing that
+    can be read."""
     if not paths:
         raise UsageError(key + EMPTY)
     try:

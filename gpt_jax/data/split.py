@@ -1,7 +1,8 @@
 """Which text is held out (called by cache).
 
-`plan` reads the sources once and decides; `Corpus.texts` reads them again and says of each text on which side it falls.
-Two readings instead of one keep memory at one document, whatever the size of the corpus.
+`plan` reads the sources once and decides; `Corpus.texts` reads them again and says of each text on
+which side it falls. Two readings instead of one keep memory at one document, whatever the size of
+the corpus.
 """
 
 from array import array
@@ -32,8 +33,8 @@ class Corpus:
     notes: tuple[str, ...]  # what the reading has to tell, a line each
 
     def texts(self) -> Iterator[tuple[str, int, Document]]:
-        """(side, number of the source, document) in the order read, `eval_sources` numbered after `sources`; DataError
-        if the sources changed since `plan`."""
+        """(side, number of the source, document) in the order read, `eval_sources` numbered
+        after `sources`; DataError if the sources changed since `plan`."""
         count = 0
         for count, (source, document) in enumerate(_read(self.sources, self.data), 1):
             if count > len(self.held_out):
@@ -68,8 +69,8 @@ def _read(sources, data: config.Data, tally: Tally | None = None) -> Iterator[tu
 
 
 def _tail(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, int]:
-    """The last part by position. One document is cut as nanoGPT cuts its file; of many, those that begin after the cut
-    are held out, and at least the last."""
+    """The last part by position. One document is cut as nanoGPT cuts its file; of many, those
+    that begin after the cut are held out, and at least the last."""
     cut = int(sizes.sum() * (1 - fraction))
     if len(sizes) == 1:
         if not 0 < cut < sizes[0]:
@@ -84,7 +85,8 @@ def _tail(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.nd
 
 
 def _by_document(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, int]:
-    """By a hash of the text alone: adding documents moves none across, and copies of one text stay together."""
+    """By a hash of the text alone: adding documents moves none across, and copies of one text
+    stay together."""
     if len(set(hashes.tolist())) < 2:
         raise UsageError(
             "config.data.split = 'document': needs at least two different documents and there is one; use "

@@ -1,8 +1,9 @@
-"""The cache of tokenized text files: written, opened, proved whole, and built once (called by cache).
+"""The cache of tokenized text files: written, opened, proved whole, and built once (called by
+cache).
 
-A cache is a folder: a shard (see shards) for each side, `train` and `eval`, `origins.json`, `tokenizer.json`,
-`meta.json`. It is built under another name and renamed when all of it is on disk, so a kill in the middle leaves
-nothing that looks usable.
+A cache is a folder: a shard (see shards) for each side, `train` and `eval`, `origins.json`,
+`tokenizer.json`, `meta.json`. It is built under another name and renamed when all of it is on disk,
+so a kill in the middle leaves nothing that looks usable.
 """
 
 import contextlib
@@ -32,9 +33,9 @@ BATCH_CHARACTERS = 1 << 23  # tokenized at once: what is held in memory
 def _encoded(
     texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple]:
-    """(side, source, document, ids, bytes lost, whether the document ends here) in order. Threads, not processes: the
-    library releases the interpreter's lock, and on 2 cores two threads encode 5.6 MB/s where two spawned processes encode
-    4.4."""
+    """(side, source, document, ids, bytes lost, whether the document ends here) in order.
+    Threads, not processes: the library releases the interpreter's lock, and on 2 cores two
+    threads encode 5.6 MB/s where two spawned processes encode 4.4."""
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         batch, size = [], 0
 
@@ -66,8 +67,8 @@ def write(
     sources: list[str],
     about: dict,
 ) -> None:
-    """Fills `folder` with the tokens of `texts` (side, number of the source, document); `sources` are their names,
-    `about` goes into the meta, written last."""
+    """Fills `folder` with the tokens of `texts` (side, number of the source, document);
+    `sources` are their names, `about` goes into the meta, written last."""
     dtype = shards.id_type(tokenizer.vocab)
     told, several = time.monotonic(), [False] * len(sources)
     with contextlib.ExitStack() as stack:
@@ -116,7 +117,8 @@ class Unusable(Exception):
 
 
 def load(folder: Path) -> tuple[dict[str, Tokens | None], Tokenizer]:
-    """({side: Tokens, or None without text}, tokenizer) of a cache folder; Unusable when anything does not fit."""
+    """({side: Tokens, or None without text}, tokenizer) of a cache folder; Unusable when
+    anything does not fit."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         if meta["format"] != FORMAT:
@@ -154,12 +156,13 @@ def _locked(path: Path, report: Callable[[str], None]):
         except BlockingIOError:
             report(f"data: waiting for another process that builds {path.with_suffix('').name}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file gives the lock back, and so does the end of the process, whatever ends it
+        # closing the file gives the lock back, and so does the end of the process, whatever ends it
+        yield
 
 
 def obtain(folder: Path, build: Callable[[Path], None], report: Callable[[str], None]):
-    """`load(folder)`, after `build(temporary folder)` and a rename if there is no whole cache yet. Of several processes
-    that ask at once, one builds and the others wait."""
+    """`load(folder)`, after `build(temporary folder)` and a rename if there is no whole cache
+    yet. Of several processes that ask at once, one builds and the others wait."""
     if folder.is_dir():
         with contextlib.suppress(
             Unusable
@@ -186,8 +189,8 @@ def obtain(folder: Path, build: Callable[[Path], None], report: Callable[[str], 
 
 
 def content_hashes(sources: tuple[Source, ...], root: Path, workers: int) -> list[str]:
-    """SHA-256 of every file. A file whose size and time are those of the last hashing is not read again, unless it was
-    so young then that a change could have hidden in the clock's grain."""
+    """SHA-256 of every file. A file whose size and time are those of the last hashing is not
+    read again, unless it was so young then that a change could have hidden in the clock's grain."""
     paths = [
         source.path if remote.is_remote(source.path) else str(source.path.resolve())
         for source in sources

@@ -1,8 +1,9 @@
-"""What has to be known of all documents before any of them is tokenized: which are copies of earlier ones, and which
-characters occur (called by prepare, between its two phases, and by worker processes).
+"""What has to be known of all documents before any of them is tokenized: which are copies of
+earlier ones, and which characters occur (called by prepare, between its two phases, and by worker
+processes).
 
-Of copies the first in the order of the input stays, across all sources. Memory: 17 bytes a document; for near copies
-another 256 of MinHash and 8 a band (see filters.near_duplicates).
+Of copies the first in the order of the input stays, across all sources. Memory: 17 bytes a
+document; for near copies another 256 of MinHash and 8 a band (see filters.near_duplicates).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +20,8 @@ TICK_DOCUMENTS = 1000  # between two signs of life
 
 
 def threshold(spec: str) -> float | None:
-    """Similarity from which texts are copies of each other, 1: equal ones; None: copies stay. UsageError for a spec
-    that is not none, exact or near[:SIMILARITY]."""
+    """Similarity from which texts are copies of each other, 1: equal ones; None: copies stay.
+    UsageError for a spec that is not none, exact or near[:SIMILARITY]."""
     kind, _, number = spec.partition(":")
     try:
         value = {"none": None, "exact": 1.0, "near": float(number or SIMILARITY)}[kind]
@@ -35,13 +36,14 @@ def threshold(spec: str) -> float | None:
 
 
 def scan_files(unit: Unit) -> dict[str, str]:
-    """What `scan` writes of the documents that the filters leave: their number in the unit, hash, and MinHash."""
+    """What `scan` writes of the documents that the filters leave: their number in the unit,
+    hash, and MinHash."""
     return {what: f"{WORK}/scan-{unit.name}.{what}" for what in ("numbers", "hashes", "minhash")}
 
 
 def scan(job: Job, unit: Unit, tick: Callable[[int, int], None]) -> dict:
-    """Reads a unit and writes `scan_files`; its marker also has `documents` (with text, dropped ones too) and the
-    `characters` that occur, if the tokenizer is char."""
+    """Reads a unit and writes `scan_files`; its marker also has `documents` (with text, dropped
+    ones too) and the `characters` that occur, if the tokenizer is char."""
     numbers, hashes, signatures, characters, counts = [], [], [], set(), units.Counts()
     wants_characters, near = is_char(job.settings.tokenizer), job.settings.dedup.startswith("near")
     documents = size = 0

@@ -1,5 +1,5 @@
-"""The door to tokenizers: a spec (`config.data.tokenizer`, `gpt-jax prepare --tokenizer`) or what a checkpoint saved
-becomes a `Tokenizer` (called by cache, store, load and commands).
+"""The door to tokenizers: a spec (`config.data.tokenizer`, `gpt-jax prepare --tokenizer`) or what a
+checkpoint saved becomes a `Tokenizer` (called by cache, store, load and commands).
 
 A spec is one of
     bytes                        256 bytes
@@ -7,8 +7,8 @@ A spec is one of
     bpe:VOCAB[:PATTERN]          byte-level BPE trained on the text; PATTERN is a row of bpe.PATTERNS, gpt2 if left out
     a path                       *.json, *.model (SentencePiece), *.tiktoken[:PATTERN] (cl100k if left out), or a
                                  folder of encoder.json + vocab.bpe, vocab.json + merges.txt or tokenizer.json
-and after any of them +NAME, in any number, adds the special tokens of a row of vocabulary.SPECIALS, as in
-`bpe:4096+chat+fim`.
+and after any of them +NAME, in any number, adds the special tokens of a row of vocabulary.SPECIALS,
+as in `bpe:4096+chat+fim`.
 """
 
 import json
@@ -74,7 +74,8 @@ class Spec(NamedTuple):
 
 
 def parse_spec(spec: str, field: str = "config.data.tokenizer") -> Spec:
-    """`spec` in parts; UsageError, naming `field`, for a BPE that cannot be. Paths are not looked at."""
+    """`spec` in parts; UsageError, naming `field`, for a BPE that cannot be. Paths are not
+    looked at."""
     base, *names = spec.split("+")
     while (
         names
@@ -114,8 +115,8 @@ def is_char(spec: str) -> bool:
 
 
 def known_tokenizer(spec: str, field: str = "config.data.tokenizer") -> Tokenizer | None:
-    """The tokenizer of a spec (of none: bytes), or None if it is made from the text; UsageError for one that cannot be
-    had."""
+    """The tokenizer of a spec (of none: bytes), or None if it is made from the text; UsageError
+    for one that cannot be had."""
     base, vocab, _, specials = parse_spec(spec, field)
     if base == "char" or vocab:
         return None
@@ -126,8 +127,8 @@ def known_tokenizer(spec: str, field: str = "config.data.tokenizer") -> Tokenize
 def made_tokenizer(
     spec: str, texts: Callable[[], Iterable[str]], characters: str = ""
 ) -> Tokenizer:
-    """The tokenizer of a spec that `known_tokenizer` knows none for: `char` from `characters`, BPE from `texts()`. Its
-    name is the spec."""
+    """The tokenizer of a spec that `known_tokenizer` knows none for: `char` from `characters`,
+    BPE from `texts()`. Its name is the spec."""
     base, vocab, pattern, specials = parse_spec(spec)
     made = char_tokenizer(characters) if base == "char" else train_bpe(texts(), vocab, pattern)
     return replace(with_specials(made, specials), name=spec)

@@ -1,12 +1,13 @@
 """Tokenizers in the files of others, by the form of the path (called by tokenizer).
 
-Byte-level BPE becomes the text of a tokenizer.json, whatever it comes in, so that one encoder serves all and gives the
-ids that the original gives. SentencePiece keeps its own library: its normaliser and its lattice of float32 scores have
-no exact equal elsewhere.
+Byte-level BPE becomes the text of a tokenizer.json, whatever it comes in, so that one encoder
+serves all and gives the ids that the original gives. SentencePiece keeps its own library: its
+normaliser and its lattice of float32 scores have no exact equal elsewhere.
 """
 
 import base64
 import binascii
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,13 @@ from gpt_jax.data.bpe import PATTERNS, bpe_json, byte_alphabet, json_tokenizer
 from gpt_jax.data.sources import PACKINGS
 from gpt_jax.data.vocabulary import EOT, EOT_NAMES, FIM_TOKENS, Tokenizer
 from gpt_jax.errors import UsageError
-import itertools
 
 LETTERS = {
     byte: letter for letter, byte in byte_alphabet().items()
 }  # byte -> the character that spells it
 # Special tokens that are not in OpenAI's files of ranks, by how many ranks there are: cl100k_base
-# (tiktoken_ext/openai_public.py). Other files get <|endoftext|> at the first id that is free, as r50k and p50k have it.
+# (tiktoken_ext/openai_public.py). Other files get <|endoftext|> at the first id that is free, as
+# r50k and p50k have it.
 OPENAI_SPECIALS = {
     100_256: {
         EOT: 100_257,
@@ -39,7 +40,8 @@ def _spelled(token: bytes) -> str:
 
 
 def _parse_ranks(path: Path) -> dict[bytes, int]:
-    """Token -> rank of a .tiktoken file: a line is the base64 of the token's bytes and its rank, which is its id."""
+    """Token -> rank of a .tiktoken file: a line is the base64 of the token's bytes and its rank,
+    which is its id."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -59,7 +61,8 @@ def _parse_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """What BPE makes of `token` with lower ranks only: two parts for one that can be reached by merging."""
+    """What BPE makes of `token` with lower ranks only: two parts for one that can be reached by
+    merging."""
     parts, limit = [token[i : i + 1] for i in range(len(token))], ranks[token]
     while len(parts) > 2:
         found = [ranks.get(a + b, limit) for a, b in itertools.pairwise(parts)]
@@ -71,8 +74,9 @@ def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
 
 
 def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pairs that BPE over ranks merges, in order. A token that no lower ranks lead to may still come about out of
-    order, by any two tokens that spell it; as a whole word it is found without merging (`ignore_merges`)."""
+    """The pairs that BPE over ranks merges, in order. A token that no lower ranks lead to may
+    still come about out of order, by any two tokens that spell it; as a whole word it is found
+    without merging (`ignore_merges`)."""
     for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
         parts = _halves(token, ranks)
         if len(parts) == 2:
@@ -83,7 +87,8 @@ def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def read_tiktoken(path: Path, pattern: str = "cl100k") -> Tokenizer:
-    """tiktoken's ranks, which say nothing of how text falls into words: `pattern` is a row of PATTERNS. Ids are ranks.
+    """tiktoken's ranks, which say nothing of how text falls into words: `pattern` is a row of
+    PATTERNS. Ids are ranks.
 
     UsageError for a file that is none, lacks a byte, or an unknown pattern."""
     if pattern not in PATTERNS:
@@ -114,7 +119,8 @@ def read_tiktoken(path: Path, pattern: str = "cl100k") -> Tokenizer:
 
 
 def read_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
-    """GPT-2's two files: ids by token (encoder.json, vocab.json) and merges, one a line (vocab.bpe, merges.txt)."""
+    """GPT-2's two files: ids by token (encoder.json, vocab.json) and merges, one a line
+    (vocab.bpe, merges.txt)."""
     try:
         vocab = {
             str(token): int(i)
@@ -133,10 +139,12 @@ def read_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
 
 
 def sentencepiece_tokenizer(content: str, name: str) -> Tokenizer:
-    """A SentencePiece model from the base64 of its file, encoded by the sentencepiece package. Not `lossless`: it
-    normalises text as it was trained to, and a character it does not know (without byte fallback) decodes to " ⁇ ".
+    """A SentencePiece model from the base64 of its file, encoded by the sentencepiece package. Not
+    `lossless`: it normalises text as it was trained to, and a character it does not know (without
+    byte fallback) decodes to " ⁇ ".
 
-    UsageError without the package, for a file that is no model, or one without an end-of-text token."""
+    UsageError without the package, for a file that is no model, or one without an end-of-text
+    token."""
     try:
         import sentencepiece
     except ImportError:
@@ -216,7 +224,8 @@ FOLDERS: tuple[tuple[Callable[..., Tokenizer], tuple[str, ...]], ...] = (
 
 
 def _read(path: Path, pattern: str) -> Tokenizer:
-    """The tokenizer of a path; OSError or UnicodeDecodeError if it cannot be read, UsageError for what is in it."""
+    """The tokenizer of a path; OSError or UnicodeDecodeError if it cannot be read, UsageError
+    for what is in it."""
     if path.suffix == ".tiktoken":
         return read_tiktoken(path, pattern or "cl100k")
     if path.suffix.lower() in PACKINGS[1:] and path.is_file():

@@ -1,20 +1,23 @@
-"""What may be done to the documents inside a row before it becomes columns (called by pipeline): pure functions of the
-row, the seed and the example's number, so that a batch made again is the same batch.
+"""What may be done to the documents inside a row before it becomes columns (called by pipeline):
+pure functions of the row, the seed and the example's number, so that a batch made again is the same
+batch.
 
 A row here is T + 1 ids with marks where a document begins; its pieces are the runs between marks.
 """
+
+import itertools
 
 import numpy as np
 
 from gpt_jax.data.order import random_bits
 from gpt_jax.data.rows import Buffer
-import itertools
 
 SHORTEST = 10  # tokens of a piece that is rearranged; three of them make room for the sentinels
 
 
 def shuffle_documents(buffer: Buffer, seed: int, index: np.ndarray) -> Buffer:
-    """The pieces of each row in another order, padding last; `index` int64 [N]: numbers of the examples."""
+    """The pieces of each row in another order, padding last; `index` int64 [N]: numbers of the
+    examples."""
     piece = np.cumsum(buffer.begins, axis=1)
     keys = random_bits(
         seed, index[:, None], np.arange(piece.max(initial=0) + 1)[None]
@@ -31,12 +34,13 @@ def shuffle_documents(buffer: Buffer, seed: int, index: np.ndarray) -> Buffer:
 def fill_in_the_middle(
     buffer: Buffer, seed: int, index: np.ndarray, rate: float, spm: float, sentinels, eot
 ) -> Buffer:
-    """A part `rate` of the pieces as (prefix, suffix, middle), or in the part `spm` of those as (suffix, prefix,
-    middle) (Bavarian et al. 2022, "Efficient training of language models to fill in the middle": on the pieces of a
-    packed row).
+    """A part `rate` of the pieces as (prefix, suffix, middle), or in the part `spm` of those as
+    (suffix, prefix, middle) (Bavarian et al. 2022, "Efficient training of language models to fill
+    in the middle": on the pieces of a packed row).
 
-    `sentinels`: ids of <|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>; they take the place of the piece's first three
-    tokens, so that its length and its end-of-text token (`eot`) stay. Pieces under SHORTEST tokens stay as they are."""
+    `sentinels`: ids of <|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>; they take the place of
+    the piece's first three tokens, so that its length and its end-of-text token (`eot`) stay.
+    Pieces under SHORTEST tokens stay as they are."""
     ids = buffer.ids.copy()
     pre, suf, mid = (np.array([i], ids.dtype) for i in sentinels)
     for row, number in enumerate(index):

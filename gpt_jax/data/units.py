@@ -1,9 +1,9 @@
-"""A unit of `gpt-jax prepare`: some input that is read, filtered, split and tokenized by itself (called by prepare,
-survey, and by worker processes on any machine).
+"""A unit of `gpt-jax prepare`: some input that is read, filtered, split and tokenized by itself
+(called by prepare, survey, and by worker processes on any machine).
 
-What a unit makes depends on its input and the settings alone. Its files are written under other names and renamed, its
-marker (json) is written last: a kill at any moment leaves a unit done or not done, and two processes that do the same
-unit harm nothing.
+What a unit makes depends on its input and the settings alone. Its files are written under other
+names and renamed, its marker (json) is written last: a kill at any moment leaves a unit done or not
+done, and two processes that do the same unit harm nothing.
 """
 
 import contextlib
@@ -96,7 +96,8 @@ class Counts:
 
 
 def read(job: Job, unit: Unit, counts: Counts, keep: np.ndarray | None = None) -> Iterator[Text]:
-    """The texts of a unit that the filters leave, in order; with `keep` (bool [documents]) those. Fills `counts`."""
+    """The texts of a unit that the filters leave, in order; with `keep` (bool [documents])
+    those. Fills `counts`."""
     apply, number = filters.parse(job.settings.filters), -1
     for index, piece in enumerate(unit.pieces):
         tally = Tally()
@@ -128,7 +129,8 @@ def read(job: Job, unit: Unit, counts: Counts, keep: np.ndarray | None = None) -
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Another name to write to, that becomes `path` at the end: the file is there as a whole or not at all."""
+    """Another name to write to, that becomes `path` at the end: the file is there as a whole or
+    not at all."""
     temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
         yield temporary
@@ -236,7 +238,8 @@ def _encode(tokenizer: Tokenizer, batch: list[Part]) -> list[np.ndarray]:
 def _encoded(
     parts: Iterable[Part], tokenizer: Tokenizer
 ) -> Iterator[tuple[list[Part], list[np.ndarray]]]:
-    """Batches with their ids; one is encoded while the one before is written and the one after is read."""
+    """Batches with their ids; one is encoded while the one before is written and the one after
+    is read."""
     with ThreadPoolExecutor(1) as thread:
         waiting = None
         for batch in _batches(parts):
@@ -249,20 +252,23 @@ def _encoded(
 
 
 def keep_file(unit: Unit) -> str:
-    """One byte a document of the unit: whether it stays. Written by prepare when duplicates are looked for."""
+    """One byte a document of the unit: whether it stays. Written by prepare when duplicates are
+    looked for."""
     return f"{WORK}/keep-{unit.name}"
 
 
 def is_held_out(text_hash: int, fraction: float) -> bool:
-    """A decision on each document alone, so that copies stay together and added files move none across."""
+    """A decision on each document alone, so that copies stay together and added files move none
+    across."""
     return text_hash < int(fraction * 2.0**64)
 
 
 def tokenize(
     job: Job, unit: Unit, tick: Callable[[int, int], None], *, fingerprint: str, keep: bool
 ) -> dict:
-    """Writes at most one shard for each side: `SOURCE/SIDE-NUMBER.tokens`, and its index among the work; the marker
-    also has `sides`: {side: documents, tokens, bytes, lost}. Memory: the largest document and 32 bytes for each."""
+    """Writes at most one shard for each side: `SOURCE/SIDE-NUMBER.tokens`, and its index among
+    the work; the marker also has `sides`: {side: documents, tokens, bytes, lost}. Memory: the
+    largest document and 32 bytes for each."""
     tokenizer = _tokenizer(job.folder / WORK / "tokenizer.json", fingerprint)
     kept = np.fromfile(job.folder / keep_file(unit), bool) if keep else None
     folder, dtype, counts = job.folder / unit.source, shards.id_type(tokenizer.vocab), Counts()

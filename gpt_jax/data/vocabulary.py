@@ -1,8 +1,8 @@
-"""What a tokenizer is, its special tokens, and the two that need no library: bytes and characters (called by tokenizer,
-which is the door for everyone else).
+"""What a tokenizer is, its special tokens, and the two that need no library: bytes and characters
+(called by tokenizer, which is the door for everyone else).
 
-Every id stands for fixed bytes, `Tokenizer.pieces[id]`, empty for special tokens. Decoding joins pieces, so it is exact
-and can stream; how texts become ids is one function per kind.
+Every id stands for fixed bytes, `Tokenizer.pieces[id]`, empty for special tokens. Decoding joins
+pieces, so it is exact and can stream; how texts become ids is one function per kind.
 """
 
 import codecs
@@ -17,7 +17,8 @@ import numpy as np
 from gpt_jax.errors import UsageError
 
 EOT = "<|endoftext|>"
-# End of text in the vocabularies of GPT-2, Llama 3, Llama 1-2 and Mistral, Gemma, DeepSeek, and older lists.
+# End of text in the vocabularies of GPT-2, Llama 3, Llama 1-2 and Mistral, Gemma, DeepSeek, and
+# older lists.
 EOT_NAMES = (
     EOT,
     "<|end_of_text|>",
@@ -29,9 +30,11 @@ EOT_NAMES = (
     "[EOS]",
     "<EOS>",
 )
-# A turn is <|im_start|>role\n...<|im_end|>\n: ChatML, of OpenAI, Qwen and others; two tokens serve any role.
+# A turn is <|im_start|>role\n...<|im_end|>\n: ChatML, of OpenAI, Qwen and others; two tokens serve
+# any role.
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
-# Prefix, suffix, then the middle to be filled in, with the names of cl100k and Qwen (Bavarian et al. 2022).
+# Prefix, suffix, then the middle to be filled in, with the names of cl100k and Qwen (Bavarian et
+# al. 2022).
 FIM_TOKENS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 SPECIALS = {"chat": CHAT_TOKENS, "fim": FIM_TOKENS}  # +chat and +fim after a spec
 PART = 1 << 18  # characters encoded at once: enough parts of one long text to keep all threads busy
@@ -41,7 +44,8 @@ PART = 1 << 18  # characters encoded at once: enough parts of one long text to k
 class Tokenizer:
     """One mapping between text and ids below `vocab`.
 
-    Special tokens are never made from text: `<|endoftext|>` inside a document is encoded as ordinary characters.
+    Special tokens are never made from text: `<|endoftext|>` inside a document is encoded as
+    ordinary characters.
     """
 
     kind: str  # a row of tokenizer.KINDS
@@ -57,7 +61,8 @@ class Tokenizer:
     extra: Mapping[str, int] = field(
         default_factory=dict
     )  # those of `specials` that are not in `content`
-    prefix: bytes = b""  # what encoding puts before a text and decoding takes away: a space in the manner of Llama 2
+    # what encoding puts before a text and decoding takes away: a space in the manner of Llama 2
+    prefix: bytes = b""
     lossless: bool = (
         True  # False: some texts come back changed (normalised, unknown characters, ▁ for a space)
     )
@@ -71,24 +76,28 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """int32 [vocab]: how many bytes of UTF-8 each id stands for; 0 for specials and for `unknown`, whose " ⁇ " is
-        not what the text had: bits per byte must not be flattered by its length."""
+        """int32 [vocab]: how many bytes of UTF-8 each id stands for; 0 for specials and for
+        `unknown`, whose " ⁇ " is not what the text had: bits per byte must not be flattered by
+        its length."""
         return np.array(
             [len(piece) * (i != self.unknown) for i, piece in enumerate(self.pieces)], np.int32
         )
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that two tokenizers share when they encode alike; the name does not count."""
+        """16 hex digits that two tokenizers share when they encode alike; the name does not
+        count."""
         extra = f"\0{json.dumps(dict(self.extra))}" if self.extra else ""
         return hashlib.sha256(f"{self.kind}\0{self.content}{extra}".encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [tokens]. UsageError for text that is no Unicode, or a character unknown to a char tokenizer."""
+        """int32 [tokens]. UsageError for text that is no Unicode, or a character unknown to a
+        char tokenizer."""
         return self.encode_batch((text,))[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 [tokens] of each text, by one call of the library on all of its threads. UsageError as `encode`."""
+        """int32 [tokens] of each text, by one call of the library on all of its threads.
+        UsageError as `encode`."""
         try:
             return self.encoder(texts)
         except UnicodeEncodeError as error:  # which carries the text it stumbled over
@@ -108,15 +117,18 @@ class Tokenizer:
         return functools.cache(lambda character: self.unknown in self.encode(character))
 
     def parts(self, text: str) -> Iterator[str]:
-        """`text` in parts whose encodings, joined, are the encoding of the whole: one long text can use all cores."""
+        """`text` in parts whose encodings, joined, are the encoding of the whole: one long text
+        can use all cores."""
         return self.cutter(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes; an id that stands for nothing (special, or beyond `vocab` in a padded head) adds none."""
+        """The exact bytes; an id that stands for nothing (special, or beyond `vocab` in a padded
+        head) adds none."""
         return b"".join(self.pieces[i] for i in map(int, ids) if 0 <= i < len(self.pieces))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text whose encoding is `ids`, so without `prefix`; bytes that are no UTF-8 become U+FFFD."""
+        """The text whose encoding is `ids`, so without `prefix`; bytes that are no UTF-8 become
+        U+FFFD."""
         return self.decode_bytes(ids).removeprefix(self.prefix).decode("utf-8", "replace")
 
     def to_json(self) -> str:
@@ -128,8 +140,8 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of ids that arrive one by one, never cutting a UTF-8 character. It goes on from a text before it, so a
-    tokenizer's `prefix` stays.
+    """Text of ids that arrive one by one, never cutting a UTF-8 character. It goes on from a text
+    before it, so a tokenizer's `prefix` stays.
 
     >>> decoder = StreamDecoder(byte_tokenizer())
     >>> [decoder.feed(i) for i in "é".encode()] + [decoder.flush()]
@@ -150,8 +162,8 @@ class StreamDecoder:
 
 
 def with_specials(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
-    """`tokenizer` with these special tokens: one that it has keeps its id, the others get the ids after its vocabulary
-    in the order given. UsageError for a name that is an ordinary token.
+    """`tokenizer` with these special tokens: one that it has keeps its id, the others get the ids
+    after its vocabulary in the order given. UsageError for a name that is an ordinary token.
 
     >>> with_specials(byte_tokenizer(), ["<|a|>", "<|endoftext|>", "<|b|>"]).specials
     {'<|endoftext|>': 256, '<|a|>': 257, '<|b|>': 258}
@@ -197,7 +209,8 @@ def byte_tokenizer(content: str = "", name: str = "bytes") -> Tokenizer:
 
 
 def char_tokenizer(content: str, name: str = "char") -> Tokenizer:
-    """One id per character of `content`, in code point order (nanoGPT's shakespeare_char/prepare.py); no specials."""
+    """One id per character of `content`, in code point order (nanoGPT's
+    shakespeare_char/prepare.py); no specials."""
     characters = "".join(sorted(set(content)))
     codes = np.frombuffer(characters.encode("utf-32-le"), "<u4")
     table = np.full(

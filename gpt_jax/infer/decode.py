@@ -1,8 +1,10 @@
-"""Text from a model: prompts, the KV-cached loop, streaming (called by evals and the generate command).
+"""Text from a model: prompts, the KV-cached loop, streaming (called by evals and the generate
+command).
 
-Shapes: B rows, T prompt tokens, D embed, V rows of the embedding. One row is one sample of one prompt. Prompts are
-right-padded to a shape bucket, so that `_start` compiles once per (rows, prompt, total) bucket and `_next` once per
-(rows, total). The loop runs one jitted step a token and fetches each token while the next one is being computed.
+Shapes: B rows, T prompt tokens, D embed, V rows of the embedding. One row is one sample of one
+prompt. Prompts are right-padded to a shape bucket, so that `_start` compiles once per (rows,
+prompt, total) bucket and `_next` once per (rows, total). The loop runs one jitted step a token and
+fetches each token while the next one is being computed.
 """
 
 import dataclasses
@@ -27,8 +29,8 @@ SMALLEST_BUCKET = (
 
 
 class Completion(NamedTuple):
-    """A finished row: new `tokens` (the end-of-text token left out), their `text` up to the stop string, and `finish`:
-    length, stop or eot."""
+    """A finished row: new `tokens` (the end-of-text token left out), their `text` up to the stop
+    string, and `finish`: length, stop or eot."""
 
     prompt: int
     sample: int
@@ -38,7 +40,8 @@ class Completion(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Whole characters that `row` = prompt * num_samples + sample gained; its last piece carries the completion."""
+    """Whole characters that `row` = prompt * num_samples + sample gained; its last piece carries
+    the completion."""
 
     row: int
     text: str
@@ -49,7 +52,8 @@ class Piece(NamedTuple):
 
 
 class State(NamedTuple):
-    """Between two steps: `lengths` [B] tokens are in the cache, `tokens` [B] come next, `seen` [B, V]."""
+    """Between two steps: `lengths` [B] tokens are in the cache, `tokens` [B] come next, `seen`
+    [B, V]."""
 
     cache: dict
     tokens: jax.Array
@@ -78,7 +82,8 @@ def _place(tree):
 @partial(jax.jit, static_argnames=("model", "vocab", "length"))
 @sharding.using(sharding.WHOLE_ROWS)
 def _start(params, tokens, lengths, seen, knobs, *, model: config.Model, vocab: int, length: int):
-    """Prompts [B, T], of which `lengths` tokens are real, into a new cache of `length` tokens; the first new tokens."""
+    """Prompts [B, T], of which `lengths` tokens are real, into a new cache of `length` tokens;
+    the first new tokens."""
     tokens, lengths, seen, knobs = _place((tokens, lengths, seen, knobs))
     place = jnp.arange(tokens.shape[1])[None]
     batch = {"tokens": tokens, "segment": (place < lengths[:, None]).astype(jnp.int32)}
@@ -93,7 +98,8 @@ def _start(params, tokens, lengths, seen, knobs, *, model: config.Model, vocab: 
 @partial(jax.jit, static_argnames=("model", "vocab"), donate_argnames="state")
 @sharding.using(sharding.WHOLE_ROWS)
 def _next(params, state: State, knobs, *, model: config.Model, vocab: int):
-    """One more token a row. Rows that have ended run along, their positions held inside the context."""
+    """One more token a row. Rows that have ended run along, their positions held inside the
+    context."""
     position = jnp.minimum(state.lengths, model.max_seq - 1)[:, None]
     batch = {"tokens": state.tokens[:, None], "position": position}
     hidden, cache = Transformer(model).apply(
@@ -106,8 +112,8 @@ def _next(params, state: State, knobs, *, model: config.Model, vocab: int):
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where `text` is cut: the start of the stop string that is complete first (the longest of those), however the text
-    was split into tokens. None without one."""
+    """Where `text` is cut: the start of the stop string that is complete first (the longest of
+    those), however the text was split into tokens. None without one."""
     found = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
     return min(found)[1] if found else None
 
@@ -120,7 +126,8 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 
 
 class _Row:
-    """One row's text: tokens in, characters that may be shown out. `finish` is None until the row ends."""
+    """One row's text: tokens in, characters that may be shown out. `finish` is None until the
+    row ends."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], limit: int):
         self._decoder, self._eot, self._stops, self._limit = (
@@ -173,8 +180,9 @@ def fit_prompt(
 ) -> np.ndarray:
     """The prompt's ids, at least one, with room for a new token in the context.
 
-    An empty prompt starts from the end-of-text token. A prompt that fills the context raises UsageError, or with
-    `sampling.truncate` keeps its last tokens, leaving room for `max_new_tokens` but at most half the context."""
+    An empty prompt starts from the end-of-text token. A prompt that fills the context raises
+    UsageError, or with `sampling.truncate` keeps its last tokens, leaving room for
+    `max_new_tokens` but at most half the context."""
     ids = tokenizer.encode(text)
     if not len(ids):
         if tokenizer.eot is None:
@@ -203,7 +211,8 @@ def fit_prompt(
 
 
 def _kernels_once(params, dtype: str):
-    """Matmul weights in the dtype in which they are multiplied anyway: the same numbers, read at half the bytes."""
+    """Matmul weights in the dtype in which they are multiplied anyway: the same numbers, read at
+    half the bytes."""
 
     def cast(path, x):
         return x.astype(dtype) if path[-1].key == "kernel" else x
@@ -212,7 +221,8 @@ def _kernels_once(params, dtype: str):
 
 
 def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
-    """(tokens [B, T], lengths [B], seen [B, vocab], Knobs) for `rows` of (prompt, sample), padded to the bucket."""
+    """(tokens [B, T], lengths [B], seen [B, vocab], Knobs) for `rows` of (prompt, sample),
+    padded to the bucket."""
     shards = sharding.parts("batch")
     B = shards * bucket(-(-len(rows) // shards))
     T = min(bucket(max(len(prompts[p]) for p, _ in rows), SMALLEST_BUCKET), context)
@@ -238,8 +248,8 @@ def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
 
 
 def _prompt_kernel(model: config.Model, length: int) -> str:
-    """The model's own attention kernel where it can do a prompt of `length`, which its choice did not ask (splash wants
-    multiples of 128); else the choice of `auto`."""
+    """The model's own attention kernel where it can do a prompt of `length`, which its choice
+    did not ask (splash wants multiples of 128); else the choice of `auto`."""
     problem = kernels.problem(model, length, jax.default_backend())
     named = model.kernel != "auto" and not kernels.KERNELS[model.kernel].cannot(problem)
     return model.kernel if named else kernels.choose("auto", problem)[0]
@@ -285,11 +295,13 @@ def stream(
     report: Callable[[str], None],
     max_rows: int = 32,
 ) -> Iterator[Piece]:
-    """Text as it comes, `num_samples` rows for each prompt, `max_rows` at a time. Input is checked before this returns.
+    """Text as it comes, `num_samples` rows for each prompt, `max_rows` at a time. Input is checked
+    before this returns.
 
-    `model` is resolved (no field left to derive); `params` may live on the current mesh, whatever its shape. `report`
-    gets one line for each prompt that was cut or that reaches the end of the context early. Raises UsageError for
-    sampling values out of range, a prompt that does not fit, or one that the tokenizer cannot encode.
+    `model` is resolved (no field left to derive); `params` may live on the current mesh, whatever
+    its shape. `report` gets one line for each prompt that was cut or that reaches the end of the
+    context early. Raises UsageError for sampling values out of range, a prompt that does not fit,
+    or one that the tokenizer cannot encode.
     """
     check(sampling)
     model = dataclasses.replace(model, remat="none", dropout=0.0, attention_dropout=0.0)

@@ -1,4 +1,5 @@
-"""Which token comes next: one pure function of logits, with every setting traced (called by decode).
+"""Which token comes next: one pure function of logits, with every setting traced (called by
+decode).
 
 Shapes: B rows, V rows of the embedding.
 """
@@ -17,8 +18,8 @@ from gpt_jax.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn and when a row ends. Filters apply in the order of Hugging Face's: repetition penalty,
-    temperature, top_k, top_p (of what top_k left), min_p."""
+    """How tokens are drawn and when a row ends. Filters apply in the order of Hugging Face's:
+    repetition penalty, temperature, top_k, top_p (of what top_k left), min_p."""
 
     max_new_tokens: int = knob(100, low=1)
     temperature: float = knob(1.0, low=0.0)  # 0: the most likely token
@@ -73,8 +74,8 @@ def _ordered(x: jax.Array) -> jax.Array:
 
 
 def _cutoff(ordered_BV, weight_BV, need_B):
-    """The largest threshold [B] such that the weights at or above it sum to `need`, found bit by bit: 32 sums, where a
-    sort takes 5 to 25 times as long (CPU, 4,096 and 50,304 ids)."""
+    """The largest threshold [B] such that the weights at or above it sum to `need`, found bit by
+    bit: 32 sums, where a sort takes 5 to 25 times as long (CPU, 4,096 and 50,304 ids)."""
 
     def one(i, threshold):
         higher = threshold | jnp.uint32(1) << (31 - i).astype(jnp.uint32)
@@ -85,7 +86,8 @@ def _cutoff(ordered_BV, weight_BV, need_B):
 
 
 def _filter(scaled_BV, knobs: Knobs):
-    """-inf where top_k or top_p rules a token out; `scaled` has its largest value, 0, in every row. Ties stay."""
+    """-inf where top_k or top_p rules a token out; `scaled` has its largest value, 0, in every
+    row. Ties stay."""
     ordered = _ordered(scaled_BV)
     wanted = jnp.where(knobs.top_k > 0, knobs.top_k, scaled_BV.shape[-1])
     ordered = jnp.where(
@@ -114,9 +116,10 @@ def _draw(logits_BV, position_B, knobs: Knobs):
 def sample(
     logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, seen_BV: jax.Array, vocab: int
 ) -> jax.Array:
-    """The tokens [B], int32, that come at `position_B`, from float32 logits; ids from `vocab` on (padding rows of the
-    embedding) never come. `seen_BV`: which tokens the row already holds. A pure function of (logits, seed, sample,
-    position) row by row: the batch around a row makes no difference."""
+    """The tokens [B], int32, that come at `position_B`, from float32 logits; ids from `vocab` on
+    (padding rows of the embedding) never come. `seen_BV`: which tokens the row already holds. A
+    pure function of (logits, seed, sample, position) row by row: the batch around a row makes no
+    difference."""
     penalty = knobs.repetition_penalty[:, None]
     penalised = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     logits = jnp.where(seen_BV, penalised, logits_BV)

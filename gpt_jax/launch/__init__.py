@@ -1,1 +1,2 @@
-"""How jobs start: `local` runs the processes of a machine, `slurm` and `kubernetes` write what those engines want."""
+"""How jobs start: `local` runs the processes of a machine, `slurm` and `kubernetes` write what
+those engines want."""

@@ -1,4 +1,5 @@
-"""Kubernetes: a JobSet (jobset.x-k8s.io/v1alpha2) for GPU nodes or GKE's TPU slices, as plain data."""
+"""Kubernetes: a JobSet (jobset.x-k8s.io/v1alpha2) for GPU nodes or GKE's TPU slices, as plain
+data."""
 
 import math
 import posixpath
@@ -9,8 +10,8 @@ from typing import NamedTuple
 from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 
 PORT = 8476
-# GKE's accelerator label, chips of a machine in slices of several, dims of the torus. From GKE's documentation of TPU
-# node pools.
+# GKE's accelerator label, chips of a machine in slices of several, dims of the torus. From GKE's
+# documentation of TPU node pools.
 TPUS = {
     "v4": ("tpu-v4-podslice", 4, 3),
     "v5e": ("tpu-v5-lite-podslice", 4, 2),
@@ -75,7 +76,8 @@ def jobset(options: Options, arguments: list[str]) -> dict:
         "kind": "JobSet",
         "metadata": {"name": options.name, "annotations": job.pop("annotations")},
         "spec": {
-            # All processes start again together, resuming; each attempt's pods have names of their own in the logs.
+            # All processes start again together, resuming; each attempt's pods have names of their
+            # own in the logs.
             "failurePolicy": {
                 "maxRestarts": options.restarts,
                 "rules": [
@@ -95,7 +97,8 @@ def jobset(options: Options, arguments: list[str]) -> dict:
 
 
 def job_template(options: Options, pods: int, pod: dict) -> dict:
-    """A Job of `pods` pods that ends with the first failure, and tells by the exit code whether it is worth a restart."""
+    """A Job of `pods` pods that ends with the first failure, and tells by the exit code whether
+    it is worth a restart."""
     return {
         "spec": {
             "parallelism": pods,
@@ -104,7 +107,8 @@ def job_template(options: Options, pods: int, pod: dict) -> dict:
             "backoffLimit": 0,
             "podFailurePolicy": {
                 "rules": [
-                    # Eviction, preemption of the node: the pod may end with any code, the job starts again.
+                    # Eviction, preemption of the node: the pod may end with any code, the job
+                    # starts again.
                     {
                         "action": "Count",
                         "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
@@ -122,7 +126,8 @@ def job_template(options: Options, pods: int, pod: dict) -> dict:
             "template": {
                 "spec": {
                     "restartPolicy": "Never",
-                    "terminationGracePeriodSeconds": options.grace,  # SIGTERM: finish the step, save, exit with 10
+                    # SIGTERM: finish the step, save, exit with 10
+                    "terminationGracePeriodSeconds": options.grace,
                     **pod,
                 }
             },
@@ -233,9 +238,11 @@ def container(options: Options, command: list[str], limits: dict, env: list[dict
 
 
 def gpu_job(options: Options, arguments: list[str]) -> dict:
-    """One pod a machine, in it one process a GPU (`gpt-jax launch local`); pod 0 has the coordinator."""
+    """One pod a machine, in it one process a GPU (`gpt-jax launch local`); pod 0 has the
+    coordinator."""
     own = annotation("NODE", "batch.kubernetes.io/job-completion-index")
-    host = f"{options.name}-worker-0-0.{options.name}"  # JobSet's name for pod 0: SET-JOB-REPLICA-POD.SUBDOMAIN
+    # JobSet's name for pod 0: SET-JOB-REPLICA-POD.SUBDOMAIN
+    host = f"{options.name}-worker-0-0.{options.name}"
     command = [
         "gpt-jax",
         "launch",
@@ -257,7 +264,8 @@ def gpu_job(options: Options, arguments: list[str]) -> dict:
 
 
 def tpu_job(options: Options, arguments: list[str]) -> dict:
-    """One Job a slice, one pod a machine of it. GKE tells the pods of a JobSet their places, JAX reads them."""
+    """One Job a slice, one pod a machine of it. GKE tells the pods of a JobSet their places, JAX
+    reads them."""
     kind, _, shape = options.tpu.lower().partition(":")
     if kind not in TPUS:
         raise UsageError(

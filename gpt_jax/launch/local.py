@@ -1,4 +1,5 @@
-"""Several real processes on one machine: started together, ended together, and started again where that helps."""
+"""Several real processes on one machine: started together, ended together, and started again
+where that helps."""
 
 import signal
 import socket
@@ -16,11 +17,13 @@ MOST_PROCESSES = 256  # of one machine
 TOGETHER_SECONDS = (
     12.0  # for the others to go by themselves once one has failed; then they are killed
 )
-QUIET_SECONDS = 300.0  # after an attempt that ran so long, the wait begins anew; the limit of restarts counts all
+# after an attempt that ran so long, the wait begins anew; the limit of restarts counts all
+QUIET_SECONDS = 300.0
 
 
 class Group(NamedTuple):
-    """The processes of this machine. `nodes` machines run as many each; `coordinator` "": a free port here."""
+    """The processes of this machine. `nodes` machines run as many each; `coordinator` "": a free
+    port here."""
 
     processes: int
     devices: int  # fake CPU devices of each; 0: accelerator k of the machine for process k
@@ -66,8 +69,9 @@ def free_port() -> int:
 def run(
     group: Group, arguments: list[str], restarts: int, say: Callable[[str], None]
 ) -> tuple[int, str]:
-    """Runs the job until it is done, until it ends with a code that a restart cannot help, or `restarts` times more.
-    Returns the exit code of the process that began the end, and a line. SIGTERM, SIGUSR1 and SIGINT go to all processes."""
+    """Runs the job until it is done, until it ends with a code that a restart cannot help, or
+    `restarts` times more. Returns the exit code of the process that began the end, and a line.
+    SIGTERM, SIGUSR1 and SIGINT go to all processes."""
     used = quick = 0  # restarts: all, and those since an attempt that ran long
     with passed_on() as requests:
         while True:
@@ -91,7 +95,8 @@ def run(
 
 
 class Requests:
-    """SIGTERM, SIGUSR1 and SIGINT, passed on to the processes of the job, those included that start when one has come."""
+    """SIGTERM, SIGUSR1 and SIGINT, passed on to the processes of the job, those included that
+    start when one has come."""
 
     def __init__(self):
         self.processes: list[subprocess.Popen] = []
@@ -157,8 +162,8 @@ def attempt(
 
 
 def verdict(ended: dict[int, int], killed: set[int] = frozenset()) -> tuple[int, str]:
-    """(exit code, words) of the process that began the end of all. `ended`: return codes in the order of ends; `killed`: by
-    this launcher, and so no reason for anything."""
+    """(exit code, words) of the process that began the end of all. `ended`: return codes in the
+    order of ends; `killed`: by this launcher, and so no reason for anything."""
     failed = {k: code for k, code in ended.items() if code and k not in killed}
     if not failed:
         return 0, "done"

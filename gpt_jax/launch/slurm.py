@@ -7,7 +7,8 @@ from typing import NamedTuple
 from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 
 SAVE_SECONDS = 300  # before its time is up, a job is told to save
-# Options of sbatch that --sbatch may not set, and the way out. GPUs may come by any other than that of --gpus_per_node.
+# Options of sbatch that --sbatch may not set, and the way out. GPUs may come by any other than that
+# of --gpus_per_node.
 OWN = {
     "nodes": "use --nodes",
     "ntasks": "use --nodes and --tasks_per_node",
@@ -28,7 +29,8 @@ OWN = {
 
 
 class Training:
-    """What every task of the job runs: the program in place of submitit's own process, so that signals reach it alone."""
+    """What every task of the job runs: the program in place of submitit's own process, so that
+    signals reach it alone."""
 
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
@@ -89,8 +91,8 @@ def parameters(shape: Shape, extra: dict[str, str]) -> dict:
 
 
 def afterwards(restarts: int | str) -> str:
-    """Shell lines behind srun: `$?` is its exit code, the highest of the tasks'. Back into the queue where a restart
-    helps; the same job and script, which resumes from its workdir."""
+    """Shell lines behind srun: `$?` is its exit code, the highest of the tasks'. Back into the
+    queue where a restart helps; the same job and script, which resumes from its workdir."""
     first, most = RESTART_SECONDS
     codes = "|".join(str(code) for code in RESTARTABLE + SIGNALLED)
     return f"""\

@@ -15,8 +15,9 @@ from gpt_jax.model.layers import NORMS, Embed, Weights, dropout, project, rotate
 
 
 class Context(NamedTuple):
-    """What every layer of one forward pass shares. `angles`: cos and sin [B or 1, T, R / 2], or None; `lengths` [B]:
-    tokens already in the cache before this pass (decode) or valid tokens of the prompt (prefill)."""
+    """What every layer of one forward pass shares. `angles`: cos and sin [B or 1, T, R / 2], or
+    None; `lengths` [B]: tokens already in the cache before this pass (decode) or valid tokens of
+    the prompt (prefill)."""
 
     tokens: jax.Array
     segment: jax.Array | None = None
@@ -31,13 +32,15 @@ def cache_slots(window: int, max_seq: int) -> int:
 
 
 def slot_positions(lengths: jax.Array, slots: int) -> jax.Array:
-    """Position held by each slot of a ring of `slots` after `lengths` [B] tokens -> [B, S]; negative: nothing yet."""
+    """Position held by each slot of a ring of `slots` after `lengths` [B] tokens -> [B, S];
+    negative: nothing yet."""
     last = lengths[:, None] - 1
     return last - (last - jnp.arange(slots)[None]) % slots
 
 
 def fill(values: jax.Array, lengths: jax.Array, slots: int) -> jax.Array:
-    """The cache [B, S, K, H] after a prompt's keys or values [B, T, K, H] of which the first `lengths` [B] are real."""
+    """The cache [B, S, K, H] after a prompt's keys or values [B, T, K, H] of which the first
+    `lengths` [B] are real."""
     position = slot_positions(lengths, slots)
     found = jnp.take_along_axis(
         values, jnp.clip(position, 0, values.shape[1] - 1)[..., None, None], axis=1
@@ -46,14 +49,16 @@ def fill(values: jax.Array, lengths: jax.Array, slots: int) -> jax.Array:
 
 
 def append(cached: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
-    """A stack of caches [layers, B, S, K, H] with the keys or values [layers, B, 1, K, H] of one new token a row in
-    their slots. Called once a step, after all layers have read: in place when the cache is donated."""
+    """A stack of caches [layers, B, S, K, H] with the keys or values [layers, B, 1, K, H] of one
+    new token a row in their slots. Called once a step, after all layers have read: in place when
+    the cache is donated."""
     return cached.at[:, jnp.arange(lengths.shape[0]), lengths % cached.shape[2]].set(new[:, :, 0])
 
 
 def _decode(q, k, v, cached_k, cached_v, lengths, cap):
-    """One new token a row, q [B, 1, N, H], attends over itself, k and v [B, 1, K, H], and the cache before it is
-    written: two score blocks under one softmax, so that no layer copies its cache."""
+    """One new token a row, q [B, 1, N, H], attends over itself, k and v [B, 1, K, H], and the
+    cache before it is written: two score blocks under one softmax, so that no layer copies its
+    cache."""
     B, _, N, H = q.shape
     slots, K = cached_k.shape[1:3]
     q = q.reshape(B, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
@@ -77,7 +82,8 @@ def _decode(q, k, v, cached_k, cached_v, lengths, cap):
 
 
 class QkNorm(nn.Module):
-    """RMS norm over head_dim of [B, T, N, H] (Henry et al. 2020), scaled where the model's norm has a scale."""
+    """RMS norm over head_dim of [B, T, N, H] (Henry et al. 2020), scaled where the model's norm
+    has a scale."""
 
     model: config.Model
 
@@ -97,9 +103,10 @@ class QkNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention [B, T, D] -> ([B, T, D], new cache).
 
-    `cache` None: plain pass. A pair (k, v) [B, S, K, H]: a single token a row attends over the cache and itself, and
-    its own k, v [B, 1, K, H] come back, for the caller to `append`; a longer input is a prompt that starts an empty
-    cache, which comes back filled (Context.lengths tells its real tokens)."""
+    `cache` None: plain pass. A pair (k, v) [B, S, K, H]: a single token a row attends over the
+    cache and itself, and its own k, v [B, 1, K, H] come back, for the caller to `append`; a
+    longer input is a prompt that starts an empty cache, which comes back filled (Context.lengths
+    tells its real tokens)."""
 
     model: config.Model
     window: int
@@ -155,8 +162,9 @@ class Attention(nn.Module):
         return dropout(self, y, model.dropout), None if cache is None else tuple(cache)
 
     def _value_embedding(self, x, tokens):
-        """Zhou et al. 2024's value residual as modded-nanogpt has it: a second embedding of the token, gated per head by
-        3 * sigmoid of a few channels of the stream, joins the values. [B, T, K, H]."""
+        """Zhou et al. 2024's value residual as modded-nanogpt has it: a second embedding of the
+        token, gated per head by 3 * sigmoid of a few channels of the stream, joins the values.
+        [B, T, K, H]."""
         model = self.model
         width = model.kv_heads * model.head_dim
         embedded = Embed(model.vocab, width, "value_embed", model, name="value_embed")(

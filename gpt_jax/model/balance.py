@@ -1,7 +1,7 @@
 """What mixtures of experts report, layer by layer and row by row (called by transformer).
 
-Every number is a sum over a row of a batch, so that it is the same however rows are grouped into microbatches, stages and
-devices. Shapes: B batch, L layers, E experts.
+Every number is a sum over a row of a batch, so that it is the same however rows are grouped into
+microbatches, stages and devices. Shapes: B batch, L layers, E experts.
 """
 
 import jax
@@ -11,10 +11,10 @@ from gpt_jax import config, sharding
 
 
 def empty_report(model: config.Model, rows: int) -> dict[str, jax.Array]:
-    """Zeros for `rows` rows; {} for a model without experts. `objective` [B]: what is added to the objective; `tokens`
-    [B]: real tokens, once for each layer of experts, the weight of the rest; `balance`, `router_z` [B] (see
-    moe.make_stats) and `dropped` [B], the part of each token's choices that no expert took; `load` [B, L, E]: the tokens
-    that each expert was sent."""
+    """Zeros for `rows` rows; {} for a model without experts. `objective` [B]: what is added to
+    the objective; `tokens` [B]: real tokens, once for each layer of experts, the weight of the
+    rest; `balance`, `router_z` [B] (see moe.make_stats) and `dropped` [B], the part of each
+    token's choices that no expert took; `load` [B, L, E]: the tokens that each expert was sent."""
     if all(spec.ffn != "moe" for spec in config.layer_specs(model)):
         return {}
 

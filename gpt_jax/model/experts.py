@@ -1,9 +1,9 @@
-"""Tokens to the experts that they chose and back, over the mesh axis expert (called by moe). What is here runs on each
-device's own shard, all mesh axes manual.
+"""Tokens to the experts that they chose and back, over the mesh axis expert (called by moe). What
+is here runs on each device's own shard, all mesh axes manual.
 
-Choices, and the index vectors `there` and `back`, are those of model/grouped.py. Shapes: n tokens of this device, k
-choices of each, D embed, F mlp, E experts, p devices along the axis expert with E / p experts each, B rows of T tokens, C
-capacity.
+Choices, and the index vectors `there` and `back`, are those of model/grouped.py. Shapes: n tokens
+of this device, k choices of each, D embed, F mlp, E experts, p devices along the axis expert with E
+/ p experts each, B rows of T tokens, C capacity.
 """
 
 import math
@@ -43,11 +43,12 @@ def dropless(
     platform: str,
     kind: str,
 ):
-    """Every choice computed: x [n, D], choice [n, k] in 0 … E (E: none), summed with weight [n, k] -> [n, D].
+    """Every choice computed: x [n, D], choice [n, k] in 0 … E (E: none), summed with weight [n, k]
+    -> [n, D].
 
-    With `devices` along the axis expert the choices go to their experts' owner, where they are grouped once more, and
-    back. A device may be sent everything, so that its buffer has room for p * n * min(k, E / p) choices: nothing
-    depends on how evenly tokens spread but the time."""
+    With `devices` along the axis expert the choices go to their experts' owner, where they are
+    grouped once more, and back. A device may be sent everything, so that its buffer has room for
+    p * n * min(k, E / p) choices: nothing depends on how evenly tokens spread but the time."""
     (n, k), own = choice.shape, kernels.up.shape[0]
     flat = choice.ravel()
     if devices == 1:
@@ -66,8 +67,9 @@ def dropless(
 
 
 class Route(NamedTuple):
-    """Which choices go where: choice [c] in 0 … E, its order and rank by expert, `sent` [p, p] choices from one device
-    to another, this device `me`, `own` experts a device, `room` for what comes from one device."""
+    """Which choices go where: choice [c] in 0 … E, its order and rank by expert, `sent` [p, p]
+    choices from one device to another, this device `me`, `own` experts a device, `room` for what
+    comes from one device."""
 
     choice: jax.Array
     order: jax.Array
@@ -79,15 +81,16 @@ class Route(NamedTuple):
 
 
 class Trip(NamedTuple):
-    """go(x [n, D], k) -> [p * room, D], what comes from device i from place i * room on, zeros elsewhere;
-    come_back([p * room, D]) -> Placed."""
+    """go(x [n, D], k) -> [p * room, D], what comes from device i from place i * room on, zeros
+    elsewhere; come_back([p * room, D]) -> Placed."""
 
     go: Callable
     come_back: Callable
 
 
 def padded(route: Route) -> Trip:
-    """`jax.lax.all_to_all` of as many places as may be needed: for devices that have no ragged exchange."""
+    """`jax.lax.all_to_all` of as many places as may be needed: for devices that have no ragged
+    exchange."""
     choice, order, rank, sent, me, own, room = route
     devices, starts = sent.shape[0], starts_of(sent[me])
     there = in_places(order, starts, sent[me], room)
@@ -133,8 +136,8 @@ def ragged(route: Route) -> Trip:
     return Trip(go, come_back)
 
 
-# Kind of device -> function; ragged on all others. libtpu 0.0.42 refuses the ragged exchange on v5e beyond 16 chips
-# ("not supported in limited ICI routing settings").
+# Kind of device -> function; ragged on all others. libtpu 0.0.42 refuses the ragged exchange on v5e
+# beyond 16 chips ("not supported in limited ICI routing settings").
 EXCHANGES = {"cpu": padded, "TPU v5 lite": padded, "TPU v5e": padded}
 
 
@@ -154,8 +157,9 @@ def capacity(tokens: int, experts: int, per_token: int, factor: float) -> int:
 
 
 def limited(x, choice, weight, kernels: Kernels, activation: Callable, devices: int, room: int):
-    """The first `room` choices of each expert in each row: x [B, T, D], choice [B, T, k] in 0 … E, summed with weight
-    [B, T, k] -> [B, T, D], the others as zeros. A row is its own group, so that the result does not depend on the mesh."""
+    """The first `room` choices of each expert in each row: x [B, T, D], choice [B, T, k] in 0 …
+    E, summed with weight [B, T, k] -> [B, T, D], the others as zeros. A row is its own group, so
+    that the result does not depend on the mesh."""
     (B, T, k), D, count = choice.shape, x.shape[2], devices * kernels.up.shape[0]
 
     def places(choice):
@@ -181,9 +185,10 @@ def limited(x, choice, weight, kernels: Kernels, activation: Callable, devices: 
 
 
 def all_manual(fn: Callable, shape: tuple[int, ...], dtype) -> Callable:
-    """`fn` of arrays, with a result of `shape`, run with all mesh axes manual. In the stages of a pipeline sharding.local
-    traces it twice: with the axis pipeline left out, which what runs on single devices only (kernels, ragged collectives)
-    refuses, and then for the stages, with it, which is what runs. The first gets NaN in its place: it would show."""
+    """`fn` of arrays, with a result of `shape`, run with all mesh axes manual. In the stages of
+    a pipeline sharding.local traces it twice: with the axis pipeline left out, which what runs
+    on single devices only (kernels, ragged collectives) refuses, and then for the stages, with
+    it, which is what runs. The first gets NaN in its place: it would show."""
     mesh = jax.sharding.get_abstract_mesh()
     rest = () if mesh.empty else frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
     return (lambda *args: jnp.full(shape, jnp.nan, dtype)) if rest else fn

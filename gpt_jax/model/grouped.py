@@ -1,9 +1,9 @@
 """Choices through this device's own experts (called by experts).
 
-A *choice* is one token at one expert: token t makes choices t * k … t * k + k - 1. Choices are moved by two index
-vectors that are each other's inverse: `there` (which choice stands at a place) and `back` (at which place a choice
-stands); an index beyond the end means none. Shapes: n tokens of this device, k choices of each, D embed, F mlp, E
-experts in all, of which this device has E / p.
+A *choice* is one token at one expert: token t makes choices t * k … t * k + k - 1. Choices are
+moved by two index vectors that are each other's inverse: `there` (which choice stands at a place)
+and `back` (at which place a choice stands); an index beyond the end means none. Shapes: n tokens of
+this device, k choices of each, D embed, F mlp, E experts in all, of which this device has E / p.
 """
 
 import math
@@ -25,8 +25,9 @@ class Kernels(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def pick(x, there, back, fan):
-    """Row there[i] // fan of x [n, D] at place i -> [places, D], zeros for none. `back` [n * fan] makes the backward
-    pass a lookup too, where the transpose of a lookup is a scatter, which no accelerator likes."""
+    """Row there[i] // fan of x [n, D] at place i -> [places, D], zeros for none. `back` [n *
+    fan] makes the backward pass a lookup too, where the transpose of a lookup is a scatter,
+    which no accelerator likes."""
     return jnp.take(x, there // fan, axis=0, mode="fill", fill_value=0)
 
 
@@ -39,9 +40,10 @@ pick.defvjp(lambda x, there, back, fan: (pick(x, there, back, fan), back), _pick
 
 @jax.custom_vjp
 def combine(rows, weight, there, back):
-    """The choices of each token, from their places in rows [places, D], summed in float32 with weight [n, k] -> [n, D];
-    `there` and `back` as in `pick`. One choice of all tokens after the other: an array [n, k, D] of float32 would be the
-    largest that there is, and a TPU pads its k to 8."""
+    """The choices of each token, from their places in rows [places, D], summed in float32 with
+    weight [n, k] -> [n, D]; `there` and `back` as in `pick`. One choice of all tokens after the
+    other: an array [n, k, D] of float32 would be the largest that there is, and a TPU pads its k
+    to 8."""
     return sum(
         _column(rows, back, weight.shape, j) * weight[:, j, None] for j in range(weight.shape[1])
     ).astype(rows.dtype)
@@ -74,7 +76,8 @@ class Placed(NamedTuple):
 
 
 def sort_choices(experts: jax.Array, count: int):
-    """(order, rank, sizes) of choices [c] by expert, earlier ones first; an expert of `count` stands for none."""
+    """(order, rank, sizes) of choices [c] by expert, earlier ones first; an expert of `count`
+    stands for none."""
     order = jnp.argsort(experts, stable=True)
     sizes = (experts[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
     return order, jnp.argsort(order), sizes
@@ -86,8 +89,8 @@ def starts_of(sizes):
 
 
 def in_places(order, starts, sizes, width: int):
-    """Choices of groups, each from `starts` [groups] on in `order` and `sizes` many, at `width` fixed places each ->
-    [groups * width], order.size for none."""
+    """Choices of groups, each from `starts` [groups] on in `order` and `sizes` many, at `width`
+    fixed places each -> [groups * width], order.size for none."""
     place = jnp.arange(width)
     choice = jnp.take(order, starts[:, None] + place, mode="clip")
     return jnp.where(place < sizes[:, None], choice, order.size).ravel()
@@ -96,8 +99,8 @@ def in_places(order, starts, sizes, width: int):
 def feed_forward(
     x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
 ) -> Placed:
-    """x [n, D] through the `experts` [n * fan] of each choice, zeros for none: an expert of E / p. `likely`: choices that are
-    there when tokens spread evenly."""
+    """x [n, D] through the `experts` [n * fan] of each choice, zeros for none: an expert of E /
+    p. `likely`: choices that are there when tokens spread evenly."""
     return WAYS.get(platform, by_blocks)(x, experts, fan, kernels, activation, platform, likely)
 
 
@@ -133,8 +136,8 @@ def by_sorting(
 
 @jax.custom_vjp
 def ragged_dot(rows, kernel, sizes):
-    """`jax.lax.ragged_dot` whose kernels' gradient is megablox's tgmm: libtpu 0.0.42 has kernels for the rest, but
-    multiplies all rows for every expert there."""
+    """`jax.lax.ragged_dot` whose kernels' gradient is megablox's tgmm: libtpu 0.0.42 has kernels
+    for the rest, but multiplies all rows for every expert there."""
     return jax.lax.ragged_dot(rows, kernel, sizes)
 
 
@@ -148,7 +151,8 @@ ragged_dot.defvjp(lambda *args: (ragged_dot(*args), args), _ragged_dot_backward)
 
 
 def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
-    """Sum of rows[i]^T g[i] over each group: [m, in], [m, out] -> [groups, in, out]. m is a multiple of TILE."""
+    """Sum of rows[i]^T g[i] over each group: [m, in], [m, out] -> [groups, in, out]. m is a
+    multiple of TILE."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     tile = next(size for size in (512, 256, TILE) if rows.shape[0] % size == 0)
@@ -158,17 +162,18 @@ def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
 
 # ---- blocks: GPUs and CPUs ----
 
-# Rows whose matmuls, forward and backward, take as long as reading and writing the float32 sums of an expert's gradients:
-# 24 bytes a weight against 22 FLOPs a weight and row. GPU: by the data sheets of H100 and H200, at 0.75 of the peak (not
-# measured); CPU: by 20 GB/s and 150 GFLOP/s.
+# Rows whose matmuls, forward and backward, take as long as reading and writing the float32 sums of
+# an expert's gradients: 24 bytes a weight against 22 FLOPs a weight and row. GPU: by the data
+# sheets of H100 and H200, at 0.75 of the peak (not measured); CPU: by 20 GB/s and 150 GFLOP/s.
 SUM_ROWS = {"gpu": 200, "cpu": 8}
 
 
 def by_blocks(
     x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
 ):
-    """Each expert's choices padded to whole blocks (MegaBlocks, Gale et al. 2022, arXiv:2211.15841), and one block at a
-    time through its expert: on GPUs and CPUs XLA's `ragged_dot` multiplies every row with every expert."""
+    """Each expert's choices padded to whole blocks (MegaBlocks, Gale et al. 2022,
+    arXiv:2211.15841), and one block at a time through its expert: on GPUs and CPUs XLA's
+    `ragged_dot` multiplies every row with every expert."""
     count = kernels.up.shape[0]
     order, rank, sizes = sort_choices(experts, count)
     size = block_rows(likely, count, platform)
@@ -184,8 +189,9 @@ def by_blocks(
 
 
 def block_rows(choices: int, experts: int, platform: str) -> int:
-    """Rows of a block: a power of two, where half a block of padding for each expert costs about as much time as adding
-    gradients once a block; at most what an expert gets where `choices` spread evenly, at least 8."""
+    """Rows of a block: a power of two, where half a block of padding for each expert costs about
+    as much time as adding gradients once a block; at most what an expert gets where `choices`
+    spread evenly, at least 8."""
     rows = max(1, choices // experts)
     best = round(math.log2(2 * SUM_ROWS[platform] * rows) / 2)
     return 2 ** max(3, min(best, rows.bit_length() - 1))
@@ -193,10 +199,12 @@ def block_rows(choices: int, experts: int, platform: str) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def through_blocks(activation, size: int, rows, kernels: Kernels, blocks):
-    """rows [places, D], `size` at a time: the first blocks[0] blocks through expert 0, the next blocks[1] through expert 1,
-    …; zeros for the rest, on which no time is spent. Only one block's hidden values live at a time: the backward pass
-    makes them anew. Expert by expert, so that its weights are looked up once, and its gradients are summed in float32 in
-    place, with nothing else but the matmul that adds to them (an index there costs copies of all of them a block)."""
+    """rows [places, D], `size` at a time: the first blocks[0] blocks through expert 0, the next
+    blocks[1] through expert 1, …; zeros for the rest, on which no time is spent. Only one
+    block's hidden values live at a time: the backward pass makes them anew. Expert by expert, so
+    that its weights are looked up once, and its gradients are summed in float32 in place, with
+    nothing else but the matmul that adds to them (an index there costs copies of all of them a
+    block)."""
 
     def expert(e, out):
         own = _own(kernels, e)

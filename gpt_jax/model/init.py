@@ -1,4 +1,5 @@
-"""How weights start: one table, so that a new parametrisation (muP and its kin) is one row (called by model/)."""
+"""How weights start: one table, so that a new parametrisation (muP and its kin) is one row
+(called by model/)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,9 @@
-"""Attention kernels as one table, the choice among them, and the check of the chosen one (called by model/attention
-and by experiment).
+"""Attention kernels as one table, the choice among them, and the check of the chosen one (called by
+model/attention and by experiment).
 
-Shapes: B batch, T query, S key, N heads, K kv heads, G = N / K, H head_dim. Every kernel honours causal order, windows,
-segments and `ar` blocks, or says before anything compiles which of them it cannot do.
+Shapes: B batch, T query, S key, N heads, K kv heads, G = N / K, H head_dim. Every kernel honours
+causal order, windows, segments and `ar` blocks, or says before anything compiles which of them it
+cannot do.
 """
 
 from collections.abc import Callable
@@ -20,9 +21,10 @@ from gpt_jax.model.layers import softcap
 
 
 class Pattern(NamedTuple):
-    """Who may look at whom. `segment` [B, T]: only the same, 0 is padding; `block` [B, T]: the running sum of the `ar`
-    column (a query sees every key whose block is not later: causal where ar is 1, both ways where it is 0); None of them:
-    one document, causal. `window`: keys within reach, the query's own included; 0: all."""
+    """Who may look at whom. `segment` [B, T]: only the same, 0 is padding; `block` [B, T]: the
+    running sum of the `ar` column (a query sees every key whose block is not later: causal where
+    ar is 1, both ways where it is 0); None of them: one document, causal. `window`: keys within
+    reach, the query's own included; 0: all."""
 
     window: int = 0
     segment: jax.Array | None = None
@@ -47,14 +49,16 @@ def make_mask(pattern: Pattern, length: int) -> jax.Array:
 def attend(q, k, v, mask, cap: float = 0.0, keep=None):
     """Softmax attention with an explicit mask, scores and softmax in float32.
 
-    q [B, T, N, H], k and v [B, S, K, H], mask [B or 1, T, S] -> [B, T, N, H]. `keep` [B, N, T, S] multiplies the
-    probabilities (dropout). A query that may look at nothing gets the mean of v, which a weight of 0 removes."""
+    q [B, T, N, H], k and v [B, S, K, H], mask [B or 1, T, S] -> [B, T, N, H]. `keep` [B, N, T,
+    S] multiplies the probabilities (dropout). A query that may look at nothing gets the mean of
+    v, which a weight of 0 removes."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     G = N // K
 
-    # Heads first, and a group's queries stacked on those of its kv head: one plain batched matmul over [B, K], which
-    # XLA's CPU backend runs a quarter faster than the contraction with heads inside.
+    # Heads first, and a group's queries stacked on those of its kv head: one plain batched matmul
+    # over [B, K], which XLA's CPU backend runs a quarter faster than the contraction with heads
+    # inside.
     def stack(x):
         return jnp.moveaxis(x.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
 
@@ -74,8 +78,8 @@ def _reference(q, k, v, pattern, cap, keep):
 
 
 def _blocked(q, k, v, pattern, cap, keep):
-    """The reference, for at most eight runs of queries one after another, each over the keys that causal order and the
-    window leave it: half the work of the whole map, on any platform."""
+    """The reference, for at most eight runs of queries one after another, each over the keys
+    that causal order and the window leave it: half the work of the whole map, on any platform."""
     length = q.shape[1]
     mask, size, parts = make_mask(pattern, length), max(64, -(-length // 8)), []
     for start in range(0, length, size):
@@ -87,7 +91,8 @@ def _blocked(q, k, v, pattern, cap, keep):
 
 
 def _jax_attention(implementation, q, k, v, pattern, cap, keep):
-    """jax.nn.dot_product_attention. Segments and blocks go in as a mask: without one its kernels would ignore them."""
+    """jax.nn.dot_product_attention. Segments and blocks go in as a mask: without one its kernels
+    would ignore them."""
     plain = pattern.segment is None and pattern.block is None
     window = {"local_window_size": (pattern.window - 1, 0)} if plain and pattern.window else {}
     mask = None if plain else make_mask(pattern, q.shape[1])[:, None]
@@ -180,7 +185,8 @@ PREFERENCE = {
 def problem(
     model: config.Model, seq_len: int, platform: str, ar: bool = False, context: int = 1
 ) -> Problem:
-    """The attention problem that a model poses on `platform` (cpu, gpu or tpu), rows cut into `context` pieces."""
+    """The attention problem that a model poses on `platform` (cpu, gpu or tpu), rows cut into
+    `context` pieces."""
     return Problem(
         platform,
         model.dtype,
@@ -194,7 +200,8 @@ def problem(
 
 
 def choose(name: str, p: Problem) -> tuple[str, str]:
-    """(kernel, reason). A named kernel is taken or UsageError says why it cannot; `auto` takes the first that can."""
+    """(kernel, reason). A named kernel is taken or UsageError says why it cannot; `auto` takes
+    the first that can."""
     if name != "auto":
         if reason := KERNELS[name].cannot(p):
             raise UsageError(
@@ -253,10 +260,12 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
 
 
 def conformance(name: str, model: config.Model, segments: bool, rows: int) -> float:
-    """Largest difference between kernel `name` and `reference` on a tiny packed batch, on the devices of the current mesh.
+    """Largest difference between kernel `name` and `reference` on a tiny packed batch, on the
+    devices of the current mesh.
 
-    `rows`: batch rows, a multiple of those that a mesh cuts them into (placing.row_parts). With `segments`, changing the first document must not change the second
-    in the slightest. Raises UsageError when the kernel is wrong; returns the error relative to the largest value."""
+    `rows`: batch rows, a multiple of those that a mesh cuts them into (placing.row_parts). With
+    `segments`, changing the first document must not change the second in the slightest. Raises
+    UsageError when the kernel is wrong; returns the error relative to the largest value."""
     length = (
         32 if name in ("xla", "cudnn") else 256 * sharding.parts("seq")
     )  # several of the blocks that it skips

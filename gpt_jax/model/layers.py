@@ -1,7 +1,8 @@
-"""The small parts of a transformer: matmuls, norms, embeddings, positions, feed-forwards (called by model/).
+"""The small parts of a transformer: matmuls, norms, embeddings, positions, feed-forwards (called by
+model/).
 
-Shapes: B batch, T sequence, D embed, N heads, H head_dim, F mlp, V vocab. Parameters are float32; `dtype` is what is
-multiplied; norms, softmax and logits are summed in float32.
+Shapes: B batch, T sequence, D embed, N heads, H head_dim, F mlp, V vocab. Parameters are float32;
+`dtype` is what is multiplied; norms, softmax and logits are summed in float32.
 """
 
 from functools import partial
@@ -18,9 +19,10 @@ from gpt_jax.model.init import make_init, residual_ramp
 def matmul(
     x: jax.Array, kernel: jax.Array, out_axis: str | None, precise=None, seq: str = "seq"
 ) -> jax.Array:
-    """x [B, T, D] @ kernel [D, F] -> [B, T, F]; `seq`: how the result's T is laid out, `precise`: its dtype. Where no
-    mesh axis cuts T, on activations flattened to two dims: XLA's CPU backend runs the backward pass of the three-dim form
-    at half the speed, and no other backend minds."""
+    """x [B, T, D] @ kernel [D, F] -> [B, T, F]; `seq`: how the result's T is laid out,
+    `precise`: its dtype. Where no mesh axis cuts T, on activations flattened to two dims: XLA's
+    CPU backend runs the backward pass of the three-dim form at half the speed, and no other
+    backend minds."""
     if sharding.parts(seq) > 1 or sharding.is_gathered(kernel):
         layout, whole = (sharding.out("batch", over, out_axis) for over in (seq, "seq"))
         return (
@@ -41,8 +43,9 @@ def _matmul(x, kernel, precise, layout):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _scattered(x, kernel, precise, layout, whole):
-    """`_matmul` whose result is cut along T (`layout`) where x is not (`whole`). Backward the result's gradient is gathered
-    first: JAX 0.10 has no transpose for kernels that `sharding.use` has gathered."""
+    """`_matmul` whose result is cut along T (`layout`) where x is not (`whole`). Backward the
+    result's gradient is gathered first: JAX 0.10 has no transpose for kernels that
+    `sharding.use` has gathered."""
     return _matmul(x, kernel, precise, layout)
 
 
@@ -58,8 +61,8 @@ _scattered.defvjp(
 
 
 class Weights(nn.Module):
-    """Kernel [in, features] and bias [features] (None without one) of a linear map, in the compute dtype and laid out
-    for use; `axes` are the kernel's logical axes."""
+    """Kernel [in, features] and bias [features] (None without one) of a linear map, in the
+    compute dtype and laid out for use; `axes` are the kernel's logical axes."""
 
     features: int
     axes: tuple[str, str]
@@ -81,10 +84,11 @@ class Weights(nn.Module):
 
 
 def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
-    """x [B, T, in] through several linear maps -> one [B, T, features] each. On a CPU the kernels are joined into one
-    matmul where no mesh axis splits the features: 5 % of a small step; a TPU loses a sixth of a large one by it (joining,
-    cutting, and a matmul at half the speed, by the compiler's cycles). With `shard_sequence` the
-    stream is gathered over tensor on the way in and scattered on the way out (Korthikanti et al. 2022)."""
+    """x [B, T, in] through several linear maps -> one [B, T, features] each. On a CPU the
+    kernels are joined into one matmul where no mesh axis splits the features: 5 % of a small
+    step; a TPU loses a sixth of a large one by it (joining, cutting, and a matmul at half the
+    speed, by the compiler's cycles). With `shard_sequence` the stream is gathered over tensor on
+    the way in and scattered on the way out (Korthikanti et al. 2022)."""
     inside, model = maps[0].axes[0], maps[0].model
     back = inside in ("heads", "mlp")  # to the stream: the sum over tensor ends here
     if model.shard_sequence and not back:
@@ -141,8 +145,9 @@ class Norm(nn.Module):
 
 
 def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of table [V, D] for tokens [B, T] -> [B, T, D]. Over a tensor-sharded vocabulary each device looks up what it
-    holds and the parts are summed (Shoeybi et al. 2019). In float32: the backward pass sums rows of equal tokens."""
+    """Rows of table [V, D] for tokens [B, T] -> [B, T, D]. Over a tensor-sharded vocabulary each
+    device looks up what it holds and the parts are summed (Shoeybi et al. 2019). In float32: the
+    backward pass sums rows of equal tokens."""
 
     def rows(table, tokens):
         return table[tokens]
@@ -163,8 +168,9 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def look_up(function, table, axes: tuple[str, str], index, rows: str | None):
-    """function(table [., D], index [B, T]) -> [B, T, D] on each device. The table, of logical `axes`, is gathered there:
-    so its gradient is scattered, and not summed whole on every device. `rows`: the axis of B."""
+    """function(table [., D], index [B, T]) -> [B, T, D] on each device. The table, of logical
+    `axes`, is gathered there: so its gradient is scattered, and not summed whole on every
+    device. `rows`: the axis of B."""
     where, wide = sharding.gathered_axes(table, axes), sharding.STORED[axes[1]]
     if where:
         dim, names = where
@@ -196,7 +202,8 @@ class Embed(nn.Module):
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """x [B, T, D] with entries dropped at `rate`, only when the caller passed a "dropout" key to `apply`."""
+    """x [B, T, D] with entries dropped at `rate`, only when the caller passed a "dropout" key to
+    `apply`."""
     if rate == 0.0 or not module.has_rng("dropout"):
         return x
     keep = placing.reorder(jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape))
@@ -209,8 +216,8 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def rotary_frequencies(model: config.Model) -> np.ndarray:
-    """Radians per position [R / 2] for the R = rope_fraction * head_dim rotating channels (Su et al. 2021), with
-    Llama-3's scaling of the long wavelengths where `rope_scale_factor` > 1."""
+    """Radians per position [R / 2] for the R = rope_fraction * head_dim rotating channels (Su et
+    al. 2021), with Llama-3's scaling of the long wavelengths where `rope_scale_factor` > 1."""
     rotating = int(model.head_dim * model.rope_fraction)
     frequencies = model.rope_base ** -(np.arange(0, rotating, 2, dtype=np.float64) / rotating)
     if model.rope_scale_factor > 1:
@@ -224,8 +231,9 @@ def rotary_frequencies(model: config.Model) -> np.ndarray:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the first channels of x [B, T, N, H] by angles whose cos and sin are [B or 1, T, R / 2], in float32.
-    Channel i pairs with i + R / 2 (the layout of GPT-NeoX and Hugging Face's Llama)."""
+    """Rotates the first channels of x [B, T, N, H] by angles whose cos and sin are [B or 1, T, R
+    / 2], in float32. Channel i pairs with i + R / 2 (the layout of GPT-NeoX and Hugging Face's
+    Llama)."""
     half = cos.shape[-1]
     cos, sin = (jnp.concatenate(parts, -1)[:, :, None] for parts in ((cos, cos), (-sin, sin)))
     turning, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
@@ -319,7 +327,8 @@ class Factor(nn.Module):
 
 
 class Smear(nn.Module):
-    """A gated share of the token `before` joins each token, both [B, T, D] (modded-nanogpt, nanochat)."""
+    """A gated share of the token `before` joins each token, both [B, T, D] (modded-nanogpt,
+    nanochat)."""
 
     model: config.Model
 

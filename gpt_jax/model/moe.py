@@ -1,10 +1,11 @@
 """The mixture-of-experts feed-forward: router, balance and statistics (called by transformer).
 
-Every token is sent to the k experts with its highest scores (Shazeer et al. 2017, arXiv:1701.06538) and gets their
-outputs' weighted sum, besides that of shared experts that all tokens go through (Dai et al. 2024, arXiv:2401.06066).
-Parameter paths are API: router/kernel [D, E], router/bias [E] (balance "bias"), experts/{up,gate}/kernel [E, D, F],
-experts/down/kernel [E, F, D] (experts have no biases), shared/… as in layers.Mlp.
-Shapes: B batch, T sequence, D embed, F mlp, E experts, k choices.
+Every token is sent to the k experts with its highest scores (Shazeer et al. 2017, arXiv:1701.06538)
+and gets their outputs' weighted sum, besides that of shared experts that all tokens go through (Dai
+et al. 2024, arXiv:2401.06066). Parameter paths are API: router/kernel [D, E], router/bias [E]
+(balance "bias"), experts/{up,gate}/kernel [E, D, F], experts/down/kernel [E, F, D] (experts have no
+biases), shared/… as in layers.Mlp. Shapes: B batch, T sequence, D embed, F mlp, E experts, k
+choices.
 """
 
 from dataclasses import replace
@@ -26,7 +27,8 @@ UP, DOWN = (
 
 
 class Moe(nn.Module):
-    """x [B, T, D], segment [B, T] or None (0: padding, which no expert takes) -> (y [B, T, D], stats of make_stats)."""
+    """x [B, T, D], segment [B, T] or None (0: padding, which no expert takes) -> (y [B, T, D],
+    stats of make_stats)."""
 
     model: config.Model
 
@@ -54,8 +56,8 @@ class Moe(nn.Module):
 
 
 class Router(nn.Module):
-    """x [B, T, D] -> (logits [B, T, E], bias [E] or None), in float32 whatever the compute dtype (Fedus et al.
-    2021)."""
+    """x [B, T, D] -> (logits [B, T, E], bias [E] or None), in float32 whatever the compute dtype
+    (Fedus et al. 2021)."""
 
     model: config.Model
 
@@ -80,8 +82,9 @@ class Router(nn.Module):
 
 
 def route(model: config.Model, logits: jax.Array, bias: jax.Array | None):
-    """(choice [B, T, k] of experts, best first and the lower one at a tie; weight [B, T, k] of their outputs; scores
-    [B, T, E]). The bias takes part in the choice alone (Wang et al. 2024, arXiv:2408.15664)."""
+    """(choice [B, T, k] of experts, best first and the lower one at a tie; weight [B, T, k] of
+    their outputs; scores [B, T, E]). The bias takes part in the choice alone (Wang et al. 2024,
+    arXiv:2408.15664)."""
     scores = ROUTERS[model.router](logits, axis=-1)
     ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     choice = jax.lax.top_k(ranked, model.experts_per_token)[1]
@@ -97,14 +100,16 @@ def route(model: config.Model, logits: jax.Array, bias: jax.Array | None):
 def make_stats(
     model: config.Model, logits, scores, choice, real, bias, room
 ) -> dict[str, jax.Array]:
-    """Sums over each row's real tokens, float32, [B] but for load: `load` [B, E] choices by expert; `dropped` choices
-    beyond the capacity `room`; `router_z` of logsumexp(logits)^2 (Zoph et al. 2022, arXiv:2202.08906); `balance`, the
-    loss of the Switch Transformer (Fedus et al. 2021, arXiv:2101.03961) within the row, times its tokens: E * sum over
-    experts of their part of the choices times their mean probability, 1 where all are equal.
+    """Sums over each row's real tokens, float32, [B] but for load: `load` [B, E] choices by expert;
+    `dropped` choices beyond the capacity `room`; `router_z` of logsumexp(logits)^2 (Zoph et al.
+    2022, arXiv:2202.08906); `balance`, the loss of the Switch Transformer (Fedus et al. 2021,
+    arXiv:2101.03961) within the row, times its tokens: E * sum over experts of their part of the
+    choices times their mean probability, 1 where all are equal.
 
-    With a router bias also `steer`, which is 0 and has the gradient E * load - choices for the bias: how far each
-    expert is above its share, times E, so that sums over rows are sums of integers and exact. It is to be added to the
-    objective; the optimiser takes the sign (train/optim.py)."""
+    With a router bias also `steer`, which is 0 and has the gradient E * load - choices for the
+    bias: how far each expert is above its share, times E, so that sums over rows are sums of
+    integers and exact. It is to be added to the objective; the optimiser takes the sign
+    (train/optim.py)."""
     mask = real.astype(jnp.float32)[..., None]
     chosen = (choice[..., None] == jnp.arange(model.experts)).sum(2)
     load = (chosen * mask).sum(1)
@@ -157,8 +162,8 @@ class Stack(nn.Module):
 
 
 def dispatch(model: config.Model, x, choice, weight, kernels: experts.Kernels, room: int | None):
-    """x [B, T, D] through its experts `choice` [B, T, k] (E: none), summed with `weight` -> [B, T, D] laid out as the
-    stream. `room`: the choices that an expert takes from a row; None: all."""
+    """x [B, T, D] through its experts `choice` [B, T, k] (E: none), summed with `weight` -> [B,
+    T, D] laid out as the stream. `room`: the choices that an expert takes from a row; None: all."""
     activation = FFNS[model.expert_ffn][0]
     devices, tensor = sharding.axis_size("expert"), sharding.axis_size("tensor")
     scatter, platform = sharding.parts(model.stream) > sharding.parts("seq"), sharding.platform()
@@ -170,7 +175,8 @@ def dispatch(model: config.Model, x, choice, weight, kernels: experts.Kernels, r
     )  # no axis with ZeRO-1
 
     def local(x, choice, weight, *given):
-        # Gathered here and not before, so that gradients are scattered, and not summed whole on every device.
+        # Gathered here and not before, so that gradients are scattered, and not summed whole on
+        # every device.
         def gather(kernel, dim):
             return sharding.gather(kernel, split, dim) if split else kernel
 

@@ -1,11 +1,13 @@
 """Layers in stages over the mesh axis pipeline: a circular schedule (called by transformer).
 
-Every stage holds its layers and works on a microbatch of its own at each tick; then all streams move on by one stage. A
-microbatch goes round `rounds` times, so that the stages are idle for (stages - 1) / (rounds * microbatches) of the time
-(Narayanan et al. 2021, arXiv:2104.04473; as one vectorised program: Xu et al. 2021, arXiv:2105.04663). The backward pass
-is the transpose of the forward one.
+Every stage holds its layers and works on a microbatch of its own at each tick; then all streams
+move on by one stage. A microbatch goes round `rounds` times, so that the stages are idle for
+(stages - 1) / (rounds * microbatches) of the time (Narayanan et al. 2021, arXiv:2104.04473; as one
+vectorised program: Xu et al. 2021, arXiv:2105.04663). The backward pass is the transpose of the
+forward one.
 
-Shapes: S stages, R rounds, M microbatches, B batch, T sequence; a stage has k = layers / (R * S) layers a round.
+Shapes: S stages, R rounds, M microbatches, B batch, T sequence; a stage has k = layers / (R * S)
+layers a round.
 """
 
 from collections.abc import Callable
@@ -20,12 +22,12 @@ from gpt_jax import sharding
 
 
 def run(layer: Callable, stacked, stream, columns, rounds: int, microbatches: int, unroll: int):
-    """`stream` after all layers. `layer(stream, weights, columns) -> stream`: one layer; `stacked`: the weights of all,
-    [layers, …]; `stream` and `columns` (what goes with it unchanged): trees of [B, …]; `unroll`: layers of a stage in one
-    turn of its loop.
+    """`stream` after all layers. `layer(stream, weights, columns) -> stream`: one layer; `stacked`:
+    the weights of all, [layers, …]; `stream` and `columns` (what goes with it unchanged): trees of
+    [B, …]; `unroll`: layers of a stage in one turn of its loop.
 
-    The rows of a microbatch are M apart, so that each device splits its own. M is at least S, divides B, and R * S
-    divides the layers (config.check)."""
+    The rows of a microbatch are M apart, so that each device splits its own. M is at least S,
+    divides B, and R * S divides the layers (config.check)."""
     stages = sharding.axis_size("pipeline")
     count = microbatches or stages
     weights = jax.tree.map(partial(_to_stages, stages=stages, rounds=rounds), stacked)

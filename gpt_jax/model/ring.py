@@ -1,13 +1,15 @@
-"""Attention over rows that are cut over the mesh axis context (called by kernels, inside jax.shard_map).
+"""Attention over rows that are cut over the mesh axis context (called by kernels, inside
+jax.shard_map).
 
-Ring attention (Liu et al. 2023, arXiv:2310.01889): every device keeps its queries, and the keys and values go round.
-Partial results are merged by their running maxima and sums; the backward pass sends the keys round again, and their
-gradients with them (Dao et al. 2022, arXiv:2205.14135, on one device). Nothing of size [t, t] is kept. Which blocks of
-keys a device needs at which step is a table made while tracing (`schedule`): in the mesh's order of tokens
-(placing.order) causal order leaves every device the same number.
+Ring attention (Liu et al. 2023, arXiv:2310.01889): every device keeps its queries, and the keys and
+values go round. Partial results are merged by their running maxima and sums; the backward pass
+sends the keys round again, and their gradients with them (Dao et al. 2022, arXiv:2205.14135, on one
+device). Nothing of size [t, t] is kept. Which blocks of keys a device needs at which step is a
+table made while tracing (`schedule`): in the mesh's order of tokens (placing.order) causal order
+leaves every device the same number.
 
-Shapes: c devices along the axis, T tokens of a row, t = T / c of them on one device in M blocks of b, B batch, N heads,
-K kv heads, G = N / K, H head_dim.
+Shapes: c devices along the axis, T tokens of a row, t = T / c of them on one device in M blocks of
+b, B batch, N heads, K kv heads, G = N / K, H head_dim.
 """
 
 from collections.abc import Callable
@@ -28,17 +30,19 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class Step(NamedTuple):
-    """One step round the ring. `shift`: devices by which the keys move on before it; `items` int32 [c, L, 3]: by
-    device, the pairs (query block, key block, distance in tokens between their first ones) to be computed."""
+    """One step round the ring. `shift`: devices by which the keys move on before it; `items`
+    int32 [c, L, 3]: by device, the pairs (query block, key block, distance in tokens between
+    their first ones) to be computed."""
 
     shift: int
     items: np.ndarray
 
 
 def schedule(length: int, pieces: int, size: int, window: int, both_ways: bool) -> list[Step]:
-    """The steps for rows of `length` tokens over `pieces` devices in blocks of `size`: the pairs of blocks in which
-    causal order (unless `both_ways`) and the window let some query see some key. A step without any is left out; a
-    device with fewer than another repeats its first pair out of reach of the window."""
+    """The steps for rows of `length` tokens over `pieces` devices in blocks of `size`: the pairs
+    of blocks in which causal order (unless `both_ways`) and the window let some query see some
+    key. A step without any is left out; a device with fewer than another repeats its first pair
+    out of reach of the window."""
     first = placing.order(length, pieces).reshape(pieces, -1, size)[:, :, 0]
     steps, at = [], 0
     for turn in range(pieces):
@@ -69,11 +73,13 @@ def block_size(chunk: int) -> int:
 
 
 def ring_attention(q, k, v, pattern, cap: float = 0.0, axis: str = "context"):
-    """kernels.attend with the mask of `pattern` for rows cut over the mesh axis `axis` in placing.order.
+    """kernels.attend with the mask of `pattern` for rows cut over the mesh axis `axis` in
+    placing.order.
 
-    q [B, t, N, H], k and v [B, t, K, H], the columns of `pattern` [B, t]: this device's parts, all mesh axes manual;
-    the window counts tokens of the text -> [B, t, N, H]. Scores, softmax and sums in float32. A query that may look at
-    nothing gets 0. Differentiable once, in reverse."""
+    q [B, t, N, H], k and v [B, t, K, H], the columns of `pattern` [B, t]: this device's parts,
+    all mesh axes manual; the window counts tokens of the text -> [B, t, N, H]. Scores, softmax
+    and sums in float32. A query that may look at nothing gets 0. Differentiable once, in
+    reverse."""
     B, t, N, H = q.shape
     K, pieces = k.shape[2], jax.lax.axis_size(axis)
     size = block_size(t if pieces == 1 else t // 2)
@@ -82,7 +88,8 @@ def ring_attention(q, k, v, pattern, cap: float = 0.0, axis: str = "context"):
     def column(x):
         return None if x is None else jnp.moveaxis(x.reshape(B, -1, size), 1, 0)
 
-    # One dim is split or joined at a time: under vmap over a pipeline's stages no reshape can do more.
+    # One dim is split or joined at a time: under vmap over a pipeline's stages no reshape can do
+    # more.
     q = (q * jnp.asarray(H**-0.5, q.dtype)).reshape(B, t, K, N // K, H)
     q = jnp.moveaxis(q.reshape(B, -1, size, K, N // K, H), (1, 2), (0, 4))
     k, v = (jnp.moveaxis(x.reshape(B, -1, size, K, H), (1, 2), (0, 3)) for x in (k, v))
@@ -111,8 +118,9 @@ class _Ring(NamedTuple):
         return jax.lax.ppermute(tree, self.axis, [(i, (i + by) % size) for i in range(size)])
 
     def go_round(self, step: Callable, held, state):
-        """`state` after every `step(state, held, items, shift)`; `held`: the keys. While one step computes, the keys of
-        the next are on their way. Equal steps in a row are one loop, which holds two devices' keys and no more."""
+        """`state` after every `step(state, held, items, shift)`; `held`: the keys. While one
+        step computes, the keys of the next are on their way. Equal steps in a row are one loop,
+        which holds two devices' keys and no more."""
         me = jax.lax.axis_index(self.axis)
         onward = [step.shift for step in self.steps[1:]] + [0]
 
@@ -131,7 +139,8 @@ class _Ring(NamedTuple):
         return state
 
     def mask(self, apart, query_columns, key_columns, size: int):
-        """kernels.make_mask for two blocks whose first tokens are `apart` -> bool [B or 1, 1, 1, b, b]."""
+        """kernels.make_mask for two blocks whose first tokens are `apart` -> bool [B or 1, 1, 1,
+        b, b]."""
         (segment, block), (key_segment, key_block) = query_columns, key_columns
         apart = apart + jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
         mask = (apart >= 0)[None] if block is None else key_block[:, None, :] <= block[:, :, None]
@@ -164,7 +173,8 @@ def _put(tree, parts, place):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(ring: _Ring, q, k, v, segment, block):
-    """q [M, B, K, G, b, H], scaled, k and v [M, B, K, b, H], columns [M, B, b] or None -> [M, B, K, G, b, H]."""
+    """q [M, B, K, G, b, H], scaled, k and v [M, B, K, b, H], columns [M, B, b] or None -> [M, B,
+    K, G, b, H]."""
     return _forward(ring, q, k, v, segment, block)[0]
 
 
@@ -254,7 +264,8 @@ _ring.defvjp(_forward, _backward)
 
 
 def gather(x, axis: str = "context"):
-    """All devices' parts of a row, x [B, t, …] in placing.order, as [B, T, …] in the order of the text."""
+    """All devices' parts of a row, x [B, t, …] in placing.order, as [B, T, …] in the order of
+    the text."""
     if jax.lax.axis_size(axis) == 1:
         return x
     parts = jax.lax.all_gather(x, axis)

@@ -1,4 +1,5 @@
-"""Pallas splash attention for TPU: skips the blocks of keys that causal order and windows rule out (called by kernels).
+"""Pallas splash attention for TPU: skips the blocks of keys that causal order and windows rule out
+(called by kernels).
 
 Shapes: B batch, T tokens of a row, N heads, K kv heads, H head_dim.
 """
@@ -12,13 +13,14 @@ import numpy as np
 from gpt_jax import placing
 from gpt_jax.model import ring
 
-BLOCK = 512  # as MaxText has them; the library's own default of 128 takes 16 times the entries in its tables
+# as MaxText has them; the library's own default of 128 takes 16 times the entries in its tables
+BLOCK = 512
 
 
 def attention(q, k, v, pattern, cap: float = 0.0, axis: str | None = None, interpret: bool = False):
-    """q [B, t, N, H] over k, v [B, t, K, H] -> [B, t, N, H], without `ar` blocks; t is a multiple of 128. With `axis` rows
-    are cut over that mesh axis (t = T / pieces) and the keys of whole rows are gathered first. In padding the result is
-    arbitrary, and finite."""
+    """q [B, t, N, H] over k, v [B, t, K, H] -> [B, t, N, H], without `ar` blocks; t is a
+    multiple of 128. With `axis` rows are cut over that mesh axis (t = T / pieces) and the keys
+    of whole rows are gathered first. In padding the result is arbitrary, and finite."""
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -44,7 +46,9 @@ def attention(q, k, v, pattern, cap: float = 0.0, axis: str | None = None, inter
         interpret=interpret,
     )
     whole = (lambda x: ring.gather(x, axis)) if axis else lambda x: x
-    if axis:  # its tables by blocks of queries, [1, c * …, …], and the tokens of the queries, [T]: this device's part
+    # its tables by blocks of queries, [1, c * …, …], and the tokens of the queries, [T]: this
+    # device's part
+    if axis:
         me = jax.lax.axis_index(axis)
 
         def part(x, dim):

@@ -3,7 +3,8 @@
 Shapes: B batch, T sequence, D embed, V vocab. Parameter paths are API:
   embed/table [V, D]   position/table [max_seq, D]   blocks/<i>/… [repeats, …]   tail/<i>/… […]   final_norm/…
   residual/x, residual/x0 [layers]   smear/gate/kernel, smear/factor/scale [1]   backout/scale [1]   head/kernel [D, V]
-`blocks/<i>` holds layers i, i + period, i + 2 period, …; `tail` the layers after the last whole period.
+`blocks/<i>` holds layers i, i + period, i + 2 period, …; `tail` the layers after the last whole
+period.
 """
 
 from dataclasses import replace
@@ -76,10 +77,10 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-    """The layers `specs` in order: the body of the scan over depth, and the tail. The carry is the stream, the stream
-    before layer 0, the stream halfway up (None without `backout`), and what mixtures of experts report (balance.py);
-    `first` is the number of the first layer here; `scalars`: [layers here] pairs. `looped`: compiled as the body of a loop,
-    and not inline."""
+    """The layers `specs` in order: the body of the scan over depth, and the tail. The carry is
+    the stream, the stream before layer 0, the stream halfway up (None without `backout`), and
+    what mixtures of experts report (balance.py); `first` is the number of the first layer here;
+    `scalars`: [layers here] pairs. `looped`: compiled as the body of a loop, and not inline."""
 
     model: config.Model
     specs: tuple[LayerSpec, ...]
@@ -90,8 +91,8 @@ class Period(nn.Module):
         x, x0, half, report = carry
         block, policy = Block, self.model.remat
         if policy != "none":
-            # Inline, the compiler would merge the second computation with the first and keep everything after all; a
-            # loop's backward pass is a loop of its own, out of its reach.
+            # Inline, the compiler would merge the second computation with the first and keep
+            # everything after all; a loop's backward pass is a loop of its own, out of its reach.
             block = nn.remat(Block, prevent_cse=not self.looped, policy=REMATS[policy])
         new = {}
         for i, spec in enumerate(self.specs):
@@ -107,7 +108,8 @@ class Period(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model. `model.kernel` is a concrete kernel name (see kernels.choose)."""
+    """A decoder-only language model. `model.kernel` is a concrete kernel name (see
+    kernels.choose)."""
 
     model: config.Model
 
@@ -143,20 +145,21 @@ class Transformer(nn.Module):
             self.head = Head(model)
 
     def __call__(self, batch: dict) -> jax.Array:
-        """Logits [B, T, V] in float32 for `batch` columns tokens [B, T] and, where given, segment, position and ar
-        (see `features`)."""
+        """Logits [B, T, V] in float32 for `batch` columns tokens [B, T] and, where given,
+        segment, position and ar (see `features`)."""
         return self.unembed(self.features(batch)[0])
 
     def features(self, batch: dict) -> tuple[jax.Array, dict]:
-        """(last hidden state [B, T, D] in the compute dtype, report). Columns that are absent mean: one document (segment),
-        0 … T-1 (position), causal (ar). Report: what mixtures of experts add up over layers for each row, see
-        `balance.empty_report`; {} without them."""
+        """(last hidden state [B, T, D] in the compute dtype, report). Columns that are absent
+        mean: one document (segment), 0 … T-1 (position), causal (ar). Report: what mixtures of
+        experts add up over layers for each row, see `balance.empty_report`; {} without them."""
         hidden, _, report = self._forward(batch, None, None)
         return hidden, report
 
     def step(self, batch: dict, cache: dict, lengths: jax.Array) -> tuple[jax.Array, dict]:
-        """One pass with a KV cache from `make_cache`: a prompt of which `lengths` [B] tokens are real (right-padded), or
-        one token a row with `lengths` tokens before it. -> (hidden [B, T, D], cache)."""
+        """One pass with a KV cache from `make_cache`: a prompt of which `lengths` [B] tokens are
+        real (right-padded), or one token a row with `lengths` tokens before it. -> (hidden [B,
+        T, D], cache)."""
         with sharding.using(sharding.WHOLE_ROWS):
             return self._step(batch, cache, lengths)
 
@@ -248,7 +251,8 @@ class Transformer(nn.Module):
         return x, None if cache is None else {"blocks": blocks, "tail": tail} | extra, report
 
     def _through_stages(self, carry, firsts, scalars, context):
-        """The stream after the scanned layers, which stand in stages over the mesh axis pipeline."""
+        """The stream after the scanned layers, which stand in stages over the mesh axis
+        pipeline."""
         model, period = self.model, Period(self.model, self.plan.period, looped=True, parent=None)
         shared = context.angles is not None and context.angles[0].shape[0] == 1  # by all rows
 
@@ -270,7 +274,8 @@ class Transformer(nn.Module):
         )
 
     def _smear(self, x, context, cache):
-        """(x with its predecessors' share, [B, D] what the next token's predecessor is when there is a cache)."""
+        """(x with its predecessors' share, [B, D] what the next token's predecessor is when
+        there is a cache)."""
         if cache is not None and x.shape[1] == 1:
             return self.smear(x, cache["previous"][:, None]), x[:, 0]
         before = placing.in_order(
@@ -300,7 +305,8 @@ class Transformer(nn.Module):
 
 def make_cache(model: config.Model, rows: int, length: int) -> dict:
     """An empty KV cache for `rows` sequences of up to `length` tokens: per layer (k, v), each
-    [rows, slots, kv_heads, head_dim], stacked over repeats under `blocks`; `previous` [rows, D] for `smear`."""
+    [rows, slots, kv_heads, head_dim], stacked over repeats under `blocks`; `previous` [rows, D]
+    for `smear`."""
     if length > model.max_seq and model.position == "learned":
         raise UsageError(f"{length} tokens do not fit the model's context of {model.max_seq}")
     plan, dtype = layout(layer_specs(model)), jnp.dtype(model.dtype)
@@ -329,7 +335,8 @@ def make_cache(model: config.Model, rows: int, length: int) -> dict:
 
 
 def init_params(model: config.Model, key: jax.Array) -> dict:
-    """Fresh parameters, float32, laid out by the STORED rules; the same values on every mesh. Call it under jit."""
+    """Fresh parameters, float32, laid out by the STORED rules; the same values on every mesh.
+    Call it under jit."""
     with sharding.using(sharding.WHOLE_ROWS):
         tokens = sharding.constrain(
             jnp.zeros((sharding.parts("batch"), 1), jnp.int32), "batch", "seq"
@@ -346,8 +353,9 @@ def abstract_params(model: config.Model) -> dict:
 
 
 def count_params(model: config.Model) -> dict[str, int]:
-    """`total`, `embedding` (rows looked up) and `matmul` (weights that a token is multiplied with: a tied head counted, and
-    of experts those that it is sent to, as far as their capacity goes) parameters."""
+    """`total`, `embedding` (rows looked up) and `matmul` (weights that a token is multiplied
+    with: a tied head counted, and of experts those that it is sent to, as far as their capacity
+    goes) parameters."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size for path, leaf in leaves

@@ -1,8 +1,8 @@
-"""The train step of a config compiled for a machine that is not here, and what the compiler says of it (called by
-commands/plan.py in a process of its own, whose environment is ready).
+"""The train step of a config compiled for a machine that is not here, and what the compiler says of
+it (called by commands/plan.py in a process of its own, whose environment is ready).
 
-TPU: libtpu describes and compiles for any slice. GPU: the CUDA plugin compiles from a description of the card
-(targets.py); it never says that memory is short, so the verdict is ours on both.
+TPU: libtpu describes and compiles for any slice. GPU: the CUDA plugin compiles from a description
+of the card (targets.py); it never says that memory is short, so the verdict is ours on both.
 """
 
 import time
@@ -24,9 +24,10 @@ APART = {"segment": "int32", "position": "int32"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """Bytes on one device by the compiler; `peak` is what has to fit: arguments, outputs that are not arguments'
-    buffers, and the temporaries as one block, gaps and all (the compiler's own peak leaves gaps out). `program` is None
-    when it did not compile, and then `refusal` is what the compiler said."""
+    """Bytes on one device by the compiler; `peak` is what has to fit: arguments, outputs that
+    are not arguments' buffers, and the temporaries as one block, gaps and all (the compiler's
+    own peak leaves gaps out). `program` is None when it did not compile, and then `refusal` is
+    what the compiler said."""
 
     seconds: float
     argument: int = 0
@@ -84,7 +85,8 @@ def lower(config: configs.Config, mesh):
 
 
 def compile_step(config: configs.Config, topology: Topology, kernel: str, keep=None) -> Compiled:
-    """`keep(text)` gets the program's text. UsageError for options that the compiler does not know."""
+    """`keep(text)` gets the program's text. UsageError for options that the compiler does not
+    know."""
     devices = describe(topology)
     mesh = sharding.make_mesh(
         configs.check(config, len(devices)), devices, configs.cross_slice(config.mesh)

@@ -1,10 +1,12 @@
-"""What a compiled program does, read from its HLO text: collectives with their bytes and the compiler's own cycles,
-loops multiplied in (called by compiled.py).
+"""What a compiled program does, read from its HLO text: collectives with their bytes and the
+compiler's own cycles, loops multiplied in (called by compiled.py).
 
-`cost_analysis` counts the body of a loop once; here every instruction counts as often as its computation runs: bodies
-of `while` by the trip count that the compiler wrote down, or by the constant that the loop's condition compares with.
+`cost_analysis` counts the body of a loop once; here every instruction counts as often as its
+computation runs: bodies of `while` by the trip count that the compiler wrote down, or by the
+constant that the loop's condition compares with.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -12,7 +14,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import itertools
 
 # Of an entry, by XLA's names of types (xla_data.proto); those below a byte are packed.
 BYTES = (
@@ -85,7 +86,8 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Collective:
-    """Calls of one kind, with one size, over one set of mesh axes. `bytes`: what one device sends in one call."""
+    """Calls of one kind, with one size, over one set of mesh axes. `bytes`: what one device
+    sends in one call."""
 
     kind: str
     axes: tuple[str, ...]
@@ -96,10 +98,10 @@ class Collective:
 
 @dataclass(frozen=True)
 class Program:
-    """Sums over one run of the program. `cycles`: the compiler's estimates; `kernels`: custom calls by target.
-    `turn_flops`: of one turn of the loops whose length the data decides, `matmul_flops` of all else. `grouped_flops`: of
-    experts' grouped matmuls on TPUs, whose kernels carry no cycles, every row of their buffers counted; in `matmul_flops`
-    they are not."""
+    """Sums over one run of the program. `cycles`: the compiler's estimates; `kernels`: custom
+    calls by target. `turn_flops`: of one turn of the loops whose length the data decides,
+    `matmul_flops` of all else. `grouped_flops`: of experts' grouped matmuls on TPUs, whose
+    kernels carry no cycles, every row of their buffers counted; in `matmul_flops` they are not."""
 
     collectives: tuple[Collective, ...]
     cycles: int
@@ -167,7 +169,8 @@ def trips(instruction: Instruction, computations: dict) -> int | None:
 
 
 def groups(rest: str) -> np.ndarray | None:
-    """The devices that talk to each other, one row a group; of a permute, its (source, target) pairs."""
+    """The devices that talk to each other, one row a group; of a permute, its (source, target)
+    pairs."""
     if iota := _IOTA.search(rest):
         shape, dims, order = (
             [int(n) for n in part.split(",")] if part else None for part in iota.groups()
@@ -185,8 +188,9 @@ def groups(rest: str) -> np.ndarray | None:
 
 
 def _named_groups(mesh: str, numbers: str | None, chosen: str) -> np.ndarray:
-    """Groups over axes of a mesh of XLA's own: `'a'=8,'b'=4` and `'a','b'`, or `'a':(2)4` for a part of an axis: the
-    middle one of its (2, 4, 1) parts. `numbers`: the devices of the mesh, as `[4,8]T(1,0)` or a list; else in order."""
+    """Groups over axes of a mesh of XLA's own: `'a'=8,'b'=4` and `'a','b'`, or `'a':(2)4` for a
+    part of an axis: the middle one of its (2, 4, 1) parts. `numbers`: the devices of the mesh,
+    as `[4,8]T(1,0)` or a list; else in order."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     listed = re.findall(r"'([^']+)':\((\d+)\)(\d+)", chosen)
     parts = {
@@ -223,7 +227,8 @@ def _named_groups(mesh: str, numbers: str | None, chosen: str) -> np.ndarray:
 
 
 def axes_of(members: np.ndarray | None, mesh_shape: dict[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the members of the groups differ (devices numbered in the order of the mesh)."""
+    """The mesh axes along which the members of the groups differ (devices numbered in the order
+    of the mesh)."""
     if members is None:
         return tuple(axis for axis, size in mesh_shape.items() if size > 1)
     places = np.stack(np.unravel_index(members, tuple(mesh_shape.values())))
@@ -231,7 +236,8 @@ def axes_of(members: np.ndarray | None, mesh_shape: dict[str, int]) -> tuple[str
 
 
 def sent(kind: str, result: int, operands: int, members: int) -> int:
-    """Bytes that one device sends in a collective over `members` devices, by the algorithms that move the least."""
+    """Bytes that one device sends in a collective over `members` devices, by the algorithms that
+    move the least."""
     share = (members - 1) / members if members else 0
     return round(
         {
@@ -264,8 +270,8 @@ def _collective(line: Instruction, kind: str, mesh_shape: dict, sizes: dict[str,
 
 
 def _flops(line: Instruction, shapes: dict[str, str]) -> float:
-    """Of a dot, a call of cuBLAS or (TPU) a convolution that is one: 2 x result x contracted. Dims of the operands are
-    read off their lines."""
+    """Of a dot, a call of cuBLAS or (TPU) a convolution that is one: 2 x result x contracted.
+    Dims of the operands are read off their lines."""
     if line.opcode not in ("dot", "convolution") and not (
         line.opcode == "custom-call" and _CUBLAS.search(line.rest)
     ):
@@ -314,8 +320,8 @@ def _flops(line: Instruction, shapes: dict[str, str]) -> float:
 
 
 def _taps(entries: int, results: int, size: int, stride: int, low: int, dilation: int) -> float:
-    """Of `size` taps of a window, how many meet an entry, on average over the results: libtpu writes batch dims as spatial
-    ones, dilated or padded so that one tap does."""
+    """Of `size` taps of a window, how many meet an entry, on average over the results: libtpu
+    writes batch dims as spatial ones, dilated or padded so that one tap does."""
     place = np.arange(results)[:, None] * stride + np.arange(size) - low
     return (
         (place >= 0) & (place <= (entries - 1) * dilation) & (place % dilation == 0)
@@ -323,8 +329,8 @@ def _taps(entries: int, results: int, size: int, stride: int, low: int, dilation
 
 
 def _grouped_flops(line: Instruction, shapes: dict[str, str]) -> float:
-    """Of a grouped matmul: rows [m, k] with kernels [groups, k, n] -> [m, n], or rows [m, k] with rows [m, n] ->
-    [groups, k, n]. The first rows are the last operand but one."""
+    """Of a grouped matmul: rows [m, k] with kernels [groups, k, n] -> [m, n], or rows [m, k]
+    with rows [m, n] -> [groups, k, n]. The first rows are the last operand but one."""
     if line.opcode != "custom-call" or not _GROUPED.match(line.name):
         return 0.0
     rows = shapes[re.findall(r"%([\w.\-]+)", line.rest.split(")")[0])[-2]]
@@ -347,8 +353,8 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
     sums = Counter()
 
     def visit(name: str, times: int, counted: bool, background: bool, turn: bool):
-        """`counted`: an instruction around this computation carries its cycles; `background`: one started here is;
-        `turn`: it is a turn of a loop whose length the data decides."""
+        """`counted`: an instruction around this computation carries its cycles; `background`:
+        one started here is; `turn`: it is a turn of a loop whose length the data decides."""
         lines = computations.get(name, ())
         sizes, shapes = (
             {line.name: size_of(line.result) for line in lines},
@@ -396,8 +402,9 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
                     )
 
     visit(entry, 1, False, False, False)
-    # libtpu writes an asynchronous collective several times: where it starts, in the fusions that it runs behind, at
-    # its end; and a reduce-scatter as a fusion, named all-reduce-scatter, of a sum and a slice.
+    # libtpu writes an asynchronous collective several times: where it starts, in the fusions that
+    # it runs behind, at its end; and a reduce-scatter as a fusion, named all-reduce-scatter, of a
+    # sum and a slice.
     calls: Counter = Counter()
     for channel, instructions in found.items():
         calls[*channel[1:], channel in hidden] += hidden[channel] or max(instructions.values())

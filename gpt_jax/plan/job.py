@@ -1,8 +1,9 @@
-"""A config as numbers: every array of its state with the mesh axes that cut it, widths of its layers, FLOPs of a token
-(called by memory, traffic, roofline and search).
+"""A config as numbers: every array of its state with the mesh axes that cut it, widths of its
+layers, FLOPs of a token (called by memory, traffic, roofline and search).
 
-The state is that of experiment.make_steps, traced once on a mesh of one device, which names the axes all the same; a
-mesh of any sizes then divides. Sizes are in entries or bytes of the whole job unless a name says otherwise.
+The state is that of experiment.make_steps, traced once on a mesh of one device, which names the
+axes all the same; a mesh of any sizes then divides. Sizes are in entries or bytes of the whole job
+unless a name says otherwise.
 """
 
 import math
@@ -24,8 +25,9 @@ MOST_LAYERS = 512  # the arithmetic goes through them one by one, for each of hu
 
 
 class Array(NamedTuple):
-    """Arrays of the state that are cut alike. `part`: params, opt, ema or rest; `axes`: that cut them under ZeRO-3;
-    `stacked`: layers first, which stages of a pipeline share; `role`: layer, expert, embed or head."""
+    """Arrays of the state that are cut alike. `part`: params, opt, ema or rest; `axes`: that cut
+    them under ZeRO-3; `stacked`: layers first, which stages of a pipeline share; `role`: layer,
+    expert, embed or head."""
 
     part: str
     role: str
@@ -35,8 +37,9 @@ class Array(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """Channels of one layer for a token. `inner`: what the feed-forward's first matmuls give; `hidden`: what goes into
-    the last; both over all experts that a token sees; `ffn`: its activation; `sent`: experts that it is sent to."""
+    """Channels of one layer for a token. `inner`: what the feed-forward's first matmuls give;
+    `hidden`: what goes into the last; both over all experts that a token sees; `ffn`: its
+    activation; `sent`: experts that it is sent to."""
 
     q: int
     kv: int
@@ -47,8 +50,8 @@ class Widths(NamedTuple):
 
 
 class Job(NamedTuple):
-    """`config`: resolved. `state`: entries of each kind of array; `parameters`: entries in all, `matmul_params`: those
-    that are multiplied."""
+    """`config`: resolved. `state`: entries of each kind of array; `parameters`: entries in all,
+    `matmul_params`: those that are multiplied."""
 
     config: configs.Config
     state: dict[Array, int]
@@ -66,8 +69,8 @@ def kinds(layers: tuple[Widths, ...]) -> tuple[tuple[Widths, int], ...]:
 
 
 def with_vocab(config: configs.Config) -> configs.Config:
-    """The resolved config. A plan reads no text: the vocabulary is in the config, or what `data.tokenizer` says by
-    itself."""
+    """The resolved config. A plan reads no text: the vocabulary is in the config, or what
+    `data.tokenizer` says by itself."""
     if config.model.vocab:
         return configs.resolve(config)
     text = config.data.tokenizer
@@ -132,8 +135,8 @@ def _widths(model: configs.Model, spec) -> Widths:
 
 
 def make_job(config: configs.Config) -> Job:
-    """Traces the state of `config` (3 s for the largest presets). UsageError for what has no size, for a mistake of one, and
-    for a model that is none."""
+    """Traces the state of `config` (3 s for the largest presets). UsageError for what has no
+    size, for a mistake of one, and for a model that is none."""
     if config.model.layers > MOST_LAYERS:
         raise UsageError(
             f"config.model.layers = {config.model.layers}: a plan takes {MOST_LAYERS:,} at most; lower it"
@@ -170,7 +173,8 @@ def pieces(array: Array, shape: dict[str, int], zero: int = 3) -> int:
 def device_bytes(
     job: Job, shape: dict[str, int], part: str, zero: int = 3, role: str = "", bytes_each: int = 0
 ) -> float:
-    """Bytes on one device of a part of the state (`bytes_each`: instead of the arrays' own size)."""
+    """Bytes on one device of a part of the state (`bytes_each`: instead of the arrays' own
+    size)."""
     return sum(
         size * (bytes_each or array.itemsize) / pieces(array, shape, zero)
         for array, size in job.state.items()

@@ -1,8 +1,10 @@
-"""Bytes on one device, by arithmetic: what stands through a step, and what a microbatch adds (called by roofline).
+"""Bytes on one device, by arithmetic: what stands through a step, and what a microbatch adds
+(called by roofline).
 
-State and gradients follow from shapes and layouts. Activations follow from what each remat policy keeps of every layer
-(model/transformer.REMATS), plus one layer being worked on. The factors below stand for the temporaries of the
-compiler's fusions; benchmarks/plan.py shows how far from compiled programs they are.
+State and gradients follow from shapes and layouts. Activations follow from what each remat policy
+keeps of every layer (model/transformer.REMATS), plus one layer being worked on. The factors below
+stand for the temporaries of the compiler's fusions; benchmarks/plan.py shows how far from compiled
+programs they are.
 """
 
 import math
@@ -23,30 +25,36 @@ COLUMNS, APART = (
     4,
     2,
 )  # of a batch, four bytes an entry each; more where documents are kept apart (data/rows.py)
-STREAMS = 6.0  # arrays as wide as the stream, in float32 or twice in bfloat16, while a layer's gradient is made
-# Each of q, k, v and the feed-forward's inner channels: its value and its gradient. In a layer of experts, whose rows are
-# most of it, not all live at once (moe:8x7b on v6e, v5p, H100 and H200).
+# arrays as wide as the stream, in float32 or twice in bfloat16, while a layer's gradient is made
+STREAMS = 6.0
+# Each of q, k, v and the feed-forward's inner channels: its value and its gradient. In a layer of
+# experts, whose rows are most of it, not all live at once (moe:8x7b on v6e, v5p, H100 and H200).
 INSIDE, INSIDE_EXPERTS = 2.0, 1.2
-# Arrays that a feed-forward's activation leaves behind without remat: fitted to gpt2:1558m (gelu_tanh) and modern:d26
-# (relu2) on 8 H100; the others are taken for smooth ones, and llama:8b (swiglu) on 8 H200 agrees.
+# Arrays that a feed-forward's activation leaves behind without remat: fitted to gpt2:1558m
+# (gelu_tanh) and modern:d26 (relu2) on 8 H100; the others are taken for smooth ones, and llama:8b
+# (swiglu) on 8 H200 agrees.
 ACTIVATIONS = {"relu": 2.0, "relu2": 2.0}
 SMOOTH = 5.0
-# Times one layer's experts in bfloat16: their gradients in float32, and on TPUs copies in other layouts (the same).
+# Times one layer's experts in bfloat16: their gradients in float32, and on TPUs copies in other
+# layouts (the same).
 EXPERTS = {"tpu": 6.0, "gpu": 3.0}
-# Output matrices in float32 while the loss goes through its chunks (train/loss.py): the sum of their gradients, and on
-# GPUs, which do not fuse it, one chunk's and the matrix itself.
+# Output matrices in float32 while the loss goes through its chunks (train/loss.py): the sum of
+# their gradients, and on GPUs, which do not fuse it, one chunk's and the matrix itself.
 SUMMED = {"tpu": 1.0, "gpu": 3.0}
 LOGITS = 2.0  # float32 logits and their gradient
-WHOLE = 4.0  # streams over all of the sequence, where it is cut between matmuls (shard_sequence) and gathered for them
-# What the compiler's one block of temporaries has more than what lives in it at its worst moment. TPU: between 0
-# (llama:8b on 256 v5e) and 0.17 (llama:1b on 16 v5e, llama:8b on 64 v5p). GPU: llama:8b on 8 H100 has none.
+# streams over all of the sequence, where it is cut between matmuls (shard_sequence) and gathered
+# for them
+WHOLE = 4.0
+# What the compiler's one block of temporaries has more than what lives in it at its worst moment.
+# TPU: between 0 (llama:8b on 256 v5e) and 0.17 (llama:1b on 16 v5e, llama:8b on 64 v5p). GPU:
+# llama:8b on 8 H100 has none.
 GAPS = {"tpu": 0.08, "gpu": 0.0}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. `gathered`: weights whole for a moment; `working`: one layer's temporaries; `gaps`: as a
-    part of all temporaries."""
+    """Bytes on one device. `gathered`: weights whole for a moment; `working`: one layer's
+    temporaries; `gaps`: as a part of all temporaries."""
 
     parameters: float
     optimizer: float
@@ -78,9 +86,9 @@ class Memory:
 
 
 class Local(NamedTuple):
-    """What one device has of a microbatch of `train.accumulate`: `rows`, `tokens`. In a pipeline it works on
-    `tick_tokens` at a time, `ticks` times, through `tick_layers` layers; without one on all its tokens, once, through
-    all layers."""
+    """What one device has of a microbatch of `train.accumulate`: `rows`, `tokens`. In a pipeline
+    it works on `tick_tokens` at a time, `ticks` times, through `tick_layers` layers; without one
+    on all its tokens, once, through all layers."""
 
     rows: float
     tokens: float
@@ -142,7 +150,8 @@ def padding(model: configs.Model, shape: dict[str, int], tokens: float, platform
 
 
 def turns(job: Job, shape: dict[str, int], tokens: float, platform: str) -> float:
-    """Blocks of one expert that `tokens` fill on a device, half of the last one empty; 1 where nothing goes by blocks."""
+    """Blocks of one expert that `tokens` fill on a device, half of the last one empty; 1 where
+    nothing goes by blocks."""
     model = job.config.model
     if not blockwise(model, platform) or not any(widths.sent for widths in job.layers):
         return 1.0
@@ -151,8 +160,8 @@ def turns(job: Job, shape: dict[str, int], tokens: float, platform: str) -> floa
 
 
 def room(model: configs.Model, shape: dict[str, int]) -> float:
-    """Places in the exchange of tokens with experts for each choice. Over an axis expert `dropless` has room for all that
-    may come (model/experts.py)."""
+    """Places in the exchange of tokens with experts for each choice. Over an axis expert
+    `dropless` has room for all that may come (model/experts.py)."""
     if model.dispatch == "capacity":
         return model.capacity_factor
     expert, chosen = shape["expert"], model.experts_per_token
@@ -165,8 +174,8 @@ def spare(model: configs.Model, shape: dict[str, int], tokens: float, platform: 
 
 
 def buffered(widths: Widths, model: configs.Model, times: float, platform: str) -> Widths:
-    """`widths` as they stand in memory: those of experts `times` as wide (`spare`); their hidden values of one block only
-    where they are gone through block by block."""
+    """`widths` as they stand in memory: those of experts `times` as wide (`spare`); their hidden
+    values of one block only where they are gone through block by block."""
     if not widths.sent:
         return widths
     within = 0.0 if blockwise(model, platform) else times
@@ -203,10 +212,12 @@ def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
 
 
 def inside(job: Job, widths: Widths, shape: dict[str, int]) -> float:
-    """Bytes of a local token between a layer's matmuls while its gradient is made. `widths`: `buffered`."""
+    """Bytes of a local token between a layer's matmuls while its gradient is made. `widths`:
+    `buffered`."""
     half = compute_bytes(job)
     channels = (widths.q + 2 * widths.kv + widths.inner + widths.hidden) / shape["tensor"]
-    # Tokens at their experts and what comes back; over an axis expert also as they are sent and as they arrive.
+    # Tokens at their experts and what comes back; over an axis expert also as they are sent and as
+    # they arrive.
     rows = (6 if shape["expert"] > 1 else 2) * widths.sent * job.config.model.embed
     return (INSIDE_EXPERTS if widths.sent else INSIDE) * (channels + rows) * half
 
@@ -220,7 +231,8 @@ def scores_bytes(job: Job, shape: dict[str, int], rows: float, kernel: str) -> f
 
 
 def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memory:
-    """For a mesh of these axis sizes; `kernel`: the attention kernel's name; `platform`: tpu or gpu."""
+    """For a mesh of these axis sizes; `kernel`: the attention kernel's name; `platform`: tpu or
+    gpu."""
     config, zero = job.config, job.config.mesh.zero
     model, train, here, half = config.model, config.train, local(job, shape), compute_bytes(job)
     parameters = device_bytes(job, shape, "params", zero)

@@ -17,8 +17,8 @@ from gpt_jax.plan.topology import Topology
 
 
 class Horizon(NamedTuple):
-    """What a whole run comes to. `epochs` is None when nobody said how many tokens there are; `by`: whose time of a step
-    the days are, compiler or arithmetic."""
+    """What a whole run comes to. `epochs` is None when nobody said how many tokens there are;
+    `by`: whose time of a step the days are, compiler or arithmetic."""
 
     tokens_per_step: int
     tokens: int
@@ -38,7 +38,8 @@ def stored_bytes(job: Job) -> int:
 def horizon(
     job: Job, topology: Topology, step: float, by: str, data_tokens: int, host_bandwidth: float
 ) -> Horizon:
-    """`step`: seconds, `by` whom; `host_bandwidth`: bytes a second that one host writes to storage."""
+    """`step`: seconds, `by` whom; `host_bandwidth`: bytes a second that one host writes to
+    storage."""
     train = job.config.train
     tokens = train.batch_size * train.seq_len
     stored = stored_bytes(job)
@@ -70,7 +71,8 @@ def seconds(value: float) -> str:
 
 
 def mesh_text(shape: dict[str, int], zero: int = 3) -> str:
-    """ "data 2 x fsdp 4", and with which `zero` where it is not 3 and some axis could cut the weights."""
+    """ "data 2 x fsdp 4", and with which `zero` where it is not 3 and some axis could cut the
+    weights."""
     cut = zero == 3 or all(shape[axis] == 1 for axis in configs.FSDP_AXES)
     return (" x ".join(f"{axis} {n}" for axis, n in shape.items() if n > 1) or "one device") + (
         "" if cut else f", zero {zero}"
@@ -184,7 +186,8 @@ def _collective(row: Collective) -> str:
 def compiled(
     topology: Topology, done: dict, time: dict | None, expected: float, most: int = 12
 ) -> list[str]:
-    """`done`: compiled.Compiled as a dict; `time`: schedule.Schedule as one; `expected`: the arithmetic's peak."""
+    """`done`: compiled.Compiled as a dict; `time`: schedule.Schedule as one; `expected`: the
+    arithmetic's peak."""
     if done["refusal"]:
         return [f"compiled: refused after {done['seconds']:.0f} s: {done['refusal']}"]
     rows = [Collective(**row) for row in done["program"]["collectives"]]

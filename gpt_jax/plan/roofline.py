@@ -1,9 +1,12 @@
-"""A step's time and memory by arithmetic, what bounds it, and whether it fits (called by search and commands/plan.py).
+"""A step's time and memory by arithmetic, what bounds it, and whether it fits (called by search and
+commands/plan.py).
 
 step = (max(matmuls + passes over memory, hidden flows) + open flows) + update, where
-- matmuls: FLOPs really done, what remat does again and a pipeline's idle ticks included, at EFFICIENCY of the peak;
+- matmuls: FLOPs really done, what remat does again and a pipeline's idle ticks included, at
+  EFFICIENCY of the peak;
 - passes over memory: what is read and written between matmuls;
-- flows (traffic.py): hidden ones run behind matmuls, open ones do not; flows over one axis share its links, other axes
+- flows (traffic.py): hidden ones run behind matmuls, open ones do not; flows over one axis share
+  its links, other axes
   have their own;
 - update: the optimiser reads and writes its state.
 """
@@ -31,11 +34,13 @@ from gpt_jax.plan.memory import (
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.traffic import Flow, Link, flows, link
 
-# Assumed parts of the peak. Matmuls: a compiled 8,192-cubed one has 0.7 to 0.9 on TPUs by the compiler's own cycles
-# (devices.py), and published runs stay below 0.8 of an H100's peak. Attention: splash and cuDNN, causal halves skipped.
+# Assumed parts of the peak. Matmuls: a compiled 8,192-cubed one has 0.7 to 0.9 on TPUs by the
+# compiler's own cycles (devices.py), and published runs stay below 0.8 of an H100's peak.
+# Attention: splash and cuDNN, causal halves skipped.
 EFFICIENCY = {"tpu": 0.85, "gpu": 0.75}
-# Parts of the bf16 peak for `config.model.dtype = "float32"`: by default XLA multiplies float32 in one pass of bfloat16 on
-# a TPU, and as TF32 on a GPU, whose peak is half (data sheets of H100, H200, B200).
+# Parts of the bf16 peak for `config.model.dtype = "float32"`: by default XLA multiplies float32 in
+# one pass of bfloat16 on a TPU, and as TF32 on a GPU, whose peak is half (data sheets of H100,
+# H200, B200).
 FLOAT32 = {"tpu": 1.0, "gpu": 0.5}
 ATTENTION = {
     "splash": 0.45,
@@ -46,16 +51,17 @@ ATTENTION = {
     "blocked": 0.2,
 }
 SKIPS = ("splash", "cudnn", "blocked", "ring")  # kernels that leave out what causal order rules out
-# Times that arrays are read or written forward and backward: in a layer those as wide as the stream, those inside it
-# (activations of the feed-forward, queries, keys and values), and maps of every query and key where a kernel makes them.
+# Times that arrays are read or written forward and backward: in a layer those as wide as the
+# stream, those inside it (activations of the feed-forward, queries, keys and values), and maps of
+# every query and key where a kernel makes them.
 TOUCHES, INSIDE_TOUCHES, MAP_TOUCHES = 14.0, 3.0, 8.0
 LOGITS_TOUCHES = 4.0  # float32 logits: made, read by the loss, their gradient made and read
 UPDATE_TOUCHES = 2.0  # every array of the optimiser's is read and written
 
 
 class Estimate(NamedTuple):
-    """Seconds of one step by term, and what follows. `open` and `hidden`: flows by axis; `problems`: why it cannot
-    run."""
+    """Seconds of one step by term, and what follows. `open` and `hidden`: flows by axis;
+    `problems`: why it cannot run."""
 
     kernel: str
     reason: str  # why this attention kernel
@@ -77,7 +83,8 @@ class Estimate(NamedTuple):
 
 
 def problems(config: configs.Config, devices: int) -> tuple[dict[str, int] | None, list[str]]:
-    """The mesh's axis sizes (None: there is no such mesh) and every disagreement of the config's fields on it."""
+    """The mesh's axis sizes (None: there is no such mesh) and every disagreement of the config's
+    fields on it."""
     try:
         shape = configs.shape_on(config, devices)
     except UsageError as error:
@@ -97,7 +104,8 @@ def attention_flops(job: Job, kernel: str) -> float:
 
 
 def _again(job: Job) -> tuple[float, float]:
-    """FLOPs done over FLOPs counted, (matmuls of layers, attention): recomputing adds a forward pass to three."""
+    """FLOPs done over FLOPs counted, (matmuls of layers, attention): recomputing adds a forward
+    pass to three."""
     sent = any(widths.sent for widths in job.layers)  # whose matmuls `dots` does not keep
     matmuls = {"none": 1.0, "block": 4 / 3, "offload": 1.0, "dots": 4 / 3 if sent else 1.0}[
         job.config.model.remat
@@ -118,8 +126,8 @@ def _idle(job: Job, here: Local) -> float:
 
 
 def _wasted(job: Job, shape: dict[str, int], here: Local, platform: str) -> float:
-    """Entries of experts' matrices that a token is multiplied with for nothing: rows beyond a capacity's choices, half of
-    each expert's last block."""
+    """Entries of experts' matrices that a token is multiplied with for nothing: rows beyond a
+    capacity's choices, half of each expert's last block."""
     model = job.config.model
     times = (
         max(0.0, model.capacity_factor - 1)
@@ -160,8 +168,8 @@ def matmul_seconds(job: Job, topology: Topology, flops: float) -> float:
 def passes_seconds(
     job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local
 ) -> float:
-    """Norms, residuals, activations, experts' rows: arrays read and written between matmuls; weights are read by the
-    matmuls themselves."""
+    """Norms, residuals, activations, experts' rows: arrays read and written between matmuls;
+    weights are read by the matmuls themselves."""
     model, train, platform = job.config.model, job.config.train, topology.chip.platform
 
     def mean(of):
@@ -191,8 +199,8 @@ def passes_seconds(
 
 
 def _sums_bytes(job: Job, shape: dict[str, int], here: Local, platform: str) -> float:
-    """Of a layer's microbatch where experts are gone through block by block: their gradients in float32 are read and
-    written once a block."""
+    """Of a layer's microbatch where experts are gone through block by block: their gradients in
+    float32 are read and written once a block."""
     if not blockwise(job.config.model, platform):
         return 0.0
     return (
@@ -211,7 +219,8 @@ def update_seconds(job: Job, topology: Topology, shape: dict[str, int]) -> float
 def choose_kernel(
     config: configs.Config, topology: Topology, shape: dict[str, int]
 ) -> tuple[str, str]:
-    """(attention kernel, why) as a run on this machine would choose. UsageError where there is none."""
+    """(attention kernel, why) as a run on this machine would choose. UsageError where there is
+    none."""
     model = config.model
     return kernels.choose(
         model.kernel,
@@ -222,7 +231,8 @@ def choose_kernel(
 
 
 def estimate(job: Job, topology: Topology) -> Estimate:
-    """Everything about `job` on `topology`. Raises UsageError only when there is no mesh to speak of."""
+    """Everything about `job` on `topology`. Raises UsageError only when there is no mesh to
+    speak of."""
     config = job.config
     shape, found = problems(config, topology.devices)
     if shape is None:

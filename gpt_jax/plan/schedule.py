@@ -1,5 +1,5 @@
-"""The time of a step from a compiled program: the compiler's cycles, and our link model for its collectives (called by
-commands/plan.py)."""
+"""The time of a step from a compiled program: the compiler's cycles, and our link model for its
+collectives (called by commands/plan.py)."""
 
 from typing import NamedTuple
 
@@ -24,9 +24,10 @@ KERNELS = (
 
 
 class Schedule(NamedTuple):
-    """Seconds of one step. `computing`: the compiler's cycles where it writes them (TPU), else the arithmetic's;
-    `kernels`: what carries no estimate, attention's and (TPU) experts' grouped matmuls; `hidden`: collectives that run
-    asynchronously; `open`: those that do not; `update`: the optimiser's by the arithmetic, 0 where the cycles have it."""
+    """Seconds of one step. `computing`: the compiler's cycles where it writes them (TPU), else
+    the arithmetic's; `kernels`: what carries no estimate, attention's and (TPU) experts' grouped
+    matmuls; `hidden`: collectives that run asynchronously; `open`: those that do not; `update`:
+    the optimiser's by the arithmetic, 0 where the cycles have it."""
 
     computing: float
     by_cycles: bool
@@ -43,7 +44,8 @@ class Schedule(NamedTuple):
 def network_seconds(
     program: dict, topology: Topology, shape: dict, across: dict, asynchronous: bool
 ) -> float:
-    """Of all collectives of one kind, one after the other. One over several axes goes at the speed of the slowest."""
+    """Of all collectives of one kind, one after the other. One over several axes goes at the
+    speed of the slowest."""
     return sum(
         row["bytes"]
         * row["calls"]

@@ -1,4 +1,5 @@
-"""Meshes, remat policies and microbatches by the hundred, ranked by the arithmetic (called by commands/plan.py)."""
+"""Meshes, remat policies and microbatches by the hundred, ranked by the arithmetic (called by
+commands/plan.py)."""
 
 import math
 from bisect import bisect_left
@@ -19,11 +20,14 @@ REMATS = (
     "block",
 )  # offload needs the host's links, which the arithmetic leaves out
 LARGEST = {"tensor": 16, "context": 8, "pipeline": 8}  # beyond these the open flows always lose
-# The fields that `meshes` and `variants` set. (eval.batch_size follows accumulation only where it has to.)
+# The fields that `meshes` and `variants` set. (eval.batch_size follows accumulation only where it
+# has to.)
 SEARCHED = ("mesh.", "model.remat", "model.shard_sequence", "model.pipeline_", "train.accumulate")
-MARGIN = 0.92  # of the memory: arithmetic and compiler mostly differ by less than a tenth, see benchmarks/plan.py
+# of the memory: arithmetic and compiler mostly differ by less than a tenth, see benchmarks/plan.py
+MARGIN = 0.92
 MOST = 1 << 20  # microbatches of a step: a mistake rather than a run, beyond
-CLOSE = 0.97  # of the arithmetic's peak: above it is what the compiler will refuse like one that it has refused
+# of the arithmetic's peak: above it is what the compiler will refuse like one that it has refused
+CLOSE = 0.97
 
 
 class Found(NamedTuple):
@@ -39,8 +43,8 @@ def divisors(number: int, most: int = MOST) -> tuple[int, ...]:
 
 
 def meshes(config: configs.Config, topology: Topology) -> Iterator[configs.Mesh]:
-    """Meshes that use every device. Slices hold copies (data), the rest of the axes stays inside a slice. With the config's
-    own `zero` and, where that cuts anything, with 3."""
+    """Meshes that use every device. Slices hold copies (data), the rest of the axes stays inside
+    a slice. With the config's own `zero` and, where that cuts anything, with 3."""
     model, inside = config.model, topology.devices // topology.slices
     moe = any(ffn == "moe" for _, ffn in model.pattern)
     for tensor in divisors(
@@ -75,8 +79,8 @@ def _rows(mesh: configs.Mesh) -> int:
 
 
 def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[configs.Config]]:
-    """For each remat policy (and, in a pipeline, number of microbatches and rounds) the config with more and more
-    accumulation: the first that fits is the fastest of its list."""
+    """For each remat policy (and, in a pipeline, number of microbatches and rounds) the config
+    with more and more accumulation: the first that fits is the fastest of its list."""
     train, rows = config.train, _rows(mesh)
     shapes = [(1, 0)]
     if mesh.pipeline > 1:
@@ -114,7 +118,8 @@ def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[config
 
 
 def standing(job: Job, topology: Topology, mesh: configs.Mesh) -> float:
-    """Bytes of a device that no policy saves: the state, and gradients as large as the parameters."""
+    """Bytes of a device that no policy saves: the state, and gradients as large as the
+    parameters."""
     shape = configs.mesh_shape(mesh, topology.devices)
     return sum(
         device_bytes(job, shape, part, mesh.zero) for part in ("params", "params", "opt", "ema")
@@ -124,8 +129,8 @@ def standing(job: Job, topology: Topology, mesh: configs.Mesh) -> float:
 def _first(
     job: Job, topology: Topology, several: list[configs.Config], limit: float
 ) -> Found | None:
-    """The first of `several` (see `variants`) that fits. Peaks fall with accumulation, but from 1 to 2, where a second
-    sum of gradients comes in."""
+    """The first of `several` (see `variants`) that fits. Peaks fall with accumulation, but from
+    1 to 2, where a second sum of gradients comes in."""
     first = estimate(job._replace(config=several[0]), topology)
     if first.problems or first.memory.peak <= limit:
         return None if first.problems else Found(several[0], first)
@@ -184,8 +189,8 @@ def is_searched(given: str) -> bool:
 
 
 def limit_after(topology: Topology, refused: list[tuple[float, float]]) -> float:
-    """The arithmetic's peak that can be trusted to fit after what the compiler refused: (peak by the arithmetic, by the
-    compiler; 0 where it did not say) of each."""
+    """The arithmetic's peak that can be trusted to fit after what the compiler refused: (peak by
+    the arithmetic, by the compiler; 0 where it did not say) of each."""
     limits = [MARGIN * topology.chip.memory]
     for expected, peak in refused:
         limits.append(limits[0] * expected / peak if peak else CLOSE * expected)
@@ -193,8 +198,8 @@ def limit_after(topology: Topology, refused: list[tuple[float, float]]) -> float
 
 
 def advice(job: Job, topology: Topology, limit: float | None = None, count: int = 3) -> list[Found]:
-    """What fits (see `search`) and is not the config itself, with the fewest changes to it first, and of those the
-    fastest."""
+    """What fits (see `search`) and is not the config itself, with the fewest changes to it
+    first, and of those the fastest."""
     offers = [one for one in search(job, topology, limit) if overrides(job.config, one.config)]
     return sorted(offers, key=lambda one: (len(overrides(job.config, one.config)), _order(one)))[
         :count

@@ -1,7 +1,8 @@
 """Graphics cards as XLA's compiler wants them described (called by compiled.py).
 
-A text GpuTargetConfigProto. Names, memories and bandwidths are those of devices.CHIPS; the other numbers: NVIDIA's data
-sheets and CUDA programming guide (limits by compute capability), as the driver reports them.
+A text GpuTargetConfigProto. Names, memories and bandwidths are those of devices.CHIPS; the other
+numbers: NVIDIA's data sheets and CUDA programming guide (limits by compute capability), as the
+driver reports them.
 """
 
 from typing import NamedTuple
@@ -40,7 +41,8 @@ LIMITS = dict(  # the same on Hopper and Blackwell
 
 
 def text(name: str) -> str:
-    """The description of a card of CARDS. cuDNN's version is that of the wheel that jax[cuda13] brings (9)."""
+    """The description of a card of CARDS. cuDNN's version is that of the wheel that jax[cuda13]
+    brings (9)."""
     card, chip = CARDS[name], CHIPS[name]
     info = LIMITS | dict(
         core_count=card.cores,

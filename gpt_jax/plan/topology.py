@@ -18,15 +18,16 @@ PODS = {
     "TPU7x": (16, 24, 24),
 }
 MOST_GPUS, MOST_SLICES = 65_536, 1024  # a mistake rather than a cluster, beyond
-# Slices that Google Cloud's pages offer (v4, v5e, v5p, v6e, TPU7x): all of the 2-D generations; those of the 3-D ones
-# below a cube of 4x4x4, beyond which every dim is a multiple of 4.
+# Slices that Google Cloud's pages offer (v4, v5e, v5p, v6e, TPU7x): all of the 2-D generations;
+# those of the 3-D ones below a cube of 4x4x4, beyond which every dim is a multiple of 4.
 FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 
 @dataclass(frozen=True)
 class Topology:
-    """`slices` times a torus of chips (`shape`), or GPUs in hosts (shape: hosts, GPUs a host; one slice)."""
+    """`slices` times a torus of chips (`shape`), or GPUs in hosts (shape: hosts, GPUs a host;
+    one slice)."""
 
     name: str
     chip: Chip
@@ -48,8 +49,8 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Which dims of the torus close: multiples of 4 on 3-D generations (optical switches), 16 on 2-D ones (a
-        pod)."""
+        """Which dims of the torus close: multiples of 4 on 3-D generations (optical switches),
+        16 on 2-D ones (a pod)."""
         return tuple(size % 4 == 0 if self.chip.dims == 3 else size == 16 for size in self.shape)
 
     def __str__(self) -> str:

@@ -1,8 +1,9 @@
-"""What crosses the links in a step, by arithmetic: bytes that one device sends along each mesh axis, and the speed of
-the axis's links (called by roofline and, for the speeds, by schedule).
+"""What crosses the links in a step, by arithmetic: bytes that one device sends along each mesh
+axis, and the speed of the axis's links (called by roofline and, for the speeds, by schedule).
 
-Bytes are those of the algorithms that move the least (a gather over n devices: (n - 1) / n of the result). An axis is
-laid over the machine as sharding.make_mesh does: the last axes on neighbouring chips.
+Bytes are those of the algorithms that move the least (a gather over n devices: (n - 1) / n of the
+result). An axis is laid over the machine as sharding.make_mesh does: the last axes on neighbouring
+chips.
 """
 
 import math
@@ -19,14 +20,16 @@ OVER = dict.fromkeys(("layer", "head", "embed"), configs.FSDP_AXES) | {
 }
 
 
-# Those along which every device has the weights whole and rows of its own: each stage of a pipeline has its layers.
+# Those along which every device has the weights whole and rows of its own: each stage of a pipeline
+# has its layers.
 WHOLE = dict.fromkeys(("layer", "expert"), ("data",)) | dict.fromkeys(
     ("head", "embed"), ("data", "pipeline")
 )
 
 
 class Flow(NamedTuple):
-    """`bytes`: sent by one device in a step; `hidden`: it can run behind matmuls of other layers."""
+    """`bytes`: sent by one device in a step; `hidden`: it can run behind matmuls of other
+    layers."""
 
     axis: str
     what: str
@@ -35,16 +38,18 @@ class Flow(NamedTuple):
 
 
 class Link(NamedTuple):
-    """Of one mesh axis. `speed`: bytes a second that one device sends, one direction of everything it can use."""
+    """Of one mesh axis. `speed`: bytes a second that one device sends, one direction of
+    everything it can use."""
 
     name: str
     speed: float
 
 
 def _torus_link(topology: Topology, within: dict[str, int], axis: str) -> Link:
-    """Dims of the torus are dealt out from the last axis to the first. A closed dim sends both ways, an open one at
-    half; an axis on a part of a dim is open. Two cores of a chip (TPU7x) are a dim of their own: alone as fast as all six
-    links of the chip, with others one more open dim; cores share the links."""
+    """Dims of the torus are dealt out from the last axis to the first. A closed dim sends both
+    ways, an open one at half; an axis on a part of a dim is open. Two cores of a chip (TPU7x)
+    are a dim of their own: alone as fast as all six links of the chip, with others one more open
+    dim; cores share the links."""
     chip = topology.chip
     free = [(size, wraps) for size, wraps in zip(topology.shape, topology.wraps)]
     if chip.per_chip > 1:
@@ -69,7 +74,8 @@ def _torus_link(topology: Topology, within: dict[str, int], axis: str) -> Link:
 
 
 def link(topology: Topology, shape: dict[str, int], across: dict[str, int], axis: str) -> Link:
-    """The link that mesh axis `axis` is bound by; `across`: the part of each size that crosses slices (or hosts)."""
+    """The link that mesh axis `axis` is bound by; `across`: the part of each size that crosses
+    slices (or hosts)."""
     chip, within = topology.chip, {name: shape[name] // across[name] for name in shape}
     if chip.platform == "tpu":
         inside = _torus_link(topology, within, axis)
@@ -90,8 +96,8 @@ def share(size: int) -> float:
 
 
 class Use(NamedTuple):
-    """Weights of a role in a microbatch: how often they are gathered and their gradients summed, in how many bytes an
-    entry."""
+    """Weights of a role in a microbatch: how often they are gathered and their gradients summed,
+    in how many bytes an entry."""
 
     role: str
     gathers: float
@@ -101,8 +107,9 @@ class Use(NamedTuple):
 
 
 def _uses(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[Use]:
-    """Layers: forward and, when they are recomputed, backward, each tick of a pipeline anew. Head and table: once; the
-    table in float32, but that a TPU gathers one whose vocabulary no axis cuts in the compute dtype."""
+    """Layers: forward and, when they are recomputed, backward, each tick of a pipeline anew.
+    Head and table: once; the table in float32, but that a TPU gathers one whose vocabulary no
+    axis cuts in the compute dtype."""
     config, half = job.config, compute_bytes(job)
     again = config.model.remat != "none"
     head = (1, half, 1, half)
@@ -159,15 +166,16 @@ def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> lis
 
 
 def _scatters(shape: dict[str, int], over: tuple[str, ...], platform: str) -> bool:
-    """Whether gradients are scattered over these axes. libtpu 0.0.42 makes of a scatter over all devices, and of one in a
-    pipeline's stages, a sum of whole gradients and a cut (seen in every such program that was compiled)."""
+    """Whether gradients are scattered over these axes. libtpu 0.0.42 makes of a scatter over all
+    devices, and of one in a pipeline's stages, a sum of whole gradients and a cut (seen in every
+    such program that was compiled)."""
     others = [axis for axis in configs.AXES if axis not in over and shape[axis] > 1]
     return platform != "tpu" or (bool(others) and shape["pipeline"] == 1)
 
 
 def _sum(axis: str, once: float, platform: str, cut: bool) -> Flow:
-    """Gradients summed over an axis, each device keeping its part (`cut`) or everything. libtpu 0.0.42 makes gathers
-    asynchronous and sums not: computing waits for those."""
+    """Gradients summed over an axis, each device keeping its part (`cut`) or everything. libtpu
+    0.0.42 makes gathers asynchronous and sums not: computing waits for those."""
     return Flow(
         axis,
         "gradients scattered" if cut else "gradients summed",
@@ -239,8 +247,9 @@ def _activations(job: Job, shape: dict[str, int], here: Local, padded: bool) -> 
 
 
 def flows(job: Job, shape: dict[str, int], platform: str, padded: bool = False) -> list[Flow]:
-    """All of a step, one entry for each axis and kind. `platform`: tpu or gpu, whose compilers differ; `padded`: the
-    exchange of tokens with experts sends empty places too (model/experts.py)."""
+    """All of a step, one entry for each axis and kind. `platform`: tpu or gpu, whose compilers
+    differ; `padded`: the exchange of tokens with experts sends empty places too
+    (model/experts.py)."""
     here, total = local(job, shape), {}
     for flow in _weights(job, shape, here, platform) + _activations(job, shape, here, padded):
         key = flow._replace(bytes=0)

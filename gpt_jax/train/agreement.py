@@ -1,4 +1,5 @@
-"""What the processes of a job tell each other (floor 2; called by checkpoint, digest, experiment and loop)."""
+"""What the processes of a job tell each other (floor 2; called by checkpoint, digest, experiment
+and loop)."""
 
 import hashlib
 import json
@@ -13,10 +14,11 @@ MESSAGE_BYTES = 4096  # of one `agree`: one shape, hence one compilation
 
 
 def agree(decide):
-    """`decide()` (a JSON value) as process 0 finds it, on every process; exceptions too. All processes must call it.
+    """`decide()` (a JSON value) as process 0 finds it, on every process; exceptions too. All
+    processes must call it.
 
-    An `Exit` raised by process 0 is raised everywhere with the same text; any other exception stays its own there and
-    is PeerFailed elsewhere. With one process this is a plain call."""
+    An `Exit` raised by process 0 is raised everywhere with the same text; any other exception
+    stays its own there and is PeerFailed elsewhere. With one process this is a plain call."""
     if jax.process_count() == 1:
         return decide()
     verdict, crash = {}, None
@@ -48,8 +50,9 @@ def agree(decide):
 
 
 def disagreements(facts: dict[str, object]) -> list[str]:
-    """The names whose values are not the same on every process, the same list everywhere. `facts`: values that `repr`
-    tells apart, under the same names in the same order on all processes, which must all call this."""
+    """The names whose values are not the same on every process, the same list everywhere.
+    `facts`: values that `repr` tells apart, under the same names in the same order on all
+    processes, which must all call this."""
     if jax.process_count() == 1:
         return []
     mine = np.stack(

@@ -1,7 +1,8 @@
-"""The arrays of a checkpoint: trees as they are stored, and reading them back (called by checkpoint.py).
+"""The arrays of a checkpoint: trees as they are stored, and reading them back (called by
+checkpoint.py).
 
-Trees are stored as nested dicts with string keys (`train/opt/0/mu/…`): NamedTuples and empty subtrees come back from the
-caller's own abstract tree.
+Trees are stored as nested dicts with string keys (`train/opt/0/mu/…`): NamedTuples and empty
+subtrees come back from the caller's own abstract tree.
 """
 
 from pathlib import Path
@@ -14,9 +15,11 @@ from gpt_jax.train.digest import cause_of
 
 
 def nest(tree, what: str) -> dict:
-    """A pytree of jax arrays (or ShapeDtypeStructs) as nested dicts with string keys; empty subtrees vanish.
+    """A pytree of jax arrays (or ShapeDtypeStructs) as nested dicts with string keys; empty
+    subtrees vanish.
 
-    TypeError for what would be saved and not come back: typed keys, arrays without elements, no array at all."""
+    TypeError for what would be saved and not come back: typed keys, arrays without elements, no
+    array at all."""
     out = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
@@ -43,11 +46,13 @@ def _name(path) -> str:
 
 
 def restore(directory, step: int, wanted: dict) -> dict:
-    """The saved trees, to the bit: `{"params": …}` for `wanted = {"params": abstract tree}`; nothing else is read.
+    """The saved trees, to the bit: `{"params": …}` for `wanted = {"params": abstract tree}`;
+    nothing else is read.
 
-    Abstract leaves: jax.ShapeDtypeStruct with concrete shardings, on any mesh and process count. All processes call it.
-    Raises UsageError naming the first array that is missing, left over, or of another shape or dtype; NoCheckpoint when
-    the files cannot be read. Verify first (`latest_valid`, `resolve_checkpoint`): this does not."""
+    Abstract leaves: jax.ShapeDtypeStruct with concrete shardings, on any mesh and process count.
+    All processes call it. Raises UsageError naming the first array that is missing, left over,
+    or of another shape or dtype; NoCheckpoint when the files cannot be read. Verify first
+    (`latest_valid`, `resolve_checkpoint`): this does not."""
     folder = Path(directory).absolute() / str(step)
     nested = {name: nest(tree, name) for name, tree in wanted.items()}
     for name, tree in nested.items():
@@ -82,7 +87,8 @@ def _flat(tree) -> dict:
 
 
 def _compare_layout(folder: Path, item: str, saved: dict, wanted: dict) -> None:
-    """Orbax casts dtypes silently and calls a wrong shape an 'incompatible handler', so compare before loading."""
+    """Orbax casts dtypes silently and calls a wrong shape an 'incompatible handler', so compare
+    before loading."""
 
     def show(leaf):
         return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"

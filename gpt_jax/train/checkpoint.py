@@ -1,11 +1,14 @@
-"""Saving and restoring a run (floor 2; called by experiment.py and by commands that take a checkpoint path).
+"""Saving and restoring a run (floor 2; called by experiment.py and by commands that take a
+checkpoint path).
 
-`<workdir>/checkpoints/<step>/` holds `params/` and, with averaging, `ema/` (so that evaluating reads nothing else),
-`train/` (optimiser state, step), `meta.json` (step, metrics, config, data position, tokenizer: whatever the
-caller hands over) and `manifest.json` (see digest.py), written in this order, the last when all else is on disk.
+`<workdir>/checkpoints/<step>/` holds `params/` and, with averaging, `ema/` (so that evaluating
+reads nothing else), `train/` (optimiser state, step), `meta.json` (step, metrics, config, data
+position, tokenizer: whatever the caller hands over) and `manifest.json` (see digest.py), written in
+this order, the last when all else is on disk.
 
-Orbax's free functions write the arrays; policies, digests and deletion are ours, because they must agree with the
-digests and because Orbax's manager keeps raising the first failure for ever. What an item holds: arrays.py.
+Orbax's free functions write the arrays; policies, digests and deletion are ours, because they must
+agree with the digests and because Orbax's manager keeps raising the first failure for ever. What an
+item holds: arrays.py.
 """
 
 import concurrent.futures
@@ -57,15 +60,16 @@ __all__ = [
     "to_keep",
 ]
 
-DELETED = ".deleted"  # an old step on its way out: renamed first, so that a kill never leaves half a checkpoint
+# an old step on its way out: renamed first, so that a kill never leaves half a checkpoint
+DELETED = ".deleted"
 DAMAGED = ".damaged"
 
 
 def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -> tuple[bool, int]:
     """(time to save, next step at which to ask) when `seconds` have passed since step `since`.
 
-    Asking costs a broadcast that waits for the device, so the next question comes after a twentieth of the period, or
-    when the period ends if that is sooner, at the pace seen so far."""
+    Asking costs a broadcast that waits for the device, so the next question comes after a
+    twentieth of the period, or when the period ends if that is sooner, at the pace seen so far."""
     period = 60.0 * every_minutes
     if seconds >= period:
         return True, step + 1
@@ -76,7 +80,8 @@ def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -
 def to_keep(metrics: dict[int, float | None], policy: config.Checkpoint) -> set[int]:
     """The steps that stay, of complete checkpoints `{step: value of policy.best_metric, or None}`.
 
-    The last `keep_last`, multiples of `keep_every_steps`, and the `keep_best` smallest values (newer wins a tie)."""
+    The last `keep_last`, multiples of `keep_every_steps`, and the `keep_best` smallest values
+    (newer wins a tie)."""
     last = sorted(metrics)[-policy.keep_last :]
     every = [
         step for step in metrics if policy.keep_every_steps and step % policy.keep_every_steps == 0
@@ -87,13 +92,15 @@ def to_keep(metrics: dict[int, float | None], policy: config.Checkpoint) -> set[
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs each failure with tracebacks before it raises it, and what it raises becomes one line of ours."""
+    """Orbax logs each failure with tracebacks before it raises it, and what it raises becomes
+    one line of ours."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 class Checkpoints:
-    """The checkpoints of a run that is training, made by `open_checkpoints`. Every process calls the same methods at
-    the same steps. `latest` is the newest valid step found at the start (None: a fresh run)."""
+    """The checkpoints of a run that is training, made by `open_checkpoints`. Every process calls
+    the same methods at the same steps. `latest` is the newest valid step found at the start
+    (None: a fresh run)."""
 
     def __init__(self, directory: Path, policy: config.Checkpoint, report, latest: int | None):
         self.directory, self.policy, self.latest = directory, policy, latest
@@ -103,7 +110,8 @@ class Checkpoints:
         )  # one worker: written, then sealed
         self._pending: tuple | None = None  # (step, written, sealed) of the save in flight
         self._saved_step, self._saved_at, self._next_look = latest or 0, time.monotonic(), 0
-        # What newer steps than `latest` hold is damaged: they neither count as kept nor get deleted.
+        # What newer steps than `latest` hold is damaged: they neither count as kept nor get
+        # deleted.
         self._complete = {
             step: _metric(directory, step, policy)
             for step in steps_in(directory)
@@ -111,8 +119,8 @@ class Checkpoints:
         }
 
     def should_save(self, step: int) -> bool:
-        """Whether the policy wants a checkpoint after `step`. The same on all processes; asks process 0's clock only
-        when `every_minutes` is set, and then only every so many steps."""
+        """Whether the policy wants a checkpoint after `step`. The same on all processes; asks
+        process 0's clock only when `every_minutes` is set, and then only every so many steps."""
         if step == self._saved_step:
             return False
         if self.policy.every_steps and step % self.policy.every_steps == 0:
@@ -135,11 +143,13 @@ class Checkpoints:
         metrics: dict[str, float] | None = None,
         ema=None,
     ) -> bool:
-        """Starts saving and returns once all arrays are copied or held (their buffers may be donated next).
+        """Starts saving and returns once all arrays are copied or held (their buffers may be
+        donated next).
 
-        `params`, `train`, and `ema` where there is one: pytrees of jax arrays, each an item that can be restored by
-        itself; `meta`: JSON values, into meta.json with `step`, `metrics`, `format`.
-        Waits for the save before. False when a whole checkpoint of this step is there already. Raises SaveFailed."""
+        `params`, `train`, and `ema` where there is one: pytrees of jax arrays, each an item that
+        can be restored by itself; `meta`: JSON values, into meta.json with `step`, `metrics`,
+        `format`. Waits for the save before. False when a whole checkpoint of this step is there
+        already. Raises SaveFailed."""
         self.wait()
         text = json.dumps({**meta, "step": step, "metrics": metrics or {}, "format": FORMAT})
         trees = {
@@ -160,7 +170,8 @@ class Checkpoints:
         return True
 
     def wait(self) -> None:
-        """Returns when the save in flight is complete, manifest included, on all processes. Raises SaveFailed."""
+        """Returns when the save in flight is complete, manifest included, on all processes.
+        Raises SaveFailed."""
         if self._pending is None:
             return
         (step, written, sealed), self._pending = self._pending, None
@@ -173,7 +184,8 @@ class Checkpoints:
         agree(sealed.result)
 
     def check(self) -> None:
-        """Raises SaveFailed if the save in the background has failed already; never blocks, needs no other process."""
+        """Raises SaveFailed if the save in the background has failed already; never blocks,
+        needs no other process."""
         if self._pending is not None and self._pending[2].done():
             step, written, sealed = self._pending
             if written.exception() is not None:
@@ -181,12 +193,14 @@ class Checkpoints:
             sealed.result()
 
     def close(self) -> None:
-        """Lets the save in flight end and stops the thread. Raises SaveFailed if it failed; needs no other process."""
+        """Lets the save in flight end and stops the thread. Raises SaveFailed if it failed;
+        needs no other process."""
         self._pool.shutdown(wait=True)
         self.check()
 
     def _make_room(self, step: int) -> bool:
-        """Process 0, before a save: False when the step is there and whole; a damaged one is moved aside."""
+        """Process 0, before a save: False when the step is there and whole; a damaged one is
+        moved aside."""
         folder = self.directory / str(step)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -205,7 +219,8 @@ class Checkpoints:
         return True
 
     def _seal(self, step: int, written, meta_text: str, value: float | None) -> None:
-        """Background, after Orbax: process 0 writes meta and manifest, then deletes what the policy no longer wants."""
+        """Background, after Orbax: process 0 writes meta and manifest, then deletes what the
+        policy no longer wants."""
         if jax.process_index() != 0:
             return
         folder, mark = self.directory / str(step), self.directory / f"{step}{SAVING}"
@@ -228,7 +243,8 @@ class Checkpoints:
             self._discard(self.directory / str(old))
 
     def _discard(self, folder: Path) -> None:
-        """Deletes a folder, which disappears from view at once. Failing at that is reported, and not a failed save."""
+        """Deletes a folder, which disappears from view at once. Failing at that is reported, and
+        not a failed save."""
         try:
             if folder.exists():
                 doomed = folder.rename(free_name(folder.with_name(folder.name + DELETED)))
@@ -237,7 +253,8 @@ class Checkpoints:
             self._report(f"{folder} could not be deleted: {cause_of(error)}")
 
     def _failed(self, step: int, error: BaseException) -> Exit:
-        """What to raise for a save that ended with `error`: SaveFailed, or PeerFailed when another process has left."""
+        """What to raise for a save that ended with `error`: SaveFailed, or PeerFailed when
+        another process has left."""
         good = max((s for s in self._complete if s != step), default=None)
         rest = (
             "there is no earlier checkpoint"
@@ -260,10 +277,12 @@ class Checkpoints:
 
 
 def open_checkpoints(directory, policy: config.Checkpoint, report=print) -> Checkpoints:
-    """The checkpoints of a run that is about to train into `directory` (`<workdir>/checkpoints`; made when missing).
+    """The checkpoints of a run that is about to train into `directory` (`<workdir>/checkpoints`;
+    made when missing).
 
-    Clears what a killed process left half-written and finds the newest valid step, with a line to `report` for each
-    (process 0). Raises NoCheckpoint when there are checkpoints and none is valid. Every process calls it."""
+    Clears what a killed process left half-written and finds the newest valid step, with a line
+    to `report` for each (process 0). Raises NoCheckpoint when there are checkpoints and none is
+    valid. Every process calls it."""
     directory = Path(directory).absolute()
     logging.getLogger("absl").addFilter(_not_orbax)
     agree(lambda: _sweep(directory, report))
@@ -280,7 +299,8 @@ def _silent(line: str) -> None:
 
 
 def _sweep(directory: Path, report) -> None:
-    """Process 0: removes unfinished saves and half-deleted steps. What was complete once is never touched."""
+    """Process 0: removes unfinished saves and half-deleted steps. What was complete once is
+    never touched."""
     try:
         doomed = [path for end in (TEMPORARY, DELETED) for path in directory.glob(f"*{end}*")]
         for step in unfinished_in(directory):

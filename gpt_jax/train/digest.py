@@ -1,10 +1,12 @@
-"""Which checkpoints on disk are whole: content digests, and the search for the newest valid one (floor 2).
+"""Which checkpoints on disk are whole: content digests, and the search for the newest valid one
+(floor 2).
 
-Orbax restores flipped bits without a word, so each checkpoint ends with a manifest of our own: name, size and sha256 of
-every file, and the sha256 of that list. It is written last, hence a step with a manifest was complete once, and the
-bytes that differ from it are damage. `<step>.saving` next to a step says that its save has begun and not ended, which
-tells an unfinished save (the process was killed: nothing is wrong) from a manifest that got lost.
-Called by `checkpoint.py` and by the commands that take a checkpoint path.
+Orbax restores flipped bits without a word, so each checkpoint ends with a manifest of our own:
+name, size and sha256 of every file, and the sha256 of that list. It is written last, hence a step
+with a manifest was complete once, and the bytes that differ from it are damage. `<step>.saving`
+next to a step says that its save has begun and not ended, which tells an unfinished save (the
+process was killed: nothing is wrong) from a manifest that got lost. Called by `checkpoint.py` and
+by the commands that take a checkpoint path.
 """
 
 import concurrent.futures
@@ -65,7 +67,8 @@ def hash_files(folder: Path, names) -> list[str]:
 
 
 def render_manifest(files: dict[str, list]) -> str:
-    """The manifest's text: `{name: [bytes, sha256]}` and the sha256 of that. One table has exactly one text."""
+    """The manifest's text: `{name: [bytes, sha256]}` and the sha256 of that. One table has
+    exactly one text."""
     table = json.dumps(files, sort_keys=True, separators=(",", ":"))
     own = hashlib.sha256(table.encode()).hexdigest()
     return json.dumps({"sha256": own, "files": json.loads(table)}, separators=(",\n", ":")) + "\n"
@@ -96,7 +99,8 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str:
-    """`"file: reason"` for what is wrong with the step in `folder`, or "" when every byte is as it was saved."""
+    """`"file: reason"` for what is wrong with the step in `folder`, or "" when every byte is as
+    it was saved."""
     try:
         return _compare(folder)
     except OSError as error:  # a file that the disk no longer gives back is damage too
@@ -133,7 +137,8 @@ def _compare(folder: Path) -> str:
 
 
 def steps_in(directory: Path) -> list[int]:
-    """The steps that have a folder here, whole or not, in order; none when there is no such directory."""
+    """The steps that have a folder here, whole or not, in order; none when there is no such
+    directory."""
     if not directory.is_dir():
         return []
     return sorted(
@@ -159,11 +164,12 @@ def unfinished_in(directory: Path) -> list[int]:
 
 
 def latest_valid(directory, report=print) -> int | None:
-    """The newest step in `directory` whose every byte is as saved; None when nothing was ever saved here.
+    """The newest step in `directory` whose every byte is as saved; None when nothing was ever saved
+    here.
 
-    Process 0 looks and all processes get its answer. Each checkpoint passed over is one line to `report` (process 0)
-    with its step, file and reason; nothing is deleted. Raises NoCheckpoint when there are checkpoints and none is
-    valid.
+    Process 0 looks and all processes get its answer. Each checkpoint passed over is one line to
+    `report` (process 0) with its step, file and reason; nothing is deleted. Raises NoCheckpoint
+    when there are checkpoints and none is valid.
     """
     directory = Path(directory).absolute()
     return agree(lambda: _newest(directory, report))
@@ -189,11 +195,11 @@ def _newest(directory: Path, report) -> int | None:
 
 
 def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
-    """(checkpoints directory, step) of a whole checkpoint, for what a user typed: a workdir, its checkpoints folder or
-    one step's folder. `step` 0 takes the newest valid one.
+    """(checkpoints directory, step) of a whole checkpoint, for what a user typed: a workdir, its
+    checkpoints folder or one step's folder. `step` 0 takes the newest valid one.
 
-    Raises UsageError when there is no such path or step (the text lists what there is), NoCheckpoint when the one asked
-    for, or every one, is damaged."""
+    Raises UsageError when there is no such path or step (the text lists what there is),
+    NoCheckpoint when the one asked for, or every one, is damaged."""
 
     def find():
         directory, wanted = _locate(Path(path).absolute(), step)
@@ -260,7 +266,8 @@ def _nearby(path: Path) -> str:
 
 
 def read_meta(directory, step: int) -> dict:
-    """What was handed to `save` as meta, with `step`, `metrics` and `format`. NoCheckpoint when it cannot be read."""
+    """What was handed to `save` as meta, with `step`, `metrics` and `format`. NoCheckpoint when
+    it cannot be read."""
     path = Path(directory).absolute() / str(step) / META
     try:
         meta = json.loads(path.read_bytes())

@@ -1,6 +1,7 @@
 """Objectives: logits and a batch in, mergeable sums out (called by train/step and evals).
 
-Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`, divided once, by whoever prints it.
+Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`, divided once, by
+whoever prints it.
 """
 
 import math
@@ -14,9 +15,10 @@ from gpt_jax import config, sharding
 
 
 class Network(NamedTuple):
-    """The model as pure functions: `features(params, batch, key or None) -> ([B, T, D], report)` (a key turns dropout
-    on), `head(params, dtype) -> [D, V]` and `logits(head, hidden) -> [B, T, V]` in float32. The report holds what layers
-    found, rows first; its `objective` [B] is added to what is minimised, its `tokens` [B] are the weight of the rest."""
+    """The model as pure functions: `features(params, batch, key or None) -> ([B, T, D], report)`
+    (a key turns dropout on), `head(params, dtype) -> [D, V]` and `logits(head, hidden) -> [B, T,
+    V]` in float32. The report holds what layers found, rows first; its `objective` [B] is added
+    to what is minimised, its `tokens` [B] are the weight of the rest."""
 
     features: Callable
     head: Callable
@@ -26,9 +28,10 @@ class Network(NamedTuple):
 def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:
     """Cross-entropy of `targets` under logits [B, T, V] where `weight` is not 0.
 
-    Sums: objective (what is minimised: with label smoothing and z-loss), loss (plain nats a token), accuracy, and
-    bits_per_byte, whose weight is the UTF-8 bytes that the targets stand for. The target's logit is taken by comparing
-    with an iota and not by a gather, which a vocab-sharded logit cannot do."""
+    Sums: objective (what is minimised: with label smoothing and z-loss), loss (plain nats a
+    token), accuracy, and bits_per_byte, whose weight is the UTF-8 bytes that the targets stand
+    for. The target's logit is taken by comparing with an iota and not by a gather, which a
+    vocab-sharded logit cannot do."""
     targets, weight = batch["targets"][..., None], batch["weight"]
     vocab = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
     vocab = sharding.constrain(vocab, None, None, "vocab")
@@ -61,8 +64,8 @@ OBJECTIVES = {"next_token": next_token}
 
 
 def batch_sums(network: Network, params, batch: dict, key, train: config.Train) -> dict:
-    """Sums of the configured objective over a batch of columns [B, T]. With `loss_chunk` only that many tokens of each
-    row have logits at a time, and the backward pass makes them again."""
+    """Sums of the configured objective over a batch of columns [B, T]. With `loss_chunk` only
+    that many tokens of each row have logits at a time, and the backward pass makes them again."""
     hidden, report = network.features(params, batch, key)
     sums = _head_sums(network, params, hidden, batch, train)
     if report:

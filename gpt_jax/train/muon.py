@@ -1,8 +1,9 @@
 """Muon: momentum, orthogonalised matrix by matrix (floor 2; called by optim.py).
 
-Leaves are kernels `[in, out]` or stacks of them, float32: `[L, in, out]` of layers, `[L, E, in, out]` of their experts.
-Own code because the library's version has neither the row normalisation, nor cautious decay, nor a momentum warmup, nor a
-say in where a matrix is orthogonalised. Muon: Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/.
+Leaves are kernels `[in, out]` or stacks of them, float32: `[L, in, out]` of layers, `[L, E, in,
+out]` of their experts. Own code because the library's version has neither the row normalisation,
+nor cautious decay, nor a momentum warmup, nor a say in where a matrix is orthogonalised. Muon:
+Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/.
 """
 
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from gpt_jax.errors import UsageError
 from gpt_jax.train.schedule import progress
 from gpt_jax.train.spread import on_whole_matrices
 
-# Polar Express (Amsel et al. 2025, arXiv 2505.16932, algorithm 1): per iteration a, b, c of a x + b x^3 + c x^5, the
-# best polynomials in turn for singular values from 1e-3 to 1. All but the last are slowed by the paper's safety factor
-# of 1.01, so that rounding in bfloat16 cannot push a singular value out of the interval. Five iterations leave the
-# singular values within 0.85 to 1.13, six within 0.6 %; the last row, which converges cubically, serves all later ones.
+# Polar Express (Amsel et al. 2025, arXiv 2505.16932, algorithm 1): per iteration a, b, c of a x + b
+# x^3 + c x^5, the best polynomials in turn for singular values from 1e-3 to 1. All but the last are
+# slowed by the paper's safety factor of 1.01, so that rounding in bfloat16 cannot push a singular
+# value out of the interval. Five iterations leave the singular values within 0.85 to 1.13, six
+# within 0.6 %; the last row, which converges cubically, serves all later ones.
 _RAW = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -52,7 +54,8 @@ class DecayState(NamedTuple):
 
 
 def orthogonalize(x, iterations: int = 5, eps: float = 1e-8, dtype=jnp.float32) -> jax.Array:
-    """The nearest (semi-)orthogonal matrix of every `[..., m, n]` in `x`, float32: singular values pushed to 1.
+    """The nearest (semi-)orthogonal matrix of every `[..., m, n]` in `x`, float32: singular values
+    pushed to 1.
 
     Products run in `dtype` on the smaller side; a zero matrix stays zero."""
     wide = x.shape[-2] <= x.shape[-1]
@@ -69,8 +72,9 @@ def orthogonalize(x, iterations: int = 5, eps: float = 1e-8, dtype=jnp.float32) 
 
 
 def momentum_at(optim: config.Optim, b1: float) -> Callable:
-    """Muon's momentum at a step (the first update is step 0): rising from 0.85 to `b1` over `muon_momentum_warmup`
-    steps (0: `b1` throughout), and falling to `muon_momentum_final` while wsd decays (0: not); nanochat's."""
+    """Muon's momentum at a step (the first update is step 0): rising from 0.85 to `b1` over
+    `muon_momentum_warmup` steps (0: `b1` throughout), and falling to `muon_momentum_final` while
+    wsd decays (0: not); nanochat's."""
 
     def momentum(step):
         warmup, final = optim.muon_momentum_warmup, optim.muon_momentum_final
@@ -84,8 +88,8 @@ def momentum_at(optim: config.Optim, b1: float) -> Callable:
 def scale_by_muon(
     momentum: Callable, *, iterations: int, eps: float, dtype
 ) -> optax.GradientTransformation:
-    """Gradients to orthogonalised Nesterov momentum (the moving-average form of nanochat), `momentum(step)` at a step.
-    Matrices travel, and are multiplied, in `dtype`."""
+    """Gradients to orthogonalised Nesterov momentum (the moving-average form of nanochat),
+    `momentum(step)` at a step. Matrices travel, and are multiplied, in `dtype`."""
 
     def orthogonal(tree):
         leaves, structure = jax.tree.flatten(tree)
@@ -113,11 +117,11 @@ def scale_by_muon(
 
 
 def normalize_rows(b2: float) -> optax.GradientTransformation:
-    """NorMuon (arXiv 2510.05491): every neuron's update divided by the root of its running mean square, the whole
-    matrix then scaled back to the Frobenius norm it came with.
+    """NorMuon (arXiv 2510.05491): every neuron's update divided by the root of its running mean
+    square, the whole matrix then scaled back to the Frobenius norm it came with.
 
-    The neurons are those of the longer side, as in nanochat and modded-nanogpt: those of the shorter side are
-    orthonormal already and leave nothing to normalise."""
+    The neurons are those of the longer side, as in nanochat and modded-nanogpt: those of the
+    shorter side are orthonormal already and leave nothing to normalise."""
 
     def mean_square(u):
         return jnp.mean(jnp.square(u), axis=-2 if u.shape[-1] >= u.shape[-2] else -1, keepdims=True)
@@ -144,7 +148,8 @@ def normalize_rows(b2: float) -> optax.GradientTransformation:
 
 
 def scale_by_shape() -> optax.GradientTransformation:
-    """Keller Jordan's max(1, out / in)^0.5 for kernels `[in, out]`: keeps the change of an output's size the same."""
+    """Keller Jordan's max(1, out / in)^0.5 for kernels `[in, out]`: keeps the change of an
+    output's size the same."""
     return optax.stateless(
         lambda updates, params: jax.tree.map(
             lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates
@@ -155,8 +160,9 @@ def scale_by_shape() -> optax.GradientTransformation:
 def add_decay(
     weight_decay: float, *, cautious: bool = False, end: int = 0
 ) -> optax.GradientTransformation:
-    """Decoupled weight decay. `cautious`: only where update and weight agree in sign, that is, where the step shrinks
-    the weight anyway (arXiv 2510.12402). `end`: the decay falls to zero along a cosine until that step; 0: constant."""
+    """Decoupled weight decay. `cautious`: only where update and weight agree in sign, that is,
+    where the step shrinks the weight anyway (arXiv 2510.12402). `end`: the decay falls to zero
+    along a cosine until that step; 0: constant."""
 
     def init(params):
         return DecayState(jnp.zeros([], jnp.int32))
@@ -176,8 +182,9 @@ def add_decay(
 def make_muon(
     optim: config.Optim, group: config.Group, dtype=jnp.float32
 ) -> optax.GradientTransformation:
-    """Muon for one group, without the learning rate and its sign: momentum, orthogonalisation in `dtype`, row
-    normalisation, shape factor, decay. The decay is not multiplied by the shape factor (Keller Jordan's convention).
+    """Muon for one group, without the learning rate and its sign: momentum, orthogonalisation in
+    `dtype`, row normalisation, shape factor, decay. The decay is not multiplied by the shape factor
+    (Keller Jordan's convention).
 
     Raises UsageError when the decay is to reach zero at a decay_steps that is not resolved (0)."""
     if optim.muon_decay_to_zero and not optim.decay_steps:

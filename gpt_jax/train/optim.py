@@ -1,8 +1,8 @@
 """From `config.Optim` to one `optax.GradientTransformation` (floor 2; called by experiment.py).
 
-Parameters are a nested dict of float32 arrays; a path joins its keys with "/". Everything under `blocks/` is stacked
-over layers: its first axis does not count as its own. Each parameter belongs to exactly one group, and each group has
-its own optimiser, rate and decay.
+Parameters are a nested dict of float32 arrays; a path joins its keys with "/". Everything under
+`blocks/` is stacked over layers: its first axis does not count as its own. Each parameter belongs
+to exactly one group, and each group has its own optimiser, rate and decay.
 """
 
 import math
@@ -51,8 +51,9 @@ def _leaves(params_like) -> dict[str, Any]:
 
 
 def groups_of(optim: config.Optim) -> dict[str, config.Group]:
-    """Every group by label, in the order of `assign`'s indices: those of the config, the default, and for a default
-    Muon the AdamW that takes what is no matrix of a layer, with the same rate, betas, eps and decay."""
+    """Every group by label, in the order of `assign`'s indices: those of the config, the
+    default, and for a default Muon the AdamW that takes what is no matrix of a layer, with the
+    same rate, betas, eps and decay."""
     fallback = {"default": optim.optimizer} | (
         {"default_adamw": "adamw"} if optim.optimizer == "muon" else {}
     )
@@ -104,13 +105,14 @@ def _check_groups(optim: config.Optim, patterns, leaves, index) -> None:
 
 
 def assign(optim: config.Optim, params_like) -> dict[str, int]:
-    """Path -> index of its group, for every parameter but the routers' biases (see `steer`): the first of `optim.groups`
-    whose `match` is found in the path; else the default, index `len(optim.groups)`. When the default is Muon it keeps the
-    matrices inside layers, each expert's too, and embeddings, head, norms, biases and scalars go to AdamW, index
-    `len(optim.groups) + 1`.
+    """Path -> index of its group, for every parameter but the routers' biases (see `steer`): the
+    first of `optim.groups` whose `match` is found in the path; else the default, index
+    `len(optim.groups)`. When the default is Muon it keeps the matrices inside layers, each expert's
+    too, and embeddings, head, norms, biases and scalars go to AdamW, index `len(optim.groups) + 1`.
 
-    `params_like`: arrays or ShapeDtypeStructs. Raises UsageError, naming the group's field, for an expression that is
-    none, for a group that takes no parameter, and for a Muon group that takes something that is no matrix."""
+    `params_like`: arrays or ShapeDtypeStructs. Raises UsageError, naming the group's field, for
+    an expression that is none, for a group that takes no parameter, and for a Muon group that
+    takes something that is no matrix."""
     patterns, default = _patterns(optim), len(optim.groups)
     leaves = {
         path: leaf for path, leaf in _leaves(params_like).items() if not path.endswith(ROUTER_BIAS)
@@ -131,8 +133,8 @@ def assign(optim: config.Optim, params_like) -> dict[str, int]:
 def describe(
     optim: config.Optim, params_like, balance_rate: float = config.Model.balance_rate
 ) -> list[GroupRow]:
-    """One row for every group that has parameters; tensors count a stack of layers as one, decay is the knob's value
-    (which leaves it touches is `optim.decay`'s matter)."""
+    """One row for every group that has parameters; tensors count a stack of layers as one, decay
+    is the knob's value (which leaves it touches is `optim.decay`'s matter)."""
     index, leaves = assign(optim, params_like), _leaves(params_like)
 
     def sizes_of(i):
@@ -234,8 +236,9 @@ OPTIMIZERS = {
 
 
 def steer(balance_rate: float) -> optax.GradientTransformation:
-    """The rule of a router's bias: a step of `balance_rate` against the sign of its gradient, which says how far each
-    expert is above its share (model/moe.py). No decay, no schedule (Wang et al. 2024, arXiv:2408.15664)."""
+    """The rule of a router's bias: a step of `balance_rate` against the sign of its gradient,
+    which says how far each expert is above its share (model/moe.py). No decay, no schedule (Wang
+    et al. 2024, arXiv:2408.15664)."""
     return optax.stateless(
         lambda updates, params: jax.tree.map(lambda g: -balance_rate * jnp.sign(g), updates)
     )
@@ -249,8 +252,9 @@ def gradient_norm(grads) -> jax.Array:
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Gradients times min(1, limit / (norm + 1e-6)), norm over all of them (`gradient_norm`): torch's `clip_grad_norm_` to
-    the letter (the library's own lacks the 1e-6, which shows when the limit is small)."""
+    """Gradients times min(1, limit / (norm + 1e-6)), norm over all of them (`gradient_norm`):
+    torch's `clip_grad_norm_` to the letter (the library's own lacks the 1e-6, which shows when
+    the limit is small)."""
 
     def clip(updates, params):
         factor = jnp.minimum(1.0, limit / (gradient_norm(updates) + 1e-6))
@@ -267,15 +271,17 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The whole optimiser: clipping over all gradients, then each group's own rule, decay and rate.
 
-    A group's rate at a step is `learning_rate * group.rate * make_schedule(optim)(step)`, step 0 for the first update.
-    Weight decay is decoupled and multiplied by that rate for every optimiser (torch's AdamW). Knobs by optimiser:
-    adamw: b1, b2, eps (outside the root). lion: b1, b2. sgd: b1, the momentum (torch's, without dampening).
-    muon: see muon.py. adafactor: none (no momentum, second moment 1 - step^-0.8); its rate is relative to the root
-    mean square of each parameter, layer by layer (arXiv 1804.04235), so 1e-2 is usual.
+    A group's rate at a step is `learning_rate * group.rate * make_schedule(optim)(step)`, step 0
+    for the first update. Weight decay is decoupled and multiplied by that rate for every optimiser
+    (torch's AdamW). Knobs by optimiser: adamw: b1, b2, eps (outside the root). lion: b1, b2. sgd:
+    b1, the momentum (torch's, without dampening). muon: see muon.py. adafactor: none (no momentum,
+    second moment 1 - step^-0.8); its rate is relative to the root mean square of each parameter,
+    layer by layer (arXiv 1804.04235), so 1e-2 is usual.
 
-    `params_like` gives paths and shapes; `dtype` is Muon's: in which matrices are orthogonalised (muon.scale_by_muon).
-    `balance_rate` is the step of the routers' biases (`steer`). State arrays are sharded like the parameters, also under
-    `jit(tx.init)`. Raises what `assign` and `make_schedule` raise."""
+    `params_like` gives paths and shapes; `dtype` is Muon's: in which matrices are orthogonalised
+    (muon.scale_by_muon). `balance_rate` is the step of the routers' biases (`steer`). State
+    arrays are sharded like the parameters, also under `jit(tx.init)`. Raises what `assign` and
+    `make_schedule` raise."""
     index, groups, schedule = assign(optim, params_like), groups_of(optim), make_schedule(optim)
     names = dict(enumerate(groups)) | {None: ROUTER_BIAS}
     labels = jax.tree_util.tree_map_with_path(
@@ -306,8 +312,9 @@ def make_optimizer(
 def on_parts(
     tx: optax.GradientTransformation, split: Callable, whole: Callable
 ) -> optax.GradientTransformation:
-    """`tx` with its state, and its work, on `split` parameters and gradients, and its updates `whole` again: ZeRO-1
-    (Rajbhandari et al. 2020). Both functions lay out a tree shaped like the parameters."""
+    """`tx` with its state, and its work, on `split` parameters and gradients, and its updates
+    `whole` again: ZeRO-1 (Rajbhandari et al. 2020). Both functions lay out a tree shaped like
+    the parameters."""
 
     def update(grads, state, params):
         updates, state = tx.update(split(grads), state, split(params))

@@ -1,7 +1,8 @@
-"""Learning-rate schedules as factors of the peak rate (floor 2; called by optim.py and, for the log, by the loop).
+"""Learning-rate schedules as factors of the peak rate (floor 2; called by optim.py and, for the
+log, by the loop).
 
-A step is counted from 0: `schedule(0)` scales the first update. Letters: `step` float32, `start` the step after warmup,
-`end` = `optim.decay_steps`, `last` = `optim.final_fraction`.
+A step is counted from 0: `schedule(0)` scales the first update. Letters: `step` float32, `start`
+the step after warmup, `end` = `optim.decay_steps`, `last` = `optim.final_fraction`.
 """
 
 from collections.abc import Callable
@@ -54,13 +55,16 @@ SCHEDULES = {
 
 
 def make_schedule(optim: config.Optim) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    """`schedule(step) -> factor` in [0, 1], float32, the shape of `step`; usable inside jit and on plain integers.
+    """`schedule(step) -> factor` in [0, 1], float32, the shape of `step`; usable inside jit and on
+    plain integers.
 
-    - warmup, all schedules: (step + 1) / (warmup_steps + 1) while step < warmup_steps (nanoGPT's `get_lr`);
+    - warmup, all schedules: (step + 1) / (warmup_steps + 1) while step < warmup_steps (nanoGPT's
+      `get_lr`);
     - constant: 1;
     - cosine: from 1 to final_fraction at decay_steps, constant beyond (nanoGPT);
     - linear: the same, straight;
-    - wsd (warmup, stable, decay; Hu et al. 2024, arXiv 2404.06395): 1, then straight to final_fraction over the last
+    - wsd (warmup, stable, decay; Hu et al. 2024, arXiv 2404.06395): 1, then straight to
+      final_fraction over the last
       decay_fraction of decay_steps;
     - inverse_sqrt: sqrt((warmup_steps + 1) / (step + 1)), never below final_fraction.
 

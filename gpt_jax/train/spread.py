@@ -13,8 +13,8 @@ TAKERS = ("expert", "fsdp", "context", "tensor", "data", "pipeline")
 
 
 class Kind(NamedTuple):
-    """Matrices that travel together: [rows, columns], the mesh axes over which each is cut, and `held`, those over which
-    they are dealt out already, as experts are."""
+    """Matrices that travel together: [rows, columns], the mesh axes over which each is cut, and
+    `held`, those over which they are dealt out already, as experts are."""
 
     shape: tuple[int, int]
     cut: tuple[tuple[str, ...], tuple[str, ...]]
@@ -22,13 +22,15 @@ class Kind(NamedTuple):
 
 
 def on_whole_matrices(fn: Callable, stacks: list[jax.Array]) -> list[jax.Array]:
-    """`fn` of every stack [..., in, out], where it has whole matrices to work on. `fn` maps stacks to stacks of their
-    shape, each matrix by itself, a transposed one to the transposed result and zeros to zeros.
+    """`fn` of every stack [..., in, out], where it has whole matrices to work on. `fn` maps stacks
+    to stacks of their shape, each matrix by itself, a transposed one to the transposed result and
+    zeros to zeros.
 
-    On several devices, stacks of one shape and layout (transposed ones too) are joined, padded with zeros and dealt out
-    over as many axes as leave a device fewer matrices: the 156 of 26 layers are two for each of 128 devices, where one
-    stack at a time does not divide them. One axis moves at a time, which the compiler makes an all-to-all of; two at once
-    it answers with a gather of everything. Results lie as what came in."""
+    On several devices, stacks of one shape and layout (transposed ones too) are joined, padded
+    with zeros and dealt out over as many axes as leave a device fewer matrices: the 156 of 26
+    layers are two for each of 128 devices, where one stack at a time does not divide them. One
+    axis moves at a time, which the compiler makes an all-to-all of; two at once it answers with
+    a gather of everything. Results lie as what came in."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return [fn(x) for x in stacks]
@@ -54,7 +56,8 @@ def _names(part) -> tuple[str, ...]:
 
 
 def _listed(x: jax.Array, sizes: dict[str, int]) -> jax.Array:
-    """[..., in, out] as [p, n, in, out]: p parts, one on each device along the axes that cut a dim of the stack."""
+    """[..., in, out] as [p, n, in, out]: p parts, one on each device along the axes that cut a
+    dim of the stack."""
     *lead, rows, columns = jax.typeof(x).sharding.spec
     held, dim, parts = _held(x, sizes)
 
@@ -104,7 +107,8 @@ def _kind(x) -> Kind:
 
 
 def _turns(x) -> bool:
-    """Whether it is its transpose that is dealt out, so that [D, 4 D] and [4 D, D] may go together."""
+    """Whether it is its transpose that is dealt out, so that [D, 4 D] and [4 D, D] may go
+    together."""
     kind = _kind(x)
     return kind > kind._replace(shape=kind.shape[::-1], cut=kind.cut[::-1])
 
@@ -114,7 +118,8 @@ def _transposed(x, turn: bool):
 
 
 def takers(count: int, sizes: dict[str, int]) -> tuple[str, ...]:
-    """Mesh axes (of these sizes) over which `count` matrices are dealt out: each leaves a device fewer of them."""
+    """Mesh axes (of these sizes) over which `count` matrices are dealt out: each leaves a device
+    fewer of them."""
     found, devices = (), 1
     for axis in TAKERS:
         size = sizes.get(axis, 1)

@@ -1,4 +1,5 @@
-"""The train step and the eval step: free functions of (state, batch) (called by experiment and evals)."""
+"""The train step and the eval step: free functions of (state, batch) (called by experiment and
+evals)."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from gpt_jax.train.optim import ema_init, ema_update, gradient_norm
 
 
 class TrainState(NamedTuple):
-    """Arrays only. `ema` is {} when averaging is off; randomness is the seed and the step, so no key is stored."""
+    """Arrays only. `ema` is {} when averaging is off; randomness is the seed and the step, so no
+    key is stored."""
 
     step: jax.Array  # updates done, int32
     params: Any
@@ -28,8 +30,8 @@ def init_state(params, tx: optax.GradientTransformation, train: config.Train) ->
 
 
 def _microbatches(batch: dict, count: int) -> dict:
-    """Columns [B, …] -> [count, B / count, …]. Microbatch a takes rows a, a + count, …: each device splits its own
-    rows, and which rows meet makes no difference to sums."""
+    """Columns [B, …] -> [count, B / count, …]. Microbatch a takes rows a, a + count, …: each
+    device splits its own rows, and which rows meet makes no difference to sums."""
 
     def split(x):
         x = sharding.reshape(x, (x.shape[0] // count, count, *x.shape[1:]), "batch", None, "seq")
@@ -39,8 +41,9 @@ def _microbatches(batch: dict, count: int) -> dict:
 
 
 def gradients(network: Network, params, batch: dict, key, train: config.Train):
-    """(gradient of the weighted mean objective, Sums) over the batch in `train.accumulate` microbatches. Sums are added
-    and divided once, so that the result is the big batch's whatever the masks."""
+    """(gradient of the weighted mean objective, Sums) over the batch in `train.accumulate`
+    microbatches. Sums are added and divided once, so that the result is the big batch's whatever
+    the masks."""
 
     def total(params, batch, key):
         sums = batch_sums(network, params, batch, key, train)
@@ -54,7 +57,8 @@ def gradients(network: Network, params, batch: dict, key, train: config.Train):
         def add(carry, x):
             index, micro = x
             grads = grad(params, micro, jax.random.fold_in(key, index))
-            # libtpu 0.0.42 would move sums over devices behind this loop, and fails at it where they are cut.
+            # libtpu 0.0.42 would move sums over devices behind this loop, and fails at it where
+            # they are cut.
             return jax.tree.map(jnp.add, carry, jax.lax.optimization_barrier(grads)), None
 
         micro = _microbatches(batch, train.accumulate)
@@ -70,7 +74,8 @@ def gradients(network: Network, params, batch: dict, key, train: config.Train):
 
 
 def train_step(state: TrainState, batch: dict, key, *, network: Network, tx, train: config.Train):
-    """One update: (new state, Sums with gradient and parameter norms added). `key` is the run's; the step is folded in."""
+    """One update: (new state, Sums with gradient and parameter norms added). `key` is the run's;
+    the step is folded in."""
     grads, sums = gradients(
         network, state.params, batch, jax.random.fold_in(key, state.step), train
     )

@@ -1,5 +1,5 @@
-"""A real SLURM of two nodes: submit, train on two tasks, preempt, requeue, resume. Not collected by itself: run by
-`launch/slurm_test.sh`, which makes that SLURM."""
+"""A real SLURM of two nodes: submit, train on two tasks, preempt, requeue, resume. Not collected
+by itself: run by `launch/slurm_test.sh`, which makes that SLURM."""
 
 import os
 import subprocess
@@ -49,7 +49,8 @@ def until(reached, what: str) -> None:
 
 
 def again(job: str) -> None:
-    """Waits until the job is back from the queue. SLURM lets its old credentials run out first, 15 s as configured here."""
+    """Waits until the job is back from the queue. SLURM lets its old credentials run out first,
+    15 s as configured here."""
     until(lambda: fact(job, "JobState") == "RUNNING", "start")
 
 
@@ -73,7 +74,8 @@ STEPS = (
 
 
 def test_submitted_preempted_requeued_resumed(tmp_path, out):
-    """By a request to save, by a job that goes before, and by an operator; the losses of the run that was never stopped."""
+    """By a request to save, by a job that goes before, and by an operator; the losses of the run
+    that was never stopped."""
     given = runs.arguments(tmp_path, tmp_path / "job", *STEPS, "--config.train.steps=600")
     said = slurm(
         sys.executable,
