@@ -20,8 +20,9 @@ from pathlib import Path
 
 import tokenizers
 
-from gpt_jax.data.bpe import PATTERNS
-from gpt_jax.data.tokenizer import Tokenizer, read_tokenizer, train_bpe
+from gpt_jax.data.tokenizers.bpe import PATTERNS, train_bpe
+from gpt_jax.data.tokenizers.files import read_tokenizer
+from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 SIZES = (4096, 16384)

@@ -21,8 +21,8 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from gpt_jax.data.order import permute
-from gpt_jax.data.shards import TokenFile
+from gpt_jax.data.stream.order import permute
+from gpt_jax.data.tokens.shards import TokenFile
 
 WINDOW = 1024
 

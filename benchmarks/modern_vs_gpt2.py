@@ -15,9 +15,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from gpt_jax import experiment, loop
-from gpt_jax.commands import flags
-from gpt_jax.model.transformer import count_params
+from gpt_jax.commands import config_file, runtime
+from gpt_jax.model.count import count_params
+from gpt_jax.run import loop, notes, parts as run_parts
 
 HERE = Path(__file__).resolve().parent
 SEEDS = 3
@@ -68,17 +68,17 @@ GPT2_SCHEDULE = [
 
 def run(config: str, overrides: list[str], workdir: str) -> dict:
     """Held-out loss and bits per byte after the last step."""
-    parts = experiment.build(
-        flags.load_config(
+    parts = run_parts.build(
+        config_file.load_config(
             str(HERE.parent / "configs" / config), [f"--config.{text}" for text in overrides]
         )
     )
-    summary = loop.run(parts, Path(workdir))
+    summary = loop.run_training(parts, Path(workdir))
     return {
         "loss": summary.eval_loss,
         "bits_per_byte": summary.bits_per_byte,
         "parameters": summary.parameters,
-        "flops_per_token": experiment.token_flops(
+        "flops_per_token": notes.token_flops(
             parts.config, count_params(parts.config.model)["matmul"]
         )[0],
     }
@@ -90,7 +90,7 @@ def main() -> None:
     )
     parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE:TOKENIZER")
     args = parser.parse_args()
-    flags.keep_memory()
+    runtime.keep_memory()
     found = {}
     for spec in args.text:
         name, _, rest = spec.partition("=")

@@ -27,10 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax import experiment, sharding
-from gpt_jax.commands import flags
-from gpt_jax.train.optim import make_optimizer
-from gpt_jax.train.schedule import make_schedule
+from gpt_jax.commands import config_file, runtime
+from gpt_jax.run import parts as run_parts
+from gpt_jax.sharding import mesh
+from gpt_jax.train.optim.optimizer import make_optimizer
+from gpt_jax.train.optim.schedule import make_schedule
 from gpt_jax.train.step import init_state, train_step
 
 HERE = Path(__file__).resolve().parent
@@ -96,17 +97,17 @@ def our_params(state: dict, layers: int) -> dict:
 
 def make_ours(size: dict, weights: dict):
     """(state, jitted step, resolved config) with nanoGPT's weights and settings."""
-    config = flags.load_config(
+    config = config_file.load_config(
         str(HERE.parent / "configs/shakespeare_char.py"),
         [f"--config.model.{k}={size[k]}" for k in ("layers", "embed", "heads")]
         + [f"--config.train.seq_len={size['block']}", f"--config.train.batch_size={size['batch']}"],
     )
     config = configs.resolve(config, 65)
-    model, _ = experiment.choose_kernel(config.model, size["block"], sharding.make_mesh({}), False)
+    model, _ = run_parts.resolve_kernel(config.model, size["block"], mesh.make_mesh({}), False)
     params = our_params(weights, size["layers"])
     tx = make_optimizer(config.optim, params)
     state = jax.jit(lambda p: init_state(p, tx, config.train))(params)
-    network = experiment.make_network(model)
+    network = run_parts.make_network(model)
     step = jax.jit(
         lambda state, batch: train_step(
             state, batch, jax.random.key(0), network=network, tx=tx, train=config.train
@@ -221,7 +222,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    flags.keep_memory()
+    runtime.keep_memory()
     found = {
         "machine": f"{platform.machine()}, {jax.device_count()} jax device, jax {jax.__version__}"
     }

@@ -11,8 +11,8 @@ import ast
 import time
 
 from gpt_jax import config
-from gpt_jax.data import dataset
-from gpt_jax.data.pipeline import make_stream
+from gpt_jax.data.stream import dataset
+from gpt_jax.data.stream.batches import make_stream
 
 
 def resident() -> float:
@@ -29,7 +29,7 @@ def main() -> None:
     flags.add_argument("--batches", type=int, default=1_000_000)
     args = flags.parse_args()
     knobs = config.Data(sources=args.sources, rows="best_fit", apart=True)
-    stream = make_stream(dataset.load(knobs), knobs, 64, 2, 0, slice(0, 2))
+    stream = make_stream(dataset.load_dataset(knobs), knobs, 64, 2, 0, slice(0, 2))
     began = time.perf_counter()
     for number in range(1, args.batches + 1):
         next(stream)

@@ -116,7 +116,7 @@ def main() -> None:
     args = flags.parse_args()
     workers = len(os.sched_getaffinity(0))
     sys.path.insert(0, str(ROOT))
-    from gpt_jax.data.tokenizer import train_bpe
+    from gpt_jax.data.tokenizers.bpe import train_bpe
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -27,8 +27,7 @@ among others.
 """
 
 from ml_collections import ConfigDict
-from quickstart import adam
-from quickstart import get_config as quickstart
+from quickstart import adam, get_config as quickstart
 
 ADAM_RATE = 0.004  # of experts and routers
 

@@ -100,10 +100,10 @@ class NoCheckpoint(Exit):
     code = 51
 
 
-KINDS = {kind.code: kind for kind in Exit.__subclasses__()}
+EXIT_KINDS = {kind.code: kind for kind in Exit.__subclasses__()}
 
 
 def exit_of(code: int, text: str) -> Exit:
     """What another process raised, made again of its code and text; PeerFailed for a code of no
     Exit (a bug there)."""
-    return KINDS.get(code, PeerFailed)(text)
+    return EXIT_KINDS.get(code, PeerFailed)(text)

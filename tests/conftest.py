@@ -10,6 +10,11 @@ import os
 import shutil
 import tempfile
 
+import jax
+import pytest
+
+from gpt_jax.sharding.mesh import make_mesh
+
 OWNER = "PYTEST_XDIST_WORKER" not in os.environ
 if OWNER:
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,11 +25,6 @@ if OWNER:
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     )
-
-import jax
-import pytest
-
-from gpt_jax import sharding
 
 jax.config.update(
     "jax_num_cpu_devices", 8
@@ -46,6 +46,6 @@ def mesh():
 
     def make(data: int = 1, fsdp: int = 1, tensor: int = 1, **others: int):
         shape = {"data": data, "fsdp": fsdp, "tensor": tensor} | others
-        return sharding.make_mesh(shape, jax.devices()[: math.prod(shape.values())])
+        return make_mesh(shape, jax.devices()[: math.prod(shape.values())])
 
     return make

@@ -1,2 +1,0 @@
-"""The command line, one small file a command (floor 4): arguments in, printed lines and exit
-codes out."""

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpt_jax.commands.flags import Flags, emit, load_config
+from gpt_jax.commands.config_file import load_config
+from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.output import emit
 from gpt_jax.errors import UsageError
 
 
@@ -42,11 +44,12 @@ def timed(make: Callable[[int], None], count: int, seconds: float) -> tuple[int,
 
 def measure(config, count: int, seconds: float) -> list[str]:
     """Lines: the stream from end to end, then its stages one after the other in this thread."""
-    from gpt_jax.data import dataset
-    from gpt_jax.data.pipeline import make_examples, make_stream
-    from gpt_jax.data.rows import columns
+    from gpt_jax.data import load_dataset, make_columns, make_examples, make_stream
 
-    data, knobs, train = dataset.load(config.data), config.data, config.train
+    pass
+    pass
+
+    data, knobs, train = load_dataset(config.data), config.data, config.train
     size, tokens = train.batch_size, train.batch_size * train.seq_len
     began = time.perf_counter()
     stream = make_stream(
@@ -84,7 +87,7 @@ def measure(config, count: int, seconds: float) -> list[str]:
         "read and transform": lambda n: examples.fill(indices(n)),
     }
     buffer = examples.fill(indices(0))
-    stages["columns"] = lambda n: columns(buffer, data.tokenizer.token_bytes, knobs.apart)
+    stages["columns"] = lambda n: make_columns(buffer, data.tokenizer.token_bytes, knobs.apart)
     for name, stage in stages.items():
         calls, wall = timed(stage, count, seconds / 4)
         lines.append(

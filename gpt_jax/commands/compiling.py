@@ -84,14 +84,15 @@ def compile_outside(args, rest: list[str]) -> dict:
 
 def compile_here(config, topology, args) -> dict:
     """plan.compiled.Compiled of the config, as a dict. UsageError for what cannot run."""
-    from gpt_jax.plan.compiled import compile_step
-    from gpt_jax.plan.job import with_vocab
-    from gpt_jax.plan.roofline import choose_kernel, problems
+    from gpt_jax.plan import choose_plan_kernel, compile_step, find_problems, resolve_vocab
 
-    config = with_vocab(config)
-    shape, found = problems(config, topology.devices)
+    pass
+    pass
+
+    config = resolve_vocab(config)
+    shape, found = find_problems(config, topology.devices)
     if found:
         raise UsageError(found[0])
-    kernel, _ = choose_kernel(config, topology, shape)
+    kernel, _ = choose_plan_kernel(config, topology, shape)
     keep = Path(args.keep_hlo).write_text if args.keep_hlo else None
     return asdict(compile_step(config, topology, kernel, keep))

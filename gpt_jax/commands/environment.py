@@ -34,7 +34,7 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
 
         if SKIP in environ:
             environ.update(NO_TPU)
-    from gpt_jax.devices import GPU_FRACTION
+    from gpt_jax.hardware import GPU_FRACTION
 
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(environ):
         environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_FRACTION)

@@ -5,14 +5,9 @@ import math
 import sys
 from functools import partial
 
-from gpt_jax.commands.flags import (
-    Flags,
-    add_runtime_flags,
-    emit,
-    end_on_request,
-    make_say,
-    start_runtime,
-)
+from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.output import emit, make_say
+from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.errors import UsageError
 
 COLUMNS = (
@@ -96,23 +91,29 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
     defines it."""
     import jax
 
-    from gpt_jax import evals, experiment, load, placing
-    from gpt_jax.data import dataset
-    from gpt_jax.data.pipeline import make_eval_batches, make_examples
-    from gpt_jax.metrics import add
-    from gpt_jax.train.step import eval_step
+    from gpt_jax import sharding
+    from gpt_jax.data import load_dataset, load_heldout, make_eval_batches, make_examples
+    from gpt_jax.evals import average_by_source, sum_heldout
+    from gpt_jax.metrics import add_sums
+    from gpt_jax.run import load_model, make_network
+    from gpt_jax.train import eval_step
 
-    loaded = load.load(args.checkpoint, args.step, say)
+    pass
+    pass
+    pass
+    pass
+
+    loaded = load_model(args.checkpoint, args.step, say)
     config, mesh = loaded.config, loaded.mesh
     if args.text:
         sources = {
             name: tokens
             for text in args.text
-            for name, tokens in dataset.heldout_of(text, config.data, loaded.tokenizer, say).items()
+            for name, tokens in load_heldout(text, config.data, loaded.tokenizer, say).items()
         }
     else:
         try:
-            data = dataset.load(config.data, say, loaded.tokenizer)
+            data = load_dataset(config.data, say, loaded.tokenizer)
         except UsageError as error:
             raise UsageError(
                 f"the run's own text: {error}; call it from where the run was started, or give held-out "
@@ -131,11 +132,9 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
             )
             raise UsageError(f"the run held no text out ({why}); give some with --text")
         sources = data.heldout if len(data.parts) > 1 else {"held-out": data.parts[0].eval}
-    shards = placing.row_parts(mesh)
+    shards = sharding.row_parts(mesh)
     batch_size = -(-(args.batch_size or config.eval.batch_size) // shards) * shards
-    step = jax.jit(
-        partial(eval_step, network=experiment.make_network(config.model), train=config.train)
-    )
+    step = jax.jit(partial(eval_step, network=make_network(config.model), train=config.train))
     found, total, shares = {}, {}, {}
     if not args.text and len(sources) > 1:
         examples = make_examples(data, config.data, config.train.seq_len, config.seed)
@@ -148,24 +147,24 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
                 config.data,
                 config.train.seq_len,
                 batch_size,
-                placing.process_rows(mesh, batch_size),
+                sharding.process_rows(mesh, batch_size),
                 args.batches,
                 f"--text = {name}" if args.text else f"the held-out text of source {name}",
             )
-            sums = evals.heldout_sums(step, loaded.params, batches, mesh, batch_size)
-            found[name], total = sums, add(total, sums)
+            sums = sum_heldout(step, loaded.params, batches, mesh, batch_size)
+            found[name], total = sums, add_sums(total, sums)
     rows = {name: as_row(sums) for name, sums in found.items()}
     if len(rows) > 1:
-        mean = evals.by_source(rows, shares) if shares else {}
+        mean = average_by_source(rows, shares) if shares else {}
         rows["all"] = as_row(total) | {name: mean[f"eval/{name}"] for name in RATES if mean}
     return rows, loaded.step, loaded.directory
 
 
 def as_row(sums) -> dict[str, float]:
     """Metrics of one source, with the tokens and bytes they are over."""
-    from gpt_jax.evals import heldout_metrics
+    from gpt_jax.evals import compute_heldout_metrics
 
-    return heldout_metrics(sums) | {
+    return compute_heldout_metrics(sums) | {
         "tokens": float(sums["loss"][1]),
         "bytes": float(sums["bits_per_byte"][1]),
     }

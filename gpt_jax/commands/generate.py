@@ -7,14 +7,9 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from gpt_jax.commands.flags import (
-    Flags,
-    add_runtime_flags,
-    end_on_request,
-    make_say,
-    output,
-    start_runtime,
-)
+from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.output import make_say, output
+from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.errors import UsageError
 
 HELP = {
@@ -33,7 +28,7 @@ HELP = {
 def main(arguments: list[str]) -> None:
     """Raises UsageError for a checkpoint, prompt or setting that cannot be used, NoCheckpoint
     for damage."""
-    from gpt_jax.infer.decode import Sampling
+    from gpt_jax.infer import Sampling
 
     flags = Flags(
         prog="gpt-jax generate",
@@ -113,16 +108,18 @@ def run(args, prompts, sampling) -> None:
     """Loads, generates, writes."""
     import jax
 
-    from gpt_jax import load
-    from gpt_jax.infer.decode import stream
+    from gpt_jax.infer import stream_text
+    from gpt_jax.run import load_model
+
+    pass
 
     first = jax.process_index() == 0
     say = make_say(sys.stderr)
-    loaded = load.load(args.checkpoint, args.step, say, args.devices)
+    loaded = load_model(args.checkpoint, args.step, say, args.devices)
     single = len(prompts) * sampling.num_samples == 1 and not args.json
     done, began = [], time.perf_counter()
     with jax.set_mesh(loaded.mesh):
-        for piece in stream(
+        for piece in stream_text(
             loaded.config.model, loaded.params, loaded.tokenizer, prompts, sampling, say
         ):
             if single and first:

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import Flags, emit, local_workdir
+from gpt_jax.commands.config_file import local_workdir
+from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.output import emit
 from gpt_jax.errors import UsageError, complain
 
 LAST = 10**12  # step; numbers of examples are 64-bit
@@ -77,11 +79,12 @@ def read_config(workdir: Path) -> configs.Config:
 
 def step_rows(config: configs.Config, workdir: Path, step: int, limit: int):
     """Rows of step `step`, each a dict of plain values."""
-    from gpt_jax.data import dataset
-    from gpt_jax.data.pipeline import make_examples
-    from gpt_jax.data.rows import columns
+    from gpt_jax.data import load_dataset, make_columns, make_examples
 
-    data = dataset.load(config.data, lambda line: print(line, file=sys.stderr))
+    pass
+    pass
+
+    data = load_dataset(config.data, lambda line: print(line, file=sys.stderr))
     check_text(workdir, data)
     examples = make_examples(data, config.data, config.train.seq_len, config.seed)
     size = config.train.batch_size
@@ -89,7 +92,7 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int):
         source, spans = examples.spans(number)
         tokens = data.parts[source].train
         buffer = examples.fill(np.array([number]))
-        batch = columns(buffer, data.tokenizer.token_bytes, config.data.apart)
+        batch = make_columns(buffer, data.tokenizer.token_bytes, config.data.apart)
         documents = [
             {
                 "document": span.document,
@@ -124,12 +127,12 @@ def with_specials(tokenizer, ids) -> str:
 def check_text(workdir: Path, data) -> None:
     """UsageError when text or tokenizer are no longer those that the run's newest checkpoint
     knows."""
-    from gpt_jax.train import checkpoint
+    from gpt_jax.train import CHECKPOINT_FOLDER, read_meta, resolve_checkpoint
 
-    if not (workdir / checkpoint.FOLDER).is_dir():
+    if not (workdir / CHECKPOINT_FOLDER).is_dir():
         return
-    directory, step = checkpoint.resolve_checkpoint(str(workdir), 0, lambda line: None)
-    meta = checkpoint.read_meta(directory, step)
+    directory, step = resolve_checkpoint(str(workdir), 0, lambda line: None)
+    meta = read_meta(directory, step)
     if (meta["data"]["content"], meta["tokenizer"]) != (data.content, data.tokenizer.to_json()):
         raise UsageError(
             f"--workdir={workdir}: the text or its tokenizer has changed since the run, so its batches "

@@ -10,17 +10,13 @@ import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import (
-    MOST_CPU_DEVICES,
-    Flags,
-    check_runtime,
-    emit,
-    load_config,
-    local_workdir,
-)
-from gpt_jax.data.sources import EMPTY
+from gpt_jax.cluster import split_address
+from gpt_jax.commands.config_file import load_config, local_workdir
+from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.output import emit
+from gpt_jax.commands.runtime import MOST_CPU_DEVICES, check_runtime
+from gpt_jax.data import EMPTY_PATHS
 from gpt_jax.errors import Exit, UsageError, complain
-from gpt_jax.meeting import split_address
 
 LAUNCHERS = {
     "local": "several processes on this machine, restarted where that helps",
@@ -72,7 +68,7 @@ def within(args: argparse.Namespace, *names: str, least: int = 1, most: int = MO
 
 
 def local(arguments: list[str]) -> None:
-    from gpt_jax.launch.local import MOST_PROCESSES, Group, run
+    from gpt_jax.cluster import MOST_PROCESSES, LocalGroup, run_processes
 
     flags = Flags(prog="gpt-jax launch local", description=LAUNCHERS["local"])
     flags.add_argument(
@@ -119,8 +115,10 @@ def local(arguments: list[str]) -> None:
         args.processes > 1
     )  # a machine's only process takes all that it has: not known
     check_train(rest, args.processes * args.nodes * each)
-    code, line = run(
-        Group(args.processes, args.devices_per_process, args.coordinator, args.nodes, args.node),
+    code, line = run_processes(
+        LocalGroup(
+            args.processes, args.devices_per_process, args.coordinator, args.nodes, args.node
+        ),
         rest,
         args.restarts,
         complain,
@@ -138,7 +136,13 @@ class Ended(Exit):
 
 
 def slurm(arguments: list[str]) -> None:
-    from gpt_jax.launch.slurm import SAVE_SECONDS, Shape, Training, further, parameters
+    from gpt_jax.cluster import (
+        SLURM_SAVE_SECONDS,
+        SlurmShape,
+        SlurmTask,
+        make_slurm_parameters,
+        parse_sbatch_options,
+    )
 
     flags = Flags(
         prog="gpt-jax launch slurm",
@@ -182,10 +186,10 @@ def slurm(arguments: list[str]) -> None:
     args, rest = split(flags, arguments)
     within(args, "nodes")
     within(
-        args, "time", least=SAVE_SECONDS // 60 + 1
+        args, "time", least=SLURM_SAVE_SECONDS // 60 + 1
     )  # else it is told to save as soon as it begins
     within(args, "gpus_per_node", "tasks_per_node", "restarts", least=0)
-    extra = further(args.sbatch, args.gpus_per_node) | (
+    extra = parse_sbatch_options(args.sbatch, args.gpus_per_node) | (
         {"partition": args.partition} if args.partition else {}
     )
     gpus, tasks = args.gpus_per_node, args.tasks_per_node or max(1, args.gpus_per_node)
@@ -202,7 +206,7 @@ def slurm(arguments: list[str]) -> None:
             "gpt-jax launch slurm: needs submitit: pip install 'gpt_jax[slurm]'; or submit "
             "launch/slurm.sbatch"
         ) from None
-    shape = Shape(args.nodes, tasks, gpus, args.time, args.restarts, args.name)
+    shape = SlurmShape(args.nodes, tasks, gpus, args.time, args.restarts, args.name)
     logs = make_logs(args.logs)
     if lacking := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
         raise UsageError(
@@ -211,8 +215,8 @@ def slurm(arguments: list[str]) -> None:
         )
     try:
         executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
-        executor.update_parameters(**parameters(shape, extra))
-        job = executor.submit(Training([*rest, "--distributed"]))
+        executor.update_parameters(**make_slurm_parameters(shape, extra))
+        job = executor.submit(SlurmTask([*rest, "--distributed"]))
     except (RuntimeError, OSError) as error:  # sbatch refused
         raise UsageError(
             f"launch slurm: sbatch did not take it: {' '.join(str(error).split())}"
@@ -233,7 +237,7 @@ def make_logs(text: str) -> Path:
 
 
 def kubernetes(arguments: list[str]) -> None:
-    from gpt_jax.launch import kubernetes as engine
+    from gpt_jax.cluster import TPU_NODES, KubernetesOptions, dump_yaml, make_jobset, parse_mounts
 
     flags = Flags(prog="gpt-jax launch kubernetes", description=LAUNCHERS["kubernetes"])
     flags.add_argument("--image", required=True, help="made from launch/Dockerfile")
@@ -245,7 +249,7 @@ def kubernetes(arguments: list[str]) -> None:
     flags.add_argument(
         "--tpu_topology",
         metavar="KIND:SHAPE",
-        help=f"a GKE TPU slice, as v6e:4x4; kinds: {', '.join(engine.TPUS)}",
+        help=f"a GKE TPU slice, as v6e:4x4; kinds: {', '.join(TPU_NODES)}",
     )
     flags.add_argument("--slices", type=int, default=1, help="TPU slices")
     flags.add_argument("--restarts", type=int, default=20, help="how often the JobSet starts again")
@@ -272,8 +276,8 @@ def kubernetes(arguments: list[str]) -> None:
             f"--image={args.image}: expected the name of the one that was made from launch/Dockerfile"
         )
     within(args, "gpus_per_node", "restarts", least=0)
-    made = engine.jobset(
-        engine.Options(
+    made = make_jobset(
+        KubernetesOptions(
             args.image,
             args.name,
             args.nodes,
@@ -292,21 +296,21 @@ def kubernetes(arguments: list[str]) -> None:
     inside = Path(
         posixpath.normpath(re.sub("^/+", "/", workdir))
     )  # in the pod, which has not this machine's links
-    if workdir and not any(inside.is_relative_to(path) for path in engine.mounts(args.volume)):
+    if workdir and not any(inside.is_relative_to(path) for path in parse_mounts(args.volume)):
         raise UsageError(
             f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; as in "
             f"--volume=CLAIM:/data -- train --workdir=/data/{inside.name}"
         )
-    emit(engine.to_yaml(made).rstrip("\n"))
+    emit(dump_yaml(made).rstrip("\n"))
 
 
 def count_devices(args: argparse.Namespace) -> int:
     """JAX's devices of the whole job. Raises UsageError for a slice that nobody offers."""
     if not args.tpu_topology:
         return args.nodes * args.gpus_per_node
-    from gpt_jax.plan.topology import parse
+    from gpt_jax.plan import parse_topology
 
-    return parse(args.tpu_topology, args.slices, "--tpu_topology").devices
+    return parse_topology(args.tpu_topology, args.slices, "--tpu_topology").devices
 
 
 def check_train(command: list[str], devices: int, processes: int = 0, slices: int = 0) -> str:
@@ -331,7 +335,7 @@ def check_train(command: list[str], devices: int, processes: int = 0, slices: in
     if args.profile:
         parse_profile(args.profile, config.train.steps)
     if not (config.data.path or config.data.sources):
-        raise UsageError("config.data.path" + EMPTY)
+        raise UsageError("config.data.path" + EMPTY_PATHS)
     configs.check(
         config, devices or processes * args.cpu_devices or configs.least_devices(config.mesh)
     )

@@ -61,9 +61,9 @@ def _lost_peer(error: Exception) -> bool:
     """Whether `error` comes of a peer process having left."""
     if _processes() == 1:
         return False
-    from gpt_jax.stops import peer_gone
+    from gpt_jax.cluster import is_peer_gone
 
-    return peer_gone(error)
+    return is_peer_gone(error)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -111,7 +111,7 @@ def first_line(error: Exception) -> str:
 def _blame_peer(error: Exception) -> tuple[int, str]:
     """Exit code and line for an error that comes of a peer having left: what that one said, if
     it could."""
-    from gpt_jax.stops import JOBS
+    from gpt_jax.cluster import JOBS
 
     found = JOBS[0].failure(3.0) if JOBS else None
     if found is not None:
@@ -136,7 +136,7 @@ def finish(code: int, reason: str = "") -> None:
                 complain(said)
                 code, reason = code or UsageError.code, reason or said
     if code and _processes() > 1:
-        from gpt_jax.stops import end_process
+        from gpt_jax.cluster import end_process
 
         end_process(code, reason)
     sys.exit(code)

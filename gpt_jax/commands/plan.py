@@ -8,7 +8,10 @@ from pathlib import Path
 
 from gpt_jax import config as configs
 from gpt_jax.commands.compiling import compile_here, compile_outside, need_compiler
-from gpt_jax.commands.flags import Flags, emit, end_on_request, load_config, split_overrides
+from gpt_jax.commands.config_file import load_config, split_overrides
+from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.output import emit
+from gpt_jax.commands.runtime import end_on_request
 from gpt_jax.errors import UsageError
 
 MISSES = 3  # programs that do not fit, which --search compiles before it gives up
@@ -108,10 +111,11 @@ def checked(args, rest: list[str]) -> str:
     jax.config.update(
         "jax_platforms", "cpu"
     )  # nothing here needs an accelerator, and a run may be using it
-    from gpt_jax.plan import topology as topologies
-    from gpt_jax.plan.search import is_searched
+    from gpt_jax.plan import is_searched, parse_topology
 
-    topology = topologies.parse(args.topology, args.slices)
+    pass
+
+    topology = parse_topology(args.topology, args.slices)
     rest, notes = [f"--config.{key}={text}" for key, text in split_overrides(rest)], []
     config = load_config(args.config, rest)
     notes += [
@@ -191,18 +195,33 @@ def check_keep(args) -> None:
 
 def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
     """Prints the report, and returns what is wrong, "" for nothing. `notes`: lines ahead of it."""
-    from gpt_jax.plan import report
-    from gpt_jax.plan.job import make_job
-    from gpt_jax.plan.search import search
+    from gpt_jax.plan import (
+        estimate_horizon,
+        explain_nothing_fits,
+        format_arithmetic,
+        format_command,
+        format_compiled,
+        format_head,
+        format_horizon,
+        format_ranking,
+        job_as_data,
+        list_uncounted,
+        make_job,
+        ranking_as_data,
+        search_meshes,
+    )
+
+    pass
+    pass
 
     job, found, lines, out = make_job(config), [], [], {}
     if args.search:
-        found = search(job, topology)
+        found = search_meshes(job, topology)
         if not found:
-            raise UsageError(f"--search: {report.nothing_fits(job, topology)}")
+            raise UsageError(f"--search: {explain_nothing_fits(job, topology)}")
         shown = found[: args.search]
-        lines += [f"{len(found)} combinations fit; the best by arithmetic", *report.ranked(shown)]
-        out["search"] = report.ranked_data(job.config, shown)
+        lines += [f"{len(found)} combinations fit; the best by arithmetic", *format_ranking(shown)]
+        out["search"] = ranking_as_data(job.config, shown)
     results = (
         examine_best(args, rest, job, found, topology)
         if found
@@ -215,25 +234,25 @@ def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
     best = min(results, key=lambda result: (not result["fits"], result["step"]))
     seen, whole = best["estimate"], job._replace(config=best["config"])
     by = "compiler" if best["schedule"] else "arithmetic"
-    ahead = report.horizon(
+    ahead = estimate_horizon(
         whole, topology, best["step"], by, args.data_tokens, args.write_bandwidth
     )
     lines = [
         *notes,
         *lines,
-        *report.head(whole, topology, seen),
-        *report.arithmetic(whole, topology, seen),
+        *format_head(whole, topology, seen),
+        *format_arithmetic(whole, topology, seen),
     ]
-    out |= report.data(whole, topology, seen, ahead) | {
-        "notes": [*notes, *report.left_out(whole.config)]
+    out |= job_as_data(whole, topology, seen, ahead) | {
+        "notes": [*notes, *list_uncounted(whole.config)]
     }
     if best["compiled"]:
-        lines += report.compiled(topology, best["compiled"], best["schedule"], seen.memory.peak)
+        lines += format_compiled(topology, best["compiled"], best["schedule"], seen.memory.peak)
         out |= {"compiled": best["compiled"], "schedule": best["schedule"]}
-    lines += [*report.left_out(whole.config), *report.run_lines(ahead)]
+    lines += [*list_uncounted(whole.config), *format_horizon(ahead)]
     if args.search and best["fits"]:
         words, replaced = winner(args.config, rest, best["config"])
-        out["command"] = report.command(args.config, words)
+        out["command"] = format_command(args.config, words)
         more = [
             f"{given}: does not divide over the best mesh, and is replaced" for given in replaced
         ]
@@ -247,11 +266,12 @@ def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
 def winner(spec: str, rest: list[str], best) -> tuple[list[str], list[str]]:
     """Overrides that make `best`, which a search has found, of the config of `spec`; and those
     of `rest`, not of fields that it searches, that it could not keep."""
-    from gpt_jax.plan.job import with_vocab
-    from gpt_jax.plan.search import is_searched, overrides
+    from gpt_jax.plan import is_searched, list_overrides, resolve_vocab
+
+    pass
 
     given = [text for text in rest if not is_searched(text)]
-    changes = overrides(with_vocab(load_config(spec, given)), best)
+    changes = list_overrides(resolve_vocab(load_config(spec, given)), best)
     keys = {change.partition("=")[0] for change in changes}
     replaced = [text for text in given if text.partition("=")[0] in keys]
     return [*(text for text in given if text not in replaced), *changes], replaced
@@ -260,12 +280,20 @@ def winner(spec: str, rest: list[str], best) -> tuple[list[str], list[str]]:
 def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str], out: dict) -> str:
     """What is wrong with `best` of `results`, "" for nothing; adds it, and what would do
     instead, to the report."""
-    from gpt_jax.plan import report
-    from gpt_jax.plan.roofline import verdict
-    from gpt_jax.plan.search import advice, limit_after
+    from gpt_jax.plan import (
+        explain_nothing_fits,
+        find_advice,
+        format_seconds,
+        format_verdict,
+        list_overrides,
+        lower_limit,
+    )
+
+    pass
+    pass
 
     seen, done = best["estimate"], best["compiled"] or {"refusal": "", "peak": 0}
-    said = done["refusal"] or verdict(done["peak"] or seen.memory.peak, topology)
+    said = done["refusal"] or format_verdict(done["peak"] or seen.memory.peak, topology)
     trouble = [*seen.problems, *([] if best["fits"] else [said])]
     out |= {
         "by": "compiler" if best["compiled"] else "arithmetic",
@@ -280,15 +308,15 @@ def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str]
             for result in results
             if result["compiled"] and not result["fits"]
         ]
-        offers = advice(job, topology, limit_after(topology, refused))
+        offers = find_advice(job, topology, lower_limit(topology, refused))
         lines += [
-            f"would fit, by arithmetic: {' '.join(report.overrides(job.config, one))} "
-            f"({report.seconds(found.step)} a step, {verdict(found.memory.peak, topology)})"
+            f"would fit, by arithmetic: {' '.join(list_overrides(job.config, one))} "
+            f"({format_seconds(found.step)} a step, {format_verdict(found.memory.peak, topology)})"
             for one, found in offers
         ]
-        out["would_fit"] = [report.overrides(job.config, one) for one, _ in offers]
+        out["would_fit"] = [list_overrides(job.config, one) for one, _ in offers]
         if not offers:
-            out["advice"] = report.nothing_fits(job, topology)
+            out["advice"] = explain_nothing_fits(job, topology)
             lines.append(f"no mesh, remat or accumulation helps: {out['advice']}")
     return trouble[0] if trouble else ""
 
@@ -300,18 +328,18 @@ def is_fault(done: dict | None) -> bool:
 
 
 def mesh_summary(result: dict) -> str:
-    from gpt_jax.plan.report import mesh_text, seconds
+    from gpt_jax.plan import format_mesh, format_seconds
 
     done = result["compiled"]
-    made = f"{seconds(result['step'])} a step, peak {done['peak'] / 2**30:.1f} GiB, {done['seconds']:.0f} s"
+    made = f"{format_seconds(result['step'])} a step, peak {done['peak'] / 2**30:.1f} GiB, {done['seconds']:.0f} s"
     said = done["refusal"] or made
-    return f"{mesh_text(result['estimate'].shape, result['config'].mesh.zero)}, remat {result['config'].model.remat}: {said}"
+    return f"{format_mesh(result['estimate'].shape, result['config'].mesh.zero)}, remat {result['config'].model.remat}: {said}"
 
 
 def examine_best(args, rest: list[str], job, found: list, topology) -> list[dict]:
     """The first of `found`; with --compile=K, K that fit, best first. One that does not fit by
     the compiler rules out all that need as much by the arithmetic."""
-    from gpt_jax.plan.search import CLOSE
+    from gpt_jax.plan import CLOSE
 
     results, limit = [], float("inf")
     for one, seen in found:
@@ -332,11 +360,12 @@ def examine_best(args, rest: list[str], job, found: list, topology) -> list[dict
 
 def examine(args, rest: list[str], job, config, topology) -> dict:
     """One config: the arithmetic, and with --compile the program."""
-    from gpt_jax.plan.roofline import estimate
-    from gpt_jax.plan.search import overrides
+    from gpt_jax.plan import estimate_job, estimate_schedule, list_overrides
+
+    pass
 
     job = job._replace(config=config)
-    seen = estimate(job, topology)
+    seen = estimate_job(job, topology)
     result = {
         "config": config,
         "estimate": seen,
@@ -347,16 +376,16 @@ def examine(args, rest: list[str], job, config, topology) -> dict:
     }
     if not args.compile or seen.problems:
         return result
-    from gpt_jax.plan.schedule import schedule_of
+    pass
 
     base = load_config(args.config, rest)
-    more = overrides(base, config)
+    more = list_overrides(base, config)
     done = compile_outside(args, [*rest, *more])
     result |= {
         "compiled": done,
         "fits": not done["refusal"] and done["peak"] <= topology.chip.memory,
     }
     if not done["refusal"]:
-        time = schedule_of(job, topology, seen.kernel, done["program"])
+        time = estimate_schedule(job, topology, seen.kernel, done["program"])
         result |= {"schedule": time._asdict(), "step": time.step}
     return result

@@ -11,7 +11,8 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags, emit
+from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.output import emit
 from gpt_jax.errors import DataError, Stopped, UsageError
 
 SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -150,11 +151,19 @@ def make_flags() -> Flags:
 
 def run(args) -> None:
     """Prepares, then prints what came of it."""
-    from gpt_jax.data import corpus
-    from gpt_jax.data.engines import ENGINES
-    from gpt_jax.data.prepare import Engine, prepare
-    from gpt_jax.data.readers import Reading
-    from gpt_jax.data.units import Settings
+    from gpt_jax.data import (
+        ENGINES,
+        Engine,
+        PrepareSettings,
+        Reading,
+        prepare_corpus,
+        summarize_corpus,
+    )
+
+    pass
+    pass
+    pass
+    pass
 
     if not args.input or not args.output:
         raise UsageError("--input and --output: both are needed (or --inspect or --verify alone)")
@@ -181,9 +190,11 @@ def run(args) -> None:
     except UsageError as error:
         raise UsageError(f"--{str(error).replace(' = ', '=', 1)}") from None
     given = {
-        spec.name: getattr(args, spec.name) for spec in fields(Settings) if spec.name != "reading"
+        spec.name: getattr(args, spec.name)
+        for spec in fields(PrepareSettings)
+        if spec.name != "reading"
     }
-    settings = Settings(**given | {"reading": reading, "filters": tuple(args.filters)})
+    settings = PrepareSettings(**given | {"reading": reading, "filters": tuple(args.filters)})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     engine = Engine(args.engine, args.workers or cores, args.ray_address)
     folder, display, inputs = Path(args.output).expanduser(), Display(), named(args.input)
@@ -199,7 +210,7 @@ def run(args) -> None:
             display.say(f"source {name} is given {len(paths)} times and joins {', '.join(paths)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is like Ctrl-C
     try:
-        prepare(inputs, folder, settings, engine, display.say, display.show)
+        prepare_corpus(inputs, folder, settings, engine, display.say, display.show)
     except KeyboardInterrupt:
         raise Stopped(
             f"--output={args.output}: interrupted; what is finished stays: the same command goes on from "
@@ -207,7 +218,7 @@ def run(args) -> None:
         ) from None
     finally:
         display.close()
-    emit("\n".join(corpus.summary(folder)))
+    emit("\n".join(summarize_corpus(folder)))
 
 
 def named(given: list[str]) -> dict[str, tuple[str, ...]]:
@@ -296,17 +307,17 @@ class Display:
 
 def look_inside(folder: Path) -> None:
     """--inspect."""
-    from gpt_jax.data import corpus
+    from gpt_jax.data import inspect_corpus
 
-    for line in corpus.inspect(folder):
+    for line in inspect_corpus(folder):
         emit(line)
 
 
 def verify(folder: Path) -> None:
     """--verify; DataError naming the damaged files."""
-    from gpt_jax.data import corpus
+    from gpt_jax.data import verify_corpus
 
-    wrong = corpus.verify(folder, lambda line: print(line, file=sys.stderr))
+    wrong = verify_corpus(folder, lambda line: print(line, file=sys.stderr))
     if wrong:
         raise DataError(
             f"--verify={folder}: {len(wrong)} damaged: {', '.join(wrong)}; copy them again, or remove the "

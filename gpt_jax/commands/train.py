@@ -8,20 +8,18 @@ import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.commands.flags import (
-    Flags,
+from gpt_jax.cluster import code_version, format_start_line, tell_problems
+from gpt_jax.commands.config_file import load_config, local_workdir
+from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.output import emit, make_say
+from gpt_jax.commands.runtime import (
     add_runtime_flags,
     check_runtime,
-    emit,
+    job_flags,
     leaving,
-    load_config,
-    local_workdir,
-    make_say,
     start_runtime,
 )
-from gpt_jax.commands.join import telling
 from gpt_jax.errors import UsageError
-from gpt_jax.version import code_version, start_line
 
 
 def main(arguments: list[str]) -> None:
@@ -34,7 +32,7 @@ def main(arguments: list[str]) -> None:
         signal.signal(number, leave)
     args, rest = make_flags().parse_known_args(arguments)
     check_runtime(args)
-    with telling(args):
+    with tell_problems(job_flags(args), os.environ):
         config, workdir, profile = read(args, rest)
     if workdir is None:
         return
@@ -45,14 +43,14 @@ def main(arguments: list[str]) -> None:
     )  # makes SIGTERM JAX's in a job of several: it is kept, and all stop together after the first step
     import jax
 
-    from gpt_jax import experiment, loop
+    from gpt_jax.run import build, run_training
 
     if jax.process_count() == 1:
         signal.signal(signal.SIGTERM, leave)
     say = make_say(sys.stdout)
-    parts = experiment.build(config, say)
+    parts = build(config, say)
     say_start(parts.mesh)
-    loop.run(parts, workdir, profile, say)
+    run_training(parts, workdir, profile, say)
 
 
 def make_flags() -> Flags:
@@ -82,13 +80,13 @@ def say_start(mesh) -> None:
     from gpt_jax import sharding
 
     own = jax.local_devices()
-    line = start_line(
+    line = format_start_line(
         jax.process_index(),
         jax.process_count(),
         socket.gethostname(),
         len(own),
         own[0].device_kind,
-        sharding.places(mesh),
+        sharding.describe_places(mesh),
         code_version(),
     )
     try:

@@ -190,7 +190,7 @@ class Data:
 @dataclass(frozen=True)
 class Mesh:
     """Devices along each axis inside a slice (an NVLink or ICI domain; without slices, in all), and across slices
-    (`dcn_`, over the network). One in-slice size may be -1 and takes what is left (read by gpt_jax/sharding.py)."""
+    (`dcn_`, over the network). One in-slice size may be -1 and takes what is left (read by gpt_jax/sharding/layout.py)."""
 
     pipeline: int = knob(1, low=-1)  # stages of layers
     data: int = knob(-1, low=-1)  # copies of everything
@@ -225,7 +225,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Optim:
-    """Optimiser and schedule (read by gpt_jax/train/optim.py)."""
+    """Optimiser and schedule (read by gpt_jax/train/optim/optimizer.py)."""
 
     optimizer: str = knob("adamw", choices=OPTIMIZERS)  # of every parameter that no group takes
     learning_rate: float = knob(3e-4, low=0.0)
@@ -257,7 +257,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Train:
-    """The loop (read by gpt_jax/loop.py and gpt_jax/train)."""
+    """The loop (read by gpt_jax/run/loop.py and gpt_jax/train)."""
 
     steps: int = knob(1000, low=0)
     batch_size: int = knob(8, low=1)  # rows a step, over all processes and microbatches
@@ -271,12 +271,12 @@ class Train:
     hang_minutes: float = knob(30.0, low=0.0)  # exit 41 when no step ends for so long; 0: off
     compiler_options: tuple[
         str, ...
-    ] = ()  # NAME=VALUE, on top of gpt_jax/compiler.py; NAME= leaves one of it out
+    ] = ()  # NAME=VALUE, on top of gpt_jax/hardware/xla_options.py; NAME= leaves one of it out
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluation and samples during training (read by gpt_jax/evals.py)."""
+    """Evaluation and samples during training (read by gpt_jax/evals/heldout.py)."""
 
     every_steps: int = knob(250, low=0)  # 0: only at the end
     batches: int = knob(0, low=0)  # held-out batches; 0: all of them
@@ -293,7 +293,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When to save and what to keep (read by gpt_jax/train/checkpoint.py)."""
+    """When to save and what to keep (read by gpt_jax/train/checkpoint/checkpoints.py)."""
 
     every_steps: int = knob(1000, low=0)  # 0: only at the end and on request
     every_minutes: float = knob(0.0, low=0.0)  # 0: off
@@ -307,7 +307,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Log:
-    """What is reported (read by gpt_jax/loop.py)."""
+    """What is reported (read by gpt_jax/run/loop.py)."""
 
     every_steps: int = knob(10, low=1)
     tensorboard: bool = True

@@ -1,5 +1,10 @@
-"""Text in, numpy rows out (floor 1; knows nothing of jax arrays, meshes, hosts or models).
+"""Text in, numpy batches out. This room knows no jax arrays, meshes or models.
 
-sources (files -> documents) -> split (train, held out) -> tokenizer -> store, cache (token files)
--> rows (columns) -> order (which row comes when) -> pipeline (Grain streams).
+`read` turns files into documents. `tokenizers` turns documents into ids. `tokens` keeps ids on disk
+and reads them by place. `prepare` makes a corpus of many files, with many workers. `stream` turns ids
+into batches: order, packing, mixture, and the Grain pipeline that prefetches them.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax import config, sharding
-from gpt_jax.data.tokenizer import StreamDecoder, Tokenizer
+from gpt_jax.data import StreamDecoder, Tokenizer
 from gpt_jax.errors import UsageError
 from gpt_jax.infer.sampling import Knobs, Sampling, check, sample
-from gpt_jax.model import kernels
-from gpt_jax.model.transformer import Transformer, make_cache
+from gpt_jax.model import KERNELS, Transformer, choose_kernel, make_cache, make_problem
 
 SMALLEST_BUCKET = (
     16  # tokens; more than one, because a single token is a decoding step to the model
@@ -68,7 +67,7 @@ def _pick(params, hidden, cache, lengths, seen, knobs, model, vocab):
     logits = sharding.constrain(logits, "batch", None, None)[
         :, 0
     ]  # the sampler sees a row's whole vocabulary
-    run = sharding.local(partial(sample, vocab=vocab), (table, rows, rows, table), rows)
+    run = sharding.run_local(partial(sample, vocab=vocab), (table, rows, rows, table), rows)
     tokens = run(logits, lengths, knobs, seen)
     seen = seen | (jnp.arange(seen.shape[1]) == tokens[:, None])
     return State(cache, tokens, lengths, seen), sharding.constrain(tokens, None)
@@ -80,7 +79,7 @@ def _place(tree):
 
 
 @partial(jax.jit, static_argnames=("model", "vocab", "length"))
-@sharding.using(sharding.WHOLE_ROWS)
+@sharding.using_rules(sharding.WHOLE_ROWS)
 def _start(params, tokens, lengths, seen, knobs, *, model: config.Model, vocab: int, length: int):
     """Prompts [B, T], of which `lengths` tokens are real, into a new cache of `length` tokens;
     the first new tokens."""
@@ -96,7 +95,7 @@ def _start(params, tokens, lengths, seen, knobs, *, model: config.Model, vocab: 
 
 
 @partial(jax.jit, static_argnames=("model", "vocab"), donate_argnames="state")
-@sharding.using(sharding.WHOLE_ROWS)
+@sharding.using_rules(sharding.WHOLE_ROWS)
 def _next(params, state: State, knobs, *, model: config.Model, vocab: int):
     """One more token a row. Rows that have ended run along, their positions held inside the
     context."""
@@ -223,7 +222,7 @@ def _kernels_once(params, dtype: str):
 def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
     """(tokens [B, T], lengths [B], seen [B, vocab], Knobs) for `rows` of (prompt, sample),
     padded to the bucket."""
-    shards = sharding.parts("batch")
+    shards = sharding.count_parts("batch")
     B = shards * bucket(-(-len(rows) // shards))
     T = min(bucket(max(len(prompts[p]) for p, _ in rows), SMALLEST_BUCKET), context)
     tokens = np.zeros((B, T), np.int32)
@@ -250,9 +249,9 @@ def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
 def _prompt_kernel(model: config.Model, length: int) -> str:
     """The model's own attention kernel where it can do a prompt of `length`, which its choice
     did not ask (splash wants multiples of 128); else the choice of `auto`."""
-    problem = kernels.problem(model, length, jax.default_backend())
-    named = model.kernel != "auto" and not kernels.KERNELS[model.kernel].cannot(problem)
-    return model.kernel if named else kernels.choose("auto", problem)[0]
+    problem = make_problem(model, length, jax.default_backend())
+    named = model.kernel != "auto" and not KERNELS[model.kernel].cannot(problem)
+    return model.kernel if named else choose_kernel("auto", problem)[0]
 
 
 def _stream_rows(model, params, tokenizer, prompts, rows, sampling) -> Iterator[Piece]:
@@ -286,7 +285,7 @@ def _stream_rows(model, params, tokenizer, prompts, rows, sampling) -> Iterator[
             return
 
 
-def stream(
+def stream_text(
     model: config.Model,
     params,
     tokenizer: Tokenizer,
@@ -331,7 +330,7 @@ def generate(
     max_rows: int = 32,
 ) -> list[Completion]:
     """`stream` to its end: one Completion for each row, in the order of rows."""
-    pieces = stream(model, params, tokenizer, prompts, sampling, report, max_rows)
+    pieces = stream_text(model, params, tokenizer, prompts, sampling, report, max_rows)
     return [
         done
         for _, done in sorted((piece.row, piece.completion) for piece in pieces if piece.completion)

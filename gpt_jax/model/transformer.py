@@ -13,28 +13,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import config, placing, sharding
+from gpt_jax import config, sharding
 from gpt_jax.config import LayerSpec, layer_specs, layout
 from gpt_jax.errors import UsageError
-from gpt_jax.model import pipeline
-from gpt_jax.model.attention import Attention, Context, append, cache_slots
-from gpt_jax.model.balance import add_layer, empty_report
-from gpt_jax.model.layers import (
-    Embed,
-    Factor,
-    Head,
-    Mlp,
-    Norm,
-    PositionTable,
-    ResidualScalars,
-    Smear,
-    dropout,
-    matmul,
-    rotary_frequencies,
-    sinusoids,
-    softcap,
-)
-from gpt_jax.model.moe import Moe
+from gpt_jax.model import stages
+from gpt_jax.model.attention.attention import Attention, Context
+from gpt_jax.model.attention.cache import append, cache_slots
+from gpt_jax.model.experts.balance import add_layer, empty_report
+from gpt_jax.model.experts.moe import Moe
+from gpt_jax.model.layers.embed import Embed, Head, PositionTable
+from gpt_jax.model.layers.extras import Factor, ResidualScalars, Smear, dropout, softcap
+from gpt_jax.model.layers.linear import matmul
+from gpt_jax.model.layers.mlp import Mlp
+from gpt_jax.model.layers.norms import Norm
+from gpt_jax.model.layers.positions import rotary_frequencies, sinusoids
 
 MIXERS = {"attention": Attention}
 REMATS = {
@@ -160,7 +152,7 @@ class Transformer(nn.Module):
         """One pass with a KV cache from `make_cache`: a prompt of which `lengths` [B] tokens are
         real (right-padded), or one token a row with `lengths` tokens before it. -> (hidden [B,
         T, D], cache)."""
-        with sharding.using(sharding.WHOLE_ROWS):
+        with sharding.using_rules(sharding.WHOLE_ROWS):
             return self._step(batch, cache, lengths)
 
     def _step(self, batch, cache, lengths):
@@ -168,7 +160,7 @@ class Transformer(nn.Module):
         if batch["tokens"].shape[1] > 1:
             return hidden, new
         keys = (None, "batch", "seq", "kv_heads", "head_dim")
-        put = sharding.local(append, (keys, keys, ("batch",)), keys)
+        put = sharding.run_local(append, (keys, keys, ("batch",)), keys)
 
         def tail(old, x):
             return put(old[None], x[None], lengths)[0]
@@ -187,7 +179,7 @@ class Transformer(nn.Module):
     def output(self, dtype) -> jax.Array:
         """The output matrix [D, V] in `dtype`, as it is used."""
         if self.model.tied:
-            return sharding.use(self.embed.table, ("vocab", "embed"), dtype).T
+            return sharding.use_weight(self.embed.table, ("vocab", "embed"), dtype).T
         return self.head(dtype)
 
     def logits(self, head: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -203,12 +195,18 @@ class Transformer(nn.Module):
             raise UsageError(
                 f"{tokens.shape[1]} tokens do not fit the model's context of {model.max_seq}"
             )
-        position = batch["position"] if "position" in batch else placing.positions(tokens.shape[1])
+        position = (
+            batch["position"] if "position" in batch else sharding.make_positions(tokens.shape[1])
+        )
 
         def running(ar):
             return jnp.cumsum(ar, axis=1, dtype=jnp.int32)
 
-        block = placing.in_order(running, batch["ar"], "batch", "seq") if "ar" in batch else None
+        block = (
+            sharding.apply_in_text_order(running, batch["ar"], "batch", "seq")
+            if "ar" in batch
+            else None
+        )
         angles = None
         if model.position == "rotary":
             radians = position[..., None].astype(jnp.float32) * rotary_frequencies(model)
@@ -263,7 +261,7 @@ class Transformer(nn.Module):
 
         angles, columns = context.angles, context._replace(angles=None) if shared else context
         stacked = (self.variables["params"]["blocks"], firsts, scalars)
-        return pipeline.run(
+        return stages.run(
             layer,
             stacked,
             carry,
@@ -278,11 +276,11 @@ class Transformer(nn.Module):
         there is a cache)."""
         if cache is not None and x.shape[1] == 1:
             return self.smear(x, cache["previous"][:, None]), x[:, 0]
-        before = placing.in_order(
+        before = sharding.apply_in_text_order(
             lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1], x, "batch", "seq", None
         )
         if context.segment is not None:
-            segment = placing.in_order(
+            segment = sharding.apply_in_text_order(
                 lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1], context.segment, "batch", "seq"
             )
             before = jnp.where((segment == context.segment)[..., None], before, 0)
@@ -337,9 +335,9 @@ def make_cache(model: config.Model, rows: int, length: int) -> dict:
 def init_params(model: config.Model, key: jax.Array) -> dict:
     """Fresh parameters, float32, laid out by the STORED rules; the same values on every mesh.
     Call it under jit."""
-    with sharding.using(sharding.WHOLE_ROWS):
+    with sharding.using_rules(sharding.WHOLE_ROWS):
         tokens = sharding.constrain(
-            jnp.zeros((sharding.parts("batch"), 1), jnp.int32), "batch", "seq"
+            jnp.zeros((sharding.count_parts("batch"), 1), jnp.int32), "batch", "seq"
         )
         params = Transformer(replace(model, kernel="reference")).init(key, {"tokens": tokens})[
             "params"
@@ -350,28 +348,3 @@ def init_params(model: config.Model, key: jax.Array) -> dict:
 def abstract_params(model: config.Model) -> dict:
     """The parameters' shapes and dtypes (with shardings under a mesh), without making them."""
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-
-
-def count_params(model: config.Model) -> dict[str, int]:
-    """`total`, `embedding` (rows looked up) and `matmul` (weights that a token is multiplied
-    with: a tied head counted, and of experts those that it is sent to, as far as their capacity
-    goes) parameters."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
-    sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size for path, leaf in leaves
-    }
-
-    def of(ending, part=""):
-        return sum(size for path, size in sizes.items() if path.endswith(ending) and part in path)
-
-    experts = of("/kernel", "/experts/")
-    room = min(1.0, model.capacity_factor) if model.dispatch == "capacity" else 1
-    active = int(experts * model.experts_per_token // model.experts * room)
-    return {
-        "total": sum(sizes.values()),
-        "embedding": of("/table"),
-        "matmul": of("/kernel")
-        - experts
-        + active
-        + (model.vocab * model.embed if model.tied else 0),
-    }

@@ -1,7 +1,10 @@
-"""What a run would need and how fast it could be, on hardware that is not here (floor 3; called by
-commands/plan.py).
+"""What a run would need, and how fast it could be, on a machine that is not here.
 
-Two ways to know. By arithmetic, in a moment: memory.py, traffic.py and roofline.py read a `Job`
-(job.py) on a `Topology`; search.py tries many. From the compiler, in minutes: compiled.py compiles
-the very step that `train` would run and hlo.py reads the program.
+By arithmetic, in a moment: `memory`, `traffic` and `roofline` read a `PlanJob` on a `Topology`, and
+`search` tries many. By the compiler, in minutes: `compiled` compiles the step that `train` would run,
+and `hlo` reads the program.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

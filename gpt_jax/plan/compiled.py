@@ -12,11 +12,12 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from gpt_jax import compiler, experiment, sharding
-from gpt_jax import config as configs
+from gpt_jax import config as configs, sharding
 from gpt_jax.errors import UsageError
+from gpt_jax.hardware import find_option_fault
 from gpt_jax.plan import hlo, targets
 from gpt_jax.plan.topology import Topology
+from gpt_jax.run import make_steps
 
 COLUMNS = {"tokens": "int32", "targets": "int32", "weight": "float32", "bytes": "int32"}
 APART = {"segment": "int32", "position": "int32"}
@@ -79,7 +80,7 @@ def abstract_batch(config: configs.Config, mesh) -> dict:
 
 def lower(config: configs.Config, mesh):
     """The train step of a resolved config with a concrete kernel, traced for `mesh`."""
-    steps = experiment.make_steps(config, mesh)
+    steps = make_steps(config, mesh)
     with jax.set_mesh(mesh):
         return steps.train_step.lower(steps.abstract, abstract_batch(config, mesh))
 
@@ -96,7 +97,7 @@ def compile_step(config: configs.Config, topology: Topology, kernel: str, keep=N
     try:
         done = lowered.compile()
     except Exception as error:  # whatever the compiler refuses: for want of memory, or because of a fault of its own
-        if line := compiler.fault(error):
+        if line := find_option_fault(error):
             raise UsageError(line) from None
         return Compiled(time.perf_counter() - began, refusal=" ".join(str(error).split())[:600])
     seconds, used, text = time.perf_counter() - began, done.memory_analysis(), done.as_text()

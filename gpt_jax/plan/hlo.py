@@ -44,7 +44,7 @@ BYTES = (
         "c128": 16,
     }
 )
-KINDS = (
+COST_KINDS = (
     "all-gather",
     "all-reduce",
     "reduce-scatter",
@@ -367,7 +367,7 @@ def read(text: str, mesh_shape: dict[str, int]) -> Program:
             flops[turn] += times * _flops(line, shapes)
             sums["grouped"] += times * _grouped_flops(line, shapes)
             kind = line.opcode.removesuffix("-start")
-            if kind in KINDS:
+            if kind in COST_KINDS:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
                 row = _collective(line, kind, mesh_shape, sizes)
                 number = _CHANNEL.search(line.rest)

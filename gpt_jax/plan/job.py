@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import jax
 
-from gpt_jax import config as configs
-from gpt_jax import experiment, sharding
-from gpt_jax.data.tokenizer import known_tokenizer, parse_spec
+from gpt_jax import config as configs, sharding
+from gpt_jax.data import find_known_tokenizer, parse_tokenizer_spec
 from gpt_jax.errors import UsageError
-from gpt_jax.model.layers import FFNS
-from gpt_jax.model.transformer import count_params
+from gpt_jax.model import FFNS, count_params
+from gpt_jax.run import make_steps, token_flops
 
 MOST_LAYERS = 512  # the arithmetic goes through them one by one, for each of hundreds of meshes
 
@@ -49,7 +48,7 @@ class Widths(NamedTuple):
     sent: int
 
 
-class Job(NamedTuple):
+class PlanJob(NamedTuple):
     """`config`: resolved. `state`: entries of each kind of array; `parameters`: entries in all,
     `matmul_params`: those that are multiplied."""
 
@@ -68,13 +67,13 @@ def kinds(layers: tuple[Widths, ...]) -> tuple[tuple[Widths, int], ...]:
     return tuple(Counter(layers).items())
 
 
-def with_vocab(config: configs.Config) -> configs.Config:
+def resolve_vocab(config: configs.Config) -> configs.Config:
     """The resolved config. A plan reads no text: the vocabulary is in the config, or what
     `data.tokenizer` says by itself."""
     if config.model.vocab:
         return configs.resolve(config)
     text = config.data.tokenizer
-    spec = parse_spec(text)
+    spec = parse_tokenizer_spec(text)
     if spec.vocab:
         return configs.resolve(config, spec.vocab + len(spec.specials))
     if spec.base == "char" or not text:
@@ -87,7 +86,7 @@ def with_vocab(config: configs.Config) -> configs.Config:
             f"config.model.vocab = 0: a plan reads no text, and config.data.tokenizer = {why}; set "
             "config.model.vocab to its size (`gpt-jax train` prints it), or config.data.tokenizer"
         )
-    return configs.resolve(config, known_tokenizer(text).vocab)
+    return configs.resolve(config, find_known_tokenizer(text).vocab)
 
 
 def _role(path: str) -> str:
@@ -134,29 +133,29 @@ def _widths(model: configs.Model, spec) -> Widths:
     )
 
 
-def make_job(config: configs.Config) -> Job:
+def make_job(config: configs.Config) -> PlanJob:
     """Traces the state of `config` (3 s for the largest presets). UsageError for what has no
     size, for a mistake of one, and for a model that is none."""
     if config.model.layers > MOST_LAYERS:
         raise UsageError(
             f"config.model.layers = {config.model.layers}: a plan takes {MOST_LAYERS:,} at most; lower it"
         )
-    config = with_vocab(config)
+    config = resolve_vocab(config)
     if found := configs.faults(config):
         raise UsageError("; and ".join(found))
     traced = replace(
         config, model=replace(config.model, kernel="reference"), mesh=configs.Mesh(data=1)
     )
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    steps = experiment.make_steps(traced, mesh)
+    steps = make_steps(traced, mesh)
     state: Counter = Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(steps.abstract):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         state[_array(name, leaf)] += leaf.size
     counts = count_params(config.model)
-    full, causal = experiment.token_flops(config, counts["matmul"])
+    full, causal = token_flops(config, counts["matmul"])
     layers = tuple(_widths(config.model, spec) for spec in configs.layer_specs(config.model))
-    return Job(config, dict(state), layers, counts["total"], counts["matmul"], full, causal)
+    return PlanJob(config, dict(state), layers, counts["total"], counts["matmul"], full, causal)
 
 
 def pieces(array: Array, shape: dict[str, int], zero: int = 3) -> int:
@@ -171,7 +170,12 @@ def pieces(array: Array, shape: dict[str, int], zero: int = 3) -> int:
 
 
 def device_bytes(
-    job: Job, shape: dict[str, int], part: str, zero: int = 3, role: str = "", bytes_each: int = 0
+    job: PlanJob,
+    shape: dict[str, int],
+    part: str,
+    zero: int = 3,
+    role: str = "",
+    bytes_each: int = 0,
 ) -> float:
     """Bytes on one device of a part of the state (`bytes_each`: instead of the arrays' own
     size)."""

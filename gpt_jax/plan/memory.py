@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.model.grouped import WAYS, block_rows
-from gpt_jax.plan.job import Job, Widths, device_bytes, kinds
+from gpt_jax.model import EXPERT_WAYS, choose_block_rows
+from gpt_jax.plan.job import PlanJob, Widths, device_bytes, kinds
 
 GATHERED = {
     "fsdp": 1,
@@ -97,7 +97,7 @@ class Local(NamedTuple):
     tick_layers: float
 
 
-def local(job: Job, shape: dict[str, int]) -> Local:
+def local(job: PlanJob, shape: dict[str, int]) -> Local:
     config, stages, layers = job.config, shape["pipeline"], len(job.layers)
     rows = (
         config.train.batch_size
@@ -117,20 +117,20 @@ def local(job: Job, shape: dict[str, int]) -> Local:
     )
 
 
-def stream_bytes(job: Job, shape: dict[str, int]) -> float:
+def stream_bytes(job: PlanJob, shape: dict[str, int]) -> float:
     """Of the residual stream, for a local token."""
     model = job.config.model
     return model.embed * compute_bytes(job) / (shape["tensor"] if model.shard_sequence else 1)
 
 
-def compute_bytes(job: Job) -> int:
+def compute_bytes(job: PlanJob) -> int:
     """Of one entry of what is multiplied."""
     return HALF if job.config.model.dtype == "bfloat16" else FULL
 
 
 def blockwise(model: configs.Model, platform: str) -> bool:
     """Whether experts are gone through block by block (model/grouped.py)."""
-    return model.dispatch == "dropless" and platform not in WAYS
+    return model.dispatch == "dropless" and platform not in EXPERT_WAYS
 
 
 def _blocks(
@@ -138,7 +138,7 @@ def _blocks(
 ) -> tuple[int, float, int]:
     """(experts of a device, choices that its `tokens` make, rows of a block)."""
     own, choices = max(1, model.experts // shape["expert"]), tokens * model.experts_per_token
-    return own, choices, block_rows(int(choices), own, platform)
+    return own, choices, choose_block_rows(int(choices), own, platform)
 
 
 def padding(model: configs.Model, shape: dict[str, int], tokens: float, platform: str) -> float:
@@ -149,7 +149,7 @@ def padding(model: configs.Model, shape: dict[str, int], tokens: float, platform
     return own * rows / choices
 
 
-def turns(job: Job, shape: dict[str, int], tokens: float, platform: str) -> float:
+def turns(job: PlanJob, shape: dict[str, int], tokens: float, platform: str) -> float:
     """Blocks of one expert that `tokens` fill on a device, half of the last one empty; 1 where
     nothing goes by blocks."""
     model = job.config.model
@@ -185,12 +185,12 @@ def buffered(widths: Widths, model: configs.Model, times: float, platform: str) 
     )
 
 
-def experts_bytes(job: Job, shape: dict[str, int], bytes_each: int) -> float:
+def experts_bytes(job: PlanJob, shape: dict[str, int], bytes_each: int) -> float:
     """Of all layers' experts, as a device multiplies with them, at so many bytes a weight."""
     return device_bytes(job, shape | GATHERED, "params", 3, "expert", bytes_each)
 
 
-def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
+def kept(job: PlanJob, widths: Widths, shape: dict[str, int]) -> float:
     """Bytes that the forward pass leaves behind for a token in one layer. `widths`: `buffered`."""
     model, half, tensor = job.config.model, compute_bytes(job), shape["tensor"]
     stream = stream_bytes(job, shape)
@@ -211,7 +211,7 @@ def kept(job: Job, widths: Widths, shape: dict[str, int]) -> float:
     return 3 * stream + inside + norms + activation + sent
 
 
-def inside(job: Job, widths: Widths, shape: dict[str, int]) -> float:
+def inside(job: PlanJob, widths: Widths, shape: dict[str, int]) -> float:
     """Bytes of a local token between a layer's matmuls while its gradient is made. `widths`:
     `buffered`."""
     half = compute_bytes(job)
@@ -222,7 +222,7 @@ def inside(job: Job, widths: Widths, shape: dict[str, int]) -> float:
     return (INSIDE_EXPERTS if widths.sent else INSIDE) * (channels + rows) * half
 
 
-def scores_bytes(job: Job, shape: dict[str, int], rows: float, kernel: str) -> float:
+def scores_bytes(job: PlanJob, shape: dict[str, int], rows: float, kernel: str) -> float:
     """Of attention's maps in float32, for kernels that make them: of one layer at a time."""
     if kernel not in ("reference", "xla"):
         return 0.0
@@ -230,7 +230,7 @@ def scores_bytes(job: Job, shape: dict[str, int], rows: float, kernel: str) -> f
     return 2 * rows * model.heads / shape["tensor"] * seq * seq * FULL
 
 
-def memory(job: Job, shape: dict[str, int], kernel: str, platform: str) -> Memory:
+def memory(job: PlanJob, shape: dict[str, int], kernel: str, platform: str) -> Memory:
     """For a mesh of these axis sizes; `kernel`: the attention kernel's name; `platform`: tpu or
     gpu."""
     config, zero = job.config, job.config.mesh.zero

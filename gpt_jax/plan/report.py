@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.devices import GIB
-from gpt_jax.experiment import count
+from gpt_jax.hardware import GIB
 from gpt_jax.plan.hlo import Collective
-from gpt_jax.plan.job import Job
+from gpt_jax.plan.job import PlanJob
 from gpt_jax.plan.memory import memory
-from gpt_jax.plan.roofline import Estimate, estimate, verdict
-from gpt_jax.plan.search import MARGIN, REMATS, Found, fitting, meshes, overrides, standing
+from gpt_jax.plan.roofline import Estimate, estimate_job, format_verdict
+from gpt_jax.plan.search import MARGIN, REMATS, Found, fitting, list_overrides, meshes, standing
 from gpt_jax.plan.topology import Topology
+from gpt_jax.run import format_count
 
 
 class Horizon(NamedTuple):
@@ -30,13 +30,13 @@ class Horizon(NamedTuple):
     checkpoint_seconds: float
 
 
-def stored_bytes(job: Job) -> int:
+def stored_bytes(job: PlanJob) -> int:
     """Of a checkpoint: the whole state."""
     return sum(size * array.itemsize for array, size in job.state.items())
 
 
-def horizon(
-    job: Job, topology: Topology, step: float, by: str, data_tokens: int, host_bandwidth: float
+def estimate_horizon(
+    job: PlanJob, topology: Topology, step: float, by: str, data_tokens: int, host_bandwidth: float
 ) -> Horizon:
     """`step`: seconds, `by` whom; `host_bandwidth`: bytes a second that one host writes to
     storage."""
@@ -63,14 +63,14 @@ def size(count: float) -> str:
     return f"{count / 1024:.1f} KiB"
 
 
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if value >= scale:
             return f"{value / scale:.{2 if unit == 's' else 1}f} {unit}"
     return f"{value * 1e6:.3g} us" if value else "0 s"
 
 
-def mesh_text(shape: dict[str, int], zero: int = 3) -> str:
+def format_mesh(shape: dict[str, int], zero: int = 3) -> str:
     """ "data 2 x fsdp 4", and with which `zero` where it is not 3 and some axis could cut the
     weights."""
     cut = zero == 3 or all(shape[axis] == 1 for axis in configs.FSDP_AXES)
@@ -79,26 +79,26 @@ def mesh_text(shape: dict[str, int], zero: int = 3) -> str:
     )
 
 
-def head(job: Job, topology: Topology, seen: Estimate) -> list[str]:
+def format_head(job: PlanJob, topology: Topology, seen: Estimate) -> list[str]:
     config, chip = job.config, topology.chip
     return [
         f"{topology}: {topology.devices} {chip.kind} devices on {topology.hosts} hosts, "
         f"{topology.peak / 1e12:,.1f} TFLOP/s dense bf16 and {chip.memory / GIB:.1f} GiB each",
-        f"mesh: {mesh_text(seen.shape)}; zero {config.mesh.zero}, remat {config.model.remat}, "
-        f"{count(config.train.accumulate, 'microbatch')}, attention kernel {seen.kernel} ({seen.reason})",
+        f"mesh: {format_mesh(seen.shape)}; zero {config.mesh.zero}, remat {config.model.remat}, "
+        f"{format_count(config.train.accumulate, 'microbatch')}, attention kernel {seen.kernel} ({seen.reason})",
         f"model: {job.parameters:,} parameters, {job.matmul_params:,} multiplied; "
         f"{job.full_flops / 1e9:,.3g} GFLOP a token and {step_flops(job)[0] / 1e15:,.3g} PFLOP a step (full map; causal "
         f"{job.causal_flops / 1e9:,.3g} and {step_flops(job)[1] / 1e15:,.3g})",
     ]
 
 
-def step_flops(job: Job) -> tuple[float, float]:
+def step_flops(job: PlanJob) -> tuple[float, float]:
     """The model's in a step on all devices, (full attention map, causal)."""
     tokens = job.config.train.batch_size * job.config.train.seq_len
     return job.full_flops * tokens, job.causal_flops * tokens
 
 
-def by_remat(job: Job, topology: Topology, seen: Estimate) -> dict[str, float]:
+def by_remat(job: PlanJob, topology: Topology, seen: Estimate) -> dict[str, float]:
     """Bytes of activations on a device under each remat policy that a search tries."""
 
     def with_remat(name):
@@ -110,21 +110,21 @@ def by_remat(job: Job, topology: Topology, seen: Estimate) -> dict[str, float]:
     }
 
 
-def left_out(config: configs.Config) -> list[str]:
+def list_uncounted(config: configs.Config) -> list[str]:
     """What neither arithmetic nor compiler counts of this config."""
     return [
         "config.model.remat = 'offload': its copies to the host's memory and back are not in the step's time"
     ] * (config.model.remat == "offload")
 
 
-def arithmetic(job: Job, topology: Topology, seen: Estimate) -> list[str]:
+def format_arithmetic(job: PlanJob, topology: Topology, seen: Estimate) -> list[str]:
     """The arithmetic stage's lines."""
     rows = [
         f"  {name:<12} {size(value):>12}" for name, value in seen.memory.rows().items() if value
     ]
     flows = [
         f"  {flow.axis:<9} {flow.what:<30} {size(flow.bytes):>12} over {link.name:<8} {link.speed / 1e9:6.1f} "
-        f"GB/s {seconds(flow.bytes / link.speed):>10}{'  behind matmuls' if flow.hidden else ''}"
+        f"GB/s {format_seconds(flow.bytes / link.speed):>10}{'  behind matmuls' if flow.hidden else ''}"
         for flow, link in seen.flows
     ]
     remats = ", ".join(
@@ -134,22 +134,22 @@ def arithmetic(job: Job, topology: Topology, seen: Estimate) -> list[str]:
         "memory of a device, by arithmetic (of working and logits the larger counts: they are not there at once)",
         *rows,
         f"  activations by remat: {remats}",
-        f"  {verdict(seen.memory.peak, topology)}",
+        f"  {format_verdict(seen.memory.peak, topology)}",
         "sent by a device in a step",
         *(flows or ["  nothing"]),
-        f"step, by arithmetic: {seconds(seen.step)} = matmuls {seconds(seen.matmuls)} + passes over memory "
-        f"{seconds(seen.passes)}, or links behind them {seconds(max(seen.hidden.values(), default=0))}; "
-        f"+ open links {seconds(sum(seen.open.values()))} + update {seconds(seen.update)}; "
+        f"step, by arithmetic: {format_seconds(seen.step)} = matmuls {format_seconds(seen.matmuls)} + passes over memory "
+        f"{format_seconds(seen.passes)}, or links behind them {format_seconds(max(seen.hidden.values(), default=0))}; "
+        f"+ open links {format_seconds(sum(seen.open.values()))} + update {format_seconds(seen.update)}; "
         f"pipeline bubble {seen.bubble:.0%}",
         f"bound by {seen.bound}; estimated MFU {seen.mfu_full:.1%} (full map), {seen.mfu_causal:.1%} (causal)",
     ]
 
 
-def nothing_fits(job: Job, topology: Topology) -> str:
+def explain_nothing_fits(job: PlanJob, topology: Topology) -> str:
     """Why no mesh, remat policy or accumulation makes the job fit."""
     if not any(fitting(job, topology, float("inf"))):
         plain = replace(job.config, mesh=configs.Mesh(data=1, fsdp=-1, dcn_data=topology.slices))
-        first, *_ = estimate(job._replace(config=plain), topology).problems
+        first, *_ = estimate_job(job._replace(config=plain), topology).problems
         return f"no mesh of {topology} runs it; with all devices on fsdp {first}"
     least = min(standing(job, topology, mesh) for mesh in meshes(job.config, topology))
     enough = (
@@ -166,13 +166,13 @@ def nothing_fits(job: Job, topology: Topology) -> str:
     )
 
 
-def run_lines(ahead: Horizon) -> list[str]:
+def format_horizon(ahead: Horizon) -> list[str]:
     epochs = "" if ahead.epochs is None else f", {ahead.epochs:.2f} epochs"
     return [
         f"run: {ahead.tokens_per_step:,} tokens a step, {ahead.tokens:.3g} in all "
         f"({ahead.tokens_per_parameter:.1f} a parameter{epochs}), {ahead.days:.1f} days by "
         f"the {'compiled step' if ahead.by == 'compiler' else 'arithmetic'}",
-        f"checkpoint: {size(ahead.checkpoint_bytes)}, written in {seconds(ahead.checkpoint_seconds)}",
+        f"checkpoint: {size(ahead.checkpoint_bytes)}, written in {format_seconds(ahead.checkpoint_seconds)}",
     ]
 
 
@@ -183,7 +183,7 @@ def _collective(row: Collective) -> str:
     )
 
 
-def compiled(
+def format_compiled(
     topology: Topology, done: dict, time: dict | None, expected: float, most: int = 12
 ) -> list[str]:
     """`done`: compiled.Compiled as a dict; `time`: schedule.Schedule as one; `expected`: the
@@ -197,7 +197,7 @@ def compiled(
         f"compiled in {done['seconds']:.0f} s: argument {size(done['argument'])}, output {size(done['output'])} "
         f"(alias {size(done['alias'])}), temporary {size(done['temporary'])}; arithmetic said "
         f"{expected / done['peak'] - 1:+.0%}",
-        f"  {verdict(done['peak'], topology)}",
+        f"  {format_verdict(done['peak'], topology)}",
         "collectives of the program, sent by a device in a step",
         *map(_collective, rows[:most]),
         *(
@@ -205,32 +205,32 @@ def compiled(
             if left
             else []
         ),
-        f"step, compiled: {seconds(time['step'])} = computing {seconds(time['computing'])} ({source}) + kernels "
-        f"without cycles {seconds(time['kernels'])}, or asynchronous collectives {seconds(time['hidden'])}; + others "
-        f"{seconds(time['open'])}{f' + update {seconds(update)}' if (update := time['update']) else ''}; "
+        f"step, compiled: {format_seconds(time['step'])} = computing {format_seconds(time['computing'])} ({source}) + kernels "
+        f"without cycles {format_seconds(time['kernels'])}, or asynchronous collectives {format_seconds(time['hidden'])}; + others "
+        f"{format_seconds(time['open'])}{f' + update {format_seconds(update)}' if (update := time['update']) else ''}; "
         f"matmul FLOPs of the program {time['flops_ratio']:.2f} x the model's",
         f"estimated MFU {time['mfu_full']:.1%} (full map), {time['mfu_causal']:.1%} (causal)",
     ]
 
 
-def ranked(found: list[Found]) -> list[str]:
+def format_ranking(found: list[Found]) -> list[str]:
     """A table of what was found, best first."""
     lines = [
         f"{'':>3} {'step':>9} {'MFU full':>8} {'causal':>7} {'peak GiB':>8}  {'mesh':<44} remat  microbatches"
     ]
     for place, (one, seen) in enumerate(found, 1):
         lines.append(
-            f"{place:>3} {seconds(seen.step):>9} {seen.mfu_full:>8.1%} {seen.mfu_causal:>7.1%} "
-            f"{seen.memory.peak / GIB:>8.1f}  {mesh_text(seen.shape, one.mesh.zero):<44} {one.model.remat:<6} "
+            f"{place:>3} {format_seconds(seen.step):>9} {seen.mfu_full:>8.1%} {seen.mfu_causal:>7.1%} "
+            f"{seen.memory.peak / GIB:>8.1f}  {format_mesh(seen.shape, one.mesh.zero):<44} {one.model.remat:<6} "
             f"{one.train.accumulate}"
         )
     return lines
 
 
-def ranked_data(base: configs.Config, found: list[Found]) -> list[dict]:
+def ranking_as_data(base: configs.Config, found: list[Found]) -> list[dict]:
     return [
         {
-            "overrides": overrides(base, one),
+            "overrides": list_overrides(base, one),
             "step_seconds": seen.step,
             "mfu_causal": seen.mfu_causal,
             "peak": seen.memory.peak,
@@ -239,7 +239,7 @@ def ranked_data(base: configs.Config, found: list[Found]) -> list[dict]:
     ]
 
 
-def command(spec: str, overridden: list[str]) -> str:
+def format_command(spec: str, overridden: list[str]) -> str:
     """The shell's command that trains the config of `spec` with these overrides."""
     path, _, variant = spec.partition(":")
     name = (
@@ -250,7 +250,7 @@ def command(spec: str, overridden: list[str]) -> str:
     )
 
 
-def data(job: Job, topology: Topology, seen: Estimate, ahead: Horizon) -> dict:
+def job_as_data(job: PlanJob, topology: Topology, seen: Estimate, ahead: Horizon) -> dict:
     """The job, and under `arithmetic` that stage, as plain data; bytes and seconds."""
     full, causal = step_flops(job)
     stage = {
@@ -271,7 +271,7 @@ def data(job: Job, topology: Topology, seen: Estimate, ahead: Horizon) -> dict:
         "flows": [
             flow._asdict() | {"link": link.name, "speed": link.speed} for flow, link in seen.flows
         ],
-        "verdict": verdict(seen.memory.peak, topology),
+        "verdict": format_verdict(seen.memory.peak, topology),
     }
     config = job.config
     return {

@@ -14,10 +14,10 @@ step = (max(matmuls + passes over memory, hidden flows) + open flows) + update, 
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.devices import GIB, GPU_FRACTION, mfu
 from gpt_jax.errors import UsageError
-from gpt_jax.model import experts, kernels
-from gpt_jax.plan.job import Job, device_bytes, kinds
+from gpt_jax.hardware import GIB, GPU_FRACTION, mfu
+from gpt_jax.model import choose_exchange, choose_kernel, make_problem, padded_exchange
+from gpt_jax.plan.job import PlanJob, device_bytes, kinds
 from gpt_jax.plan.memory import (
     FULL,
     Local,
@@ -82,7 +82,7 @@ class Estimate(NamedTuple):
     problems: tuple[str, ...]
 
 
-def problems(config: configs.Config, devices: int) -> tuple[dict[str, int] | None, list[str]]:
+def find_problems(config: configs.Config, devices: int) -> tuple[dict[str, int] | None, list[str]]:
     """The mesh's axis sizes (None: there is no such mesh) and every disagreement of the config's
     fields on it."""
     try:
@@ -92,18 +92,18 @@ def problems(config: configs.Config, devices: int) -> tuple[dict[str, int] | Non
     return shape, configs.problems(config, shape)
 
 
-def multiply_peak(job: Job, topology: Topology) -> float:
+def multiply_peak(job: PlanJob, topology: Topology) -> float:
     """FLOP/s of one device in the dtype that is multiplied."""
     full = job.config.model.dtype == "float32"
     return topology.peak * (FLOAT32[topology.chip.platform] if full else 1.0)
 
 
-def attention_flops(job: Job, kernel: str) -> float:
+def attention_flops(job: PlanJob, kernel: str) -> float:
     """Of a token's attention, forward and backward, as `kernel` computes it."""
     return (job.causal_flops if kernel in SKIPS else job.full_flops) - 6 * job.matmul_params
 
 
-def _again(job: Job) -> tuple[float, float]:
+def _again(job: PlanJob) -> tuple[float, float]:
     """FLOPs done over FLOPs counted, (matmuls of layers, attention): recomputing adds a forward
     pass to three."""
     sent = any(widths.sent for widths in job.layers)  # whose matmuls `dots` does not keep
@@ -113,19 +113,19 @@ def _again(job: Job) -> tuple[float, float]:
     return matmuls, 1.0 if job.config.model.remat == "none" else 4 / 3
 
 
-def attention_seconds(job: Job, topology: Topology, kernel: str, here: Local) -> float:
+def attention_seconds(job: PlanJob, topology: Topology, kernel: str, here: Local) -> float:
     """Attention's scores and sums on one device in a step."""
     tokens = job.config.train.batch_size * job.config.train.seq_len / topology.devices
     flops = attention_flops(job, kernel) * _again(job)[1] * _idle(job, here)
     return tokens * flops / multiply_peak(job, topology) / ATTENTION[kernel]
 
 
-def _idle(job: Job, here: Local) -> float:
+def _idle(job: PlanJob, here: Local) -> float:
     """Work done over work there is: a pipeline computes in its bubble too."""
     return here.ticks * here.tick_tokens * here.tick_layers / (here.tokens * len(job.layers))
 
 
-def _wasted(job: Job, shape: dict[str, int], here: Local, platform: str) -> float:
+def _wasted(job: PlanJob, shape: dict[str, int], here: Local, platform: str) -> float:
     """Entries of experts' matrices that a token is multiplied with for nothing: rows beyond a
     capacity's choices, half of each expert's last block."""
     model = job.config.model
@@ -142,7 +142,7 @@ def _wasted(job: Job, shape: dict[str, int], here: Local, platform: str) -> floa
 
 
 def compute_seconds(
-    job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local
+    job: PlanJob, topology: Topology, kernel: str, shape: dict[str, int], here: Local
 ) -> float:
     """Matmuls and attention of one device in a step."""
     model, train = job.config.model, job.config.train
@@ -161,12 +161,12 @@ def compute_seconds(
     )
 
 
-def matmul_seconds(job: Job, topology: Topology, flops: float) -> float:
+def matmul_seconds(job: PlanJob, topology: Topology, flops: float) -> float:
     return flops / multiply_peak(job, topology) / EFFICIENCY[topology.chip.platform]
 
 
 def passes_seconds(
-    job: Job, topology: Topology, kernel: str, shape: dict[str, int], here: Local
+    job: PlanJob, topology: Topology, kernel: str, shape: dict[str, int], here: Local
 ) -> float:
     """Norms, residuals, activations, experts' rows: arrays read and written between matmuls;
     weights are read by the matmuls themselves."""
@@ -198,7 +198,7 @@ def passes_seconds(
     return (layers + logits) * train.accumulate / topology.chip.bandwidth
 
 
-def _sums_bytes(job: Job, shape: dict[str, int], here: Local, platform: str) -> float:
+def _sums_bytes(job: PlanJob, shape: dict[str, int], here: Local, platform: str) -> float:
     """Of a layer's microbatch where experts are gone through block by block: their gradients in
     float32 are read and written once a block."""
     if not blockwise(job.config.model, platform):
@@ -211,30 +211,28 @@ def _sums_bytes(job: Job, shape: dict[str, int], here: Local, platform: str) -> 
     )
 
 
-def update_seconds(job: Job, topology: Topology, shape: dict[str, int]) -> float:
+def update_seconds(job: PlanJob, topology: Topology, shape: dict[str, int]) -> float:
     state = sum(device_bytes(job, shape, part) for part in ("params", "opt", "ema"))
     return (UPDATE_TOUCHES * state + device_bytes(job, shape, "params")) / topology.chip.bandwidth
 
 
-def choose_kernel(
+def choose_plan_kernel(
     config: configs.Config, topology: Topology, shape: dict[str, int]
 ) -> tuple[str, str]:
     """(attention kernel, why) as a run on this machine would choose. UsageError where there is
     none."""
     model = config.model
-    return kernels.choose(
+    return choose_kernel(
         model.kernel,
-        kernels.problem(
-            model, config.train.seq_len, topology.chip.platform, context=shape["context"]
-        ),
+        make_problem(model, config.train.seq_len, topology.chip.platform, context=shape["context"]),
     )
 
 
-def estimate(job: Job, topology: Topology) -> Estimate:
+def estimate_job(job: PlanJob, topology: Topology) -> Estimate:
     """Everything about `job` on `topology`. Raises UsageError only when there is no mesh to
     speak of."""
     config = job.config
-    shape, found = problems(config, topology.devices)
+    shape, found = find_problems(config, topology.devices)
     if shape is None:
         raise UsageError(found[0])
     across = configs.cross_slice(config.mesh)
@@ -243,14 +241,14 @@ def estimate(job: Job, topology: Topology) -> Estimate:
     ):
         found = [text, *found]
     try:
-        kernel, reason = choose_kernel(config, topology, shape)
+        kernel, reason = choose_plan_kernel(config, topology, shape)
     except UsageError as error:
         kernel, reason, found = "reference", "none can", [*found, str(error)]
     here = local(job, shape)
     compute = compute_seconds(job, topology, kernel, shape, here)
     passes = passes_seconds(job, topology, kernel, shape, here)
     update = update_seconds(job, topology, shape)
-    padded = experts.exchange(topology.chip.kind) is experts.padded
+    padded = choose_exchange(topology.chip.kind) is padded_exchange
     found_flows = [
         (flow, link(topology, shape, across, flow.axis))
         for flow in flows(job, shape, topology.chip.platform, padded)
@@ -299,7 +297,7 @@ def estimate(job: Job, topology: Topology) -> Estimate:
     )
 
 
-def verdict(peak: float, topology: Topology) -> str:
+def format_verdict(peak: float, topology: Topology) -> str:
     """ "fits: peak 31.2 of 95.7 GiB"; of GPUs also which part of the card that is."""
     fits = "fits" if peak <= topology.chip.memory else "does not fit"
     part = f" ({GPU_FRACTION} of the card)" if topology.chip.platform == "gpu" else ""

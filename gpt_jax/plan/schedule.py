@@ -4,8 +4,8 @@ collectives (called by commands/plan.py)."""
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.devices import mfu
-from gpt_jax.plan.job import Job
+from gpt_jax.hardware import mfu
+from gpt_jax.plan.job import PlanJob
 from gpt_jax.plan.memory import local, room, turns
 from gpt_jax.plan.roofline import (
     attention_seconds,
@@ -55,7 +55,7 @@ def network_seconds(
     )
 
 
-def schedule_of(job: Job, topology: Topology, kernel: str, program: dict) -> Schedule:
+def estimate_schedule(job: PlanJob, topology: Topology, kernel: str, program: dict) -> Schedule:
     """`program`: hlo.Program as a dict."""
     config = job.config
     shape, across = (

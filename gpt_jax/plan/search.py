@@ -9,9 +9,9 @@ from functools import cache
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.plan.job import Job, device_bytes
+from gpt_jax.plan.job import PlanJob, device_bytes
 from gpt_jax.plan.memory import memory
-from gpt_jax.plan.roofline import Estimate, estimate
+from gpt_jax.plan.roofline import Estimate, estimate_job
 from gpt_jax.plan.topology import Topology
 
 REMATS = (
@@ -117,7 +117,7 @@ def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[config
                 yield made
 
 
-def standing(job: Job, topology: Topology, mesh: configs.Mesh) -> float:
+def standing(job: PlanJob, topology: Topology, mesh: configs.Mesh) -> float:
     """Bytes of a device that no policy saves: the state, and gradients as large as the
     parameters."""
     shape = configs.mesh_shape(mesh, topology.devices)
@@ -127,11 +127,11 @@ def standing(job: Job, topology: Topology, mesh: configs.Mesh) -> float:
 
 
 def _first(
-    job: Job, topology: Topology, several: list[configs.Config], limit: float
+    job: PlanJob, topology: Topology, several: list[configs.Config], limit: float
 ) -> Found | None:
     """The first of `several` (see `variants`) that fits. Peaks fall with accumulation, but from
     1 to 2, where a second sum of gradients comes in."""
-    first = estimate(job._replace(config=several[0]), topology)
+    first = estimate_job(job._replace(config=several[0]), topology)
     if first.problems or first.memory.peak <= limit:
         return None if first.problems else Found(several[0], first)
 
@@ -145,13 +145,13 @@ def _first(
 
     place = 1 + bisect_left(several[1:], True, key=fits)
     return (
-        Found(several[place], estimate(job._replace(config=several[place]), topology))
+        Found(several[place], estimate_job(job._replace(config=several[place]), topology))
         if place < len(several)
         else None
     )
 
 
-def fitting(job: Job, topology: Topology, limit: float) -> Iterator[Found]:
+def fitting(job: PlanJob, topology: Topology, limit: float) -> Iterator[Found]:
     """Everything that runs and whose peak by the arithmetic is at most `limit` bytes."""
     for mesh in meshes(job.config, topology):
         if standing(job, topology, mesh) <= limit:
@@ -161,7 +161,7 @@ def fitting(job: Job, topology: Topology, limit: float) -> Iterator[Found]:
             )
 
 
-def search(job: Job, topology: Topology, limit: float | None = None) -> list[Found]:
+def search_meshes(job: PlanJob, topology: Topology, limit: float | None = None) -> list[Found]:
     """What fits `limit` bytes (MARGIN of the memory), fastest first."""
     return sorted(
         fitting(job, topology, MARGIN * topology.chip.memory if limit is None else limit),
@@ -175,7 +175,7 @@ def _order(one: Found) -> tuple:
     return float(f"{one.estimate.step:.3g}"), axes, one.estimate.memory.peak
 
 
-def overrides(old: configs.Config, new: configs.Config) -> list[str]:
+def list_overrides(old: configs.Config, new: configs.Config) -> list[str]:
     """What to add to a command line to come from one config to the other."""
     return [
         f"--config.{key}={str(value).lower() if isinstance(value, bool) else value}"
@@ -188,7 +188,7 @@ def is_searched(given: str) -> bool:
     return given.removeprefix("--config.").startswith(SEARCHED)
 
 
-def limit_after(topology: Topology, refused: list[tuple[float, float]]) -> float:
+def lower_limit(topology: Topology, refused: list[tuple[float, float]]) -> float:
     """The arithmetic's peak that can be trusted to fit after what the compiler refused: (peak by
     the arithmetic, by the compiler; 0 where it did not say) of each."""
     limits = [MARGIN * topology.chip.memory]
@@ -197,10 +197,14 @@ def limit_after(topology: Topology, refused: list[tuple[float, float]]) -> float
     return min(limits)
 
 
-def advice(job: Job, topology: Topology, limit: float | None = None, count: int = 3) -> list[Found]:
+def find_advice(
+    job: PlanJob, topology: Topology, limit: float | None = None, count: int = 3
+) -> list[Found]:
     """What fits (see `search`) and is not the config itself, with the fewest changes to it
     first, and of those the fastest."""
-    offers = [one for one in search(job, topology, limit) if overrides(job.config, one.config)]
-    return sorted(offers, key=lambda one: (len(overrides(job.config, one.config)), _order(one)))[
-        :count
+    offers = [
+        one for one in search_meshes(job, topology, limit) if list_overrides(job.config, one.config)
     ]
+    return sorted(
+        offers, key=lambda one: (len(list_overrides(job.config, one.config)), _order(one))
+    )[:count]

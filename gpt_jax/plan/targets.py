@@ -7,7 +7,7 @@ driver reports them.
 
 from typing import NamedTuple
 
-from gpt_jax.devices import CHIPS
+from gpt_jax.hardware import CHIPS
 
 
 class Card(NamedTuple):

@@ -5,8 +5,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from gpt_jax.devices import CHIPS, Chip, peak_flops
 from gpt_jax.errors import UsageError
+from gpt_jax.hardware import CHIPS, Chip, peak_flops
 
 EXAMPLES = {0: "8", 2: "4x4", 3: "4x4x4"}  # shapes, by dims of the torus
 # The largest pods, from Google Cloud's pages of each generation.
@@ -96,7 +96,7 @@ def check_slice(text: str, name: str, sizes: tuple[int, ...], flag: str) -> None
         )
 
 
-def parse(text: str, slices: int = 1, flag: str = "--topology") -> Topology:
+def parse_topology(text: str, slices: int = 1, flag: str = "--topology") -> Topology:
     """ "v5p:4x4x4" or "h100:64". UsageError, with the known names, for anything else."""
     name, _, shape = text.partition(":")
     table = {key.lower(): key for key in CHIPS}

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.plan.job import Job, device_bytes, kinds
+from gpt_jax.plan.job import PlanJob, device_bytes, kinds
 from gpt_jax.plan.memory import FULL, Local, compute_bytes, local, room, stream_bytes
 from gpt_jax.plan.topology import Topology
 
@@ -106,7 +106,7 @@ class Use(NamedTuple):
     sum_bytes: int
 
 
-def _uses(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[Use]:
+def _uses(job: PlanJob, shape: dict[str, int], here: Local, platform: str) -> list[Use]:
     """Layers: forward and, when they are recomputed, backward, each tick of a pipeline anew.
     Head and table: once; the table in float32, but that a TPU gathers one whose vocabulary no
     axis cuts in the compute dtype."""
@@ -125,7 +125,7 @@ def _uses(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[U
     ]
 
 
-def _weights(job: Job, shape: dict[str, int], here: Local, platform: str) -> list[Flow]:
+def _weights(job: PlanJob, shape: dict[str, int], here: Local, platform: str) -> list[Flow]:
     """Weights gathered where they are used and gradients summed, in every microbatch."""
     zero, count, found = job.config.mesh.zero, job.config.train.accumulate, []
     if zero == 1:
@@ -184,7 +184,7 @@ def _sum(axis: str, once: float, platform: str, cut: bool) -> Flow:
     )
 
 
-def _activations(job: Job, shape: dict[str, int], here: Local, padded: bool) -> list[Flow]:
+def _activations(job: PlanJob, shape: dict[str, int], here: Local, padded: bool) -> list[Flow]:
     """Streams and keys that cross between devices, forward, recomputed and backward."""
     config, model, half = job.config, job.config.model, compute_bytes(job)
     count, flows = config.train.accumulate, []
@@ -246,7 +246,7 @@ def _activations(job: Job, shape: dict[str, int], here: Local, padded: bool) -> 
     return flows
 
 
-def flows(job: Job, shape: dict[str, int], platform: str, padded: bool = False) -> list[Flow]:
+def flows(job: PlanJob, shape: dict[str, int], platform: str, padded: bool = False) -> list[Flow]:
     """All of a step, one entry for each axis and kind. `platform`: tpu or gpu, whose compilers
     differ; `padded`: the exchange of tokens with experts sends empty places too
     (model/experts.py)."""

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from gpt_jax import config, sharding
-from gpt_jax.train.loss import Network, batch_sums
-from gpt_jax.train.optim import ema_init, ema_update, gradient_norm
+from gpt_jax.train.objectives import Network, batch_sums
+from gpt_jax.train.optim.optimizer import ema_init, ema_update, gradient_norm
 
 
 class TrainState(NamedTuple):

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 SECONDS = 600  # of a state that does not come: a hang
 

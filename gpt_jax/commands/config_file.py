@@ -1,0 +1,87 @@
+"""Config files and their `--config.section.key=value` overrides."""
+
+import contextlib
+import importlib.util
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from gpt_jax import config
+from gpt_jax.errors import UsageError
+
+
+def local_workdir(text: str) -> Path:
+    """The folder that --workdir means. Raises UsageError for the address of an object store,
+    which a Path would take for a folder of that name, on every machine its own."""
+    if "://" in text:
+        raise UsageError(
+            f"--workdir={text}: object stores are not supported; mount a folder that all hosts share"
+        )
+    return Path(text)
+
+
+def load_config(spec: str, overrides: list[str]) -> config.Config:
+    """The Config of `path.py[:argument]` with `--config.section.key=value` overrides. Raises
+    UsageError."""
+    path, _, argument = spec.partition(":")
+    file = Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise UsageError(
+            f"--config={spec}: {'is a folder' if file.is_dir() else 'no such file'}"
+            + (f"; there are {', '.join(near)}" if near else "")
+        )
+    if file.suffix != ".py":
+        raise UsageError(
+            f"--config={spec}: is no Python file; expected FILE.py, or FILE.py:VARIANT"
+        )
+    sys.path.insert(0, str(file.resolve().parent))  # a config may import its neighbours
+    try:
+        module_spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(module_spec)
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # standard output is the command's own, JSON even
+            module_spec.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise UsageError(f"--config={spec}: the file has no get_config()")
+            made = module.get_config(argument) if argument else module.get_config()
+        if not isinstance(made, ConfigDict):
+            raise UsageError(
+                f"--config={spec}: get_config() gives {type(made).__name__}, not a ConfigDict"
+            )
+        values = made.to_dict()
+    except UsageError:
+        raise
+    except ValueError as error:  # how a config refuses its argument
+        raise UsageError(f"--config={spec}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever a file that is not a config does
+        line = " ".join(str(error).split())
+        raise UsageError(
+            f"--config={spec}: cannot be read as a config: {type(error).__name__}: {line}"
+        ) from None
+    finally:
+        sys.path.pop(0)
+    for key, text in split_overrides(overrides):
+        config.override(values, key, text)
+    return config.from_dict(values)
+
+
+def split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """`["--config.a.b=1", "--config.c", "2"]` -> [("a.b", "1"), ("c", "2")]; anything else is a
+    UsageError."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config."):
+            raise UsageError(
+                f"unknown argument {flag!r}; overrides look like --config.optim.learning_rate=3e-4"
+            )
+        key, equals, text = flag.removeprefix("--config.").partition("=")
+        if not equals:
+            if not rest:
+                raise UsageError(f"{flag}: needs a value, as in {flag}=…")
+            text = rest.pop(0)
+        pairs.append((key, text))
+    return pairs

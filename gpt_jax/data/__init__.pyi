@@ -1,0 +1,35 @@
+from .prepare.prepare import (
+    Engine as Engine,
+    prepare_corpus as prepare_corpus,
+)
+from .prepare.units import PrepareSettings as PrepareSettings
+from .prepare.workers import ENGINES as ENGINES
+from .read.decoding import Reading as Reading
+from .read.sources import EMPTY_PATHS as EMPTY_PATHS
+from .stream.batches import (
+    EvalBatches as EvalBatches,
+    check_sizes as check_sizes,
+    make_eval_batches as make_eval_batches,
+    make_examples as make_examples,
+    make_stream as make_stream,
+)
+from .stream.dataset import (
+    Dataset as Dataset,
+    load_dataset as load_dataset,
+    load_heldout as load_heldout,
+)
+from .stream.rows import make_columns as make_columns
+from .tokenizers.spec import (
+    find_known_tokenizer as find_known_tokenizer,
+    parse_tokenizer_spec as parse_tokenizer_spec,
+    tokenizer_from_json as tokenizer_from_json,
+)
+from .tokenizers.vocabulary import (
+    StreamDecoder as StreamDecoder,
+    Tokenizer as Tokenizer,
+)
+from .tokens.corpus import (
+    inspect_corpus as inspect_corpus,
+    summarize_corpus as summarize_corpus,
+    verify_corpus as verify_corpus,
+)

@@ -1,0 +1,1 @@
+"""Text to a corpus, by many workers, restartable at any moment."""

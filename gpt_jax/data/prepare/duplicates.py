@@ -1,0 +1,116 @@
+"""Near-duplicate documents, found by MinHash (Broder 1997)."""
+
+import functools
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from gpt_jax.errors import UsageError
+
+# ---- duplicates ----
+
+# Scripts written without spaces count by the character, everything else by the word.
+UNITS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]|[^\\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
+)
+SHINGLES_AT_ONCE = 1 << 14  # times `permutations` hashes of 4 bytes are held
+MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd
+
+
+def _shingle_hashes(text: str, size: int) -> Iterator[np.ndarray]:
+    """uint32 hashes, in blocks, of every run of `size` units (words; characters of Chinese,
+    Japanese, Thai, Khmer, Lao, Burmese), case and punctuation aside; at least one. CRCs of units
+    are combined by arithmetic, as hashing each joined run was most of the time."""
+    units = np.fromiter(
+        (zlib.crc32(found[0].encode()) for found in UNITS.finditer(text.casefold())), np.uint32
+    )
+    units = units if len(units) else np.array([zlib.crc32(text.encode())], np.uint32)
+    size = min(size, len(units))
+    for at in range(0, len(units) - size + 1, SHINGLES_AT_ONCE):
+        block = units[at : at + SHINGLES_AT_ONCE + size - 1].astype(np.uint64)
+        yield np.unique(
+            _mixed(block[i : len(block) - size + 1 + i] for i in range(size)) >> np.uint64(32)
+        )
+
+
+def _mixed(columns: Iterable[np.ndarray]) -> np.ndarray:
+    """uint64 [N]: a number for each row of uint32 columns, in their order; its upper half is the
+    better one."""
+    mixed = np.uint64(0)
+    for column in columns:
+        mixed = (mixed ^ column.astype(np.uint64)) * MIX + np.uint64(1)
+        mixed ^= mixed >> np.uint64(29)
+    return mixed * MIX
+
+
+@functools.lru_cache
+def _blank_minhash(permutations: int):
+    try:
+        from datasketch import MinHash
+    except ImportError:
+        raise UsageError(
+            "near-duplicates: need the package datasketch; pip install 'gpt_jax[dedup]'"
+        ) from None
+    return MinHash(permutations, seed=1, scheme="affine32", hashfunc=int)
+
+
+def minhash(text: str, permutations: int = 64, shingle: int = 5) -> np.ndarray:
+    """uint32 [permutations]: the part in which two of them agree estimates the Jaccard
+    similarity of the texts' shingles (Broder 1997), with a standard error of at most 1 / (2
+    sqrt(permutations))."""
+    signature = _blank_minhash(permutations).copy()
+    for hashes in _shingle_hashes(text, shingle):
+        signature.update_batch(hashes)
+    return signature.hashvalues.astype(np.uint32)
+
+
+def band_rows(permutations: int, threshold: float) -> int:
+    """Hashes to a band: as many as find a pair at the threshold with probability 0.99 (Leskovec
+    et al., Mining of Massive Datasets, section 3.4); what is found beyond that is compared, so
+    that too few cost time only."""
+    caught = [
+        rows
+        for rows in range(1, permutations + 1)
+        if 1 - (1 - threshold**rows) ** (permutations // rows) >= 0.99
+    ]
+    return max(caught, default=1)
+
+
+def _shared_buckets(band: np.ndarray) -> np.ndarray:
+    """int64 [N]: a number for rows of `band` [N, rows] that occur more than once, -1 for the
+    others."""
+    _, bucket, count = np.unique(_mixed(band.T), return_inverse=True, return_counts=True)
+    return np.where(count[bucket] > 1, bucket, -1)
+
+
+def near_duplicates(signatures: np.ndarray, threshold: float = 0.8) -> np.ndarray:
+    """bool [N] of MinHash signatures [N, permutations]: whether a document's estimated
+    similarity to an earlier one that stays is `threshold` or more. So the first of a group
+    stays, and what goes has something like it that stays."""
+    if not 0 < threshold <= 1:
+        raise UsageError(
+            f"threshold = {threshold}: the similarity of near-duplicates is above 0 and at most 1"
+        )
+    count, permutations = signatures.shape
+    rows = band_rows(permutations, threshold)
+    buckets = np.stack(
+        [
+            _shared_buckets(signatures[:, at : at + rows])
+            for at in range(0, permutations - rows + 1, rows)
+        ],
+        1,
+    )
+    staying: dict[tuple[int, int], list[int]] = {}
+    found = np.zeros(count, bool)
+    for i in np.flatnonzero((buckets >= 0).any(1)):
+        keys = [(band, bucket) for band, bucket in enumerate(buckets[i].tolist()) if bucket >= 0]
+        near = np.array(sorted({j for key in keys for j in staying.get(key, ())}), int)
+        found[i] = ((signatures[near] == signatures[i]).mean(1) >= threshold).any()
+        if not found[i]:
+            for key in keys:
+                staying.setdefault(key, []).append(int(i))
+    return found

@@ -1,0 +1,1 @@
+"""Files to documents: sources, remote stores, the hub, compression and formats."""

@@ -1,0 +1,323 @@
+"""The rows of one file, format by format (called by readers).
+
+A format is a row of FORMATS: a generator of `Raw`, what makes a document's text of a decoded row,
+and how a file can be cut. Lines end at byte 0A and nowhere else, never at U+2028 and its like. A
+row that cannot be read is a value (`Unreadable`), so that the rows after it can still be had.
+"""
+
+import contextlib
+import csv
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from gpt_jax.data.read import hub
+from gpt_jax.data.read.decoding import (
+    Damaged,
+    Decoded,
+    Piece,
+    Raw,
+    Reading,
+    Unreadable,
+    decode,
+    field_text,
+    json_text,
+    line_text,
+    listed,
+    opened,
+    parse_json,
+    plain,
+    plain_text,
+)
+from gpt_jax.data.read.sources import HUB, Source, suffixes
+from gpt_jax.errors import UsageError
+
+NO_LINES = "its lines do not end in the byte 0A; convert the file to UTF-8"
+BATCH_ROWS = 256  # of .parquet and .arrow made python objects at once
+csv.field_size_limit(
+    2**31 - 1
+)  # of the process; its default of 128 KiB is less than one long document
+
+
+# ---- text ----
+
+
+def _whole_file(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    with opened(piece.source) as file:
+        raw = [file.read()]
+        yield Raw(raw.pop(), 0, -1)
+
+
+def _check_encodings(piece: Piece, reading: Reading) -> None:
+    for name in reading.encodings:
+        if b"\n".decode(name, "replace") != "\n":
+            raise UsageError(
+                f"{piece.source.path}: config.data.encodings = {name!r} (--encodings of prepare): {NO_LINES}"
+            )
+
+
+def _lines(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    _check_encodings(piece, reading)
+    with opened(piece.source) as file:
+        if piece.start:
+            file.seek(piece.start)
+        at = piece.start
+        while piece.stop < 0 or at < piece.stop:
+            line = [
+                file.readline()
+            ]  # in a list: handed on and not held here meanwhile, for it may be huge
+            if not line[0]:
+                return
+            start, at = at, at + len(line[0])
+            yield Raw(line.pop(), start)
+
+
+# ---- json ----
+
+
+def _holds_lines(piece: Piece, reading: Reading) -> bool:
+    """Whether the first line is a whole object and the file goes on after it."""
+    with opened(piece.source) as file:
+        first = file.readline()
+        if not first.removeprefix(b"\xef\xbb\xbf").startswith(b"{"):
+            return False
+        try:
+            parse_json(decode(first, reading).text.removeprefix("\ufeff"))
+        except (
+            Unreadable
+        ):  # a file laid out over several lines; if it is not, reading all of it says so
+            return False
+        return any(not line.isspace() for line in file)
+
+
+def _json(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    """A list of objects or one object, read as a whole: memory is a multiple of the file. A file
+    that holds an object a line is read as .jsonl, for many are published so."""
+    if _holds_lines(piece, reading):
+        yield from _lines(piece, reading)
+        return
+    try:
+        with opened(piece.source) as file:
+            text, encoding, replaced = decode(file.read(), reading)
+        rows = parse_json(text.removeprefix("\ufeff")) if text and not text.isspace() else []
+    except Unreadable as why:
+        yield Raw(why, 0, -1)
+        return
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        try:
+            value = field_text(row, reading, encoding, replaced if number == 1 else 0)
+        except Unreadable as why:
+            value = why
+        yield Raw(value, 0, number if isinstance(rows, list) else -1)
+
+
+# ---- tables ----
+
+
+def _column(header: list[bytes], piece: Piece, reading: Reading) -> tuple[int, bool]:
+    """(column, whether the first row is a header): by the name in the header; a number, from 0,
+    means that there is none, whatever the first row holds (a class label may well be 1)."""
+    if reading.field.isdecimal() and int(reading.field) < len(header):
+        return int(reading.field), False
+    if any(b"\0" in name for name in header):
+        raise UsageError(
+            f"{piece.source.path}: its first row holds NUL, so this is UTF-16 or a binary file: {NO_LINES}"
+        )
+    names = [name.decode("utf-8", "replace") for name in header]
+    _check_column(
+        names, piece, reading, f" (or a number below {len(names)}, if the first row is no header)"
+    )
+    return names.index(reading.field), True
+
+
+def _check_column(names: list[str], piece: Piece, reading: Reading, more: str = "") -> None:
+    """UsageError unless exactly one column has the name."""
+    if not (count := names.count(reading.field)):
+        raise UsageError(
+            f"{piece.source.path}: {reading.label} is missing; columns there: {listed(names)}{more}"
+        )
+    if count > 1:
+        raise UsageError(
+            f"{piece.source.path}: {reading.label} names {count} columns; columns there: {listed(names)}; "
+            "rename all but the one to be read"
+        )
+
+
+def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
+    """Of a row of a table whose first row has `width` columns. More of them, if not empty, are
+    what is left of a text that was cut at a separator."""
+    if cells and column >= len(cells):
+        return Unreadable(f"has {len(cells)} columns, expected more than {column}")
+    if any(cells[width:]):
+        return Unreadable(
+            f"has {len(cells)} columns and the first row {width}, so a text may be cut in two; put it in "
+            "quotes (.csv) or mend the row"
+        )
+    return cells[column] if cells else b""
+
+
+def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    """A row a line, quotes are ordinary characters (as IANA's text/tab-separated-values has it):
+    a stray quote must not swallow the rows after it."""
+
+    def cells(line: bytes) -> list[bytes]:
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        return line.split(b"\t") if line else []
+
+    _check_encodings(piece, reading)
+    with opened(piece.source) as file:
+        first = file.readline().removeprefix(b"\xef\xbb\xbf")
+    if not first:
+        return
+    width = len(cells(first))
+    column, header = _column(cells(first), piece, reading)
+    for number, raw in enumerate(_lines(piece, reading)):
+        line = raw.value if number or piece.start else first
+        value = (
+            None if header and not number and not piece.start else _cell(cells(line), column, width)
+        )
+        yield Raw(value)
+
+
+def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    """Cells are cut as latin-1, which keeps every byte, and decoded by themselves afterwards; a
+    quoted cell may hold line ends. Strict, so that a stray quote is an error and not a very long
+    cell."""
+    _check_encodings(piece, reading)
+    with opened(piece.source) as file:
+        text = (
+            line.removeprefix(b"\xef\xbb\xbf" if not number else b"").decode("latin-1")
+            for number, line in enumerate(file)
+        )
+        table = csv.reader(text, strict=True)
+        column = header = None
+        while True:
+            try:
+                cells = [cell.encode("latin-1") for cell in next(table)]
+                if column is None:
+                    (column, header), width = _column(cells, piece, reading), len(cells)
+                yield Raw(None if header else _cell(cells, column, width))
+                header = False
+            except csv.Error as error:
+                if column is None:
+                    raise UsageError(
+                        f"{piece.source.path}: no header can be read: {error}"
+                    ) from None
+                yield Raw(Unreadable(f"not CSV at line {table.line_num}: {error}"))
+            except StopIteration:
+                return
+
+
+def _bytes_of(kind):
+    """The type of the same layout that holds bytes; None if `kind` is no text."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(kind):
+        values = _bytes_of(kind.value_type)
+        return values and pyarrow.dictionary(kind.index_type, values, kind.ordered)
+    return {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }.get(kind)
+
+
+def _check_schema(schema, piece: Piece, reading: Reading) -> None:
+    _check_column(schema.names, piece, reading)
+    kind = schema.field(reading.field).type
+    if _bytes_of(kind) is None:
+        raise UsageError(f"{piece.source.path}: {reading.label} holds {kind}, expected text")
+
+
+def _cells(batches, reading: Reading, first: int = 0) -> Iterator[Raw]:
+    """The texts of record batches as bytes, to be decoded as all others are; `first`: rows of
+    the file before them."""
+    import pyarrow
+
+    for batch in batches:
+        column = batch.column(reading.field)
+        column = column.view(_bytes_of(column.type))  # what is no UTF-8 is told row by row
+        column.validate(
+            full=True
+        )  # places in a damaged file may lie anywhere, and going there ends the process
+        for at in range(0, len(column), BATCH_ROWS):
+            for value in column.slice(at, BATCH_ROWS).cast(pyarrow.large_binary()).to_pylist():
+                first += 1
+                yield Raw(
+                    Unreadable(f"{reading.label} is null, expected text")
+                    if value is None
+                    else value,
+                    0,
+                    first,
+                )
+
+
+@contextlib.contextmanager
+def _arrow_errors(piece: Piece, kind: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
+        raise Damaged(f"{piece.source.path}: not a readable {kind} file: {plain(error)}") from None
+
+
+def _parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    import pyarrow.parquet
+
+    with _arrow_errors(piece, "parquet"), opened(piece.source, seekable=True) as raw:
+        with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as file:
+            _check_schema(file.schema_arrow, piece, reading)
+            rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            if sum(rows) != file.metadata.num_rows:
+                raise Damaged(
+                    f"{piece.source.path}: not a readable parquet file: it has {file.metadata.num_rows:,} rows, "
+                    f"and its groups {sum(rows):,}"
+                )
+            groups = range(piece.start, len(rows) if piece.stop < 0 else piece.stop)
+            batches = file.iter_batches(
+                BATCH_ROWS, row_groups=list(groups), columns=[reading.field]
+            )
+            yield from _cells(batches, reading, sum(rows[: piece.start]))
+
+
+def _arrow(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    """Both layouts of Arrow's IPC: the file, which begins with ARROW1, and the stream."""
+    import pyarrow.ipc
+
+    with _arrow_errors(piece, "Arrow"), opened(piece.source, seekable=True) as raw:
+        if raw.peek(6)[:6] == b"ARROW1":
+            with pyarrow.ipc.open_file(raw) as file:
+                _check_schema(file.schema, piece, reading)
+                yield from _cells(map(file.get_batch, range(file.num_record_batches)), reading)
+        else:
+            with pyarrow.ipc.open_stream(raw) as file:
+                _check_schema(file.schema, piece, reading)
+                yield from _cells(file, reading)
+
+
+class Format(NamedTuple):
+    rows: Callable[[Piece, Reading], Iterator[Raw]]
+    text: Callable[[Decoded, Reading], Decoded] = plain_text  # of bytes once they are decoded
+    cut: str = ""  # into what a file can be cut: lines, groups (of parquet), shards (of hf://)
+
+
+FILE, LINE = Format(_whole_file), Format(_lines, line_text, "lines")
+TEXTS = {"file": FILE, "line": LINE}  # by Reading.documents
+BY_ARROW = (".parquet", ".arrow")
+FORMATS = {
+    ".txt": TEXTS,
+    ".md": TEXTS,
+    ".py": TEXTS,
+    ".jsonl": Format(_lines, json_text, "lines"),
+    ".json": Format(_json, json_text),
+    ".csv": Format(_csv),
+    ".tsv": Format(_tsv, cut="lines"),
+    ".parquet": Format(_parquet, cut="groups"),
+    ".arrow": Format(_arrow),
+    HUB: Format(hub.rows, cut="shards"),
+}
+
+
+def format_of(source: Source, reading: Reading) -> Format:
+    found = FORMATS[suffixes(source.path)[0]]
+    return found[reading.documents] if found is TEXTS else found

@@ -1,0 +1,147 @@
+"""Which source each example comes from (called by pipeline): a pure function of the example's
+number.
+
+Examples are dealt in blocks. Every block holds each source's share exactly, shuffled within the
+block, and the n-th example of a source in the stream is its own n-th row, so that neither a shuffle
+buffer nor a count of what was drawn is kept (after Levanter's block-deterministic mixtures,
+data/mixture.py). Unlike there a stage begins at the very example asked for: blocks are counted from
+it, and what is left before it is a shorter block.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpt_jax.data.stream.order import permute
+from gpt_jax.errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Runs of equal blocks; `counts[r, i]` examples of source i in every block of run r, which
+    begins with example `begins[r]`. See `make`."""
+
+    counts: np.ndarray  # int64 [runs, sources]; a row's sum is the size of the blocks
+    begins: (
+        np.ndarray
+    )  # int64 [runs], the first is 0; a run is whole blocks, the last one without end
+    weights: (
+        np.ndarray
+    )  # float [runs, sources] of sum 1: each source's share in the stage that the run belongs to
+    seed: int
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """int64 [runs]: examples in a block."""
+        return self.counts.sum(axis=1)
+
+    @functools.cached_property
+    def _before(self) -> tuple[np.ndarray, np.ndarray]:
+        """(blocks int64 [runs], examples of each source int64 [runs, sources]) before each run."""
+        blocks = np.diff(self.begins) // self.sizes[:-1]
+        drawn = np.cumsum(blocks[:, None] * self.counts[:-1], axis=0)
+        return np.cumsum([0, *blocks]), np.concatenate([np.zeros_like(self.counts[:1]), drawn])
+
+    def _run(self, index) -> np.ndarray:
+        return np.searchsorted(self.begins, index, "right") - 1
+
+    def assign(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source [N], number of the example within its source [N]) of examples `index` (int64
+        [N])."""
+        run, (blocks, drawn) = self._run(index), self._before
+        block, place = np.divmod(index - self.begins[run], self.sizes[run])
+        for r in np.unique(run):
+            here = run == r
+            place[here] = permute(
+                place[here], int(self.sizes[r]), self.seed, blocks[r] + block[here]
+            )
+        counts = self.counts[run]
+        ends = np.cumsum(counts, axis=1)
+        source = (place[:, None] >= ends).sum(1)
+
+        def pick(table):
+            return np.take_along_axis(table, source[:, None], 1)[:, 0]
+
+        return source, pick(drawn[run]) + block * pick(counts) + place - pick(ends - counts)
+
+    def shares(self, index: int) -> np.ndarray:
+        """float [sources] of sum 1: the part of the examples from each source in the stage that
+        example `index` is in."""
+        return self.weights[self._run(index)]
+
+    def drawn(self, examples: int) -> np.ndarray:
+        """int64 [sources]: how many of the first `examples` come from each source."""
+        run = int(self._run(examples))
+        block, rest = divmod(examples - int(self.begins[run]), int(self.sizes[run]))
+        last = self.assign(examples - rest + np.arange(rest))[0]
+        return (
+            self._before[1][run]
+            + block * self.counts[run]
+            + np.bincount(last, minlength=self.counts.shape[1])
+        )
+
+
+def make(counts: np.ndarray, begins: Sequence[int], seed: int) -> Mixture:
+    """The mixture of stages whose blocks hold `counts` (int64 [stages, sources], rows of one
+    sum) and that begin with examples `begins` (rising, from 0). What is left of a stage after
+    its whole blocks is a block of its own, with its shares by largest remainders."""
+    runs = []  # (begin, counts, shares)
+    for stage, (row, begin) in enumerate(zip(counts, begins)):
+        size, shares = int(row.sum()), row / row.sum()
+        rest = 0 if stage + 1 == len(begins) else (begins[stage + 1] - begin) % size
+        if stage + 1 == len(begins) or begins[stage + 1] - begin >= size:
+            runs.append((begin, row, shares))
+        if rest:
+            runs.append((begins[stage + 1] - rest, _remainders(shares, rest), shares))
+    begins, counts, shares = zip(*runs)
+    return Mixture(np.array(counts), np.array(begins, np.int64), np.array(shares), seed)
+
+
+LAST_TOKEN = 10**18  # at which a stage may begin
+
+
+def check(stages: Sequence[tuple[int, Sequence[float]]], names: Sequence[str]) -> None:
+    """UsageError for stages (first token, a weight for each of the sources `names`) that can be
+    no mixture, whatever the sources hold; the first of them is config.data.sources itself, the
+    others config.data.stages."""
+    for i, (token, weights) in enumerate(stages):
+        field = f"config.data.stages[{i - 1}]" if i else "config.data.sources"
+        if len(weights) != len(names):
+            raise UsageError(
+                f"{field} = {weights}: expected {len(names)} weights, for {', '.join(names)}"
+            )
+        if token < (i > 0) or token > LAST_TOKEN:
+            raise UsageError(f"{field} begins at token {token:,}; expected 1 to {LAST_TOKEN:,}")
+        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
+            raise UsageError(
+                f"{field}: the weights {tuple(weights)} must be 0 or more, and not all 0"
+            )
+        if i and token <= stages[i - 1][0]:
+            raise UsageError(
+                f"{field} begins at token {token:,}, before the stage before it; let stages rise"
+            )
+
+
+def _remainders(shares: np.ndarray, total: int) -> np.ndarray:
+    """int64 [sources] that sum to `total`, by largest remainders."""
+    exact = shares / shares.sum() * total
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
+    return counts
+
+
+def apportion(shares: np.ndarray, block: int, names: tuple[str, ...]) -> np.ndarray:
+    """int64 [sources] that sum to `block`: each share (float [sources], any sum) by largest
+    remainders. UsageError for a share that is not 0 and gets no example."""
+    shares = shares / shares.max()
+    counts = _remainders(shares, block)
+    for name, share, count in zip(names, shares, counts):
+        if share > 0 and not count:
+            raise UsageError(
+                f"config.data.block = {block}: the share {share / shares.sum():.2g} of source {name} is "
+                "less than one example of a block; raise it, or the weight"
+            )
+    return counts

@@ -1,0 +1,65 @@
+"""What may be done to the documents inside a row before it becomes columns (called by pipeline):
+pure functions of the row, the seed and the example's number, so that a batch made again is the same
+batch.
+
+A row here is T + 1 ids with marks where a document begins; its pieces are the runs between marks.
+"""
+
+import itertools
+
+import numpy as np
+
+from gpt_jax.data.stream.order import random_bits
+from gpt_jax.data.stream.rows import Buffer
+
+SHORTEST = 10  # tokens of a piece that is rearranged; three of them make room for the sentinels
+
+
+def shuffle_documents(buffer: Buffer, seed: int, index: np.ndarray) -> Buffer:
+    """The pieces of each row in another order, padding last; `index` int64 [N]: numbers of the
+    examples."""
+    piece = np.cumsum(buffer.begins, axis=1)
+    keys = random_bits(
+        seed, index[:, None], np.arange(piece.max(initial=0) + 1)[None]
+    ) >> np.uint64(1)
+    keys = np.where(buffer.inside, np.take_along_axis(keys, piece, 1), np.uint64(2**64 - 1))
+    order = np.argsort(keys, axis=1, kind="stable")
+    moved = Buffer(*(np.take_along_axis(column, order, 1) for column in buffer))
+    # A cut piece has no mark of its own.
+    moved.begins[:, 1:] |= np.diff(np.take_along_axis(piece, order, 1), axis=1) != 0
+    moved.begins[:, 1:] &= moved.inside[:, 1:]
+    return moved
+
+
+def fill_in_the_middle(
+    buffer: Buffer, seed: int, index: np.ndarray, rate: float, spm: float, sentinels, eot
+) -> Buffer:
+    """A part `rate` of the pieces as (prefix, suffix, middle), or in the part `spm` of those as
+    (suffix, prefix, middle) (Bavarian et al. 2022, "Efficient training of language models to fill
+    in the middle": on the pieces of a packed row).
+
+    `sentinels`: ids of <|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>; they take the place of
+    the piece's first three tokens, so that its length and its end-of-text token (`eot`) stay.
+    Pieces under SHORTEST tokens stay as they are."""
+    ids = buffer.ids.copy()
+    pre, suf, mid = (np.array([i], ids.dtype) for i in sentinels)
+    for row, number in enumerate(index):
+        length = int(buffer.inside[row].sum())
+        edges = [0, *(np.flatnonzero(buffer.begins[row, 1:length]) + 1).tolist(), length]
+        draws = random_bits(seed, np.array([number]), np.arange(4 * len(edges)))
+        for i, (start, stop) in enumerate(itertools.pairwise(edges)):
+            if stop - start < SHORTEST:
+                continue
+            chance, order, a, b = draws[4 * i : 4 * i + 4].tolist()
+            if chance >= rate * 2.0**64:
+                continue
+            end = stop - int(eot is not None and ids[row, stop - 1] == eot)
+            body = ids[row, start + 3 : end].copy()
+            a, b = sorted((a % (len(body) + 1), b % (len(body) + 1)))
+            prefix, middle, suffix = body[:a], body[a:b], body[b:]
+            suffix_first = order < spm * 2.0**64
+            parts = (
+                (pre, suf, suffix, mid, prefix) if suffix_first else (pre, prefix, suf, suffix, mid)
+            )
+            ids[row, start:end] = np.concatenate([*parts, middle])
+    return buffer._replace(ids=ids)

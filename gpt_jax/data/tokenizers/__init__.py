@@ -1,0 +1,1 @@
+"""Text to ids and back: bytes, characters, BPE, and tokenizer files of other tools."""

@@ -1,0 +1,1 @@
+"""Ids on disk: shards, prepared corpora, mirrors of remote ones, and caches."""

@@ -1,0 +1,8 @@
+"""What a model is worth: held-out loss by source, and samples.
+
+`heldout` sums losses over held-out batches and divides once. `samples` lets the model write.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

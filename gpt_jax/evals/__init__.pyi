@@ -1,0 +1,10 @@
+from .heldout import (
+    average_by_source as average_by_source,
+    compute_heldout_metrics as compute_heldout_metrics,
+    measure_xz_bits_per_byte as measure_xz_bits_per_byte,
+    sum_heldout as sum_heldout,
+)
+from .samples import (
+    choose_prompts as choose_prompts,
+    draw_samples as draw_samples,
+)

@@ -1,0 +1,77 @@
+"""Files that are whole or absent, and digests of their content."""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+
+class Digest(NamedTuple):
+    """A finished file: its size in bytes and its SHA-256."""
+
+    size: int
+    sha256: str
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Sends what was written to `file` through to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Sends the names in `folder` through to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_file(path: Path, content: bytes) -> Digest:
+    """Writes `path` through to the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        sync_file(file)
+    return Digest(len(content), hashlib.sha256(content).hexdigest())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`, which takes the place of `path` at the end.
+
+    A reader sees the old file or the new one, never a part. A failure leaves the old file.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+
+
+def replace_file(path: Path, content: bytes) -> Digest:
+    """Writes a whole file in the place of `path`, or leaves `path` alone. Raises OSError.
+
+    The name reaches the disk as well as the bytes.
+    """
+    with replacing(path) as temporary:
+        digest = write_file(temporary, content)
+    sync_folder(path.parent)
+    return digest
+
+
+def digest_file(path: Path) -> Digest:
+    """Size and SHA-256 of a file as it is now. Raises OSError."""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return Digest(os.fstat(file.fileno()).st_size, found)
+
+
+def digest_json(*what) -> str:
+    """20 hex digits of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]

@@ -1,0 +1,5 @@
+"""The machine: peak rates of chips, FLOPs of a model, and compiler options by platform."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,27 @@
+from .clock import (
+    Clock as Clock,
+    OneStepLate as OneStepLate,
+)
+from .report import write_report as write_report
+from .summary import (
+    Summary as Summary,
+    find_samples as find_samples,
+    format_summary as format_summary,
+    library_versions as library_versions,
+    summarize as summarize,
+)
+from .sums import (
+    Sums as Sums,
+    add_sums as add_sums,
+    divide_sums as divide_sums,
+    expert_metrics as expert_metrics,
+    perplexity as perplexity,
+)
+from .writers import (
+    BarWriter as BarWriter,
+    JsonlWriter as JsonlWriter,
+    TensorBoardWriter as TensorBoardWriter,
+    Writers as Writers,
+    read_jsonl as read_jsonl,
+    save_file as save_file,
+)

@@ -1,0 +1,22 @@
+from .attention.kernels import (
+    KERNELS as KERNELS,
+    choose_kernel as choose_kernel,
+    make_problem as make_problem,
+    measure_conformance as measure_conformance,
+)
+from .count import count_params as count_params
+from .experts.exchange import (
+    choose_exchange as choose_exchange,
+    padded_exchange as padded_exchange,
+)
+from .experts.local_experts import (
+    EXPERT_WAYS as EXPERT_WAYS,
+    choose_block_rows as choose_block_rows,
+)
+from .layers.mlp import FFNS as FFNS
+from .transformer import (
+    Transformer as Transformer,
+    abstract_params as abstract_params,
+    init_params as init_params,
+    make_cache as make_cache,
+)

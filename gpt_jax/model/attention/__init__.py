@@ -1,0 +1,1 @@
+"""Attention: the layer, its kernels, its masks and its KV cache."""

@@ -1,0 +1,1 @@
+"""Mixture of experts: routing, balance, and the exchange between devices."""

@@ -1,0 +1,1 @@
+"""Parts of a layer: matmuls, norms, embeddings, positions, feed-forward."""

@@ -1,0 +1,11 @@
+from .loop import run_training as run_training
+from .notes import (
+    format_count as format_count,
+    token_flops as token_flops,
+)
+from .parts import (
+    build as build,
+    make_network as make_network,
+    make_steps as make_steps,
+)
+from .restore import load_model as load_model

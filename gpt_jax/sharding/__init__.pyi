@@ -1,0 +1,42 @@
+from .layout import (
+    constrain as constrain,
+    find_gathered_axes as find_gathered_axes,
+    gather as gather,
+    gather_fsdp as gather_fsdp,
+    is_gathered as is_gathered,
+    lay_out_like as lay_out_like,
+    off_stages as off_stages,
+    over_stages as over_stages,
+    reshape as reshape,
+    stored_init as stored_init,
+    use_weight as use_weight,
+)
+from .manual import run_local as run_local
+from .mesh import (
+    describe_places as describe_places,
+    find_unsharded as find_unsharded,
+    make_concrete as make_concrete,
+    make_mesh as make_mesh,
+)
+from .rows import (
+    apply_in_text_order as apply_in_text_order,
+    make_positions as make_positions,
+    process_rows as process_rows,
+    reorder as reorder,
+    row_parts as row_parts,
+    to_devices as to_devices,
+    token_order as token_order,
+)
+from .rules import (
+    STAGE as STAGE,
+    STORED as STORED,
+    WHOLE_ROWS as WHOLE_ROWS,
+    axis_size as axis_size,
+    batch_spec as batch_spec,
+    count_parts as count_parts,
+    device_kind as device_kind,
+    out_spec as out_spec,
+    platform as platform,
+    used_spec as used_spec,
+    using_rules as using_rules,
+)

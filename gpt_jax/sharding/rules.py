@@ -1,0 +1,118 @@
+"""The tables that map logical axes to mesh axes, and questions about the current mesh."""
+
+import math
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from gpt_jax.config import BATCH_AXES, FSDP_AXES
+
+# Logical axis -> mesh axes. A name that is in neither table is a KeyError, never "replicated".
+STORED = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": FSDP_AXES,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+    "expert_embed": ("fsdp", "context"),
+    "position": None,
+    "scale": None,
+    "gate": None,
+}
+USED = STORED | {
+    "embed": None,
+    "expert_embed": None,
+    "batch": BATCH_AXES,
+    "seq": "context",
+    "keys": None,
+    "head_dim": None,
+    "stream": ("context", "tensor"),
+    "stages": "pipeline",
+}
+
+
+def _mesh():
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.are_all_axes_manual else mesh
+
+
+# What `using` has changed of USED, during the trace of a function.
+_CHANGED: ContextVar[dict] = ContextVar("changed", default={})
+STAGE = {
+    "batch": ("data", "fsdp", "expert")
+}  # inside a pipeline stage, where `pipeline` lays out the stages
+WHOLE_ROWS = {"seq": None, "stream": None}  # where a sequence is not split: decoding
+
+
+@contextmanager
+def using_rules(changes: dict):
+    """USED with `changes`, for what is traced inside. Enter it in the traced function itself,
+    never around a call of a jitted one: it is no part of a compiled function's key."""
+    token = _CHANGED.set(_CHANGED.get() | changes)
+    try:
+        yield
+    finally:
+        _CHANGED.reset(token)
+
+
+def make_spec(table: dict, axes: tuple[str | None, ...]) -> P:
+    """The PartitionSpec of logical `axes`; two axes on one mesh axis raise ValueError, unknown
+    names KeyError."""
+    parts = [table[axis] if axis is not None else None for axis in axes]
+    used = [name for part in parts for name in _names(part)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} would use a mesh axis twice: {parts}")
+    return P(*parts)
+
+
+def used_spec(*axes: str | None) -> P:
+    """The PartitionSpec of logical `axes` where they are computed with."""
+    return make_spec(USED | _CHANGED.get(), axes)
+
+
+def platform() -> str:
+    """What the program is compiled for: the platform of the mesh, which need not be this
+    process's."""
+    device = _abstract_device()
+    return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+    """The kind of device that the program is compiled for (devices.py)."""
+    device = _abstract_device()
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def _abstract_device():
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh.abstract_device
+
+
+def axis_size(axis: str) -> int:
+    """Devices along mesh axis `axis` of the current mesh (1 without a mesh)."""
+    mesh = _mesh()
+    return 1 if mesh is None else mesh.shape[axis]
+
+
+def count_parts(axis: str) -> int:
+    """Pieces into which logical `axis` is cut where it is computed with (1 without a mesh)."""
+    return math.prod(map(axis_size, _names((USED | _CHANGED.get())[axis])))
+
+
+def batch_spec() -> P:
+    """How a column [B, T] of a batch lies on the mesh."""
+    return P(BATCH_AXES, "context")
+
+
+def _names(part) -> tuple[str, ...]:
+    """The mesh axes of one dim of a PartitionSpec."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def out_spec(*axes: str | None) -> P | None:
+    """`out_sharding` for jnp operations: the USED spec on a mesh, None without one."""
+    return None if _mesh() is None else used_spec(*axes)

@@ -1,0 +1,21 @@
+from .checkpoint.arrays import restore_checkpoint as restore_checkpoint
+from .checkpoint.checkpoints import open_checkpoints as open_checkpoints
+from .checkpoint.manifest import (
+    CHECKPOINT_FOLDER as CHECKPOINT_FOLDER,
+    MANIFEST as MANIFEST,
+    read_meta as read_meta,
+    resolve_checkpoint as resolve_checkpoint,
+)
+from .objectives import Network as Network
+from .optim.optimizer import (
+    describe_groups as describe_groups,
+    make_optimizer as make_optimizer,
+    make_zero1 as make_zero1,
+)
+from .optim.schedule import make_schedule as make_schedule
+from .step import (
+    TrainState as TrainState,
+    eval_step as eval_step,
+    init_state as init_state,
+    train_step as train_step,
+)

@@ -1,0 +1,1 @@
+"""Checkpoints: arrays through Orbax, sealed by a manifest of our own."""

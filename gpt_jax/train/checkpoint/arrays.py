@@ -1,0 +1,108 @@
+"""The arrays of a checkpoint: trees as they are stored, and reading them back (called by
+checkpoint.py).
+
+Trees are stored as nested dicts with string keys (`train/opt/0/mu/…`): NamedTuples and empty
+subtrees come back from the caller's own abstract tree.
+"""
+
+from pathlib import Path
+
+import jax
+from orbax.checkpoint.experimental import v1 as ocp
+
+from gpt_jax.errors import NoCheckpoint, UsageError
+from gpt_jax.train.checkpoint.manifest import cause_of
+
+
+def nest(tree, what: str) -> dict:
+    """A pytree of jax arrays (or ShapeDtypeStructs) as nested dicts with string keys; empty
+    subtrees vanish.
+
+    TypeError for what would be saved and not come back: typed keys, arrays without elements, no
+    array at all."""
+    out = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+            raise TypeError(f"{what} {_name(path)}: {type(leaf).__name__} is not a jax array")
+        if leaf.size == 0 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise TypeError(
+                f"{what} {_name(path)}: {leaf.dtype}{list(leaf.shape)} cannot be stored; "
+                "store the key data of a typed key, and no empty arrays"
+            )
+        *parents, last = [_name((key,)) for key in path] or ["value"]
+        node = out
+        for key in parents:
+            node = node.setdefault(key, {})
+        if last in node:
+            raise TypeError(f"{what} {_name(path)}: two leaves share this name")
+        node[last] = leaf
+    if not out:
+        raise TypeError(f"{what}: no array in it")
+    return out
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def restore_checkpoint(directory, step: int, wanted: dict) -> dict:
+    """The saved trees, to the bit: `{"params": …}` for `wanted = {"params": abstract tree}`;
+    nothing else is read.
+
+    Abstract leaves: jax.ShapeDtypeStruct with concrete shardings, on any mesh and process count.
+    All processes call it. Raises UsageError naming the first array that is missing, left over,
+    or of another shape or dtype; NoCheckpoint when the files cannot be read. Verify first
+    (`latest_valid`, `resolve_checkpoint`): this does not."""
+    folder = Path(directory).absolute() / str(step)
+    nested = {name: nest(tree, name) for name, tree in wanted.items()}
+    for name, tree in nested.items():
+        _compare_layout(
+            folder,
+            name,
+            _flat(_read(folder, lambda: ocp.metadata(folder, name).metadata)),
+            _flat(tree),
+        )
+    loaded = _read(folder, lambda: ocp.load_checkpointables(folder, nested))
+    out = {}
+    for name, tree in wanted.items():
+        arrays, (leaves, structure) = (
+            _flat(loaded[name]),
+            jax.tree_util.tree_flatten_with_path(tree),
+        )
+        out[name] = jax.tree.unflatten(
+            structure, [arrays[_name(path) or "value"] for path, _ in leaves]
+        )
+    return out
+
+
+def _read(folder: Path, read):
+    try:
+        return read()
+    except Exception as error:
+        raise NoCheckpoint(f"{folder}: cannot be restored: {cause_of(error)}") from error
+
+
+def _flat(tree) -> dict:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _compare_layout(folder: Path, item: str, saved: dict, wanted: dict) -> None:
+    """Orbax casts dtypes silently and calls a wrong shape an 'incompatible handler', so compare
+    before loading."""
+
+    def show(leaf):
+        return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+    for name in [*wanted, *(name for name in saved if name not in wanted)]:
+        old, new = saved.get(name), wanted.get(name)
+        if (
+            old is None
+            or new is None
+            or (tuple(old.shape), old.dtype) != (tuple(new.shape), new.dtype)
+        ):
+            raise UsageError(
+                f"checkpoint {folder}: {item} {name} is {show(old)} there and {show(new)} in this run; "
+                "use the config of the checkpoint, or another workdir"
+            )
+        if not isinstance(new.sharding, jax.sharding.Sharding):
+            raise TypeError(f"{item} {name}: the abstract array has no sharding")

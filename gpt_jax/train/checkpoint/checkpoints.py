@@ -1,0 +1,311 @@
+"""Saving and restoring a run (floor 2; called by experiment.py and by commands that take a
+checkpoint path).
+
+`<workdir>/checkpoints/<step>/` holds `params/` and, with averaging, `ema/` (so that evaluating
+reads nothing else), `train/` (optimiser state, step), `meta.json` (step, metrics, config, data
+position, tokenizer: whatever the caller hands over) and `manifest.json` (see digest.py), written in
+this order, the last when all else is on disk.
+
+Orbax's free functions write the arrays; policies, digests and deletion are ours, because they must
+agree with the digests and because Orbax's manager keeps raising the first failure for ever. What an
+item holds: arrays.py.
+"""
+
+import concurrent.futures
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import jax
+from orbax.checkpoint.experimental import v1 as ocp
+
+from gpt_jax import config
+from gpt_jax.cluster import agree_on, is_peer_gone
+from gpt_jax.errors import Exit, PeerFailed, SaveFailed
+from gpt_jax.files import replace_file
+from gpt_jax.train.checkpoint.arrays import nest
+from gpt_jax.train.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    META,
+    SAVING,
+    TEMPORARY,
+    cause_of,
+    find_damage,
+    free_name,
+    latest_valid,
+    steps_in,
+    unfinished_in,
+    write_manifest,
+)
+
+# an old step on its way out: renamed first, so that a kill never leaves half a checkpoint
+DELETED = ".deleted"
+DAMAGED = ".damaged"
+
+
+def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -> tuple[bool, int]:
+    """(time to save, next step at which to ask) when `seconds` have passed since step `since`.
+
+    Asking costs a broadcast that waits for the device, so the next question comes after a
+    twentieth of the period, or when the period ends if that is sooner, at the pace seen so far."""
+    period = 60.0 * every_minutes
+    if seconds >= period:
+        return True, step + 1
+    steps_per_second = max(step - since, 1) / max(seconds, 1e-9)
+    return False, step + max(1, int(min(period - seconds, period / 20) * steps_per_second))
+
+
+def to_keep(metrics: dict[int, float | None], policy: config.Checkpoint) -> set[int]:
+    """The steps that stay, of complete checkpoints `{step: value of policy.best_metric, or None}`.
+
+    The last `keep_last`, multiples of `keep_every_steps`, and the `keep_best` smallest values
+    (newer wins a tie)."""
+    last = sorted(metrics)[-policy.keep_last :]
+    every = [
+        step for step in metrics if policy.keep_every_steps and step % policy.keep_every_steps == 0
+    ]
+    scored = [step for step, value in metrics.items() if value is not None and math.isfinite(value)]
+    best = sorted(scored, key=lambda step: (metrics[step], -step))[: policy.keep_best]
+    return {*last, *every, *best}
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs each failure with tracebacks before it raises it, and what it raises becomes
+    one line of ours."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+class Checkpoints:
+    """The checkpoints of a run that is training, made by `open_checkpoints`. Every process calls
+    the same methods at the same steps. `latest` is the newest valid step found at the start
+    (None: a fresh run)."""
+
+    def __init__(self, directory: Path, policy: config.Checkpoint, report, latest: int | None):
+        self.directory, self.policy, self.latest = directory, policy, latest
+        self._report = report
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            1, "checkpoint"
+        )  # one worker: written, then sealed
+        self._pending: tuple | None = None  # (step, written, sealed) of the save in flight
+        self._saved_step, self._saved_at, self._next_look = latest or 0, time.monotonic(), 0
+        # What newer steps than `latest` hold is damaged: they neither count as kept nor get
+        # deleted.
+        self._complete = {
+            step: _metric(directory, step, policy)
+            for step in steps_in(directory)
+            if latest is not None and step <= latest and (directory / str(step) / MANIFEST).exists()
+        }
+
+    def should_save(self, step: int) -> bool:
+        """Whether the policy wants a checkpoint after `step`. The same on all processes; asks
+        process 0's clock only when `every_minutes` is set, and then only every so many steps."""
+        if step == self._saved_step:
+            return False
+        if self.policy.every_steps and step % self.policy.every_steps == 0:
+            return True
+        if not self.policy.every_minutes or step < self._next_look:
+            return False
+        due, self._next_look = agree_on(
+            lambda: look_at_clock(
+                step, self._saved_step, time.monotonic() - self._saved_at, self.policy.every_minutes
+            )
+        )
+        return due
+
+    def save(
+        self,
+        step: int,
+        params,
+        train,
+        meta: dict,
+        metrics: dict[str, float] | None = None,
+        ema=None,
+    ) -> bool:
+        """Starts saving and returns once all arrays are copied or held (their buffers may be
+        donated next).
+
+        `params`, `train`, and `ema` where there is one: pytrees of jax arrays, each an item that
+        can be restored by itself; `meta`: JSON values, into meta.json with `step`, `metrics`,
+        `format`. Waits for the save before. False when a whole checkpoint of this step is there
+        already. Raises SaveFailed."""
+        self.wait()
+        text = json.dumps({**meta, "step": step, "metrics": metrics or {}, "format": FORMAT})
+        trees = {
+            name: nest(tree, name)
+            for name, tree in (("params", params), ("train", train), ("ema", ema))
+            if tree is not None
+        }
+        self._saved_step, self._saved_at, self._next_look = step, time.monotonic(), step + 1
+        if not agree_on(lambda: self._make_room(step)):
+            return False
+        try:
+            response = ocp.save_checkpointables_async(self.directory / str(step), trees)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        written = self._pool.submit(response.result)
+        value = (metrics or {}).get(self.policy.best_metric)
+        self._pending = step, written, self._pool.submit(self._seal, step, written, text, value)
+        return True
+
+    def wait(self) -> None:
+        """Returns when the save in flight is complete, manifest included, on all processes.
+        Raises SaveFailed."""
+        if self._pending is None:
+            return
+        (step, written, sealed), self._pending = self._pending, None
+        error = written.exception()
+        if (
+            error is not None
+        ):  # raised here alone: the other processes may still wait for this one inside Orbax
+            sealed.result()  # its remains are gone
+            raise self._failed(step, error) from error
+        agree_on(sealed.result)
+
+    def check(self) -> None:
+        """Raises SaveFailed if the save in the background has failed already; never blocks,
+        needs no other process."""
+        if self._pending is not None and self._pending[2].done():
+            step, written, sealed = self._pending
+            if written.exception() is not None:
+                raise self._failed(step, written.exception())
+            sealed.result()
+
+    def close(self) -> None:
+        """Lets the save in flight end and stops the thread. Raises SaveFailed if it failed;
+        needs no other process."""
+        self._pool.shutdown(wait=True)
+        self.check()
+
+    def _make_room(self, step: int) -> bool:
+        """Process 0, before a save: False when the step is there and whole; a damaged one is
+        moved aside."""
+        folder = self.directory / str(step)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if folder.exists():
+                damage = "" if step in self._complete else find_damage(folder)
+                if not damage:
+                    return False
+                aside = free_name(folder.with_name(folder.name + DAMAGED))
+                folder.rename(aside)
+                self._report(
+                    f"checkpoint step {step}: the damaged one there ({damage}) is now {aside}"
+                )
+            (self.directory / f"{step}{SAVING}").touch()
+        except OSError as error:
+            raise self._failed(step, error) from error
+        return True
+
+    def _seal(self, step: int, written, meta_text: str, value: float | None) -> None:
+        """Background, after Orbax: process 0 writes meta and manifest, then deletes what the
+        policy no longer wants."""
+        if jax.process_index() != 0:
+            return
+        folder, mark = self.directory / str(step), self.directory / f"{step}{SAVING}"
+        if written.exception() is not None:
+            self._discard(Path(f"{folder}{TEMPORARY}"))
+            mark.unlink(missing_ok=True)
+            return
+        try:
+            replace_file(folder / META, meta_text.encode())
+            write_manifest(folder)
+            mark.unlink(missing_ok=True)
+        except OSError as error:
+            if not (folder / MANIFEST).exists():
+                self._discard(folder)
+                mark.unlink(missing_ok=True)
+            raise self._failed(step, error) from error
+        self._complete[step] = value
+        for old in sorted(set(self._complete) - to_keep(self._complete, self.policy)):
+            del self._complete[old]
+            self._discard(self.directory / str(old))
+
+    def _discard(self, folder: Path) -> None:
+        """Deletes a folder, which disappears from view at once. Failing at that is reported, and
+        not a failed save."""
+        try:
+            if folder.exists():
+                doomed = folder.rename(free_name(folder.with_name(folder.name + DELETED)))
+                shutil.rmtree(doomed)
+        except OSError as error:
+            self._report(f"{folder} could not be deleted: {cause_of(error)}")
+
+    def _failed(self, step: int, error: BaseException) -> Exit:
+        """What to raise for a save that ended with `error`: SaveFailed, or PeerFailed when
+        another process has left."""
+        good = max((s for s in self._complete if s != step), default=None)
+        rest = (
+            "there is no earlier checkpoint"
+            if good is None
+            else f"the checkpoint of step {good} is untouched"
+        )
+        parent = next(
+            folder for folder in (self.directory, *self.directory.parents) if folder.exists()
+        )
+        free = shutil.disk_usage(parent).free / 2**20
+        if is_peer_gone(error):
+            return PeerFailed(
+                f"{self.directory}: a peer process left while step {step} was being saved, its log has the "
+                f"reason; {rest}"
+            )
+        return SaveFailed(
+            f"{self.directory}: saving step {step} failed: {cause_of(error)} ({free:,.1f} MiB free); "
+            f"{rest}"
+        )
+
+
+def open_checkpoints(directory, policy: config.Checkpoint, report=print) -> Checkpoints:
+    """The checkpoints of a run that is about to train into `directory` (`<workdir>/checkpoints`;
+    made when missing).
+
+    Clears what a killed process left half-written and finds the newest valid step, with a line
+    to `report` for each (process 0). Raises NoCheckpoint when there are checkpoints and none is
+    valid. Every process calls it."""
+    directory = Path(directory).absolute()
+    logging.getLogger("absl").addFilter(_not_orbax)
+    agree_on(lambda: _sweep(directory, report))
+    return Checkpoints(
+        directory,
+        policy,
+        report if jax.process_index() == 0 else _silent,
+        latest_valid(directory, report),
+    )
+
+
+def _silent(line: str) -> None:
+    """Processes other than 0 say nothing."""
+
+
+def _sweep(directory: Path, report) -> None:
+    """Process 0: removes unfinished saves and half-deleted steps. What was complete once is
+    never touched."""
+    try:
+        doomed = [path for end in (TEMPORARY, DELETED) for path in directory.glob(f"*{end}*")]
+        for step in unfinished_in(directory):
+            doomed += [directory / str(step)] if (directory / str(step)).exists() else []
+            report(
+                f"checkpoint step {step} in {directory} was not finished; its remains are removed"
+            )
+        for folder in doomed:
+            shutil.rmtree(folder)
+        for mark in directory.glob(f"*{SAVING}"):
+            mark.unlink()
+    except OSError as error:
+        raise SaveFailed(
+            f"{error.filename or directory}: cannot be removed: {error.strerror}"
+        ) from error
+
+
+def _metric(directory: Path, step: int, policy: config.Checkpoint) -> float | None:
+    """The saved value of `best_metric`; None when that checkpoint has none, or no readable meta."""
+    try:
+        return json.loads((directory / str(step) / META).read_bytes())["metrics"].get(
+            policy.best_metric
+        )
+    except (OSError, ValueError, KeyError):
+        return None  # damaged: it cannot be among the best, and whoever restores it is told why

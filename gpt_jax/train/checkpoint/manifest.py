@@ -1,0 +1,274 @@
+"""Which checkpoints on disk are whole: content digests, and the search for the newest valid one
+(floor 2).
+
+Orbax restores flipped bits without a word, so each checkpoint ends with a manifest of our own:
+name, size and sha256 of every file, and the sha256 of that list. It is written last, hence a step
+with a manifest was complete once, and the bytes that differ from it are damage. `<step>.saving`
+next to a step says that its save has begun and not ended, which tells an unfinished save (the
+process was killed: nothing is wrong) from a manifest that got lost. Called by `checkpoint.py` and
+by the commands that take a checkpoint path.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from gpt_jax.cluster import agree_on
+from gpt_jax.errors import NoCheckpoint, UsageError
+from gpt_jax.files import replace_file
+
+MANIFEST = "manifest.json"
+META = "meta.json"
+FORMAT = 2  # of the layout above and of what meta.json holds; a reader refuses any other
+CHECKPOINT_FOLDER = "checkpoints"  # inside a workdir
+TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for a step that it is still writing
+SAVING = ".saving"
+THREADS = 4  # hashlib lets go of the interpreter lock, so files are hashed in parallel
+
+
+def cause_of(error: BaseException) -> str:
+    """One line for what went wrong: the system's own words where it has some."""
+    text = str(error).strip() or type(error).__name__
+    number = re.search(r"os_error_code='(\d+)'", text)  # tensorstore hides the errno in its message
+    if number:
+        return os.strerror(int(number[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return text.splitlines()[0][:300]
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or `path.1`, `path.2`, …: the first that is not taken."""
+    names = (path if n == 0 else path.with_name(f"{path.name}.{n}") for n in range(1_000_000))
+    return next(name for name in names if not name.exists())
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """Relative name -> bytes of every file below `folder` except its manifest, sorted by name."""
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in paths
+        if path != folder / MANIFEST
+    }
+
+
+def hash_files(folder: Path, names) -> list[str]:
+    """sha256 of each named file, in hexadecimal."""
+
+    def digest(name):
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(digest, names))
+
+
+def render_manifest(files: dict[str, list]) -> str:
+    """The manifest's text: `{name: [bytes, sha256]}` and the sha256 of that. One table has
+    exactly one text."""
+    table = json.dumps(files, sort_keys=True, separators=(",", ":"))
+    own = hashlib.sha256(table.encode()).hexdigest()
+    return json.dumps({"sha256": own, "files": json.loads(table)}, separators=(",\n", ":")) + "\n"
+
+
+def write_manifest(folder: Path) -> None:
+    """Hashes all files of the finished step in `folder` and seals it."""
+    sizes = list_files(folder)
+    hashes = hash_files(folder, sizes)
+    text = render_manifest({n: [s, h] for (n, s), h in zip(sizes.items(), hashes)})
+    replace_file(folder / MANIFEST, text.encode())
+
+
+def find_damage(folder: Path) -> str:
+    """`"file: reason"` for what is wrong with the step in `folder`, or "" when every byte is as
+    it was saved."""
+    try:
+        return _compare(folder)
+    except OSError as error:  # a file that the disk no longer gives back is damage too
+        return f"{error.filename or folder}: {error.strerror or error}"
+
+
+def _compare(folder: Path) -> str:
+    sizes = list_files(folder)
+    if not (folder / MANIFEST).exists():
+        return f"{MANIFEST}: missing" if sizes else f"{folder.name}: empty directory"
+    raw = (folder / MANIFEST).read_bytes()
+    try:
+        files = json.loads(raw)["files"]
+        intact = render_manifest(files).encode() == raw
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        return f"{MANIFEST}: content changed"
+    bad = {name: "missing" for name in files if name not in sizes}
+    bad |= {name: "not part of the checkpoint as saved" for name in sizes if name not in files}
+    bad |= {
+        name: f"{sizes[name]} bytes instead of {size}"
+        for name, (size, _) in files.items()
+        if name in sizes and sizes[name] != size
+    }
+    if not bad:
+        bad = {
+            name: "content changed (sha256 differs)"
+            for name, found in zip(files, hash_files(folder, files))
+            if files[name][1] != found
+        }
+    more = f" (and {len(bad) - 1} more files)" if len(bad) > 1 else ""
+    return next((f"{name}: {reason}{more}" for name, reason in bad.items()), "")
+
+
+def steps_in(directory: Path) -> list[int]:
+    """The steps that have a folder here, whole or not, in order; none when there is no such
+    directory."""
+    if not directory.is_dir():
+        return []
+    return sorted(
+        int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()
+    )
+
+
+def unfinished_in(directory: Path) -> list[int]:
+    """Steps whose save began and did not end: still under way, or its process was killed."""
+    names = [path.name.removesuffix(SAVING) for path in directory.glob(f"*{SAVING}")]
+    names += [
+        path.name.removesuffix(TEMPORARY)
+        for path in directory.glob(f"*{TEMPORARY}")
+        if not path.with_name(path.name.removesuffix(TEMPORARY)).exists()
+    ]
+    return sorted(
+        {
+            int(name)
+            for name in names
+            if name.isdecimal() and not (directory / name / MANIFEST).exists()
+        }
+    )
+
+
+def latest_valid(directory, report=print) -> int | None:
+    """The newest step in `directory` whose every byte is as saved; None when nothing was ever saved
+    here.
+
+    Process 0 looks and all processes get its answer. Each checkpoint passed over is one line to
+    `report` (process 0) with its step, file and reason; nothing is deleted. Raises NoCheckpoint
+    when there are checkpoints and none is valid.
+    """
+    directory = Path(directory).absolute()
+    return agree_on(lambda: _newest(directory, report))
+
+
+def _newest(directory: Path, report) -> int | None:
+    unfinished, damaged = unfinished_in(directory), []
+    for step in sorted({*steps_in(directory), *unfinished}, reverse=True):
+        if step in unfinished:
+            report(f"checkpoint step {step} in {directory} is not finished and is passed over")
+            continue
+        damage = find_damage(directory / str(step))
+        if not damage:
+            return step
+        damaged.append(f"step {step}: {damage}")
+        report(f"checkpoint step {step} in {directory} is damaged and is passed over: {damage}")
+    if damaged:
+        raise NoCheckpoint(
+            f"{directory}: no valid checkpoint; found {'; '.join(damaged)}. "
+            "Restore one from a copy, or start again with another workdir"
+        )
+    return None
+
+
+def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
+    """(checkpoints directory, step) of a whole checkpoint, for what a user typed: a workdir, its
+    checkpoints folder or one step's folder. `step` 0 takes the newest valid one.
+
+    Raises UsageError when there is no such path or step (the text lists what there is),
+    NoCheckpoint when the one asked for, or every one, is damaged."""
+
+    def find():
+        directory, wanted = _locate(Path(path).absolute(), step)
+        steps = steps_in(directory)
+        listing = f"steps in {directory}: {', '.join(map(str, steps)) or 'none'}"
+        if not wanted:
+            newest = _newest(directory, report)
+            if newest is None:
+                raise UsageError(
+                    f"checkpoint {str(path)!r}: nothing finished there yet; {_nearby(directory)}"
+                )
+            return [str(directory), newest]
+        if wanted not in steps:
+            raise UsageError(f"checkpoint {str(path)!r}: no step {wanted}; {listing}")
+        damage = (
+            "not finished"
+            if wanted in unfinished_in(directory)
+            else find_damage(directory / str(wanted))
+        )
+        if damage:
+            raise NoCheckpoint(
+                f"checkpoint step {wanted} in {directory} is damaged: {damage}; {listing}"
+            )
+        return [str(directory), wanted]
+
+    directory, found = agree_on(find)
+    return Path(directory), found
+
+
+def _locate(path: Path, step: int) -> tuple[Path, int]:
+    if (path / CHECKPOINT_FOLDER).is_dir():
+        return path / CHECKPOINT_FOLDER, step
+    if path.name.isdecimal() and (path.is_dir() or steps_in(path.parent)):
+        if step not in (0, int(path.name)):
+            raise UsageError(
+                f"checkpoint {str(path)!r}: is step {path.name}, but step {step} was asked for; drop one"
+            )
+        return path.parent, int(path.name)
+    if path.is_dir() and (path.name == CHECKPOINT_FOLDER or steps_in(path)):
+        return path, step
+    raise UsageError(
+        f"checkpoint {str(path)!r}: {'holds no checkpoints' if path.exists() else 'does not exist'}; "
+        f"{_nearby(path)}"
+    )
+
+
+def _nearby(path: Path) -> str:
+    """What could have been meant: runs with checkpoints below the nearest folder that exists."""
+    base = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    for root in [base, *base.parents][:4]:
+        if root == root.parent:
+            break  # not the whole disk
+        folders = sorted(
+            {
+                *root.glob(f"{CHECKPOINT_FOLDER}"),
+                *root.glob(f"*/{CHECKPOINT_FOLDER}"),
+                *root.glob(f"*/*/{CHECKPOINT_FOLDER}"),
+            }
+        )
+        runs = [
+            f"{folder.parent} (steps {', '.join(map(str, steps_in(folder)))})"
+            for folder in folders
+            if steps_in(folder)
+        ]
+        if runs:
+            return f"found {'; '.join(runs[:10])}"
+    return f"no checkpoints under {base} either"
+
+
+def read_meta(directory, step: int) -> dict:
+    """What was handed to `save` as meta, with `step`, `metrics` and `format`. NoCheckpoint when
+    it cannot be read."""
+    path = Path(directory).absolute() / str(step) / META
+    try:
+        meta = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise NoCheckpoint(f"{path}: cannot be read: {cause_of(error)}") from error
+    if meta["format"] != FORMAT:
+        way_out = (
+            "update the program"
+            if meta["format"] > FORMAT
+            else "use the program that wrote it, or train again"
+        )
+        raise UsageError(
+            f"{path}: format {meta['format']} is not this program's {FORMAT}; {way_out}"
+        )
+    return meta

@@ -1,0 +1,152 @@
+"""Matrices that are cut over a mesh, whole on single devices for a moment (called by muon)."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+# Mesh axes that take whole matrices, in this order: first those that cut the matrices themselves.
+TAKERS = ("expert", "fsdp", "context", "tensor", "data", "pipeline")
+
+
+class MatrixKind(NamedTuple):
+    """Matrices that travel together: [rows, columns], the mesh axes over which each is cut, and
+    `held`, those over which they are dealt out already, as experts are."""
+
+    shape: tuple[int, int]
+    cut: tuple[tuple[str, ...], tuple[str, ...]]
+    held: tuple[str, ...]
+
+
+def on_whole_matrices(fn: Callable, stacks: list[jax.Array]) -> list[jax.Array]:
+    """`fn` of every stack [..., in, out], where it has whole matrices to work on. `fn` maps stacks
+    to stacks of their shape, each matrix by itself, a transposed one to the transposed result and
+    zeros to zeros.
+
+    On several devices, stacks of one shape and layout (transposed ones too) are joined, padded
+    with zeros and dealt out over as many axes as leave a device fewer matrices: the 156 of 26
+    layers are two for each of 128 devices, where one stack at a time does not divide them. One
+    axis moves at a time, which the compiler makes an all-to-all of; two at once it answers with
+    a gather of everything. Results lie as what came in."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return [fn(x) for x in stacks]
+    sizes = dict(mesh.shape)
+    lists = [_listed(x, sizes) for x in stacks]
+    turned = [_turns(x) for x in lists]
+    lists = [_transposed(x, turn) for x, turn in zip(lists, turned)]
+    members: dict[tuple, list[int]] = {}
+    for i, x in enumerate(lists):
+        members.setdefault((_kind(x), x.dtype) if mesh.size > 1 else i, []).append(i)
+    done = {}
+    for these in members.values():
+        parts = _dealt(fn, jnp.concatenate([lists[i] for i in these], axis=1), sizes)
+        for i in these:
+            done[i], parts = parts[:, : lists[i].shape[1]], parts[:, lists[i].shape[1] :]
+    return [
+        _as_before(_transposed(done[i], turn), x) for i, (x, turn) in enumerate(zip(stacks, turned))
+    ]
+
+
+def _names(part) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def _listed(x: jax.Array, sizes: dict[str, int]) -> jax.Array:
+    """[..., in, out] as [p, n, in, out]: p parts, one on each device along the axes that cut a
+    dim of the stack."""
+    *lead, rows, columns = jax.typeof(x).sharding.spec
+    held, dim, parts = _held(x, sizes)
+
+    def split(at):
+        return at if dim is None else (*at[:dim], parts, at[dim] // parts, *at[dim + 1 :])
+
+    x = jax.reshard(x, P(*(held if i == dim else None for i in range(len(lead))), rows, columns))
+    if dim is not None:
+        spec = P(*(None,) * dim, held, *(None,) * (len(lead) - dim), rows, columns)
+        x = jnp.moveaxis(jax.lax.reshape(x, split(x.shape), out_sharding=spec), dim, 0)
+    return jax.lax.reshape(
+        x,
+        (parts, math.prod(x.shape[:-2]) // parts, *x.shape[-2:]),
+        out_sharding=P(held or None, None, rows, columns),
+    )
+
+
+def _as_before(x: jax.Array, like: jax.Array) -> jax.Array:
+    """What `_listed` made of `like`, or a result of the same shape and layout, as `like` was."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    *lead, rows, columns = jax.typeof(like).sharding.spec
+    held, dim, parts = _held(like, sizes)
+    if dim is None:
+        x = jax.lax.reshape(x, like.shape, out_sharding=P(*(None,) * len(lead), rows, columns))
+    else:
+        rest = (*like.shape[:dim], like.shape[dim] // parts, *like.shape[dim + 1 :])
+        x = jax.lax.reshape(
+            x, (parts, *rest), out_sharding=P(held, *(None,) * len(lead), rows, columns)
+        )
+        spec = P(*(held if i == dim else None for i in range(len(lead))), rows, columns)
+        x = jax.lax.reshape(jnp.moveaxis(x, 0, dim), like.shape, out_sharding=spec)
+    return jax.reshard(x, jax.typeof(like).sharding.spec)
+
+
+def _held(x: jax.Array, sizes: dict[str, int]) -> tuple[tuple[str, ...], int | None, int]:
+    """(mesh axes longer than 1 that cut a dim of the stack, that dim, pieces): one dim at most."""
+    for dim, part in enumerate(jax.typeof(x).sharding.spec[:-2]):
+        names = tuple(name for name in _names(part) if sizes[name] > 1)
+        if names:
+            return names, dim, math.prod(sizes[name] for name in names)
+    return (), None, 1
+
+
+def _kind(x) -> MatrixKind:
+    held, _, *dims = jax.typeof(x).sharding.spec
+    return MatrixKind(x.shape[2:], tuple(map(_names, dims)), _names(held))
+
+
+def _turns(x) -> bool:
+    """Whether it is its transpose that is dealt out, so that [D, 4 D] and [4 D, D] may go
+    together."""
+    kind = _kind(x)
+    return kind > kind._replace(shape=kind.shape[::-1], cut=kind.cut[::-1])
+
+
+def _transposed(x, turn: bool):
+    return jnp.swapaxes(x, 2, 3) if turn else x
+
+
+def takers(count: int, sizes: dict[str, int]) -> tuple[str, ...]:
+    """Mesh axes (of these sizes) over which `count` matrices are dealt out: each leaves a device
+    fewer of them."""
+    found, devices = (), 1
+    for axis in TAKERS:
+        size = sizes.get(axis, 1)
+        if -(-count // (devices * size)) < -(-count // devices):
+            found, devices = (*found, axis), devices * size
+    return found
+
+
+def _dealt(fn: Callable, x: jax.Array, sizes: dict[str, int]) -> jax.Array:
+    kind, count = _kind(x), x.shape[1]
+    axes = takers(count, {axis: size for axis, size in sizes.items() if axis not in kind.held})
+    steps = [_place(kind, axes[:i]) for i in range(len(axes) + 1)] + [
+        P(kind.held or None, axes or None)
+    ]
+    x = jnp.pad(x, ((0, 0), (0, -count % math.prod(sizes[axis] for axis in axes)), (0, 0), (0, 0)))
+    for step in steps[1:]:
+        x = jax.reshard(x, step)
+    x = fn(x)
+    for step in steps[-2::-1]:
+        x = jax.reshard(x, step)
+    return x[:, :count]
+
+
+def _place(kind: MatrixKind, taken: tuple[str, ...]) -> P:
+    """Stacks dealt out over the axes `taken` too, their matrices cut over what is left of `cut`."""
+    return P(
+        kind.held or None,
+        taken or None,
+        *(tuple(axis for axis in part if axis not in taken) or None for part in kind.cut),
+    )

@@ -1,0 +1,388 @@
+"""One process of a job fails: the others are gone at once, say why, and leave with a code that a
+scheduler can use."""
+
+import json
+import os
+import signal
+import socket
+
+import pytest
+import runs
+
+from gpt_jax.cluster import rendezvous
+from gpt_jax.cluster.job import Membership
+from gpt_jax.cluster.launch_local import free_port
+from gpt_jax.errors import EXIT_CODES, EXIT_KINDS, PeerFailed, UsageError, exit_of
+
+HOST = socket.gethostname()
+# From a process's end to that of the others, who hear of it within seconds: 15 on machines of which
+# this is the only job.
+TOGETHER = 30
+LONG = (
+    "--config.train.steps=100000",
+    "--config.eval.every_steps=0",
+    "--config.checkpoint.every_steps=0",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_stragglers():
+    yield
+    runs.kill_all()
+
+
+def said(process) -> list[str]:
+    """The program's own lines on standard error."""
+    return [line for line in process.err.splitlines() if line.startswith("gpt-jax: ")]
+
+
+def test_who_is_silent_is_blamed_and_not_who_left_for_it():
+    """Process 0 may be gone already, because it has heard of the silent one."""
+    job = object.__new__(Membership)
+    job.process, job.silent, job.hosts, job.address = 2, [1], {1: "b"}, f"127.0.0.1:{free_port()}"
+    assert job.gone() == "a peer process is gone without a word: process 1 on b"
+    job.silent = []
+    assert "process 0 on " in job.gone()
+
+
+CRASH = """
+import sys
+from gpt_jax.run import loop
+from gpt_jax.commands import main
+from gpt_jax.errors import SaveFailed
+plain = loop.one_step
+def one_step(run, state, step, columns, profile):
+    if step == 8:
+        raise {error}
+    return plain(run, state, step, columns, profile)
+loop.one_step = one_step
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "error, victim, codes",
+    [
+        ("ZeroDivisionError('by nothing')", 1, (1, 1)),
+        ("SaveFailed('the disk is full')", 0, (50, 40)),
+    ],
+)
+def test_a_failure_in_one_process_is_the_others_reason(tmp_path, error, victim, codes):
+    """The others leave with 40 where a restart may help, else with the same code. In the middle
+    of a collective."""
+    given = runs.arguments(tmp_path, tmp_path / "job", *LONG)
+    python = [("-m", "gpt_jax")] * 2
+    python[victim] = "-c", CRASH.format(error=error)
+    job = runs.job(tmp_path / "logs", 2, given, python=python)
+    job[victim].end(codes[0])
+    job[1 - victim].end(codes[1], TOGETHER)
+    (last,) = said(job[1 - victim])
+    text = error.split("'")[1]
+    assert last.startswith(
+        f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code {codes[0]}: "
+    )
+    assert text in last
+    assert ("Traceback" in job[victim].err) == (codes[0] == 1) and text in job[victim].err
+
+
+LATE = """
+import sys, time
+from gpt_jax.run import loop
+from gpt_jax.commands import main
+def finish(*_):
+    time.sleep(5)
+    raise ZeroDivisionError("by nothing")
+loop.finish = finish
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_failure_behind_the_save_of_a_stop_is_the_others_reason_too(tmp_path, victim):
+    """The other has saved, is done, and waits for this one."""
+    python = [("-m", "gpt_jax")] * 2
+    python[victim] = "-c", LATE
+    job = runs.job(
+        tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python
+    )
+    job[0].until(runs.logged(tmp_path / "job", 10), "step 10")
+    job[0].signal(signal.SIGTERM)
+    job[victim].end(1)
+    job[1 - victim].end(1, TOGETHER)
+    *_, last = said(job[1 - victim])
+    assert last.startswith(
+        f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code 1: "
+    )
+
+
+EARLY = """
+import os, sys, time
+from gpt_jax.{room} import {module}
+from gpt_jax.commands import main
+plain = {module}.{name}
+def first(*given, **named):
+    os.kill(os.getpid(), {number})
+    time.sleep(0.1)  # the others have to hear of it before what follows is over: 5 s of an evaluation
+    return plain(*given, **named)
+{module}.{name} = first
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_before_the_loop_leaves_at_once(tmp_path, number):
+    """While the text is read, say."""
+    script = EARLY.format(room="run", module="parts", name="build", number=int(number))
+    process = runs.Process(
+        tmp_path / "logs", runs.arguments(tmp_path, tmp_path / "job", *LONG), ("-c", script)
+    )
+    process.end(10)
+    assert said(process) == [
+        "gpt-jax: stopped on request before the first step, nothing to save; the same command starts "
+        "again"
+    ]
+    assert "Traceback" not in process.err and not (tmp_path / "job/config.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_of_one_before_the_loop_stops_both_behind_its_first_steps(tmp_path, number):
+    """Of a new run, and of the same one when it goes on."""
+    python = [
+        ("-m", "gpt_jax"),
+        ("-c", EARLY.format(room="run", module="parts", name="build", number=int(number))),
+    ]
+    before = 0
+    for _ in range(2):
+        job = runs.job(
+            tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python
+        )
+        for process in job:
+            process.end(10)
+            (last,) = said(process)
+            step = int(last.split("stopped on request after step ")[1].split()[0])
+            assert before < step < before + 10
+        before = step
+
+
+def test_a_stop_of_one_in_an_evaluation_stops_both_there(tmp_path):
+    given = runs.arguments(
+        tmp_path,
+        tmp_path / "job",
+        "--config.train.steps=3",
+        "--config.eval.batches=50",
+        "--config.eval.batch_size=2",
+        "--config.checkpoint.every_steps=0",
+    )
+    python = [
+        ("-m", "gpt_jax"),
+        (
+            "-c",
+            EARLY.format(
+                room="evals", module="heldout", name="add_sums", number=int(signal.SIGTERM)
+            ),
+        ),
+    ]
+    for process in runs.job(tmp_path / "logs", 2, given, python=python):
+        process.end(10)
+        (last,) = said(process)
+        assert "stopped on request after step 3 of 3, saved in" in last
+    assert not runs.curve(tmp_path / "job", "eval/loss")
+    for process in runs.job(tmp_path / "logs", 2, given):
+        process.end(0)
+    assert list(runs.curve(tmp_path / "job", "eval/loss")) == [3]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_what_is_wrong_before_joining_ends_all(tmp_path, victim):
+    own = [["--config.train.batch_size=0"] * (k == victim) for k in range(2)]
+    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job"), own=own)
+    job[victim].end(2)
+    job[1 - victim].end(2, TOGETHER)
+    assert said(job[victim])[-1].startswith("gpt-jax: config.train.batch_size = 0")
+    assert said(job[1 - victim])[-1].startswith(
+        f"gpt-jax: process {victim} on {HOST} failed: config.train.batch_size = 0"
+    )
+
+
+def test_a_process_that_stands_still_is_missed(tmp_path):
+    """One that stands still altogether, so that no connection closes: only its heartbeats are
+    missing."""
+    job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG))
+    job[0].until(runs.logged(tmp_path / "job", 10), "step 10")
+    job[1].signal(signal.SIGSTOP)  # no word, no closed connection: only silence
+    job[0].end(40, 10 + TOGETHER)  # --heartbeat_seconds=10
+    assert f"a peer process is gone without a word: process 1 on {HOST} (" in said(job[0])[-1]
+    assert "Traceback" not in job[0].err
+
+
+OTHER_CODE = """
+import sys
+from gpt_jax.cluster import code as version
+from gpt_jax.commands import main
+version.source_digest = lambda folder: "0ddc0de0"
+main.main(sys.argv[1:])
+"""
+
+
+def test_processes_with_different_code_say_which_they_have(tmp_path):
+    job = runs.job(
+        tmp_path / "logs",
+        2,
+        runs.arguments(tmp_path, tmp_path / "job"),
+        python=[("-m", "gpt_jax"), ("-c", OTHER_CODE)],
+    )
+    for k, process in enumerate(job):
+        process.end(2)
+        line = said(process)[-1]
+        assert line.startswith(
+            "gpt-jax: the code (source digest and jax version): not the same on all processes"
+        )
+        assert (
+            "install the same gpt_jax and jax on every host" in line
+            and f"this is process {k} on {HOST}" in line
+        )
+        assert ("source 0ddc0de0" in line) == (k == 1)
+
+
+# ---- the meeting ----
+
+
+def attend(port: int, places, seconds: float = 20.0, failed=None) -> list:
+    """What `meet` raises for each (process, processes), in threads."""
+    import threading
+
+    found = [None] * len(places)
+
+    def go(i, process, processes):
+        try:
+            rendezvous.meet(
+                rendezvous.Place(f"127.0.0.1:{port}", processes, process),
+                seconds,
+                (failed or {}).get(process),
+            )
+            found[i] = "came"
+        except Exception as error:
+            found[i] = error
+
+    threads = [threading.Thread(target=go, args=(i, *place)) for i, place in enumerate(places)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+def test_all_come():
+    assert attend(free_port(), [(k, 5) for k in (3, 1, 0, 4, 2)]) == ["came"] * 5
+
+
+def test_a_worker_that_never_comes_is_named():
+    found = attend(port := free_port(), [(k, 4) for k in (0, 2)], seconds=2)
+    for error in found:
+        assert isinstance(error, PeerFailed)
+        assert str(error).startswith(
+            f"2 of 4 processes came to 127.0.0.1:{port}, missing: processes 1 and 3, within "
+            "--join_seconds=2"
+        )
+
+
+def test_a_coordinator_that_cannot_be_reached_is_named():
+    (error,) = attend(port := free_port(), [(1, 2)], seconds=1.5)
+    assert isinstance(error, PeerFailed) and f"--coordinator=127.0.0.1:{port}: process 1" in str(
+        error
+    )
+    assert "--join_seconds=1.5" in str(error) and "refused" in str(error)
+
+
+@pytest.mark.parametrize(
+    "places, words",
+    [
+        ([(0, 2), (1, 3)], "--num_processes: process 1"),
+        ([(0, 3), (1, 3), (1, 3)], "--process_id=1: two processes say so"),
+    ],
+)
+def test_processes_that_do_not_fit_together(monkeypatch, places, words):
+    pids = iter(range(100, 200))
+    monkeypatch.setattr(
+        os, "getpid", lambda: next(pids)
+    )  # each thread stands for a process: `meet` asks once
+    monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 2.0)
+    for error in attend(free_port(), places):
+        assert isinstance(error, UsageError) and str(error).startswith(words)
+
+
+def test_one_that_failed_tells_all(monkeypatch):
+    monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 2.0)
+    for who in (0, 2):
+        found = attend(
+            free_port(),
+            [(k, 3) for k in range(3)],
+            failed={who: UsageError("no such file: " + "x" * 9999)},
+        )
+        assert found.pop(who) == "came"
+        assert all(
+            isinstance(error, UsageError)
+            and str(error).startswith(f"process {who} on {HOST} failed: no such file")
+            for error in found
+        )
+
+
+def test_strangers_are_no_process():
+    """A port scanner, and something that says nothing, while the processes come."""
+    import threading
+
+    port = free_port()
+    job = threading.Thread(target=attend, args=(port, [(0, 2)], 10.0))
+    job.start()
+    hello = {"process": 1, "processes": 2, "host": "h", "pid": 1}
+    near = [{key: value for key, value in hello.items() if key != left_out} for left_out in hello]
+    near += [
+        hello | {"process": "1"},
+        hello | {"process": 0},
+        hello | {"process": 2},
+        hello | {"processes": [2]},
+        hello | {"failed": 3},
+        hello | {"failed": {"code": 2}},
+    ]
+    for text in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"",
+        b"[1]\n",
+        b"{}\n",
+        *(json.dumps(word).encode() + b"\n" for word in near),
+    ):
+        while job.is_alive():
+            try:
+                with socket.create_connection(("127.0.0.1", port), 5) as line:
+                    line.sendall(text)
+                break
+            except ConnectionRefusedError:
+                continue
+    assert job.is_alive()
+    assert attend(port, [(1, 2)]) == ["came"]
+    job.join(20)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"say": "end"}, {"say": "end", "text": "x", "code": "2"}, {"say": ["go"]}, {"text": "hi"}, []],
+)
+def test_what_is_no_answer_of_process_0_is_none(said):
+    assert not rendezvous.is_answer(said)
+
+
+def test_an_end_is_made_again_of_its_code():
+    assert set(EXIT_KINDS) == set(EXIT_CODES) - {0, 31}
+    for code in (*EXIT_CODES, 1):
+        assert (
+            type(exit_of(code, "why")) is EXIT_KINDS.get(code, PeerFailed)
+            and str(exit_of(code, "why")) == "why"
+        )
+
+
+@pytest.mark.parametrize("address", ["host", "host:", "host:http", ":5", "host:99999", "host:0"])
+def test_an_address_without_a_port_is_refused(tmp_path, address):
+    code, text = runs.refusal(
+        *runs.arguments(tmp_path, tmp_path / "job"), f"--coordinator={address}", "--num_processes=2"
+    )
+    assert code == 2 and text.startswith(f"--coordinator={address}: expected HOST:PORT")

@@ -1,0 +1,347 @@
+"""Token files: what is held out, found again, rebuilt, and never half there."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt_jax import config
+from gpt_jax.data.stream import batches, dataset
+from gpt_jax.data.tokenizers.bpe import train_bpe
+from gpt_jax.data.tokenizers.vocabulary import char_tokenizer
+from gpt_jax.data.tokens import cache, split, store
+from gpt_jax.errors import DataError, UsageError
+
+WORDS = "the cat sat on the mat and 我是猫 looked at 👍 it all day long\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(12):
+        (tmp_path / "text" / f"{i:02d}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{i:02d}.txt").write_text(f"{i} " + WORDS * (i + 1))
+    return tmp_path
+
+
+def data_for(folder, **changes):
+    return config.Data(
+        **{"path": (str(folder / "text"),), "cache": str(folder / "cache"), "workers": 2, **changes}
+    )
+
+
+def ids(tokens):
+    return tokens.ids(0, tokens.size)
+
+
+def heldout_text(data):
+    got = cache.prepare(data, quiet)
+    return got.tokenizer.decode_bytes(ids(got.eval))
+
+
+def quiet(_):
+    pass
+
+
+def texts(tokens, tokenizer):
+    return [tokenizer.decode(tokens.ids(a, b)) for a, b in zip(tokens.offsets, tokens.offsets[1:])]
+
+
+def test_one_document_is_cut_as_nanogpt_cuts(tmp_path):
+    text = WORDS * 37
+    (tmp_path / "a.txt").write_text(text)
+    data = config.Data(
+        path=(str(tmp_path / "a.txt"),), tokenizer="char", cache=str(tmp_path / "cache")
+    )
+    got = cache.prepare(data, quiet)
+    code = {c: i for i, c in enumerate(sorted(set(text)))}
+    cut = int(len(text) * 0.9)
+    assert ids(got.train).tolist() == [code[c] for c in text[:cut]]
+    assert ids(got.eval).tolist() == [code[c] for c in text[cut:]]
+    assert got.tokenizer.vocab == len(code) and got.tokenizer.eot is None
+    assert (got.train.bytes, got.eval.bytes) == (len(text[:cut].encode()), len(text[cut:].encode()))
+    assert heldout_text(data) == text[cut:].encode()
+
+
+@pytest.mark.parametrize("how", ["tail", "document"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe:270"])
+def test_many_documents_stay_whole(folder, how, tokenizer):
+    data = data_for(folder, split=how, tokenizer=tokenizer, eval_fraction=0.3)
+    got = cache.prepare(data, quiet)
+    train, held = texts(got.train, got.tokenizer), texts(got.eval, got.tokenizer)
+    files = [path.read_text() for path in sorted((folder / "text").iterdir())]
+    assert [t for t in files if t in train] == train and [t for t in files if t in held] == held
+    assert sorted(train + held) == sorted(files) and train and held
+    assert "".join(held).encode() == heldout_text(data)
+    assert tuple(map(got.eval.document_name, range(got.eval.documents))) == tuple(
+        f"text/{files.index(t):02d}.txt" for t in held
+    )
+    assert got.eval.bytes == len("".join(held).encode()) and got.train.documents == len(train)
+    ends = ids(got.train)[got.train.offsets[1:] - 1]
+    assert got.tokenizer.eot is None or (ends == got.tokenizer.eot).all()
+    if how == "tail":
+        sizes = np.array([len(t) for t in files])
+        assert len(held) == sum(np.cumsum(sizes) - sizes >= int(sizes.sum() * 0.7))
+
+
+def test_tail_of_equal_documents_and_of_one_that_is_too_long(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text("0123456789")
+    data = config.Data(path=(str(tmp_path),), eval_fraction=0.2)
+    assert heldout_text(data) == b"0123456789" * 2  # the first of them begins exactly at the cut
+    (tmp_path / "9.txt").write_text("long" * 1000)
+    assert heldout_text(data) == b"long" * 1000
+    (tmp_path / "9.txt").write_text("x")
+    (tmp_path / "0.txt").write_text("long" * 1000)
+    assert heldout_text(data).startswith(b"0123456789")  # never the first
+
+
+def test_split_by_document_moves_no_text_when_files_are_added(folder):
+    data = data_for(folder, split="document", eval_fraction=0.4)
+    before = heldout_text(data)
+    (folder / "text" / "00.txt").rename(folder / "text" / "renamed.txt")
+    (folder / "text" / "new.md").write_text("another text altogether")
+    assert set(before.splitlines()) <= set(heldout_text(data).splitlines())
+
+
+def test_held_out_text_of_its_own(folder):
+    (folder / "held.txt").write_text("held out")
+    got = cache.prepare(data_for(folder, eval_path=(str(folder / "held.txt"),)), quiet)
+    assert got.train.documents == 12 and texts(got.eval, got.tokenizer) == ["held out"]
+    assert cache.prepare(data_for(folder, eval_fraction=0.0), quiet).eval is None
+    (folder / "held.txt").write_text("")
+    with pytest.raises(UsageError, match="held.txt: no text in this file"):
+        cache.prepare(data_for(folder, eval_path=(str(folder / "held.txt"),)), quiet)
+
+
+def test_bpe_sees_the_training_side_only(folder):
+    (folder / "held.txt").write_text("zqzqzqzq " * 100)
+    got = cache.prepare(
+        data_for(folder, tokenizer="bpe:280", eval_path=(str(folder / "held.txt"),)), quiet
+    )
+    alone = train_bpe((path.read_text() for path in sorted((folder / "text").iterdir())), 280)
+    assert got.tokenizer.fingerprint == alone.fingerprint
+    assert texts(got.eval, got.tokenizer) == ["zqzqzqzq " * 100]
+
+
+def test_found_again_and_rebuilt_when_the_source_or_settings_change(folder, monkeypatch):
+    builds, write = [], store.write
+    monkeypatch.setattr(store, "write", lambda *a: (builds.append(a[0]), write(*a)))
+    data = data_for(folder)
+    first = cache.prepare(data, quiet)
+    assert (ids(cache.prepare(data, quiet).train) == ids(first.train)).all() and len(builds) == 1
+    path = folder / "text" / "00.txt"
+    old = path.stat()
+    path.write_text("X" + path.read_text()[1:])  # the same size
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+    assert (
+        texts((changed := cache.prepare(data, quiet)).train, changed.tokenizer)[0][0] == "X"
+        and len(builds) == 2
+    )
+    os.utime(
+        path, ns=(0, 0)
+    )  # an old file is not read again, and another time alone is no other content
+    for _ in range(2):
+        cache.prepare(data, quiet)
+    assert len(builds) == 2 and len(list((folder / "cache").glob("*.stamps"))) == 1
+    for changes in ({"tokenizer": "bpe:260"}, {"eval_fraction": 0.5}, {"split": "document"}):
+        cache.prepare(data_for(folder, **changes), quiet)
+    assert len(builds) == 5
+
+
+def test_hashes_are_taken_over_only_for_settled_files(folder):
+    found = cache.sources.find((str(folder / "text"),))
+    fresh = store.content_hashes(found, folder / "cache", 1)
+    path = found[0].path
+    stat = path.stat()
+    path.write_text("Y" + path.read_text()[1:])
+    os.utime(
+        path, ns=(stat.st_atime_ns, stat.st_mtime_ns)
+    )  # a change that hides in the clock's grain
+    assert store.content_hashes(found, folder / "cache", 1)[0] != fresh[0]
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda f: os.truncate(f / "train.tokens", 10), "train.tokens has 10 bytes"),
+        (lambda f: (f / "meta.json").unlink(), "cannot be read"),
+        (lambda f: (f / "meta.json").write_text("{"), "cannot be read"),
+        (lambda f: os.truncate(f / "eval.offsets", 8), "eval.offsets has 8 bytes"),
+        (
+            lambda f: (f / "tokenizer.json").write_text(char_tokenizer("ab").to_json()),
+            "holds another tokenizer",
+        ),
+    ],
+)
+def test_a_damaged_cache_is_rebuilt_and_said(folder, damage, reason):
+    first = cache.prepare(data_for(folder), quiet)
+    whole = np.array(ids(first.train))
+    damage(first.folder)
+    lines = []
+    assert (ids(cache.prepare(data_for(folder), lines.append).train) == whole).all()
+    assert any(reason in line and "it is built again" in line for line in lines)
+
+
+KILLED = """
+import time, sys
+from gpt_jax import config
+from gpt_jax.data import cache, shards
+save = shards.save
+def slow(path, content):
+    save(path, content)
+    print(path.name, flush=True)
+    time.sleep(60)
+def told(path, content):
+    print("building", path.name, flush=True)
+    return save(path, content)
+shards.save = {"slow": slow, "fast": told}[sys.argv[3]]
+got = cache.prepare(config.Data(path=(sys.argv[1],), cache=sys.argv[2]), lambda line: print(line, flush=True))
+print("tokens", got.train.size)
+"""
+
+
+def start(folder, how):
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder / "text"), str(folder / "cache"), how],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(config.__file__).parents[2],
+    )
+
+
+def test_kill_while_building_leaves_nothing_usable(folder):
+    child = start(folder, "slow")
+    assert child.stdout.readline() == "train.offsets\n"  # both token files are complete by now
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    [left] = [path for path in (folder / "cache").iterdir() if path.is_dir()]
+    assert left.suffix == ".building"
+    with pytest.raises(store.Unusable):
+        store.load(left)
+    got = cache.prepare(data_for(folder), quiet)
+    assert got.train.documents == 11 and not left.exists()
+
+
+def test_several_processes_build_once(folder):
+    first = start(folder, "slow")
+    assert first.stdout.readline() == "train.offsets\n"
+    others = [start(folder, "fast") for _ in range(2)]
+    waiting = [child.stdout.readline() for child in others]
+    assert all("waiting for another process that builds" in line for line in waiting)
+    # the lock goes with its process, one of the others builds and the last one finds it
+    first.kill()
+    lines = [child.communicate(timeout=60)[0].splitlines() for child in others]
+    results = [said[-1] for said in lines]
+    assert sorted("building train.offsets" in said for said in lines) == [False, True]
+    first.wait()
+    first.stdout.close()
+    assert results[0] == results[1] == f"tokens {cache.prepare(data_for(folder), quiet).train.size}"
+
+
+def test_a_source_that_changes_while_it_is_read(folder, monkeypatch):
+    plan = split.plan
+
+    def changing(*args):
+        corpus = plan(*args)
+        (folder / "text" / "03.txt").write_text("other")
+        return corpus
+
+    monkeypatch.setattr(split, "plan", changing)
+    with pytest.raises(DataError, match="changed while being read"):
+        cache.prepare(data_for(folder), quiet)
+    assert not [path for path in (folder / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("after", ['{"text": "a"}\n', '{"text": "a"}\n' * 3, ""])
+def test_documents_that_come_or_go_between_two_readings(tmp_path, after):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 2)
+    data = config.Data(path=(str(tmp_path),), eval_fraction=0.5)
+    corpus = split.plan(cache.sources.find(data.path), (), data)
+    (tmp_path / "a.jsonl").write_text(after)
+    with pytest.raises(DataError, match="changed while being read; start again"):
+        list(corpus.texts())
+
+
+def test_cache_folder_that_cannot_be_used(folder, monkeypatch):
+    (folder / "file").write_text("")
+    with pytest.raises(UsageError, match=r"config.data.cache = .*file/x'"):
+        cache.prepare(data_for(folder, cache=str(folder / "file" / "x")), quiet)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gpt_jax.files.sync_file", full)
+    with pytest.raises(UsageError, match="config.data.cache = .*No space left on device.*has room"):
+        cache.prepare(data_for(folder), quiet)
+    assert not [path for path in (folder / "cache").iterdir() if path.is_dir()]
+
+
+def test_a_token_file_that_shrinks_during_the_run(folder):
+    got = cache.prepare(data_for(folder), quiet)
+    stream = batches.make_stream(dataset.of_text(got), data_for(folder), 16, 4, 0, slice(0, 4))
+    next(stream)
+    os.truncate(got.folder / "train.tokens", 100)
+    with pytest.raises(
+        DataError, match="train.tokens: changed during the run: had .* and has 100;"
+    ):
+        for _ in range(20):
+            next(stream)
+    stream.close()
+
+
+def test_text_for_a_tokenizer_of_a_checkpoint(folder):
+    bpe = train_bpe([WORDS], 280)
+    got = cache.load_text((str(folder / "text"),), bpe, data_for(folder), report=quiet)
+    assert texts(got, bpe) == [path.read_text() for path in sorted((folder / "text").iterdir())]
+    assert len({got.document_name(i) for i in range(got.documents)}) == got.documents == 12
+    assert (
+        cache.prepare(data_for(folder), quiet, tokenizer=bpe).tokenizer.fingerprint
+        == bpe.fingerprint
+    )
+    with pytest.raises(UsageError, match=r"00.txt: text .*character 0, '0', is not among the 3"):
+        cache.load_text(
+            (str(folder / "text"),), char_tokenizer("abc"), data_for(folder), report=quiet
+        )
+    with pytest.raises(UsageError, match="--text = 'none': no such file"):
+        cache.load_text(("none",), bpe, data_for(folder))
+
+
+def test_settings_that_leave_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("one document")
+    base = {"path": (str(tmp_path / "a.txt"),), "cache": str(tmp_path / "cache")}
+    with pytest.raises(UsageError, match="needs at least two different documents"):
+        cache.prepare(config.Data(**base, split="document"), quiet)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UsageError, match="config.data.eval_fraction = 0.1: leaves no text"):
+        cache.prepare(config.Data(**base), quiet)
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UsageError, match="a.txt: no text in this file"):
+        cache.prepare(config.Data(**base), quiet)
+    with pytest.raises(UsageError, match="config.data.path is empty"):
+        cache.prepare(config.Data(), quiet)
+
+
+def test_undecodable_places_are_counted(folder):
+    (folder / "text" / "03.txt").write_bytes(b"a\xff\xfeb")
+    lines = []
+    cache.prepare(data_for(folder, errors="replace"), lines.append)
+    assert any("2 undecodable places replaced" in line for line in lines)
+
+
+def test_wide_vocabularies_take_four_bytes(tmp_path):
+    wide = char_tokenizer(
+        "".join(chr(i) for i in range(0x3000, 0x3000 + 2**16 + 1) if not 0xD800 <= i < 0xE000)
+        + "".join(chr(0x20000 + i) for i in range(2**12))
+    )
+    (tmp_path / "a.txt").write_text(wide.content[-5:] * 4)
+    got = cache.load_text(
+        (str(tmp_path / "a.txt"),), wide, config.Data(cache=str(tmp_path / "c")), report=quiet
+    )
+    assert wide.vocab > 2**16 and got.dtype == np.uint32
+    assert ids(got).tolist() == list(range(wide.vocab - 5, wide.vocab)) * 4

@@ -1,0 +1,321 @@
+"""A prepared folder: opened, looked into, verified, copied from a store; damage is named and
+never read over."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import fsspec
+import pytest
+import runs
+from prepared import contents, documents, prepare, refused, texts, write_jsonl
+
+from gpt_jax import config, files
+from gpt_jax.data.read import remote, sources
+from gpt_jax.data.stream import dataset
+from gpt_jax.data.tokenizers.vocabulary import char_tokenizer
+from gpt_jax.data.tokens import corpus, shards
+from gpt_jax.data.tokens.mirror import is_remote_corpus, mirror
+from gpt_jax.errors import DataError, UsageError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A corpus of two sources, several shards each."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = {"a": [*texts(80, 1), texts(1, 1)[0]], "b": ["long " * 500, *texts(40, 2)]}
+    given = [f"{name}={write_jsonl(folder / f'{name}.jsonl', some)}" for name, some in rows.items()]
+    return prepare(
+        folder / "out",
+        "--input",
+        *given,
+        "--eval_fraction=0.2",
+        "--tokenizer=bpe:300",
+        "--piece_mb=0.003",
+    )
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def test_a_corpus_reads_the_same_wherever_it_lies(made, copy):
+    assert corpus.is_corpus(copy) and not corpus.is_corpus(copy / "a")
+    assert (
+        documents(copy) == documents(made)
+        and corpus.open_corpus(copy).content == corpus.open_corpus(made).content
+    )
+    runs.call("prepare", f"--verify={copy}")
+
+
+def test_sides_without_a_document_are_none(tmp_path):
+    out = prepare(tmp_path / "out", f"--input={write_jsonl(tmp_path / 'a.jsonl', texts(3))}")
+    assert corpus.open_corpus(out).sources["text"]["eval"] is None
+    assert corpus.open_corpus(out).sources["text"]["train"].documents == 3
+
+
+def flip(path: Path, place: int = 7) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 4
+    path.write_bytes(raw)
+
+
+def reseal(path: Path, **changes) -> None:
+    manifest = json.loads(path.read_bytes())
+    path.write_bytes(corpus.seal({k: v for k, v in manifest.items() if k != "digest"} | changes))
+
+
+# what is done to a folder; the code and words of opening it; whether --verify names the file
+DAMAGE = {
+    "cut shard": (
+        lambda f: os.truncate(f / "a/train-00001.tokens", 100),
+        20,
+        ("train-00001.tokens", "has 100 bytes", "--verify"),
+        "a/train-00001.tokens",
+    ),
+    "lost shard": (
+        lambda f: (f / "b/train-00000.tokens").unlink(),
+        20,
+        ("b/train-00000.tokens", "No such file"),
+        "b/train-00000.tokens",
+    ),
+    "longer index": (
+        lambda f: os.truncate(f / "a/eval.offsets", 4096),
+        20,
+        ("a/eval.offsets",),
+        "a/eval.offsets",
+    ),
+    "flipped bit in a shard": (
+        lambda f: flip(f / "b/train-00000.tokens"),
+        0,
+        (),
+        "b/train-00000.tokens",
+    ),
+    "flipped bit in an index": (lambda f: flip(f / "a/train.docs"), 0, (), "a/train.docs"),
+    "flipped bit in the manifest": (
+        lambda f: flip(f / "corpus.json", 300),
+        20,
+        ("corpus.json", "damaged"),
+        None,
+    ),
+    "cut manifest": (
+        lambda f: os.truncate(f / "corpus.json", 300),
+        20,
+        ("corpus.json", "damaged"),
+        None,
+    ),
+    "another format": (lambda f: reseal(f / "corpus.json", format=99), 2, ("format 99",), None),
+    "another tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text(char_tokenizer("ab").to_json()),
+        20,
+        ("tokenizer.json",),
+        "tokenizer.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage(case, copy, capsys):
+    damage, code, words, named = DAMAGE[case]
+    damage(copy)
+    if code:
+        assert refused(code, words, f"--inspect={copy}")
+    else:
+        corpus.open_corpus(copy)
+    refused(20 if named else code, (str(copy), named or ""), f"--verify={copy}")
+    assert named is None or str(copy / named) in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_the_same_size_is_not_taken_for_the_right_one(copy):
+    path = copy / "tokenizer.json"
+    other = char_tokenizer("ab").to_json()
+    other += " " * (path.stat().st_size - len(other))
+    path.write_text(other)
+    refused(
+        20, ("tokenizer.json", char_tokenizer("ab").fingerprint, "put back"), f"--inspect={copy}"
+    )
+
+
+def test_a_flipped_bit_in_offsets_is_seen_or_named(copy):
+    """Where it would send a reader beyond the shards it is seen at once."""
+    path = copy / "a/train.offsets"
+    flip(path, path.stat().st_size - 8)
+    with pytest.raises(DataError, match="a/train.offsets does not fit"):
+        corpus.open_corpus(copy)
+
+
+def test_what_is_no_corpus(tmp_path):
+    refused(2, ("nowhere", "no corpus.json"), f"--inspect={tmp_path / 'nowhere'}")
+    (tmp_path / "half/work").mkdir(parents=True)
+    refused(
+        2, ("half", "unfinished", "run the same command again"), f"--verify={tmp_path / 'half'}"
+    )
+
+
+def copied(made, tmp_path, unfinished: bool):
+    """A folder that holds an output of prepare, and that output."""
+    out = tmp_path / "data/out"
+    shutil.copytree(made, out)
+    if unfinished:
+        (out / "corpus.json").unlink()
+        (out / "work").mkdir()
+        (out / "work/settings.json").write_text("{}")
+        (out / "work/lock").touch()
+    return tmp_path / "data", out
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_an_output_is_not_read_as_text(made, tmp_path, unfinished):
+    """Its indexes are .json, and would be."""
+    outer, out = copied(made, tmp_path, unfinished)
+    words = f"{out}: was made by gpt-jax prepare, "
+    words += "which has not finished" if unfinished else "whose output is tokens"
+    store = fsspec.filesystem("memory")
+    store.put(str(outer), "/bucket/data", recursive=True)
+    for path in (out, outer, f"{outer}/*"):
+        with pytest.raises(UsageError, match=f"--text = '.*{words}"):
+            sources.find((str(path),), "--text")
+        refused(2, ("--input text", words), f"--input={path}", f"--output={tmp_path / 'new'}")
+    with pytest.raises(UsageError, match="memory://bucket/data/out: was made by gpt-jax prepare"):
+        sources.find(("memory://bucket/data",))
+    store.rm("/bucket/data", recursive=True)
+    (outer / "corpus.json").write_text('[{"text": "a file of this name is as good as any"}]')
+    shutil.rmtree(out)
+    assert len(sources.find((str(outer),))) == 1
+
+
+def test_an_unfinished_folder_does_not_train(made, tmp_path):
+    outer, out = copied(made, tmp_path, True)
+    data = config.Data(path=(str(out),), cache=str(tmp_path / "cache"))
+    with pytest.raises(
+        UsageError, match="config.data.path = .*has not finished; run the same command again"
+    ):
+        dataset.load_dataset(data, lambda line: None)
+    shutil.copytree(made, tmp_path / "held")
+    (tmp_path / "a.txt").write_text("some words of text")
+    data = config.Data(
+        path=(str(tmp_path / "a.txt"),), eval_path=(str(tmp_path / "held"),), cache=data.cache
+    )
+    with pytest.raises(
+        UsageError, match="config.data.eval_path = .*whose output is tokens and no text"
+    ):
+        dataset.load_dataset(data, lambda line: None)
+
+
+def test_inspect_tells_what_is_inside(made, capsys):
+    capsys.readouterr()
+    runs.call("prepare", f"--inspect={made}")
+    out = capsys.readouterr().out
+    opened = corpus.open_corpus(made)
+    tokens = opened.sources["b"]["train"]
+    for wanted in (
+        opened.tokenizer.fingerprint,
+        "bpe:300",
+        "bytes/token",
+        f"{tokens.size:,}",
+        "122 documents with",
+        "copies of another document inside: 1",
+        "b.jsonl:1",
+        "not looked for",
+        "'long long",
+    ):
+        assert wanted in out, wanted
+    assert out.index("b.jsonl:1\n") < out.index("b/train: samples")  # the longest first
+    assert f"{tokens.bytes / tokens.size:.3f}" in out and f"{tokens.size / tokens.bytes:.4f}" in out
+
+
+def test_a_corpus_on_a_store_is_copied_once(made, tmp_path):
+    store = fsspec.filesystem("memory")
+    store.put(str(made), "/bucket/corpus", recursive=True)
+    url, lines = "memory://bucket/corpus", []
+    assert (
+        is_remote_corpus(url)
+        and not is_remote_corpus("memory://bucket")
+        and not is_remote_corpus(str(made))
+    )
+    folder = mirror(url, tmp_path / "cache", lines.append)
+    wanted = contents(made)
+    del wanted["inputs.json"]
+    assert contents(folder) == wanted and len(lines) == 1
+    assert mirror(url + "/", tmp_path / "cache", lines.append) == folder and len(lines) == 1
+    (folder / "corpus.json").unlink()  # as a kill leaves it
+    flip(folder / "a/train-00000.tokens")
+    kept = (folder / "b/train.docs").stat().st_mtime_ns
+    assert contents(mirror(url, tmp_path / "cache", lines.append)) == wanted
+    assert (folder / "b/train.docs").stat().st_mtime_ns == kept
+
+    shutil.rmtree(folder)
+    raw = bytearray(store.cat("/bucket/corpus/a/train.docs"))
+    raw[3] ^= 1
+    store.pipe("/bucket/corpus/a/train.docs", bytes(raw))
+    with pytest.raises(DataError, match="a/train.docs: damaged"):
+        mirror(url, tmp_path / "cache", lines.append)
+    assert not corpus.is_corpus(folder)
+    store.rm("/bucket/corpus/a/train.docs")
+    with pytest.raises(UsageError, match="a/train.docs"):
+        mirror(url, tmp_path / "cache", lines.append)
+
+
+def test_a_network_that_fails_is_not_the_cache(made, tmp_path, monkeypatch):
+    fetch, broken = remote.open_remote, "train-00000.tokens"
+
+    class Torn:
+        def __init__(self, file):
+            self.file, self.left = file, 1
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def read(self, size):
+            self.left -= 1
+            if self.left < 0:
+                raise ConnectionResetError(104, "Connection reset by peer")
+            return self.file.read(5)
+
+    monkeypatch.setattr(
+        remote, "open_remote", lambda url: Torn(fetch(url)) if url.endswith(broken) else fetch(url)
+    )
+    for broken in ("a/train-00000.tokens", "corpus.json"):
+        with pytest.raises(
+            UsageError, match=f"^file://.*{broken}: cannot be reached: ConnectionResetError"
+        ) as error:
+            mirror(f"file://{made}", tmp_path / "cache", lambda line: None)
+        assert "config.data.cache" not in str(error.value)
+    broken = "nothing"
+    assert corpus.is_corpus(mirror(f"file://{made}", tmp_path / "cache", lambda line: None))
+
+
+def test_a_mirror_needs_room(made, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(files, "sync_file", full)
+    with pytest.raises(UsageError, match="config.data.cache = .*No space left"):
+        mirror(f"file://{made}", tmp_path / "cache", lambda line: None)
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "name, place, words",
+    [
+        ("a/origins.json", 0, "origins.json: damaged"),
+        ("a/train.offsets", 8 * 5 + 7, "offsets does not fit its meta"),
+        ("a/train.offsets", 8 * 5 + 2, "offsets does not fit its meta"),
+    ],
+)
+def test_a_flipped_byte_of_an_index_is_named_when_it_is_opened(copy, name, place, words):
+    flip(copy / name, place)
+    with pytest.raises(DataError, match=words):
+        corpus.open_corpus(copy)
+
+
+def test_a_record_that_points_nowhere_is_damage(copy):
+    flip(copy / "a/train.docs", shards.DOCUMENT.itemsize - 1)
+    tokens = corpus.open_corpus(copy).sources["a"]["train"]
+    with pytest.raises(DataError, match="its record is damaged"):
+        tokens.document_name(0)

@@ -1,0 +1,178 @@
+"""The transformer in plain numpy and float64, a row and a head at a time: what the real one is
+compared with.
+
+It shares no code with gpt_jax: parameters come as the documented tree of paths, and rules are
+written as a textbook has them (rotation by complex numbers, frequencies by wavelength, masks as a
+function of two positions). Shapes: T sequence, D embed, H head_dim, V vocab.
+"""
+
+import math
+
+import jax
+import numpy as np
+
+ACTIVATIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "swiglu": lambda x: x / (1 + np.exp(-x)),
+}
+ACTIVATIONS["geglu"] = ACTIVATIONS["gelu_tanh"]
+
+
+def np_norm(model, p, x):
+    if model.norm == "layernorm":
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon)
+    else:
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon)
+    return x * p.get("scale", 1.0) + p.get("bias", 0.0)
+
+
+def np_dense(p, x):
+    return x @ p["kernel"] + p.get("bias", 0.0)
+
+
+def np_cap(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
+
+
+def np_frequencies(model):
+    """By wavelength, as the Llama-3 reference code does it."""
+    rotating, found = int(model.head_dim * model.rope_fraction), []
+    for i in range(rotating // 2):
+        frequency = 1 / model.rope_base ** (2 * i / rotating)
+        if model.rope_scale_factor > 1:
+            original, wavelength = model.rope_scale_original_seq, 2 * math.pi / frequency
+            if wavelength > original / model.rope_scale_low:
+                frequency /= model.rope_scale_factor
+            elif wavelength > original / model.rope_scale_high:
+                smooth = (original / wavelength - model.rope_scale_low) / (
+                    model.rope_scale_high - model.rope_scale_low
+                )
+                frequency = (1 - smooth) * frequency / model.rope_scale_factor + smooth * frequency
+        found.append(frequency)
+    return np.array(found)
+
+
+def np_rotate(model, x, position):
+    """x [T, H]: channels i and i + R / 2 are one complex number, turned by position * frequency."""
+    frequencies = np_frequencies(model)
+    half = len(frequencies)
+    turned = (x[:, :half] + 1j * x[:, half : 2 * half]) * np.exp(
+        1j * position[:, None] * frequencies
+    )
+    return np.concatenate([turned.real, turned.imag, x[:, 2 * half :]], axis=-1)
+
+
+def np_sinusoids(model, position):
+    rates = 10_000.0 ** -(np.arange(0, model.embed, 2) / model.embed)
+    angles = position[:, None] * rates
+    return np.concatenate([np.sin(angles), np.cos(angles)], -1)[:, : model.embed]
+
+
+def np_qk(model, p, x, position):
+    """[T, H] after position and norm, in the configured order."""
+
+    def normed(x):
+        return (
+            x
+            / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon)
+            * p.get("scale", 1.0)
+            * model.qk_scale
+        )
+
+    if model.qk_norm and not model.qk_norm_after_rope:
+        x = normed(x)
+    if model.position == "rotary":
+        x = np_rotate(model, x, position)
+    if model.qk_norm and model.qk_norm_after_rope:
+        x = normed(x)
+    return x
+
+
+def np_attention(model, p, x, window, tokens, position, allowed):
+    """One row [T, D]; `allowed(t, s)` is the mask, `window` on top of it."""
+    q, k, v = (np_dense(p[name], x) for name in "qkv")
+    if "value_embed" in p:
+        strength = 3 / (1 + np.exp(-(x[:, : model.value_embed_gate] @ p["value_gate"]["kernel"])))
+        v = v + np.repeat(strength, model.head_dim, axis=1) * p["value_embed"]["table"][tokens]
+    H, outs = model.head_dim, []
+
+    def looks(t, s):
+        return allowed(t, s) and not (window and t - s >= window)
+
+    mask = np.array([[looks(t, s) for s in range(len(x))] for t in range(len(x))])
+    for n in range(model.heads):
+        kv = n // (model.heads // model.kv_heads)
+
+        def cut(y, i):
+            return y[:, i * H : (i + 1) * H]
+
+        query = np_qk(model, p.get("q_norm", {}), cut(q, n), position)
+        key = np_qk(model, p.get("k_norm", {}), cut(k, kv), position)
+        scores = np.where(
+            mask, np_cap(query @ key.T / math.sqrt(H), model.attention_softcap), -1e30
+        )
+        probs = np.exp(scores - scores.max(-1, keepdims=True))
+        outs.append(probs / probs.sum(-1, keepdims=True) @ cut(v, kv))
+    return np_dense(p["out"], np.concatenate(outs, -1))
+
+
+def np_mlp(ffn, p, x):
+    gate = np_dense(p["gate"], x) if "gate" in p else None
+    up = np_dense(p["up"], x)
+    return np_dense(
+        p["down"], ACTIVATIONS[ffn](up) if gate is None else ACTIVATIONS[ffn](gate) * up
+    )
+
+
+def np_layer(params, i):
+    blocks = params["blocks"]
+    repeats = len(jax.tree.leaves(blocks)[0])
+    if i >= len(blocks) * repeats:
+        return params["tail"][str(i - len(blocks) * repeats)]
+    return jax.tree.map(lambda x: x[i // len(blocks)], blocks[str(i % len(blocks))])
+
+
+def np_row(model, params, tokens, position, allowed):
+    """Logits [T, V] of one row."""
+    x = params["embed"]["table"][tokens]
+    if model.position == "learned":
+        x = x + params["position"]["table"][position]
+    if model.position == "sinusoidal":
+        x = x + np_sinusoids(model, position)
+    x = x0 = np_norm(model, params.get("embed_norm", {}), x) if model.embed_norm else x
+    if model.smear:  # the token before, of the same document
+        p = params["smear"]
+        gate = p["factor"]["scale"] / (
+            1 + np.exp(-(x[:, : model.smear_gate] @ p["gate"]["kernel"]))
+        )
+        x = x0 = np.stack(
+            [x[t] + (gate[t] * x[t - 1] if t and allowed(t, t - 1) else 0) for t in range(len(x))]
+        )
+    for i in range(model.layers):
+        p = np_layer(params, i)
+        window = model.windows[i % len(model.windows)]
+        window = 0 if i == model.layers - 1 and model.last_window_full else window
+        if model.residual_scalars:
+            x = params["residual"]["x"][i] * x + params["residual"]["x0"][i] * x0
+        parts = (
+            (
+                "mixer_norm",
+                lambda y: np_attention(model, p["attention"], y, window, tokens, position, allowed),
+            ),
+            ("mlp_norm", lambda y: np_mlp(model.pattern[i % len(model.pattern)][1], p["mlp"], y)),
+        )
+        for name, part in parts:
+
+            def norm(y):
+                return np_norm(model, p.get(name, {}), y)
+
+            x = x + part(norm(x)) if model.norm_position == "pre" else norm(x + part(x))
+        if i == model.layers // 2:
+            half = x
+    x = x - params["backout"]["scale"] * half if model.backout else x
+    x = np_norm(model, params.get("final_norm", {}), x) if model.final_norm else x
+    logits = x @ (params["embed"]["table"].T if model.tied else params["head"]["kernel"])
+    return np_cap(logits, model.logit_softcap)
