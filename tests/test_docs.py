@@ -84,6 +84,8 @@ def missing_files(pages: dict[str, str]) -> list[str]:
             path = re.match(rf"(\./)?((?:{FOLDERS})/[\w./*-]*)", word)
             if path and not list(ROOT.glob(path[2].rstrip("/"))):
                 found.append(f"{page}: {word}")
+            if re.fullmatch(r"test_\w+\.py", word) and not list(ROOT.glob(f"tests/**/{word}")):
+                found.append(f"{page}: {word}")
     return found
 
 
@@ -189,6 +191,49 @@ def wrong_map(pages: dict[str, str]) -> list[str]:
     ]
 
 
+def missing_tables(pages: dict[str, str]) -> list[str]:
+    """Rows `to add | file | TABLE | test` whose table no file of the row defines."""
+    found = []
+    for page, text in pages.items():
+        for files, tables in re.findall(r"^\| [\w ]+ \| ([^|]*) \| ([^|]*) \|", text, re.MULTILINE):
+            paths = re.findall(r"gpt_jax/[\w/]+\.py", files + tables)
+            sources = "\n".join(read_if_there(path) for path in paths)
+            for name in re.findall(r"`([A-Z_]+)`", tables):
+                if not re.search(rf"^{name}\b.*=", sources, re.MULTILINE):
+                    found.append(f"{page}: {name} is not in {files}")
+    return found
+
+
+def read_if_there(path: str) -> str:
+    return (ROOT / path).read_text() if (ROOT / path).is_file() else ""
+
+
+@functools.cache
+def source_words() -> set[str]:
+    paths = [
+        path
+        for folder in ("gpt_jax", "configs", "launch", "tests")
+        for path in (ROOT / folder).rglob("*")
+    ]
+    texts = [path.read_text() for path in paths if path.suffix in (".py", ".pyi", ".sh")]
+    return set(re.findall(r"\w+", "\n".join(texts)))
+
+
+INVENTED = {"mymodule", "dcn_x", "LICENSE"}
+
+
+def unknown_names(pages: dict[str, str]) -> list[str]:
+    """Identifiers in the prose, dotted and called too, that no source file has."""
+    found = []
+    for page, text in pages.items():
+        for word in inline(text):
+            if name := re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(\(.*\))?", word):
+                parts = [] if word.endswith(".py") else name[1].split(".")
+                unknown = set(parts) - source_words() - INVENTED
+                found += [f"{page}: {part}" for part in sorted(unknown)]
+    return found
+
+
 def too_long(pages: dict[str, str]) -> list[str]:
     lines = pages.get("README.md", "").count("\n")
     return [f"README.md: {lines} lines"] if lines > README_LINES else []
@@ -202,6 +247,8 @@ RULES = [
     unknown_keys,
     unknown_messages,
     wrong_map,
+    missing_tables,
+    unknown_names,
     too_long,
 ]
 
@@ -229,8 +276,8 @@ def test_pages(rule):
         (
             missing_files,
             "README.md",
-            "`gpt_jax/none.py` `configs/*.py` `./launch/local.sh` `x`",
-            ["README.md: gpt_jax/none.py"],
+            "`gpt_jax/none.py` `configs/*.py` `./launch/local.sh` `x` `test_docs.py` `test_no.py`",
+            ["README.md: gpt_jax/none.py", "README.md: test_no.py"],
         ),
         (
             unknown_commands,
@@ -256,6 +303,19 @@ def test_pages(rule):
             "docs/troubleshooting.md",
             "**`no such wing`** **`… no such file or directory`**",
             ["docs/troubleshooting.md: no such wing"],
+        ),
+        (
+            missing_tables,
+            "a.md",
+            "| wing | `gpt_jax/config/fields.py` | `WINGS` | x |\n"
+            "| norm | `gpt_jax/config/fields.py` | `NORMS` | x |",
+            ["a.md: WINGS is not in `gpt_jax/config/fields.py`"],
+        ),
+        (
+            unknown_names,
+            "a.md",
+            "`Config` `config.model` `test_docs.py` `config.no_such" + "_wing(x)`",
+            ["a.md: no_such" + "_wing"],
         ),
         (too_long, "README.md", "\n" * 201, ["README.md: 201 lines"]),
     ],
