@@ -31,7 +31,7 @@ SUFFIXES = (
     ".arrow",
 )  # rows of formats.FORMATS
 PACKINGS = ("", ".gz", ".xz", ".zst", ".bz2")  # rows of decoding.UNPACK
-SUFFIXES = f"{' '.join(SUFFIXES)}, each also with {' '.join(PACKINGS[1:])} after it"
+READABLE = f"{' '.join(SUFFIXES)}, each also with {' '.join(PACKINGS[1:])} after it"
 EMPTY_PATHS = " is empty: name files, directories or globs, or the word stdlib"
 TOKEN_FILES = (".bin", ".idx", ".npy")  # of other tools, see foreign
 
@@ -161,7 +161,7 @@ def _expand(spec: str, key: str) -> list[Source]:
         raise UsageError(f"{key} = {spec!r}: no such file or directory")
     if not found:
         raise UsageError(
-            f"{key} = {spec!r}: no usable files; read are {SUFFIXES}; token files of other tools "
+            f"{key} = {spec!r}: no usable files; read are {READABLE}; token files of other tools "
             f"({' '.join(TOKEN_FILES)}, a glob of them) are read in place, as config.data.path or in "
             "config.data.sources, without gpt-jax prepare"
         )
