@@ -189,6 +189,7 @@ def test_processes_with_different_numbers_of_devices_stop(tmp_path):
 
 def test_the_same_source_is_the_same_code_with_and_without_git(monkeypatch, tmp_path):
     same, said = version.code_identity(), version.code_version()
+    assert (version.PACKAGE / "commands/main.py").exists()  # the whole package counts
     for commit in ("", "0123456789+"):
         monkeypatch.setattr(version, "git_commit", lambda folder: commit)
         assert version.code_identity() == same and version.code_version().endswith(

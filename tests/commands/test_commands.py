@@ -489,6 +489,12 @@ def test_help(call, given):
     assert [code for code, meaning in EXIT_CODES.items() if f"{code} {meaning}" not in out] == []
 
 
+def test_package_runs_as_a_module(tmp_path):
+    process = runs.Process(tmp_path, ["--help"])
+    process.end(0)
+    assert process.out.startswith("usage: gpt-jax ")
+
+
 def test_several_cpu_devices_have_threads_to_wait_in(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     environs = [{}, {}, {}, {"PJRT_NPROC": "3"}]
