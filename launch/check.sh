@@ -21,7 +21,7 @@ check() { # NAME COMMAND…: prints the name, the last line that the command say
         verdict=FAILED
         failed+=("$name")
     fi
-    echo "    $(tail -n 1 "$logs/$name")"
+    echo "    $(grep -v '^[[:space:]]*$' "$logs/$name" | tail -n 1)"
     echo "    $verdict, $((SECONDS - began)) s"
 }
 
