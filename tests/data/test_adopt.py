@@ -5,19 +5,12 @@ import os
 import numpy as np
 import pytest
 import runs
+from token_files import write_llmc, write_megatron
 
 from gpt_jax import config
 from gpt_jax.data.stream import dataset
 from gpt_jax.data.tokenizers.vocabulary import byte_tokenizer
 from gpt_jax.errors import DataError, UsageError
-from tests.test_foreign import write_megatron
-
-
-def write_llmc(path, ids):
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(ids)
-    path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
-    return path
 
 
 def documents(sizes, seed=0):

@@ -11,7 +11,7 @@ import pytest
 import runs
 from prepared import contents, documents, prepare, refused, texts, write_jsonl
 
-from gpt_jax import config, files
+from gpt_jax import config
 from gpt_jax.data.read import remote, sources
 from gpt_jax.data.stream import dataset
 from gpt_jax.data.tokenizers.vocabulary import char_tokenizer
@@ -294,7 +294,7 @@ def test_a_mirror_needs_room(made, tmp_path, monkeypatch):
     def full(file):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(files, "sync_file", full)
+    monkeypatch.setattr("gpt_jax.data.tokens.mirror.sync_file", full)
     with pytest.raises(UsageError, match="config.data.cache = .*No space left"):
         mirror(f"file://{made}", tmp_path / "cache", lambda line: None)
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []

@@ -19,6 +19,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from fsspec.exceptions import FSTimeoutError
+from packings import pack
 
 from gpt_jax.data.read import documents as readers, formats, hub, remote, sources
 from gpt_jax.data.read.decoding import Damaged, Reading
@@ -26,7 +27,6 @@ from gpt_jax.data.read.documents import Tally
 from gpt_jax.data.read.sources import Source
 from gpt_jax.data.tokens import store
 from gpt_jax.errors import UsageError
-from tests.test_data_sources import pack
 
 TEXTS = [
     "one",

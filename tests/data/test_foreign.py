@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+from token_files import write_llmc, write_megatron, write_nanogpt
 
 from gpt_jax.data.tokens import foreign
 from gpt_jax.data.tokens.foreign import open_foreign
@@ -14,36 +15,6 @@ EOT = 50256
 DOCUMENTS = [[1, 2, 3], [4], [], [5, 65535, 0]]
 ENDED = [i for ids in DOCUMENTS for i in (*ids, EOT)]  # nanoGPT
 BEGUN = [i for ids in DOCUMENTS for i in (EOT, *ids)]  # llm.c
-
-
-def write_nanogpt(path, ids):
-    np.array(ids, np.uint16).tofile(path)
-
-
-def write_llmc(path, ids, magic=20240520, version=1, dtype=np.uint16, count=None):
-    header = np.zeros(256, np.int32)
-    header[:3] = magic, version, len(ids) if count is None else count
-    path.write_bytes(header.tobytes() + np.array(ids, dtype).tobytes())
-
-
-def write_megatron(
-    path, documents, dtype=np.uint16, code=8, version=1, magic=b"MMIDIDX\0\0", tail=b""
-):
-    """Each document is one or two sequences, as sentences are."""
-    sequences = [
-        part for ids in documents for part in ([ids] if len(ids) < 3 else [ids[:2], ids[2:]])
-    ]
-    ends = np.cumsum([0] + [1 if len(ids) < 3 else 2 for ids in documents])
-    lengths = np.array([len(s) for s in sequences], np.int32)
-    pointers = (np.cumsum(lengths) - lengths).astype(np.int64) * np.dtype(dtype).itemsize
-    path.write_bytes(np.concatenate([np.array(s, dtype) for s in sequences]).tobytes())
-    path.with_suffix(".idx").write_bytes(
-        struct.pack("<9sQBQQ", magic, version, code, len(sequences), len(ends))
-        + lengths.tobytes()
-        + pointers.tobytes()
-        + ends.astype(np.int64).tobytes()
-        + tail
-    )
 
 
 def split(found):

@@ -1,7 +1,5 @@
 """Files to documents: formats, order, and every kind of unusable input in one clear line."""
 
-import bz2
-import gzip
 import json
 import lzma
 
@@ -9,6 +7,7 @@ import prepared
 import pyarrow
 import pyarrow.parquet
 import pytest
+from packings import pack
 
 from gpt_jax import config
 from gpt_jax.commands import inspect
@@ -24,19 +23,6 @@ TEXT = "first\r\nsecond\u2028third\x85 我\n\n\ttail "
 def read(*paths, field="text", errors="strict"):
     found = map(documents.whole, sources.find(tuple(map(str, paths))))
     return list(documents.documents(found, Reading(field, errors)))
-
-
-def pack(raw, suffix):
-    """`raw` in two frames where the format has frames."""
-    half = len(raw) // 2
-    one = {
-        "": bytes,
-        ".gz": gzip.compress,
-        ".xz": lzma.compress,
-        ".bz2": bz2.compress,
-        ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
-    }[suffix]
-    return one(raw[:half]) + one(raw[half:])
 
 
 @pytest.mark.parametrize("packing", sources.PACKINGS)
