@@ -20,8 +20,8 @@ from .stream.dataset import (
 )
 from .stream.rows import make_columns as make_columns
 from .tokenizers.spec import (
-    find_known_tokenizer as find_known_tokenizer,
-    parse_tokenizer_spec as parse_tokenizer_spec,
+    Spec as Spec,
+    resolve_tokenizer as resolve_tokenizer,
     tokenizer_from_json as tokenizer_from_json,
 )
 from .tokenizers.vocabulary import (

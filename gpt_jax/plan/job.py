@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 
 from gpt_jax import config as configs, sharding
-from gpt_jax.data import find_known_tokenizer, parse_tokenizer_spec
+from gpt_jax.data import Spec, resolve_tokenizer
 from gpt_jax.errors import UsageError
 from gpt_jax.model import FFNS, count_params
 from gpt_jax.run import make_steps, token_flops
@@ -73,10 +73,11 @@ def resolve_vocab(config: configs.Config) -> configs.Config:
     if config.model.vocab:
         return configs.resolve(config)
     text = config.data.tokenizer
-    spec = parse_tokenizer_spec(text)
-    if spec.vocab:
-        return configs.resolve(config, spec.vocab + len(spec.specials))
-    if spec.base == "char" or not text:
+    tokenizer = resolve_tokenizer(text)
+    is_spec = isinstance(tokenizer, Spec)
+    if is_spec and tokenizer.vocab:
+        return configs.resolve(config, tokenizer.vocab + len(tokenizer.specials))
+    if is_spec or not text:
         why = (
             f"{text!r} is made of the text"
             if text
@@ -86,7 +87,7 @@ def resolve_vocab(config: configs.Config) -> configs.Config:
             f"config.model.vocab = 0: a plan reads no text, and config.data.tokenizer = {why}; set "
             "config.model.vocab to its size (`gpt-jax train` prints it), or config.data.tokenizer"
         )
-    return configs.resolve(config, find_known_tokenizer(text).vocab)
+    return configs.resolve(config, tokenizer.vocab)
 
 
 def _role(path: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 from gpt_jax import config
 from gpt_jax.data.stream import batches, dataset
 from gpt_jax.data.tokenizers.bpe import train_bpe
+from gpt_jax.data.tokenizers.spec import resolve_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import char_tokenizer
 from gpt_jax.data.tokens import cache, split, store
 from gpt_jax.errors import DataError, UsageError
@@ -38,8 +39,13 @@ def ids(tokens):
     return tokens.ids(0, tokens.size)
 
 
+def prepare(data, report):
+    """The tokens of `data` with the tokenizer that it names."""
+    return cache.prepare(data, resolve_tokenizer(data.tokenizer), report)
+
+
 def heldout_text(data):
-    got = cache.prepare(data, quiet)
+    got = prepare(data, quiet)
     return got.tokenizer.decode_bytes(ids(got.eval))
 
 
@@ -57,7 +63,7 @@ def test_one_document_is_cut_as_nanogpt_cuts(tmp_path):
     data = config.Data(
         path=(str(tmp_path / "a.txt"),), tokenizer="char", cache=str(tmp_path / "cache")
     )
-    got = cache.prepare(data, quiet)
+    got = prepare(data, quiet)
     code = {c: i for i, c in enumerate(sorted(set(text)))}
     cut = int(len(text) * 0.9)
     assert ids(got.train).tolist() == [code[c] for c in text[:cut]]
@@ -71,7 +77,7 @@ def test_one_document_is_cut_as_nanogpt_cuts(tmp_path):
 @pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe:270"])
 def test_many_documents_stay_whole(folder, how, tokenizer):
     data = data_for(folder, split=how, tokenizer=tokenizer, eval_fraction=0.3)
-    got = cache.prepare(data, quiet)
+    got = prepare(data, quiet)
     train, held = texts(got.train, got.tokenizer), texts(got.eval, got.tokenizer)
     files = [path.read_text() for path in sorted((folder / "text").iterdir())]
     assert [t for t in files if t in train] == train and [t for t in files if t in held] == held
@@ -110,17 +116,17 @@ def test_split_by_document_moves_no_text_when_files_are_added(folder):
 
 def test_held_out_text_of_its_own(folder):
     (folder / "held.txt").write_text("held out")
-    got = cache.prepare(data_for(folder, eval_path=(str(folder / "held.txt"),)), quiet)
+    got = prepare(data_for(folder, eval_path=(str(folder / "held.txt"),)), quiet)
     assert got.train.documents == 12 and texts(got.eval, got.tokenizer) == ["held out"]
-    assert cache.prepare(data_for(folder, eval_fraction=0.0), quiet).eval is None
+    assert prepare(data_for(folder, eval_fraction=0.0), quiet).eval is None
     (folder / "held.txt").write_text("")
     with pytest.raises(UsageError, match="held.txt: no text in this file"):
-        cache.prepare(data_for(folder, eval_path=(str(folder / "held.txt"),)), quiet)
+        prepare(data_for(folder, eval_path=(str(folder / "held.txt"),)), quiet)
 
 
 def test_bpe_sees_the_training_side_only(folder):
     (folder / "held.txt").write_text("zqzqzqzq " * 100)
-    got = cache.prepare(
+    got = prepare(
         data_for(folder, tokenizer="bpe:280", eval_path=(str(folder / "held.txt"),)), quiet
     )
     alone = train_bpe((path.read_text() for path in sorted((folder / "text").iterdir())), 280)
@@ -132,24 +138,24 @@ def test_found_again_and_rebuilt_when_the_source_or_settings_change(folder, monk
     builds, write = [], store.write
     monkeypatch.setattr(store, "write", lambda *a: (builds.append(a[0]), write(*a)))
     data = data_for(folder)
-    first = cache.prepare(data, quiet)
-    assert (ids(cache.prepare(data, quiet).train) == ids(first.train)).all() and len(builds) == 1
+    first = prepare(data, quiet)
+    assert (ids(prepare(data, quiet).train) == ids(first.train)).all() and len(builds) == 1
     path = folder / "text" / "00.txt"
     old = path.stat()
     path.write_text("X" + path.read_text()[1:])  # the same size
     os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
     assert (
-        texts((changed := cache.prepare(data, quiet)).train, changed.tokenizer)[0][0] == "X"
+        texts((changed := prepare(data, quiet)).train, changed.tokenizer)[0][0] == "X"
         and len(builds) == 2
     )
     os.utime(
         path, ns=(0, 0)
     )  # an old file is not read again, and another time alone is no other content
     for _ in range(2):
-        cache.prepare(data, quiet)
+        prepare(data, quiet)
     assert len(builds) == 2 and len(list((folder / "cache").glob("*.stamps"))) == 1
     for changes in ({"tokenizer": "bpe:260"}, {"eval_fraction": 0.5}, {"split": "document"}):
-        cache.prepare(data_for(folder, **changes), quiet)
+        prepare(data_for(folder, **changes), quiet)
     assert len(builds) == 5
 
 
@@ -179,28 +185,39 @@ def test_hashes_are_taken_over_only_for_settled_files(folder):
     ],
 )
 def test_a_damaged_cache_is_rebuilt_and_said(folder, damage, reason):
-    first = cache.prepare(data_for(folder), quiet)
+    first = prepare(data_for(folder), quiet)
     whole = np.array(ids(first.train))
     damage(first.folder)
     lines = []
-    assert (ids(cache.prepare(data_for(folder), lines.append).train) == whole).all()
+    assert (ids(prepare(data_for(folder), lines.append).train) == whole).all()
     assert any(reason in line and "it is built again" in line for line in lines)
 
 
 KILLED = """
-import time, sys
+import sys
+import time
+
 from gpt_jax import config
-from gpt_jax.data import cache, shards
-save = shards.save
+from gpt_jax.data.tokenizers.vocabulary import byte_tokenizer
+from gpt_jax.data.tokens import cache, shards
+
+write_file = shards.write_file
+
+
 def slow(path, content):
-    save(path, content)
+    write_file(path, content)
     print(path.name, flush=True)
     time.sleep(60)
+
+
 def told(path, content):
     print("building", path.name, flush=True)
-    return save(path, content)
-shards.save = {"slow": slow, "fast": told}[sys.argv[3]]
-got = cache.prepare(config.Data(path=(sys.argv[1],), cache=sys.argv[2]), lambda line: print(line, flush=True))
+    return write_file(path, content)
+
+
+shards.write_file = {"slow": slow, "fast": told}[sys.argv[3]]
+data = config.Data(path=(sys.argv[1],), cache=sys.argv[2])
+got = cache.prepare(data, byte_tokenizer(), lambda line: print(line, flush=True))
 print("tokens", got.train.size)
 """
 
@@ -224,7 +241,7 @@ def test_kill_while_building_leaves_nothing_usable(folder):
     assert left.suffix == ".building"
     with pytest.raises(store.Unusable):
         store.load(left)
-    got = cache.prepare(data_for(folder), quiet)
+    got = prepare(data_for(folder), quiet)
     assert got.train.documents == 11 and not left.exists()
 
 
@@ -241,7 +258,7 @@ def test_several_processes_build_once(folder):
     assert sorted("building train.offsets" in said for said in lines) == [False, True]
     first.wait()
     first.stdout.close()
-    assert results[0] == results[1] == f"tokens {cache.prepare(data_for(folder), quiet).train.size}"
+    assert results[0] == results[1] == f"tokens {prepare(data_for(folder), quiet).train.size}"
 
 
 def test_a_source_that_changes_while_it_is_read(folder, monkeypatch):
@@ -254,7 +271,7 @@ def test_a_source_that_changes_while_it_is_read(folder, monkeypatch):
 
     monkeypatch.setattr(split, "plan", changing)
     with pytest.raises(DataError, match="changed while being read"):
-        cache.prepare(data_for(folder), quiet)
+        prepare(data_for(folder), quiet)
     assert not [path for path in (folder / "cache").iterdir() if path.is_dir()]
 
 
@@ -271,19 +288,19 @@ def test_documents_that_come_or_go_between_two_readings(tmp_path, after):
 def test_cache_folder_that_cannot_be_used(folder, monkeypatch):
     (folder / "file").write_text("")
     with pytest.raises(UsageError, match=r"config.data.cache = .*file/x'"):
-        cache.prepare(data_for(folder, cache=str(folder / "file" / "x")), quiet)
+        prepare(data_for(folder, cache=str(folder / "file" / "x")), quiet)
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("gpt_jax.files.sync_file", full)
     with pytest.raises(UsageError, match="config.data.cache = .*No space left on device.*has room"):
-        cache.prepare(data_for(folder), quiet)
+        prepare(data_for(folder), quiet)
     assert not [path for path in (folder / "cache").iterdir() if path.is_dir()]
 
 
 def test_a_token_file_that_shrinks_during_the_run(folder):
-    got = cache.prepare(data_for(folder), quiet)
+    got = prepare(data_for(folder), quiet)
     stream = batches.make_stream(dataset.of_text(got), data_for(folder), 16, 4, 0, slice(0, 4))
     next(stream)
     os.truncate(got.folder / "train.tokens", 100)
@@ -300,10 +317,7 @@ def test_text_for_a_tokenizer_of_a_checkpoint(folder):
     got = cache.load_text((str(folder / "text"),), bpe, data_for(folder), report=quiet)
     assert texts(got, bpe) == [path.read_text() for path in sorted((folder / "text").iterdir())]
     assert len({got.document_name(i) for i in range(got.documents)}) == got.documents == 12
-    assert (
-        cache.prepare(data_for(folder), quiet, tokenizer=bpe).tokenizer.fingerprint
-        == bpe.fingerprint
-    )
+    assert cache.prepare(data_for(folder), bpe, quiet).tokenizer.fingerprint == bpe.fingerprint
     with pytest.raises(UsageError, match=r"00.txt: text .*character 0, '0', is not among the 3"):
         cache.load_text(
             (str(folder / "text"),), char_tokenizer("abc"), data_for(folder), report=quiet
@@ -316,21 +330,21 @@ def test_settings_that_leave_nothing(tmp_path):
     (tmp_path / "a.txt").write_text("one document")
     base = {"path": (str(tmp_path / "a.txt"),), "cache": str(tmp_path / "cache")}
     with pytest.raises(UsageError, match="needs at least two different documents"):
-        cache.prepare(config.Data(**base, split="document"), quiet)
+        prepare(config.Data(**base, split="document"), quiet)
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UsageError, match="config.data.eval_fraction = 0.1: leaves no text"):
-        cache.prepare(config.Data(**base), quiet)
+        prepare(config.Data(**base), quiet)
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(UsageError, match="a.txt: no text in this file"):
-        cache.prepare(config.Data(**base), quiet)
+        prepare(config.Data(**base), quiet)
     with pytest.raises(UsageError, match="config.data.path is empty"):
-        cache.prepare(config.Data(), quiet)
+        prepare(config.Data(), quiet)
 
 
 def test_undecodable_places_are_counted(folder):
     (folder / "text" / "03.txt").write_bytes(b"a\xff\xfeb")
     lines = []
-    cache.prepare(data_for(folder, errors="replace"), lines.append)
+    prepare(data_for(folder, errors="replace"), lines.append)
     assert any("2 undecodable places replaced" in line for line in lines)
 
 

@@ -85,7 +85,7 @@ def test_the_sample_for_the_tokenizer_is_bounded(folder, monkeypatch, sizes_know
     seen = []
     monkeypatch.setattr(
         preparing,
-        "made_tokenizer",
+        "make_tokenizer",
         lambda spec, given, characters: train_bpe(seen.extend(given()) or list(seen), 280),
     )
     prepare(

@@ -143,7 +143,7 @@ def test_a_sample_for_the_tokenizer_is_spread_over_the_input(folder, monkeypatch
     seen = []
     monkeypatch.setattr(
         module,
-        "made_tokenizer",
+        "make_tokenizer",
         lambda spec, texts, characters: train_bpe(seen.extend(texts()) or list(seen), 280),
     )
     write_jsonl(folder / "in/c.jsonl", texts(60, 99))
@@ -542,8 +542,8 @@ def test_input_that_changes_during_a_call_is_refused(folder, monkeypatch):
     prepare(folder / "out", f"--input={folder / 'in'}")
     scan = survey.scan
 
-    def rewriting(job, unit, tick):
-        made = scan(job, unit, tick)
+    def rewriting(*given, **named):
+        made = scan(*given, **named)
         write_jsonl(folder / "in/a.jsonl", texts(61, 1))
         return made
 

@@ -3,12 +3,15 @@
 import json
 import random
 
+import prepared
 import pytest
+import runs
 
 from gpt_jax import config
 from gpt_jax.data.tokenizers import bpe, spec as tk, vocabulary
-from gpt_jax.data.tokens import cache
+from gpt_jax.data.tokens import cache, corpus
 from gpt_jax.errors import UsageError
+from gpt_jax.run import parts
 
 ENGLISH = "The quick brown fox's 12345 jumps,\r\n\tover   the lazy dog.\n\n\n It'll do: 3.14\n" * 3
 CHINESE = "我是一个程序员,我喜欢写代码。\n资治通鉴\u3000卷第一\n"
@@ -23,22 +26,23 @@ def trained():
 
 
 def test_spec_in_parts():
-    assert tk.parse_tokenizer_spec("bpe:4_096") == ("bpe", 4096, "gpt2", ())
-    assert tk.parse_tokenizer_spec("bpe:4096:digits+chat+fim") == (
-        "bpe",
-        4096,
-        "digits",
-        vocabulary.CHAT_TOKENS + vocabulary.FIM_TOKENS,
-    )
-    assert tk.parse_tokenizer_spec("bytes+fim") == ("bytes", 0, "", vocabulary.FIM_TOKENS)
-    assert tk.parse_tokenizer_spec("c++/a+b.json+fim") == (
-        "c++/a+b.json",
-        0,
-        "",
-        vocabulary.FIM_TOKENS,
-    )
-    assert tk.find_known_tokenizer("").fingerprint == tk.find_known_tokenizer("bytes").fingerprint
-    assert tk.find_known_tokenizer("char+fim") is tk.find_known_tokenizer("bpe:300:cl100k") is None
+    chat, fim = vocabulary.CHAT_TOKENS, vocabulary.FIM_TOKENS
+    parts = {
+        "": ("", 0, "", ()),
+        "char": ("char", 0, "", ()),
+        "bpe:4_096": ("bpe", 4096, "gpt2", ()),
+        "bpe:4096:digits+chat+fim": ("bpe", 4096, "digits", chat + fim),
+        "bytes+fim": ("bytes", 0, "", fim),
+        "c++/a+b.json+fim": ("c++/a+b.json", 0, "", fim),
+    }
+    for spec, expected in parts.items():
+        assert tk.parse_tokenizer_spec(spec) == (spec, *expected)
+
+
+def test_what_is_made_from_the_text_stays_a_spec():
+    assert tk.resolve_tokenizer("").fingerprint == tk.resolve_tokenizer("bytes").fingerprint
+    for spec in ("char+fim", "bpe:300:cl100k"):
+        assert tk.resolve_tokenizer(spec) == tk.parse_tokenizer_spec(spec)
 
 
 @pytest.mark.parametrize(
@@ -58,17 +62,17 @@ def test_spec_in_parts():
 )
 def test_impossible_specs(spec, message):
     with pytest.raises(UsageError, match=message):
-        tk.find_known_tokenizer(spec, "--tokenizer")
+        tk.resolve_tokenizer(spec, "--tokenizer")
 
 
 def test_what_is_made_from_the_text_is_named_as_its_spec():
-    made = tk.made_tokenizer("bpe:290:digits+fim", lambda: [ENGLISH])
+    made = tk.make_tokenizer(tk.resolve_tokenizer("bpe:290:digits+fim"), lambda: [ENGLISH])
     assert (
         made.name == "bpe:290:digits+fim"
         and made.vocab == 293
         and tk.tokenizer_from_json(made.to_json()).name == made.name
     )
-    letters = tk.made_tokenizer("char+chat", lambda: [], "ba")
+    letters = tk.make_tokenizer(tk.resolve_tokenizer("char+chat"), lambda: [], "ba")
     assert letters.specials == {"<|im_start|>": 2, "<|im_end|>": 3} and letters.encode(
         "ab"
     ).tolist() == [0, 1]
@@ -80,7 +84,9 @@ def test_a_run_with_special_tokens_finds_its_cache_again(tmp_path):
         data = config.Data(
             path=(str(tmp_path / "a.txt"),), cache=str(tmp_path / "cache"), tokenizer=spec
         )
-        built, found = [cache.prepare(data, lambda line: None) for _ in range(2)]
+        built, found = [
+            cache.prepare(data, tk.resolve_tokenizer(spec), lambda line: None) for _ in range(2)
+        ]
         assert built.folder == found.folder and built.tokenizer.specials == found.tokenizer.specials
         assert [*found.tokenizer.specials][-3:] == list(vocabulary.FIM_TOKENS)
         ids = [side.ids(0, side.size) for side in (found.train, found.eval)]
@@ -174,3 +180,55 @@ def test_parts_of_what_may_look_across_a_cut_are_one(trained):
     ):
         assert len(list(tk.json_tokenizer(json.dumps(spec | change)).parts(long))) == 1
     assert len(list(trained["cl100k"].parts(long))) > 1
+
+
+# ---- one parse ----
+
+
+@pytest.fixture
+def parses(monkeypatch):
+    """The specs that are taken apart while a test runs."""
+    seen = []
+    parse = tk.parse_tokenizer_spec
+
+    def noting_parse(spec, *given):
+        seen.append(spec)
+        return parse(spec, *given)
+
+    monkeypatch.setattr(tk, "parse_tokenizer_spec", noting_parse)
+    return seen
+
+
+@pytest.mark.parametrize("spec", ["char", "bpe:300", "bytes+fim"])
+def test_a_build_takes_its_tokenizer_spec_apart_once(tmp_path, parses, spec):
+    lines = [f"{i} {ENGLISH!r}\n" for i in range(50)]
+    (tmp_path / "text.txt").write_text("".join(lines))
+    config = runs.load(
+        tmp_path,
+        f"--config.data.tokenizer={spec}",
+        "--config.data.documents=line",
+        "--config.data.fim=0.1" if spec.endswith("+fim") else "--config.data.fim=0",
+    )
+
+    built = parts.build(config, lambda line: None)
+
+    assert built.data.parts[0].train.documents > 40
+    assert parses == [spec]
+
+
+@pytest.mark.parametrize("spec", ["char", "bpe:300", "bytes+fim"])
+def test_a_prepare_takes_its_tokenizer_spec_apart_once(tmp_path, parses, spec):
+    prepared.write_jsonl(tmp_path / "in.jsonl", prepared.texts(200))
+
+    folder = prepared.prepare(
+        tmp_path / "out",
+        f"--input={tmp_path / 'in.jsonl'}",
+        f"--tokenizer={spec}",
+        "--dedup=exact",
+        "--piece_mb=0.005",
+    )
+
+    manifest = corpus.read_manifest(folder)
+    assert manifest["sources"]["text"]["train"]["documents"] == 200
+    assert len(manifest["sources"]["text"]["train"]["shards"]) > 3
+    assert parses == [spec]

@@ -9,7 +9,7 @@ import runs
 
 from gpt_jax import config
 from gpt_jax.data.stream.batches import make_eval_batches
-from gpt_jax.data.tokenizers.spec import find_known_tokenizer, tokenizer_from_json
+from gpt_jax.data.tokenizers.spec import resolve_tokenizer, tokenizer_from_json
 from gpt_jax.data.tokenizers.vocabulary import byte_tokenizer
 from gpt_jax.data.tokens import cache, corpus
 
@@ -42,7 +42,7 @@ def lost_bytes(text):
 
 
 def test_unknown_characters_are_counted_in_bytes_of_the_text(model):
-    tokenizer = find_known_tokenizer(str(model))
+    tokenizer = resolve_tokenizer(str(model))
     for text in (KNOWN, KNOWN + LOST, LOST * 3 + KNOWN, "我我我", ""):
         assert tokenizer.lost(text, tokenizer.encode(text)) == lost_bytes(text)
     again = tokenizer_from_json(tokenizer.to_json())
@@ -61,7 +61,7 @@ def test_a_run_is_told_and_bits_per_byte_are_of_what_is_left(model, tmp_path):
     )
     for _ in range(2):  # built, and found again
         said = []
-        got = cache.prepare(data, said.append)
+        got = cache.prepare(data, resolve_tokenizer(data.tokenizer), said.append)
         assert (
             got.train.lost + got.eval.lost == lost_bytes(text)
             and got.train.lost > 8 * got.eval.lost > 0
@@ -75,10 +75,8 @@ def test_a_run_is_told_and_bits_per_byte_are_of_what_is_left(model, tmp_path):
     counted = sum(int(batch["bytes"].sum()) for batch in batches)
     assert 0 < counted <= got.eval.bytes - got.eval.lost
     (tmp_path / "b.txt").write_text(KNOWN * 90)
-    cache.prepare(
-        config.Data(path=(str(tmp_path / "b.txt"),), tokenizer=str(model), cache=data.cache),
-        said.append,
-    )
+    known = config.Data(path=(str(tmp_path / "b.txt"),), cache=data.cache)
+    cache.prepare(known, resolve_tokenizer(str(model)), said.append)
     assert LINE not in said[-1]
 
 

@@ -13,6 +13,7 @@ from gpt_jax.data.prepare import filters
 from gpt_jax.data.prepare.units import WORK, PrepareSettings
 from gpt_jax.data.read import hub, remote
 from gpt_jax.data.read.sources import HUB, Source
+from gpt_jax.data.tokenizers.spec import Spec
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import UsageError
@@ -22,7 +23,7 @@ Say = Callable[[str], None]
 
 def describe(
     settings: PrepareSettings,
-    known: Tokenizer | None,
+    tokenizer: Tokenizer | Spec,
     found: Mapping[str, Sequence[Source]],
     revisions: Mapping[str, str],
 ) -> dict:
@@ -30,7 +31,10 @@ def describe(
     the user's own filters and the commits of data sets, where there are any."""
     plain = asdict(settings)
     plain |= plain.pop("reading") | {"input": list(found)}
-    plain["tokenizer"] = f"{known.name} ({known.fingerprint})" if known else settings.tokenizer
+    if isinstance(tokenizer, Spec):
+        plain["tokenizer"] = tokenizer.name
+    else:
+        plain["tokenizer"] = f"{tokenizer.name} ({tokenizer.fingerprint})"
     pinned = {"code": filters.code(settings.filters), "revisions": dict(revisions)}
     plain |= {key: value for key, value in pinned.items() if value}
     return json.loads(json.dumps(plain))  # tuples become lists, as they are when read back

@@ -24,9 +24,9 @@ from gpt_jax.data.prepare.workers import ENGINES, Work
 from gpt_jax.data.read import documents as readers
 from gpt_jax.data.read.sources import HUB, Source, find
 from gpt_jax.data.tokenizers.spec import (
-    find_known_tokenizer,
-    is_char,
-    made_tokenizer,
+    Spec,
+    make_tokenizer,
+    resolve_tokenizer,
     tokenizer_from_json,
 )
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
@@ -77,7 +77,7 @@ def prepare_corpus(
     UsageError for settings, files and a folder of no use, and for a full disk; DataError when
     the input or the module of a filter changes meanwhile; PeerFailed when a worker is killed.
     What is finished stays."""
-    known = find_known_tokenizer(settings.tokenizer, "--tokenizer")
+    tokenizer = resolve_tokenizer(settings.tokenizer, "--tokenizer")
     survey.threshold(settings.dedup)
     filters.parse(settings.filters)
     found = {name: find(paths, f"--input {name}") for name, paths in inputs.items()}
@@ -90,7 +90,7 @@ def prepare_corpus(
             f"--input: {again[0]} is given {places[again[0]]} times{more}: their documents are taken as often"
         )
     with _output(folder):
-        about = identity.describe(settings, known, found, revisions)
+        about = identity.describe(settings, tokenizer, found, revisions)
         state = {identity.place(path): list(map(str, value)) for path, value in stamps.items()}
         if corpus.is_corpus(folder):
             return _again(folder, about, state, say)
@@ -104,7 +104,7 @@ def prepare_corpus(
                     stamps,
                     about,
                     state,
-                    known,
+                    tokenizer,
                     engine,
                     say,
                     show,
@@ -257,7 +257,7 @@ def _make(
     stamps,
     about: dict,
     state: dict,
-    known: Tokenizer | None,
+    wanted: Tokenizer | Spec,
     engine: Engine,
     say: Say,
     show: Show,
@@ -271,11 +271,16 @@ def _make(
     )
     for name in found:
         (job.folder / name).mkdir(exist_ok=True)
-    if settings.dedup != "none" or is_char(settings.tokenizer):
-        scans = run_phase(job, "scan", todo, survey.scan, engine, show)
+    wants_characters = isinstance(wanted, Spec) and wanted.needs_characters
+    if settings.dedup != "none" or wants_characters:
+        scan = functools.partial(survey.scan, wants_characters=wants_characters)
+        scans = run_phase(job, "scan", todo, scan, engine, show)
     if settings.dedup != "none":
         keys, *dropped = survey.decide(job, todo, scans)
-    tokenizer = known or _made(job, todo, scans, keys, say)
+    if isinstance(wanted, Spec):
+        tokenizer = _made(job, wanted, todo, scans, keys, say)
+    else:
+        tokenizer = wanted
     tokenizer_file = job.folder / WORK / "tokenizer.json"
     replace_file(tokenizer_file, tokenizer.to_json().encode())
     todo = [
@@ -349,17 +354,14 @@ def run_phase(
     return made
 
 
-def _made(job: PrepareJob, todo: Sequence[Unit], scans, keys, say: Say) -> Tokenizer:
+def _made(job: PrepareJob, spec: Spec, todo: Sequence[Unit], scans, keys, say: Say) -> Tokenizer:
     """The tokenizer that is made from the text: characters of all of it, BPE of a sample of the
     training side. Kept among the work, so that it is not made again."""
-    settings = job.settings
     path = job.folder / WORK / f"trained-{digest_json([unit.key for unit in todo], keys)}.json"
     if not path.exists():
         characters = "".join(sorted(set().union(*(scan["characters"] for scan in scans or ()))))
-        say(f"tokenizer: making {settings.tokenizer}")
-        made = made_tokenizer(
-            settings.tokenizer, lambda: _sample(job, todo, keys is not None), characters
-        )
+        say(f"tokenizer: making {spec.name}")
+        made = make_tokenizer(spec, lambda: _sample(job, todo, keys is not None), characters)
         replace_file(path, made.to_json().encode())
     return tokenizer_from_json(path.read_text(encoding="utf-8"))
 

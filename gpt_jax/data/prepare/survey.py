@@ -12,7 +12,6 @@ import numpy as np
 
 from gpt_jax.data.prepare import duplicates, units
 from gpt_jax.data.prepare.units import WORK, PrepareJob, Unit
-from gpt_jax.data.tokenizers.spec import is_char
 from gpt_jax.errors import UsageError
 from gpt_jax.files import replace_file
 
@@ -42,11 +41,13 @@ def scan_files(unit: Unit) -> dict[str, str]:
     return {what: f"{WORK}/scan-{unit.name}.{what}" for what in ("numbers", "hashes", "minhash")}
 
 
-def scan(job: PrepareJob, unit: Unit, tick: Callable[[int, int], None]) -> dict:
+def scan(
+    job: PrepareJob, unit: Unit, tick: Callable[[int, int], None], *, wants_characters: bool
+) -> dict:
     """Reads a unit and writes `scan_files`; its marker also has `documents` (with text, dropped
-    ones too) and the `characters` that occur, if the tokenizer is char."""
+    ones too) and the `characters` that occur, if they are wanted."""
     numbers, hashes, signatures, characters, counts = [], [], [], set(), units.Counts()
-    wants_characters, near = is_char(job.settings.tokenizer), job.settings.dedup.startswith("near")
+    near = job.settings.dedup.startswith("near")
     documents = size = 0
     for text in units.read(job, unit, counts):
         numbers.append(text.number)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from gpt_jax import config
 from gpt_jax.data.stream import mixture
-from gpt_jax.data.tokenizers.spec import find_known_tokenizer, parse_tokenizer_spec
+from gpt_jax.data.tokenizers.spec import Spec, resolve_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import FIM_TOKENS, Tokenizer
 from gpt_jax.data.tokens import adopt, cache, corpus, mirror
 from gpt_jax.data.tokens.cache import Prepared
@@ -69,24 +69,32 @@ def _folder(path: str, data: config.Data, report) -> Path | None:
 
 
 def _open(
-    field: str, path: str, folder: Path, data: config.Data, wanted: Tokenizer | None
+    field: str,
+    path: str,
+    folder: Path,
+    data: config.Data,
+    required: Tokenizer | None,
+    named: Tokenizer | Spec,
 ) -> corpus.PreparedCorpus:
-    """The corpus in `folder`, if it is tokenized as wanted."""
+    """The corpus in `folder`. Raises UsageError if another tokenizer made its tokens.
+
+    That is `required`, or without it the one that `data.tokenizer` names.
+    """
     if data.eval_path:
         raise UsageError(
             f"config.data.eval_path = {', '.join(data.eval_path)}: {path} was made by gpt-jax prepare, "
             "which has decided what is held out (--eval_fraction); leave it empty"
         )
     opened = corpus.open_corpus(folder)
-    _require(f"{field} = {path}", opened.tokenizer, wanted, "the tokenizer of this run")
+    _require(f"{field} = {path}", opened.tokenizer, required, "the tokenizer of this run")
     check_fim(
         data,
         opened.tokenizer.name,
         opened.tokenizer.specials,
         f"prepare {path} again with --tokenizer={opened.tokenizer.name}+fim, or set config.data.fim=0",
     )
-    if wanted is None and data.tokenizer:
-        _check_spec(field, path, opened.tokenizer, data.tokenizer)
+    if required is None and data.tokenizer:
+        _check_named(field, path, opened.tokenizer, data.tokenizer, named)
     return opened
 
 
@@ -131,13 +139,18 @@ def load_heldout(
     }
 
 
-def _check_spec(field: str, path: str, found: Tokenizer, spec: str) -> None:
-    """UsageError when the config names another tokenizer than the shards have. One that is made
-    from text has no more than its name."""
-    made = find_known_tokenizer(spec)
-    if (made is None and found.name != spec) or (
-        made is not None and made.fingerprint != found.fingerprint
-    ):
+def _check_named(
+    field: str, path: str, found: Tokenizer, spec: str, named: Tokenizer | Spec
+) -> None:
+    """Raises UsageError when the config names another tokenizer than the shards have.
+
+    A tokenizer that is made from text is known by its name alone.
+    """
+    if isinstance(named, Spec):
+        differs = found.name != named.name
+    else:
+        differs = found.fingerprint != named.fingerprint
+    if differs:
         raise UsageError(
             f"config.data.tokenizer = {spec!r}: {field} = {path} is tokenized by {found.name} "
             f"({found.fingerprint}); leave config.data.tokenizer empty to use that, or prepare the text "
@@ -163,19 +176,15 @@ def load_dataset(
     """The sources of `data`, text files tokenized if need be; `tokenizer` (of a checkpoint)
     takes the place of `data.tokenizer`. UsageError for paths and settings of no use; DataError
     for damaged shards."""
+    wanted = tokenizer or resolve_tokenizer(data.tokenizer)
     if data.fim and (tokenizer or data.tokenizer):  # else the tokenizer is that of a folder
-        known = tokenizer or find_known_tokenizer(data.tokenizer)
-        check_fim(
-            data,
-            data.tokenizer or known.name,
-            (known or parse_tokenizer_spec(data.tokenizer)).specials,
-        )
+        check_fim(data, data.tokenizer or wanted.name, wanted.specials)
     if data.sources and data.path:
         raise UsageError(
             f"config.data.sources and config.data.path = {', '.join(data.path)}: give one of them"
         )
     if data.sources:
-        return _mixture(data, report, tokenizer)
+        return _mixture(data, report, tokenizer, wanted)
     if data.stages or data.temperature:
         raise UsageError(
             "config.data.stages and config.data.temperature: are for config.data.sources, which is empty"
@@ -186,16 +195,17 @@ def load_dataset(
         )
     folders = {path: folder for path in data.path if (folder := _folder(path, data, report))}
     if any(path not in folders and adopt.is_foreign(path) for path in data.path):
-        return of_text(adopt.adopt(data.path, data, tokenizer, report))
+        is_named = (tokenizer or data.tokenizer) and isinstance(wanted, Tokenizer)
+        return of_text(adopt.adopt(data.path, data, wanted if is_named else None, report))
     if not folders:
-        return of_text(cache.prepare(data, report, tokenizer))
+        return of_text(cache.prepare(data, wanted, report))
     path, folder = next(iter(folders.items()))
     if len(data.path) > 1:
         raise UsageError(
             f"config.data.path = {', '.join(data.path)}: {path} was made by gpt-jax prepare and cannot be "
             "joined with other paths; name them in config.data.sources"
         )
-    opened = _open("config.data.path", path, folder, data, tokenizer)
+    opened = _open("config.data.path", path, folder, data, tokenizer, wanted)
     parts = [_part("config.data.path", path, opened, name, report) for name in opened.sources]
     # Without weights each source has its size for one: every token is seen as often as any other.
     parts = tuple(part._replace(weight=float(part.train.size)) for part in parts)
@@ -204,7 +214,10 @@ def load_dataset(
     return Dataset(parts, opened.tokenizer, content)
 
 
-def _mixture(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
+def _mixture(
+    data: config.Data, report, tokenizer: Tokenizer | None, wanted: Tokenizer | Spec
+) -> Dataset:
+    """`tokenizer` is that of a checkpoint, `wanted` that one or what the config names."""
     names = [name for name, _, _ in data.sources]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"config.data.sources: {twice[0]} is named twice")
@@ -226,10 +239,10 @@ def _mixture(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
     # What tokenizes the first prepared folder must tokenize all others, and tokenizes text files.
     opened = {}
     for path, folder in folders.items():
-        opened[path] = _open("config.data.sources", path, folder, data, tokenizer)
+        opened[path] = _open("config.data.sources", path, folder, data, tokenizer, wanted)
         tokenizer = opened[path].tokenizer
-    wanted = tokenizer or find_known_tokenizer(data.tokenizer)
-    if wanted is None:
+    wanted = tokenizer or wanted
+    if isinstance(wanted, Spec):
         raise UsageError(
             f"config.data.tokenizer = {data.tokenizer!r}: is made from text, and with several sources "
             "that is done once for all: gpt-jax prepare --input NAME=PATH … --output=DIR, then name DIR "
@@ -250,7 +263,7 @@ def _mixture(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
             found = of_text(
                 adopt.adopt((path,), one, wanted, say, f"config.data.sources[{i}]")
                 if adopt.is_foreign(path)
-                else cache.prepare(one, say, wanted, f"config.data.sources[{i}]")
+                else cache.prepare(one, wanted, say, f"config.data.sources[{i}]")
             )
             part, content = found.parts[0], found.content
         parts.append(part._replace(name=name, weight=weight))

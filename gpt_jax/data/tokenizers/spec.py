@@ -1,14 +1,16 @@
-"""The door to tokenizers: a spec (`config.data.tokenizer`, `gpt-jax prepare --tokenizer`) or what a
-checkpoint saved becomes a `Tokenizer` (called by cache, store, load and commands).
+"""Tokenizer specs: what `config.data.tokenizer` and `gpt-jax prepare --tokenizer` may say.
+
+A run or a prepare calls `resolve_tokenizer` once, at its door. It gets a Tokenizer, or a Spec where
+the tokenizer is made from the text, and hands that object on. Nobody behind the door sees the text.
 
 A spec is one of
     bytes                        256 bytes
     char                         the characters of the text
-    bpe:VOCAB[:PATTERN]          byte-level BPE trained on the text; PATTERN is a row of bpe.PATTERNS, gpt2 if left out
-    a path                       *.json, *.model (SentencePiece), *.tiktoken[:PATTERN] (cl100k if left out), or a
-                                 folder of encoder.json + vocab.bpe, vocab.json + merges.txt or tokenizer.json
-and after any of them +NAME, in any number, adds the special tokens of a row of vocabulary.SPECIALS,
-as in `bpe:4096+chat+fim`.
+    bpe:VOCAB[:PATTERN]          byte-level BPE trained on the text
+    a path                       a tokenizer file or a folder of them, see files.py
+
+PATTERN is a row of bpe.PATTERNS, gpt2 if left out. Any of them may be followed by +NAME, in any
+number. Each adds the special tokens of a row of vocabulary.SPECIALS, as in `bpe:4096+chat+fim`.
 """
 
 import json
@@ -29,7 +31,8 @@ from gpt_jax.data.tokenizers.vocabulary import (
 )
 from gpt_jax.errors import UsageError
 
-LARGEST_BPE = 10_000_000
+SMALLEST_BPE = 257  # 256 bytes and end of text
+LARGEST_BPE = 10_000_000  # a typing error rather than a vocabulary
 SPEC_KINDS = {
     "bytes": byte_tokenizer,
     "char": char_tokenizer,
@@ -41,76 +44,91 @@ SPEC_KINDS = {
 class Spec(NamedTuple):
     """A spec taken apart."""
 
+    name: str  # the spec as typed, which names the tokenizer that is made from it
     base: str  # bytes, char, bpe, or a path
-    vocab: int  # of bpe, else 0
-    pattern: str  # of bpe, else empty
+    vocab: int  # the size of bpe, else 0
+    pattern: str  # the pattern of bpe, else empty
     specials: tuple[str, ...]  # names of the special tokens to add
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the tokenizer is made from the text."""
+        return self.base == "char" or self.vocab > 0  # a path may be called bpe
+
+    @property
+    def needs_characters(self) -> bool:
+        """Whether the tokenizer is made from all characters of the text."""
+        return self.base == "char"
 
 
 def parse_tokenizer_spec(spec: str, field: str = "config.data.tokenizer") -> Spec:
-    """`spec` in parts; UsageError, naming `field`, for a BPE that cannot be. Paths are not
-    looked at."""
-    base, *names = spec.split("+")
-    while (
-        names
-        and names[0] not in SPECIALS
-        and base not in ("bytes", "char")
-        and not base.startswith("bpe:")
-    ):
-        base += "+" + names.pop(0)  # a path may hold a +
+    """Takes a spec apart, without a look at the files of a path.
+
+    Raises UsageError, naming `field`, for a BPE or a special token that cannot be.
+    """
+    base, names = _split_off_specials(spec)
     if unknown := [name for name in names if name not in SPECIALS]:
+        known = ", +".join(SPECIALS)
         raise UsageError(
-            f"{field} = {spec!r}: +{unknown[0]} adds nothing known; choose from +{', +'.join(SPECIALS)}"
+            f"{field} = {spec!r}: +{unknown[0]} adds nothing known; choose from +{known}"
         )
     specials = tuple(token for name in names for token in SPECIALS[name])
+
     if not base.startswith("bpe:"):
-        return Spec(base, 0, "", specials)
-    size, _, pattern = base[4:].partition(":")
-    if not size.replace("_", "").isdecimal() or not 257 <= int(size) <= LARGEST_BPE:
+        return Spec(spec, base, 0, "", specials)
+
+    size, _, pattern = base.removeprefix("bpe:").partition(":")
+    if not size.replace("_", "").isdecimal() or not SMALLEST_BPE <= int(size) <= LARGEST_BPE:
         raise UsageError(
-            f"{field} = {spec!r}: expected bpe:N with N at least 257 (256 bytes and {EOT}) and at most "
-            f"{LARGEST_BPE:,}"
+            f"{field} = {spec!r}: expected bpe:N with N at least {SMALLEST_BPE} "
+            f"(256 bytes and {EOT}) and at most {LARGEST_BPE:,}"
         )
     if (pattern or "gpt2") not in PATTERNS or base.endswith(":"):
-        raise UsageError(
-            f"{field} = {spec!r}: unknown pattern {pattern!r}; choose one of {', '.join(PATTERNS)}"
-        )
-    return Spec("bpe", int(size), pattern or "gpt2", specials)
+        known = ", ".join(PATTERNS)
+        raise UsageError(f"{field} = {spec!r}: unknown pattern {pattern!r}; choose one of {known}")
+    return Spec(spec, "bpe", int(size), pattern or "gpt2", specials)
 
 
-def bpe_vocab(spec: str) -> int:
-    """N of `bpe:N`, or 0 when `spec` is no such thing; UsageError for an N that cannot be."""
-    return parse_tokenizer_spec(spec).vocab
+def _split_off_specials(spec: str) -> tuple[str, list[str]]:
+    """The part before the special tokens, and the names after it. A path may contain a +."""
+    base, *names = spec.split("+")
+    is_path = base not in ("bytes", "char") and not base.startswith("bpe:")
+    while is_path and names and names[0] not in SPECIALS:
+        base += "+" + names.pop(0)
+    return base, names
 
 
-def is_char(spec: str) -> bool:
-    """Whether the tokenizer is made of all characters that occur in the text."""
-    return parse_tokenizer_spec(spec).base == "char"
+def resolve_tokenizer(spec: str, field: str = "config.data.tokenizer") -> Tokenizer | Spec:
+    """The tokenizer that a spec names, or its Spec if the tokenizer is made from the text.
+
+    An empty spec means bytes. Raises UsageError, naming `field`, for a spec that cannot be and for
+    a file that is missing or is no tokenizer.
+    """
+    parsed = parse_tokenizer_spec(spec, field)
+    if parsed.needs_text:
+        return parsed
+
+    if parsed.base in ("", "bytes"):
+        base = byte_tokenizer()
+    else:
+        base = read_tokenizer(parsed.base, field)
+    name = base.name + spec.removeprefix(parsed.base)
+    return replace(with_specials(base, parsed.specials), name=name)
 
 
-def find_known_tokenizer(spec: str, field: str = "config.data.tokenizer") -> Tokenizer | None:
-    """The tokenizer of a spec (of none: bytes), or None if it is made from the text; UsageError
-    for one that cannot be had."""
-    base, vocab, _, specials = parse_tokenizer_spec(spec, field)
-    if base == "char" or vocab:
-        return None
-    found = byte_tokenizer() if base in ("", "bytes") else read_tokenizer(base, field)
-    return replace(with_specials(found, specials), name=found.name + spec[len(base) :])
-
-
-def made_tokenizer(
-    spec: str, texts: Callable[[], Iterable[str]], characters: str = ""
+def make_tokenizer(
+    spec: Spec, texts: Callable[[], Iterable[str]], characters: str = ""
 ) -> Tokenizer:
-    """The tokenizer of a spec that `known_tokenizer` knows none for: `char` from `characters`,
-    BPE from `texts()`. Its name is the spec."""
-    base, vocab, pattern, specials = parse_tokenizer_spec(spec)
-    made = char_tokenizer(characters) if base == "char" else train_bpe(texts(), vocab, pattern)
-    return replace(with_specials(made, specials), name=spec)
+    """Makes the tokenizer of a spec from text: `char` from `characters`, BPE from `texts()`."""
+    if spec.needs_characters:
+        made = char_tokenizer(characters)
+    else:
+        made = train_bpe(texts(), spec.vocab, spec.pattern)
+    return replace(with_specials(made, spec.specials), name=spec.name)
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
     """The tokenizer whose `to_json` is `text`."""
     saved = json.loads(text)
-    return with_extra(
-        SPEC_KINDS[saved["kind"]](saved["content"], saved["name"]), saved.get("extra", {})
-    )
+    tokenizer = SPEC_KINDS[saved["kind"]](saved["content"], saved["name"])
+    return with_extra(tokenizer, saved.get("extra", {}))

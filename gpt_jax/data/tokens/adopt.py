@@ -15,7 +15,6 @@ import numpy as np
 from gpt_jax import config
 from gpt_jax.data.read import sources
 from gpt_jax.data.read.sources import TOKEN_FILES, Source
-from gpt_jax.data.tokenizers.spec import find_known_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import cache, store
 from gpt_jax.data.tokens.cache import Prepared
@@ -183,7 +182,7 @@ def heldout(path: str, tokenizer: Tokenizer, report: Callable[[str], None]) -> T
 def adopt(
     paths: Sequence[str],
     data: config.Data,
-    wanted: Tokenizer | None,
+    tokenizer: Tokenizer | None,
     report: Callable[[str], None],
     field: str = "config.data.path",
 ) -> Prepared:
@@ -191,8 +190,8 @@ def adopt(
     nanoGPT's folder), or the last eval_fraction of the documents (of one document alone, of its
     tokens) is held out. All ids are looked at once, to be sure that they are in the vocabulary.
     UsageError for files or a tokenizer of no use."""
-    tokenizer, named = wanted or find_known_tokenizer(data.tokenizer), ", ".join(paths)
-    if tokenizer is None or not (wanted or data.tokenizer):
+    named = ", ".join(paths)
+    if tokenizer is None:
         raise UsageError(
             f"config.data.tokenizer = {data.tokenizer!r}: {named} does not say which tokenizer made its "
             "ids; name it by its file, such as tokenizer.json or a folder of encoder.json and vocab.bpe"

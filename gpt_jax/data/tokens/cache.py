@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt_jax import config
 from gpt_jax.data.read import sources
-from gpt_jax.data.tokenizers.spec import bpe_vocab, find_known_tokenizer, made_tokenizer
+from gpt_jax.data.tokenizers.spec import Spec, make_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards, split, store
 from gpt_jax.data.tokens.shards import Tokens
@@ -32,14 +32,13 @@ class Prepared:
     content: str
 
 
-def _made_tokenizer(corpus: split.SplitCorpus, report: Callable[[str], None]) -> Tokenizer:
-    """The tokenizer that is made from the text: characters of all of it, BPE of the training
-    side only."""
-    if size := bpe_vocab(corpus.data.tokenizer):
-        report(f"data: training a byte-level BPE of {size:,} tokens")
-    return made_tokenizer(
-        corpus.data.tokenizer, lambda: corpus.side(split.TRAIN), corpus.characters
-    )
+def _make_tokenizer(
+    spec: Spec, corpus: split.SplitCorpus, report: Callable[[str], None]
+) -> Tokenizer:
+    """Makes the tokenizer from the text: characters from all of it, BPE from the training side."""
+    if spec.vocab:
+        report(f"data: training a byte-level BPE of {spec.vocab:,} tokens")
+    return make_tokenizer(spec, lambda: corpus.side(split.TRAIN), corpus.characters)
 
 
 def _content(data: config.Data, found, held, hashes: list[str]) -> str:
@@ -50,10 +49,14 @@ def _content(data: config.Data, found, held, hashes: list[str]) -> str:
     return digest_json(len(found), kinds, hashes, astuple(split.reading_of(data)), splitting)
 
 
-def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report):
+def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | Spec, report):
     """(sides, tokenizer, folder, content) for training sources `found` and held-out sources
     `held`, built if need be."""
     root = Path(data.cache).expanduser()
+    if isinstance(tokenizer, Spec):
+        key, wants_characters = tokenizer.name, tokenizer.needs_characters
+    else:
+        key, wants_characters = tokenizer.fingerprint, False
     try:
         hashes = store.content_hashes((*found, *held), root, data.workers)
         content = _content(data, found, held, hashes)
@@ -61,14 +64,16 @@ def _obtain(data: config.Data, found, held, tokenizer: Tokenizer | None, report)
             store.FORMAT,
             [s.name for s in (*found, *held)],
             content,
-            tokenizer.fingerprint if tokenizer else data.tokenizer,
+            key,
         )
 
         def build(building: Path) -> None:
-            corpus = split.plan(found, held, data)
+            corpus = split.plan(found, held, data, wants_characters)
             for note in corpus.notes:
                 report(f"data: {note}")
-            using = tokenizer or _made_tokenizer(corpus, report)
+            using = tokenizer
+            if isinstance(using, Spec):
+                using = _make_tokenizer(using, corpus, report)
             names = [source.name for source in (*found, *held)]
             store.write(
                 building, corpus.texts(), using, data.workers, report, names, {"hashes": hashes}
@@ -95,18 +100,17 @@ def count(tokens: Tokens | None) -> str:
 
 def prepare(
     data: config.Data,
+    tokenizer: Tokenizer | Spec,
     report: Callable[[str], None] = print,
-    tokenizer: Tokenizer | None = None,
     field: str = "config.data.path",
 ) -> Prepared:
-    """Tokens to train on and held-out tokens, from the cache or built now; `tokenizer` (of a
-    checkpoint) takes the place of `data.tokenizer`, `field` is where the path was given, for
-    messages.
+    """Tokens to train on and held-out tokens, from the cache or built now.
+
+    A Spec is made into a tokenizer from the text. `field` is where the path was given, for messages.
 
     UsageError for paths, files, settings or a cache folder of no use; DataError if a source changes
     meanwhile.
     """
-    tokenizer = tokenizer or find_known_tokenizer(data.tokenizer)
     found = sources.find(data.path, field)
     held = sources.find(data.eval_path, "config.data.eval_path") if data.eval_path else ()
     sides, tokenizer, folder, content = _obtain(data, found, held, tokenizer, report)
@@ -129,7 +133,7 @@ def load_text(
     """All documents of `paths` as held-out tokens, cached like any other; of `data` only how
     text is read, cache and workers count. UsageError, naming the flag --text, when there is no
     text."""
-    data = replace(data, path=tuple(paths), eval_path=(), tokenizer="bytes")
+    data = replace(data, path=tuple(paths), eval_path=())
     sides, _, folder, _ = _obtain(data, (), sources.find(data.path, "--text"), tokenizer, report)
     if sides["eval"] is None:
         raise UsageError(f"--text = {', '.join(paths)}: the tokenizer makes no tokens of it")

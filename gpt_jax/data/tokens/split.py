@@ -15,7 +15,6 @@ from gpt_jax import config
 from gpt_jax.data.read.decoding import Reading
 from gpt_jax.data.read.documents import Document, Tally, documents, whole
 from gpt_jax.data.read.sources import Source
-from gpt_jax.data.tokenizers.spec import is_char
 from gpt_jax.data.tokens.shards import text_hash
 from gpt_jax.errors import DataError, UsageError
 
@@ -31,7 +30,7 @@ class SplitCorpus:
     data: config.Data
     held_out: np.ndarray  # bool [documents of sources]
     cut: int  # the character at which the only document is cut in two; 0: none is
-    characters: str  # all that occur, sorted; empty unless the tokenizer is `char`
+    characters: str  # all that occur, sorted; empty unless they were asked for
     notes: tuple[str, ...]  # what the reading has to tell, a line each
 
     def texts(self) -> Iterator[tuple[str, int, Document]]:
@@ -105,7 +104,10 @@ SPLITS = {"tail": _tail, "document": _by_document}
 
 
 def plan(
-    sources: tuple[Source, ...], eval_sources: tuple[Source, ...], data: config.Data
+    sources: tuple[Source, ...],
+    eval_sources: tuple[Source, ...],
+    data: config.Data,
+    wants_characters: bool = False,
 ) -> SplitCorpus:
     """Reads everything once. UsageError when there is no text, or too little to hold some out."""
     sizes, hashes, tally, characters = array("q"), array("Q"), Tally(), set()
@@ -113,7 +115,8 @@ def plan(
         size = 0
         for _, document in _read(group, data, tally):
             size = len(document.text)
-            characters.update(document.text if is_char(data.tokenizer) else "")
+            if wants_characters:
+                characters.update(document.text)
             if group is sources:
                 sizes.append(size), hashes.append(text_hash(document.text))
         if group and not size:
