@@ -1,4 +1,4 @@
-"""FLOPs and MFU against published numbers; the table of peaks; the measured CPU peak."""
+"""FLOPs and MFU equal published numbers; the table knows its devices; a CPU's peak is measured."""
 
 import itertools
 from types import SimpleNamespace
@@ -15,12 +15,12 @@ LLAMA_8B = dict(
 
 
 def test_nanochat_d24_flops_and_mfu():
-    windows = [
-        2048 if layer % 4 == 3 else 1024 for layer in range(24)
-    ]  # S, S, S, L tiled; the last is L
+    # Three short windows, then a long one, tiled over the depth; the last one is long.
+    windows = [2048 if layer % 4 == 3 else 1024 for layer in range(24)]
     matmul_params = 12 * 24 * 1536**2 + 32768 * 1536 + 12 * 32 * 12
     flops = flops_per_token(matmul_params, windows, 1536, 2048)
     assert flops == 4_945_112_064
+
     tokens = 16_704 * 524_288
     assert flops * tokens == pytest.approx(4.330784131e19, rel=1e-9)
     peak = 8 * chips.peak_flops("NVIDIA H100 80GB HBM3")
@@ -37,13 +37,14 @@ def test_megatron_llama_8b_flops():
     assert round(13_812 * flops_per_token(**LLAMA_8B) / 1e12, 1) == 799.9
 
 
-def test_windows_cap_at_the_row_and_causal_counts_the_keys_that_there_are():
-    args, T = dict(windows=[0, 40, 6400], attention_width=8, seq_len=1600), 1600
+def test_windows_cap_at_the_row_and_causal_counts_the_keys_that_a_token_sees():
+    T = 1600
+    args = dict(windows=[0, 40, 6400], attention_width=8, seq_len=T)
     assert flops_per_token(100, **args) == 600 + 12 * 8 * (T + 40 + T)
+
     counted = sum(min(t + 1, reach) for reach in (T, 40, T) for t in range(T)) / T
-    assert flops_per_token(100, **args, causal=True) == pytest.approx(
-        600 + 12 * 8 * counted, rel=1e-3
-    )
+    causal = flops_per_token(100, **args, causal=True)
+    assert causal == pytest.approx(600 + 12 * 8 * counted, rel=1e-3)
     assert flops_per_token(100, [0], 8, T, causal=True) == 600 + 12 * 8 * T // 2
 
 
@@ -96,25 +97,28 @@ def test_unknown_devices_have_no_peak(kind):
 
 
 def test_unknown_accelerator_says_so_and_reports_no_mfu():
-    found = chips.find_peak([SimpleNamespace(device_kind="Foo 9", platform="gpu", process_index=0)])
-    assert found.flops is None and "'Foo 9'" in found.line and "MFU is not reported" in found.line
-    assert mfu_metrics(1.0, 1.0, 1.0, found.flops) == {}
+    device = SimpleNamespace(device_kind="Foo 9", platform="gpu", process_index=0)
+    peak = chips.find_peak([device])
+    assert peak.flops is None
+    assert "'Foo 9'" in peak.line and "MFU is not reported" in peak.line
+    assert mfu_metrics(1.0, 1.0, 1.0, peak.flops) == {}
 
 
 def test_peak_counts_accelerators_but_processes_on_cpu():
-    def fake(kind, platform):
+    def make_devices(kind, platform):
         return [
             SimpleNamespace(device_kind=kind, platform=platform, process_index=i // 4)
             for i in range(8)
         ]
 
-    assert chips.find_peak(fake("TPU v4", "tpu")).flops == 8 * 275e12
-    cpu = chips.find_peak(fake("cpu", "cpu"), measure=lambda: 5e10)
-    assert cpu.flops == 2 * 5e10 and "50.0 GFLOP/s" in cpu.line and "2 processes" in cpu.line
+    assert chips.find_peak(make_devices("TPU v4", "tpu")).flops == 8 * 275e12
+    cpu = chips.find_peak(make_devices("cpu", "cpu"), measure=lambda: 5e10)
+    assert cpu.flops == 2 * 5e10
+    assert "50.0 GFLOP/s" in cpu.line and "2 processes" in cpu.line
 
 
 def test_cpu_peak_is_flops_over_the_best_time():
-    ticks = itertools.accumulate([0.0, 3.0, 0.0, 0.5, 0.0, 2.0])  # three repeats: 3 s, 0.5 s, 2 s
+    ticks = itertools.accumulate([0.0, 3.0, 0.0, 0.5, 0.0, 2.0])  # Repeats of 3 s, 0.5 s and 2 s.
     assert chips.measure_cpu_peak(size=8, repeats=3, now=lambda: next(ticks)) == 2 * 8**3 / 0.5
     assert chips.measure_cpu_peak(size=64, repeats=2) > 0
 

@@ -1,9 +1,12 @@
-"""Compiler options: parsed, changed by the config, part of every compilation, refused in one
-line; and what JAX is told by the environment."""
+"""Compiler options: a config changes them, they reach every compilation, and faults are named.
+
+The environment that JAX gets is tested here too.
+"""
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,78 +23,71 @@ from gpt_jax.run import parts as run_parts
 from gpt_jax.sharding import mesh
 
 
-def test_options():
-    assert xla_options.parse(["a=true", "b=-3", "c=x=y", "d="]) == {
-        "a": True,
-        "b": -3,
-        "c": "x=y",
-        "d": None,
-    }
-    with pytest.raises(
-        UsageError, match="config.train.compiler_options = 'a': expected NAME=VALUE"
-    ):
-        xla_options.parse(["a"])
+def test_options_are_parsed():
+    options = xla_options.parse_options(["a=true", "b=-3", "c=x=y", "d="])
+    assert options == {"a": True, "b": -3, "c": "x=y", "d": None}
+    words = r"config\.train\.compiler_options = 'a': expected NAME=VALUE"
+    with pytest.raises(UsageError, match=words):
+        xla_options.parse_options(["a"])
 
 
 def test_a_config_adds_replaces_and_leaves_out(monkeypatch):
     monkeypatch.setattr(xla_options, "DEFAULTS", {"gpu": {"a": True, "b": 1}})
     assert xla_options.choose_xla_options("gpu", ("b=2", "a=", "c=3")) == {"b": 2, "c": 3}
     assert xla_options.choose_xla_options("cpu") == {}
+
     values = configs.to_dict(configs.Config())
     configs.override(values, "train.compiler_options", "a=1,b=x")
     assert configs.from_dict(values).train.compiler_options == ("a=1", "b=x")
-    configs.override(
-        values, "train.compiler_options", str(("a=x,y", "b=1"))
-    )  # as `gpt-jax plan` writes it
+    # `gpt-jax plan` writes options with commas in this way.
+    configs.override(values, "train.compiler_options", str(("a=x,y", "b=1")))
     assert configs.from_dict(values).train.compiler_options == ("a=x,y", "b=1")
 
 
 @pytest.mark.parametrize("of_config", [True, False])
 def test_they_are_part_of_the_train_step(monkeypatch, of_config):
-    """An option that no compiler knows, in the config or in the table, and the step does not
-    compile."""
-    config = job_of("tiny").config
+    """With an option that no compiler knows, in the config or in the table, nothing compiles."""
     texts = ("xla_no_such_option=1",) if of_config else ()
-    monkeypatch.setattr(
-        xla_options, "DEFAULTS", {} if of_config else {"cpu": {"xla_no_such_option": 1}}
-    )
-    config = configs.from_dict(
-        configs.to_dict(config)
-        | {
-            "train": configs.to_dict(config)["train"] | {"compiler_options": texts},
-            "model": configs.to_dict(config)["model"] | {"kernel": "reference"},
-        }
+    defaults = {} if of_config else {"cpu": {"xla_no_such_option": 1}}
+    monkeypatch.setattr(xla_options, "DEFAULTS", defaults)
+
+    config = job_of("tiny").config
+    config = replace(
+        config,
+        train=replace(config.train, compiler_options=texts),
+        model=replace(config.model, kernel="reference"),
     )
     lowered = compiled.lower(config, mesh.make_mesh({}, jax.devices()[:1]))
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         lowered.compile()
 
 
-def test_a_run_refuses_what_its_compiler_does_not_know_and_says_what_it_has(tmp_path):
-    for text in ("xla_no_such_option=1", "xla_backend_optimization_level=high"):
-        with pytest.raises(
-            UsageError, match=f"config.train.compiler_options: .*{text.partition('=')[0]}"
-        ):
-            runs.build(runs.load(tmp_path, f"--config.train.compiler_options={text}"))
-    parts = runs.build(
-        runs.load(tmp_path, "--config.train.compiler_options=xla_backend_optimization_level=0")
-    )
+@pytest.mark.parametrize("text", ["xla_no_such_option=1", "xla_backend_optimization_level=high"])
+def test_a_run_refuses_what_its_compiler_does_not_know(tmp_path, text):
+    name = text.partition("=")[0]
+    with pytest.raises(UsageError, match=rf"config\.train\.compiler_options: .*{name}"):
+        runs.build(runs.load(tmp_path, f"--config.train.compiler_options={text}"))
+
+
+def test_a_run_says_what_it_compiles_with(tmp_path):
+    override = "--config.train.compiler_options=xla_backend_optimization_level=0"
+    parts = runs.build(runs.load(tmp_path, override))
     assert "compiler options (cpu): xla_backend_optimization_level=0" in parts.notes
-    assert not any("compiler options" in line for line in runs.build(runs.load(tmp_path)).notes)
-    assert run_parts.compiler_options(parts.config, parts.mesh) == {
-        "xla_backend_optimization_level": 0
-    }
+    options = run_parts.compiler_options(parts.config, parts.mesh)
+    assert options == {"xla_backend_optimization_level": 0}
+
+    plain = runs.build(runs.load(tmp_path))
+    assert not any("compiler options" in line for line in plain.notes)
 
 
-def test_a_gpus_memory_is_asked_for_unless_the_environment_says_otherwise():
-    for given in (
-        {},
-        {"XLA_CLIENT_MEM_FRACTION": "0.5"},
-        {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},
-    ):
-        found = dict(given)
-        environment.prepare(found)
-        assert found == (given or {"XLA_CLIENT_MEM_FRACTION": "0.9"})
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}],
+)
+def test_a_gpus_memory_is_asked_for_unless_the_environment_says_otherwise(given):
+    variables = dict(given)
+    environment.prepare(variables)
+    assert variables == (given or {"XLA_CLIENT_MEM_FRACTION": "0.9"})
 
 
 @pytest.mark.skipif(
@@ -100,13 +96,16 @@ def test_a_gpus_memory_is_asked_for_unless_the_environment_says_otherwise():
 )
 def test_libtpu_is_quiet_where_there_is_no_tpu():
     pytest.importorskip("libtpu", reason="pip install 'gpt_jax[plan]'")
-    code = "from gpt_jax.commands import environment; environment.prepare(); import jax; print(jax.devices())"
+    code = (
+        "from gpt_jax.commands import environment; environment.prepare(); "
+        "import jax; print(jax.devices())"
+    )
     known = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("JAX_", "TPU_", "XLA_"))
     }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=known, capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.startswith("[CpuDevice") and done.stderr == ""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=known, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("[CpuDevice")
+    assert done.stderr == ""
