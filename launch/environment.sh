@@ -1,5 +1,13 @@
 # Sourced by the launchers: make_environment ROOT EXTRA installs gpt_jax, pinned, into ROOT/.venv when it is not there yet
-# or the pins have changed. A stamp written last tells a finished install from an interrupted one.
+# or the pins have changed. A stamp written last tells a finished install from an interrupted one. The versions that were
+# taken lie in ROOT/.venv/constraints.txt, for `pip install -c` of a further extra.
+
+# Prints which file of exact versions PYTHON takes: the newest JAX needs Python 3.12, and 3.11 has the last one for it.
+choose_constraints() { # ROOT PYTHON
+    local version=py312
+    "$2" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || version=py311
+    printf '%s' "$1/launch/constraints-$version.txt"
+}
 
 make_environment() {
     local root=$1 extra=$2 venv=$1/.venv python=${PYTHON:-python3}
@@ -9,17 +17,19 @@ make_environment() {
     fi
     exec 9>"$root/.venv.lock" # two launches at once install once
     flock 9
-    local stamp wanted
+    local stamp wanted constraints
+    constraints=$(choose_constraints "$root" "$python")
     stamp=$venv/installed${extra:+-$extra}
-    wanted=$(cat "$root/pyproject.toml" "$root/launch/constraints.txt" | cksum)
+    wanted=$(cat "$root/pyproject.toml" "$constraints" | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "gpt-jax: installing into $venv (once, about a minute)" >&2
         "$python" -m venv "$venv" || {
             echo "gpt-jax: 'python3 -m venv' failed; on Debian or Ubuntu: apt-get install python3-venv" >&2
             exit 2
         }
+        cp "$constraints" "$venv/constraints.txt"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-            --constraint "$root/launch/constraints.txt" --editable "$root${extra:+[$extra]}" >&2
+            --constraint "$constraints" --editable "$root${extra:+[$extra]}" >&2
         printf '%s' "$wanted" >"$stamp"
     fi
     exec 9>&-

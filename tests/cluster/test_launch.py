@@ -2,11 +2,18 @@
 without Python is told so."""
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import runs
+
+
+def constraints(version) -> str:
+    """The file of exact versions for a Python of `version`."""
+    return f"launch/constraints-{'py311' if version < (3, 12) else 'py312'}.txt"
 
 
 @pytest.fixture
@@ -20,9 +27,9 @@ def house(tmp_path):
     for name in ("gpt-jax", "python"):
         (programs / name).write_text('#!/bin/sh\nprintf "%s|" "$(basename "$0")" "$@"\n')
         (programs / name).chmod(0o755)
-    pins = (tmp_path / "pyproject.toml").read_bytes() + (
-        tmp_path / "launch/constraints.txt"
-    ).read_bytes()
+    pins = b"".join(
+        (tmp_path / name).read_bytes() for name in ("pyproject.toml", constraints(sys.version_info))
+    )
     wanted = subprocess.run(["cksum"], input=pins, capture_output=True).stdout.decode().strip()
     for stamp in ("installed", "installed-test"):
         (tmp_path / ".venv" / stamp).write_text(wanted)
@@ -34,7 +41,7 @@ def launch(house, script, *given, **env):
         [house / "launch" / script, *given],
         capture_output=True,
         text=True,
-        env=os.environ | env,
+        env=os.environ | {"PYTHON": sys.executable} | env,
         cwd=house,
     )
 
@@ -76,13 +83,47 @@ def test_a_python_that_cannot_serve_is_named(house, python):
 
 def test_changed_pins_install_again(house):
     """Up to the step that would need a network: `python -m venv`, here one that fails."""
-    (house / "launch/constraints.txt").write_text("jax==0\n")
-    fake = house / "fake"
-    fake.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\nexit 3\n')
-    fake.chmod(0o755)
-    ended = launch(house, "local.sh", "train", PYTHON=str(fake))
+    (house / "launch/constraints-py312.txt").write_text("jax==0\n")
+    ended = launch(house, "local.sh", "train", PYTHON=make_python(house, 3, 12))
     assert (
         ended.returncode == 2
         and "installing into" in ended.stderr
         and "python3-venv" in ended.stderr
     )
+
+
+def make_python(house, *version: int) -> str:
+    """A program that knows its version as Python does, and makes no environment."""
+    fake = house / f"python{version[0]}.{version[1]}"
+    pretend = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+    fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exit 3\n{sys.executable} -c \'{pretend}\' "$2"\n')
+    fake.chmod(0o755)
+    return str(fake)
+
+
+@pytest.mark.parametrize("version", [(3, 11), (3, 12), (3, 13)])
+def test_each_python_has_its_exact_versions(house, version):
+    """Seen by what makes the environment new: a change of its own file, and of no other."""
+    used = house / constraints(version)
+    python = make_python(house, *version)
+    pins = (house / "pyproject.toml").read_bytes() + used.read_bytes()
+    stamp = subprocess.run(["cksum"], input=pins, capture_output=True).stdout.decode().strip()
+    (house / ".venv/installed").write_text(stamp)
+    assert launch(house, "local.sh", "train", PYTHON=python).returncode == 0
+
+    for path in (house / "launch").glob("constraints-*.txt"):
+        if path != used:
+            path.unlink()
+    assert launch(house, "local.sh", "train", PYTHON=python).returncode == 0
+    used.write_text("jax==0\n")
+    assert "installing into" in launch(house, "local.sh", "train", PYTHON=python).stderr
+
+
+def test_exact_versions_name_the_same_packages_and_nothing_else():
+    """One `name==version` a line: no address, no path. The files differ in versions alone."""
+    texts = [path.read_text() for path in sorted((runs.ROOT / "launch").glob("constraints-*.txt"))]
+    names = [re.findall(r"^([\w-]+)==[\w.]+$", text, re.MULTILINE) for text in texts]
+    assert len(texts) == 2 and names[0] == names[1]
+    assert [len(text.splitlines()) for text in texts] == [len(found) for found in names]
+    versions = [re.search(r"^jax==(\d+\.\d+)", text, re.MULTILINE).group(1) for text in texts]
+    assert versions == ["0.10", "0.12"]
