@@ -2,7 +2,7 @@
 
 By arithmetic, in a moment: `memory`, `traffic` and `roofline` read a `PlanJob` on a `Topology`, and
 `search` tries many. By the compiler, in minutes: `compiled` compiles the step that `train` would run,
-and `hlo` reads the program.
+and `program` reads what the compiler made.
 """
 
 import lazy_loader

@@ -1,11 +1,13 @@
-"""The train step of a config compiled for a machine that is not here, and what the compiler says of
-it (called by commands/plan.py in a process of its own, whose environment is ready).
+"""The train step of a config, compiled for a machine that is not here.
 
-TPU: libtpu describes and compiles for any slice. GPU: the CUDA plugin compiles from a description
-of the card (targets.py); it never says that memory is short, so the verdict is ours on both.
+libtpu describes any slice and compiles for it. The CUDA plugin compiles from the description of a
+card. Neither decides whether the program fits, because the one for GPUs never says that memory is
+short. The compilers read their environment when they are loaded, so this runs in a process whose
+environment is ready.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -15,107 +17,126 @@ from jax.sharding import NamedSharding
 from gpt_jax import config as configs, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.hardware import find_option_fault
-from gpt_jax.plan import hlo, targets
-from gpt_jax.plan.topology import Topology
+from gpt_jax.plan.program.program import Program, read_program
+from gpt_jax.plan.targets import describe_card
+from gpt_jax.plan.topology import Topology, join_sizes
 from gpt_jax.run import make_steps
 
+# Types of a batch's columns; the second table is that of batches whose documents are kept apart.
 COLUMNS = {"tokens": "int32", "targets": "int32", "weight": "float32", "bytes": "int32"}
-APART = {"segment": "int32", "position": "int32"}
+DOCUMENT_COLUMNS = {"segment": "int32", "position": "int32"}
+REFUSAL_LENGTH = 600  # Characters of the compiler's message that are kept.
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Bytes on one device by the compiler; `peak` is what has to fit: arguments, outputs that
-    are not arguments' buffers, and the temporaries as one block, gaps and all (the compiler's
-    own peak leaves gaps out). `program` is None when it did not compile, and then `refusal` is
-    what the compiler said."""
+    """Bytes on one device by the compiler, or why it did not compile."""
 
     seconds: float
     argument: int = 0
     output: int = 0
     temporary: int = 0
     alias: int = 0
+    # What has to fit: arguments, outputs that are not arguments' buffers, and the temporaries as
+    # one block with its gaps. The compiler's own peak leaves the gaps out.
     peak: int = 0
-    program: hlo.Program | None = None
-    refusal: str = ""
+    program: Program | None = None  # None if it did not compile.
+    refusal: str = ""  # What the compiler said if it did not compile.
 
 
-def describe(topology: Topology):
-    """The devices of a machine, as JAX sees them, slice by slice."""
+def list_devices(topology: Topology) -> list:
+    """Returns the devices of a machine as JAX sees them, slice by slice.
+
+    Raises UsageError if libtpu does not know the machine.
+    """
     if topology.chip.platform == "gpu":
-        shape = "x".join(map(str, (1, *topology.shape)))  # slices x hosts x cards
-        return topologies.get_topology_desc(
+        sizes = (1, *topology.shape)  # Slices, hosts, cards of a host.
+        described = topologies.get_topology_desc(
             platform="cuda",
             topology_name="plan",
-            topology=shape,
-            target_config=targets.text(topology.name),
-        ).devices
-    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    if (
-        topology.chip.dims == 3 and topology.chip.per_chip == 1
-    ):  # else v5p's gathers are compiled as sums
-        more["wrap"] = topology.wraps
-    shape = "x".join(map(str, topology.shape))
+            topology=join_sizes(sizes),
+            target_config=describe_card(topology.name),
+        )
+        return described.devices
+
+    options: dict[str, object] = {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    # Without this option the gathers of v5p are compiled as sums.
+    if topology.chip.dims == 3 and topology.chip.per_chip == 1:
+        options["wrap"] = topology.wraps
+    name = f"{topology.name}:{join_sizes(topology.shape)}"
     try:
-        return topologies.get_topology_desc(
-            topology_name=f"{topology.name}:{shape}", platform="tpu", **more
-        ).devices
+        return topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
     except Exception as error:
-        raise UsageError(
-            f"--topology={topology}: libtpu does not know it: {str(error).splitlines()[0]}"
-        ) from None
+        line = str(error).splitlines()[0]
+        raise UsageError(f"--topology={topology}: libtpu does not know it: {line}") from None
 
 
-def abstract_batch(config: configs.Config, mesh) -> dict:
-    """The columns of a step's batch, on `mesh`."""
-    shape, place = (
-        (config.train.batch_size, config.train.seq_len),
-        NamedSharding(mesh, sharding.batch_spec()),
-    )
-    columns = COLUMNS | (APART if config.data.apart else {})
+def make_abstract_batch(config: configs.Config, mesh) -> dict:
+    """Returns the columns of a step's batch on `mesh`, as shapes."""
+    shape = config.train.batch_size, config.train.seq_len
+    place = NamedSharding(mesh, sharding.batch_spec())
+    columns = COLUMNS | DOCUMENT_COLUMNS if config.data.apart else COLUMNS
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in columns.items()
     }
 
 
-def lower(config: configs.Config, mesh):
-    """The train step of a resolved config with a concrete kernel, traced for `mesh`."""
+def lower_step(config: configs.Config, mesh):
+    """Traces the train step of a resolved config with a concrete kernel for `mesh`."""
     steps = make_steps(config, mesh)
     with jax.set_mesh(mesh):
-        return steps.train_step.lower(steps.abstract, abstract_batch(config, mesh))
+        return steps.train_step.lower(steps.abstract, make_abstract_batch(config, mesh))
 
 
-def compile_step(config: configs.Config, topology: Topology, kernel: str, keep=None) -> Compiled:
-    """`keep(text)` gets the program's text. UsageError for options that the compiler does not
-    know."""
-    devices = describe(topology)
-    mesh = sharding.make_mesh(
-        configs.check(config, len(devices)), devices, configs.cross_slice(config.mesh)
-    )
-    lowered = lower(replace(config, model=replace(config.model, kernel=kernel)), mesh)
+def compile_step(
+    config: configs.Config,
+    topology: Topology,
+    kernel: str,
+    keep: Callable[[str], object] | None = None,
+) -> Compiled:
+    """Compiles the train step with this attention kernel; `keep` gets the program's text.
+
+    Raises UsageError if the compiler does not know an option of the config.
+    """
+    devices = list_devices(topology)
+    shape = configs.check(config, len(devices))
+    mesh = sharding.make_mesh(shape, devices, configs.cross_slice(config.mesh))
+    lowered = lower_step(replace(config, model=replace(config.model, kernel=kernel)), mesh)
+
     began = time.perf_counter()
     try:
-        done = lowered.compile()
-    except Exception as error:  # whatever the compiler refuses: for want of memory, or because of a fault of its own
-        if line := find_option_fault(error):
-            raise UsageError(line) from None
-        return Compiled(time.perf_counter() - began, refusal=" ".join(str(error).split())[:600])
-    seconds, used, text = time.perf_counter() - began, done.memory_analysis(), done.as_text()
+        program = lowered.compile()
+    except Exception as error:
+        # The compiler refuses for want of memory, because of an option, or by a fault of its own.
+        fault = find_option_fault(error)
+        if fault:
+            raise UsageError(fault) from None
+        refusal = " ".join(str(error).split())[:REFUSAL_LENGTH]
+        return Compiled(time.perf_counter() - began, refusal=refusal)
+    seconds = time.perf_counter() - began
+
+    text = program.as_text()
     if keep:
         keep(text)
-    held = (
+    return _measure(program.memory_analysis(), seconds, read_program(text, dict(mesh.shape)))
+
+
+def _measure(used, seconds: float, program: Program) -> Compiled:
+    """`used` is the compiler's own account of the program's memory."""
+    together = (
         used.argument_size_in_bytes
         + used.output_size_in_bytes
         - used.alias_size_in_bytes
         + used.temp_size_in_bytes
     )
-    peak = max(held, getattr(used, "peak_memory_in_bytes", 0))
     return Compiled(
         seconds,
-        used.argument_size_in_bytes,
-        used.output_size_in_bytes,
-        used.temp_size_in_bytes,
-        used.alias_size_in_bytes,
-        peak,
-        hlo.read(text, dict(mesh.shape)),
+        argument=used.argument_size_in_bytes,
+        output=used.output_size_in_bytes,
+        temporary=used.temp_size_in_bytes,
+        alias=used.alias_size_in_bytes,
+        peak=max(together, getattr(used, "peak_memory_in_bytes", 0)),
+        program=program,
     )

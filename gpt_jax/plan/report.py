@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.hardware import GIB
-from gpt_jax.plan.hlo import Collective
 from gpt_jax.plan.job import PlanJob
 from gpt_jax.plan.memory import memory
+from gpt_jax.plan.program.collectives import Collective
 from gpt_jax.plan.roofline import Estimate, estimate_job, format_verdict
 from gpt_jax.plan.search import MARGIN, REMATS, Found, fitting, list_overrides, meshes, standing
 from gpt_jax.plan.topology import Topology

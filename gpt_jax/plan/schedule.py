@@ -56,7 +56,7 @@ def network_seconds(
 
 
 def estimate_schedule(job: PlanJob, topology: Topology, kernel: str, program: dict) -> Schedule:
-    """`program`: hlo.Program as a dict."""
+    """`program`: program.Program as a dict."""
     config = job.config
     shape, across = (
         configs.mesh_shape(config.mesh, topology.devices),

@@ -1,8 +1,7 @@
-"""Graphics cards as XLA's compiler wants them described (called by compiled.py).
+"""Graphics cards, described as XLA's compiler wants them: a GpuTargetConfigProto as text.
 
-A text GpuTargetConfigProto. Names, memories and bandwidths are those of devices.CHIPS; the other
-numbers: NVIDIA's data sheets and CUDA programming guide (limits by compute capability), as the
-driver reports them.
+Names, memories and bandwidths are those of hardware's CHIPS. The other numbers come from NVIDIA's
+data sheets and CUDA programming guide (limits by compute capability), as the driver reports them.
 """
 
 from typing import NamedTuple
@@ -13,10 +12,10 @@ from gpt_jax.hardware import CHIPS
 class Card(NamedTuple):
     """What only the compiler asks for."""
 
-    capability: tuple[int, int]
+    capability: tuple[int, int]  # Major and minor.
     cores: int
-    l2: int
-    clock: float  # GHz
+    l2: int  # Bytes.
+    clock: float  # GHz.
 
 
 CARDS = {
@@ -24,7 +23,8 @@ CARDS = {
     "h200": Card((9, 0), 132, 52_428_800, 1.98),
     "b200": Card((10, 0), 148, 132_644_864, 1.965),
 }
-LIMITS = dict(  # the same on Hopper and Blackwell
+# Hopper and Blackwell have the same limits.
+LIMITS = dict(
     threads_per_block_limit=1024,
     threads_per_warp=32,
     shared_memory_per_block=49_152,
@@ -40,10 +40,13 @@ LIMITS = dict(  # the same on Hopper and Blackwell
 )
 
 
-def text(name: str) -> str:
-    """The description of a card of CARDS. cuDNN's version is that of the wheel that jax[cuda13]
-    brings (9)."""
-    card, chip = CARDS[name], CHIPS[name]
+def describe_card(name: str) -> str:
+    """Returns the description of a card of CARDS.
+
+    The version of cuDNN is that of the wheel that jax[cuda13] brings.
+    """
+    card = CARDS[name]
+    chip = CHIPS[name]
     info = LIMITS | dict(
         core_count=card.cores,
         memory_bandwidth=round(chip.bandwidth),
@@ -51,10 +54,16 @@ def text(name: str) -> str:
         clock_rate_ghz=card.clock,
         device_memory_size=chip.shown,
     )
-    lines = "\n".join(f"  {key}: {value}" for key, value in info.items())
     major, minor = card.capability
-    return (
-        f"gpu_device_info {{\n{lines}\n  cuda_compute_capability {{ major: {major} minor: {minor} }}\n}}\n"
-        'platform_name: "CUDA"\ndnn_version_info { major: 9 minor: 10 patch: 0 }\n'
-        f'device_description_str: "{chip.kind}"\n'
-    )
+
+    lines = [
+        "gpu_device_info {",
+        *(f"  {key}: {value}" for key, value in info.items()),
+        f"  cuda_compute_capability {{ major: {major} minor: {minor} }}",
+        "}",
+        'platform_name: "CUDA"',
+        "dnn_version_info { major: 9 minor: 10 patch: 0 }",
+        f'device_description_str: "{chip.kind}"',
+        "",
+    ]
+    return "\n".join(lines)

@@ -57,7 +57,7 @@ def test_they_are_part_of_the_train_step(monkeypatch, of_config):
         train=replace(config.train, compiler_options=texts),
         model=replace(config.model, kernel="reference"),
     )
-    lowered = compiled.lower(config, mesh.make_mesh({}, jax.devices()[:1]))
+    lowered = compiled.lower_step(config, mesh.make_mesh({}, jax.devices()[:1]))
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         lowered.compile()
 

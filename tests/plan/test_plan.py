@@ -13,8 +13,9 @@ from gpt_jax.commands import config_file
 from gpt_jax.errors import UsageError
 from gpt_jax.hardware import chips
 from gpt_jax.model.experts import exchange, local_experts
-from gpt_jax.plan import compiled, hlo, memory, roofline, schedule, targets, topology, traffic
+from gpt_jax.plan import compiled, memory, roofline, schedule, targets, topology, traffic
 from gpt_jax.plan.job import device_bytes, resolve_vocab
+from gpt_jax.plan.program.program import read_program
 from gpt_jax.run import parts as run_parts
 from gpt_jax.sharding.mesh import make_mesh
 
@@ -486,12 +487,12 @@ def test_the_whole_step_as_arithmetic_and_compiler_have_it():
         model=replace(job.config.model, kernel="reference"),
     )
     mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices()[:8])
-    done = compiled.lower(config, mesh).compile()
+    done = compiled.lower_step(config, mesh).compile()
     used = memory.memory(job._replace(config=config), dict(mesh.shape), "reference", "gpu")
     assert done.memory_analysis().argument_size_in_bytes == pytest.approx(
         used.state + used.batch, abs=8
     )
-    found = hlo.read(done.as_text(), dict(mesh.shape))
+    found = read_program(done.as_text(), dict(mesh.shape))
     assert ("all-gather", ("fsdp",)) in {(row.kind, row.axes) for row in found.collectives}
 
 
@@ -573,7 +574,7 @@ def test_grouped_matmuls_without_cycles_take_the_arithmetic_s_time():
 
 def test_cards_are_described_by_the_table_of_devices():
     for name in targets.CARDS:
-        chip, lines = chips.CHIPS[name], targets.text(name)
+        chip, lines = chips.CHIPS[name], targets.describe_card(name)
         assert f"device_memory_size: {chip.shown}\n" in lines and f'"{chip.kind}"' in lines
         assert chip.memory == int(0.9 * chip.shown)
     assert set(targets.CARDS) == {

@@ -14,7 +14,7 @@ from meshes import ROWS, alone, close, make_columns, make_config, put, run
 
 from gpt_jax import config
 from gpt_jax.model.transformer import abstract_params, init_params
-from gpt_jax.plan import hlo
+from gpt_jax.plan.program.program import read_program
 from gpt_jax.run.parts import make_network
 from gpt_jax.sharding import rows
 from gpt_jax.sharding.mesh import make_mesh
@@ -143,7 +143,9 @@ def test_gradients_are_scattered_and_the_head_is_gathered_once():
                 network, params, columns, jax.random.key(0), settings.train
             )
         )
-        program = hlo.read(compiled.lower(params, columns).compile().as_text(), dict(mesh.shape))
+        program = read_program(
+            compiled.lower(params, columns).compile().as_text(), dict(mesh.shape)
+        )
     smallest, vocabulary = (
         3 / 4 * 4 * settings.model.embed * size
         for size in (settings.model.embed, settings.model.vocab)

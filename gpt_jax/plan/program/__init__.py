@@ -1,0 +1,1 @@
+"""A compiled program as numbers: its collectives, cycles and FLOPs, read from its HLO text."""
