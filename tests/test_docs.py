@@ -35,7 +35,8 @@ FILE_ENDINGS = {
 
 def read_pages() -> dict[str, str]:
     """Text by path from the root."""
-    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    roots = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
+    paths = [*roots, *sorted((ROOT / "docs").glob("*.md"))]
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
 
 
