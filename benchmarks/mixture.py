@@ -106,7 +106,7 @@ def train(workdir: Path, data: Path, steps: int, processes: int, kill_at: int = 
         "--config.optim.warmup_steps=5",
         "--config.data.block=40",  # so that a run this short has its second stage
         "--config.eval.batches=8",
-        f"--config.data.stages=(({steps * 2048 // 2},(0.4,0.45,0.15)),)",
+        f"--config.data.phases=(({steps * 2048 // 2},(0.4,0.45,0.15)),)",
     ]
     own = (
         [[]]

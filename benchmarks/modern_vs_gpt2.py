@@ -28,7 +28,7 @@ SHAPE = [
     "train.seq_len=128",
     "train.batch_size=16",
     "train.steps=400",
-    "data.rows=window",
+    "data.packing=window",
     "data.split=tail",
     "data.eval_fraction=0.1",
     "eval.every_steps=0",
@@ -37,20 +37,20 @@ SHAPE = [
     "eval.compare_xz=false",
     "checkpoint.every_steps=0",
     "log.tensorboard=false",
-    "model.unroll=0",
+    "compute.unroll=0",
 ]
 RUNS = {
     "gpt2 1e-3": (
         "gpt2.py",
-        ["model.dtype=float32", "optim.learning_rate=1e-3", "optim.b2=0.99", "model.vocab=0"],
+        ["compute.dtype=float32", "optim.learning_rate=1e-3", "optim.b2=0.99", "model.vocab=0"],
     ),
     "gpt2 3e-3": (
         "gpt2.py",
-        ["model.dtype=float32", "optim.learning_rate=3e-3", "optim.b2=0.99", "model.vocab=0"],
+        ["compute.dtype=float32", "optim.learning_rate=3e-3", "optim.b2=0.99", "model.vocab=0"],
     ),
     "gpt2 1e-2": (
         "gpt2.py",
-        ["model.dtype=float32", "optim.learning_rate=1e-2", "optim.b2=0.99", "model.vocab=0"],
+        ["compute.dtype=float32", "optim.learning_rate=1e-2", "optim.b2=0.99", "model.vocab=0"],
     ),
     "modern": ("quickstart.py", []),
 }
@@ -62,7 +62,7 @@ GPT2_SCHEDULE = [
     "train.loss_chunk=0",
     "mesh.fsdp=1",
     "mesh.data=-1",
-    "model.remat=none",
+    "compute.remat=none",
 ]
 
 

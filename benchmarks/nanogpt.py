@@ -103,11 +103,14 @@ def make_ours(size: dict, weights: dict):
         + [f"--config.train.seq_len={size['block']}", f"--config.train.batch_size={size['batch']}"],
     )
     config = configs.resolve(config, 65)
-    model, _ = run_parts.resolve_kernel(config.model, size["block"], mesh.make_mesh({}), False)
+    model = config.model
+    compute, _ = run_parts.resolve_kernel(
+        model, config.compute, size["block"], mesh.make_mesh({}), False
+    )
     params = our_params(weights, size["layers"])
     tx = make_optimizer(config.optim, params)
     state = jax.jit(lambda p: init_state(p, tx, config.train))(params)
-    network = run_parts.make_network(model)
+    network = run_parts.make_network(model, compute)
     step = jax.jit(
         lambda state, batch: train_step(
             state, batch, jax.random.key(0), network=network, tx=tx, train=config.train

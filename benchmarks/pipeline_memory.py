@@ -28,7 +28,7 @@ def main() -> None:
     flags.add_argument("--sources", type=ast.literal_eval, required=True)
     flags.add_argument("--batches", type=int, default=1_000_000)
     args = flags.parse_args()
-    knobs = config.Data(sources=args.sources, rows="best_fit", apart=True)
+    knobs = config.Data(sources=args.sources, packing="best_fit", document_mask=True)
     stream = make_stream(dataset.load_dataset(knobs), knobs, 64, 2, 0, slice(0, 2))
     began = time.perf_counter()
     for number in range(1, args.batches + 1):

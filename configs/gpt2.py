@@ -62,10 +62,11 @@ def get_config(arg: str = "124m") -> ConfigDict:
                 bias=True,
                 tied=True,
                 init="gpt2",
-                dtype="bfloat16",
-                remat=size["remat"],
             ),
-            data=dict(tokenizer="bpe:50257", rows="window", split="document", eval_fraction=0.0005),
+            compute=dict(dtype="bfloat16", remat=size["remat"]),
+            data=dict(
+                tokenizer="bpe:50257", packing="window", split="document", eval_fraction=0.0005
+            ),
             mesh=dict(data=1, fsdp=-1),
             optim=dict(
                 optimizer="adamw",

@@ -8,7 +8,7 @@ in both languages.
 The argument is the prepared folder. Any other sources: `--config.data.sources="(('name', 'path',
 0.5), …)"`, each path a prepared folder or text files. Weights are parts of the tokens, exact in
 every block of 1,000 rows; for the last third of the run small talk counts three times as much
-(`stages`). Rows hold whole documents, best fit, that do not see each other.
+(`phases`). Rows hold whole documents, best fit, that do not see each other.
 
 The model and its rates are those of `quickstart.py`.
 """
@@ -29,9 +29,9 @@ def get_config(arg: str = "runs/mixture_data") -> ConfigDict:
     config.data = ConfigDict(
         dict(
             sources=tuple((name, arg, weight) for name, weight in WEIGHTS.items()),
-            stages=((tokens * 2 // 3, (0.4, 0.45, 0.15)),),
-            rows="best_fit",
-            apart=True,
+            phases=((tokens * 2 // 3, (0.4, 0.45, 0.15)),),
+            packing="best_fit",
+            document_mask=True,
         )
     )
     config.eval = ConfigDict(

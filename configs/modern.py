@@ -32,7 +32,7 @@ Sized for 8 devices with 32 rows each, as nanochat; on one, --config.train.accum
 --config.eval.batch_size=32 (d20 and up: 16 and 32). Value embeddings, residual scalars, smear and
 backout can be switched off (as in --config.model.value_embed=false); their optimiser groups are
 optional. For experiments on a CPU derive a small one:
-    --config=configs/modern.py:d2 --config.model.dtype=float32 --config.data.tokenizer=bpe:4096
+    --config=configs/modern.py:d2 --config.compute.dtype=float32 --config.data.tokenizer=bpe:4096
     --config.model.vocab=4096 --config.train.seq_len=256 --config.train.batch_size=16
     --config.train.steps=500 --config.eval.batch_size=16
 """
@@ -148,10 +148,12 @@ def get_config(arg: str = "d12") -> ConfigDict:
                 smear_gate=SMEAR,
                 backout=True,
                 init="modern",
-                dtype="bfloat16",
-                remat="none" if depth <= 16 else "block",
-            ),  # 32 rows of d16: some 50 GB to keep, an estimate
-            data=dict(tokenizer=f"bpe:{VOCAB}", rows="chunk", split="document", eval_fraction=0.01),
+            ),
+            # 32 rows of d16 keep some 50 GB for the backward pass; this is an estimate.
+            compute=dict(dtype="bfloat16", remat="none" if depth <= 16 else "block"),
+            data=dict(
+                tokenizer=f"bpe:{VOCAB}", packing="chunk", split="document", eval_fraction=0.01
+            ),
             mesh=dict(data=1, fsdp=-1),
             optim=dict(
                 optimizer="adamw",

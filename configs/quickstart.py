@@ -67,12 +67,12 @@ def get_config(arg: str = "") -> ConfigDict:
                 value_embed=True,
                 residual_scalars=True,
                 init="modern",
-                unroll=0,
-            ),  # few layers: unrolled, as in shakespeare_char.py
+            ),
+            compute=dict(unroll=0),  # few layers: unrolled, as in shakespeare_char.py
             data=dict(
                 path=("stdlib",),
                 tokenizer="bpe:4096",
-                rows="chunk",
+                packing="chunk",
                 split="document",
                 eval_fraction=0.05,
             ),

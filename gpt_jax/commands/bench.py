@@ -46,9 +46,6 @@ def measure(config, count: int, seconds: float) -> list[str]:
     """Lines: the stream from end to end, then its stages one after the other in this thread."""
     from gpt_jax.data import load_dataset, make_columns, make_examples, make_stream
 
-    pass
-    pass
-
     data, knobs, train = load_dataset(config.data), config.data, config.train
     size, tokens = train.batch_size, train.batch_size * train.seq_len
     began = time.perf_counter()
@@ -87,7 +84,9 @@ def measure(config, count: int, seconds: float) -> list[str]:
         "read and transform": lambda n: examples.fill(indices(n)),
     }
     buffer = examples.fill(indices(0))
-    stages["columns"] = lambda n: make_columns(buffer, data.tokenizer.token_bytes, knobs.apart)
+    stages["columns"] = lambda n: make_columns(
+        buffer, data.tokenizer.token_bytes, knobs.document_mask
+    )
     for name, stage in stages.items():
         calls, wall = timed(stage, count, seconds / 4)
         lines.append(

@@ -86,9 +86,6 @@ def compile_here(config, topology, args) -> dict:
     """plan.compiled.Compiled of the config, as a dict. UsageError for what cannot run."""
     from gpt_jax.plan import choose_plan_kernel, compile_step, find_problems, resolve_vocab
 
-    pass
-    pass
-
     config = resolve_vocab(config)
     shape, found = find_problems(config, topology.devices)
     if found:

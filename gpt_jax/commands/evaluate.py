@@ -98,11 +98,6 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
     from gpt_jax.run import load_model, make_network
     from gpt_jax.train import eval_step
 
-    pass
-    pass
-    pass
-    pass
-
     loaded = load_model(args.checkpoint, args.step, say)
     config, mesh = loaded.config, loaded.mesh
     if args.text:
@@ -134,7 +129,9 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
         sources = data.heldout if len(data.parts) > 1 else {"held-out": data.parts[0].eval}
     shards = sharding.row_parts(mesh)
     batch_size = -(-(args.batch_size or config.eval.batch_size) // shards) * shards
-    step = jax.jit(partial(eval_step, network=make_network(config.model), train=config.train))
+    step = jax.jit(
+        partial(eval_step, network=make_network(config.model, config.compute), train=config.train)
+    )
     found, total, shares = {}, {}, {}
     if not args.text and len(sources) > 1:
         examples = make_examples(data, config.data, config.train.seq_len, config.seed)

@@ -111,8 +111,6 @@ def run(args, prompts, sampling) -> None:
     from gpt_jax.infer import stream_text
     from gpt_jax.run import load_model
 
-    pass
-
     first = jax.process_index() == 0
     say = make_say(sys.stderr)
     loaded = load_model(args.checkpoint, args.step, say, args.devices)
@@ -120,7 +118,13 @@ def run(args, prompts, sampling) -> None:
     done, began = [], time.perf_counter()
     with jax.set_mesh(loaded.mesh):
         for piece in stream_text(
-            loaded.config.model, loaded.params, loaded.tokenizer, prompts, sampling, say
+            loaded.config.model,
+            loaded.config.compute,
+            loaded.params,
+            loaded.tokenizer,
+            prompts,
+            sampling,
+            say,
         ):
             if single and first:
                 write(piece.text)

@@ -66,7 +66,7 @@ def read_config(workdir: Path) -> configs.Config:
     """The resolved config that a run has left in its workdir."""
     path = workdir / "config.json"
     try:
-        return configs.from_dict(json.loads(path.read_text()))
+        return configs.from_dict(configs.translate(json.loads(path.read_text())))
     except OSError as error:
         raise UsageError(
             f"--workdir={workdir}: no run has begun there ({path.name}: {error.strerror})"
@@ -81,9 +81,6 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int):
     """Rows of step `step`, each a dict of plain values."""
     from gpt_jax.data import load_dataset, make_columns, make_examples
 
-    pass
-    pass
-
     data = load_dataset(config.data, lambda line: print(line, file=sys.stderr))
     check_text(workdir, data)
     examples = make_examples(data, config.data, config.train.seq_len, config.seed)
@@ -92,7 +89,7 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int):
         source, spans = examples.spans(number)
         tokens = data.parts[source].train
         buffer = examples.fill(np.array([number]))
-        batch = make_columns(buffer, data.tokenizer.token_bytes, config.data.apart)
+        batch = make_columns(buffer, data.tokenizer.token_bytes, config.data.document_mask)
         documents = [
             {
                 "document": span.document,

@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a compiler option more, as in --config.train.compiler_options",
+        help="a compiler option more, as in --config.compute.compiler_options",
     )
     flags.add_argument("--keep_hlo", metavar="FILE", help="where the compiled program's text goes")
     flags.add_argument("--json", action="store_true", help="print JSON")
@@ -113,8 +113,6 @@ def checked(args, rest: list[str]) -> str:
     )  # nothing here needs an accelerator, and a run may be using it
     from gpt_jax.plan import is_searched, parse_topology
 
-    pass
-
     topology = parse_topology(args.topology, args.slices)
     rest, notes = [f"--config.{key}={text}" for key, text in split_overrides(rest)], []
     config = load_config(args.config, rest)
@@ -130,7 +128,7 @@ def checked(args, rest: list[str]) -> str:
         )
     if args.option:
         rest.append(
-            f"--config.train.compiler_options={(*config.train.compiler_options, *args.option)}"
+            f"--config.compute.compiler_options={(*config.compute.compiler_options, *args.option)}"
         )
     config = load_config(args.config, rest)
     if args.compile:
@@ -211,9 +209,6 @@ def plan(args, rest: list[str], config, topology, notes: list[str]) -> str:
         search_meshes,
     )
 
-    pass
-    pass
-
     job, found, lines, out = make_job(config), [], [], {}
     if args.search:
         found = search_meshes(job, topology)
@@ -268,8 +263,6 @@ def winner(spec: str, rest: list[str], best) -> tuple[list[str], list[str]]:
     of `rest`, not of fields that it searches, that it could not keep."""
     from gpt_jax.plan import is_searched, list_overrides, resolve_vocab
 
-    pass
-
     given = [text for text in rest if not is_searched(text)]
     changes = list_overrides(resolve_vocab(load_config(spec, given)), best)
     keys = {change.partition("=")[0] for change in changes}
@@ -288,9 +281,6 @@ def add_trouble(job, topology, best: dict, results: list[dict], lines: list[str]
         list_overrides,
         lower_limit,
     )
-
-    pass
-    pass
 
     seen, done = best["estimate"], best["compiled"] or {"refusal": "", "peak": 0}
     said = done["refusal"] or format_verdict(done["peak"] or seen.memory.peak, topology)
@@ -333,7 +323,7 @@ def mesh_summary(result: dict) -> str:
     done = result["compiled"]
     made = f"{format_seconds(result['step'])} a step, peak {done['peak'] / 2**30:.1f} GiB, {done['seconds']:.0f} s"
     said = done["refusal"] or made
-    return f"{format_mesh(result['estimate'].shape, result['config'].mesh.zero)}, remat {result['config'].model.remat}: {said}"
+    return f"{format_mesh(result['estimate'].shape, result['config'].mesh.zero)}, remat {result['config'].compute.remat}: {said}"
 
 
 def examine_best(args, rest: list[str], job, found: list, topology) -> list[dict]:
@@ -361,8 +351,6 @@ def examine_best(args, rest: list[str], job, found: list, topology) -> list[dict
 def examine(args, rest: list[str], job, config, topology) -> dict:
     """One config: the arithmetic, and with --compile the program."""
     from gpt_jax.plan import estimate_job, estimate_schedule, list_overrides
-
-    pass
 
     job = job._replace(config=config)
     seen = estimate_job(job, topology)

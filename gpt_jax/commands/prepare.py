@@ -160,11 +160,6 @@ def run(args) -> None:
         summarize_corpus,
     )
 
-    pass
-    pass
-    pass
-    pass
-
     if not args.input or not args.output:
         raise UsageError("--input and --output: both are needed (or --inspect or --verify alone)")
     if "://" in args.output:

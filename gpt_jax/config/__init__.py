@@ -20,15 +20,16 @@ from gpt_jax.config.fields import (
     NORMS,
     OBJECTIVES,
     OPTIMIZERS,
+    PACKINGS,
     POSITIONS,
     REMATS,
     RESUMABLE,
     ROUTERS,
-    ROWS,
     SCHEDULES,
     SPLITS,
     WEIGHTS,
     Checkpoint,
+    Compute,
     Config,
     Data,
     Eval,
@@ -49,7 +50,16 @@ from gpt_jax.config.meshes import (
     mesh_shape,
     slices_problem,
 )
-from gpt_jax.config.read import changes, flatten, from_dict, override, parse, to_dict, to_json
+from gpt_jax.config.read import (
+    changes,
+    flatten,
+    from_dict,
+    override,
+    parse,
+    to_dict,
+    to_json,
+    translate,
+)
 
 __all__ = [
     "AXES",
@@ -71,11 +81,12 @@ __all__ = [
     "REMATS",
     "RESUMABLE",
     "ROUTERS",
-    "ROWS",
+    "PACKINGS",
     "SCHEDULES",
     "SPLITS",
     "WEIGHTS",
     "Checkpoint",
+    "Compute",
     "Config",
     "Data",
     "Eval",
@@ -106,5 +117,6 @@ __all__ = [
     "slices_problem",
     "to_dict",
     "to_json",
+    "translate",
     "wsd_start",
 ]

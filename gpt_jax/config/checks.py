@@ -270,9 +270,9 @@ def _check_sequence(need, config: Config, shape: dict) -> None:
         f"is not possible with config.mesh.context = {pieces}: no device has a whole map; set 0",
     )
     need(
-        not model.shard_sequence or train.seq_len % (pieces * tensor) == 0,
+        not config.compute.shard_sequence or train.seq_len % (pieces * tensor) == 0,
         "train.seq_len",
-        f"must be divisible by context x tensor = {pieces * tensor} of the mesh (config.model.shard_sequence)",
+        f"must be divisible by context x tensor = {pieces * tensor} of the mesh (config.compute.shard_sequence)",
     )
 
 
@@ -304,12 +304,12 @@ def _check_stages(need, config: Config, shape: dict) -> None:
     if stages == 1:
         for path in ("pipeline_rounds", "pipeline_microbatches"):
             need(
-                getattr(model, path) == getattr(type(model), path),
-                f"model.{path}",
+                getattr(config.compute, path) == getattr(type(config.compute), path),
+                f"compute.{path}",
                 "does nothing without config.mesh.pipeline; set that too, or leave it out",
             )
         return
-    plan, parts = layout(layer_specs(model)), stages * model.pipeline_rounds
+    plan, parts = layout(layer_specs(model)), stages * config.compute.pipeline_rounds
     repeats, period = plan.repeats, len(plan.period)
     need(
         stages <= model.layers,
@@ -320,16 +320,16 @@ def _check_stages(need, config: Config, shape: dict) -> None:
         repeats % parts == 0,
         "model.layers",
         f"gives {repeats} repeats of {period} layer{'s' * (period > 1)}, which must be divisible by config.mesh.pipeline x "
-        f"config.model.pipeline_rounds = {parts}; try {-(-repeats // parts) * parts * period} layers or "
+        f"config.compute.pipeline_rounds = {parts}; try {-(-repeats // parts) * parts * period} layers or "
         f"config.mesh.pipeline={math.gcd(repeats, stages)}",
     )
     count, rows = (
-        model.pipeline_microbatches or stages,
+        config.compute.pipeline_microbatches or stages,
         math.prod(shape[axis] for axis in BATCH_AXES) // stages,
     )
     need(
         count >= stages,
-        "model.pipeline_microbatches",
+        "compute.pipeline_microbatches",
         f"is less than config.mesh.pipeline = {stages}; set that or more, or 0 for as many",
     )
     together = count * rows
@@ -341,7 +341,7 @@ def _check_stages(need, config: Config, shape: dict) -> None:
             size % together == 0,
             path,
             f"gives {size} rows at a time, which must be divisible by pipeline_microbatches x data x fsdp x expert = {count} "
-            f"x {rows} for the pipeline; set config.model.pipeline_microbatches or try {-(-size // together) * together} rows",
+            f"x {rows} for the pipeline; set config.compute.pipeline_microbatches or try {-(-size // together) * together} rows",
         )
     for path in ("dropout", "attention_dropout"):
         need(

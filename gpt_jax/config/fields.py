@@ -25,7 +25,7 @@ INITS = ("gpt2", "xavier", "modern")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")
 ENDLESS = ("constant", "inverse_sqrt")  # schedules without a last step
-ROWS = ("window", "chunk", "document", "first_fit", "best_fit")
+PACKINGS = ("window", "chunk", "document", "first_fit", "best_fit")
 WEIGHTS = ("tokens", "documents")
 SPLITS = ("tail", "document")
 OBJECTIVES = ("next_token",)
@@ -108,6 +108,12 @@ class Model:
     )  # capacity: what exceeds an expert's share of a row is left out
     capacity_factor: float = knob(1.25, low=0.0)  # that share, in parts of an equal one
     init: str = knob("gpt2", choices=INITS)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the model runs. Nothing here changes what the weights mean."""
+
     dtype: str = knob("float32", choices=DTYPES)  # of matmuls; parameters and sums stay float32
     kernel: str = knob("auto", choices=KERNELS)  # attention kernel; a named one runs or raises
     remat: str = knob("none", choices=REMATS)  # what the backward pass recomputes
@@ -123,6 +129,7 @@ class Model:
     pipeline_microbatches: int = knob(
         0, low=0
     )  # of a (micro)batch in the pipeline; 0: as many as stages
+    compiler_options: tuple[str, ...] = ()  # NAME=VALUE, on top of gpt_jax/hardware/xla_options.py
 
     @property
     def stream(self) -> str:
@@ -145,7 +152,7 @@ class Data:
     temperature: float = knob(
         0.0, low=0.0
     )  # t > 0: weights are multiplied by size ** (1 / t), in the unit of weights
-    stages: tuple[
+    phases: tuple[
         tuple[int, tuple[float, ...]], ...
     ] = ()  # (from token, a weight for each source), …; begins with
     #                                         the first row at or after that token, blocks are counted from there
@@ -164,11 +171,11 @@ class Data:
     encodings: tuple[str, ...] = ("utf-8",)  # tried in turn on each document
     documents: str = knob("file", choices=("file", "line"))  # what a document of a text file is
     tokenizer: str = ""  # bytes | char | bpe:VOCAB | a path, see the README; empty: that of a prepared folder, else bytes
-    rows: str = knob(
-        "window", choices=ROWS
+    packing: str = knob(
+        "window", choices=PACKINGS
     )  # window: random windows; chunk: each token once an epoch; document: rows
     #                                           begin with a document; first_fit, best_fit: whole documents, packed
-    apart: bool = False  # documents of a row do not see and do not predict each other (segments, own positions)
+    document_mask: bool = False  # documents of a row do not see and do not predict each other (segments, own positions)
     shuffle_documents: bool = False  # another order of the documents inside each row
     fim: float = knob(
         0.0, low=0.0, high=1.0
@@ -269,9 +276,6 @@ class Train:
     loss_chunk: int = knob(0, low=0)  # tokens of a row whose logits exist at once; 0: all
     ema: float = knob(0.0, low=0.0, high=0.999999)  # decay of averaged weights; 0: off
     hang_minutes: float = knob(30.0, low=0.0)  # exit 41 when no step ends for so long; 0: off
-    compiler_options: tuple[
-        str, ...
-    ] = ()  # NAME=VALUE, on top of gpt_jax/hardware/xla_options.py; NAME= leaves one of it out
 
 
 @dataclass(frozen=True)
@@ -320,6 +324,7 @@ class Config:
 
     seed: int = knob(0, low=0, high=2**32 - 1)
     model: Model = Model()
+    compute: Compute = Compute()
     data: Data = Data()
     mesh: Mesh = Mesh()
     optim: Optim = Optim()
@@ -335,11 +340,17 @@ RESUMABLE = (
     "eval",
     "checkpoint",
     "mesh",
+    "compute.kernel",
+    "compute.remat",
+    "compute.unroll",
+    "compute.shard_sequence",
+    "compute.pipeline_rounds",
+    "compute.pipeline_microbatches",
+    "compute.compiler_options",
     "train.steps",
     "train.hang_minutes",
     "train.accumulate",
     "train.loss_chunk",
-    "train.compiler_options",
     "data.path",
     "data.eval_path",
     "data.cache",
@@ -347,12 +358,6 @@ RESUMABLE = (
     "data.prefetch",
     "data.threads",
     "data.source_paths",
-    "model.kernel",
-    "model.remat",
-    "model.unroll",
-    "model.shard_sequence",
-    "model.pipeline_rounds",
-    "model.pipeline_microbatches",
     "optim.learning_rate",
     "optim.decay_steps",
 )

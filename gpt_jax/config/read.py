@@ -13,6 +13,46 @@ from typing import Any
 from gpt_jax.config.fields import RESUMABLE, Config
 from gpt_jax.errors import UsageError
 
+# Where a key of an older config is today. A config file or a flag that uses one is refused with
+# the new name; the config inside a checkpoint is translated.
+RENAMED = {
+    "data.packing": "data.packing",
+    "data.document_mask": "data.document_mask",
+    "data.phases": "data.phases",
+    "compute.dtype": "compute.dtype",
+    "compute.kernel": "compute.kernel",
+    "compute.remat": "compute.remat",
+    "compute.unroll": "compute.unroll",
+    "compute.shard_sequence": "compute.shard_sequence",
+    "compute.pipeline_rounds": "compute.pipeline_rounds",
+    "compute.pipeline_microbatches": "compute.pipeline_microbatches",
+    "compute.compiler_options": "compute.compiler_options",
+}
+
+
+def _way_out(path: str, name: str, known) -> str:
+    """What to write in place of the unknown key `name` of the section `path`."""
+    key = f"{path}.{name}".removeprefix("config.")
+    if key in RENAMED:
+        return f"is config.{RENAMED[key]} now"
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    if near:
+        return f"unknown key; did you mean {path}.{near[0]}?"
+    return f"unknown key; known keys: {', '.join(known) or 'none'}"
+
+
+def translate(values: Mapping[str, Any]) -> dict:
+    """The config of a checkpoint, written by any earlier version, with today's keys."""
+    sections = {
+        name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()
+    }
+    for old, new in RENAMED.items():
+        section, key = old.split(".")
+        if key in sections.get(section, {}):
+            there, name = new.split(".")
+            sections.setdefault(there, {})[name] = sections[section].pop(key)
+    return sections
+
 
 def _describe(kind) -> str:
     return getattr(kind, "__name__", str(kind).replace("typing.", ""))
@@ -68,9 +108,7 @@ def from_dict(values: Mapping[str, Any], kind=Config, path: str = "config"):
     made = {}
     for name, value in values.items():
         if name not in specs:
-            near = difflib.get_close_matches(name, specs, 1, 0.5)
-            hint = f"did you mean {path}.{near[0]}?" if near else f"known keys: {', '.join(specs)}"
-            raise UsageError(f"{path}.{name} = {value!r}: unknown key; {hint}")
+            raise UsageError(f"{path}.{name} = {value!r}: {_way_out(path, name, specs)}")
         made[name] = _coerce(hints[name], value, f"{path}.{name}")
         _limits(specs[name], made[name], f"{path}.{name}")
     return kind(**made)
@@ -121,13 +159,7 @@ def override(values: dict, key: str, text: str) -> None:
     for section in [*sections, name]:
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if section not in hints:
-            near = difflib.get_close_matches(section, hints, 1, 0.5)
-            known = (
-                f"did you mean {path}.{near[0]}?"
-                if near
-                else f"known keys: {', '.join(hints) or 'none'}"
-            )
-            raise UsageError(f"{path}.{section} = {text!r}: unknown key; {known}")
+            raise UsageError(f"{path}.{section} = {text!r}: {_way_out(path, section, hints)}")
         kind, path = hints[section], f"{path}.{section}"
     if dataclasses.is_dataclass(kind):
         raise UsageError(

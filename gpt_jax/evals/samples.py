@@ -33,7 +33,13 @@ def choose_prompts(model: config.Model, tokenizer, knobs: config.Eval) -> tuple[
 
 
 def draw_samples(
-    model: config.Model, params, tokenizer, knobs: config.Eval, seed: int, count: int
+    model: config.Model,
+    compute: config.Compute,
+    params,
+    tokenizer,
+    knobs: config.Eval,
+    seed: int,
+    count: int,
 ) -> list[str]:
     """`count` texts, prompts in turn, each with its prompt in front; none longer than the
     context. Every process of a job calls it together."""
@@ -46,6 +52,6 @@ def draw_samples(
         seed=seed,
         num_samples=each,
     )
-    done = generate(model, params, tokenizer, prompts, sampling, lambda line: None)
+    done = generate(model, compute, params, tokenizer, prompts, sampling, lambda line: None)
     rows = [(i % len(prompts)) * each + i // len(prompts) for i in range(count)]
     return [prompts[done[row].prompt] + done[row].text for row in rows]

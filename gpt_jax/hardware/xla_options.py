@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from gpt_jax.errors import UsageError
 
-FIELD = "config.train.compiler_options"
+FIELD = "config.compute.compiler_options"
 # Collectives that run next to matmuls. Without these options libtpu 0.0.42 makes computing wait for
 # every gather of a fsdp program on v5p and v6e. On v5e they change nothing.
 TPU = {

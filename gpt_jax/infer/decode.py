@@ -60,9 +60,9 @@ class State(NamedTuple):
     seen: jax.Array
 
 
-def _pick(params, hidden, cache, lengths, seen, knobs, model, vocab):
+def _pick(params, hidden, cache, lengths, seen, knobs, model, compute, vocab):
     """hidden [B, 1, D] of the last tokens -> (State, the new tokens [B] on every device)."""
-    logits = Transformer(model).apply({"params": params}, hidden, method="unembed")
+    logits = Transformer(model, compute).apply({"params": params}, hidden, method="unembed")
     rows, table = ("batch",), ("batch", None)
     logits = sharding.constrain(logits, "batch", None, None)[
         :, 0
@@ -78,30 +78,41 @@ def _place(tree):
     return jax.tree.map(lambda x: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
 
 
-@partial(jax.jit, static_argnames=("model", "vocab", "length"))
+@partial(jax.jit, static_argnames=("model", "compute", "vocab", "length"))
 @sharding.using_rules(sharding.WHOLE_ROWS)
-def _start(params, tokens, lengths, seen, knobs, *, model: config.Model, vocab: int, length: int):
+def _start(
+    params,
+    tokens,
+    lengths,
+    seen,
+    knobs,
+    *,
+    model: config.Model,
+    compute: config.Compute,
+    vocab: int,
+    length: int,
+):
     """Prompts [B, T], of which `lengths` tokens are real, into a new cache of `length` tokens;
     the first new tokens."""
     tokens, lengths, seen, knobs = _place((tokens, lengths, seen, knobs))
     place = jnp.arange(tokens.shape[1])[None]
     batch = {"tokens": tokens, "segment": (place < lengths[:, None]).astype(jnp.int32)}
-    cache = make_cache(model, tokens.shape[0], length)
-    hidden, cache = Transformer(model).apply(
+    cache = make_cache(model, compute, tokens.shape[0], length)
+    hidden, cache = Transformer(model, compute).apply(
         {"params": params}, batch, cache, lengths, method="step"
     )
     last = jnp.where((place == lengths[:, None] - 1)[..., None], hidden, 0).sum(1, keepdims=True)
-    return _pick(params, last, cache, lengths, seen, knobs, model, vocab)
+    return _pick(params, last, cache, lengths, seen, knobs, model, compute, vocab)
 
 
-@partial(jax.jit, static_argnames=("model", "vocab"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "compute", "vocab"), donate_argnames="state")
 @sharding.using_rules(sharding.WHOLE_ROWS)
-def _next(params, state: State, knobs, *, model: config.Model, vocab: int):
+def _next(params, state: State, knobs, *, model: config.Model, compute: config.Compute, vocab: int):
     """One more token a row. Rows that have ended run along, their positions held inside the
     context."""
     position = jnp.minimum(state.lengths, model.max_seq - 1)[:, None]
     batch = {"tokens": state.tokens[:, None], "position": position}
-    hidden, cache = Transformer(model).apply(
+    hidden, cache = Transformer(model, compute).apply(
         {"params": params}, batch, state.cache, state.lengths, method="step"
     )
     return _pick(params, hidden, cache, state.lengths + 1, state.seen, _place(knobs), model, vocab)
@@ -246,23 +257,27 @@ def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
     return tokens, lengths, seen, knobs
 
 
-def _prompt_kernel(model: config.Model, length: int) -> str:
+def _prompt_kernel(model: config.Model, compute: config.Compute, length: int) -> str:
     """The model's own attention kernel where it can do a prompt of `length`, which its choice
     did not ask (splash wants multiples of 128); else the choice of `auto`."""
-    problem = make_problem(model, length, jax.default_backend())
-    named = model.kernel != "auto" and not KERNELS[model.kernel].cannot(problem)
-    return model.kernel if named else choose_kernel("auto", problem)[0]
+    problem = make_problem(model, compute.dtype, length, jax.default_backend())
+    named = compute.kernel != "auto" and not KERNELS[compute.kernel].cannot(problem)
+    return compute.kernel if named else choose_kernel("auto", problem)[0]
 
 
-def _stream_rows(model, params, tokenizer, prompts, rows, sampling) -> Iterator[Piece]:
+def _stream_rows(model, compute, params, tokenizer, prompts, rows, sampling) -> Iterator[Piece]:
     """The pieces of one batch of rows (prompt, sample)."""
     context = model.max_seq
     tokens, lengths, seen, knobs = _host_arrays(rows, prompts, sampling, model.vocab, context)
     limits = [min(sampling.max_new_tokens, context - len(prompts[p])) for p, _ in rows]
     longest = max(len(prompts[p]) + limit for (p, _), limit in zip(rows, limits))
     length = min(bucket(longest, SMALLEST_BUCKET), context)
-    kernel = _prompt_kernel(model, tokens.shape[1])
-    static = {"model": dataclasses.replace(model, kernel=kernel), "vocab": tokenizer.vocab}
+    kernel = _prompt_kernel(model, compute, tokens.shape[1])
+    static = {
+        "model": model,
+        "compute": dataclasses.replace(compute, kernel=kernel),
+        "vocab": tokenizer.vocab,
+    }
     live = {b: _Row(tokenizer, sampling.stop, limit) for b, limit in enumerate(limits)}
     state, ready = _start(params, tokens, lengths, seen, knobs, length=length, **static)
     for left in range(max(limits) - 1, -1, -1):
@@ -287,6 +302,7 @@ def _stream_rows(model, params, tokenizer, prompts, rows, sampling) -> Iterator[
 
 def stream_text(
     model: config.Model,
+    compute: config.Compute,
     params,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
@@ -303,7 +319,8 @@ def stream_text(
     or one that the tokenizer cannot encode.
     """
     check(sampling)
-    model = dataclasses.replace(model, remat="none", dropout=0.0, attention_dropout=0.0)
+    model = dataclasses.replace(model, dropout=0.0, attention_dropout=0.0)
+    compute = dataclasses.replace(compute, remat="none")
     fitted = [
         fit_prompt(i + 1, text, tokenizer, model.max_seq, sampling, report)
         for i, text in enumerate(prompts)
@@ -311,17 +328,18 @@ def stream_text(
     rows = [(p, s) for p in range(len(fitted)) for s in range(sampling.num_samples)]
     if sharding.axis_size("pipeline") > 1:  # a token goes through all layers on every stage
         params = params | {"blocks": sharding.off_stages(params["blocks"])}
-    params = _kernels_once(params, model.dtype)
+    params = _kernels_once(params, compute.dtype)
     groups = (rows[i : i + max_rows] for i in range(0, len(rows), max_rows))
     return (
         piece
         for group in groups
-        for piece in _stream_rows(model, params, tokenizer, fitted, group, sampling)
+        for piece in _stream_rows(model, compute, params, tokenizer, fitted, group, sampling)
     )
 
 
 def generate(
     model: config.Model,
+    compute: config.Compute,
     params,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
@@ -330,7 +348,7 @@ def generate(
     max_rows: int = 32,
 ) -> list[Completion]:
     """`stream` to its end: one Completion for each row, in the order of rows."""
-    pieces = stream_text(model, params, tokenizer, prompts, sampling, report, max_rows)
+    pieces = stream_text(model, compute, params, tokenizer, prompts, sampling, report, max_rows)
     return [
         done
         for _, done in sorted((piece.row, piece.completion) for piece in pieces if piece.completion)

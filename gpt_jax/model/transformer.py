@@ -7,8 +7,6 @@ Shapes: B batch, T sequence, D embed, V vocab. Parameter paths are API:
 period.
 """
 
-from dataclasses import replace
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -36,10 +34,15 @@ REMATS = {
 }
 
 
+# How a model runs when nobody says otherwise: plainly, and in float32.
+REFERENCE = config.Compute(kernel="reference")
+
+
 class Block(nn.Module):
     """One layer: a mixer and a feed-forward, each with its norm and residual."""
 
     model: config.Model
+    compute: config.Compute
     spec: LayerSpec
 
     @nn.compact
@@ -56,13 +59,15 @@ class Block(nn.Module):
 
         if scalars is not None:
             x = (scalars[0] * x + scalars[1] * x0).astype(x.dtype)
-        mixer = MIXERS[spec.mixer](model, spec.window, spec.value_embed, name=spec.mixer)
+        mixer = MIXERS[spec.mixer](
+            model, self.compute, spec.window, spec.value_embed, name=spec.mixer
+        )
         y, cache = mixer(before(0, x), context, cache)
         x = after(0, x + y)
         if spec.ffn == "moe":
-            y, stats = Moe(model, name="mlp")(before(1, x), context.segment)
+            y, stats = Moe(model, self.compute, name="mlp")(before(1, x), context.segment)
         else:
-            y, stats = Mlp(spec.ffn, model, name="mlp")(before(1, x)), {}
+            y, stats = Mlp(spec.ffn, model, self.compute, name="mlp")(before(1, x)), {}
         x = after(1, x + dropout(self, y, model.dropout))
         self.sow("intermediates", "residual", x)
         return x, cache, stats
@@ -75,13 +80,14 @@ class Period(nn.Module):
     `scalars`: [layers here] pairs. `looped`: compiled as the body of a loop, and not inline."""
 
     model: config.Model
+    compute: config.Compute
     specs: tuple[LayerSpec, ...]
     looped: bool
 
     @nn.compact
     def __call__(self, carry, first, scalars, caches, context: Context):
         x, x0, half, report = carry
-        block, policy = Block, self.model.remat
+        block, policy = Block, self.compute.remat
         if policy != "none":
             # Inline, the compiler would merge the second computation with the first and keep
             # everything after all; a loop's backward pass is a loop of its own, out of its reach.
@@ -90,7 +96,7 @@ class Period(nn.Module):
         for i, spec in enumerate(self.specs):
             scalar = None if scalars is None else (scalars[0][i], scalars[1][i])
             cache = None if caches is None else caches[str(i)]
-            x, new[str(i)], stats = block(self.model, spec, name=str(i))(
+            x, new[str(i)], stats = block(self.model, self.compute, spec, name=str(i))(
                 x, x0, scalar, cache, context
             )
             report = add_layer(report, stats, self.model, first + i)
@@ -100,10 +106,11 @@ class Period(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model. `model.kernel` is a concrete kernel name (see
+    """A decoder-only language model. `compute.kernel` is a concrete kernel name (see
     kernels.choose)."""
 
     model: config.Model
+    compute: config.Compute = REFERENCE
 
     def setup(self):
         model = self.model
@@ -111,7 +118,7 @@ class Transformer(nn.Module):
         self.embed = Embed(model.vocab, model.embed, "embed", model)
         if model.position == "learned":
             self.position = PositionTable(model)
-        unroll = model.unroll or self.plan.repeats
+        unroll = self.compute.unroll or self.plan.repeats
         scanned = nn.scan(
             Period,
             variable_axes={"params": 0, "intermediates": 0},
@@ -120,9 +127,11 @@ class Transformer(nn.Module):
             length=self.plan.repeats,
             unroll=unroll,
         )
-        self.blocks = scanned(model, self.plan.period, looped=unroll < self.plan.repeats)
+        self.blocks = scanned(
+            model, self.compute, self.plan.period, looped=unroll < self.plan.repeats
+        )
         if self.plan.tail:
-            self.tail = Period(model, self.plan.tail, looped=False)
+            self.tail = Period(model, self.compute, self.plan.tail, looped=False)
         if model.embed_norm:
             self.embed_norm = Norm(model)
         if model.final_norm:
@@ -130,7 +139,7 @@ class Transformer(nn.Module):
         if model.residual_scalars:
             self.residual = ResidualScalars(model.layers)
         if model.smear:
-            self.smear = Smear(model)
+            self.smear = Smear(model, self.compute)
         if model.backout:
             self.backout = Factor(0.2)
         if not model.tied:
@@ -218,7 +227,7 @@ class Transformer(nn.Module):
         extra = {}
         if model.smear:
             x, extra["previous"] = self._smear(x, context, cache)
-        x = sharding.constrain(x, "batch", model.stream, None)
+        x = sharding.constrain(x, "batch", self.compute.stream, None)
         scalars = self.residual() if model.residual_scalars else None
         split = len(plan.period) * plan.repeats
         stacked = (
@@ -251,7 +260,10 @@ class Transformer(nn.Module):
     def _through_stages(self, carry, firsts, scalars, context):
         """The stream after the scanned layers, which stand in stages over the mesh axis
         pipeline."""
-        model, period = self.model, Period(self.model, self.plan.period, looped=True, parent=None)
+        model, period = (
+            self.model,
+            Period(self.model, self.compute, self.plan.period, looped=True, parent=None),
+        )
         shared = context.angles is not None and context.angles[0].shape[0] == 1  # by all rows
 
         def layer(carry, weights, columns):
@@ -266,9 +278,9 @@ class Transformer(nn.Module):
             stacked,
             carry,
             columns,
-            model.pipeline_rounds,
-            model.pipeline_microbatches,
-            model.unroll or self.plan.repeats,
+            self.compute.pipeline_rounds,
+            self.compute.pipeline_microbatches,
+            self.compute.unroll or self.plan.repeats,
         )
 
     def _smear(self, x, context, cache):
@@ -297,17 +309,17 @@ class Transformer(nn.Module):
             x = x + self.position(position, shared)
         elif model.position == "sinusoidal":
             x = x + sinusoids(position, model.embed)
-        x = dropout(self, x.astype(jnp.dtype(model.dtype)), model.dropout)
+        x = dropout(self, x.astype(jnp.dtype(self.compute.dtype)), model.dropout)
         return self.embed_norm(x) if model.embed_norm else x
 
 
-def make_cache(model: config.Model, rows: int, length: int) -> dict:
+def make_cache(model: config.Model, compute: config.Compute, rows: int, length: int) -> dict:
     """An empty KV cache for `rows` sequences of up to `length` tokens: per layer (k, v), each
     [rows, slots, kv_heads, head_dim], stacked over repeats under `blocks`; `previous` [rows, D]
     for `smear`."""
     if length > model.max_seq and model.position == "learned":
         raise UsageError(f"{length} tokens do not fit the model's context of {model.max_seq}")
-    plan, dtype = layout(layer_specs(model)), jnp.dtype(model.dtype)
+    plan, dtype = layout(layer_specs(model)), jnp.dtype(compute.dtype)
 
     def layer(spec, *lead):
         shape = (*lead, rows, cache_slots(spec.window, length), model.kv_heads, model.head_dim)
@@ -339,9 +351,7 @@ def init_params(model: config.Model, key: jax.Array) -> dict:
         tokens = sharding.constrain(
             jnp.zeros((sharding.count_parts("batch"), 1), jnp.int32), "batch", "seq"
         )
-        params = Transformer(replace(model, kernel="reference")).init(key, {"tokens": tokens})[
-            "params"
-        ]
+        params = Transformer(model).init(key, {"tokens": tokens})["params"]
     return params | {"blocks": sharding.over_stages(params["blocks"])}
 
 

@@ -77,7 +77,7 @@ def make_abstract_batch(config: configs.Config, mesh) -> dict:
     """Returns the columns of a step's batch on `mesh`, as shapes."""
     shape = config.train.batch_size, config.train.seq_len
     place = NamedSharding(mesh, sharding.batch_spec())
-    columns = COLUMNS | DOCUMENT_COLUMNS if config.data.apart else COLUMNS
+    columns = COLUMNS | DOCUMENT_COLUMNS if config.data.document_mask else COLUMNS
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in columns.items()
     }
@@ -103,7 +103,7 @@ def compile_step(
     devices = list_devices(topology)
     shape = configs.check(config, len(devices))
     mesh = sharding.make_mesh(shape, devices, configs.cross_slice(config.mesh))
-    lowered = lower_step(replace(config, model=replace(config.model, kernel=kernel)), mesh)
+    lowered = lower_step(replace(config, compute=replace(config.compute, kernel=kernel)), mesh)
 
     began = time.perf_counter()
     try:

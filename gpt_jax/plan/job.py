@@ -145,7 +145,7 @@ def make_job(config: configs.Config) -> PlanJob:
     if found := configs.faults(config):
         raise UsageError("; and ".join(found))
     traced = replace(
-        config, model=replace(config.model, kernel="reference"), mesh=configs.Mesh(data=1)
+        config, compute=replace(config.compute, kernel="reference"), mesh=configs.Mesh(data=1)
     )
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     steps = make_steps(traced, mesh)

@@ -107,7 +107,7 @@ def local(job: PlanJob, shape: dict[str, int]) -> Local:
     tokens = rows * config.train.seq_len / shape["context"]
     if stages == 1:
         return Local(rows, tokens, tokens, 1, layers)
-    count, rounds = config.model.pipeline_microbatches or stages, config.model.pipeline_rounds
+    count, rounds = config.compute.pipeline_microbatches or stages, config.compute.pipeline_rounds
     return Local(
         rows,
         tokens,
@@ -120,12 +120,16 @@ def local(job: PlanJob, shape: dict[str, int]) -> Local:
 def stream_bytes(job: PlanJob, shape: dict[str, int]) -> float:
     """Of the residual stream, for a local token."""
     model = job.config.model
-    return model.embed * compute_bytes(job) / (shape["tensor"] if model.shard_sequence else 1)
+    return (
+        model.embed
+        * compute_bytes(job)
+        / (shape["tensor"] if job.config.compute.shard_sequence else 1)
+    )
 
 
 def compute_bytes(job: PlanJob) -> int:
     """Of one entry of what is multiplied."""
-    return HALF if job.config.model.dtype == "bfloat16" else FULL
+    return HALF if job.config.compute.dtype == "bfloat16" else FULL
 
 
 def blockwise(model: configs.Model, platform: str) -> bool:
@@ -195,10 +199,10 @@ def kept(job: PlanJob, widths: Widths, shape: dict[str, int]) -> float:
     model, half, tensor = job.config.model, compute_bytes(job), shape["tensor"]
     stream = stream_bytes(job, shape)
     inside = (widths.q + 2 * widths.kv + widths.inner) / tensor * half
-    if model.remat in ("block", "offload"):
+    if job.config.compute.remat in ("block", "offload"):
         return stream
     if (
-        model.remat == "dots"
+        job.config.compute.remat == "dots"
     ):  # results of matmuls that are read again: q, k, v, attention's output, inner; no experts'
         return 2 * stream + ((widths.q + 2 * widths.kv) / tensor * half if widths.sent else inside)
     norms = 2 * (
@@ -257,7 +261,7 @@ def memory(job: PlanJob, shape: dict[str, int], kernel: str, platform: str) -> M
     working = here.tick_tokens * (
         STREAMS * stream_bytes(job, shape) + max(inside(job, w, shape) for w, _ in layers)
     )
-    if model.shard_sequence and shape["tensor"] > 1:
+    if config.compute.shard_sequence and shape["tensor"] > 1:
         working += here.tick_tokens * WHOLE * model.embed * half
     working += EXPERTS[platform] * experts
     working += scores_bytes(job, shape, here.tick_tokens / here.tokens * here.rows, kernel)
@@ -268,7 +272,7 @@ def memory(job: PlanJob, shape: dict[str, int], kernel: str, platform: str) -> M
     if 0 < train.loss_chunk < train.seq_len:
         gathered += (SUMMED[platform] - 1) * table * FULL * fsdp
     if (
-        model.remat == "none" and fsdp and zero == 3
+        config.compute.remat == "none" and fsdp and zero == 3
     ):  # the gathered weights are kept for the backward pass
         gathered += (layer * len(job.layers) + experts * sparse) / stages
     return Memory(
@@ -276,7 +280,7 @@ def memory(job: PlanJob, shape: dict[str, int], kernel: str, platform: str) -> M
         optimizer=device_bytes(job, shape, "opt", zero),
         average=device_bytes(job, shape, "ema", zero),
         gradients=parameters * (1 + (train.accumulate > 1)),
-        batch=(COLUMNS + APART * config.data.apart)
+        batch=(COLUMNS + APART * config.data.document_mask)
         * FULL
         * here.rows
         * train.seq_len

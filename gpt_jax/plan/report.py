@@ -84,7 +84,7 @@ def format_head(job: PlanJob, topology: Topology, seen: Estimate) -> list[str]:
     return [
         f"{topology}: {topology.devices} {chip.kind} devices on {topology.hosts} hosts, "
         f"{topology.peak / 1e12:,.1f} TFLOP/s dense bf16 and {chip.memory / GIB:.1f} GiB each",
-        f"mesh: {format_mesh(seen.shape)}; zero {config.mesh.zero}, remat {config.model.remat}, "
+        f"mesh: {format_mesh(seen.shape)}; zero {config.mesh.zero}, remat {config.compute.remat}, "
         f"{format_count(config.train.accumulate, 'microbatch')}, attention kernel {seen.kernel} ({seen.reason})",
         f"model: {job.parameters:,} parameters, {job.matmul_params:,} multiplied; "
         f"{job.full_flops / 1e9:,.3g} GFLOP a token and {step_flops(job)[0] / 1e15:,.3g} PFLOP a step (full map; causal "
@@ -102,7 +102,9 @@ def by_remat(job: PlanJob, topology: Topology, seen: Estimate) -> dict[str, floa
     """Bytes of activations on a device under each remat policy that a search tries."""
 
     def with_remat(name):
-        return job._replace(config=replace(job.config, model=replace(job.config.model, remat=name)))
+        return job._replace(
+            config=replace(job.config, compute=replace(job.config.compute, remat=name))
+        )
 
     return {
         name: memory(with_remat(name), seen.shape, seen.kernel, topology.chip.platform).activations
@@ -113,8 +115,8 @@ def by_remat(job: PlanJob, topology: Topology, seen: Estimate) -> dict[str, floa
 def list_uncounted(config: configs.Config) -> list[str]:
     """What neither arithmetic nor compiler counts of this config."""
     return [
-        "config.model.remat = 'offload': its copies to the host's memory and back are not in the step's time"
-    ] * (config.model.remat == "offload")
+        "config.compute.remat = 'offload': its copies to the host's memory and back are not in the step's time"
+    ] * (config.compute.remat == "offload")
 
 
 def format_arithmetic(job: PlanJob, topology: Topology, seen: Estimate) -> list[str]:
@@ -221,7 +223,7 @@ def format_ranking(found: list[Found]) -> list[str]:
     for place, (one, seen) in enumerate(found, 1):
         lines.append(
             f"{place:>3} {format_seconds(seen.step):>9} {seen.mfu_full:>8.1%} {seen.mfu_causal:>7.1%} "
-            f"{seen.memory.peak / GIB:>8.1f}  {format_mesh(seen.shape, one.mesh.zero):<44} {one.model.remat:<6} "
+            f"{seen.memory.peak / GIB:>8.1f}  {format_mesh(seen.shape, one.mesh.zero):<44} {one.compute.remat:<6} "
             f"{one.train.accumulate}"
         )
     return lines
@@ -279,7 +281,7 @@ def job_as_data(job: PlanJob, topology: Topology, seen: Estimate, ahead: Horizon
         "devices": topology.devices,
         "mesh": seen.shape,
         "zero": config.mesh.zero,
-        "remat": config.model.remat,
+        "remat": config.compute.remat,
         "accumulate": config.train.accumulate,
         "kernel": seen.kernel,
         "parameters": job.parameters,

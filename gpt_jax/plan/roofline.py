@@ -38,7 +38,7 @@ from gpt_jax.plan.traffic import Flow, Link, flows, link
 # compiler's own cycles (devices.py), and published runs stay below 0.8 of an H100's peak.
 # Attention: splash and cuDNN, causal halves skipped.
 EFFICIENCY = {"tpu": 0.85, "gpu": 0.75}
-# Parts of the bf16 peak for `config.model.dtype = "float32"`: by default XLA multiplies float32 in
+# Parts of the bf16 peak for `config.compute.dtype = "float32"`: by default XLA multiplies float32 in
 # one pass of bfloat16 on a TPU, and as TF32 on a GPU, whose peak is half (data sheets of H100,
 # H200, B200).
 FLOAT32 = {"tpu": 1.0, "gpu": 0.5}
@@ -94,7 +94,7 @@ def find_problems(config: configs.Config, devices: int) -> tuple[dict[str, int] 
 
 def multiply_peak(job: PlanJob, topology: Topology) -> float:
     """FLOP/s of one device in the dtype that is multiplied."""
-    full = job.config.model.dtype == "float32"
+    full = job.config.compute.dtype == "float32"
     return topology.peak * (FLOAT32[topology.chip.platform] if full else 1.0)
 
 
@@ -108,9 +108,9 @@ def _again(job: PlanJob) -> tuple[float, float]:
     pass to three."""
     sent = any(widths.sent for widths in job.layers)  # whose matmuls `dots` does not keep
     matmuls = {"none": 1.0, "block": 4 / 3, "offload": 1.0, "dots": 4 / 3 if sent else 1.0}[
-        job.config.model.remat
+        job.config.compute.remat
     ]
-    return matmuls, 1.0 if job.config.model.remat == "none" else 4 / 3
+    return matmuls, 1.0 if job.config.compute.remat == "none" else 4 / 3
 
 
 def attention_seconds(job: PlanJob, topology: Topology, kernel: str, here: Local) -> float:
@@ -175,7 +175,7 @@ def passes_seconds(
     def mean(of):
         return sum(of(widths) * count for widths, count in kinds(job.layers)) / len(job.layers)
 
-    wide = model.embed / (shape["tensor"] if model.shard_sequence else 1)
+    wide = model.embed / (shape["tensor"] if job.config.compute.shard_sequence else 1)
     wide += model.embed * spare(model, shape, here.tick_tokens, platform) * mean(lambda w: w.sent)
     inner = mean(lambda w: w.inner + w.hidden + 2 * w.q) / shape["tensor"]
     a_token = compute_bytes(job) * (TOUCHES * wide + INSIDE_TOUCHES * inner)
@@ -223,8 +223,14 @@ def choose_plan_kernel(
     none."""
     model = config.model
     return choose_kernel(
-        model.kernel,
-        make_problem(model, config.train.seq_len, topology.chip.platform, context=shape["context"]),
+        config.compute.kernel,
+        make_problem(
+            model,
+            config.compute.dtype,
+            config.train.seq_len,
+            topology.chip.platform,
+            context=shape["context"],
+        ),
     )
 
 

@@ -22,7 +22,13 @@ REMATS = (
 LARGEST = {"tensor": 16, "context": 8, "pipeline": 8}  # beyond these the open flows always lose
 # The fields that `meshes` and `variants` set. (eval.batch_size follows accumulation only where it
 # has to.)
-SEARCHED = ("mesh.", "model.remat", "model.shard_sequence", "model.pipeline_", "train.accumulate")
+SEARCHED = (
+    "mesh.",
+    "compute.remat",
+    "compute.shard_sequence",
+    "compute.pipeline_",
+    "train.accumulate",
+)
 # of the memory: arithmetic and compiler mostly differ by less than a tenth, see benchmarks/plan.py
 MARGIN = 0.92
 MOST = 1 << 20  # microbatches of a step: a mistake rather than a run, beyond
@@ -87,8 +93,8 @@ def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[config
         shapes = [(rounds, times * mesh.pipeline) for rounds in (1, 2) for times in (1, 2, 4)]
     for remat in REMATS:
         for rounds, microbatches in shapes:
-            model = replace(
-                config.model,
+            compute = replace(
+                config.compute,
                 remat=remat,
                 shard_sequence=mesh.tensor > 1,
                 pipeline_rounds=rounds,
@@ -107,7 +113,7 @@ def variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[list[config
                 made.append(
                     replace(
                         config,
-                        model=model,
+                        compute=compute,
                         mesh=mesh,
                         train=replace(train, accumulate=accumulate),
                         eval=replace(config.eval, batch_size=held),

@@ -111,7 +111,7 @@ def _uses(job: PlanJob, shape: dict[str, int], here: Local, platform: str) -> li
     Head and table: once; the table in float32, but that a TPU gathers one whose vocabulary no
     axis cuts in the compute dtype."""
     config, half = job.config, compute_bytes(job)
-    again = config.model.remat != "none"
+    again = config.compute.remat != "none"
     head = (1, half, 1, half)
     table = (1, half if platform == "tpu" and shape["tensor"] == 1 else FULL, 1, FULL)
     layer = ((1 + again) * here.ticks, half, here.ticks, half)
@@ -191,7 +191,7 @@ def _activations(job: PlanJob, shape: dict[str, int], here: Local, padded: bool)
     passed = (
         here.tick_tokens * here.ticks * here.tick_layers / len(job.layers)
     )  # tokens through each layer
-    again = model.remat in ("block", "offload")
+    again = job.config.compute.remat in ("block", "offload")
     tensor, context, expert, stages = (
         shape[axis] for axis in ("tensor", "context", "expert", "pipeline")
     )

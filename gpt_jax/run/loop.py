@@ -265,6 +265,7 @@ def write_samples(progress: Progress, state: TrainState, step: int, count: int) 
     with progress.clock.phase("sample"):
         texts = draw_samples(
             progress.config.model,
+            progress.config.compute,
             averaged_params(progress, state),
             progress.parts.data.tokenizer,
             progress.config.eval,

@@ -24,7 +24,7 @@ def unsharded(state: TrainState, mesh, zero: int) -> dict[str, list[str]]:
 
 def describe_mesh(config: configs.Config, mesh) -> str:
     """One line: axes longer than 1 and how they are used, devices, processes."""
-    model, across = config.model, configs.cross_slice(config.mesh)
+    compute, across = config.compute, configs.cross_slice(config.mesh)
 
     def beyond(axis):
         return f" ({across[axis]} across slices)" if across[axis] > 1 else ""
@@ -33,12 +33,12 @@ def describe_mesh(config: configs.Config, mesh) -> str:
         f"{axis} {size}{beyond(axis)}" for axis, size in mesh.shape.items() if size > 1
     )
     used = [f"zero {config.mesh.zero}"] * (config.mesh.zero != 3)
-    used += ["the stream cut over tensor"] * (model.shard_sequence and mesh.shape["tensor"] > 1)
+    used += ["the stream cut over tensor"] * (compute.shard_sequence and mesh.shape["tensor"] > 1)
     if (stages := mesh.shape["pipeline"]) > 1:
         used += [
-            format_count(model.pipeline_microbatches or stages, "microbatch")
+            format_count(compute.pipeline_microbatches or stages, "microbatch")
             + f" through {stages} stages, "
-            + format_count(model.pipeline_rounds, "round")
+            + format_count(compute.pipeline_rounds, "round")
         ]
     return "; ".join(
         [

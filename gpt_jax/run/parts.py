@@ -51,9 +51,9 @@ class Parts(NamedTuple):
     notes: tuple[str, ...]  # what was chosen, and why
 
 
-def make_network(model: configs.Model) -> Network:
+def make_network(model: configs.Model, compute: configs.Compute) -> Network:
     """The model as the pure functions that train/ works with."""
-    module = Transformer(model)
+    module = Transformer(model, compute)
 
     def features(params, batch, key):
         return module.apply(
@@ -71,23 +71,25 @@ def make_network(model: configs.Model) -> Network:
 
 
 def resolve_kernel(
-    model: configs.Model, seq_len: int, mesh, segments: bool
-) -> tuple[configs.Model, str]:
-    """The model with a concrete attention kernel, proved against the reference on this mesh, and
-    a line about it."""
-    name, reason = choose_kernel(
-        model.kernel,
-        make_problem(model, seq_len, mesh.devices.flat[0].platform, context=mesh.shape["context"]),
-    )
+    model: configs.Model, compute: configs.Compute, seq_len: int, mesh, segments: bool
+) -> tuple[configs.Compute, str]:
+    """`compute` with a concrete attention kernel, and a line about the choice.
+
+    The kernel is compared with the reference on this mesh first. Raises UsageError if none can
+    do what the model asks, or if the results differ.
+    """
+    platform = mesh.devices.flat[0].platform
+    problem = make_problem(model, compute.dtype, seq_len, platform, context=mesh.shape["context"])
+    name, reason = choose_kernel(compute.kernel, problem)
     line = f"attention kernel: {name} ({reason})"
     if name != "reference":
         rows = sharding.row_parts(mesh)
-        error = measure_conformance(name, model, segments, rows)
+        error = measure_conformance(name, model, compute.dtype, segments, rows)
         line += (
             f"; differs from reference by {error:.1e} on these devices"
             + ", no segment leak" * segments
         )
-    return replace(model, kernel=name), line
+    return replace(compute, kernel=name), line
 
 
 def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
@@ -175,9 +177,9 @@ def make_steps(config: configs.Config, mesh) -> Steps:
     options = compiler_options(config, mesh) or None
     with jax.set_mesh(mesh):
         model = config.model
-        network = make_network(model)
+        network = make_network(model, config.compute)
         like = abstract_params(model)
-        tx = make_optimizer(config.optim, like, jnp.dtype(model.dtype), model.balance_rate)
+        tx = make_optimizer(config.optim, like, jnp.dtype(config.compute.dtype), model.balance_rate)
 
         def stored(params):
             return params
@@ -213,7 +215,7 @@ def make_steps(config: configs.Config, mesh) -> Steps:
 
 def compiler_options(config: configs.Config, mesh) -> dict:
     """What the steps are compiled with on these devices."""
-    return choose_xla_options(mesh.devices.flat[0].platform, config.train.compiler_options)
+    return choose_xla_options(mesh.devices.flat[0].platform, config.compute.compiler_options)
 
 
 def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
@@ -222,8 +224,11 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
     prompts = choose_prompts(config.model, data.tokenizer, config.eval)
     config = replace(config, eval=replace(config.eval, sample_prompts=prompts))
     with jax.set_mesh(mesh):
-        model, line = resolve_kernel(config.model, train.seq_len, mesh, config.data.apart)
-        config = replace(config, model=model)
+        model = config.model
+        compute, line = resolve_kernel(
+            model, config.compute, train.seq_len, mesh, config.data.document_mask
+        )
+        config = replace(config, compute=compute)
         options = compiler_options(config, mesh)
         check_xla_options(options, mesh)
         steps = make_steps(config, mesh)
@@ -233,7 +238,7 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
             line,
             *([describe_xla_options(mesh.devices.flat[0].platform, options)] if options else ()),
             f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, {counts['embedding']:,} looked up); "
-            f"{model.dtype} compute, float32 parameters and sums, remat {model.remat}",
+            f"{config.compute.dtype} compute, float32 parameters and sums, remat {config.compute.remat}",
             f"tokens: {train.batch_size * train.seq_len:,} a step in {format_count(train.accumulate, 'microbatch')}, "
             f"{train.batch_size * train.seq_len * train.steps:,} in all, "
             f"{train.batch_size * train.seq_len * train.steps / counts['total']:.3g} per parameter",

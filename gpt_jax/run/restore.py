@@ -12,11 +12,12 @@ from gpt_jax import config as configs, sharding
 from gpt_jax.data import Tokenizer, tokenizer_from_json
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.model import abstract_params, choose_kernel, make_problem
+from gpt_jax.run.resume import read_saved_config
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
 
 
 class Loaded(NamedTuple):
-    """`config.model.kernel` is concrete for this machine; `params` lie on `mesh`."""
+    """`config.compute.kernel` is concrete for this machine; `params` lie on `mesh`."""
 
     config: configs.Config
     tokenizer: Tokenizer
@@ -64,14 +65,15 @@ def load_model(path: str, step: int, say: Callable[[str], None], devices: int = 
 
 def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) -> Loaded:
     meta = read_meta(directory, step)
-    config = configs.from_dict(meta["config"])
+    config = read_saved_config(meta)
     count = devices or jax.device_count()
     # Not the kernel of the run, which was chosen for the machine and the dropout of training.
-    model = replace(config.model, remat="none", dropout=0.0, attention_dropout=0.0)
+    model = replace(config.model, dropout=0.0, attention_dropout=0.0)
     name, reason = choose_kernel(
-        "auto", make_problem(model, config.train.seq_len, jax.default_backend())
+        "auto",
+        make_problem(model, config.compute.dtype, config.train.seq_len, jax.default_backend()),
     )
-    model = replace(model, kernel=name)
+    compute = replace(config.compute, kernel=name, remat="none")
     mesh = pick_mesh(model, count) if count > 1 else sharding.make_mesh({}, jax.local_devices()[:1])
     item = "ema" if config.train.ema else "params"
     with jax.set_mesh(mesh):
@@ -82,7 +84,7 @@ def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) 
         f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}; attention kernel: {name} ({reason})"
     )
     return Loaded(
-        replace(config, model=model),
+        replace(config, model=model, compute=compute),
         tokenizer_from_json(meta["tokenizer"]),
         params,
         mesh,

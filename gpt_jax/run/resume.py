@@ -10,8 +10,8 @@ from gpt_jax.train import TrainState, read_meta, restore_checkpoint
 
 
 def read_saved_config(meta: dict) -> configs.Config:
-    """The Config a checkpoint was written with."""
-    return configs.from_dict(meta["config"])
+    """The Config that a checkpoint was written with, by this or an earlier version."""
+    return configs.from_dict(configs.translate(meta["config"]))
 
 
 def check_resume(parts: Parts, meta: dict, directory: Path, say) -> None:

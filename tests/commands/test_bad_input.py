@@ -175,8 +175,8 @@ CONFIGS = {
         ["config.model.smear_gate = 99", "config.model.embed = 32"],
     ),
     "no loss scaling": (
-        ["--config.model.dtype=float16"],
-        ["config.model.dtype = 'float16'", "float32, bfloat16"],
+        ["--config.compute.dtype=float16"],
+        ["config.compute.dtype = 'float16'", "float32, bfloat16"],
     ),
     "sample prompt of unknown characters": (
         ["--config.data.tokenizer=char", "--config.eval.sample_prompts=a,Z"],
@@ -219,8 +219,8 @@ CONFIGS = {
         ["config.model.pattern = 'foo'", "such as (a, b)"],
     ),
     "kernel that cannot run here": (
-        ["--config.model.kernel=cudnn"],
-        ["config.model.kernel", "cudnn"],
+        ["--config.compute.kernel=cudnn"],
+        ["config.compute.kernel", "cudnn"],
     ),
 }
 
@@ -506,7 +506,7 @@ def test_documents_shorter_than_the_context(tmp_path, rows):
     (tmp_path / "data/a.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )
-    given = on_data(tmp_path, "a.jsonl", f"--config.data.rows={rows}")
+    given = on_data(tmp_path, "a.jsonl", f"--config.data.packing={rows}")
     runs.call(*given)
     config = runs.flags.load_config(
         runs.TINY, [text for text in given if text.startswith("--config.")]

@@ -188,7 +188,7 @@ def test_evaluate_equals_a_plain_forward_pass(call, trained, tmp_path):
     losses, right = [], []
     with jax.set_mesh(loaded.mesh):
         forward = jax.jit(
-            lambda tokens: Transformer(loaded.config.model).apply(
+            lambda tokens: Transformer(loaded.config.model, loaded.config.compute).apply(
                 {"params": loaded.params}, {"tokens": tokens}
             )
         )
@@ -241,7 +241,9 @@ def plain_greedy(workdir: Path, prompt: str, count: int) -> str:
     loaded = load.load_model(str(workdir), 0, lambda line: None, 1)
     model, ids = loaded.config.model, list(loaded.tokenizer.encode(prompt))
     with jax.set_mesh(loaded.mesh):
-        forward = jax.jit(partial(Transformer(model).apply, {"params": loaded.params}))
+        forward = jax.jit(
+            partial(Transformer(model, loaded.config.compute).apply, {"params": loaded.params})
+        )
         for _ in range(count):
             tokens = np.zeros((1, model.max_seq), np.int32)
             tokens[0, : len(ids)] = ids
@@ -429,7 +431,7 @@ def test_print_config(call, spec):
 def test_the_resolved_config_is_kept(trained):
     """In the workdir and in every checkpoint, the same one, complete."""
     kept = configs.from_dict(json.loads((trained / "config.json").read_text()))
-    assert kept.model.vocab == 264 and kept.model.kernel != "auto" and kept.mesh.tensor == 2
+    assert kept.model.vocab == 264 and kept.compute.kernel != "auto" and kept.mesh.tensor == 2
     for step in (5, 10):
         assert configs.from_dict(read_meta(trained / CHECKPOINT_FOLDER, step)["config"]) == kept
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import config
 from gpt_jax.config import Config, Mesh, from_dict
+from gpt_jax.config.read import RENAMED
 from gpt_jax.errors import UsageError
 
 
@@ -434,7 +435,7 @@ MOE = dict(pattern=(("attention", "moe"),))
         ),
         (
             dict(tensor=2),
-            dict(model=dict(shard_sequence=True), train=dict(seq_len=255)),
+            dict(compute=dict(shard_sequence=True), train=dict(seq_len=255)),
             ("config.train.seq_len = 255",),
         ),
         (
@@ -463,15 +464,19 @@ MOE = dict(pattern=(("attention", "moe"),))
             dict(model=dict(layers=5)),
             ("config.model.layers = 5", "config.mesh.pipeline x"),
         ),
-        (dict(pipeline=2), dict(model=dict(pipeline_rounds=4)), ("config.model.layers = 4", "= 8")),
         (
-            dict(pipeline=4),
-            dict(model=dict(pipeline_microbatches=2)),
-            ("config.model.pipeline_microbatches = 2",),
+            dict(pipeline=2),
+            dict(compute=dict(pipeline_rounds=4)),
+            ("config.model.layers = 4", "= 8"),
         ),
         (
             dict(pipeline=4),
-            dict(model=dict(pipeline_microbatches=8)),
+            dict(compute=dict(pipeline_microbatches=2)),
+            ("config.compute.pipeline_microbatches = 2",),
+        ),
+        (
+            dict(pipeline=4),
+            dict(compute=dict(pipeline_microbatches=8)),
             ("config.train.batch_size = 8", "8 x 2"),
         ),
         (dict(pipeline=2), dict(model=dict(dropout=0.1)), ("config.model.dropout = 0.1", "set 0")),
@@ -483,8 +488,8 @@ MOE = dict(pattern=(("attention", "moe"),))
         ),
         (
             {},
-            dict(model=dict(pipeline_rounds=2)),
-            ("config.model.pipeline_rounds = 2", "without config.mesh.pipeline"),
+            dict(compute=dict(pipeline_rounds=2)),
+            ("config.compute.pipeline_rounds = 2", "without config.mesh.pipeline"),
         ),
     ],
 )
@@ -562,7 +567,7 @@ def test_no_change():
         (dict(mesh=dict(fsdp=2)), True),
         (dict(checkpoint=dict(keep_last=9)), True),
         (dict(train=dict(steps=5)), True),
-        (dict(model=dict(remat="block")), True),
+        (dict(compute=dict(remat="block")), True),
         (dict(train=dict(accumulate=2)), True),
         (dict(optim=dict(learning_rate=1.0)), True),
         (dict(model=dict(layers=9)), False),
@@ -591,3 +596,31 @@ def test_changes_name_the_key_and_say_whether_a_run_may_resume(sections, resumab
 def test_resumable_names_exist():
     known = set(config.flatten(Config())) | {field.name for field in dataclasses.fields(Config)}
     assert set(config.RESUMABLE) <= known
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_an_old_key_is_answered_with_its_new_name(old, new):
+    section, key = old.split(".")
+    words = f"^config.{old} = .*: is config.{new} now$"
+    with pytest.raises(UsageError, match=words):
+        config.from_dict({section: {key: 1}})
+    with pytest.raises(UsageError, match=words):
+        config.override({}, old, "1")
+
+
+def test_configs_of_earlier_checkpoints_are_translated():
+    old = {
+        "seed": 3,
+        "model": {"layers": 2, "dtype": "bfloat16", "pipeline_rounds": 2},
+        "data": {"rows": "chunk", "apart": True, "stages": [[5, [1.0, 2.0]]]},
+        "train": {"steps": 7, "compiler_options": ["a=1"]},
+    }
+    wanted = config.Config(
+        seed=3,
+        model=config.Model(layers=2),
+        compute=config.Compute(dtype="bfloat16", pipeline_rounds=2, compiler_options=("a=1",)),
+        data=config.Data(packing="chunk", document_mask=True, phases=((5, (1.0, 2.0)),)),
+        train=config.Train(steps=7),
+    )
+    assert config.from_dict(config.translate(old)) == wanted
+    assert config.translate(config.to_dict(wanted)) == config.to_dict(wanted)

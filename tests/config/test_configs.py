@@ -83,7 +83,7 @@ def test_every_file_is_listed_here():
 def test_loads_agrees_and_takes_a_shape(name, arg):
     loaded = load(name, arg)
     config.check(loaded, devices=1, tokenizer_vocab=VOCABS.get(name, loaded.model.vocab))
-    model = transformer.Transformer(dataclasses.replace(loaded.model, kernel="reference"))
+    model = transformer.Transformer(loaded.model)
     params = transformer.abstract_params(loaded.model)
     tokens = {"tokens": jax.ShapeDtypeStruct((1, loaded.train.seq_len), "int32")}
     logits = jax.eval_shape(lambda p, batch: model.apply({"params": p}, batch), params, tokens)
@@ -290,7 +290,7 @@ def test_gpt2_names_the_way_to_tensor_parallel():
         (config.OBJECTIVES, objectives.OBJECTIVES),
         (config.OPTIMIZERS, optimizer.OPTIMIZERS),
         (config.SCHEDULES, schedule.SCHEDULES),
-        (config.ROWS, rows.ROWS),
+        (config.PACKINGS, rows.PACKINGS),
         (config.SPLITS, split.SPLITS),
     ],
 )

@@ -88,7 +88,7 @@ def test_a_run_on_a_token_file_is_the_run_on_its_text(tmp_path):
                 tmp_path,
                 tmp_path / name.replace(".", "_"),
                 f"--config.data.path={tmp_path / name}",
-                "--config.data.rows=chunk",
+                "--config.data.packing=chunk",
                 "--config.train.steps=4",
                 "--config.data.eval_fraction=0.0",
                 "--config.optim.warmup_steps=1",

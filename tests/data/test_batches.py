@@ -12,7 +12,7 @@ import pytest
 from gpt_jax import config
 from gpt_jax.data.stream import batches as pipeline, order
 from gpt_jax.data.stream.dataset import Dataset, Part
-from gpt_jax.data.stream.rows import ROWS, InOrder, make_columns, spans
+from gpt_jax.data.stream.rows import PACKINGS, InOrder, make_columns, spans
 from gpt_jax.data.tokenizers.vocabulary import byte_tokenizer, with_specials
 from gpt_jax.data.tokens.shards import DOCUMENT, Tokens
 from gpt_jax.errors import DataError, UsageError
@@ -101,7 +101,7 @@ def test_random_places_are_uniform_and_pure():
 
 def test_windows_reach_every_place_and_are_slices():
     tokens = make_tokens([30, 9])
-    rows = ROWS["window"](tokens, 8, 0)
+    rows = PACKINGS["window"](tokens, 8, 0)
     indices = np.arange(3000)
     assert set(rows.starts(indices).tolist()) == set(range(tokens.size - 8))
     got = make_columns(rows.fill(indices), BYTES.token_bytes, False)
@@ -114,7 +114,7 @@ def test_windows_reach_every_place_and_are_slices():
 
 def test_a_chunk_epoch_has_every_target_once():
     tokens = make_tokens([50, 3, 20, 31])
-    rows = ROWS["chunk"](tokens, 7, 1)
+    rows = PACKINGS["chunk"](tokens, 7, 1)
     assert rows.count == (tokens.size - 1) // 7 and rows.lost == (tokens.size - 1) % 7
     for epoch in range(3):
         starts = rows.starts(np.arange(rows.count) + epoch * rows.count)
@@ -127,7 +127,7 @@ def test_an_epoch_of_whole_documents(kind):
     """Every row once an epoch, in another order; packed rows lose nothing, those at documents
     what they say."""
     tokens = make_tokens(np.random.default_rng(0).integers(1, 40, 60))
-    rows = ROWS[kind](tokens, 16, 1)
+    rows = PACKINGS[kind](tokens, 16, 1)
     epochs = [
         [tuple(rows.spans(i)) for i in range(e * rows.count, (e + 1) * rows.count)] for e in (0, 1)
     ]
@@ -153,7 +153,7 @@ def test_an_epoch_of_whole_documents(kind):
         assert rows.filled == pytest.approx(filled) and filled > 0.85
 
 
-def slow_row(tokens, spans, seq_len, apart):
+def slow_row(tokens, spans, seq_len, document_mask):
     """One row, token by token, from the documents it is said to hold."""
     ids, document = [], []
     for number, span in enumerate(spans):
@@ -161,13 +161,15 @@ def slow_row(tokens, spans, seq_len, apart):
         start = int(tokens.offsets[span.document]) + span.offset
         ids += tokens.ids(start, start + span.size).tolist()
         document += [number + 1] * span.size
-    names = ("tokens", "targets", "weight", "bytes") + (("segment", "position") if apart else ())
+    names = ("tokens", "targets", "weight", "bytes") + (
+        ("segment", "position") if document_mask else ()
+    )
     out, position = {name: [] for name in names}, 0
     for place in range(seq_len):
         there, next_there = place < len(ids), place + 1 < len(ids)
         new = there and (place == 0 or document[place] != document[place - 1])
         position = 0 if new or not there else position + 1
-        learn = next_there and (not apart or document[place] == document[place + 1])
+        learn = next_there and (not document_mask or document[place] == document[place + 1])
         target = ids[place + 1] if next_there else 0
         row = (
             ids[place] if there else 0,
@@ -184,17 +186,17 @@ def slow_row(tokens, spans, seq_len, apart):
 
 @pytest.mark.parametrize("sizes", [[5, 1, 1, 30, 2, 8], [40], [1] * 30, [16, 15, 17, 3]])
 @pytest.mark.parametrize("seq_len", [1, 4, 16])
-@pytest.mark.parametrize("kind", list(ROWS))
-@pytest.mark.parametrize("apart", [False, True])
-def test_rows_against_a_loop(kind, sizes, seq_len, apart):
+@pytest.mark.parametrize("kind", list(PACKINGS))
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_rows_against_a_loop(kind, sizes, seq_len, document_mask):
     tokens = make_tokens(sizes)
-    rows = ROWS[kind](tokens, seq_len, 0)
-    got = make_columns(rows.fill(np.arange(rows.count)), BYTES.token_bytes, apart)
+    rows = PACKINGS[kind](tokens, seq_len, 0)
+    got = make_columns(rows.fill(np.arange(rows.count)), BYTES.token_bytes, document_mask)
     for i in range(rows.count):
-        for name, column in slow_row(tokens, rows.spans(i), seq_len, apart).items():
+        for name, column in slow_row(tokens, rows.spans(i), seq_len, document_mask).items():
             assert got[name][i].tolist() == column, (name, i)
     held = InOrder(tokens, seq_len)
-    evals = make_columns(held.fill(np.arange(held.count + 2)), BYTES.token_bytes, apart)
+    evals = make_columns(held.fill(np.arange(held.count + 2)), BYTES.token_bytes, document_mask)
     for i in range(held.count + 2):
         start = i * seq_len
         inside = list(
@@ -205,21 +207,21 @@ def test_rows_against_a_loop(kind, sizes, seq_len, apart):
                 else [],
             )
         )
-        for name, column in slow_row(tokens, inside, seq_len, apart).items():
+        for name, column in slow_row(tokens, inside, seq_len, document_mask).items():
             assert evals[name][i].tolist() == column, (name, i)
     assert {got[name].dtype for name in got} == {np.dtype(np.int32), np.dtype(np.float32)}
     assert got["weight"].dtype == np.float32
 
 
 @pytest.mark.parametrize("seq_len", [1, 5, 8, 200])
-@pytest.mark.parametrize("apart", [False, True])
-def test_held_out_text_is_counted_once(apart, seq_len):
-    tokens, data = make_tokens([20, 7, 33]), config.Data(apart=apart)
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_held_out_text_is_counted_once(document_mask, seq_len):
+    tokens, data = make_tokens([20, 7, 33]), config.Data(document_mask=document_mask)
     batches = pipeline.make_eval_batches(tokens, BYTES, data, seq_len, 4, slice(0, 4))
     got = list(batches)
     assert len(got) == len(batches)
     seen = np.concatenate([b["targets"][b["weight"] > 0] for b in got]).tolist()
-    starts = set(tokens.offsets.tolist()) if apart else {0}
+    starts = set(tokens.offsets.tolist()) if document_mask else {0}
     assert seen == [int(t) for i, t in enumerate(ids_of(tokens)) if i not in starts]
     assert sum(b["bytes"].sum() for b in got) == sum(t < 256 for t in seen)
     assert all(
@@ -274,20 +276,22 @@ def mixed(seed=0):
 
 
 EVERYTHING = dict(
-    apart=True, shuffle_documents=True, fim=0.5, block=10, stages=((400, (0.2, 0.2, 0.6)),)
+    document_mask=True, shuffle_documents=True, fim=0.5, block=10, phases=((400, (0.2, 0.2, 0.6)),)
 )
-CASES = [("alone", rows, {}) for rows in ROWS] + [("mixed", rows, EVERYTHING) for rows in ROWS]
+CASES = [("alone", rows, {}) for rows in PACKINGS] + [
+    ("mixed", rows, EVERYTHING) for rows in PACKINGS
+]
 
 
 @pytest.mark.parametrize("sources, rows, knobs", CASES)
 def test_batch_n_does_not_depend_on_slices_or_on_the_way_there(sources, rows, knobs):
     data = alone(make_tokens([40, 2, 90, 11, 60] + [9, 5] * 20)) if sources == "alone" else mixed()
-    knobs = config.Data(rows=rows, prefetch=2, **knobs)
+    knobs = config.Data(packing=rows, prefetch=2, **knobs)
 
     def stream(part, start=0, seed=7):
         return pipeline.make_stream(data, knobs, 8, 24, seed, part, start)
 
-    whole = take(stream(slice(0, 24)), 10)  # several epochs, and both stages
+    whole = take(stream(slice(0, 24)), 10)  # several epochs, and both phases
     for parts in (2, 3, 4, 8):
         size = 24 // parts
         shares = [take(stream(slice(i * size, (i + 1) * size)), 10) for i in range(parts)]
@@ -305,10 +309,10 @@ def test_batch_n_does_not_depend_on_slices_or_on_the_way_there(sources, rows, kn
     assert not same(whole[0], take(stream(slice(0, 24), seed=8), 1)[0])
 
 
-@pytest.mark.parametrize("rows", list(ROWS))
+@pytest.mark.parametrize("rows", list(PACKINGS))
 def test_a_mixed_batch_says_where_its_rows_come_from(rows):
     data = mixed()
-    knobs = config.Data(rows=rows, block=10, stages=EVERYTHING["stages"])
+    knobs = config.Data(packing=rows, block=10, phases=EVERYTHING["phases"])
     examples = pipeline.make_examples(data, knobs, 8, 3)
     got, indices = examples.columns(np.arange(40, 70)), range(40, 70)
     counts = np.zeros(3, int)
@@ -333,7 +337,7 @@ def test_shares_are_of_tokens_or_documents_and_sizes_count_by_temperature():
     data = Dataset(parts, BYTES, "")
 
     def shares(**knobs):
-        examples = pipeline.make_examples(data, config.Data(rows="chunk", **knobs), 16, 0)
+        examples = pipeline.make_examples(data, config.Data(packing="chunk", **knobs), 16, 0)
         return (examples.mix.counts[0] / 1000).round(2).tolist()
 
     assert shares() == [0.5, 0.5]
@@ -349,13 +353,13 @@ def test_shares_are_of_tokens_or_documents_and_sizes_count_by_temperature():
         ((1.0, -1.0, 1.0), {}, "the weights .* must be 0 or more"),
         (
             (1.0, 1.0, 1.0),
-            {"stages": ((100, (1.0, 1.0)),)},
-            r"config.data.stages\[0\] = .*expected 3 weights, for a, b, c",
+            {"phases": ((100, (1.0, 1.0)),)},
+            r"config.data.phases\[0\] = .*expected 3 weights, for a, b, c",
         ),
         (
             (1.0, 1.0, 1.0),
-            {"stages": ((1, (1.0, 1.0, 0.0)), (2, (0.0, 1.0, 1.0)))},
-            r"stages\[1\] begins at token 2, within the first row",
+            {"phases": ((1, (1.0, 1.0, 0.0)), (2, (0.0, 1.0, 1.0)))},
+            r"phases\[1\] begins at token 2, within the first row",
         ),
         (
             (1.0, 1.0, 1e-6),
@@ -364,8 +368,8 @@ def test_shares_are_of_tokens_or_documents_and_sizes_count_by_temperature():
         ),
         (
             (1.0, 1.0, 0.0),
-            {"rows": "best_fit", "stages": ((5, (0.0, 0.0, 0.0)),)},
-            r"stages\[0\].*not all 0",
+            {"packing": "best_fit", "phases": ((5, (0.0, 0.0, 0.0)),)},
+            r"phases\[0\].*not all 0",
         ),
         (
             (1.0, 1.0, 1.0),
@@ -382,8 +386,8 @@ def test_mixtures_that_cannot_be(weights, knobs, message):
 
 
 def test_shares_of_the_held_out_mean_are_those_of_the_stage_and_not_of_the_length_of_the_run():
-    stages = ((8 * 20, (0.0, 1.0, 3.0)),)  # from example 20 on
-    knobs = config.Data(rows="chunk", block=10, stages=stages)
+    phases = ((8 * 20, (0.0, 1.0, 3.0)),)  # from example 20 on
+    knobs = config.Data(packing="chunk", block=10, phases=phases)
     streams = [
         pipeline.make_stream(mixed(), knobs, 8, 5, 0, slice(0, 5), 0, steps) for steps in (1, 50)
     ]
@@ -401,13 +405,13 @@ def test_a_source_smaller_than_its_share_of_a_batch():
         match="config.train.batch_size = 400: 200 of them from source a, which of 6.. "
         "tokens has 78 rows",
     ):
-        pipeline.make_stream(mixed(), config.Data(rows="chunk"), 8, 400, 0, slice(0, 8))
+        pipeline.make_stream(mixed(), config.Data(packing="chunk"), 8, 400, 0, slice(0, 8))
 
 
 def test_epochs_are_counted_before_the_run_starts():
     data = mixed()
     stream = pipeline.make_stream(
-        data, config.Data(rows="chunk", block=10), 8, 20, 0, slice(0, 20), steps=50
+        data, config.Data(packing="chunk", block=10), 8, 20, 0, slice(0, 20), steps=50
     )
     stream.close()
     rows = [(part.train.size - 1) // 8 for part in data.parts]
@@ -428,7 +432,7 @@ def test_batches_are_made_ahead_and_elsewhere(monkeypatch):
         lambda batches, number: (made.append(threading.get_ident()), make(batches, number))[1],
     )
     stream = pipeline.make_stream(
-        alone(make_tokens([100])), config.Data(rows="chunk", prefetch=3), 8, 4, 0, slice(0, 4)
+        alone(make_tokens([100])), config.Data(packing="chunk", prefetch=3), 8, 4, 0, slice(0, 4)
     )
     next(stream)
     end = time.monotonic() + 60
@@ -440,7 +444,7 @@ def test_batches_are_made_ahead_and_elsewhere(monkeypatch):
 
 def test_the_tail_that_is_left_out_is_said():
     tokens = make_tokens([100])
-    stream = pipeline.make_stream(alone(tokens), config.Data(rows="chunk"), 8, 4, 0, slice(0, 4))
+    stream = pipeline.make_stream(alone(tokens), config.Data(packing="chunk"), 8, 4, 0, slice(0, 4))
     stream.close()
     assert stream.summary == (
         "chunk rows: 12 of 8 tokens an epoch; 4 tokens fill no row and are left out",
@@ -449,7 +453,7 @@ def test_the_tail_that_is_left_out_is_said():
 
 @pytest.mark.parametrize("rows", ["window", "chunk"])
 def test_too_little_text(rows):
-    data, tokens = config.Data(rows=rows), make_tokens([63])
+    data, tokens = config.Data(packing=rows), make_tokens([63])
     with pytest.raises(
         UsageError, match="config.train.seq_len = 64: the training text has 64 tokens.* needs 65"
     ):
@@ -476,6 +480,6 @@ def test_ids_beyond_the_vocabulary_stop_the_run(dtype, wrong):
     ids = np.append(np.arange(97, 97 + 99) % 256, 256).astype(dtype)
     ids[50] = wrong
     tokens = in_memory("train", ids, [0, 100], 99)
-    stream = pipeline.make_stream(alone(tokens), config.Data(rows="chunk"), 8, 4, 0, slice(0, 4))
+    stream = pipeline.make_stream(alone(tokens), config.Data(packing="chunk"), 8, 4, 0, slice(0, 4))
     with pytest.raises(DataError, match=f"holds the id {wrong} and the tokenizer only 257"):
         take(stream, 3)

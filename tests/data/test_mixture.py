@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, every row of a source in turn, stages, and all of it from the number
+"""Mixtures: exact shares, every row of a source in turn, phases, and all of it from the number
 alone."""
 
 import math
@@ -16,9 +16,9 @@ MIX = make(COUNTS, [0, 40, 90], 11)
 def test_every_block_holds_each_share_exactly_and_in_its_own_order():
     source, _ = MIX.assign(np.arange(150))
     for block in range(15):
-        stage = sum(block >= begin for begin in (0, 4, 9)) - 1
+        phase = sum(block >= begin for begin in (0, 4, 9)) - 1
         here = source[block * 10 : block * 10 + 10]
-        assert np.bincount(here, minlength=3).tolist() == COUNTS[stage].tolist()
+        assert np.bincount(here, minlength=3).tolist() == COUNTS[phase].tolist()
     assert len({tuple(source[i : i + 10]) for i in range(0, 40, 10)}) > 1
     assert (
         sum((source[i : i + 10] == sorted(source[i : i + 10])).all() for i in range(0, 150, 10)) < 3
@@ -63,29 +63,29 @@ def test_a_stage_begins_at_the_very_example_asked_for_and_counts_its_blocks_from
 
 
 @pytest.mark.parametrize(
-    "stages, message",
+    "phases, message",
     [
         (((0, (1.0,)),), r"config.data.sources = .* expected 2 weights, for a, b"),
         (((0, (0.0, 0.0)),), "config.data.sources: the weights .* not all 0"),
         (((0, (math.nan, 1.0)),), "config.data.sources: the weights"),
         (
             ((0, (1.0, 1.0)), (50, (1.0, -1.0))),
-            r"config.data.stages\[0\]: the weights .* 0 or more",
+            r"config.data.phases\[0\]: the weights .* 0 or more",
         ),
-        (((0, (1.0, 1.0)), (0, (1.0, 1.0))), r"config.data.stages\[0\] begins at token 0"),
+        (((0, (1.0, 1.0)), (0, (1.0, 1.0))), r"config.data.phases\[0\] begins at token 0"),
         (
             ((0, (1.0, 1.0)), (50, (1.0, 1.0)), (50, (1.0, 1.0))),
-            r"config.data.stages\[1\] .* let stages rise",
+            r"config.data.phases\[1\] .* let phases rise",
         ),
         (
             ((0, (1.0, 1.0)), (50, (1.0, 1.0, 1.0))),
-            r"config.data.stages\[0\] = .* expected 2 weights",
+            r"config.data.phases\[0\] = .* expected 2 weights",
         ),
     ],
 )
-def test_stages_that_cannot_be(stages, message):
+def test_stages_that_cannot_be(phases, message):
     with pytest.raises(UsageError, match=message):
-        check(stages, ("a", "b"))
+        check(phases, ("a", "b"))
 
 
 def test_one_by_one_is_all_at_once_and_far_is_near():

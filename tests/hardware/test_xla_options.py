@@ -37,11 +37,11 @@ def test_a_config_adds_replaces_and_leaves_out(monkeypatch):
     assert xla_options.choose_xla_options("cpu") == {}
 
     values = configs.to_dict(configs.Config())
-    configs.override(values, "train.compiler_options", "a=1,b=x")
-    assert configs.from_dict(values).train.compiler_options == ("a=1", "b=x")
+    configs.override(values, "compute.compiler_options", "a=1,b=x")
+    assert configs.from_dict(values).compute.compiler_options == ("a=1", "b=x")
     # `gpt-jax plan` writes options with commas in this way.
-    configs.override(values, "train.compiler_options", str(("a=x,y", "b=1")))
-    assert configs.from_dict(values).train.compiler_options == ("a=x,y", "b=1")
+    configs.override(values, "compute.compiler_options", str(("a=x,y", "b=1")))
+    assert configs.from_dict(values).compute.compiler_options == ("a=x,y", "b=1")
 
 
 @pytest.mark.parametrize("of_config", [True, False])
@@ -66,11 +66,11 @@ def test_they_are_part_of_the_train_step(monkeypatch, of_config):
 def test_a_run_refuses_what_its_compiler_does_not_know(tmp_path, text):
     name = text.partition("=")[0]
     with pytest.raises(UsageError, match=rf"config\.train\.compiler_options: .*{name}"):
-        runs.build(runs.load(tmp_path, f"--config.train.compiler_options={text}"))
+        runs.build(runs.load(tmp_path, f"--config.compute.compiler_options={text}"))
 
 
 def test_a_run_says_what_it_compiles_with(tmp_path):
-    override = "--config.train.compiler_options=xla_backend_optimization_level=0"
+    override = "--config.compute.compiler_options=xla_backend_optimization_level=0"
     parts = runs.build(runs.load(tmp_path, override))
     assert "compiler options (cpu): xla_backend_optimization_level=0" in parts.notes
     options = run_parts.compiler_options(parts.config, parts.mesh)

@@ -26,7 +26,8 @@ from gpt_jax.sharding.mesh import make_concrete
 LETTERS = char_tokenizer("abcdefghijklmnopqrstuvwxyz012345")  # 32 ids, no end of text
 PROMPTS = ["ab", "the5quick1brown2fox", "hello0w"]  # 2, 19 and 7 tokens
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
-BASE = dict(layers=2, embed=16, heads=4, mlp=32, vocab=40, max_seq=48, kernel="reference")
+BASE = dict(layers=2, embed=16, heads=4, mlp=32, vocab=40, max_seq=48)
+COMPUTE = config.Compute(kernel="reference")
 SWIGLU, RELU2 = (("attention", "swiglu"),), (("attention", "relu2"),)
 
 VARIANTS = {
@@ -85,7 +86,7 @@ VARIANTS = {
         init="modern",
     ),
     "mixed_pattern_unrolled": dict(
-        layers=4, pattern=(("attention", "relu"), ("attention", "swiglu")), unroll=0
+        layers=4, pattern=(("attention", "relu"), ("attention", "swiglu"))
     ),
 }
 
@@ -117,7 +118,9 @@ def silent(line: str) -> None:
 def run(
     model, prompts, sampling, tokenizer=LETTERS, report=silent, max_rows=32
 ) -> list[Completion]:
-    return generate(model, make_params(model), tokenizer, prompts, sampling, report, max_rows)
+    return generate(
+        model, COMPUTE, make_params(model), tokenizer, prompts, sampling, report, max_rows
+    )
 
 
 def knobs_of(rows, **values):
@@ -181,13 +184,18 @@ def test_the_whole_context_can_be_filled():
 
 
 def test_kernels_cast_once_change_nothing():
-    model = make_model(dtype="bfloat16", tied=False)
+    model = make_model(tied=False)
     params, tokens = make_params(model), np.arange(12)[None]
-    cast = decode._kernels_once(params, model.dtype)
+    cast = decode._kernels_once(params, "bfloat16")
     assert (
         cast["head"]["kernel"].dtype == jnp.bfloat16 and cast["embed"]["table"].dtype == jnp.float32
     )
-    assert (forward(model, cast, tokens) == forward(model, params, tokens)).all()
+    compute = config.Compute(kernel="reference", dtype="bfloat16")
+
+    def logits(params):
+        return Transformer(model, compute).apply({"params": params}, {"tokens": tokens})
+
+    assert (logits(cast) == logits(params)).all()
 
 
 # ---- batches ----
@@ -235,7 +243,7 @@ def test_a_mesh_changes_nothing(mesh, shape):
         layout = make_concrete(abstract_params(model), devices)
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, layout)
         before = decode._next._cache_size()
-        assert generate(model, placed, LETTERS, PROMPTS, DRAWN, silent) == plain
+        assert generate(model, COMPUTE, placed, LETTERS, PROMPTS, DRAWN, silent) == plain
         assert (
             decode._next._cache_size() == before + 1
         )  # the state keeps its layout from step to step
@@ -406,7 +414,7 @@ def test_characters_are_never_cut(monkeypatch):
         monkeypatch, tokenizer, [[*text.encode(), 256, 65, 65], [*"ab我".encode()[:4], 256, 66]]
     )
     sampling = Sampling(max_new_tokens=30, temperature=0.0)
-    pieces = list(stream_text(model, {}, tokenizer, ["x", "y"], sampling, silent))
+    pieces = list(stream_text(model, COMPUTE, {}, tokenizer, ["x", "y"], sampling, silent))
     assert [p.text for p in pieces if p.row == 0] == [*text, ""]
     assert [p.text for p in pieces if p.row == 1] == ["a", "b", "�"]
     first, second = (p.completion for p in pieces if p.completion)
@@ -445,7 +453,7 @@ def test_stop_strings_cut_exactly(monkeypatch, stops, text, finish, size):
     )
     model = scripted(monkeypatch, tokenizer, [[*range(len(words) + 1), 0, 0]])
     sampling = Sampling(max_new_tokens=30, temperature=0.0, stop=stops)
-    shown = list(stream_text(model, {}, tokenizer, ["x"], sampling, silent))
+    shown = list(stream_text(model, COMPUTE, {}, tokenizer, ["x"], sampling, silent))
     done = shown[-1].completion
     assert [p.completion for p in shown[:-1]] == [None] * (len(shown) - 1)
     assert "".join(p.text for p in shown) == done.text == text and done.finish == finish
@@ -518,5 +526,5 @@ def test_an_empty_prompt_starts_from_end_of_text():
 def test_values_out_of_range(change, words):
     with pytest.raises(UsageError, match=words.replace("(", r"\(")):
         stream_text(
-            make_model(), {}, LETTERS, ["a"], Sampling(**change), silent
+            make_model(), COMPUTE, {}, LETTERS, ["a"], Sampling(**change), silent
         )  # before the first piece is asked for

@@ -221,7 +221,7 @@ def problem(platform="cpu", **changes):
 )
 def test_a_named_kernel_runs_or_raises(name, posed, words):
     with pytest.raises(
-        UsageError, match=rf"config\.model\.kernel = '{name}': .*{words}.*; choose auto"
+        UsageError, match=rf"config\.compute\.kernel = '{name}': .*{words}.*; choose auto"
     ):
         choose_kernel(name, posed)
 
@@ -260,9 +260,9 @@ MODEL = config.resolve(
 @pytest.mark.parametrize("name", ["reference", "blocked", "xla"])
 @pytest.mark.parametrize("segments", [True, False])
 def test_conformance_passes_a_good_kernel(name, segments, mesh):
-    assert measure_conformance(name, MODEL, segments, rows=2) < 1e-5
+    assert measure_conformance(name, MODEL, "float32", segments, rows=2) < 1e-5
     with jax.set_mesh(mesh(2, 2, 2)):
-        assert measure_conformance(name, MODEL, segments, rows=4) < 1e-5
+        assert measure_conformance(name, MODEL, "float32", segments, rows=4) < 1e-5
 
 
 def sabotage(**changes):
@@ -306,8 +306,8 @@ def leaky(q, k, v, pattern, cap, keep):
 )
 def test_conformance_refuses_a_broken_kernel(broken, words, monkeypatch):
     monkeypatch.setitem(KERNELS, "xla", broken)
-    with pytest.raises(UsageError, match=rf"config\.model\.kernel = 'xla': {words}"):
-        measure_conformance("xla", MODEL, segments=True, rows=2)
+    with pytest.raises(UsageError, match=rf"config\.compute\.kernel = 'xla': {words}"):
+        measure_conformance("xla", MODEL, "float32", segments=True, rows=2)
 
 
 def test_what_a_kernel_cannot_do_is_refused_when_it_is_asked():

@@ -32,7 +32,7 @@ def text(preset: str) -> str:
     shape = PRESETS[preset]
     config = config_file.load_config(f"{FOLDER.parents[1]}/configs/{name}.py:{variant}", [])
     config = configs.resolve(
-        replace(config, model=replace(config.model, kernel="reference")), 32_768
+        replace(config, compute=replace(config.compute, kernel="reference")), 32_768
     )
     mesh = make_mesh(shape, jax.devices()[:8])
     leaves = jax.tree_util.tree_leaves_with_path(run_parts.make_steps(config, mesh).abstract)

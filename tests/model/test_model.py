@@ -24,10 +24,10 @@ from gpt_jax.model.layers.mlp import FFNS
 from gpt_jax.model.layers.norms import NORMS
 from gpt_jax.model.layers.positions import rotary_frequencies
 from gpt_jax.model.parametrization import make_init, residual_ramp
-from gpt_jax.model.transformer import Transformer, abstract_params, init_params
+from gpt_jax.model.transformer import REFERENCE, Transformer, abstract_params, init_params
 
 T, V = 10, 29
-BASE = dict(layers=3, embed=16, heads=4, vocab=V, max_seq=T, kernel="reference")
+BASE = dict(layers=3, embed=16, heads=4, vocab=V, max_seq=T)
 VARIANTS = {
     "gpt2": {},
     "llama3": dict(
@@ -98,6 +98,10 @@ VARIANTS = {
 }
 
 
+def make_compute(**changes) -> config.Compute:
+    return config.Compute(kernel="reference", **changes)
+
+
 def make_model(name="gpt2", **changes) -> config.Model:
     model = config.Model(**(BASE | VARIANTS[name] | changes))
     run = config.Config(model=model, train=config.Train(seq_len=model.max_seq))
@@ -133,8 +137,8 @@ def make_batch():
     return {"tokens": tokens, "segment": segment, "position": position}
 
 
-def apply(model, params, batch, **more):
-    return Transformer(model).apply({"params": params}, batch, **more)
+def apply(model, params, batch, compute=REFERENCE, **more):
+    return Transformer(model, compute).apply({"params": params}, batch, **more)
 
 
 @cache
@@ -293,11 +297,12 @@ DEPTHWISE = {
 def gradient_of(how):
     """(loss, gradients, bytes of temporaries) with dropout on: recomputing must draw the same
     masks."""
-    model = make_model(layers=4, dropout=0.2, attention_dropout=0.2, max_seq=32, **DEPTHWISE[how])
+    model = make_model(layers=4, dropout=0.2, attention_dropout=0.2, max_seq=32)
+    compute = make_compute(**DEPTHWISE[how])
     tokens = np.random.default_rng(3).integers(0, V, (8, 32))
 
     def loss(params, key):
-        logits = apply(model, params, {"tokens": tokens}, rngs={"dropout": key})
+        logits = apply(model, params, {"tokens": tokens}, compute, rngs={"dropout": key})
         return jnp.square(jax.nn.logsumexp(logits, -1)).mean()
 
     args = random_params(model), jax.random.key(7)
@@ -318,9 +323,9 @@ def test_remat_keeps_less():
     assert block < dots < 0.8 * plain
 
 
-def gradient_jaxpr(model):
+def gradient_jaxpr(model, compute=REFERENCE):
     def loss(params, tokens):
-        return apply(model, params, {"tokens": tokens}).sum()
+        return apply(model, params, {"tokens": tokens}, compute).sum()
 
     tokens = jax.ShapeDtypeStruct((2, T), jnp.int32)
     return jax.make_jaxpr(jax.grad(loss))(abstract_params(model), tokens).jaxpr
@@ -345,14 +350,17 @@ def test_program_does_not_grow_with_depth():
 
 
 @pytest.mark.parametrize(
-    "changes, wanted", [({}, False), (dict(unroll=0), True), (dict(layers=3, windows=(2, 0)), True)]
+    "changes, unroll, wanted",
+    [({}, 1, False), ({}, 0, True), (dict(layers=3, windows=(2, 0)), 1, True)],
 )
-def test_inline_remat_is_fenced(changes, wanted):
+def test_inline_remat_is_fenced(changes, unroll, wanted):
     """Outside a loop the compiler would merge the recomputation with the first pass, if no fence
     stood between."""
     fences = [
         e.params["prevent_cse"]
-        for e in equations(gradient_jaxpr(make_model(remat="block", **changes)))
+        for e in equations(
+            gradient_jaxpr(make_model(**changes), make_compute(remat="block", unroll=unroll))
+        )
         if "prevent_cse" in e.params
     ]
     assert fences and (True in fences) == wanted
@@ -448,9 +456,11 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key():
 
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
 def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
-    model = make_model(name, dtype="bfloat16")
+    model, compute = make_model(name), make_compute(dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(model))} == {"float32"}
-    trace = jax.make_jaxpr(lambda p, b: apply(model, p, b))(random_params(model), make_batch())
+    trace = jax.make_jaxpr(lambda p, b: apply(model, p, b, compute))(
+        random_params(model), make_batch()
+    )
     assert trace.out_avals[0].dtype == jnp.float32
     products = [e for e in equations(trace.jaxpr) if e.primitive.name == "dot_general"]
     assert {v.aval.dtype.name for e in products for v in e.invars} == {"bfloat16"}
@@ -465,7 +475,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
         if e.primitive.name == "exp" and e.outvars[0].aval.ndim == 5
     ]
     assert softmaxes and {e.outvars[0].aval.dtype.name for e in softmaxes} == {"float32"}
-    ours = jax.jit(lambda p, b: apply(model, p, b))(random_params(model), make_batch())[0]
+    ours = jax.jit(lambda p, b: apply(model, p, b, compute))(random_params(model), make_batch())[0]
     close(ours, logits_of(name)[0], 0.06)
 
 
@@ -527,7 +537,10 @@ position/table 10,16
 @pytest.mark.parametrize("name, golden", [("modern", GOLDEN), ("gpt2", GPT2_PATHS)])
 @pytest.mark.parametrize("unroll", [1, 0])
 def test_parameter_paths_are_api(name, golden, unroll):
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(make_model(name, unroll=unroll)))
+    model = Transformer(make_model(name), make_compute(unroll=unroll))
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    made = jax.eval_shape(model.init, jax.random.key(0), {"tokens": tokens})["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(made)
     found = [
         f"{jax.tree_util.keystr(path, simple=True, separator='/')} {','.join(map(str, leaf.shape))}"
         for path, leaf in leaves

@@ -135,7 +135,7 @@ def test_state_is_that_of_the_train_step(spec, shape, zero):
     job = job_of(spec)
     config = replace(
         job.config,
-        model=replace(job.config.model, kernel="reference"),
+        compute=replace(job.config.compute, kernel="reference"),
         mesh=configs.Mesh(zero=zero),
     )
     mesh = make_mesh(shape, jax.devices()[:8])
@@ -186,7 +186,7 @@ def test_activations_of_llama_8b():
     job = changed(llama(), train=dict(batch_size=64, accumulate=1))
     stream = 8192 * 4096 * 2
     assert memory.memory(job, ONE | {"fsdp": 64}, "splash", "tpu").activations == 33 * stream
-    cut = changed(job, model=dict(shard_sequence=True))
+    cut = changed(job, compute=dict(shard_sequence=True))
     assert (
         memory.memory(cut, ONE | {"fsdp": 16, "tensor": 4}, "splash", "tpu").activations
         == 4 * 33 * stream / 4
@@ -243,7 +243,7 @@ def test_weights_of_experts_that_are_gathered():
     assert held(both, fsdp=8) - held(both, expert=8) == pytest.approx(2 * experts * 7 / 8 * 2)
     none = [
         memory.memory(
-            changed(job, model=dict(remat="none")), ONE | {"fsdp": 8}, "cudnn", "gpu"
+            changed(job, compute=dict(remat="none")), ONE | {"fsdp": 8}, "cudnn", "gpu"
         ).gathered
         for job in (both, mixed)
     ]
@@ -352,7 +352,7 @@ def test_rows_of_a_block(rows, platform, size):
 def test_what_remat_keeps_is_ordered():
     peaks = [
         memory.memory(
-            changed(llama(), model=dict(remat=remat)), ONE | {"fsdp": 64}, "splash", "tpu"
+            changed(llama(), compute=dict(remat=remat)), ONE | {"fsdp": 64}, "splash", "tpu"
         ).activations
         for remat in ("block", "dots", "none")
     ]
@@ -364,7 +364,7 @@ def test_a_pipeline_ticks():
     job = changed(
         llama(),
         train=dict(batch_size=64, accumulate=1),
-        model=dict(pipeline_rounds=2, pipeline_microbatches=8),
+        compute=dict(pipeline_rounds=2, pipeline_microbatches=8),
     )
     here = memory.local(job, ONE | {"pipeline": 4, "fsdp": 16})
     assert (here.rows, here.ticks, here.tick_layers) == (1, 19, 4)
@@ -484,7 +484,7 @@ def test_the_whole_step_as_arithmetic_and_compiler_have_it():
     config = replace(
         job.config,
         mesh=configs.Mesh(data=2, fsdp=4),
-        model=replace(job.config.model, kernel="reference"),
+        compute=replace(job.config.compute, kernel="reference"),
     )
     mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices()[:8])
     done = compiled.lower_step(config, mesh).compile()
@@ -508,7 +508,7 @@ def test_float32_takes_what_it_takes():
             changed(
                 llama(),
                 mesh=dict(data=1, fsdp=machine.devices),
-                model=dict(dtype=dtype, kernel="xla"),
+                compute=dict(dtype=dtype, kernel="xla"),
             )
             for dtype in ("bfloat16", "float32")
         )

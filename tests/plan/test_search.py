@@ -263,9 +263,9 @@ def test_absurd_sizes_are_told_at_once(given, capsys):
 def test_what_offload_costs_is_not_counted_and_said(capsys):
     given = ["--config", str(CONFIGS / "tiny.py"), "--topology=v5e:2x2", "--config.mesh.data=4"]
     for remat, said in (("block", False), ("offload", True)):
-        command.main([*given, f"--config.model.remat={remat}"])
-        assert ("config.model.remat = 'offload': its copies" in capsys.readouterr().out) == said
-    command.main([*given, "--config.model.remat=offload", "--json"])
+        command.main([*given, f"--config.compute.remat={remat}"])
+        assert ("config.compute.remat = 'offload': its copies" in capsys.readouterr().out) == said
+    command.main([*given, "--config.compute.remat=offload", "--json"])
     assert "copies to the host" in json.loads(capsys.readouterr().out)["notes"][0]
 
 
@@ -311,7 +311,7 @@ def test_the_winning_command_is_one_for_a_shell():
     """Read back by `train`'s own eyes it is the config that won."""
     given = [
         "--config.data.path=a text.txt,$(date).txt",
-        "--config.train.compiler_options=('a=1,2', 'b=x')",
+        "--config.compute.compiler_options=('a=1,2', 'b=x')",
     ]
     spec = f"{CONFIGS / 'llama.py'}:1b"
     base = config_file.load_config(spec, given)
@@ -335,17 +335,17 @@ def test_options_go_to_the_config(monkeypatch, capsys):
             "--compile",
             "--option=a=1",
             "--option=b=x,y",
-            "--config.train.compiler_options=c=2",
+            "--config.compute.compiler_options=c=2",
         ]
     )
     ((rest, config),) = seen
-    assert config.train.compiler_options == ("c=2", "a=1", "b=x,y")
+    assert config.compute.compiler_options == ("c=2", "a=1", "b=x,y")
     assert config_file.load_config(str(CONFIGS / "tiny.py"), rest) == config
 
 
 def test_an_unknown_option_is_named(capsys):
     pytest.importorskip("libtpu", reason="pip install 'gpt_jax[plan]'")
-    with pytest.raises(UsageError, match="config.train.compiler_options: .*xla_no_such_option"):
+    with pytest.raises(UsageError, match="config.compute.compiler_options: .*xla_no_such_option"):
         command.main(
             [
                 "--config",
@@ -488,7 +488,7 @@ def test_what_a_search_replaces_is_said(capsys):
     given = ["--config", f"{CONFIGS / 'llama.py'}:1b", "--topology=v5e:4x4", "--json"]
     replaced = [
         "--config.mesh.fsdp=7",
-        "--config.model.remat=offload",
+        "--config.compute.remat=offload",
         "--config.train.accumulate=2",
     ]
     command.main(
@@ -585,7 +585,7 @@ def test_a_step_compiled_for_a_pod_that_is_not_here(capsys):
             "--json",
             "--config.mesh.data=1",
             "--config.mesh.fsdp=4",
-            "--config.model.dtype=bfloat16",
+            "--config.compute.dtype=bfloat16",
         ]
     )
     found = json.loads(capsys.readouterr().out)

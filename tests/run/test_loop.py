@@ -39,8 +39,8 @@ MODERN = (
     "--config.model.logit_softcap=15",
     "--config.model.windows=(8, 0)",
     f"--config.optim.groups={GROUPS}",
-    "--config.data.rows=chunk",
-    "--config.data.apart=true",
+    "--config.data.packing=chunk",
+    "--config.data.document_mask=true",
     "--config.data.split=document",
 )
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
@@ -289,8 +289,8 @@ def test_what_a_run_says(tmp_path):
             "--config.train.steps=6",
             "--config.eval.sample_every_steps=2",
             "--config.eval.compare_xz=true",
-            "--config.data.rows=chunk",
-            "--config.data.apart=true",
+            "--config.data.packing=chunk",
+            "--config.data.document_mask=true",
         )
     )
     runs.run(parts, run, lines.append)
@@ -378,7 +378,7 @@ def test_dropout_acts_in_training_alone(tmp_path):
 
 def test_bfloat16_trains_like_float32(tmp_path):
     exact, rounded = (
-        runs.losses(runs.build(runs.load(tmp_path, f"--config.model.dtype={dtype}")))
+        runs.losses(runs.build(runs.load(tmp_path, f"--config.compute.dtype={dtype}")))
         for dtype in ("float32", "bfloat16")
     )
     np.testing.assert_allclose(rounded, exact, rtol=0.02)

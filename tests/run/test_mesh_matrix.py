@@ -134,7 +134,7 @@ def test_gradients_are_scattered_and_the_head_is_gathered_once():
     for each chunk."""
     shape = dict(data=2, fsdp=4)
     mesh, settings = make_mesh(shape), make_config("gpt2", loss_chunk=4)
-    network = make_network(settings.model)
+    network = make_network(settings.model, settings.compute)
     with jax.set_mesh(mesh):
         columns = rows.to_devices(mesh, make_columns("gpt2"), ROWS)
         params = jax.jit(lambda: init_params(settings.model, jax.random.key(0)))()

@@ -28,12 +28,12 @@ RUN = (
     "--config.train.batch_size=24",
     "--config.eval.batch_size=24",
     "--config.data.path=()",
-    "--config.data.rows=best_fit",
-    "--config.data.apart=true",
+    "--config.data.packing=best_fit",
+    "--config.data.document_mask=true",
     "--config.data.shuffle_documents=true",
     "--config.data.fim=0.3",
     "--config.data.block=20",
-    "--config.data.stages=((4000,(0.2,0.2,0.6)),)",
+    "--config.data.phases=((4000,(0.2,0.2,0.6)),)",
 )
 
 
@@ -277,7 +277,7 @@ def test_inspect_refuses_what_is_not_there(folder, whole, tmp_path):
         ("--config.data.tokenizer=bpe:300+fim", 2, "is tokenized by bytes+fim"),
         ("--config.data.path={both}", 2, "give one of them"),
         ("--config.train.batch_size=2400", 2, "less than a batch"),
-        ("--config.data.stages=((4000,(1.0,)),)", 2, "expected 3 weights, for wiki, books, chat"),
+        ("--config.data.phases=((4000,(1.0,)),)", 2, "expected 3 weights, for wiki, books, chat"),
         ("--config.data.eval_path={both}", 2, "each holds out its own text"),
         # before anything is read:
         (
@@ -288,7 +288,7 @@ def test_inspect_refuses_what_is_not_there(folder, whole, tmp_path):
         (
             "--config.data.sources=(('a','none.txt',1.0),('b','none.txt',1.0))",
             2,
-            "config.data.stages[0] = (0.2, 0.2, 0.6)",
+            "config.data.phases[0] = (0.2, 0.2, 0.6)",
         ),
         (
             "--config.data.sources=(('a','none.txt',1.0),('b','none.txt',1.0),('c','none.txt',1.0))",
@@ -332,8 +332,8 @@ def test_a_prepared_folder_is_a_path_like_any_other(folder, tmp_path, capsys):
         ("--config.data.block=2", "less than one example of a block"),
         ("--config.train.batch_size=2400", "less than a batch"),
         (
-            "--config.data.stages=((1,(1.0,1.0,1.0)),(2,(1.0,1.0,1.0)))",
-            "config.data.stages[1] begins at token 2, within",
+            "--config.data.phases=((1,(1.0,1.0,1.0)),(2,(1.0,1.0,1.0)))",
+            "config.data.phases[1] begins at token 2, within",
         ),
     ],
 )
@@ -355,7 +355,7 @@ def test_a_stage_that_the_run_never_reaches_is_told(folder, tmp_path):
         (0, False),
     ):  # token 4,000 is in the sixth step
         lines = make_stream(data, config.data, 32, 24, config.seed, slice(0, 24), 0, steps).summary
-        wanted = f"stages[0] begins at token 4,000, and the run ends before it, at token {steps * size:,}: it is never"
+        wanted = f"phases[0] begins at token 4,000, and the run ends before it, at token {steps * size:,}: it is never"
         assert any(wanted in line for line in lines) == told, lines
 
 
@@ -377,9 +377,9 @@ def test_counts_of_the_mixture_are_compared_between_processes(folder, tmp_path, 
     monkeypatch.setattr(mixture, "apportion", lambda *given: apportion(*given)[[1, 0, 2]])
     run_parts.check_job(config, dataset.load_dataset(config.data, lambda line: None))
     assert facts[1]["the mixture's counts"] != facts[0]["the mixture's counts"]
-    with pytest.raises(UsageError, match="stages be further apart"):  # told to the others first
+    with pytest.raises(UsageError, match="phases be further apart"):  # told to the others first
         close = ((1, (1.0, 1.0, 1.0)), (2, (1.0, 1.0, 1.0)))
-        run_parts.check_job(replace(config, data=replace(config.data, stages=close)), data)
+        run_parts.check_job(replace(config, data=replace(config.data, phases=close)), data)
     assert "further apart" in facts[2]["the mixture's counts"]
     monkeypatch.setattr(
         run_parts, "find_disagreements", lambda found: [name for name in found if "mixture" in name]

@@ -86,12 +86,11 @@ def make_config(name: str, **knobs) -> config.Config:
     def of(kind):
         return {key: value for key, value in knobs.items() if key in kind.__dataclass_fields__}
 
-    model = config.Model(
-        **dict(embed=32, heads=8, vocab=VOCAB, kernel="reference") | MODELS[name] | of(config.Model)
-    )
+    model = config.Model(**dict(embed=32, heads=8, vocab=VOCAB) | MODELS[name] | of(config.Model))
     return config.resolve(
         config.Config(
             model=model,
+            compute=config.Compute(**dict(kernel="reference") | of(config.Compute)),
             train=replace(TRAIN, **of(config.Train)),
             mesh=config.Mesh(zero=knobs.get("zero", 3)),
         )
@@ -150,7 +149,11 @@ def run(name, columns, place, settings, optimizer="adamw"):
             layout.gather_fsdp(params),
         )
     state = init_state(params, tx, train)
-    step = jax.jit(partial(train_step, network=run_parts.make_network(model), tx=tx, train=train))
+    step = jax.jit(
+        partial(
+            train_step, network=run_parts.make_network(model, settings.compute), tx=tx, train=train
+        )
+    )
     sums, first = [], None
     for _ in range(STEPS):
         state, now = step(state, columns, key)

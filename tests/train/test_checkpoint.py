@@ -216,7 +216,8 @@ def test_a_part_that_the_run_does_not_know_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other, way_out", [(1, "update the program"), (-1, "use the program that wrote it")]
+    "other, way_out",
+    [(1, "update the program"), (1 - manifest.FORMAT, "use the program that wrote it")],
 )
 def test_another_format_is_refused(tmp_path, other, way_out):
     save_all(tmp_path, [10])
@@ -224,6 +225,13 @@ def test_another_format_is_refused(tmp_path, other, way_out):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": manifest.FORMAT + other}))
     with pytest.raises(UsageError, match=way_out):
         read_meta(tmp_path, 10)
+
+
+def test_the_format_before_is_read(tmp_path):
+    save_all(tmp_path, [10])
+    path = tmp_path / "10" / manifest.META
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    assert read_meta(tmp_path, 10)["step"] == 10
 
 
 # Damage

@@ -17,7 +17,7 @@ from gpt_jax.data.stream import mixture, transforms
 from gpt_jax.data.stream.dataset import Dataset, Part, check_fim
 from gpt_jax.data.stream.order import random_bits
 from gpt_jax.data.stream.rows import (
-    ROWS,
+    PACKINGS,
     Buffer,
     Columns,
     InOrder,
@@ -55,7 +55,7 @@ class Examples:
         return self.mix.drawn(examples) if self.mix else np.array([examples])
 
     def shares(self, examples: int) -> dict[str, float]:
-        """{source: its part of the rows} in the stage of the mixture that the last of the first
+        """{source: its part of the rows} in the phase of the mixture that the last of the first
         `examples` is in: the weights of the sources in the mean of their held-out metrics, here
         and in `gpt-jax evaluate`."""
         shares = self.mix.shares(max(0, examples - 1)).tolist() if self.mix else [1.0]
@@ -90,7 +90,9 @@ class Examples:
         return buffer
 
     def columns(self, indices: np.ndarray) -> Columns:
-        return make_columns(self.fill(indices), self.tokenizer.token_bytes, self.knobs.apart)
+        return make_columns(
+            self.fill(indices), self.tokenizer.token_bytes, self.knobs.document_mask
+        )
 
     def spans(self, index: int) -> tuple[int, list[Span]]:
         """(source, the documents that example `index` is made of, in the order before
@@ -196,20 +198,20 @@ def _row_shares(
 def make_mixture(
     parts: Sequence[Part], rows: Sequence[Window], knobs: config.Data, seq_len: int, seed: int
 ) -> mixture.Mixture:
-    """The stages of config.data as counts. UsageError for weights that cannot be."""
+    """The phases of config.data as counts. UsageError for weights that cannot be."""
     names = tuple(part.name for part in parts)
-    stages = ((0, tuple(part.weight for part in parts)), *knobs.stages)
-    mixture.check(stages, names)
+    phases = ((0, tuple(part.weight for part in parts)), *knobs.phases)
+    mixture.check(phases, names)
     counts, begins = [], []
-    for i, (token, weights) in enumerate(stages):
+    for i, (token, weights) in enumerate(phases):
         counts.append(
             mixture.apportion(_row_shares(weights, parts, rows, knobs), knobs.block, names)
         )
         begins.append(-(-token // seq_len))  # the first row that begins there
         if i and begins[i] <= begins[i - 1]:
             raise UsageError(
-                f"config.data.stages[{i - 1}] begins at token {token:,}, within the first row "
-                f"({seq_len:,} tokens) of the stage before; let stages be further apart"
+                f"config.data.phases[{i - 1}] begins at token {token:,}, within the first row "
+                f"({seq_len:,} tokens) of the phase before; let phases be further apart"
             )
     return mixture.make(np.array(counts), begins, seed)
 
@@ -232,7 +234,7 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
         return "the training text" if len(parts) == 1 else f"source {part.name}"
 
     rows = tuple(
-        ROWS[knobs.rows](
+        PACKINGS[knobs.packing](
             part.train, seq_len, _source_seed(seed, part.name, len(parts) == 1), label(part)
         )
         for part in parts
@@ -262,10 +264,12 @@ def check_sizes(examples: Examples, batch_size: int) -> None:
 
 def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
     """A line a source: rows, how full they are, what is lost, how many epochs `steps` batches
-    make; and a line for each stage that so few steps never reach."""
+    make; and a line for each phase that so few steps never reach."""
     lines, tokens = [], batch_size * steps * (examples.rows[0].length - 1)
     for name, rows, drawn in zip(examples.names, examples.rows, examples.drawn(batch_size * steps)):
-        line = f"{examples.knobs.rows} rows: {rows.count:,} of {rows.length - 1:,} tokens an epoch"
+        line = (
+            f"{examples.knobs.packing} rows: {rows.count:,} of {rows.length - 1:,} tokens an epoch"
+        )
         if rows.filled < 1:
             line += f", {rows.filled:.1%} filled"
         if rows.lost:
@@ -276,9 +280,9 @@ def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
             line = f"source {name}: {epochs:{'.2f' if epochs >= 0.1 else '.2g'}} epochs, {part:.2%} of the rows; {line}"
         lines.append(line)
     return lines + [
-        f"config.data.stages[{i}] begins at token {token:,}, and the run ends before it, at token "
+        f"config.data.phases[{i}] begins at token {token:,}, and the run ends before it, at token "
         f"{tokens:,}: it is never reached"
-        for i, (token, _) in enumerate(examples.knobs.stages)
+        for i, (token, _) in enumerate(examples.knobs.phases)
         if steps and token > tokens - examples.rows[0].length + 1
     ]
 
@@ -326,7 +330,7 @@ def make_eval_batches(
     def make(indices: np.ndarray) -> Columns:
         buffer = source.fill(indices)
         check_ids(buffer, tokens, tokenizer.vocab)
-        return make_columns(buffer, tokenizer.token_bytes, knobs.apart)
+        return make_columns(buffer, tokenizer.token_bytes, knobs.document_mask)
 
     count = -(-source.count // batch_size)
     return EvalBatches(

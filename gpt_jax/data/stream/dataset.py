@@ -185,9 +185,9 @@ def load_dataset(
         )
     if data.sources:
         return _mixture(data, report, tokenizer, wanted)
-    if data.stages or data.temperature:
+    if data.phases or data.temperature:
         raise UsageError(
-            "config.data.stages and config.data.temperature: are for config.data.sources, which is empty"
+            "config.data.phases and config.data.temperature: are for config.data.sources, which is empty"
         )
     if data.weights != "tokens":
         raise UsageError(
@@ -232,7 +232,7 @@ def _mixture(
             f"config.data.eval_path = {', '.join(data.eval_path)}: is for config.data.path; of sources "
             "each holds out its own text"
         )
-    mixture.check(((0, tuple(weight for _, _, weight in data.sources)), *data.stages), names)
+    mixture.check(((0, tuple(weight for _, _, weight in data.sources)), *data.phases), names)
     folders = {
         path: folder for _, path, _ in data.sources if (folder := _folder(path, data, report))
     }

@@ -4,7 +4,7 @@ number.
 Examples are dealt in blocks. Every block holds each source's share exactly, shuffled within the
 block, and the n-th example of a source in the stream is its own n-th row, so that neither a shuffle
 buffer nor a count of what was drawn is kept (after Levanter's block-deterministic mixtures,
-data/mixture.py). Unlike there a stage begins at the very example asked for: blocks are counted from
+data/mixture.py). Unlike there a phase begins at the very example asked for: blocks are counted from
 it, and what is left before it is a shorter block.
 """
 
@@ -30,7 +30,7 @@ class Mixture:
     )  # int64 [runs], the first is 0; a run is whole blocks, the last one without end
     weights: (
         np.ndarray
-    )  # float [runs, sources] of sum 1: each source's share in the stage that the run belongs to
+    )  # float [runs, sources] of sum 1: each source's share in the phase that the run belongs to
     seed: int
 
     @functools.cached_property
@@ -68,7 +68,7 @@ class Mixture:
         return source, pick(drawn[run]) + block * pick(counts) + place - pick(ends - counts)
 
     def shares(self, index: int) -> np.ndarray:
-        """float [sources] of sum 1: the part of the examples from each source in the stage that
+        """float [sources] of sum 1: the part of the examples from each source in the phase that
         example `index` is in."""
         return self.weights[self._run(index)]
 
@@ -85,30 +85,30 @@ class Mixture:
 
 
 def make(counts: np.ndarray, begins: Sequence[int], seed: int) -> Mixture:
-    """The mixture of stages whose blocks hold `counts` (int64 [stages, sources], rows of one
-    sum) and that begin with examples `begins` (rising, from 0). What is left of a stage after
+    """The mixture of phases whose blocks hold `counts` (int64 [phases, sources], rows of one
+    sum) and that begin with examples `begins` (rising, from 0). What is left of a phase after
     its whole blocks is a block of its own, with its shares by largest remainders."""
     runs = []  # (begin, counts, shares)
-    for stage, (row, begin) in enumerate(zip(counts, begins)):
+    for phase, (row, begin) in enumerate(zip(counts, begins)):
         size, shares = int(row.sum()), row / row.sum()
-        rest = 0 if stage + 1 == len(begins) else (begins[stage + 1] - begin) % size
-        if stage + 1 == len(begins) or begins[stage + 1] - begin >= size:
+        rest = 0 if phase + 1 == len(begins) else (begins[phase + 1] - begin) % size
+        if phase + 1 == len(begins) or begins[phase + 1] - begin >= size:
             runs.append((begin, row, shares))
         if rest:
-            runs.append((begins[stage + 1] - rest, _remainders(shares, rest), shares))
+            runs.append((begins[phase + 1] - rest, _remainders(shares, rest), shares))
     begins, counts, shares = zip(*runs)
     return Mixture(np.array(counts), np.array(begins, np.int64), np.array(shares), seed)
 
 
-LAST_TOKEN = 10**18  # at which a stage may begin
+LAST_TOKEN = 10**18  # at which a phase may begin
 
 
-def check(stages: Sequence[tuple[int, Sequence[float]]], names: Sequence[str]) -> None:
-    """UsageError for stages (first token, a weight for each of the sources `names`) that can be
+def check(phases: Sequence[tuple[int, Sequence[float]]], names: Sequence[str]) -> None:
+    """UsageError for phases (first token, a weight for each of the sources `names`) that can be
     no mixture, whatever the sources hold; the first of them is config.data.sources itself, the
-    others config.data.stages."""
-    for i, (token, weights) in enumerate(stages):
-        field = f"config.data.stages[{i - 1}]" if i else "config.data.sources"
+    others config.data.phases."""
+    for i, (token, weights) in enumerate(phases):
+        field = f"config.data.phases[{i - 1}]" if i else "config.data.sources"
         if len(weights) != len(names):
             raise UsageError(
                 f"{field} = {weights}: expected {len(names)} weights, for {', '.join(names)}"
@@ -119,9 +119,9 @@ def check(stages: Sequence[tuple[int, Sequence[float]]], names: Sequence[str]) -
             raise UsageError(
                 f"{field}: the weights {tuple(weights)} must be 0 or more, and not all 0"
             )
-        if i and token <= stages[i - 1][0]:
+        if i and token <= phases[i - 1][0]:
             raise UsageError(
-                f"{field} begins at token {token:,}, before the stage before it; let stages rise"
+                f"{field} begins at token {token:,}, before the phase before it; let phases rise"
             )
 
 

@@ -1,6 +1,6 @@
 """Tokens to rows, rows to numpy columns of B rows by T tokens (called by pipeline).
 
-A row of ROWS finds training rows; `InOrder` reads held-out text once from front to back. Both give
+A row of PACKINGS finds training rows; `InOrder` reads held-out text once from front to back. Both give
 a Buffer of T + 1 ids; the shift by one between `tokens` and `targets` happens in `columns` and
 nowhere else.
 """
@@ -76,20 +76,20 @@ def spans(tokens: Tokens, pieces: list[tuple[int, int]]) -> Iterator[Span]:
             )
 
 
-def make_columns(buffer: Buffer, token_bytes: np.ndarray, apart: bool) -> Columns:
+def make_columns(buffer: Buffer, token_bytes: np.ndarray, document_mask: bool) -> Columns:
     """A Buffer of T + 1 ids as columns of T tokens.
 
     tokens, targets  int32 [N, T]    targets[i] follows tokens[i]; padding is 0 weight
-    float32 [N, T]  1 where the target is to be predicted; 0 in padding, and if `apart` where the
+    float32 [N, T]  1 where the target is to be predicted; 0 in padding, and if `document_mask` where the
                                      target begins another document
     bytes            int32 [N, T]    UTF-8 bytes of each predicted target, 0 elsewhere segment
-    int32 [N, T]    only if `apart`: 1, 2, … by document within the row; 0 in padding position
-    int32 [N, T]    only if `apart`: place in the document, from 0 where the document or the row
+    int32 [N, T]    only if `document_mask`: 1, 2, … by document within the row; 0 in padding position
+    int32 [N, T]    only if `document_mask`: place in the document, from 0 where the document or the row
     begins
     """
     ids, begins, inside = buffer
     predicted, kept = inside[:, 1:], {}
-    if apart:
+    if document_mask:
         predicted = predicted & ~begins[:, 1:]
         here, place = inside[:, :-1], np.arange(ids.shape[1] - 1, dtype=np.int32)
         starts = begins[:, :-1].copy()
@@ -134,8 +134,8 @@ class Window:
     def _need_pairs(self) -> None:
         if np.diff(self.tokens.offsets).max() < 2:
             raise UsageError(
-                f"config.data.rows: {self.name} has no document of two tokens, so there is nothing to "
-                "predict; give other text, or config.data.rows=chunk"
+                f"config.data.packing: {self.name} has no document of two tokens, so there is nothing to "
+                "predict; give other text, or config.data.packing=chunk"
             )
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
@@ -224,7 +224,7 @@ class BestFit(FirstFit):
     how = "best_fit"
 
 
-ROWS: dict[str, Callable] = {
+PACKINGS: dict[str, Callable] = {
     "window": Window,
     "chunk": Chunk,
     "document": AtDocument,

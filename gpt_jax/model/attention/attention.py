@@ -59,6 +59,7 @@ class Attention(nn.Module):
     tells its real tokens)."""
 
     model: config.Model
+    compute: config.Compute
     window: int
     value_embed: bool
 
@@ -73,7 +74,15 @@ class Attention(nn.Module):
         flat = project(
             x,
             *(
-                Weights(counts[n] * model.head_dim, ("embed", axes[n]), "qkv", model, bias, name=n)
+                Weights(
+                    counts[n] * model.head_dim,
+                    ("embed", axes[n]),
+                    "qkv",
+                    model,
+                    self.compute,
+                    bias,
+                    name=n,
+                )
                 for n in "qkv"
             ),
         )
@@ -98,7 +107,7 @@ class Attention(nn.Module):
         else:
             pattern = mask.Pattern(self.window, context.segment, context.block)
             y = kernels.attention(
-                model.kernel, q, k, v, pattern, model.attention_softcap, self._keep(B, T)
+                self.compute.kernel, q, k, v, pattern, model.attention_softcap, self._keep(B, T)
             )
             if cache is not None:
                 cache = [self._fill(x, context.lengths, cache[0].shape[1]) for x in (k, v)]
@@ -106,7 +115,13 @@ class Attention(nn.Module):
         y = project(
             y,
             Weights(
-                model.embed, ("heads", "embed"), "attention_out", model, model.bias, name="out"
+                model.embed,
+                ("heads", "embed"),
+                "attention_out",
+                model,
+                self.compute,
+                model.bias,
+                name="out",
             ),
         )[0]
         return dropout(self, y, model.dropout), None if cache is None else tuple(cache)
@@ -129,7 +144,13 @@ class Attention(nn.Module):
             "head_dim",
         )
         gate = Weights(
-            model.kv_heads, ("gate", "kv_heads"), "gate", model, False, name="value_gate"
+            model.kv_heads,
+            ("gate", "kv_heads"),
+            "gate",
+            model,
+            self.compute,
+            False,
+            name="value_gate",
         )
         strength = 3 * jax.nn.sigmoid(project(x[..., : model.value_embed_gate], gate)[0])
         return (

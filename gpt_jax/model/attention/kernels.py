@@ -119,7 +119,7 @@ def _cudnn_cannot(p: Problem) -> str:
     if p.platform != "gpu":
         return f"needs a GPU, this is {p.platform}"
     if p.dtype == "float32":
-        return "needs config.model.dtype = bfloat16"
+        return "needs config.compute.dtype = bfloat16"
     if (
         p.head_dim % 8 or p.head_dim > 256
     ):  # on GPUs before Hopper it also refuses more than 128, by itself
@@ -158,13 +158,13 @@ PREFERENCE = {
 
 
 def make_problem(
-    model: config.Model, seq_len: int, platform: str, ar: bool = False, context: int = 1
+    model: config.Model, dtype: str, seq_len: int, platform: str, ar: bool = False, context: int = 1
 ) -> Problem:
     """The attention problem that a model poses on `platform` (cpu, gpu or tpu), rows cut into
     `context` pieces."""
     return Problem(
         platform,
-        model.dtype,
+        dtype,
         model.head_dim,
         seq_len,
         model.attention_softcap > 0,
@@ -180,7 +180,7 @@ def choose_kernel(name: str, p: Problem) -> tuple[str, str]:
     if name != "auto":
         if reason := KERNELS[name].cannot(p):
             raise UsageError(
-                f"config.model.kernel = {name!r}: {reason}; choose auto or another kernel"
+                f"config.compute.kernel = {name!r}: {reason}; choose auto or another kernel"
             )
         return name, "asked for"
     passed = []
@@ -189,7 +189,7 @@ def choose_kernel(name: str, p: Problem) -> tuple[str, str]:
         if not reason:
             return candidate, "; ".join(passed) or f"fastest known on {p.platform}"
         passed.append(f"{candidate} {reason}")
-    raise UsageError(f"config.model.kernel = 'auto': nothing can do this: {'; '.join(passed)}")
+    raise UsageError(f"config.compute.kernel = 'auto': nothing can do this: {'; '.join(passed)}")
 
 
 def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None):
@@ -207,7 +207,7 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
         sharding.count_parts("seq"),
     )
     if reason := KERNELS[name].cannot(asked):
-        raise UsageError(f"config.model.kernel = {name!r}: {reason}; choose another kernel")
+        raise UsageError(f"config.compute.kernel = {name!r}: {reason}; choose another kernel")
 
     def run(q, k, v, segment, block, keep):
         own = Pattern(pattern.window, segment, block)
@@ -236,7 +236,9 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
     )
 
 
-def measure_conformance(name: str, model: config.Model, segments: bool, rows: int) -> float:
+def measure_conformance(
+    name: str, model: config.Model, dtype: str, segments: bool, rows: int
+) -> float:
     """Largest difference between kernel `name` and `reference` on a tiny packed batch, on the
     devices of the current mesh.
 
@@ -247,7 +249,7 @@ def measure_conformance(name: str, model: config.Model, segments: bool, rows: in
         32 if name in ("xla", "cudnn") else 256 * sharding.count_parts("seq")
     )  # several of the blocks that it skips
     windows = sorted({min(w, length // 4) for w in model.windows})  # short enough to be seen
-    rng, dtype = np.random.default_rng(0), jnp.dtype(model.dtype)
+    rng = np.random.default_rng(0)
     q, k, v = (
         jnp.asarray(rng.standard_normal((rows, length, heads, model.head_dim)), dtype)
         for heads in (model.heads, model.kv_heads, model.kv_heads)
@@ -288,10 +290,10 @@ def measure_conformance(name: str, model: config.Model, segments: bool, rows: in
             ]
         )
     )  # numpy's, which lets no nan pass
-    limit = 1e-4 if model.dtype == "float32" else 3e-2
+    limit = 1e-4 if dtype == "float32" else 3e-2
     if not error <= limit:
         raise UsageError(
-            f"config.model.kernel = {name!r}: differs from reference by {error:.1e} on this machine (limit "
+            f"config.compute.kernel = {name!r}: differs from reference by {error:.1e} on this machine (limit "
             f"{limit:.0e}); choose another kernel"
         )
     if segments:
@@ -303,7 +305,7 @@ def measure_conformance(name: str, model: config.Model, segments: bool, rows: in
         leaked = clean != dirty
         if bool(leaked.any()):
             raise UsageError(
-                f"config.model.kernel = {name!r}: lets a document see the one before it in a packed row; "
+                f"config.compute.kernel = {name!r}: lets a document see the one before it in a packed row; "
                 "choose another kernel"
             )
     return error

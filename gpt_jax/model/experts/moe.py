@@ -31,6 +31,7 @@ class Moe(nn.Module):
     stats of make_stats)."""
 
     model: config.Model
+    compute: config.Compute = config.Compute()
 
     @nn.compact
     def __call__(self, x, segment):
@@ -47,11 +48,17 @@ class Moe(nn.Module):
         stats = make_stats(model, logits, scores, choice, real, bias, room)
         kernels = Experts(model, name="experts")(x.shape[-1])
         y = dispatch(
-            model, x, jnp.where(real[..., None], choice, model.experts), weight, kernels, room
+            model,
+            self.compute,
+            x,
+            jnp.where(real[..., None], choice, model.experts),
+            weight,
+            kernels,
+            room,
         )
         if model.shared_experts:
             wide = replace(model, mlp=model.shared_experts * model.expert_mlp)
-            y = y + Mlp(model.expert_ffn, wide, name="shared")(x)
+            y = y + Mlp(model.expert_ffn, wide, self.compute, name="shared")(x)
         return y, stats
 
 
@@ -162,14 +169,20 @@ class Stack(nn.Module):
 
 
 def dispatch(
-    model: config.Model, x, choice, weight, kernels: local_experts.Kernels, room: int | None
+    model: config.Model,
+    compute: config.Compute,
+    x,
+    choice,
+    weight,
+    kernels: local_experts.Kernels,
+    room: int | None,
 ):
     """x [B, T, D] through its experts `choice` [B, T, k] (E: none), summed with `weight` -> [B,
     T, D] laid out as the stream. `room`: the choices that an expert takes from a row; None: all."""
     activation = FFNS[model.expert_ffn][0]
     devices, tensor = sharding.axis_size("expert"), sharding.axis_size("tensor")
     scatter, platform = (
-        sharding.count_parts(model.stream) > sharding.count_parts("seq"),
+        sharding.count_parts(compute.stream) > sharding.count_parts("seq"),
         sharding.platform(),
     )
     kind = sharding.device_kind()
@@ -206,6 +219,6 @@ def dispatch(
     rows = ("batch", "seq", None)
     with sharding.using_rules({"expert_embed": stored} if split else {}):
         axes = (rows, rows, rows, DOWN, *(UP,) * (len(given) - 1))
-        return sharding.run_local(on_device, axes, ("batch", model.stream, None))(
+        return sharding.run_local(on_device, axes, ("batch", compute.stream, None))(
             x, choice, weight, *given
         )

@@ -55,10 +55,11 @@ class Smear(nn.Module):
     nanochat)."""
 
     model: config.Model
+    compute: config.Compute
 
     @nn.compact
     def __call__(self, x, before):
-        weights = Weights(1, ("gate", None), "gate", self.model, False, name="gate")
+        weights = Weights(1, ("gate", None), "gate", self.model, self.compute, False, name="gate")
         gate = jax.nn.sigmoid(project(x[..., : self.model.smear_gate], weights)[0])
         scale = Factor(0.0, name="factor")().astype(x.dtype)
         return x + scale * gate * before

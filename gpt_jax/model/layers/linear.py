@@ -71,11 +71,12 @@ class Weights(nn.Module):
     axes: tuple[str, str]
     role: str
     model: config.Model
+    compute: config.Compute
     bias: bool
 
     @nn.compact
     def __call__(self, width: int):
-        dtype = jnp.dtype(self.model.dtype)
+        dtype = jnp.dtype(self.compute.dtype)
         init = sharding.stored_init(make_init(self.role, self.model), self.axes)
         kernel = sharding.use_weight(
             self.param("kernel", init, (width, self.features)), self.axes, dtype
@@ -94,9 +95,9 @@ def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
     step; a TPU loses a sixth of a large one by it (joining, cutting, and a matmul at half the
     speed, by the compiler's cycles). With `shard_sequence` the stream is gathered over tensor on
     the way in and scattered on the way out (Korthikanti et al. 2022)."""
-    inside, model = maps[0].axes[0], maps[0].model
+    inside, compute = maps[0].axes[0], maps[0].compute
     back = inside in ("heads", "mlp")  # to the stream: the sum over tensor ends here
-    if model.shard_sequence and not back:
+    if compute.shard_sequence and not back:
         x = sharding.constrain(x, "batch", "seq", None)
     weights = [linear(x.shape[-1]) for linear in maps]
     if len(maps) > 1 and sharding.axis_size("tensor") == 1 and sharding.platform() == "cpu":
@@ -106,7 +107,7 @@ def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
         )
     else:
         parts = [
-            matmul(x, kernel, linear.axes[1], seq=model.stream if back else "seq")
+            matmul(x, kernel, linear.axes[1], seq=compute.stream if back else "seq")
             for linear, (kernel, _) in zip(maps, weights)
         ]
     return [y if bias is None else y + bias for y, (_, bias) in zip(parts, weights)]

@@ -23,6 +23,7 @@ class Mlp(nn.Module):
 
     name_of_row: str
     model: config.Model
+    compute: config.Compute
 
     @nn.compact
     def __call__(self, x):
@@ -30,7 +31,7 @@ class Mlp(nn.Module):
         activation, gated = FFNS[self.name_of_row]
 
         def linear(features, axes, role, name):
-            return Weights(features, axes, role, model, model.bias, name=name)
+            return Weights(features, axes, role, model, self.compute, model.bias, name=name)
 
         names = ("up", "gate") if gated else ("up",)
         up, *gate = project(

@@ -22,7 +22,10 @@ from gpt_jax.files import replace_file
 
 MANIFEST = "manifest.json"
 META = "meta.json"
-FORMAT = 2  # of the layout above and of what meta.json holds; a reader refuses any other
+# The format of the layout above and of what meta.json holds. Format 2 is the same but for the
+# names of some config keys, which whoever reads the config translates.
+FORMAT = 3
+READABLE = (2, FORMAT)
 CHECKPOINT_FOLDER = "checkpoints"  # inside a workdir
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for a step that it is still writing
 SAVING = ".saving"
@@ -262,7 +265,7 @@ def read_meta(directory, step: int) -> dict:
         meta = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise NoCheckpoint(f"{path}: cannot be read: {cause_of(error)}") from error
-    if meta["format"] != FORMAT:
+    if meta["format"] not in READABLE:
         way_out = (
             "update the program"
             if meta["format"] > FORMAT
