@@ -260,10 +260,7 @@ class Transformer(nn.Module):
     def _through_stages(self, carry, firsts, scalars, context):
         """The stream after the scanned layers, which stand in stages over the mesh axis
         pipeline."""
-        model, period = (
-            self.model,
-            Period(self.model, self.compute, self.plan.period, looped=True, parent=None),
-        )
+        period = Period(self.model, self.compute, self.plan.period, looped=True, parent=None)
         shared = context.angles is not None and context.angles[0].shape[0] == 1  # by all rows
 
         def layer(carry, weights, columns):

@@ -14,6 +14,7 @@ import jax
 import pytest
 import runs
 
+from gpt_jax.commands.config_file import load_config
 from gpt_jax.data.tokenizers.spec import resolve_tokenizer
 from gpt_jax.data.tokens.cache import prepare
 from gpt_jax.train import CHECKPOINT_FOLDER
@@ -508,9 +509,7 @@ def test_documents_shorter_than_the_context(tmp_path, rows):
     )
     given = on_data(tmp_path, "a.jsonl", f"--config.data.packing={rows}")
     runs.call(*given)
-    config = runs.flags.load_config(
-        runs.TINY, [text for text in given if text.startswith("--config.")]
-    )
+    config = load_config(runs.TINY, [text for text in given if text.startswith("--config.")])
     prepared = prepare(config.data, resolve_tokenizer(config.data.tokenizer), lambda line: None)
     kept = [
         side.ids(a, b - 1)
