@@ -115,7 +115,9 @@ def _next(params, state: State, knobs, *, model: config.Model, compute: config.C
     hidden, cache = Transformer(model, compute).apply(
         {"params": params}, batch, state.cache, state.lengths, method="step"
     )
-    return _pick(params, hidden, cache, state.lengths + 1, state.seen, _place(knobs), model, vocab)
+    return _pick(
+        params, hidden, cache, state.lengths + 1, state.seen, _place(knobs), model, compute, vocab
+    )
 
 
 # ---- text ----
