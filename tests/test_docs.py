@@ -213,7 +213,7 @@ def read_if_there(path: str) -> str:
 def source_words() -> set[str]:
     paths = [
         path
-        for folder in ("gpt_jax", "configs", "launch", "tests")
+        for folder in ("gpt_jax", "configs", "launch", "tests", "examples")
         for path in (ROOT / folder).rglob("*")
     ]
     texts = [path.read_text() for path in paths if path.suffix in (".py", ".pyi", ".sh")]
