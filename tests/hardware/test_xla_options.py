@@ -26,7 +26,7 @@ from gpt_jax.sharding import mesh
 def test_options_are_parsed():
     options = xla_options.parse_options(["a=true", "b=-3", "c=x=y", "d="])
     assert options == {"a": True, "b": -3, "c": "x=y", "d": None}
-    words = r"config\.train\.compiler_options = 'a': expected NAME=VALUE"
+    words = r"config\.compute\.compiler_options = 'a': expected NAME=VALUE"
     with pytest.raises(UsageError, match=words):
         xla_options.parse_options(["a"])
 
@@ -52,11 +52,8 @@ def test_they_are_part_of_the_train_step(monkeypatch, of_config):
     monkeypatch.setattr(xla_options, "DEFAULTS", defaults)
 
     config = job_of("tiny").config
-    config = replace(
-        config,
-        train=replace(config.train, compiler_options=texts),
-        model=replace(config.model, kernel="reference"),
-    )
+    compute = replace(config.compute, compiler_options=texts, kernel="reference")
+    config = replace(config, compute=compute)
     lowered = compiled.lower_step(config, mesh.make_mesh({}, jax.devices()[:1]))
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         lowered.compile()
@@ -65,7 +62,7 @@ def test_they_are_part_of_the_train_step(monkeypatch, of_config):
 @pytest.mark.parametrize("text", ["xla_no_such_option=1", "xla_backend_optimization_level=high"])
 def test_a_run_refuses_what_its_compiler_does_not_know(tmp_path, text):
     name = text.partition("=")[0]
-    with pytest.raises(UsageError, match=rf"config\.train\.compiler_options: .*{name}"):
+    with pytest.raises(UsageError, match=rf"config\.compute\.compiler_options: .*{name}"):
         runs.build(runs.load(tmp_path, f"--config.compute.compiler_options={text}"))
 
 
