@@ -35,7 +35,8 @@ def complain(line: str) -> None:
     """A line on standard error, if somebody still reads it and its disk is not full: the exit
     code is said all the same."""
     try:
-        print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
+        for part in line.split("\n"):
+            print(f"gpt-jax: {part}", file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = open(os.devnull, "w")
 

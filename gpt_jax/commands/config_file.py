@@ -1,13 +1,16 @@
 """Config files and their `--config.section.key=value` overrides."""
 
+import argparse
 import contextlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from gpt_jax import config
+from gpt_jax.commands.output import emit
 from gpt_jax.errors import UsageError
 
 
@@ -19,6 +22,23 @@ def local_workdir(text: str) -> Path:
             f"--workdir={text}: object stores are not supported; mount a folder that all hosts share"
         )
     return Path(text)
+
+
+class DescribeConfig(argparse.Action):
+    """Prints what a field, a section or the whole config means, and ends the command."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        page = values == "page"
+        emit(config.make_page().rstrip() if page else config.describe_config(str(values)))
+        parser.exit()
+
+
+class PrintSchema(argparse.Action):
+    """Prints the JSON schema of a config, and ends the command."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        emit(json.dumps(config.make_schema(), indent=2))
+        parser.exit()
 
 
 def load_config(spec: str, overrides: list[str]) -> config.Config:
@@ -63,8 +83,22 @@ def load_config(spec: str, overrides: list[str]) -> config.Config:
         ) from None
     finally:
         sys.path.pop(0)
+    return apply_overrides(values, overrides)
+
+
+def apply_overrides(values: dict, overrides: list[str]) -> config.Config:
+    """The Config of nested `values` with `--config.section.key=value` flags.
+
+    Raises UsageError with a line for each fault of the flags, or else of the values.
+    """
+    faults = []
     for key, text in split_overrides(overrides):
-        config.override(values, key, text)
+        try:
+            config.override(values, key, text)
+        except UsageError as error:
+            faults.append(str(error))
+    if faults:
+        raise UsageError("\n".join(faults))
     return config.from_dict(values)
 
 

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from gpt_jax import config as configs
 from gpt_jax.cluster import code_version, format_start_line, tell_problems
-from gpt_jax.commands.config_file import load_config, local_workdir
+from gpt_jax.commands.config_file import (
+    DescribeConfig,
+    PrintSchema,
+    load_config,
+    local_workdir,
+)
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit, make_say
 from gpt_jax.commands.runtime import (
@@ -65,6 +70,21 @@ def make_flags() -> Flags:
     flags.add_argument("--workdir", help="where the run's files go, and where it resumes from")
     flags.add_argument(
         "--print_config", action="store_true", help="print the resolved config as JSON and stop"
+    )
+    flags.add_argument(
+        "--describe_config",
+        nargs="?",
+        const="",
+        action=DescribeConfig,
+        metavar="KEY",
+        help="print what the fields of a config mean, or those of KEY, and stop; "
+        "KEY=page makes docs/configs.md",
+    )
+    flags.add_argument(
+        "--json_schema",
+        nargs=0,
+        action=PrintSchema,
+        help="print the JSON schema of a config, and stop",
     )
     flags.add_argument(
         "--profile", metavar="START:STOP", help="write a trace of these steps to WORKDIR/profile"

@@ -1,4 +1,4 @@
-"""The frozen `Config`: every knob of a run, its default and its limits (floor 0).
+"""The frozen `Config`: every knob of a run, its default and its limits.
 
 A config file returns a `ConfigDict` holding only what it changes; `from_dict` turns it into one
 `Config` and is the last place that sees a ConfigDict. Each room receives its own section. Values
@@ -6,8 +6,10 @@ that must agree with each other are checked in `check`, before anything compiles
 """
 
 from gpt_jax.config.checks import check, faults, problems, resolve, shape_on, wsd_start
-from gpt_jax.config.depth import LayerSpec, Layout, layer_specs, layout
-from gpt_jax.config.fields import (
+from gpt_jax.config.data_fields import Data
+from gpt_jax.config.describe import describe_config, make_page, make_schema
+from gpt_jax.config.fields import RESUMABLE, Config
+from gpt_jax.config.knobs import (
     BALANCES,
     DENSE_FFNS,
     DISPATCHES,
@@ -23,24 +25,13 @@ from gpt_jax.config.fields import (
     PACKINGS,
     POSITIONS,
     REMATS,
-    RESUMABLE,
     ROUTERS,
     SCHEDULES,
     SPLITS,
     WEIGHTS,
-    Checkpoint,
-    Compute,
-    Config,
-    Data,
-    Eval,
-    Group,
-    Log,
-    Mesh,
-    Model,
-    Optim,
-    Train,
     knob,
 )
+from gpt_jax.config.layers import LayerSpec, Layout, layer_specs, layout
 from gpt_jax.config.meshes import (
     AXES,
     BATCH_AXES,
@@ -50,6 +41,7 @@ from gpt_jax.config.meshes import (
     mesh_shape,
     slices_problem,
 )
+from gpt_jax.config.model_fields import Compute, Model
 from gpt_jax.config.read import (
     changes,
     flatten,
@@ -60,6 +52,7 @@ from gpt_jax.config.read import (
     to_json,
     translate,
 )
+from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Log, Mesh, Optim, Train
 
 __all__ = [
     "AXES",
@@ -101,6 +94,7 @@ __all__ = [
     "changes",
     "check",
     "cross_slice",
+    "describe_config",
     "faults",
     "flatten",
     "from_dict",
@@ -108,6 +102,8 @@ __all__ = [
     "layer_specs",
     "layout",
     "least_devices",
+    "make_page",
+    "make_schema",
     "mesh_shape",
     "override",
     "parse",

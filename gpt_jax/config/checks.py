@@ -4,9 +4,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from gpt_jax.config.depth import layer_specs, layout
-from gpt_jax.config.fields import ENDLESS, FFNS, MIXERS, Config, Optim
+from gpt_jax.config.fields import Config
+from gpt_jax.config.knobs import ENDLESS, FFNS, MIXERS
+from gpt_jax.config.layers import layer_specs, layout
 from gpt_jax.config.meshes import BATCH_AXES, FSDP_AXES, mesh_shape
+from gpt_jax.config.run_fields import Optim
 from gpt_jax.errors import UsageError
 
 
@@ -44,10 +46,10 @@ def wsd_start(optim: Optim) -> int:
 def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[str, int]:
     """Everything that must agree across fields of a resolved config; returns the mesh's axis sizes.
 
-    Raises UsageError for the first disagreement, naming field, value and way out."""
+    Raises UsageError with a line for each disagreement: field, value and way out."""
     shape = shape_on(config, devices, tokenizer_vocab)
     if found := problems(config, shape, tokenizer_vocab):
-        raise UsageError(found[0])
+        raise UsageError("\n".join(found))
     return shape
 
 

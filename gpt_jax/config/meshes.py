@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations, product
 
-from gpt_jax.config.fields import Mesh
+from gpt_jax.config.run_fields import Mesh
 from gpt_jax.errors import UsageError
 
 AXES = (

@@ -16,17 +16,17 @@ from gpt_jax.errors import UsageError
 # Where a key of an older config is today. A config file or a flag that uses one is refused with
 # the new name; the config inside a checkpoint is translated.
 RENAMED = {
-    "data.packing": "data.packing",
-    "data.document_mask": "data.document_mask",
-    "data.phases": "data.phases",
-    "compute.dtype": "compute.dtype",
-    "compute.kernel": "compute.kernel",
-    "compute.remat": "compute.remat",
-    "compute.unroll": "compute.unroll",
-    "compute.shard_sequence": "compute.shard_sequence",
-    "compute.pipeline_rounds": "compute.pipeline_rounds",
-    "compute.pipeline_microbatches": "compute.pipeline_microbatches",
-    "compute.compiler_options": "compute.compiler_options",
+    "data.rows": "data.packing",
+    "data.apart": "data.document_mask",
+    "data.stages": "data.phases",
+    "model.dtype": "compute.dtype",
+    "model.kernel": "compute.kernel",
+    "model.remat": "compute.remat",
+    "model.unroll": "compute.unroll",
+    "model.shard_sequence": "compute.shard_sequence",
+    "model.pipeline_rounds": "compute.pipeline_rounds",
+    "model.pipeline_microbatches": "compute.pipeline_microbatches",
+    "train.compiler_options": "compute.compiler_options",
 }
 
 
@@ -84,7 +84,7 @@ def _coerce(kind, value, path: str):
     return value
 
 
-def _limits(spec: dataclasses.Field, value, path: str) -> None:
+def _check_limits(spec: dataclasses.Field, value, path: str) -> None:
     low, high, choices = (spec.metadata.get(k) for k in ("low", "high", "choices"))
     if choices is not None and value not in choices:
         raise UsageError(f"{path} = {value!r}: choose one of {', '.join(map(str, choices))}")
@@ -100,17 +100,28 @@ def _limits(spec: dataclasses.Field, value, path: str) -> None:
 
 
 def from_dict(values: Mapping[str, Any], kind=Config, path: str = "config"):
-    """A frozen `kind` from nested mappings (a ConfigDict too). Unknown keys, wrong types and
-    values out of range raise UsageError with the field, the value and the way out."""
+    """A frozen `kind` from nested mappings (a ConfigDict too).
+
+    Raises UsageError if a key is unknown, a type is wrong or a value is out of range. It has one
+    line for each fault, with the field, the value and the way out.
+    """
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise UsageError(f"{path} = {values!r}: expected a section with named fields")
-    specs, hints = {f.name: f for f in dataclasses.fields(kind)}, typing.get_type_hints(kind)
-    made = {}
+
+    specs = {spec.name: spec for spec in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    made, faults = {}, []
     for name, value in values.items():
-        if name not in specs:
-            raise UsageError(f"{path}.{name} = {value!r}: {_way_out(path, name, specs)}")
-        made[name] = _coerce(hints[name], value, f"{path}.{name}")
-        _limits(specs[name], made[name], f"{path}.{name}")
+        key = f"{path}.{name}"
+        try:
+            if name not in specs:
+                raise UsageError(f"{key} = {value!r}: {_way_out(path, name, specs)}")
+            made[name] = _coerce(hints[name], value, key)
+            _check_limits(specs[name], made[name], key)
+        except UsageError as error:
+            faults.append(str(error))
+    if faults:
+        raise UsageError("\n".join(faults))
     return kind(**made)
 
 

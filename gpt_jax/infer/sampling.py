@@ -21,23 +21,31 @@ class Sampling:
     """How tokens are drawn and when a row ends. Filters apply in the order of Hugging Face's:
     repetition penalty, temperature, top_k, top_p (of what top_k left), min_p."""
 
-    max_new_tokens: int = knob(100, low=1)
-    temperature: float = knob(1.0, low=0.0)  # 0: the most likely token
-    top_k: int = knob(0, low=0, high=2**31 - 1)  # only the k most likely tokens; 0: off
+    max_new_tokens: int = knob(100, "The most new tokens of a row.", low=1)
+    temperature: float = knob(1.0, "The logits are divided by this. 0 is greedy.", low=0.0)
+    top_k: int = knob(
+        0, "Only so many most likely tokens are drawn from. 0 is off.", low=0, high=2**31 - 1
+    )
     top_p: float = knob(
-        1.0, low=0.0, high=1.0
-    )  # the fewest tokens that hold this probability (Holtzman et al. 2020)
+        1.0,
+        "The fewest tokens that hold this probability are drawn from (Holtzman et al. 2020).",
+        low=0.0,
+        high=1.0,
+    )
     min_p: float = knob(
-        0.0, low=0.0, high=1.0
-    )  # tokens of at least this part of the best one's probability
+        0.0,
+        "A token needs at least this part of the best token's probability.",
+        low=0.0,
+        high=1.0,
+    )
     repetition_penalty: float = knob(
-        1.0, low=1e-3
-    )  # over 1: tokens already in the row are less likely (CTRL, 2019)
-    seed: int = knob(0, low=0, high=2**32 - 1)
-    num_samples: int = knob(1, low=1)  # rows for each prompt
-    stop: tuple[str, ...] = ()  # a row ends before the first of these strings
-    truncate: bool = (
-        False  # a prompt that fills the context keeps its last tokens instead of raising
+        1.0, "Above 1, tokens that the row has already become less likely (CTRL, 2019).", low=1e-3
+    )
+    seed: int = knob(0, "The seed of the drawing.", low=0, high=2**32 - 1)
+    num_samples: int = knob(1, "Rows for each prompt.", low=1)
+    stop: tuple[str, ...] = knob((), "A row ends before the first of these strings.")
+    truncate: bool = knob(
+        False, "A prompt that fills the context keeps its last tokens, where it would raise."
     )
 
 

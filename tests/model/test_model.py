@@ -16,7 +16,7 @@ import pytest
 from plain_model import np_frequencies, np_layer, np_row
 
 from gpt_jax import config
-from gpt_jax.config.depth import LayerSpec, layer_specs, layout
+from gpt_jax.config.layers import LayerSpec, layer_specs, layout
 from gpt_jax.errors import UsageError
 from gpt_jax.model.count import count_params
 from gpt_jax.model.layers.extras import dropout

@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-from gpt_jax.config.fields import Model
+from gpt_jax.config.model_fields import Model
 
 
 class LayerSpec(NamedTuple):

@@ -1,0 +1,34 @@
+"""How a field of a config is declared, and the names that fields may choose from."""
+
+from dataclasses import field
+from typing import Any
+
+NORMS = ("layernorm", "rmsnorm", "plain_rmsnorm")
+POSITIONS = ("learned", "rotary", "sinusoidal", "none")
+MIXERS = ("attention",)
+DENSE_FFNS = ("relu", "gelu", "gelu_tanh", "relu2", "swiglu", "geglu")
+FFNS = (*DENSE_FFNS, "moe")
+ROUTERS = ("softmax", "sigmoid")
+BALANCES = ("none", "aux", "bias")
+DISPATCHES = ("dropless", "capacity")
+KERNELS = ("auto", "reference", "blocked", "ring", "xla", "cudnn", "splash")
+REMATS = ("none", "block", "dots", "offload")
+INITS = ("gpt2", "xavier", "modern")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
+SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")
+ENDLESS = ("constant", "inverse_sqrt")  # schedules without a last step
+PACKINGS = ("window", "chunk", "document", "first_fit", "best_fit")
+WEIGHTS = ("tokens", "documents")
+SPLITS = ("tail", "document")
+OBJECTIVES = ("next_token",)
+DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
+
+
+def knob(default, text: str, *, low=None, high=None, choices=None) -> Any:
+    """A dataclass field with its help and its limits.
+
+    `text` is printed as it stands by `--describe_config` and in docs/configs.md. A value must lie
+    in `low <= value <= high`, or be one of `choices`.
+    """
+    metadata = {"help": text, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)

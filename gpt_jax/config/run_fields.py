@@ -1,0 +1,193 @@
+"""The sections of a run: mesh, optimiser, training, evaluation, checkpoints and log."""
+
+from dataclasses import dataclass
+
+from gpt_jax.config.knobs import OBJECTIVES, OPTIMIZERS, SCHEDULES, knob
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis.
+
+    A size counts devices inside a slice, which is an NVLink or ICI domain. A size `dcn_…` counts
+    slices, over the network. One in-slice size may be -1 and takes what is left.
+    """
+
+    pipeline: int = knob(1, "Stages of layers.", low=-1)
+    data: int = knob(-1, "Copies of everything.", low=-1)
+    fsdp: int = knob(1, "Parts of parameters, gradients and optimiser state; see `zero`.", low=-1)
+    expert: int = knob(
+        1, "Parts of the experts of a mixture. Other weights are split as over fsdp.", low=-1
+    )
+    context: int = knob(
+        1, "Parts of the sequence (ring attention). Weights are split as over fsdp.", low=-1
+    )
+    tensor: int = knob(1, "Parts of heads, feed-forward and vocabulary.", low=-1)
+    dcn_pipeline: int = knob(1, "Slices along pipeline.", low=1)
+    dcn_data: int = knob(1, "Slices along data.", low=1)
+    dcn_fsdp: int = knob(1, "Slices along fsdp.", low=1)
+    dcn_expert: int = knob(1, "Slices along expert.", low=1)
+    dcn_context: int = knob(1, "Slices along context.", low=1)
+    dcn_tensor: int = knob(1, "Slices along tensor.", low=1)
+    zero: int = knob(
+        3,
+        "What fsdp splits. 3 splits parameters, gradients and optimiser state; 1 splits the last "
+        "alone.",
+        choices=(1, 3),
+    )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with an optimiser of their own. The first group that matches a path takes it."""
+
+    match: str = knob(
+        ".*", "A regular expression that is searched in paths such as blocks/0/attention/q/kernel."
+    )
+    optimizer: str = knob("adamw", "The optimiser of the group.", choices=OPTIMIZERS)
+    optional: bool = knob(
+        False, "Whether the group may match nothing. A group that must match and does not raises."
+    )
+    rate: float = knob(1.0, "A factor on optim.learning_rate.", low=0.0)
+    b1: float = knob(
+        0.9,
+        "The decay of the first moment; the momentum of sgd, muon and lion.",
+        low=0.0,
+        high=0.9999,
+    )
+    b2: float = knob(0.95, "The decay of the second moment.", low=0.0, high=0.99999)
+    eps: float = knob(1e-8, "The number added to the root of the second moment.", low=0.0)
+    weight_decay: float = knob(0.0, "Decoupled weight decay, times the rate.", low=0.0)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimiser and the schedule."""
+
+    optimizer: str = knob(
+        "adamw", "The optimiser of every parameter that no group takes.", choices=OPTIMIZERS
+    )
+    learning_rate: float = knob(3e-4, "The peak learning rate.", low=0.0)
+    b1: float = knob(
+        0.9,
+        "The decay of the first moment; the momentum of sgd, muon and lion.",
+        low=0.0,
+        high=0.9999,
+    )
+    b2: float = knob(0.95, "The decay of the second moment.", low=0.0, high=0.99999)
+    eps: float = knob(1e-8, "The number added to the root of the second moment.", low=0.0)
+    weight_decay: float = knob(0.1, "Decoupled weight decay, times the rate.", low=0.0)
+    decay: str = knob(
+        "matrices",
+        "What decays. `matrices` leaves out biases, norms and scalars.",
+        choices=("matrices", "all"),
+    )
+    clip: float = knob(1.0, "The largest global norm of the gradient. 0 is off.", low=0.0)
+    schedule: str = knob("cosine", "The course of the learning rate.", choices=SCHEDULES)
+    warmup_steps: int = knob(0, "Steps over which the rate rises from 0 to its peak.", low=0)
+    decay_steps: int = knob(0, "The step at which the schedule ends. 0 means train.steps.", low=0)
+    decay_fraction: float = knob(
+        0.2, "The part of the run over which wsd decays.", low=0.0, high=1.0
+    )
+    final_fraction: float = knob(
+        0.1, "The last rate, as a part of the peak rate.", low=0.0, high=1.0
+    )
+    groups: tuple[Group, ...] = knob((), "Groups of parameters with optimisers of their own.")
+    muon_iterations: int = knob(5, "Newton-Schulz iterations of Muon.", low=1)
+    muon_momentum_warmup: int = knob(
+        0, "Steps over which Muon's momentum rises from 0.85 to b1. 0 is off.", low=0
+    )
+    muon_momentum_final: float = knob(
+        0.0,
+        "The momentum that Muon falls to while wsd decays. 0 is off.",
+        low=0.0,
+        high=0.9999,
+    )
+    muon_cautious: bool = knob(
+        False, "Whether Muon decays only where update and weight agree in sign."
+    )
+    muon_decay_to_zero: bool = knob(
+        False, "Whether Muon's weight decay falls to zero, as a cosine, at decay_steps."
+    )
+    muon_normalize: bool = knob(
+        False, "Whether Muon divides rows by their second moment (NorMuon), with b2."
+    )
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop."""
+
+    steps: int = knob(1000, "The number of updates.", low=0)
+    batch_size: int = knob(8, "Rows of an update, over all processes and microbatches.", low=1)
+    seq_len: int = knob(256, "Tokens of a row.", low=2, high=2**30)
+    accumulate: int = knob(1, "Microbatches of an update.", low=1)
+    objective: str = knob("next_token", "What is minimised.", choices=OBJECTIVES)
+    z_loss: float = knob(0.0, "The weight of log(Z)^2 in the loss.", low=0.0)
+    label_smoothing: float = knob(
+        0.0, "The part of the target that is spread over the vocabulary.", low=0.0, high=0.99
+    )
+    loss_chunk: int = knob(
+        0, "Tokens of a row whose logits exist at a time. 0 means all of them.", low=0
+    )
+    ema: float = knob(0.0, "The decay of averaged weights. 0 is off.", low=0.0, high=0.999999)
+    hang_minutes: float = knob(
+        30.0, "The run ends with exit code 41 when no step ends for so long. 0 is off.", low=0.0
+    )
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluation and samples during training."""
+
+    every_steps: int = knob(250, "Updates between evaluations. 0 means at the end alone.", low=0)
+    batches: int = knob(0, "Held-out batches of an evaluation. 0 means all of them.", low=0)
+    batch_size: int = knob(0, "Rows of a held-out batch. 0 means train.batch_size.", low=0)
+    sample_every_steps: int = knob(0, "Updates between samples. 0 means at the end alone.", low=0)
+    sample_prompts: tuple[str, ...] = knob(
+        (),
+        "Prompts of the samples. Without any it is a newline, or the first character that the "
+        "tokenizer knows.",
+    )
+    sample_tokens: int = knob(100, "New tokens of a sample.", low=1)
+    sample_temperature: float = knob(0.8, "The temperature of a sample. 0 is greedy.", low=0.0)
+    sample_top_k: int = knob(
+        0,
+        "The most likely tokens that a sample draws from. 0 means all.",
+        low=0,
+        high=2**31 - 1,
+    )
+    compare_xz: bool = knob(
+        False, "Whether the end of the run also tells what xz -9 makes of the held-out text."
+    )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When checkpoints are saved, and which of them are kept."""
+
+    every_steps: int = knob(
+        1000, "Updates between checkpoints. 0 means at the end and on request alone.", low=0
+    )
+    every_minutes: float = knob(0.0, "Minutes between checkpoints. 0 is off.", low=0.0)
+    keep_last: int = knob(2, "The number of newest checkpoints that are kept.", low=1)
+    keep_every_steps: int = knob(
+        0, "Checkpoints at multiples of this are kept for ever. 0 is off.", low=0
+    )
+    keep_best: int = knob(
+        0, "The number of best checkpoints that are kept, by `best_metric`. 0 is off.", low=0
+    )
+    best_metric: str = knob(
+        "eval/loss",
+        "The metric that says which checkpoint is best; lower is better.",
+        choices=("eval/loss", "eval/bits_per_byte", "eval/perplexity"),
+    )
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is reported."""
+
+    every_steps: int = knob(10, "Updates between lines of metrics.", low=1)
+    tensorboard: bool = knob(True, "Whether TensorBoard files are written.")
+    progress: bool = knob(True, "Whether a terminal shows a progress bar.")
