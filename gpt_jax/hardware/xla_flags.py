@@ -1,0 +1,46 @@
+"""XLA flags that mend a compiler for the whole process, and with which jaxlib each is needed.
+
+What is merely faster travels with a compilation (xla_options.py). A fault that makes sums wrong
+must not depend on who compiles: the flags hold for every program of the process, for functions
+that nobody jits, and for the processes that this one starts. `import gpt_jax` writes them before
+JAX opens a device.
+"""
+
+from collections.abc import MutableMapping
+from typing import NamedTuple
+
+NAME = "XLA_FLAGS"
+
+
+class Flag(NamedTuple):
+    """A flag of XLA and the versions of jaxlib that need it. Others may not know its name, and an
+    unknown one ends the process."""
+
+    name: str
+    value: str
+    jaxlibs: tuple[str, ...]
+
+
+# XLA hands parts of a CPU program to the library YNN. In these versions sums of products come back
+# wrong (jax#39103) or crash (jax#39257, jax#40412). Single matmuls are right, and they are what
+# YNN is good for: handing nothing over is 12 to 15 % slower.
+YNN = Flag(
+    "xla_cpu_experimental_ynn_fusion_type",
+    "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    ("0.10.2", "0.11.0"),
+)
+FLAGS = (YNN,)
+
+
+def add_xla_flags(environ: MutableMapping[str, str], jaxlib: str) -> None:
+    """Adds the flags that this version of jaxlib needs to `environ`.
+
+    A flag that is set already keeps its value. An `XLA_FLAGS` that names a file stays untouched.
+    """
+    given = environ.get(NAME, "")
+    if given and not given.lstrip().startswith("-"):
+        return
+    wanted = [flag for flag in FLAGS if jaxlib in flag.jaxlibs and flag.name not in given]
+    if wanted:
+        added = [f"--{flag.name}={flag.value}" for flag in wanted]
+        environ[NAME] = " ".join([*given.split(), *added])
