@@ -308,9 +308,9 @@ def test_pages(rule):
         (
             missing_tables,
             "a.md",
-            "| wing | `gpt_jax/config/fields.py` | `WINGS` | x |\n"
-            "| norm | `gpt_jax/config/fields.py` | `NORMS` | x |",
-            ["a.md: WINGS is not in `gpt_jax/config/fields.py`"],
+            "| wing | `gpt_jax/config/knobs.py` | `WINGS` | x |\n"
+            "| norm | `gpt_jax/config/knobs.py` | `NORMS` | x |",
+            ["a.md: WINGS is not in `gpt_jax/config/knobs.py`"],
         ),
         (
             unknown_names,
