@@ -56,7 +56,7 @@ def read_out(network: models.Transformer, params: dict, stream: jax.Array) -> ja
 def look(checkpoint: str, text: str) -> list[tuple[str, float]]:
     """(next token, divergence from the last layer) for each layer."""
     loaded = run.load_model(checkpoint, 0, print, devices=1)
-    network = models.Transformer(loaded.config.model)
+    network = models.Transformer(loaded.config.model, loaded.config.compute)
     tokens = jnp.asarray([loaded.tokenizer.encode(text)])
 
     with jax.set_mesh(loaded.mesh):

@@ -42,7 +42,8 @@ def main(steps: int = 600) -> list[float]:
     """Trains for `steps` steps and returns the accuracy of each."""
     config = configs.resolve(
         configs.Config(
-            model=configs.Model(layers=2, embed=64, heads=4, vocab=len(SIGNS), kernel="reference"),
+            model=configs.Model(layers=2, embed=64, heads=4, vocab=len(SIGNS)),
+            compute=configs.Compute(kernel="reference"),
             optim=configs.Optim(learning_rate=3e-3, warmup_steps=20),
             train=configs.Train(steps=steps, batch_size=ROWS, seq_len=LENGTH),
         )

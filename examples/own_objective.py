@@ -38,7 +38,8 @@ def main(steps: int = 200) -> list[dict[str, float]]:
     text = configs.Data(path=(str(pages),), tokenizer="bytes", eval_fraction=0.0)
     dataset = data.load_dataset(text, print)
     config = configs.Config(
-        model=configs.Model(layers=2, embed=96, heads=4, kernel="blocked"),
+        model=configs.Model(layers=2, embed=96, heads=4),
+        compute=configs.Compute(kernel="blocked"),
         data=text,
         optim=configs.Optim(learning_rate=3e-3, warmup_steps=10),
         train=configs.Train(steps=steps, batch_size=8, seq_len=128),

@@ -37,7 +37,13 @@ def main(workdir: str = "runs/from_python", steps: int = 300) -> list[str]:
     sampling = infer.Sampling(max_new_tokens=60, temperature=0.7, num_samples=2)
     with jax.set_mesh(loaded.mesh):
         done = infer.generate(
-            loaded.config.model, loaded.params, loaded.tokenizer, ["The run "], sampling, print
+            loaded.config.model,
+            loaded.config.compute,
+            loaded.params,
+            loaded.tokenizer,
+            ["The run "],
+            sampling,
+            print,
         )
     for completion in done:
         print(repr("The run " + completion.text))

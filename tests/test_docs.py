@@ -16,6 +16,7 @@ import yaml
 
 from gpt_jax import config
 from gpt_jax.commands import launch, main
+from gpt_jax.config.read import RENAMED
 
 ROOT = Path(__file__).resolve().parents[1]
 README_LINES = 200
@@ -126,6 +127,16 @@ def unknown_flags(pages: dict[str, str]) -> list[str]:
                 f"{page}: {flag}" for flag in flags if flag not in known_flags() | {"--config"}
             ]
     return found
+
+
+def wrong_old_names(pages: dict[str, str]) -> list[str]:
+    """The table of renamed keys against the program's own."""
+    text = pages.get("docs/overriding.md", "").partition("## Old names")[2]
+    if not text:
+        return []
+    told = dict(re.findall(r"^\| `([\w.]+)` \| `([\w.]+)` \|$", text, re.MULTILINE))
+    wrong = told.items() ^ RENAMED.items()
+    return sorted(f"{old} -> {new}" for old, new in wrong)
 
 
 def config_key(section: str, name: str) -> bool:
@@ -246,6 +257,7 @@ RULES = [
     unknown_commands,
     unknown_flags,
     unknown_keys,
+    wrong_old_names,
     unknown_messages,
     wrong_map,
     missing_tables,
@@ -323,6 +335,12 @@ def test_pages(rule):
 )
 def test_rules_can_fail(rule, page, text, wanted):
     assert rule({page: text}) == wanted
+
+
+def test_the_table_of_old_names_can_fail():
+    page = "## Old names\n| `data.wings` | `data.packing` |"
+    assert "data.wings -> data.packing" in wrong_old_names({"docs/overriding.md": page})
+    assert "data.rows -> data.packing" in wrong_old_names({"docs/overriding.md": page})
 
 
 def test_the_map_can_fail():

@@ -42,7 +42,7 @@ def test_look_inside(workdir):
     assert rows[0][1] > 1e-4 and rows[1][1] == 0
 
     loaded = run.load_model(str(workdir), 0, lambda line: None, devices=1)
-    network = models.Transformer(loaded.config.model)
+    network = models.Transformer(loaded.config.model, loaded.config.compute)
     tokens = jnp.asarray([loaded.tokenizer.encode("The run")])
     with jax.set_mesh(loaded.mesh):
         streams = example.residual_streams(network, loaded.params, tokens)
