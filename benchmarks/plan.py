@@ -1,4 +1,4 @@
-"""The README's table of plans: for each model and machine the best mesh that the search finds,
+"""The table of docs/plan_table.md: for each model and machine the best mesh that the search finds,
 compiled.
 
     python benchmarks/plan.py                       every row that benchmarks/plan.json does not have yet, one at a time
