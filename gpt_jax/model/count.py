@@ -1,31 +1,30 @@
 """The number of parameters by what is done with them."""
 
-import jax
-
 from gpt_jax import config
+from gpt_jax.model.parameters import list_parameters
 from gpt_jax.model.transformer import abstract_params
+
+LOOKED_UP = ("embedding", "value_embedding", "position")
+MULTIPLIED = ("head", "matrix", "router", "gate")
 
 
 def count_params(model: config.Model) -> dict[str, int]:
-    """`total`, `embedding` (rows looked up) and `matmul` (weights that a token is multiplied
-    with: a tied head counted, and of experts those that it is sent to, as far as their capacity
-    goes) parameters."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
-    sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size for path, leaf in leaves
-    }
+    """The number of parameters: `total`, `embedding` and `matmul`.
 
-    def of(ending, part=""):
-        return sum(size for path, size in sizes.items() if path.endswith(ending) and part in path)
+    `embedding` counts rows that are looked up. `matmul` counts weights that a token is multiplied
+    with. A tied head is among them. Of the experts those count that a token is sent to, as far as
+    their capacity goes.
+    """
+    parameters = list_parameters(abstract_params(model))
 
-    experts = of("/kernel", "/experts/")
+    def count(*roles: str) -> int:
+        return sum(p.size for p in parameters if p.kind.role in roles)
+
     room = min(1.0, model.capacity_factor) if model.dispatch == "capacity" else 1
-    active = int(experts * model.experts_per_token // model.experts * room)
+    active = int(count("expert") * model.experts_per_token // model.experts * room)
+    tied_head = model.vocab * model.embed if model.tied else 0
     return {
-        "total": sum(sizes.values()),
-        "embedding": of("/table"),
-        "matmul": of("/kernel")
-        - experts
-        + active
-        + (model.vocab * model.embed if model.tied else 0),
+        "total": sum(p.size for p in parameters),
+        "embedding": count(*LOOKED_UP),
+        "matmul": count(*MULTIPLIED) + active + tied_head,
     }

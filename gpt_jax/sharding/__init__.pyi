@@ -34,6 +34,7 @@ from .rules import (
     axis_size as axis_size,
     batch_spec as batch_spec,
     count_parts as count_parts,
+    make_spec as make_spec,
     device_kind as device_kind,
     out_spec as out_spec,
     platform as platform,

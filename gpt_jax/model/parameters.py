@@ -1,0 +1,100 @@
+"""What each parameter of the transformer is: one table, which everybody reads.
+
+A path joins the keys of the parameter tree with "/", as in `blocks/0/attention/q/kernel`. What lies
+under `blocks/` is stacked over the repeats of the layer pattern: its first dim counts layers.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+STACKED = "blocks/"
+
+
+class Kind(NamedTuple):
+    """What a parameter is, whatever its layer.
+
+    `role` says what is done with it. `axes` are the logical axes of its own dims, see
+    sharding/rules.py; the dim of a stack is not among them.
+    """
+
+    role: str
+    axes: tuple[str | None, ...]
+
+
+class Parameter(NamedTuple):
+    """One parameter. `shape` is that of the array, the dim of a stack included."""
+
+    path: str
+    kind: Kind
+    stacked: bool
+    shape: tuple[int, ...]
+    size: int
+
+
+INTO_EXPERT = ("experts", "expert_embed", "mlp")
+OUT_OF_EXPERT = ("experts", "mlp", "expert_embed")
+
+# Roles:
+#   embedding, value_embedding, position   tables whose rows are looked up
+#   head                                   the untied output matrix
+#   matrix                                 a matmul inside a layer
+#   expert                                 one matrix for each expert
+#   router, gate                           small matmuls that choose or weigh
+#   router_bias                            a bias that no gradient moves, see model/experts/moe.py
+#   bias, norm, scalar                     everything that is added or scales
+#
+# A row is the end of a path and what such a parameter is. The first row that fits is taken.
+KINDS: tuple[tuple[str, Kind], ...] = (
+    (r"value_embed/table", Kind("value_embedding", ("vocab", "embed"))),
+    (r"embed/table", Kind("embedding", ("vocab", "embed"))),
+    (r"position/table", Kind("position", ("position", "embed"))),
+    (r"head/kernel", Kind("head", ("embed", "vocab"))),
+    (r"router/kernel", Kind("router", ("embed", None))),
+    (r"router/bias", Kind("router_bias", (None,))),
+    (r"experts/(up|gate)/kernel", Kind("expert", INTO_EXPERT)),
+    (r"experts/down/kernel", Kind("expert", OUT_OF_EXPERT)),
+    (r"attention/value_gate/kernel", Kind("gate", ("gate", "kv_heads"))),
+    (r"smear/gate/kernel", Kind("gate", ("gate", None))),
+    (r"attention/q/kernel", Kind("matrix", ("embed", "heads"))),
+    (r"attention/[kv]/kernel", Kind("matrix", ("embed", "kv_heads"))),
+    (r"attention/out/kernel", Kind("matrix", ("heads", "embed"))),
+    (r"(mlp|shared)/(up|gate)/kernel", Kind("matrix", ("embed", "mlp"))),
+    (r"(mlp|shared)/down/kernel", Kind("matrix", ("mlp", "embed"))),
+    (r"attention/q/bias", Kind("bias", ("heads",))),
+    (r"attention/[kv]/bias", Kind("bias", ("kv_heads",))),
+    (r"attention/out/bias", Kind("bias", ("embed",))),
+    (r"(mlp|shared)/(up|gate)/bias", Kind("bias", ("mlp",))),
+    (r"(mlp|shared)/down/bias", Kind("bias", ("embed",))),
+    (r"(smear/factor|backout)/scale", Kind("scalar", ("scale",))),
+    (r"residual/(x|x0)", Kind("scalar", ("layers",))),
+    (r"\w*norm/(scale|bias)", Kind("norm", ("scale",))),
+)
+
+
+def join_path(keys) -> str:
+    """`blocks/0/attention/q/kernel` from the keys that `jax.tree_util` gives."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def find_kind(path: str) -> Kind:
+    """What the parameter at `path` is. Raises KeyError if no row fits."""
+    for pattern, kind in KINDS:
+        if re.search(rf"(^|/){pattern}$", path):
+            return kind
+    raise KeyError(f"{path}: no row of KINDS in gpt_jax/model/parameters.py fits")
+
+
+def list_parameters(params: Mapping[str, Any]) -> list[Parameter]:
+    """Every parameter of a tree of arrays, or of their shapes, in the order of the tree.
+
+    Raises KeyError if one of them is in no row of `KINDS`.
+    """
+    parameters = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = join_path(keys)
+        stacked = path.startswith(STACKED)
+        parameters.append(Parameter(path, find_kind(path), stacked, leaf.shape, leaf.size))
+    return parameters

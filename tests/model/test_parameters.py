@@ -1,0 +1,66 @@
+"""The table of parameters is complete, and says where each one really lies."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+from meshes import MODELS, make_model
+
+from gpt_jax import config, sharding
+from gpt_jax.model.parameters import KINDS, find_kind, list_parameters
+from gpt_jax.model.transformer import abstract_params
+
+EVERYTHING = dict(
+    layers=4,
+    embed=32,
+    heads=4,
+    vocab=64,
+    max_seq=16,
+    tied=False,
+    qk_norm=True,
+    embed_norm=True,
+    value_embed=True,
+    value_embed_gate=4,
+    smear=True,
+    smear_gate=4,
+    backout=True,
+    residual_scalars=True,
+    pattern=(("attention", "swiglu"), ("attention", "moe")),
+    shared_experts=1,
+    balance="bias",
+)
+
+
+def make_everything() -> config.Model:
+    return config.resolve(config.Config(model=config.Model(**EVERYTHING))).model
+
+
+def make_all_models() -> dict[str, config.Model]:
+    return {name: make_model(name) for name in MODELS} | {"everything": make_everything()}
+
+
+@pytest.mark.parametrize("name", make_all_models())
+def test_axes_are_those_that_the_arrays_lie_by(name, mesh):
+    """The layout that the model gives an array is that of its axes, by the STORED rules."""
+    model = make_all_models()[name]
+    with jax.set_mesh(mesh(data=1, fsdp=2, expert=2, tensor=2)):
+        params = abstract_params(model)
+        leaves = jax.tree.leaves(params)
+        for parameter, leaf in zip(list_parameters(params), leaves, strict=True):
+            spec = sharding.make_spec(sharding.STORED, parameter.kind.axes)
+            wanted = P(None, *spec) if parameter.stacked else spec
+            assert leaf.sharding.spec == wanted, parameter.path
+            assert len(parameter.shape) == len(wanted), parameter.path
+
+
+def test_every_row_fits_something():
+    """A row that fits nothing is dead, or its path has changed."""
+    model = make_everything()
+    paths = [p.path for p in list_parameters(abstract_params(model))]
+    paths.append("position/table")  # learned positions are the default of the small models
+    kinds = {find_kind(path) for path in paths}
+    assert {kind for _, kind in KINDS} == kinds
+
+
+def test_an_unknown_parameter_is_an_error():
+    with pytest.raises(KeyError, match="blocks/0/mystery/weights: no row of KINDS"):
+        list_parameters({"blocks": {"0": {"mystery": {"weights": jax.numpy.zeros((2, 2))}}}})
