@@ -1,11 +1,9 @@
-"""Meshes, and the rules that lay logical axes over them (floor 0). What reshards lives here.
+"""Moves arrays between the layouts of a mesh. Everything that reshards stands here.
 
-Weights have two layouts. They are *stored* split over `fsdp` (and whatever else repeats the model:
-ZeRO-3, Rajbhandari et al. 2020, arXiv:1910.02054) and `tensor`, layers over `pipeline`, and *used*
-split over `tensor` alone (Shoeybi et al. 2019, arXiv:1909.08053): `use` casts and gathers a weight
-where it is multiplied, and its transpose scatters the gradient. The mesh has Explicit axis types,
-so a wrong layout is an error at trace time. Without a mesh (`jax.set_mesh` not called) every helper
-is the identity.
+A weight is *stored* split over `tensor`, over `fsdp` and over the other axes that repeat the model.
+Its layers are split over `pipeline`. It is *used* split over `tensor` alone: `use_weight` casts and
+gathers it where it is multiplied, and the transpose of that scatters the gradient. Without a mesh,
+that is before `jax.set_mesh`, every function here is the identity.
 """
 
 import math
@@ -31,36 +29,44 @@ from gpt_jax.sharding.rules import (
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out by the USED rules; the layout of an activation, stated where it is made."""
+    """`x` laid out by the USED rules. It states the layout of an activation where that is made."""
     return x if _mesh() is None else jax.reshard(x, used_spec(*axes))
 
 
 def use_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
-    """A stored weight, cast to the compute dtype first and gathered over fsdp second (half the
-    bytes on the wire). What is gathered is typed as `reduced` over the axes of rows and tokens:
-    its gradient stays each device's own part of a sum until it is scattered to where the weight
-    is stored, in one go, where a plain reshard sums whole gradients on every device. Not under
-    the vmap of a pipeline's stages, which JAX 0.10 refuses."""
+    """A stored weight in the compute dtype, gathered over fsdp.
+
+    The cast comes first, because it halves the bytes on the wire. A gathered weight is typed as
+    `reduced` over the axes of rows and tokens. Its gradient therefore stays each device's own part
+    of a sum until one scatter brings it to where the weight is stored. A plain reshard would sum
+    whole gradients on every device. Under the vmap of a pipeline's stages JAX 0.10 refuses that
+    type, so there a plain reshard is used.
+    """
     weight = weight.astype(dtype)
     where = find_gathered_axes(weight, axes)
     if where is None or _CHANGED.get():
         return constrain(weight, *axes)
+
     dim, names = where
     rows = {name for part in used_spec("batch", "seq") for name in _names(part)}
     spec = jax.typeof(weight).sharding.spec
-    given = P(*spec, reduced=rows - set(names))
-    out = P(*(None if i == dim else part for i, part in enumerate(spec)), reduced=rows)
-    return jax.shard_map(
-        lambda w: gather(w, names, dim, to="reduced"), in_specs=given, out_specs=out
-    )(jax.reshard(weight, given))
+    in_spec = P(*spec, reduced=rows - set(names))
+    whole = [None if i == dim else part for i, part in enumerate(spec)]
+
+    gather_shard = jax.shard_map(
+        lambda shard: gather(shard, names, dim, to="reduced"),
+        in_specs=in_spec,
+        out_specs=P(*whole, reduced=rows),
+    )
+    return gather_shard(jax.reshard(weight, in_spec))
 
 
 def gather(shard: jax.Array, names: tuple[str, ...], dim: int, **to) -> jax.Array:
-    """A weight made whole along `dim` over mesh axes, on each device (inside a jax.shard_map).
-    XLA wants the dim that a collective works on outermost, and on GPUs lays out the stack of all
-    layers so, which costs a float32 copy of it outside the layers' loop and one of its gradients
-    (moe:8x7b on 8 H200: 21 GiB); there the shard and its gradient keep the layout that they are
-    stored in, and one layer at a time is transposed."""
+    """A weight made whole along `dim` over mesh axes, on each device. Call it in a shard_map."""
+    # XLA wants the dim that a collective works on outermost. On GPUs it lays out the stack of all
+    # layers that way, which costs a float32 copy of the stack outside the layers' loop and one of
+    # its gradients (moe:8x7b on 8 H200: 21 GiB). With the layout pinned to the stored one, XLA
+    # transposes one layer at a time.
     if dim and platform() == "gpu":
         shard = with_layout_constraint(shard, Layout(tuple(range(shard.ndim))))
     return jax.lax.all_gather(shard, names, axis=dim, tiled=True, **to)
@@ -69,63 +75,66 @@ def gather(shard: jax.Array, names: tuple[str, ...], dim: int, **to) -> jax.Arra
 def find_gathered_axes(
     weight: jax.Array, axes: tuple[str | None, ...]
 ) -> tuple[int, tuple[str, ...]] | None:
-    """(dim of `weight`, mesh axes) that a use of it gathers; None: nothing."""
+    """(dim of `weight`, mesh axes) that `use_weight` gathers. None if it gathers nothing."""
     mesh = _mesh()
     if mesh is None:
         return None
-    for dim, (have, want) in enumerate(zip(jax.typeof(weight).sharding.spec, used_spec(*axes))):
+
+    stored = jax.typeof(weight).sharding.spec
+    for dim, (have, want) in enumerate(zip(stored, used_spec(*axes), strict=False)):
         if have != want and math.prod(mesh.shape[name] for name in _names(have)) > 1:
             return dim, _names(have)
     return None
 
 
 def is_gathered(weight: jax.Array) -> bool:
-    """Whether `use` has gathered it."""
+    """Whether `use_weight` has gathered `weight`."""
     return _mesh() is not None and bool(jax.typeof(weight).sharding.spec.reduced)
 
 
 def stored_init(init: Callable, axes: tuple[str | None, ...]) -> Callable:
     """An initialiser `(key, shape, dtype)` whose result is laid out by the STORED rules."""
 
-    def made(key, shape, dtype=jnp.float32):
+    def init_stored(key, shape, dtype=jnp.float32):
         value = init(key, shape, dtype)
         return value if _mesh() is None else jax.reshard(value, make_spec(STORED, axes))
 
-    return made
+    return init_stored
 
 
 def lay_out_like(tree, like):
-    """Every array of `tree` laid out as its counterpart in `like` (arrays or their abstract
-    values)."""
-    return (
-        tree
-        if _mesh() is None
-        else jax.tree.map(lambda x, y: jax.reshard(x, jax.typeof(y).sharding.spec), tree, like)
-    )
+    """Every array of `tree` laid out as its counterpart in `like`, a tree of arrays or types."""
+    if _mesh() is None:
+        return tree
+    return jax.tree.map(lambda x, y: jax.reshard(x, jax.typeof(y).sharding.spec), tree, like)
 
 
 def relay(tree, change: Callable[[P], P]):
-    """Every array of `tree` moved from its layout to `change` of it."""
+    """Every array of `tree` moved from its layout to the one that `change` returns for it."""
     if _mesh() is None:
         return tree
     return jax.tree.map(lambda x: jax.reshard(x, change(jax.typeof(x).sharding.spec)), tree)
 
 
 def over_stages(tree):
-    """Stacks [layers, …] with their layers over the stages of the pipeline."""
-    return (
-        tree if axis_size("pipeline") == 1 else relay(tree, lambda spec: P("pipeline", *spec[1:]))
-    )
+    """Stacks [layers, …] with their layers split over the stages of the pipeline."""
+    if axis_size("pipeline") == 1:
+        return tree
+    return relay(tree, lambda spec: P("pipeline", *spec[1:]))
 
 
 def off_stages(tree):
-    """Stacks [layers, …] with all layers on every stage, to be scanned over."""
-    return tree if axis_size("pipeline") == 1 else relay(tree, lambda spec: P(None, *spec[1:]))
+    """Stacks [layers, …] with all layers on every stage, so that a scan can run over them."""
+    if axis_size("pipeline") == 1:
+        return tree
+    return relay(tree, lambda spec: P(None, *spec[1:]))
 
 
 def gather_fsdp(tree):
-    """Every array of `tree` without the fsdp axes: each copy of the model holds it whole but for
-    tensor, expert and pipeline (what ZeRO-1 keeps of parameters)."""
+    """Every array of `tree` whole over the fsdp axes, as ZeRO-1 keeps parameters.
+
+    The arrays stay split over tensor, expert and pipeline.
+    """
 
     def drop(part):
         return None if part == FSDP_AXES or part == STORED["expert_embed"] else part
@@ -134,5 +143,5 @@ def gather_fsdp(tree):
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
-    """`x` reshaped, with the layout of the result stated (splitting a sharded dim needs it)."""
+    """`x` reshaped, with the result laid out by `axes`. Splitting a sharded dim needs that."""
     return jax.lax.reshape(x, shape, out_sharding=out_spec(*axes))

@@ -10,51 +10,60 @@ from gpt_jax.sharding.rules import _CHANGED, STAGE, _mesh, used_spec
 
 
 def run_local(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
-    """`fn` run on each device's own shard (jax.shard_map). `in_axes`: the logical axes of each
-    argument, which is laid out by the USED rules first, or None for an argument that is None;
-    `out_axes`: of the result, or a tuple of them."""
+    """`fn` run on each device's own shard by `jax.shard_map`.
+
+    `in_axes` has the logical axes of each argument. The arguments are laid out by the USED rules
+    first. An argument that is None has None for its axes. `out_axes` has the axes of the result,
+    or is a tuple of such axes if `fn` returns several arrays.
+    """
     if _mesh() is None:
         return fn
 
     def as_spec(axes):
         return P() if axes is None else used_spec(*axes)
 
-    many = isinstance(out_axes[0], tuple)
-    specs = (
-        tuple(map(as_spec, in_axes)),
-        tuple(map(as_spec, out_axes)) if many else as_spec(out_axes),
-    )
-    mapped = jax.shard_map(fn, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+    in_specs = tuple(map(as_spec, in_axes))
+    if isinstance(out_axes[0], tuple):
+        out_specs = tuple(map(as_spec, out_axes))
+    else:
+        out_specs = as_spec(out_axes)
+
+    mapped = jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     if _CHANGED.get().items() >= STAGE.items():
-        mapped = _by_stage(fn, mapped, *specs)
+        mapped = _by_stage(fn, mapped, in_specs, out_specs)
 
     def run(*args):
-        return mapped(
-            *(
-                x if axes is None else constrain(x, *axes)
-                for x, axes in zip(args, in_axes, strict=True)
-            )
-        )
+        pairs = zip(args, in_axes, strict=True)
+        return mapped(*(x if axes is None else constrain(x, *axes) for x, axes in pairs))
 
     return run
 
 
 def _by_stage(fn: Callable, mapped: Callable, in_specs: tuple, out_specs) -> Callable:
-    """`mapped` (`fn` on shards) for the vmap over a pipeline's stages, of which each device has
-    one. Left to itself the vmap of a shard_map (JAX 0.10) gathers every argument over the
-    stages, and leaves out the axis pipeline, which what runs on single devices only (Pallas
-    kernels, ragged collectives) does not bear."""
-    run, over = jax.custom_batching.custom_vmap(mapped), lambda spec: P("pipeline", *spec)
+    """`mapped`, which is `fn` on shards, under a vmap over a pipeline's stages.
+
+    Each device has one stage. JAX 0.10's own rule for the vmap of a shard_map gathers every
+    argument over the stages and leaves out the axis `pipeline`. Code that runs only on single
+    devices, such as Pallas kernels and ragged collectives, fails under that rule.
+    """
+    run = jax.custom_batching.custom_vmap(mapped)
+
+    def over_pipeline(spec):
+        return P("pipeline", *spec)
 
     @run.def_vmap
-    def staged(size, batched, *args):
-        def one(*args):
-            own = (x[0] if many else x for x, many in zip(args, batched))
+    def run_stages(size, batched, *args):
+        def run_own_stage(*args):
+            own = (x[0] if many else x for x, many in zip(args, batched, strict=True))
             return jax.tree.map(lambda y: y[None], fn(*own))
 
-        specs = tuple(over(spec) if many else spec for spec, many in zip(in_specs, batched))
-        out = jax.tree.map(over, out_specs, is_leaf=lambda x: isinstance(x, P))
-        found = jax.shard_map(one, in_specs=specs, out_specs=out, check_vma=False)(*args)
-        return found, jax.tree.map(lambda _: True, found)
+        specs = tuple(
+            over_pipeline(spec) if many else spec
+            for spec, many in zip(in_specs, batched, strict=True)
+        )
+        out = jax.tree.map(over_pipeline, out_specs, is_leaf=lambda x: isinstance(x, P))
+        on_stages = jax.shard_map(run_own_stage, in_specs=specs, out_specs=out, check_vma=False)
+        results = on_stages(*args)
+        return results, jax.tree.map(lambda _: True, results)
 
     return run

@@ -1,5 +1,4 @@
-"""Rows of a batch on a mesh: which of them a process has, and in which order their tokens lie
-over the axis context (floor 0)."""
+"""Rows of a batch on a mesh: which a process has, and how their tokens lie over `context`."""
 
 import itertools
 import math
@@ -16,9 +15,11 @@ from gpt_jax.sharding import layout, rules
 
 
 def token_order(length: int, pieces: int) -> np.ndarray:
-    """Which token [T] stands at each place of a row cut over `pieces` devices: device i holds
-    the i-th and the i-th last of 2 * pieces equal chunks, so that causal attention is equal work
-    for all (Megatron-LM's context parallelism)."""
+    """Which token [T] stands at each place of a row that is cut over `pieces` devices.
+
+    Device i holds the i-th and the i-th last of 2 * pieces equal chunks. Causal attention is then
+    equal work for all devices (Megatron-LM's context parallelism).
+    """
     if pieces == 1:
         return np.arange(length)
     chunks = np.arange(length).reshape(2 * pieces, -1)
@@ -26,13 +27,13 @@ def token_order(length: int, pieces: int) -> np.ndarray:
 
 
 def reorder(x: jax.Array, back: bool = False) -> jax.Array:
-    """`x` [B, T, …], with all of T here, from the text's order to the mesh's, or back."""
-    places = token_order(x.shape[1], rules.count_parts("seq"))
-    return (
-        x
-        if rules.count_parts("seq") == 1
-        else jnp.take(x, np.argsort(places) if back else places, axis=1)
-    )
+    """`x` [B, T, …] moved from the text's order to the mesh's, or back. T must not be split."""
+    pieces = rules.count_parts("seq")
+    if pieces == 1:
+        return x
+
+    places = token_order(x.shape[1], pieces)
+    return jnp.take(x, np.argsort(places) if back else places, axis=1)
 
 
 def make_positions(length: int) -> jax.Array:
@@ -41,10 +42,13 @@ def make_positions(length: int) -> jax.Array:
 
 
 def apply_in_text_order(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
-    """`fn` of x [B, T, …] with whole rows in the text's order, laid out by `axes` again: for the
-    few things that look along a row and are no attention."""
+    """`fn` of x [B, T, …] with whole rows in the text's order. The result is laid out by `axes`.
+
+    It is for functions other than attention that look along a row.
+    """
     if rules.count_parts(axes[1]) == 1:
         return fn(x)
+
     rows = layout.constrain(x, axes[0], *(None,) * (x.ndim - 1))
     return layout.constrain(reorder(fn(reorder(rows, back=True))), *axes)
 
@@ -58,7 +62,10 @@ def row_parts(mesh: Mesh) -> int:
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The contiguous rows of a global batch that this process's devices hold."""
+    """The contiguous rows of a global batch that this process's devices hold.
+
+    Raises UsageError if those rows are not contiguous.
+    """
     here = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((batch_size,))
     slices = sorted({index[0].indices(batch_size)[:2] for index in here.values()})
     start, stop = slices[0][0], slices[-1][1]
@@ -71,22 +78,29 @@ def process_rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 def to_devices(mesh: Mesh, columns: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """This process's rows [b, T] of every column as global arrays [batch_size, T] on the mesh,
-    tokens in its order."""
-    place, pieces = NamedSharding(mesh, rules.batch_spec()), mesh.shape["context"]
+    """This process's rows [b, T] of every column, as global arrays [batch_size, T] on the mesh.
+
+    The tokens of a row are in the mesh's order.
+    """
+    sharding = NamedSharding(mesh, rules.batch_spec())
+    pieces = mesh.shape["context"]
     if pieces > 1:
         columns = {
             name: value[:, token_order(value.shape[1], pieces)] for name, value in columns.items()
         }
-    if place.is_fully_addressable:  # all rows are here: one call for all columns, half the time
-        return jax.device_put(columns, place)
+
+    # When this process has all rows, one call for all columns takes half the time.
+    if sharding.is_fully_addressable:
+        return jax.device_put(columns, sharding)
+
     first = process_rows(mesh, batch_size).start
 
-    def placed(value):
-        def part(index):
+    def to_global(value):
+        def read_part(index):
             start, stop, _ = index[0].indices(batch_size)
             return value[start - first : stop - first, index[1]]
 
-        return jax.make_array_from_callback((batch_size, *value.shape[1:]), place, part)
+        shape = (batch_size, *value.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, read_part)
 
-    return {name: placed(value) for name, value in columns.items()}
+    return {name: to_global(value) for name, value in columns.items()}

@@ -1,15 +1,18 @@
 """The tables that map logical axes to mesh axes, and questions about the current mesh."""
 
 import math
+from collections.abc import Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 
 import jax
 from jax.sharding import PartitionSpec as P
 
 from gpt_jax.config import BATCH_AXES, FSDP_AXES
 
-# Logical axis -> mesh axes. A name that is in neither table is a KeyError, never "replicated".
+# Logical axis -> mesh axes. A name that neither table has raises KeyError and never means
+# "replicated".
 STORED = {
     "layers": None,
     "vocab": "tensor",
@@ -40,18 +43,23 @@ def _mesh():
     return None if mesh.empty or mesh.are_all_axes_manual else mesh
 
 
-# What `using` has changed of USED, during the trace of a function.
-_CHANGED: ContextVar[dict] = ContextVar("changed", default={})
-STAGE = {
-    "batch": ("data", "fsdp", "expert")
-}  # inside a pipeline stage, where `pipeline` lays out the stages
-WHOLE_ROWS = {"seq": None, "stream": None}  # where a sequence is not split: decoding
+# The entries of USED that `using_rules` has changed, during the trace of a function.
+_CHANGED: ContextVar[Mapping] = ContextVar("changed", default=MappingProxyType({}))
+
+# Inside a pipeline stage the axis `pipeline` lays out the stages, so it does not split the batch.
+STAGE = {"batch": ("data", "fsdp", "expert")}
+
+# Decoding does not split a sequence.
+WHOLE_ROWS = {"seq": None, "stream": None}
 
 
 @contextmanager
 def using_rules(changes: dict):
-    """USED with `changes`, for what is traced inside. Enter it in the traced function itself,
-    never around a call of a jitted one: it is no part of a compiled function's key."""
+    """USED with `changes`, for the code that is traced inside.
+
+    Enter it in the traced function itself and never around a call of a jitted function. The
+    changes are no part of a compiled function's key.
+    """
     token = _CHANGED.set(_CHANGED.get() | changes)
     try:
         yield
@@ -59,9 +67,11 @@ def using_rules(changes: dict):
         _CHANGED.reset(token)
 
 
-def make_spec(table: dict, axes: tuple[str | None, ...]) -> P:
-    """The PartitionSpec of logical `axes`; two axes on one mesh axis raise ValueError, unknown
-    names KeyError."""
+def make_spec(table: Mapping, axes: tuple[str | None, ...]) -> P:
+    """The PartitionSpec of logical `axes`.
+
+    Raises ValueError if two of them use one mesh axis, and KeyError for an unknown name.
+    """
     parts = [table[axis] if axis is not None else None for axis in axes]
     used = [name for part in parts for name in _names(part)]
     if len(used) != len(set(used)):
@@ -70,19 +80,21 @@ def make_spec(table: dict, axes: tuple[str | None, ...]) -> P:
 
 
 def used_spec(*axes: str | None) -> P:
-    """The PartitionSpec of logical `axes` where they are computed with."""
+    """The PartitionSpec of logical `axes` by the USED rules."""
     return make_spec(USED | _CHANGED.get(), axes)
 
 
 def platform() -> str:
-    """What the program is compiled for: the platform of the mesh, which need not be this
-    process's."""
+    """The platform that the program is compiled for.
+
+    It is the platform of the mesh, which need not be this process's.
+    """
     device = _abstract_device()
     return jax.default_backend() if device is None else device.platform
 
 
 def device_kind() -> str:
-    """The kind of device that the program is compiled for (devices.py)."""
+    """The kind of device that the program is compiled for, as the hardware room names it."""
     device = _abstract_device()
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
@@ -99,8 +111,9 @@ def axis_size(axis: str) -> int:
 
 
 def count_parts(axis: str) -> int:
-    """Pieces into which logical `axis` is cut where it is computed with (1 without a mesh)."""
-    return math.prod(map(axis_size, _names((USED | _CHANGED.get())[axis])))
+    """Pieces into which the USED rules cut logical `axis` (1 without a mesh)."""
+    rules = USED | _CHANGED.get()
+    return math.prod(map(axis_size, _names(rules[axis])))
 
 
 def batch_spec() -> P:
@@ -110,9 +123,11 @@ def batch_spec() -> P:
 
 def _names(part) -> tuple[str, ...]:
     """The mesh axes of one dim of a PartitionSpec."""
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+    if part is None:
+        return ()
+    return (part,) if isinstance(part, str) else tuple(part)
 
 
 def out_spec(*axes: str | None) -> P | None:
-    """`out_sharding` for jnp operations: the USED spec on a mesh, None without one."""
+    """The `out_sharding` of a jnp operation: the USED spec on a mesh, None without one."""
     return None if _mesh() is None else used_spec(*axes)

@@ -82,11 +82,13 @@ def test_storage_layout(mesh):
     )
     with jax.set_mesh(mesh(2, 2, 2)):
         leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
-    found = [
-        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {','.join('+'.join(part) if isinstance(part, tuple) else str(part) for part in leaf.sharding.spec)}"
-        for path, leaf in leaves
-    ]
-    assert sorted(found) == GOLDEN.split("\n")[1:-1]
+
+    def line(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        parts = ["+".join(p) if isinstance(p, tuple) else str(p) for p in leaf.sharding.spec]
+        return f"{name} {','.join(parts)}"
+
+    assert sorted(line(*each) for each in leaves) == GOLDEN.split("\n")[1:-1]
 
 
 def test_spec_refuses_what_it_does_not_know():
@@ -227,7 +229,7 @@ def test_process_rows_are_contiguous_or_refused(held, wanted, mesh, monkeypatch)
     else:
         with pytest.raises(
             UsageError,
-            match="not contiguous; put config.mesh.tensor and config.mesh.context inside a process",
+            match=r"not contiguous; put config\.mesh\.tensor and config\.mesh\.context inside",
         ):
             placing.process_rows(mesh(2, 2, 2), 8)
 
