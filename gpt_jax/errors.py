@@ -1,8 +1,8 @@
-"""Exit codes and the exceptions that carry them (floor 0, imported everywhere).
+"""Exit codes, and the exceptions that carry them.
 
-Every failure that a person or a scheduler has to tell apart is one row of `EXIT_CODES`.
-`gpt_jax.commands` turns an `Exit` into one line on standard error and its code; anything else is a
-bug and keeps its traceback.
+Every failure that a person or a scheduler has to tell apart is one row of `EXIT_CODES`. The program
+turns an `Exit` into one line on standard error and its code. Any other exception is a bug, and
+keeps its traceback.
 """
 
 import os
@@ -21,28 +21,39 @@ EXIT_CODES = {
     51: "no valid checkpoint",
 }
 
-# What every launcher does with a code: start the same command again, which resumes, or stop.
-# Stopping is for what a restart repeats: bad input, divergence, broken hardware, a bug (1).
+# Every launcher starts the same command again after these codes, and the command then resumes. It
+# stops after all others because a restart would repeat them: bad input, divergence, broken
+# hardware, a bug (1).
 RESTARTABLE = (10, 40, 41, 50)
-# A process that did not end by itself, as shells, SLURM and Kubernetes count: 128 and the signal.
-# Killed for memory, with its machine, or asked to stop before it could listen: as good a reason to
-# restart as 40.
+# Codes of a process that a signal has ended: 128 and the signal's number, as shells, SLURM and
+# Kubernetes count. The process was killed for memory, lost its machine, or was asked to stop before
+# it could listen. All of these are as good a reason to restart as 40.
 SIGNALLED = (134, 135, 137, 138, 139, 143)  # ABRT BUS KILL USR1 SEGV TERM
-RESTART_SECONDS = 5, 300  # before the first restart, and at most: the wait doubles in between
+# The wait before the first restart, and the longest one: it doubles in between.
+RESTART_SECONDS = 5, 300
+
+
+def mute(name: str) -> None:
+    """Drops all that is written to `sys.stdout` or `sys.stderr` from now on.
+
+    `name` is "stdout" or "stderr". A stream whose reader has gone, or whose disk is full, would
+    otherwise fail once more when Python flushes it at the end.
+    """
+    nowhere = open(os.devnull, "w")  # noqa: SIM115 (it stays open as long as the process)
+    setattr(sys, name, nowhere)
 
 
 def complain(line: str) -> None:
-    """A line on standard error, if somebody still reads it and its disk is not full: the exit
-    code is said all the same."""
+    """Prints a line on standard error, and carries on where nobody takes it."""
     try:
         for part in line.split("\n"):
             print(f"gpt-jax: {part}", file=sys.stderr, flush=True)
     except OSError:
-        sys.stderr = open(os.devnull, "w")
+        mute("stderr")
 
 
 def restart_seconds(restarts: int) -> int:
-    """How long to wait before restart number `restarts` (0: the first)."""
+    """Seconds to wait before restart number `restarts`, counted from 0."""
     first, most = RESTART_SECONDS
     return min(most, first * 2 ** min(restarts, 16))
 
@@ -60,7 +71,7 @@ class UsageError(Exit):
 
 
 class Stopped(Exit):
-    """Stopped on request (SIGTERM, SIGUSR1), after saving."""
+    """The run stopped on request (SIGTERM, SIGUSR1), after saving."""
 
     code = 10
 
@@ -105,6 +116,8 @@ EXIT_KINDS = {kind.code: kind for kind in Exit.__subclasses__()}
 
 
 def exit_of(code: int, text: str) -> Exit:
-    """What another process raised, made again of its code and text; PeerFailed for a code of no
-    Exit (a bug there)."""
+    """The `Exit` that another process raised, made again of its code and text.
+
+    A code that belongs to no `Exit` is a bug there, and gives PeerFailed here.
+    """
     return EXIT_KINDS.get(code, PeerFailed)(text)

@@ -51,13 +51,14 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        # After a failure a full disk needs the room.
+        temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes) -> Digest:
-    """Writes a whole file in the place of `path`, or leaves `path` alone. Raises OSError.
+    """Writes a whole file in the place of `path`, or leaves `path` alone.
 
-    The name reaches the disk as well as the bytes.
+    The name reaches the disk as well as the bytes. Raises OSError.
     """
     with replacing(path) as temporary:
         digest = write_file(temporary, content)
@@ -66,12 +67,12 @@ def replace_file(path: Path, content: bytes) -> Digest:
 
 
 def digest_file(path: Path) -> Digest:
-    """Size and SHA-256 of a file as it is now. Raises OSError."""
+    """Size and SHA-256 of a file's present content. Raises OSError."""
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        return Digest(os.fstat(file.fileno()).st_size, found)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Digest(os.fstat(file.fileno()).st_size, sha256)
 
 
-def digest_json(*what) -> str:
-    """20 hex digits of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
+def digest_json(*values) -> str:
+    """20 hex digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:20]

@@ -1,8 +1,8 @@
 """What is measured, and how it is shown.
 
-`sums` holds metrics as (sum, weight) pairs. `clock` says where time goes. `writers` sends rows to
-metrics.jsonl, TensorBoard and the terminal. `summary`, `plot`, `page` and `report` make the report of
-a run.
+`sums` has metrics as (sum, weight) pairs. `clock` says where time goes. `writers` sends rows to
+metrics.jsonl, TensorBoard and the terminal. `sessions` tells the starts of a run apart. `summary`,
+`plot`, `page` and `report` make the report of a run.
 """
 
 import lazy_loader

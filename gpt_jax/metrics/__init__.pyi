@@ -3,6 +3,10 @@ from .clock import (
     OneStepLate as OneStepLate,
 )
 from .report import write_report as write_report
+from .sessions import (
+    make_session_row as make_session_row,
+    read_history as read_history,
+)
 from .summary import (
     Summary as Summary,
     find_samples as find_samples,
@@ -11,6 +15,7 @@ from .summary import (
     summarize as summarize,
 )
 from .sums import (
+    RunningSums as RunningSums,
     Sums as Sums,
     add_sums as add_sums,
     divide_sums as divide_sums,

@@ -2,32 +2,41 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 
 class OneStepLate:
-    """Holds a step's metrics on the device until the next step is dispatched, so that reading
-    them stalls nothing. `push` right after dispatching step n returns (step, host values) of the
-    push before, or None; it starts step n's copy to the host in the background. `flush` returns
-    what is left: call it before saving and at the end."""
+    """Keeps a step's metrics on the device until the next step is dispatched.
 
-    _held = None
+    Reading them then stalls nothing, because the step is done by that time.
+    """
+
+    def __init__(self):
+        self._waiting: tuple[int, Any] | None = None
 
     def push(self, step: int, values) -> tuple[int, Any] | None:
+        """Takes the metrics of `step`, and returns (step, host values) of the push before, or None.
+
+        Call it right after dispatching the step. The copy to the host begins in the background.
+        """
         for leaf in jax.tree.leaves(values):
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()
-        return self._swap((step, values))
+        return self._replace((step, values))
 
     def flush(self) -> tuple[int, Any] | None:
-        return self._swap(None)
+        """Returns what is left. Call it before saving and at the end."""
+        return self._replace(None)
 
-    def _swap(self, held) -> tuple[int, Any] | None:
-        late, self._held = self._held, held
-        return late and (late[0], jax.device_get(late[1]))
+    def _replace(self, values: tuple[int, Any] | None) -> tuple[int, Any] | None:
+        late = self._waiting
+        self._waiting = values
+        if late is None:
+            return None
+        return late[0], jax.device_get(late[1])
 
 
 PHASES = ("data", "step", "eval", "checkpoint", "compile", "sample", "log", "other")
@@ -35,10 +44,12 @@ LOOP = ("data", "step", "log", "other")  # what happens at every step
 
 
 class Clock:
-    """Wall time by phase. `with clock.phase("data", blocked=True): …` counts the time to "data"
-    and as waiting. Every moment since the start belongs to exactly one phase ("other" outside of
-    any); a phase inside another takes its time from the outer one. `blocked` marks waiting for
-    the device or for the input queue."""
+    """Wall time by phase: `with clock.phase("data", blocked=True): …`.
+
+    Every moment since the start belongs to exactly one phase, "other" outside of any. A phase
+    inside another takes its time from the outer one. `blocked` marks waiting for the device or for
+    the input queue.
+    """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now = now
@@ -47,14 +58,17 @@ class Clock:
         self._since = now()
 
     def _settle(self) -> None:
+        """Counts the time until now to the present phase."""
         moment = self._now()
         self._seconds[self._stack[-1]] += moment - self._since
         self._since = moment
 
     @contextlib.contextmanager
-    def phase(self, name: str, blocked: bool = False):
+    def phase(self, name: str, blocked: bool = False) -> Iterator[None]:
+        """Counts the time inside to phase `name`."""
         if name not in PHASES:
             raise ValueError(f"phase {name!r}: choose one of {', '.join(PHASES)}")
+
         self._settle()
         self._stack.append((name, blocked))
         try:
@@ -64,29 +78,26 @@ class Clock:
             self._stack.pop()
 
     def fractions(self) -> dict[str, float]:
-        """Part of the wall time of each phase; they sum to 1 (all 0 before any time has passed)."""
+        """Each phase's part of the wall time. The parts sum to 1, or are all 0 at the start."""
         self._settle()
-        return self._parts(PHASES, {phase: ((phase, False), (phase, True)) for phase in PHASES})
+        total = self._sum_phases(PHASES)
+        return {phase: self._sum_phases((phase,)) / (total or 1.0) for phase in PHASES}
 
     def loop_fractions(self) -> dict[str, float]:
-        """Parts of the loop's time (LOOP phases). host: not blocked on device or data, its own
-        overhead; data_wait: blocked on the input queue, near 0 when input never starves the
-        device."""
-        self._settle()
-        return self._parts(
-            LOOP, {"host": [(phase, False) for phase in LOOP], "data_wait": [("data", True)]}
-        )
+        """Parts of the time of the loop, which is that of the LOOP phases.
 
-    def _parts(self, phases, parts) -> dict[str, float]:
-        total = sum(self._seconds[phase, blocked] for phase in phases for blocked in (False, True))
-        return {
-            name: sum(self._seconds[key] for key in keys) / (total or 1.0)
-            for name, keys in parts.items()
-        }
+        `host` is the loop's own overhead: time that is not blocked on device or data. `data_wait`
+        is time blocked on the input queue, near 0 when input never starves the device.
+        """
+        self._settle()
+        total = self._sum_phases(LOOP) or 1.0
+        host = sum(self._seconds[phase, False] for phase in LOOP)
+        return {"host": host / total, "data_wait": self._seconds["data", True] / total}
+
+    def _sum_phases(self, phases) -> float:
+        return sum(self._seconds[phase, blocked] for phase in phases for blocked in (False, True))
 
     def metrics(self) -> dict[str, float]:
-        """Both under their metric names, `time/…`."""
-        return {
-            f"time/{name}": part
-            for name, part in {**self.fractions(), **self.loop_fractions()}.items()
-        }
+        """All fractions under their metric names, `time/…`."""
+        parts = self.fractions() | self.loop_fractions()
+        return {f"time/{name}": part for name, part in parts.items()}

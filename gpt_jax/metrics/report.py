@@ -1,9 +1,7 @@
-"""What a run leaves for people: loss.png, a report.html that stands alone, a summary for the
-terminal (floor 3).
+"""What a run leaves for people: loss.png, and a report.html that stands alone.
 
-Called by gpt_jax/commands at the end of a run, and good at any moment of it: whatever is missing is
-left out. All is read from the workdir's metrics.jsonl and config.json or passed in; nothing is
-fetched, and the page links to nothing.
+Both can be made at any moment of a run: whatever is missing is left out. All is read from the
+workdir's metrics.jsonl and config.json, or passed in. The page links to nothing.
 """
 
 import json
@@ -17,7 +15,7 @@ from gpt_jax.metrics.writers import read_jsonl, save_file
 
 
 def write_loss_png(workdir: str | Path) -> Path:
-    """Draws `workdir`/metrics.jsonl into `workdir`/loss.png and returns its path."""
+    """Draws `workdir`/metrics.jsonl into `workdir`/loss.png, and returns its path."""
     path = Path(workdir) / "loss.png"
     save_file(path, draw_loss(read_jsonl(path.with_name("metrics.jsonl"))))
     return path
@@ -31,13 +29,19 @@ def write_report(
     samples: Sequence[Mapping] = (),
     versions: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes `workdir`/loss.png and report.html; returns the page's path.
+    """Writes `workdir`/loss.png and report.html, and returns the page's path.
 
-    `summary`: see `summarize`. `samples`: {step, text} each, in order; see `samples_in`.
-    `versions`: name -> text, device first. Works with a workdir that has no metrics.jsonl or
-    config.json yet. Raises SaveFailed."""
-    png, config = write_loss_png(workdir).read_bytes(), Path(workdir) / "config.json"
-    values = json.loads(config.read_text("utf-8")) if config.exists() else {}
-    page = make_html(title, summary, png, samples, values, versions or {})
-    save_file(path := Path(workdir) / "report.html", page.encode("utf-8"))
+    `samples` are {step, text} each, in order, as `find_samples` gives them. `versions` is
+    name -> text, device first. A workdir without metrics.jsonl or config.json will do. Raises
+    SaveFailed.
+    """
+    folder = Path(workdir)
+    png = write_loss_png(folder).read_bytes()
+
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {}
+    rows = read_jsonl(folder / "metrics.jsonl")
+    page = make_html(title, summary, png, rows, samples, config, versions or {})
+    path = folder / "report.html"
+    save_file(path, page.encode("utf-8"))
     return path

@@ -1,13 +1,19 @@
-"""Metrics: mergeable sums, and where the wall time goes (floor 0; called by loop, evals and
-report).
+"""Metrics as mergeable sums, divided once.
 
-Names are `room/what`, one meaning each:
+Metrics are named `room/what`, one meaning each:
 
-    train/loss  train/bits_per_byte  train/accuracy  train/learning_rate  train/grad_norm  train/param_norm
-    eval/loss   eval/bits_per_byte   eval/accuracy   eval/perplexity      sample/<n> (text)
-    throughput/tokens_per_second  throughput/tokens_seen  throughput/mfu_full  throughput/mfu_causal
-    moe/balance  moe/router_z  moe/dropped  moe/load_max  moe/load_min  (see expert_metrics)
-    time/<phase of PHASES> (fractions, sum 1)  time/host  time/data_wait  (see Clock)
+    train/loss  train/bits_per_byte  train/accuracy  train/learning_rate
+    train/grad_norm  train/param_norm
+    eval/loss  eval/bits_per_byte  eval/accuracy  eval/perplexity
+    eval/<source>/<metric>  where a run has several sources
+    sample/<n>  a text
+    throughput/tokens_per_second  throughput/tokens_seen
+    throughput/mfu_full  throughput/mfu_causal
+    moe/balance  moe/router_z  moe/dropped  moe/load_max  moe/load_min
+    time/<phase>  time/host  time/data_wait  fractions of the time, see Clock
+
+A line of the training log holds means over all steps since the line before. The learning rate and
+the norm of the parameters are those of the line's own step.
 """
 
 import math
@@ -15,42 +21,68 @@ from typing import Any
 
 import numpy as np
 
-Sums = dict[
-    str, tuple[Any, Any]
-]  # name -> (sum, weight): floats or float32 scalars on device; a pytree
+# name -> (sum, weight). Both are floats, or float32 scalars on a device. Sums may be arrays.
+Sums = dict[str, tuple[Any, Any]]
+
+LARGEST_EXPONENT = 709.78  # exp of more overflows a float64
 
 
 def add_sums(a: Sums, b: Sums) -> Sums:
-    """Sums of the union of what `a` and `b` summed; a name only one of them has passes through.
-    Works under jit."""
+    """Sums of the union of what `a` and `b` summed. Works under jit.
+
+    A name that only one of them has passes through.
+    """
     both = {name: (a[name][0] + b[name][0], a[name][1] + b[name][1]) for name in a if name in b}
     return {**a, **b, **both}
 
 
 def divide_sums(sums: Sums) -> dict[str, Any]:
-    """sum / weight of each name, on the host, once, at print time; weight 0 gives nan. Sums may
-    be arrays."""
+    """sum / weight of each name, on the host, once, at print time. Weight 0 gives nan."""
+    return {name: _divide(total, weight) for name, (total, weight) in sums.items()}
 
-    def one(total, weight):
-        return (
-            float(total) / float(weight)
-            if np.ndim(total) == 0
-            else np.asarray(total) / float(weight)
-        )
 
-    return {
-        name: one(total, weight) if weight else math.nan for name, (total, weight) in sums.items()
-    }
+def _divide(total, weight):
+    if not weight:
+        return math.nan
+    if np.ndim(total) == 0:
+        return float(total) / float(weight)
+    return np.asarray(total) / float(weight)
+
+
+class RunningSums:
+    """Sums of the steps since the last line of the log, in float64 on the host.
+
+    `add` takes the fetched sums of one step. `take` returns the means and begins anew.
+    """
+
+    def __init__(self):
+        self._sums: Sums = {}
+
+    def add(self, sums: Sums) -> None:
+        wide = {
+            name: (np.asarray(total, np.float64), np.asarray(weight, np.float64))
+            for name, (total, weight) in sums.items()
+        }
+        self._sums = add_sums(self._sums, wide)
+
+    def take(self) -> dict[str, Any]:
+        means = divide_sums(self._sums)
+        self._sums = {}
+        return means
 
 
 def expert_metrics(means: dict[str, Any]) -> dict[str, float]:
-    """`moe/...` of a step's means (see model/balance.py): the balance loss (1 is perfect), the
-    router's mean square logarithm of Z, the part of choices that was left out, and the largest
-    and smallest load of an expert in any layer, in parts of an equal share. {} for a model
-    without experts."""
+    """The `moe/…` metrics of a step's means; {} for a model without experts.
+
+    They are the balance loss (1 is perfect), the router's mean square logarithm of Z, and the part
+    of choices that was dropped. The loads are the largest and the smallest of an expert in any
+    layer, in parts of an equal share.
+    """
     if "load" not in means:
         return {}
-    load = means["load"][means["load"].sum(1) > 0]  # [layers with experts, E]
+
+    has_experts = means["load"].sum(1) > 0
+    load = means["load"][has_experts]  # [layers with experts, experts]
     relative = load / load.mean(1, keepdims=True)
     return {
         "moe/balance": means["balance"],
@@ -63,5 +95,7 @@ def expert_metrics(means: dict[str, Any]) -> dict[str, float]:
 
 def perplexity(nll_sum: float, weight: float) -> float:
     """exp of the mean loss; inf where that overflows a float, nan without weight."""
-    mean = float(nll_sum) / float(weight) if weight else math.nan
-    return math.inf if mean > 709.78 else math.exp(mean)
+    if not weight:
+        return math.nan
+    mean = float(nll_sum) / float(weight)
+    return math.inf if mean > LARGEST_EXPONENT else math.exp(mean)

@@ -1,5 +1,4 @@
-"""Where metrics end: metrics.jsonl, TensorBoard, a line or a bar for a person (floor 0; called
-by loop and report)."""
+"""Where metrics go: metrics.jsonl, TensorBoard, and a line or a bar for a person."""
 
 import contextlib
 import json
@@ -8,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -17,9 +16,8 @@ from gpt_jax.files import replace_file
 
 
 @contextlib.contextmanager
-def saving(path: Path):
-    """Turns a failure of the disk (full, read-only …) into SaveFailed, one line that names
-    `path`."""
+def saving(path: Path) -> Iterator[None]:
+    """Turns a failure of the disk (full, read-only …) into SaveFailed, which names `path`."""
     try:
         yield
     except OSError as error:
@@ -36,7 +34,10 @@ def save_file(path: Path, data: bytes) -> None:
 
 
 def _read_lines(path: Path) -> list[tuple[dict, bytes]]:
-    *whole, _torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    """(row, its line) of every whole line."""
+    if not path.exists():
+        return []
+    *whole, _torn = path.read_bytes().split(b"\n")
     pairs = []
     try:
         for line in whole:
@@ -51,41 +52,51 @@ def _read_lines(path: Path) -> list[tuple[dict, bytes]]:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Rows of metrics.jsonl; [] without a file. A last line cut by a kill (no newline) is left
-    out; any other line that is no JSON object with a `step` raises UsageError naming it."""
+    """The rows of metrics.jsonl; [] without a file.
+
+    A last line without its newline was cut by a kill, and is left out. Raises UsageError if any
+    other line is no JSON object with a `step`.
+    """
     return [row for row, _ in _read_lines(Path(path))]
 
 
 def to_json_line(step: int, values: Mapping[str, float | str]) -> bytes:
-    """One line of strict JSON. nan and infinities become null, and "nonfinite" says which each
-    was."""
-    row = {key: value if isinstance(value, str) else float(value) for key, value in values.items()}
-    nonfinite = {
-        key: str(v) for key, v in row.items() if isinstance(v, float) and not math.isfinite(v)
-    }
-    row = {
-        "step": int(step),
-        **row,
-        **dict.fromkeys(nonfinite),
-        **({"nonfinite": nonfinite} if nonfinite else {}),
-    }
+    """One line of strict JSON.
+
+    nan and infinities become null, and "nonfinite" says which each was.
+    """
+    row: dict = {"step": int(step)}
+    nonfinite = {}
+    for key, value in values.items():
+        number = value if isinstance(value, str) else float(value)
+        if isinstance(number, float) and not math.isfinite(number):
+            nonfinite[key] = str(number)
+            number = None
+        row[key] = number
+    if nonfinite:
+        row["nonfinite"] = nonfinite
+
     # "replace": a lone surrogate, which UTF-8 has no bytes for, becomes a question mark.
     return json.dumps(row, allow_nan=False, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 # Writers share one interface: write(step, {key: number}), text(step, key, str), close().
 class JsonlWriter:
-    """metrics.jsonl: one JSON object a line. `resumed_at` drops the lines of later steps, so
-    that the curve has no overlap; None (nothing was restored) starts an empty file. Raises
-    SaveFailed when the disk is full."""
+    """metrics.jsonl: one JSON object a line.
+
+    `resumed_at` drops the lines of later steps, so that the curve has no overlap. None means that
+    nothing was restored, and starts an empty file. Raises SaveFailed when the disk is full.
+    """
 
     def __init__(self, path: str | Path, resumed_at: int | None = None):
         self.path = Path(path)
-        lines = [] if resumed_at is None else _read_lines(self.path)
-        save_file(self.path, b"".join(line for row, line in lines if row["step"] <= resumed_at))
-        self._file = open(self.path, "ab")
+        kept = []
+        if resumed_at is not None:
+            kept = [line for row, line in _read_lines(self.path) if row["step"] <= resumed_at]
+        save_file(self.path, b"".join(kept))
+        self._file = open(self.path, "ab")  # noqa: SIM115 (`close` closes it)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
         with saving(self.path):
             self._file.write(to_json_line(step, values))
             self._file.flush()  # a reader, or a kill, finds every line written so far
@@ -99,34 +110,34 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """TensorBoard event files in `directory`. On resume TensorBoard is told to drop what came after
-    `resumed_at`.
+    """TensorBoard event files in `directory`. Raises SaveFailed when the disk is full.
 
-    Written here and now: the library's ready-made writer hands events to a thread, and when the
-    disk is full that thread dies and its queue then blocks the run for ever. Raises SaveFailed
-    instead."""
+    On resume TensorBoard is told to drop what came after `resumed_at`. The events are written by
+    the caller's thread. The library's ready-made writer hands them to a thread of its own, which
+    dies when the disk is full. Its queue then blocks the run for ever.
+    """
 
     def __init__(
         self, directory: str | Path, resumed_at: int | None = None, every_seconds: float = 30.0
     ):
-        # Here, because only runs that log to TensorBoard should pay for it.
+        # Imported here because only runs that log to TensorBoard should pay for it.
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto import event_pb2
 
-        self.path, self._summary, self._event, self._every = (
-            Path(directory),
-            summary,
-            Event,
-            every_seconds,
-        )
+        self.path = Path(directory)
+        self._summary = summary
+        # protobuf makes these classes when it is imported, so no checker sees them.
+        self._event = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+        start = event_pb2.SessionLog.START  # pyright: ignore[reportAttributeAccessIssue]
+        log = event_pb2.SessionLog(status=start)  # pyright: ignore[reportAttributeAccessIssue]
+        self._every = every_seconds
+
         first = 0 if resumed_at is None else resumed_at + 1
         with saving(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(self.path / "events"))
-            self._writer.write_event(
-                Event(step=first, session_log=SessionLog(status=SessionLog.START))
-            )
+            self._writer.write_event(self._event(step=first, session_log=log))
             self._flush()
 
     def _flush(self) -> None:
@@ -136,10 +147,10 @@ class TensorBoardWriter:
     def _add(self, step: int, *summaries) -> None:
         with saving(self.path):
             for summary in summaries:
-                self._writer.write_event(
-                    self._event(wall_time=time.time(), step=step, summary=summary)
-                )
-            if time.monotonic() - self._flushed > self._every:  # it waits for the disk
+                event = self._event(wall_time=time.time(), step=step, summary=summary)
+                self._writer.write_event(event)
+            # A flush waits for the disk, so it comes now and then only.
+            if time.monotonic() - self._flushed > self._every:
                 self._flush()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -147,9 +158,8 @@ class TensorBoardWriter:
 
     def text(self, step: int, key: str, text: str) -> None:
         text = text.encode("utf-8", "replace").decode().replace("\n", "\n    ")
-        self._add(
-            step, self._summary.text(key, "    " + text)
-        )  # markdown: an indented block is verbatim
+        # TensorBoard reads markdown, where an indented block is verbatim.
+        self._add(step, self._summary.text(key, "    " + text))
 
     def close(self) -> None:
         with saving(self.path):
@@ -166,12 +176,13 @@ def human(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """3723.4 -> "1:02:03"; 61 -> "1:01"."""
-    minutes, second = divmod(int(round(seconds)), 60)
+    minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-SHOWN = (  # what people see while it runs: (key, how)
+# What people see while a run goes on: (key, how it is shown).
+SHOWN = (
     ("train/loss", "loss {:.4f}"),
     ("eval/loss", "held-out loss {:.4f}"),
     ("eval/bits_per_byte", "{:.4f} bits/byte"),
@@ -179,12 +190,23 @@ SHOWN = (  # what people see while it runs: (key, how)
 )
 
 
-class BarWriter:
-    """Progress for a person: a bar on a terminal, else (or with `progress` off) a plain line every
-    `every_seconds`.
+def format_shown(values: Mapping[str, float]) -> str:
+    """The values of SHOWN that are there, in its order."""
+    parts = []
+    for key, how in SHOWN:
+        if key in values:
+            is_rate = key.endswith("per_second")
+            parts.append(how.format(human(values[key]) if is_rate else float(values[key])))
+    return "  ".join(parts)
 
-    Evaluations and texts are printed in full, above the bar. The plain line's ETA counts from
-    the first write, so that compilation is not extrapolated."""
+
+class BarWriter:
+    """Progress for a person: a bar on a terminal, else a plain line every `every_seconds`.
+
+    With `progress` off a terminal gets plain lines too. Evaluations and texts are printed in full,
+    above the bar. The plain line's ETA counts from the first write, so that compilation is not
+    extrapolated.
+    """
 
     def __init__(
         self,
@@ -195,62 +217,69 @@ class BarWriter:
         every_seconds: float = 10.0,
         now: Callable[[], float] = time.monotonic,
     ):
-        self._total, self._stream, self._every, self._now = (
-            total,
-            stream or sys.stderr,
-            every_seconds,
-            now,
-        )
-        self._first = self._printed = self._bar = None
-        if progress and self._stream.isatty():
-            from tqdm import tqdm
+        self._total = total
+        self._stream = stream or sys.stderr
+        self._every = every_seconds
+        self._now = now
+        self._first: tuple[int, float] | None = None  # (step, moment) of the first plain line
+        self._printed: float | None = None  # the moment of the last one
+        self._bar = self._make_bar(total, start) if progress and self._stream.isatty() else None
 
-            sized = (
-                shutil.get_terminal_size((0, 0)).lines > 0
-            )  # on a terminal of 0 x 0 tqdm would show nothing at all
-            self._bar = tqdm(
-                total=total,
-                initial=start,
-                file=self._stream,
-                ncols=80,
-                nrows=20,
-                dynamic_ncols=sized,
-                bar_format="{percentage:3.0f}%|{bar}| {n}/{total}  {desc}  {elapsed} < {remaining}",
-            )
+    def _make_bar(self, total: int, start: int):
+        from tqdm import tqdm
+
+        # On a terminal that says it has no lines tqdm would show nothing at all.
+        is_sized = shutil.get_terminal_size((0, 0)).lines > 0
+        return tqdm(
+            total=total,
+            initial=start,
+            file=self._stream,
+            ncols=80,
+            nrows=20,
+            dynamic_ncols=is_sized,
+            bar_format="{percentage:3.0f}%|{bar}| {n}/{total}  {desc}  {elapsed} < {remaining}",
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        shown = "  ".join(
-            how.format(human(values[key]) if "second" in key else float(values[key]))
-            for key, how in SHOWN
-            if key in values
-        )
+        shown = format_shown(values)
         if any(key.startswith("eval/") for key in values):
-            self._line(f"step {step}  {shown}")
+            self._print(f"step {step}  {shown}")
         elif self._bar is not None:
             self._bar.set_description_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif (
-            self._printed is None
-            or self._now() - self._printed >= self._every
-            or step >= self._total
-        ):
-            self._printed = moment = self._now()
-            self._first = self._first or (step, moment)
-            done, left, seconds = step - self._first[0], self._total - step, moment - self._first[1]
-            eta = f"  ETA {duration(seconds / done * left)}" if done > 0 and left > 0 else ""
-            self._line(f"step {step}/{self._total}  {shown}{eta}")
+        elif self._is_line_due(step):
+            self._print_progress(step, shown)
 
-    def _line(self, text: str) -> None:
+    def _is_line_due(self, step: int) -> bool:
+        if self._printed is None or step >= self._total:
+            return True
+        return self._now() - self._printed >= self._every
+
+    def _print_progress(self, step: int, shown: str) -> None:
+        moment = self._now()
+        self._printed = moment
+        self._first = self._first or (step, moment)
+        done = step - self._first[0]
+        left = self._total - step
+
+        eta = ""
+        if done > 0 and left > 0:
+            seconds = (moment - self._first[1]) / done * left
+            eta = f"  ETA {duration(seconds)}"
+        self._print(f"step {step}/{self._total}  {shown}{eta}")
+
+    def _print(self, text: str) -> None:
         encoding = self._stream.encoding or "utf-8"  # a narrow terminal must not stop the run
         show = print if self._bar is None else self._bar.write
         try:
             show(text.encode(encoding, "replace").decode(encoding), file=self._stream)
             self._stream.flush()
         except OSError:  # nor must a reader that has gone, or a full disk
-            self._stream, self._bar = open(os.devnull, "w"), None
+            self._stream = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
+            self._bar = None
 
     def text(self, step: int, key: str, text: str) -> None:
-        self._line(f"step {step}  {key}\n    " + text.replace("\n", "\n    "))
+        self._print(f"step {step}  {key}\n    " + text.replace("\n", "\n    "))
 
     def close(self) -> None:
         if self._bar is not None:
@@ -258,8 +287,10 @@ class BarWriter:
 
 
 class Writers:
-    """Several writers as one; none on processes that only compute. `close` closes all, even if
-    one fails."""
+    """Several writers as one. Processes that only compute have none.
+
+    `close` closes all of them, even if one fails.
+    """
 
     def __init__(self, writers: Sequence = ()):
         self._writers = tuple(writers)

@@ -10,10 +10,18 @@ import pytest
 
 from gpt_jax.config import Config, to_json
 from gpt_jax.metrics import plot, report
-from gpt_jax.metrics.page import _samples
+from gpt_jax.metrics.page import format_samples, mark_prompt
+from gpt_jax.metrics.sessions import (
+    find_marks,
+    find_sessions,
+    make_session_row,
+    read_history,
+    session_seconds,
+)
 from gpt_jax.metrics.summary import (
     Summary,
     find_samples,
+    find_sources,
     format_summary,
     library_versions,
     summarize,
@@ -21,6 +29,7 @@ from gpt_jax.metrics.summary import (
 from gpt_jax.metrics.writers import JsonlWriter, read_jsonl
 
 VOID = {"meta", "img", "br"}
+LINKS = {"src", "href", "srcset", "action", "data"}
 
 
 class Page(html.parser.HTMLParser):
@@ -28,15 +37,16 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.links, self.text = [], [], [], ""
+        self.open = []
+        self.tags = []
+        self.links = []
+        self.text = ""
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.links += [
-            value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")
-        ]
+        self.links += [value for name, value in attrs if name in LINKS]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -95,30 +105,133 @@ def test_picture_has_its_size_whatever_is_there(tmp_path, caplog, rows):
 
 def test_picture_shows_the_data():
     falling = [{"step": s, "train/loss": 9.0 - s} for s in range(5)]
+
+    def with_heldout(middle):
+        points = ((0, 8.0), (2, middle), (4, 5.0))
+        return falling + [{"step": step, "eval/loss": loss} for step, loss in points]
+
+    different = [
+        [],
+        falling,
+        falling[:3],
+        [*falling, {"step": 4, "eval/loss": 5.0}],
+        with_heldout(6.0),
+        with_heldout(7.0),
+        [row | {"throughput/tokens_seen": 10.0 * row["step"]} for row in falling],
+    ]
     assert plot.draw_loss(falling) == plot.draw_loss(falling)
-    assert (
-        len(
-            {
-                plot.draw_loss(rows)
-                for rows in (
-                    [],
-                    falling,
-                    falling[:3],
-                    [*falling, {"step": 4, "eval/loss": 5.0}],
-                    *(
-                        falling
-                        + [
-                            {"step": s, "eval/loss": y}
-                            for s, y in ((0, 8.0), (2, middle), (4, 5.0))
-                        ]
-                        for middle in (6.0, 7.0)
-                    ),
-                    [row | {"throughput/tokens_seen": 10.0 * row["step"]} for row in falling],
-                )
-            }
-        )
-        == 7
-    )
+    assert len({plot.draw_loss(rows) for rows in different}) == len(different)
+
+
+def resume(rows, at, **facts):
+    """Rows of one more session from step `at`."""
+    row = make_session_row(read_history(rows), {"learning_rate": 0.5} | facts)
+    return [old for old in rows if old["step"] <= at] + [{"step": at} | row]
+
+
+def test_picture_marks_resumes_and_changed_rates():
+    first = resume([], 0)
+    first += [{"step": s, "train/loss": 9.0 - s / 10} for s in range(1, 21)]
+    assert find_marks(first) == []
+
+    plain = resume(first, 20)
+    slower = resume(first, 20, learning_rate=0.25)
+    assert find_marks(plain) == [(20, "resumed")]
+    assert find_marks(slower) == [(20, "resumed, peak rate 0.5 → 0.25")]
+    assert len({plot.draw_loss(rows) for rows in (first, plain, slower)}) == 3
+
+
+def test_sessions_are_told_apart(tmp_path):
+    def train(rows, steps, host):
+        """Steps of ten seconds in one more session."""
+        start = rows[-1]["step"] - 1 if rows else 0  # the last one was not saved
+        before = read_history(rows).wall_seconds
+        rows = resume(rows, start, host=host)
+        for i in range(1, steps + 1):
+            rows.append(
+                {"step": start + i, "train/loss": 1.0, "time/wall_seconds": before + 10 * i}
+            )
+        return rows
+
+    rows = train([], 6, "node1")
+    rows = train(rows, 4, "node2")
+    rows = train(rows, 2, "node3")
+
+    summary = summarize(rows)
+    assert (summary.sessions, summary.wall_seconds) == (3, 120)  # lost work took time too
+    assert session_seconds(rows) == [60, 40, 20]
+    assert [(s.number, s.step) for s in find_sessions(rows)] == [(1, 0), (2, 5), (3, 8)]
+    assert any("2:00  (in 3 sessions)" in line for line in format_summary(summary))
+
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    for row in rows:
+        writer.write(row["step"], row)
+    writer.close()
+    path = report.write_report(tmp_path, title="t", summary=summary)
+    text = Page(path.read_text("utf-8")).text
+    for piece in ("in 3 sessions", "node1", "node2", "node3", "1:00", "0:40", "0:20"):
+        assert piece in text, piece
+
+
+def test_page_says_where_a_run_comes_from(tmp_path):
+    facts = {
+        "command": "gpt-jax train --config=a.py",
+        "preset": "optim.learning_rate = 0.5 (preset: 0.1)",
+        "began": "2026-05-01 12:00:03",
+        "host": "node1",
+        "code": "0.1.0 3f2a9c1",
+        "data": "poems.txt, 5,000 tokens",
+    }
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer.write(0, make_session_row(read_history([]), facts))
+    writer.close()
+    path = report.write_report(tmp_path, title="t", summary=Summary())
+    text = Page(path.read_text("utf-8")).text
+    assert [value for value in facts.values() if value not in text] == []
+    assert "Sessions" not in text  # there is one
+
+
+def test_page_shows_sources_rates_norms_and_loads(tmp_path):
+    assert plot.draw_details([{"step": 1, "train/loss": 1.0}]) is None
+    rows = [
+        {
+            "step": step,
+            "train/learning_rate": 0.1 * step,
+            "train/grad_norm": 1.0 / step,
+            "moe/load_max": 1.5,
+            "moe/load_min": 0.5,
+            "eval/loss": 3.0,
+            "eval/web/loss": 3.25,
+            "eval/code.v2/loss": 2.0 + 1 / step,
+            "eval/code.v2/bits_per_byte": 1.125,
+        }
+        for step in (1, 2, 4)
+    ]
+    sources = {"web": {"loss": 3.25}, "code.v2": {"loss": 2.25, "bits_per_byte": 1.125}}
+    assert find_sources(rows) == sources
+
+    panels = ("train/learning_rate", "train/grad_norm", "moe/load_max", "eval/web/loss")
+    pictures = [plot.draw_details(rows)]
+    for key in panels:  # each panel is seen: without it the picture is another one
+        pictures.append(plot.draw_details([{**row, key: 0.0} for row in rows]))
+    assert len(set(pictures)) == 1 + len(panels)
+
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = report.write_report(tmp_path, title="t", summary=summarize(rows))
+    page = Page(path.read_text("utf-8"))
+    assert page.tags.count("img") == 2
+    for piece in ("by source", "web", "3.2500", "code.v2", "2.2500", "1.1250"):
+        assert piece in page.text, piece
+
+
+def test_prompts_are_set_apart():
+    prompts = ("Once", "Once upon", "\n")
+    marked = mark_prompt("Once upon <a time>", prompts)
+    assert marked == '<mark title="prompt">Once upon</mark> &lt;a time&gt;'
+    assert mark_prompt("Twice", prompts) == "Twice"
+    assert mark_prompt("\nTwice", prompts) == "\nTwice"  # nobody would see that mark
+    text = format_samples([{"step": 1, "text": "Once more"}], prompts)
+    assert "<mark" in text and Page(text).text == "Samples over timestep 1\nOnce more"
 
 
 def test_page_stands_alone_and_holds_everything(tmp_path):
@@ -182,30 +295,22 @@ def test_samples_are_escaped_and_chinese_shows(tmp_path):
         versions={"<b>": "</td>"},
     )
     page = Page(path.read_text("utf-8"))
-    assert (
-        "script" not in page.tags
-        and "i" not in page.tags
-        and "u" not in page.tags
-        and "b" in page.tags
-    )
+    assert not {"script", "i", "u"} & set(page.tags) and "b" in page.tags
     assert nasty.replace("\x00", "\ufffd").replace("\ud800", "\ufffd") in page.text
     assert "<i>t</i>" in page.text and "</td>" in page.text
 
 
 def test_report_of_an_empty_workdir(tmp_path):
     path = report.write_report(tmp_path / "new", title="t", summary=summarize([]))
-    assert Page(path.read_text("utf-8")).text.split() == [
-        "tttrained",
-        "with",
-        "gpt_jaxLoss",
-    ]  # title twice, no more
+    # The title comes twice, and nothing follows.
+    assert Page(path.read_text("utf-8")).text.split() == ["tttrained", "with", "gpt_jaxLoss"]
 
 
 def test_many_samples_are_thinned_but_keep_both_ends(tmp_path):
     samples = [
         {"step": step, "text": f"text{step}."} for step in range(10, 510, 10) for _ in range(2)
     ]
-    text = Page(_samples(samples, shown=5)).text
+    text = Page(format_samples(samples, shown=5)).text
     assert re.findall(r"step (\d+)", text) == ["10", "130", "250", "370", "500"]
     assert text.count("text500.") == 2 and "5 of 50 times" in text
 
@@ -217,9 +322,8 @@ def test_summary_takes_last_values_median_rates_and_facts_overrule():
         {"step": 3, "throughput/tokens_per_second": 90.0, "time/step": 1.0, "time/eval": 0.0},
     ]
     summary = summarize(rows, steps=7)
-    assert (
-        math.isnan(summary.eval_loss) and summary.tokens_per_second == 90.0 and summary.steps == 7
-    )
+    assert math.isnan(summary.eval_loss)
+    assert summary.tokens_per_second == 90.0 and summary.steps == 7
     assert summary.phases == {"step": 1.0} and summary.bits_per_byte is None
     with pytest.raises(TypeError):
         summarize(rows, parametres=1)
@@ -246,3 +350,19 @@ def test_smoothing_keeps_lines_straight_and_skips_gaps():
     assert plot.smooth([float(i) for i in range(20)], 4) == pytest.approx(range(20))
     assert plot.smooth([1.0, math.nan, 3.0], 1)[1] == 2.0
     assert math.isnan(plot.smooth([math.nan], 3)[0])
+
+
+def test_smoothing_does_not_end_on_the_last_value():
+    """The end of a noisy curve is an estimate too, near the curve below the noise."""
+    noise = [(-1) ** i * 0.5 for i in range(40)]
+    falling = [9 - i / 10 for i in range(40)]
+    smoothed = plot.smooth([a + b for a, b in zip(falling, noise, strict=True)], 6)
+    assert max(abs(a - b) for a, b in zip(smoothed, falling, strict=True)) < 0.25
+
+
+@pytest.mark.parametrize("count, is_smoothed", [(7, False), (8, True), (59, True), (200, True)])
+def test_curves_of_few_points_are_smoothed_too(monkeypatch, count, is_smoothed):
+    calls = []
+    monkeypatch.setattr(plot, "smooth", lambda values, reach: calls.append(reach) or values)
+    plot.draw_loss([{"step": s, "train/loss": float(s % 3)} for s in range(count)])
+    assert bool(calls) == is_smoothed

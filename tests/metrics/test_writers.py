@@ -39,20 +39,12 @@ def test_jsonl_is_strict_json_and_reads_back(tmp_path):
     assert len(path.read_bytes().splitlines()) == 2  # on disk before close
     writer.close()
     rows = [strict(line) for line in path.read_text("utf-8").split("\n") if line]
-    assert (
-        rows
-        == writers.read_jsonl(path)
-        == [
-            {
-                "step": 1,
-                "train/loss": 2.5,
-                "a": None,
-                "b": None,
-                "nonfinite": {"a": "nan", "b": "-inf"},
-            },
-            {"step": 2, "sample/0": "我是\u2028<b>?\n"},
-        ]
-    )
+    nonfinite = {"a": "nan", "b": "-inf"}
+    assert rows == [
+        {"step": 1, "train/loss": 2.5, "a": None, "b": None, "nonfinite": nonfinite},
+        {"step": 2, "sample/0": "我是\u2028<b>?\n"},
+    ]
+    assert writers.read_jsonl(path) == rows
 
 
 def write_steps(path, steps, resumed_at=None):
@@ -93,8 +85,9 @@ def test_missing_and_torn_files_read_as_what_is_whole(tmp_path):
 
 def test_a_full_disk_is_one_line_with_its_exit_code():
     writer = writers.JsonlWriter.__new__(writers.JsonlWriter)
-    writer.path, writer._file = "/dev/full", open("/dev/full", "ab")
-    with pytest.raises(SaveFailed, match="/dev/full.*No space left"):
+    writer.path = "/dev/full"
+    writer._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (closed below)
+    with writer._file, pytest.raises(SaveFailed, match=r"/dev/full.*No space left"):
         writer.write(1, {"x": 1.0})
 
 
@@ -133,7 +126,8 @@ def test_save_file_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch):
 
 
 def test_plain_lines_come_every_so_often_and_at_the_end():
-    seconds, out = [100.0], io.StringIO()
+    seconds = [100.0]
+    out = io.StringIO()
     bar = writers.BarWriter(total=100, stream=out, every_seconds=10, now=lambda: seconds[0])
     for step in range(0, 101, 10):
         bar.write(step, {"train/loss": 3.0, "throughput/tokens_per_second": 12345.0})
@@ -142,13 +136,8 @@ def test_plain_lines_come_every_so_often_and_at_the_end():
     bar.text(100, "sample/0", "def f():\n  pass")
     bar.close()
     lines = out.getvalue().splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("step") and "/100" in line] == [
-        "0/100",
-        "30/100",
-        "60/100",
-        "90/100",
-        "100/100",
-    ]
+    progress = [line.split()[1] for line in lines if line.startswith("step") and "/100" in line]
+    assert progress == ["0/100", "30/100", "60/100", "90/100", "100/100"]
     assert lines[1] == "step 30/100  loss 3.0000  12.3k tok/s  ETA 0:28"
     assert lines[5:] == [
         "step 100  held-out loss 2.0000  1.5000 bits/byte",
@@ -160,7 +149,7 @@ def test_plain_lines_come_every_so_often_and_at_the_end():
 
 def test_bar_on_a_terminal_shows_the_step_and_progress_off_does_not():
     outs = [Terminal(), Terminal()]
-    for out, progress in zip(outs, (True, False)):
+    for out, progress in zip(outs, (True, False), strict=True):
         bar = writers.BarWriter(total=50, start=20, stream=out, progress=progress)
         bar.write(50, {"train/loss": 3.25, "throughput/tokens_per_second": 900.0})
         bar.write(50, {"eval/loss": 2.125})
@@ -194,7 +183,8 @@ def test_tensorboard_events_hold_what_was_written(tmp_path):
     writer.write(5, {"train/loss": 2.5})
     writer.text(5, "sample/0", "我\nx")
     writer.close()
-    data, events = next(tmp_path.iterdir()).read_bytes(), []
+    data = next(tmp_path.iterdir()).read_bytes()
+    events = []
     while data:  # a record: u64 length, u32 checksum, payload, u32 checksum
         length = int.from_bytes(data[:8], "little")
         events.append(proto.Event.FromString(data[12 : 12 + length]))
@@ -204,9 +194,8 @@ def test_tensorboard_events_hold_what_was_written(tmp_path):
     assert any(
         "我\n    x" in v.tensor.string_val[0].decode() for _, v in values if v.tensor.string_val
     )
-    assert any(
-        event.step == 5 and event.HasField("session_log") for event in events
-    )  # steps from 5 on are purged
+    # TensorBoard drops what it has of steps from 5 on.
+    assert any(event.step == 5 and event.HasField("session_log") for event in events)
 
 
 def test_writers_fan_out_and_close_all():
@@ -232,17 +221,7 @@ def test_writers_fan_out_and_close_all():
     both.text(1, "k", "t")
     with pytest.raises(OSError):
         both.close()
-    assert sorted(map(str, log)) == sorted(
-        map(
-            str,
-            [
-                ("a", 1, {"x": 2.0}),
-                ("b", 1, {"x": 2.0}),
-                ("a", 1, "k", "t"),
-                ("b", 1, "k", "t"),
-                ("a", "closed"),
-                ("b", "closed"),
-            ],
-        )
-    )
+    written = [("a", 1, {"x": 2.0}), ("b", 1, {"x": 2.0}), ("a", 1, "k", "t"), ("b", 1, "k", "t")]
+    assert log[:4] == written
+    assert sorted(log[4:]) == [("a", "closed"), ("b", "closed")]
     writers.Writers().write(1, {})
