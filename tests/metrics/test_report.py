@@ -210,11 +210,17 @@ def test_page_shows_sources_rates_norms_and_loads(tmp_path):
     sources = {"web": {"loss": 3.25}, "code.v2": {"loss": 2.25, "bits_per_byte": 1.125}}
     assert find_sources(rows) == sources
 
-    panels = ("train/learning_rate", "train/grad_norm", "moe/load_max", "eval/web/loss")
+    drawn = (
+        "train/learning_rate",
+        "train/grad_norm",
+        "moe/load_max",
+        "moe/load_min",
+        "eval/web/loss",
+    )
     pictures = [plot.draw_details(rows)]
-    for key in panels:  # each panel is seen: without it the picture is another one
+    for key in drawn:  # with other values the picture is another one
         pictures.append(plot.draw_details([{**row, key: 0.0} for row in rows]))
-    assert len(set(pictures)) == 1 + len(panels)
+    assert len(set(pictures)) == 1 + len(drawn)
 
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = report.write_report(tmp_path, title="t", summary=summarize(rows))
