@@ -1,8 +1,9 @@
-"""What the processes of a job tell each other (floor 2; called by checkpoint, digest, experiment
-and loop)."""
+"""What the processes of a job tell each other."""
 
 import hashlib
 import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,37 +11,34 @@ from jax.experimental import multihost_utils
 
 from gpt_jax.errors import Exit, PeerFailed, exit_of
 
-MESSAGE_BYTES = 4096  # of one `agree`: one shape, hence one compilation
+MESSAGE_BYTES = 4096  # of one `agree_on`: one shape, hence one compilation
 
 
-def agree_on(decide):
-    """`decide()` (a JSON value) as process 0 finds it, on every process; exceptions too. All
-    processes must call it.
+def agree_on(decide: Callable[[], Any]) -> Any:
+    """What `decide()` gives on process 0, a JSON value, on every process.
 
-    An `Exit` raised by process 0 is raised everywhere with the same text; any other exception
-    stays its own there and is PeerFailed elsewhere. With one process this is a plain call."""
+    All processes must call it. With one process this is a plain call. An `Exit` that process 0
+    raises is raised everywhere with the same text. Any other exception stays its own there, and is
+    PeerFailed elsewhere.
+    """
     if jax.process_count() == 1:
         return decide()
-    verdict, crash = {}, None
+
+    verdict: dict[str, Any] = {}
+    crash = None
     if jax.process_index() == 0:
         try:
             verdict = {"value": decide()}
-            if len(json.dumps(verdict)) > MESSAGE_BYTES:
-                raise ValueError(
-                    f"{len(json.dumps(verdict))} bytes do not fit into one message of {MESSAGE_BYTES}"
-                )
+            size = len(json.dumps(verdict))
+            if size > MESSAGE_BYTES:
+                raise ValueError(f"{size} bytes do not fit into one message of {MESSAGE_BYTES}")
         except Exit as error:
             verdict = {"code": error.code, "text": str(error)}
         except Exception as error:  # raised below, once the others know
-            verdict, crash = (
-                {"code": PeerFailed.code, "text": f"process 0 failed: {error!r}"},
-                error,
-            )
-    while (
-        len(message := json.dumps(verdict).encode()) > MESSAGE_BYTES
-    ):  # escapes count, so cut until it fits
-        verdict["text"] = verdict["text"][: len(verdict["text"]) // 2] + " …"
-    message = np.frombuffer(message.ljust(MESSAGE_BYTES), np.uint8)
+            verdict = {"code": PeerFailed.code, "text": f"process 0 failed: {error!r}"}
+            crash = error
+
+    message = np.frombuffer(encode_verdict(verdict).ljust(MESSAGE_BYTES), np.uint8)
     verdict = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes())
     if crash is not None:
         raise crash
@@ -49,19 +47,28 @@ def agree_on(decide):
     return verdict["value"]
 
 
+def encode_verdict(verdict: dict[str, Any]) -> bytes:
+    """`verdict` as JSON of at most MESSAGE_BYTES, its text cut where that is too long."""
+    message = json.dumps(verdict).encode()
+    # Escapes count too, so the text is halved until it fits.
+    while len(message) > MESSAGE_BYTES:
+        text = verdict["text"]
+        verdict = verdict | {"text": text[: len(text) // 2] + " …"}
+        message = json.dumps(verdict).encode()
+    return message
+
+
 def find_disagreements(facts: dict[str, object]) -> list[str]:
     """The names whose values are not the same on every process, the same list everywhere.
-    `facts`: values that `repr` tells apart, under the same names in the same order on all
-    processes, which must all call this."""
+
+    All processes must call it, with the same names in the same order. Values are compared by
+    `repr`.
+    """
     if jax.process_count() == 1:
         return []
-    mine = np.stack(
-        [
-            np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
-            for value in facts.values()
-        ]
-    )
+
+    digests = [hashlib.sha256(repr(value).encode()).digest() for value in facts.values()]
+    mine = np.stack([np.frombuffer(digest, np.uint8) for digest in digests])
     everyone = np.asarray(multihost_utils.process_allgather(mine))  # [processes, facts, 32]
-    return [
-        name for name, values in zip(facts, everyone.swapaxes(0, 1)) if (values != values[0]).any()
-    ]
+    differs = (everyone != everyone[0]).any(axis=(0, 2))
+    return [name for name, is_different in zip(facts, differs, strict=True) if is_different]

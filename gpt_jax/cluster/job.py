@@ -1,8 +1,11 @@
-"""When a run ends before its last step: requests to stop, the watchdog for hangs, the signs that
-a peer process is gone, and how a process that fails tells the others (floor 0; called by loop,
-checkpoint and commands)."""
+"""How the processes of a job learn that one of them has failed, and how they leave together.
+
+A process that fails says why in the key-value store of JAX's coordination service. A thread of
+every other process looks there, and ends its process with the same reason.
+"""
 
 import atexit
+import contextlib
 import json
 import os
 import re
@@ -10,25 +13,29 @@ import socket
 import sys
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
 from gpt_jax.errors import RESTARTABLE, PeerFailed, Stopped, complain
 
-# How the libraries below say that another process has left: gloo, NCCL, JAX's coordination service.
-# What else goes wrong inside XLA (out of memory, say) is this process's own failure.
+# How gloo, NCCL and JAX's coordination service say that another process has left. What else goes
+# wrong inside XLA, such as a lack of memory, is this process's own failure.
 PEER_GONE = re.compile(
     r"Gloo .*failed|closed by peer|reset by peer|[Rr]emote process (has )?exited|heartbeat timeout|"
     r"[Cc]oordination ?[Ss]ervice|Barrier failed|tasks are unhealthy"
 )
+GONE = "a peer process is gone without a word"
+MOST_NAMED = 8  # silent processes in one line
 
 
 def is_peer_gone(error: BaseException | None) -> bool:
     """Whether `error` comes of another process of this job having left."""
-    return isinstance(error, PeerFailed) or (
-        error is not None and jax.process_count() > 1 and PEER_GONE.search(str(error)) is not None
-    )
+    if isinstance(error, PeerFailed):
+        return True
+    if error is None or jax.process_count() == 1:
+        return False
+    return PEER_GONE.search(str(error)) is not None
 
 
 class Failure(NamedTuple):
@@ -41,113 +48,121 @@ class Failure(NamedTuple):
 
     @property
     def line(self) -> str:
-        return f"a peer process failed: process {self.process} on {self.host}, exit code {self.code}: {self.text}"
+        who = f"process {self.process} on {self.host}, exit code {self.code}"
+        return f"a peer process failed: {who}: {self.text}"
 
     @property
     def others_code(self) -> int:
-        """How those leave who hear of it: 40, but with its own code where a restart would only
-        repeat it. SLURM and Kubernetes see one code of many, and not always that of the process
-        that began it."""
+        """The exit code of those who hear of it.
+
+        It is 40, but the failure's own code where a restart would only repeat it. SLURM and
+        Kubernetes see one code of many, and not always that of the process that began it.
+        """
         return PeerFailed.code if self.code in RESTARTABLE else self.code
 
 
 class Membership:
-    """This process's line to the others of its job: the key-value store of JAX's coordination
-    service, at process 0.
+    """This process's line to the others of its job.
 
-    A thread looks there for failures, since the main one may be in a collective that never
-    returns, and a normal exit would wait for the others in a barrier, for minutes when one has
-    failed."""
+    It goes through the key-value store at process 0. A thread looks there for failures, because
+    the main one may be in a collective that never returns. A normal exit would wait for the others
+    in a barrier, for minutes if one has failed.
+    """
 
-    SAID, LEFT, STOPPED, ALL = (
-        "gpt_jax/failed/",
-        "gpt_jax/left/",
-        "gpt_jax/stopped/",
-        "gpt_jax/all_stopped/",
-    )
-    HOSTS, TURNS, SILENT = "gpt_jax/hosts/", "gpt_jax/turns/", "gpt_jax/silent/"
-    # of the others' threads, after which process 0 names a process; to say it only, none ends of
-    # that
+    # Folders of the store. Each holds one entry a process, under its number.
+    SAID = "gpt_jax/failed/"
+    LEFT = "gpt_jax/left/"
+    STOPPED = "gpt_jax/stopped/"
+    ALL = "gpt_jax/all_stopped/"
+    HOSTS = "gpt_jax/hosts/"
+    TURNS = "gpt_jax/turns/"
+    SILENT = "gpt_jax/silent/"
+
+    # After so many turns without a sign process 0 names a process as silent. Nobody ends for it.
     SILENT_TURNS = 3
-    OWN_SECONDS = (
-        2.0  # for this process to end by itself after another has failed: often both saw the same
-    )
-    LINGER_SECONDS = 5.0  # process 0 stays, and with it the store, until the others have read why
-    STOP_SECONDS = 120.0  # to wait for the others at a stop on request: process 0 writes the report
+    # After another's failure this process may end by itself: often both saw the same.
+    OWN_SECONDS = 2.0
+    # Process 0 stays, and the store with it, until the others have read why.
+    LINGER_SECONDS = 5.0
+    # A stop on request waits so long for the others, because process 0 writes the report.
+    STOP_SECONDS = 120.0
 
     def __init__(self):
-        from jax._src import distributed  # the client has no public door; Orbax takes it here too
+        # The client has no public door. Orbax takes it here too.
+        from jax._src import distributed
 
-        self.client, self.process, self.processes = (
-            distributed.global_state.client,
-            jax.process_index(),
-            jax.process_count(),
-        )
-        self.address = distributed.global_state.coordinator_address
+        self.client: Any = distributed.global_state.client
+        self.address: str = distributed.global_state.coordinator_address or ""
+        self.process = jax.process_index()
+        self.processes = jax.process_count()
         self.hosts: dict[int, str] = {}
-        self.silent: list[
-            int
-        ] = []  # processes that have not been heard of for a while, as process 0 finds it
-        self.over, self.leaving = threading.Event(), threading.Lock()
-        self.every = max(
-            1.0, 3 * self.processes / 1000
-        )  # seconds; process 0 is asked three times by each
+        self.silent: list[int] = []  # processes without a sign for a while, as process 0 sees it
+        self.over = threading.Event()
+        self.leaving = threading.Lock()
+        # Seconds of a turn. Each process asks process 0 three times in one, so that many processes
+        # ask it a thousand times a second.
+        self.every = max(1.0, 3 * self.processes / 1000)
+
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
         atexit.register(self.over.set)  # before JAX takes the client down
 
     def _watch(self) -> None:
-        seen, turn = {}, 0  # process -> (its turn, when it was first seen here)
+        """The thread: one turn after the other, until a failure is heard of."""
+        seen: dict[int, tuple[str, int]] = {}  # process -> (its turn, our turn when it changed)
+        turn = 0
         while not self.over.wait(self.every):
             turn += 1
-            try:
+            # Without process 0 there is no store. JAX then ends this process by abort().
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._listen(seen, turn)
-            except jax.errors.JaxRuntimeError:  # as in `failure`
-                pass
-            if (found := self.failure()) is not None:
+            failure = self.failure()
+            if failure is not None:
                 self.over.wait(self.OWN_SECONDS)
-                self.leave(found.others_code, line=found.line)
+                self.leave(failure.others_code, line=failure.line)
 
     def _read(self, folder: str) -> dict[int, str]:
-        return {
-            int(key.rpartition("/")[2]): text for key, text in self.client.key_value_dir_get(folder)
-        }
+        entries = self.client.key_value_dir_get(folder)
+        return {int(key.rpartition("/")[2]): text for key, text in entries}
+
+    def _count(self, folder: str) -> int:
+        return len(self.client.key_value_dir_get(folder))
+
+    def _write(self, folder: str, text: str) -> None:
+        self.client.key_value_set(f"{folder}{self.process}", text, allow_overwrite=True)
 
     def _listen(self, seen: dict[int, tuple[str, int]], turn: int) -> None:
-        """One turn of the thread: says that it is there, and learns who is silent. Process 0
-        reads all and tells all."""
+        """Gives a sign of life, and learns who is silent. Process 0 reads all and tells all."""
         if turn == 1:
-            self.client.key_value_set(f"{self.HOSTS}{self.process}", socket.gethostname())
+            self._write(self.HOSTS, socket.gethostname())
         if len(self.hosts) < self.processes:
             self.hosts = self._read(self.HOSTS)
+
         if self.process:
-            self.client.key_value_set(
-                f"{self.TURNS}{self.process}", str(turn), allow_overwrite=True
-            )
+            self._write(self.TURNS, str(turn))
             self.silent = json.loads(self._read(self.SILENT).get(0, "[]"))
             return
         for process, text in self._read(self.TURNS).items():
-            if seen.get(process, ("",))[0] != text:
+            if process not in seen or seen[process][0] != text:
                 seen[process] = text, turn
         self.silent = sorted(
             process for process, (_, last) in seen.items() if turn - last >= self.SILENT_TURNS
         )
-        self.client.key_value_set(f"{self.SILENT}0", json.dumps(self.silent), allow_overwrite=True)
+        self._write(self.SILENT, json.dumps(self.silent))
 
     def gone(self, seconds: float = 0.0) -> str:
-        """ "a peer process is gone without a word", with its number and host if they are known
-        within `seconds`."""
-        end, line = time.monotonic() + seconds, "a peer process is gone without a word"
-        if (
-            self.process and not self.silent and not self._reaches_0()
-        ):  # who names another leaves by itself, right after
+        """GONE, with number and host of that process if they are known within `seconds`."""
+        # Process 0 comes first: who names another process leaves by itself, right after.
+        if self.process and not self.silent and not self._reaches_0():
             self.silent = [0]
+
+        end = time.monotonic() + seconds
         while not self.silent and time.monotonic() < end:
             time.sleep(0.1)
-        names = [
-            f"process {process} on {self.hosts.get(process, 'a host unknown')}"
-            for process in self.silent[:8]
-        ]
-        return line + (f": {', '.join(names)}" if names else "")
+        names = []
+        for process in self.silent[:MOST_NAMED]:
+            host = self.hosts.get(process, "a host unknown")
+            names.append(f"process {process} on {host}")
+        return f"{GONE}: {', '.join(names)}" if names else GONE
 
     def _reaches_0(self) -> bool:
         """Whether somebody listens at process 0's address."""
@@ -159,79 +174,83 @@ class Membership:
         return True
 
     def failure(self, seconds: float = 0.0) -> Failure | None:
-        """What another process said it failed of, if one does so within `seconds`. None also
-        when process 0 is gone."""
+        """What another process said it failed of, if one does so within `seconds`.
+
+        None also when process 0 is gone, and the store with it.
+        """
         end = time.monotonic() + seconds
         while True:
-            try:
-                said = [
-                    Failure(**json.loads(text))
-                    for _, text in self.client.key_value_dir_get(self.SAID)
-                ]
-            except (
-                jax.errors.JaxRuntimeError
-            ):  # the store is gone with process 0; JAX ends this process by abort()
-                said = []
-            said = [found for found in said if found.process != self.process]
-            if said or time.monotonic() >= end:  # first those that are not victims themselves
-                return min(
-                    said,
-                    key=lambda found: (found.code == PeerFailed.code, found.process),
-                    default=None,
-                )
+            failures = self._others_failures()
+            if failures:
+                # Those that are no victims themselves come first.
+                return min(failures, key=lambda it: (it.code == PeerFailed.code, it.process))
+            if time.monotonic() >= end:
+                return None
             time.sleep(0.2)
 
-    def stop_together(self) -> Failure | None:
-        """Waits until all processes have come to their stop on request: one that left before
-        would count as gone. What another fails of meanwhile, if one does."""
-        self.client.key_value_set(f"{self.STOPPED}{self.process}", "")
-        end = time.monotonic() + self.STOP_SECONDS
-        while (found := self.failure()) is None and time.monotonic() < end:
-            if (
-                self.process == 0
-                and len(self.client.key_value_dir_get(self.STOPPED)) == self.processes
-            ):
-                self.client.key_value_set(f"{self.ALL}0", "")
-                break
-            if self.client.key_value_dir_get(self.ALL):
-                break
-            time.sleep(self.every / 5)
-        return found
+    def _others_failures(self) -> list[Failure]:
+        try:
+            texts = self._read(self.SAID)
+        except jax.errors.JaxRuntimeError:  # process 0 is gone; JAX ends this process by abort()
+            return []
+        failures = [Failure(**json.loads(text)) for text in texts.values()]
+        return [failure for failure in failures if failure.process != self.process]
 
-    def leave(self, code: int, text: str | None = None, line: str | None = None) -> None:
-        """Ends this process with `code`, after telling the others `text` and standard error
-        `line`. Never returns: of two threads the second waits for the first to end them both."""
+    def stop_together(self) -> Failure | None:
+        """Waits until all processes have come to their stop on request.
+
+        One that left before would count as gone. Returns the failure of another process if one
+        fails meanwhile.
+        """
+        self._write(self.STOPPED, "")
+        end = time.monotonic() + self.STOP_SECONDS
+        while True:
+            failure = self.failure()
+            if failure is not None or time.monotonic() >= end:
+                return failure
+            if self.process == 0 and self._count(self.STOPPED) == self.processes:
+                self._write(self.ALL, "")
+                return None
+            if self._count(self.ALL):
+                return None
+            time.sleep(self.every / 5)
+
+    def leave(self, code: int, text: str | None = None, line: str | None = None) -> NoReturn:
+        """Ends this process with `code`, after telling the others `text`.
+
+        Standard error gets `line`. Of two threads the second waits for the first to end them both.
+        """
         if not self.leaving.acquire(blocking=False):
             time.sleep(self.STOP_SECONDS + self.LINGER_SECONDS)
         if line:
             complain(line)
-        try:
+        # Without process 0 there is nobody to tell.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
             if code == Stopped.code:  # all of them stop
-                if (found := self.stop_together()) is not None:
-                    code = found.others_code
-                    complain(found.line)
+                failure = self.stop_together()
+                if failure is not None:
+                    code = failure.others_code
+                    complain(failure.line)
             elif text:
-                said = Failure(self.process, socket.gethostname(), code, text)
-                self.client.key_value_set(f"{self.SAID}{self.process}", json.dumps(said._asdict()))
-            self.client.key_value_set(f"{self.LEFT}{self.process}", "")
-            end = time.monotonic() + self.LINGER_SECONDS
-            while (
-                self.process == 0
-                and time.monotonic() < end
-                and len(self.client.key_value_dir_get(self.LEFT)) < self.processes
-            ):
-                time.sleep(0.1)
-        except jax.errors.JaxRuntimeError:  # process 0 is gone: nobody to tell
-            pass
+                own = Failure(self.process, socket.gethostname(), code, text)
+                self._write(self.SAID, json.dumps(own._asdict()))
+            self._write(self.LEFT, "")
+            if self.process == 0:
+                self._linger()
         os._exit(code)
 
+    def _linger(self) -> None:
+        """Keeps the store up until all others have left, for a while."""
+        end = time.monotonic() + self.LINGER_SECONDS
+        while time.monotonic() < end and self._count(self.LEFT) < self.processes:
+            time.sleep(0.1)
 
-JOBS: list[
-    Membership
-] = []  # the job this process has joined: threads and the end of the program have to find it
+
+# The job that this process has joined: threads, and the end of the program, have to know it.
+JOBS: list[Membership] = []
 
 
-def end_process(code: int, text: str) -> None:
+def end_process(code: int, text: str) -> NoReturn:
     """os._exit with `code`, from any thread, after telling the other processes why."""
     sys.stderr.flush()
     if JOBS:

@@ -1,5 +1,4 @@
-"""This process as one of a job of several: where its place comes from, and how it learns that
-another is gone (called by flags and train)."""
+"""How this process becomes one of a job of several, and learns that another is gone."""
 
 import ctypes
 import os
@@ -18,8 +17,10 @@ ABORT_HANDLERS = []  # C keeps an address only, so they must never be collected
 
 @contextmanager
 def tell_problems(flags: JobFlags, environ: Mapping[str, str]) -> Iterator[None]:
-    """What a process of a job finds wrong before it joins is told to the others, who would wait
-    for it."""
+    """Tells the others of the job what this process finds wrong in here, before it joins.
+
+    They would otherwise wait for it.
+    """
     try:
         yield
     except Exit as error:
@@ -30,80 +31,90 @@ def tell_problems(flags: JobFlags, environ: Mapping[str, str]) -> Iterator[None]
 
 
 def join_job(flags: JobFlags, environ: Mapping[str, str]) -> None:
-    """Makes this process one of a job. Raises PeerFailed when the others do not turn up within
-    `--join_seconds`."""
+    """Makes this process one of a job.
+
+    Raises PeerFailed if the others do not turn up within `--join_seconds`, and UsageError if they
+    do not fit together.
+    """
     import jax
     from jax.experimental import multihost_utils
 
     from gpt_jax.cluster.job import JOBS, Membership
 
-    place, seconds = place_of(flags, environ), flags.join_seconds
+    place = place_of(flags, environ)
+    seconds = flags.join_seconds
     with tell_problems(flags, environ):
         devices = own_devices(flags, environ)
     keep_stdout()
+
+    where = ""
     if place:
         meet(place, seconds)
-        given = dict(
-            coordinator_address=place.address,
-            num_processes=place.processes,
-            process_id=place.process,
-            local_device_ids=devices,
-            cluster_detection_method="deactivate",
-        )  # else JAX takes SLURM's word
-    else:
-        given = dict(local_device_ids=devices)
+        where = f" at {place.address}"
     leave_on_abort(
-        f"the processes of this job did not all meet{f' at {place.address}' if place else ''} within "
-        f"--join_seconds={seconds}: one has failed (its log has the reason)"
+        f"the processes of this job did not all meet{where} within --join_seconds={seconds}: "
+        "one has failed (its log has the reason)"
     )
     try:
         jax.distributed.initialize(
-            **given,
+            coordinator_address=place.address if place else None,
+            num_processes=place.processes if place else None,
+            process_id=place.process if place else None,
+            local_device_ids=devices,
+            # Without it JAX would take SLURM's word for the place.
+            cluster_detection_method="deactivate" if place else None,
             initialization_timeout=seconds,
             heartbeat_timeout_seconds=flags.heartbeat_seconds,
         )
     except ValueError as error:  # JAX found no cluster
         raise UsageError(
-            f"--distributed: no TPU pod and no SLURM job found here ({error}); give --coordinator=HOST:PORT "
-            "--num_processes=N --process_id=K"
+            f"--distributed: no TPU pod and no SLURM job found here ({error}); "
+            "give --coordinator=HOST:PORT --num_processes=N --process_id=K"
         ) from None
     if jax.process_count() > 1:
         JOBS.append(Membership())
-    same_devices()
-    # The processes connect here: the first exchange waits 30 s for the others, later ones as long
-    # as it takes (to prepare data, say).
+    check_devices()
+
+    # The processes connect here. The first exchange waits 30 s for the others, and later ones as
+    # long as it takes, to prepare data say.
     multihost_utils.sync_global_devices("joined")
     leave_on_abort(
-        "aborted: usually {gone} (killed, or its machine failed; its log may have the reason). If it is not, the "
-        "lines above show a fault of this process itself"
+        "aborted: usually {gone} (killed, or its machine failed; its log may have the reason). "
+        "If it is not, the lines above show a fault of this process itself"
     )
 
 
-def same_devices() -> None:
-    """UsageError, on all processes alike, where they bring different numbers of devices: no mesh
-    of JAX's has room for that."""
+def check_devices() -> None:
+    """Raises UsageError, on all processes alike, if they bring different numbers of devices.
+
+    No mesh of JAX has room for that.
+    """
     import jax
 
     counts = Counter(device.process_index for device in jax.devices())
-    few, most = min(counts, key=counts.get), max(counts, key=counts.get)
-    if counts[few] != counts[most]:
+    fewest = min(counts, key=lambda process: counts[process])
+    most = max(counts, key=lambda process: counts[process])
+    if counts[fewest] != counts[most]:
         raise UsageError(
-            f"the processes of this job have different numbers of devices: process {few} has {counts[few]}, "
-            f"process {most} has {counts[most]}; give each the same --cpu_devices, or as many accelerators"
+            "the processes of this job have different numbers of devices: "
+            f"process {fewest} has {counts[fewest]}, process {most} has {counts[most]}; "
+            "give each the same --cpu_devices, or as many accelerators"
         )
 
 
 def leave_on_abort(line: str) -> None:
-    """From now on abort() means `line`, with what is known of who left for "{gone}", and exit
-    code 40. JAX's process group ends a process that way when it finds a peer gone (at once if
-    that was process 0, else when its heartbeats are missed), in a thread of its own, where
-    Python's signal handlers do not run, and its callback cannot be used (jaxlib 0.10:
-    std::bad_cast): so C calls this handler."""
-    from gpt_jax.cluster.job import JOBS
+    """From now on abort() prints `line` and ends the process with exit code 40.
+
+    "{gone}" in the line becomes what is known of who left. JAX's process group calls abort() when
+    it finds a peer gone: at once if that was process 0, else when its heartbeats are missed. It
+    does so in a thread of its own, where Python's signal handlers do not run. Its callback cannot
+    be used (jaxlib 0.10: std::bad_cast). So C calls this handler.
+    """
+    from gpt_jax.cluster.job import GONE, JOBS
 
     def leave(_):
         try:
-            gone = JOBS[0].gone() if JOBS else "a peer process is gone without a word"
+            gone = JOBS[0].gone() if JOBS else GONE
             os.write(2, f"gpt-jax: {line.replace('{gone}', gone)}\n".encode())
         finally:
             os._exit(PeerFailed.code)
@@ -114,9 +125,12 @@ def leave_on_abort(line: str) -> None:
 
 
 def keep_stdout() -> None:
-    """Standard output for Python alone: gloo greets its peers there, in the middle of a text or
-    of JSON. What native code prints goes to standard error from now on."""
+    """Keeps standard output for Python alone.
+
+    What native code prints goes to standard error from now on. Gloo greets its peers on standard
+    output, in the middle of a text or of JSON.
+    """
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115 (it stays open)

@@ -1,5 +1,7 @@
-"""Kubernetes: a JobSet (jobset.x-k8s.io/v1alpha2) for GPU nodes or GKE's TPU slices, as plain
-data."""
+"""Kubernetes: a JobSet (jobset.x-k8s.io/v1alpha2) for GPU nodes or GKE's TPU slices.
+
+The manifest is plain data, which `dump_yaml` writes.
+"""
 
 import math
 import posixpath
@@ -10,8 +12,8 @@ from typing import NamedTuple
 from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 
 PORT = 8476
-# GKE's accelerator label, chips of a machine in slices of several, dims of the torus. From GKE's
-# documentation of TPU node pools.
+# GKE's accelerator label, chips of a machine in slices of several, dims of the torus. The source is
+# GKE's documentation of TPU node pools.
 TPU_NODES = {
     "v4": ("tpu-v4-podslice", 4, 3),
     "v5e": ("tpu-v5-lite-podslice", 4, 2),
@@ -22,24 +24,21 @@ TPU_NODES = {
 ONE_MACHINE = {"v5e": (1, 4, 8), "v6e": (1, 4, 8)}  # chips of a slice that is one machine
 
 CLAIM = r"(?=.{1,253}$)[a-z0-9]+(-+[a-z0-9]+)*(\.[a-z0-9]+(-+[a-z0-9]+)*)*"  # a DNS subdomain
-RESERVED = (
-    "/",
-    "/dev",
-    "/dev/shm",
-    "/gpt_jax",
-    "/proc",
-    "/sys",
-)  # the system's, the memory of `container`, the program
+# Paths of a pod that are taken: the system's, the memory that `container` mounts, the program.
+RESERVED = ("/", "/dev", "/dev/shm", "/gpt_jax", "/proc", "/sys")
+# A pod adds to the name of its JobSet, and its own name ends at 63 characters.
+JOBSET_NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
+VARIABLE_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 
 class KubernetesOptions(NamedTuple):
-    """What the flags of `gpt-jax launch kubernetes` say. `tpu`: "v6e:4x4" or None."""
+    """What the flags of `gpt-jax launch kubernetes` say."""
 
     image: str
     name: str
     nodes: int
     gpus: int
-    tpu: str | None
+    tpu: str | None  # KIND:SHAPE, as in "v6e:4x4"
     slices: int
     restarts: int
     grace: int
@@ -48,10 +47,38 @@ class KubernetesOptions(NamedTuple):
 
 
 def make_jobset(options: KubernetesOptions, arguments: list[str]) -> dict:
-    """The manifest that runs `gpt-jax` with `arguments`. Raises UsageError."""
-    if not re.fullmatch(
-        r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", options.name
-    ):  # pods add to it, and names end at 63
+    """The manifest that runs `gpt-jax` with `arguments`.
+
+    Raises UsageError for options that do not fit together.
+    """
+    check_options(options)
+    # A pod fills in $(NAME), and $$ is a $ for it.
+    arguments = [word.replace("$", "$$") for word in arguments]
+    job = tpu_job(options, options.tpu, arguments) if options.tpu else gpu_job(options, arguments)
+    # The pod's exit code said so, see podFailurePolicy.
+    hopeless = {
+        "name": "hopeless",
+        "action": "FailJobSet",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": options.name, "annotations": job.pop("annotations")},
+        "spec": {
+            # All processes start again together, and resume. Each attempt's pods have names of
+            # their own in the logs.
+            "failurePolicy": {"maxRestarts": options.restarts, "rules": [hopeless]},
+            "network": {"enableDNSHostnames": True},
+            "successPolicy": {"operator": "All"},
+            "replicatedJobs": [job],
+        },
+    }
+
+
+def check_options(options: KubernetesOptions) -> None:
+    """Raises UsageError for options that do not fit together."""
+    if not re.fullmatch(JOBSET_NAME, options.name):
         raise UsageError(
             f"--name={options.name}: expected lower-case letters, digits and dashes, at most 40"
         )
@@ -65,72 +92,44 @@ def make_jobset(options: KubernetesOptions, arguments: list[str]) -> dict:
         )
     if options.tpu and options.nodes > 1:
         raise UsageError(
-            f"--nodes={options.nodes}: --tpu_topology={options.tpu} says how many machines there are"
+            f"--nodes={options.nodes}: --tpu_topology={options.tpu} says how many machines there "
+            "are"
         )
-    arguments = [
-        word.replace("$", "$$") for word in arguments
-    ]  # a pod's $(NAME) is filled in, and $$ is a $
-    job = gpu_job(options, arguments) if options.gpus else tpu_job(options, arguments)
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {"name": options.name, "annotations": job.pop("annotations")},
-        "spec": {
-            # All processes start again together, resuming; each attempt's pods have names of their
-            # own in the logs.
-            "failurePolicy": {
-                "maxRestarts": options.restarts,
-                "rules": [
-                    # The pod's exit code said so (podFailurePolicy below).
-                    {
-                        "name": "hopeless",
-                        "action": "FailJobSet",
-                        "onJobFailureReasons": ["PodFailurePolicy"],
-                    }
-                ],
-            },
-            "network": {"enableDNSHostnames": True},
-            "successPolicy": {"operator": "All"},
-            "replicatedJobs": [job],
-        },
-    }
 
 
 def job_template(options: KubernetesOptions, pods: int, pod: dict) -> dict:
-    """A Job of `pods` pods that ends with the first failure, and tells by the exit code whether
-    it is worth a restart."""
+    """A Job of `pods` pods that ends with the first failure.
+
+    It tells by the exit code whether it is worth a restart.
+    """
+    # After an eviction, or preemption of the node, the pod may end with any code. The job starts
+    # again.
+    disrupted = {
+        "action": "Count",
+        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    }
+    hopeless = {
+        "action": "FailJob",
+        "onExitCodes": {
+            "containerName": "gpt-jax",
+            "operator": "NotIn",
+            "values": sorted(RESTARTABLE + SIGNALLED),
+        },
+    }
+    pod_spec = {
+        "restartPolicy": "Never",
+        # The time from SIGTERM to the end: finish the step, save, exit with 10.
+        "terminationGracePeriodSeconds": options.grace,
+        **pod,
+    }
     return {
         "spec": {
             "parallelism": pods,
             "completions": pods,
             "completionMode": "Indexed",
             "backoffLimit": 0,
-            "podFailurePolicy": {
-                "rules": [
-                    # Eviction, preemption of the node: the pod may end with any code, the job
-                    # starts again.
-                    {
-                        "action": "Count",
-                        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
-                    },
-                    {
-                        "action": "FailJob",
-                        "onExitCodes": {
-                            "containerName": "gpt-jax",
-                            "operator": "NotIn",
-                            "values": sorted(RESTARTABLE + SIGNALLED),
-                        },
-                    },
-                ]
-            },
-            "template": {
-                "spec": {
-                    "restartPolicy": "Never",
-                    # SIGTERM: finish the step, save, exit with 10
-                    "terminationGracePeriodSeconds": options.grace,
-                    **pod,
-                }
-            },
+            "podFailurePolicy": {"rules": [disrupted, hopeless]},
+            "template": {"spec": pod_spec},
         }
     }
 
@@ -143,8 +142,8 @@ def annotation(name: str, key: str) -> dict:
     }
 
 
-def patient(command: list[str]) -> list[str]:
-    """`command` behind the wait of the restart policy, which a JobSet has not: it only counts."""
+def wait_before(command: list[str]) -> list[str]:
+    """`command` behind the wait of the restart policy. A JobSet has none: it only counts."""
     first, most = RESTART_SECONDS
     script = f"""\
 if [ "${{RESTART_ATTEMPT:-0}}" -gt 0 ]; then
@@ -161,40 +160,43 @@ exec "$0" "$@"
 
 
 def parse_mounts(volumes: Iterable[str]) -> dict[str, str]:
-    """The claim at each path, of --volume. Raises UsageError."""
-    made = {}
+    """The claim at each path, of --volume.
+
+    Raises UsageError for a text that is no CLAIM:/PATH, and for a path that is taken.
+    """
+    claims: dict[str, str] = {}
     for text in volumes:
         claim, _, given = text.partition(":")
         if not (re.fullmatch(CLAIM, claim) and re.fullmatch("/([^/:][^:]*)?", given)):
             raise UsageError(
-                f"--volume={text}: expected CLAIM:/PATH, with a claim of lower-case letters, digits, '-' and '.'"
+                f"--volume={text}: expected CLAIM:/PATH, with a claim of lower-case letters, "
+                "digits, '-' and '.'"
             )
         path = posixpath.normpath(given)
-        if path in RESERVED or path in made:
-            raise UsageError(
-                f"--volume={text}: {path} is taken by "
-                f"{f'--volume={made[path]}:{path}' if path in made else 'the pod itself'}; choose another path"
-            )
-        made[path] = claim
-    return made
+        if path in RESERVED or path in claims:
+            owner = f"--volume={claims[path]}:{path}" if path in claims else "the pod itself"
+            raise UsageError(f"--volume={text}: {path} is taken by {owner}; choose another path")
+        claims[path] = claim
+    return claims
 
 
-def variables(own: list[dict], texts: Iterable[str]) -> list[dict]:
-    """The launcher's `own` and those of --env. Raises UsageError."""
-    made = {item["name"]: item for item in own}
+def make_variables(own: list[dict], texts: Iterable[str]) -> list[dict]:
+    """The launcher's `own` environment variables and those of --env.
+
+    Raises UsageError for a text that is no NAME=VALUE, and for a name that is set already.
+    """
+    variables = {item["name"]: item for item in own}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not (equals and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)):
+        if not (equals and re.fullmatch(VARIABLE_NAME, name)):
             raise UsageError(
                 f"--env={text}: expected NAME=VALUE, with a NAME of letters, digits and '_'"
             )
-        if name in made:
-            raise UsageError(
-                f"--env={text}: {name} is set {'twice' if 'value' in made[name] else 'by the launcher'}; leave "
-                "it out"
-            )
-        made[name] = {"name": name, "value": value}
-    return [*made.values()]
+        if name in variables:
+            how = "twice" if "value" in variables[name] else "by the launcher"
+            raise UsageError(f"--env={text}: {name} is set {how}; leave it out")
+        variables[name] = {"name": name, "value": value}
+    return [*variables.values()]
 
 
 def container(
@@ -202,46 +204,36 @@ def container(
 ) -> dict:
     """The one container of a pod, with the pod's volumes beside it."""
     claims = parse_mounts(options.volumes)
-    volumes = {
-        claim: f"volume-{k}" for k, claim in enumerate(dict.fromkeys(claims.values()))
-    }  # a claim's may hold no dot
-    memory = {
-        "name": "shared-memory",
-        "emptyDir": {"medium": "Memory"},
-    }  # NCCL, and the data workers
+    # A volume's name may hold no dot, and a claim's may.
+    names = {claim: f"volume-{k}" for k, claim in enumerate(dict.fromkeys(claims.values()))}
+    mounts = [{"name": names[claim], "mountPath": path} for path, claim in claims.items()]
+    volumes = [
+        {"name": name, "persistentVolumeClaim": {"claimName": claim}}
+        for claim, name in names.items()
+    ]
+    # Memory that NCCL and the data workers share.
+    memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}
+    attempt = annotation("RESTART_ATTEMPT", "jobset.sigs.k8s.io/restart-attempt")
     return {
         "containers": [
             {
                 "name": "gpt-jax",
                 "image": options.image,
-                "command": patient(command),
-                "env": variables(
-                    [annotation("RESTART_ATTEMPT", "jobset.sigs.k8s.io/restart-attempt"), *env],
-                    options.env,
-                ),
+                "command": wait_before(command),
+                "env": make_variables([attempt, *env], options.env),
                 "resources": {"limits": limits},
-                "volumeMounts": [
-                    {"name": memory["name"], "mountPath": "/dev/shm"},
-                    *(
-                        {"name": volumes[claim], "mountPath": path}
-                        for path, claim in claims.items()
-                    ),
-                ],
+                "volumeMounts": [{"name": memory["name"], "mountPath": "/dev/shm"}, *mounts],
             }
         ],
-        "volumes": [
-            memory,
-            *(
-                {"name": name, "persistentVolumeClaim": {"claimName": claim}}
-                for claim, name in volumes.items()
-            ),
-        ],
+        "volumes": [memory, *volumes],
     }
 
 
 def gpu_job(options: KubernetesOptions, arguments: list[str]) -> dict:
-    """One pod a machine, in it one process a GPU (`gpt-jax launch local`); pod 0 has the
-    coordinator."""
+    """One pod a machine, and in it `gpt-jax launch local` with one process a GPU.
+
+    Pod 0 has the coordinator.
+    """
     own = annotation("NODE", "batch.kubernetes.io/job-completion-index")
     # JobSet's name for pod 0: SET-JOB-REPLICA-POD.SUBDOMAIN
     host = f"{options.name}-worker-0-0.{options.name}"
@@ -265,40 +257,40 @@ def gpu_job(options: KubernetesOptions, arguments: list[str]) -> dict:
     }
 
 
-def tpu_job(options: KubernetesOptions, arguments: list[str]) -> dict:
-    """One Job a slice, one pod a machine of it. GKE tells the pods of a JobSet their places, JAX
-    reads them."""
-    kind, _, shape = options.tpu.lower().partition(":")
+def tpu_job(options: KubernetesOptions, tpu: str, arguments: list[str]) -> dict:
+    """One Job a slice, and one pod a machine of it.
+
+    GKE tells the pods of a JobSet their places, and JAX reads them. Raises UsageError for a slice
+    that GKE does not offer.
+    """
+    kind, _, shape = tpu.lower().partition(":")
     if kind not in TPU_NODES:
         raise UsageError(
-            f"--tpu_topology={options.tpu}: expected KIND:SHAPE, with KIND one of {', '.join(TPU_NODES)}"
+            f"--tpu_topology={tpu}: expected KIND:SHAPE, with KIND one of {', '.join(TPU_NODES)}"
         )
     label, chips, dims = TPU_NODES[kind]
     if not re.fullmatch("x".join([r"[1-9]\d*"] * dims), shape):
-        raise UsageError(f"--tpu_topology={options.tpu}: expected {kind}:{'x'.join('N' * dims)}")
+        raise UsageError(f"--tpu_topology={tpu}: expected {kind}:{'x'.join('N' * dims)}")
     size = math.prod(map(int, shape.split("x")))
-    chips = size if size in ONE_MACHINE.get(kind, ()) or size < chips else chips
+    if size in ONE_MACHINE.get(kind, ()) or size < chips:
+        chips = size
     if size % chips:
-        raise UsageError(
-            f"--tpu_topology={options.tpu}: {size} chips are no whole machines of {chips}"
-        )
-    pod = container(
-        options, ["gpt-jax", *arguments, "--distributed"], {"google.com/tpu": chips}, []
-    )
+        raise UsageError(f"--tpu_topology={tpu}: {size} chips are no whole machines of {chips}")
+
+    command = ["gpt-jax", *arguments, "--distributed"]
+    pod = container(options, command, {"google.com/tpu": chips}, [])
     pod["nodeSelector"] = {
         "cloud.google.com/gke-tpu-accelerator": label,
         "cloud.google.com/gke-tpu-topology": shape,
     }
-    pod["hostNetwork"], pod["dnsPolicy"] = (
-        True,
-        "ClusterFirstWithHostNet",
-    )  # the network between slices at full speed
+    # The host's own network is that between slices at full speed.
+    pod["hostNetwork"] = True
+    pod["dnsPolicy"] = "ClusterFirstWithHostNet"
+    topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     return {
         "name": "slice",
         "replicas": options.slices,
-        "annotations": {
-            "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
-        },
+        "annotations": topology,
         "template": job_template(options, size // chips, pod),
     }
 

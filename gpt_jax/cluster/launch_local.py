@@ -1,5 +1,7 @@
-"""Several real processes on one machine: started together, ended together, and started again
-where that helps."""
+"""Several real processes on one machine.
+
+They are started together, ended together, and started again where that helps.
+"""
 
 import signal
 import socket
@@ -7,27 +9,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from gpt_jax.errors import EXIT_CODES, RESTARTABLE, PeerFailed, restart_seconds
 
 MOST_PROCESSES = 256  # of one machine
-TOGETHER_SECONDS = (
-    12.0  # for the others to go by themselves once one has failed; then they are killed
-)
-# after an attempt that ran so long, the wait begins anew; the limit of restarts counts all
+# Once one has failed, the others have so long to go by themselves. Then they are killed.
+TOGETHER_SECONDS = 12.0
+# After an attempt that ran so long the wait begins anew. The limit of restarts counts all.
 QUIET_SECONDS = 300.0
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class LocalGroup(NamedTuple):
-    """The processes of this machine. `nodes` machines run as many each; `coordinator` "": a free
-    port here."""
+    """The processes of this machine, of `nodes` machines that run as many each."""
 
     processes: int
     devices: int  # fake CPU devices of each; 0: accelerator k of the machine for process k
-    coordinator: str = ""
+    coordinator: str = ""  # HOST:PORT; "": a free port here
     nodes: int = 1
     node: int = 0
 
@@ -37,29 +38,24 @@ def command_lines(group: LocalGroup, arguments: list[str]) -> list[list[str]]:
     total = group.processes * group.nodes
     if total == 1 and not group.devices:
         return [[sys.executable, "-m", "gpt_jax", *arguments]]
-    address = group.coordinator or f"127.0.0.1:{free_port()}"
-    job = [f"--coordinator={address}", f"--num_processes={total}"] if total > 1 else []
-    return [
-        [
-            sys.executable,
-            "-m",
-            "gpt_jax",
-            *arguments,
-            *job,
-            *([f"--process_id={group.node * group.processes + k}"] if total > 1 else []),
-            *(
-                [f"--cpu_devices={group.devices}"]
-                if group.devices
-                else [f"--local_device={k}"]
-                if group.processes > 1
-                else []
-            ),
-        ]
-        for k in range(group.processes)
-    ]
+
+    address = group.coordinator or f"127.0.0.1:{find_free_port()}"
+    lines = []
+    for k in range(group.processes):
+        line = [sys.executable, "-m", "gpt_jax", *arguments]
+        if total > 1:
+            process = group.node * group.processes + k
+            line += [f"--coordinator={address}", f"--num_processes={total}"]
+            line.append(f"--process_id={process}")
+        if group.devices:
+            line.append(f"--cpu_devices={group.devices}")
+        elif group.processes > 1:
+            line.append(f"--local_device={k}")
+        lines.append(line)
+    return lines
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -69,42 +65,55 @@ def free_port() -> int:
 def run_processes(
     group: LocalGroup, arguments: list[str], restarts: int, say: Callable[[str], None]
 ) -> tuple[int, str]:
-    """Runs the job until it is done, until it ends with a code that a restart cannot help, or
-    `restarts` times more. Returns the exit code of the process that began the end, and a line.
-    SIGTERM, SIGUSR1 and SIGINT go to all processes."""
-    used = quick = 0  # restarts: all, and those since an attempt that ran long
-    with passed_on() as requests:
+    """Runs the job, and starts it again at most `restarts` times.
+
+    It ends when the job is done, or with a code that a restart cannot help. SIGTERM, SIGUSR1 and
+    SIGINT go to all processes. Returns the exit code of the process that began the end, and a line.
+    """
+    used = 0  # restarts
+    quick = 0  # restarts since an attempt that ran long
+    with pass_on_requests() as requests:
         while True:
             began = time.monotonic()
             code, words = attempt(group, arguments, requests, say)
-            quick = 0 if time.monotonic() - began > QUIET_SECONDS else quick
+            if time.monotonic() - began > QUIET_SECONDS:
+                quick = 0
             if code == 0:
                 return 0, words
-            end = f"{words}: exit code {code} ({EXIT_CODES.get(code, 'a bug' if code == 1 else 'unknown')})"
+
+            meaning = EXIT_CODES.get(code, "a bug" if code == 1 else "unknown")
+            end = f"{words}: exit code {code} ({meaning})"
             if requests.asked.is_set():
                 return code, f"{end}; asked to stop"
             if code not in RESTARTABLE:
                 return code, f"{end}; a restart would not help"
             if used >= restarts:
                 return code, f"{end}; no restarts left of {restarts}"
+
             wait = restart_seconds(quick)
-            used, quick = used + 1, quick + 1
+            used += 1
+            quick += 1
             say(f"launch: {end}; restart {used} of {restarts} in {wait} s")
             if requests.asked.wait(wait):
                 return code, f"{end}; asked to stop"
 
 
 class Requests:
-    """SIGTERM, SIGUSR1 and SIGINT, passed on to the processes of the job, those included that
-    start when one has come."""
+    """SIGTERM, SIGUSR1 and SIGINT, passed on to the processes of the job.
+
+    Processes that start after a signal has come get it too.
+    """
 
     def __init__(self):
         self.processes: list[subprocess.Popen] = []
-        self.asked = threading.Event()  # whether one came
-        self.number = 0  # and which was the last
+        self.asked = threading.Event()  # whether a signal came
+        self.number = 0  # of the last one
 
     def start(self, line: list[str], **streams) -> None:
-        """Sessions of their own: Ctrl-C reaches the processes once, through this one."""
+        """Starts a process in a session of its own.
+
+        Ctrl-C then reaches the processes once, through this one.
+        """
         process = subprocess.Popen(line, start_new_session=True, **streams)
         self.processes.append(process)
         if self.asked.is_set():  # perhaps before this process was in the list
@@ -112,82 +121,19 @@ class Requests:
 
     def pass_on(self, number: int, _) -> None:
         """The handler. A second Ctrl-C kills."""
-        self.number = signal.SIGKILL if self.asked.is_set() and number == signal.SIGINT else number
+        is_second = self.asked.is_set() and number == signal.SIGINT
+        self.number = signal.SIGKILL if is_second else number
         self.asked.set()
         for process in list(self.processes):
             if process.poll() is None:
                 process.send_signal(self.number)
 
 
-def attempt(
-    group: LocalGroup, arguments: list[str], requests: Requests, say: Callable[[str], None]
-) -> tuple[int, str]:
-    """One start of all processes: (exit code of the one that began the end, how it ended)."""
-    processes, first = requests.processes, group.node * group.processes
-    for k, line in enumerate(command_lines(group, arguments)):
-        # Process 0 has the terminal; the others' lines get their number.
-        requests.start(
-            line,
-            **({} if first + k == 0 else dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)),
-        )
-    readers = [
-        threading.Thread(target=prefix, args=(process.stdout, f"[{first + k}] "), daemon=True)
-        for k, process in enumerate(processes)
-        if process.stdout
-    ]
-    for reader in readers:
-        reader.start()
-    ended: dict[int, int] = {}  # in the order of their ends
-    killed: set[int] = set()
-    deadline = None
-    while len(ended) < len(processes):
-        time.sleep(0.05)
-        for k, process in enumerate(processes):
-            if k not in ended and process.poll() is not None:
-                ended[k] = process.returncode
-        if deadline is None and any(ended.values()) and not requests.asked.is_set():
-            deadline = time.monotonic() + TOGETHER_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
-            for k in (k for k, process in enumerate(processes) if process.poll() is None):
-                say(
-                    f"launch: process {first + k} is still there {TOGETHER_SECONDS:g} s after another has failed: killed"
-                )
-                processes[k].kill()
-                killed.add(k)
-            deadline = float("inf")
-    for reader in readers:
-        reader.join()
-    processes.clear()
-    return verdict({first + k: code for k, code in ended.items()}, {first + k for k in killed})
-
-
-def verdict(ended: dict[int, int], killed: set[int] = frozenset()) -> tuple[int, str]:
-    """(exit code, words) of the process that began the end of all. `ended`: return codes in the
-    order of ends; `killed`: by this launcher, and so no reason for anything."""
-    failed = {k: code for k, code in ended.items() if code and k not in killed}
-    if not failed:
-        return 0, "done"
-    k = next((k for k, code in failed.items() if code != PeerFailed.code), next(iter(failed)))
-    if failed[k] < 0:  # by a signal: its peers, and a scheduler, can only say that it is gone
-        return PeerFailed.code, f"process {k} was killed by {signal.Signals(-failed[k]).name}"
-    return failed[k], f"process {k} ended first" if len(ended) > 1 else f"process {k} ended"
-
-
-def prefix(stream, mark: str) -> None:
-    """Copies lines to standard error, each with `mark` before it."""
-    for line in iter(stream.readline, b""):
-        sys.stderr.buffer.write(mark.encode() + line)
-        sys.stderr.buffer.flush()
-
-
 @contextmanager
-def passed_on() -> Iterator[Requests]:
+def pass_on_requests() -> Iterator[Requests]:
     """Requests to stop go to the job in here."""
     requests = Requests()
-    before = {
-        number: signal.signal(number, requests.pass_on)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+    before = {number: signal.signal(number, requests.pass_on) for number in REQUESTS}
     try:
         yield requests
     finally:
@@ -195,3 +141,90 @@ def passed_on() -> Iterator[Requests]:
             signal.signal(number, handler)
         for process in requests.processes:  # an error here: leave nothing behind
             process.kill()
+
+
+def attempt(
+    group: LocalGroup, arguments: list[str], requests: Requests, say: Callable[[str], None]
+) -> tuple[int, str]:
+    """One start of all processes: (exit code of the one that began the end, how it ended)."""
+    processes = requests.processes
+    first = group.node * group.processes
+    for k, line in enumerate(command_lines(group, arguments)):
+        # Process 0 has the terminal. The others' lines get their number.
+        if first + k == 0:
+            requests.start(line)
+        else:
+            requests.start(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    readers = []
+    for k, process in enumerate(processes):
+        if process.stdout:
+            mark = f"[{first + k}] "
+            reader = threading.Thread(target=copy_lines, args=(process.stdout, mark), daemon=True)
+            reader.start()
+            readers.append(reader)
+
+    ended, killed = wait_for_all(requests, first, say)
+    for reader in readers:
+        reader.join()
+    processes.clear()
+    codes = {first + k: code for k, code in ended.items()}
+    return find_verdict(codes, {first + k for k in killed})
+
+
+def wait_for_all(
+    requests: Requests, first: int, say: Callable[[str], None]
+) -> tuple[dict[int, int], set[int]]:
+    """({process: its return code} in the order of the ends, those that were killed here).
+
+    A process that outlives another's failure by TOGETHER_SECONDS is killed.
+    """
+    processes = requests.processes
+    ended: dict[int, int] = {}
+    killed: set[int] = set()
+    deadline = None
+    while len(ended) < len(processes):
+        time.sleep(0.05)
+        for k, process in enumerate(processes):
+            if k not in ended and process.poll() is not None:
+                ended[k] = process.returncode
+
+        if deadline is None and any(ended.values()) and not requests.asked.is_set():
+            deadline = time.monotonic() + TOGETHER_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            for k, process in enumerate(processes):
+                if process.poll() is None:
+                    say(
+                        f"launch: process {first + k} is still there {TOGETHER_SECONDS:g} s after "
+                        "another has failed: killed"
+                    )
+                    process.kill()
+                    killed.add(k)
+            deadline = float("inf")
+    return ended, killed
+
+
+def find_verdict(ended: dict[int, int], killed: Collection[int] = ()) -> tuple[int, str]:
+    """(exit code, words) of the process that began the end of all.
+
+    `ended` has return codes in the order of the ends. `killed` were ended by this launcher, and so
+    are no reason for anything.
+    """
+    failed = {k: code for k, code in ended.items() if code and k not in killed}
+    if not failed:
+        return 0, "done"
+
+    # Those that only heard of another's failure come last.
+    reasons = [k for k, code in failed.items() if code != PeerFailed.code]
+    k = (reasons or [*failed])[0]
+    code = failed[k]
+    if code < 0:  # by a signal: its peers, and a scheduler, can only say that it is gone
+        return PeerFailed.code, f"process {k} was killed by {signal.Signals(-code).name}"
+    return code, f"process {k} ended first" if len(ended) > 1 else f"process {k} ended"
+
+
+def copy_lines(stream: BinaryIO, mark: str) -> None:
+    """Copies lines to standard error, each with `mark` before it."""
+    for line in iter(stream.readline, b""):
+        sys.stderr.buffer.write(mark.encode() + line)
+        sys.stderr.buffer.flush()

@@ -1,4 +1,4 @@
-"""SLURM: what `gpt-jax launch slurm` hands to submitit, and how a job goes on after its end."""
+"""SLURM: what submitit is given for a job, and how the job continues after its end."""
 
 import os
 import sys
@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 
-SLURM_SAVE_SECONDS = 300  # before its time is up, a job is told to save
-# Options of sbatch that --sbatch may not set, and the way out. GPUs may come by any other than that
-# of --gpus_per_node.
+SLURM_SAVE_SECONDS = 300  # a job is told to save so long before its time is up
+# Options of sbatch that --sbatch may not set, and the way out. Any other option may ask for GPUs.
 OWN = {
     "nodes": "use --nodes",
     "ntasks": "use --nodes and --tasks_per_node",
@@ -29,8 +28,10 @@ OWN = {
 
 
 class SlurmTask:
-    """What every task of the job runs: the program in place of submitit's own process, so that
-    signals reach it alone."""
+    """What every task of the job runs.
+
+    The program takes the place of submitit's own process, so that signals reach it alone.
+    """
 
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
@@ -40,19 +41,22 @@ class SlurmTask:
 
 
 class SlurmShape(NamedTuple):
-    """What is asked of SLURM. `minutes`: the job's time limit."""
+    """What is asked of SLURM."""
 
     nodes: int
     tasks_per_node: int
     gpus_per_node: int
-    minutes: int
+    minutes: int  # the job's time limit
     restarts: int
     name: str
 
 
 def parse_sbatch_options(options: list[str], gpus: int) -> dict[str, str]:
-    """What --sbatch NAME=VALUE says, by name. `gpus`: --gpus_per_node. Raises UsageError."""
-    made = {}
+    """What --sbatch NAME=VALUE says, by name. `gpus` is --gpus_per_node.
+
+    Raises UsageError for an option that the launcher sets, or that is no option.
+    """
+    values = {}
     for option in options:
         name, equals, value = option.partition("=")
         if not (name and equals):
@@ -64,18 +68,16 @@ def parse_sbatch_options(options: list[str], gpus: int) -> dict[str, str]:
             )
         if key in OWN and (gpus or key != "gpus_per_node"):
             raise UsageError(f"--sbatch={option}: the launcher sets {name}; {OWN[key]}")
-        if key in made:
+        if key in values:
             raise UsageError(f"--sbatch={option}: {name} is given twice; leave one out")
-        made[key] = value
-    return made
+        values[key] = value
+    return values
 
 
 def make_slurm_parameters(shape: SlurmShape, extra: dict[str, str]) -> dict:
-    """Arguments of submitit's `update_parameters`. `extra`: further #SBATCH options by name."""
-    own = {
-        "signal": f"USR1@{SLURM_SAVE_SECONDS}",
-        "requeue": True,
-    }  # to the tasks: they save and end with 10
+    """Arguments of submitit's `update_parameters`. `extra` has further #SBATCH options by name."""
+    # The signal goes to the tasks, which save and end with 10.
+    own = {"signal": f"USR1@{SLURM_SAVE_SECONDS}", "requeue": True}
     gpus = {"gpus_per_node": shape.gpus_per_node} if shape.gpus_per_node else {}
     return gpus | {
         "job_name": shape.name,
@@ -91,8 +93,11 @@ def make_slurm_parameters(shape: SlurmShape, extra: dict[str, str]) -> dict:
 
 
 def afterwards(restarts: int | str) -> str:
-    """Shell lines behind srun: `$?` is its exit code, the highest of the tasks'. Back into the
-    queue where a restart helps; the same job and script, which resumes from its workdir."""
+    """Shell lines behind srun, where `$?` is its exit code, the highest of the tasks'.
+
+    They send the job back into the queue where a restart helps. It runs the same script, which
+    resumes from its workdir.
+    """
     first, most = RESTART_SECONDS
     codes = "|".join(str(code) for code in RESTARTABLE + SIGNALLED)
     return f"""\
@@ -100,7 +105,7 @@ code=$? count=${{SLURM_RESTART_COUNT:-0}}
 state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
 case $code in
 {codes})
-    if [ "$state" != JobState=RUNNING ]; then # cancelled or preempted: in the second case SLURM requeues by itself
+    if [ "$state" != JobState=RUNNING ]; then # cancelled, or preempted: then SLURM requeues it
         echo "gpt-jax: exit code $code, and SLURM has ended the job itself"
     elif [ "$count" -ge {restarts} ]; then
         echo "gpt-jax: exit code $code, restarted $count times: not again"

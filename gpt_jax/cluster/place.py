@@ -7,6 +7,18 @@ from typing import NamedTuple
 from gpt_jax.cluster.rendezvous import Place
 from gpt_jax.errors import UsageError
 
+SLURM_NEEDS = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+)
+# A host before the first comma, with what stands in its brackets.
+FIRST_OF_LIST = re.compile(r"(?:[^,\[]|\[[^\]]*\])*")
+# "8(x2)" is eight tasks on each of two nodes.
+TASKS_AND_NODES = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+
 
 class JobFlags(NamedTuple):
     """What a command line says about the job; see `gpt-jax train --help`."""
@@ -20,29 +32,25 @@ class JobFlags(NamedTuple):
     heartbeat_seconds: int = 10
 
 
-SLURM_NEEDS = (
-    "SLURM_JOB_ID",
-    "SLURM_STEP_NODELIST",
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-)
-
-
 def place_of(flags: JobFlags, environ: Mapping[str, str]) -> Place | None:
-    """The place that the flags give, or SLURM with --distributed. None: a single process, or one
-    whose place JAX finds (a TPU pod). Raises UsageError."""
-    if flags.num_processes > 1:
+    """The place that the flags give, or SLURM with --distributed.
+
+    None for a single process, and for one whose place JAX finds (a TPU pod). Raises UsageError
+    inside a SLURM job that was not started by srun.
+    """
+    if flags.num_processes > 1 and flags.coordinator:
         return Place(flags.coordinator, flags.num_processes, flags.process_id)
     if not flags.distributed or "SLURM_JOB_ID" not in environ:
         return None
-    if lacking := [name for name in SLURM_NEEDS if name not in environ]:
+    lacking = [name for name in SLURM_NEEDS if name not in environ]
+    if lacking:
         raise UsageError(
-            f"--distributed: inside a SLURM job but not under srun ({', '.join(lacking)} not set); start it by "
-            "`srun gpt-jax train --distributed …`"
+            f"--distributed: inside a SLURM job but not under srun ({', '.join(lacking)} not set); "
+            "start it by `srun gpt-jax train --distributed …`"
         )
-    # Below Linux's and above most services' ports; the same for all tasks and after a requeue,
-    # another for another job.
+
+    # Ports from 20000 to 29999 lie below those that Linux gives out, and above those of most
+    # services. All tasks get the same one, also after a requeue, and another job another one.
     port = 20000 + int(environ["SLURM_JOB_ID"]) % 10000
     return Place(
         f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
@@ -52,39 +60,52 @@ def place_of(flags: JobFlags, environ: Mapping[str, str]) -> Place | None:
 
 
 def first_host(nodes: str) -> str:
-    """Task 0's host in SLURM's notation: "n[1-2,7],m3" -> "n1", "a,b" -> "a", "r[01-02]s[1-3]"
-    -> "r01s1"."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes).group()
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
+    """Task 0's host in SLURM's notation.
+
+    "n[1-2,7],m3" -> "n1", "a,b" -> "a", "r[01-02]s[1-3]" -> "r01s1".
+    """
+    first = FIRST_OF_LIST.match(nodes)
+    assert first is not None  # the pattern matches any text
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
 
 
 def own_devices(flags: JobFlags, environ: Mapping[str, str]) -> list[int] | None:
-    """The accelerators this process may use, by number among those it sees; None: all of them.
-    Under SLURM the node's are dealt to its tasks, unless SLURM shows each task its own already;
-    one each where SLURM knows of none. Raises UsageError."""
+    """The accelerators this process may use, by number among those it sees; None for all of them.
+
+    Under SLURM the tasks of a node share its GPUs out, unless SLURM shows each task its own
+    already. They take one each where SLURM knows of none. Raises UsageError if the shares would not
+    be equal.
+    """
     if flags.local_device is not None:
         return [flags.local_device]
     if not flags.distributed or "SLURM_LOCALID" not in environ:
         return None
-    task, tasks = int(environ["SLURM_LOCALID"]), tasks_here(environ)
-    shown = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    seen, on_node = (
-        len(shown) * (shown[0] not in ("", "NoDevFiles")),
-        int(environ.get("SLURM_GPUS_ON_NODE") or 0),
-    )
+
+    task = int(environ["SLURM_LOCALID"])
+    tasks = tasks_here(environ)
+    seen = count_visible_gpus(environ)
+    on_node = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
     if tasks == 1 or seen == 1 or 0 < seen < on_node:
         return None
-    if (count := seen or on_node or tasks) % tasks:
+    count = seen or on_node or tasks
+    if count % tasks:
         raise UsageError(
-            f"{count} GPUs on this node for {tasks} tasks of SLURM: not the same number for each; start as "
-            "many tasks on a node as it has GPUs, or a divisor of that"
+            f"{count} GPUs on this node for {tasks} tasks of SLURM: not the same number for each; "
+            "start as many tasks on a node as it has GPUs, or a divisor of that"
         )
     return [*range(task * count // tasks, (task + 1) * count // tasks)]
 
 
+def count_visible_gpus(environ: Mapping[str, str]) -> int:
+    """GPUs that CUDA_VISIBLE_DEVICES names; 0 where it says nothing."""
+    shown = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return 0 if shown[0] in ("", "NoDevFiles") else len(shown)
+
+
 def tasks_here(environ: Mapping[str, str]) -> int:
-    """Tasks on this node in SLURM's notation for all nodes of the step: "8(x2),4" is 8, 8, 4."""
-    nodes = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    return [int(tasks) for tasks, times in nodes for _ in range(int(times or 1))][
-        int(environ.get("SLURM_NODEID", 0))
-    ]
+    """Tasks on this node, from SLURM's notation for all nodes: "8(x2),4" is 8, 8, 4."""
+    tasks_by_node: list[int] = []
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    for tasks, nodes in TASKS_AND_NODES.findall(text):
+        tasks_by_node += [int(tasks)] * int(nodes or 1)
+    return tasks_by_node[int(environ.get("SLURM_NODEID", 0))]

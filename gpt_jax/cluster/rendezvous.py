@@ -1,29 +1,31 @@
-"""How the processes of a job find each other before JAX takes over the same port (floor 0; called
-by commands).
+"""How the processes of a job find each other before JAX takes over the same port.
 
-JAX's own start waits in native code and ends it with abort(): it cannot say who is missing, nor
-hear that somebody has failed on the way. So every process first says hello to process 0, which
-answers "wait", "go" or "end" with a reason. One short connection a question: thousands of processes
-need no open sockets. A line of JSON each way.
+JAX's own start waits in native code, and ends the process with abort(). It cannot say who is
+missing, nor hear that somebody has failed on the way. So every process first says hello to
+process 0, which answers "wait", "go" or "end" with a reason.
+
+Every question is a short connection with a line of JSON each way. Thousands of processes then need
+no open sockets.
 """
 
 import json
 import os
 import socket
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 from gpt_jax.errors import Exit, PeerFailed, UsageError, exit_of
 
 ASK_SECONDS = 0.5  # between two questions of a waiting process
-LINGER_SECONDS = 10.0  # how long process 0 goes on answering once it knows how the meeting ends
+LINGER_SECONDS = 10.0  # process 0 goes on answering so long once it knows how the meeting ends
 LINE_SECONDS = 5.0  # for one line to arrive
 LINE_BYTES = 8192
+MOST_NAMED = 8  # processes in one line
 
 
 class Place(NamedTuple):
-    """This process's place in a job of several. `address`: HOST:PORT of process 0."""
+    """This process's place in a job of several. `address` is HOST:PORT of process 0."""
 
     address: str
     processes: int
@@ -41,72 +43,87 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def meet(place: Place, seconds: float, failed: Exit | None = None) -> None:
-    """Returns once all processes of the job have come. `failed`: why this one cannot start, which
-    ends it for all.
+    """Returns once all processes of the job have come.
 
-    Raises PeerFailed when the others or process 0 do not come within `seconds`, UsageError when
-    they do not fit together, and what another process failed of with its code and text. With
-    `failed`, tells who comes within LINGER_SECONDS and returns, whatever it finds."""
+    `failed` says why this process cannot start, which ends the job for all. The others are then
+    told if they come within LINGER_SECONDS, and nothing is raised.
+
+    Raises PeerFailed if the others or process 0 do not come within `seconds`, and UsageError if
+    they do not fit together. What another process failed of is raised with its code and text.
+    """
+    if place.processes == 1:  # a job of one, as SLURM starts it for one task
+        return
     host, port = split_address(place.address)
-    hello = {
+    hello: dict[str, Any] = {
         "process": place.process,
         "processes": place.processes,
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
     if failed:
-        hello["failed"] = {"code": failed.code, "text": short(str(failed))}
+        hello["failed"] = {"code": failed.code, "text": shorten(str(failed))}
         seconds = min(seconds, LINGER_SECONDS)
     try:
-        (receive if place.process == 0 else ask)(place, host, port, hello, seconds)
+        if place.process == 0:
+            receive(place, port, hello, seconds)
+        else:
+            ask(place, host, port, hello, seconds)
     except Exit:
         if not failed:
             raise
 
 
 def ask(place: Place, host: str, port: int, hello: dict, seconds: float) -> None:
-    """The part of every process but 0."""
-    begin, heard, seen, strange = time.monotonic(), {}, "no answer", None
-    while (now := time.monotonic()) < begin + seconds:
+    """The part of every process but 0: asks until process 0 says go or end."""
+    end = time.monotonic() + seconds
+    answer: dict[str, Any] = {}
+    problem = "no answer"
+    silent_since = None  # when somebody who is no process 0 of a job took the line first
+
+    while time.monotonic() < end:
+        now = time.monotonic()
         try:
             with socket.create_connection((host, port), timeout=min(LINE_SECONDS, seconds)) as line:
                 write_line(line, hello)
-                heard = read_line(line, is_answer) or {}
+                answer = read_line(line, is_answer) or {}
         except OSError as error:
-            seen = str(error)
+            problem = str(error)
         else:
-            if heard.get("say") == "end":
-                raise exit_of(heard["code"], heard["text"])
-            # JAX has the port: this job's, its "go" was lost, or that of the job before, soon gone
-            if not heard:
-                strange = strange or now
-            if heard.get("say") == "go" or (not heard and now - strange > LINGER_SECONDS):
+            if answer.get("say") == "end":
+                raise exit_of(answer["code"], answer["text"])
+            if answer.get("say") == "go":
                 return
+            # Without an answer JAX has the port: that of this job, whose "go" was lost, or that of
+            # the job before, which will soon be gone.
+            if not answer:
+                silent_since = silent_since or now
+                if now - silent_since > LINGER_SECONDS:
+                    return
         time.sleep(ASK_SECONDS)
-    if not heard:
+
+    limit = f"within --join_seconds={seconds:g}"
+    if not answer:
         raise PeerFailed(
-            f"--coordinator={place.address}: process {place.process} on {hello['host']} did not reach process "
-            f"0 there within --join_seconds={seconds:g} ({seen}); it has not started, its log may have the "
+            f"--coordinator={place.address}: process {place.process} on {hello['host']} did not "
+            f"reach process 0 there {limit} ({problem}); it has not started, its log may have the "
             "reason, or the address is wrong"
         )
-    raise PeerFailed(
-        f"{heard['text']}, within --join_seconds={seconds:g}; the logs of those missing may have the reason"
-    )
+    raise PeerFailed(f"{answer['text']}, {limit}; the logs of those missing may have the reason")
 
 
-def receive(place: Place, host: str, port: int, hello: dict, seconds: float) -> None:
+def receive(place: Place, port: int, hello: dict, seconds: float) -> None:
     """The part of process 0: answers until all others have been told the same."""
-    came, told, verdict = (
-        {0: hello},
-        set(),
-        hello.get("failed") and dict(hello["failed"], say="end"),
-    )
-    if verdict:
-        verdict["text"] = f"process 0 on {hello['host']} failed: {verdict['text']}"
+    came = {0: hello}
+    told: set[int] = set()
+    verdict = None
+    if "failed" in hello:
+        failed = hello["failed"]
+        verdict = make_end(failed["code"], f"process 0 on {hello['host']} failed: {failed['text']}")
+
     end = time.monotonic() + seconds
     with listen(place.address, port) as server:
-        while len(told) < place.processes - 1 and (left := end - time.monotonic()) > 0:
-            server.settimeout(left)
+        while len(told) < place.processes - 1 and time.monotonic() < end:
+            server.settimeout(max(0.001, end - time.monotonic()))
             try:
                 line, _ = server.accept()
                 with line:
@@ -114,68 +131,79 @@ def receive(place: Place, host: str, port: int, hello: dict, seconds: float) -> 
                     other = read_line(line, is_hello)
                     if other is None:  # a stranger, a port scanner say
                         continue
-                    verdict, was = verdict or judge(came, other, place.processes), verdict
-                    if verdict and not was:
-                        end = time.monotonic() + LINGER_SECONDS
-                    write_line(line, verdict or {"say": "wait", "text": missing(came, place)})
-                    told |= {other["process"]} if verdict else set()
+                    if verdict is None:
+                        verdict = judge(came, other, place.processes)
+                        if verdict is not None:
+                            end = time.monotonic() + LINGER_SECONDS
+                    if verdict is None:
+                        write_line(line, {"say": "wait", "text": describe_missing(came, place)})
+                    else:
+                        write_line(line, verdict)
+                        told.add(other["process"])
             except OSError:  # this one comes again, or counts as missing
                 continue
+
     if verdict is None:
         raise PeerFailed(
-            f"{missing(came, place)}, within --join_seconds={seconds:g}; the logs of those missing may have "
-            "the reason"
+            f"{describe_missing(came, place)}, within --join_seconds={seconds:g}; "
+            "the logs of those missing may have the reason"
         )
     if verdict["say"] == "end":
         raise exit_of(verdict["code"], verdict["text"])
-    if gone := set(range(1, place.processes)) - told:
+    gone = set(range(1, place.processes)) - told
+    if gone:
         raise PeerFailed(
-            f"{names(gone)} came and went again before the job began; the log there has the reason"
+            f"{list_processes(gone)} came and went again before the job began; "
+            "the log there has the reason"
         )
 
 
-def judge(came: dict[int, dict], other: dict, processes: int) -> dict | None:
-    """Notes who came; how the meeting ends, once that is known."""
-    process, where = other["process"], f"process {other['process']} on {other['host']}"
+def judge(came: dict[int, dict], other: dict, processes: int) -> dict[str, Any] | None:
+    """Notes in `came` who came. Returns how the meeting ends, once that is known."""
+    process = other["process"]
+    who = f"process {process} on {other['host']}"
     if "failed" in other:
-        return {
-            "say": "end",
-            "code": other["failed"]["code"],
-            "text": f"{where} failed: {other['failed']['text']}",
-        }
+        return make_end(other["failed"]["code"], f"{who} failed: {other['failed']['text']}")
     if other["processes"] != processes:
-        return end_usage(
-            f"--num_processes: {where} says {other['processes']}, process 0 says {processes}; start all with "
-            "the same number"
+        return make_end(
+            UsageError.code,
+            f"--num_processes: {who} says {other['processes']}, process 0 says {processes}; "
+            "start all with the same number",
         )
+
     before = came.setdefault(process, other)
     if (before["host"], before["pid"]) != (other["host"], other["pid"]):
-        return end_usage(
+        return make_end(
+            UsageError.code,
             f"--process_id={process}: two processes say so, one on {before['host']} and one on "
-            f"{other['host']}; give each its own"
+            f"{other['host']}; give each its own",
         )
     return {"say": "go"} if len(came) == processes else None
 
 
-def end_usage(text: str) -> dict:
-    return {"say": "end", "code": UsageError.code, "text": text}
+def make_end(code: int, text: str) -> dict[str, Any]:
+    """The answer that ends the job for all."""
+    return {"say": "end", "code": code, "text": text}
 
 
-def missing(came: dict, place: Place) -> str:
+def describe_missing(came: dict, place: Place) -> str:
     """ "2 of 4 processes came to HOST:PORT, missing: processes 1 and 3"."""
     absent = [process for process in range(place.processes) if process not in came]
-    return f"{len(came)} of {place.processes} processes came to {place.address}, missing: {names(absent)}"
+    return (
+        f"{len(came)} of {place.processes} processes came to {place.address}, "
+        f"missing: {list_processes(absent)}"
+    )
 
 
-def names(processes) -> str:
+def list_processes(processes: Collection[int]) -> str:
     """ "process 3", or "processes 1, 3 and 5", shortened where there are many."""
     words = [str(process) for process in sorted(processes)]
-    words = words if len(words) <= 8 else [*words[:7], f"{len(words) - 7} more"]
-    return (
-        f"process {words[0]}"
-        if len(words) == 1
-        else f"processes {', '.join(words[:-1])} and {words[-1]}"
-    )
+    if len(words) == 1:
+        return f"process {words[0]}"
+    if len(words) > MOST_NAMED:
+        rest = len(words) - MOST_NAMED + 1
+        words = [*words[: MOST_NAMED - 1], f"{rest} more"]
+    return f"processes {', '.join(words[:-1])} and {words[-1]}"
 
 
 def listen(address: str, port: int) -> socket.socket:
@@ -189,15 +217,18 @@ def listen(address: str, port: int) -> socket.socket:
             dualstack_ipv6=both,
         )
     except OSError as error:
+        # The error's own text names an address; that of its number is short.
+        reason = os.strerror(error.errno or 0)
         raise UsageError(
-            f"--coordinator={address}: process 0 cannot listen on port {port}: {os.strerror(error.errno)}; "
+            f"--coordinator={address}: process 0 cannot listen on port {port}: {reason}; "
             "is another process 0 there? else choose another port"
         ) from None
 
 
-def short(text: str) -> str:
-    """One that fits into a line whatever is in it."""
-    return text if len(text) <= LINE_BYTES // 8 else text[: LINE_BYTES // 8] + " …"
+def shorten(text: str) -> str:
+    """A text that fits into a line whatever is in it."""
+    most = LINE_BYTES // 16  # JSON takes up to 12 bytes for a character
+    return text if len(text) <= most else text[:most] + " …"
 
 
 def write_line(line: socket.socket, message: dict) -> None:
@@ -206,43 +237,44 @@ def write_line(line: socket.socket, message: dict) -> None:
 
 def has(message: object, **kinds: type) -> bool:
     """Whether this is a dict with these keys, of just these types."""
-    return isinstance(message, dict) and all(
-        type(message.get(key)) is kind for key, kind in kinds.items()
-    )
+    if not isinstance(message, dict):
+        return False
+    return all(type(message.get(key)) is kind for key, kind in kinds.items())
 
 
 def is_hello(message: object) -> bool:
     """Whether a process of a job says so, one that is not process 0."""
-    return (
-        has(message, process=int, processes=int, host=str, pid=int)
-        and 0 < message["process"] < message["processes"]
-        and ("failed" not in message or has(message["failed"], code=int, text=str))
-    )
+    if not isinstance(message, dict) or not has(
+        message, process=int, processes=int, host=str, pid=int
+    ):
+        return False
+    if "failed" in message and not has(message["failed"], code=int, text=str):
+        return False
+    return 0 < message["process"] < message["processes"]
 
 
 def is_answer(message: object) -> bool:
     """Whether process 0 of a job says so."""
-    say = has(message, say=str) and message["say"]
-    return (
-        say == "go"
-        or (say == "wait" and has(message, text=str))
-        or (say == "end" and has(message, text=str, code=int))
-    )
+    if not isinstance(message, dict):
+        return False
+    needed = {"go": {}, "wait": dict(text=str), "end": dict(text=str, code=int)}
+    say = message.get("say")
+    return isinstance(say, str) and say in needed and has(message, **needed[say])
 
 
-def read_line(line: socket.socket, wanted: Callable[[object], bool]) -> dict | None:
-    """The other side's message; None for what is not `wanted`. Raises OSError when nothing
-    comes."""
-    got = b""
-    while not got.endswith(b"\n") and len(got) < LINE_BYTES:
+def read_line(line: socket.socket, is_wanted: Callable[[object], bool]) -> dict | None:
+    """The other side's message; None if it is not wanted. Raises OSError when nothing comes."""
+    received = b""
+    while not received.endswith(b"\n") and len(received) < LINE_BYTES:
         part = line.recv(LINE_BYTES)
         if not part:
             break
-        got += part
-    if not got:
+        received += part
+    if not received:
         raise ConnectionError("closed without an answer")
+
     try:
-        message = json.loads(got)
+        message = json.loads(received)
     except ValueError:
         return None
-    return message if wanted(message) else None
+    return message if is_wanted(message) else None

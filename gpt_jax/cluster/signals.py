@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
@@ -14,27 +15,33 @@ from gpt_jax.errors import Hang, complain
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1 as a question, asked after each step and at each batch of an evaluation.
-    Over several processes JAX's preemption service makes all of them answer yes to the same one; it
-    owns SIGTERM there, so SIGUSR1 is passed on as one. Once yes, always yes.
+    """SIGTERM and SIGUSR1 as a question: should the run save and stop?
 
-    What the service compares is a count of the questions and not the step: of a request before
-    the first one the processes agree on number 1, and a resumed run never comes to that step
-    again."""
+    It is asked after each step and at each batch of an evaluation. Once yes, always yes. Over
+    several processes JAX's preemption service makes all of them answer yes to the same question.
+    The service owns SIGTERM there, so SIGUSR1 is passed on as one.
+
+    The processes agree on a number, and stop at it. The number counts how often they have asked,
+    not the training step. A step would not do: for a request that comes before the first question
+    they agree on number 1, and a resumed run never reaches step 1 again.
+    """
 
     def __init__(self):
-        self.seen, self.asked = False, 0
+        self.seen = False
+        self.asked = 0
         self.shared = jax.process_count() > 1
-        if self.shared:
-            handlers = {signal.SIGUSR1: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
-        else:
-            handlers = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), self._note)
+        handlers: dict[int, Callable] = {signal.SIGUSR1: self._pass_on}
+        if not self.shared:
+            handlers = {signal.SIGTERM: self._note, signal.SIGUSR1: self._note}
         self._before = {
             number: signal.signal(number, handler) for number, handler in handlers.items()
         }
 
-    def _note(self, *_):
+    def _note(self, *_) -> None:
         self.seen = True
+
+    def _pass_on(self, *_) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
         """Gives the signals back to whoever had them."""
@@ -42,8 +49,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        """True when the run should save and stop. All processes ask equally often, at the same
-        places."""
+        """True when the run should save and stop.
+
+        All processes have to ask equally often, at the same places.
+        """
         self.asked += 1
         if self.shared and not self.seen:
             from jax.experimental import multihost_utils
@@ -53,29 +62,29 @@ class StopRequest:
 
 
 @contextmanager
-def watchdog(minutes: float):
-    """Yields `beat()`; when it is not called for `minutes`, prints every thread's stack and ends
-    the process with code 41. A thread of its own, since a hung collective never returns to
-    Python. 0 minutes: off."""
-    last, done = [time.monotonic()], threading.Event()
+def watchdog(minutes: float) -> Iterator[Callable[[], None]]:
+    """Yields `beat()`, and ends the process with code 41 if it is not called for `minutes`.
 
-    def watch():
+    Every thread's stack is printed before. The watch is a thread of its own because a hung
+    collective never returns to Python. 0 minutes turns it off.
+    """
+    last = time.monotonic()
+    done = threading.Event()
+    line = f"no step ended for {minutes} minutes (config.train.hang_minutes)"
+
+    def beat() -> None:
+        nonlocal last
+        last = time.monotonic()
+
+    def watch() -> None:
         while not done.wait(min(5.0, minutes * 15)):
-            if time.monotonic() - last[0] > minutes * 60:
-                complain(
-                    f"no step ended for {minutes} minutes (config.train.hang_minutes); stacks follow"
-                )
+            if time.monotonic() - last > minutes * 60:
+                complain(f"{line}; stacks follow")
                 faulthandler.dump_traceback()
-                end_process(
-                    Hang.code, f"no step ended for {minutes} minutes (config.train.hang_minutes)"
-                )
+                end_process(Hang.code, line)
 
     if minutes:
         threading.Thread(target=watch, daemon=True, name="watchdog").start()
-
-    def beat():
-        last[0] = time.monotonic()
-
     try:
         yield beat
     finally:

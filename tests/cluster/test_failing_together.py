@@ -11,7 +11,7 @@ import runs
 
 from gpt_jax.cluster import rendezvous
 from gpt_jax.cluster.job import Membership
-from gpt_jax.cluster.launch_local import free_port
+from gpt_jax.cluster.launch_local import find_free_port
 from gpt_jax.errors import EXIT_CODES, EXIT_KINDS, PeerFailed, UsageError, exit_of
 
 HOST = socket.gethostname()
@@ -39,7 +39,7 @@ def said(process) -> list[str]:
 def test_who_is_silent_is_blamed_and_not_who_left_for_it():
     """Process 0 may be gone already, because it has heard of the silent one."""
     job = object.__new__(Membership)
-    job.process, job.silent, job.hosts, job.address = 2, [1], {1: "b"}, f"127.0.0.1:{free_port()}"
+    job.process, job.silent, job.hosts, job.address = 2, [1], {1: "b"}, f"127.0.0.1:{find_free_port()}"
     assert job.gone() == "a peer process is gone without a word: process 1 on b"
     job.silent = []
     assert "process 0 on " in job.gone()
@@ -273,11 +273,20 @@ def attend(port: int, places, seconds: float = 20.0, failed=None) -> list:
 
 
 def test_all_come():
-    assert attend(free_port(), [(k, 5) for k in (3, 1, 0, 4, 2)]) == ["came"] * 5
+    assert attend(find_free_port(), [(k, 5) for k in (3, 1, 0, 4, 2)]) == ["came"] * 5
+
+
+def test_a_job_of_one_has_met():
+    assert attend(find_free_port(), [(0, 1)], seconds=1) == ["came"]
+
+
+def test_long_texts_fit_into_a_line():
+    text = json.dumps(rendezvous.shorten("🎉" * 9999))
+    assert 1000 < len(text) < rendezvous.LINE_BYTES - 1000  # with room for the other fields
 
 
 def test_a_worker_that_never_comes_is_named():
-    found = attend(port := free_port(), [(k, 4) for k in (0, 2)], seconds=2)
+    found = attend(port := find_free_port(), [(k, 4) for k in (0, 2)], seconds=2)
     for error in found:
         assert isinstance(error, PeerFailed)
         assert str(error).startswith(
@@ -287,7 +296,7 @@ def test_a_worker_that_never_comes_is_named():
 
 
 def test_a_coordinator_that_cannot_be_reached_is_named():
-    (error,) = attend(port := free_port(), [(1, 2)], seconds=1.5)
+    (error,) = attend(port := find_free_port(), [(1, 2)], seconds=1.5)
     assert isinstance(error, PeerFailed) and f"--coordinator=127.0.0.1:{port}: process 1" in str(
         error
     )
@@ -307,7 +316,7 @@ def test_processes_that_do_not_fit_together(monkeypatch, places, words):
         os, "getpid", lambda: next(pids)
     )  # each thread stands for a process: `meet` asks once
     monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 2.0)
-    for error in attend(free_port(), places):
+    for error in attend(find_free_port(), places):
         assert isinstance(error, UsageError) and str(error).startswith(words)
 
 
@@ -315,7 +324,7 @@ def test_one_that_failed_tells_all(monkeypatch):
     monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 2.0)
     for who in (0, 2):
         found = attend(
-            free_port(),
+            find_free_port(),
             [(k, 3) for k in range(3)],
             failed={who: UsageError("no such file: " + "x" * 9999)},
         )
@@ -331,7 +340,7 @@ def test_strangers_are_no_process():
     """A port scanner, and something that says nothing, while the processes come."""
     import threading
 
-    port = free_port()
+    port = find_free_port()
     job = threading.Thread(target=attend, args=(port, [(0, 2)], 10.0))
     job.start()
     hello = {"process": 1, "processes": 2, "host": "h", "pid": 1}

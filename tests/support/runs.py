@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.cluster.launch_local import free_port
+from gpt_jax.cluster.launch_local import find_free_port
 from gpt_jax.commands import config_file, main as commands
 from gpt_jax.data.stream import dataset
 from gpt_jax.data.stream.batches import make_eval_batches, make_stream
@@ -279,7 +279,7 @@ def job(
 ) -> list[Process]:
     """One job of several processes with `devices` fake devices each; `own`: further arguments of
     each, `python`: what each runs instead of the program."""
-    port = free_port()
+    port = find_free_port()
     own, python = own or [[]] * processes, python or [("-m", "gpt_jax")] * processes
     return [
         Process(
