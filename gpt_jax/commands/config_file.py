@@ -6,6 +6,8 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,11 +17,15 @@ from gpt_jax.errors import UsageError
 
 
 def local_workdir(text: str) -> Path:
-    """The folder that --workdir means. Raises UsageError for the address of an object store,
-    which a Path would take for a folder of that name, on every machine its own."""
+    """The folder that --workdir means.
+
+    Raises UsageError for the address of an object store. A Path would take it for a folder of that
+    name, and every machine would have its own.
+    """
     if "://" in text:
         raise UsageError(
-            f"--workdir={text}: object stores are not supported; mount a folder that all hosts share"
+            f"--workdir={text}: object stores are not supported; "
+            "mount a folder that all hosts share"
         )
     return Path(text)
 
@@ -42,48 +48,11 @@ class PrintSchema(argparse.Action):
 
 
 def load_config(spec: str, overrides: list[str]) -> config.Config:
-    """The Config of `path.py[:argument]` with `--config.section.key=value` overrides. Raises
-    UsageError."""
-    path, _, argument = spec.partition(":")
-    file = Path(path)
-    if not file.is_file():
-        near = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        raise UsageError(
-            f"--config={spec}: {'is a folder' if file.is_dir() else 'no such file'}"
-            + (f"; there are {', '.join(near)}" if near else "")
-        )
-    if file.suffix != ".py":
-        raise UsageError(
-            f"--config={spec}: is no Python file; expected FILE.py, or FILE.py:VARIANT"
-        )
-    sys.path.insert(0, str(file.resolve().parent))  # a config may import its neighbours
-    try:
-        module_spec = importlib.util.spec_from_file_location(file.stem, file)
-        module = importlib.util.module_from_spec(module_spec)
-        with contextlib.redirect_stdout(
-            sys.stderr
-        ):  # standard output is the command's own, JSON even
-            module_spec.loader.exec_module(module)
-            if not hasattr(module, "get_config"):
-                raise UsageError(f"--config={spec}: the file has no get_config()")
-            made = module.get_config(argument) if argument else module.get_config()
-        if not isinstance(made, ConfigDict):
-            raise UsageError(
-                f"--config={spec}: get_config() gives {type(made).__name__}, not a ConfigDict"
-            )
-        values = made.to_dict()
-    except UsageError:
-        raise
-    except ValueError as error:  # how a config refuses its argument
-        raise UsageError(f"--config={spec}: {error}") from None
-    except (Exception, SystemExit) as error:  # whatever a file that is not a config does
-        line = " ".join(str(error).split())
-        raise UsageError(
-            f"--config={spec}: cannot be read as a config: {type(error).__name__}: {line}"
-        ) from None
-    finally:
-        sys.path.pop(0)
-    return apply_overrides(values, overrides)
+    """The Config of `path.py[:argument]` with `--config.section.key=value` overrides.
+
+    Raises UsageError for a file or an override that cannot be used.
+    """
+    return apply_overrides(read_config_file(spec), overrides)
 
 
 def apply_overrides(values: dict, overrides: list[str]) -> config.Config:
@@ -102,10 +71,84 @@ def apply_overrides(values: dict, overrides: list[str]) -> config.Config:
     return config.from_dict(values)
 
 
+def describe_overrides(spec: str, overrides: list[str]) -> str:
+    """What the overrides change of the file's own values: "key = value (preset: value)" a line.
+
+    It is "" where the file's own values make no config.
+    """
+    values = read_config_file(spec)
+    try:
+        preset = config.from_dict(values)
+    except UsageError:
+        return ""
+    changed = config.changes(preset, apply_overrides(values, overrides))
+    return "\n".join(f"{key} = {new!r} (preset: {old!r})" for key, old, new, _ in changed)
+
+
+def read_config_file(spec: str) -> dict[str, Any]:
+    """The nested values that `path.py[:argument]` gives. Raises UsageError."""
+    path, _, argument = spec.partition(":")
+    file = Path(path)
+    check_file(spec, file)
+    sys.path.insert(0, str(file.resolve().parent))  # a config may import its neighbours
+    try:
+        module = run_file(file)
+        if not hasattr(module, "get_config"):
+            raise UsageError(f"--config={spec}: the file has no get_config()")
+        with quiet_stdout():
+            values = module.get_config(argument) if argument else module.get_config()
+        if not isinstance(values, ConfigDict):
+            kind = type(values).__name__
+            raise UsageError(f"--config={spec}: get_config() gives {kind}, not a ConfigDict")
+        return values.to_dict()
+    except UsageError:
+        raise
+    except ValueError as error:  # how a config refuses its argument
+        raise UsageError(f"--config={spec}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever a file that is not a config does
+        line = " ".join(str(error).split())
+        raise UsageError(
+            f"--config={spec}: cannot be read as a config: {type(error).__name__}: {line}"
+        ) from None
+    finally:
+        sys.path.pop(0)
+
+
+def check_file(spec: str, file: Path) -> None:
+    """Raises UsageError, naming the configs that are near, if `file` is no Python file."""
+    if not file.is_file():
+        problem = "is a folder" if file.is_dir() else "no such file"
+        near = sorted(str(path) for path in file.parent.glob("*.py"))
+        there = f"; there are {', '.join(near)}" if near else ""
+        raise UsageError(f"--config={spec}: {problem}{there}")
+    if file.suffix != ".py":
+        raise UsageError(
+            f"--config={spec}: is no Python file; expected FILE.py, or FILE.py:VARIANT"
+        )
+
+
+def run_file(file: Path) -> ModuleType:
+    """The module that the file's code makes."""
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert module_spec is not None and module_spec.loader is not None  # it ends with .py
+    module = importlib.util.module_from_spec(module_spec)
+    with quiet_stdout():
+        module_spec.loader.exec_module(module)
+    return module
+
+
+def quiet_stdout() -> contextlib.AbstractContextManager:
+    """Sends prints to standard error: standard output is the command's own, and may be JSON."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
-    """`["--config.a.b=1", "--config.c", "2"]` -> [("a.b", "1"), ("c", "2")]; anything else is a
-    UsageError."""
-    pairs, rest = [], list(arguments)
+    """`["--config.a.b=1", "--config.c", "2"]` -> [("a.b", "1"), ("c", "2")].
+
+    Raises UsageError for anything else.
+    """
+    pairs = []
+    rest = list(arguments)
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--config."):

@@ -1,6 +1,7 @@
-"""What commands share: flags, config files, and the runtime (devices, processes, allocator)."""
+"""The parser of every command's flags."""
 
 import argparse
+from typing import NoReturn
 
 from gpt_jax.errors import UsageError
 
@@ -13,5 +14,5 @@ class Flags(argparse.ArgumentParser):
             allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
         )
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")

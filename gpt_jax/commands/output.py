@@ -1,54 +1,61 @@
 """What a command prints: lines for people, and output for programs."""
 
 import contextlib
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
-from gpt_jax.errors import UsageError, complain
+from gpt_jax.errors import UsageError, complain, mute
 
 
 @contextlib.contextmanager
-def output():
-    """For writing what a command is asked for: UsageError where standard output does not take
-    it. `| head` is another matter: BrokenPipeError passes."""
+def output() -> Iterator[TextIO]:
+    """Standard output, for what a command is asked for.
+
+    Raises UsageError where standard output does not take it. With `| head` the reader has gone,
+    which is no mistake: BrokenPipeError passes.
+    """
     try:
         yield sys.stdout
     except BrokenPipeError:
         raise
     except OSError as error:
-        sys.stdout = open(os.devnull, "w")  # else it is tried again at the end
+        mute("stdout")  # else Python tries again at the end
         raise UsageError(
             f"standard output cannot be written ({error.strerror}); send it elsewhere"
         ) from None
 
 
 def emit(text: str) -> None:
-    """What a command is asked for, as a whole. Raises UsageError."""
+    """Prints what a command is asked for, as a whole. Raises UsageError."""
     with output() as stream:
         print(text, file=stream, flush=True)
 
 
-def make_say(stream) -> Callable[[str], None]:
-    """Lines for people, from process 0 alone. A reader that has gone (`| head`), or a full disk,
-    does not end what is being done."""
+def make_say(stream: TextIO) -> Callable[[str], None]:
+    """A function that prints lines for people, from process 0 alone.
+
+    A reader that has gone (`| head`), or a full disk, does not end what is being done.
+    """
     import jax
 
-    gone = jax.process_index() != 0
+    is_silent = jax.process_index() != 0
 
     def say(line: str) -> None:
-        nonlocal gone
-        if gone:
+        nonlocal is_silent
+        if is_silent:
             return
         try:
             print(line, file=stream, flush=True)
         except OSError as error:
-            gone = True
-            if stream is sys.stdout:  # else Python complains about it at the end
-                sys.stdout = open(os.devnull, "w")
-                if not isinstance(error, BrokenPipeError):
-                    complain(
-                        f"standard output cannot be written ({error.strerror}): nothing more is said there"
-                    )
+            is_silent = True
+            if stream is not sys.stdout:
+                return
+            mute("stdout")  # else Python complains about it at the end
+            if not isinstance(error, BrokenPipeError):
+                complain(
+                    f"standard output cannot be written ({error.strerror}): "
+                    "nothing more is said there"
+                )
 
     return say

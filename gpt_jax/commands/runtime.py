@@ -6,17 +6,25 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from gpt_jax.cluster import JobFlags, join_job, split_address
-from gpt_jax.commands import environment
+from gpt_jax.commands import compiled, environment
 from gpt_jax.errors import Stopped, UsageError
 
-MOST_CPU_DEVICES = 1024  # each has threads of its own (environment.keep_threads)
-LONGEST = 86400  # seconds to wait for another process; what takes longer, nobody is waiting for
+MOST_CPU_DEVICES = 1024  # each has threads of its own
+LONGEST_SECONDS = 86400  # to wait for another process; nobody waits longer
+
+# Parameters of mallopt in malloc.h, and what `keep_memory` sets.
+M_TRIM_THRESHOLD = -1
+M_TOP_PAD = -2
+M_MMAP_MAX = -4
+M_ARENA_MAX = -8
+MALLOC = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**28, M_ARENA_MAX: 1}
 
 
 def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
-    """How many devices and processes take part."""
+    """Adds the flags that say how many devices and processes take part."""
     group = flags.add_argument_group("devices and processes")
     group.add_argument(
         "--cpu_devices",
@@ -42,7 +50,8 @@ def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
         "--heartbeat_seconds",
         type=int,
         default=10,
-        help="a process that is silent for so long counts as gone; raise it where the network has gaps",
+        help="a process that is silent for so long counts as gone; "
+        "raise it where the network has gaps",
     )
     group.add_argument(
         "--local_device",
@@ -54,6 +63,12 @@ def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
         "--distributed",
         action="store_true",
         help="find coordinator and processes from the cluster (TPU pod, SLURM)",
+    )
+    group.add_argument(
+        "--compilation_cache",
+        metavar="DIR",
+        help=f"where compiled programs are kept for the next start; {compiled.OFF}: nowhere; "
+        f"by default {compiled.FOLDER}, or what {compiled.FOLDER_VARIABLE} names",
     )
 
 
@@ -67,12 +82,12 @@ def check_runtime(args: argparse.Namespace) -> None:
         raise UsageError(f"--local_device={args.local_device}: expected 0 or more")
     if args.local_device is not None and args.num_processes == 1 and not args.distributed:
         raise UsageError(
-            f"--local_device={args.local_device}: is for one process of several; which GPUs a single one sees "
-            f"is said by CUDA_VISIBLE_DEVICES={args.local_device}"
+            f"--local_device={args.local_device}: is for one process of several; which GPUs a "
+            f"single one sees is said by CUDA_VISIBLE_DEVICES={args.local_device}"
         )
     for name in ("join_seconds", "heartbeat_seconds"):
-        if not 1 <= getattr(args, name) <= LONGEST:
-            raise UsageError(f"--{name}={getattr(args, name)}: expected 1 to {LONGEST}")
+        if not 1 <= getattr(args, name) <= LONGEST_SECONDS:
+            raise UsageError(f"--{name}={getattr(args, name)}: expected 1 to {LONGEST_SECONDS}")
     if args.distributed and args.coordinator:
         raise UsageError(
             "--distributed: finds coordinator and processes itself; leave out "
@@ -93,8 +108,10 @@ def check_runtime(args: argparse.Namespace) -> None:
 
 
 def start_runtime(args: argparse.Namespace) -> None:
-    """Allocator, fake devices and process group, in the order in which JAX wants them. Call
-    before any array exists."""
+    """Sets allocator, fake devices, compiled programs and process group, in JAX's order.
+
+    Call it before any array exists. Raises UsageError and PeerFailed.
+    """
     check_runtime(args)
     keep_memory()
     environment.prepare()
@@ -104,10 +121,11 @@ def start_runtime(args: argparse.Namespace) -> None:
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    compiled.keep_compiled(args.compilation_cache)
     if args.cpu_devices > 1 or args.num_processes > 1 or args.distributed:
-        # Of CPU devices that talk to each other one step may be running: with the next ones behind
-        # it, all threads can end up waiting for devices whose step has none (seen with 2 processes
-        # of 4 devices on 2 busy cores).
+        # Of CPU devices that talk to each other one step may be running. With the next ones behind
+        # it, all threads can end up waiting for devices whose step has none. Two processes of four
+        # devices on two busy cores did.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     if args.distributed or args.num_processes > 1:
         join_job(job_flags(args), os.environ)
@@ -119,23 +137,28 @@ def job_flags(args: argparse.Namespace) -> JobFlags:
 
 
 def leaving(line: str) -> Callable:
-    """A handler of signals that ends this process with Stopped's code and `line`, when there is
-    nothing to save."""
+    """A handler of signals for when there is nothing to save.
 
-    def leave(_, frame):
+    It prints `line` and ends this process with Stopped's code.
+    """
+
+    def leave(_, frame: FrameType | None) -> None:
         os.write(2, f"gpt-jax: {line}\n".encode())
-        if importing(
-            frame
-        ):  # jaxlib makes an ImportError of an exit, and that would be taken for a bug
+        # jaxlib makes an ImportError of a normal exit, which would then be taken for a bug. And in
+        # a job of several a normal exit would wait for the others.
+        if is_importing(frame) or is_in_job():
             os._exit(Stopped.code)
-        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-            os._exit(Stopped.code)  # a normal exit would wait for the others
         sys.exit(Stopped.code)
 
     return leave
 
 
-def importing(frame) -> bool:
+def is_in_job() -> bool:
+    """Whether this process has joined others. Imports nothing."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def is_importing(frame: FrameType | None) -> bool:
     """Whether `frame` runs for an import."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
@@ -143,19 +166,23 @@ def importing(frame) -> bool:
 
 
 def end_on_request() -> None:
-    """SIGTERM ends this process at once, for commands that have nothing to save: in a job of
-    several JAX takes the signal, and goes on. Call after start_runtime."""
+    """Lets SIGTERM end this process at once, for commands that have nothing to save.
+
+    In a job of several JAX takes the signal otherwise, and carries on. Call it after
+    start_runtime.
+    """
     signal.signal(signal.SIGTERM, leaving("stopped on request"))
 
 
 def keep_memory() -> None:
-    """Stops glibc from giving big buffers back to the kernel after every step: on CPU the page
-    faults of getting them anew cost about a third of a small step. Elsewhere, and under other C
-    libraries, nothing happens."""
+    """Stops glibc from giving big buffers back to the kernel after every step.
+
+    On CPU the page faults of getting them anew cost about a third of a small step. Nothing happens
+    elsewhere, and under other C libraries.
+    """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX of malloc.h
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1)):
+        for parameter, value in MALLOC.items():
             mallopt(parameter, value)

@@ -24,28 +24,33 @@ from gpt_jax.commands.runtime import (
     leaving,
     start_runtime,
 )
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, mute
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError for what cannot be run, Stopped, Diverged, DataError, SaveFailed,
-    NoCheckpoint otherwise."""
+    """Raises UsageError for what cannot be run.
+
+    The run itself ends with Stopped, Diverged, DataError, SaveFailed or NoCheckpoint.
+    """
+    # Until the loop takes these signals there is nothing to save.
     leave = leaving(
         "stopped on request before the first step, nothing to save; the same command starts again"
     )
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the loop takes them (stops.StopRequest)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, leave)
+
     args, rest = make_flags().parse_known_args(arguments)
     check_runtime(args)
     with tell_problems(job_flags(args), os.environ):
         config, workdir, profile = read(args, rest)
     if workdir is None:
         return
+
+    # In a job of several, start_runtime makes SIGTERM JAX's. JAX keeps a request, and all processes
+    # stop together after the first step.
     if args.num_processes > 1 or args.distributed:
         signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    start_runtime(
-        args
-    )  # makes SIGTERM JAX's in a job of several: it is kept, and all stop together after the first step
+    start_runtime(args)
     import jax
 
     from gpt_jax.run import build, run_training
@@ -61,8 +66,8 @@ def main(arguments: list[str]) -> None:
 def make_flags() -> Flags:
     flags = Flags(
         prog="gpt-jax train",
-        description="Train from a config; the same command again resumes. Any field is "
-        "set by --config.section.field=value, as in --config.optim.learning_rate=3e-4.",
+        description="Train from a config; the same command again resumes. Any field is set by "
+        "--config.section.field=value, as in --config.optim.learning_rate=3e-4.",
     )
     flags.add_argument(
         "--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant"
@@ -94,7 +99,7 @@ def make_flags() -> Flags:
 
 
 def say_start(mesh) -> None:
-    """Every process's own line."""
+    """Prints every process's own line, and carries on where nobody takes it."""
     import jax
 
     from gpt_jax import sharding
@@ -111,12 +116,16 @@ def say_start(mesh) -> None:
     )
     try:
         print(line, file=sys.stderr, flush=True)
-    except OSError:  # `2>&1 | head`, a full disk: the run goes on
-        sys.stderr = open(os.devnull, "w")
+    except OSError:  # `2>&1 | head`, a full disk
+        mute("stderr")
 
 
 def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int, int] | None]:
-    """Config, workdir (None: all was said already) and profiled steps of a command line."""
+    """Config, workdir and profiled steps of a command line.
+
+    The workdir is None if the command was to print the config, which is then done. Raises
+    UsageError.
+    """
     config = load_config(args.config, rest)
     if args.print_config:
         resolved = configs.resolve(config)
@@ -130,7 +139,7 @@ def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int,
 
 
 def parse_profile(text: str, steps: int) -> tuple[int, int]:
-    """ "10:20" -> (10, 20)."""
+    """ "10:20" -> (10, 20). Raises UsageError for steps that the run does not have."""
     start, _, stop = text.partition(":")
     if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop) <= steps):
         raise UsageError(
@@ -140,13 +149,12 @@ def parse_profile(text: str, steps: int) -> tuple[int, int]:
 
 
 def make_workdir(text: str) -> Path:
-    """The workdir, made and writable."""
+    """The workdir, which is made and can be written. Raises UsageError."""
     path = local_workdir(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(
-            dir=path
-        ).close()  # a name of its own: all processes of a job do this at once
+        # The file has a name of its own, because all processes of a job do this at once.
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UsageError(f"--workdir={text}: cannot be written: {error.strerror}") from None
     return path
