@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from gpt_jax.cluster import JobFlags, join_job, split_address
-from gpt_jax.commands import compiled, environment
+from gpt_jax.commands import compile_cache, environment
 from gpt_jax.errors import Stopped, UsageError
 
 MOST_CPU_DEVICES = 1024  # each has threads of its own
@@ -67,8 +67,8 @@ def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compilation_cache",
         metavar="DIR",
-        help=f"where compiled programs are kept for the next start; {compiled.OFF}: nowhere; "
-        f"by default {compiled.FOLDER}, or what {compiled.FOLDER_VARIABLE} names",
+        help=f"where compiled programs are kept for the next start; {compile_cache.OFF}: nowhere; "
+        f"by default {compile_cache.FOLDER}, or what {compile_cache.FOLDER_VARIABLE} names",
     )
 
 
@@ -121,7 +121,7 @@ def start_runtime(args: argparse.Namespace) -> None:
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
-    compiled.keep_compiled(args.compilation_cache)
+    compile_cache.keep_compiled(args.compilation_cache)
     if args.cpu_devices > 1 or args.num_processes > 1 or args.distributed:
         # Of CPU devices that talk to each other one step may be running. With the next ones behind
         # it, all threads can end up waiting for devices whose step has none. Two processes of four

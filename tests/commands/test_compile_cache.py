@@ -8,7 +8,7 @@ import pytest
 import runs
 from jax.experimental.compilation_cache import compilation_cache
 
-from gpt_jax.commands import compiled
+from gpt_jax.commands import compile_cache
 from gpt_jax.errors import UsageError
 
 SETTINGS = (
@@ -16,7 +16,7 @@ SETTINGS = (
     "jax_enable_compilation_cache",
     "jax_persistent_cache_min_compile_time_secs",
 )
-EVERYTHING = {compiled.SHORTEST_VARIABLE: "0"}
+EVERYTHING = {compile_cache.SHORTEST_VARIABLE: "0"}
 
 
 @pytest.fixture
@@ -37,15 +37,15 @@ def home(tmp_path, monkeypatch):
 
 
 def find_folder(home):
-    return home / ".cache/gpt_jax/compiled" / compiled.machine_digest({})
+    return home / ".cache/gpt_jax/compiled" / compile_cache.machine_digest({})
 
 
 def test_the_folder_is_made_and_said_once(own_settings, home, capfd):
     for _ in range(2):
-        compiled.keep_compiled(None, {})
+        compile_cache.keep_compiled(None, {})
     folder = find_folder(home)
     assert jax.config.jax_compilation_cache_dir == str(folder)
-    assert jax.config.jax_persistent_cache_min_compile_time_secs == compiled.SHORTEST_SECONDS
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == compile_cache.SHORTEST_SECONDS
     assert folder.stat().st_mode & 0o777 == 0o700  # whoever writes there has code run
     (line,) = capfd.readouterr().err.splitlines()
     assert str(folder) in line and "--compilation_cache=none" in line
@@ -53,25 +53,25 @@ def test_the_folder_is_made_and_said_once(own_settings, home, capfd):
 
 def test_what_jax_was_told_stays(own_settings, home):
     before = jax.config.jax_compilation_cache_dir
-    compiled.keep_compiled(None, {compiled.FOLDER_VARIABLE: "elsewhere"} | EVERYTHING)
+    compile_cache.keep_compiled(None, {compile_cache.FOLDER_VARIABLE: "elsewhere"} | EVERYTHING)
     assert jax.config.jax_compilation_cache_dir == before
-    assert jax.config.jax_persistent_cache_min_compile_time_secs != compiled.SHORTEST_SECONDS
+    assert jax.config.jax_persistent_cache_min_compile_time_secs != compile_cache.SHORTEST_SECONDS
     assert not find_folder(home).exists()
 
 
 def test_none_keeps_nothing(own_settings, home):
-    compiled.keep_compiled("none", {})
+    compile_cache.keep_compiled("none", {})
     assert not jax.config.jax_enable_compilation_cache and not find_folder(home).exists()
 
 
 def test_a_folder_that_cannot_be_used(own_settings, tmp_path, monkeypatch, capfd):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"^--compilation_cache=.*file.* cannot be used"):
-        compiled.keep_compiled(str(tmp_path / "file"), {})
+        compile_cache.keep_compiled(str(tmp_path / "file"), {})
 
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    compiled.keep_compiled(None, {})
+    compile_cache.keep_compiled(None, {})
     assert jax.config.jax_compilation_cache_dir == before  # and the command goes on
     assert "programs are compiled at every start" in capfd.readouterr().err
 
@@ -94,7 +94,7 @@ def count_hits(function, argument):
 
 def test_programs_are_loaded_and_damaged_ones_made_anew(own_settings, tmp_path):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compiled.keep_compiled(str(tmp_path), EVERYTHING)
+    compile_cache.keep_compiled(str(tmp_path), EVERYTHING)
 
     def function(x):
         return (jnp.sin(x) * 3.25).sum()
@@ -115,9 +115,9 @@ def test_the_oldest_programs_go_first(tmp_path):
         path = tmp_path / name
         path.write_bytes(b"x" * 10)
         os.utime(path, (1000 - age, 1000 - age))
-    compiled.drop_oldest(tmp_path, 40)
+    compile_cache.drop_oldest(tmp_path, 40)
     assert len(list(tmp_path.iterdir())) == 4
-    compiled.drop_oldest(tmp_path, 25)
+    compile_cache.drop_oldest(tmp_path, 25)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
