@@ -179,7 +179,7 @@ def slow_row(tokens, spans, seq_len, document_mask):
             document[place] if there else 0,
             position,
         )
-        for column, value in zip(out.values(), row):
+        for column, value in zip(out.values(), row, strict=False):
             column.append(int(value))
     return out
 
@@ -224,9 +224,8 @@ def test_held_out_text_is_counted_once(document_mask, seq_len):
     starts = set(tokens.offsets.tolist()) if document_mask else {0}
     assert seen == [int(t) for i, t in enumerate(ids_of(tokens)) if i not in starts]
     assert sum(b["bytes"].sum() for b in got) == sum(t < 256 for t in seen)
-    assert all(
-        (a["tokens"] == b["tokens"]).all() for a, b in zip(got, batches)
-    )  # iterates again, alike
+    # The batches are the same when they are iterated again.
+    assert all((a["tokens"] == b["tokens"]).all() for a, b in zip(got, batches, strict=True))
     halves = [
         list(pipeline.make_eval_batches(tokens, BYTES, data, seq_len, 4, slice(i, i + 2)))
         for i in (0, 2)
@@ -268,7 +267,9 @@ def mixed(seed=0):
     return Dataset(
         tuple(
             Part(name, weight, tokens, None)
-            for name, weight, tokens in zip("abc", (0.5, 0.3, 0.2), (*parts[:2], split))
+            for name, weight, tokens in zip(
+                "abc", (0.5, 0.3, 0.2), (*parts[:2], split), strict=True
+            )
         ),
         with_specials(BYTES, pipeline.FIM_ORDER),
         "",
@@ -380,7 +381,9 @@ def test_shares_are_of_tokens_or_documents_and_sizes_count_by_temperature():
 )
 def test_mixtures_that_cannot_be(weights, knobs, message):
     data = mixed()
-    parts = tuple(part._replace(weight=weight) for part, weight in zip(data.parts, weights))
+    parts = tuple(
+        part._replace(weight=weight) for part, weight in zip(data.parts, weights, strict=False)
+    )
     with pytest.raises(UsageError, match=message):
         pipeline.make_examples(Dataset(parts, BYTES, ""), config.Data(**knobs), 8, 0)
 
@@ -402,8 +405,8 @@ def test_shares_of_the_held_out_mean_are_those_of_the_stage_and_not_of_the_lengt
 def test_a_source_smaller_than_its_share_of_a_batch():
     with pytest.raises(
         UsageError,
-        match="config.train.batch_size = 400: 200 of them from source a, which of 6.. "
-        "tokens has 78 rows",
+        match=r"config\.train\.batch_size = 400: 200 of them from source a, which of 6.. "
+        r"tokens has 78 rows",
     ):
         pipeline.make_stream(mixed(), config.Data(packing="chunk"), 8, 400, 0, slice(0, 8))
 
@@ -455,17 +458,19 @@ def test_the_tail_that_is_left_out_is_said():
 def test_too_little_text(rows):
     data, tokens = config.Data(packing=rows), make_tokens([63])
     with pytest.raises(
-        UsageError, match="config.train.seq_len = 64: the training text has 64 tokens.* needs 65"
+        UsageError, match=r"config\.train\.seq_len = 64: the training text has 64 tokens.* needs 65"
     ):
         pipeline.make_stream(alone(tokens), data, 64, 1, 0, slice(0, 1))
     with pytest.raises(
-        UsageError, match="config.train.batch_size = 8: the training text of 64 tokens has 7 rows"
+        UsageError,
+        match=r"config\.train\.batch_size = 8: the training text of 64 tokens has 7 rows",
     ):
         pipeline.make_stream(alone(tokens), data, 9, 8, 0, slice(0, 8))
     take(pipeline.make_stream(alone(tokens), data, 63, 1, 0, slice(0, 1)), 2)
     lone = in_memory("eval", np.array([256], np.uint16), np.array([0, 1]), 0)
     with pytest.raises(
-        UsageError, match="the held-out text of source wiki has 1 token.*--eval_fraction of prepare"
+        UsageError,
+        match=r"the held-out text of source wiki has 1 token.*--eval_fraction of prepare",
     ):
         pipeline.make_eval_batches(
             lone, BYTES, data, 8, 1, slice(0, 1), 0, "the held-out text of source wiki"

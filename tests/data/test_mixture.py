@@ -51,7 +51,7 @@ def test_shares_are_those_of_the_stage_an_example_is_in():
 def test_a_stage_begins_at_the_very_example_asked_for_and_counts_its_blocks_from_there(begins):
     total = begins[-1] + 40
     source, nth = (mix := make(COUNTS, begins, 11)).assign(np.arange(total))
-    for begin, end, counts in zip(begins, [*begins[1:], total], COUNTS):
+    for begin, end, counts in zip(begins, [*begins[1:], total], COUNTS, strict=True):
         for at in range(begin, end, 10):
             size = min(10, end - at)
             found = np.bincount(source[at : at + size], minlength=3)
@@ -109,6 +109,6 @@ def test_shares_by_largest_remainder():
 def test_a_share_too_small_for_the_block_is_refused():
     with pytest.raises(
         UsageError,
-        match="config.data.block = 100: the share 0.001 of source b is less than one example",
+        match=r"config\.data\.block = 100: the share 0\.001 of source b is less than one example",
     ):
         apportion(np.array([0.999, 0.001]), 100, ("a", "b"))

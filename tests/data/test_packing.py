@@ -45,7 +45,7 @@ def test_blocks_side_by_side_are_packed_as_by_a_loop(how, slow, capacity):
     for block in range(len(sizes)):
         given = [int(s) for s in sizes[block] if s]
         found = [
-            [int(s) for s, row in zip(arranged[block], rows[block]) if row == r and s]
+            [int(s) for s, row in zip(arranged[block], rows[block], strict=True) if row == r and s]
             for r in range(used[block])
         ]
         assert found == slow(given, capacity)
@@ -68,7 +68,7 @@ def test_every_token_is_in_one_row_and_predicted_once(how, seq_len, monkeypatch)
     filled = np.add.reduceat(plan.sizes, plan.first[:-1])
     assert filled.max() <= capacity
     predicted, seen = np.zeros(offsets[-1], int), np.zeros(offsets[-1], int)
-    for start, size in zip(plan.starts, plan.sizes):
+    for start, size in zip(plan.starts, plan.sizes, strict=True):
         document = np.searchsorted(offsets, start, "right") - 1
         assert start + size <= offsets[document + 1]  # never over the end of its document
         predicted[start + 1 : start + size] += 1

@@ -1,1 +1,1 @@
-"""Ids to batches: a pure function of the seed and the index of the example."""
+"""Turns token ids into batches. A batch is a pure function of the seed and its number."""

@@ -1,8 +1,7 @@
-"""Rows to streams: batches as a Grain data set, read ahead off the main thread (called by loop and
-commands).
+"""Streams of batches, which Grain reads ahead off the main thread.
 
-A batch is a pure function of its number, so the only state is the number of the next one, and the
-share of a process is a slice of the rows: nothing here knows how many processes there are.
+A batch is a pure function of its number. The only state is therefore the number of the next batch,
+and the share of a process is a slice of the rows. Nothing here knows how many processes there are.
 """
 
 import functools
@@ -30,39 +29,47 @@ from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens.shards import Tokens
 from gpt_jax.errors import UsageError
 
-FIM_ORDER = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # in which transforms takes them
-ENDLESS = 2**62  # batches in a stream that has no end; Grain wants a length
+# `transforms.fill_in_the_middle` takes the sentinels in this order.
+FIM_ORDER = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
+# The length of an endless stream, because Grain wants one.
+ENDLESS = 2**62
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Training rows by number, mixed from sources: `columns(indices)`, int64 [N] -> Columns [N,
-    T]."""
+    """Training rows by number, mixed from sources."""
 
     names: tuple[str, ...]
-    rows: tuple[Window, ...]  # of each source
-    mix: mixture.Mixture | None  # None: one source
+    rows: tuple[Window, ...]  # the rows of each source
+    mix: mixture.Mixture | None  # None if the only source is one text
     tokenizer: Tokenizer
     knobs: config.Data
     seed: int
 
     def assign(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source [N], row within the source [N])."""
-        return self.mix.assign(indices) if self.mix else (np.zeros(len(indices), np.int64), indices)
+        if self.mix:
+            return self.mix.assign(indices)
+        return np.zeros(len(indices), np.int64), indices
 
     def drawn(self, examples: int) -> np.ndarray:
         """int64 [sources]: how many of the first `examples` come from each."""
         return self.mix.drawn(examples) if self.mix else np.array([examples])
 
     def shares(self, examples: int) -> dict[str, float]:
-        """{source: its part of the rows} in the phase of the mixture that the last of the first
-        `examples` is in: the weights of the sources in the mean of their held-out metrics, here
-        and in `gpt-jax evaluate`."""
+        """{source: its part of the rows} in the phase that the last of the first `examples` is in.
+
+        Training and `gpt-jax evaluate` weight the held-out metrics of the sources by these shares.
+        """
         shares = self.mix.shares(max(0, examples - 1)).tolist() if self.mix else [1.0]
-        return dict(zip(self.names, shares))
+        return dict(zip(self.names, shares, strict=True))
 
     def fill(self, indices: np.ndarray) -> Buffer:
-        """Rows before the shift, transforms applied."""
+        """Rows before the shift, with the transforms applied.
+
+        Raises DataError if a row holds an id that the tokenizer does not have.
+        """
         source, nth = self.assign(indices)
         buffer = None
         for i in np.unique(source):
@@ -73,10 +80,12 @@ class Examples:
                 buffer = Buffer(
                     *(np.zeros((len(indices), column.shape[1]), column.dtype) for column in part)
                 )
-            for whole, column in zip(buffer, part):
+            for whole, column in zip(buffer, part, strict=True):
                 whole[mine] = column
+
         if self.knobs.shuffle_documents:
             buffer = transforms.shuffle_documents(buffer, self.seed + 1, indices)
+
         if self.knobs.fim:
             buffer = transforms.fill_in_the_middle(
                 buffer,
@@ -90,23 +99,30 @@ class Examples:
         return buffer
 
     def columns(self, indices: np.ndarray) -> Columns:
+        """Examples `indices`, int64 [N], as Columns [N, T]."""
         return make_columns(
             self.fill(indices), self.tokenizer.token_bytes, self.knobs.document_mask
         )
 
     def spans(self, index: int) -> tuple[int, list[Span]]:
-        """(source, the documents that example `index` is made of, in the order before
-        `shuffle_documents`)."""
+        """(source, documents that example `index` is made of).
+
+        The documents are in the order before `shuffle_documents`.
+        """
         source, nth = self.assign(np.array([index]))
         return int(source[0]), self.rows[source[0]].spans(int(nth[0]))
 
 
 class Batches:
-    """Random access to batches: `self[n]` is rows `n * batch_size + rows`, as columns
-    [len(rows), T]."""
+    """Random access to batches.
+
+    `self[n]` is rows `n * batch_size + rows` as columns [len(rows), T].
+    """
 
     def __init__(self, make, batch_size: int, rows: slice, count: int):
-        self._make, self._batch_size, self._count = make, batch_size, count
+        self._make = make
+        self._batch_size = batch_size
+        self._count = count
         self._rows = np.arange(batch_size, dtype=np.int64)[rows]
 
     def __len__(self) -> int:
@@ -120,8 +136,10 @@ class Batches:
 
 
 class Stream:
-    """An iterator of batches from number `start` on, `prefetch` of them made ahead by `threads`.
-    Close it when done."""
+    """An iterator of batches from number `start` on.
+
+    `threads` threads make `prefetch` batches ahead. Close the stream when done.
+    """
 
     def __init__(
         self,
@@ -133,7 +151,7 @@ class Stream:
         shares: Callable[[int], dict[str, float]] = lambda step: {},
     ):
         self.summary = tuple(summary)  # lines about the rows, for people
-        self.shares = shares  # at a step, see Examples.shares
+        self.shares = shares  # the shares at a step, see Examples.shares
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self._iterator.set_state({"next_index": start})
@@ -142,25 +160,33 @@ class Stream:
         return self
 
     def __next__(self) -> Columns:
-        """The next batch: numpy columns [rows of this process, T], see rows.columns. DataError
-        for data turned bad."""
+        """The next batch as numpy columns [rows of this process, T], see `rows.make_columns`.
+
+        Raises DataError if the data has become damaged.
+        """
         return next(self._iterator)
 
     def state(self) -> dict[str, int]:
-        """`{"next": n}`: the number of the batch that `next` gives; `start=n` goes on there in
-        O(1)."""
+        """`{"next": n}`, where n is the number of the next batch.
+
+        A stream with `start=n` continues there in O(1).
+        """
         return {"next": int(self._iterator.get_state()["next_index"])}
 
     def close(self) -> None:
+        """Stops the threads that read ahead."""
         self._iterator.close()
 
 
 class EvalBatches:
-    """Held-out batches, the same every time they are iterated, the last padded with rows of
-    weight 0."""
+    """Held-out batches, the same every time they are iterated.
+
+    The last batch is padded with rows of weight 0.
+    """
 
     def __init__(self, batches: Batches, data: config.Data):
-        self._batches, self._data = batches, data
+        self._batches = batches
+        self._data = data
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -176,38 +202,46 @@ class EvalBatches:
 def _row_shares(
     weights, parts: Sequence[Part], rows: Sequence[Window], knobs: config.Data
 ) -> np.ndarray:
-    """float [sources]: the part of the rows for each source, from `weights` in tokens or
-    documents."""
+    """float [sources]: the part of the rows for each source.
+
+    `weights` are parts of the tokens or of the documents, as `knobs.weights` says.
+    """
     size = {
         "tokens": [part.train.size for part in parts],
         "documents": [part.train.documents for part in parts],
     }
-    amount = np.array(size[knobs.weights], float)  # in the unit of the weights
+    amount = np.array(size[knobs.weights], float)
     wanted = np.array(weights, float)
     if knobs.temperature:
         wanted = wanted * (amount / amount.max()) ** (1 / knobs.temperature)
-    # Tokens in a row are as many as its places are filled; a source whose rows hold less needs more
-    # of them.
-    a_row = {
+
+    # A source whose rows hold less of the weights' unit needs more rows. The unit is tokens, of
+    # which a row holds as many as it has filled places, or documents.
+    per_row = {
         "tokens": [source.filled for source in rows],
-        "documents": [n / source.count for n, source in zip(amount, rows)],
-    }[knobs.weights]
-    return wanted / np.array(a_row)
+        "documents": [n / source.count for n, source in zip(amount, rows, strict=True)],
+    }
+    return wanted / np.array(per_row[knobs.weights])
 
 
 def make_mixture(
     parts: Sequence[Part], rows: Sequence[Window], knobs: config.Data, seq_len: int, seed: int
 ) -> mixture.Mixture:
-    """The phases of config.data as counts. UsageError for weights that cannot be."""
+    """The mixture of the phases of config.data.
+
+    Raises UsageError for weights or phases that make no mixture.
+    """
     names = tuple(part.name for part in parts)
     phases = ((0, tuple(part.weight for part in parts)), *knobs.phases)
     mixture.check(phases, names)
-    counts, begins = [], []
+
+    counts = []
+    begins = []
     for i, (token, weights) in enumerate(phases):
-        counts.append(
-            mixture.apportion(_row_shares(weights, parts, rows, knobs), knobs.block, names)
-        )
-        begins.append(-(-token // seq_len))  # the first row that begins there
+        shares = _row_shares(weights, parts, rows, knobs)
+        counts.append(mixture.apportion(shares, knobs.block, names))
+        # A phase begins with the first row that begins at its token or after it.
+        begins.append(-(-token // seq_len))
         if i and begins[i] <= begins[i - 1]:
             raise UsageError(
                 f"config.data.phases[{i - 1}] begins at token {token:,}, within the first row "
@@ -217,74 +251,92 @@ def make_mixture(
 
 
 def _source_seed(seed: int, name: str, only: bool) -> int:
-    """Sources have orders of their own: two that hold the same text do not repeat each other."""
-    return seed if only else int(random_bits(seed, *name.encode())[0] >> np.uint64(1))
+    """The seed of a source's order.
+
+    Each of several sources has its own, so that two with the same text do not repeat each other.
+    """
+    if only:
+        return seed
+    return int(random_bits(seed, *name.encode())[0] >> np.uint64(1))
 
 
-@functools.lru_cache(
-    1
-)  # a job compares it between its processes first; packing a large corpus takes a while
+# The last result is kept, because a job first compares it between its processes and packing a
+# large corpus takes a while.
+@functools.lru_cache(1)
 def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) -> Examples:
-    """Rows of all sources and their mixture. UsageError for too little text, or settings that do
-    not fit."""
+    """Rows of all sources and their mixture.
+
+    Raises UsageError if a text is too short or settings do not fit it.
+    """
     parts = data.parts
+    is_alone = len(parts) == 1
     check_fim(knobs, data.tokenizer.name, data.tokenizer.specials)
 
-    def label(part):
-        return "the training text" if len(parts) == 1 else f"source {part.name}"
+    def make_rows(part):
+        label = "the training text" if is_alone else f"source {part.name}"
+        source_seed = _source_seed(seed, part.name, is_alone)
+        return PACKINGS[knobs.packing](part.train, seq_len, source_seed, label)
 
-    rows = tuple(
-        PACKINGS[knobs.packing](
-            part.train, seq_len, _source_seed(seed, part.name, len(parts) == 1), label(part)
-        )
-        for part in parts
-    )
-    mix = make_mixture(parts, rows, knobs, seq_len, seed)  # of one source too, for what it refuses
-    mix = mix if len(parts) > 1 else None
-    return Examples(tuple(part.name for part in parts), rows, mix, data.tokenizer, knobs, seed)
+    rows = tuple(make_rows(part) for part in parts)
+    # The mixture of one source is made only because that refuses wrong phases.
+    mix = make_mixture(parts, rows, knobs, seq_len, seed)
+    names = tuple(part.name for part in parts)
+    return Examples(names, rows, None if is_alone else mix, data.tokenizer, knobs, seed)
 
 
 def check_sizes(examples: Examples, batch_size: int) -> None:
-    """UsageError for text that makes less than a batch."""
+    """Raises UsageError if the text makes less than a batch."""
     most = examples.mix.weights.max(axis=0) if examples.mix else np.ones(1)
-    for name, rows, share in zip(examples.names, examples.rows, most):
+    for name, rows, share in zip(examples.names, examples.rows, most, strict=True):
         needed = max(1, int(batch_size * share))
-        if rows.count < needed:
-            what = (
-                f"{needed} of them from source {name}, which"
-                if examples.mix
-                else "the training text"
-            )
-            raise UsageError(
-                f"config.train.batch_size = {batch_size}: {what} of {rows.tokens.size} tokens has "
-                f"{rows.count} rows of config.train.seq_len = {rows.length - 1}, less than a batch; give "
-                "more text, shorter rows or a smaller batch"
-            )
+        if rows.count >= needed:
+            continue
+
+        what = "the training text"
+        if examples.mix:
+            what = f"{needed} of them from source {name}, which"
+        raise UsageError(
+            f"config.train.batch_size = {batch_size}: {what} of {rows.tokens.size} tokens has "
+            f"{rows.count} rows of config.train.seq_len = {rows.length - 1}, less than a batch; "
+            "give more text, shorter rows or a smaller batch"
+        )
+
+
+def _describe_rows(rows: Window, packing: str) -> str:
+    """One source's rows in an epoch, how full they are and what is lost."""
+    line = f"{packing} rows: {rows.count:,} of {rows.length - 1:,} tokens an epoch"
+    if rows.filled < 1:
+        line += f", {rows.filled:.1%} filled"
+    if rows.lost:
+        line += f"; {rows.lost:,} tokens fill no row and are left out"
+    return line
 
 
 def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
-    """A line a source: rows, how full they are, what is lost, how many epochs `steps` batches
-    make; and a line for each phase that so few steps never reach."""
-    lines, tokens = [], batch_size * steps * (examples.rows[0].length - 1)
-    for name, rows, drawn in zip(examples.names, examples.rows, examples.drawn(batch_size * steps)):
-        line = (
-            f"{examples.knobs.packing} rows: {rows.count:,} of {rows.length - 1:,} tokens an epoch"
-        )
-        if rows.filled < 1:
-            line += f", {rows.filled:.1%} filled"
-        if rows.lost:
-            line += f"; {rows.lost:,} tokens fill no row and are left out"
+    """A line for each source, and one for each phase that `steps` batches never reach.
+
+    The line of a source tells its rows. With several sources it also tells how many epochs of the
+    source `steps` batches make.
+    """
+    lines = []
+    drawn_rows = examples.drawn(batch_size * steps)
+    for name, rows, drawn in zip(examples.names, examples.rows, drawn_rows, strict=True):
+        line = _describe_rows(rows, examples.knobs.packing)
         if examples.mix:
             part = drawn / max(1, batch_size * steps)
             epochs = drawn / rows.count
-            line = f"source {name}: {epochs:{'.2f' if epochs >= 0.1 else '.2g'}} epochs, {part:.2%} of the rows; {line}"
+            digits = ".2f" if epochs >= 0.1 else ".2g"
+            line = f"source {name}: {epochs:{digits}} epochs, {part:.2%} of the rows; {line}"
         lines.append(line)
-    return lines + [
-        f"config.data.phases[{i}] begins at token {token:,}, and the run ends before it, at token "
-        f"{tokens:,}: it is never reached"
-        for i, (token, _) in enumerate(examples.knobs.phases)
-        if steps and token > tokens - examples.rows[0].length + 1
-    ]
+
+    tokens = batch_size * steps * (examples.rows[0].length - 1)
+    for i, (token, _) in enumerate(examples.knobs.phases):
+        if steps and token > tokens - examples.rows[0].length + 1:
+            lines.append(
+                f"config.data.phases[{i}] begins at token {token:,}, and the run ends before it, "
+                f"at token {tokens:,}: it is never reached"
+            )
+    return lines
 
 
 def make_stream(
@@ -297,14 +349,17 @@ def make_stream(
     start: int = 0,
     steps: int = 0,
 ) -> Stream:
-    """Training batches without end. `batch_size` rows make a global batch, of which this process
-    gets `rows`; row i of batch n is example n * batch_size + i whatever the slices. `steps` is
-    for the summary only. UsageError for a text shorter than a row or a batch."""
+    """Training batches without end.
+
+    `batch_size` rows make a global batch, of which this process gets `rows`. Row i of batch n is
+    example n * batch_size + i, whatever the slices are. `steps` is for the summary only. Raises
+    UsageError if the text is shorter than a row or a batch.
+    """
     examples = make_examples(data, knobs, seq_len, seed)
     check_sizes(examples, batch_size)
-    batches = Batches(examples.columns, batch_size, rows, ENDLESS)
+
     return Stream(
-        batches,
+        Batches(examples.columns, batch_size, rows, ENDLESS),
         knobs.prefetch,
         knobs.threads,
         start,
@@ -323,8 +378,11 @@ def make_eval_batches(
     limit: int = 0,
     name: str = "the held-out text",
 ) -> EvalBatches:
-    """All held-out text in order, or its first `limit` batches (0: all); as many batches on
-    every process, with the columns of training. UsageError, by `name`, for text of one token."""
+    """All held-out text in order, or its first `limit` batches if `limit` is not 0.
+
+    Every process gets as many batches, with the columns of training. Raises UsageError, which
+    calls the text `name`, if the text has fewer than two tokens.
+    """
     source = InOrder(tokens, seq_len, name)
 
     def make(indices: np.ndarray) -> Columns:
@@ -333,6 +391,6 @@ def make_eval_batches(
         return make_columns(buffer, tokenizer.token_bytes, knobs.document_mask)
 
     count = -(-source.count // batch_size)
-    return EvalBatches(
-        Batches(make, batch_size, rows, min(limit, count) if limit else count), knobs
-    )
+    if limit:
+        count = min(limit, count)
+    return EvalBatches(Batches(make, batch_size, rows, count), knobs)

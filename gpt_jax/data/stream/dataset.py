@@ -1,8 +1,7 @@
-"""What a run trains and is measured on: one text, or sources with weights (called by experiment,
-pipeline, commands).
+"""The tokens that a run trains and is measured on: one text, or sources with weights.
 
-A path is a folder made by `gpt-jax prepare` or a token file of another tool, whose tokens are used
-where they lie, or text files, which are tokenized into the cache.
+A path names a folder made by `gpt-jax prepare`, a token file of another tool, or text files. The
+tokens of the first two are used where they lie. Text files are tokenized into the cache.
 """
 
 from collections.abc import Callable, Collection
@@ -27,16 +26,16 @@ class Part(NamedTuple):
     name: str
     weight: float
     train: Tokens
-    eval: Tokens | None  # None: nothing is held out
+    eval: Tokens | None  # None if nothing is held out
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """All sources, tokenized alike."""
+    """All sources, tokenized by one tokenizer."""
 
     parts: tuple[Part, ...]
     tokenizer: Tokenizer
-    content: str  # digest of the text and of how it is split, as cache.Prepared has it
+    content: str  # digest of the text and of how it is split, as in cache.Prepared
 
     @property
     def heldout(self) -> dict[str, Tokens]:
@@ -45,23 +44,25 @@ class Dataset:
 
 
 def of_text(prepared: Prepared) -> Dataset:
-    """A text alone, as a Dataset."""
-    return Dataset(
-        (Part("text", 1.0, prepared.train, prepared.eval),), prepared.tokenizer, prepared.content
-    )
+    """A Dataset of one text."""
+    part = Part("text", 1.0, prepared.train, prepared.eval)
+    return Dataset((part,), prepared.tokenizer, prepared.content)
 
 
-def _require(field: str, found: Tokenizer, wanted: Tokenizer | None, what: str) -> None:
-    if wanted is not None and wanted.fingerprint != found.fingerprint:
+def _require(field: str, actual: Tokenizer, wanted: Tokenizer | None, what: str) -> None:
+    """Raises UsageError if `field` has another tokenizer than `wanted`, which `what` describes."""
+    if wanted is not None and wanted.fingerprint != actual.fingerprint:
         raise UsageError(
-            f"{field}: is tokenized by {found.name} ({found.fingerprint}), and {what} is {wanted.name} "
-            f"({wanted.fingerprint}); prepare it again with that tokenizer"
+            f"{field}: is tokenized by {actual.name} ({actual.fingerprint}), and {what} is "
+            f"{wanted.name} ({wanted.fingerprint}); prepare it again with that tokenizer"
         )
 
 
 def _folder(path: str, data: config.Data, report) -> Path | None:
-    """The folder of shards that `path` means, copied here if it lies on an object store; None
-    for text files."""
+    """The folder of shards that `path` names, or None if it names no folder of shards.
+
+    A folder on an object store is copied to this machine first.
+    """
     if mirror.is_remote_corpus(path):
         return mirror.mirror(path, Path(data.cache).expanduser(), report)
     folder = Path(path).expanduser()
@@ -82,29 +83,33 @@ def _open(
     """
     if data.eval_path:
         raise UsageError(
-            f"config.data.eval_path = {', '.join(data.eval_path)}: {path} was made by gpt-jax prepare, "
-            "which has decided what is held out (--eval_fraction); leave it empty"
+            f"config.data.eval_path = {', '.join(data.eval_path)}: {path} was made by gpt-jax "
+            "prepare, which has decided what is held out (--eval_fraction); leave it empty"
         )
+
     opened = corpus.open_corpus(folder)
-    _require(f"{field} = {path}", opened.tokenizer, required, "the tokenizer of this run")
-    check_fim(
-        data,
-        opened.tokenizer.name,
-        opened.tokenizer.specials,
-        f"prepare {path} again with --tokenizer={opened.tokenizer.name}+fim, or set config.data.fim=0",
-    )
+    tokenizer = opened.tokenizer
+    _require(f"{field} = {path}", tokenizer, required, "the tokenizer of this run")
+    way_out = f"prepare {path} again with --tokenizer={tokenizer.name}+fim"
+    check_fim(data, tokenizer.name, tokenizer.specials, f"{way_out}, or set config.data.fim=0")
     if required is None and data.tokenizer:
-        _check_named(field, path, opened.tokenizer, data.tokenizer, named)
+        _check_named(field, path, tokenizer, data.tokenizer, named)
     return opened
 
 
 def _part(field: str, path: str, opened: corpus.PreparedCorpus, name: str, report) -> Part:
-    """Source `name` of an opened corpus, with weight 1."""
+    """Source `name` of an opened corpus, with weight 1.
+
+    Raises UsageError if the source has no tokens to train on.
+    """
     sides = opened.sources[name]
     if sides["train"] is None:
         raise UsageError(f"{field} = {path}: its source {name} has no tokens to train on")
+
+    train = cache.count(sides["train"])
+    heldout = cache.count(sides["eval"])
     report(
-        f"data: {name}: train on {cache.count(sides['train'])}, held out {cache.count(sides['eval'])}; tokenizer "
+        f"data: {name}: train on {train}, held out {heldout}; tokenizer "
         f"{opened.tokenizer.name} of {opened.tokenizer.vocab:,} ids; {path}"
     )
     return Part(name, 1.0, sides["train"], sides["eval"])
@@ -113,48 +118,50 @@ def _part(field: str, path: str, opened: corpus.PreparedCorpus, name: str, repor
 def load_heldout(
     path: str, data: config.Data, tokenizer: Tokenizer, report: Callable[[str], None]
 ) -> dict[str, Tokens]:
-    """What `gpt-jax evaluate --text` measures on, by the name of its row: all of a text, or what
-    a folder made by `gpt-jax prepare` holds out, each of its sources. UsageError, naming --text,
-    for one of no use."""
+    """The tokens that `gpt-jax evaluate --text` measures on, by the name of their row.
+
+    They are all of a text. Of a folder made by `gpt-jax prepare` they are what each source holds
+    out. Raises UsageError, which names --text, if the path cannot be used.
+    """
     folder = _folder(path, data, report)
     if folder is None and adopt.is_foreign(path):
         return {path: adopt.heldout(path, tokenizer, report)}
     if folder is None:
         return {path: cache.load_text((path,), tokenizer, data, report=report)}
+
     opened = corpus.open_corpus(folder)
     _require(f"--text = {path}", opened.tokenizer, tokenizer, "the tokenizer of the checkpoint")
-    found = {
+    heldout = {
         name: sides["eval"] for name, sides in opened.sources.items() if sides["eval"] is not None
     }
-    if not found:
+    if not heldout:
         raise UsageError(
             f"--text = {path}: was made by gpt-jax prepare and holds nothing out; prepare it with "
             "--eval_fraction, or give the text itself"
         )
-    for name, tokens in found.items():
+
+    for name, tokens in heldout.items():
         report(f"data: {path}: {name}: held out {cache.count(tokens)}")
-    return {
-        path if len(opened.sources) == 1 else f"{path}/{name}": tokens
-        for name, tokens in found.items()
-    }
+    is_alone = len(opened.sources) == 1
+    return {path if is_alone else f"{path}/{name}": tokens for name, tokens in heldout.items()}
 
 
 def _check_named(
-    field: str, path: str, found: Tokenizer, spec: str, named: Tokenizer | Spec
+    field: str, path: str, actual: Tokenizer, spec: str, named: Tokenizer | Spec
 ) -> None:
-    """Raises UsageError when the config names another tokenizer than the shards have.
+    """Raises UsageError if the config names another tokenizer than the shards have.
 
     A tokenizer that is made from text is known by its name alone.
     """
     if isinstance(named, Spec):
-        differs = found.name != named.name
+        differs = actual.name != named.name
     else:
-        differs = found.fingerprint != named.fingerprint
+        differs = actual.fingerprint != named.fingerprint
     if differs:
         raise UsageError(
-            f"config.data.tokenizer = {spec!r}: {field} = {path} is tokenized by {found.name} "
-            f"({found.fingerprint}); leave config.data.tokenizer empty to use that, or prepare the text "
-            "again"
+            f"config.data.tokenizer = {spec!r}: {field} = {path} is tokenized by {actual.name} "
+            f"({actual.fingerprint}); leave config.data.tokenizer empty to use that, or prepare "
+            "the text again"
         )
 
 
@@ -162,22 +169,41 @@ ADD_FIM = "give config.data.tokenizer the ending +fim, as in bpe:4096+fim"
 
 
 def check_fim(data: config.Data, name: str, specials: Collection[str], way: str = ADD_FIM) -> None:
-    """UsageError for config.data.fim with a tokenizer, called `name`, whose special tokens are
-    not enough; `way`: what can be done."""
-    if data.fim and (missing := [token for token in FIM_TOKENS if token not in specials]):
+    """Raises UsageError if config.data.fim needs special tokens that the tokenizer lacks.
+
+    `name` is the tokenizer's, and `way` tells the user what can be done.
+    """
+    missing = [token for token in FIM_TOKENS if token not in specials]
+    if data.fim and missing:
         raise UsageError(
             f"config.data.fim = {data.fim}: the tokenizer {name} has no {missing[0]}; {way}"
+        )
+
+
+def _check_without_sources(data: config.Data) -> None:
+    """Raises UsageError for a field that has no meaning while config.data.sources is empty."""
+    if data.phases or data.temperature:
+        raise UsageError(
+            "config.data.phases and config.data.temperature: are for config.data.sources, which "
+            "is empty"
+        )
+    if data.weights != "tokens":
+        raise UsageError(
+            f"config.data.weights = {data.weights!r}: is for config.data.sources, which is empty"
         )
 
 
 def load_dataset(
     data: config.Data, report: Callable[[str], None] = print, tokenizer: Tokenizer | None = None
 ) -> Dataset:
-    """The sources of `data`, text files tokenized if need be; `tokenizer` (of a checkpoint)
-    takes the place of `data.tokenizer`. UsageError for paths and settings of no use; DataError
-    for damaged shards."""
+    """The sources of `data`. Text files are tokenized first unless the cache has them.
+
+    `tokenizer`, which a checkpoint has, takes the place of `data.tokenizer`. Raises UsageError if
+    paths or settings cannot be used. Raises DataError if shards are damaged.
+    """
     wanted = tokenizer or resolve_tokenizer(data.tokenizer)
-    if data.fim and (tokenizer or data.tokenizer):  # else the tokenizer is that of a folder
+    # If no tokenizer is named, `_open` checks the one of the folder.
+    if data.fim and (tokenizer or data.tokenizer):
         check_fim(data, data.tokenizer or wanted.name, wanted.specials)
     if data.sources and data.path:
         raise UsageError(
@@ -185,39 +211,34 @@ def load_dataset(
         )
     if data.sources:
         return _mixture(data, report, tokenizer, wanted)
-    if data.phases or data.temperature:
-        raise UsageError(
-            "config.data.phases and config.data.temperature: are for config.data.sources, which is empty"
-        )
-    if data.weights != "tokens":
-        raise UsageError(
-            f"config.data.weights = {data.weights!r}: is for config.data.sources, which is empty"
-        )
+
+    _check_without_sources(data)
     folders = {path: folder for path in data.path if (folder := _folder(path, data, report))}
     if any(path not in folders and adopt.is_foreign(path) for path in data.path):
         is_named = (tokenizer or data.tokenizer) and isinstance(wanted, Tokenizer)
         return of_text(adopt.adopt(data.path, data, wanted if is_named else None, report))
     if not folders:
         return of_text(cache.prepare(data, wanted, report))
+
     path, folder = next(iter(folders.items()))
     if len(data.path) > 1:
         raise UsageError(
-            f"config.data.path = {', '.join(data.path)}: {path} was made by gpt-jax prepare and cannot be "
-            "joined with other paths; name them in config.data.sources"
+            f"config.data.path = {', '.join(data.path)}: {path} was made by gpt-jax prepare and "
+            "cannot be joined with other paths; name them in config.data.sources"
         )
+
     opened = _open("config.data.path", path, folder, data, tokenizer, wanted)
     parts = [_part("config.data.path", path, opened, name, report) for name in opened.sources]
-    # Without weights each source has its size for one: every token is seen as often as any other.
+    # The weight of each source is its size, so that every token is seen as often as any other.
     parts = tuple(part._replace(weight=float(part.train.size)) for part in parts)
+
     # The names of several sources seed their orders, so they are part of what a run is.
     content = digest_json(opened.content, *opened.sources) if len(parts) > 1 else opened.content
     return Dataset(parts, opened.tokenizer, content)
 
 
-def _mixture(
-    data: config.Data, report, tokenizer: Tokenizer | None, wanted: Tokenizer | Spec
-) -> Dataset:
-    """`tokenizer` is that of a checkpoint, `wanted` that one or what the config names."""
+def _check_sources(data: config.Data) -> None:
+    """Raises UsageError if config.data.sources or a field that goes with it cannot be used."""
     names = [name for name, _, _ in data.sources]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"config.data.sources: {twice[0]} is named twice")
@@ -229,14 +250,28 @@ def _mixture(
         )
     if data.eval_path:
         raise UsageError(
-            f"config.data.eval_path = {', '.join(data.eval_path)}: is for config.data.path; of sources "
-            "each holds out its own text"
+            f"config.data.eval_path = {', '.join(data.eval_path)}: is for config.data.path; of "
+            "sources each holds out its own text"
         )
-    mixture.check(((0, tuple(weight for _, _, weight in data.sources)), *data.phases), names)
+    weights = tuple(weight for _, _, weight in data.sources)
+    mixture.check(((0, weights), *data.phases), names)
+
+
+def _mixture(
+    data: config.Data, report, tokenizer: Tokenizer | None, wanted: Tokenizer | Spec
+) -> Dataset:
+    """The Dataset of config.data.sources.
+
+    `tokenizer` is that of a checkpoint. `wanted` is the same one, or the one that the config
+    names. Raises UsageError if the sources cannot be used together.
+    """
+    _check_sources(data)
     folders = {
         path: folder for _, path, _ in data.sources if (folder := _folder(path, data, report))
     }
-    # What tokenizes the first prepared folder must tokenize all others, and tokenizes text files.
+
+    # The tokenizer of the first prepared folder must be that of all others. It also tokenizes the
+    # text files.
     opened = {}
     for path, folder in folders.items():
         opened[path] = _open("config.data.sources", path, folder, data, tokenizer, wanted)
@@ -244,37 +279,51 @@ def _mixture(
     wanted = tokenizer or wanted
     if isinstance(wanted, Spec):
         raise UsageError(
-            f"config.data.tokenizer = {data.tokenizer!r}: is made from text, and with several sources "
-            "that is done once for all: gpt-jax prepare --input NAME=PATH … --output=DIR, then name DIR "
-            "in config.data.sources"
+            f"config.data.tokenizer = {data.tokenizer!r}: is made from text, and with several "
+            "sources that is done once for all: gpt-jax prepare --input NAME=PATH … --output=DIR, "
+            "then name DIR in config.data.sources"
         )
-    parts, contents = [], []
+
+    parts = []
+    contents = []
     for i, (name, path, weight) in enumerate(data.sources):
+        field = f"config.data.sources[{i}]"
         if path in opened:
-            there = _name_there(f"config.data.sources[{i}]", name, path, opened[path])
-            part = _part(f"config.data.sources[{i}]", path, opened[path], there, report)
-            content = f"{opened[path].content} {there}"
+            corpus_name = _name_in_corpus(field, name, path, opened[path])
+            part = _part(field, path, opened[path], corpus_name, report)
+            content = f"{opened[path].content} {corpus_name}"
         else:
-            one = replace(data, path=(path,), sources=())
-
-            def say(line, name=name):
-                return report(f"{name}: {line}")
-
-            found = of_text(
-                adopt.adopt((path,), one, wanted, say, f"config.data.sources[{i}]")
-                if adopt.is_foreign(path)
-                else cache.prepare(one, wanted, say, f"config.data.sources[{i}]")
-            )
-            part, content = found.parts[0], found.content
+            text = _load_source(field, name, path, data, wanted, report)
+            part = text.parts[0]
+            content = text.content
         parts.append(part._replace(name=name, weight=weight))
         contents.append([name, content])
     return Dataset(tuple(parts), wanted, digest_json(contents))
 
 
-def _name_there(field: str, name: str, path: str, opened: corpus.PreparedCorpus) -> str:
-    """What the folder calls the source: by the same name, or it is the only one."""
-    if name in opened.sources or len(opened.sources) == 1:
-        return name if name in opened.sources else next(iter(opened.sources))
+def _load_source(
+    field: str, name: str, path: str, data: config.Data, tokenizer: Tokenizer, report
+) -> Dataset:
+    """Source `name`, which is text files or a token file of another tool, as a Dataset."""
+    alone = replace(data, path=(path,), sources=())
+
+    def report_source(line):
+        return report(f"{name}: {line}")
+
+    if adopt.is_foreign(path):
+        return of_text(adopt.adopt((path,), alone, tokenizer, report_source, field))
+    return of_text(cache.prepare(alone, tokenizer, report_source, field))
+
+
+def _name_in_corpus(field: str, name: str, path: str, opened: corpus.PreparedCorpus) -> str:
+    """What the folder calls source `name`: the same, unless its only source has another name.
+
+    Raises UsageError if several sources have other names.
+    """
+    if name in opened.sources:
+        return name
+    if len(opened.sources) == 1:
+        return next(iter(opened.sources))
     raise UsageError(
         f"{field} = {name}: {path} holds several sources; name one of {', '.join(opened.sources)}"
     )

@@ -1,11 +1,10 @@
-"""Which source each example comes from (called by pipeline): a pure function of the example's
-number.
+"""Which source each example comes from, as a pure function of the example's number.
 
-Examples are dealt in blocks. Every block holds each source's share exactly, shuffled within the
-block, and the n-th example of a source in the stream is its own n-th row, so that neither a shuffle
-buffer nor a count of what was drawn is kept (after Levanter's block-deterministic mixtures,
-data/mixture.py). Unlike there a phase begins at the very example asked for: blocks are counted from
-it, and what is left before it is a shorter block.
+Examples come in blocks. Every block holds each source's share exactly, shuffled within the block.
+The n-th example of a source in the stream is the source's n-th row. So the stream keeps neither a
+shuffle buffer nor a count of past examples. The idea is that of Levanter's block-deterministic
+mixtures. Here, unlike there, a phase begins at exactly its example, because its blocks are counted
+from that example and a shorter block fills the gap before it.
 """
 
 import functools
@@ -21,16 +20,21 @@ from gpt_jax.errors import UsageError
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Runs of equal blocks; `counts[r, i]` examples of source i in every block of run r, which
-    begins with example `begins[r]`. See `make`."""
+    """Runs of equal blocks, made by `make`.
 
-    counts: np.ndarray  # int64 [runs, sources]; a row's sum is the size of the blocks
-    begins: (
-        np.ndarray
-    )  # int64 [runs], the first is 0; a run is whole blocks, the last one without end
-    weights: (
-        np.ndarray
-    )  # float [runs, sources] of sum 1: each source's share in the phase that the run belongs to
+    Run r begins with example `begins[r]`. Each of its blocks has `counts[r, i]` examples of
+    source i.
+    """
+
+    # int64 [runs, sources]. The sum of a row is the size of the run's blocks.
+    counts: np.ndarray
+
+    # int64 [runs], from 0. A run is made of whole blocks, and the last run has no end.
+    begins: np.ndarray
+
+    # float [runs, sources] of sum 1: each source's share in the phase that the run belongs to.
+    weights: np.ndarray
+
     seed: int
 
     @functools.cached_property
@@ -46,18 +50,21 @@ class Mixture:
         return np.cumsum([0, *blocks]), np.concatenate([np.zeros_like(self.counts[:1]), drawn])
 
     def _run(self, index) -> np.ndarray:
+        """The run that each example of `index` is in."""
         return np.searchsorted(self.begins, index, "right") - 1
 
     def assign(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source [N], number of the example within its source [N]) of examples `index` (int64
-        [N])."""
-        run, (blocks, drawn) = self._run(index), self._before
+        """(source [N], number within the source [N]) of examples `index`, int64 [N]."""
+        run = self._run(index)
+        blocks, drawn = self._before
         block, place = np.divmod(index - self.begins[run], self.sizes[run])
         for r in np.unique(run):
             here = run == r
             place[here] = permute(
                 place[here], int(self.sizes[r]), self.seed, blocks[r] + block[here]
             )
+
+        # Before the shuffle a block has all examples of the first source, then the next one's.
         counts = self.counts[run]
         ends = np.cumsum(counts, axis=1)
         source = (place[:, None] >= ends).sum(1)
@@ -68,8 +75,7 @@ class Mixture:
         return source, pick(drawn[run]) + block * pick(counts) + place - pick(ends - counts)
 
     def shares(self, index: int) -> np.ndarray:
-        """float [sources] of sum 1: the part of the examples from each source in the phase that
-        example `index` is in."""
+        """float [sources] of sum 1: each source's share in the phase that example `index` is in."""
         return self.weights[self._run(index)]
 
     def drawn(self, examples: int) -> np.ndarray:
@@ -85,28 +91,35 @@ class Mixture:
 
 
 def make(counts: np.ndarray, begins: Sequence[int], seed: int) -> Mixture:
-    """The mixture of phases whose blocks hold `counts` (int64 [phases, sources], rows of one
-    sum) and that begin with examples `begins` (rising, from 0). What is left of a phase after
-    its whole blocks is a block of its own, with its shares by largest remainders."""
+    """The mixture of phases that begin with examples `begins`, which rise from 0.
+
+    The blocks of a phase hold `counts` (int64 [phases, sources], rows of one sum). The rest of a
+    phase after its whole blocks is a block of its own, with the shares by largest remainders.
+    """
     runs = []  # (begin, counts, shares)
-    for phase, (row, begin) in enumerate(zip(counts, begins)):
-        size, shares = int(row.sum()), row / row.sum()
-        rest = 0 if phase + 1 == len(begins) else (begins[phase + 1] - begin) % size
-        if phase + 1 == len(begins) or begins[phase + 1] - begin >= size:
+    for phase, (row, begin) in enumerate(zip(counts, begins, strict=True)):
+        size = int(row.sum())
+        shares = row / row.sum()
+        is_last = phase + 1 == len(begins)
+        rest = 0 if is_last else (begins[phase + 1] - begin) % size
+        if is_last or begins[phase + 1] - begin >= size:
             runs.append((begin, row, shares))
         if rest:
             runs.append((begins[phase + 1] - rest, _remainders(shares, rest), shares))
-    begins, counts, shares = zip(*runs)
+
+    begins, counts, shares = zip(*runs, strict=True)
     return Mixture(np.array(counts), np.array(begins, np.int64), np.array(shares), seed)
 
 
-LAST_TOKEN = 10**18  # at which a phase may begin
+LAST_TOKEN = 10**18  # the last token at which a phase may begin
 
 
 def check(phases: Sequence[tuple[int, Sequence[float]]], names: Sequence[str]) -> None:
-    """UsageError for phases (first token, a weight for each of the sources `names`) that can be
-    no mixture, whatever the sources hold; the first of them is config.data.sources itself, the
-    others config.data.phases."""
+    """Raises UsageError for phases that make no mixture, whatever the sources hold.
+
+    A phase is (first token, a weight for each of the sources `names`). The first phase is
+    config.data.sources itself, and the others are config.data.phases.
+    """
     for i, (token, weights) in enumerate(phases):
         field = f"config.data.phases[{i - 1}]" if i else "config.data.sources"
         if len(weights) != len(names):
@@ -134,14 +147,16 @@ def _remainders(shares: np.ndarray, total: int) -> np.ndarray:
 
 
 def apportion(shares: np.ndarray, block: int, names: tuple[str, ...]) -> np.ndarray:
-    """int64 [sources] that sum to `block`: each share (float [sources], any sum) by largest
-    remainders. UsageError for a share that is not 0 and gets no example."""
+    """int64 [sources] that sum to `block`: the shares by largest remainders.
+
+    `shares` are float [sources] of any sum. Raises UsageError if a share above 0 gets no example.
+    """
     shares = shares / shares.max()
     counts = _remainders(shares, block)
-    for name, share, count in zip(names, shares, counts):
+    for name, share, count in zip(names, shares, counts, strict=True):
         if share > 0 and not count:
             raise UsageError(
-                f"config.data.block = {block}: the share {share / shares.sum():.2g} of source {name} is "
-                "less than one example of a block; raise it, or the weight"
+                f"config.data.block = {block}: the share {share / shares.sum():.2g} of source "
+                f"{name} is less than one example of a block; raise it, or the weight"
             )
     return counts

@@ -1,8 +1,7 @@
-"""Tokens to rows, rows to numpy columns of B rows by T tokens (called by pipeline).
+"""Turns tokens into rows, and rows into numpy columns of B rows by T tokens.
 
-A row of PACKINGS finds training rows; `InOrder` reads held-out text once from front to back. Both give
-a Buffer of T + 1 ids; the shift by one between `tokens` and `targets` happens in `columns` and
-nowhere else.
+The classes in PACKINGS make training rows. `InOrder` reads held-out text once from front to back.
+Both return a Buffer of T + 1 ids. Only `make_columns` shifts `targets` by one against `tokens`.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +35,7 @@ class Span(NamedTuple):
 
 
 def _begins(tokens: Tokens, starts: np.ndarray, length: int) -> np.ndarray:
-    """bool [N, length]: where a document begins in what follows `starts`."""
+    """bool [N, length]: where a document begins in the tokens that follow `starts`."""
     first = np.searchsorted(tokens.offsets, starts, "left")
     counts = np.searchsorted(tokens.offsets, starts + length - 1, "right") - first
     row = np.repeat(np.arange(len(starts)), counts)
@@ -47,15 +46,17 @@ def _begins(tokens: Tokens, starts: np.ndarray, length: int) -> np.ndarray:
 
 
 def contiguous(tokens: Tokens, starts: np.ndarray, length: int) -> Buffer:
-    """What follows each of `starts` (int64 [N]); padding beyond the last token. DataError for a
-    damaged token file."""
+    """The `length` tokens that follow each of `starts`, int64 [N].
+
+    Rows are padded beyond the last token. Raises DataError if a token file is damaged.
+    """
     ids = np.zeros((len(starts), length), tokens.dtype)
-    there = np.clip(tokens.size - starts, 0, length)
-    for row, start, count in zip(ids, starts.tolist(), there.tolist()):
+    counts = np.clip(tokens.size - starts, 0, length)
+    for row, start, count in zip(ids, starts.tolist(), counts.tolist(), strict=True):
         tokens.read(start, row[:count])
-    return Buffer(
-        ids.astype(np.int32), _begins(tokens, starts, length), np.arange(length) < there[:, None]
-    )
+
+    inside = np.arange(length) < counts[:, None]
+    return Buffer(ids.astype(np.int32), _begins(tokens, starts, length), inside)
 
 
 def spans(tokens: Tokens, pieces: list[tuple[int, int]]) -> Iterator[Span]:
@@ -68,74 +69,81 @@ def spans(tokens: Tokens, pieces: list[tuple[int, int]]) -> Iterator[Span]:
             count = min(size, int(tokens.offsets[document + 1]) - start)
             if count:
                 yield Span(column, count, document, start - here)
-            column, start, size, document = (
-                column + count,
-                start + count,
-                size - count,
-                document + 1,
-            )
+            column += count
+            start += count
+            size -= count
+            document += 1
 
 
 def make_columns(buffer: Buffer, token_bytes: np.ndarray, document_mask: bool) -> Columns:
-    """A Buffer of T + 1 ids as columns of T tokens.
+    """A Buffer of T + 1 ids as columns [N, T].
 
-    tokens, targets  int32 [N, T]    targets[i] follows tokens[i]; padding is 0 weight
-    float32 [N, T]  1 where the target is to be predicted; 0 in padding, and if `document_mask` where the
-                                     target begins another document
-    bytes            int32 [N, T]    UTF-8 bytes of each predicted target, 0 elsewhere segment
-    int32 [N, T]    only if `document_mask`: 1, 2, … by document within the row; 0 in padding position
-    int32 [N, T]    only if `document_mask`: place in the document, from 0 where the document or the row
-    begins
+    `tokens` and `targets` are int32: targets[i] follows tokens[i], and padding is 0.
+    `weight` is float32: 1 where the target is to be predicted. It is 0 in padding and, with
+    `document_mask`, where the target begins another document.
+    `bytes` is int32: the UTF-8 bytes of each predicted target, and 0 elsewhere.
+
+    Two columns exist only with `document_mask`.
+    `segment` is int32: 1, 2, … by document within the row, and 0 in padding.
+    `position` is int32: the place in the document, from 0 where the document or the row begins.
     """
     ids, begins, inside = buffer
-    predicted, kept = inside[:, 1:], {}
+    predicted = inside[:, 1:]
+    document_columns = {}
     if document_mask:
         predicted = predicted & ~begins[:, 1:]
-        here, place = inside[:, :-1], np.arange(ids.shape[1] - 1, dtype=np.int32)
+        here = inside[:, :-1]
+        place = np.arange(ids.shape[1] - 1, dtype=np.int32)
         starts = begins[:, :-1].copy()
         starts[:, 0] = True
         segment = np.cumsum(starts, axis=1, dtype=np.int32)
         position = place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
-        kept = {"segment": segment * here, "position": position * here}
-    targets = ids[
-        :, 1:
-    ].copy()  # contiguous here, off the main thread, so that the transfer need not copy
+        document_columns = {"segment": segment * here, "position": position * here}
+
+    # The copies make columns contiguous off the main thread, so that the transfer need not copy.
+    targets = ids[:, 1:].copy()
     return {
         "tokens": ids[:, :-1].copy(),
         "targets": targets,
         "weight": predicted.astype(np.float32),
         "bytes": token_bytes[targets] * predicted,
-        **kept,
+        **document_columns,
     }
 
 
 class Window:
-    """Rows at random places, with replacement, every place where T + 1 tokens exist as likely
-    (nanoGPT's get_batch).
+    """Rows at random places, drawn with replacement (nanoGPT's get_batch).
 
-    `fill(indices)`: int64 [N] -> Buffer, a pure function of (seed, index). `count`: rows that hold
-    as many tokens as the text. `lost`: tokens that no row of an epoch predicts. `filled`: the part
-    of the rows' places that holds tokens.
+    Every place that T + 1 tokens follow is equally likely. `count` is the number of rows that hold
+    as many tokens as the text. `lost` is the number of tokens that no row of an epoch predicts.
+    `filled` is the part of the rows' places that holds tokens. Raises UsageError if the text is
+    too short.
     """
 
     def __init__(self, tokens: Tokens, seq_len: int, seed: int, name: str = "the training text"):
-        self.tokens, self.length, self.seed, self.name = tokens, seq_len + 1, seed, name
-        self.lost, self.filled = 0, 1.0
+        self.tokens = tokens
+        self.length = seq_len + 1
+        self.seed = seed
+        self.name = name
+        self.lost = 0
+        self.filled = 1.0
         self._plan(seq_len)
 
     def _plan(self, seq_len: int) -> None:
+        """Sets `count`, and `lost` and `filled` if they differ from 0 and 1."""
         if self.tokens.size <= seq_len:
             raise UsageError(
-                f"config.train.seq_len = {seq_len}: {self.name} has {self.tokens.size} tokens and a row "
-                f"needs {seq_len + 1}; give more text or a shorter row"
+                f"config.train.seq_len = {seq_len}: {self.name} has {self.tokens.size} tokens and "
+                f"a row needs {seq_len + 1}; give more text or a shorter row"
             )
         self.count = (self.tokens.size - 1) // seq_len
 
     def _need_pairs(self) -> None:
+        """Raises UsageError if no document has two tokens."""
         if np.diff(self.tokens.offsets).max() < 2:
             raise UsageError(
-                f"config.data.packing: {self.name} has no document of two tokens, so there is nothing to "
-                "predict; give other text, or config.data.packing=chunk"
+                f"config.data.packing: {self.name} has no document of two tokens, so there is "
+                "nothing to predict; give other text, or config.data.packing=chunk"
             )
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
@@ -143,21 +151,24 @@ class Window:
         return random_below(self.tokens.size - self.length + 1, self.seed, indices)
 
     def fill(self, indices: np.ndarray) -> Buffer:
+        """Rows `indices`, int64 [N]. They are a pure function of the seed and the indices."""
         return contiguous(self.tokens, self.starts(indices), self.length)
 
     def spans(self, index: int) -> list[Span]:
-        """Where row `index` comes from."""
+        """The documents that row `index` is made of."""
         start = int(self.starts(np.array([index]))[0])
         return list(spans(self.tokens, [(start, min(self.length, self.tokens.size - start))]))
 
     def _row(self, indices: np.ndarray) -> np.ndarray:
-        """Each row once an epoch, in another random order each time."""
+        """The row of the text for each index: each row once an epoch, in a new random order."""
         return permute(indices % self.count, self.count, self.seed, indices // self.count)
 
 
 class Chunk(Window):
-    """Every token once an epoch: row r is tokens[r*T : r*T + T + 1], documents cut where a row
-    ends. The tail that fills no row is lost."""
+    """Every token once an epoch: row r is tokens[r*T : r*T + T + 1].
+
+    A document is cut where a row ends. The tail that fills no row is lost.
+    """
 
     def _plan(self, seq_len: int) -> None:
         super()._plan(seq_len)
@@ -168,8 +179,10 @@ class Chunk(Window):
 
 
 class AtDocument(Window):
-    """Every row begins with a document and goes on with those after it; what the last one has
-    beyond the row is lost."""
+    """Every row begins with a document, and the documents after it follow.
+
+    The tokens that the last document has beyond the row are lost.
+    """
 
     def _plan(self, seq_len: int) -> None:
         self._need_pairs()
@@ -177,17 +190,15 @@ class AtDocument(Window):
         self.count = len(self._starts)
         ends = np.minimum(self._starts + seq_len, self.tokens.size - 1)
         predicted = int((ends - self._starts).sum())
-        self.lost, self.filled = (
-            self.tokens.size - 1 - predicted,
-            predicted / (self.count * seq_len),
-        )
+        self.lost = self.tokens.size - 1 - predicted
+        self.filled = predicted / (self.count * seq_len)
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
         return self._starts[self._row(indices)]
 
 
 class FirstFit(Window):
-    """Whole documents, as many as fit in a row (see packing); the rest of the row is padding."""
+    """Whole documents, as many as fit in a row, see `packing`. The rest of a row is padding."""
 
     how = "first_fit"
 
@@ -200,11 +211,15 @@ class FirstFit(Window):
     def pieces(self, row: int) -> list[tuple[int, int]]:
         """(start, size) of the pieces of row `row` of the plan."""
         part = slice(self.plan.first[row], self.plan.first[row + 1])
-        return list(zip(self.plan.starts[part].tolist(), self.plan.sizes[part].tolist()))
+        starts = self.plan.starts[part].tolist()
+        sizes = self.plan.sizes[part].tolist()
+        return list(zip(starts, sizes, strict=True))
 
     def fill(self, indices: np.ndarray) -> Buffer:
         ids = np.zeros((len(indices), self.length), self.tokens.dtype)
-        begins, sizes = np.zeros(ids.shape, bool), np.zeros(len(indices), np.int64)
+        begins = np.zeros(ids.shape, bool)
+        sizes = np.zeros(len(indices), np.int64)
+
         for n, row in enumerate(self._row(indices).tolist()):
             at = 0
             for start, size in self.pieces(row):
@@ -212,6 +227,7 @@ class FirstFit(Window):
                 begins[n, at] = True
                 at += size
             sizes[n] = at
+
         return Buffer(ids.astype(np.int32), begins, np.arange(self.length) < sizes[:, None])
 
     def spans(self, index: int) -> list[Span]:
@@ -219,7 +235,7 @@ class FirstFit(Window):
 
 
 class BestFit(FirstFit):
-    """The same with the longest documents first, each where it leaves least room."""
+    """Whole documents as in FirstFit, the longest first, each where it leaves least room."""
 
     how = "best_fit"
 
@@ -234,31 +250,37 @@ PACKINGS: dict[str, Callable] = {
 
 
 class InOrder:
-    """Held-out rows, sequential, the last one padded, so that every token is a target exactly
-    once. The first token of the text has nothing before it and is no target (nor, if kept apart,
-    the first of each document)."""
+    """Held-out rows in the order of the text, the last one padded.
+
+    Every token is a target exactly once, except the first token of the text, because nothing
+    comes before it. If documents are kept apart, the first token of each is no target either.
+    Raises UsageError if the text has fewer than two tokens.
+    """
 
     def __init__(self, tokens: Tokens, seq_len: int, name: str = "the held-out text"):
         if tokens.size < 2:
             raise UsageError(
                 f"{name} has {tokens.size} token and there is nothing to predict; hold out more "
-                "(config.data.eval_fraction, --eval_fraction of prepare) or give config.data.eval_path"
+                "(config.data.eval_fraction, --eval_fraction of prepare) or give "
+                "config.data.eval_path"
             )
-        self.tokens, self.length = tokens, seq_len + 1
+        self.tokens = tokens
+        self.length = seq_len + 1
         self.count = -(-(tokens.size - 1) // seq_len)
 
     def fill(self, indices: np.ndarray) -> Buffer:
-        """Rows `indices`; those from `count` on are padding."""
+        """Rows `indices`. Rows from `count` on are padding."""
         return contiguous(self.tokens, indices * (self.length - 1), self.length)
 
 
 def check_ids(buffer: Buffer, tokens: Tokens, vocab: int) -> None:
-    """DataError if there is an id that the tokenizer does not have."""
-    # A flipped bit can make a negative of an id, too.
-    if (largest := buffer.ids.view(np.uint32).max(initial=0)) >= vocab:
+    """Raises DataError if the tokenizer lacks an id of `buffer`."""
+    # A flipped bit can make an id negative. As uint32 a negative id is a large one.
+    largest = buffer.ids.view(np.uint32).max(initial=0)
+    if largest >= vocab:
         files = sorted({str(shard.path) for shard in tokens.shards})
+        others = " or another shard" if len(files) > 1 else ""
         raise DataError(
-            f"{files[0]}{' or another shard' * (len(files) > 1)}: holds the id {largest} and the tokenizer "
-            f"only {vocab}; delete a cache and it is built again, or check a corpus with gpt-jax prepare "
-            "--verify"
+            f"{files[0]}{others}: holds the id {largest} and the tokenizer only {vocab}; delete a "
+            "cache and it is built again, or check a corpus with gpt-jax prepare --verify"
         )

@@ -1,8 +1,8 @@
-"""What may be done to the documents inside a row before it becomes columns (called by pipeline):
-pure functions of the row, the seed and the example's number, so that a batch made again is the same
-batch.
+"""Rearranges the documents inside a row before the row becomes columns.
 
-A row here is T + 1 ids with marks where a document begins; its pieces are the runs between marks.
+The functions are pure in the row, the seed and the example's number, so a batch that is made again
+is the same batch. A row has T + 1 ids and marks where a document begins. Its pieces are the runs
+between marks.
 """
 
 import itertools
@@ -12,12 +12,15 @@ import numpy as np
 from gpt_jax.data.stream.order import random_bits
 from gpt_jax.data.stream.rows import Buffer
 
-SHORTEST = 10  # tokens of a piece that is rearranged; three of them make room for the sentinels
+# The fewest tokens of a piece that is rearranged. Three of them make room for the sentinels.
+SHORTEST = 10
 
 
 def shuffle_documents(buffer: Buffer, seed: int, index: np.ndarray) -> Buffer:
-    """The pieces of each row in another order, padding last; `index` int64 [N]: numbers of the
-    examples."""
+    """The pieces of each row in a random order, padding last.
+
+    `index` has the numbers of the examples, int64 [N].
+    """
     piece = np.cumsum(buffer.begins, axis=1)
     keys = random_bits(
         seed, index[:, None], np.arange(piece.max(initial=0) + 1)[None]
@@ -25,7 +28,8 @@ def shuffle_documents(buffer: Buffer, seed: int, index: np.ndarray) -> Buffer:
     keys = np.where(buffer.inside, np.take_along_axis(keys, piece, 1), np.uint64(2**64 - 1))
     order = np.argsort(keys, axis=1, kind="stable")
     moved = Buffer(*(np.take_along_axis(column, order, 1) for column in buffer))
-    # A cut piece has no mark of its own.
+
+    # A piece that was cut has no mark of its own, so the change of pieces marks it.
     moved.begins[:, 1:] |= np.diff(np.take_along_axis(piece, order, 1), axis=1) != 0
     moved.begins[:, 1:] &= moved.inside[:, 1:]
     return moved
@@ -34,13 +38,14 @@ def shuffle_documents(buffer: Buffer, seed: int, index: np.ndarray) -> Buffer:
 def fill_in_the_middle(
     buffer: Buffer, seed: int, index: np.ndarray, rate: float, spm: float, sentinels, eot
 ) -> Buffer:
-    """A part `rate` of the pieces as (prefix, suffix, middle), or in the part `spm` of those as
-    (suffix, prefix, middle) (Bavarian et al. 2022, "Efficient training of language models to fill
-    in the middle": on the pieces of a packed row).
+    """Rows whose pieces are, in the part `rate`, rearranged as (prefix, suffix, middle).
 
-    `sentinels`: ids of <|fim_prefix|>, <|fim_suffix|>, <|fim_middle|>; they take the place of
-    the piece's first three tokens, so that its length and its end-of-text token (`eot`) stay.
-    Pieces under SHORTEST tokens stay as they are."""
+    The part `spm` of those becomes (suffix, prefix, middle). `sentinels` are the ids of
+    <|fim_prefix|>, <|fim_suffix|> and <|fim_middle|>. They replace the piece's first three tokens,
+    so that its length and its end-of-text token `eot` stay. Pieces under SHORTEST tokens do not
+    change. The method is that of Bavarian et al. 2022, "Efficient training of language models to
+    fill in the middle", on the pieces of a packed row.
+    """
     ids = buffer.ids.copy()
     pre, suf, mid = (np.array([i], ids.dtype) for i in sentinels)
     for row, number in enumerate(index):
@@ -57,9 +62,9 @@ def fill_in_the_middle(
             body = ids[row, start + 3 : end].copy()
             a, b = sorted((a % (len(body) + 1), b % (len(body) + 1)))
             prefix, middle, suffix = body[:a], body[a:b], body[b:]
-            suffix_first = order < spm * 2.0**64
-            parts = (
-                (pre, suf, suffix, mid, prefix) if suffix_first else (pre, prefix, suf, suffix, mid)
-            )
+            if order < spm * 2.0**64:
+                parts = (pre, suf, suffix, mid, prefix)
+            else:
+                parts = (pre, prefix, suf, suffix, mid)
             ids[row, start:end] = np.concatenate([*parts, middle])
     return buffer._replace(ids=ids)
