@@ -41,7 +41,7 @@ from gpt_jax.train import CHECKPOINT_FOLDER, TrainState, open_checkpoints
 
 def run_training(
     parts: Parts,
-    workdir: Path,
+    workdir: str | Path,
     profile: tuple[int, int] | None = None,
     say: Callable[[str], None] = print,
 ) -> Summary:
@@ -50,6 +50,8 @@ def run_training(
 
     `profile`: (first, last) step of a trace in `workdir`/profile. Raises Stopped after a SIGTERM
     or SIGUSR1 (saved), Diverged, DataError, SaveFailed, NoCheckpoint, UsageError."""
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     config, mesh = parts.config, parts.mesh
     train, rows = config.train, sharding.process_rows(mesh, config.train.batch_size)
     for note in parts.notes:
