@@ -12,43 +12,52 @@ from gpt_jax.model.parametrization import make_init
 
 
 def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of table [V, D] for tokens [B, T] -> [B, T, D]. Over a tensor-sharded vocabulary each
-    device looks up what it holds and the parts are summed (Shoeybi et al. 2019). In float32: the
-    backward pass sums rows of equal tokens."""
+    """Looks up the rows of table [V, D] for tokens [B, T] -> [B, T, D] in float32.
 
-    def rows(table, tokens):
-        return table[tokens]
-
-    def own_rows(table, tokens):
-        mine = tokens - jax.lax.axis_index("tensor") * table.shape[0]
-        inside = (mine >= 0) & (mine < table.shape[0])
-        found = jnp.where(inside[..., None], table[jnp.clip(mine, 0, table.shape[0] - 1)], 0)
-        return jax.lax.psum(found, "tensor")
-
-    return look_up(
-        rows if sharding.axis_size("tensor") == 1 else own_rows,
-        table,
-        ("vocab", "embed"),
-        tokens,
-        "batch",
-    )
+    Over a tensor-sharded vocabulary each device looks up its own rows, and the parts are summed
+    (Shoeybi et al. 2019). The lookup is in float32 because its backward pass sums the rows of
+    equal tokens.
+    """
+    is_cut = sharding.axis_size("tensor") > 1
+    function = _take_own_rows if is_cut else _take_rows
+    return look_up_locally(function, table, ("vocab", "embed"), tokens, "batch")
 
 
-def look_up(function, table, axes: tuple[str, str], index, rows: str | None):
-    """function(table [., D], index [B, T]) -> [B, T, D] on each device. The table, of logical
-    `axes`, is gathered there: so its gradient is scattered, and not summed whole on every
-    device. `rows`: the axis of B."""
-    where, wide = sharding.find_gathered_axes(table, axes), sharding.STORED[axes[1]]
-    if where:
-        dim, names = where
+def _take_rows(table, index):
+    return table[index]
 
-        def gather(table, index):
-            return function(sharding.gather(table, names, dim), index)
 
-    with sharding.using_rules({axes[1]: wide} if where else {}):
-        mapped = sharding.run_local(
-            gather if where else function, (axes, (rows, "seq")), (rows, "seq", None)
-        )
+def _take_own_rows(table, tokens):
+    """Looks up those tokens whose rows this device has, and sums over the mesh axis tensor."""
+    count = table.shape[0]
+    place = tokens - jax.lax.axis_index("tensor") * count
+    is_here = (place >= 0) & (place < count)
+    rows = jnp.where(is_here[..., None], table[jnp.clip(place, 0, count - 1)], 0)
+    return jax.lax.psum(rows, "tensor")
+
+
+def look_up_locally(function, table, axes: tuple[str, str], index, rows: str | None):
+    """Runs function(table [., D], index [B, T]) -> [B, T, D] on each device.
+
+    `axes` are the logical axes of the table. `rows` is the logical axis of B.
+
+    A table that is stored in parts is gathered inside, on the device. Its gradient is therefore
+    scattered, and not summed whole on every device.
+    """
+    in_axes = (axes, (rows, "seq"))
+    out_axes = (rows, "seq", None)
+    gathered = sharding.find_gathered_axes(table, axes)
+    if gathered is None:
+        mapped = sharding.run_local(function, in_axes, out_axes)
+        return mapped(table.astype(jnp.float32), index)
+
+    dim, names = gathered
+
+    def gather_and_look_up(table, index):
+        return function(sharding.gather(table, names, dim), index)
+
+    with sharding.using_rules({axes[1]: sharding.STORED[axes[1]]}):
+        mapped = sharding.run_local(gather_and_look_up, in_axes, out_axes)
         return mapped(table.astype(jnp.float32), index)
 
 
@@ -76,14 +85,10 @@ class PositionTable(nn.Module):
     @nn.compact
     def __call__(self, position, shared: bool):
         axes = ("position", "embed")
-        table = self.param(
-            "table",
-            sharding.stored_init(make_init("position", self.model), axes),
-            (self.model.max_seq, self.model.embed),
-        )
-        return look_up(
-            lambda table, index: table[index], table, axes, position, None if shared else "batch"
-        )
+        init = sharding.stored_init(make_init("position", self.model), axes)
+        table = self.param("table", init, (self.model.max_seq, self.model.embed))
+        rows = None if shared else "batch"
+        return look_up_locally(_take_rows, table, axes, position, rows)
 
 
 class Head(nn.Module):
@@ -94,9 +99,6 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, dtype):
         axes = ("embed", "vocab")
-        kernel = self.param(
-            "kernel",
-            sharding.stored_init(make_init("head", self.model), axes),
-            (self.model.embed, self.model.vocab),
-        )
+        init = sharding.stored_init(make_init("head", self.model), axes)
+        kernel = self.param("kernel", init, (self.model.embed, self.model.vocab))
         return sharding.use_weight(kernel, axes, dtype)

@@ -1,4 +1,7 @@
-"""Small parts of the residual stream: dropout, soft-caps, learned scalars and smear."""
+"""Small parts of the residual stream: dropout, soft-caps, learned scalars and smear.
+
+Shapes: B batch, T sequence, D embed.
+"""
 
 import flax.linen as nn
 import jax
@@ -10,49 +13,54 @@ from gpt_jax.model.parametrization import residual_ramp
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """x [B, T, D] with entries dropped at `rate`, only when the caller passed a "dropout" key to
-    `apply`."""
+    """Drops entries of x [B, T, D] at `rate`.
+
+    Nothing is dropped unless the caller passes a "dropout" key to `apply`.
+    """
     if rate == 0.0 or not module.has_rng("dropout"):
         return x
-    keep = sharding.reorder(jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape))
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    keep = sharding.reorder(keep)
     return jnp.where(sharding.lay_out_like(keep, x), x / (1 - rate), 0).astype(x.dtype)
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """cap * tanh(x / cap) (Gemma 2); cap 0: x."""
-    return x if cap == 0.0 else cap * jnp.tanh(x / cap)
+    """Squeezes x into (-cap, cap) by cap * tanh(x / cap) (Gemma 2). A cap of 0 returns x."""
+    if cap == 0.0:
+        return x
+    return cap * jnp.tanh(x / cap)
 
 
 class ResidualScalars(nn.Module):
-    """Factors of the stream and of the embedding at every layer: two [layers] vectors."""
+    """Two vectors [layers]: at every layer a factor of the stream and one of the embedding."""
 
     layers: int
 
     @nn.compact
     def __call__(self):
-        def make(name, *ends):
-            return self.param(
-                name, sharding.stored_init(residual_ramp(*ends), ("layers",)), (self.layers,)
-            )
+        def make(name, first, last):
+            init = sharding.stored_init(residual_ramp(first, last), ("layers",))
+            return self.param(name, init, (self.layers,))
 
         return make("x", 1.15, 1.05), make("x0", 0.20, 0.05)
 
 
 class Factor(nn.Module):
-    """One learned number [1], from `start`."""
+    """One learned number [1] that starts at `start`."""
 
     start: float
 
     @nn.compact
     def __call__(self):
-        return self.param(
-            "scale", sharding.stored_init(nn.initializers.constant(self.start), ("scale",)), (1,)
-        )
+        init = sharding.stored_init(nn.initializers.constant(self.start), ("scale",))
+        return self.param("scale", init, (1,))
 
 
 class Smear(nn.Module):
-    """A gated share of the token `before` joins each token, both [B, T, D] (modded-nanogpt,
-    nanochat)."""
+    """Adds to each token a gated share of the token `before` it, both [B, T, D].
+
+    The idea comes from modded-nanogpt and nanochat.
+    """
 
     model: config.Model
     compute: config.Compute

@@ -1,4 +1,7 @@
-"""The dense feed-forward, with its activations as rows of a table."""
+"""The dense feed-forward, with its activations as rows of a table.
+
+Shapes: B batch, T sequence, D embed, F mlp.
+"""
 
 import flax.linen as nn
 import jax
@@ -7,35 +10,48 @@ import jax.numpy as jnp
 from gpt_jax import config
 from gpt_jax.model.layers.linear import Weights, project
 
+
+def _gelu(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_tanh(x):
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _relu2(x):
+    return jnp.square(jax.nn.relu(x))
+
+
 # name -> (activation, has a gate)
 FFNS = {
     "relu": (jax.nn.relu, False),
-    "gelu": (lambda x: jax.nn.gelu(x, approximate=False), False),
-    "gelu_tanh": (lambda x: jax.nn.gelu(x, approximate=True), False),
-    "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),  # So et al. 2021
+    "gelu": (_gelu, False),
+    "gelu_tanh": (_gelu_tanh, False),
+    "relu2": (_relu2, False),  # So et al. 2021
     "swiglu": (jax.nn.silu, True),  # Shazeer 2020
-    "geglu": (lambda x: jax.nn.gelu(x, approximate=True), True),
+    "geglu": (_gelu_tanh, True),  # Shazeer 2020
 }
 
 
 class Mlp(nn.Module):
-    """The feed-forward [B, T, D] -> [B, T, D] of table row `name`."""
+    """The feed-forward [B, T, D] -> [B, T, D] of the row `ffn` in FFNS."""
 
-    name_of_row: str
+    ffn: str
     model: config.Model
     compute: config.Compute
 
     @nn.compact
     def __call__(self, x):
         model = self.model
-        activation, gated = FFNS[self.name_of_row]
+        activation, is_gated = FFNS[self.ffn]
 
         def linear(features, axes, role, name):
             return Weights(features, axes, role, model, self.compute, model.bias, name=name)
 
-        names = ("up", "gate") if gated else ("up",)
-        up, *gate = project(
-            x, *(linear(model.mlp, ("embed", "mlp"), "mlp_in", name) for name in names)
-        )
-        hidden = activation(gate[0]) * up if gated else activation(up)
+        names = ("up", "gate") if is_gated else ("up",)
+        maps = [linear(model.mlp, ("embed", "mlp"), "mlp_in", name) for name in names]
+        up, *gate = project(x, *maps)
+        hidden = activation(gate[0]) * up if is_gated else activation(up)
+
         return project(hidden, linear(model.embed, ("mlp", "embed"), "mlp_out", "down"))[0]

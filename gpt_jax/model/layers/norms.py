@@ -33,12 +33,12 @@ class Norm(nn.Module):
     def __call__(self, x):
         function, has_scale, has_bias = NORMS[self.model.norm]
         y = function(x.astype(jnp.float32), self.model.norm_epsilon)
+
         if has_scale:
-            y = y * self.param(
-                "scale", sharding.stored_init(nn.initializers.ones, ("scale",)), (x.shape[-1],)
-            )
+            ones = sharding.stored_init(nn.initializers.ones, ("scale",))
+            y = y * self.param("scale", ones, (x.shape[-1],))
         if has_bias and self.model.bias:
-            y = y + self.param(
-                "bias", sharding.stored_init(nn.initializers.zeros, ("scale",)), (x.shape[-1],)
-            )
+            zeros = sharding.stored_init(nn.initializers.zeros, ("scale",))
+            y = y + self.param("bias", zeros, (x.shape[-1],))
+
         return y.astype(x.dtype)

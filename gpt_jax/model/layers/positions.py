@@ -1,4 +1,7 @@
-"""Rotary and sinusoidal positions."""
+"""Rotary and sinusoidal positions.
+
+Shapes: B batch, T sequence, N heads, H head_dim, R rotating channels.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,33 +11,48 @@ from gpt_jax import config
 
 
 def rotary_frequencies(model: config.Model) -> np.ndarray:
-    """Radians per position [R / 2] for the R = rope_fraction * head_dim rotating channels (Su et
-    al. 2021), with Llama-3's scaling of the long wavelengths where `rope_scale_factor` > 1."""
+    """Computes the radians per position [R / 2] of rotary positions (Su et al. 2021).
+
+    R = rope_fraction * head_dim channels rotate. Where `rope_scale_factor` is above 1, the long
+    wavelengths are scaled as in Llama 3.
+    """
     rotating = int(model.head_dim * model.rope_fraction)
     frequencies = model.rope_base ** -(np.arange(0, rotating, 2, dtype=np.float64) / rotating)
+
     if model.rope_scale_factor > 1:
-        turns = (
-            model.rope_scale_original_seq * frequencies / (2 * np.pi)
-        )  # over the original context
+        # A channel that turns often over the original context keeps its frequency.
+        turns = model.rope_scale_original_seq * frequencies / (2 * np.pi)
         smooth = (turns - model.rope_scale_low) / (model.rope_scale_high - model.rope_scale_low)
         smooth = np.clip(smooth, 0, 1)
         frequencies = frequencies * (smooth + (1 - smooth) / model.rope_scale_factor)
+
     return frequencies.astype(np.float32)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the first channels of x [B, T, N, H] by angles whose cos and sin are [B or 1, T, R
-    / 2], in float32. Channel i pairs with i + R / 2 (the layout of GPT-NeoX and Hugging Face's
-    Llama)."""
+    """Rotates the first R channels of x [B, T, N, H] in float32.
+
+    The angles are given by their cos and sin [B or 1, T, R / 2]. Channel i pairs with i + R / 2,
+    which is the layout of GPT-NeoX and of Hugging Face's Llama.
+    """
     half = cos.shape[-1]
-    cos, sin = (jnp.concatenate(parts, -1)[:, :, None] for parts in ((cos, cos), (-sin, sin)))
-    turning, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    signed = (-sin, sin)  # the first half of the channels subtracts, the second adds
+    cos = jnp.concatenate((cos, cos), -1)[:, :, None]
+    sin = jnp.concatenate(signed, -1)[:, :, None]
+
+    turning = x[..., : 2 * half].astype(jnp.float32)
+    rest = x[..., 2 * half :]
     turned = (turning * cos + jnp.roll(turning, half, -1) * sin).astype(x.dtype)
-    return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)
+    if rest.shape[-1] == 0:
+        return turned
+    return jnp.concatenate([turned, rest], axis=-1)
 
 
 def sinusoids(position: jax.Array, width: int) -> jax.Array:
-    """Vaswani et al. 2017: [B or 1, T] positions -> [B or 1, T, width], sines then cosines."""
+    """Turns positions [B or 1, T] into sines, then cosines [B or 1, T, width].
+
+    The rates are those of Vaswani et al. 2017.
+    """
     rates = np.float32(10_000.0) ** -(np.arange(0, width, 2, dtype=np.float32) / width)
     angles = position[..., None].astype(jnp.float32) * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]
