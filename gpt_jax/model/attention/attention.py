@@ -1,6 +1,7 @@
-"""Self-attention with every variant as data, and its KV cache (called by transformer).
+"""The self-attention layer, every variant of it as data.
 
-Shapes: B batch, T query, S cache slots, D embed, N heads, K kv heads, H head_dim.
+Shapes: B batch, T query, S cache slots, D embed, N heads, K kv heads, H head_dim, R rotating
+channels.
 """
 
 from typing import NamedTuple
@@ -11,18 +12,26 @@ import jax.numpy as jnp
 
 from gpt_jax import config, sharding
 from gpt_jax.model.attention import kernels, mask
-from gpt_jax.model.attention.cache import _decode, fill
+from gpt_jax.model.attention.cache import decode_token, fill
 from gpt_jax.model.layers.embed import Embed
 from gpt_jax.model.layers.extras import dropout
 from gpt_jax.model.layers.linear import Weights, project
 from gpt_jax.model.layers.norms import NORMS
 from gpt_jax.model.layers.positions import rotate
 
+# The logical axes of queries, and of keys and values.
+QUERY_AXES = ("batch", "seq", "heads", "head_dim")
+KEY_AXES = ("batch", "seq", "kv_heads", "head_dim")
+
 
 class Context(NamedTuple):
-    """What every layer of one forward pass shares. `angles`: cos and sin [B or 1, T, R / 2], or
-    None; `lengths` [B]: tokens already in the cache before this pass (decode) or valid tokens of
-    the prompt (prefill)."""
+    """What every layer of one forward pass shares.
+
+    `angles` are cos and sin [B or 1, T, R / 2] of rotary positions, or None.
+
+    `lengths` [B] belongs to a pass with a cache. When a prompt starts the cache, it counts the
+    valid tokens of the prompt. In a decoding step it counts the tokens already in the cache.
+    """
 
     tokens: jax.Array
     segment: jax.Array | None = None
@@ -32,20 +41,20 @@ class Context(NamedTuple):
 
 
 class QkNorm(nn.Module):
-    """RMS norm over head_dim of [B, T, N, H] (Henry et al. 2020), scaled where the model's norm
-    has a scale."""
+    """RMS norm over head_dim of [B, T, N, H] (Henry et al. 2020).
+
+    It has a learned scale where the model's norm has one.
+    """
 
     model: config.Model
 
     @nn.compact
     def __call__(self, x):
-        x = NORMS["plain_rmsnorm"][0](x.astype(jnp.float32), self.model.norm_epsilon).astype(
-            x.dtype
-        )
+        normalise = NORMS["plain_rmsnorm"][0]
+        x = normalise(x.astype(jnp.float32), self.model.norm_epsilon).astype(x.dtype)
         if self.model.norm != "plain_rmsnorm":
-            scale = self.param(
-                "scale", sharding.stored_init(nn.initializers.ones, ("scale",)), (x.shape[-1],)
-            )
+            ones = sharding.stored_init(nn.initializers.ones, ("scale",))
+            scale = self.param("scale", ones, (x.shape[-1],))
             x = (x * scale).astype(x.dtype)
         return x * jnp.asarray(self.model.qk_scale, x.dtype)
 
@@ -53,10 +62,14 @@ class QkNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention [B, T, D] -> ([B, T, D], new cache).
 
-    `cache` None: plain pass. A pair (k, v) [B, S, K, H]: a single token a row attends over the
-    cache and itself, and its own k, v [B, 1, K, H] come back, for the caller to `append`; a
-    longer input is a prompt that starts an empty cache, which comes back filled (Context.lengths
-    tells its real tokens)."""
+    `cache` is None in a plain pass, and else a pair (k, v), each [B, S, K, H].
+
+    A longer input is a prompt that starts an empty cache. The filled cache comes back.
+    Context.lengths tells how many tokens of the prompt are real.
+
+    A single token a row attends over the cache and itself. Its own k and v [B, 1, K, H] come back
+    for the caller to `append`.
+    """
 
     model: config.Model
     compute: config.Compute
@@ -67,99 +80,93 @@ class Attention(nn.Module):
     def __call__(self, x, context: Context, cache=None):
         model = self.model
         B, T = x.shape[:2]
-        bias = model.bias and model.qkv_bias
 
-        axes = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
-        counts = {"q": model.heads, "k": model.kv_heads, "v": model.kv_heads}
-        flat = project(
-            x,
-            *(
-                Weights(
-                    counts[n] * model.head_dim,
-                    ("embed", axes[n]),
-                    "qkv",
-                    model,
-                    self.compute,
-                    bias,
-                    name=n,
-                )
-                for n in "qkv"
-            ),
-        )
-        q, k, v = (
-            sharding.reshape(
-                y, (B, T, counts[n], model.head_dim), "batch", "seq", axes[n], "head_dim"
-            )
-            for n, y in zip("qkv", flat)
-        )
+        q, k, v = self._project_in(x)
         if self.value_embed:
-            v = v + self._value_embedding(x, context.tokens)
-        norm = [QkNorm(model, name=f"{n}_norm") for n in "qk"] if model.qk_norm else []
-        if norm and not model.qk_norm_after_rope:
-            q, k = norm[0](q), norm[1](k)
-        if context.angles is not None:
-            q, k = rotate(q, *context.angles), rotate(k, *context.angles)
-        if norm and model.qk_norm_after_rope:
-            q, k = norm[0](q), norm[1](k)
+            v = v + self._embed_values(x, context.tokens)
+        q, k = self._norm_and_rotate(q, k, context.angles)
 
         if cache is not None and T == 1:
-            y, cache = self._decode(q, k, v, cache, context.lengths), (k, v)
+            y = self._decode(q, k, v, cache, context.lengths)
+            cache = (k, v)
         else:
             pattern = mask.Pattern(self.window, context.segment, context.block)
+            keep = self._draw_keep(B, T)
             y = kernels.attention(
-                self.compute.kernel, q, k, v, pattern, model.attention_softcap, self._keep(B, T)
+                self.compute.kernel, q, k, v, pattern, model.attention_softcap, keep
             )
             if cache is not None:
-                cache = [self._fill(x, context.lengths, cache[0].shape[1]) for x in (k, v)]
-        y = sharding.reshape(y, (B, T, model.heads * model.head_dim), "batch", "seq", "heads")
-        y = project(
-            y,
-            Weights(
-                model.embed,
-                ("heads", "embed"),
-                "attention_out",
-                model,
-                self.compute,
-                model.bias,
-                name="out",
-            ),
-        )[0]
-        return dropout(self, y, model.dropout), None if cache is None else tuple(cache)
+                slots = cache[0].shape[1]
+                cache = tuple(self._fill(values, context.lengths, slots) for values in (k, v))
 
-    def _value_embedding(self, x, tokens):
-        """Zhou et al. 2024's value residual as modded-nanogpt has it: a second embedding of the
-        token, gated per head by 3 * sigmoid of a few channels of the stream, joins the values.
-        [B, T, K, H]."""
+        y = sharding.reshape(y, (B, T, model.heads * model.head_dim), "batch", "seq", "heads")
+        out = self._linear(model.embed, ("heads", "embed"), "attention_out", model.bias, "out")
+        return dropout(self, project(y, out)[0], model.dropout), cache
+
+    def _linear(self, features: int, axes, role: str, bias: bool, name: str) -> Weights:
+        return Weights(features, axes, role, self.model, self.compute, bias, name=name)
+
+    def _project_in(self, x):
+        """Computes q [B, T, N, H], k and v [B, T, K, H] from x [B, T, D]."""
+        model = self.model
+        bias = model.bias and model.qkv_bias
+        heads = {
+            "q": ("heads", model.heads),
+            "k": ("kv_heads", model.kv_heads),
+            "v": ("kv_heads", model.kv_heads),
+        }
+
+        maps = [
+            self._linear(count * model.head_dim, ("embed", axis), "qkv", bias, name)
+            for name, (axis, count) in heads.items()
+        ]
+        return [
+            sharding.reshape(
+                y, (*x.shape[:2], count, model.head_dim), "batch", "seq", axis, "head_dim"
+            )
+            for y, (axis, count) in zip(project(x, *maps), heads.values(), strict=True)
+        ]
+
+    def _norm_and_rotate(self, q, k, angles):
+        """Normalises q and k before or after their rotation, where the model does either."""
+        model = self.model
+        norms = [QkNorm(model, name=f"{name}_norm") for name in "qk"] if model.qk_norm else []
+
+        if norms and not model.qk_norm_after_rope:
+            q = norms[0](q)
+            k = norms[1](k)
+        if angles is not None:
+            q = rotate(q, *angles)
+            k = rotate(k, *angles)
+        if norms and model.qk_norm_after_rope:
+            q = norms[0](q)
+            k = norms[1](k)
+        return q, k
+
+    def _embed_values(self, x, tokens):
+        """Embeds the tokens a second time, as a part of the values [B, T, K, H].
+
+        This is the value residual of Zhou et al. 2024 in the form of modded-nanogpt. A gate per
+        head scales it: 3 * sigmoid of a few channels of the stream.
+        """
         model = self.model
         width = model.kv_heads * model.head_dim
-        embedded = Embed(model.vocab, width, "value_embed", model, name="value_embed")(
-            tokens
-        ).astype(x.dtype)
+        table = Embed(model.vocab, width, "value_embed", model, name="value_embed")
         embedded = sharding.reshape(
-            embedded,
+            table(tokens).astype(x.dtype),
             (*tokens.shape, model.kv_heads, model.head_dim),
             "batch",
             "seq",
             None,
             "head_dim",
         )
-        gate = Weights(
-            model.kv_heads,
-            ("gate", "kv_heads"),
-            "gate",
-            model,
-            self.compute,
-            False,
-            name="value_gate",
-        )
-        strength = 3 * jax.nn.sigmoid(project(x[..., : model.value_embed_gate], gate)[0])
-        return (
-            sharding.constrain(embedded, "batch", "seq", "kv_heads", "head_dim")
-            * strength[..., None]
-        )
 
-    def _keep(self, B, T):
-        """Attention dropout as factors [B, N, T, T], or None."""
+        gate = self._linear(model.kv_heads, ("gate", "kv_heads"), "gate", False, "value_gate")
+        strength = 3 * jax.nn.sigmoid(project(x[..., : model.value_embed_gate], gate)[0])
+        return sharding.constrain(embedded, *KEY_AXES) * strength[..., None]
+
+    def _draw_keep(self, B, T):
+        """Draws attention dropout as factors [B, N, T, T], or returns None without it."""
         rate = self.model.attention_dropout
         if rate == 0.0 or not self.has_rng("dropout"):
             return None
@@ -167,20 +174,19 @@ class Attention(nn.Module):
         return sharding.constrain(keep / (1 - rate), "batch", "heads", "seq", "keys")
 
     def _decode(self, q, k, v, cache, lengths):
-        query, keys = (
-            ("batch", "seq", "heads", "head_dim"),
-            ("batch", "seq", "kv_heads", "head_dim"),
-        )
+        """Lets one new token a row attend over the cache and itself -> [B, 1, N, H]."""
 
-        def run(*args):
-            return _decode(*args, self.model.attention_softcap)
+        def run(q, k, v, cached_k, cached_v, lengths):
+            cap = self.model.attention_softcap
+            return decode_token(q, k, v, cached_k, cached_v, lengths, cap)
 
-        return sharding.run_local(run, (query, keys, keys, keys, keys, ("batch",)), query)(
-            q, k, v, *cache, lengths
-        )
+        axes = (QUERY_AXES, KEY_AXES, KEY_AXES, KEY_AXES, KEY_AXES, ("batch",))
+        return sharding.run_local(run, axes, QUERY_AXES)(q, k, v, *cache, lengths)
 
     def _fill(self, values, lengths, slots):
-        keys = ("batch", "seq", "kv_heads", "head_dim")
-        return sharding.run_local(lambda x, n: fill(x, n, slots), (keys, ("batch",)), keys)(
-            values, lengths
-        )
+        """Makes the cache of a prompt's keys or values."""
+
+        def run(values, lengths):
+            return fill(values, lengths, slots)
+
+        return sharding.run_local(run, (KEY_AXES, ("batch",)), KEY_AXES)(values, lengths)

@@ -1,9 +1,9 @@
-"""Attention kernels as one table, the choice among them, and the check of the chosen one (called by
-model/attention and by experiment).
+"""Attention kernels as one table, the choice among them, and the check of the chosen one.
 
-Shapes: B batch, T query, S key, N heads, K kv heads, G = N / K, H head_dim. Every kernel honours
-causal order, windows, segments and `ar` blocks, or says before anything compiles which of them it
-cannot do.
+Every kernel honours causal order, windows, segments and `ar` blocks. One that cannot do some of
+them says so before anything compiles.
+
+Shapes: B batch, T query, S key, N heads, K kv heads, G = N / K, H head_dim.
 """
 
 from collections.abc import Callable
@@ -24,28 +24,37 @@ from gpt_jax.model.layers.extras import softcap
 def attend(q, k, v, mask, cap: float = 0.0, keep=None):
     """Softmax attention with an explicit mask, scores and softmax in float32.
 
-    q [B, T, N, H], k and v [B, S, K, H], mask [B or 1, T, S] -> [B, T, N, H]. `keep` [B, N, T,
-    S] multiplies the probabilities (dropout). A query that may look at nothing gets the mean of
-    v, which a weight of 0 removes."""
+    q is [B, T, N, H], k and v are [B, S, K, H], and the mask is [B or 1, T, S]. The result is
+    [B, T, N, H]. `keep` [B, N, T, S] multiplies the probabilities (dropout).
+
+    A query that may look at nothing gets the mean of v. Its weight in the loss must be 0.
+    """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     G = N // K
 
-    # Heads first, and a group's queries stacked on those of its kv head: one plain batched matmul
-    # over [B, K], which XLA's CPU backend runs a quarter faster than the contraction with heads
-    # inside.
+    # Heads come first, and the queries of a group are stacked on those of its kv head. This makes
+    # one plain batched matmul over [B, K]. XLA's CPU backend runs it a quarter faster than the
+    # contraction with heads inside.
     def stack(x):
         return jnp.moveaxis(x.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
 
-    q, k, v = stack(q * jnp.asarray(H**-0.5, q.dtype)), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    q = stack(q * jnp.asarray(H**-0.5, q.dtype))
+    k = jnp.swapaxes(k, 1, 2)
+    v = jnp.swapaxes(v, 1, 2)
+
     scores = softcap(jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32), cap)
     scores = scores.reshape(B, K, G, T, S)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1)
     if keep is not None:
         probs = probs * keep.reshape(B, K, G, T, S)
+
     out = jnp.einsum("bkts,bksh->bkth", probs.astype(v.dtype).reshape(B, K, G * T, S), v)
     return jnp.moveaxis(out.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H)
+
+
+# ---- the kernels ----
 
 
 def _reference(q, k, v, pattern, cap, keep):
@@ -53,26 +62,43 @@ def _reference(q, k, v, pattern, cap, keep):
 
 
 def _blocked(q, k, v, pattern, cap, keep):
-    """The reference, for at most eight runs of queries one after another, each over the keys
-    that causal order and the window leave it: half the work of the whole map, on any platform."""
+    """Runs the reference for at most eight runs of queries, one after another.
+
+    Each run looks only at the keys that causal order and the window leave it. This is half the
+    work of the whole map, on any platform.
+    """
     length = q.shape[1]
-    mask, size, parts = make_mask(pattern, length), max(64, -(-length // 8)), []
+    mask = make_mask(pattern, length)
+    size = max(64, -(-length // 8))
+
+    parts = []
     for start in range(0, length, size):
         rows = slice(start, min(start + size, length))
-        keys = slice(max(0, start - pattern.window + 1) if pattern.window else 0, rows.stop)
-        kept = None if keep is None else keep[:, :, rows, keys]
-        parts.append(attend(q[:, rows], k[:, keys], v[:, keys], mask[:, rows, keys], cap, kept))
+        first_key = max(0, start - pattern.window + 1) if pattern.window else 0
+        keys = slice(first_key, rows.stop)
+        keep_here = None if keep is None else keep[:, :, rows, keys]
+        part = attend(q[:, rows], k[:, keys], v[:, keys], mask[:, rows, keys], cap, keep_here)
+        parts.append(part)
     return jnp.concatenate(parts, axis=1)
 
 
 def _jax_attention(implementation, q, k, v, pattern, cap, keep):
-    """jax.nn.dot_product_attention. Segments and blocks go in as a mask: without one its kernels
-    would ignore them."""
-    plain = pattern.segment is None and pattern.block is None
-    window = {"local_window_size": (pattern.window - 1, 0)} if plain and pattern.window else {}
-    mask = None if plain else make_mask(pattern, q.shape[1])[:, None]
+    """Calls jax.nn.dot_product_attention.
+
+    Segments and blocks go in as a mask, because its kernels would ignore them otherwise.
+    """
+    is_plain = pattern.segment is None and pattern.block is None
+    window = (pattern.window - 1, 0) if is_plain and pattern.window else None
+    mask = None if is_plain else make_mask(pattern, q.shape[1])[:, None]
+
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=plain, implementation=implementation, **window
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_plain,
+        local_window_size=window,
+        implementation=implementation,
     )
 
 
@@ -80,8 +106,11 @@ def _splash(q, k, v, pattern, cap, keep, interpret=False):
     return splash.attention(q, k, v, pattern, cap, interpret=interpret)
 
 
+# ---- what each kernel cannot do ----
+
+
 class Problem(NamedTuple):
-    """What a kernel is asked to do: read off a config by `problem`."""
+    """What a kernel is asked to do. `make_problem` reads it off a config."""
 
     platform: str
     dtype: str
@@ -94,11 +123,9 @@ class Problem(NamedTuple):
 
 
 def _uncut(p: Problem) -> str:
-    return (
-        f"needs whole rows, and config.mesh.context = {p.context} cuts them"
-        if p.context > 1
-        else ""
-    )
+    if p.context > 1:
+        return f"needs whole rows, and config.mesh.context = {p.context} cuts them"
+    return ""
 
 
 def _blocked_cannot(p: Problem) -> str:
@@ -112,7 +139,9 @@ def _ring_cannot(p: Problem) -> str:
 def _xla_cannot(p: Problem) -> str:
     if p.context > 1:
         return _uncut(p)
-    return "has no soft-cap" if p.softcap else "has no attention dropout" if p.dropout else ""
+    if p.softcap:
+        return "has no soft-cap"
+    return "has no attention dropout" if p.dropout else ""
 
 
 def _cudnn_cannot(p: Problem) -> str:
@@ -120,9 +149,8 @@ def _cudnn_cannot(p: Problem) -> str:
         return f"needs a GPU, this is {p.platform}"
     if p.dtype == "float32":
         return "needs config.compute.dtype = bfloat16"
-    if (
-        p.head_dim % 8 or p.head_dim > 256
-    ):  # on GPUs before Hopper it also refuses more than 128, by itself
+    # On GPUs before Hopper cuDNN refuses more than 128 by itself.
+    if p.head_dim % 8 or p.head_dim > 256:
         return "needs a head_dim divisible by 8 and at most 256"
     return _xla_cannot(p)
 
@@ -132,14 +160,25 @@ def _splash_cannot(p: Problem) -> str:
         return f"needs a TPU, this is {p.platform}"
     if p.dropout or p.ar:
         return "has no attention dropout and no ar blocks"
-    return f"needs seq_len divisible by {128 * p.context}" if p.seq_len % (128 * p.context) else ""
+    multiple = 128 * p.context
+    return f"needs seq_len divisible by {multiple}" if p.seq_len % multiple else ""
+
+
+# ---- the table, and the choice ----
 
 
 class Kernel(NamedTuple):
-    run: Callable  # (q, k, v, pattern, cap, keep) -> [B, T, N, H]
-    cannot: Callable  # Problem -> "" or the reason it cannot
-    platform: str = "cpu"  # one that it is for
-    cut: Callable | None = None  # (q, k, v, pattern, cap) for rows cut over the mesh axis context
+    """A row of KERNELS.
+
+    `run` takes (q, k, v, pattern, cap, keep) and gives [B, T, N, H]. `cannot` takes a Problem and
+    gives "", or the reason why the kernel cannot solve it. `platform` is one that the kernel is
+    for. `cut` takes (q, k, v, pattern, cap) for rows that are cut over the mesh axis context.
+    """
+
+    run: Callable
+    cannot: Callable
+    platform: str = "cpu"
+    cut: Callable | None = None
 
 
 KERNELS = {
@@ -160,8 +199,10 @@ PREFERENCE = {
 def make_problem(
     model: config.Model, dtype: str, seq_len: int, platform: str, ar: bool = False, context: int = 1
 ) -> Problem:
-    """The attention problem that a model poses on `platform` (cpu, gpu or tpu), rows cut into
-    `context` pieces."""
+    """Describes the attention problem that a model poses on `platform` (cpu, gpu or tpu).
+
+    Rows are cut into `context` pieces.
+    """
     return Problem(
         platform,
         dtype,
@@ -175,14 +216,18 @@ def make_problem(
 
 
 def choose_kernel(name: str, p: Problem) -> tuple[str, str]:
-    """(kernel, reason). A named kernel is taken or UsageError says why it cannot; `auto` takes
-    the first that can."""
+    """Chooses a kernel for the problem -> (kernel, reason).
+
+    `auto` takes the first of the platform's PREFERENCE that can solve it. Raises UsageError if a
+    named kernel cannot solve the problem, or none can.
+    """
     if name != "auto":
         if reason := KERNELS[name].cannot(p):
             raise UsageError(
                 f"config.compute.kernel = {name!r}: {reason}; choose auto or another kernel"
             )
         return name, "asked for"
+
     passed = []
     for candidate in PREFERENCE.get(p.platform, ("reference",)):
         reason = KERNELS[candidate].cannot(p)
@@ -193,119 +238,129 @@ def choose_kernel(name: str, p: Problem) -> tuple[str, str]:
 
 
 def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None):
-    """Kernel `name` on each device's own batch rows and heads; shapes as in `attend`."""
+    """Runs the kernel `name` on each device's own batch rows and heads.
 
-    cut = sharding.count_parts("seq") > 1
-    asked = Problem(
-        KERNELS[name].platform,
+    Shapes are those of `attend`. Raises UsageError if the kernel cannot do what is asked.
+    """
+    kernel = KERNELS[name]
+    pieces = sharding.count_parts("seq")
+    problem = Problem(
+        kernel.platform,
         q.dtype.name,
         q.shape[-1],
         q.shape[1],
         cap > 0,
         keep is not None,
         pattern.block is not None,
-        sharding.count_parts("seq"),
+        pieces,
     )
-    if reason := KERNELS[name].cannot(asked):
+    if reason := kernel.cannot(problem):
         raise UsageError(f"config.compute.kernel = {name!r}: {reason}; choose another kernel")
 
     def run(q, k, v, segment, block, keep):
         own = Pattern(pattern.window, segment, block)
-        return (
-            KERNELS[name].cut(q, k, v, own, cap)
-            if cut
-            else KERNELS[name].run(q, k, v, own, cap, keep)
-        )
+        if pieces > 1:
+            assert kernel.cut is not None, f"{name} accepts cut rows and has no way to run them"
+            return kernel.cut(q, k, v, own, cap)
+        return kernel.run(q, k, v, own, cap, keep)
 
-    def heads(n):
-        return ("batch", "seq", n, "head_dim")
+    query_axes = ("batch", "seq", "heads", "head_dim")
+    key_axes = ("batch", "seq", "kv_heads", "head_dim")
 
-    def column(x):
+    def axes_of_column(x):
         return None if x is None else ("batch", "seq")
 
     axes = (
-        heads("heads"),
-        heads("kv_heads"),
-        heads("kv_heads"),
-        column(pattern.segment),
-        column(pattern.block),
+        query_axes,
+        key_axes,
+        key_axes,
+        axes_of_column(pattern.segment),
+        axes_of_column(pattern.block),
         None if keep is None else ("batch", "heads", "seq", "keys"),
     )
-    return sharding.run_local(run, axes, heads("heads"))(
-        q, k, v, pattern.segment, pattern.block, keep
-    )
+    return sharding.run_local(run, axes, query_axes)(q, k, v, pattern.segment, pattern.block, keep)
+
+
+# ---- the check of the chosen kernel ----
 
 
 def measure_conformance(
     name: str, model: config.Model, dtype: str, segments: bool, rows: int
 ) -> float:
-    """Largest difference between kernel `name` and `reference` on a tiny packed batch, on the
-    devices of the current mesh.
+    """Returns the largest error of kernel `name`, relative to the largest value of `reference`.
 
-    `rows`: batch rows, a multiple of those that a mesh cuts them into (placing.row_parts). With
-    `segments`, changing the first document must not change the second in the slightest. Raises
-    UsageError when the kernel is wrong; returns the error relative to the largest value."""
-    length = (
-        32 if name in ("xla", "cudnn") else 256 * sharding.count_parts("seq")
-    )  # several of the blocks that it skips
-    windows = sorted({min(w, length // 4) for w in model.windows})  # short enough to be seen
+    Both run on a tiny packed batch, on the devices of the current mesh. `rows` counts its rows. It
+    must be a multiple of `sharding.count_parts("batch")`.
+
+    Raises UsageError if the error is too large. With `segments` it also raises if a change to the
+    first document of a row changes the second in the slightest.
+    """
+    # The skipping kernels get several of the blocks that they skip.
+    length = 32 if name in ("xla", "cudnn") else 256 * sharding.count_parts("seq")
+    # The windows are short enough to matter.
+    windows = sorted({min(window, length // 4) for window in model.windows})
+
     rng = np.random.default_rng(0)
     q, k, v = (
         jnp.asarray(rng.standard_normal((rows, length, heads, model.head_dim)), dtype)
         for heads in (model.heads, model.kv_heads, model.kv_heads)
     )
-    segment = (
-        jnp.asarray(np.repeat([[1] * (length // 2) + [2] * (length // 2)], rows, 0))
-        if segments
-        else None
-    )
+    segment = None
+    if segments:
+        documents = [1] * (length // 2) + [2] * (length // 2)
+        segment = jnp.asarray(np.repeat([documents], rows, 0))
+    run = _make_runner(model, segment)
+
+    errors = [
+        _relative_difference(run(name, window, q, k, v), run("reference", window, q, k, v))
+        for window in windows
+    ]
+    error = float(np.max(errors))  # numpy's maximum lets no nan pass
+    limit = 1e-4 if dtype == "float32" else 3e-2
+    if not error <= limit:
+        raise UsageError(
+            f"config.compute.kernel = {name!r}: differs from reference by {error:.1e} on this "
+            f"machine (limit {limit:.0e}); choose another kernel"
+        )
+
+    if segments:
+        is_first = jnp.arange(length)[None, :, None, None] < length // 2
+        changed = jnp.where(is_first, v + 100, v)
+        clean, dirty = (run(name, windows[0], q, k, x)[:, length // 2 :] for x in (v, changed))
+        if bool((clean != dirty).any()):
+            raise UsageError(
+                f"config.compute.kernel = {name!r}: lets a document see the one before it in a "
+                "packed row; choose another kernel"
+            )
+    return error
+
+
+def _make_runner(model: config.Model, segment) -> Callable:
+    """Makes run(kernel, window, q, k, v), for arrays in the order of the text."""
 
     def place(x, axis):
         return sharding.constrain(sharding.reorder(x), "batch", "seq", axis, "head_dim")
 
     @partial(jax.jit, static_argnums=(0, 1))
     def run(kernel, window, q, k, v):
-        with sharding.using_rules(sharding.WHOLE_ROWS if kernel == "reference" else {}):
-            column = (
-                None
-                if segment is None
-                else sharding.constrain(sharding.reorder(segment), "batch", "seq")
-            )
-            q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
-            found = attention(kernel, q, k, v, Pattern(window, column), model.attention_softcap)
-            return sharding.reorder(
-                sharding.constrain(found, "batch", None, "heads", "head_dim"), back=True
-            )
+        # The reference wants whole rows.
+        own_rules = sharding.WHOLE_ROWS if kernel == "reference" else {}
+        with sharding.using_rules(own_rules):
+            column = None
+            if segment is not None:
+                column = sharding.constrain(sharding.reorder(segment), "batch", "seq")
+            q = place(q, "heads")
+            k = place(k, "kv_heads")
+            v = place(v, "kv_heads")
 
-    def difference(ours, reference):
-        return float(
-            jnp.max(jnp.abs(ours - reference).astype(jnp.float32)) / jnp.max(jnp.abs(reference))
-        )
+            pattern = Pattern(window, column)
+            out = attention(kernel, q, k, v, pattern, model.attention_softcap)
+            out = sharding.constrain(out, "batch", None, "heads", "head_dim")
+            return sharding.reorder(out, back=True)
 
-    error = float(
-        np.max(
-            [
-                difference(run(name, window, q, k, v), run("reference", window, q, k, v))
-                for window in windows
-            ]
-        )
-    )  # numpy's, which lets no nan pass
-    limit = 1e-4 if dtype == "float32" else 3e-2
-    if not error <= limit:
-        raise UsageError(
-            f"config.compute.kernel = {name!r}: differs from reference by {error:.1e} on this machine (limit "
-            f"{limit:.0e}); choose another kernel"
-        )
-    if segments:
-        first = jnp.arange(length)[None, :, None, None] < length // 2
-        clean, dirty = (
-            run(name, windows[0], q, k, x)[:, length // 2 :]
-            for x in (v, jnp.where(first, v + 100, v))
-        )
-        leaked = clean != dirty
-        if bool(leaked.any()):
-            raise UsageError(
-                f"config.compute.kernel = {name!r}: lets a document see the one before it in a packed row; "
-                "choose another kernel"
-            )
-    return error
+    return run
+
+
+def _relative_difference(ours, reference) -> float:
+    difference = jnp.abs(ours - reference).astype(jnp.float32)
+    return float(jnp.max(difference) / jnp.max(jnp.abs(reference)))

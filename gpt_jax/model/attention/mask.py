@@ -1,4 +1,7 @@
-"""Which keys a query may see."""
+"""Which keys a query may see.
+
+Shapes: B batch, T sequence.
+"""
 
 from typing import NamedTuple
 
@@ -7,10 +10,16 @@ import jax.numpy as jnp
 
 
 class Pattern(NamedTuple):
-    """Who may look at whom. `segment` [B, T]: only the same, 0 is padding; `block` [B, T]: the
-    running sum of the `ar` column (a query sees every key whose block is not later: causal where
-    ar is 1, both ways where it is 0); None of them: one document, causal. `window`: keys within
-    reach, the query's own included; 0: all."""
+    """Which keys a query may look at.
+
+    `window` counts the keys within reach, the query's own included. 0 puts all within reach.
+
+    `segment` [B, T] keeps documents apart: a query sees only keys of its own segment. Segment 0 is
+    padding. None means one document.
+
+    `block` [B, T] is the running sum of the `ar` column. A query sees every key whose block is not
+    later. Attention is causal where ar is 1, and goes both ways where it is 0. None means causal.
+    """
 
     window: int = 0
     segment: jax.Array | None = None
@@ -18,8 +27,10 @@ class Pattern(NamedTuple):
 
 
 def make_mask(pattern: Pattern, length: int) -> jax.Array:
-    """The pattern as booleans [B or 1, T, T], True where query t may look at key s."""
-    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    """Writes the pattern as booleans [B or 1, T, T]: True where query t may look at key s."""
+    query = jnp.arange(length)[:, None]
+    key = jnp.arange(length)[None, :]
+
     if pattern.block is None:
         mask = (key <= query)[None]
     else:

@@ -1,7 +1,9 @@
-"""Pallas splash attention for TPU: skips the blocks of keys that causal order and windows rule out
-(called by kernels).
+"""Pallas splash attention for TPU.
 
-Shapes: B batch, T tokens of a row, N heads, K kv heads, H head_dim.
+It skips the blocks of keys that causal order and windows rule out.
+
+Shapes: B batch, T tokens of a row, t = T / pieces of them on one device, N heads, K kv heads,
+H head_dim.
 """
 
 import math
@@ -13,61 +15,89 @@ import numpy as np
 from gpt_jax import sharding
 from gpt_jax.model.attention import ring
 
-# as MaxText has them; the library's own default of 128 takes 16 times the entries in its tables
+# This is MaxText's size. The library's own default of 128 takes 16 times the entries in its tables.
 BLOCK = 512
 
 
 def attention(q, k, v, pattern, cap: float = 0.0, axis: str | None = None, interpret: bool = False):
-    """q [B, t, N, H] over k, v [B, t, K, H] -> [B, t, N, H], without `ar` blocks; t is a
-    multiple of 128. With `axis` rows are cut over that mesh axis (t = T / pieces) and the keys
-    of whole rows are gathered first. In padding the result is arbitrary, and finite."""
+    """Lets q [B, t, N, H] attend over k and v [B, t, K, H] -> [B, t, N, H].
+
+    t must be a multiple of 128. `ar` blocks are not supported. In padding the result is arbitrary,
+    and finite.
+
+    With `axis` rows are cut over that mesh axis. The keys of whole rows are gathered first.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    H = q.shape[3]
+    kernel = _make_kernel(q.shape, pattern.window, cap, axis, interpret)
+
+    def gather(x):
+        return ring.gather(x, axis) if axis else x
+
+    ids = None
+    if pattern.segment is not None:
+        ids = splash.SegmentIds(q=pattern.segment, kv=gather(pattern.segment))
+
+    def put_heads_first(x):
+        return x.swapaxes(1, 2)
+
+    def run_row(q, k, v, ids):
+        return kernel(q, k, v, segment_ids=ids)
+
+    scaled = q * jnp.asarray(H**-0.5, q.dtype)
+    k = gather(k)
+    v = gather(v)
+    q, k, v = (put_heads_first(x) for x in (scaled, k, v))
+    run = jax.vmap(run_row, in_axes=(0, 0, 0, None if ids is None else 0))
+    return put_heads_first(run(q, k, v, ids))
+
+
+def _make_kernel(q_shape, window: int, cap: float, axis: str | None, interpret: bool):
+    """Makes the library's kernel for q [B, t, N, H], with this device's part of its tables."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
         splash_attention_kernel as splash,
         splash_attention_mask as masks,
     )
 
-    t, N, H = q.shape[1:]
+    t, N, _ = q_shape[1:]
     pieces = jax.lax.axis_size(axis) if axis else 1
-    T, size = t * pieces, math.gcd(t, BLOCK)
-    mask = (
-        masks.LocalMask((T, T), (pattern.window - 1, 0), 0)
-        if pattern.window
-        else masks.CausalMask((T, T))
-    )
+    T = t * pieces
+    size = math.gcd(t, BLOCK)
+
+    mask = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
     if axis:
-        mask.q_sequence = sharding.token_order(T, pieces).astype(
-            np.int32
-        )  # row -> token, here and inside the kernel
+        # Row i of the mask belongs to this token of the text, here and inside the kernel.
+        mask.q_sequence = sharding.token_order(T, pieces).astype(np.int32)
+
     kernel = splash.make_splash_mha(
         mask=masks.MultiHeadMask([mask] * N),
         head_shards=1,
         q_seq_shards=pieces,
-        block_sizes=BlockSizes(*(size,) * 8),
+        block_sizes=BlockSizes(
+            block_q=size,
+            block_kv=size,
+            block_kv_compute=size,
+            block_q_dkv=size,
+            block_kv_dkv=size,
+            block_kv_dkv_compute=size,
+            block_q_dq=size,
+            block_kv_dq=size,
+        ),
         attn_logits_soft_cap=cap or None,
         interpret=interpret,
     )
-    whole = (lambda x: ring.gather(x, axis)) if axis else lambda x: x
-    # its tables by blocks of queries, [1, c * …, …], and the tokens of the queries, [T]: this
-    # device's part
-    if axis:
-        me = jax.lax.axis_index(axis)
+    if not axis:
+        return kernel
 
-        def part(x, dim):
-            return jax.lax.dynamic_slice_in_dim(
-                x, me * (x.shape[dim] // pieces), x.shape[dim] // pieces, dim
-            )
+    me = jax.lax.axis_index(axis)
 
-        kernel = jax.tree.map(lambda x: part(x, x.ndim // 2), kernel)
-    segment = pattern.segment
-    ids = None if segment is None else splash.SegmentIds(q=segment, kv=whole(segment))
+    def take_own_part(table):
+        # Tables by blocks of queries are [1, c * …, …], and the tokens of the queries are [T].
+        # The dim of the queries is in the middle of both.
+        dim = table.ndim // 2
+        part = table.shape[dim] // pieces
+        return jax.lax.dynamic_slice_in_dim(table, me * part, part, dim)
 
-    def heads_first(x):
-        return x.swapaxes(1, 2)
-
-    q, k, v = (heads_first(x) for x in (q * jnp.asarray(H**-0.5, q.dtype), whole(k), whole(v)))
-    run = jax.vmap(
-        lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids),
-        in_axes=(0, 0, 0, None if ids is None else 0),
-    )
-    return heads_first(run(q, k, v, ids))
+    return jax.tree.map(take_own_part, kernel)
