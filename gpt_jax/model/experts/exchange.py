@@ -1,9 +1,10 @@
-"""Tokens to the experts that they chose and back, over the mesh axis expert (called by moe). What
-is here runs on each device's own shard, all mesh axes manual.
+"""Sends tokens to the experts that they chose and back, over the mesh axis expert.
 
-Choices, and the index vectors `there` and `back`, are those of model/grouped.py. Shapes: n tokens
-of this device, k choices of each, D embed, F mlp, E experts, p devices along the axis expert with E
-/ p experts each, B rows of T tokens, C capacity.
+The functions run on each device's own shard, and all mesh axes are manual. Choices and the index
+vectors `there` and `back` are explained in local_experts.py.
+
+Shapes: n tokens of this device, k choices of each, D embed, F mlp, E experts, p devices along the
+axis expert with E / p experts each, B rows of T tokens, C capacity.
 """
 
 import math
@@ -18,12 +19,12 @@ from gpt_jax.model.experts.local_experts import (
     Kernels,
     Placed,
     combine,
+    compute_hidden,
     feed_forward,
-    first,
-    hidden_of,
-    in_places,
+    first_kernels,
     pick,
     sort_choices,
+    spread_to_places,
     starts_of,
 )
 
@@ -43,23 +44,31 @@ def dropless(
     platform: str,
     kind: str,
 ):
-    """Every choice computed: x [n, D], choice [n, k] in 0 … E (E: none), summed with weight [n, k]
-    -> [n, D].
+    """Computes every choice: x [n, D] and choice [n, k], summed with weight [n, k] -> [n, D].
 
-    With `devices` along the axis expert the choices go to their experts' owner, where they are
-    grouped once more, and back. A device may be sent everything, so that its buffer has room for
-    p * n * min(k, E / p) choices: nothing depends on how evenly tokens spread but the time."""
-    (n, k), own = choice.shape, kernels.up.shape[0]
+    Choices are experts 0 … E - 1, and E stands for none.
+
+    With `devices` along the axis expert, choices travel to the owner of their expert and back. The
+    owner groups them once more. A device may be sent everything, so its buffer has room for
+    p * n * min(k, E / p) choices. Only the time depends on how evenly tokens spread.
+    """
+    n, k = choice.shape
+    own = kernels.up.shape[0]
     flat = choice.ravel()
     if devices == 1:
         done = feed_forward(x, flat, k, kernels, activation, platform, flat.size)
         return combine(done.rows, weight, done.there, done.back)
+
     order, rank, sizes = sort_choices(flat, devices * own)
     sizes = jax.lax.all_gather(sizes, AXIS)  # [p, E]
-    me, room = jax.lax.axis_index(AXIS), n * min(k, own)
+    me = jax.lax.axis_index(AXIS)
+    room = n * min(k, own)
     sent = sizes.reshape(devices, devices, own).sum(-1)  # [from, to]
+
+    # The choices of a device arrive sorted by expert, and their numbers tell where experts change.
     coming = jax.lax.dynamic_slice_in_dim(sizes, me * own, own, 1)  # [p, E / p]
     experts = (jnp.arange(room)[None, :, None] >= jnp.cumsum(coming, 1)[:, None]).sum(-1).ravel()
+
     trip = choose_exchange(kind)(Route(flat, order, rank, sent, me, own, room))
     done = feed_forward(trip.go(x, k), experts, 1, kernels, activation, platform, flat.size)
     home = trip.come_back(pick(done.rows, done.back, done.there, 1))
@@ -67,9 +76,12 @@ def dropless(
 
 
 class Route(NamedTuple):
-    """Which choices go where: choice [c] in 0 … E, its order and rank by expert, `sent` [p, p]
-    choices from one device to another, this device `me`, `own` experts a device, `room` for what
-    comes from one device."""
+    """Which choices go where.
+
+    `choice` [c] are experts 0 … E, with their `order` and `rank` by expert. `sent` [p, p] counts
+    the choices that go from one device to another. `me` is the number of this device, which has
+    `own` experts. `room` is the number of places for what comes from one device.
+    """
 
     choice: jax.Array
     order: jax.Array
@@ -81,32 +93,45 @@ class Route(NamedTuple):
 
 
 class Trip(NamedTuple):
-    """go(x [n, D], k) -> [p * room, D], what comes from device i from place i * room on, zeros
-    elsewhere; come_back([p * room, D]) -> Placed."""
+    """Both ways of an exchange.
+
+    go(x [n, D], k) gives [p * room, D]. What comes from device i begins at place i * room, and
+    zeros fill the other places. come_back([p * room, D]) gives Placed.
+    """
 
     go: Callable
     come_back: Callable
 
 
 def padded_exchange(route: Route) -> Trip:
-    """`jax.lax.all_to_all` of as many places as may be needed: for devices that have no ragged
-    exchange."""
+    """Exchanges as many places as may be needed, by `jax.lax.all_to_all`.
+
+    This is for devices that have no ragged exchange.
+    """
     choice, order, rank, sent, me, own, room = route
-    devices, starts = sent.shape[0], starts_of(sent[me])
-    there = in_places(order, starts, sent[me], room)
+    devices = sent.shape[0]
+    starts = starts_of(sent[me])
+    there = spread_to_places(order, starts, sent[me], room)
     device = choice // own
     back = jnp.where(device < devices, device * room + rank - starts[device], there.size)
     trade = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
-    return Trip(
-        lambda x, k: trade(pick(x, there, back, k)), lambda out: Placed(trade(out), there, back)
-    )
+
+    def go(x, k):
+        return trade(pick(x, there, back, k))
+
+    def come_back(out):
+        return Placed(trade(out), there, back)
+
+    return Trip(go, come_back)
 
 
-def ragged(route: Route) -> Trip:
-    """`jax.lax.ragged_all_to_all`: only what is there travels."""
+def ragged_exchange(route: Route) -> Trip:
+    """Exchanges only the choices that exist, by `jax.lax.ragged_all_to_all`."""
     choice, order, rank, sent, me, own, room = route
-    devices, none = sent.shape[0], choice.size
-    starts, ends = starts_of(sent), jnp.arange(devices) * room
+    devices = sent.shape[0]
+    none = choice.size
+    starts = starts_of(sent)
+    ends = jnp.arange(devices) * room
     there = jnp.where(jnp.arange(none) < sent[me].sum(), order, none)
     back = jnp.where(choice < devices * own, rank, none)
     trade = partial(jax.lax.ragged_all_to_all, axis_name=AXIS)
@@ -136,59 +161,83 @@ def ragged(route: Route) -> Trip:
     return Trip(go, come_back)
 
 
-# Kind of device -> function; ragged on all others. libtpu 0.0.42 refuses the ragged exchange on v5e
-# beyond 16 chips ("not supported in limited ICI routing settings").
+# Kind of device -> function. All other kinds use the ragged exchange. libtpu 0.0.42 refuses it on
+# v5e beyond 16 chips ("not supported in limited ICI routing settings").
 EXCHANGES = {"cpu": padded_exchange, "TPU v5 lite": padded_exchange, "TPU v5e": padded_exchange}
 
 
 def choose_exchange(kind: str) -> Callable:
-    """How choices travel between devices of a kind: `padded` or `ragged`."""
-    return EXCHANGES.get(kind, ragged)
+    """Chooses how choices travel between devices of a kind."""
+    return EXCHANGES.get(kind, ragged_exchange)
 
 
 # ---- capacity ----
 
 
 def capacity(tokens: int, experts: int, per_token: int, factor: float) -> int:
-    """Choices that an expert takes from one row of `tokens`."""
-    return max(
-        1, min(tokens, math.ceil(round(tokens * per_token * factor / experts, 6)))
-    )  # 55.000001 is 55
+    """Computes how many choices an expert takes from one row of `tokens`."""
+    # The rounding makes 55.000001, an error of floating point, 55 and not 56.
+    share = round(tokens * per_token * factor / experts, 6)
+    return max(1, min(tokens, math.ceil(share)))
 
 
 def limited(x, choice, weight, kernels: Kernels, activation: Callable, devices: int, room: int):
-    """The first `room` choices of each expert in each row: x [B, T, D], choice [B, T, k] in 0 …
-    E, summed with weight [B, T, k] -> [B, T, D], the others as zeros. A row is its own group, so
-    that the result does not depend on the mesh."""
-    (B, T, k), D, count = choice.shape, x.shape[2], devices * kernels.up.shape[0]
+    """Computes the first `room` choices of each expert in each row, and leaves out the others.
 
-    def places(choice):
-        order, rank, sizes = sort_choices(choice, count)
+    x [B, T, D] and choice [B, T, k], summed with weight [B, T, k] -> [B, T, D]. Choices are
+    experts 0 … E - 1, and E stands for none. A row is its own group, so that the result does not
+    depend on the mesh.
+    """
+    B, T, k = choice.shape
+    D = x.shape[2]
+    experts = devices * kernels.up.shape[0]
+
+    def find_places(choice):
+        order, rank, sizes = sort_choices(choice, experts)
         starts = starts_of(sizes)
-        there = in_places(order, starts, sizes, room)
+        there = spread_to_places(order, starts, sizes, room)
         rank = rank - starts[choice]
-        return there, jnp.where((choice < count) & (rank < room), choice * room + rank, there.size)
+        is_taken = (choice < experts) & (rank < room)
+        return there, jnp.where(is_taken, choice * room + rank, there.size)
 
-    there, back = jax.vmap(places)(choice.reshape(B, T * k))
-    rows = jax.vmap(lambda *args: pick(*args, k))(x, there, back).reshape(B, count, room, D)
+    def pick_row(x, there, back):
+        return pick(x, there, back, k)
+
+    there, back = jax.vmap(find_places)(choice.reshape(B, T * k))
+    rows = jax.vmap(pick_row)(x, there, back).reshape(B, experts, room, D)
     rows = jnp.moveaxis(rows, 1, 0)  # [E, B, C, D]
     if devices > 1:
         rows = jax.lax.all_to_all(rows, AXIS, 0, 1, tiled=True)  # [E / p, p * B, C, D]
+
     shape = rows.shape
-    rows, matmul = rows.reshape(shape[0], -1, D), partial(jnp.einsum, "end,edf->enf")
-    hidden = hidden_of(activation, *(matmul(rows, kernel) for kernel in first(kernels)))
-    out = matmul(hidden, kernels.down).reshape(shape)
+    rows = rows.reshape(shape[0], -1, D)
+    multiply = partial(jnp.einsum, "end,edf->enf")
+    hidden = compute_hidden(
+        activation, *(multiply(rows, kernel) for kernel in first_kernels(kernels))
+    )
+    out = multiply(hidden, kernels.down).reshape(shape)
+
     if devices > 1:
         out = jax.lax.all_to_all(out, AXIS, 1, 0, tiled=True)
-    out = jnp.moveaxis(out, 0, 1).reshape(B, count * room, D)
+    out = jnp.moveaxis(out, 0, 1).reshape(B, experts * room, D)
     return jax.vmap(combine)(out, weight, there, back)
 
 
 def all_manual(fn: Callable, shape: tuple[int, ...], dtype) -> Callable:
-    """`fn` of arrays, with a result of `shape`, run with all mesh axes manual. In the stages of
-    a pipeline sharding.local traces it twice: with the axis pipeline left out, which what runs
-    on single devices only (kernels, ragged collectives) refuses, and then for the stages, with
-    it, which is what runs. The first gets NaN in its place: it would show."""
+    """Returns `fn` where all mesh axes are manual, and elsewhere a stand-in that gives NaN.
+
+    `fn` takes arrays and gives a result of `shape`.
+
+    The stand-in is for the stages of a pipeline, where `sharding.run_local` traces a function
+    twice. The first trace leaves out the axis pipeline. Kernels and ragged collectives refuse it,
+    because they run on single devices only. The second trace has the axis, and is the one that
+    runs. If the first ever ran, the NaN would show it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    rest = () if mesh.empty else frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
-    return (lambda *args: jnp.full(shape, jnp.nan, dtype)) if rest else fn
+    if mesh.empty or not frozenset(mesh.axis_names) - frozenset(mesh.manual_axes):
+        return fn
+
+    def stand_in(*args):
+        return jnp.full(shape, jnp.nan, dtype)
+
+    return stand_in

@@ -1,15 +1,17 @@
-"""Choices through this device's own experts (called by experts).
+"""Sends choices through this device's own experts.
 
-A *choice* is one token at one expert: token t makes choices t * k … t * k + k - 1. Choices are
-moved by two index vectors that are each other's inverse: `there` (which choice stands at a place)
-and `back` (at which place a choice stands); an index beyond the end means none. Shapes: n tokens of
-this device, k choices of each, D embed, F mlp, E experts in all, of which this device has E / p.
+A *choice* is one token at one expert: token t makes choices t * k … t * k + k - 1. Two index
+vectors move choices, and each is the inverse of the other. `there` tells which choice stands at a
+place. `back` tells at which place a choice stands. An index beyond the end means none.
+
+Shapes: n tokens of this device, k choices of each, D embed, F mlp, E experts in all, of which this
+device has E / p.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,36 +25,55 @@ class Kernels(NamedTuple):
     gate: jax.Array | None = None
 
 
+# ---- moving choices ----
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def pick(x, there, back, fan):
-    """Row there[i] // fan of x [n, D] at place i -> [places, D], zeros for none. `back` [n *
-    fan] makes the backward pass a lookup too, where the transpose of a lookup is a scatter,
-    which no accelerator likes."""
+    """Puts row there[i] // fan of x [n, D] at place i -> [places, D], and zeros for none.
+
+    `back` [n * fan] makes the backward pass a lookup too. The transpose of a lookup would be a
+    scatter, which is slow on every accelerator.
+    """
     return jnp.take(x, there // fan, axis=0, mode="fill", fill_value=0)
 
 
+def _pick_forward(x, there, back, fan):
+    return pick(x, there, back, fan), back
+
+
 def _pick_backward(fan, back, g):
-    return combine(g, jnp.ones((back.size // fan, fan), jnp.float32), None, back), None, None
+    ones = jnp.ones((back.size // fan, fan), jnp.float32)
+    return combine(g, ones, None, back), None, None
 
 
-pick.defvjp(lambda x, there, back, fan: (pick(x, there, back, fan), back), _pick_backward)
+pick.defvjp(_pick_forward, _pick_backward)
 
 
 @jax.custom_vjp
 def combine(rows, weight, there, back):
-    """The choices of each token, from their places in rows [places, D], summed in float32 with
-    weight [n, k] -> [n, D]; `there` and `back` as in `pick`. One choice of all tokens after the
-    other: an array [n, k, D] of float32 would be the largest that there is, and a TPU pads its k
-    to 8."""
-    return sum(
-        _column(rows, back, weight.shape, j) * weight[:, j, None] for j in range(weight.shape[1])
-    ).astype(rows.dtype)
+    """Sums the choices of each token from rows [places, D], with weight [n, k] -> [n, D].
 
+    The sum is in float32. `there` and `back` are those of `pick`.
 
-def _column(rows, back, shape, j):
-    return jnp.take(rows, back.reshape(shape)[:, j], axis=0, mode="fill", fill_value=0).astype(
-        jnp.float32
+    The j-th choices of all tokens are added after the j-1st. One array [n, k, D] of float32 would
+    be the largest of all, and a TPU would pad its k to 8.
+    """
+    terms = (
+        _take_column(rows, back, weight.shape, j) * weight[:, j, None]
+        for j in range(weight.shape[1])
     )
+    return cast(jax.Array, sum(terms)).astype(rows.dtype)
+
+
+def _take_column(rows, back, shape, j):
+    """Takes the j-th choice of each token, in float32."""
+    column = back.reshape(shape)[:, j]
+    return jnp.take(rows, column, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+
+
+def _combine_forward(rows, weight, there, back):
+    return combine(rows, weight, there, back), (rows, weight, there, back)
 
 
 def _combine_backward(saved, g):
@@ -60,15 +81,15 @@ def _combine_backward(saved, g):
     fan = weight.shape[1]
     scale = jnp.take(weight.ravel(), there, mode="fill", fill_value=0)[:, None]
     to_rows = jnp.take(g, there // fan, axis=0, mode="fill", fill_value=0) * scale
-    to_weight = [(_column(rows, back, weight.shape, j) * g).sum(-1) for j in range(fan)]
+    to_weight = [(_take_column(rows, back, weight.shape, j) * g).sum(-1) for j in range(fan)]
     return to_rows.astype(rows.dtype), jnp.stack(to_weight, -1), None, None
 
 
-combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)
+combine.defvjp(_combine_forward, _combine_backward)
 
 
 class Placed(NamedTuple):
-    """What experts made of choices: rows [places, D], and the two index vectors."""
+    """The experts' results: rows [places, D], and the two index vectors."""
 
     rows: jax.Array
     there: jax.Array
@@ -76,43 +97,53 @@ class Placed(NamedTuple):
 
 
 def sort_choices(experts: jax.Array, count: int):
-    """(order, rank, sizes) of choices [c] by expert, earlier ones first; an expert of `count`
-    stands for none."""
+    """Sorts choices [c] by expert, earlier ones first -> (order, rank, sizes).
+
+    An expert of `count` stands for none.
+    """
     order = jnp.argsort(experts, stable=True)
     sizes = (experts[:, None] == jnp.arange(count)).sum(0, dtype=jnp.int32)
     return order, jnp.argsort(order), sizes
 
 
 def starts_of(sizes):
-    """Where groups of these `sizes` begin, one after the other."""
+    """Returns where groups of these `sizes` begin, one after the other."""
     return jnp.cumsum(sizes, axis=-1) - sizes
 
 
-def in_places(order, starts, sizes, width: int):
-    """Choices of groups, each from `starts` [groups] on in `order` and `sizes` many, at `width`
-    fixed places each -> [groups * width], order.size for none."""
+def spread_to_places(order, starts, sizes, width: int):
+    """Spreads groups of choices to `width` fixed places each -> [groups * width].
+
+    A group begins at its entry of `starts` [groups] in `order`, and has `sizes` choices. The rest
+    of its places are order.size, which stands for none.
+    """
     place = jnp.arange(width)
     choice = jnp.take(order, starts[:, None] + place, mode="clip")
     return jnp.where(place < sizes[:, None], choice, order.size).ravel()
 
 
+# ---- the feed-forward of experts ----
+
+
 def feed_forward(
     x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
 ) -> Placed:
-    """x [n, D] through the `experts` [n * fan] of each choice, zeros for none: an expert of E /
-    p. `likely`: choices that are there when tokens spread evenly."""
-    return EXPERT_WAYS.get(platform, by_blocks)(
-        x, experts, fan, kernels, activation, platform, likely
-    )
+    """Sends x [n, D] through the experts of each choice.
+
+    `experts` [n * fan] are 0 … E / p - 1, and E / p stands for none. `likely` is the number of
+    real choices when tokens spread evenly.
+    """
+    run = EXPERT_WAYS.get(platform, by_blocks)
+    return run(x, experts, fan, kernels, activation, platform, likely)
 
 
-def hidden_of(activation: Callable, up, gate=None):
-    """What goes into the last matmul, from what the first ones give."""
+def compute_hidden(activation: Callable, up, gate=None):
+    """Computes what goes into the last matmul, from the results of the first ones."""
     return activation(up) if gate is None else activation(gate) * up
 
 
-def first(kernels: Kernels) -> tuple:
-    """The kernels that rows meet first."""
+def first_kernels(kernels: Kernels) -> tuple:
+    """Returns the kernels that rows meet first: up, and gate where experts have one."""
     return kernels[1:] if kernels.gate is not None else (kernels.up,)
 
 
@@ -123,38 +154,56 @@ TILE = 128  # rows of a matrix unit's tile
 
 def by_sorting(
     x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
-):
-    """Choices sorted by expert and `jax.lax.ragged_dot`, for which the TPU compiler has kernels."""
-    order, rank, sizes = sort_choices(experts, kernels.up.shape[0])
+) -> Placed:
+    """Sorts choices by expert for `jax.lax.ragged_dot`, which the TPU compiler has kernels for."""
+    count = kernels.up.shape[0]
+    order, rank, sizes = sort_choices(experts, count)
+
+    # The places fill whole tiles.
     places = -(-experts.size // TILE) * TILE
-    there = jnp.where(
-        jnp.arange(places) < sizes.sum(), jnp.pad(order, (0, places - order.size)), experts.size
-    )
-    back = jnp.where(experts < kernels.up.shape[0], rank, places)
+    padded = jnp.pad(order, (0, places - order.size))
+    there = jnp.where(jnp.arange(places) < sizes.sum(), padded, experts.size)
+    back = jnp.where(experts < count, rank, places)
+
     rows = pick(x, there, back, fan)
-    hidden = hidden_of(activation, *(ragged_dot(rows, kernel, sizes) for kernel in first(kernels)))
+    hidden = compute_hidden(
+        activation, *(ragged_dot(rows, kernel, sizes) for kernel in first_kernels(kernels))
+    )
     return Placed(ragged_dot(hidden, kernels.down, sizes), there, back)
 
 
 @jax.custom_vjp
 def ragged_dot(rows, kernel, sizes):
-    """`jax.lax.ragged_dot` whose kernels' gradient is megablox's tgmm: libtpu 0.0.42 has kernels
-    for the rest, but multiplies all rows for every expert there."""
+    """Does what `jax.lax.ragged_dot` does, with megablox's tgmm for the kernels' gradient.
+
+    libtpu 0.0.42 has good kernels for the result and the rows' gradient. For the kernels' gradient
+    it multiplies all rows for every expert.
+    """
     return jax.lax.ragged_dot(rows, kernel, sizes)
+
+
+def _ragged_dot_forward(rows, kernel, sizes):
+    return ragged_dot(rows, kernel, sizes), (rows, kernel, sizes)
 
 
 def _ragged_dot_backward(saved, g):
     rows, kernel, sizes = saved
-    (back,) = jax.linear_transpose(lambda rows: jax.lax.ragged_dot(rows, kernel, sizes), rows)(g)
-    return back, kernel_gradient(rows, g, sizes, kernel.dtype), None
+
+    def multiply(rows):
+        return jax.lax.ragged_dot(rows, kernel, sizes)
+
+    (to_rows,) = jax.linear_transpose(multiply, rows)(g)
+    return to_rows, kernel_gradient(rows, g, sizes, kernel.dtype), None
 
 
-ragged_dot.defvjp(lambda *args: (ragged_dot(*args), args), _ragged_dot_backward)
+ragged_dot.defvjp(_ragged_dot_forward, _ragged_dot_backward)
 
 
 def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
-    """Sum of rows[i]^T g[i] over each group: [m, in], [m, out] -> [groups, in, out]. m is a
-    multiple of TILE."""
+    """Sums rows[i]^T g[i] over each group: [m, in], [m, out] -> [groups, in, out].
+
+    m must be a multiple of TILE.
+    """
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     tile = next(size for size in (512, 256, TILE) if rows.shape[0] % size == 0)
@@ -164,36 +213,48 @@ def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
 
 # ---- blocks: GPUs and CPUs ----
 
-# Rows whose matmuls, forward and backward, take as long as reading and writing the float32 sums of
-# an expert's gradients: 24 bytes a weight against 22 FLOPs a weight and row. GPU: by the data
-# sheets of H100 and H200, at 0.75 of the peak (not measured); CPU: by 20 GB/s and 150 GFLOP/s.
+# With this many rows, the matmuls of a block take as long as its reads and writes of the float32
+# sums of an expert's gradients. A weight costs 24 bytes a block, and 22 FLOPs a row, forward and
+# backward. The GPU's number comes from the data sheets of H100 and H200 at 0.75 of the peak, and is
+# not measured. The CPU's number comes from 20 GB/s and 150 GFLOP/s.
 SUM_ROWS = {"gpu": 200, "cpu": 8}
 
 
 def by_blocks(
     x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
-):
-    """Each expert's choices padded to whole blocks (MegaBlocks, Gale et al. 2022,
-    arXiv:2211.15841), and one block at a time through its expert: on GPUs and CPUs XLA's
-    `ragged_dot` multiplies every row with every expert."""
+) -> Placed:
+    """Pads each expert's choices to whole blocks, and sends one block at a time through its expert.
+
+    The idea is that of MegaBlocks (Gale et al. 2022, arXiv:2211.15841). On GPUs and CPUs XLA's
+    `ragged_dot` is no way out, because it multiplies every row with every expert.
+    """
     count = kernels.up.shape[0]
     order, rank, sizes = sort_choices(experts, count)
     size = choose_block_rows(likely, count, platform)
     blocks = -(-sizes // size)
-    number, before, starts = experts.size // size + count, starts_of(blocks), starts_of(sizes)
-    owner = (jnp.arange(number)[:, None] >= jnp.cumsum(blocks)).sum(-1).clip(0, count - 1)
-    passed = (jnp.arange(number) - before[owner]) * size
-    there = in_places(order, starts[owner] + passed, sizes[owner] - passed, size)
-    back = jnp.where(experts < count, before[experts] * size + rank - starts[experts], there.size)
-    return Placed(
-        through_blocks(activation, size, pick(x, there, back, fan), kernels, blocks), there, back
-    )
+    most_blocks = experts.size // size + count
+    blocks_before = starts_of(blocks)
+    starts = starts_of(sizes)
+
+    # Block i belongs to the expert `owner`, which has `passed` choices in earlier blocks.
+    number = jnp.arange(most_blocks)
+    owner = (number[:, None] >= jnp.cumsum(blocks)).sum(-1).clip(0, count - 1)
+    passed = (number - blocks_before[owner]) * size
+
+    there = spread_to_places(order, starts[owner] + passed, sizes[owner] - passed, size)
+    place = blocks_before[experts] * size + rank - starts[experts]
+    back = jnp.where(experts < count, place, there.size)
+    rows = pick(x, there, back, fan)
+    return Placed(through_blocks(activation, size, rows, kernels, blocks), there, back)
 
 
 def choose_block_rows(choices: int, experts: int, platform: str) -> int:
-    """Rows of a block: a power of two, where half a block of padding for each expert costs about
-    as much time as adding gradients once a block; at most what an expert gets where `choices`
-    spread evenly, at least 8."""
+    """Chooses the rows of a block: a power of two, at least 8.
+
+    A block has at most the rows that an expert gets where `choices` spread evenly. Up to this
+    limit, two costs are balanced: half a block of padding for each expert, and adding gradients
+    once a block.
+    """
     rows = max(1, choices // experts)
     best = round(math.log2(2 * SUM_ROWS[platform] * rows) / 2)
     return 2 ** max(3, min(best, rows.bit_length() - 1))
@@ -201,74 +262,95 @@ def choose_block_rows(choices: int, experts: int, platform: str) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def through_blocks(activation, size: int, rows, kernels: Kernels, blocks):
-    """rows [places, D], `size` at a time: the first blocks[0] blocks through expert 0, the next
-    blocks[1] through expert 1, …; zeros for the rest, on which no time is spent. Only one
-    block's hidden values live at a time: the backward pass makes them anew. Expert by expert, so
-    that its weights are looked up once, and its gradients are summed in float32 in place, with
-    nothing else but the matmul that adds to them (an index there costs copies of all of them a
-    block)."""
+    """Sends rows [places, D] through experts, `size` at a time.
 
-    def expert(e, out):
-        own = _own(kernels, e)
+    The first blocks[0] blocks go through expert 0, the next blocks[1] through expert 1, and so on.
+    The rest are zeros, and take no time.
 
-        def step(i, out):
-            row = _block(rows, size, i)
-            return _put(
-                out, i, hidden_of(activation, *(row @ kernel for kernel in first(own))) @ own.down
-            )
+    Only one block's hidden values live at a time, because the backward pass computes them anew.
 
-        return jax.lax.fori_loop(ends[e] - blocks[e], ends[e], step, out)
-
+    The outer loop runs over experts, so that an expert's weights are looked up once. Its gradients
+    are summed in float32 in place, by nothing but the matmul that adds to them. An index there
+    would cost copies of all of them for each block.
+    """
     ends = jnp.cumsum(blocks)
-    return jax.lax.fori_loop(0, blocks.size, expert, jnp.zeros_like(rows))
+
+    def run_expert(e, out):
+        own = _take_expert(kernels, e)
+
+        def run_block(i, out):
+            row = _take_block(rows, size, i)
+            first = (row @ kernel for kernel in first_kernels(own))
+            return _put_block(out, i, compute_hidden(activation, *first) @ own.down)
+
+        return jax.lax.fori_loop(ends[e] - blocks[e], ends[e], run_block, out)
+
+    return jax.lax.fori_loop(0, blocks.size, run_expert, jnp.zeros_like(rows))
+
+
+def _through_blocks_forward(activation, size, rows, kernels, blocks):
+    out = through_blocks(activation, size, rows, kernels, blocks)
+    return out, (rows, kernels, blocks)
 
 
 def _through_blocks_backward(activation, size, saved, g):
     rows, kernels, blocks = saved
-    ends, product = jnp.cumsum(blocks), partial(jnp.matmul, preferred_element_type=jnp.float32)
+    ends = jnp.cumsum(blocks)
 
-    def expert(e, carry):
-        own = _own(kernels, e)
+    def run_expert(e, carry):
+        own = _take_expert(kernels, e)
 
-        def step(i, carry):
-            back, sums = carry
-            row, out = _block(rows, size, i), _block(g, size, i)
-            hidden, transpose = jax.vjp(
-                partial(hidden_of, activation), *(row @ kernel for kernel in first(own))
-            )
-            inner = transpose(out @ own.down.T)
-            parts = product(hidden.T, out), *(product(row.T, part) for part in inner)
-            to_row = sum(product(part, kernel.T) for part, kernel in zip(inner, first(own)))
-            return _put(back, i, to_row.astype(rows.dtype)), Kernels(*map(jnp.add, sums, parts))
+        def run_block(i, carry):
+            to_rows, sums = carry
+            row = _take_block(rows, size, i)
+            to_row, parts = _pull_block(activation, own, row, _take_block(g, size, i))
+            to_rows = _put_block(to_rows, i, to_row.astype(rows.dtype))
+            return to_rows, Kernels(*map(jnp.add, sums, parts))
 
-        back, grads = carry
+        def put(grad, own_sum):
+            return jax.lax.dynamic_update_index_in_dim(grad, own_sum.astype(grad.dtype), e, 0)
+
+        to_rows, grads = carry
         sums = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, jnp.float32), own)
-        back, sums = jax.lax.fori_loop(ends[e] - blocks[e], ends[e], step, (back, sums))
+        to_rows, sums = jax.lax.fori_loop(ends[e] - blocks[e], ends[e], run_block, (to_rows, sums))
+        return to_rows, jax.tree.map(put, grads, sums)
 
-        def put(grad, made):
-            return jax.lax.dynamic_update_index_in_dim(grad, made.astype(grad.dtype), e, 0)
+    zeros = (jnp.zeros_like(rows), jax.tree.map(jnp.zeros_like, kernels))
+    to_rows, grads = jax.lax.fori_loop(0, blocks.size, run_expert, zeros)
+    return to_rows, grads, None
 
-        return back, jax.tree.map(put, grads, sums)
 
-    back, grads = jax.lax.fori_loop(
-        0, blocks.size, expert, (jnp.zeros_like(rows), jax.tree.map(jnp.zeros_like, kernels))
+def _pull_block(activation, own: Kernels, row, g):
+    """Computes the float32 gradients of one block: of its rows, and of its expert's kernels."""
+    multiply = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    first = (row @ kernel for kernel in first_kernels(own))
+    hidden, transpose = jax.vjp(partial(compute_hidden, activation), *first)
+    inner = transpose(g @ own.down.T)
+
+    to_down = multiply(hidden.T, g)
+    to_first = [multiply(row.T, part) for part in inner]
+    terms = (
+        multiply(part, kernel.T) for part, kernel in zip(inner, first_kernels(own), strict=True)
     )
-    return back, grads, None
+    return cast(jax.Array, sum(terms)), (to_down, *to_first)
 
 
-def _own(kernels: Kernels, expert) -> Kernels:
-    return jax.tree.map(
-        lambda kernel: jax.lax.dynamic_index_in_dim(kernel, expert, keepdims=False), kernels
-    )
+through_blocks.defvjp(_through_blocks_forward, _through_blocks_backward)
 
 
-def _block(rows, size, i):
+def _take_expert(kernels: Kernels, expert) -> Kernels:
+    def take(kernel):
+        return jax.lax.dynamic_index_in_dim(kernel, expert, keepdims=False)
+
+    return jax.tree.map(take, kernels)
+
+
+def _take_block(rows, size, i):
     return jax.lax.dynamic_slice_in_dim(rows, i * size, size)
 
 
-def _put(rows, i, block):
+def _put_block(rows, i, block):
     return jax.lax.dynamic_update_slice_in_dim(rows, block, i * block.shape[0], 0)
 
 
-through_blocks.defvjp(lambda *args: (through_blocks(*args), args[2:]), _through_blocks_backward)
-EXPERT_WAYS = {"tpu": by_sorting}  # platform -> function; by_blocks on all others
+EXPERT_WAYS = {"tpu": by_sorting}  # platform -> function; all others go by_blocks

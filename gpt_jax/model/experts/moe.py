@@ -1,11 +1,14 @@
-"""The mixture-of-experts feed-forward: router, balance and statistics (called by transformer).
+"""The mixture-of-experts feed-forward: router, balance and statistics.
 
 Every token is sent to the k experts with its highest scores (Shazeer et al. 2017, arXiv:1701.06538)
-and gets their outputs' weighted sum, besides that of shared experts that all tokens go through (Dai
-et al. 2024, arXiv:2401.06066). Parameter paths are API: router/kernel [D, E], router/bias [E]
-(balance "bias"), experts/{up,gate}/kernel [E, D, F], experts/down/kernel [E, F, D] (experts have no
-biases), shared/… as in layers.Mlp. Shapes: B batch, T sequence, D embed, F mlp, E experts, k
-choices.
+and gets the weighted sum of their outputs. Shared experts, which all tokens go through, add to it
+(Dai et al. 2024, arXiv:2401.06066).
+
+Parameter paths are API: router/kernel [D, E], router/bias [E] (balance "bias"),
+experts/{up,gate}/kernel [E, D, F], experts/down/kernel [E, F, D], and shared/… as in mlp.Mlp.
+Experts have no biases.
+
+Shapes: B batch, T sequence, D embed, F mlp, E experts, k choices.
 """
 
 from dataclasses import replace
@@ -19,16 +22,23 @@ from gpt_jax.model.experts import exchange, local_experts
 from gpt_jax.model.layers.mlp import FFNS, Mlp
 from gpt_jax.model.parametrization import make_init
 
-ROUTERS = {"softmax": jax.nn.softmax, "sigmoid": lambda logits, axis=-1: jax.nn.sigmoid(logits)}
-UP, DOWN = (
-    ("experts", "expert_embed", "mlp"),
-    ("experts", "mlp", "expert_embed"),
-)  # the kernels' logical axes
+
+def _sigmoid(logits, axis=-1):
+    return jax.nn.sigmoid(logits)
+
+
+ROUTERS = {"softmax": jax.nn.softmax, "sigmoid": _sigmoid}
+
+# The kernels' logical axes.
+UP = ("experts", "expert_embed", "mlp")
+DOWN = ("experts", "mlp", "expert_embed")
 
 
 class Moe(nn.Module):
-    """x [B, T, D], segment [B, T] or None (0: padding, which no expert takes) -> (y [B, T, D],
-    stats of make_stats)."""
+    """x [B, T, D] -> (y [B, T, D], the statistics of `make_stats`).
+
+    `segment` is [B, T] or None. No expert takes the padding, which is segment 0.
+    """
 
     model: config.Model
     compute: config.Compute = config.Compute()
@@ -39,23 +49,18 @@ class Moe(nn.Module):
         x = sharding.constrain(x, "batch", "seq", None)
         logits, bias = Router(model, name="router")(x)
         choice, weight, scores = route(model, logits, bias)
-        real = jnp.ones_like(choice[..., 0], bool) if segment is None else segment != 0
+        is_real = jnp.ones_like(choice[..., 0], bool) if segment is None else segment != 0
+
         room = None
         if model.dispatch == "capacity":
             room = exchange.capacity(
                 x.shape[1], model.experts, model.experts_per_token, model.capacity_factor
             )
-        stats = make_stats(model, logits, scores, choice, real, bias, room)
+        stats = make_stats(model, logits, scores, choice, is_real, bias, room)
+
         kernels = Experts(model, name="experts")(x.shape[-1])
-        y = dispatch(
-            model,
-            self.compute,
-            x,
-            jnp.where(real[..., None], choice, model.experts),
-            weight,
-            kernels,
-            room,
-        )
+        choice = jnp.where(is_real[..., None], choice, model.experts)
+        y = dispatch(model, self.compute, x, choice, weight, kernels, room)
         if model.shared_experts:
             wide = replace(model, mlp=model.shared_experts * model.expert_mlp)
             y = y + Mlp(model.expert_ffn, wide, self.compute, name="shared")(x)
@@ -63,73 +68,82 @@ class Moe(nn.Module):
 
 
 class Router(nn.Module):
-    """x [B, T, D] -> (logits [B, T, E], bias [E] or None), in float32 whatever the compute dtype
-    (Fedus et al. 2021)."""
+    """x [B, T, D] -> (logits [B, T, E], bias [E] or None).
+
+    Both are in float32 whatever the compute dtype (Fedus et al. 2021).
+    """
 
     model: config.Model
 
     @nn.compact
     def __call__(self, x):
-        model, axes = self.model, ("embed", None)
+        model = self.model
+        axes = ("embed", None)
         init = sharding.stored_init(make_init("router", model), axes)
-        kernel = sharding.use_weight(
-            self.param("kernel", init, (x.shape[-1], model.experts)), axes, jnp.float32
-        )
+        kernel = self.param("kernel", init, (x.shape[-1], model.experts))
         logits = jnp.matmul(
             x.astype(jnp.float32),
-            kernel,
+            sharding.use_weight(kernel, axes, jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
             out_sharding=sharding.out_spec("batch", "seq", None),
         )
         if model.balance != "bias":
             return logits, None
-        return logits, self.param(
-            "bias", sharding.stored_init(nn.initializers.zeros, (None,)), (model.experts,)
-        )
+
+        zeros = sharding.stored_init(nn.initializers.zeros, (None,))
+        return logits, self.param("bias", zeros, (model.experts,))
 
 
 def route(model: config.Model, logits: jax.Array, bias: jax.Array | None):
-    """(choice [B, T, k] of experts, best first and the lower one at a tie; weight [B, T, k] of
-    their outputs; scores [B, T, E]). The bias takes part in the choice alone (Wang et al. 2024,
-    arXiv:2408.15664)."""
+    """Chooses experts -> (choice [B, T, k], weight [B, T, k] of their outputs, scores [B, T, E]).
+
+    The best expert comes first, and the lower one at a tie. The bias takes part in the choice
+    alone (Wang et al. 2024, arXiv:2408.15664).
+    """
     scores = ROUTERS[model.router](logits, axis=-1)
     ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     choice = jax.lax.top_k(ranked, model.experts_per_token)[1]
-    chosen = choice[..., None] == jnp.arange(
-        model.experts
-    )  # no gather: along rows that are cut it is refused
-    weight = jnp.where(chosen, scores[:, :, None], 0).sum(-1)
+
+    # A gather is refused along rows that are cut, so the weight is a masked sum.
+    is_chosen = choice[..., None] == jnp.arange(model.experts)
+    weight = jnp.where(is_chosen, scores[:, :, None], 0).sum(-1)
     if model.router_normalize:
         weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
     return choice, weight, scores
 
 
 def make_stats(
-    model: config.Model, logits, scores, choice, real, bias, room
+    model: config.Model, logits, scores, choice, is_real, bias, room
 ) -> dict[str, jax.Array]:
-    """Sums over each row's real tokens, float32, [B] but for load: `load` [B, E] choices by expert;
-    `dropped` choices beyond the capacity `room`; `router_z` of logsumexp(logits)^2 (Zoph et al.
-    2022, arXiv:2202.08906); `balance`, the loss of the Switch Transformer (Fedus et al. 2021,
-    arXiv:2101.03961) within the row, times its tokens: E * sum over experts of their part of the
-    choices times their mean probability, 1 where all are equal.
+    """Sums statistics over each row's real tokens, in float32. All but `load` are [B].
 
-    With a router bias also `steer`, which is 0 and has the gradient E * load - choices for the
-    bias: how far each expert is above its share, times E, so that sums over rows are sums of
-    integers and exact. It is to be added to the objective; the optimiser takes the sign
-    (train/optim.py)."""
-    mask = real.astype(jnp.float32)[..., None]
-    chosen = (choice[..., None] == jnp.arange(model.experts)).sum(2)
-    load = (chosen * mask).sum(1)
+    - `load` [B, E] counts choices by expert.
+    - `dropped` counts choices beyond the capacity `room`.
+    - `router_z` sums logsumexp(logits)^2 (Zoph et al. 2022, arXiv:2202.08906).
+    - `balance` is the loss of the Switch Transformer within the row, times the row's tokens (Fedus
+      et al. 2021, arXiv:2101.03961). The loss is E times a sum over experts: the expert's part of
+      the choices times its mean probability. It is 1 where all experts are equal.
+    - `steer` exists with a router bias. It is 0, and its gradient for the bias is E * load -
+      choices. This tells how far each expert is above its share, times E. Sums over rows are
+      therefore sums of integers, and exact. The caller adds it to the objective, and the optimiser
+      takes the gradient's sign (train/optim/).
+    """
+    mask = is_real.astype(jnp.float32)[..., None]
+    is_chosen = (choice[..., None] == jnp.arange(model.experts)).sum(2)
+    load = (is_chosen * mask).sum(1)
     total = load.sum(-1, keepdims=True)
     probability = ((scores / (scores.sum(-1, keepdims=True) + 1e-20)) * mask).sum(1)
+
+    dropped = jnp.zeros_like(load[:, 0])
+    if room is not None:
+        dropped = jnp.maximum(load - room, 0).sum(-1)
     stats = {
         "load": load,
         "router_z": (jax.nn.logsumexp(logits, axis=-1) ** 2 * mask[..., 0]).sum(1),
         "balance": model.experts * (load / jnp.maximum(total, 1) * probability).sum(-1),
-        "dropped": jnp.zeros_like(load[:, 0])
-        if room is None
-        else jnp.maximum(load - room, 0).sum(-1),
+        "dropped": dropped,
     }
+
     if bias is not None:
         excess = model.experts * load - total
         stats["steer"] = ((bias - jax.lax.stop_gradient(bias)) * excess).sum(-1)
@@ -137,22 +151,23 @@ def make_stats(
 
 
 class Experts(nn.Module):
-    """The experts' matrices, float32 as they are stored."""
+    """The experts' matrices, in float32 and laid out as they are stored."""
 
     model: config.Model
 
     @nn.compact
     def __call__(self, width: int) -> local_experts.Kernels:
-        model, names = self.model, ("up", "gate") if FFNS[self.model.expert_ffn][1] else ("up",)
+        model = self.model
+        _, is_gated = FFNS[model.expert_ffn]
+        names = ("up", "gate") if is_gated else ("up",)
         down = Stack(model, DOWN, "mlp_out", name="down")((model.experts, model.expert_mlp, width))
         shape = (model.experts, width, model.expert_mlp)
-        return local_experts.Kernels(
-            down, *(Stack(model, UP, "mlp_in", name=name)(shape) for name in names)
-        )
+        first = [Stack(model, UP, "mlp_in", name=name)(shape) for name in names]
+        return local_experts.Kernels(down, *first)
 
 
 class Stack(nn.Module):
-    """A kernel [E, in, out] whose matrices start each like one of a dense layer."""
+    """A kernel [E, in, out]. Each of its matrices starts like one of a dense layer."""
 
     model: config.Model
     axes: tuple[str, str, str]
@@ -160,12 +175,16 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, shape):
-        one = make_init(self.role, self.model)
+        init_one = make_init(self.role, self.model)
 
         def init(key, shape, dtype=jnp.float32):
-            return jax.vmap(lambda key: one(key, shape[1:], dtype))(jax.random.split(key, shape[0]))
+            keys = jax.random.split(key, shape[0])
+            return jax.vmap(lambda key: init_one(key, shape[1:], dtype))(keys)
 
         return self.param("kernel", sharding.stored_init(init, self.axes), shape)
+
+
+# ---- dispatch ----
 
 
 def dispatch(
@@ -177,48 +196,85 @@ def dispatch(
     kernels: local_experts.Kernels,
     room: int | None,
 ):
-    """x [B, T, D] through its experts `choice` [B, T, k] (E: none), summed with `weight` -> [B,
-    T, D] laid out as the stream. `room`: the choices that an expert takes from a row; None: all."""
-    activation = FFNS[model.expert_ffn][0]
-    devices, tensor = sharding.axis_size("expert"), sharding.axis_size("tensor")
-    scatter, platform = (
-        sharding.count_parts(compute.stream) > sharding.count_parts("seq"),
-        sharding.platform(),
-    )
-    kind = sharding.device_kind()
-    given = [kernel.astype(x.dtype) for kernel in kernels if kernel is not None]
-    stored, laid = sharding.STORED["expert_embed"], jax.typeof(given[0]).sharding.spec
-    split = tuple(
-        axis for axis in stored if sharding.axis_size(axis) > 1 and stored in laid
-    )  # no axis with ZeRO-1
+    """Sends x [B, T, D] through its experts, summed with `weight` [B, T, k] -> [B, T, D].
 
-    def local(x, choice, weight, *given):
-        # Gathered here and not before, so that gradients are scattered, and not summed whole on
-        # every device.
-        def gather(kernel, dim):
-            return sharding.gather(kernel, split, dim) if split else kernel
+    `choice` [B, T, k] are experts 0 … E - 1, and E stands for none. An expert takes `room` choices
+    from a row, and all where `room` is None. The result is laid out as the stream.
+    """
+    tensor = sharding.axis_size("tensor")
+    scatters = sharding.count_parts(compute.stream) > sharding.count_parts("seq")
+    cast = [kernel.astype(x.dtype) for kernel in kernels if kernel is not None]
+    split = _find_split(cast[0])
+    compute_choices = _make_compute_choices(model, room)
 
-        kernels = local_experts.Kernels(
-            gather(given[0], 2), *(gather(kernel, 1) for kernel in given[1:])
-        )
-        if room is None:
-            flat = (y.reshape(-1, y.shape[-1]) for y in (x, choice, weight))
-            y = exchange.dropless(*flat, kernels, activation, devices, platform, kind).reshape(
-                x.shape
-            )
-        else:
-            y = exchange.limited(x, choice, weight, kernels, activation, devices, room)
-        if scatter:
+    def run(x, choice, weight, *kernels):
+        y = compute_choices(x, choice, weight, _gather_kernels(kernels, split))
+        if scatters:
             return jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True)
         return jax.lax.psum(y, "tensor") if tensor > 1 else y
 
-    def on_device(x, *args):
-        shape = (x.shape[0], x.shape[1] // (tensor if scatter else 1), x.shape[2])
-        return exchange.all_manual(local, shape, x.dtype)(x, *args)
+    def run_on_device(x, *args):
+        length = x.shape[1] // (tensor if scatters else 1)
+        shape = (x.shape[0], length, x.shape[2])
+        return exchange.all_manual(run, shape, x.dtype)(x, *args)
 
     rows = ("batch", "seq", None)
-    with sharding.using_rules({"expert_embed": stored} if split else {}):
-        axes = (rows, rows, rows, DOWN, *(UP,) * (len(given) - 1))
-        return sharding.run_local(on_device, axes, ("batch", compute.stream, None))(
-            x, choice, weight, *given
+    own_rules = {"expert_embed": sharding.STORED["expert_embed"]} if split else {}
+    with sharding.using_rules(own_rules):
+        axes = (rows, rows, rows, DOWN, *[UP] * (len(cast) - 1))
+        mapped = sharding.run_local(run_on_device, axes, ("batch", compute.stream, None))
+        return mapped(x, choice, weight, *cast)
+
+
+def _make_compute_choices(model: config.Model, room: int | None):
+    """Makes the function of (x, choice, weight, kernels) that runs on each device's own shard."""
+    activation = FFNS[model.expert_ffn][0]
+    devices = sharding.axis_size("expert")
+    platform = sharding.platform()
+    kind = sharding.device_kind()
+
+    if room is not None:
+
+        def compute_limited(x, choice, weight, kernels):
+            return exchange.limited(x, choice, weight, kernels, activation, devices, room)
+
+        return compute_limited
+
+    def compute_all(x, choice, weight, kernels):
+        def flatten(array):
+            return array.reshape(-1, array.shape[-1])
+
+        y = exchange.dropless(
+            flatten(x),
+            flatten(choice),
+            flatten(weight),
+            kernels,
+            activation,
+            devices,
+            platform,
+            kind,
         )
+        return y.reshape(x.shape)
+
+    return compute_all
+
+
+def _find_split(kernel) -> tuple[str, ...]:
+    """Finds the mesh axes over which the experts' embed dim is cut. ZeRO-1 cuts it over none."""
+    stored = sharding.STORED["expert_embed"]
+    laid_out = jax.typeof(kernel).sharding.spec
+    return tuple(axis for axis in stored if sharding.axis_size(axis) > 1 and stored in laid_out)
+
+
+def _gather_kernels(kernels, split: tuple[str, ...]) -> local_experts.Kernels:
+    """Gathers the embed dims of this device's experts.
+
+    This happens inside the device's function and not before it. Gradients are therefore scattered,
+    and not summed whole on every device.
+    """
+    if not split:
+        return local_experts.Kernels(*kernels)
+    down, *first = kernels
+    return local_experts.Kernels(
+        sharding.gather(down, split, 2), *(sharding.gather(kernel, split, 1) for kernel in first)
+    )
