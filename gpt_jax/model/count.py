@@ -9,11 +9,11 @@ MULTIPLIED = ("head", "matrix", "router", "gate")
 
 
 def count_params(model: config.Model) -> dict[str, int]:
-    """The number of parameters: `total`, `embedding` and `matmul`.
+    """Counts the parameters: `total`, `embedding` and `matmul`.
 
-    `embedding` counts rows that are looked up. `matmul` counts weights that a token is multiplied
-    with. A tied head is among them. Of the experts those count that a token is sent to, as far as
-    their capacity goes.
+    `embedding` counts the tables whose rows are looked up. `matmul` counts the weights that a
+    token is multiplied with, a tied head among them. Of the experts it counts those that a token
+    is sent to, as far as their capacity goes.
     """
     parameters = list_parameters(abstract_params(model))
 
@@ -23,6 +23,7 @@ def count_params(model: config.Model) -> dict[str, int]:
     room = min(1.0, model.capacity_factor) if model.dispatch == "capacity" else 1
     active = int(count("expert") * model.experts_per_token // model.experts * room)
     tied_head = model.vocab * model.embed if model.tied else 0
+
     return {
         "total": sum(p.size for p in parameters),
         "embedding": count(*LOOKED_UP),

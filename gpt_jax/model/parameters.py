@@ -75,12 +75,12 @@ KINDS: tuple[tuple[str, Kind], ...] = (
 
 
 def join_path(keys) -> str:
-    """`blocks/0/attention/q/kernel` from the keys that `jax.tree_util` gives."""
+    """Joins the keys that `jax.tree_util` gives, as in `blocks/0/attention/q/kernel`."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def find_kind(path: str) -> Kind:
-    """What the parameter at `path` is. Raises KeyError if no row fits."""
+    """Finds what the parameter at `path` is. Raises KeyError if no row fits."""
     for pattern, kind in KINDS:
         if re.search(rf"(^|/){pattern}$", path):
             return kind
@@ -88,7 +88,7 @@ def find_kind(path: str) -> Kind:
 
 
 def list_parameters(params: Mapping[str, Any]) -> list[Parameter]:
-    """Every parameter of a tree of arrays, or of their shapes, in the order of the tree.
+    """Lists the parameters of a tree of arrays, or of their shapes, in the order of the tree.
 
     Raises KeyError if one of them is in no row of `KINDS`.
     """

@@ -1,5 +1,7 @@
-"""How weights start: one table, so that a new parametrisation (muP and its kin) is one row
-(called by model/)."""
+"""How weights start: one table of initialisers by role.
+
+A new parametrisation, such as muP, is one new row of INITS.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,32 +9,35 @@ from jax.nn import initializers as inits
 
 from gpt_jax import config
 
-# Roles: embed, position, qkv, attention_out, mlp_in, mlp_out, head, value_embed, gate, router.
+# The roles of weights are embed, position, qkv, attention_out, mlp_in, mlp_out, head, value_embed,
+# gate and router. Those of RESIDUAL_OUT write into the residual stream.
 RESIDUAL_OUT = ("attention_out", "mlp_out")
 
 
 def _uniform(bound):
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
 def _gpt2(role: str, model: config.Model):
     """Radford et al. 2019: N(0, 0.02), residual projections divided by sqrt(2 layers)."""
-    return inits.normal(0.02 / (2 * model.layers) ** 0.5 if role in RESIDUAL_OUT else 0.02)
+    if role in RESIDUAL_OUT:
+        return inits.normal(0.02 / (2 * model.layers) ** 0.5)
+    return inits.normal(0.02)
 
 
 def _xavier(role: str, model: config.Model):
     """Glorot & Bengio 2010 for matrices; embeddings N(0, 1 / embed)."""
-    return (
-        inits.normal(model.embed**-0.5)
-        if role in ("embed", "position", "value_embed")
-        else inits.xavier_uniform()
-    )
+    if role in ("embed", "position", "value_embed"):
+        return inits.normal(model.embed**-0.5)
+    return inits.xavier_uniform()
 
 
 def _modern(role: str, model: config.Model):
     """nanochat's: every block starts as the identity, and the head near zero."""
+    # A uniform distribution within this bound has the standard deviation embed^-0.5.
     bound = (3 / model.embed) ** 0.5
     return {
         "embed": inits.normal(0.8),
@@ -52,10 +57,14 @@ INITS = {"gpt2": _gpt2, "xavier": _xavier, "modern": _modern}
 
 
 def make_init(role: str, model: config.Model):
-    """The initialiser `(key, shape, dtype)` of a weight with this role."""
+    """Makes the initialiser `(key, shape, dtype)` of a weight with this role."""
     return INITS[model.init](role, model)
 
 
 def residual_ramp(first: float, last: float):
-    """One scalar per layer, from `first` at layer 0 to `last` at the top."""
-    return lambda key, shape, dtype=jnp.float32: jnp.linspace(first, last, shape[0], dtype=dtype)
+    """Makes an initialiser of one scalar a layer, from `first` at layer 0 to `last` at the top."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jnp.linspace(first, last, shape[0], dtype=dtype)
+
+    return init

@@ -1,10 +1,10 @@
-"""Layers in stages over the mesh axis pipeline: a circular schedule (called by transformer).
+"""Layers in stages over the mesh axis pipeline, in a circular schedule.
 
-Every stage holds its layers and works on a microbatch of its own at each tick; then all streams
-move on by one stage. A microbatch goes round `rounds` times, so that the stages are idle for
-(stages - 1) / (rounds * microbatches) of the time (Narayanan et al. 2021, arXiv:2104.04473; as one
-vectorised program: Xu et al. 2021, arXiv:2105.04663). The backward pass is the transpose of the
-forward one.
+Every stage has its layers, and works on a microbatch of its own at each tick. Then all streams move
+on by one stage. A microbatch goes round `rounds` times. The stages are therefore idle for
+(stages - 1) / (rounds * microbatches) of the time (Narayanan et al. 2021, arXiv:2104.04473). The
+schedule is one vectorised program (Xu et al. 2021, arXiv:2105.04663), and the backward pass is its
+transpose.
 
 Shapes: S stages, R rounds, M microbatches, B batch, T sequence; a stage has k = layers / (R * S)
 layers a round.
@@ -22,117 +22,148 @@ from gpt_jax import sharding
 
 
 def run(layer: Callable, stacked, stream, columns, rounds: int, microbatches: int, unroll: int):
-    """`stream` after all layers. `layer(stream, weights, columns) -> stream`: one layer; `stacked`:
-    the weights of all, [layers, …]; `stream` and `columns` (what goes with it unchanged): trees of
-    [B, …]; `unroll`: layers of a stage in one turn of its loop.
+    """Sends `stream` through all layers.
 
-    The rows of a microbatch are M apart, so that each device splits its own. M is at least S,
-    divides B, and R * S divides the layers (config.check)."""
+    `layer(stream, weights, columns) -> stream` is one layer, and `stacked` are the weights of all,
+    [layers, …]. `stream` and `columns` are trees of [B, …]. The columns accompany the stream and
+    do not change. A stage's loop runs `unroll` layers in one turn.
+
+    The rows of a microbatch are M apart, so that each device splits its own. M must be at least S
+    and divide B, and R * S must divide the layers. The config is checked for this.
+    """
     stages = sharding.axis_size("pipeline")
     count = microbatches or stages
     weights = jax.tree.map(partial(_to_stages, stages=stages, rounds=rounds), stacked)
+
+    def run_stage(weights, stream, columns):
+        def run_layer(stream, weights):
+            return layer(stream, weights, columns), None
+
+        return jax.lax.scan(run_layer, stream, weights, unroll=unroll)[0]
+
     with sharding.using_rules(sharding.STAGE):
-        held = jax.tree.map(partial(_split, stages=stages, count=count), (stream, columns))
-        moving = jax.tree.map(lambda x: x[:, 0], held)
-        first = sharding.constrain(jnp.arange(stages) == 0, "stages")
-
-        def pick(a, b):
-            return jax.tree.map(
-                lambda a, b: jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), a, b), a, b
-            )
-
-        def stage(weights, stream, columns):
-            return jax.lax.scan(
-                lambda x, w: (layer(x, w, columns), None), stream, weights, unroll=unroll
-            )[0]
+        waiting = jax.tree.map(partial(_split, stages=stages, count=count), (stream, columns))
+        moving = jax.tree.map(lambda x: x[:, 0], waiting)
+        is_first = sharding.constrain(jnp.arange(stages) == 0, "stages")
 
         def tick(carry, time):
-            held, moving = carry
-            waiting = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, time % count, 1, keepdims=False), held
-            )
-            stream, columns = pick(waiting, moving)
-            round_of = jnp.clip((time - jnp.arange(stages)) // count, 0, rounds - 1)
-            stream = jax.vmap(stage)(_round(weights, round_of, rounds), stream, columns)
+            waiting, moving = carry
+
+            # The first stage takes the next microbatch that waits.
+            fresh = jax.tree.map(partial(_take_microbatch, number=time % count), waiting)
+            stream, columns = _select_at_first(is_first, fresh, moving)
+
+            stage_rounds = jnp.clip((time - jnp.arange(stages)) // count, 0, rounds - 1)
+            own_weights = _take_round(weights, stage_rounds, rounds)
+            stream = jax.vmap(run_stage)(own_weights, stream, columns)
             moving = jax.tree.map(_next_stage, (stream, columns))
-            done = time - (
-                stages - 1
-            )  # what has come round to the first stage, once it is a microbatch
 
-            def keep(old, new):
-                return jnp.where(
-                    done >= 0, jax.lax.dynamic_update_index_in_dim(old, new, done % count, 1), old
-                )
+            # From now on, what comes round to the first stage is a microbatch.
+            arrived = time - (stages - 1)
+            put = partial(_put_microbatch, number=arrived, count=count)
+            return (jax.tree.map(put, waiting, moving), moving), None
 
-            return (jax.tree.map(keep, held, moving), moving), None
+        ticks = jnp.arange(rounds * count + stages - 1)
+        (waiting, _), _ = jax.lax.scan(tick, (waiting, moving), ticks)
 
-        (held, _), _ = jax.lax.scan(tick, (held, moving), jnp.arange(rounds * count + stages - 1))
-        out = jax.tree.map(
-            lambda x: jnp.where(first.reshape(-1, *(1,) * (x.ndim - 1)), x, 0).sum(0), held[0]
-        )
+        def take_first(x):
+            return jnp.where(_match_dims(is_first, x), x, 0).sum(0)
+
+        out = jax.tree.map(take_first, waiting[0])
     return jax.tree.map(_join, out)
+
+
+def _match_dims(is_first, x):
+    """Reshapes is_first [S] so that it masks x [S, …]."""
+    return is_first.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _select_at_first(is_first, fresh, moving):
+    """Takes `fresh` on the first stage and `moving` on all others."""
+
+    def select(x, y):
+        return jnp.where(_match_dims(is_first, x), x, y)
+
+    return jax.tree.map(select, fresh, moving)
+
+
+def _take_microbatch(x, number):
+    """[S, M, …] -> [S, …]: the microbatch of this number."""
+    return jax.lax.dynamic_index_in_dim(x, number, 1, keepdims=False)
+
+
+def _put_microbatch(old, new, number, count: int):
+    """Puts new [S, …] into old [S, M, …] as microbatch `number` % `count`.
+
+    A negative number changes nothing.
+    """
+    changed = jax.lax.dynamic_update_index_in_dim(old, new, number % count, 1)
+    return jnp.where(number >= 0, changed, old)
 
 
 def _to_stages(x, stages: int, rounds: int):
     """[layers, …] -> [S, R, k, …]: layer (r * S + s) * k + j is the j-th of stage s in round r."""
     rest = jax.typeof(x).sharding.spec[1:]
     shape = (rounds, stages, x.shape[0] // (rounds * stages), *x.shape[1:])
-    return jnp.moveaxis(
-        jax.lax.reshape(x, shape, out_sharding=P(None, "pipeline", None, *rest)), 1, 0
-    )
+    by_round = jax.lax.reshape(x, shape, out_sharding=P(None, "pipeline", None, *rest))
+    return jnp.moveaxis(by_round, 1, 0)
 
 
-def _round(weights, index, rounds: int):
-    """Each stage's weights [S, k, …] of its round `index` [S]."""
+def _take_round(weights, stage_rounds, rounds: int):
+    """Takes each stage's weights [S, k, …] of its round, which `stage_rounds` [S] tells."""
     if rounds == 1:
         return jax.tree.map(lambda w: w[:, 0], weights)
 
-    def pick(w):
+    def take_own(w, own_round):
+        return jax.lax.dynamic_index_in_dim(w, own_round[0], 1, keepdims=False)
+
+    def take(w):
         spec = jax.typeof(w).sharding.spec
-        take = jax.shard_map(
-            lambda w, i: jax.lax.dynamic_index_in_dim(w, i[0], 1, keepdims=False),
+        mapped = jax.shard_map(
+            take_own,
             check_vma=False,
             in_specs=(spec, P("pipeline")),
             out_specs=P(spec[0], *spec[2:]),
         )
-        return take(w, sharding.constrain(index, "stages"))
+        return mapped(w, sharding.constrain(stage_rounds, "stages"))
 
-    return jax.tree.map(pick, weights)
+    return jax.tree.map(take, weights)
 
 
 def _rest(x, lead: int) -> tuple[Any, ...]:
-    """The mesh axes of dims after the first `lead`, as they are."""
+    """Returns the mesh axes of the dims after the first `lead`."""
     return tuple(jax.typeof(x).sharding.spec[lead:])
 
 
 def _split(x, stages: int, count: int):
-    """[B, …] -> the same for every stage, [S, M, B / M, …]."""
-    rest, rows = _rest(x, 1), sharding.used_spec("batch")[0]
+    """[B, …] -> [S, M, B / M, …]: microbatches, the same for every stage."""
+    rest = _rest(x, 1)
+    rows = sharding.used_spec("batch")[0]
     x = jax.reshard(x, P(rows, *rest))
-    x = jax.lax.reshape(
-        x, (x.shape[0] // count, count, *x.shape[1:]), out_sharding=P(rows, None, *rest)
-    )
+    shape = (x.shape[0] // count, count, *x.shape[1:])
+    x = jax.lax.reshape(x, shape, out_sharding=P(rows, None, *rest))
     x = jnp.swapaxes(x, 0, 1)
-    return jax.reshard(
-        jnp.broadcast_to(x[None], (stages, *x.shape)), P("pipeline", None, rows, *rest)
-    )
+    x = jnp.broadcast_to(x[None], (stages, *x.shape))
+    return jax.reshard(x, P("pipeline", None, rows, *rest))
 
 
 def _join(x):
     """[M, B / M, …] -> [B, …], over all batch axes again."""
-    rest, rows = _rest(x, 2), jax.typeof(x).sharding.spec[1]
+    rest = _rest(x, 2)
+    rows = jax.typeof(x).sharding.spec[1]
     x = jnp.swapaxes(x, 0, 1)
-    x = jax.lax.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=P(rows, *rest))
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    x = jax.lax.reshape(x, shape, out_sharding=P(rows, *rest))
     return jax.reshard(x, P(sharding.used_spec("batch")[0], *rest))
 
 
 def _next_stage(x):
-    """[S, …] moved on by one stage, the last one's to the first."""
-    spec, stages = jax.typeof(x).sharding.spec, x.shape[0]
+    """Moves [S, …] on by one stage, and the last one's part to the first."""
+    spec = jax.typeof(x).sharding.spec
+    stages = x.shape[0]
     ring = [(i, (i + 1) % stages) for i in range(stages)]
-    return jax.shard_map(
-        lambda x: jax.lax.ppermute(x, "pipeline", ring),
-        in_specs=spec,
-        out_specs=spec,
-        check_vma=False,
-    )(x)
+
+    def move(x):
+        return jax.lax.ppermute(x, "pipeline", ring)
+
+    return jax.shard_map(move, in_specs=spec, out_specs=spec, check_vma=False)(x)
