@@ -1,5 +1,4 @@
-"""Which token comes next: one pure function of logits, with every setting traced (called by
-decode).
+"""Which token comes next: one pure function of logits, with every setting traced.
 
 Shapes: B rows, V rows of the embedding.
 """
@@ -18,8 +17,11 @@ from gpt_jax.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn and when a row ends. Filters apply in the order of Hugging Face's:
-    repetition penalty, temperature, top_k, top_p (of what top_k left), min_p."""
+    """How tokens are drawn and when a row ends.
+
+    Filters apply in the order of Hugging Face's: repetition penalty, temperature, top_k, top_p (of
+    what top_k left), min_p.
+    """
 
     max_new_tokens: int = knob(100, "The most new tokens of a row.", low=1)
     temperature: float = knob(1.0, "The logits are divided by this. 0 is greedy.", low=0.0)
@@ -50,12 +52,11 @@ class Sampling:
 
 
 def check(sampling: Sampling) -> None:
-    """UsageError for the first value out of its range, named as the generate command's flag."""
+    """Raises UsageError if a value is out of its range, named as the generate command's flag."""
     for spec in dataclasses.fields(sampling):
-        value, (low, high) = (
-            getattr(sampling, spec.name),
-            (spec.metadata.get("low"), spec.metadata.get("high")),
-        )
+        value = getattr(sampling, spec.name)
+        low = spec.metadata.get("low")
+        high = spec.metadata.get("high")
         if low is not None and not low <= value <= (math.inf if high is None else high):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UsageError(f"--{spec.name} = {value!r}: expected {bounds}")
@@ -64,7 +65,7 @@ def check(sampling: Sampling) -> None:
 
 
 class Knobs(NamedTuple):
-    """What differs from row to row on the device, all [B]: a new value compiles nothing."""
+    """What differs from row to row on the device, all [B]. A new value compiles nothing."""
 
     seed: jax.Array
     sample: jax.Array  # index among the samples of a prompt
@@ -76,31 +77,36 @@ class Knobs(NamedTuple):
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """float32 as uint32 in the same order."""
+    """Maps float32 to uint32 in the same order."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _cutoff(ordered_BV, weight_BV, need_B):
-    """The largest threshold [B] such that the weights at or above it sum to `need`, found bit by
-    bit: 32 sums, where a sort takes 5 to 25 times as long (CPU, 4,096 and 50,304 ids)."""
+    """Finds the largest threshold [B] such that the weights at or above it sum to `need`.
 
-    def one(i, threshold):
+    It is found bit by bit, in 32 sums. A sort takes 5 to 25 times as long (CPU, 4,096 and 50,304
+    ids).
+    """
+
+    def try_bit(i, threshold):
         higher = threshold | jnp.uint32(1) << (31 - i).astype(jnp.uint32)
         total = jnp.where(ordered_BV >= higher[:, None], weight_BV, 0).sum(-1)
         return jnp.where(total >= need_B, higher, threshold)
 
-    return jax.lax.fori_loop(0, 32, one, jnp.zeros(need_B.shape, jnp.uint32))
+    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(need_B.shape, jnp.uint32))
 
 
 def _filter(scaled_BV, knobs: Knobs):
-    """-inf where top_k or top_p rules a token out; `scaled` has its largest value, 0, in every
-    row. Ties stay."""
+    """Puts -inf where top_k or top_p rules a token out. Ties stay.
+
+    The largest value of every row of `scaled` must be 0.
+    """
     ordered = _ordered(scaled_BV)
     wanted = jnp.where(knobs.top_k > 0, knobs.top_k, scaled_BV.shape[-1])
-    ordered = jnp.where(
-        ordered >= _cutoff(ordered, jnp.ones_like(ordered, jnp.int32), wanted)[:, None], ordered, 0
-    )
+    kth = _cutoff(ordered, jnp.ones_like(ordered, jnp.int32), wanted)
+    ordered = jnp.where(ordered >= kth[:, None], ordered, 0)
+
     mass = jnp.where(ordered > 0, jnp.exp(scaled_BV), 0)
     nucleus = _cutoff(ordered, mass, knobs.top_p * mass.sum(-1))
     nucleus = jnp.where(knobs.top_p < 1, jnp.minimum(nucleus, ordered.max(-1)), 1)
@@ -108,30 +114,38 @@ def _filter(scaled_BV, knobs: Knobs):
 
 
 def _draw(logits_BV, position_B, knobs: Knobs):
+    """Draws tokens [B] by adding Gumbel noise to the filtered logits."""
     scaled = logits_BV - logits_BV.max(-1, keepdims=True)
     scaled = scaled / jnp.where(knobs.temperature > 0, knobs.temperature, 1)[:, None]
-    filtering = jnp.any((knobs.top_k > 0) | (knobs.top_p < 1))
-    scaled = jax.lax.cond(filtering, _filter, lambda x, _: x, scaled, knobs)
+
+    filters = jnp.any((knobs.top_k > 0) | (knobs.top_p < 1))
+    scaled = jax.lax.cond(filters, _filter, lambda x, _: x, scaled, knobs)
     scaled = jnp.where(scaled >= jnp.log(knobs.min_p)[:, None], scaled, -jnp.inf)
 
-    def noise(seed, sample, position):
+    def draw_noise(seed, sample, position):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
         return jax.random.gumbel(key, scaled.shape[-1:])
 
-    return jnp.argmax(scaled + jax.vmap(noise)(knobs.seed, knobs.sample, position_B), axis=-1)
+    noise = jax.vmap(draw_noise)(knobs.seed, knobs.sample, position_B)
+    return jnp.argmax(scaled + noise, axis=-1)
 
 
 def sample(
     logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, seen_BV: jax.Array, vocab: int
 ) -> jax.Array:
-    """The tokens [B], int32, that come at `position_B`, from float32 logits; ids from `vocab` on
-    (padding rows of the embedding) never come. `seen_BV`: which tokens the row already holds. A
-    pure function of (logits, seed, sample, position) row by row: the batch around a row makes no
-    difference."""
+    """Draws the tokens [B], int32, that come at `position_B`, from float32 logits.
+
+    `seen_BV` tells which tokens a row already has. Ids from `vocab` on never come, because they
+    are padding rows of the embedding.
+
+    Row by row the result is a pure function of logits, seed, sample and position. The batch around
+    a row makes no difference.
+    """
     penalty = knobs.repetition_penalty[:, None]
     penalised = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     logits = jnp.where(seen_BV, penalised, logits_BV)
     logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
+
     best = jnp.argmax(logits, axis=-1)
     drawn = jax.lax.cond(
         jnp.any(knobs.temperature > 0), _draw, lambda *_: best, logits, position_B, knobs

@@ -186,7 +186,7 @@ def test_the_whole_context_can_be_filled():
 def test_kernels_cast_once_change_nothing():
     model = make_model(tied=False)
     params, tokens = make_params(model), np.arange(12)[None]
-    cast = decode._kernels_once(params, "bfloat16")
+    cast = decode._cast_kernels(params, "bfloat16")
     assert (
         cast["head"]["kernel"].dtype == jnp.bfloat16 and cast["embed"]["table"].dtype == jnp.float32
     )
