@@ -158,11 +158,11 @@ def test_cached_equals_uncached(name):
     for sampling in (GREEDY, replace(GREEDY, temperature=1.0)):
         done = run(model, PROMPTS, sampling)
         tokens = np.zeros((3, model.max_seq), np.int32)
-        for row, prompt, completion in zip(tokens, PROMPTS, done):
+        for row, prompt, completion in zip(tokens, PROMPTS, done, strict=True):
             ids = [*LETTERS.encode(prompt), *completion.tokens]
             row[: len(ids)] = ids
         logits = np.asarray(full_logits(model, tokens))
-        for b, (prompt, completion) in enumerate(zip(PROMPTS, done)):
+        for b, (prompt, completion) in enumerate(zip(PROMPTS, done, strict=True)):
             position = len(prompt) + np.arange(24)
             knobs = knobs_of(24, temperature=sampling.temperature)
             seen = np.zeros((24, model.vocab), bool)
@@ -344,13 +344,11 @@ def test_filters_keep_the_same_ids_as_sorting():
     logits = rng.standard_normal((64, 300)).astype(np.float32) * rng.uniform(
         0.3, 4, (64, 1)
     ).astype(np.float32)
-    top_k, top_p = (
-        rng.choice([0, 1, 7, 40, 299, 500], 64),
-        np.where(rng.random(64) < 0.2, 1, rng.uniform(0, 1, 64)),
-    )
+    top_k = rng.choice([0, 1, 7, 40, 299, 500], 64)
+    top_p = np.where(rng.random(64) < 0.2, 1, rng.uniform(0, 1, 64))
     scaled = logits - logits.max(-1, keepdims=True)
     kept = np.isfinite(sampling_filter(scaled, knobs_of(64, top_k=top_k, top_p=top_p)))
-    for row, x, k, p in zip(kept, scaled, top_k, top_p):
+    for row, x, k, p in zip(kept, scaled, top_k, top_p, strict=True):
         assert (row == (numpy_filter(x, top_k=k, top_p=p) > 0)).all(), (k, p)
 
 
@@ -398,7 +396,7 @@ def test_extreme_temperatures_stay_finite():
 def scripted(monkeypatch, tokenizer, scripts):
     """A model whose rows say exactly these token ids."""
     table = np.zeros((len(scripts), 40), np.int32)
-    for row, ids in zip(table, scripts):
+    for row, ids in zip(table, scripts, strict=True):
         row[: len(ids)] = ids
     monkeypatch.setattr(decode, "_start", lambda *args, **static: (1, table[:, 0]))
     monkeypatch.setattr(
@@ -483,7 +481,7 @@ def test_a_prompt_that_fills_the_context():
     model, lines = make_model(max_seq=24), []
     prompt = "abcdefghij0123" * 2
     with pytest.raises(
-        UsageError, match="prompt 2 has 28 tokens.*holds 24.*shorten it to 23.*--truncate"
+        UsageError, match=r"prompt 2 has 28 tokens.*holds 24.*shorten it to 23.*--truncate"
     ):
         run(model, ["ab", prompt], GREEDY, report=lines.append)
     for new, keep in ((4, 20), (100, 12)):
@@ -502,7 +500,7 @@ def test_a_prompt_that_fills_the_context():
 def test_an_empty_prompt_starts_from_end_of_text():
     model = make_model(vocab=264)
     with pytest.raises(
-        UsageError, match="prompt 1 is empty.*char tokenizer has no end-of-text.*give a prompt"
+        UsageError, match=r"prompt 1 is empty.*char tokenizer has no end-of-text.*give a prompt"
     ):
         run(model, [""], GREEDY)
     [done] = run(model, [""], replace(GREEDY, max_new_tokens=1), byte_tokenizer())

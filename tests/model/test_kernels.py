@@ -65,17 +65,17 @@ def test_mask_equals_the_loop():
     length = 12
     segment, block = columns(length)
     padded = np.where(np.arange(length) < 10, segment, 0)
+
+    def is_allowed(pattern, b, t, s):
+        order = s <= t if pattern.block is None else pattern.block[b, s] <= pattern.block[b, t]
+        near = not pattern.window or t - s < pattern.window
+        same = pattern.segment is None or pattern.segment[b, s] == pattern.segment[b, t] != 0
+        return order and near and same
+
     for pattern in [*patterns(length).values(), Pattern(0, padded), Pattern(3, padded, block)]:
-
-        def allowed(b, t, s):
-            order = s <= t if pattern.block is None else pattern.block[b, s] <= pattern.block[b, t]
-            near = not pattern.window or t - s < pattern.window
-            same = pattern.segment is None or pattern.segment[b, s] == pattern.segment[b, t] != 0
-            return order and near and same
-
-        plain = [
-            [[allowed(b, t, s) for s in range(length)] for t in range(length)] for b in range(B)
-        ]
+        plain = np.array(
+            [is_allowed(pattern, *place) for place in np.ndindex(B, length, length)]
+        ).reshape(B, length, length)
         jnp_pattern = Pattern(
             pattern.window, *(None if x is None else jnp.asarray(x) for x in pattern[1:])
         )
@@ -138,9 +138,9 @@ def compare(run, length, names, caps=(0.0,), kv_heads=K, atol=1e-5):
         }
 
     for key, (ours, theirs) in everything(inputs(length, kv_heads)).items():
-        for ours, theirs in zip(ours, theirs):
+        for our, their in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(
-                ours, theirs, atol=atol * np.abs(theirs).max(), rtol=0, err_msg=str(key)
+                our, their, atol=atol * np.abs(their).max(), rtol=0, err_msg=str(key)
             )
 
 

@@ -1,8 +1,9 @@
 """How every array of the presets lies on a mesh, parameters and optimiser state, against recorded
 files.
 
-An array that is no longer cut, or cut otherwise, changes a line. After a change that is meant:
-    python tests/model/test_layouts.py        writes tests/model/layouts/*.txt anew; look at the difference before committing it
+An array that is no longer cut, or cut otherwise, changes a line. After an intended change
+    python tests/model/test_layouts.py
+writes tests/model/layouts/*.txt anew. Look at the difference before you commit it.
 """
 
 from dataclasses import replace
@@ -63,7 +64,7 @@ def test_layout_is_as_recorded(preset):
 def test_nothing_large_is_whole(preset):
     """Whatever has a million entries or more is cut over the mesh, in the recorded files too."""
     for line in (FOLDER / f"{preset.replace(':', '_')}.txt").read_text().splitlines()[1:]:
-        path, shape, axes = line.rsplit(" ", 2)
+        _, shape, axes = line.rsplit(" ", 2)
         size = 1
         for n in shape.split(","):
             size *= int(n.replace("-", "1"))

@@ -6,7 +6,7 @@ initialiser is compiled. Shapes: B batch, T sequence, D embed, N heads, H head_d
 
 import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.extend
@@ -163,12 +163,13 @@ def test_logits_equal_numpy(name):
     model, batch = make_model(name), make_batch()
     params, ours = np_float64(random_params(model)), logits_of(name)
     assert ours.dtype == np.float32
+
+    def is_allowed(segment, t, s):
+        return s <= t and segment[t] == segment[s] != 0
+
     for row in (0, 3, T + 1):
         segment = batch["segment"][row]
-
-        def allowed(t, s):
-            return s <= t and segment[t] == segment[s] != 0
-
+        allowed = partial(is_allowed, segment)
         theirs = np_row(model, params, batch["tokens"][row], batch["position"][row], allowed)
         close(ours[row, segment != 0], theirs[segment != 0])
 
@@ -219,11 +220,12 @@ def test_ar_column_equals_explicit_mask():
     prefixes = (100, length, 0)
     ar = np.array([[t >= p for t in range(length)] for p in prefixes]).astype(np.uint8)
     ours = jax.jit(lambda p, b: apply(model, p, b))(params, {"tokens": tokens, "ar": ar})
+
+    def is_allowed(prefix, t, s):
+        return s <= t or (s < prefix and t < prefix)
+
     for row, prefix in enumerate(prefixes):
-
-        def allowed(t, s):
-            return s <= t or (s < prefix and t < prefix)
-
+        allowed = partial(is_allowed, prefix)
         close(ours[row], np_row(model, np_float64(params), tokens[row], np.arange(length), allowed))
 
 

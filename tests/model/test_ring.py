@@ -126,7 +126,7 @@ def compare(mesh, names, cap=0.0, length=T, kv_heads=K, limit=1e-5, **how):
             }
         )(inputs(length, kv_heads))
     for name in names:
-        for ours, theirs in zip(found[name], truth(name, cap, length, kv_heads)):
+        for ours, theirs in zip(found[name], truth(name, cap, length, kv_heads), strict=True):
             np.testing.assert_allclose(
                 ours, theirs, atol=limit * max(1, np.abs(theirs).max()), rtol=0, err_msg=name
             )
@@ -171,10 +171,8 @@ def test_ring_in_bfloat16(mesh):
         [x.astype(jnp.float32) for x in (q, k, v)]
     )
     assert ours[1].dtype == jnp.bfloat16
-    for ours, theirs in zip(ours, theirs):
-        np.testing.assert_allclose(
-            np.float32(ours), theirs, atol=0.02 * np.abs(theirs).max(), rtol=0
-        )
+    for our, their in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(np.float32(our), their, atol=0.02 * np.abs(their).max(), rtol=0)
 
 
 def test_a_query_that_may_see_nothing_gives_zero_and_finite_gradients(mesh):
@@ -212,8 +210,8 @@ def test_ring_in_scanned_stages_of_a_pipeline(mesh):
             *stages
         )
     theirs = jax.value_and_grad(partial(loss, whole), (0, 1, 2))(q, k, v)
-    for ours, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
+    for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(our, their, atol=1e-5 * np.abs(their).max(), rtol=0)
 
 
 # ---- the order, and the work ---------------------------------------------------------------------
