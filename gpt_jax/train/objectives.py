@@ -1,7 +1,7 @@
-"""Objectives: logits and a batch in, mergeable sums out (called by train/step and evals).
+"""Objectives, which turn logits and a batch into sums that can be merged.
 
-Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`, divided once, by
-whoever prints it.
+Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`. It is divided
+once, by the code that prints it.
 """
 
 import math
@@ -15,10 +15,14 @@ from gpt_jax import config, sharding
 
 
 class Network(NamedTuple):
-    """The model as pure functions: `features(params, batch, key or None) -> ([B, T, D], report)`
-    (a key turns dropout on), `head(params, dtype) -> [D, V]` and `logits(head, hidden) -> [B, T,
-    V]` in float32. The report holds what layers found, rows first; its `objective` [B] is added
-    to what is minimised, its `tokens` [B] are the weight of the rest."""
+    """The model as pure functions.
+
+    `features(params, batch, key or None) -> ([B, T, D], report)`, where a key turns dropout on.
+    `head(params, dtype) -> [D, V]`. `logits(head, hidden) -> [B, T, V]` in float32.
+
+    The report has the measurements of the layers, rows first. Its `objective` [B] is added to the
+    objective. Its `tokens` [B] are the weight of its other entries.
+    """
 
     features: Callable
     head: Callable
@@ -38,8 +42,10 @@ def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:
     log_z = jax.nn.logsumexp(logits, axis=-1)
     at_target = jnp.where(vocab == targets, logits, 0.0).sum(-1)
     loss = log_z - at_target
+
     best = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     first_best = jnp.where(logits == best, vocab, logits.shape[-1]).min(-1)
+
     objective = loss
     if train.label_smoothing:
         objective = (1 - train.label_smoothing) * loss + train.label_smoothing * (
@@ -47,6 +53,7 @@ def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:
         )
     if train.z_loss:  # Chowdhery et al. 2022: keeps the normaliser near 1
         objective = objective + train.z_loss * jnp.square(log_z)
+
     total = weight.sum()
 
     def summed(values):
@@ -64,8 +71,11 @@ OBJECTIVES = {"next_token": next_token}
 
 
 def batch_sums(network: Network, params, batch: dict, key, train: config.Train) -> dict:
-    """Sums of the configured objective over a batch of columns [B, T]. With `loss_chunk` only
-    that many tokens of each row have logits at a time, and the backward pass makes them again."""
+    """Sums of the configured objective over a batch of columns [B, T].
+
+    With `loss_chunk` only that many tokens of each row have logits at a time. The backward pass
+    then computes them again.
+    """
     hidden, report = network.features(params, batch, key)
     sums = _head_sums(network, params, hidden, batch, train)
     if report:

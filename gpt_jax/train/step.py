@@ -1,5 +1,4 @@
-"""The train step and the eval step: free functions of (state, batch) (called by experiment and
-evals)."""
+"""The train step and the eval step, as free functions of (state, batch)."""
 
 from typing import Any, NamedTuple
 
@@ -13,8 +12,11 @@ from gpt_jax.train.optim.optimizer import ema_init, ema_update, gradient_norm
 
 
 class TrainState(NamedTuple):
-    """Arrays only. `ema` is {} when averaging is off; randomness is the seed and the step, so no
-    key is stored."""
+    """The state of a training run, arrays only.
+
+    `ema` is {} when averaging is off. No key is stored, because randomness comes from the run's
+    seed and the step.
+    """
 
     step: jax.Array  # updates done, int32
     params: Any
@@ -30,8 +32,11 @@ def init_state(params, tx: optax.GradientTransformation, train: config.Train) ->
 
 
 def _microbatches(batch: dict, count: int) -> dict:
-    """Columns [B, …] -> [count, B / count, …]. Microbatch a takes rows a, a + count, …: each
-    device splits its own rows, and which rows meet makes no difference to sums."""
+    """Columns [B, …] -> [count, B / count, …].
+
+    Microbatch a takes rows a, a + count, …, so that each device splits its own rows. Sums do not
+    depend on which rows share a microbatch.
+    """
 
     def split(x):
         x = sharding.reshape(x, (x.shape[0] // count, count, *x.shape[1:]), "batch", None, "seq")
@@ -41,9 +46,11 @@ def _microbatches(batch: dict, count: int) -> dict:
 
 
 def gradients(network: Network, params, batch: dict, key, train: config.Train):
-    """(gradient of the weighted mean objective, Sums) over the batch in `train.accumulate`
-    microbatches. Sums are added and divided once, so that the result is the big batch's whatever
-    the masks."""
+    """(gradient of the weighted mean objective, Sums) over the batch.
+
+    The batch is cut into `train.accumulate` microbatches. Their sums are added and divided once,
+    so that the result is that of the whole batch whatever the masks are.
+    """
 
     def total(params, batch, key):
         sums = batch_sums(network, params, batch, key, train)
@@ -57,25 +64,30 @@ def gradients(network: Network, params, batch: dict, key, train: config.Train):
         def add(carry, x):
             index, micro = x
             grads = grad(params, micro, jax.random.fold_in(key, index))
-            # libtpu 0.0.42 would move sums over devices behind this loop, and fails at it where
-            # they are cut.
+            # Without the barrier libtpu 0.0.42 moves sums over devices behind this loop, and it
+            # fails at that where the sums are sharded.
             return jax.tree.map(jnp.add, carry, jax.lax.optimization_barrier(grads)), None
 
         micro = _microbatches(batch, train.accumulate)
-        # From zeros, not from the first microbatch: that would compile the model a second time.
+        # The carry starts from zeros, because starting from the first microbatch would compile
+        # the model a second time.
         _, sums = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro), key)
         zeros = (
             jax.tree.map(jnp.zeros_like, params),
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums),
         )
         (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(train.accumulate), micro))
+
+    # 1e-9 keeps a batch without targets from dividing by 0.
     weight = jnp.maximum(sums["objective"][1], 1e-9)
     return jax.tree.map(lambda g: g / weight, grads), sums
 
 
 def train_step(state: TrainState, batch: dict, key, *, network: Network, tx, train: config.Train):
-    """One update: (new state, Sums with gradient and parameter norms added). `key` is the run's;
-    the step is folded in."""
+    """(new state, Sums) of one update. The Sums include the norms of gradient and parameters.
+
+    `key` is the run's key. The step is folded in here.
+    """
     grads, sums = gradients(
         network, state.params, batch, jax.random.fold_in(key, state.step), train
     )

@@ -1,9 +1,9 @@
-"""Muon: momentum, orthogonalised matrix by matrix (floor 2; called by optim.py).
+"""Muon: momentum that is orthogonalised matrix by matrix.
 
-Leaves are kernels `[in, out]` or stacks of them, float32: `[L, in, out]` of layers, `[L, E, in,
-out]` of their experts. Own code because the library's version has neither the row normalisation,
-nor cautious decay, nor a momentum warmup, nor a say in where a matrix is orthogonalised. Muon:
-Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/.
+Leaves are float32 kernels `[in, out]` or stacks of them: `[L, in, out]` of layers, and `[L, E, in,
+out]` of their experts. The code is our own, because the optax version lacks row normalisation,
+cautious decay and momentum warmup. Nor does it let the caller choose where a matrix is
+orthogonalised. Muon is by Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,12 @@ from gpt_jax.errors import UsageError
 from gpt_jax.train.optim.schedule import progress
 from gpt_jax.train.optim.whole_matrices import on_whole_matrices
 
-# Polar Express (Amsel et al. 2025, arXiv 2505.16932, algorithm 1): per iteration a, b, c of a x + b
-# x^3 + c x^5, the best polynomials in turn for singular values from 1e-3 to 1. All but the last are
-# slowed by the paper's safety factor of 1.01, so that rounding in bfloat16 cannot push a singular
-# value out of the interval. Five iterations leave the singular values within 0.85 to 1.13, six
-# within 0.6 %; the last row, which converges cubically, serves all later ones.
+# Polar Express (Amsel et al. 2025, arXiv 2505.16932, algorithm 1). A row has the a, b, c of
+# a x + b x^3 + c x^5 for one iteration. The rows are the best polynomials in turn for singular
+# values from 1e-3 to 1. All but the last are slowed by the paper's safety factor of 1.01, so that
+# rounding in bfloat16 cannot push a singular value out of the interval. Five iterations leave the
+# singular values within 0.85 to 1.13, six within 0.6 %. The last row converges cubically and
+# serves all later iterations.
 _RAW = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -36,7 +37,7 @@ POLAR_EXPRESS = (
     *tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _RAW),
     (1.875, -1.25, 0.375),
 )
-WARMUP_MOMENTUM = 0.85  # where the momentum warmup starts (modded-nanogpt, nanochat)
+WARMUP_MOMENTUM = 0.85  # the momentum at the start of its warmup (modded-nanogpt, nanochat)
 TINY = 1e-10  # floor of the row normalisation's second moment and norm (nanochat)
 
 
@@ -54,12 +55,14 @@ class DecayState(NamedTuple):
 
 
 def orthogonalize(x, iterations: int = 5, eps: float = 1e-8, dtype=jnp.float32) -> jax.Array:
-    """The nearest (semi-)orthogonal matrix of every `[..., m, n]` in `x`, float32: singular values
-    pushed to 1.
+    """The nearest (semi-)orthogonal matrix of every `[..., m, n]` in `x`, float32.
 
-    Products run in `dtype` on the smaller side; a zero matrix stays zero."""
+    The singular values are pushed to 1. Products run in `dtype` on the smaller side. A zero matrix
+    stays zero.
+    """
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else jnp.swapaxes(x, -1, -2)
+
     x = x.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
     x = (x / (norm + max(eps, jnp.finfo(jnp.float32).tiny))).astype(dtype)

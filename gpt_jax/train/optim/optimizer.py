@@ -1,7 +1,7 @@
-"""From `config.Optim` to one `optax.GradientTransformation` (floor 2; called by experiment.py).
+"""Makes one `optax.GradientTransformation` from `config.Optim`.
 
-Parameters are a nested dict of float32 arrays; a path joins its keys with "/". Everything under
-`blocks/` is stacked over layers: its first axis does not count as its own. Each parameter belongs
+Parameters are a nested dict of float32 arrays. A path joins its keys with "/". Everything under
+`blocks/` is stacked over layers, and its first axis is that of the layers. Each parameter belongs
 to exactly one group, and each group has its own optimiser, rate and decay.
 """
 
@@ -20,9 +20,15 @@ from gpt_jax.train.optim import muon
 from gpt_jax.train.optim.schedule import make_schedule
 
 STACKED = "blocks/"
-LAYERS = ("blocks/", "tail/")  # where the default Muon finds its matrices
-MATRICES = (2, 3)  # dims of what Muon takes: a matrix, or one for each expert
-ROUTER_BIAS = "router/bias"  # where the path of one ends, see `steer`
+
+# The default Muon takes the matrices under these paths.
+LAYERS = ("blocks/", "tail/")
+
+# The dims of a parameter that Muon takes: one matrix, or one for each expert.
+MATRICES = (2, 3)
+
+# The path of a router's bias ends with this, see `steer`.
+ROUTER_BIAS = "router/bias"
 
 
 class GroupRow(NamedTuple):
@@ -42,7 +48,7 @@ def path_of(keys) -> str:
 
 
 def leaf_dims(path: str, leaf) -> int:
-    """How many dims a parameter has of its own: the layer axis of `blocks/` is not counted."""
+    """How many dims a parameter has, without the layer axis of `blocks/`."""
     return leaf.ndim - path.startswith(STACKED)
 
 
@@ -51,9 +57,11 @@ def _leaves(params_like) -> dict[str, Any]:
 
 
 def groups_of(optim: config.Optim) -> dict[str, config.Group]:
-    """Every group by label, in the order of `assign`'s indices: those of the config, the
-    default, and for a default Muon the AdamW that takes what is no matrix of a layer, with the
-    same rate, betas, eps and decay."""
+    """Every group by label, in the order of `assign`'s indices.
+
+    They are the groups of the config and the default. A default Muon also has an AdamW of the same
+    rate, betas, eps and decay, which takes every parameter that is no matrix of a layer.
+    """
     fallback = {"default": optim.optimizer} | (
         {"default_adamw": "adamw"} if optim.optimizer == "muon" else {}
     )
@@ -72,6 +80,7 @@ def groups_of(optim: config.Optim) -> dict[str, config.Group]:
 
 
 def _patterns(optim: config.Optim) -> list[re.Pattern]:
+    """The expression of each group. Raises UsageError if one is no regular expression."""
     compiled = []
     for i, group in enumerate(optim.groups):
         try:
@@ -105,14 +114,16 @@ def _check_groups(optim: config.Optim, patterns, leaves, index) -> None:
 
 
 def assign(optim: config.Optim, params_like) -> dict[str, int]:
-    """Path -> index of its group, for every parameter but the routers' biases (see `steer`): the
-    first of `optim.groups` whose `match` is found in the path; else the default, index
-    `len(optim.groups)`. When the default is Muon it keeps the matrices inside layers, each expert's
-    too, and embeddings, head, norms, biases and scalars go to AdamW, index `len(optim.groups) + 1`.
+    """Path -> index of its group, for every parameter except the routers' biases (see `steer`).
 
-    `params_like`: arrays or ShapeDtypeStructs. Raises UsageError, naming the group's field, for
-    an expression that is none, for a group that takes no parameter, and for a Muon group that
-    takes something that is no matrix."""
+    A parameter belongs to the first of `optim.groups` whose `match` is found in its path. All
+    others belong to the default, index `len(optim.groups)`. A default Muon keeps only the matrices
+    inside layers and their experts. Embeddings, head, norms, biases and scalars then go to AdamW,
+    index `len(optim.groups) + 1`.
+
+    `params_like` are arrays or ShapeDtypeStructs. Raises UsageError, which names the group's field,
+    if an expression is invalid, a group takes no parameter, or a Muon group takes a non-matrix.
+    """
     patterns, default = _patterns(optim), len(optim.groups)
     leaves = {
         path: leaf for path, leaf in _leaves(params_like).items() if not path.endswith(ROUTER_BIAS)
@@ -133,8 +144,11 @@ def assign(optim: config.Optim, params_like) -> dict[str, int]:
 def describe_groups(
     optim: config.Optim, params_like, balance_rate: float = config.Model.balance_rate
 ) -> list[GroupRow]:
-    """One row for every group that has parameters; tensors count a stack of layers as one, decay
-    is the knob's value (which leaves it touches is `optim.decay`'s matter)."""
+    """One row for every group that has parameters.
+
+    A stack of layers counts as one tensor. The decay is the group's knob, and `optim.decay` decides
+    which of its tensors decay.
+    """
     index, leaves = assign(optim, params_like), _leaves(params_like)
 
     def sizes_of(i):
@@ -165,7 +179,7 @@ def describe_groups(
 
 
 def _by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` on stacks, once for each layer: its statistics do not mix layers."""
+    """`tx` on stacks, once for each layer, so that its statistics do not mix layers."""
 
     def init(params):
         if not jax.tree.leaves(params):
@@ -204,7 +218,8 @@ def _adamw(optim, group, dtype):
 
 
 def _adafactor(optim, group, dtype):
-    # Built from parts: the ready-made one does not multiply the decay by the learning rate.
+    # It is built from parts, because optax.adafactor does not multiply the decay by the learning
+    # rate.
     rule = optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
@@ -236,25 +251,29 @@ OPTIMIZERS = {
 
 
 def steer(balance_rate: float) -> optax.GradientTransformation:
-    """The rule of a router's bias: a step of `balance_rate` against the sign of its gradient,
-    which says how far each expert is above its share (model/moe.py). No decay, no schedule (Wang
-    et al. 2024, arXiv:2408.15664)."""
+    """The rule of a router's bias: a step of `balance_rate` against the sign of its gradient.
+
+    That gradient tells how far each expert is above its share. The rule has neither decay nor
+    schedule (Wang et al. 2024, arXiv:2408.15664).
+    """
     return optax.stateless(
         lambda updates, params: jax.tree.map(lambda g: -balance_rate * jnp.sign(g), updates)
     )
 
 
 def gradient_norm(grads) -> jax.Array:
-    """The norm over all gradients; the routers' biases have none."""
+    """The norm over all gradients except those of the routers' biases."""
     return optax.tree.norm(
         [leaf for path, leaf in _leaves(grads).items() if not path.endswith(ROUTER_BIAS)]
     )
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Gradients times min(1, limit / (norm + 1e-6)), norm over all of them (`gradient_norm`):
-    torch's `clip_grad_norm_` to the letter (the library's own lacks the 1e-6, which shows when
-    the limit is small)."""
+    """Gradients times min(1, limit / (norm + 1e-6)), with the norm of `gradient_norm`.
+
+    This is the formula of torch's `clip_grad_norm_`. The optax function lacks the 1e-6, which
+    makes a difference when the limit is small.
+    """
 
     def clip(updates, params):
         factor = jnp.minimum(1.0, limit / (gradient_norm(updates) + 1e-6))
@@ -271,17 +290,23 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The whole optimiser: clipping over all gradients, then each group's own rule, decay and rate.
 
-    A group's rate at a step is `learning_rate * group.rate * make_schedule(optim)(step)`, step 0
-    for the first update. Weight decay is decoupled and multiplied by that rate for every optimiser
-    (torch's AdamW). Knobs by optimiser: adamw: b1, b2, eps (outside the root). lion: b1, b2. sgd:
-    b1, the momentum (torch's, without dampening). muon: see muon.py. adafactor: none (no momentum,
-    second moment 1 - step^-0.8); its rate is relative to the root mean square of each parameter,
-    layer by layer (arXiv 1804.04235), so 1e-2 is usual.
+    A group's rate at a step is `learning_rate * group.rate * make_schedule(optim)(step)`, and the
+    first update is step 0. Weight decay is decoupled and multiplied by that rate for every
+    optimiser, as in torch's AdamW. Each optimiser reads these knobs:
 
-    `params_like` gives paths and shapes; `dtype` is Muon's: in which matrices are orthogonalised
-    (muon.scale_by_muon). `balance_rate` is the step of the routers' biases (`steer`). State
-    arrays are sharded like the parameters, also under `jit(tx.init)`. Raises what `assign` and
-    `make_schedule` raise."""
+    - adamw: b1, b2, and eps, which is outside the root.
+    - lion: b1, b2.
+    - sgd: b1, which is torch's momentum without dampening.
+    - muon: see `muon.make_muon`.
+    - adafactor: none. It has no momentum, and its second moment is 1 - step^-0.8. Its rate is
+      relative to the root mean square of each parameter, layer by layer (arXiv 1804.04235). So a
+      rate of 1e-2 is usual.
+
+    `params_like` gives paths and shapes. Muon orthogonalises matrices in `dtype`. `balance_rate` is
+    the step of the routers' biases (`steer`). State arrays are sharded like the parameters, also
+    under `jit(tx.init)`. Raises UsageError if groups or the schedule do not fit, see `assign` and
+    `make_schedule`.
+    """
     index, groups, schedule = assign(optim, params_like), groups_of(optim), make_schedule(optim)
     names = dict(enumerate(groups)) | {None: ROUTER_BIAS}
     labels = jax.tree_util.tree_map_with_path(
@@ -312,9 +337,11 @@ def make_optimizer(
 def make_zero1(
     tx: optax.GradientTransformation, split: Callable, whole: Callable
 ) -> optax.GradientTransformation:
-    """`tx` with its state, and its work, on `split` parameters and gradients, and its updates
-    `whole` again: ZeRO-1 (Rajbhandari et al. 2020). Both functions lay out a tree shaped like
-    the parameters."""
+    """`tx` by ZeRO-1 (Rajbhandari et al. 2020).
+
+    Its state and its work are on `split` parameters and gradients, and `whole` lays out its
+    updates. Both functions take a tree shaped like the parameters.
+    """
 
     def update(grads, state, params):
         updates, state = tx.update(split(grads), state, split(params))
@@ -324,7 +351,7 @@ def make_zero1(
 
 
 def ema_init(params):
-    """Averaged weights at the start: a copy of `params` (a copy, so that both may be donated)."""
+    """Averaged weights at the start: a copy of `params`, so that both can be donated."""
     return jax.tree.map(jnp.copy, params)
 
 

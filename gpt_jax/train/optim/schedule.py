@@ -1,8 +1,7 @@
-"""Learning-rate schedules as factors of the peak rate (floor 2; called by optim.py and, for the
-log, by the loop).
+"""Learning-rate schedules as factors of the peak rate.
 
-A step is counted from 0: `schedule(0)` scales the first update. Letters: `step` float32, `start`
-the step after warmup, `end` = `optim.decay_steps`, `last` = `optim.final_fraction`.
+Steps are counted from 0, so `schedule(0)` scales the first update. `step` is float32. `start` is
+the first step after the warmup, and `end` is `optim.decay_steps`.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from gpt_jax.errors import UsageError
 
 
 def progress(step, start: int, end: int) -> jax.Array:
-    """0 at `start`, 1 at `end` and beyond; a span of no steps is over as soon as it begins."""
+    """0 at `start`, 1 at `end` and beyond. A span without steps ends where it begins."""
     if end <= start:
         return (step >= start).astype(jnp.float32)
     return jnp.clip((step - start) / (end - start), 0.0, 1.0)
@@ -41,7 +40,7 @@ def _wsd(optim: config.Optim, step) -> jax.Array:
 
 
 def _inverse_sqrt(optim: config.Optim, step) -> jax.Array:
-    # Meets the warmup's line, (step + 1) / (warmup + 1), at 1.
+    # The curve meets the warmup's line, (step + 1) / (warmup + 1), at 1.
     return jnp.maximum(optim.final_fraction, jnp.sqrt((optim.warmup_steps + 1) / (step + 1)))
 
 
@@ -55,20 +54,20 @@ SCHEDULES = {
 
 
 def make_schedule(optim: config.Optim) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    """`schedule(step) -> factor` in [0, 1], float32, the shape of `step`; usable inside jit and on
-    plain integers.
+    """`schedule(step) -> factor` in [0, 1], float32, in the shape of `step`.
 
-    - warmup, all schedules: (step + 1) / (warmup_steps + 1) while step < warmup_steps (nanoGPT's
-      `get_lr`);
-    - constant: 1;
-    - cosine: from 1 to final_fraction at decay_steps, constant beyond (nanoGPT);
-    - linear: the same, straight;
-    - wsd (warmup, stable, decay; Hu et al. 2024, arXiv 2404.06395): 1, then straight to
-      final_fraction over the last
-      decay_fraction of decay_steps;
+    It works inside jit and on plain integers. All schedules have a warmup, which is
+    (step + 1) / (warmup_steps + 1) while step < warmup_steps (nanoGPT's `get_lr`). After it:
+
+    - constant: 1.
+    - cosine: from 1 to final_fraction at decay_steps, constant beyond (nanoGPT).
+    - linear: from 1 to final_fraction at decay_steps in a straight line, constant beyond.
+    - wsd (warmup, stable, decay; Hu et al. 2024, arXiv 2404.06395): 1, then in a straight line to
+      final_fraction over the last decay_fraction of decay_steps.
     - inverse_sqrt: sqrt((warmup_steps + 1) / (step + 1)), never below final_fraction.
 
-    Raises UsageError when the schedule needs an end and decay_steps is not resolved (0)."""
+    Raises UsageError if the schedule needs an end and decay_steps is not resolved, that is 0.
+    """
     if not optim.decay_steps and optim.schedule not in config.ENDLESS:
         raise UsageError(
             f"config.optim.decay_steps = 0: schedule {optim.schedule!r} needs its last step; "

@@ -1,4 +1,4 @@
-"""Matrices that are cut over a mesh, whole on single devices for a moment (called by muon)."""
+"""Runs a function on whole matrices that a mesh stores in pieces."""
 
 import math
 from collections.abc import Callable
@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-# Mesh axes that take whole matrices, in this order: first those that cut the matrices themselves.
+# The mesh axes that take whole matrices, in this order. The axes that cut matrices come first.
 TAKERS = ("expert", "fsdp", "context", "tensor", "data", "pipeline")
 
 
 class MatrixKind(NamedTuple):
-    """Matrices that travel together: [rows, columns], the mesh axes over which each is cut, and
-    `held`, those over which they are dealt out already, as experts are."""
+    """The kind of matrices that travel together.
+
+    `shape` is [rows, columns], and `cut` has the mesh axes that cut each of the two. `held` are
+    the axes that already split the stack of matrices, as they do for experts.
+    """
 
     shape: tuple[int, int]
     cut: tuple[tuple[str, ...], tuple[str, ...]]
@@ -22,15 +25,15 @@ class MatrixKind(NamedTuple):
 
 
 def on_whole_matrices(fn: Callable, stacks: list[jax.Array]) -> list[jax.Array]:
-    """`fn` of every stack [..., in, out], where it has whole matrices to work on. `fn` maps stacks
-    to stacks of their shape, each matrix by itself, a transposed one to the transposed result and
-    zeros to zeros.
+    """`fn` of every stack [..., in, out], computed on whole matrices.
 
-    On several devices, stacks of one shape and layout (transposed ones too) are joined, padded
-    with zeros and dealt out over as many axes as leave a device fewer matrices: the 156 of 26
-    layers are two for each of 128 devices, where one stack at a time does not divide them. One
-    axis moves at a time, which the compiler makes an all-to-all of; two at once it answers with
-    a gather of everything. Results lie as what came in."""
+    `fn` maps a stack to one of the same shape, each matrix by itself. It must map a transposed
+    matrix to the transposed result, and zeros to zeros. Results have the layout of the arguments.
+
+    On several devices, stacks of one shape and layout are joined, and so are transposed ones. They
+    are padded with zeros and split over every axis that leaves a device fewer matrices. So each of
+    128 devices gets two of the 156 matrices of 26 layers. One stack alone does not divide so well.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return [fn(x) for x in stacks]
@@ -56,8 +59,10 @@ def _names(part) -> tuple[str, ...]:
 
 
 def _listed(x: jax.Array, sizes: dict[str, int]) -> jax.Array:
-    """[..., in, out] as [p, n, in, out]: p parts, one on each device along the axes that cut a
-    dim of the stack."""
+    """[..., in, out] as [p, n, in, out].
+
+    The p parts lie on the devices along the axes that cut a dim of the stack.
+    """
     *lead, rows, columns = jax.typeof(x).sharding.spec
     held, dim, parts = _held(x, sizes)
 
@@ -76,7 +81,7 @@ def _listed(x: jax.Array, sizes: dict[str, int]) -> jax.Array:
 
 
 def _as_before(x: jax.Array, like: jax.Array) -> jax.Array:
-    """What `_listed` made of `like`, or a result of the same shape and layout, as `like` was."""
+    """The inverse of `_listed`: `x` in the shape and layout of `like`."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     *lead, rows, columns = jax.typeof(like).sharding.spec
     held, dim, parts = _held(like, sizes)
@@ -93,7 +98,10 @@ def _as_before(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _held(x: jax.Array, sizes: dict[str, int]) -> tuple[tuple[str, ...], int | None, int]:
-    """(mesh axes longer than 1 that cut a dim of the stack, that dim, pieces): one dim at most."""
+    """(mesh axes longer than 1 that cut a dim of the stack, that dim, pieces).
+
+    At most one dim of a stack is cut. Without one the result is ((), None, 1).
+    """
     for dim, part in enumerate(jax.typeof(x).sharding.spec[:-2]):
         names = tuple(name for name in _names(part) if sizes[name] > 1)
         if names:
@@ -107,8 +115,7 @@ def _kind(x) -> MatrixKind:
 
 
 def _turns(x) -> bool:
-    """Whether it is its transpose that is dealt out, so that [D, 4 D] and [4 D, D] may go
-    together."""
+    """Whether the transpose of `x` is used, so that [D, 4 D] and [4 D, D] can be joined."""
     kind = _kind(x)
     return kind > kind._replace(shape=kind.shape[::-1], cut=kind.cut[::-1])
 
@@ -118,8 +125,10 @@ def _transposed(x, turn: bool):
 
 
 def takers(count: int, sizes: dict[str, int]) -> tuple[str, ...]:
-    """Mesh axes (of these sizes) over which `count` matrices are dealt out: each leaves a device
-    fewer of them."""
+    """The mesh axes that split `count` matrices. Each of them leaves a device fewer matrices.
+
+    `sizes` has the sizes of the mesh axes that may be used.
+    """
     found, devices = (), 1
     for axis in TAKERS:
         size = sizes.get(axis, 1)
@@ -144,7 +153,7 @@ def _dealt(fn: Callable, x: jax.Array, sizes: dict[str, int]) -> jax.Array:
 
 
 def _place(kind: MatrixKind, taken: tuple[str, ...]) -> P:
-    """Stacks dealt out over the axes `taken` too, their matrices cut over what is left of `cut`."""
+    """The layout of stacks that the axes `taken` split, with matrices cut over the other axes."""
     return P(
         kind.held or None,
         taken or None,
