@@ -1,1 +1,1 @@
-"""Checkpoints: arrays through Orbax, sealed by a manifest of our own."""
+"""Checkpoints: Orbax writes the arrays, and a manifest of our own seals them."""

@@ -1,7 +1,6 @@
-"""The arrays of a checkpoint: trees as they are stored, and reading them back (called by
-checkpoint.py).
+"""The arrays of a checkpoint: how trees are stored, and how they are read back.
 
-Trees are stored as nested dicts with string keys (`train/opt/0/mu/…`): NamedTuples and empty
+Trees are stored as nested dicts with string keys (`train/opt/0/mu/…`). NamedTuples and empty
 subtrees come back from the caller's own abstract tree.
 """
 
@@ -15,11 +14,11 @@ from gpt_jax.train.checkpoint.manifest import cause_of
 
 
 def nest(tree, what: str) -> dict:
-    """A pytree of jax arrays (or ShapeDtypeStructs) as nested dicts with string keys; empty
-    subtrees vanish.
+    """A pytree of jax arrays or ShapeDtypeStructs, as nested dicts with string keys.
 
-    TypeError for what would be saved and not come back: typed keys, arrays without elements, no
-    array at all."""
+    Empty subtrees vanish. Raises TypeError for a tree that would be saved and not come back: one
+    with typed keys, with arrays without elements, or without arrays.
+    """
     out = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
@@ -29,6 +28,7 @@ def nest(tree, what: str) -> dict:
                 f"{what} {_name(path)}: {leaf.dtype}{list(leaf.shape)} cannot be stored; "
                 "store the key data of a typed key, and no empty arrays"
             )
+
         *parents, last = [_name((key,)) for key in path] or ["value"]
         node = out
         for key in parents:
@@ -36,6 +36,7 @@ def nest(tree, what: str) -> dict:
         if last in node:
             raise TypeError(f"{what} {_name(path)}: two leaves share this name")
         node[last] = leaf
+
     if not out:
         raise TypeError(f"{what}: no array in it")
     return out
@@ -46,13 +47,14 @@ def _name(path) -> str:
 
 
 def restore_checkpoint(directory, step: int, wanted: dict) -> dict:
-    """The saved trees, to the bit: `{"params": …}` for `wanted = {"params": abstract tree}`;
-    nothing else is read.
+    """The saved trees, to the bit: `{"params": …}` for `wanted = {"params": abstract tree}`.
 
-    Abstract leaves: jax.ShapeDtypeStruct with concrete shardings, on any mesh and process count.
-    All processes call it. Raises UsageError naming the first array that is missing, left over,
-    or of another shape or dtype; NoCheckpoint when the files cannot be read. Verify first
-    (`latest_valid`, `resolve_checkpoint`): this does not."""
+    Only the trees in `wanted` are read. Their leaves are jax.ShapeDtypeStructs with concrete
+    shardings, on any mesh and process count. All processes call it. Raises UsageError, which names
+    the first array that is missing, left over, or of another shape or dtype. Raises NoCheckpoint if
+    the files cannot be read. It does not compare checksums: `latest_valid` and `resolve_checkpoint`
+    do.
+    """
     folder = Path(directory).absolute() / str(step)
     nested = {name: nest(tree, name) for name, tree in wanted.items()}
     for name, tree in nested.items():
@@ -87,8 +89,11 @@ def _flat(tree) -> dict:
 
 
 def _compare_layout(folder: Path, item: str, saved: dict, wanted: dict) -> None:
-    """Orbax casts dtypes silently and calls a wrong shape an 'incompatible handler', so compare
-    before loading."""
+    """Raises UsageError if `saved` has other arrays, shapes or dtypes than `wanted`.
+
+    It must be called before loading, because Orbax casts dtypes silently and calls a wrong shape
+    an 'incompatible handler'.
+    """
 
     def show(leaf):
         return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"

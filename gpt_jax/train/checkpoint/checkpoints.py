@@ -1,14 +1,16 @@
-"""Saving and restoring a run (floor 2; called by experiment.py and by commands that take a
-checkpoint path).
+"""Saves the checkpoints of a run and deletes those that its policy no longer wants.
 
-`<workdir>/checkpoints/<step>/` holds `params/` and, with averaging, `ema/` (so that evaluating
-reads nothing else), `train/` (optimiser state, step), `meta.json` (step, metrics, config, data
-position, tokenizer: whatever the caller hands over) and `manifest.json` (see digest.py), written in
-this order, the last when all else is on disk.
+The folder `<workdir>/checkpoints/<step>/` has these entries, written in this order:
 
-Orbax's free functions write the arrays; policies, digests and deletion are ours, because they must
-agree with the digests and because Orbax's manager keeps raising the first failure for ever. What an
-item holds: arrays.py.
+- `params/` and, with averaging, `ema/`. Evaluating reads nothing else.
+- `train/`: the optimiser state and the step.
+- `meta.json`: the step and the metrics, and what the caller adds, such as the config, the position
+  in the data and the tokenizer.
+- `manifest.json`, see manifest.py. It is written when all else is on disk.
+
+Orbax's free functions write the arrays, as arrays.py describes. Policies and deletion are our own,
+because they must agree with the manifest, and because Orbax's manager raises its first failure
+again and again.
 """
 
 import concurrent.futures
@@ -43,19 +45,21 @@ from gpt_jax.train.checkpoint.manifest import (
     write_manifest,
 )
 
-# an old step on its way out: renamed first, so that a kill never leaves half a checkpoint
+# An old step is renamed before it is deleted, so that a kill never leaves half a checkpoint.
 DELETED = ".deleted"
 DAMAGED = ".damaged"
 
 
 def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -> tuple[bool, int]:
-    """(time to save, next step at which to ask) when `seconds` have passed since step `since`.
+    """(whether to save, next step at which to ask), `seconds` after step `since`.
 
-    Asking costs a broadcast that waits for the device, so the next question comes after a
-    twentieth of the period, or when the period ends if that is sooner, at the pace seen so far."""
+    A question costs a broadcast that waits for the device. So the next one comes after a twentieth
+    of the period at the pace so far, or at the end of the period if that is sooner.
+    """
     period = 60.0 * every_minutes
     if seconds >= period:
         return True, step + 1
+
     steps_per_second = max(step - since, 1) / max(seconds, 1e-9)
     return False, step + max(1, int(min(period - seconds, period / 20) * steps_per_second))
 
@@ -63,8 +67,9 @@ def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -
 def to_keep(metrics: dict[int, float | None], policy: config.Checkpoint) -> set[int]:
     """The steps that stay, of complete checkpoints `{step: value of policy.best_metric, or None}`.
 
-    The last `keep_last`, multiples of `keep_every_steps`, and the `keep_best` smallest values
-    (newer wins a tie)."""
+    They are the last `keep_last`, the multiples of `keep_every_steps`, and the `keep_best` with the
+    smallest values. Of equal values the newer stays.
+    """
     last = sorted(metrics)[-policy.keep_last :]
     every = [
         step for step in metrics if policy.keep_every_steps and step % policy.keep_every_steps == 0
@@ -75,15 +80,20 @@ def to_keep(metrics: dict[int, float | None], policy: config.Checkpoint) -> set[
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs each failure with tracebacks before it raises it, and what it raises becomes
-    one line of ours."""
+    """False for a record of Orbax.
+
+    Orbax logs each failure with tracebacks before it raises it. Our one line about the exception
+    is enough.
+    """
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 class Checkpoints:
-    """The checkpoints of a run that is training, made by `open_checkpoints`. Every process calls
-    the same methods at the same steps. `latest` is the newest valid step found at the start
-    (None: a fresh run)."""
+    """The checkpoints of a run that is training, made by `open_checkpoints`.
+
+    Every process calls the same methods at the same steps. `latest` is the newest step that was
+    valid at the start, or None for a fresh run.
+    """
 
     def __init__(self, directory: Path, policy: config.Checkpoint, report, latest: int | None):
         self.directory, self.policy, self.latest = directory, policy, latest
@@ -102,8 +112,10 @@ class Checkpoints:
         }
 
     def should_save(self, step: int) -> bool:
-        """Whether the policy wants a checkpoint after `step`. The same on all processes; asks
-        process 0's clock only when `every_minutes` is set, and then only every so many steps."""
+        """Whether the policy wants a checkpoint after `step`. All processes get the same answer.
+
+        It asks process 0's clock only if `every_minutes` is set, and then not at every step.
+        """
         if step == self._saved_step:
             return False
         if self.policy.every_steps and step % self.policy.every_steps == 0:
@@ -126,13 +138,13 @@ class Checkpoints:
         metrics: dict[str, float] | None = None,
         ema=None,
     ) -> bool:
-        """Starts saving and returns once all arrays are copied or held (their buffers may be
-        donated next).
+        """Starts saving. The buffers of the arrays may be donated when it returns.
 
-        `params`, `train`, and `ema` where there is one: pytrees of jax arrays, each an item that
-        can be restored by itself; `meta`: JSON values, into meta.json with `step`, `metrics`,
-        `format`. Waits for the save before. False when a whole checkpoint of this step is there
-        already. Raises SaveFailed."""
+        Returns False if a whole checkpoint of this step exists. `params`, `train` and `ema`, unless
+        that is None, are pytrees of jax arrays. Each of them can be restored by itself. `meta` has
+        JSON values for meta.json, where `step`, `metrics` and `format` are added. It waits for the
+        save before. Raises SaveFailed if that save or the start of this one fails.
+        """
         self.wait()
         text = json.dumps({**meta, "step": step, "metrics": metrics or {}, "format": FORMAT})
         trees = {
@@ -154,7 +166,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the save in flight is complete, manifest included, on all processes.
-        Raises SaveFailed."""
+
+        Raises SaveFailed if that save failed.
+        """
         if self._pending is None:
             return
         (step, written, sealed), self._pending = self._pending, None
@@ -176,14 +190,18 @@ class Checkpoints:
             sealed.result()
 
     def close(self) -> None:
-        """Lets the save in flight end and stops the thread. Raises SaveFailed if it failed;
-        needs no other process."""
+        """Lets the save in flight end and stops the thread. It needs no other process.
+
+        Raises SaveFailed if that save failed.
+        """
         self._pool.shutdown(wait=True)
         self.check()
 
     def _make_room(self, step: int) -> bool:
-        """Process 0, before a save: False when the step is there and whole; a damaged one is
-        moved aside."""
+        """On process 0, before a save: False if the step exists and is whole.
+
+        A damaged one is moved aside.
+        """
         folder = self.directory / str(step)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -202,8 +220,10 @@ class Checkpoints:
         return True
 
     def _seal(self, step: int, written, meta_text: str, value: float | None) -> None:
-        """Background, after Orbax: process 0 writes meta and manifest, then deletes what the
-        policy no longer wants."""
+        """In the background, after Orbax: process 0 writes meta and manifest.
+
+        It then deletes the steps that the policy no longer wants.
+        """
         if jax.process_index() != 0:
             return
         folder, mark = self.directory / str(step), self.directory / f"{step}{SAVING}"
@@ -220,14 +240,17 @@ class Checkpoints:
                 self._discard(folder)
                 mark.unlink(missing_ok=True)
             raise self._failed(step, error) from error
+
         self._complete[step] = value
         for old in sorted(set(self._complete) - to_keep(self._complete, self.policy)):
             del self._complete[old]
             self._discard(self.directory / str(old))
 
     def _discard(self, folder: Path) -> None:
-        """Deletes a folder, which disappears from view at once. Failing at that is reported, and
-        not a failed save."""
+        """Deletes a folder, which disappears from view at once.
+
+        A failure is reported and does not make the save fail.
+        """
         try:
             if folder.exists():
                 doomed = folder.rename(free_name(folder.with_name(folder.name + DELETED)))
@@ -236,8 +259,10 @@ class Checkpoints:
             self._report(f"{folder} could not be deleted: {cause_of(error)}")
 
     def _failed(self, step: int, error: BaseException) -> Exit:
-        """What to raise for a save that ended with `error`: SaveFailed, or PeerFailed when
-        another process has left."""
+        """The exception for a save that ended with `error`.
+
+        It is PeerFailed if another process has left, and SaveFailed otherwise.
+        """
         good = max((s for s in self._complete if s != step), default=None)
         rest = (
             "there is no earlier checkpoint"
@@ -260,12 +285,12 @@ class Checkpoints:
 
 
 def open_checkpoints(directory, policy: config.Checkpoint, report=print) -> Checkpoints:
-    """The checkpoints of a run that is about to train into `directory` (`<workdir>/checkpoints`;
-    made when missing).
+    """The checkpoints of a run that is about to train into `directory`, `<workdir>/checkpoints`.
 
-    Clears what a killed process left half-written and finds the newest valid step, with a line
-    to `report` for each (process 0). Raises NoCheckpoint when there are checkpoints and none is
-    valid. Every process calls it."""
+    It removes what a killed process left half-written and looks for the newest valid step. Process
+    0 reports each removal and each damaged step in a line. Every process calls it. Raises
+    NoCheckpoint if there are checkpoints and none is valid.
+    """
     directory = Path(directory).absolute()
     logging.getLogger("absl").addFilter(_not_orbax)
     agree_on(lambda: _sweep(directory, report))
@@ -282,8 +307,10 @@ def _silent(line: str) -> None:
 
 
 def _sweep(directory: Path, report) -> None:
-    """Process 0: removes unfinished saves and half-deleted steps. What was complete once is
-    never touched."""
+    """On process 0: removes unfinished saves and half-deleted steps.
+
+    It never touches a step that was complete once and is not on its way out.
+    """
     try:
         doomed = [path for end in (TEMPORARY, DELETED) for path in directory.glob(f"*{end}*")]
         for step in unfinished_in(directory):
@@ -302,7 +329,7 @@ def _sweep(directory: Path, report) -> None:
 
 
 def _metric(directory: Path, step: int, policy: config.Checkpoint) -> float | None:
-    """The saved value of `best_metric`; None when that checkpoint has none, or no readable meta."""
+    """The saved value of `best_metric`, or None if the checkpoint has none or no readable meta."""
     try:
         return json.loads((directory / str(step) / META).read_bytes())["metrics"].get(
             policy.best_metric

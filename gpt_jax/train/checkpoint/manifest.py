@@ -1,12 +1,11 @@
-"""Which checkpoints on disk are whole: content digests, and the search for the newest valid one
-(floor 2).
+"""Tells which checkpoints on disk are whole, and finds the newest valid one.
 
-Orbax restores flipped bits without a word, so each checkpoint ends with a manifest of our own:
-name, size and sha256 of every file, and the sha256 of that list. It is written last, hence a step
-with a manifest was complete once, and the bytes that differ from it are damage. `<step>.saving`
-next to a step says that its save has begun and not ended, which tells an unfinished save (the
-process was killed: nothing is wrong) from a manifest that got lost. Called by `checkpoint.py` and
-by the commands that take a checkpoint path.
+Each checkpoint has a manifest of our own, because Orbax restores flipped bits without a word. The
+manifest has the name, size and sha256 of every file, and the sha256 of that list. It is written
+last. So a step with a manifest was complete once, and bytes that differ from it are damage.
+
+A file `<step>.saving` next to a step says that its save has begun and not ended. It tells an
+unfinished save, whose process was killed, from a checkpoint that has lost its manifest.
 """
 
 import concurrent.futures
@@ -22,8 +21,8 @@ from gpt_jax.files import replace_file
 
 MANIFEST = "manifest.json"
 META = "meta.json"
-# The format of the layout above and of what meta.json holds. Format 2 is the same but for the
-# names of some config keys, which whoever reads the config translates.
+# The format of a checkpoint's folder and of meta.json. Format 2 differs only in the names of some
+# config keys, which the reader of the config translates.
 FORMAT = 3
 READABLE = (2, FORMAT)
 CHECKPOINT_FOLDER = "checkpoints"  # inside a workdir
@@ -33,7 +32,7 @@ THREADS = 4  # hashlib lets go of the interpreter lock, so files are hashed in p
 
 
 def cause_of(error: BaseException) -> str:
-    """One line for what went wrong: the system's own words where it has some."""
+    """One line that tells what went wrong, in the system's own words where it has some."""
     text = str(error).strip() or type(error).__name__
     number = re.search(r"os_error_code='(\d+)'", text)  # tensorstore hides the errno in its message
     if number:
@@ -44,7 +43,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or `path.1`, `path.2`, …: the first that is not taken."""
+    """The first of `path`, `path.1`, `path.2`, … that does not exist."""
     names = (path if n == 0 else path.with_name(f"{path.name}.{n}") for n in range(1_000_000))
     return next(name for name in names if not name.exists())
 
@@ -71,8 +70,10 @@ def hash_files(folder: Path, names) -> list[str]:
 
 
 def render_manifest(files: dict[str, list]) -> str:
-    """The manifest's text: `{name: [bytes, sha256]}` and the sha256 of that. One table has
-    exactly one text."""
+    """The manifest's text: `{name: [bytes, sha256]}` and the sha256 of that.
+
+    One table has exactly one text.
+    """
     table = json.dumps(files, sort_keys=True, separators=(",", ":"))
     own = hashlib.sha256(table.encode()).hexdigest()
     return json.dumps({"sha256": own, "files": json.loads(table)}, separators=(",\n", ":")) + "\n"
@@ -87,18 +88,20 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str:
-    """`"file: reason"` for what is wrong with the step in `folder`, or "" when every byte is as
-    it was saved."""
+    """The damage of the step in `folder` as "file: reason", or "" if every byte is as saved."""
     try:
         return _compare(folder)
-    except OSError as error:  # a file that the disk no longer gives back is damage too
+    except OSError as error:
+        # A file that the disk no longer gives back is damage, too.
         return f"{error.filename or folder}: {error.strerror or error}"
 
 
 def _compare(folder: Path) -> str:
+    """As `find_damage`. Raises OSError if a file cannot be read."""
     sizes = list_files(folder)
     if not (folder / MANIFEST).exists():
         return f"{MANIFEST}: missing" if sizes else f"{folder.name}: empty directory"
+
     raw = (folder / MANIFEST).read_bytes()
     try:
         files = json.loads(raw)["files"]
@@ -107,6 +110,7 @@ def _compare(folder: Path) -> str:
         intact = False
     if not intact:
         return f"{MANIFEST}: content changed"
+
     bad = {name: "missing" for name in files if name not in sizes}
     bad |= {name: "not part of the checkpoint as saved" for name in sizes if name not in files}
     bad |= {
@@ -125,8 +129,10 @@ def _compare(folder: Path) -> str:
 
 
 def steps_in(directory: Path) -> list[int]:
-    """The steps that have a folder here, whole or not, in order; none when there is no such
-    directory."""
+    """The steps that have a folder in `directory`, whole or not, in order.
+
+    Without such a directory the list is empty.
+    """
     if not directory.is_dir():
         return []
     return sorted(
@@ -135,7 +141,10 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def unfinished_in(directory: Path) -> list[int]:
-    """Steps whose save began and did not end: still under way, or its process was killed."""
+    """The steps whose save began and did not end.
+
+    The save is still under way, or its process was killed.
+    """
     names = [path.name.removesuffix(SAVING) for path in directory.glob(f"*{SAVING}")]
     names += [
         path.name.removesuffix(TEMPORARY)
@@ -152,12 +161,11 @@ def unfinished_in(directory: Path) -> list[int]:
 
 
 def latest_valid(directory, report=print) -> int | None:
-    """The newest step in `directory` whose every byte is as saved; None when nothing was ever saved
-    here.
+    """The newest step in `directory` whose every byte is as saved.
 
-    Process 0 looks and all processes get its answer. Each checkpoint passed over is one line to
-    `report` (process 0) with its step, file and reason; nothing is deleted. Raises NoCheckpoint
-    when there are checkpoints and none is valid.
+    The result is None if nothing was ever saved there. Process 0 looks, and all processes get its
+    answer. Process 0 reports each checkpoint that it passes over in a line with step, file and
+    reason. Nothing is deleted. Raises NoCheckpoint if there are checkpoints and none is valid.
     """
     directory = Path(directory).absolute()
     return agree_on(lambda: _newest(directory, report))
@@ -174,6 +182,7 @@ def _newest(directory: Path, report) -> int | None:
             return step
         damaged.append(f"step {step}: {damage}")
         report(f"checkpoint step {step} in {directory} is damaged and is passed over: {damage}")
+
     if damaged:
         raise NoCheckpoint(
             f"{directory}: no valid checkpoint; found {'; '.join(damaged)}. "
@@ -183,11 +192,12 @@ def _newest(directory: Path, report) -> int | None:
 
 
 def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
-    """(checkpoints directory, step) of a whole checkpoint, for what a user typed: a workdir, its
-    checkpoints folder or one step's folder. `step` 0 takes the newest valid one.
+    """(checkpoints directory, step) of a whole checkpoint, from a path that a user typed.
 
-    Raises UsageError when there is no such path or step (the text lists what there is),
-    NoCheckpoint when the one asked for, or every one, is damaged."""
+    The path is a workdir, its checkpoints folder or one step's folder. `step` 0 takes the newest
+    valid step. Raises UsageError if the path or the step does not exist, with a list of those that
+    do. Raises NoCheckpoint if that step, or every step, is damaged.
+    """
 
     def find():
         directory, wanted = _locate(Path(path).absolute(), step)
@@ -223,7 +233,8 @@ def _locate(path: Path, step: int) -> tuple[Path, int]:
     if path.name.isdecimal() and (path.is_dir() or steps_in(path.parent)):
         if step not in (0, int(path.name)):
             raise UsageError(
-                f"checkpoint {str(path)!r}: is step {path.name}, but step {step} was asked for; drop one"
+                f"checkpoint {str(path)!r}: is step {path.name}, but step {step} was asked for; "
+                "drop one"
             )
         return path.parent, int(path.name)
     if path.is_dir() and (path.name == CHECKPOINT_FOLDER or steps_in(path)):
@@ -238,8 +249,10 @@ def _nearby(path: Path) -> str:
     """What could have been meant: runs with checkpoints below the nearest folder that exists."""
     base = next(parent for parent in (path, *path.parents) if parent.is_dir())
     for root in [base, *base.parents][:4]:
+        # The root is left out, because its search would read the whole disk.
         if root == root.parent:
-            break  # not the whole disk
+            break
+
         folders = sorted(
             {
                 *root.glob(f"{CHECKPOINT_FOLDER}"),
@@ -258,8 +271,10 @@ def _nearby(path: Path) -> str:
 
 
 def read_meta(directory, step: int) -> dict:
-    """What was handed to `save` as meta, with `step`, `metrics` and `format`. NoCheckpoint when
-    it cannot be read."""
+    """The meta of a saved step: the values given to `save`, with `step`, `metrics` and `format`.
+
+    Raises NoCheckpoint if it cannot be read. Raises UsageError if its format is another program's.
+    """
     path = Path(directory).absolute() / str(step) / META
     try:
         meta = json.loads(path.read_bytes())
