@@ -28,8 +28,8 @@ from .tokenizers.vocabulary import (
     StreamDecoder as StreamDecoder,
     Tokenizer as Tokenizer,
 )
-from .tokens.corpus import (
+from .tokens.corpus import verify_corpus as verify_corpus
+from .tokens.inspect import (
     inspect_corpus as inspect_corpus,
     summarize_corpus as summarize_corpus,
-    verify_corpus as verify_corpus,
 )

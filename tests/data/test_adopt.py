@@ -9,7 +9,7 @@ from token_files import write_llmc, write_megatron
 
 from gpt_jax import config
 from gpt_jax.data.stream import dataset
-from gpt_jax.data.tokenizers.vocabulary import byte_tokenizer
+from gpt_jax.data.tokenizers.vocabulary import make_byte_tokenizer
 from gpt_jax.errors import DataError, UsageError
 
 
@@ -81,7 +81,7 @@ def test_token_files_that_cannot_be_used(tmp_path, ids, tokenizer, words):
 
 def test_a_run_on_a_token_file_is_the_run_on_its_text(tmp_path):
     text = runs.write_text(tmp_path / "text.txt", words=3000)
-    byte_tokenizer().encode(text.read_text()).astype("<u2").tofile(tmp_path / "text.bin")
+    make_byte_tokenizer().encode(text.read_text()).astype("<u2").tofile(tmp_path / "text.bin")
     for name in ("text.txt", "text.bin"):
         runs.call(
             *runs.arguments(
@@ -136,7 +136,9 @@ def test_shards_are_one_source(tmp_path):
         ),
     )
     assert [part.train.size + part.eval.size for part in two.parts] == [95, 25]
-    said = dataset.load_heldout(str(tmp_path / names[0]), config.Data(), byte_tokenizer(), print)
+    said = dataset.load_heldout(
+        str(tmp_path / names[0]), config.Data(), make_byte_tokenizer(), print
+    )
     assert next(iter(said.values())).size == 95
 
 
@@ -149,7 +151,11 @@ def test_the_folder_of_nanogpt_and_the_prefix_of_megatron(tmp_path):
     assert (part.train.size, part.eval.size) == (30, 8)
     assert (
         next(
-            iter(dataset.load_heldout(str(folder), config.Data(), byte_tokenizer(), print).values())
+            iter(
+                dataset.load_heldout(
+                    str(folder), config.Data(), make_byte_tokenizer(), print
+                ).values()
+            )
         ).size
         == 8
     )

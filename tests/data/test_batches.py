@@ -13,11 +13,11 @@ from gpt_jax import config
 from gpt_jax.data.stream import batches as pipeline, order
 from gpt_jax.data.stream.dataset import Dataset, Part
 from gpt_jax.data.stream.rows import PACKINGS, InOrder, make_columns, spans
-from gpt_jax.data.tokenizers.vocabulary import byte_tokenizer, with_specials
+from gpt_jax.data.tokenizers.vocabulary import make_byte_tokenizer, with_specials
 from gpt_jax.data.tokens.shards import DOCUMENT, Tokens
 from gpt_jax.errors import DataError, UsageError
 
-BYTES = byte_tokenizer()
+BYTES = make_byte_tokenizer()
 
 
 class TokenArray(NamedTuple):

@@ -14,8 +14,9 @@ from gpt_jax import config
 from gpt_jax.data.stream import batches, dataset
 from gpt_jax.data.tokenizers.bpe import train_bpe
 from gpt_jax.data.tokenizers.spec import resolve_tokenizer
-from gpt_jax.data.tokenizers.vocabulary import char_tokenizer
+from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
 from gpt_jax.data.tokens import cache, split, store
+from gpt_jax.data.tokens.hashes import hash_sources
 from gpt_jax.errors import DataError, UsageError
 
 WORDS = "the cat sat on the mat and 我是猫 looked at 👍 it all day long\n"
@@ -135,8 +136,8 @@ def test_bpe_sees_the_training_side_only(folder):
 
 
 def test_found_again_and_rebuilt_when_the_source_or_settings_change(folder, monkeypatch):
-    builds, write = [], store.write
-    monkeypatch.setattr(store, "write", lambda *a: (builds.append(a[0]), write(*a)))
+    builds, write = [], store.write_cache
+    monkeypatch.setattr(store, "write_cache", lambda *a: (builds.append(a[0]), write(*a)))
     data = data_for(folder)
     first = prepare(data, quiet)
     assert (ids(prepare(data, quiet).train) == ids(first.train)).all() and len(builds) == 1
@@ -160,15 +161,15 @@ def test_found_again_and_rebuilt_when_the_source_or_settings_change(folder, monk
 
 
 def test_hashes_are_taken_over_only_for_settled_files(folder):
-    found = cache.sources.find((str(folder / "text"),))
-    fresh = store.content_hashes(found, folder / "cache", 1)
+    found = cache.sources.find_sources((str(folder / "text"),))
+    fresh = hash_sources(found, folder / "cache", 1)
     path = found[0].path
     stat = path.stat()
     path.write_text("Y" + path.read_text()[1:])
     os.utime(
         path, ns=(stat.st_atime_ns, stat.st_mtime_ns)
     )  # a change that hides in the clock's grain
-    assert store.content_hashes(found, folder / "cache", 1)[0] != fresh[0]
+    assert hash_sources(found, folder / "cache", 1)[0] != fresh[0]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_hashes_are_taken_over_only_for_settled_files(folder):
         (lambda f: (f / "meta.json").write_text("{"), "cannot be read"),
         (lambda f: os.truncate(f / "eval.offsets", 8), "eval.offsets has 8 bytes"),
         (
-            lambda f: (f / "tokenizer.json").write_text(char_tokenizer("ab").to_json()),
+            lambda f: (f / "tokenizer.json").write_text(make_char_tokenizer("ab").to_json()),
             "holds another tokenizer",
         ),
     ],
@@ -198,7 +199,7 @@ import sys
 import time
 
 from gpt_jax import config
-from gpt_jax.data.tokenizers.vocabulary import byte_tokenizer
+from gpt_jax.data.tokenizers.vocabulary import make_byte_tokenizer
 from gpt_jax.data.tokens import cache, shards
 
 write_file = shards.write_file
@@ -217,7 +218,7 @@ def told(path, content):
 
 shards.write_file = {"slow": slow, "fast": told}[sys.argv[3]]
 data = config.Data(path=(sys.argv[1],), cache=sys.argv[2])
-got = cache.prepare(data, byte_tokenizer(), lambda line: print(line, flush=True))
+got = cache.prepare(data, make_byte_tokenizer(), lambda line: print(line, flush=True))
 print("tokens", got.train.size)
 """
 
@@ -240,7 +241,7 @@ def test_kill_while_building_leaves_nothing_usable(folder):
     [left] = [path for path in (folder / "cache").iterdir() if path.is_dir()]
     assert left.suffix == ".building"
     with pytest.raises(store.Unusable):
-        store.load(left)
+        store.load_cache(left)
     got = prepare(data_for(folder), quiet)
     assert got.train.documents == 11 and not left.exists()
 
@@ -262,14 +263,14 @@ def test_several_processes_build_once(folder):
 
 
 def test_a_source_that_changes_while_it_is_read(folder, monkeypatch):
-    plan = split.plan
+    plan = split.plan_split
 
     def changing(*args):
         corpus = plan(*args)
         (folder / "text" / "03.txt").write_text("other")
         return corpus
 
-    monkeypatch.setattr(split, "plan", changing)
+    monkeypatch.setattr(split, "plan_split", changing)
     with pytest.raises(DataError, match="changed while being read"):
         prepare(data_for(folder), quiet)
     assert not [path for path in (folder / "cache").iterdir() if path.is_dir()]
@@ -279,7 +280,7 @@ def test_a_source_that_changes_while_it_is_read(folder, monkeypatch):
 def test_documents_that_come_or_go_between_two_readings(tmp_path, after):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 2)
     data = config.Data(path=(str(tmp_path),), eval_fraction=0.5)
-    corpus = split.plan(cache.sources.find(data.path), (), data)
+    corpus = split.plan_split(cache.sources.find_sources(data.path), (), data)
     (tmp_path / "a.jsonl").write_text(after)
     with pytest.raises(DataError, match="changed while being read; start again"):
         list(corpus.texts())
@@ -320,7 +321,7 @@ def test_text_for_a_tokenizer_of_a_checkpoint(folder):
     assert cache.prepare(data_for(folder), bpe, quiet).tokenizer.fingerprint == bpe.fingerprint
     with pytest.raises(UsageError, match=r"00.txt: text .*character 0, '0', is not among the 3"):
         cache.load_text(
-            (str(folder / "text"),), char_tokenizer("abc"), data_for(folder), report=quiet
+            (str(folder / "text"),), make_char_tokenizer("abc"), data_for(folder), report=quiet
         )
     with pytest.raises(UsageError, match="--text = 'none': no such file"):
         cache.load_text(("none",), bpe, data_for(folder))
@@ -349,7 +350,7 @@ def test_undecodable_places_are_counted(folder):
 
 
 def test_wide_vocabularies_take_four_bytes(tmp_path):
-    wide = char_tokenizer(
+    wide = make_char_tokenizer(
         "".join(chr(i) for i in range(0x3000, 0x3000 + 2**16 + 1) if not 0xD800 <= i < 0xE000)
         + "".join(chr(0x20000 + i) for i in range(2**12))
     )

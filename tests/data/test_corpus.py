@@ -14,7 +14,7 @@ from prepared import contents, documents, prepare, refused, texts, write_jsonl
 from gpt_jax import config
 from gpt_jax.data.read import remote, sources
 from gpt_jax.data.stream import dataset
-from gpt_jax.data.tokenizers.vocabulary import char_tokenizer
+from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
 from gpt_jax.data.tokens import corpus, shards
 from gpt_jax.data.tokens.mirror import is_remote_corpus, mirror
 from gpt_jax.errors import DataError, UsageError
@@ -108,7 +108,7 @@ DAMAGE = {
     ),
     "another format": (lambda f: reseal(f / "corpus.json", format=99), 2, ("format 99",), None),
     "another tokenizer": (
-        lambda f: (f / "tokenizer.json").write_text(char_tokenizer("ab").to_json()),
+        lambda f: (f / "tokenizer.json").write_text(make_char_tokenizer("ab").to_json()),
         20,
         ("tokenizer.json",),
         "tokenizer.json",
@@ -130,11 +130,13 @@ def test_damage(case, copy, capsys):
 
 def test_a_tokenizer_of_the_same_size_is_not_taken_for_the_right_one(copy):
     path = copy / "tokenizer.json"
-    other = char_tokenizer("ab").to_json()
+    other = make_char_tokenizer("ab").to_json()
     other += " " * (path.stat().st_size - len(other))
     path.write_text(other)
     refused(
-        20, ("tokenizer.json", char_tokenizer("ab").fingerprint, "put back"), f"--inspect={copy}"
+        20,
+        ("tokenizer.json", make_char_tokenizer("ab").fingerprint, "put back"),
+        f"--inspect={copy}",
     )
 
 
@@ -176,14 +178,14 @@ def test_an_output_is_not_read_as_text(made, tmp_path, unfinished):
     store.put(str(outer), "/bucket/data", recursive=True)
     for path in (out, outer, f"{outer}/*"):
         with pytest.raises(UsageError, match=f"--text = '.*{words}"):
-            sources.find((str(path),), "--text")
+            sources.find_sources((str(path),), "--text")
         refused(2, ("--input text", words), f"--input={path}", f"--output={tmp_path / 'new'}")
     with pytest.raises(UsageError, match="memory://bucket/data/out: was made by gpt-jax prepare"):
-        sources.find(("memory://bucket/data",))
+        sources.find_sources(("memory://bucket/data",))
     store.rm("/bucket/data", recursive=True)
     (outer / "corpus.json").write_text('[{"text": "a file of this name is as good as any"}]')
     shutil.rmtree(out)
-    assert len(sources.find((str(outer),))) == 1
+    assert len(sources.find_sources((str(outer),))) == 1
 
 
 def test_an_unfinished_folder_does_not_train(made, tmp_path):

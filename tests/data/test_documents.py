@@ -25,7 +25,7 @@ from gpt_jax.data.read import documents as readers, formats, hub, remote, source
 from gpt_jax.data.read.decoding import Damaged, Reading
 from gpt_jax.data.read.documents import Tally
 from gpt_jax.data.read.sources import Source
-from gpt_jax.data.tokens import store
+from gpt_jax.data.tokens.hashes import hash_sources
 from gpt_jax.errors import UsageError
 
 TEXTS = [
@@ -89,22 +89,22 @@ def wanted(name, texts):
 
 
 def read(pieces, reading, tally=None):
-    return [d.text for d in readers.documents(pieces, reading, tally)]
+    return [d.text for d in readers.read_documents(pieces, reading, tally)]
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_cut_gives_the_whole(tmp_path, name):
     write, texts = WRITERS[name]
     write(tmp_path / name, texts)
-    [source], reading = sources.find((str(tmp_path / name),)), Reading(documents="line")
+    [source], reading = sources.find_sources((str(tmp_path / name),)), Reading(documents="line")
     whole = Tally()
-    assert read([readers.whole(source)], reading, whole) == wanted(name, texts)
+    assert read([readers.whole_piece(source)], reading, whole) == wanted(name, texts)
     most = 1
     for size in (1, 2, 7, 20, 64, 10**6):
-        pieces, total, places = readers.cut(source, size, reading), Tally(), []
+        pieces, total, places = readers.cut_source(source, size, reading), Tally(), []
         for piece in pieces:
             tally = Tally()
-            places += [(piece, d.row) for d in readers.documents([piece], reading, tally)]
+            places += [(piece, d.row) for d in readers.read_documents([piece], reading, tally)]
             total += tally
         assert read(pickle.loads(pickle.dumps(pieces)), reading) == wanted(name, texts)
         assert total == whole and len(set(places)) == len(places) == whole.documents
@@ -120,22 +120,22 @@ def test_every_packing(tmp_path, name, packing):
     write(tmp_path / name, texts)
     packed = tmp_path / f"{name}{packing}"
     packed.write_bytes(pack((tmp_path / name).read_bytes(), packing))
-    [source], reading = sources.find((str(packed),)), Reading(documents="line")
-    assert len(readers.cut(source, 1, reading)) == 1
-    assert read(readers.cut(source, 1, reading), reading) == wanted(name, texts)
+    [source], reading = sources.find_sources((str(packed),)), Reading(documents="line")
+    assert len(readers.cut_source(source, 1, reading)) == 1
+    assert read(readers.cut_source(source, 1, reading), reading) == wanted(name, texts)
 
 
 def test_a_line_that_ends_at_the_size_ends_the_piece(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"1234567\n" * 4)
-    [source] = sources.find((str(tmp_path / "a.jsonl"),))
-    assert [(p.start, p.stop) for p in readers.cut(source, 8, Reading())] == [
+    [source] = sources.find_sources((str(tmp_path / "a.jsonl"),))
+    assert [(p.start, p.stop) for p in readers.cut_source(source, 8, Reading())] == [
         (0, 8),
         (8, 16),
         (16, 24),
         (24, -1),
     ]
     (tmp_path / "a.jsonl").write_bytes(b"")
-    assert [(p.start, p.stop) for p in readers.cut(source, 8, Reading())] == [(0, -1)]
+    assert [(p.start, p.stop) for p in readers.cut_source(source, 8, Reading())] == [(0, -1)]
 
 
 # ---- names and places ----
@@ -144,9 +144,9 @@ def test_a_line_that_ends_at_the_size_ends_the_piece(tmp_path):
 def test_names_and_true_lines_of_later_pieces(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(9)) + "oops\n")
-    [source] = sources.find((str(path),))
-    pieces = readers.cut(source, 40, Reading())
-    assert [d.name for d in readers.documents(pieces[:2], Reading())] == [
+    [source] = sources.find_sources((str(path),))
+    pieces = readers.cut_source(source, 40, Reading())
+    assert [d.name for d in readers.read_documents(pieces[:2], Reading())] == [
         "a.jsonl:1",
         "a.jsonl:2",
         "a.jsonl:3",
@@ -158,9 +158,9 @@ def test_names_and_true_lines_of_later_pieces(tmp_path):
         read(pieces, Reading())
     column = pyarrow.table({"text": ["a", "b", "c", None]})
     pyarrow.parquet.write_table(column, tmp_path / "a.parquet", row_group_size=1)
-    [source] = sources.find((str(tmp_path / "a.parquet"),))
-    pieces = readers.cut(source, 1, Reading())
-    assert [d.name for d in readers.documents(pieces[:3], Reading())] == [
+    [source] = sources.find_sources((str(tmp_path / "a.parquet"),))
+    pieces = readers.cut_source(source, 1, Reading())
+    assert [d.name for d in readers.read_documents(pieces[:3], Reading())] == [
         "a.parquet:1",
         "a.parquet:2",
         "a.parquet:3",
@@ -175,9 +175,10 @@ def test_headers_are_numbered_as_rows(tmp_path):
         ("a.tsv", "id\ttext\n1\tx\n2\tz\n"),
     ]:
         (tmp_path / name).write_text(content)
-        found = sources.find((str(tmp_path / name),))
+        found = sources.find_sources((str(tmp_path / name),))
         assert [
-            (d.name, d.row) for d in readers.documents(map(readers.whole, found), Reading())
+            (d.name, d.row)
+            for d in readers.read_documents(map(readers.whole_piece, found), Reading())
         ] == [(f"{name}:2", 1), (f"{name}:3", 2)]
 
 
@@ -185,13 +186,13 @@ def test_tables_without_a_header(tmp_path):
     (tmp_path / "a.csv").write_text('1,"one, two"\n2,three\n')
     (tmp_path / "a.tsv").write_text('1\tsays "no\n2\tthree"\n')
     for name, texts in [("a.csv", ["one, two", "three"]), ("a.tsv", ['says "no', 'three"'])]:
-        [source] = sources.find((str(tmp_path / name),))
+        [source] = sources.find_sources((str(tmp_path / name),))
         for size in (5, 999):
-            assert read(readers.cut(source, size, Reading("1")), Reading("1")) == texts
+            assert read(readers.cut_source(source, size, Reading("1")), Reading("1")) == texts
         with pytest.raises(
             UsageError, match=rf"{name}: config.data.field = '2' .* is missing; columns there: 1, "
         ):
-            read([readers.whole(source)], Reading("2"))
+            read([readers.whole_piece(source)], Reading("2"))
 
 
 # ---- rows that cannot be read ----
@@ -273,14 +274,14 @@ BAD = {  # file, its content with one bad row, a reading, the message; "good" an
 def test_bad_row_stops_or_is_counted(tmp_path, name):
     file, content, how, message = BAD[name]
     (tmp_path / file).write_bytes(content)
-    [source] = sources.find((str(tmp_path / file),))
+    [source] = sources.find_sources((str(tmp_path / file),))
     with pytest.raises(UsageError, match=message) as stopped:
-        read([readers.whole(source)], Reading(**how))
+        read([readers.whole_piece(source)], Reading(**how))
     assert str(stopped.value).endswith(
         "; mend it, or gpt-jax prepare --on_error=skip leaves it out and counts it"
     )
     skip, tally = Reading(on_error="skip", **how), Tally()
-    for pieces in ([readers.whole(source)], readers.cut(source, 1, skip)):
+    for pieces in ([readers.whole_piece(source)], readers.cut_source(source, 1, skip)):
         tally = Tally()
         assert read(pieces, skip, tally) == ["good", "fine"]
         assert (tally.skipped, tally.documents) == (1, 2)
@@ -291,9 +292,9 @@ def test_bad_row_stops_or_is_counted(tmp_path, name):
 
 def test_only_the_first_places_are_kept(tmp_path):
     (tmp_path / "a.jsonl").write_text("oops\n" * 100)
-    [source] = sources.find((str(tmp_path / "a.jsonl"),))
+    [source] = sources.find_sources((str(tmp_path / "a.jsonl"),))
     tally = Tally()
-    assert read(readers.cut(source, 50, Reading()), Reading(on_error="skip"), tally) == []
+    assert read(readers.cut_source(source, 50, Reading()), Reading(on_error="skip"), tally) == []
     assert tally.skipped == tally.rows == 100 and len(tally.places) == readers.PLACES
     assert tally.places[0].startswith(f"{tmp_path}/a.jsonl:1: not JSON")
     first, then = Tally(places=["a"] * 3), Tally(places=["b"] * 3)
@@ -320,12 +321,12 @@ def test_a_column_that_does_not_exist_is_never_skipped(tmp_path, name, content, 
             out.write_table(one)
     else:
         (tmp_path / name).write_bytes(content)
-    [source] = sources.find((str(tmp_path / name),))
+    [source] = sources.find_sources((str(tmp_path / name),))
     with pytest.raises(
         UsageError,
         match=rf"{name}: config.data.field = 'text' .* is missing; columns there: id, body",
     ):
-        read([readers.whole(source)], Reading(on_error=on_error))
+        read([readers.whole_piece(source)], Reading(on_error=on_error))
 
 
 def write_table(path, column):
@@ -353,7 +354,7 @@ def write_table(path, column):
 def test_a_name_of_two_columns_is_refused_where_it_is_read(tmp_path, name, on_error):
     columns = [pyarrow.array([text]) for text in ("first", "second", "fine")]
     write_table(tmp_path / name, pyarrow.Table.from_arrays(columns, names=["text", "text", "body"]))
-    pieces = [readers.whole(*sources.find((str(tmp_path / name),)))]
+    pieces = [readers.whole_piece(*sources.find_sources((str(tmp_path / name),)))]
     with pytest.raises(
         UsageError,
         match=rf"{name}: .*'text' .* names 2 columns; columns there: text, text, body; rename",
@@ -372,7 +373,7 @@ def test_names_of_columns_are_one_line_without_control_characters(tmp_path, name
             pyarrow.table({"\x1b[2J\n" if name[2] in "pa" else "\x1b[2J": ["x"], "b": ["y"]}),
         )
     with pytest.raises(UsageError, match=r"there: \\x1b\[2J ?, b") as error:
-        read([readers.whole(*sources.find((str(tmp_path / name),)))], Reading())
+        read([readers.whole_piece(*sources.find_sources((str(tmp_path / name),)))], Reading())
     assert str(error.value).isprintable()
 
 
@@ -386,7 +387,7 @@ def test_tables_in_utf16_are_to_be_converted(tmp_path, name, encodings):
             match=f"{name}: .*its lines do not end in the byte 0A; convert the file to UTF-8",
         ) as e:
             read(
-                [readers.whole(*sources.find((str(tmp_path / name),)))],
+                [readers.whole_piece(*sources.find_sources((str(tmp_path / name),)))],
                 Reading(encodings=encodings),
             )
         assert str(e.value).isprintable() and "missing" not in str(e.value)
@@ -406,24 +407,24 @@ def test_tables_in_utf16_are_to_be_converted(tmp_path, name, encodings):
 )
 def test_files_of_no_use(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    [source] = sources.find((str(tmp_path / name),))
+    [source] = sources.find_sources((str(tmp_path / name),))
     with pytest.raises(UsageError, match=message):
-        read(readers.cut(source, 10, Reading()), Reading())
+        read(readers.cut_source(source, 10, Reading()), Reading())
 
 
 def test_empty_files_and_one_object(tmp_path):
     for name in ("a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv"):
         (tmp_path / name).write_bytes(b"")
-    found = sources.find((str(tmp_path),))
+    found = sources.find_sources((str(tmp_path),))
     assert (
         len(found) == 5
-        and read([p for s in found for p in readers.cut(s, 9, Reading())], Reading()) == []
+        and read([p for s in found for p in readers.cut_source(s, 9, Reading())], Reading()) == []
     )
     (tmp_path / "b.json").write_text('{\n "text": "only",\n "id": 1}\n')
-    found = sources.find((str(tmp_path / "b.json"),))
-    assert [(d.name, d.text) for d in readers.documents(map(readers.whole, found), Reading())] == [
-        ("b.json", "only")
-    ]
+    found = sources.find_sources((str(tmp_path / "b.json"),))
+    assert [
+        (d.name, d.text) for d in readers.read_documents(map(readers.whole_piece, found), Reading())
+    ] == [("b.json", "only")]
 
 
 def test_dictionary_columns_and_bad_bytes_in_tables(tmp_path):
@@ -433,7 +434,9 @@ def test_dictionary_columns_and_bad_bytes_in_tables(tmp_path):
     ) as out:
         out.write_table(pyarrow.table({"text": column}))
     reading, tally = Reading(on_error="skip"), Tally()
-    assert read(map(readers.whole, sources.find((str(tmp_path / "a.arrow"),))), reading, tally) == [
+    assert read(
+        map(readers.whole_piece, sources.find_sources((str(tmp_path / "a.arrow"),))), reading, tally
+    ) == [
         "a",
         "b",
         "a",
@@ -441,7 +444,7 @@ def test_dictionary_columns_and_bad_bytes_in_tables(tmp_path):
     assert tally.skipped == 1
     raw = pyarrow.array([b"ok", b"\xffx"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "a.parquet")
-    pieces = [readers.whole(s) for s in sources.find((str(tmp_path / "a.parquet"),))]
+    pieces = [readers.whole_piece(s) for s in sources.find_sources((str(tmp_path / "a.parquet"),))]
     with pytest.raises(UsageError, match="a.parquet:2: not UTF-8 at byte 0"):
         read(pieces, Reading())
     tally = Tally()
@@ -450,7 +453,7 @@ def test_dictionary_columns_and_bad_bytes_in_tables(tmp_path):
     )
     write_table(tmp_path / "b.arrow", pyarrow.table({"text": raw}))
     with pytest.raises(UsageError, match="b.arrow:2: not UTF-8 at byte 0"):
-        read([readers.whole(*sources.find((str(tmp_path / "b.arrow"),)))], Reading())
+        read([readers.whole_piece(*sources.find_sources((str(tmp_path / "b.arrow"),)))], Reading())
 
 
 LONG = ["a" * 20, "b" * 30, "c" * 40]
@@ -482,19 +485,19 @@ def test_places_that_lie_outside_are_damage(tmp_path, name, make):
     with make(str(path), column.schema) as out:
         out.write_table(column)
     [source], raw, skip, tally = (
-        sources.find((str(path),)),
+        sources.find_sources((str(path),)),
         path.read_bytes(),
         Reading(on_error="skip"),
         Tally(),
     )
     assert (
-        read([readers.whole(source)], Reading()) == LONG
+        read([readers.whole_piece(source)], Reading()) == LONG
         and raw.count(struct.pack(layout, *true)) == 1
     )
     path.write_bytes(raw.replace(struct.pack(layout, *true), struct.pack(layout, *wrong)))
     with pytest.raises(UsageError, match="a.arrow: not a readable Arrow file: .*copy it again"):
-        read([readers.whole(source)], Reading())
-    assert read([readers.whole(source)], skip, tally) == [] and tally.skipped == 1
+        read([readers.whole_piece(source)], Reading())
+    assert read([readers.whole_piece(source)], skip, tally) == [] and tally.skipped == 1
 
 
 @pytest.mark.parametrize("checksums", [True, False])
@@ -507,11 +510,13 @@ def test_damage_in_parquet_is_named_in_one_line(tmp_path, checksums):
     pyarrow.parquet.write_table(
         pyarrow.table({"text": texts}), path, compression="none", write_page_checksum=checksums
     )
-    [source], raw = sources.find((str(path),)), path.read_bytes()
+    [source], raw = sources.find_sources((str(path),)), path.read_bytes()
     for at in [*range(4, 60), *range(5000, 5100), *range(len(raw) - 400, len(raw))]:
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
         try:
-            assert read(readers.cut(source, 1, Reading()), Reading()) == texts or not checksums
+            assert (
+                read(readers.cut_source(source, 1, Reading()), Reading()) == texts or not checksums
+            )
         except UsageError as error:
             assert (
                 re.search(
@@ -532,18 +537,18 @@ def test_mixed_encodings(tmp_path):
     words = [("utf-8", "汉字 utf-8"), ("gb18030", "简体中文"), ("utf-8", "plain")]
     (tmp_path / "a.txt").write_bytes(b"\n".join(text.encode(name) for name, text in words))
     lined = Reading(documents="line", encodings=("utf-8", "gb18030"))
-    [source] = sources.find((str(tmp_path / "a.txt"),))
+    [source] = sources.find_sources((str(tmp_path / "a.txt"),))
     tally = Tally()
-    assert read(readers.cut(source, 4, lined), lined, tally) == [text for _, text in words]
+    assert read(readers.cut_source(source, 4, lined), lined, tally) == [text for _, text in words]
     assert tally.encodings == {"utf-8": 2, "gb18030": 1} and tally.notes(lined) == [
         "1 documents decoded as gb18030"
     ]
     cells = [b'1,"%s\nx"\n' % text.encode(name) for name, text in words]
     (tmp_path / "b.csv").write_bytes(b"id,text\n" + b"".join(cells))
-    found = map(readers.whole, sources.find((str(tmp_path / "b.csv"),)))
+    found = map(readers.whole_piece, sources.find_sources((str(tmp_path / "b.csv"),)))
     assert read(found, lined) == [f"{text}\nx" for _, text in words]
     (tmp_path / "c.txt").write_text("汉字", encoding="utf-16")
-    files = [readers.whole(s) for s in sources.find((str(tmp_path / "c.txt"),))]
+    files = [readers.whole_piece(s) for s in sources.find_sources((str(tmp_path / "c.txt"),))]
     assert read(files, Reading(encodings=("utf-8", "utf-16"))) == ["汉字"]
     with pytest.raises(
         UsageError, match="config.data.encodings = 'utf-16' .*: its lines do not end in the byte 0A"
@@ -577,9 +582,9 @@ def test_memory_is_about_the_line(tmp_path, name):
     (tmp_path / name).write_bytes(
         (b"text\n" if name in ("a.tsv", "a.csv") else b"") + (line + b"\n") * 24
     )
-    [source], reading = sources.find((str(tmp_path / name),)), Reading(documents="line")
+    [source], reading = sources.find_sources((str(tmp_path / name),)), Reading(documents="line")
     tracemalloc.start()
-    for _ in readers.documents(readers.cut(source, size, reading), reading):
+    for _ in readers.read_documents(readers.cut_source(source, size, reading), reading):
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -616,7 +621,7 @@ def test_object_store(bucket, tmp_path):
     put(".hidden/a.txt", b"x")
     pyarrow.parquet.write_table(table(LINED), tmp_path / "a.parquet", row_group_size=2)
     put("deep/a.parquet", (tmp_path / "a.parquet").read_bytes())
-    found = sources.find((url,))
+    found = sources.find_sources((url,))
     assert [s.name for s in found] == [
         "box/b.jsonl",
         "box/deep/a.jsonl.gz",
@@ -626,16 +631,16 @@ def test_object_store(bucket, tmp_path):
     assert all(remote.is_remote(s.path) for s in found)
     for source in found:
         for size in (20, 10**6):
-            assert read(readers.cut(source, size, Reading()), Reading()) == wanted("", LINED), (
-                source
-            )
+            assert read(readers.cut_source(source, size, Reading()), Reading()) == wanted(
+                "", LINED
+            ), source
     assert (
-        len(readers.cut(found[0], 20, Reading())) > 3
-        and len(readers.cut(found[3], 20, Reading())) > 3
+        len(readers.cut_source(found[0], 20, Reading())) > 3
+        and len(readers.cut_source(found[3], 20, Reading())) > 3
     )
-    assert [s.name for s in sources.find((f"{url}/*.jsonl",))] == ["b.jsonl"]
+    assert [s.name for s in sources.find_sources((f"{url}/*.jsonl",))] == ["b.jsonl"]
     assert [
-        s.name for s in sources.find((f"{url}/**/*.gz", f"{url}/b.jsonl", f"{url}/*.jsonl"))
+        s.name for s in sources.find_sources((f"{url}/**/*.gz", f"{url}/b.jsonl", f"{url}/*.jsonl"))
     ] == ["a.jsonl.gz", "b.jsonl"]
     for path, message in [
         (f"{url}/none.txt", "no such file"),
@@ -643,10 +648,10 @@ def test_object_store(bucket, tmp_path):
         (f"{url}/deep/picture.png", "no usable files"),
     ]:
         with pytest.raises(UsageError, match=message):
-            sources.find((path,))
+            sources.find_sources((path,))
     put("b.jsonl", b"oops\n")
     with pytest.raises(UsageError, match="box/b.jsonl:1: not JSON"):
-        read(readers.cut(found[0], 20, Reading()), Reading())
+        read(readers.cut_source(found[0], 20, Reading()), Reading())
 
 
 def test_remote_files_are_known_by_their_content(bucket, tmp_path):
@@ -654,11 +659,11 @@ def test_remote_files_are_known_by_their_content(bucket, tmp_path):
     for content in (b"one", b"two"):
         put("a.txt", content)
         (tmp_path / "b.txt").write_bytes(content)
-        found = sources.find((f"{url}/a.txt", str(tmp_path / "b.txt")))
-        hashes = store.content_hashes(found, tmp_path / "cache", 1)
+        found = sources.find_sources((f"{url}/a.txt", str(tmp_path / "b.txt")))
+        hashes = hash_sources(found, tmp_path / "cache", 1)
         assert hashes == [hashlib.sha256(content).hexdigest()] * 2
     with pytest.raises(UsageError, match="hf://a/b: .* gpt-jax prepare --input=hf://a/b"):
-        store.content_hashes(sources.find(("hf://a/b",)), tmp_path / "cache", 1)
+        hash_sources(sources.find_sources(("hf://a/b",)), tmp_path / "cache", 1)
 
 
 @pytest.mark.parametrize(
@@ -683,7 +688,7 @@ def test_a_store_that_fails_while_a_file_is_read_is_no_damage_of_the_file(
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", fail)
     source, skip = Source(f"memory://box/{name}", name), Reading(on_error="skip")
     with pytest.raises(UsageError, match=f"memory://box/{name}: cannot be read: {words}") as told:
-        read([readers.whole(source)], skip)
+        read([readers.whole_piece(source)], skip)
     assert type(told.value) is UsageError and str(told.value).isprintable()
     fsspec.filesystem("memory").rm("/box", recursive=True)
 
@@ -706,13 +711,13 @@ def test_stores_that_cannot_be_reached(monkeypatch):
         raise ImportError("Install it")
 
     with pytest.raises(UsageError, match="foo://x/a.txt: Protocol not known: foo"):
-        sources.find(("foo://x/a.txt",))
+        sources.find_sources(("foo://x/a.txt",))
     monkeypatch.setattr(fsspec.core, "get_filesystem_class", absent)
     for url, package in [("gs://box/a.txt", "gcsfs"), ("s3://box/*.txt", "s3fs")]:
         with pytest.raises(UsageError, match=f"needs the package {package}; pip install {package}"):
-            sources.find((url,))
+            sources.find_sources((url,))
     with pytest.raises(UsageError, match="gs://box/a.txt: gs:// needs the package gcsfs"):
-        read([readers.whole(Source("gs://box/a.txt", "a.txt"))], Reading())
+        read([readers.whole_piece(Source("gs://box/a.txt", "a.txt"))], Reading())
 
 
 # ---- hf:// ----
@@ -732,12 +737,12 @@ def test_data_set(offline, tmp_path):
         (folder / f"{i}.jsonl").write_text(
             "".join(json.dumps({"text": f"{i} {t}"}) + "\n" for t in LINED)
         )
-    [source], reading = sources.find((f"hf://{folder}",)), Reading()
-    pieces = readers.cut(source, 1, reading)
+    [source], reading = sources.find_sources((f"hf://{folder}",)), Reading()
+    pieces = readers.cut_source(source, 1, reading)
     assert [(p.start, p.stop) for p in pieces] == [(0, 1), (1, 2), (2, -1)]
-    whole = read([readers.whole(source)], reading)
+    whole = read([readers.whole_piece(source)], reading)
     assert whole == [f"{i} {t}" for i in range(3) for t in LINED] == read(pieces, reading)
-    assert len({d.name for d in readers.documents(pieces, reading)}) == len(whole)
+    assert len({d.name for d in readers.read_documents(pieces, reading)}) == len(whole)
     with pytest.raises(UsageError, match="'body' .* is missing; fields there: text"):
         read(pieces, Reading("body"))
     (folder / "2.jsonl").write_text('{"text": "fine"}\n{"text": \n')
@@ -750,7 +755,7 @@ def test_data_set(offline, tmp_path):
         ("hf://", "names no data set"),
     ]:
         with pytest.raises(UsageError, match=message) as error:
-            read([readers.whole(*sources.find((path,)))], reading)
+            read([readers.whole_piece(*sources.find_sources((path,)))], reading)
         assert "\n" not in str(error.value)
 
 
@@ -760,17 +765,22 @@ def test_words_of_the_library_are_one_line(offline, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", broken)
     with pytest.raises(UsageError, match="^hf://a/b: first second$"):
-        read([readers.whole(Source("hf://a/b", "hf://a/b"))], Reading())
+        read([readers.whole_piece(Source("hf://a/b", "hf://a/b"))], Reading())
 
 
 def test_names_of_data_sets(monkeypatch):
-    assert hub.parse("hf://org/name") == ("org/name", None, "train", None)
-    assert hub.parse("hf://org/name:20231101.zh@test") == ("org/name", "20231101.zh", "test", None)
-    assert hub.parse("hf://org/name@test#refs/pr/1") == ("org/name", None, "test", "refs/pr/1")
-    assert hub.parse("hf:///data/c#/set@dev") == ("/data/c#/set", None, "dev", None)
+    assert hub.parse_name("hf://org/name") == ("org/name", None, "train", None)
+    assert hub.parse_name("hf://org/name:20231101.zh@test") == (
+        "org/name",
+        "20231101.zh",
+        "test",
+        None,
+    )
+    assert hub.parse_name("hf://org/name@test#refs/pr/1") == ("org/name", None, "test", "refs/pr/1")
+    assert hub.parse_name("hf:///data/c#/set@dev") == ("/data/c#/set", None, "dev", None)
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install 'gpt_jax\[hf\]'"):
-        readers.cut(Source("hf://a/b", "hf://a/b"), 1, Reading())
+        readers.cut_source(Source("hf://a/b", "hf://a/b"), 1, Reading())
 
 
 @pytest.mark.parametrize(
@@ -793,15 +803,17 @@ def test_the_rest_of_a_damaged_file_is_an_error_or_counted(tmp_path, name):
     torn = tmp_path / name
     torn.write_bytes(torn.read_bytes()[: -torn.stat().st_size // 3])
     (tmp_path / "b.jsonl").write_text('{"text": "after"}\n')
-    found = sources.find((str(tmp_path),))
+    found = sources.find_sources((str(tmp_path),))
     with pytest.raises(UsageError, match=rf"{name}: .*; copy it again, or .*--on_error=skip"):
         read(
-            [piece for source in found for piece in readers.cut(source, 1 << 30, Reading())],
+            [piece for source in found for piece in readers.cut_source(source, 1 << 30, Reading())],
             Reading(),
         )
     skip, tally = Reading(on_error="skip"), Tally()
     got = read(
-        [piece for source in found for piece in readers.cut(source, 1 << 30, skip)], skip, tally
+        [piece for source in found for piece in readers.cut_source(source, 1 << 30, skip)],
+        skip,
+        tally,
     )
     whole = [text for text in got[:-1] if name.startswith("a.jsonl")]
     assert got == [*whole, "after"] and whole == rows[: len(whole)] and len(whole) < 3900
@@ -816,8 +828,9 @@ def test_the_rest_of_a_damaged_file_is_an_error_or_counted(tmp_path, name):
 @pytest.mark.parametrize("documents", ["file", "line"])
 def test_the_mark_of_utf8_at_the_start_of_a_file_is_no_text(tmp_path, documents):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n")
-    [source] = sources.find((str(tmp_path / "a.txt"),))
+    [source] = sources.find_sources((str(tmp_path / "a.txt"),))
     reading = Reading(documents=documents)
     assert (
-        "".join(read(readers.cut(source, 1, reading), reading)).replace("\n", "") == "one\ufefftwo"
+        "".join(read(readers.cut_source(source, 1, reading), reading)).replace("\n", "")
+        == "one\ufefftwo"
     )

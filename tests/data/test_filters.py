@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gpt_jax.data.prepare import duplicates, filters
-from gpt_jax.data.prepare.duplicates import UNITS, minhash, near_duplicates
-from gpt_jax.data.prepare.filters import parse
+from gpt_jax.data.prepare.duplicates import UNITS, find_near_duplicates, minhash
+from gpt_jax.data.prepare.filters import parse_filters
 from gpt_jax.errors import UsageError
 from gpt_jax.files import digest_json
 
@@ -42,7 +42,7 @@ ROWS = [  # spec, {text: what becomes of it}
 
 @pytest.mark.parametrize("spec, cases", ROWS, ids=[spec for spec, _ in ROWS])
 def test_each_filter(spec, cases):
-    chain = parse((spec,))
+    chain = parse_filters((spec,))
     for text, wanted in cases.items():
         if wanted == text and text.isspace():
             continue
@@ -56,11 +56,11 @@ def test_every_row_of_the_table_is_tested():
 
 def test_chain_order_and_pickle():
     chain = pickle.loads(
-        pickle.dumps(parse(("strip", "min_chars:2", "normalize:NFC", "max_chars:3")))
+        pickle.dumps(parse_filters(("strip", "min_chars:2", "normalize:NFC", "max_chars:3")))
     )
     assert chain("  e\u0301a ") == ("éa", "")
     assert chain("  a  ") == (None, "min_chars:2") and chain("abcd") == (None, "max_chars:3")
-    assert parse(())("x") == ("x", "")
+    assert parse_filters(())("x") == ("x", "")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_chain_order_and_pickle():
 )
 def test_typed_wrong(spec, message):
     with pytest.raises(UsageError, match=message) as error:
-        parse((spec,))
+        parse_filters((spec,))
     assert "\n" not in str(error.value)
 
 
@@ -101,12 +101,12 @@ def test_own_function(tmp_path, monkeypatch):
         "def broken(text):\n    return {}[text]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    chain = pickle.loads(pickle.dumps(parse(("mine_for_test:upper",))))
+    chain = pickle.loads(pickle.dumps(parse_filters(("mine_for_test:upper",))))
     assert chain("yes") == ("YES", "") and chain("no") == (None, "mine_for_test:upper")
     with pytest.raises(UsageError, match="'mine_for_test:wrong': gave int, expected text or None"):
-        parse(("mine_for_test:wrong",))("x")
+        parse_filters(("mine_for_test:wrong",))("x")
     with pytest.raises(UsageError, match="'mine_for_test:broken': raised KeyError: 'x'"):
-        parse(("mine_for_test:broken",))("x")
+        parse_filters(("mine_for_test:broken",))("x")
 
 
 def test_code_of_own_functions(tmp_path, monkeypatch):
@@ -118,10 +118,10 @@ def test_code_of_own_functions(tmp_path, monkeypatch):
     for file in ("", "written_for_test.py", "named_for_test.py"):
         with open(tmp_path / (file or "other.py"), "a") as out:
             out.write("# edited\n")
-        [(spec, found)] = filters.code(specs).items()
-        assert spec == specs[-1] and found == filters.code(specs)[spec]
+        [(spec, found)] = filters.digest_code(specs).items()
+        assert spec == specs[-1] and found == filters.digest_code(specs)[spec]
         seen.add(found)
-    assert len(seen) == 3 and filters.code(("strip", "builtins:str")) == {
+    assert len(seen) == 3 and filters.digest_code(("strip", "builtins:str")) == {
         "builtins:str": digest_json([])
     }
 
@@ -129,12 +129,12 @@ def test_code_of_own_functions(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "package, extra, use",
     [
-        ("py3langid", "filters", lambda: parse(("language:en",))),
+        ("py3langid", "filters", lambda: parse_filters(("language:en",))),
         ("datasketch", "dedup", lambda: minhash("a")),
     ],
 )
 def test_packages_that_are_not_there(monkeypatch, package, extra, use):
-    filters._identifier.cache_clear(), duplicates._blank_minhash.cache_clear()
+    filters._load_identifier.cache_clear(), duplicates._blank_minhash.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -225,7 +225,7 @@ def test_planted_duplicates_against_exact_similarity(threshold):
         [shingles(text) for text in texts],
         np.stack([minhash(text, 128) for text in texts]),
     )
-    found = near_duplicates(signatures, threshold)
+    found = find_near_duplicates(signatures, threshold)
     margin = 3 / (2 * 128**0.5)  # three standard errors
     best = [
         max([jaccard(sets[i], sets[j]) for j in range(i) if not found[j]], default=0)
@@ -234,7 +234,7 @@ def test_planted_duplicates_against_exact_similarity(threshold):
     sure = [i for i, b in enumerate(best) if b >= min(threshold + margin, 1)]
     never = [i for i, b in enumerate(best) if b < threshold - margin]
     assert found[sure].all() and not found[never].any() and len(sure) >= 8 and len(never) > 150
-    assert (near_duplicates(signatures, threshold) == found).all()
+    assert (find_near_duplicates(signatures, threshold) == found).all()
 
 
 def all_pairs(signatures, threshold):
@@ -253,21 +253,22 @@ def test_bands_find_what_all_pairs_find():
     for i in range(1, 300, 2):  # like an earlier one in 64 to 32 places
         signatures[i, : 64 - i % 33] = signatures[rng.integers(i), : 64 - i % 33]
     for threshold in (0.6, 0.8, 1.0):
-        found, exact = near_duplicates(signatures, threshold), all_pairs(signatures, threshold)
+        found, exact = find_near_duplicates(signatures, threshold), all_pairs(signatures, threshold)
         assert exact.sum() >= 5 and (found != exact).mean() < 0.02
     copies = np.repeat(signatures[[0, 2, 4]], 4, 0)
-    assert near_duplicates(copies).tolist() == [False, True, True, True] * 3
+    assert find_near_duplicates(copies).tolist() == [False, True, True, True] * 3
     assert (
-        near_duplicates(signatures[:0]).shape == (0,) and not near_duplicates(signatures[:1]).any()
+        find_near_duplicates(signatures[:0]).shape == (0,)
+        and not find_near_duplicates(signatures[:1]).any()
     )
 
 
 def test_bands_are_as_wide_as_finds_99_of_100():
     for permutations, threshold in [(64, 0.8), (64, 0.5), (128, 0.95), (256, 0.3)]:
-        rows = duplicates.band_rows(permutations, threshold)
+        rows = duplicates.choose_band_rows(permutations, threshold)
         missed = [(1 - threshold**r) ** (permutations // r) for r in (rows, rows + 1)]
         assert missed[0] <= 0.01 < missed[1]
-    assert duplicates.band_rows(64, 0.01) == 1 and duplicates.band_rows(64, 1.0) == 64
+    assert duplicates.choose_band_rows(64, 0.01) == 1 and duplicates.choose_band_rows(64, 1.0) == 64
 
 
 def test_a_chain_of_likenesses_keeps_one_that_is_like_what_goes():
@@ -276,10 +277,10 @@ def test_a_chain_of_likenesses_keeps_one_that_is_like_what_goes():
     b, c = a.copy(), a.copy()
     b[:15], c[:30] = 1000 + a[:15], 1000 + a[:30]
     c[:15] = b[:15]
-    assert near_duplicates(np.stack([a, b, c]), 0.8).tolist() == [False, True, False]
+    assert find_near_duplicates(np.stack([a, b, c]), 0.8).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("threshold", [0, -1, 1.1])
 def test_threshold(threshold):
     with pytest.raises(UsageError, match="threshold = "):
-        near_duplicates(np.zeros((2, 64), np.uint32), threshold)
+        find_near_duplicates(np.zeros((2, 64), np.uint32), threshold)

@@ -43,7 +43,7 @@ def test_documents_come_out_as_they_went_in(folder):
         side: [
             t
             for t in texts(60, 1) + texts(40, 2)
-            if (shards.text_hash(t) < 0.3 * 2**64) == (side == "eval")
+            if (shards.hash_text(t) < 0.3 * 2**64) == (side == "eval")
         ]
         for side in ("train", "eval")
     }
@@ -51,7 +51,7 @@ def test_documents_come_out_as_they_went_in(folder):
     opened = corpus.open_corpus(out)
     for side, tokens in opened.sources["text"].items():
         assert len(tokens.shards) > 2 and tokens.documents == len(wanted[side])
-        assert tokens.docs["hash"].tolist() == [shards.text_hash(t) for t in wanted[side]]
+        assert tokens.docs["hash"].tolist() == [shards.hash_text(t) for t in wanted[side]]
         assert tokens.docs["bytes"].tolist() == [len(t.encode()) for t in wanted[side]]
         assert (
             tokens.bytes == sum(tokens.docs["bytes"]) == tokens.size - tokens.documents
@@ -123,7 +123,7 @@ def test_long_documents_are_encoded_in_parts(folder, monkeypatch):
 
 
 def test_bpe_sees_the_training_side_of_what_stays(folder):
-    held = [t for t in texts(4000, 5) if shards.text_hash(t) < 0.01 * 2**64]
+    held = [t for t in texts(4000, 5) if shards.hash_text(t) < 0.01 * 2**64]
     rows = texts(60, 1) + ["zqzqzqzq " * 50] * 3 + held
     write_jsonl(folder / "in/a.jsonl", rows)
     out = prepare(
@@ -133,7 +133,7 @@ def test_bpe_sees_the_training_side_of_what_stays(folder):
         "--dedup=exact",
         "--eval_fraction=0.01",
     )
-    alone = train_bpe([t for t in dict.fromkeys(rows) if shards.text_hash(t) >= 0.01 * 2**64], 290)
+    alone = train_bpe([t for t in dict.fromkeys(rows) if shards.hash_text(t) >= 0.01 * 2**64], 290)
     assert corpus.open_corpus(out).tokenizer.fingerprint == alone.fingerprint
 
 
@@ -304,8 +304,8 @@ def test_documents_of_every_format_keep_their_names(name, tmp_path):
     out = prepare(tmp_path / "out", f"--input={path}", "--piece_mb=0.0004", "--documents=line")
     tokens = corpus.open_corpus(out).sources["text"]["train"]
     assert documents(out)["text"]["train"] == rows
-    whole = readers.documents(
-        (readers.whole(sources.Source(path, name)),), readers.Reading(documents="line")
+    whole = readers.read_documents(
+        (readers.whole_piece(sources.Source(path, name)),), readers.Reading(documents="line")
     )
     assert [tokens.document_name(i) for i in range(30)] == [document.name for document in whole]
     assert (len(tokens.shards) > 2) == (name in ("a.parquet", "a.txt"))  # those that can be cut
@@ -372,10 +372,10 @@ def test_a_marker_of_an_older_version_is_gone_on_with(folder):
         units.Unit("text", 0, (), 0, "key"),
     )
     (folder / units.WORK).mkdir()
-    made = units.finish(job, "tokens", unit, {}, units.Counts(readers.Tally(rows=3)))
+    made = units.write_marker(job, "tokens", unit, {}, units.Counts(readers.Tally(rows=3)))
     made["tally"]["bytes"] = 99  # counted once
-    units.marker(job, "tokens", unit).write_text(json.dumps(made))
-    assert readers.Tally(**units.finished(job, "tokens", unit)["tally"]) == readers.Tally(rows=3)
+    units.locate_marker(job, "tokens", unit).write_text(json.dumps(made))
+    assert readers.Tally(**units.read_marker(job, "tokens", unit)["tally"]) == readers.Tally(rows=3)
 
 
 def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys):
@@ -560,7 +560,7 @@ def test_input_that_changes_during_a_call_is_refused(folder, monkeypatch):
 def test_input_that_is_not_what_was_scanned(folder):
     """Where a store cannot tell of a change, the number of documents does."""
     source = sources.Source(folder / "in/a.jsonl", "a.jsonl")
-    unit = units.Unit("text", 0, (readers.whole(source),), 1, "")
+    unit = units.Unit("text", 0, (readers.whole_piece(source),), 1, "")
     job = units.PrepareJob(folder, units.PrepareSettings())
     assert len(list(units.read(job, unit, units.Counts(), np.ones(60, bool)))) == 60
     for count in (59, 61):

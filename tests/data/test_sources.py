@@ -14,15 +14,15 @@ from gpt_jax.commands import inspect
 from gpt_jax.data.read import decoding, documents, formats, remote, sources
 from gpt_jax.data.read.decoding import Reading
 from gpt_jax.data.stream import dataset
-from gpt_jax.data.tokenizers.vocabulary import FIM_TOKENS, byte_tokenizer, with_specials
+from gpt_jax.data.tokenizers.vocabulary import FIM_TOKENS, make_byte_tokenizer, with_specials
 from gpt_jax.errors import UsageError
 
 TEXT = "first\r\nsecond\u2028third\x85 我\n\n\ttail "
 
 
 def read(*paths, field="text", errors="strict"):
-    found = map(documents.whole, sources.find(tuple(map(str, paths))))
-    return list(documents.documents(found, Reading(field, errors)))
+    found = map(documents.whole_piece, sources.find_sources(tuple(map(str, paths))))
+    return list(documents.read_documents(found, Reading(field, errors)))
 
 
 @pytest.mark.parametrize("packing", sources.PACKINGS)
@@ -83,7 +83,7 @@ def test_folders_globs_and_order(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(name)
-    names = [s.name.partition("/")[2] for s in sources.find((str(tmp_path),))]
+    names = [s.name.partition("/")[2] for s in sources.find_sources((str(tmp_path),))]
     assert names == ["a/b.py", "a/z.md", "a.txt", "b.txt"]
     assert [d.text for d in read(tmp_path / "*.txt")] == ["a.txt", "b.txt"]
     assert [d.text for d in read(tmp_path / "**/*.md")] == ["a/z.md"]
@@ -92,14 +92,16 @@ def test_folders_globs_and_order(tmp_path):
 
 
 def test_standard_library_has_no_tests():
-    found = sources.find(("stdlib",))
+    found = sources.find_sources(("stdlib",))
     assert len(found) > 200 and {"stdlib/json/decoder.py", "stdlib/argparse.py"} <= {
         s.name for s in found
     }
     assert not any(
         {"test", "tests", "site-packages", "idle_test"} & set(s.name.split("/")) for s in found
     )
-    assert sum(1 for _ in documents.documents(map(documents.whole, found), Reading())) > 200
+    assert (
+        sum(1 for _ in documents.read_documents(map(documents.whole_piece, found), Reading())) > 200
+    )
 
 
 def test_undecodable(tmp_path):
@@ -209,10 +211,10 @@ def test_a_link_to_nothing_is_named(tmp_path):
             UsageError,
             match="b.txt: is a link to gone.txt, which is not there; remove the link, or name",
         ):
-            sources.find((str(path),))
+            sources.find_sources((str(path),))
     (tmp_path / "folder").symlink_to("nowhere")
     with pytest.raises(UsageError, match="folder: is a link to nowhere, which is not there"):
-        sources.find((str(tmp_path / "folder"),))
+        sources.find_sources((str(tmp_path / "folder"),))
     (tmp_path / "gone.txt").write_text("there")
     assert [d.text for d in read(tmp_path)] == ["text", "there"]
 
@@ -247,9 +249,9 @@ def test_paths_that_cannot_be_used(tmp_path):
         ((str(tmp_path / "*"),), "no usable files"),
     ]:
         with pytest.raises(UsageError, match=message):
-            sources.find(path)
+            sources.find_sources(path)
     with pytest.raises(UsageError, match="config.data.eval_path = "):
-        sources.find(("nowhere",), "config.data.eval_path")
+        sources.find_sources(("nowhere",), "config.data.eval_path")
 
 
 def test_fill_in_the_middle_of_a_folder_without_its_tokens_is_prepared_again(tmp_path):
@@ -263,7 +265,7 @@ def test_fill_in_the_middle_of_a_folder_without_its_tokens_is_prepared_again(tmp
 
 
 def test_inspect_shows_special_tokens_where_they_stand():
-    tokenizer = with_specials(byte_tokenizer(), FIM_TOKENS)
+    tokenizer = with_specials(make_byte_tokenizer(), FIM_TOKENS)
     ids = [
         tokenizer.specials[FIM_TOKENS[0]],
         *"é".encode(),

@@ -48,8 +48,8 @@ def sentencepiece_json():
 
 
 def every_kind(bpe):
-    llama = tk.json_tokenizer(sentencepiece_json(), "llama")
-    return [tk.byte_tokenizer(), tk.char_tokenizer("".join(TEXTS)), bpe, llama]
+    llama = tk.make_json_tokenizer(sentencepiece_json(), "llama")
+    return [tk.make_byte_tokenizer(), tk.make_char_tokenizer("".join(TEXTS)), bpe, llama]
 
 
 def test_round_trip_and_bytes_of_tokens(bpe):
@@ -78,7 +78,7 @@ def test_a_tokenizer_that_would_drop_text_is_refused():
     with pytest.raises(
         UsageError, match="has no token for 2[0-9][0-9] of the bytes of UTF-8.*drop text"
     ):
-        tk.json_tokenizer(library.to_str())
+        tk.make_json_tokenizer(library.to_str())
 
 
 def test_special_text_is_ordinary_and_specials_stand_for_nothing(bpe):
@@ -91,8 +91,8 @@ def test_special_text_is_ordinary_and_specials_stand_for_nothing(bpe):
                 tokenizer.token_bytes[tokenizer.eot] == 0
                 and tokenizer.decode([tokenizer.eot]) == ""
             )
-    assert tk.byte_tokenizer().eot == 256 and tk.byte_tokenizer().vocab == 257
-    assert tk.char_tokenizer("ba").eot is None and tk.char_tokenizer("ba").encode(
+    assert tk.make_byte_tokenizer().eot == 256 and tk.make_byte_tokenizer().vocab == 257
+    assert tk.make_char_tokenizer("ba").eot is None and tk.make_char_tokenizer("ba").encode(
         "ab"
     ).tolist() == [0, 1]
 
@@ -119,7 +119,7 @@ def test_stream_decoder_gives_whole_characters_and_the_same_text(bpe):
             if tokenizer.decode(ids).count("\ufffd") == 0:
                 assert not any("\ufffd" in part for part in parts)
             assert "".join(parts) + decoder.flush() == tokenizer.decode(ids)
-    decoder = vocabulary.StreamDecoder(tk.byte_tokenizer())
+    decoder = vocabulary.StreamDecoder(tk.make_byte_tokenizer())
     assert [decoder.feed(b) for b in "我".encode()] == ["", "", "我"] and decoder.flush() == ""
 
 
@@ -159,7 +159,7 @@ def test_parts_encode_as_the_whole(bpe, monkeypatch):
                 for _ in range(80)
             )
             if tokenizer.kind == "char":
-                tokenizer = tk.char_tokenizer(text)
+                tokenizer = tk.make_char_tokenizer(text)
             parts = list(tokenizer.parts(text))
             assert "".join(parts) == text and (len(parts) > 1 or tokenizer.name == "llama")
             assert (
@@ -180,7 +180,7 @@ def test_json_carries_the_whole_tokenizer(bpe):
         )
         assert all((again.encode(t) == tokenizer.encode(t)).all() for t in TEXTS)
     assert len({t.fingerprint for t in every_kind(bpe)}) == 4
-    assert tk.json_tokenizer(bpe.content, "other name").fingerprint == bpe.fingerprint
+    assert tk.make_json_tokenizer(bpe.content, "other name").fingerprint == bpe.fingerprint
 
 
 def test_a_path_is_read(bpe, tmp_path):
@@ -191,7 +191,7 @@ def test_a_path_is_read(bpe, tmp_path):
 
 def test_unknown_character_is_named_with_its_place():
     with pytest.raises(UsageError, match=r"character 2, '我'.*3 that the char tokenizer knows"):
-        tk.char_tokenizer("abc").encode("ab我")
+        tk.make_char_tokenizer("abc").encode("ab我")
 
 
 def test_lone_surrogate_is_named(bpe):
@@ -223,4 +223,4 @@ def test_bad_tokenizer_files(tmp_path, bpe):
     with pytest.raises(
         UsageError, match=r"mine: has no end-of-text token; add one of <\|endoftext\|>"
     ):
-        tk.json_tokenizer(library.to_str(), "mine")
+        tk.make_json_tokenizer(library.to_str(), "mine")

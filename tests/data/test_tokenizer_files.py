@@ -225,7 +225,7 @@ def test_a_json_that_puts_a_space_in_front_takes_it_away():
     library.decoder = decode.Sequence(
         [decode.Replace("▁", " "), decode.ByteFallback(), decode.Fuse(), decode.Strip(" ", 1, 0)]
     )
-    read = tk.json_tokenizer(library.to_str())
+    read = tk.make_json_tokenizer(library.to_str())
     for text in ("a", " a", "  我", "", "b\n"):
         assert read.decode(read.encode(text)) == text == library.decode(read.encode(text).tolist())
     assert not read.lossless
@@ -245,8 +245,8 @@ def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
 
 def every_kind(trained, llama):
     return [
-        tk.byte_tokenizer(),
-        tk.char_tokenizer("".join(TEXTS)),
+        tk.make_byte_tokenizer(),
+        tk.make_char_tokenizer("".join(TEXTS)),
         *trained.values(),
         tk.read_tokenizer(str(llama)),
     ]
@@ -297,7 +297,7 @@ def test_special_tokens_of_a_file_keep_their_ids_and_are_never_made_from_text(tr
         {**flags, "id": 301, "content": "<|im_end|>", "special": True},
         {**flags, "id": 302, "content": "<tool>", "special": False},
     ]
-    read = tk.with_specials(tk.json_tokenizer(json.dumps(spec)), vocabulary.FIM_TOKENS)
+    read = tk.with_specials(tk.make_json_tokenizer(json.dumps(spec)), vocabulary.FIM_TOKENS)
     assert read.specials == {
         tk.EOT: 0,
         "<|fim_suffix|>": 300,
@@ -344,7 +344,7 @@ def test_decoding_any_ids_never_raises(trained, llama):
 
 
 def test_letters_of_bytes_are_those_of_the_library():
-    assert set(bpe.byte_alphabet()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    assert set(bpe.make_byte_alphabet()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert files.LETTERS[32] == "Ġ"
 
 

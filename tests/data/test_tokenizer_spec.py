@@ -97,7 +97,7 @@ def test_a_run_with_special_tokens_finds_its_cache_again(tmp_path):
 
 
 def words(pattern, text):
-    return [text[a:b] for _, (a, b) in bpe.pre_tokenizer(pattern).pre_tokenize_str(text)]
+    return [text[a:b] for _, (a, b) in bpe.make_pre_tokenizer(pattern).pre_tokenize_str(text)]
 
 
 def test_patterns_split_as_their_models_do():
@@ -178,7 +178,7 @@ def test_parts_of_what_may_look_across_a_cut_are_one(trained):
         {"added_tokens": [*spec["added_tokens"], spanning]},
         {"pre_tokenizer": in_front},
     ):
-        assert len(list(tk.json_tokenizer(json.dumps(spec | change)).parts(long))) == 1
+        assert len(list(tk.make_json_tokenizer(json.dumps(spec | change)).parts(long))) == 1
     assert len(list(trained["cl100k"].parts(long))) > 1
 
 

@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 
 from gpt_jax.data.tokenizers import spec as tk, vocabulary
-from gpt_jax.data.tokenizers.bpe import byte_alphabet
+from gpt_jax.data.tokenizers.bpe import make_byte_alphabet
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared/data"
@@ -242,7 +242,7 @@ def test_training_makes_cs336_s_choices_up_to_ties():
             text
         )
     )
-    letters = byte_alphabet()
+    letters = make_byte_alphabet()
 
     def as_bytes(pair):
         return tuple(bytes(letters[c] for c in token) for token in pair)

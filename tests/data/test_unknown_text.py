@@ -10,7 +10,7 @@ import runs
 from gpt_jax import config
 from gpt_jax.data.stream.batches import make_eval_batches
 from gpt_jax.data.tokenizers.spec import resolve_tokenizer, tokenizer_from_json
-from gpt_jax.data.tokenizers.vocabulary import byte_tokenizer
+from gpt_jax.data.tokenizers.vocabulary import make_byte_tokenizer
 from gpt_jax.data.tokens import cache, corpus
 
 KNOWN, LOST = "the cat sat on the mat ", "我是猫 ⁇ "
@@ -48,8 +48,8 @@ def test_unknown_characters_are_counted_in_bytes_of_the_text(model):
     again = tokenizer_from_json(tokenizer.to_json())
     assert again.unknown == tokenizer.unknown and again.token_bytes[tokenizer.unknown] == 0
     assert (
-        byte_tokenizer().lost(LOST, byte_tokenizer().encode(LOST)) == 0
-        and byte_tokenizer().unknown is None
+        make_byte_tokenizer().lost(LOST, make_byte_tokenizer().encode(LOST)) == 0
+        and make_byte_tokenizer().unknown is None
     )
 
 

@@ -13,8 +13,8 @@ from gpt_jax import config
 from gpt_jax.data.tokenizers.vocabulary import (
     StreamDecoder,
     Tokenizer,
-    byte_tokenizer,
-    char_tokenizer,
+    make_byte_tokenizer,
+    make_char_tokenizer,
 )
 from gpt_jax.errors import UsageError
 from gpt_jax.infer import decode
@@ -23,7 +23,7 @@ from gpt_jax.infer.sampling import Knobs, Sampling, _filter as sampling_filter, 
 from gpt_jax.model.transformer import Transformer, abstract_params
 from gpt_jax.sharding.mesh import make_concrete
 
-LETTERS = char_tokenizer("abcdefghijklmnopqrstuvwxyz012345")  # 32 ids, no end of text
+LETTERS = make_char_tokenizer("abcdefghijklmnopqrstuvwxyz012345")  # 32 ids, no end of text
 PROMPTS = ["ab", "the5quick1brown2fox", "hello0w"]  # 2, 19 and 7 tokens
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
 BASE = dict(layers=2, embed=16, heads=4, mlp=32, vocab=40, max_seq=48)
@@ -406,7 +406,7 @@ def scripted(monkeypatch, tokenizer, scripts):
 
 
 def test_characters_are_never_cut(monkeypatch):
-    tokenizer = byte_tokenizer()
+    tokenizer = make_byte_tokenizer()
     text = "é我是🎉!"
     model = scripted(
         monkeypatch, tokenizer, [[*text.encode(), 256, 65, 65], [*"ab我".encode()[:4], 256, 66]]
@@ -467,9 +467,9 @@ def test_stops_of_a_text():
 
 def test_streamed_text_is_the_decoded_tokens():
     model = make_model(vocab=264)
-    done = run(model, ["hé", "我是"], Sampling(max_new_tokens=20, seed=1), byte_tokenizer())
+    done = run(model, ["hé", "我是"], Sampling(max_new_tokens=20, seed=1), make_byte_tokenizer())
     for completion in done:
-        decoder = StreamDecoder(byte_tokenizer())
+        decoder = StreamDecoder(make_byte_tokenizer())
         assert completion.text == "".join(map(decoder.feed, completion.tokens)) + decoder.flush()
         assert len(completion.text) > 5
 
@@ -503,7 +503,7 @@ def test_an_empty_prompt_starts_from_end_of_text():
         UsageError, match=r"prompt 1 is empty.*char tokenizer has no end-of-text.*give a prompt"
     ):
         run(model, [""], GREEDY)
-    [done] = run(model, [""], replace(GREEDY, max_new_tokens=1), byte_tokenizer())
+    [done] = run(model, [""], replace(GREEDY, max_new_tokens=1), make_byte_tokenizer())
     best = np.asarray(full_logits(model, np.array([[256]])))[0, 0, :257].argmax()
     assert best != 256 and done.tokens == (best,)
 

@@ -1,8 +1,8 @@
-"""What the units made, put together: the index of each source and the manifest (called by prepare).
+"""What the units made, put together: the index of each source, and the manifest.
 
-Shards lie where the workers wrote them; only their indexes are joined, a unit at a time, so memory
-does not grow with the corpus. Nothing here is lost by a kill: it is all made again from the units
-until the manifest is there.
+Shards stay where the workers wrote them. Only their indexes are joined, a unit at a time, so memory
+does not grow with the corpus. A kill loses nothing here, because all of it is made again from the
+units until the manifest is written.
 """
 
 import hashlib
@@ -10,8 +10,9 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,18 +24,38 @@ from gpt_jax.data.tokens import corpus, shards
 from gpt_jax.data.tokens.shards import DOCUMENT, SIDES, Origin
 from gpt_jax.files import Digest, replace_file, replacing, sync_file
 
-INPUTS = "inputs.json"
+
+class Done(NamedTuple):
+    """A unit with its markers."""
+
+    unit: Unit
+    tokens: dict  # the marker of the phase that wrote its tokens
+    read: dict  # the marker of the phase that read all of it, which may be the same
 
 
-def _join(path: Path, chunks: Iterable[bytes]) -> Digest:
-    sha256, size = hashlib.sha256(), 0
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            sha256.update(chunk)
-            size += len(chunk)
-        sync_file(file)
-    return Digest(size, sha256.hexdigest())
+class Assembly:
+    """The manifest of a corpus in the making."""
+
+    def __init__(self, job: PrepareJob):
+        self.job = job
+        self.files: dict[str, Digest] = {}
+        self.content = hashlib.sha256()  # of the texts, by their hashes, side by side
+
+    def write(self, name: str, raw: bytes) -> None:
+        """Writes a file and notes its digest."""
+        self.files[name] = replace_file(self.job.folder / name, raw)
+
+    def join(self, name: str, chunks: Iterator[bytes]) -> None:
+        """Writes a file of chunks, one at a time in memory, and notes its digest."""
+        sha256 = hashlib.sha256()
+        size = 0
+        with replacing(self.job.folder / name) as temporary, open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                sha256.update(chunk)
+                size += len(chunk)
+            sync_file(file)
+        self.files[name] = Digest(size, sha256.hexdigest())
 
 
 def assemble(
@@ -46,113 +67,111 @@ def assemble(
     about: dict,
     dropped: Sequence[int],
 ) -> dict:
-    """Writes the indexes and gives the manifest; `counted`: the results of the phase that read
-    everything, `dropped`: exact and near copies."""
-    content, sources = hashlib.sha256(), {}
-    files = {
-        "tokenizer.json": replace_file(job.folder / "tokenizer.json", tokenizer.to_json().encode())
-    }
+    """Writes the indexes, and gives the manifest.
+
+    `made` are the markers of the units' tokens, `counted` those of the phase that read everything.
+    `dropped` are the numbers of exact and of near copies.
+    """
+    assembly = Assembly(job)
+    assembly.write("tokenizer.json", tokenizer.to_json().encode())
+
+    done = [Done(*row) for row in zip(todo, made, counted, strict=True)]
+    sources = {}
     for name in dict.fromkeys(unit.source for unit in todo):
-        mine = [i for i, unit in enumerate(todo) if unit.source == name]
-        sources[name] = _source(
-            job, name, [todo[i] for i in mine], [made[i] for i in mine], files, content
-        )
-        origins = _origins([todo[i] for i in mine], [counted[i] for i in mine])
-        files[f"{name}/origins.json"] = replace_file(
-            job.folder / name / "origins.json", json.dumps(origins).encode()
-        )
+        mine = [one for one in done if one.unit.source == name]
+        sources[name] = {side: _add_side(assembly, name, side, mine) for side in SIDES}
+        assembly.write(f"{name}/origins.json", json.dumps(_list_origins(mine)).encode())
+
     return {
         "format": corpus.FORMAT,
-        "content": content.hexdigest()[:20],
+        "content": assembly.content.hexdigest()[:20],
         "settings": about,
         "tokenizer": {
             "name": tokenizer.name,
             "fingerprint": tokenizer.fingerprint,
             "vocab": tokenizer.vocab,
         },
-        "dtype": shards.id_type(tokenizer.vocab).name,
+        "dtype": shards.choose_id_type(tokenizer.vocab).name,
         "sources": sources,
-        "counts": _counts(job, counted, dropped),
-        "files": dict(sorted(files.items())),
+        "counts": _sum_counts(job, counted, dropped),
+        "files": dict(sorted(assembly.files.items())),
     }
 
 
-def _source(
-    job: PrepareJob, name: str, mine: Sequence[Unit], made: Sequence[dict], files: dict, content
-) -> dict:
-    """Counts and shards of each side; adds to `files` and `content`."""
-    found = {}
-    for side in SIDES:
-        parts = [result["sides"][side] for result in made]
-        whole = [
-            (unit, part, result)
-            for unit, part, result in zip(mine, parts, made)
-            if part["documents"]
-        ]
-        for unit, _, result in whole:
-            shard = units.unit_file(unit, side, ".tokens")
-            files[shard] = Digest(*result["files"][shard])
-        content.update(json.dumps([side, sum(part["documents"] for part in parts)]).encode())
-        index = {
-            ".offsets": _offsets(job, side, whole),
-            ".docs": _docs(job, side, mine, made, content),
-        }
-        for suffix, chunks in index.items():
-            files[f"{name}/{side}{suffix}"] = _join(job.folder / name / f"{side}{suffix}", chunks)
-        counts = (
-            "documents",
-            "tokens",
-            "bytes",
-            "lost",
-        )  # the last is new: a unit of an older version has none
-        found[side] = {key: sum(part.get(key, 0) for part in parts) for key in counts} | {
-            "shards": [
-                [Path(units.unit_file(unit, side, ".tokens")).name, part["tokens"]]
-                for unit, part, _ in whole
-            ]
-        }
-    return found
+# ---- a side of a source ----
 
 
-def _offsets(job: PrepareJob, side: str, whole) -> Iterable[bytes]:
+def _add_side(assembly: Assembly, name: str, side: str, mine: Sequence[Done]) -> dict:
+    """Writes the index of a side of a source, and gives its counts and its shards."""
+    written = [one for one in mine if one.tokens["sides"][side]["documents"]]
+    names = []
+    for one in written:
+        shard = units.unit_file(one.unit, side, ".tokens")
+        assembly.files[shard] = Digest(*one.tokens["files"][shard])
+        names.append([Path(shard).name, one.tokens["sides"][side]["tokens"]])
+
+    parts = [one.tokens["sides"][side] for one in mine]
+    documents = sum(part["documents"] for part in parts)
+    assembly.content.update(json.dumps([side, documents]).encode())
+    assembly.join(f"{name}/{side}.offsets", _join_offsets(assembly.job, side, written))
+    assembly.join(f"{name}/{side}.docs", _join_docs(assembly, side, mine))
+
+    # A unit of an older version has not counted what is lost.
+    counts = {
+        key: sum(part.get(key, 0) for part in parts)
+        for key in ("documents", "tokens", "bytes", "lost")
+    }
+    return counts | {"shards": names}
+
+
+def _join_offsets(job: PrepareJob, side: str, written: Sequence[Done]) -> Iterator[bytes]:
     """int64: 0, then where each document ends."""
     start = 0
     yield np.zeros(1, np.int64).tobytes()
-    for unit, part, _ in whole:
-        ends = np.fromfile(job.folder / units.unit_file(unit, side, ".offsets"), np.int64)[1:]
+    for one in written:
+        path = job.folder / units.unit_file(one.unit, side, ".offsets")
+        ends = np.fromfile(path, np.int64)[1:]
         yield (ends + start).tobytes()
-        start += part["tokens"]
+        start += one.tokens["sides"][side]["tokens"]
 
 
-def _docs(
-    job: PrepareJob, side: str, mine: Sequence[Unit], made: Sequence[dict], content
-) -> Iterable[bytes]:
-    """DOCUMENT of each, its piece counted through the source; the hashes go into `content`."""
+def _join_docs(assembly: Assembly, side: str, mine: Sequence[Done]) -> Iterator[bytes]:
+    """DOCUMENT of each document, its piece counted through the source.
+
+    The hashes of the texts become part of the content.
+    """
     start = 0
-    for unit, result in zip(mine, made):
-        if result["sides"][side]["documents"]:
-            docs = np.fromfile(job.folder / units.unit_file(unit, side, ".docs"), DOCUMENT)
+    for one in mine:
+        if one.tokens["sides"][side]["documents"]:
+            path = assembly.job.folder / units.unit_file(one.unit, side, ".docs")
+            docs = np.fromfile(path, DOCUMENT)
             docs["piece"] += start
-            content.update(docs["hash"].tobytes())
+            assembly.content.update(docs["hash"].tobytes())
             yield docs.tobytes()
-        start += len(unit.pieces)
+        start += len(one.unit.pieces)
 
 
-def _origins(mine: Sequence[Unit], counted: Sequence[dict]) -> list[Origin]:
-    """Of every piece of a source. The rows of a file are counted through its pieces."""
-    found, rows = [], Counter()
-    for unit, result in zip(mine, counted):
-        for piece, count, several in zip(unit.pieces, result["rows"], result["several"]):
-            found.append(Origin(piece.source.name, rows[piece.source.path], several))
-            rows[piece.source.path] += count
-    return found
+def _list_origins(mine: Sequence[Done]) -> list[Origin]:
+    """The Origin of every piece of a source. Rows of a file are counted through its pieces."""
+    origins = []
+    rows = Counter()
+    for one in mine:
+        pieces = zip(one.unit.pieces, one.read["rows"], one.read["several"], strict=True)
+        for piece, count, several in pieces:
+            path = piece.source.path
+            origins.append(Origin(piece.source.name, rows[path], several))
+            rows[path] += count
+    return origins
 
 
-def _counts(job: PrepareJob, counted: Sequence[dict], dropped: Sequence[int]) -> dict:
-    tally, filtered = Tally(), Counter()
-    for result in counted:
-        tally += Tally(**result["tally"])
-        filtered.update(result["filtered"])
+def _sum_counts(job: PrepareJob, counted: Sequence[dict], dropped: Sequence[int]) -> dict:
+    """What became of all documents."""
+    tally = Tally()
+    filtered = Counter()
+    for marker in counted:
+        tally += Tally(**marker["tally"])
+        filtered.update(marker["filtered"])
+    exact, near = dropped
     return {
         "documents": tally.documents,
         "empty": tally.empty,
@@ -162,29 +181,38 @@ def _counts(job: PrepareJob, counted: Sequence[dict], dropped: Sequence[int]) ->
         "encodings": tally.encodings,
         "filtered": dict(filtered),
         "dedup": job.settings.dedup,
-        "exact": dropped[0],
-        "near": dropped[1],
+        "exact": exact,
+        "near": near,
     }
 
 
+# ---- cleaning up ----
+
+# Names of shards, of shards in the making, and of other files in the making (see files.replacing).
 OURS = re.compile(
     r"(train|eval)-\d{5,}\.tokens|\.(train|eval)-\d{5,}-[0-9a-f]{32}\.\w+|\.[0-9a-f]{32}"
 )
 
 
-def leftovers(folder: Path, manifest: dict) -> list[Path]:
+def find_leftovers(folder: Path, manifest: dict) -> list[Path]:
     """The work, what kills left, and shards of earlier calls that are no part of the corpus."""
-    there = [
-        *folder.iterdir(),
-        *(path for name in manifest["sources"] for path in (folder / name).iterdir()),
+    paths = list(folder.iterdir())
+    for name in manifest["sources"]:
+        paths += (folder / name).iterdir()
+    leftovers = [
+        path
+        for path in paths
+        if OURS.fullmatch(path.name)
+        and path.relative_to(folder).as_posix() not in manifest["files"]
     ]
-    ours = [path for path in there if OURS.fullmatch(path.name)]
-    return [
-        path for path in ours if path.relative_to(folder).as_posix() not in manifest["files"]
-    ] + [path for path in (folder / WORK,) if path.is_dir()]
+    work = folder / WORK
+    return [*leftovers, work] if work.is_dir() else leftovers
 
 
 def clean(folder: Path, manifest: dict) -> None:
-    """Removes `leftovers`; the caller has the lock of the folder."""
-    for path in leftovers(folder, manifest):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Removes what `find_leftovers` lists. The caller holds the lock of the folder."""
+    for path in find_leftovers(folder, manifest):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

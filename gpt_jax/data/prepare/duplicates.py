@@ -68,7 +68,7 @@ def minhash(text: str, permutations: int = 64, shingle: int = 5) -> np.ndarray:
     return signature.hashvalues.astype(np.uint32)
 
 
-def band_rows(permutations: int, threshold: float) -> int:
+def choose_band_rows(permutations: int, threshold: float) -> int:
     """Hashes to a band: as many as find a pair at the threshold with probability 0.99 (Leskovec
     et al., Mining of Massive Datasets, section 3.4); what is found beyond that is compared, so
     that too few cost time only."""
@@ -87,7 +87,7 @@ def _shared_buckets(band: np.ndarray) -> np.ndarray:
     return np.where(count[bucket] > 1, bucket, -1)
 
 
-def near_duplicates(signatures: np.ndarray, threshold: float = 0.8) -> np.ndarray:
+def find_near_duplicates(signatures: np.ndarray, threshold: float = 0.8) -> np.ndarray:
     """bool [N] of MinHash signatures [N, permutations]: whether a document's estimated
     similarity to an earlier one that stays is `threshold` or more. So the first of a group
     stays, and what goes has something like it that stays."""
@@ -96,7 +96,7 @@ def near_duplicates(signatures: np.ndarray, threshold: float = 0.8) -> np.ndarra
             f"threshold = {threshold}: the similarity of near-duplicates is above 0 and at most 1"
         )
     count, permutations = signatures.shape
-    rows = band_rows(permutations, threshold)
+    rows = choose_band_rows(permutations, threshold)
     buckets = np.stack(
         [
             _shared_buckets(signatures[:, at : at + rows])

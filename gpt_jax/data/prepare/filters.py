@@ -1,9 +1,7 @@
-"""What a document must be, and what is made of it: a table of small pure functions (called by
-prepare).
+"""What a document must be, and what is changed in it: a table of small pure functions.
 
-A filter is typed `name:argument`, or `module:function` for one of the user's own. It takes a text
-and gives the text it made of it, or None for a document that is left out. Duplicates need a
-decision over all documents: their pure parts come last.
+A filter is typed `name:argument`, or `module:function` for one of the user's own. It takes a text,
+and gives the text that it made of it, or None for a document that is left out.
 """
 
 import functools
@@ -21,55 +19,64 @@ from gpt_jax.errors import UsageError
 from gpt_jax.files import digest_file, digest_json
 
 Apply = Callable[[str], str | None]
+
 LANGUAGE_CHARACTERS = 2000  # of a document, by which its language is judged: py3langid reads 4 MB/s
-CONTROLS = dict.fromkeys(
-    [*range(9), 11, 12, *range(14, 32), 127]
-)  # all but tab, line feed and carriage return
+# All control characters but tab, line feed and carriage return.
+CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127])
 
 
 class Filter(NamedTuple):
+    """A row of FILTERS."""
+
     usage: str
-    make: Callable[
-        ..., Apply
-    ]  # of the arguments as typed; ValueError or TypeError for those of no use
+    # Makes the filter from the arguments as typed. Raises ValueError or TypeError for arguments
+    # that mean nothing.
+    make: Callable[..., Apply]
 
 
 # ---- measures, and filters that bound them ----
 
 
-def _utf8_bytes(text: str) -> int:
+def _count_bytes(text: str) -> int:
     return len(text.encode())
 
 
-def _letters(text: str) -> float:
+def _share_of_letters(text: str) -> float:
     return sum(map(str.isalpha, text)) / len(text)
 
 
-def _repeated(text: str) -> float:
-    """Part of the characters that stand in lines seen before (Rae et al. 2021, Gopher, appendix
-    A)."""
+def _share_repeated(text: str) -> float:
+    """The part of the characters that stand in lines seen before.
+
+    It is a measure of Gopher (Rae et al. 2021, appendix A).
+    """
     lines = [line for line in text.split("\n") if line.strip()]
     return 1 - sum(map(len, set(lines))) / max(sum(map(len, lines)), 1)
 
 
-def _limit(text: str, kind=int, most: float = 2**63):
-    if not 0 <= kind(text) <= most:
-        raise ValueError(f"{text} is not from 0 to {most}")
-    return kind(text)
+def _read_count(text: str) -> int:
+    count = int(text)
+    if not 0 <= count <= 2**63:
+        raise ValueError(f"{text} is not from 0 to {2**63}")
+    return count
 
 
-_part = functools.partial(_limit, kind=float, most=1)
+def _read_share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text} is not from 0 to 1")
+    return share
 
 
 def _bound(
     measure: Callable[[str], float],
     holds: Callable[[float, float], bool],
-    number: Callable[[str], float],
-):
-    """The maker of a filter that keeps a text whose `measure` holds against the limit typed."""
+    read_limit: Callable[[str], float],
+) -> Callable[[str], Apply]:
+    """The maker of a filter that keeps a text if `holds(measure(text), limit)`."""
 
-    def make(limit: str) -> Apply:
-        limit = number(limit)
+    def make(typed: str) -> Apply:
+        limit = read_limit(typed)
         return lambda text: text if holds(measure(text), limit) else None
 
     return make
@@ -79,7 +86,7 @@ def _bound(
 
 
 @functools.lru_cache
-def _identifier():
+def _load_identifier():
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -89,14 +96,17 @@ def _identifier():
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def _language(names: str, probability: str = "0") -> Apply:
-    """py3langid's best guess is one of `names` (joined by , or +), and its probability at least
-    so much."""
-    wanted, least, identifier = set(re.split("[,+]", names)), _part(probability), _identifier()
+def _make_language(names: str, probability: str = "0") -> Apply:
+    """Keeps a text if py3langid's best guess is one of `names`, with at least this probability.
+
+    Names are joined by , or +.
+    """
+    wanted = set(re.split("[,+]", names))
+    least = _read_share(probability)
+    identifier = _load_identifier()
     if unknown := wanted - set(identifier.labels):
-        raise ValueError(
-            f"{' '.join(sorted(unknown))} unknown; known are {' '.join(sorted(identifier.labels))}"
-        )
+        known = " ".join(sorted(identifier.labels))
+        raise ValueError(f"{' '.join(sorted(unknown))} unknown; known are {known}")
 
     def apply(text: str) -> str | None:
         guess, likely = identifier.classify(text[:LANGUAGE_CHARACTERS])
@@ -108,14 +118,13 @@ def _language(names: str, probability: str = "0") -> Apply:
 # ---- transforms ----
 
 
-def _normalize(form: str) -> Apply:
-    unicodedata.normalize(
-        form, "\u00e9"
-    )  # ValueError for a form that does not exist, though not on an empty text
+def _make_normalize(form: str) -> Apply:
+    if form not in ("NFC", "NFKC", "NFD", "NFKD"):
+        raise ValueError("invalid normalization form")
     return functools.partial(unicodedata.normalize, form)
 
 
-def _replace(pattern: str, new: str = "") -> Apply:
+def _make_replace(pattern: str, new: str = "") -> Apply:
     try:
         compiled = re.compile(pattern)
         compiled.sub(new, "")
@@ -124,35 +133,46 @@ def _replace(pattern: str, new: str = "") -> Apply:
     return lambda text: compiled.sub(new, text)
 
 
-def _plain(function: Apply) -> Callable[[], Apply]:
+def _unify_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _remove_controls(text: str) -> str:
+    return text.translate(CONTROLS)
+
+
+def _join_blank_lines(text: str) -> str:
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _take_none(function: Apply) -> Callable[[], Apply]:
+    """The maker of a filter that takes no argument."""
     return lambda: function
 
 
 FILTERS = {
-    "min_chars": Filter("min_chars:N", _bound(len, operator.ge, _limit)),
-    "max_chars": Filter("max_chars:N", _bound(len, operator.le, _limit)),
-    "min_bytes": Filter("min_bytes:N", _bound(_utf8_bytes, operator.ge, _limit)),
-    "max_bytes": Filter("max_bytes:N", _bound(_utf8_bytes, operator.le, _limit)),
-    "min_letters": Filter("min_letters:PART", _bound(_letters, operator.ge, _part)),
-    "max_repeated": Filter("max_repeated:PART", _bound(_repeated, operator.le, _part)),
-    "language": Filter("language:zh,en[:PROBABILITY]", _language),
-    "normalize": Filter("normalize:NFC|NFKC|NFD|NFKD", _normalize),
-    "strip": Filter("strip", _plain(str.strip)),
-    "newlines": Filter(
-        "newlines", _plain(lambda text: text.replace("\r\n", "\n").replace("\r", "\n"))
-    ),
-    "controls": Filter("controls", _plain(lambda text: text.translate(CONTROLS))),
-    "blank_lines": Filter("blank_lines", _plain(lambda text: re.sub(r"\n{3,}", "\n\n", text))),
-    "replace": Filter("replace:REGEX[:NEW]", _replace),
+    "min_chars": Filter("min_chars:N", _bound(len, operator.ge, _read_count)),
+    "max_chars": Filter("max_chars:N", _bound(len, operator.le, _read_count)),
+    "min_bytes": Filter("min_bytes:N", _bound(_count_bytes, operator.ge, _read_count)),
+    "max_bytes": Filter("max_bytes:N", _bound(_count_bytes, operator.le, _read_count)),
+    "min_letters": Filter("min_letters:PART", _bound(_share_of_letters, operator.ge, _read_share)),
+    "max_repeated": Filter("max_repeated:PART", _bound(_share_repeated, operator.le, _read_share)),
+    "language": Filter("language:zh,en[:PROBABILITY]", _make_language),
+    "normalize": Filter("normalize:NFC|NFKC|NFD|NFKD", _make_normalize),
+    "strip": Filter("strip", _take_none(str.strip)),
+    "newlines": Filter("newlines", _take_none(_unify_newlines)),
+    "controls": Filter("controls", _take_none(_remove_controls)),
+    "blank_lines": Filter("blank_lines", _take_none(_join_blank_lines)),
+    "replace": Filter("replace:REGEX[:NEW]", _make_replace),
 }
 KNOWN = f"{' '.join(row.usage for row in FILTERS.values())}, or your own module:function"
 
 
-# ---- chains ----
+# ---- the user's own ----
 
 
 def _import(spec: str) -> Callable:
-    """The function of `module:function`."""
+    """The function of `module:function`. Raises UsageError if there is none."""
     module, _, name = spec.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise UsageError(f"--filters={spec!r}: no such filter; there are {KNOWN}")
@@ -165,32 +185,37 @@ def _import(spec: str) -> Callable:
         ) from None
 
 
-def code(specs: Iterable[str]) -> dict[str, str]:
-    """{spec: digest} of the user's own filters, as their source files are now: of the module
-    named, and of the one that the function was written in. What these import in turn is not
-    looked at."""
-    found = {}
+def _is_own(spec: str) -> bool:
+    return spec.partition(":")[0] not in FILTERS
+
+
+def digest_code(specs: Iterable[str]) -> dict[str, str]:
+    """{spec: digest} of the user's own filters, as their source files are now.
+
+    The files are that of the module named, and that which the function was written in. What these
+    import in turn is not looked at.
+    """
+    digests = {}
     for spec in specs:
-        if spec.partition(":")[0] not in FILTERS:
-            function = inspect.unwrap(_import(spec))
-            written = getattr(function, "__code__", None)
-            files = {
-                getattr(sys.modules[spec.partition(":")[0]], "__file__", None),
-                written and written.co_filename,
-            }
-            found[spec] = digest_json([_sha256(file) for file in sorted(filter(None, files))])
-    return found
+        if not _is_own(spec):
+            continue
+        function = inspect.unwrap(_import(spec))
+        module = sys.modules[spec.partition(":")[0]]
+        written = getattr(function, "__code__", None)
+        files = {getattr(module, "__file__", None), written and written.co_filename}
+        digests[spec] = digest_json([_digest(file) for file in sorted(filter(None, files))])
+    return digests
 
 
-def _sha256(file: str) -> str:
+def _digest(file: str) -> str:
     try:
         return digest_file(Path(file)).sha256
     except OSError:  # a module in a zip archive or in memory
         return ""
 
 
-def _own(spec: str) -> Apply:
-    """The user's `module:function`, its mistakes turned into one line."""
+def _make_own(spec: str) -> Apply:
+    """The user's `module:function`, with its mistakes turned into one line."""
     function = _import(spec)
 
     def apply(text: str) -> str | None:
@@ -209,39 +234,51 @@ def _own(spec: str) -> Apply:
     return apply
 
 
+# ---- chains ----
+
+
 def _make(spec: str) -> Apply:
+    if _is_own(spec):
+        return _make_own(spec)
     name, *arguments = spec.split(":", 2)
-    if name not in FILTERS:
-        return _own(spec)
+    row = FILTERS[name]
     try:
-        return FILTERS[name].make(*arguments)
-    except (ValueError, TypeError) as error:
-        reason = "" if isinstance(error, TypeError) else f" ({error})"
-        raise UsageError(f"--filters={spec!r}: expected {FILTERS[name].usage}{reason}") from None
+        return row.make(*arguments)
+    except TypeError:  # too many arguments or too few
+        raise UsageError(f"--filters={spec!r}: expected {row.usage}") from None
+    except ValueError as error:
+        raise UsageError(f"--filters={spec!r}: expected {row.usage} ({error})") from None
 
 
 class Chain:
-    """Filters one after the other; pickled as what was typed, and made again in the process that
-    gets it."""
+    """Filters one after the other.
+
+    A chain is pickled as it was typed, and made again in the process that gets it.
+    """
 
     def __init__(self, specs: tuple[str, ...]):
         self.specs = tuple(specs)
         self.steps = [(spec, _make(spec)) for spec in self.specs]
 
     def __call__(self, text: str) -> tuple[str | None, str]:
-        """(text, "") or (None, the filter that left it out as typed). A text that became empty
-        is left out."""
+        """(text, "") or (None, the filter that left it out, as typed).
+
+        A text that became empty is left out.
+        """
         for spec, apply in self.steps:
-            text = apply(text)
-            if not text:
+            changed = apply(text)
+            if not changed:
                 return None, spec
+            text = changed
         return text, ""
 
     def __reduce__(self):
         return Chain, (self.specs,)
 
 
-def parse(specs: tuple[str, ...]) -> Chain:
-    """The chain of filters typed. UsageError for an unknown one (listing the table) and for
-    arguments of no use."""
+def parse_filters(specs: tuple[str, ...]) -> Chain:
+    """The chain of filters typed.
+
+    Raises UsageError for an unknown filter, listing the table, and for arguments that mean nothing.
+    """
     return Chain(specs)

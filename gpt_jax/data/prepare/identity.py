@@ -1,6 +1,7 @@
-"""What tells one call of `gpt-jax prepare` from another: its settings, the code of its filters, the
-state of its input (called by prepare). What an earlier call has begun is gone on with only where
-all of them are the same.
+"""What tells one call of `gpt-jax prepare` from another.
+
+That is its settings, the code of its filters, and the state of its input. A later call continues
+the work of an earlier one only where all of them are the same.
 """
 
 import json
@@ -20,33 +21,40 @@ from gpt_jax.errors import UsageError
 
 Say = Callable[[str], None]
 
+# Keys of the settings that are no flags, in words.
+WORDS = {
+    "code": "the source code of --filters",
+    "revisions": "the revision of --input",
+}
+
+
+# ---- settings ----
+
 
 def describe(
     settings: PrepareSettings,
     tokenizer: Tokenizer | Spec,
-    found: Mapping[str, Sequence[Source]],
+    sources: Mapping[str, Sequence[Source]],
     revisions: Mapping[str, str],
 ) -> dict:
-    """The settings as the manifest has them, by the names of the flags; with them the code of
-    the user's own filters and the commits of data sets, where there are any."""
-    plain = asdict(settings)
-    plain |= plain.pop("reading") | {"input": list(found)}
+    """The settings as the manifest has them, by the names of the flags.
+
+    They include the code of the user's own filters and the commits of data sets, if there are any.
+    """
+    about = asdict(settings)
+    about |= about.pop("reading") | {"input": list(sources)}
     if isinstance(tokenizer, Spec):
-        plain["tokenizer"] = tokenizer.name
+        about["tokenizer"] = tokenizer.name
     else:
-        plain["tokenizer"] = f"{tokenizer.name} ({tokenizer.fingerprint})"
-    pinned = {"code": filters.code(settings.filters), "revisions": dict(revisions)}
-    plain |= {key: value for key, value in pinned.items() if value}
-    return json.loads(json.dumps(plain))  # tuples become lists, as they are when read back
+        about["tokenizer"] = f"{tokenizer.name} ({tokenizer.fingerprint})"
 
-
-WORDS = {
-    "code": "the source code of --filters",
-    "revisions": "the revision of --input",
-}  # no flags of these names
+    pinned = {"code": filters.digest_code(settings.filters), "revisions": dict(revisions)}
+    about |= {key: value for key, value in pinned.items() if value}
+    return json.loads(json.dumps(about))  # tuples become lists, as they are when read back
 
 
 def refuse_other(folder: Path, then: dict, now: dict) -> None:
+    """Raises UsageError if the settings of an earlier call differ from those of this one."""
     other = [key for key in {**now, **then} if then.get(key) != now.get(key)]
     if other:
         differences = ", ".join(
@@ -54,64 +62,75 @@ def refuse_other(folder: Path, then: dict, now: dict) -> None:
             for key in other
         )
         raise UsageError(
-            f"--output={folder}: was begun with other settings: {differences}; give the same ones, choose "
-            "another folder, or remove this one"
+            f"--output={folder}: was begun with other settings: {differences}; give the same ones, "
+            "choose another folder, or remove this one"
         )
 
 
-def earlier(folder: Path) -> dict:
-    """The settings that an earlier call has left in the folder, finished or not; {} without one."""
+def read_settings(folder: Path) -> dict:
+    """The settings that an earlier call has left in a folder, finished or not; {} without one."""
     if corpus.is_corpus(folder):
         return corpus.read_manifest(folder)["settings"]
     try:
         return json.loads((folder / WORK / "settings.json").read_bytes())
-    except (
-        OSError,
-        ValueError,
-    ):  # there is none, and what is wrong with the folder is said where it is written to
+    except (OSError, ValueError):
+        # What is wrong with a folder is said where it is written to.
         return {}
 
 
-def pin(
-    found: Mapping[str, Sequence[Source]], before: Mapping[str, str], say: Say
+# ---- the input ----
+
+
+def pin_revisions(
+    sources: Mapping[str, Sequence[Source]], before: Mapping[str, str], say: Say
 ) -> tuple[dict[str, tuple[Source, ...]], dict[str, str]]:
-    """(the sources, those of the hub with a commit in their path; {path as typed: its commit}).
-    The commit is that of an earlier call for this folder (`before`), else the hub's newest."""
-    pinned, revisions = {}, {}
-    for name, sources in found.items():
-        pinned[name] = []
-        for source in sources:
+    """The sources, those of the hub with a commit in their path; and {path as typed: its commit}.
+
+    The commit is that of an earlier call for this folder (`before`), else the hub's newest.
+    """
+    pinned = {}
+    revisions = {}
+    for name, group in sources.items():
+        paths = []
+        for source in group:
             path = source.path
-            if str(path).startswith(HUB):
-                commit = before.get(path)
-                path = hub.at(path, commit) if commit else hub.pin(path, say)
-                if hub.parse(path).pinned:
-                    revisions[source.path] = hub.parse(path).revision
-                    say(
-                        f"{source.path}: revision {hub.parse(path).revision}{', as before' if commit else ''}"
-                    )
-            pinned[name].append(source._replace(path=path))
-    return {name: tuple(sources) for name, sources in pinned.items()}, revisions
+            if isinstance(path, str) and path.startswith(HUB):
+                path = _pin(path, before.get(path), say)
+                if hub.parse_name(path).pinned:
+                    revisions[source.path] = hub.parse_name(path).revision
+            paths.append(source._replace(path=path))
+        pinned[name] = tuple(paths)
+    return pinned, revisions
 
 
-def place(path: Path | str) -> str:
-    """Where an input lies, however the path to it is spelt: URLs as they are, files by their
-    absolute path."""
-    return (
-        str(path)
-        if remote.is_remote(path) or str(path).startswith(HUB)
-        else str(Path(path).resolve())
-    )
+def _pin(path: str, commit: str | None, say: Say) -> str:
+    """`path` with `commit`, or with the hub's newest. Says which commit it is."""
+    pinned = hub.with_revision(path, commit) if commit else hub.pin(path, say)
+    name = hub.parse_name(pinned)
+    if name.pinned:
+        say(f"{path}: revision {name.revision}{', as before' if commit else ''}")
+    return pinned
 
 
-def stamp(source: Source) -> tuple[int, str]:
-    """(bytes of a file or a data set, what changes when it does)."""
-    if str(source.path).startswith(HUB):
-        return hub.stamp(source.path)
-    if remote.is_remote(source.path):
-        return remote.stamp(source.path)
+def locate(path: Path | str) -> str:
+    """Where an input lies, however the path to it is spelt.
+
+    A URL stays as it is. A file has its absolute path.
+    """
+    if remote.is_remote(path) or str(path).startswith(HUB):
+        return str(path)
+    return str(Path(path).resolve())
+
+
+def stamp(path: Path | str) -> tuple[int, str]:
+    """(bytes of a file or a data set, what changes when it does).
+
+    Raises UsageError if it cannot be read.
+    """
+    if isinstance(path, str):
+        return hub.stamp(path) if path.startswith(HUB) else remote.stamp(path)
     try:
-        stat = os.stat(source.path)
+        stat = os.stat(path)
     except OSError as error:
-        raise UsageError(f"{source.path}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     return stat.st_size, str(stat.st_mtime_ns)

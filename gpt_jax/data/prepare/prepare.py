@@ -1,16 +1,12 @@
-"""From raw text to a corpus of token shards: what `gpt-jax prepare` does (called by the prepare
-command).
+"""From raw text to a corpus of token shards: what `gpt-jax prepare` does.
 
-The input is cut into units (see units), an engine runs them (see engines), and what they made is
-put together (see assemble). Two phases when something has to be known of all documents first
-(duplicates, characters), else one.
+The input is cut into units (units.py), an engine runs them (workers.py), and what they made is put
+together (assemble.py). If something has to be known of all documents first, such as duplicates or
+characters, a scan of all units comes before.
 """
 
-import contextlib
-import fcntl
 import functools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt_jax.data.prepare import assemble, filters, identity, survey, units
+from gpt_jax.data.prepare import assemble, filters, identity, output, survey, units
 from gpt_jax.data.prepare.units import WORK, PrepareJob, PrepareSettings, Unit
 from gpt_jax.data.prepare.workers import ENGINES, Work
 from gpt_jax.data.read import documents as readers
-from gpt_jax.data.read.sources import HUB, Source, find
+from gpt_jax.data.read.sources import HUB, Source, find_sources
 from gpt_jax.data.tokenizers.spec import (
     Spec,
     make_tokenizer,
@@ -31,13 +27,19 @@ from gpt_jax.data.tokenizers.spec import (
 )
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import corpus
+from gpt_jax.data.tokens.inspect import describe_left_out
 from gpt_jax.errors import DataError, UsageError
 from gpt_jax.files import digest_json, replace_file
 
 # Input of a unit when --piece_mb is 0: a five-hundredth of all, so that the last units keep all
-# workers busy, but no more than is redone gladly after a kill, and no less than is worth three
-# files.
+# workers busy. The largest is what one does again after a kill without regret, the smallest is what
+# three files are worth.
 UNITS, SMALLEST, LARGEST = 500, 4e6, 64e6
+# A unit is full from this part of its target on, because pieces of a file come out a little smaller
+# than asked for.
+FULL = 0.6
+
+Say = Callable[[str], None]
 
 
 class Engine(NamedTuple):
@@ -58,323 +60,285 @@ class Progress(NamedTuple):
     bytes: int  # of their text
 
 
-Say = Callable[[str], None]
 Show = Callable[[Progress], None]
 
 
+class Inputs(NamedTuple):
+    """What is read, as it was when the call began."""
+
+    sources: Mapping[str, Sequence[Source]]
+    stamps: Mapping[
+        Path | str, tuple[int, str]
+    ]  # by path: bytes, and what changes with the content
+
+    def state(self) -> dict[str, list[str]]:
+        """The stamps, as inputs.json has them."""
+        return {
+            identity.locate(path): [str(size), stamp] for path, (size, stamp) in self.stamps.items()
+        }
+
+
+class Call(NamedTuple):
+    """One call of `gpt-jax prepare`."""
+
+    job: PrepareJob
+    inputs: Inputs
+    about: dict  # the settings as the manifest has them
+    tokenizer: Tokenizer | Spec
+    engine: Engine
+    say: Say
+    show: Show
+
+
 def prepare_corpus(
-    inputs: Mapping[str, tuple[str, ...]],
+    paths: Mapping[str, tuple[str, ...]],
     folder: Path,
     settings: PrepareSettings,
     engine: Engine,
     say: Say,
     show: Show,
 ) -> dict:
-    """Makes the corpus of `inputs` ({source: what sources.find takes}) in `folder`, or goes on
-    where an earlier call was ended, and gives its manifest. The same input and settings make the
-    same bytes, whatever the engine.
+    """Makes the corpus of `paths` in `folder`, and gives its manifest.
 
-    UsageError for settings, files and a folder of no use, and for a full disk; DataError when
-    the input or the module of a filter changes meanwhile; PeerFailed when a worker is killed.
-    What is finished stays."""
+    `paths` are {source: what sources.find_sources takes}. A call that was ended is continued by the
+    same call. The same input and settings make the same bytes, whatever the engine.
+
+    Raises UsageError for settings, files and a folder that cannot serve, and for a full disk.
+    Raises DataError when the input or the module of a filter changes meanwhile, and PeerFailed when
+    a worker is killed. What is finished stays.
+    """
     tokenizer = resolve_tokenizer(settings.tokenizer, "--tokenizer")
-    survey.threshold(settings.dedup)
-    filters.parse(settings.filters)
-    found = {name: find(paths, f"--input {name}") for name, paths in inputs.items()}
-    found, revisions = identity.pin(found, identity.earlier(folder).get("revisions", {}), say)
-    stamps = {source.path: identity.stamp(source) for group in found.values() for source in group}
-    places = Counter(identity.place(source.path) for group in found.values() for source in group)
-    if again := [place for place, times in places.items() if times > 1]:
-        more = f", and {len(again) - 1} more file{'s' * (len(again) > 2)}" if again[1:] else ""
-        say(
-            f"--input: {again[0]} is given {places[again[0]]} times{more}: their documents are taken as often"
-        )
-    with _output(folder):
-        about = identity.describe(settings, tokenizer, found, revisions)
-        state = {identity.place(path): list(map(str, value)) for path, value in stamps.items()}
+    survey.parse_threshold(settings.dedup)
+    filters.parse_filters(settings.filters)
+
+    sources = {name: find_sources(given, f"--input {name}") for name, given in paths.items()}
+    earlier = identity.read_settings(folder).get("revisions", {})
+    sources, revisions = identity.pin_revisions(sources, earlier, say)
+    files = [source.path for group in sources.values() for source in group]
+    _report_repeated(files, say)
+    inputs = Inputs(sources, {path: identity.stamp(path) for path in files})
+
+    with output.explain_errors(folder):
+        about = identity.describe(settings, tokenizer, sources, revisions)
         if corpus.is_corpus(folder):
-            return _again(folder, about, state, say)
-        _make_room(folder)
-        with _locked(folder / WORK / "lock", folder):
+            return output.answer_finished(folder, about, inputs.state(), say)
+
+        output.make_room(folder)
+        with output.hold_lock(folder):
             if not corpus.is_corpus(folder):
-                _begin(folder, about, say)
-                _make(
-                    PrepareJob(folder, settings),
-                    found,
-                    stamps,
-                    about,
-                    state,
-                    tokenizer,
-                    engine,
-                    say,
-                    show,
-                )
+                output.begin(folder, about, say)
+                job = PrepareJob(folder, settings)
+                _make(Call(job, inputs, about, tokenizer, engine, say, show))
             assemble.clean(folder, corpus.read_manifest(folder))
     return corpus.read_manifest(folder)
 
 
-@contextlib.contextmanager
-def _output(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(
-            f"--output={folder}: {error.strerror or error}; make room or choose a folder that can be "
-            "written; what is finished stays: the same command goes on from there"
-        ) from None
-
-
-# ---- what is there already ----
-
-
-def _again(folder: Path, about: dict, state: dict, say: Say) -> dict:
-    """The folder is finished: the same call is answered, any other refused."""
-    manifest = corpus.read_manifest(folder)
-    identity.refuse_other(folder, manifest["settings"], about)
-    inputs = folder / assemble.INPUTS  # no part of a corpus, so a copy need not have it
-    before = json.loads(inputs.read_bytes()) if inputs.exists() else {}
-    before = {identity.place(path): value for path, value in before.items()}
-    changed = (
-        [path for path in {**before, **state} if before.get(path) != state.get(path)]
-        if inputs.exists()
-        else []
-    )
-    if changed:
-        more = f" and {len(changed) - 1} more" if changed[1:] else ""
-        raise UsageError(
-            f"--output={folder}: is finished, and the input has changed since ({changed[0]}{more}); "
-            "choose another folder, or remove this one"
+def _report_repeated(paths: Sequence[Path | str], say: Say) -> None:
+    """Says which files are given several times."""
+    times = Counter(map(identity.locate, paths))
+    repeated = [place for place, count in times.items() if count > 1]
+    if repeated:
+        others = len(repeated) - 1
+        more = f", and {others} more file{'s' if others > 1 else ''}" if others else ""
+        say(
+            f"--input: {repeated[0]} is given {times[repeated[0]]} times{more}: their documents "
+            "are taken as often"
         )
-    corpus.check_sizes(folder, manifest)
-    if assemble.leftovers(folder, manifest):  # else it need not be writable
-        (folder / WORK).mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another call has cleaned up meanwhile
-            with _locked(folder / WORK / "lock", folder):
-                assemble.clean(folder, manifest)
-    say(
-        f"{folder}: is finished already, with these settings and this input (each file has its size; that its content "
-        f"is whole is checked by gpt-jax prepare --verify={folder})"
-    )
-    return manifest
-
-
-def _make_room(folder: Path) -> None:
-    if folder.is_symlink() and not folder.exists():
-        raise UsageError(
-            f"--output={folder}: is a link to {os.readlink(folder)}, which is not there; make that folder, or "
-            "remove the link"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output={folder}: is a file; name a folder")
-    work = folder / WORK
-    if not work.is_dir() and folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(
-            f"--output={folder}: is not empty, and nothing there was begun by gpt-jax prepare; name a new "
-            "folder"
-        )
-    work.mkdir(parents=True, exist_ok=True)
-
-
-def _begin(folder: Path, about: dict, say: Say) -> None:
-    """Under the lock: a call that is refused leaves no settings behind."""
-    work = folder / WORK
-    begun = work / "settings.json"
-    if begun.exists() and any(
-        work.glob("*-*.json")
-    ):  # before the first unit is done, nothing would be lost
-        identity.refuse_other(folder, json.loads(begun.read_bytes()), about)
-        say(f"{folder}: goes on from where an earlier call ended")
-    else:
-        replace_file(begun, json.dumps(about).encode())
-
-
-@contextlib.contextmanager
-def _locked(path: Path, folder: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"--output={folder}: another gpt-jax prepare is at work there; wait for it, or choose "
-                "another folder"
-            ) from None
-        yield  # the end of the process gives the lock back, whatever ends it
 
 
 # ---- units ----
 
 
-def plan(
-    found: Mapping[str, Sequence[Source]], stamps: Mapping, settings: PrepareSettings, about: dict
-) -> list[Unit]:
-    """The units in the order of the input. Large files are cut where their format allows it,
-    small ones joined."""
-    total = sum(size for size, _ in stamps.values())
+def plan_units(inputs: Inputs, settings: PrepareSettings, about: dict) -> list[Unit]:
+    """The units in the order of the input.
+
+    Large files are cut where their format allows it, small ones joined.
+    """
+    total = sum(size for size, _ in inputs.stamps.values())
     target = settings.piece_mb * 1e6 or min(max(total / UNITS, SMALLEST), LARGEST)
-    made = []
-    for name, sources in found.items():
-        number, held, size = 0, [], 0.0
+    planned = []
+    for name, sources in inputs.sources.items():
+        number = 0
+        pieces = []
+        size = 0.0
         for source in sources:
-            pieces, whole = (
-                readers.cut(source, int(target), settings.reading),
-                stamps[source.path][0],
-            )
-            if not whole and str(source.path).startswith(HUB):
-                whole = len(pieces) * target  # nobody knows: each shard is a unit
-            for piece in pieces:
-                held.append(piece)
-                size += whole / len(pieces)
-                if (
-                    size >= 0.6 * target
-                ):  # pieces of a file come out a little smaller than asked for
-                    made.append(_unit(name, number, held, size, stamps, about))
-                    number, held, size = number + 1, [], 0.0
-        if held:
-            made.append(_unit(name, number, held, size, stamps, about))
-    return made
+            cut = readers.cut_source(source, int(target), settings.reading)
+            source_size, _ = inputs.stamps[source.path]
+            if not source_size and str(source.path).startswith(HUB):
+                source_size = len(cut) * target  # nobody knows it, so each shard is a unit
+            for piece in cut:
+                pieces.append(piece)
+                size += source_size / len(cut)
+                if size >= FULL * target:
+                    planned.append(_make_unit(name, number, pieces, size, inputs, about))
+                    number += 1
+                    pieces = []
+                    size = 0.0
+        if pieces:
+            planned.append(_make_unit(name, number, pieces, size, inputs, about))
+    return planned
 
 
-def _unit(name: str, number: int, pieces: list, size: float, stamps: Mapping, about: dict) -> Unit:
-    parts = [
-        [
-            identity.place(piece.source.path),
-            piece.source.name,
-            piece.start,
-            piece.stop,
-            *stamps[piece.source.path],
-        ]
-        for piece in pieces
-    ]
-    return Unit(name, number, tuple(pieces), int(size), digest_json(about, name, number, parts))
+def _make_unit(
+    name: str, number: int, pieces: list, size: float, inputs: Inputs, about: dict
+) -> Unit:
+    parts = []
+    for source, start, stop in pieces:
+        place = identity.locate(source.path)
+        parts.append([place, source.name, start, stop, *inputs.stamps[source.path]])
+    key = digest_json(about, name, number, parts)
+    return Unit(name, number, tuple(pieces), int(size), key)
 
 
 # ---- the work ----
 
 
-def _make(
-    job: PrepareJob,
-    found,
-    stamps,
-    about: dict,
-    state: dict,
-    wanted: Tokenizer | Spec,
-    engine: Engine,
-    say: Say,
-    show: Show,
-) -> None:
-    settings, todo, scans, keys, dropped = (
-        job.settings,
-        plan(found, stamps, job.settings, about),
-        None,
-        None,
-        (0, 0),
-    )
-    for name in found:
+def _make(call: Call) -> None:
+    """Runs the phases and writes the corpus. The manifest is the last file."""
+    job, settings = call.job, call.job.settings
+    todo = plan_units(call.inputs, settings, call.about)
+    for name in call.inputs.sources:
         (job.folder / name).mkdir(exist_ok=True)
-    wants_characters = isinstance(wanted, Spec) and wanted.needs_characters
-    if settings.dedup != "none" or wants_characters:
-        scan = functools.partial(survey.scan, wants_characters=wants_characters)
-        scans = run_phase(job, "scan", todo, scan, engine, show)
+
+    scans = _scan(call, todo)
+    keys = None
+    dropped = (0, 0)
     if settings.dedup != "none":
         keys, *dropped = survey.decide(job, todo, scans)
-    if isinstance(wanted, Spec):
-        tokenizer = _made(job, wanted, todo, scans, keys, say)
-    else:
-        tokenizer = wanted
-    tokenizer_file = job.folder / WORK / "tokenizer.json"
-    replace_file(tokenizer_file, tokenizer.to_json().encode())
+
+    tokenizer = call.tokenizer
+    if isinstance(tokenizer, Spec):
+        tokenizer = _make_tokenizer(call, tokenizer, todo, scans, keys)
+    replace_file(job.folder / WORK / "tokenizer.json", tokenizer.to_json().encode())
     todo = [
         unit._replace(key=digest_json(unit.key, tokenizer.fingerprint, keys and keys[i]))
         for i, unit in enumerate(todo)
     ]
-    function = functools.partial(
+    tokenize = functools.partial(
         units.tokenize, fingerprint=tokenizer.fingerprint, keep=keys is not None
     )
-    made = run_phase(job, "tokens", todo, function, engine, show)
-    if changed := [
-        path for path, before in stamps.items() if identity.stamp(Source(path, "")) != before
-    ]:
-        raise DataError(f"{changed[0]}: changed while being read; run the command again")
-    if changed := [
-        spec for spec, code in filters.code(settings.filters).items() if code != about["code"][spec]
-    ]:
-        raise DataError(
-            f"--filters {changed[0]}: its module was edited while it was in use; remove "
-            f"--output={job.folder} and run the command again"
-        )
-    manifest = assemble.assemble(job, todo, made, scans or made, tokenizer, about, dropped)
-    if not any(source["train"]["documents"] for source in manifest["sources"].values()):
-        raise UsageError(
-            f"--input: no text is left to train on; {'; '.join(corpus.left_out(manifest['counts']))}"
-        )
-    if settings.eval_fraction and not any(
-        source["eval"]["documents"] for source in manifest["sources"].values()
-    ):
-        say(
-            f"nothing is held out: none of the documents is in --eval_fraction={settings.eval_fraction}"
-        )
-    replace_file(job.folder / assemble.INPUTS, json.dumps(state, indent=1).encode())
+    made = run_phase(call, "tokens", todo, tokenize)
+    _refuse_changes(call)
+
+    manifest = assemble.assemble(job, todo, made, scans or made, tokenizer, call.about, dropped)
+    _check_sides(call, manifest)
+    replace_file(job.folder / corpus.INPUTS, json.dumps(call.inputs.state(), indent=1).encode())
     replace_file(job.folder / corpus.MANIFEST, corpus.seal(manifest))
 
 
-def run_phase(
-    job: PrepareJob,
-    phase: str,
-    todo: Sequence[Unit],
-    function: Callable,
-    engine: Engine,
-    show: Show,
-) -> list[dict]:
-    """What `function(job, unit, tick)` makes of every unit, in order; what a marker says is done
-    is not done again."""
-    made = [units.finished(job, phase, unit) for unit in todo]
-    missing = [i for i, result in enumerate(made) if result is None]
-    documents, size = 0, 0
+def _scan(call: Call, todo: Sequence[Unit]) -> list[dict]:
+    """The scans of all units, if something has to be known of all documents; else none."""
+    tokenizer = call.tokenizer
+    wants_characters = isinstance(tokenizer, Spec) and tokenizer.needs_characters
+    if call.job.settings.dedup == "none" and not wants_characters:
+        return []
+    scan = functools.partial(survey.scan, wants_characters=wants_characters)
+    return run_phase(call, "scan", todo, scan)
+
+
+def _refuse_changes(call: Call) -> None:
+    """Raises DataError if the input or a filter has changed during the work."""
+    for path, before in call.inputs.stamps.items():
+        if identity.stamp(path) != before:
+            raise DataError(f"{path}: changed while being read; run the command again")
+    for spec, code in filters.digest_code(call.job.settings.filters).items():
+        if code != call.about["code"][spec]:
+            raise DataError(
+                f"--filters {spec}: its module was edited while it was in use; remove "
+                f"--output={call.job.folder} and run the command again"
+            )
+
+
+def _check_sides(call: Call, manifest: dict) -> None:
+    """Raises UsageError if no text is left to train on. Says it if nothing is held out."""
+    sources = manifest["sources"].values()
+    if not any(source["train"]["documents"] for source in sources):
+        lines = "; ".join(describe_left_out(manifest["counts"]))
+        raise UsageError(f"--input: no text is left to train on; {lines}")
+    fraction = call.job.settings.eval_fraction
+    if fraction and not any(source["eval"]["documents"] for source in sources):
+        call.say(f"nothing is held out: none of the documents is in --eval_fraction={fraction}")
+
+
+def run_phase(call: Call, phase: str, todo: Sequence[Unit], function: Callable) -> list[dict]:
+    """What `function(job, unit, tick)` makes of every unit, in order.
+
+    A unit that a marker says is done is not done again.
+    """
+    results = {}
+    for i, unit in enumerate(todo):
+        marker = units.read_marker(call.job, phase, unit)
+        if marker is not None:
+            results[i] = marker
+    missing = [i for i in range(len(todo)) if i not in results]
     total = sum(todo[i].size for i in missing)
     done = 0
+    documents = 0
+    size = 0
 
-    def tick(more: int, text: int) -> None:
+    def tick(more_documents: int, more_bytes: int) -> None:
         nonlocal documents, size
-        documents, size = documents + more, size + text
-        show(Progress(phase, done, total, documents, size))
+        documents += more_documents
+        size += more_bytes
+        call.show(Progress(phase, done, total, documents, size))
 
     tick(0, 0)
     work = Work(
-        functools.partial(function, job),
+        functools.partial(function, call.job),
         [todo[i] for i in missing],
-        engine.workers,
+        call.engine.workers,
         tick,
         Unit.describe,
-        engine.address,
+        call.engine.address,
     )
-    for number, result in ENGINES[engine.name](work):
-        made[missing[number]] = result
+    for number, result in ENGINES[call.engine.name](work):
+        results[missing[number]] = result
         done += todo[missing[number]].size
         tick(0, 0)
-    return made
+    return [results[i] for i in range(len(todo))]
 
 
-def _made(job: PrepareJob, spec: Spec, todo: Sequence[Unit], scans, keys, say: Say) -> Tokenizer:
-    """The tokenizer that is made from the text: characters of all of it, BPE of a sample of the
-    training side. Kept among the work, so that it is not made again."""
-    path = job.folder / WORK / f"trained-{digest_json([unit.key for unit in todo], keys)}.json"
+# ---- a tokenizer that is made from the text ----
+
+
+def _make_tokenizer(
+    call: Call,
+    spec: Spec,
+    todo: Sequence[Unit],
+    scans: Sequence[dict],
+    keys: Sequence[str] | None,
+) -> Tokenizer:
+    """The tokenizer of a spec: characters of all text, or BPE of a sample of the training side.
+
+    It is kept among the work, so a later call does not make it again.
+    """
+    digest = digest_json([unit.key for unit in todo], keys)
+    path = call.job.folder / WORK / f"trained-{digest}.json"
     if not path.exists():
-        characters = "".join(sorted(set().union(*(scan["characters"] for scan in scans or ()))))
-        say(f"tokenizer: making {spec.name}")
-        made = make_tokenizer(spec, lambda: _sample(job, todo, keys is not None), characters)
-        replace_file(path, made.to_json().encode())
+        characters = "".join(sorted(set().union(*(scan["characters"] for scan in scans))))
+        call.say(f"tokenizer: making {spec.name}")
+
+        def texts() -> Iterator[str]:
+            return _sample(call.job, todo, keep=keys is not None)
+
+        replace_file(path, make_tokenizer(spec, texts, characters).to_json().encode())
     return tokenizer_from_json(path.read_text(encoding="utf-8"))
 
 
 def _sample(job: PrepareJob, todo: Sequence[Unit], keep: bool) -> Iterator[str]:
-    """At most `tokenizer_mb` of text to train on, from the beginning of every unit as its share
-    of the input."""
-    total, most = max(sum(unit.size for unit in todo), 1), job.settings.tokenizer_mb * 1e6
+    """At most `tokenizer_mb` of text to train on.
+
+    It comes from the beginning of every unit, in proportion to its share of the input.
+    """
+    settings = job.settings
+    total = max(sum(unit.size for unit in todo), 1)
     for unit in todo:
-        room = int(most * unit.size / total)
+        room = int(settings.tokenizer_mb * 1e6 * unit.size / total)
+        if not room:
+            continue
         kept = np.fromfile(job.folder / units.keep_file(unit), bool) if keep else None
-        for text in units.read(job, unit, units.Counts(), kept) if room else ():
-            if units.is_held_out(text.hash, job.settings.eval_fraction):
+        for text in units.read(job, unit, units.Counts(), kept):
+            if units.is_held_out(text.hash, settings.eval_fraction):
                 continue
             part = text.text.encode()[:room].decode("utf-8", "ignore")  # not half a character
             yield part

@@ -1,9 +1,8 @@
-"""A unit of `gpt-jax prepare`: some input that is read, filtered, split and tokenized by itself
-(called by prepare, survey, and by worker processes on any machine).
+"""A unit of `gpt-jax prepare`: some input that is read, filtered, split and tokenized by itself.
 
 What a unit makes depends on its input and the settings alone. Its files are written under other
-names and renamed, its marker (json) is written last: a kill at any moment leaves a unit done or not
-done, and two processes that do the same unit harm nothing.
+names and renamed, and its marker (json) is written last. So a kill at any moment leaves a unit done
+or not done, and two processes that do the same unit harm nothing.
 """
 
 import functools
@@ -31,22 +30,23 @@ from gpt_jax.errors import DataError, UsageError
 from gpt_jax.files import Digest, replace_file
 
 WORK = "work"  # the folder of what is unfinished
-BATCH_CHARACTERS = (
-    1 << 20
-)  # encoded at once; the library holds some 40 bytes a character of it while it does
+# Encoded at once. The library needs some 40 bytes a character while it encodes.
+BATCH_CHARACTERS = 1 << 20
+
+Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What decides the content of the output, besides the input."""
+    """What decides the content of the output, together with the input."""
 
-    tokenizer: str = "bytes"  # a spec, see tokenizer
+    tokenizer: str = "bytes"  # a spec, see tokenizers/spec.py
     reading: Reading = field(default_factory=Reading)
-    filters: tuple[str, ...] = ()  # see filters.FILTERS, applied in order
+    filters: tuple[str, ...] = ()  # specs of filters, applied in order, see filters.FILTERS
     dedup: str = "none"  # none | exact | near[:SIMILARITY]
     eval_fraction: float = 0.0  # held out by hash of the text
-    piece_mb: float = 0.0  # input of a unit; 0: from the size of the input
-    tokenizer_mb: float = 200.0  # of text that a trained tokenizer sees
+    piece_mb: float = 0.0  # input of a unit; 0: it follows from the size of the input
+    tokenizer_mb: float = 200.0  # text that a trained tokenizer sees
 
 
 class Unit(NamedTuple):
@@ -60,14 +60,16 @@ class Unit(NamedTuple):
 
     @property
     def name(self) -> str:
+        """A name that no other unit of the job has."""
         return f"{self.source}-{self.number:05d}"
 
     def describe(self) -> str:
         """Its files, for messages."""
         names = list(dict.fromkeys(str(piece.source.path) for piece in self.pieces))
+        start = self.pieces[0].start
+        begin = f" from {start:,} on" if start else ""
         more = f" and {len(names) - 1} more files" if names[1:] else ""
-        piece = self.pieces[0]
-        return names[0] + (f" from {piece.start:,} on" if piece.start else "") + more
+        return f"{names[0]}{begin}{more}"
 
 
 class PrepareJob(NamedTuple):
@@ -75,6 +77,9 @@ class PrepareJob(NamedTuple):
 
     folder: Path  # the output
     settings: PrepareSettings
+
+
+# ---- reading ----
 
 
 class Text(NamedTuple):
@@ -93,71 +98,86 @@ class Counts:
 
     tally: Tally = field(default_factory=Tally)
     rows: list[int] = field(default_factory=list)  # of each piece
-    several: list[bool] = field(
-        default_factory=list
-    )  # whether the piece's file holds more than one document
+    # Whether the file of each piece holds more than one document.
+    several: list[bool] = field(default_factory=list)
     filtered: Counter = field(default_factory=Counter)  # documents dropped, by filter
 
 
 def read(
     job: PrepareJob, unit: Unit, counts: Counts, keep: np.ndarray | None = None
 ) -> Iterator[Text]:
-    """The texts of a unit that the filters leave, in order; with `keep` (bool [documents])
-    those. Fills `counts`."""
-    apply, number = filters.parse(job.settings.filters), -1
+    """The texts of a unit that the filters leave, in order. Fills `counts`.
+
+    With `keep` (bool [documents]) only the documents that it names are read. Raises DataError if
+    the unit does not have that many.
+    """
+    chain = filters.parse_filters(job.settings.filters)
+    number = -1
     for index, piece in enumerate(unit.pieces):
         tally = Tally()
         counts.several.append(piece.start > 0)
-        for document in readers.documents((piece,), job.settings.reading, tally):
+        for document in readers.read_documents((piece,), job.settings.reading, tally):
             number += 1
             counts.several[index] |= document.name != piece.source.name
             if keep is not None and not (number < len(keep) and keep[number]):
                 continue
-            try:
-                text, dropped_by = apply(document.text)
-                hashed = shards.text_hash(text or "")
-            except UsageError as error:
-                raise UsageError(f"{document.name}: {error}") from None
-            except UnicodeEncodeError as error:
-                raise UsageError(
-                    f"{document.name}: a filter left a lone surrogate at character {error.start}, which "
-                    "no UTF-8 text contains"
-                ) from None
+            text, dropped_by = _filter(chain, document)
             if text is None:
                 counts.filtered[dropped_by] += 1
             else:
-                yield Text(index, document, text, hashed, number)
+                yield Text(index, document, text, _hash(document, text), number)
         counts.tally += tally
         counts.rows.append(tally.rows)
+
     if keep is not None and number + 1 != len(keep):
         raise DataError(f"{unit.describe()}: changed while being read; run the command again")
+
+
+def _filter(chain: filters.Chain, document: Document) -> tuple[str | None, str]:
+    try:
+        return chain(document.text)
+    except UsageError as error:
+        raise UsageError(f"{document.name}: {error}") from None
+
+
+def _hash(document: Document, text: str) -> int:
+    try:
+        return shards.hash_text(text)
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{document.name}: a filter left a lone surrogate at character {error.start}, which no "
+            "UTF-8 text contains"
+        ) from None
 
 
 # ---- markers: what is done ----
 
 
-def marker(job: PrepareJob, phase: str, unit: Unit) -> Path:
+def locate_marker(job: PrepareJob, phase: str, unit: Unit) -> Path:
+    """Where the marker of a phase of a unit lies."""
     return job.folder / WORK / f"{phase}-{unit.name}.json"
 
 
-def finished(job: PrepareJob, phase: str, unit: Unit) -> dict | None:
-    """What a phase has made of a unit, if it is done and all its files are there."""
+def read_marker(job: PrepareJob, phase: str, unit: Unit) -> dict | None:
+    """What a phase has made of a unit; None if it is not done or a file is missing."""
     try:
-        found = json.loads(marker(job, phase, unit).read_bytes())
-        found["tally"].pop("bytes", None)  # of an older version
-        whole = found["key"] == unit.key and all(
-            os.path.getsize(job.folder / name) == size for name, (size, _) in found["files"].items()
-        )
-        return found if whole else None
-    except (OSError, ValueError, KeyError):  # not there, or torn: it is made again
+        marker = json.loads(locate_marker(job, phase, unit).read_bytes())
+        marker["tally"].pop("bytes", None)  # an older version wrote it
+        if marker["key"] != unit.key:
+            return None
+        for name, (size, _) in marker["files"].items():
+            if os.path.getsize(job.folder / name) != size:
+                return None
+        return marker
+    except (OSError, ValueError, KeyError):  # a file is missing, or the marker is torn
         return None
 
 
-def finish(
+def write_marker(
     job: PrepareJob, phase: str, unit: Unit, files: dict[str, Digest], counts: Counts, **more
 ) -> dict:
-    """Writes the marker. `more` is json."""
-    made = {
+    """Writes and gives the marker of a phase. `more` is json."""
+    marker = {
         "key": unit.key,
         "files": files,
         "rows": counts.rows,
@@ -165,16 +185,17 @@ def finish(
         "tally": asdict(counts.tally),
         "filtered": counts.filtered,
     } | more
-    replace_file(marker(job, phase, unit), json.dumps(made).encode())
-    return json.loads(json.dumps(made))  # as `finished` gives it
+    raw = json.dumps(marker)
+    replace_file(locate_marker(job, phase, unit), raw.encode())
+    return json.loads(raw)  # as `read_marker` gives it
 
 
-# ---- tokenize ----
+# ---- encoding ----
 
 
 @functools.lru_cache(1)
-def _tokenizer(path: Path, fingerprint: str) -> Tokenizer:
-    """Once a process: a large vocabulary takes a second."""
+def _load_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
+    """The tokenizer of a job, loaded once a process because a large vocabulary takes a second."""
     tokenizer = tokenizer_from_json(path.read_text(encoding="utf-8"))
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{path}: is not the tokenizer of this job; run the command again")
@@ -189,33 +210,37 @@ class Part(NamedTuple):
     last: bool
 
 
-def _parts(texts: Iterable[Text], tokenizer: Tokenizer) -> Iterator[Part]:
+def _split_into_parts(texts: Iterable[Text], tokenizer: Tokenizer) -> Iterator[Part]:
+    """The parts of all texts. One part of a long text is held at a time, and the next one."""
     for text in texts:
         parts = tokenizer.parts(text.text)
         part = next(parts)
         for following in parts:
-            yield Part(text, part, False)
+            yield Part(text, part, last=False)
             part = following
-        yield Part(text, part, True)
+        yield Part(text, part, last=True)
 
 
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    batch, size = [], 0
+def _batch(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    batch = []
+    size = 0
     for part in parts:
         batch.append(part)
         size += len(part.text)
         if size >= BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, batch: list[Part]) -> list[np.ndarray]:
+def _encode_batch(tokenizer: Tokenizer, batch: list[Part]) -> list[np.ndarray]:
+    """The ids of each part. Raises UsageError that names the document."""
     try:
         return tokenizer.encode_batch([part.text for part in batch])
     except UsageError:
-        for part in batch:  # whose it is
+        for part in batch:
             try:
                 tokenizer.encode(part.text)
             except UsageError as error:
@@ -223,15 +248,17 @@ def _encode(tokenizer: Tokenizer, batch: list[Part]) -> list[np.ndarray]:
         raise
 
 
-def _encoded(
+def _encode(
     parts: Iterable[Part], tokenizer: Tokenizer
 ) -> Iterator[tuple[list[Part], list[np.ndarray]]]:
-    """Batches with their ids; one is encoded while the one before is written and the one after
-    is read."""
+    """Batches with their ids.
+
+    One batch is encoded while the one before is written and the one after is read.
+    """
     with ThreadPoolExecutor(1) as thread:
         waiting = None
-        for batch in _batches(parts):
-            following = batch, thread.submit(_encode, tokenizer, batch)
+        for batch in _batch(parts):
+            following = batch, thread.submit(_encode_batch, tokenizer, batch)
             if waiting:
                 yield waiting[0], waiting[1].result()
             waiting = following
@@ -239,64 +266,94 @@ def _encoded(
             yield waiting[0], waiting[1].result()
 
 
+# ---- tokenizing ----
+
+
 def keep_file(unit: Unit) -> str:
-    """One byte a document of the unit: whether it stays. Written by prepare when duplicates are
-    looked for."""
+    """The file with one byte a document of the unit: whether it stays.
+
+    It is written when duplicates are looked for.
+    """
     return f"{WORK}/keep-{unit.name}"
 
 
+def unit_file(unit: Unit, side: str, suffix: str) -> str:
+    """The file of a unit's shard, or of its part of the index."""
+    if suffix == ".tokens":
+        return f"{unit.source}/{side}-{unit.number:05d}.tokens"
+    return f"{WORK}/tokens-{unit.name}-{side}{suffix}"
+
+
 def is_held_out(text_hash: int, fraction: float) -> bool:
-    """A decision on each document alone, so that copies stay together and added files move none
-    across."""
+    """Whether a document is held out, by its hash alone.
+
+    So copies stay together, and added files move no document across.
+    """
     return text_hash < int(fraction * 2.0**64)
 
 
-def tokenize(
-    job: PrepareJob, unit: Unit, tick: Callable[[int, int], None], *, fingerprint: str, keep: bool
-) -> dict:
-    """Writes at most one shard for each side: `SOURCE/SIDE-NUMBER.tokens`, and its index among
-    the work; the marker also has `sides`: {side: documents, tokens, bytes, lost}. Memory: the
-    largest document and 32 bytes for each."""
-    tokenizer = _tokenizer(job.folder / WORK / "tokenizer.json", fingerprint)
+def tokenize(job: PrepareJob, unit: Unit, tick: Tick, *, fingerprint: str, keep: bool) -> dict:
+    """Writes at most one shard for each side, and its index among the work. Gives the marker.
+
+    The marker also has `sides`: {side: documents, tokens, bytes, lost}. Memory: the largest
+    document, and 32 bytes for each.
+    """
+    tokenizer = _load_tokenizer(job.folder / WORK / "tokenizer.json", fingerprint)
     kept = np.fromfile(job.folder / keep_file(unit), bool) if keep else None
-    folder, dtype, counts = job.folder / unit.source, shards.id_type(tokenizer.vocab), Counts()
+    dtype = shards.choose_id_type(tokenizer.vocab)
+    counts = Counts()
+
+    folder = job.folder / unit.source
     temporary = {side: folder / f".{side}-{unit.number:05d}-{uuid.uuid4().hex}" for side in SIDES}
     writers = {side: shards.Writer(temporary[side], dtype, tokenizer.eot) for side in SIDES}
-    fraction = job.settings.eval_fraction
     try:
-        for batch, encoded in _encoded(_parts(read(job, unit, counts, kept), tokenizer), tokenizer):
-            documents = size = 0
-            for (text, part, last), ids in zip(batch, encoded):
-                out = writers["eval" if is_held_out(text.hash, fraction) else "train"]
-                out.write(ids, tokenizer.lost(part, ids))
-                if last:
-                    length = len(text.text.encode())
-                    out.end(text.hash, length, text.document.row, text.piece)
-                    documents, size = documents + 1, size + length
-            tick(documents, size)
-        files, sides = {}, {}
+        parts = _split_into_parts(read(job, unit, counts, kept), tokenizer)
+        for batch, ids in _encode(parts, tokenizer):
+            tick(*_write(writers, tokenizer, batch, ids, job.settings.eval_fraction))
+        files = {}
         for side, out in writers.items():
-            digests = out.close()
-            sides[side] = {
-                "documents": len(out.offsets) - 1,
-                "tokens": out.tokens,
-                "bytes": out.bytes,
-                "lost": out.lost,
-            }
-            for suffix, digest in digests.items() if out.tokens else ():
-                name = unit_file(unit, side, suffix)
-                os.replace(f"{temporary[side]}{suffix}", job.folder / name)
-                files[name] = digest
+            files |= _finish_side(job, unit, side, out, temporary[side])
     finally:
         for side, out in writers.items():
             out.file.close()
             for suffix in shards.SUFFIXES:
                 Path(f"{temporary[side]}{suffix}").unlink(missing_ok=True)
-    return finish(job, "tokens", unit, files, counts, sides=sides)
+
+    sides = {side: out.counts() for side, out in writers.items()}
+    return write_marker(job, "tokens", unit, files, counts, sides=sides)
 
 
-def unit_file(unit: Unit, side: str, suffix: str) -> str:
-    """Where a unit's shard or its part of the index goes."""
-    if suffix == ".tokens":
-        return f"{unit.source}/{side}-{unit.number:05d}.tokens"
-    return f"{WORK}/tokens-{unit.name}-{side}{suffix}"
+def _write(
+    writers: dict[str, shards.Writer],
+    tokenizer: Tokenizer,
+    batch: list[Part],
+    ids: list[np.ndarray],
+    fraction: float,
+) -> tuple[int, int]:
+    """Writes a batch to its sides. Gives the documents that ended in it, and their bytes."""
+    documents = 0
+    size = 0
+    for (text, part, last), part_ids in zip(batch, ids, strict=True):
+        out = writers["eval" if is_held_out(text.hash, fraction) else "train"]
+        out.write(part_ids, tokenizer.lost(part, part_ids))
+        if last:
+            length = len(text.text.encode())
+            out.end(text.hash, length, text.document.row, text.piece)
+            documents += 1
+            size += length
+    return documents, size
+
+
+def _finish_side(
+    job: PrepareJob, unit: Unit, side: str, out: shards.Writer, temporary: Path
+) -> dict[str, Digest]:
+    """Closes a writer and renames its files; a side without tokens leaves none."""
+    digests = out.close()
+    if not out.tokens:
+        return {}
+    files = {}
+    for suffix, digest in digests.items():
+        name = unit_file(unit, side, suffix)
+        os.replace(f"{temporary}{suffix}", job.folder / name)
+        files[name] = digest
+    return files

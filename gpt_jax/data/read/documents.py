@@ -28,7 +28,16 @@ from gpt_jax.data.read.formats import BY_ARROW, TEXTS, format_of
 from gpt_jax.data.read.sources import Source, suffixes
 from gpt_jax.errors import UsageError
 
-__all__ = ["Document", "Piece", "Reading", "Source", "Tally", "cut", "documents", "whole"]
+__all__ = [
+    "Document",
+    "Piece",
+    "Reading",
+    "Source",
+    "Tally",
+    "cut_source",
+    "read_documents",
+    "whole_piece",
+]
 BLOCK = 1 << 20
 PLACES = 5  # skipped rows that are named
 
@@ -116,7 +125,7 @@ def _damage(source: Source) -> Iterator[None]:
 # ---- pieces ----
 
 
-def whole(source: Source) -> Piece:
+def whole_piece(source: Source) -> Piece:
     return Piece(source, 0, -1)
 
 
@@ -179,7 +188,7 @@ CUTS = {
 }
 
 
-def cut(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:
+def cut_source(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:
     """Pieces of about `size` bytes, at least one, whose documents one after the other are those
     of the whole: lines by bytes, .parquet by row groups, hf:// by the data set's own shards;
     packed files and all other formats whole."""
@@ -216,7 +225,7 @@ def _place(piece: Piece, row: int, number: int, reading: Reading) -> str:
     return _name(piece.source.path, piece, row, number)
 
 
-def documents(
+def read_documents(
     pieces: Iterable[Piece], reading: Reading, tally: Tally | None = None
 ) -> Iterator[Document]:
     """Every document that has text, in order; `tally` counts what was read and left out.

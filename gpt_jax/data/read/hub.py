@@ -41,7 +41,7 @@ class Name(NamedTuple):
         return not self.local and COMMIT.fullmatch(self.revision or "") is not None
 
 
-def parse(path: str) -> Name:
+def parse_name(path: str) -> Name:
     """UsageError for a path that names no data set."""
     whole = path.removeprefix(HUB)
     revision = re.search(r"#(\w[\w./-]*)$", whole)
@@ -75,7 +75,7 @@ def pin(path: str, say: Callable[[str], None]) -> str:
     """`path` with the commit that the hub has for it now, so that every worker and every later
     call reads the same; a folder of this machine, or a commit, as it is. Says so where the hub
     does not answer."""
-    found = parse(path)
+    found = parse_name(path)
     if found.local or found.pinned:
         return path
     try:
@@ -86,22 +86,22 @@ def pin(path: str, say: Callable[[str], None]) -> str:
     except UsageError as error:
         say(f"no commit of the hub to hold on to, so a change there would not be noticed: {error}")
         return path
-    return at(path, sha)
+    return with_revision(path, sha)
 
 
-def at(path: str, commit: str) -> str:
+def with_revision(path: str, commit: str) -> str:
     """`path` with another revision."""
-    return f"{path.removesuffix(f'#{parse(path).revision}')}#{commit}"
+    return f"{path.removesuffix(f'#{parse_name(path).revision}')}#{commit}"
 
 
 def stream(path: str):
     """The data set as a `datasets.IterableDataset`. UsageError for one that cannot be had."""
-    return _stream(path) if parse(path).pinned else _stream.__wrapped__(path)
+    return _stream(path) if parse_name(path).pinned else _stream.__wrapped__(path)
 
 
 @functools.lru_cache(4)  # asking the hub what a set consists of takes seconds
 def _stream(path: str):
-    found = parse(path)
+    found = parse_name(path)
     with _library(path):
         import datasets
 
@@ -115,12 +115,12 @@ def _stream(path: str):
 
 def sizes(path: str) -> list[int]:
     """Bytes of each part that it can be read in, all 0 where that is not known."""
-    return _sizes(path) if parse(path).pinned else _sizes.__wrapped__(path)
+    return _sizes(path) if parse_name(path).pinned else _sizes.__wrapped__(path)
 
 
 @functools.lru_cache(4)
 def _sizes(path: str) -> list[int]:
-    found, count = parse(path), stream(path).num_shards
+    found, count = parse_name(path), stream(path).num_shards
     with _library(path):
         import datasets
 
@@ -150,7 +150,7 @@ def _hub_sizes(found: Name) -> dict[str, int]:
 def stamp(path: str) -> tuple[int, str]:
     """(bytes, 0 where that is not known; what changes when it does): the commit, or sizes and
     times of a folder's files, as of any file."""
-    found = parse(path)
+    found = parse_name(path)
     if not found.local:
         return sum(sizes(path)), found.revision or ""
     files = sorted(

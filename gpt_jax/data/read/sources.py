@@ -177,7 +177,7 @@ def _named(spec: str, key: str) -> list[Source]:
         ) from None
 
 
-def find(paths: tuple[str, ...], key: str = "config.data.path") -> tuple[Source, ...]:
+def find_sources(paths: tuple[str, ...], key: str = "config.data.path") -> tuple[Source, ...]:
     """The files that `paths` mean, in a fixed order, each once: files, directories (recursive) and
     globs, here or on an object store (`gs://…`, `s3://…`, whatever fsspec opens), data sets
     `hf://name[:config][@split]`, and the word `stdlib`, the running interpreter's library without

@@ -106,8 +106,8 @@ def _part(field: str, path: str, opened: corpus.PreparedCorpus, name: str, repor
     if sides["train"] is None:
         raise UsageError(f"{field} = {path}: its source {name} has no tokens to train on")
 
-    train = cache.count(sides["train"])
-    heldout = cache.count(sides["eval"])
+    train = cache.describe_size(sides["train"])
+    heldout = cache.describe_size(sides["eval"])
     report(
         f"data: {name}: train on {train}, held out {heldout}; tokenizer "
         f"{opened.tokenizer.name} of {opened.tokenizer.vocab:,} ids; {path}"
@@ -125,7 +125,7 @@ def load_heldout(
     """
     folder = _folder(path, data, report)
     if folder is None and adopt.is_foreign(path):
-        return {path: adopt.heldout(path, tokenizer, report)}
+        return {path: adopt.adopt_heldout(path, tokenizer, report)}
     if folder is None:
         return {path: cache.load_text((path,), tokenizer, data, report=report)}
 
@@ -141,7 +141,7 @@ def load_heldout(
         )
 
     for name, tokens in heldout.items():
-        report(f"data: {path}: {name}: held out {cache.count(tokens)}")
+        report(f"data: {path}: {name}: held out {cache.describe_size(tokens)}")
     is_alone = len(opened.sources) == 1
     return {path if is_alone else f"{path}/{name}": tokens for name, tokens in heldout.items()}
 

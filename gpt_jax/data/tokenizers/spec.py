@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from gpt_jax.data.tokenizers.bpe import PATTERNS, json_tokenizer, train_bpe
-from gpt_jax.data.tokenizers.files import read_tokenizer, sentencepiece_tokenizer
+from gpt_jax.data.tokenizers.bpe import PATTERNS, make_json_tokenizer, train_bpe
+from gpt_jax.data.tokenizers.files import make_sentencepiece_tokenizer, read_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import (
     EOT,
     SPECIALS,
     Tokenizer,
-    byte_tokenizer,
-    char_tokenizer,
+    make_byte_tokenizer,
+    make_char_tokenizer,
     with_extra,
     with_specials,
 )
@@ -34,10 +34,10 @@ from gpt_jax.errors import UsageError
 SMALLEST_BPE = 257  # 256 bytes and end of text
 LARGEST_BPE = 10_000_000  # a typing error rather than a vocabulary
 SPEC_KINDS = {
-    "bytes": byte_tokenizer,
-    "char": char_tokenizer,
-    "json": json_tokenizer,
-    "sentencepiece": sentencepiece_tokenizer,
+    "bytes": make_byte_tokenizer,
+    "char": make_char_tokenizer,
+    "json": make_json_tokenizer,
+    "sentencepiece": make_sentencepiece_tokenizer,
 }
 
 
@@ -109,7 +109,7 @@ def resolve_tokenizer(spec: str, field: str = "config.data.tokenizer") -> Tokeni
         return parsed
 
     if parsed.base in ("", "bytes"):
-        base = byte_tokenizer()
+        base = make_byte_tokenizer()
     else:
         base = read_tokenizer(parsed.base, field)
     name = base.name + spec.removeprefix(parsed.base)
@@ -121,7 +121,7 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Makes the tokenizer of a spec from text: `char` from `characters`, BPE from `texts()`."""
     if spec.needs_characters:
-        made = char_tokenizer(characters)
+        made = make_char_tokenizer(characters)
     else:
         made = train_bpe(texts(), spec.vocab, spec.pattern)
     return replace(with_specials(made, spec.specials), name=spec.name)

@@ -1,8 +1,8 @@
-"""Token files of other tools as what a run trains on, read where they lie (called by dataset).
+"""Token files of other tools as what a run trains on, read where they lie.
 
-Several files (the shards that llm.c writes) are one source: joined in the order of their names,
-each ending a document, so that one cut in two by its tool counts as two. A row may reach over the
-end of a file as over that of any document.
+Several files, such as the shards that llm.c writes, are one source. They are joined in the order of
+their names. Each file ends a document, so a document that its tool cut in two counts as two. A row
+may reach over the end of a file as over the end of any document.
 """
 
 import glob
@@ -16,9 +16,9 @@ from gpt_jax import config
 from gpt_jax.data.read import sources
 from gpt_jax.data.read.sources import TOKEN_FILES, Source
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
-from gpt_jax.data.tokens import cache, store
-from gpt_jax.data.tokens.cache import Prepared
-from gpt_jax.data.tokens.foreign import open_foreign, split
+from gpt_jax.data.tokens.cache import Prepared, describe_size
+from gpt_jax.data.tokens.foreign import find_documents, open_foreign
+from gpt_jax.data.tokens.hashes import hash_sources
 from gpt_jax.data.tokens.shards import DOCUMENT, Origin, TokenFile, Tokens
 from gpt_jax.errors import UsageError
 from gpt_jax.files import digest_json
@@ -26,43 +26,59 @@ from gpt_jax.files import digest_json
 AT_ONCE = 1 << 24  # ids whose bytes are counted at once
 NANOGPT = ("train.bin", "val.bin")  # what a folder of nanoGPT holds
 
+Report = Callable[[str], None]
+
 
 class Joined(NamedTuple):
     """Token files one after the other."""
 
     files: tuple[Path, ...]
     ids: tuple[np.ndarray, ...]  # of each file, memory-mapped
-    headers: tuple[int, ...]  # bytes before them
+    headers: tuple[int, ...]  # bytes before the ids of each file
     offsets: np.ndarray  # int64 [documents + 1] through all files
     kind: str
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
+        return len(self.offsets) - 1
+
+    @property
+    def begins(self) -> np.ndarray:
+        """int64 [files + 1]: the first id of each file, then the end."""
+        return np.cumsum([0, *map(len, self.ids)])
 
 
 # ---- which files a path means ----
 
 
-def _matches(path: str) -> list[Path]:
-    """The token files that a path means by its name: itself, Megatron's prefix, a glob; [] for
-    anything else."""
+def _match(path: str) -> list[Path]:
+    """The token files that a path means by its name: itself, Megatron's prefix, or a glob.
+
+    The list is empty for anything else.
+    """
     here = Path(path).expanduser()
-    if path.endswith(TOKEN_FILES) and (here.exists() or not glob.has_magic(path)):
+    exists = here.exists()
+    if path.endswith(TOKEN_FILES) and (exists or not glob.has_magic(path)):
         return [here]
-    if not here.exists() and Path(f"{here}.idx").is_file():
+    if exists:
+        return []
+    if Path(f"{here}.idx").is_file():
         return [Path(f"{here}.bin")]
-    found = (
-        [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
-        if not here.exists()
-        else []
-    )
+
+    matches = [Path(match) for match in sorted(glob.glob(str(here), recursive=True))]
     # Of Megatron's pairs one file stands for both.
     kept = [
-        file for file in found if file.suffix != ".idx" or file.with_suffix(".bin") not in found
+        file for file in matches if file.suffix != ".idx" or file.with_suffix(".bin") not in matches
     ]
     return kept if all(file.suffix in TOKEN_FILES for file in kept) else []
 
 
-def _folder(path: str) -> list[Path]:
-    """train.bin and val.bin of a folder made by nanoGPT's prepare.py; [] for any other.
-    UsageError beside text."""
+def _list_folder(path: str) -> list[Path]:
+    """train.bin and val.bin of a folder made by nanoGPT's prepare.py; empty for any other folder.
+
+    Raises UsageError if the folder holds text as well.
+    """
     files = [Path(path).expanduser() / name for name in NANOGPT]
     if not all(file.is_file() for file in files):
         return []
@@ -77,22 +93,24 @@ def _folder(path: str) -> list[Path]:
 
 def is_foreign(path: str) -> bool:
     """Whether a path means token files, by its name and what lies there."""
-    return bool(_matches(path) or _folder(path))
+    return bool(_match(path) or _list_folder(path))
 
 
-def _files(paths: Sequence[str], field: str) -> tuple[Path, ...]:
-    """The files that `paths` mean, each once. UsageError, by `field`, for anything else among
-    them."""
-    if other := [path for path in paths if not _matches(path)]:
-        raise UsageError(
-            f"{field} = {', '.join(paths)}: {other[0]} is no token file and cannot be joined with such; "
-            "name texts and token files in config.data.sources"
-        )
-    files = [
-        file.with_suffix(".bin") if file.suffix == ".idx" else file
-        for path in paths
-        for file in _matches(path)
-    ]
+def _list_files(paths: Sequence[str], field: str) -> tuple[Path, ...]:
+    """The files that `paths` mean, each once.
+
+    Raises UsageError, naming `field`, if one of them means anything else.
+    """
+    files = []
+    for path in paths:
+        matches = _match(path)
+        if not matches:
+            raise UsageError(
+                f"{field} = {', '.join(paths)}: {path} is no token file and cannot be joined with "
+                "such; name texts and token files in config.data.sources"
+            )
+        for file in matches:
+            files.append(file.with_suffix(".bin") if file.suffix == ".idx" else file)
     return tuple(dict.fromkeys(files))
 
 
@@ -100,137 +118,193 @@ def _files(paths: Sequence[str], field: str) -> tuple[Path, ...]:
 
 
 def _join(files: tuple[Path, ...], eot: int | None) -> Joined:
-    """UsageError, naming the file, for one of no use."""
+    """Opens files and joins them. Raises UsageError, naming the file, for one that is no part."""
     opened = [open_foreign(file, eot) for file in files]
-    begins = bool(opened[0].tokens[0] == eot)
+    first = opened[0]
+    eot_begins = bool(first.tokens[0] == eot)
     for i, one in enumerate(opened):
-        if one.tokens.dtype != opened[0].tokens.dtype:
+        if one.tokens.dtype != first.tokens.dtype:
             raise UsageError(
-                f"{files[i]}: holds {one.tokens.dtype} and {files[0]} {opened[0].tokens.dtype}; give files "
-                "of one tool"
+                f"{files[i]}: holds {one.tokens.dtype} and {files[0]} {first.tokens.dtype}; give "
+                "files of one tool"
             )
-        if one.kind != "megatron" and begins != bool(
-            one.tokens[0] == eot
-        ):  # cut within a document: as the first is
-            opened[i] = one._replace(offsets=split(one.tokens, eot, begins))
-    starts = np.cumsum([0, *(len(one.tokens) for one in opened)])
-    offsets = np.concatenate(
-        [one.offsets[:-1] + start for one, start in zip(opened, starts)] + [starts[-1:]]
-    )
+        # A file that was cut within a document has end of text where the first file has it.
+        if one.kind != "megatron" and eot_begins != bool(one.tokens[0] == eot):
+            opened[i] = one._replace(offsets=find_documents(one.tokens, eot, eot_begins))
+
+    begins = np.cumsum([0, *(len(one.tokens) for one in opened)])
+    starts = [one.offsets[:-1] + begin for one, begin in zip(opened, begins[:-1], strict=True)]
     return Joined(
         files,
         tuple(one.tokens for one in opened),
         tuple(one.header for one in opened),
-        offsets,
-        opened[0].kind,
+        np.concatenate([*starts, begins[-1:]]),
+        first.kind,
     )
 
 
-def _side(name: str, found: Joined, first: int, last: int, tokenizer: Tokenizer, report) -> Tokens:
-    """Documents `first` to `last` of token files."""
-    start, stop = int(found.offsets[first]), int(found.offsets[last])
-    begins = np.cumsum([0, *map(len, found.ids)])
-    parts = [
-        ids[max(start - begin, 0) : max(stop - begin, 0)] for ids, begin in zip(found.ids, begins)
-    ]
-    size, unknown = 0, 0
-    for file, ids in zip(found.files, parts):
-        for at in range(0, len(ids), AT_ONCE):
-            part = ids[at : at + AT_ONCE]
-            if (largest := int(part.max())) >= tokenizer.vocab:
+class Range(NamedTuple):
+    """The ids of each file that belong to some documents."""
+
+    start: int  # of the first document, through all files
+    stop: int
+    parts: tuple[np.ndarray, ...]  # of each file
+    skipped: tuple[int, ...]  # ids of each file before its part
+
+
+def _slice(joined: Joined, first: int, last: int) -> Range:
+    """The ids of documents `first` to `last`."""
+    start = int(joined.offsets[first])
+    stop = int(joined.offsets[last])
+    parts = []
+    skipped = []
+    for ids, begin in zip(joined.ids, joined.begins[:-1].tolist(), strict=True):
+        parts.append(ids[max(start - begin, 0) : max(stop - begin, 0)])
+        skipped.append(max(start - begin, 0))
+    return Range(start, stop, tuple(parts), tuple(skipped))
+
+
+def _count_bytes(joined: Joined, ids: Range, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Bytes that the ids stand for, and how many ids are unknown characters.
+
+    Raises UsageError, naming the file, for an id that the tokenizer does not have.
+    """
+    size = 0
+    unknown = 0
+    for file, part in zip(joined.files, ids.parts, strict=True):
+        for at in range(0, len(part), AT_ONCE):
+            block = part[at : at + AT_ONCE]
+            largest = int(block.max())
+            if largest >= tokenizer.vocab:
                 raise UsageError(
-                    f"{file.name}: holds the id {largest}, and config.data.tokenizer = {tokenizer.name} "
-                    f"has {tokenizer.vocab} ids; name the tokenizer that made the file"
+                    f"{file.name}: holds the id {largest}, and config.data.tokenizer = "
+                    f"{tokenizer.name} has {tokenizer.vocab} ids; name the tokenizer that made "
+                    "the file"
                 )
-            size += int(tokenizer.token_bytes[part].sum(dtype=np.int64))
-            unknown += (
-                int((part == tokenizer.unknown).sum()) if tokenizer.unknown is not None else 0
-            )
+            size += int(tokenizer.token_bytes[block].sum(dtype=np.int64))
+            if tokenizer.unknown is not None:
+                unknown += int((block == tokenizer.unknown).sum())
+    return size, unknown
+
+
+def _describe_documents(
+    joined: Joined, first: int, last: int
+) -> tuple[np.ndarray, tuple[Origin, ...]]:
+    """DOCUMENT of documents `first` to `last`, and the Origin of each file."""
+    firsts = np.searchsorted(joined.offsets[:-1], joined.begins)  # first document of each file
+    numbers = np.arange(first, last)
+    docs = np.zeros(last - first, DOCUMENT)
+    docs["piece"] = np.searchsorted(firsts, numbers, "right") - 1
+    docs["row"] = numbers - firsts[docs["piece"]]
+    origins = tuple(
+        Origin(file.name, 0, bool(count > 1))
+        for file, count in zip(joined.files, np.diff(firsts), strict=True)
+    )
+    return docs, origins
+
+
+def _make_tokens(
+    name: str, joined: Joined, first: int, last: int, tokenizer: Tokenizer, report: Report
+) -> Tokens:
+    """Documents `first` to `last` of token files, as one side of a run."""
+    ids = _slice(joined, first, last)
+    size, unknown = _count_bytes(joined, ids, tokenizer)
     if unknown:
         report(
-            f"data: {unknown:,} of the {stop - start:,} {name} tokens of {found.files[0].name} are <unk>: that text "
-            "is lost, and bits per byte are of the rest"
+            f"data: {unknown:,} of the {ids.stop - ids.start:,} {name} tokens of "
+            f"{joined.files[0].name} are <unk>: that text is lost, and bits per byte are of the "
+            "rest"
         )
-    firsts = np.searchsorted(
-        found.offsets[:-1], begins
-    )  # the number of the first document of each file
-    docs = np.zeros(last - first, DOCUMENT)
-    docs["piece"] = np.searchsorted(firsts, np.arange(first, last), "right") - 1
-    docs["row"] = np.arange(first, last) - firsts[docs["piece"]]
-    origins = tuple(
-        Origin(file.name, 0, bool(count > 1)) for file, count in zip(found.files, np.diff(firsts))
-    )
-    skipped = np.maximum(start - begins[:-1], 0).tolist()  # ids of each file
-    shards = tuple(
-        TokenFile(file, ids.dtype, len(ids), header + skip * ids.itemsize)
-        for file, ids, header, skip in zip(found.files, parts, found.headers, skipped)
-        if len(ids)
-    )
-    return Tokens(name, shards, found.offsets[first : last + 1] - start, docs, size, origins)
+
+    shards = []
+    for i, part in enumerate(ids.parts):
+        if len(part):
+            header = joined.headers[i] + ids.skipped[i] * part.itemsize
+            shards.append(TokenFile(joined.files[i], part.dtype, len(part), header))
+    docs, origins = _describe_documents(joined, first, last)
+    offsets = joined.offsets[first : last + 1] - ids.start
+    return Tokens(name, tuple(shards), offsets, docs, size, origins)
 
 
-def _whole(name: str, files: tuple[Path, ...], tokenizer: Tokenizer, report) -> Tokens:
-    found = _join(files, tokenizer.eot)
-    return _side(name, found, 0, len(found.offsets) - 1, tokenizer, report)
+def _adopt_whole(
+    name: str, files: tuple[Path, ...], tokenizer: Tokenizer, report: Report
+) -> Tokens:
+    joined = _join(files, tokenizer.eot)
+    return _make_tokens(name, joined, 0, joined.documents, tokenizer, report)
 
 
-def heldout(path: str, tokenizer: Tokenizer, report: Callable[[str], None]) -> Tokens:
-    """All of what a path of token files means. UsageError as `adopt`."""
-    return _whole("eval", tuple(_folder(path)[1:]) or _files((path,), "--text"), tokenizer, report)
+def adopt_heldout(path: str, tokenizer: Tokenizer, report: Report) -> Tokens:
+    """All tokens of a path of token files, as held-out text. Raises UsageError as `adopt` does."""
+    files = tuple(_list_folder(path)[1:]) or _list_files((path,), "--text")
+    return _adopt_whole("eval", files, tokenizer, report)
+
+
+def _place_border(joined: Joined, fraction: float) -> tuple[Joined, int]:
+    """The files, and the number of the first document that is held out.
+
+    A single document is cut in two, so it becomes two documents.
+    """
+    border = int(joined.offsets[-1] * (1 - fraction))
+    if joined.documents == 1:
+        joined = joined._replace(offsets=np.array([0, border, joined.offsets[-1]]))
+    first_held = int(np.searchsorted(joined.offsets[:-1], border, "left"))
+    return joined, min(max(1, first_held), joined.documents - 1)
 
 
 def adopt(
     paths: Sequence[str],
     data: config.Data,
     tokenizer: Tokenizer | None,
-    report: Callable[[str], None],
+    report: Report,
     field: str = "config.data.path",
 ) -> Prepared:
-    """Train and held-out tokens of token files: config.data.eval_path are others (and val.bin of
-    nanoGPT's folder), or the last eval_fraction of the documents (of one document alone, of its
-    tokens) is held out. All ids are looked at once, to be sure that they are in the vocabulary.
-    UsageError for files or a tokenizer of no use."""
+    """Train and held-out tokens of token files.
+
+    Held out is what config.data.eval_path names, or val.bin of nanoGPT's folder. Without either it
+    is the last eval_fraction of the documents, or of the tokens if there is one document only. All
+    ids are read once, to be sure that they are in the vocabulary.
+
+    Raises UsageError if no tokenizer is given, for files that cannot be read, and for ids that the
+    tokenizer does not have.
+    """
     named = ", ".join(paths)
     if tokenizer is None:
         raise UsageError(
-            f"config.data.tokenizer = {data.tokenizer!r}: {named} does not say which tokenizer made its "
-            "ids; name it by its file, such as tokenizer.json or a folder of encoder.json and vocab.bpe"
+            f"config.data.tokenizer = {data.tokenizer!r}: {named} does not say which tokenizer "
+            "made its ids; name it by its file, such as tokenizer.json or a folder of encoder.json "
+            "and vocab.bpe"
         )
-    folder = _folder(paths[0]) if len(paths) == 1 else []
-    files = tuple(folder[:1]) or _files(paths, field)
-    others = (
-        _files(data.eval_path, "config.data.eval_path") if data.eval_path else tuple(folder[1:])
-    )
-    found, held = _join(files, tokenizer.eot), None
-    cut = len(found.offsets) - 1
-    if others:
-        held = _whole("eval", others, tokenizer, report)
+
+    folder = _list_folder(paths[0]) if len(paths) == 1 else []
+    files = tuple(folder[:1]) or _list_files(paths, field)
+    held_files = tuple(folder[1:])
+    if data.eval_path:
+        held_files = _list_files(data.eval_path, "config.data.eval_path")
+
+    joined = _join(files, tokenizer.eot)
+    held = None
+    border = joined.documents
+    if held_files:
+        held = _adopt_whole("eval", held_files, tokenizer, report)
     elif data.eval_fraction:
-        border = int(found.offsets[-1] * (1 - data.eval_fraction))
-        if len(found.offsets) == 2:
-            found = found._replace(offsets=np.array([0, border, found.offsets[-1]]))
-        cut = min(
-            max(1, int(np.searchsorted(found.offsets[:-1], border, "left"))), len(found.offsets) - 2
-        )
-        held = _side("eval", found, cut, len(found.offsets) - 1, tokenizer, report)
-    train = _side("train", found, 0, cut, tokenizer, report)
+        joined, border = _place_border(joined, data.eval_fraction)
+        held = _make_tokens("eval", joined, border, joined.documents, tokenizer, report)
+    train = _make_tokens("train", joined, 0, border, tokenizer, report)
+
     count = f"{len(files):,} files, " if files[1:] else ""
     report(
-        f"data: train on {cache.count(train)}, held out {cache.count(held)}; tokenizer {tokenizer.name} of "
-        f"{tokenizer.vocab:,} ids; {named} ({count}{found.kind})"
+        f"data: train on {describe_size(train)}, held out {describe_size(held)}; tokenizer "
+        f"{tokenizer.name} of {tokenizer.vocab:,} ids; {named} ({count}{joined.kind})"
     )
-    indexes = [
-        file.with_suffix(".idx") for file in (*files, *others) if file.with_suffix(".idx").exists()
-    ]
-    hashes = store.content_hashes(
-        tuple(Source(file, file.name) for file in (*files, *others, *indexes)),
-        Path(data.cache).expanduser(),
-        data.workers,
-    )
-    return Prepared(
-        train,
-        held,
-        tokenizer,
-        files[0].parent,
-        digest_json(hashes, tokenizer.fingerprint, [len(files)] if others else data.eval_fraction),
-    )
+    content = _digest_content((*files, *held_files), data)
+    splitting = [len(files)] if held_files else data.eval_fraction
+    digest = digest_json(content, tokenizer.fingerprint, splitting)
+    return Prepared(train, held, tokenizer, files[0].parent, digest)
+
+
+def _digest_content(files: tuple[Path, ...], data: config.Data) -> list[str]:
+    """SHA-256 of the files, and of Megatron's indexes beside them."""
+    indexes = [file.with_suffix(".idx") for file in files]
+    indexes = [index for index in indexes if index.exists()]
+    found = tuple(Source(file, file.name) for file in (*files, *indexes))
+    return hash_sources(found, Path(data.cache).expanduser(), data.workers)

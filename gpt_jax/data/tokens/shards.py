@@ -1,10 +1,11 @@
-"""Token shards: how the ids of documents are written, read by place, and proved whole (called by
-store, corpus, prepare, rows).
+"""Token shards: how the ids of documents are written, read by place, and checked.
 
-`NAME.tokens` holds ids (uint16 or uint32, little-endian, nothing else), `NAME.offsets` int64
-[documents + 1] where each document starts and the last one ends, `NAME.docs` one DOCUMENT each.
-Files are read by place and not mapped: a page fault of a map reads ahead 128 KiB for a row of 2 KiB
-and kills the process when the file has shrunk (figures: benchmarks/data_format.py).
+`NAME.tokens` holds ids (uint16 or uint32, little-endian, nothing else). `NAME.offsets` holds int64
+[documents + 1]: where each document starts, then where the last one ends. `NAME.docs` holds one
+DOCUMENT each.
+
+Files are read by place and not mapped. A page fault of a map reads ahead 128 KiB for a row of
+2 KiB, and it kills the process when the file has shrunk (figures: benchmarks/data_format.py).
 """
 
 import hashlib
@@ -21,24 +22,32 @@ import numpy as np
 from gpt_jax.errors import DataError
 from gpt_jax.files import Digest, sync_file, write_file
 
-# What is known of a document besides its ids: hash of its text, bytes of it in UTF-8, and where it
-# came from.
+# What is known of a document besides its ids: a hash of its text, the bytes of it in UTF-8, and its
+# row in a piece of an input file.
 DOCUMENT = np.dtype([("hash", "<u8"), ("bytes", "<u8"), ("row", "<u4"), ("piece", "<u4")])
 SIDES = ("train", "eval")
 SUFFIXES = (".tokens", ".offsets", ".docs")
-OPEN_FILES = 256  # a thread keeps open; thousands of shards would be more than a process may have
+OPEN_FILES = 256  # open in a thread at once; a process may not open thousands of shards
 
 
-def text_hash(text: str) -> int:
+def hash_text(text: str) -> int:
     """64 bits that copies of one text share."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def choose_id_type(vocab: int) -> np.dtype:
+    """The smallest type that holds all ids below `vocab`."""
+    return np.dtype(np.uint16 if vocab <= 2**16 else np.uint32)
+
+
+# ---- reading ----
 
 
 class Origin(NamedTuple):
     """A part of an input file, whose rows are documents."""
 
-    name: str  # of the file, the same on every machine
-    first: int  # number of its first row in the file
+    name: str  # the file's name, the same on every machine
+    first: int  # number of the part's first row in the file
     several: bool  # whether the file holds more than one document
 
     def document(self, row: int) -> str:
@@ -46,23 +55,27 @@ class Origin(NamedTuple):
         return f"{self.name}:{self.first + row + 1}" if self.several else self.name
 
 
-class Files(threading.local):
-    """Open files of this thread, the OPEN_FILES last used."""
+class OpenFiles(threading.local):
+    """The OPEN_FILES files that this thread used last, open."""
 
     def __init__(self):
-        self.open: OrderedDict[TokenFile, BinaryIO] = OrderedDict()
+        self.by_file: OrderedDict[TokenFile, BinaryIO] = OrderedDict()
 
-    def get(self, file: "TokenFile") -> BinaryIO:
-        """By object and not by path, where another file may lie by now."""
-        if file not in self.open:
-            self.open[file] = open(file.path, "rb", buffering=0)
-            if len(self.open) > OPEN_FILES:
-                self.open.popitem(last=False)[1].close()
-        self.open.move_to_end(file)
-        return self.open[file]
+    def open(self, file: "TokenFile") -> BinaryIO:
+        """The open file of a TokenFile.
+
+        It is known by the object and not by the path, where another file may lie by now.
+        """
+        if file not in self.by_file:
+            self.by_file[file] = open(file.path, "rb", buffering=0)  # noqa: SIM115 - closed below
+            if len(self.by_file) > OPEN_FILES:
+                _, oldest = self.by_file.popitem(last=False)
+                oldest.close()
+        self.by_file.move_to_end(file)
+        return self.by_file[file]
 
 
-FILES = Files()
+OPENED = OpenFiles()
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,69 +85,79 @@ class TokenFile:
     path: Path
     dtype: np.dtype
     size: int  # ids
-    header: int = 0  # bytes before the first of them
+    header: int = 0  # bytes before the first id
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fills `out` ([n], of `dtype`) with ids from `start` on. DataError when the file has no
-        longer that many."""
+        """Fills `out` ([n], of `dtype`) with the ids from `start` on.
+
+        Raises DataError when the file can no longer be read, or no longer has that many.
+        """
+        place = self.header + start * self.dtype.itemsize
         try:
-            got = os.preadv(
-                FILES.get(self).fileno(), [out], self.header + start * self.dtype.itemsize
-            )
+            count = os.preadv(OPENED.open(self).fileno(), [out.data], place)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read any more: {error.strerror}") from None
-        if got != out.nbytes:
-            size = os.fstat(FILES.get(self).fileno()).st_size
+
+        if count != out.nbytes:
+            least = self.header + self.size * self.dtype.itemsize
+            size = os.fstat(OPENED.open(self).fileno()).st_size
             raise DataError(
-                f"{self.path}: changed during the run: had {self.header + self.size * self.dtype.itemsize} bytes "
-                f"or more and has {size}; start again, and a cache is rebuilt; of a prepared folder see "
+                f"{self.path}: changed during the run: had {least} bytes or more and has {size}; "
+                "start again, and a cache is rebuilt; of a prepared folder see "
                 "gpt-jax prepare --verify"
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """The ids of some documents, one after the other, each ended by end of text where the
-    tokenizer has it. Ids and documents are numbered through all shards; no document crosses from
-    one shard to the next."""
+    """The ids of some documents, one after the other, read from shards.
+
+    Each document is ended by end of text where the tokenizer has it. Ids and documents are numbered
+    through all shards, and no document crosses from one shard to the next.
+    """
 
     name: str  # train or eval
     shards: tuple[TokenFile, ...]
-    offsets: (
-        np.ndarray
-    )  # int64 [documents + 1]: starts, then the end; memory-mapped where it lies in a file
-    docs: np.ndarray  # DOCUMENT [documents], memory-mapped likewise
-    bytes: int  # of the text in UTF-8, specials not counted
-    origins: tuple[Origin, ...] = ()  # what DOCUMENT's `piece` counts
-    lost: int = (
-        0  # of `bytes`, those whose characters the tokenizer does not know (Tokenizer.unknown)
-    )
-    begins: np.ndarray = field(
-        init=False
-    )  # int64 [shards + 1]: the first id of each shard, then the end
+    # int64 [documents + 1]: where each document starts, then the end. It is memory-mapped where it
+    # lies in a file, and so is `docs`.
+    offsets: np.ndarray
+    docs: np.ndarray  # DOCUMENT [documents]
+    bytes: int  # of the text in UTF-8; specials do not count
+    origins: tuple[Origin, ...] = ()  # DOCUMENT's `piece` is a place in it
+    lost: int = 0  # of `bytes`, those of characters that the tokenizer does not know
+    # int64 [shards + 1]: the first id of each shard, then the end.
+    begins: np.ndarray = field(init=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "begins", np.cumsum([0, *(shard.size for shard in self.shards)]))
+        begins = np.cumsum([0, *(shard.size for shard in self.shards)])
+        object.__setattr__(self, "begins", begins)
 
     @property
     def size(self) -> int:
-        """Ids in all."""
+        """How many ids there are."""
         return int(self.begins[-1])
 
     @property
     def documents(self) -> int:
+        """How many documents there are."""
         return len(self.offsets) - 1
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the ids in the files."""
+        return self.shards[0].dtype if self.shards else np.dtype(np.uint16)
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with the ids from `start` on, all of which must exist."""
         shard = int(np.searchsorted(self.begins, start, "right")) - 1
         done = 0
         while done < len(out):
-            count = min(len(out) - done, int(self.begins[shard + 1]) - start - done)
-            self.shards[shard].read(
-                start + done - int(self.begins[shard]), out[done : done + count]
-            )
-            done, shard = done + count, shard + 1
+            left_in_shard = int(self.begins[shard + 1]) - start - done
+            count = min(len(out) - done, left_in_shard)
+            place = start + done - int(self.begins[shard])
+            self.shards[shard].read(place, out[done : done + count])
+            done += count
+            shard += 1
 
     def ids(self, start: int, stop: int) -> np.ndarray:
         """The ids [stop - start] from `start` on."""
@@ -142,54 +165,57 @@ class Tokens:
         self.read(start, out)
         return out
 
-    @property
-    def dtype(self) -> np.dtype:
-        return self.shards[0].dtype if self.shards else np.dtype(np.uint16)
-
     def document_name(self, document: int) -> str:
-        """What a document is called: its file, or file:row."""
+        """What a document is called: its file, or file:row.
+
+        Raises DataError if its record points to no file, which means damage.
+        """
         if not self.origins:
             return f"document {document}"
-        row = self.docs[document]
-        if int(row["piece"]) >= len(self.origins):
+        record = self.docs[document]
+        piece = int(record["piece"])
+        if piece >= len(self.origins):
             raise DataError(
-                f"document {document} of the {self.name} tokens in {self.shards[0].path.parent}: its "
-                "record is damaged; check a prepared folder with gpt-jax prepare --verify"
+                f"document {document} of the {self.name} tokens in {self.shards[0].path.parent}: "
+                "its record is damaged; check a prepared folder with gpt-jax prepare --verify"
             )
-        return self.origins[int(row["piece"])].document(int(row["row"]))
+        return self.origins[piece].document(int(record["row"]))
 
 
-def lost(tokens: Tokens) -> str:
+def describe_lost(tokens: Tokens) -> str:
     """What the tokenizer does not know of a text, for people; empty if it knows all of it."""
+    if not tokens.lost:
+        return ""
     return (
-        (
-            f"{tokens.lost / max(tokens.bytes, 1):.2%} of the text is lost to <unk> ({tokens.lost:,} of "
-            f"{tokens.bytes:,} bytes), and bits per byte are of the rest"
-        )
-        if tokens.lost
-        else ""
+        f"{tokens.lost / max(tokens.bytes, 1):.2%} of the text is lost to <unk> ({tokens.lost:,} "
+        f"of {tokens.bytes:,} bytes), and bits per byte are of the rest"
     )
 
 
+# ---- writing ----
+
+
 class Writer:
-    """Writes one shard: `write` for ids, `end` after the last id of each document, `close` when
-    all are there. Any OSError (a full disk) passes through and leaves files that nothing refers
-    to."""
+    """Writes one shard.
+
+    Call `write` for ids, `end` after the last id of each document, `close` when all are written.
+    OSError, such as of a full disk, passes through. It leaves files that nothing refers to.
+    """
 
     def __init__(self, base: Path, dtype: np.dtype, eot: int | None):
-        self.base, self.dtype = base, np.dtype(dtype)
+        self.base = base
+        self.dtype = np.dtype(dtype)
         self.ending = np.array([] if eot is None else [eot], dtype).tobytes()
-        self.file, self.digest = open(f"{base}.tokens", "wb"), hashlib.sha256()
-        self.tokens, self.bytes, self.lost, self.offsets, self.docs = (
-            0,
-            0,
-            0,
-            array("q", [0]),
-            bytearray(),
-        )
+        self.file = open(f"{base}.tokens", "wb")  # noqa: SIM115 - `close` closes it
+        self.digest = hashlib.sha256()
+        self.tokens = 0
+        self.bytes = 0
+        self.lost = 0
+        self.offsets = array("q", [0])
+        self.docs = bytearray()
 
     def write(self, ids: np.ndarray, lost: int = 0) -> None:
-        """`lost`: see Tokens."""
+        """Adds ids to the document. `lost` is what Tokens counts under that name."""
         self.lost += lost
         self._put(ids.astype(self.dtype, copy=False).tobytes())
 
@@ -199,14 +225,14 @@ class Writer:
         self.tokens += len(raw) // self.dtype.itemsize
 
     def end(self, hash: int, size: int, row: int, piece: int) -> None:
-        """The document is complete: adds end of text and its DOCUMENT."""
+        """Ends the document: adds end of text, and its DOCUMENT."""
         self._put(self.ending)
         self.offsets.append(self.tokens)
         self.docs += np.array((hash, size, row, piece), DOCUMENT).tobytes()
         self.bytes += size
 
     def close(self) -> dict[str, Digest]:
-        """Everything on disk; {suffix: Digest}."""
+        """Sends everything to the disk, and gives {suffix: Digest}."""
         sync_file(self.file)
         self.file.close()
         return {
@@ -215,15 +241,24 @@ class Writer:
             ".docs": write_file(Path(f"{self.base}.docs"), bytes(self.docs)),
         }
 
+    def counts(self) -> dict[str, int]:
+        """How much was written."""
+        return {
+            "tokens": self.tokens,
+            "documents": len(self.offsets) - 1,
+            "bytes": self.bytes,
+            "lost": self.lost,
+        }
 
-def id_type(vocab: int) -> np.dtype:
-    """The smallest type that holds all ids below `vocab`."""
-    return np.dtype(np.uint16 if vocab <= 2**16 else np.uint32)
+
+# ---- the index ----
 
 
 def open_index(base: Path, documents: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets int64 [documents + 1], DOCUMENT [documents]) of a side, memory-mapped. ValueError
-    when they do not fit a side of so many documents and tokens."""
+    """The offsets int64 [documents + 1] and DOCUMENT [documents] of a side, memory-mapped.
+
+    Raises ValueError when they do not fit a side of so many documents and tokens.
+    """
     offsets = open_array(Path(f"{base}.offsets"), np.dtype(np.int64), documents + 1)
     if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
         raise ValueError(f"{base.name}.offsets does not fit its meta")
@@ -231,12 +266,14 @@ def open_index(base: Path, documents: int, tokens: int) -> tuple[np.ndarray, np.
 
 
 def open_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """[count] of `dtype` from a file, memory-mapped. ValueError when the file has another size."""
-    wanted, size = count * np.dtype(dtype).itemsize, os.path.getsize(path)
+    """[count] of `dtype` from a file, memory-mapped.
+
+    Raises ValueError when the file has another size.
+    """
+    wanted = count * np.dtype(dtype).itemsize
+    size = os.path.getsize(path)
     if size != wanted:
         raise ValueError(f"{path.name} has {size} bytes, its meta says {wanted}")
-    return (
-        np.memmap(path, dtype, "r", shape=(count,)).view(np.ndarray)
-        if count
-        else np.zeros(0, dtype)
-    )
+    if not count:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r", shape=(count,)).view(np.ndarray)

@@ -1,14 +1,12 @@
-"""The cache of tokenized text files: written, opened, proved whole, and built once (called by
-cache).
+"""A cache folder of tokenized text files: written, opened, checked, and built once.
 
-A cache is a folder: a shard (see shards) for each side, `train` and `eval`, `origins.json`,
-`tokenizer.json`, `meta.json`. It is built under another name and renamed when all of it is on disk,
-so a kill in the middle leaves nothing that looks usable.
+A cache is a folder with a shard for each side, `train` and `eval` (see shards.py), `origins.json`,
+`tokenizer.json` and `meta.json`. It is built under another name, and renamed when all of it is on
+disk. So a kill in the middle leaves nothing that looks usable.
 """
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -16,12 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from gpt_jax.data.read import remote
 from gpt_jax.data.read.documents import Document
-from gpt_jax.data.read.sources import HUB, Source
 from gpt_jax.data.tokenizers.spec import tokenizer_from_json
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards
@@ -30,98 +27,135 @@ from gpt_jax.errors import UsageError
 from gpt_jax.files import write_file
 
 FORMAT = 3
-BATCH_CHARACTERS = 1 << 23  # tokenized at once: what is held in memory
+BATCH_CHARACTERS = 1 << 23  # encoded at once, and held in memory meanwhile
+REPORT_SECONDS = 10  # between two lines of progress
+
+Report = Callable[[str], None]
 
 
-def _encoded(
+# ---- writing ----
+
+
+class Part(NamedTuple):
+    """A part of a document that is encoded by itself."""
+
+    side: str  # a member of SIDES
+    source: int  # number of the source
+    document: Document
+    text: str
+    ends: bool  # whether the document ends here
+
+
+class Encoded(NamedTuple):
+    """A part with its ids."""
+
+    part: Part
+    ids: np.ndarray
+    lost: int  # bytes whose characters the tokenizer does not know
+
+
+def _split_into_parts(
+    texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer
+) -> Iterator[Part]:
+    for side, source, document in texts:
+        parts = list(tokenizer.parts(document.text))
+        for i, text in enumerate(parts, 1):
+            yield Part(side, source, document, text, ends=i == len(parts))
+
+
+def _encode(
     texts: Iterable[tuple[str, int, Document]], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple]:
-    """(side, source, document, ids, bytes lost, whether the document ends here) in order.
-    Threads, not processes: the library releases the interpreter's lock, and on 2 cores two
-    threads encode 5.6 MB/s where two spawned processes encode 4.4."""
+) -> Iterator[Encoded]:
+    """The parts of all texts with their ids, in order.
+
+    Threads encode, because the library releases the interpreter's lock. On 2 cores two threads
+    encode 5.6 MB/s where two spawned processes encode 4.4.
+    """
+
+    def encode(part: Part) -> Encoded:
+        try:
+            ids = tokenizer.encode(part.text)
+            return Encoded(part, ids, tokenizer.lost(part.text, ids))
+        except UsageError as error:
+            raise UsageError(f"{part.document.name}: {error}") from None
+
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        batch, size = [], 0
-
-        def encode(item: tuple) -> tuple:
-            side, source, document, part, last = item
-            try:
-                ids = tokenizer.encode(part)
-                return side, source, document, ids, tokenizer.lost(part, ids), last
-            except UsageError as error:
-                raise UsageError(f"{document.name}: {error}") from None
-
-        for side, source, document in texts:
-            parts = list(tokenizer.parts(document.text))
-            for i, part in enumerate(parts, 1):
-                batch.append((side, source, document, part, i == len(parts)))
-                size += len(part)
-                if size >= BATCH_CHARACTERS:
-                    yield from pool.map(encode, batch)
-                    batch, size = [], 0
+        batch = []
+        size = 0
+        for part in _split_into_parts(texts, tokenizer):
+            batch.append(part)
+            size += len(part.text)
+            if size >= BATCH_CHARACTERS:
+                yield from pool.map(encode, batch)
+                batch = []
+                size = 0
         yield from pool.map(encode, batch)
 
 
-def write(
+def write_cache(
     folder: Path,
     texts: Iterable[tuple[str, int, Document]],
     tokenizer: Tokenizer,
     workers: int,
-    report: Callable[[str], None],
+    report: Report,
     sources: list[str],
     about: dict,
 ) -> None:
-    """Fills `folder` with the tokens of `texts` (side, number of the source, document);
-    `sources` are their names, `about` goes into the meta, written last."""
-    dtype = shards.id_type(tokenizer.vocab)
-    told, several = time.monotonic(), [False] * len(sources)
+    """Fills `folder` with the tokens of `texts`: (side, number of the source, document).
+
+    `sources` are the names of the sources. `about` becomes a part of the meta, which is written
+    last.
+    """
+    dtype = shards.choose_id_type(tokenizer.vocab)
+    several = [False] * len(sources)
+    last_report = time.monotonic()
+
     with contextlib.ExitStack() as stack:
         sides = {side: shards.Writer(folder / side, dtype, tokenizer.eot) for side in SIDES}
         for out in sides.values():
             stack.callback(out.file.close)
-        for side, source, document, ids, lost, last in _encoded(texts, tokenizer, workers):
-            sides[side].write(ids, lost)
-            if last:
-                several[source] |= document.name != sources[source]
-                sides[side].end(
-                    shards.text_hash(document.text),
-                    len(document.text.encode()),
-                    document.row,
-                    source,
-                )
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                report(f"data: tokenized {sum(s.bytes for s in sides.values()) / 1e6:,.0f} MB")
+
+        for part, ids, lost in _encode(texts, tokenizer, workers):
+            out = sides[part.side]
+            out.write(ids, lost)
+            if part.ends:
+                document = part.document
+                several[part.source] |= document.name != sources[part.source]
+                size = len(document.text.encode())
+                out.end(shards.hash_text(document.text), size, document.row, part.source)
+            if time.monotonic() - last_report > REPORT_SECONDS:
+                last_report = time.monotonic()
+                done = sum(out.bytes for out in sides.values())
+                report(f"data: tokenized {done / 1e6:,.0f} MB")
+
         for out in sides.values():
             out.close()
-    counts = {
-        side: {
-            "tokens": out.tokens,
-            "documents": len(out.offsets) - 1,
-            "bytes": out.bytes,
-            "lost": out.lost,
-        }
-        for side, out in sides.items()
-    }
-    origins = [[name, 0, many] for name, many in zip(sources, several)]
+
+    origins = [[name, 0, many] for name, many in zip(sources, several, strict=True)]
     write_file(folder / "origins.json", json.dumps(origins).encode())
     write_file(folder / "tokenizer.json", tokenizer.to_json().encode())
     meta = {
         "format": FORMAT,
         "dtype": dtype.name,
         "tokenizer": tokenizer.fingerprint,
-        **counts,
+        **{side: out.counts() for side, out in sides.items()},
         **about,
     }
     write_file(folder / "meta.json", json.dumps(meta, indent=1).encode())
+
+
+# ---- opening ----
 
 
 class Unusable(Exception):
     """A cache folder that is not whole; the message says why."""
 
 
-def load(folder: Path) -> tuple[dict[str, Tokens | None], Tokenizer]:
-    """({side: Tokens, or None without text}, tokenizer) of a cache folder; Unusable when
-    anything does not fit."""
+def load_cache(folder: Path) -> tuple[dict[str, Tokens | None], Tokenizer]:
+    """The tokens of each side of a cache folder, None without text, and its tokenizer.
+
+    Raises Unusable when anything does not fit.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         if meta["format"] != FORMAT:
@@ -129,56 +163,65 @@ def load(folder: Path) -> tuple[dict[str, Tokens | None], Tokenizer]:
         tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text())
         if tokenizer.fingerprint != meta["tokenizer"]:
             raise Unusable("holds another tokenizer than its meta says")
-        origins = tuple(
-            Origin(*origin) for origin in json.loads((folder / "origins.json").read_bytes())
-        )
-        return {side: _open(folder, side, meta, origins) for side in SIDES}, tokenizer
+        rows = json.loads((folder / "origins.json").read_bytes())
+        origins = tuple(Origin(*row) for row in rows)
+        sides = {side: _open_side(folder, side, meta, origins) for side in SIDES}
+        return sides, tokenizer
     except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
         raise Unusable(f"cannot be read ({error})") from None
 
 
-def _open(folder: Path, side: str, meta: dict, origins: tuple[Origin, ...]) -> Tokens | None:
-    counts, file = (
-        meta[side],
-        TokenFile(folder / f"{side}.tokens", np.dtype(meta["dtype"]), meta[side]["tokens"]),
-    )
-    if (size := os.path.getsize(file.path)) != file.size * file.dtype.itemsize:
-        raise Unusable(
-            f"{side}.tokens has {size} bytes, its meta says {file.size * file.dtype.itemsize}"
-        )
+def _open_side(folder: Path, side: str, meta: dict, origins: tuple[Origin, ...]) -> Tokens | None:
+    counts = meta[side]
+    file = TokenFile(folder / f"{side}.tokens", np.dtype(meta["dtype"]), counts["tokens"])
+    size = os.path.getsize(file.path)
+    wanted = file.size * file.dtype.itemsize
+    if size != wanted:
+        raise Unusable(f"{side}.tokens has {size} bytes, its meta says {wanted}")
+
     offsets, docs = shards.open_index(folder / side, counts["documents"], file.size)
-    found = Tokens(side, (file,), offsets, docs, counts["bytes"], origins, counts["lost"])
-    return found if file.size else None
+    if not file.size:
+        return None
+    return Tokens(side, (file,), offsets, docs, counts["bytes"], origins, counts["lost"])
+
+
+# ---- building once ----
 
 
 @contextlib.contextmanager
-def _locked(path: Path, report: Callable[[str], None]):
+def _lock(path: Path, report: Report) -> Iterator[None]:
+    """Holds the lock of a cache. Waits, and reports it, while another process holds it."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             report(f"data: waiting for another process that builds {path.with_suffix('').name}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        # closing the file gives the lock back, and so does the end of the process, whatever ends it
+        # Closing the file gives the lock back, and so does the end of the process, however it ends.
         yield
 
 
-def obtain(folder: Path, build: Callable[[Path], None], report: Callable[[str], None]):
-    """`load(folder)`, after `build(temporary folder)` and a rename if there is no whole cache
-    yet. Of several processes that ask at once, one builds and the others wait."""
+def load_or_build(
+    folder: Path, build: Callable[[Path], None], report: Report
+) -> tuple[dict[str, Tokens | None], Tokenizer]:
+    """`load_cache(folder)`, after `build(temporary folder)` if there is no whole cache yet.
+
+    Of several processes that ask at once, one builds and the others wait.
+    """
     if folder.is_dir():
-        with contextlib.suppress(
-            Unusable
-        ):  # looked at again under the lock, where the reason is reported
-            return load(folder)
+        # The reason is reported under the lock, where the folder is read again.
+        with contextlib.suppress(Unusable):
+            return load_cache(folder)
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock"), report):
+    with _lock(folder.with_suffix(".lock"), report):
         if folder.is_dir():
             try:
-                return load(folder)
+                return load_cache(folder)
             except Unusable as why:
                 report(f"data: the cache {folder} {why}; it is built again")
                 shutil.rmtree(folder)
+
         building = folder.with_suffix(".building")
         shutil.rmtree(building, ignore_errors=True)  # what a killed build left
         building.mkdir()
@@ -188,51 +231,4 @@ def obtain(folder: Path, build: Callable[[Path], None], report: Callable[[str], 
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
-        return load(folder)
-
-
-def content_hashes(sources: tuple[Source, ...], root: Path, workers: int) -> list[str]:
-    """SHA-256 of every file. A file whose size and time are those of the last hashing is not
-    read again, unless it was so young then that a change could have hidden in the clock's grain."""
-    paths = [
-        source.path if remote.is_remote(source.path) else str(source.path.resolve())
-        for source in sources
-    ]
-    key = hashlib.sha256("\0".join(paths).encode()).hexdigest()[:16]
-    stamps = root / f"{key}.stamps"
-    known = {}
-    with contextlib.suppress(OSError, ValueError):  # a lost or torn list costs one more hashing
-        known = json.loads(stamps.read_bytes())
-
-    def look(path: str) -> tuple[str, list]:
-        if path.startswith(HUB):
-            raise UsageError(
-                f"{path}: a data set has no files to know a cache by; run gpt-jax prepare --input={path} "
-                "--output=DIR first, and give DIR"
-            )
-        try:
-            if remote.is_remote(path):  # stamped as new, so that it is hashed again the next time
-                with remote.open_remote(path) as file:
-                    return path, [0, now, 0, hashlib.file_digest(file, "sha256").hexdigest()]
-            stat = os.stat(path)
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-            if path in known and known[path][:3] == stamp:
-                return path, known[path]
-            with open(path, "rb") as file:
-                return path, [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-    now = time.time_ns()
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        found = dict(pool.map(look, paths))
-    old = {path: entry for path, entry in found.items() if now - entry[1] > 2_000_000_000}
-    if old != known:
-        with contextlib.suppress(
-            OSError
-        ):  # a finished cache may be read-only; building one fails with a message
-            root.mkdir(parents=True, exist_ok=True)
-            temporary = stamps.with_suffix(f".{os.getpid()}-{now}")
-            temporary.write_text(json.dumps(old))
-            os.replace(temporary, stamps)
-    return [found[path][3] for path in paths]
+        return load_cache(folder)

@@ -1,0 +1,121 @@
+"""The output folder of `gpt-jax prepare` before the work begins.
+
+It may be new, finished, or left by a call that was ended. One call at a time works in it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gpt_jax.data.prepare import assemble, identity
+from gpt_jax.data.prepare.units import WORK
+from gpt_jax.data.tokens import corpus
+from gpt_jax.errors import UsageError
+from gpt_jax.files import replace_file
+
+Say = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def explain_errors(folder: Path) -> Iterator[None]:
+    """Turns OSError, such as of a full disk, into UsageError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"--output={folder}: {error.strerror or error}; make room or choose a folder that can "
+            "be written; what is finished stays: the same command goes on from there"
+        ) from None
+
+
+@contextlib.contextmanager
+def hold_lock(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder. Raises UsageError if another call holds it."""
+    with open(folder / WORK / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"--output={folder}: another gpt-jax prepare is at work there; wait for it, or "
+                "choose another folder"
+            ) from None
+        yield  # the end of the process gives the lock back, however it ends
+
+
+def answer_finished(folder: Path, about: dict, state: dict, say: Say) -> dict:
+    """The manifest of a finished folder, if the call is the one that made it.
+
+    `about` are the settings of the call and `state` is that of its input. Raises UsageError if
+    either differs, and DataError if a file is missing or cut.
+    """
+    manifest = corpus.read_manifest(folder)
+    identity.refuse_other(folder, manifest["settings"], about)
+    _refuse_changed_input(folder, state)
+    corpus.check_sizes(folder, manifest)
+
+    if assemble.find_leftovers(folder, manifest):  # without any it need not be writable
+        (folder / WORK).mkdir(exist_ok=True)
+        # Another call may have cleaned up meanwhile.
+        with contextlib.suppress(FileNotFoundError), hold_lock(folder):
+            assemble.clean(folder, manifest)
+    say(
+        f"{folder}: is finished already, with these settings and this input (each file has its "
+        "size; that its content is whole is checked by gpt-jax prepare "
+        f"--verify={folder})"
+    )
+    return manifest
+
+
+def _refuse_changed_input(folder: Path, state: dict) -> None:
+    """Raises UsageError if the input is no longer what the folder was made from."""
+    inputs = folder / corpus.INPUTS
+    if not inputs.exists():  # it is no part of a corpus, so a copy need not have it
+        return
+    saved = json.loads(inputs.read_bytes())
+    before = {identity.locate(path): value for path, value in saved.items()}
+    changed = [path for path in {**before, **state} if before.get(path) != state.get(path)]
+    if changed:
+        more = f" and {len(changed) - 1} more" if changed[1:] else ""
+        raise UsageError(
+            f"--output={folder}: is finished, and the input has changed since ({changed[0]}"
+            f"{more}); choose another folder, or remove this one"
+        )
+
+
+def make_room(folder: Path) -> None:
+    """Makes the folder, and the folder of the work in it.
+
+    Raises UsageError for what is not empty and was not begun by an earlier call.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise UsageError(
+            f"--output={folder}: is a link to {os.readlink(folder)}, which is not there; make that "
+            "folder, or remove the link"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output={folder}: is a file; name a folder")
+    work = folder / WORK
+    if not work.is_dir() and folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(
+            f"--output={folder}: is not empty, and nothing there was begun by gpt-jax prepare; "
+            "name a new folder"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+
+
+def begin(folder: Path, about: dict, say: Say) -> None:
+    """Writes the settings of the work, or checks that they are those of an earlier call.
+
+    The caller holds the lock, so a call that is refused leaves no settings behind.
+    """
+    work = folder / WORK
+    settings = work / "settings.json"
+    # Before the first unit is done, a call with other settings would lose nothing.
+    if settings.exists() and any(work.glob("*-*.json")):
+        identity.refuse_other(folder, json.loads(settings.read_bytes()), about)
+        say(f"{folder}: goes on from where an earlier call ended")
+    else:
+        replace_file(settings, json.dumps(about).encode())
