@@ -1,4 +1,4 @@
-"""The train step of a plan, compiled in a process of its own (called by plan)."""
+"""The train step of a plan, compiled in a process of its own."""
 
 import importlib.util
 import json
@@ -6,20 +6,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 from gpt_jax.errors import UsageError
 
-# What the compilers want of the environment, before they are loaded. The last lets several plans
-# run at once.
+# What the compilers read from the environment when they are loaded. The last variable lets several
+# plans run at once.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# platform -> (modules that must be there, the extra that brings them)
+# platform -> (modules that must be installed, the extra that brings them)
 COMPILERS = {
     "tpu": (("libtpu",), "plan"),
     "gpu": (("jax_plugins.xla_cuda13", "nvidia"), "plan-gpu"),
@@ -27,9 +26,9 @@ COMPILERS = {
 
 
 def need_compiler(topology) -> None:
-    """UsageError when the compiler for this hardware is not installed, or cannot describe it."""
+    """Raises UsageError if the compiler for a machine is not installed, or cannot describe it."""
     modules, extra = COMPILERS[topology.chip.platform]
-    missing = [name for name in modules if not _there(name)]
+    missing = [name for name in modules if not is_installed(name)]
     if missing:
         raise UsageError(
             f"--compile: {topology.name} needs {missing[0]}, which is not installed: "
@@ -41,16 +40,19 @@ def need_compiler(topology) -> None:
         )
 
 
-def _there(module: str) -> bool:
+def is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not there
+    except ModuleNotFoundError:  # The package that it belongs to is missing, too.
         return False
 
 
-def compile_outside(args, rest: list[str]) -> dict:
-    """compile_here in a process of its own: the compilers read their environment when they are
-    loaded."""
+def compile_outside(args, overrides: list[str]) -> dict:
+    """Compiles a config with `gpt-jax plan --inside`, and returns what that process wrote.
+
+    The compilers read their environment when they are loaded, so that they need a process of their
+    own. If it ends early, its last words are the refusal. Raises UsageError if that process does.
+    """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "compiled.json"
         command = [
@@ -63,33 +65,20 @@ def compile_outside(args, rest: list[str]) -> dict:
             f"--slices={args.slices}",
             "--compile",
             f"--inside={answer}",
-            *([f"--keep_hlo={args.keep_hlo}"] if args.keep_hlo else []),
-            *rest,
+            *overrides,
         ]
-        done = subprocess.run(
-            command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace"
+        if args.keep_hlo:
+            command.append(f"--keep_hlo={args.keep_hlo}")
+        environment = os.environ | ENVIRONMENT
+        process = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace"
         )
         if answer.exists():
             return json.loads(answer.read_text())
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode == UsageError.code:
-        raise UsageError(said[-1].removeprefix("gpt-jax: "))
-    tail = " | ".join(said[-3:])
-    return {
-        "seconds": 0,
-        "peak": 0,
-        "refusal": f"the compiler's process ended with code {done.returncode}: {tail[-500:]}",
-    }
 
-
-def compile_here(config, topology, args) -> dict:
-    """plan.compiled.Compiled of the config, as a dict. UsageError for what cannot run."""
-    from gpt_jax.plan import choose_plan_kernel, compile_step, find_problems, resolve_vocab
-
-    config = resolve_vocab(config)
-    shape, found = find_problems(config, topology.devices)
-    if found:
-        raise UsageError(found[0])
-    kernel, _ = choose_plan_kernel(config, topology, shape)
-    keep = Path(args.keep_hlo).write_text if args.keep_hlo else None
-    return asdict(compile_step(config, topology, kernel, keep))
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    if process.returncode == UsageError.code:
+        raise UsageError(lines[-1].removeprefix("gpt-jax: "))
+    tail = " | ".join(lines[-3:])[-500:]
+    refusal = f"the compiler's process ended with code {process.returncode}: {tail}"
+    return {"seconds": 0, "peak": 0, "refusal": refusal}

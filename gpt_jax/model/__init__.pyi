@@ -14,6 +14,7 @@ from .experts.local_experts import (
     choose_block_rows as choose_block_rows,
 )
 from .layers.mlp import FFNS as FFNS
+from .parameters import find_kind as find_kind
 from .transformer import (
     Transformer as Transformer,
     abstract_params as abstract_params,

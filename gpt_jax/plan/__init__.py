@@ -1,8 +1,8 @@
 """What a run would need, and how fast it could be, on a machine that is not here.
 
-By arithmetic, in a moment: `memory`, `traffic` and `roofline` read a `PlanJob` on a `Topology`, and
-`search` tries many. By the compiler, in minutes: `compiled` compiles the step that `train` would run,
-and `program` reads what the compiler made.
+By arithmetic, in a moment: `estimate` reads a `PlanJob` on a `Topology`, and `search` tries many.
+By the compiler, in minutes: `compiled` compiles the step that `train` would run, and `program`
+reads what it made. `plan` asks both, `lines` and `data` show the answer.
 """
 
 import lazy_loader

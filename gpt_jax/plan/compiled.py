@@ -8,7 +8,7 @@ environment is ready.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import jax
 from jax.experimental import topologies
@@ -17,6 +17,8 @@ from jax.sharding import NamedSharding
 from gpt_jax import config as configs, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.hardware import find_option_fault
+from gpt_jax.plan.estimate import choose_plan_kernel, find_problems
+from gpt_jax.plan.job import resolve_vocab
 from gpt_jax.plan.program.program import Program, read_program
 from gpt_jax.plan.targets import describe_card
 from gpt_jax.plan.topology import Topology, join_sizes
@@ -88,6 +90,22 @@ def lower_step(config: configs.Config, mesh):
     steps = make_steps(config, mesh)
     with jax.set_mesh(mesh):
         return steps.train_step.lower(steps.abstract, make_abstract_batch(config, mesh))
+
+
+def compile_job(
+    config: configs.Config, topology: Topology, keep: Callable[[str], object] | None = None
+) -> dict:
+    """Compiles the train step of a config, and returns a Compiled as a dictionary.
+
+    `keep` gets the program's text. Raises UsageError if the config cannot run on the machine, or if
+    the compiler does not know an option of it.
+    """
+    config = resolve_vocab(config)
+    shape, problems = find_problems(config, topology.devices)
+    if shape is None or problems:
+        raise UsageError(problems[0])
+    kernel, _ = choose_plan_kernel(config, topology, shape)
+    return asdict(compile_step(config, topology, kernel, keep))
 
 
 def compile_step(

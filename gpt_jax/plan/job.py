@@ -1,8 +1,7 @@
-"""A config as numbers: every array of its state with the mesh axes that cut it, widths of its
-layers, FLOPs of a token (called by memory, traffic, roofline and search).
+"""A config as numbers: the arrays of its state, the widths of its layers, the FLOPs of a token.
 
-The state is that of experiment.make_steps, traced once on a mesh of one device, which names the
-axes all the same; a mesh of any sizes then divides. Sizes are in entries or bytes of the whole job
+The state is that of `make_steps`, traced once on a mesh of one device. That trace names the mesh
+axes that cut each array, so a mesh of any sizes then divides. Sizes are those of the whole job,
 unless a name says otherwise.
 """
 
@@ -17,157 +16,185 @@ import jax
 from gpt_jax import config as configs, sharding
 from gpt_jax.data import Spec, resolve_tokenizer
 from gpt_jax.errors import UsageError
-from gpt_jax.model import FFNS, count_params
+from gpt_jax.model import FFNS, count_params, find_kind
 from gpt_jax.run import make_steps, token_flops
 
-MOST_LAYERS = 512  # the arithmetic goes through them one by one, for each of hundreds of meshes
+# Roles of arrays by the model's roles of parameters. All others are "layer".
+ROLES = {"expert": "expert", "embedding": "embed", "head": "head"}
+# The arithmetic goes through the layers one by one, for each of hundreds of meshes.
+MOST_LAYERS = 512
+HALF_BYTES = 2  # Of an entry in bfloat16.
+FULL_BYTES = 4  # Of an entry in float32.
 
 
 class Array(NamedTuple):
-    """Arrays of the state that are cut alike. `part`: params, opt, ema or rest; `axes`: that cut
-    them under ZeRO-3; `stacked`: layers first, which stages of a pipeline share; `role`: layer,
-    expert, embed or head."""
+    """Arrays of the state that are cut alike."""
 
-    part: str
-    role: str
-    axes: tuple[str, ...]
-    stacked: bool
+    part: str  # It is "params", "opt", "ema" or "rest".
+    role: str  # It is "layer", "expert", "embed" or "head".
+    axes: tuple[str, ...]  # Mesh axes that cut it under ZeRO-3.
+    stacked: bool  # Its first dim is layers, which the stages of a pipeline share.
     itemsize: int
 
 
 class Widths(NamedTuple):
-    """Channels of one layer for a token. `inner`: what the feed-forward's first matmuls give;
-    `hidden`: what goes into the last; both over all experts that a token sees; `ffn`: its
-    activation; `sent`: experts that it is sent to."""
+    """Channels of one layer for a token."""
 
     q: int
     kv: int
-    inner: int
-    hidden: int
-    ffn: str
-    sent: int
+    inner: int  # What the first matmuls of the feed-forward give, over all experts of a token.
+    hidden: int  # What goes into its last matmul, over all experts of a token.
+    ffn: str  # The activation of the feed-forward.
+    sent: int  # Experts that the token is sent to; 0 in a dense layer.
 
 
 class PlanJob(NamedTuple):
-    """`config`: resolved. `state`: entries of each kind of array; `parameters`: entries in all,
-    `matmul_params`: those that are multiplied."""
+    """A job as the arithmetic sees it."""
 
-    config: configs.Config
-    state: dict[Array, int]
+    config: configs.Config  # Resolved.
+    state: dict[Array, int]  # Entries by kind of array.
     layers: tuple[Widths, ...]
     parameters: int
-    matmul_params: int
-    full_flops: int  # of a token
-    causal_flops: int
+    matmul_params: int  # Parameters that a token is multiplied with.
+    full_flops: int  # Of a token, with the full attention map.
+    causal_flops: int  # Of a token, with the keys that causal order leaves.
 
 
 @cache
-def kinds(layers: tuple[Widths, ...]) -> tuple[tuple[Widths, int], ...]:
-    """Different layers, and how many of each: a search goes through them thousands of times."""
+def group_layers(layers: tuple[Widths, ...]) -> tuple[tuple[Widths, int], ...]:
+    """Returns the different layers, and how many there are of each.
+
+    They are cached, because a search goes through them thousands of times.
+    """
     return tuple(Counter(layers).items())
 
 
+def compute_bytes(job: PlanJob) -> int:
+    """Returns the bytes of one entry of what is multiplied."""
+    return HALF_BYTES if job.config.compute.dtype == "bfloat16" else FULL_BYTES
+
+
 def resolve_vocab(config: configs.Config) -> configs.Config:
-    """The resolved config. A plan reads no text: the vocabulary is in the config, or what
-    `data.tokenizer` says by itself."""
+    """Returns the resolved config, whose vocabulary comes from the config or from the tokenizer.
+
+    A plan reads no text. Raises UsageError if the vocabulary's size depends on the text.
+    """
     if config.model.vocab:
         return configs.resolve(config)
+
     text = config.data.tokenizer
     tokenizer = resolve_tokenizer(text)
-    is_spec = isinstance(tokenizer, Spec)
-    if is_spec and tokenizer.vocab:
+    if text and not isinstance(tokenizer, Spec):
+        return configs.resolve(config, tokenizer.vocab)
+    if isinstance(tokenizer, Spec) and tokenizer.vocab:
         return configs.resolve(config, tokenizer.vocab + len(tokenizer.specials))
-    if is_spec or not text:
-        why = (
-            f"{text!r} is made of the text"
-            if text
-            else "'' means that of the prepared folder or token files, else bytes"
-        )
-        raise UsageError(
-            f"config.model.vocab = 0: a plan reads no text, and config.data.tokenizer = {why}; set "
-            "config.model.vocab to its size (`gpt-jax train` prints it), or config.data.tokenizer"
-        )
-    return configs.resolve(config, tokenizer.vocab)
 
-
-def _role(path: str) -> str:
-    if "/experts/" in path:
-        return "expert"
-    if path.split("/", 1)[-1].startswith("embed/") or "/embed/" in path:
-        return "embed"
-    return "head" if "head/" in path else "layer"
-
-
-def _array(path: str, leaf) -> Array:
-    part = path.split("/")[0]
-    names = [
-        name
-        for part_of in leaf.sharding.spec
-        if part_of
-        for name in ((part_of,) if isinstance(part_of, str) else part_of)
-    ]
-    role = _role(path)
-    return Array(
-        part if part in ("params", "opt", "ema") else "rest",
-        role,
-        tuple(sorted(names)),
-        "/blocks/" in path,
-        leaf.dtype.itemsize,
-    )
-
-
-def _widths(model: configs.Model, spec) -> Widths:
-    def gates(name):
-        return 1 + FFNS[name][1]
-
-    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    if spec.ffn != "moe":
-        return Widths(q, kv, gates(spec.ffn) * model.mlp, model.mlp, spec.ffn, 0)
-    seen = model.experts_per_token + model.shared_experts
-    return Widths(
-        q,
-        kv,
-        seen * gates(model.expert_ffn) * model.expert_mlp,
-        seen * model.expert_mlp,
-        model.expert_ffn,
-        model.experts_per_token,
+    reason = f"{text!r} is made of the text"
+    if not text:
+        reason = "'' means that of the prepared folder or token files, else bytes"
+    raise UsageError(
+        "config.model.vocab = 0: a plan reads no text, "
+        f"and config.data.tokenizer = {reason}; set config.model.vocab to its size "
+        "(`gpt-jax train` prints it), or config.data.tokenizer"
     )
 
 
 def make_job(config: configs.Config) -> PlanJob:
-    """Traces the state of `config` (3 s for the largest presets). UsageError for what has no
-    size, for a mistake of one, and for a model that is none."""
+    """Traces the state of `config`, in 3 s for the largest presets.
+
+    Raises UsageError if the vocabulary has no size, if the fields of the model do not agree, or if
+    the model has more than MOST_LAYERS layers.
+    """
     if config.model.layers > MOST_LAYERS:
         raise UsageError(
-            f"config.model.layers = {config.model.layers}: a plan takes {MOST_LAYERS:,} at most; lower it"
+            f"config.model.layers = {config.model.layers}: "
+            f"a plan takes {MOST_LAYERS:,} at most; lower it"
         )
     config = resolve_vocab(config)
-    if found := configs.faults(config):
-        raise UsageError("; and ".join(found))
-    traced = replace(
-        config, compute=replace(config.compute, kernel="reference"), mesh=configs.Mesh(data=1)
+    faults = configs.faults(config)
+    if faults:
+        raise UsageError("; and ".join(faults))
+
+    counts = count_params(config.model)
+    full_flops, causal_flops = token_flops(config, counts["matmul"])
+    return PlanJob(
+        config,
+        state=_trace_state(config),
+        layers=tuple(
+            _find_widths(config.model, spec) for spec in configs.layer_specs(config.model)
+        ),
+        parameters=counts["total"],
+        matmul_params=counts["matmul"],
+        full_flops=full_flops,
+        causal_flops=causal_flops,
     )
-    mesh = sharding.make_mesh({}, jax.devices()[:1])
-    steps = make_steps(traced, mesh)
+
+
+def _trace_state(config: configs.Config) -> dict[Array, int]:
+    """Returns the entries of each kind of array. One device has no mesh axes to disagree with."""
+    compute = replace(config.compute, kernel="reference")
+    alone = replace(config, compute=compute, mesh=configs.Mesh(data=1))
+    steps = make_steps(alone, sharding.make_mesh({}, jax.devices()[:1]))
+
     state: Counter = Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(steps.abstract):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        state[_array(name, leaf)] += leaf.size
-    counts = count_params(config.model)
-    full, causal = token_flops(config, counts["matmul"])
-    layers = tuple(_widths(config.model, spec) for spec in configs.layer_specs(config.model))
-    return PlanJob(config, dict(state), layers, counts["total"], counts["matmul"], full, causal)
+        state[_describe_array(name, leaf)] += leaf.size
+    return dict(state)
 
 
-def pieces(array: Array, shape: dict[str, int], zero: int = 3) -> int:
-    """Devices' shares into which an array is cut on a mesh of these axis sizes."""
+def _describe_array(path: str, leaf) -> Array:
+    axes = []
+    for entry in leaf.sharding.spec:
+        if isinstance(entry, str):
+            axes.append(entry)
+        elif entry:
+            axes += entry
+
+    part = path.split("/")[0]
+    return Array(
+        part=part if part in ("params", "opt", "ema") else "rest",
+        role=_find_role(path),
+        axes=tuple(sorted(axes)),
+        stacked="/blocks/" in path,
+        itemsize=leaf.dtype.itemsize,
+    )
+
+
+def _find_role(path: str) -> str:
+    """Returns the role of the parameter that an array is, or that it belongs to."""
+    try:
+        return ROLES.get(find_kind(path).role, "layer")
+    except KeyError:  # A counter, for instance, belongs to no parameter.
+        return "layer"
+
+
+def _find_widths(model: configs.Model, spec: configs.LayerSpec) -> Widths:
+    def count_inputs(ffn: str) -> int:
+        """Returns the matmuls that the feed-forward begins with: two if it has a gate."""
+        return 1 + FFNS[ffn][1]
+
+    q = model.heads * model.head_dim
+    kv = model.kv_heads * model.head_dim
+    if spec.ffn != "moe":
+        return Widths(q, kv, count_inputs(spec.ffn) * model.mlp, model.mlp, spec.ffn, sent=0)
+
+    hidden = (model.experts_per_token + model.shared_experts) * model.expert_mlp
+    inner = count_inputs(model.expert_ffn) * hidden
+    return Widths(q, kv, inner, hidden, model.expert_ffn, sent=model.experts_per_token)
+
+
+def count_shares(array: Array, shape: dict[str, int], zero: int = 3) -> int:
+    """Returns how many devices share an array on a mesh of these axis sizes."""
+    # ZeRO-1 keeps the parameters whole, except that experts are cut over their own axis.
     dropped = configs.FSDP_AXES if zero == 1 and array.part in ("params", "ema") else ()
-    kept = [
-        axis
+    stages = shape["pipeline"] if array.stacked else 1
+    shares = [
+        shape[axis]
         for axis in array.axes
         if axis not in dropped or (axis == "expert" and array.role == "expert")
     ]
-    return math.prod(shape[axis] for axis in kept) * (shape["pipeline"] if array.stacked else 1)
+    return math.prod(shares) * stages
 
 
 def device_bytes(
@@ -178,10 +205,12 @@ def device_bytes(
     role: str = "",
     bytes_each: int = 0,
 ) -> float:
-    """Bytes on one device of a part of the state (`bytes_each`: instead of the arrays' own
-    size)."""
+    """Returns the bytes on one device of a part of the state, or of one role of it.
+
+    `bytes_each` stands for an entry's bytes in place of the arrays' own size.
+    """
     return sum(
-        size * (bytes_each or array.itemsize) / pieces(array, shape, zero)
+        size * (bytes_each or array.itemsize) / count_shares(array, shape, zero)
         for array, size in job.state.items()
         if array.part == part and (not role or array.role == role)
     )

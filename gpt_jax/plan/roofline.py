@@ -1,47 +1,27 @@
-"""A step's time and memory by arithmetic, what bounds it, and whether it fits (called by search and
-commands/plan.py).
+"""Seconds of a step by arithmetic: matmuls, attention, passes over memory, the update.
 
-step = (max(matmuls + passes over memory, hidden flows) + open flows) + update, where
-- matmuls: FLOPs really done, what remat does again and a pipeline's idle ticks included, at
-  EFFICIENCY of the peak;
-- passes over memory: what is read and written between matmuls;
-- flows (traffic.py): hidden ones run behind matmuls, open ones do not; flows over one axis share
-  its links, other axes
-  have their own;
-- update: the optimiser reads and writes its state.
+Matmuls count the FLOPs that are really done. These include what remat does again and the idle ticks
+of a pipeline. Passes over memory are what is read and written between matmuls.
 """
 
-from typing import NamedTuple
-
-from gpt_jax import config as configs
-from gpt_jax.errors import UsageError
-from gpt_jax.hardware import GIB, GPU_FRACTION, mfu
-from gpt_jax.model import choose_exchange, choose_kernel, make_problem, padded_exchange
-from gpt_jax.plan.job import PlanJob, device_bytes, kinds
-from gpt_jax.plan.memory import (
-    FULL,
-    Local,
-    Memory,
-    blockwise,
-    compute_bytes,
-    experts_bytes,
-    local,
-    memory,
-    padding,
-    spare,
-    turns,
+from gpt_jax.plan.experts import (
+    count_padding,
+    count_places,
+    count_turns,
+    expert_weight_bytes,
+    is_blockwise,
 )
+from gpt_jax.plan.job import FULL_BYTES, PlanJob, compute_bytes, device_bytes, group_layers
+from gpt_jax.plan.microbatch import Microbatch
 from gpt_jax.plan.topology import Topology
-from gpt_jax.plan.traffic import Flow, Link, flows, link
 
-# Assumed parts of the peak. Matmuls: a compiled 8,192-cubed one has 0.7 to 0.9 on TPUs by the
-# compiler's own cycles (devices.py), and published runs stay below 0.8 of an H100's peak.
-# Attention: splash and cuDNN, causal halves skipped.
+# Parts of the peak that matmuls are assumed to reach. A compiled 8,192-cubed one has 0.7 to 0.9 on
+# TPUs by the compiler's own cycles, and published runs stay below 0.8 of an H100's peak.
 EFFICIENCY = {"tpu": 0.85, "gpu": 0.75}
-# Parts of the bf16 peak for `config.compute.dtype = "float32"`: by default XLA multiplies float32 in
-# one pass of bfloat16 on a TPU, and as TF32 on a GPU, whose peak is half (data sheets of H100,
-# H200, B200).
+# Parts of the bf16 peak for float32. By default XLA multiplies float32 in one pass of bfloat16 on a
+# TPU, and as TF32 on a GPU, whose peak is half (data sheets of H100, H200, B200).
 FLOAT32 = {"tpu": 1.0, "gpu": 0.5}
+# Parts of the peak that attention is assumed to reach, by kernel.
 ATTENTION = {
     "splash": 0.45,
     "cudnn": 0.55,
@@ -50,262 +30,141 @@ ATTENTION = {
     "reference": 0.2,
     "blocked": 0.2,
 }
-SKIPS = ("splash", "cudnn", "blocked", "ring")  # kernels that leave out what causal order rules out
-# Times that arrays are read or written forward and backward: in a layer those as wide as the
-# stream, those inside it (activations of the feed-forward, queries, keys and values), and maps of
-# every query and key where a kernel makes them.
-TOUCHES, INSIDE_TOUCHES, MAP_TOUCHES = 14.0, 3.0, 8.0
-LOGITS_TOUCHES = 4.0  # float32 logits: made, read by the loss, their gradient made and read
-UPDATE_TOUCHES = 2.0  # every array of the optimiser's is read and written
-
-
-class Estimate(NamedTuple):
-    """Seconds of one step by term, and what follows. `open` and `hidden`: flows by axis;
-    `problems`: why it cannot run."""
-
-    kernel: str
-    reason: str  # why this attention kernel
-    shape: dict[str, int]
-    memory: Memory
-    matmuls: float
-    passes: float
-    hidden: dict[str, float]
-    open: dict[str, float]
-    update: float
-    bubble: float
-    flows: tuple[tuple[Flow, Link], ...]
-    step: float
-    bound: str
-    mfu_full: float
-    mfu_causal: float
-    fits: bool
-    problems: tuple[str, ...]
-
-
-def find_problems(config: configs.Config, devices: int) -> tuple[dict[str, int] | None, list[str]]:
-    """The mesh's axis sizes (None: there is no such mesh) and every disagreement of the config's
-    fields on it."""
-    try:
-        shape = configs.shape_on(config, devices)
-    except UsageError as error:
-        return None, [str(error)]
-    return shape, configs.problems(config, shape)
+# Kernels that leave out what causal order rules out.
+CAUSAL_KERNELS = ("splash", "cudnn", "blocked", "ring")
+# Times that arrays are read or written, forward and backward together.
+TOUCHES = 14.0  # Arrays as wide as the stream, in a layer.
+INSIDE_TOUCHES = 3.0  # Arrays inside a layer: hidden values, queries, keys and values.
+MAP_TOUCHES = 8.0  # Maps of every query and key, where a kernel makes them.
+LOGITS_TOUCHES = 4.0  # Float32 logits are made and read, and so is their gradient.
+UPDATE_TOUCHES = 2.0  # Every array of the optimiser is read and written.
 
 
 def multiply_peak(job: PlanJob, topology: Topology) -> float:
-    """FLOP/s of one device in the dtype that is multiplied."""
-    full = job.config.compute.dtype == "float32"
-    return topology.peak * (FLOAT32[topology.chip.platform] if full else 1.0)
-
-
-def attention_flops(job: PlanJob, kernel: str) -> float:
-    """Of a token's attention, forward and backward, as `kernel` computes it."""
-    return (job.causal_flops if kernel in SKIPS else job.full_flops) - 6 * job.matmul_params
-
-
-def _again(job: PlanJob) -> tuple[float, float]:
-    """FLOPs done over FLOPs counted, (matmuls of layers, attention): recomputing adds a forward
-    pass to three."""
-    sent = any(widths.sent for widths in job.layers)  # whose matmuls `dots` does not keep
-    matmuls = {"none": 1.0, "block": 4 / 3, "offload": 1.0, "dots": 4 / 3 if sent else 1.0}[
-        job.config.compute.remat
-    ]
-    return matmuls, 1.0 if job.config.compute.remat == "none" else 4 / 3
-
-
-def attention_seconds(job: PlanJob, topology: Topology, kernel: str, here: Local) -> float:
-    """Attention's scores and sums on one device in a step."""
-    tokens = job.config.train.batch_size * job.config.train.seq_len / topology.devices
-    flops = attention_flops(job, kernel) * _again(job)[1] * _idle(job, here)
-    return tokens * flops / multiply_peak(job, topology) / ATTENTION[kernel]
-
-
-def _idle(job: PlanJob, here: Local) -> float:
-    """Work done over work there is: a pipeline computes in its bubble too."""
-    return here.ticks * here.tick_tokens * here.tick_layers / (here.tokens * len(job.layers))
-
-
-def _wasted(job: PlanJob, shape: dict[str, int], here: Local, platform: str) -> float:
-    """Entries of experts' matrices that a token is multiplied with for nothing: rows beyond a
-    capacity's choices, half of each expert's last block."""
-    model = job.config.model
-    times = (
-        max(0.0, model.capacity_factor - 1)
-        if model.dispatch == "capacity"
-        else padding(model, shape, here.tick_tokens, platform) / 2
-    )
-    return times * sum(
-        w.sent / (w.sent + model.shared_experts) * (w.inner + w.hidden) * model.embed * count
-        for w, count in kinds(job.layers)
-        if w.sent
-    )
-
-
-def compute_seconds(
-    job: PlanJob, topology: Topology, kernel: str, shape: dict[str, int], here: Local
-) -> float:
-    """Matmuls and attention of one device in a step."""
-    model, train = job.config.model, job.config.train
-    tokens = train.batch_size * train.seq_len / topology.devices
-    head = (
-        6 * model.vocab * model.embed * (4 / 3 if train.loss_chunk else 1.0)
-    )  # chunks make their logits twice
-    matrices = (
-        job.matmul_params
-        - model.vocab * model.embed
-        + _wasted(job, shape, here, topology.chip.platform)
-    )
-    layers = 6 * matrices * _again(job)[0] * _idle(job, here)
-    return matmul_seconds(job, topology, tokens * (layers + head)) + attention_seconds(
-        job, topology, kernel, here
-    )
+    """Returns the FLOP/s of one device in the dtype that is multiplied."""
+    is_full = job.config.compute.dtype == "float32"
+    return topology.peak * (FLOAT32[topology.chip.platform] if is_full else 1.0)
 
 
 def matmul_seconds(job: PlanJob, topology: Topology, flops: float) -> float:
     return flops / multiply_peak(job, topology) / EFFICIENCY[topology.chip.platform]
 
 
-def passes_seconds(
-    job: PlanJob, topology: Topology, kernel: str, shape: dict[str, int], here: Local
-) -> float:
-    """Norms, residuals, activations, experts' rows: arrays read and written between matmuls;
-    weights are read by the matmuls themselves."""
-    model, train, platform = job.config.model, job.config.train, topology.chip.platform
+def attention_flops(job: PlanJob, kernel: str) -> float:
+    """Returns the FLOPs of a token's attention, forward and backward, as `kernel` computes it."""
+    flops = job.causal_flops if kernel in CAUSAL_KERNELS else job.full_flops
+    return flops - 6 * job.matmul_params
 
-    def mean(of):
-        return sum(of(widths) * count for widths, count in kinds(job.layers)) / len(job.layers)
+
+def attention_seconds(job: PlanJob, topology: Topology, kernel: str, here: Microbatch) -> float:
+    """Returns the seconds of attention's scores and sums on one device in a step."""
+    tokens = job.config.train.batch_size * job.config.train.seq_len / topology.devices
+    # Every policy but `none` computes attention again, which adds a forward pass to three.
+    repeats = 1.0 if job.config.compute.remat == "none" else 4 / 3
+    flops = attention_flops(job, kernel) * repeats * _count_idle(job, here)
+    return tokens * flops / multiply_peak(job, topology) / ATTENTION[kernel]
+
+
+def compute_seconds(
+    job: PlanJob, topology: Topology, kernel: str, shape: dict[str, int], here: Microbatch
+) -> float:
+    """Returns the seconds of matmuls and attention of one device in a step."""
+    model = job.config.model
+    train = job.config.train
+    tokens = train.batch_size * train.seq_len / topology.devices
+
+    # Chunks make their logits twice.
+    head = 6 * model.vocab * model.embed * (4 / 3 if train.loss_chunk else 1.0)
+    wasted = _count_wasted(job, shape, here, topology.chip.platform)
+    matrices = job.matmul_params - model.vocab * model.embed + wasted
+    layers = 6 * matrices * _count_repeats(job) * _count_idle(job, here)
+
+    matmuls = matmul_seconds(job, topology, tokens * (layers + head))
+    return matmuls + attention_seconds(job, topology, kernel, here)
+
+
+def _count_repeats(job: PlanJob) -> float:
+    """Returns the FLOPs done over the FLOPs counted, of the matmuls of layers.
+
+    Recomputing adds a forward pass to three. `dots` does not keep the matmuls of experts.
+    """
+    is_sparse = any(widths.sent for widths in job.layers)
+    repeats = {
+        "none": 1.0,
+        "block": 4 / 3,
+        "offload": 1.0,
+        "dots": 4 / 3 if is_sparse else 1.0,
+    }
+    return repeats[job.config.compute.remat]
+
+
+def _count_idle(job: PlanJob, here: Microbatch) -> float:
+    """Returns the work done over the work there is: a pipeline computes in its bubble too."""
+    return here.ticks * here.tick_tokens * here.tick_layers / (here.tokens * len(job.layers))
+
+
+def _count_wasted(job: PlanJob, shape: dict[str, int], here: Microbatch, platform: str) -> float:
+    """Returns the entries of experts' matrices that a token is multiplied with for nothing.
+
+    These are the rows beyond a capacity's choices, or half of each expert's last block.
+    """
+    model = job.config.model
+    if model.dispatch == "capacity":
+        times = max(0.0, model.capacity_factor - 1)
+    else:
+        times = count_padding(model, shape, here.tick_tokens, platform) / 2
+
+    entries = [
+        w.sent / (w.sent + model.shared_experts) * (w.inner + w.hidden) * model.embed * count
+        for w, count in group_layers(job.layers)
+        if w.sent
+    ]
+    return times * sum(entries)
+
+
+def passes_seconds(
+    job: PlanJob, topology: Topology, kernel: str, shape: dict[str, int], here: Microbatch
+) -> float:
+    """Returns the seconds of reading and writing arrays between matmuls.
+
+    These are norms, residuals, activations and experts' rows. Matmuls read the weights themselves.
+    """
+    model = job.config.model
+    train = job.config.train
+    platform = topology.chip.platform
+    places = count_places(model, shape, here.tick_tokens, platform)
+    count = len(job.layers)
+    groups = group_layers(job.layers)
+    sent = sum(w.sent * times for w, times in groups) / count
+    inner = sum((w.inner + w.hidden + 2 * w.q) * times for w, times in groups) / count
 
     wide = model.embed / (shape["tensor"] if job.config.compute.shard_sequence else 1)
-    wide += model.embed * spare(model, shape, here.tick_tokens, platform) * mean(lambda w: w.sent)
-    inner = mean(lambda w: w.inner + w.hidden + 2 * w.q) / shape["tensor"]
-    a_token = compute_bytes(job) * (TOUCHES * wide + INSIDE_TOUCHES * inner)
-    layers = (
-        here.ticks
-        * here.tick_layers
-        * (here.tick_tokens * a_token + _sums_bytes(job, shape, here, platform))
-    )
-    if kernel in ("reference", "xla"):  # which make whole maps, in float32
-        layers += (
-            here.tokens
-            * len(job.layers)
-            * MAP_TOUCHES
-            * model.heads
-            / shape["tensor"]
-            * train.seq_len
-            * FULL
-        )
-    logits = LOGITS_TOUCHES * here.tokens * model.vocab / shape["tensor"] * FULL
+    wide += model.embed * places * sent
+    inside = INSIDE_TOUCHES * (inner / shape["tensor"])
+    a_token = compute_bytes(job) * (TOUCHES * wide + inside)
+    a_tick = here.tick_tokens * a_token + _block_sum_bytes(job, shape, here, platform)
+    layers = here.ticks * here.tick_layers * a_tick
+
+    if kernel in ("reference", "xla"):  # These kernels make whole maps, in float32.
+        queries = here.tokens * count * MAP_TOUCHES * model.heads / shape["tensor"]
+        layers += queries * train.seq_len * FULL_BYTES
+    logits = LOGITS_TOUCHES * here.tokens * model.vocab / shape["tensor"] * FULL_BYTES
     return (layers + logits) * train.accumulate / topology.chip.bandwidth
 
 
-def _sums_bytes(job: PlanJob, shape: dict[str, int], here: Local, platform: str) -> float:
-    """Of a layer's microbatch where experts are gone through block by block: their gradients in
-    float32 are read and written once a block."""
-    if not blockwise(job.config.model, platform):
+def _block_sum_bytes(job: PlanJob, shape: dict[str, int], here: Microbatch, platform: str) -> float:
+    """Returns the bytes of a layer's microbatch that experts' gradients take.
+
+    Where experts are gone through block by block, every block reads and writes the float32 sum.
+    """
+    if not is_blockwise(job.config.model, platform):
         return 0.0
-    return (
-        2
-        * experts_bytes(job, shape, FULL)
-        / len(job.layers)
-        * turns(job, shape, here.tick_tokens, platform)
-    )
+    a_layer = 2 * expert_weight_bytes(job, shape, FULL_BYTES) / len(job.layers)
+    return a_layer * count_turns(job, shape, here.tick_tokens, platform)
 
 
 def update_seconds(job: PlanJob, topology: Topology, shape: dict[str, int]) -> float:
+    """Returns the seconds of the optimiser's update."""
     state = sum(device_bytes(job, shape, part) for part in ("params", "opt", "ema"))
-    return (UPDATE_TOUCHES * state + device_bytes(job, shape, "params")) / topology.chip.bandwidth
-
-
-def choose_plan_kernel(
-    config: configs.Config, topology: Topology, shape: dict[str, int]
-) -> tuple[str, str]:
-    """(attention kernel, why) as a run on this machine would choose. UsageError where there is
-    none."""
-    model = config.model
-    return choose_kernel(
-        config.compute.kernel,
-        make_problem(
-            model,
-            config.compute.dtype,
-            config.train.seq_len,
-            topology.chip.platform,
-            context=shape["context"],
-        ),
-    )
-
-
-def estimate_job(job: PlanJob, topology: Topology) -> Estimate:
-    """Everything about `job` on `topology`. Raises UsageError only when there is no mesh to
-    speak of."""
-    config = job.config
-    shape, found = find_problems(config, topology.devices)
-    if shape is None:
-        raise UsageError(found[0])
-    across = configs.cross_slice(config.mesh)
-    if topology.chip.platform == "tpu" and (
-        text := configs.slices_problem(across, topology.slices)
-    ):
-        found = [text, *found]
-    try:
-        kernel, reason = choose_plan_kernel(config, topology, shape)
-    except UsageError as error:
-        kernel, reason, found = "reference", "none can", [*found, str(error)]
-    here = local(job, shape)
-    compute = compute_seconds(job, topology, kernel, shape, here)
-    passes = passes_seconds(job, topology, kernel, shape, here)
-    update = update_seconds(job, topology, shape)
-    padded = choose_exchange(topology.chip.kind) is padded_exchange
-    found_flows = [
-        (flow, link(topology, shape, across, flow.axis))
-        for flow in flows(job, shape, topology.chip.platform, padded)
-    ]
-    hidden, open_ = (
-        {
-            axis: seconds
-            for axis in configs.AXES
-            if (
-                seconds := sum(
-                    flow.bytes / line.speed
-                    for flow, line in found_flows
-                    if flow.axis == axis and flow.hidden == kind
-                )
-            )
-        }
-        for kind in (True, False)
-    )
-    behind, before = max(hidden.values(), default=0.0), sum(open_.values())
-    step = max(compute + passes, behind) + before + update
-    terms = {"matmuls": compute, "memory bandwidth": passes + update} | {
-        f"the links of axis {axis}": hidden.get(axis, 0) + open_.get(axis, 0)
-        for axis in {*hidden, *open_}
-    }
-    used = memory(job, shape, kernel, topology.chip.platform)
-    tokens = config.train.batch_size * config.train.seq_len / step
-    stages = shape["pipeline"]
-    return Estimate(
-        kernel=kernel,
-        reason=reason,
-        shape=shape,
-        memory=used,
-        matmuls=compute,
-        passes=passes,
-        hidden=hidden,
-        open=open_,
-        update=update,
-        bubble=(stages - 1) / here.ticks if stages > 1 else 0.0,
-        flows=tuple(found_flows),
-        step=step,
-        bound=max(terms, key=terms.get),
-        mfu_full=mfu(job.full_flops, tokens, topology.peak * topology.devices),
-        mfu_causal=mfu(job.causal_flops, tokens, topology.peak * topology.devices),
-        fits=used.peak <= topology.chip.memory,
-        problems=tuple(found),
-    )
-
-
-def format_verdict(peak: float, topology: Topology) -> str:
-    """ "fits: peak 31.2 of 95.7 GiB"; of GPUs also which part of the card that is."""
-    fits = "fits" if peak <= topology.chip.memory else "does not fit"
-    part = f" ({GPU_FRACTION} of the card)" if topology.chip.platform == "gpu" else ""
-    used = f"{peak / GIB:{'.1f' if peak >= GIB / 10 else '.2g'}}"
-    return f"{fits}: peak {used} of {topology.chip.memory / GIB:.1f} GiB{part}"
+    gradients = device_bytes(job, shape, "params")
+    return (UPDATE_TOUCHES * state + gradients) / topology.chip.bandwidth

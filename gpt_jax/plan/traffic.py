@@ -1,257 +1,229 @@
-"""What crosses the links in a step, by arithmetic: bytes that one device sends along each mesh
-axis, and the speed of the axis's links (called by roofline and, for the speeds, by schedule).
+"""What crosses the links in a step: bytes that one device sends along each mesh axis.
 
-Bytes are those of the algorithms that move the least (a gather over n devices: (n - 1) / n of the
-result). An axis is laid over the machine as sharding.make_mesh does: the last axes on neighbouring
-chips.
+The arithmetic counts the bytes of the algorithms that move the least. A gather over n devices, for
+instance, sends (n - 1) / n of the result.
 """
 
-import math
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.plan.job import PlanJob, device_bytes, kinds
-from gpt_jax.plan.memory import FULL, Local, compute_bytes, local, room, stream_bytes
-from gpt_jax.plan.topology import Topology
+from gpt_jax.plan.experts import count_exchange_places
+from gpt_jax.plan.job import FULL_BYTES, PlanJob, compute_bytes, device_bytes, group_layers
+from gpt_jax.plan.microbatch import Microbatch, split_microbatch, stream_bytes
 
-# Mesh axes that cut the weights of a role and that each use of them gathers.
-OVER = dict.fromkeys(("layer", "head", "embed"), configs.FSDP_AXES) | {
-    "expert": ("fsdp", "context")
+# Mesh axes that cut the weights of a role, and along which every use of them gathers.
+GATHER_AXES: dict[str, tuple[str, ...]] = {
+    "layer": configs.FSDP_AXES,
+    "expert": ("fsdp", "context"),
+    "head": configs.FSDP_AXES,
+    "embed": configs.FSDP_AXES,
+}
+# Mesh axes along which every device has the weights whole, and rows of its own. Each stage of a
+# pipeline has layers of its own, so that its axis is missing there.
+COPY_AXES: dict[str, tuple[str, ...]] = {
+    "layer": ("data",),
+    "expert": ("data",),
+    "head": ("data", "pipeline"),
+    "embed": ("data", "pipeline"),
 }
 
 
-# Those along which every device has the weights whole and rows of its own: each stage of a pipeline
-# has its layers.
-WHOLE = dict.fromkeys(("layer", "expert"), ("data",)) | dict.fromkeys(
-    ("head", "embed"), ("data", "pipeline")
-)
-
-
 class Flow(NamedTuple):
-    """`bytes`: sent by one device in a step; `hidden`: it can run behind matmuls of other
-    layers."""
+    """What one device sends along one mesh axis in a step."""
 
     axis: str
     what: str
     bytes: float
-    hidden: bool
-
-
-class Link(NamedTuple):
-    """Of one mesh axis. `speed`: bytes a second that one device sends, one direction of
-    everything it can use."""
-
-    name: str
-    speed: float
-
-
-def _torus_link(topology: Topology, within: dict[str, int], axis: str) -> Link:
-    """Dims of the torus are dealt out from the last axis to the first. A closed dim sends both
-    ways, an open one at half; an axis on a part of a dim is open. Two cores of a chip (TPU7x)
-    are a dim of their own: alone as fast as all six links of the chip, with others one more open
-    dim; cores share the links."""
-    chip = topology.chip
-    free = [(size, wraps) for size, wraps in zip(topology.shape, topology.wraps)]
-    if chip.per_chip > 1:
-        free.append((chip.per_chip, True))
-    for name in reversed(configs.AXES):
-        size, speed, cores = within[name], 0.0, chip.per_chip > 1 and len(free) > chip.dims
-        while size > 1 and free:
-            length, wraps = free[-1]
-            part = math.gcd(size, length)
-            if part == 1:
-                break
-            speed += chip.link * (2 if wraps and part == length and length > 2 else 1)
-            size //= part
-            free[-1] = (length // part, False)
-            if length == part:
-                free.pop()
-        if name == axis and cores and within[name] == chip.per_chip:
-            return Link("ICI", 2 * chip.dims * chip.link)
-        if name == axis:
-            return Link("ICI", (speed or chip.link) / chip.per_chip)
-    raise KeyError(axis)
-
-
-def link(topology: Topology, shape: dict[str, int], across: dict[str, int], axis: str) -> Link:
-    """The link that mesh axis `axis` is bound by; `across`: the part of each size that crosses
-    slices (or hosts)."""
-    chip, within = topology.chip, {name: shape[name] // across[name] for name in shape}
-    if chip.platform == "tpu":
-        inside = _torus_link(topology, within, axis)
-        if across[axis] == 1:
-            return inside
-        return Link(
-            "DCN", min(inside.speed if within[axis] > 1 else math.inf, chip.network * within[axis])
-        )
-    stride = math.prod(within[name] for name in configs.AXES[configs.AXES.index(axis) + 1 :])
-    together = max(1, min(within[axis], chip.per_host // stride))  # devices of the axis in one host
-    if together == shape[axis] or topology.hosts == 1:
-        return Link("NVLink", chip.link)
-    return Link("network", min(chip.link, chip.network * together))
-
-
-def share(size: int) -> float:
-    return (size - 1) / size
+    hidden: bool  # It can run behind the matmuls of other layers.
 
 
 class Use(NamedTuple):
-    """Weights of a role in a microbatch: how often they are gathered and their gradients summed,
-    in how many bytes an entry."""
+    """How the weights of a role are used in a microbatch."""
 
     role: str
-    gathers: float
-    gather_bytes: int
-    sums: float
-    sum_bytes: int
+    times: float  # How often their gradients are summed.
+    gathers: float  # How often they are gathered.
+    gather_bytes: int  # Bytes of an entry that is gathered.
+    sum_bytes: int  # Bytes of an entry of the gradients.
 
 
-def _uses(job: PlanJob, shape: dict[str, int], here: Local, platform: str) -> list[Use]:
-    """Layers: forward and, when they are recomputed, backward, each tick of a pipeline anew.
-    Head and table: once; the table in float32, but that a TPU gathers one whose vocabulary no
-    axis cuts in the compute dtype."""
-    config, half = job.config, compute_bytes(job)
-    again = config.compute.remat != "none"
-    head = (1, half, 1, half)
-    table = (1, half if platform == "tpu" and shape["tensor"] == 1 else FULL, 1, FULL)
-    layer = ((1 + again) * here.ticks, half, here.ticks, half)
-    tied = [Use("embed", *head)] if config.model.tied else []
-    return [
-        Use("layer", *layer),
-        Use("expert", *layer),
-        Use("head", *head),
-        Use("embed", *table),
-        *tied,
+def list_flows(
+    job: PlanJob, shape: dict[str, int], platform: str, padded: bool = False
+) -> list[Flow]:
+    """Returns all flows of a step, one for each axis and kind.
+
+    `platform` is "tpu" or "gpu", whose compilers differ. With `padded` the exchange of tokens with
+    experts sends empty places too (model/experts/exchange.py).
+    """
+    here = split_microbatch(job, shape)
+    flows = [
+        *_list_update_flows(job, shape),
+        *_list_weight_flows(job, shape, here, platform),
+        *_list_layer_flows(job, shape, here, padded),
+        *_list_stage_flows(job, shape, here),
+        *_list_end_flows(job, shape, here),
     ]
 
-
-def _weights(job: PlanJob, shape: dict[str, int], here: Local, platform: str) -> list[Flow]:
-    """Weights gathered where they are used and gradients summed, in every microbatch."""
-    zero, count, found = job.config.mesh.zero, job.config.train.accumulate, []
-    if zero == 1:
-        for role, over in OVER.items():
-            rest = device_bytes(job, shape, "params", 1, role)
-            for axis in (axis for axis in over if shape[axis] > 1):
-                found.append(
-                    Flow(axis, "updated parameters gathered", share(shape[axis]) * rest, False)
-                )
-                rest /= shape[axis]
-    for use in _uses(job, shape, here, platform):
-        over = OVER[use.role]
-        rest = device_bytes(
-            job, shape | dict.fromkeys(over, 1), "params", 3, use.role, 1
-        )  # entries of this role, whole
-        for axis in over:
-            n = shape[axis]
-            if n > 1 and zero == 3:
-                gathered = share(n) * rest * use.gather_bytes * use.gathers * count
-                found.append(Flow(axis, "weights gathered", gathered, True))
-            if n > 1:
-                summed = share(n) * rest * use.sum_bytes * use.sums * count
-                found.append(
-                    _sum(axis, summed, platform, cut=zero == 3 and _scatters(shape, over, platform))
-                )
-            rest /= n
-        for axis in WHOLE[use.role]:
-            if (n := shape[axis]) > 1:
-                found.append(
-                    _sum(
-                        axis,
-                        share(n) * rest * use.sum_bytes * use.sums * count,
-                        platform,
-                        cut=False,
-                    )
-                )
-    return found
-
-
-def _scatters(shape: dict[str, int], over: tuple[str, ...], platform: str) -> bool:
-    """Whether gradients are scattered over these axes. libtpu 0.0.42 makes of a scatter over all
-    devices, and of one in a pipeline's stages, a sum of whole gradients and a cut (seen in every
-    such program that was compiled)."""
-    others = [axis for axis in configs.AXES if axis not in over and shape[axis] > 1]
-    return platform != "tpu" or (bool(others) and shape["pipeline"] == 1)
-
-
-def _sum(axis: str, once: float, platform: str, cut: bool) -> Flow:
-    """Gradients summed over an axis, each device keeping its part (`cut`) or everything. libtpu
-    0.0.42 makes gathers asynchronous and sums not: computing waits for those."""
-    return Flow(
-        axis,
-        "gradients scattered" if cut else "gradients summed",
-        once * (1 if cut else 2),
-        platform != "tpu",
-    )
-
-
-def _activations(job: PlanJob, shape: dict[str, int], here: Local, padded: bool) -> list[Flow]:
-    """Streams and keys that cross between devices, forward, recomputed and backward."""
-    config, model, half = job.config, job.config.model, compute_bytes(job)
-    count, flows = config.train.accumulate, []
-    passed = (
-        here.tick_tokens * here.ticks * here.tick_layers / len(job.layers)
-    )  # tokens through each layer
-    again = job.config.compute.remat in ("block", "offload")
-    tensor, context, expert, stages = (
-        shape[axis] for axis in ("tensor", "context", "expert", "pipeline")
-    )
-    for widths, times in kinds(job.layers):
-        through = passed * times
-        if (
-            tensor > 1
-        ):  # two sums forward, two backward, and attention's again when it is recomputed
-            sums = (4 + again) * 2 * share(tensor) * model.embed * half * through
-            flows.append(Flow("tensor", "streams summed", sums * count, False))
-        if context > 1:  # keys and values go round; backward their float32 gradients too
-            keys = 2 * widths.kv / tensor * through * (context - 1)
-            flows.append(
-                Flow(
-                    "context", "keys and values", keys * ((2 + again) * half + FULL) * count, False
-                )
-            )
-        if (
-            expert > 1 and widths.sent
-        ):  # there and back, forward and backward; empty places too where they travel
-            moved = (
-                (4 + 2 * again)
-                * share(expert)
-                * widths.sent
-                * model.embed
-                * half
-                * through
-                * (room(model, shape) if padded or model.dispatch == "capacity" else 1)
-            )
-            flows.append(Flow("expert", "tokens to experts", moved * count, False))
-    if stages > 1:
-        flows.append(
-            Flow(
-                "pipeline",
-                "streams to the next stage",
-                2 * here.ticks * here.tick_tokens * stream_bytes(job, shape) * count,
-                False,
-            )
-        )
-        # Gathered before the first stage, scattered behind the last, and both again backward.
-        flows.append(
-            Flow(
-                "pipeline",
-                "rows to the stages and back",
-                4 * (stages - 1) * here.tokens * stream_bytes(job, shape) * count,
-                False,
-            )
-        )
-    if tensor > 1:
-        ends = 3 * 2 * share(tensor) * model.embed * FULL * here.tokens
-        flows.append(Flow("tensor", "embeddings and head", ends * count, False))
-    return flows
-
-
-def flows(job: PlanJob, shape: dict[str, int], platform: str, padded: bool = False) -> list[Flow]:
-    """All of a step, one entry for each axis and kind. `platform`: tpu or gpu, whose compilers
-    differ; `padded`: the exchange of tokens with experts sends empty places too
-    (model/experts.py)."""
-    here, total = local(job, shape), {}
-    for flow in _weights(job, shape, here, platform) + _activations(job, shape, here, padded):
+    total: dict[Flow, float] = {}
+    for flow in flows:
         key = flow._replace(bytes=0)
         total[key] = total.get(key, 0) + flow.bytes
     return [key._replace(bytes=size) for key, size in total.items()]
+
+
+def share(size: int) -> float:
+    """Returns the part that comes from other devices, of `size` devices in all."""
+    return (size - 1) / size
+
+
+def _list_update_flows(job: PlanJob, shape: dict[str, int]) -> list[Flow]:
+    """Under ZeRO-1 each device updates its part of the parameters, and all gather the parts."""
+    if job.config.mesh.zero != 1:
+        return []
+    flows = []
+    for role, axes in GATHER_AXES.items():
+        rest = device_bytes(job, shape, "params", 1, role)
+        for axis in axes:
+            if shape[axis] > 1:
+                sent = share(shape[axis]) * rest
+                flows.append(Flow(axis, "updated parameters gathered", sent, hidden=False))
+                rest /= shape[axis]
+    return flows
+
+
+def _list_uses(job: PlanJob, shape: dict[str, int], here: Microbatch, platform: str) -> list[Use]:
+    """Layers are used forward, and backward when they are recomputed, in every tick anew.
+
+    The head and the table are used once, the table in float32. A TPU gathers it in the compute
+    dtype if no axis cuts its vocabulary.
+    """
+    config = job.config
+    entry = compute_bytes(job)
+    passes = 1 if config.compute.remat == "none" else 2
+    table_entry = entry if platform == "tpu" and shape["tensor"] == 1 else FULL_BYTES
+
+    uses = [
+        Use(role, here.ticks, passes * here.ticks, gather_bytes=entry, sum_bytes=entry)
+        for role in ("layer", "expert")
+    ]
+    uses.append(Use("head", 1, 1, gather_bytes=entry, sum_bytes=entry))
+    uses.append(Use("embed", 1, 1, gather_bytes=table_entry, sum_bytes=FULL_BYTES))
+    if config.model.tied:  # The table is the head, too.
+        uses.append(Use("embed", 1, 1, gather_bytes=entry, sum_bytes=entry))
+    return uses
+
+
+def _list_weight_flows(
+    job: PlanJob, shape: dict[str, int], here: Microbatch, platform: str
+) -> list[Flow]:
+    """Weights are gathered where they are used, and gradients summed, in every microbatch."""
+    zero = job.config.mesh.zero
+    count = job.config.train.accumulate
+    flows = []
+    for use in _list_uses(job, shape, here, platform):
+        axes = GATHER_AXES[use.role]
+        whole = shape | dict.fromkeys(axes, 1)
+        rest = device_bytes(job, whole, "params", 3, use.role, bytes_each=1)  # Entries.
+        is_scattered = zero == 3 and _scatters(shape, axes, platform)
+
+        for axis in axes:
+            size = shape[axis]
+            if size == 1:
+                continue
+            if zero == 3:
+                gathered = share(size) * rest * use.gather_bytes * use.gathers * count
+                flows.append(Flow(axis, "weights gathered", gathered, hidden=True))
+            summed = share(size) * rest * use.sum_bytes * use.times * count
+            flows.append(_make_sum(axis, summed, platform, is_scattered))
+            rest /= size
+
+        for axis in COPY_AXES[use.role]:
+            if shape[axis] > 1:
+                summed = share(shape[axis]) * rest * use.sum_bytes * use.times * count
+                flows.append(_make_sum(axis, summed, platform, is_scattered=False))
+    return flows
+
+
+def _scatters(shape: dict[str, int], axes: tuple[str, ...], platform: str) -> bool:
+    """Returns whether gradients are scattered over these axes.
+
+    libtpu 0.0.42 makes a sum of whole gradients and a cut out of two scatters: of one over all
+    devices, and of one in the stages of a pipeline. Every such program that was compiled had them.
+    """
+    has_others = any(shape[axis] > 1 for axis in configs.AXES if axis not in axes)
+    return platform != "tpu" or (has_others and shape["pipeline"] == 1)
+
+
+def _make_sum(axis: str, once: float, platform: str, is_scattered: bool) -> Flow:
+    """Gradients are summed over an axis, and each device keeps its part or everything.
+
+    libtpu 0.0.42 makes gathers asynchronous and sums not, so that computing waits for sums.
+    """
+    is_hidden = platform != "tpu"
+    if is_scattered:
+        return Flow(axis, "gradients scattered", once, is_hidden)
+    return Flow(axis, "gradients summed", 2 * once, is_hidden)
+
+
+def _list_layer_flows(
+    job: PlanJob, shape: dict[str, int], here: Microbatch, padded: bool
+) -> list[Flow]:
+    """Streams, keys and tokens cross between devices forward, recomputed and backward."""
+    config = job.config
+    model = config.model
+    entry = compute_bytes(job)
+    count = config.train.accumulate
+    is_recomputed = job.config.compute.remat in ("block", "offload")
+    tensor, context, expert = (shape[axis] for axis in ("tensor", "context", "expert"))
+    # Tokens that go through each layer.
+    passed = here.tick_tokens * here.ticks * here.tick_layers / len(job.layers)
+
+    flows = []
+    for widths, times in group_layers(job.layers):
+        through = passed * times
+        if tensor > 1:
+            # There are two sums forward and two backward, and attention's again when recomputed.
+            sums = (4 + is_recomputed) * 2 * share(tensor) * model.embed * entry * through
+            flows.append(Flow("tensor", "streams summed", sums * count, hidden=False))
+
+        if context > 1:
+            # Keys and values go round, and backward their float32 gradients too.
+            keys = 2 * widths.kv / tensor * through * (context - 1)
+            sent = keys * ((2 + is_recomputed) * entry + FULL_BYTES) * count
+            flows.append(Flow("context", "keys and values", sent, hidden=False))
+
+        if expert > 1 and widths.sent:
+            # Tokens go there and back, forward and backward. Empty places may travel too.
+            trips = 4 + 2 * is_recomputed
+            is_full = padded or model.dispatch == "capacity"
+            places = count_exchange_places(model, shape) if is_full else 1
+            moved = trips * share(expert) * widths.sent * model.embed * entry * through * places
+            flows.append(Flow("expert", "tokens to experts", moved * count, hidden=False))
+    return flows
+
+
+def _list_stage_flows(job: PlanJob, shape: dict[str, int], here: Microbatch) -> list[Flow]:
+    """Streams go through the stages of a pipeline."""
+    stages = shape["pipeline"]
+    if stages == 1:
+        return []
+    count = job.config.train.accumulate
+    stream = stream_bytes(job, shape)
+    between = 2 * here.ticks * here.tick_tokens * stream * count
+    # Rows are gathered before the first stage and scattered behind the last, and both again
+    # backward.
+    ends = 4 * (stages - 1) * here.tokens * stream * count
+    return [
+        Flow("pipeline", "streams to the next stage", between, hidden=False),
+        Flow("pipeline", "rows to the stages and back", ends, hidden=False),
+    ]
+
+
+def _list_end_flows(job: PlanJob, shape: dict[str, int], here: Microbatch) -> list[Flow]:
+    """Embeddings and the head, whose vocabulary the axis tensor cuts, sum their streams."""
+    tensor = shape["tensor"]
+    if tensor == 1:
+        return []
+    ends = 3 * 2 * share(tensor) * job.config.model.embed * FULL_BYTES * here.tokens
+    sent = ends * job.config.train.accumulate
+    return [Flow("tensor", "embeddings and head", sent, hidden=False)]

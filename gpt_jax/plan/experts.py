@@ -1,0 +1,99 @@
+"""Buffers of mixtures of experts on one device: rows that a token fills, and rows that stay empty.
+
+Tokens travel to their experts through an exchange (model/experts/exchange.py). Where the platform
+has no grouped matmul, each expert's tokens are then gone through block by block
+(model/experts/local_experts.py).
+"""
+
+from typing import NamedTuple
+
+from gpt_jax import config as configs
+from gpt_jax.model import EXPERT_WAYS, choose_block_rows
+from gpt_jax.plan.job import PlanJob, Widths, device_bytes
+
+# Sizes of the axes that cut no weight of experts where it is multiplied.
+GATHERED = {"fsdp": 1, "context": 1, "pipeline": 1}
+
+
+class Blocks(NamedTuple):
+    """How a device goes through its experts' tokens."""
+
+    experts: int  # Experts of the device.
+    choices: float  # Choices of experts that the device's tokens make.
+    rows: int  # Rows of one block.
+
+
+def is_blockwise(model: configs.Model, platform: str) -> bool:
+    """Returns whether experts are gone through block by block."""
+    return model.dispatch == "dropless" and platform not in EXPERT_WAYS
+
+
+def find_blocks(
+    model: configs.Model, shape: dict[str, int], tokens: float, platform: str
+) -> Blocks:
+    """Returns the blocks of a device with so many tokens."""
+    experts = max(1, model.experts // shape["expert"])
+    choices = tokens * model.experts_per_token
+    return Blocks(experts, choices, choose_block_rows(int(choices), experts, platform))
+
+
+def count_padding(
+    model: configs.Model, shape: dict[str, int], tokens: float, platform: str
+) -> float:
+    """Returns the rows of blocks that may be empty, for each choice of a device's tokens."""
+    if not is_blockwise(model, platform):
+        return 0.0
+    blocks = find_blocks(model, shape, tokens, platform)
+    return blocks.experts * blocks.rows / blocks.choices
+
+
+def count_turns(job: PlanJob, shape: dict[str, int], tokens: float, platform: str) -> float:
+    """Returns the blocks of one expert that a device's tokens fill, half of the last one empty.
+
+    It is 1 where nothing goes by blocks.
+    """
+    model = job.config.model
+    if not is_blockwise(model, platform) or not any(widths.sent for widths in job.layers):
+        return 1.0
+    blocks = find_blocks(model, shape, tokens, platform)
+    return blocks.choices / blocks.experts / blocks.rows + 0.5
+
+
+def count_exchange_places(model: configs.Model, shape: dict[str, int]) -> float:
+    """Returns the places in the exchange of tokens with experts, for each choice.
+
+    Over an axis expert `dropless` has places for all tokens that may come.
+    """
+    if model.dispatch == "capacity":
+        return model.capacity_factor
+    if shape["expert"] == 1:
+        return 1.0
+    most = min(model.experts_per_token, model.experts // shape["expert"])
+    return shape["expert"] * most / model.experts_per_token
+
+
+def count_places(
+    model: configs.Model, shape: dict[str, int], tokens: float, platform: str
+) -> float:
+    """Returns the places of a device's buffers, for each choice of its tokens."""
+    padding = count_padding(model, shape, tokens, platform)
+    return count_exchange_places(model, shape) + padding
+
+
+def widen_for_buffers(widths: Widths, model: configs.Model, places: float, platform: str) -> Widths:
+    """Returns `widths` as they stand in memory; those of experts are `places` times as wide.
+
+    Where experts are gone through block by block, their hidden values are those of one block.
+    """
+    if not widths.sent:
+        return widths
+    sent = 0.0 if is_blockwise(model, platform) else places * widths.sent
+    grow = (sent + model.shared_experts) / (widths.sent + model.shared_experts)
+    return widths._replace(
+        inner=widths.inner * grow, hidden=widths.hidden * grow, sent=widths.sent * places
+    )
+
+
+def expert_weight_bytes(job: PlanJob, shape: dict[str, int], bytes_each: int) -> float:
+    """Returns the bytes of all layers' experts as a device multiplies with them."""
+    return device_bytes(job, shape | GATHERED, "params", 3, "expert", bytes_each)

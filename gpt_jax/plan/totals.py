@@ -1,0 +1,37 @@
+"""What a report adds to an estimate: FLOPs of a step, bytes by remat, and what nothing counts."""
+
+from dataclasses import replace
+
+from gpt_jax import config as configs
+from gpt_jax.plan.estimate import Estimate
+from gpt_jax.plan.job import PlanJob
+from gpt_jax.plan.memory import estimate_memory
+from gpt_jax.plan.search import REMATS
+from gpt_jax.plan.topology import Topology
+
+
+def step_flops(job: PlanJob) -> tuple[int, int]:
+    """Returns the model's FLOPs of a step on all devices, (full attention map, causal)."""
+    tokens = job.config.train.batch_size * job.config.train.seq_len
+    return job.full_flops * tokens, job.causal_flops * tokens
+
+
+def remat_bytes(job: PlanJob, topology: Topology, estimate: Estimate) -> dict[str, float]:
+    """Returns the bytes of activations on a device under each policy that a search tries."""
+    activations = {}
+    for remat in REMATS:
+        compute = replace(job.config.compute, remat=remat)
+        changed = job._replace(config=replace(job.config, compute=compute))
+        memory = estimate_memory(changed, estimate.shape, estimate.kernel, topology.chip.platform)
+        activations[remat] = memory.activations
+    return activations
+
+
+def list_uncounted(config: configs.Config) -> list[str]:
+    """Returns what neither the arithmetic nor the compiler counts of this config."""
+    if config.compute.remat != "offload":
+        return []
+    return [
+        "config.compute.remat = 'offload': its copies to the host's memory and back "
+        "are not in the step's time"
+    ]

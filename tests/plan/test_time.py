@@ -1,0 +1,122 @@
+"""Seconds of a step, by arithmetic and from a compiled program."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+from plans import ONE, changed, job_of, llama
+
+from gpt_jax import config as configs
+from gpt_jax.plan import compiled, roofline
+from gpt_jax.plan.estimate import estimate_job
+from gpt_jax.plan.experts import count_exchange_places
+from gpt_jax.plan.memory import estimate_memory
+from gpt_jax.plan.microbatch import split_microbatch
+from gpt_jax.plan.program.program import read_program
+from gpt_jax.plan.schedule import estimate_schedule
+from gpt_jax.plan.topology import parse_topology
+from gpt_jax.sharding.mesh import make_mesh
+
+PROGRAM = dict(
+    collectives=[], cycles=0, kernels={}, matmul_flops=0.0, turn_flops=0.0, grouped_flops=0.0
+)
+
+
+@pytest.mark.parametrize("name, slower", [("h100:8", 2), ("v5e:4x4", 1)])
+def test_float32_takes_longer(name, slower):
+    """Matmuls take twice as long on GPUs, and as long on TPUs.
+
+    Between matmuls there are twice the bytes on both.
+    """
+    machine = parse_topology(name)
+    shape = ONE | {"fsdp": machine.devices}
+    half, full = (
+        changed(
+            llama(),
+            mesh=dict(data=1, fsdp=machine.devices),
+            compute=dict(dtype=dtype, kernel="xla"),
+        )
+        for dtype in ("bfloat16", "float32")
+    )
+    here = split_microbatch(half, shape)
+    times = [roofline.compute_seconds(job, machine, "xla", shape, here) for job in (half, full)]
+    assert times[1] == pytest.approx(slower * times[0])
+
+    # Logits are in float32 in both.
+    config = half.config
+    logits = 4 * here.tokens * config.model.vocab * 4 * config.train.accumulate
+    passes = [
+        roofline.passes_seconds(job, machine, "splash", shape, here)
+        - logits / machine.chip.bandwidth
+        for job in (half, full)
+    ]
+    assert passes[1] == pytest.approx(2 * passes[0])
+
+
+def test_tokens_beyond_a_capacity_are_no_work_done():
+    """A factor of 0.1 multiplies a tenth of the choices, and counts a tenth of them."""
+    machine = parse_topology("v5p:4x4x4")
+    tenth, whole = (
+        estimate_job(
+            job_of(
+                "moe:8x7b",
+                "--config.model.dispatch=capacity",
+                f"--config.model.capacity_factor={factor}",
+            ),
+            machine,
+        ).mfu_full
+        for factor in (0.1, 1.0)
+    )
+    assert 0 < tenth < whole < 1
+
+
+def test_a_program_without_cycles_takes_the_arithmetic_s_time():
+    machine = parse_topology("h100:8")
+    job = changed(llama(), mesh=dict(data=1, fsdp=machine.devices))
+    estimate = estimate_job(job, machine)
+    schedule = estimate_schedule(job, machine, estimate.kernel, PROGRAM)
+    assert schedule.update == estimate.update > 0
+    assert schedule.step == pytest.approx(estimate.matmuls + estimate.passes + estimate.update)
+
+
+def test_a_program_with_cycles_takes_them_the_update_included():
+    machine = parse_topology("v5e:4x4")
+    job = changed(llama(), mesh=dict(data=1, fsdp=machine.devices))
+    schedule = estimate_schedule(job, machine, "splash", PROGRAM | {"cycles": 10**9})
+    assert schedule.update == 0
+    assert schedule.step == pytest.approx(10**9 / machine.chip.clock + schedule.kernels)
+
+
+def test_grouped_matmuls_without_cycles_take_the_arithmetic_s_time():
+    """Rows of the exchange's buffers that stay empty cost nothing."""
+    machine = parse_topology("v5e:4x4")
+    job = changed(job_of("moe:small"), mesh=dict(data=1, fsdp=8, expert=2))
+    none, some = (
+        estimate_schedule(job, machine, "splash", PROGRAM | {"cycles": 1, "grouped_flops": flops})
+        for flops in (0.0, 1e15)
+    )
+    places = count_exchange_places(job.config.model, ONE | {"expert": 2})
+    assert places > 1
+    seconds = 1e15 / places / machine.peak / roofline.EFFICIENCY["tpu"]
+    assert some.step - none.step == pytest.approx(seconds)
+    assert some.flops_ratio > none.flops_ratio
+
+
+def test_the_whole_step_as_arithmetic_and_compiler_have_it():
+    """Arguments of the compiled train step on 8 fake devices are state and batch by arithmetic.
+
+    The program gathers over fsdp.
+    """
+    job = job_of("tiny")
+    mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices()[:8])
+    compute = replace(job.config.compute, kernel="reference")
+    config = replace(job.config, mesh=configs.Mesh(data=2, fsdp=4), compute=compute)
+    program = compiled.lower_step(config, mesh).compile()
+
+    job = job._replace(config=config)
+    memory = estimate_memory(job, dict(mesh.shape), "reference", "gpu")
+    arguments = program.memory_analysis().argument_size_in_bytes
+    assert arguments == pytest.approx(memory.state + memory.batch, abs=8)
+
+    collectives = read_program(program.as_text(), dict(mesh.shape)).collectives
+    assert ("all-gather", ("fsdp",)) in {(row.kind, row.axes) for row in collectives}
