@@ -1,7 +1,7 @@
 """Objectives, which turn logits and a batch into sums that can be merged.
 
-Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`. It is divided
-once, by the code that prints it.
+Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`. It is divided once,
+by the code that prints it.
 """
 
 import math
@@ -32,11 +32,15 @@ class Network(NamedTuple):
 def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:
     """Cross-entropy of `targets` under logits [B, T, V] where `weight` is not 0.
 
-    Sums: objective (what is minimised: with label smoothing and z-loss), loss (plain nats a
-    token), accuracy, and bits_per_byte, whose weight is the UTF-8 bytes that the targets stand
-    for. The target's logit is taken by comparing with an iota and not by a gather, which a
-    vocab-sharded logit cannot do."""
-    targets, weight = batch["targets"][..., None], batch["weight"]
+    The Sums are objective, loss, accuracy and bits_per_byte. The objective is minimised and has
+    label smoothing and z-loss. The loss is in plain nats a token. The weight of bits_per_byte is
+    the UTF-8 bytes that the targets stand for.
+    """
+    targets = batch["targets"][..., None]
+    weight = batch["weight"]
+
+    # A comparison with an iota picks the target's logit, because a gather cannot read logits that
+    # are sharded over the vocabulary.
     vocab = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
     vocab = sharding.constrain(vocab, None, None, "vocab")
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -95,20 +99,24 @@ def _head_sums(network: Network, params, hidden, batch: dict, train: config.Trai
     if not train.loss_chunk or train.loss_chunk >= hidden.shape[1]:
         return objective(network.logits(network.head(params, hidden.dtype), hidden), batch, train)
 
-    def chunks(
-        x,
-    ):  # the tokens of a chunk are apart, so that each device splits its own; sums do not mind
+    def chunks(x):
+        # The tokens of a chunk are not neighbours, so that each device splits its own tokens.
+        # Sums do not depend on that.
         shape = (x.shape[0], train.loss_chunk, x.shape[1] // train.loss_chunk, *x.shape[2:])
-        return jnp.moveaxis(
-            sharding.reshape(x, shape, "batch", "seq", None, *(None,) * (x.ndim - 2)), 2, 0
-        )
+        x = sharding.reshape(x, shape, "batch", "seq", None, *[None] * (x.ndim - 2))
+        return jnp.moveaxis(x, 2, 0)
 
     @jax.checkpoint
-    def one(head, hidden, columns):
+    def chunk_sums(head, hidden, columns):
         return objective(network.logits(head.astype(hidden.dtype), hidden), columns, train)
 
-    # Gathered once, and not for each chunk; as float32, which is what sums the chunks' gradients.
+    # The head is gathered once and not for each chunk. It is float32, so that the gradients of
+    # the chunks are summed in float32.
     head = network.head(params, hidden.dtype).astype(jnp.float32)
     columns = {name: chunks(batch[name]) for name in ("targets", "weight", "bytes")}
-    _, parts = jax.lax.scan(lambda _, x: (None, one(head, *x)), None, (chunks(hidden), columns))
+
+    def add_chunk(_, chunk):
+        return None, chunk_sums(head, *chunk)
+
+    _, parts = jax.lax.scan(add_chunk, None, (chunks(hidden), columns))
     return jax.tree.map(lambda x: x.sum(0), parts)

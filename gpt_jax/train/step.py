@@ -26,9 +26,8 @@ class TrainState(NamedTuple):
 
 def init_state(params, tx: optax.GradientTransformation, train: config.Train) -> TrainState:
     """The state before the first update."""
-    return TrainState(
-        jnp.zeros((), jnp.int32), params, tx.init(params), ema_init(params) if train.ema else {}
-    )
+    ema = ema_init(params) if train.ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
 
 
 def _microbatches(batch: dict, count: int) -> dict:
@@ -88,12 +87,13 @@ def train_step(state: TrainState, batch: dict, key, *, network: Network, tx, tra
 
     `key` is the run's key. The step is folded in here.
     """
-    grads, sums = gradients(
-        network, state.params, batch, jax.random.fold_in(key, state.step), train
-    )
+    step_key = jax.random.fold_in(key, state.step)
+    grads, sums = gradients(network, state.params, batch, step_key, train)
+
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = ema_update(state.ema, params, train.ema) if train.ema else {}
+
     sums["grad_norm"] = (gradient_norm(grads), jnp.ones(()))
     sums["param_norm"] = (optax.tree.norm(params), jnp.ones(()))
     return TrainState(state.step + 1, params, opt, ema), sums

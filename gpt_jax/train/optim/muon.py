@@ -75,12 +75,15 @@ def orthogonalize(x, iterations: int = 5, eps: float = 1e-8, dtype=jnp.float32) 
 
 
 def momentum_at(optim: config.Optim, b1: float) -> Callable:
-    """Muon's momentum at a step (the first update is step 0): rising from 0.85 to `b1` over
-    `muon_momentum_warmup` steps (0: `b1` throughout), and falling to `muon_momentum_final` while
-    wsd decays (0: not); nanochat's."""
+    """`momentum(step)`: Muon's momentum at a step, as in nanochat. The first update is step 0.
+
+    It rises from 0.85 to `b1` over `muon_momentum_warmup` steps. If that is 0, it is `b1` from the
+    start. It falls to `muon_momentum_final` while wsd decays. If that is 0, it does not fall.
+    """
 
     def momentum(step):
-        warmup, final = optim.muon_momentum_warmup, optim.muon_momentum_final
+        warmup = optim.muon_momentum_warmup
+        final = optim.muon_momentum_final
         risen = jnp.minimum(step / warmup, 1.0) if warmup else 1.0
         fallen = progress(step, config.wsd_start(optim), optim.decay_steps) if final else 0.0
         return (WARMUP_MOMENTUM + (b1 - WARMUP_MOMENTUM) * risen) * (1 - fallen) + final * fallen
@@ -91,16 +94,19 @@ def momentum_at(optim: config.Optim, b1: float) -> Callable:
 def scale_by_muon(
     momentum: Callable, *, iterations: int, eps: float, dtype
 ) -> optax.GradientTransformation:
-    """Gradients to orthogonalised Nesterov momentum (the moving-average form of nanochat),
-    `momentum(step)` at a step. Matrices travel, and are multiplied, in `dtype`."""
+    """Turns gradients into orthogonalised Nesterov momentum, in nanochat's moving-average form.
+
+    The momentum at a step is `momentum(step)`. Matrices travel and are multiplied in `dtype`.
+    """
 
     def orthogonal(tree):
         leaves, structure = jax.tree.flatten(tree)
-        found = on_whole_matrices(
+        updates = on_whole_matrices(
             lambda x: orthogonalize(x, iterations, eps, dtype).astype(dtype),
             [m.astype(dtype) for m in leaves],
         )
-        return jax.tree.unflatten(structure, [u.astype(m.dtype) for u, m in zip(found, leaves)])
+        updates = [u.astype(m.dtype) for u, m in zip(updates, leaves, strict=True)]
+        return jax.tree.unflatten(structure, updates)
 
     def init(params):
         return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -112,19 +118,19 @@ def scale_by_muon(
             return b * m + (1 - b) * g
 
         averages = jax.tree.map(average, state.momentum, grads)
-        return orthogonal(jax.tree.map(average, averages, grads)), MuonState(
-            state.count + 1, averages
-        )
+        updates = orthogonal(jax.tree.map(average, averages, grads))
+        return updates, MuonState(state.count + 1, averages)
 
     return optax.GradientTransformation(init, update)
 
 
 def normalize_rows(b2: float) -> optax.GradientTransformation:
-    """NorMuon (arXiv 2510.05491): every neuron's update divided by the root of its running mean
-    square, the whole matrix then scaled back to the Frobenius norm it came with.
+    """NorMuon (arXiv 2510.05491): normalises the update of every neuron.
 
-    The neurons are those of the longer side, as in nanochat and modded-nanogpt: those of the
-    shorter side are orthonormal already and leave nothing to normalise."""
+    The update is divided by the root of its running mean square. The whole matrix is then scaled
+    back to the Frobenius norm that it had. The neurons are those of the longer side, as in nanochat
+    and modded-nanogpt, because those of the shorter side are orthonormal already.
+    """
 
     def mean_square(u):
         return jnp.mean(jnp.square(u), axis=-2 if u.shape[-1] >= u.shape[-2] else -1, keepdims=True)
@@ -133,7 +139,8 @@ def normalize_rows(b2: float) -> optax.GradientTransformation:
         return jnp.sqrt(jnp.sum(jnp.square(u), axis=(-2, -1), keepdims=True))
 
     def init(params):
-        # By way of mean_square, so that the state inherits the sharding of the axis that stays.
+        # The zeros come from mean_square, so that the state inherits the sharding of the axis that
+        # stays.
         return RowState(jax.tree.map(lambda p: jnp.zeros_like(mean_square(p)), params))
 
     def update(updates, state, params=None):
@@ -151,21 +158,26 @@ def normalize_rows(b2: float) -> optax.GradientTransformation:
 
 
 def scale_by_shape() -> optax.GradientTransformation:
-    """Keller Jordan's max(1, out / in)^0.5 for kernels `[in, out]`: keeps the change of an
-    output's size the same."""
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(
-            lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates
-        )
-    )
+    """Keller Jordan's factor max(1, out / in)^0.5 for kernels `[in, out]`.
+
+    It keeps the change of an output's size the same for all shapes.
+    """
+
+    def scale(u):
+        return u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5
+
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates))
 
 
 def add_decay(
     weight_decay: float, *, cautious: bool = False, end: int = 0
 ) -> optax.GradientTransformation:
-    """Decoupled weight decay. `cautious`: only where update and weight agree in sign, that is,
-    where the step shrinks the weight anyway (arXiv 2510.12402). `end`: the decay falls to zero
-    along a cosine until that step; 0: constant."""
+    """Decoupled weight decay.
+
+    With `cautious` it acts only where update and weight agree in sign, that is, where the step
+    shrinks the weight anyway (arXiv 2510.12402). It falls to zero along a cosine until step `end`.
+    If `end` is 0, it is constant.
+    """
 
     def init(params):
         return DecayState(jnp.zeros([], jnp.int32))
@@ -185,16 +197,18 @@ def add_decay(
 def make_muon(
     optim: config.Optim, group: config.Group, dtype=jnp.float32
 ) -> optax.GradientTransformation:
-    """Muon for one group, without the learning rate and its sign: momentum, orthogonalisation in
-    `dtype`, row normalisation, shape factor, decay. The decay is not multiplied by the shape factor
-    (Keller Jordan's convention).
+    """Muon for one group, without the learning rate and its sign.
 
-    Raises UsageError when the decay is to reach zero at a decay_steps that is not resolved (0)."""
+    It chains momentum, orthogonalisation in `dtype`, row normalisation, shape factor and decay. By
+    Keller Jordan's convention the decay is not multiplied by the shape factor. Raises UsageError if
+    the decay falls to zero and decay_steps is not resolved, that is 0.
+    """
     if optim.muon_decay_to_zero and not optim.decay_steps:
         raise UsageError(
-            "config.optim.decay_steps = 0: config.optim.muon_decay_to_zero needs the step of the zero; "
-            "set it, or resolve the config first"
+            "config.optim.decay_steps = 0: config.optim.muon_decay_to_zero needs the step of the "
+            "zero; set it, or resolve the config first"
         )
+
     return optax.chain(
         scale_by_muon(
             momentum_at(optim, group.b1),

@@ -62,9 +62,9 @@ def groups_of(optim: config.Optim) -> dict[str, config.Group]:
     They are the groups of the config and the default. A default Muon also has an AdamW of the same
     rate, betas, eps and decay, which takes every parameter that is no matrix of a layer.
     """
-    fallback = {"default": optim.optimizer} | (
-        {"default_adamw": "adamw"} if optim.optimizer == "muon" else {}
-    )
+    fallback = {"default": optim.optimizer}
+    if optim.optimizer == "muon":
+        fallback["default_adamw"] = "adamw"
     return {f"group{i}": group for i, group in enumerate(optim.groups)} | {
         label: config.Group(
             match=label,
@@ -94,22 +94,25 @@ def _patterns(optim: config.Optim) -> list[re.Pattern]:
 
 
 def _check_groups(optim: config.Optim, patterns, leaves, index) -> None:
+    """Raises UsageError for a group without parameters, or a Muon group with a non-matrix."""
     for i, group in enumerate(optim.groups):
         field = f"config.optim.groups[{i}].match = {group.match!r}"
         if i not in index.values() and not group.optional:
             earlier = [index[path] for path in leaves if patterns[i].search(path)]
-            raise UsageError(
-                f"{field}: every parameter it finds is taken by config.optim.groups[{earlier[0]}]; put "
-                "the narrower one first"
-                if earlier
-                else f"{field}: found in no parameter path; paths look like {', '.join(list(leaves)[:4])}"
-            )
+            if earlier:
+                raise UsageError(
+                    f"{field}: every parameter it finds is taken by "
+                    f"config.optim.groups[{earlier[0]}]; put the narrower one first"
+                )
+            examples = ", ".join(list(leaves)[:4])
+            raise UsageError(f"{field}: found in no parameter path; paths look like {examples}")
+
         if group.optimizer == "muon":
             for path, leaf in leaves.items():
                 if index[path] == i and leaf_dims(path, leaf) not in MATRICES:
                     raise UsageError(
-                        f"{field}: takes {path}, which is no matrix {leaf.shape}, and muon takes matrices "
-                        "only; narrow the expression or put a group for it first"
+                        f"{field}: takes {path}, which is no matrix {leaf.shape}, and muon takes "
+                        "matrices only; narrow the expression or put a group for it first"
                     )
 
 
@@ -124,7 +127,8 @@ def assign(optim: config.Optim, params_like) -> dict[str, int]:
     `params_like` are arrays or ShapeDtypeStructs. Raises UsageError, which names the group's field,
     if an expression is invalid, a group takes no parameter, or a Muon group takes a non-matrix.
     """
-    patterns, default = _patterns(optim), len(optim.groups)
+    patterns = _patterns(optim)
+    default = len(optim.groups)
     leaves = {
         path: leaf for path, leaf in _leaves(params_like).items() if not path.endswith(ROUTER_BIAS)
     }
@@ -149,7 +153,8 @@ def describe_groups(
     A stack of layers counts as one tensor. The decay is the group's knob, and `optim.decay` decides
     which of its tensors decay.
     """
-    index, leaves = assign(optim, params_like), _leaves(params_like)
+    index = assign(optim, params_like)
+    leaves = _leaves(params_like)
 
     def sizes_of(i):
         return [math.prod(leaf.shape) for path, leaf in leaves.items() if index.get(path) == i]
@@ -169,13 +174,11 @@ def describe_groups(
                     group.weight_decay,
                 )
             )
+
     biases = sizes_of(None)
-    own = (
-        [GroupRow(ROUTER_BIAS, "sign", len(biases), sum(biases), balance_rate, 0.0)]
-        if biases
-        else []
-    )
-    return rows + own
+    if biases:
+        rows.append(GroupRow(ROUTER_BIAS, "sign", len(biases), sum(biases), balance_rate, 0.0))
+    return rows
 
 
 def _by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -184,14 +187,13 @@ def _by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     def init(params):
         if not jax.tree.leaves(params):
             return tx.init(params)
-        return sharding.over_stages(
-            jax.vmap(tx.init)(params)
-        )  # zeros do not inherit the layout of the layers
+        # Zeros do not inherit the layout of the layers, so it is stated.
+        return sharding.over_stages(jax.vmap(tx.init)(params))
 
     def update(updates, state, params):
-        return (jax.vmap(tx.update) if jax.tree.leaves(updates) else tx.update)(
-            updates, state, params
-        )
+        if not jax.tree.leaves(updates):
+            return tx.update(updates, state, params)
+        return jax.vmap(tx.update)(updates, state, params)
 
     return optax.GradientTransformation(init, update)
 
@@ -307,18 +309,21 @@ def make_optimizer(
     under `jit(tx.init)`. Raises UsageError if groups or the schedule do not fit, see `assign` and
     `make_schedule`.
     """
-    index, groups, schedule = assign(optim, params_like), groups_of(optim), make_schedule(optim)
+    index = assign(optim, params_like)
+    groups = groups_of(optim)
+    schedule = make_schedule(optim)
     names = dict(enumerate(groups)) | {None: ROUTER_BIAS}
     labels = jax.tree_util.tree_map_with_path(
         lambda keys, _: names[index.get(path_of(keys))], params_like
     )
 
     def make_group(group):
+        def rate(step):
+            return optim.learning_rate * group.rate * schedule(step)
+
         return optax.chain(
             OPTIMIZERS[group.optimizer](optim, group, dtype),
-            optax.scale_by_learning_rate(
-                lambda step: optim.learning_rate * group.rate * schedule(step)
-            ),
+            optax.scale_by_learning_rate(rate),
         )
 
     used = {

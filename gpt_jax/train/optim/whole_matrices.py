@@ -40,22 +40,33 @@ def on_whole_matrices(fn: Callable, stacks: list[jax.Array]) -> list[jax.Array]:
     sizes = dict(mesh.shape)
     lists = [_listed(x, sizes) for x in stacks]
     turned = [_turns(x) for x in lists]
-    lists = [_transposed(x, turn) for x, turn in zip(lists, turned)]
-    members: dict[tuple, list[int]] = {}
+    lists = [_transposed(x, turn) for x, turn in zip(lists, turned, strict=True)]
+
+    # One device has nothing to gain from joining stacks, so each is a group of its own there.
+    members: dict = {}
     for i, x in enumerate(lists):
-        members.setdefault((_kind(x), x.dtype) if mesh.size > 1 else i, []).append(i)
-    done = {}
-    for these in members.values():
-        parts = _dealt(fn, jnp.concatenate([lists[i] for i in these], axis=1), sizes)
-        for i in these:
-            done[i], parts = parts[:, : lists[i].shape[1]], parts[:, lists[i].shape[1] :]
+        key = (_kind(x), x.dtype) if mesh.size > 1 else i
+        members.setdefault(key, []).append(i)
+
+    results = {}
+    for group in members.values():
+        parts = _dealt(fn, jnp.concatenate([lists[i] for i in group], axis=1), sizes)
+        for i in group:
+            count = lists[i].shape[1]
+            results[i] = parts[:, :count]
+            parts = parts[:, count:]
+
     return [
-        _as_before(_transposed(done[i], turn), x) for i, (x, turn) in enumerate(zip(stacks, turned))
+        _as_before(_transposed(results[i], turn), x)
+        for i, (x, turn) in enumerate(zip(stacks, turned, strict=True))
     ]
 
 
 def _names(part) -> tuple[str, ...]:
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+    """The mesh axes of one dim of a PartitionSpec."""
+    if part is None:
+        return ()
+    return (part,) if isinstance(part, str) else tuple(part)
 
 
 def _listed(x: jax.Array, sizes: dict[str, int]) -> jax.Array:
@@ -129,21 +140,29 @@ def takers(count: int, sizes: dict[str, int]) -> tuple[str, ...]:
 
     `sizes` has the sizes of the mesh axes that may be used.
     """
-    found, devices = (), 1
+    axes = ()
+    devices = 1
     for axis in TAKERS:
         size = sizes.get(axis, 1)
         if -(-count // (devices * size)) < -(-count // devices):
-            found, devices = (*found, axis), devices * size
-    return found
+            axes = (*axes, axis)
+            devices *= size
+    return axes
 
 
 def _dealt(fn: Callable, x: jax.Array, sizes: dict[str, int]) -> jax.Array:
-    kind, count = _kind(x), x.shape[1]
+    """`fn` of `x` [p, n, rows, columns], computed on whole matrices and laid out as before."""
+    kind = _kind(x)
+    count = x.shape[1]
     axes = takers(count, {axis: size for axis, size in sizes.items() if axis not in kind.held})
-    steps = [_place(kind, axes[:i]) for i in range(len(axes) + 1)] + [
-        P(kind.held or None, axes or None)
-    ]
-    x = jnp.pad(x, ((0, 0), (0, -count % math.prod(sizes[axis] for axis in axes)), (0, 0), (0, 0)))
+
+    # One axis moves at a time, because the compiler makes an all-to-all of that. It answers two
+    # axes at once with a gather of everything.
+    steps = [_place(kind, axes[:i]) for i in range(len(axes) + 1)]
+    steps.append(P(kind.held or None, axes or None))
+
+    padding = -count % math.prod(sizes[axis] for axis in axes)
+    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
     for step in steps[1:]:
         x = jax.reshard(x, step)
     x = fn(x)
