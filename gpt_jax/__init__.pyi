@@ -4,3 +4,5 @@ from .run.python import (
     generate as generate,
     load as load,
 )
+
+XLA_FLAGS: str

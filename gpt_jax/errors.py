@@ -15,6 +15,7 @@ EXIT_CODES = {
     20: "data turned bad during the run",
     30: "training diverged",
     31: "hardware suspected",
+    32: "the compiler gives wrong results on this machine, by a public report",
     40: "a peer process failed",
     41: "no progress within the time limit",
     50: "saving a checkpoint failed",
@@ -86,6 +87,12 @@ class Diverged(Exit):
     """The loss or a gradient is no longer finite."""
 
     code = 30
+
+
+class Miscompiled(Exit):
+    """A program with a known result came out wrong: a fault of the compiler that was reported."""
+
+    code = 32
 
 
 class PeerFailed(Exit):

@@ -1,8 +1,25 @@
 #!/usr/bin/env bash
-# The whole test suite, in the environment of local.sh plus the test extra. Arguments go to pytest.
+# The test suite, in the environment of local.sh plus the test extra. Other arguments go to pytest.
+#   ./launch/test.sh            # all tests
+#   ./launch/test.sh --quick    # what shows most faults in little time, before a commit
+#   ./launch/test.sh --deep     # the numerical tests again, with XLA's compiler as users have it
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/environment.sh"
 make_environment "$root" "test"
 cd "$root"
-exec "$root/.venv/bin/python" -m pytest -n 2 "$@"
+tier=()
+case ${1:-} in
+--quick)
+    shift
+    tier=(tests/test_floors.py tests/test_docs.py tests/config tests/hardware tests/metrics tests/sharding
+        tests/data/test_batches.py tests/data/test_mixture.py tests/data/test_packing.py tests/data/test_transforms.py
+        tests/model/test_parameters.py tests/plan/test_memory.py tests/train/test_schedule.py tests/train/test_step.py)
+    ;;
+--deep)
+    shift
+    export DEFAULT_COMPILER=1 # see tests/conftest.py
+    tier=(tests/model/test_model.py tests/model/test_kernels.py tests/train/test_step.py tests/train/test_optim.py)
+    ;;
+esac
+exec "$root/.venv/bin/python" -m pytest -n 2 "${tier[@]}" "$@"

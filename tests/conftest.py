@@ -11,27 +11,31 @@ import shutil
 import tempfile
 
 import jax
+import jaxlib
 import pytest
 
 from gpt_jax.sharding.mesh import make_mesh
 
 OWNER = "PYTEST_XDIST_WORKER" not in os.environ
+# Tiny programs run for milliseconds and compile for seconds. LLVM's optimiser costs more than half
+# of that, and the fusion emitters of jaxlib 0.10 and 0.11 a third of the rest. jaxlib 0.12 has no
+# others, and ends a process that asks for them. DEFAULT_COMPILER=1 leaves XLA as users have it.
+FAST_COMPILER = ["--xla_backend_optimization_level=0"]
+if jaxlib.__version_info__ < (0, 12):
+    FAST_COMPILER.append("--xla_cpu_use_fusion_emitters=false")
+if os.environ.get("DEFAULT_COMPILER"):
+    FAST_COMPILER = []
+
 if OWNER:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    # Tiny programs run for milliseconds and compile for seconds: LLVM's optimiser costs more than
-    # half of that.
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
-    )
+    os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *FAST_COMPILER])
 
-jax.config.update(
-    "jax_num_cpu_devices", 8
-)  # here and not in the environment: a child process chooses its own number
-jax.config.update(
-    "jax_cpu_enable_async_dispatch", False
-)  # as the commands do where CPU devices talk (commands/flags.py)
+# Not in the environment, because a process that a test starts chooses its own number.
+jax.config.update("jax_num_cpu_devices", 8)
+# As the commands do where CPU devices talk to each other (commands/runtime.py).
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def pytest_unconfigure(config):

@@ -53,6 +53,11 @@ def main(arguments: list[str]) -> None:
     flags.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"
     )
+    flags.add_argument(
+        "--ignore_miscompiles",
+        action="store_true",
+        help="go on although this machine's compiler is known to give wrong results",
+    )
     add_runtime_flags(flags)
     args = flags.parse_args(arguments)
     if args.batch_size < 0 or args.batches < 0:
@@ -98,7 +103,7 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
     from gpt_jax.run import load_model, make_network
     from gpt_jax.train import eval_step
 
-    loaded = load_model(args.checkpoint, args.step, say)
+    loaded = load_model(args.checkpoint, args.step, say, ignore_miscompiles=args.ignore_miscompiles)
     config, mesh = loaded.config, loaded.mesh
     if args.text:
         sources = {

@@ -74,6 +74,11 @@ def main(arguments: list[str]) -> None:
         metavar="N",
         help="devices of this machine to use; 0: all, as with --cpu_devices and several processes; else 1",
     )
+    flags.add_argument(
+        "--ignore_miscompiles",
+        action="store_true",
+        help="go on although this machine's compiler is known to give wrong results",
+    )
     add_runtime_flags(flags)
     args = flags.parse_args(arguments)
     prompts = read_prompts(args.prompt, args.prompts)
@@ -113,7 +118,9 @@ def run(args, prompts, sampling) -> None:
 
     first = jax.process_index() == 0
     say = make_say(sys.stderr)
-    loaded = load_model(args.checkpoint, args.step, say, args.devices)
+    loaded = load_model(
+        args.checkpoint, args.step, say, args.devices, ignore_miscompiles=args.ignore_miscompiles
+    )
     single = len(prompts) * sampling.num_samples == 1 and not args.json
     done, began = [], time.perf_counter()
     with jax.set_mesh(loaded.mesh):

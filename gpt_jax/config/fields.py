@@ -41,6 +41,7 @@ RESUMABLE = (
     "compute.pipeline_rounds",
     "compute.pipeline_microbatches",
     "compute.compiler_options",
+    "compute.ignore_miscompiles",
     "train.steps",
     "train.hang_minutes",
     "train.accumulate",

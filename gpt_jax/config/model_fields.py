@@ -179,6 +179,11 @@ class Compute:
         "Options NAME=VALUE of XLA, added to gpt_jax/hardware/xla_options.py. NAME= leaves one "
         "of those out.",
     )
+    ignore_miscompiles: bool = knob(
+        False,
+        "Whether a run goes on although this machine's compiler is known to give wrong results "
+        "(docs/miscompiles.md).",
+    )
 
     @property
     def stream(self) -> str:

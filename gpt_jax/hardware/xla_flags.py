@@ -32,15 +32,16 @@ YNN = Flag(
 FLAGS = (YNN,)
 
 
-def add_xla_flags(environ: MutableMapping[str, str], jaxlib: str) -> None:
-    """Adds the flags that this version of jaxlib needs to `environ`.
+def add_xla_flags(environ: MutableMapping[str, str], jaxlib: str) -> str:
+    """Adds the flags that this version of jaxlib needs to `environ`, and returns all that are set.
 
     A flag that is set already keeps its value. An `XLA_FLAGS` that names a file stays untouched.
     """
     given = environ.get(NAME, "")
     if given and not given.lstrip().startswith("-"):
-        return
+        return given
     wanted = [flag for flag in FLAGS if jaxlib in flag.jaxlibs and flag.name not in given]
     if wanted:
         added = [f"--{flag.name}={flag.value}" for flag in wanted]
         environ[NAME] = " ".join([*given.split(), *added])
+    return environ.get(NAME, "")

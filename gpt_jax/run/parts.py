@@ -14,7 +14,12 @@ from gpt_jax.cluster import code_identity, describe_process_code, find_disagreem
 from gpt_jax.data import Dataset, check_sizes, load_dataset, make_examples
 from gpt_jax.errors import UsageError
 from gpt_jax.evals import choose_prompts
-from gpt_jax.hardware import check_xla_options, choose_xla_options, describe_xla_options
+from gpt_jax.hardware import (
+    check_miscompiles,
+    check_xla_options,
+    choose_xla_options,
+    describe_xla_options,
+)
 from gpt_jax.model import (
     Transformer,
     abstract_params,
@@ -94,10 +99,12 @@ def resolve_kernel(
 
 def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
     """Everything a run needs, checked before anything long compiles. Raises UsageError for what
-    cannot be run."""
+    cannot be run, and Miscompiled where the compiler is known to give wrong results."""
     configs.check(
         configs.resolve(config), jax.device_count()
     )  # before the data, which may take a while
+    for line in check_miscompiles(jax.local_devices()[0], config.compute.ignore_miscompiles):
+        say(line)
     data = load_dataset(config.data, say)
     if config.eval.compare_xz and not data.heldout:
         raise UsageError(

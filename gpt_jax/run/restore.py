@@ -11,6 +11,7 @@ import jax
 from gpt_jax import config as configs, sharding
 from gpt_jax.data import Tokenizer, tokenizer_from_json
 from gpt_jax.errors import NoCheckpoint, UsageError
+from gpt_jax.hardware import check_miscompiles
 from gpt_jax.model import abstract_params, choose_kernel, make_problem
 from gpt_jax.run.resume import read_saved_config
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
@@ -39,12 +40,21 @@ def pick_mesh(model: configs.Model, devices: int) -> jax.sharding.Mesh:
 ATTEMPTS = 3
 
 
-def load_model(path: str, step: int, say: Callable[[str], None], devices: int = 0) -> Loaded:
+def load_model(
+    path: str,
+    step: int,
+    say: Callable[[str], None],
+    devices: int = 0,
+    ignore_miscompiles: bool = False,
+) -> Loaded:
     """The newest valid checkpoint at `path` (or its `step`), on `devices` devices of this job (0:
     all).
 
     Averaged weights are taken where the run kept them. Raises UsageError for a path or step that
-    is not there, NoCheckpoint for damage."""
+    is not there, NoCheckpoint for damage, and Miscompiled where the compiler is known to give wrong
+    results, unless `ignore_miscompiles`."""
+    for line in check_miscompiles(jax.local_devices()[0], ignore_miscompiles):
+        say(line)
     for attempts in range(ATTEMPTS, 0, -1):
         directory, found = resolve_checkpoint(path, step, say)
         try:
