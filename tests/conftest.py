@@ -21,7 +21,7 @@ OWNER = "PYTEST_XDIST_WORKER" not in os.environ
 # of that, and the fusion emitters of jaxlib 0.10 and 0.11 a third of the rest. jaxlib 0.12 has no
 # others, and ends a process that asks for them. DEFAULT_COMPILER=1 leaves XLA as users have it.
 FAST_COMPILER = ["--xla_backend_optimization_level=0"]
-if jaxlib.__version_info__ < (0, 12):
+if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 12):
     FAST_COMPILER.append("--xla_cpu_use_fusion_emitters=false")
 if os.environ.get("DEFAULT_COMPILER"):
     FAST_COMPILER = []
