@@ -54,13 +54,13 @@ def readers(flat: Path, records: Path, windows: int) -> dict:
 
     def by_map(numbers):
         out = np.empty((len(numbers), WINDOW), np.uint16)
-        for row, n in zip(out, numbers.tolist()):
+        for row, n in zip(out, numbers.tolist(), strict=False):
             row[:] = mapped[n * WINDOW : n * WINDOW + WINDOW]
         return out
 
     def by_place(numbers):
         out = np.empty((len(numbers), WINDOW), np.uint16)
-        for row, n in zip(out, numbers.tolist()):
+        for row, n in zip(out, numbers.tolist(), strict=False):
             file.read(n * WINDOW, row)
         return out
 
@@ -132,7 +132,8 @@ def main() -> None:
     print("| reader | cold, windows/s | warm, windows/s | warm, M tokens/s |\n|---|---|---|---|")
     for name, row in found.items():
         print(
-            f"| {name} | {row['cold']:,.0f} | {row['warm']:,.0f} | {row['warm'] * WINDOW / 1e6:.0f} |"
+            f"| {name} | {row['cold']:,.0f} | {row['warm']:,.0f} | "
+            f"{row['warm'] * WINDOW / 1e6:.0f} |"
         )
 
 

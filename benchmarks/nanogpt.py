@@ -161,7 +161,7 @@ def compare_losses(torch: Torch, size: dict, weights: dict, text: str | None) ->
         "text": "given" if text else "random",
         "first": ours[0],
         "last": ours[-1],
-        "largest_difference": max(abs(a - b) for a, b in zip(ours, theirs)),
+        "largest_difference": max(abs(a - b) for a, b in zip(ours, theirs, strict=False)),
     }
 
 
@@ -190,7 +190,7 @@ def compare_time(torch: Torch, size: dict, weights: dict, rounds: int) -> dict:
             )
         )
     ratios = [theirs / ours for ours, theirs in pairs]
-    ours_ms, torch_ms = (1e3 * statistics.median(column) for column in zip(*pairs))
+    ours_ms, torch_ms = (1e3 * statistics.median(column) for column in zip(*pairs, strict=False))
     return {
         "ours_ms": ours_ms,
         "torch_ms": torch_ms,

@@ -93,6 +93,7 @@ def main(
                 torch.from_numpy(data["tokens"]).long(),
                 torch.from_numpy(data["targets"]).long(),
                 data["rates"],
+                strict=False,
             )
             answer([step(x, y, float(rate)) for x, y, rate in batches])
         elif command["do"] == "heldout":

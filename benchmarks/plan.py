@@ -38,7 +38,8 @@ MACHINES = {
 # devices and more.
 CHANGES = {"gpt2:1558m": ("--config.model.vocab=50304", "--config.train.batch_size=512")}
 HEAD = (
-    "| model | machine | best mesh | peak GiB (arithmetic) | step (arithmetic) | MFU, causal (arithmetic) | "
+    "| model | machine | best mesh | peak GiB (arithmetic) | step (arithmetic) | MFU, causal "
+    "(arithmetic) | "
     "compiled in |"
 )
 
@@ -129,12 +130,14 @@ def text(row: dict) -> str:
     mesh = " ".join([*(f"{axis} {n}" for axis, n in row["mesh"].items() if n > 1), *knobs])
     if "compiled" not in row:
         return (
-            f"{start} {mesh} | ({peak:.1f}) | ({said['step_seconds']:.3g} s) | ({said['mfu_causal']:.1%}) | "
+            f"{start} {mesh} | ({peak:.1f}) | ({said['step_seconds']:.3g} s) | "
+            f"({said['mfu_causal']:.1%}) | "
             f"{row['error'][:90]} |"
         )
     done, time_of = row["compiled"], row["schedule"]
     return (
-        f"{start} {mesh} | {done['peak'] / GIB:.1f} of {said['memory']['limit'] / GIB:.1f} ({peak:.1f}) | "
+        f"{start} {mesh} | {done['peak'] / GIB:.1f} of {said['memory']['limit'] / GIB:.1f} "
+        f"({peak:.1f}) | "
         f"{time_of['step']:.3g} s ({said['step_seconds']:.3g}) | {time_of['mfu_causal']:.1%} "
         f"({said['mfu_causal']:.1%}) | {done['seconds']:.0f} s |"
     )

@@ -113,12 +113,12 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     first, *others = curves.items()
-    for width, (name, values) in zip((7, 5, 3.4, 2, 1), curves.items()):
+    for width, (name, values) in zip((7, 5, 3.4, 2, 1), curves.items(), strict=False):
         top.plot(range(1, len(values) + 1), values, linewidth=width, label=name)
-    for i, (name, values) in enumerate(others, 1):
+    for i, (_, values) in enumerate(others, 1):
         bottom.semilogy(
             range(1, len(values) + 1),
-            [max(abs(a / b - 1), 1e-9) for a, b in zip(values, first[1])],
+            [max(abs(a / b - 1), 1e-9) for a, b in zip(values, first[1], strict=False)],
             color=f"C{i}",
             linewidth=1,
         )

@@ -70,8 +70,10 @@ def measure(config, count: int, seconds: float) -> list[str]:
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     rate = batches * tokens / wall
     lines.append(
-        f"stream: {rate / 1e6:.1f} M tokens/s, {rate * width / 1e6:,.0f} MB/s of columns; {batches:,} batches "
-        f"of {size} x {train.seq_len} in {wall:.1f} s, {cpu / wall:.2f} cores, {knobs.threads} threads; peak "
+        f"stream: {rate / 1e6:.1f} M tokens/s, {rate * width / 1e6:,.0f} MB/s of columns; "
+        f"{batches:,} batches "
+        f"of {size} x {train.seq_len} in {wall:.1f} s, {cpu / wall:.2f} cores, {knobs.threads} "
+        "threads; peak "
         f"memory {after.ru_maxrss / 1024:,.0f} MB (grew by "
         f"{(after.ru_maxrss - before.ru_maxrss) / 1024:,.1f})"
     )
@@ -90,7 +92,8 @@ def measure(config, count: int, seconds: float) -> list[str]:
     for name, stage in stages.items():
         calls, wall = timed(stage, count, seconds / 4)
         lines.append(
-            f"  {name}: {wall / calls * 1e3:.3f} ms a batch, {calls * tokens / wall / 1e6:.1f} M tokens/s in "
+            f"  {name}: {wall / calls * 1e3:.3f} ms a batch, {calls * tokens / wall / 1e6:.1f} M "
+            "tokens/s in "
             "one thread"
         )
     return lines

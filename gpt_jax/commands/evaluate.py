@@ -27,9 +27,12 @@ def main(arguments: list[str]) -> None:
     flags = Flags(
         prog="gpt-jax evaluate",
         description="Loss (nats a token), perplexity, bits per byte and accuracy of "
-        "a checkpoint: on the held-out text of its run, or on any text. With several sources of a run, all "
-        "is the mean that the run reports as eval/loss: weighted by the sources' parts of the rows in the "
-        "stage of the mixture that the step is in. With several --text, all is their sum, token by token.",
+        "a checkpoint: on the held-out text of its run, or on any text. With several sources of a "
+        "run, all "
+        "is the mean that the run reports as eval/loss: weighted by the sources' parts of the rows "
+        "in the "
+        "stage of the mixture that the step is in. With several --text, all is their sum, token by "
+        "token.",
     )
     flags.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a workdir, its checkpoints, or one step"
@@ -116,7 +119,8 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
             data = load_dataset(config.data, say, loaded.tokenizer)
         except UsageError as error:
             raise UsageError(
-                f"the run's own text: {error}; call it from where the run was started, or give held-out "
+                f"the run's own text: {error}; call it from where the run was started, or give "
+                "held-out "
                 "text with --text"
             ) from None
         if data.content != loaded.content:
@@ -178,11 +182,11 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
     cells += [
         [source, *(how.format(row[name]) for name, how in COLUMNS)] for source, row in rows.items()
     ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=False)]
     return [
         "  ".join(
             cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths))
+            for i, (cell, w) in enumerate(zip(line, widths, strict=False))
         )
         for line in cells
     ]

@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> None:
     flags = Flags(
         prog="gpt-jax generate",
         description="Continue one or more prompts. A single continuation streams; "
-        "several are printed one after another, each ended by a newline (or as JSON lines with --json).",
+        "several are printed one after another, each ended by a newline (or as JSON lines with "
+        "--json).",
     )
     flags.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a workdir, its checkpoints, or one step"
@@ -72,7 +73,8 @@ def main(arguments: list[str]) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="devices of this machine to use; 0: all, as with --cpu_devices and several processes; else 1",
+        help="devices of this machine to use; 0: all, as with --cpu_devices and several processes; "
+        "else 1",
     )
     flags.add_argument(
         "--ignore_miscompiles",
@@ -87,7 +89,8 @@ def main(arguments: list[str]) -> None:
     several = args.cpu_devices or args.num_processes > 1 or args.distributed
     if several and args.devices:
         raise UsageError(
-            f"--devices={args.devices}: several processes, and --cpu_devices, use all devices; leave it out"
+            f"--devices={args.devices}: several processes, and --cpu_devices, use all devices; "
+            "leave it out"
         )
     if args.devices is None:
         args.devices = 0 if several else 1

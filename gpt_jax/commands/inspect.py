@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> None:
     config = read_config(workdir)
     if args.batch > config.train.steps:
         complain(
-            f"step {args.batch:,} is beyond the run's last, {config.train.steps:,}: what it would get if it went on"
+            f"step {args.batch:,} is beyond the run's last, {config.train.steps:,}: what it would "
+            "get if it went on"
         )
     import jax
 
@@ -132,7 +133,8 @@ def check_text(workdir: Path, data) -> None:
     meta = read_meta(directory, step)
     if (meta["data"]["content"], meta["tokenizer"]) != (data.content, data.tokenizer.to_json()):
         raise UsageError(
-            f"--workdir={workdir}: the text or its tokenizer has changed since the run, so its batches "
+            f"--workdir={workdir}: the text or its tokenizer has changed since the run, so its "
+            "batches "
             "cannot be made again; bring the old ones back"
         )
 
@@ -144,14 +146,16 @@ def shorten(text: str, chars: int) -> str:
 def describe(row: dict, chars: int) -> list[str]:
     """Lines for people about one row."""
     lines = [
-        f"row {row['row']}: example {row['example']:,}, source {row['source']}, {len(row['ids']):,} tokens, "
+        f"row {row['row']}: example {row['example']:,}, source {row['source']}, "
+        f"{len(row['ids']):,} tokens, "
         f"{row['predicted']:,} predicted"
     ]
     if row["changed"]:  # by fim or shuffle_documents: the documents below are those before it
         lines.append(f"  as trained on: {shorten(row['text'], chars)!r}")
     for document in row["documents"]:
         lines += [
-            f"  document {document['document']:,} ({document['name']}) from token {document['offset']:,}, "
+            f"  document {document['document']:,} ({document['name']}) from token "
+            f"{document['offset']:,}, "
             f"{document['tokens']:,} tokens",
             f"    {shorten(document['text'], chars)!r}",
         ]

@@ -47,7 +47,8 @@ def split(flags: Flags, arguments: list[str]) -> tuple[argparse.Namespace, list[
     if not rest or rest[0] not in COMMANDS:
         what = f"{rest[0]!r} is no flag of it, and " if rest else ""
         raise UsageError(
-            f"{flags.prog}: {what}what is to run is missing: expected one of {', '.join(COMMANDS)} and its "
+            f"{flags.prog}: {what}what is to run is missing: expected one of {', '.join(COMMANDS)} "
+            "and its "
             "flags"
         )
     return args, rest
@@ -92,7 +93,8 @@ def local(arguments: list[str]) -> None:
         "--coordinator",
         default="",
         metavar="HOST:PORT",
-        help="address on node 0, needed with --nodes; default '%(default)s': a free port of this machine",
+        help="address on node 0, needed with --nodes; default '%(default)s': a free port of this "
+        "machine",
     )
     args, rest = split(flags, arguments)
     within(args, "nodes")
@@ -107,7 +109,8 @@ def local(arguments: list[str]) -> None:
         raise UsageError(f"--node={args.node}: expected 0 to {args.nodes - 1}")
     if args.nodes > 1 and args.restarts:
         raise UsageError(
-            f"--restarts={args.restarts}: one machine of several cannot restart the job; its scheduler does"
+            f"--restarts={args.restarts}: one machine of several cannot restart the job; its "
+            "scheduler does"
         )
     refuse(rest, "--cpu_devices")
 
@@ -172,7 +175,8 @@ def slurm(arguments: list[str]) -> None:
         "--restarts",
         type=int,
         default=20,
-        help="how often the job goes back into the queue, for time limits too: 40 days in jobs of one need 40",
+        help="how often the job goes back into the queue, for time limits too: 40 days in jobs of "
+        "one need 40",
     )
     flags.add_argument(
         "--logs",
@@ -210,7 +214,8 @@ def slurm(arguments: list[str]) -> None:
     logs = make_logs(args.logs)
     if lacking := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
         raise UsageError(
-            f"launch slurm: there is no {lacking[0]} here; call it where a SLURM cluster takes jobs, or use "
+            f"launch slurm: there is no {lacking[0]} here; call it where a SLURM cluster takes "
+            "jobs, or use "
             "launch local"
         )
     try:
@@ -273,7 +278,8 @@ def kubernetes(arguments: list[str]) -> None:
     within(args, "nodes", "slices", "grace_seconds")
     if not args.image or re.search(r"\s", args.image):
         raise UsageError(
-            f"--image={args.image}: expected the name of the one that was made from launch/Dockerfile"
+            f"--image={args.image}: expected the name of the one that was made from "
+            "launch/Dockerfile"
         )
     within(args, "gpus_per_node", "restarts", least=0)
     made = make_jobset(
@@ -298,7 +304,8 @@ def kubernetes(arguments: list[str]) -> None:
     )  # in the pod, which has not this machine's links
     if workdir and not any(inside.is_relative_to(path) for path in parse_mounts(args.volume)):
         raise UsageError(
-            f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; as in "
+            f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; as "
+            "in "
             f"--volume=CLAIM:/data -- train --workdir=/data/{inside.name}"
         )
     emit(dump_yaml(made).rstrip("\n"))
@@ -326,7 +333,8 @@ def check_train(command: list[str], devices: int, processes: int = 0, slices: in
     check_runtime(args)
     if args.print_config:
         raise UsageError(
-            "--print_config: prints and trains nothing; call gpt-jax train for it, without the launcher"
+            "--print_config: prints and trains nothing; call gpt-jax train for it, without the "
+            "launcher"
         )
     config = configs.resolve(load_config(args.config, rest))
     if not args.workdir:

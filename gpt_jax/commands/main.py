@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     code, reason = 0, ""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who called (`>&-`)
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except Exit as end:
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (
         BrokenPipeError
     ):  # the reader of `generate | head` has gone; `train` goes on without (make_say, BarWriter)
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
     except MemoryError as error:
         code, reason = (
             UsageError.code,
@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
             code, reason = (
                 1,
-                f"a bug there, the log has the traceback: {type(error).__name__}: {first_line(error)}",
+                f"a bug there, the log has the traceback: {type(error).__name__}: "
+                f"{first_line(error)}",
             )
     finish(code, reason)
 
@@ -130,7 +131,7 @@ def finish(code: int, reason: str = "") -> None:
         try:
             getattr(sys, name).flush()
         except OSError as error:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
             if name == "stdout" and not isinstance(error, BrokenPipeError):
                 said = f"standard output cannot be written ({error.strerror}); send it elsewhere"
                 complain(said)

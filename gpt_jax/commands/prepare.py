@@ -57,9 +57,12 @@ def make_flags() -> Flags:
     flags = Flags(
         prog="gpt-jax prepare",
         description="Read text, filter it, and write token shards that "
-        "--config.data.path takes. Killed at any moment, the same command goes on where it was; when all is "
-        "finished it says so, after a look at the files' sizes: their content is checked by --verify. "
-        "Memory: for each worker some 200 MB, a few times the largest document, and 32 bytes a document of a "
+        "--config.data.path takes. Killed at any moment, the same command goes on where it was; "
+        "when all is "
+        "finished it says so, after a look at the files' sizes: their content is checked by "
+        "--verify. "
+        "Memory: for each worker some 200 MB, a few times the largest document, and 32 bytes a "
+        "document of a "
         "unit.",
     )
     flags.add_argument(
@@ -68,7 +71,8 @@ def make_flags() -> Flags:
         action="extend",
         default=[],
         metavar="[NAME=]PATH",
-        help="files, directories, globs, URLs, hf://name[:config][@split][#revision]; NAME: the source "
+        help="files, directories, globs, URLs, hf://name[:config][@split][#revision]; NAME: the "
+        "source "
         "they are",
     )
     flags.add_argument(
@@ -110,7 +114,8 @@ def make_flags() -> Flags:
         "--dedup",
         default="none",
         metavar="none|exact|near[:SIMILARITY]",
-        help="leave out copies of earlier documents; near: by MinHash, 0.8 if no similarity is given",
+        help="leave out copies of earlier documents; near: by MinHash, 0.8 if no similarity is "
+        "given",
     )
     text.add_argument(
         "--eval_fraction",
@@ -164,7 +169,8 @@ def run(args) -> None:
         raise UsageError("--input and --output: both are needed (or --inspect or --verify alone)")
     if "://" in args.output:
         raise UsageError(
-            f"--output={args.output}: prepare writes to a file system; name a local folder and copy it "
+            f"--output={args.output}: prepare writes to a file system; name a local folder and "
+            "copy it "
             "there when it is finished (--input may be remote)"
         )
     if args.engine not in ENGINES:
@@ -196,7 +202,8 @@ def run(args) -> None:
     for path in (Path(path).expanduser() for paths in inputs.values() for path in paths):
         if path.is_dir() and path.resolve() in folder.resolve().parents:
             raise UsageError(
-                f"--output={args.output}: lies inside --input={path}, which would then read its own "
+                f"--output={args.output}: lies inside --input={path}, which would then read its "
+                "own "
                 "output; name a folder elsewhere"
             )
     for name, paths in inputs.items():
@@ -208,7 +215,8 @@ def run(args) -> None:
         prepare_corpus(inputs, folder, settings, engine, display.say, display.show)
     except KeyboardInterrupt:
         raise Stopped(
-            f"--output={args.output}: interrupted; what is finished stays: the same command goes on from "
+            f"--output={args.output}: interrupted; what is finished stays: the same command goes "
+            "on from "
             "there"
         ) from None
     finally:
@@ -225,7 +233,8 @@ def named(given: list[str]) -> dict[str, tuple[str, ...]]:
         name, path = match.groups() if match else (SOURCE, text)
         if name.startswith(".") or name in ("work", "all") or name.endswith(".json"):
             raise UsageError(
-                f"--input={text}: {name!r} cannot be the name of a source (the output has files of such "
+                f"--input={text}: {name!r} cannot be the name of a source (the output has files of "
+                "such "
                 "names, and all is the sum of sources)"
             )
         if (
@@ -235,7 +244,8 @@ def named(given: list[str]) -> dict[str, tuple[str, ...]]:
             and not glob.glob(text)
         ):
             raise UsageError(
-                f"--input={text}: {typed[1]!r} cannot be the name of a source; use letters, digits and "
+                f"--input={text}: {typed[1]!r} cannot be the name of a source; use letters, digits "
+                "and "
                 ". _ -"
             )
         found.setdefault(name, []).append(path)
@@ -262,7 +272,8 @@ class Display:
             self._end_bar()
             self.phase, self.began, self.told = progress.phase, now, now
         seconds = max(now - self.began, 1e-9)
-        speed = f"{progress.documents / seconds:,.0f} documents/s, {progress.bytes / seconds / 1e6:,.2f} MB/s of text"
+        documents, megabytes = progress.documents / seconds, progress.bytes / seconds / 1e6
+        speed = f"{documents:,.0f} documents/s, {megabytes:,.2f} MB/s of text"
         terminal = sys.stderr.isatty()
         if now - self.told < (BAR_SECONDS if terminal else SECONDS):
             return
@@ -280,7 +291,10 @@ class Display:
         from tqdm import tqdm
 
         if self.bar is None:
-            layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}B [{elapsed}<{remaining}]{postfix}"
+            layout = (
+                "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}B "
+                "[{elapsed}<{remaining}]{postfix}"
+            )
             self.bar = tqdm(
                 total=progress.total,
                 desc=progress.phase,
@@ -315,7 +329,8 @@ def verify(folder: Path) -> None:
     wrong = verify_corpus(folder, lambda line: print(line, file=sys.stderr))
     if wrong:
         raise DataError(
-            f"--verify={folder}: {len(wrong)} damaged: {', '.join(wrong)}; copy them again, or remove the "
+            f"--verify={folder}: {len(wrong)} damaged: {', '.join(wrong)}; copy them again, or "
+            "remove the "
             "folder and prepare it again"
         )
     emit(f"{folder}: all files are whole")

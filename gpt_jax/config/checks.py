@@ -98,7 +98,8 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
     need(
         model.head_dim > 0,
         "model.heads",
-        f"does not divide config.model.embed = {model.embed}; choose a divisor or set config.model.head_dim",
+        f"does not divide config.model.embed = {model.embed}; choose a divisor or set "
+        "config.model.head_dim",
     )
     need(
         model.heads % model.kv_heads == 0,
@@ -170,13 +171,15 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
     need(
         optim.warmup_steps <= optim.decay_steps or optim.schedule in ENDLESS,
         "optim.warmup_steps",
-        f"is beyond the end of the schedule at step {optim.decay_steps}; lower it or set config.optim.decay_steps",
+        f"is beyond the end of the schedule at step {optim.decay_steps}; lower it or set "
+        "config.optim.decay_steps",
     )
     decay_from = wsd_start(optim)
     need(
         optim.schedule != "wsd" or optim.warmup_steps <= decay_from,
         "optim.decay_fraction",
-        f"decay would start at step {decay_from}, before config.optim.warmup_steps = {optim.warmup_steps} are over; "
+        f"decay would start at step {decay_from}, before config.optim.warmup_steps = "
+        f"{optim.warmup_steps} are over; "
         "lower one of them",
     )
     if any(ffn == "moe" for _, ffn in model.pattern):
@@ -209,7 +212,8 @@ def _check_split(need, config: Config, shape: dict) -> None:
             f"model.{path}",
             f"must be divisible by config.mesh.tensor = {shape['tensor']}; "
             + (
-                f"set it to {-(-size // shape['tensor']) * shape['tensor']}, or to 0 and config.model.vocab_multiple to "
+                f"set it to {-(-size // shape['tensor']) * shape['tensor']}, or to 0 and "
+                "config.model.vocab_multiple to "
                 f"{shape['tensor']}"
                 if path == "vocab"
                 else f"lower that to {tensor}"
@@ -226,7 +230,8 @@ def _check_split(need, config: Config, shape: dict) -> None:
     need(
         not model.value_embed or values % split == 0,
         "model.kv_heads",
-        f"times config.model.head_dim = {model.head_dim} must be divisible by fsdp x expert x context = {split} of the mesh "
+        f"times config.model.head_dim = {model.head_dim} must be divisible by fsdp x expert x "
+        f"context = {split} of the mesh "
         "(value_embed)",
     )
     micro, most = (
@@ -241,7 +246,8 @@ def _check_split(need, config: Config, shape: dict) -> None:
     need(
         micro % rows == 0,
         "train.batch_size",
-        f"gives {micro} rows a microbatch, which must be divisible by pipeline x data x fsdp x expert = {rows} of the mesh; "
+        f"gives {micro} rows a microbatch, which must be divisible by pipeline x data x fsdp x "
+        f"expert = {rows} of the mesh; "
         f"try {-(-train.batch_size // (rows * train.accumulate)) * rows * train.accumulate}"
         + f", or config.train.accumulate={most}"
         * (train.batch_size % rows == 0),
@@ -259,7 +265,8 @@ def _check_sequence(need, config: Config, shape: dict) -> None:
     need(
         pieces == 1 or train.seq_len % (2 * pieces) == 0,
         "train.seq_len",
-        f"must be divisible by 2 x config.mesh.context = {2 * pieces}; try {-(-train.seq_len // (2 * pieces)) * 2 * pieces}",
+        f"must be divisible by 2 x config.mesh.context = {2 * pieces}; try "
+        f"{-(-train.seq_len // (2 * pieces)) * 2 * pieces}",
     )
     need(
         pieces == 1 or not train.loss_chunk or train.loss_chunk % pieces == 0,
@@ -274,7 +281,8 @@ def _check_sequence(need, config: Config, shape: dict) -> None:
     need(
         not config.compute.shard_sequence or train.seq_len % (pieces * tensor) == 0,
         "train.seq_len",
-        f"must be divisible by context x tensor = {pieces * tensor} of the mesh (config.compute.shard_sequence)",
+        f"must be divisible by context x tensor = {pieces * tensor} of the mesh "
+        "(config.compute.shard_sequence)",
     )
 
 
@@ -286,17 +294,20 @@ def _check_experts(need, config: Config, shape: dict) -> None:
     need(
         model.experts % across == 0,
         "model.experts",
-        f"must be divisible by config.mesh.expert = {across}; lower that to {math.gcd(model.experts, across)}",
+        f"must be divisible by config.mesh.expert = {across}; lower that to "
+        f"{math.gcd(model.experts, across)}",
     )
     need(
         model.expert_mlp % tensor == 0,
         "model.expert_mlp",
-        f"must be divisible by config.mesh.tensor = {tensor}; lower that to {math.gcd(model.expert_mlp, tensor)}",
+        f"must be divisible by config.mesh.tensor = {tensor}; lower that to "
+        f"{math.gcd(model.expert_mlp, tensor)}",
     )
     need(
         model.dispatch != "capacity" or shape["context"] == 1,
         "model.dispatch",
-        f"counts an expert's tokens over whole rows, and config.mesh.context = {shape['context']} cuts them; use dropless",
+        f"counts an expert's tokens over whole rows, and config.mesh.context = {shape['context']} "
+        "cuts them; use dropless",
     )
 
 
@@ -321,8 +332,10 @@ def _check_stages(need, config: Config, shape: dict) -> None:
     need(
         repeats % parts == 0,
         "model.layers",
-        f"gives {repeats} repeats of {period} layer{'s' * (period > 1)}, which must be divisible by config.mesh.pipeline x "
-        f"config.compute.pipeline_rounds = {parts}; try {-(-repeats // parts) * parts * period} layers or "
+        f"gives {repeats} repeats of {period} layer{'s' * (period > 1)}, which must be divisible "
+        "by config.mesh.pipeline x "
+        f"config.compute.pipeline_rounds = {parts}; try {-(-repeats // parts) * parts * period} "
+        "layers or "
         f"config.mesh.pipeline={math.gcd(repeats, stages)}",
     )
     count, rows = (
@@ -342,8 +355,10 @@ def _check_stages(need, config: Config, shape: dict) -> None:
         need(
             size % together == 0,
             path,
-            f"gives {size} rows at a time, which must be divisible by pipeline_microbatches x data x fsdp x expert = {count} "
-            f"x {rows} for the pipeline; set config.compute.pipeline_microbatches or try {-(-size // together) * together} rows",
+            f"gives {size} rows at a time, which must be divisible by pipeline_microbatches x data "
+            f"x fsdp x expert = {count} "
+            f"x {rows} for the pipeline; set config.compute.pipeline_microbatches or try "
+            f"{-(-size // together) * together} rows",
         )
     for path in ("dropout", "attention_dropout"):
         need(

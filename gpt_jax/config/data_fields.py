@@ -62,7 +62,8 @@ class Data:
     documents: str = knob("file", "What a document of a text file is.", choices=("file", "line"))
     tokenizer: str = knob(
         "",
-        "bytes, char, bpe:VOCAB or a path, see docs/data.md. Empty means that of a prepared folder, "
+        "bytes, char, bpe:VOCAB or a path, see docs/data.md. Empty means that of a prepared "
+        "folder, "
         "or else bytes.",
     )
     packing: str = knob(

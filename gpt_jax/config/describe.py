@@ -121,7 +121,8 @@ def make_page() -> str:
         "",
         "This page is made from the dataclasses in `gpt_jax/config` by "
         "`gpt-jax train --describe_config=page`. Do not edit it by hand; a test compares them.",
-        "A field is set by a flag such as `--config.optim.learning_rate=3e-4`. How configs and overrides work is "
+        "A field is set by a flag such as `--config.optim.learning_rate=3e-4`. How configs and "
+        "overrides work is "
         "told in [overriding](overriding.md).",
     ]
     parts = {"config": [next(list_entries(Config))]}

@@ -32,7 +32,8 @@ def slices_problem(across: dict[str, int], slices: int) -> str:
     if count == slices:
         return ""
     return (
-        f"config.mesh.dcn_…: the cross-slice sizes multiply to {count}, and there are {slices} slices; as in "
+        f"config.mesh.dcn_…: the cross-slice sizes multiply to {count}, and there are {slices} "
+        "slices; as in "
         f"config.mesh.dcn_data={slices}"
     )
 
@@ -61,7 +62,8 @@ def mesh_shape(
     free = [axis for axis, size in within.items() if size == -1]
     if len(free) > 1:
         raise UsageError(
-            f"config.mesh.{free[1]} = -1: only one axis may be -1, and config.mesh.{free[0]} is; set "
+            f"config.mesh.{free[1]} = -1: only one axis may be -1, and config.mesh.{free[0]} is; "
+            "set "
             f"config.mesh.{free[0]}=1, or another size"
         )
     fixed = math.prod(size for size in within.values() if size > 0) * math.prod(across.values())
@@ -134,6 +136,8 @@ def _changes(given: dict[str, int], devices: int, free: bool, count: int) -> lis
         rest = whole // math.prod(given[name] for name in names)
         choices = [[n for n in divisors if n != given[name]] for name in names]
         found += [
-            dict(zip(names, sizes)) for sizes in product(*choices) if fits(rest * math.prod(sizes))
+            dict(zip(names, sizes, strict=False))
+            for sizes in product(*choices)
+            if fits(rest * math.prod(sizes))
         ]
     return found

@@ -72,7 +72,10 @@ def _coerce(kind, value, path: str):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) != len(value):
             raise UsageError(f"{path} = {value!r}: expected {len(kinds)} entries")
-        return tuple(_coerce(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+        return tuple(
+            _coerce(k, v, f"{path}[{i}]")
+            for i, (k, v) in enumerate(zip(kinds, value, strict=False))
+        )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:

@@ -94,7 +94,7 @@ APART = np.array([[0.3, 0.9, -0.9, 0.5, -0.7]], np.float32)
 def look_at_softmax(machine: Machine) -> str:
     """Scores so far apart that the largest takes everything."""
     probs = softmax_of_scaled(APART * LARGE_SCORE)
-    right = APART == APART.max()
+    right = APART.max() == APART
     if np.allclose(probs, right, atol=1e-3):
         return ""
     return f"{probs[0].tolist()} for {right[0].astype(float).tolist()}"

@@ -68,7 +68,8 @@ def run_training(
         start = checkpoints.latest or 0
         if profile and profile[0] <= start:
             raise UsageError(
-                f"--profile={profile[0]}:{profile[1]}: this run goes on at step {start + 1}; start there or "
+                f"--profile={profile[0]}:{profile[1]}: this run goes on at step {start + 1}; start "
+                "there or "
                 "later"
             )
         # Before the state: it refuses too little text, and compiles nothing.
@@ -165,12 +166,14 @@ def only_run(workdir: Path, say):
                 )
             except BlockingIOError:
                 raise UsageError(
-                    f"--workdir={workdir}: another run is training into it; wait for it, stop it, or choose "
+                    f"--workdir={workdir}: another run is training into it; wait for it, stop it, "
+                    "or choose "
                     "another --workdir"
                 ) from None
             except OSError as error:  # a file system without locks
                 say(
-                    f"{workdir} cannot be locked ({error.strerror}): a second run in it would not be noticed"
+                    f"{workdir} cannot be locked ({error.strerror}): a second run in it would not "
+                    "be noticed"
                 )
 
         agree_on(take)
@@ -344,7 +347,8 @@ def conclude(
     measured, sampled, page = agree_on(found)
     if progress.start >= steps and sampled and page:
         say(
-            f"finished before, at step {steps}: see {progress.workdir / 'report.html'}; for more steps raise "
+            f"finished before, at step {steps}: see {progress.workdir / 'report.html'}; for more "
+            "steps raise "
             "config.train.steps"
         )
         return None

@@ -108,7 +108,8 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
     data = load_dataset(config.data, say)
     if config.eval.compare_xz and not data.heldout:
         raise UsageError(
-            "config.eval.compare_xz = True: needs held-out text, and the data holds none out; set it to "
+            "config.eval.compare_xz = True: needs held-out text, and the data holds none out; set "
+            "it to "
             "false, or prepare with --eval_fraction"
         )
     vocab = data.tokenizer.vocab
@@ -156,12 +157,15 @@ def check_job(config: configs.Config, data: Dataset) -> None:
     found = find_disagreements(facts)
     if "the code" in found:  # what else differs may come of that
         raise UsageError(
-            "the code (source digest and jax version): not the same on all processes of this job; install the "
-            f"same gpt_jax and jax on every host; this is {describe_process_code(jax.process_index())}"
+            "the code (source digest and jax version): not the same on all processes of this job; "
+            "install the "
+            "same gpt_jax and jax on every host; this is "
+            f"{describe_process_code(jax.process_index())}"
         ) from wrong
     if found:
         raise UsageError(
-            f"{', '.join(found)}: not the same on all processes of this job; start them with the same flags "
+            f"{', '.join(found)}: not the same on all processes of this job; start them with the "
+            "same flags "
             "and the same text"
         ) from wrong
     if wrong:
@@ -244,13 +248,17 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
             describe_mesh(config, mesh),
             line,
             *([describe_xla_options(mesh.devices.flat[0].platform, options)] if options else ()),
-            f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, {counts['embedding']:,} looked up); "
-            f"{config.compute.dtype} compute, float32 parameters and sums, remat {config.compute.remat}",
-            f"tokens: {train.batch_size * train.seq_len:,} a step in {format_count(train.accumulate, 'microbatch')}, "
+            f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, "
+            f"{counts['embedding']:,} looked up); "
+            f"{config.compute.dtype} compute, float32 parameters and sums, remat "
+            f"{config.compute.remat}",
+            f"tokens: {train.batch_size * train.seq_len:,} a step in "
+            f"{format_count(train.accumulate, 'microbatch')}, "
             f"{train.batch_size * train.seq_len * train.steps:,} in all, "
             f"{train.batch_size * train.seq_len * train.steps / counts['total']:.3g} per parameter",
             *(
-                f"optimiser: {row.optimizer} for {row.group}: {format_count(row.tensors, 'tensor')}, {row.parameters:,} parameters, "
+                f"optimiser: {row.optimizer} for {row.group}: "
+                f"{format_count(row.tensors, 'tensor')}, {row.parameters:,} parameters, "
                 f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
                 for row in describe_groups(config.optim, steps.abstract.params, model.balance_rate)
             ),

@@ -108,7 +108,8 @@ class Progress:
         self.announce, say = lambda line: None, self.announce
         end = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + left))
         say(
-            f"{rate:,.0f} tokens/s so far: step {self.config.train.steps:,} is to be expected at {end}"
+            f"{rate:,.0f} tokens/s so far: step {self.config.train.steps:,} is to be expected at "
+            f"{end}"
         )
 
     def record(self, late: tuple[int, Any] | None) -> None:

@@ -69,7 +69,8 @@ def load_model(
             ):
                 raise
             say(
-                f"step {found} of {directory} was deleted by its run meanwhile; taking the newest again"
+                f"step {found} of {directory} was deleted by its run meanwhile; taking the newest "
+                "again"
             )
 
 
@@ -90,8 +91,10 @@ def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) 
         abstract = sharding.make_concrete(abstract_params(model), mesh)
         params = restore_checkpoint(directory, step, {item: abstract})[item]
     say(
-        f"step {step} of {directory}, {'averaged weights, ' if config.train.ema else ''}on {mesh.size} "
-        f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}; attention kernel: {name} ({reason})"
+        f"step {step} of {directory}, {'averaged weights, ' if config.train.ema else ''}on "
+        f"{mesh.size} "
+        f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}; attention kernel: "
+        f"{name} ({reason})"
     )
     return Loaded(
         replace(config, model=model, compute=compute),

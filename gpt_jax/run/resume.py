@@ -27,17 +27,20 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> None:
     ]
     if blocked:
         raise UsageError(
-            f"{directory.parent} holds a run with another {', '.join(blocked)}; use its values or another "
+            f"{directory.parent} holds a run with another {', '.join(blocked)}; use its values or "
+            "another "
             "--workdir"
         )
     if meta["tokenizer"] != parts.data.tokenizer.to_json():
         raise UsageError(
-            f"{directory.parent} holds a run with another tokenizer: the text it is made from has changed; "
+            f"{directory.parent} holds a run with another tokenizer: the text it is made from has "
+            "changed; "
             "give the same text or another --workdir"
         )
     if meta["data"]["content"] != parts.data.content:
         raise UsageError(
-            f"{directory.parent} holds a run on another text than {parts.config.data.where} now; give the same "
+            f"{directory.parent} holds a run on another text than {parts.config.data.where} now; "
+            "give the same "
             "text or another --workdir"
         )
 
@@ -50,9 +53,7 @@ def start_state(parts: Parts, checkpoints, say) -> TrainState:
     check_resume(parts, read_meta(checkpoints.directory, step), checkpoints.directory, say)
     loaded = restore_checkpoint(checkpoints.directory, step, state_items(parts.abstract))
     say(f"resumed from step {step} of {checkpoints.directory}")
-    return loaded["train"]._replace(
-        params=loaded["params"], ema=loaded["ema"] if "ema" in loaded else {}
-    )
+    return loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))
 
 
 def state_items(state: TrainState) -> dict[str, Any]:

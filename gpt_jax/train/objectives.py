@@ -1,7 +1,7 @@
 """Objectives, which turn logits and a batch into sums that can be merged.
 
-Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`. It is divided once,
-by the code that prints it.
+Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`. It is divided
+once, by the code that prints it.
 """
 
 import math

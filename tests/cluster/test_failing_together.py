@@ -127,7 +127,7 @@ from gpt_jax.commands import main
 plain = {module}.{name}
 def first(*given, **named):
     os.kill(os.getpid(), {number})
-    time.sleep(0.1)  # the others have to hear of it before what follows is over: 5 s of an evaluation
+    time.sleep(0.1)  # the others have to hear of it before an evaluation of 5 s is over
     return plain(*given, **named)
 {module}.{name} = first
 main.main(sys.argv[1:])
@@ -143,7 +143,8 @@ def test_a_stop_before_the_loop_leaves_at_once(tmp_path, number):
     )
     process.end(10)
     assert said(process) == [
-        "gpt-jax: stopped on request before the first step, nothing to save; the same command starts "
+        "gpt-jax: stopped on request before the first step, nothing to save; the same command "
+        "starts "
         "again"
     ]
     assert "Traceback" not in process.err and not (tmp_path / "job/config.json").exists()

@@ -420,7 +420,7 @@ def test_place_under_slurm():
     assert place.place_of(ALONE, SLURM) == ("n1:21234", 16, 9)
     assert place.place_of(ALONE, {}) is None
     with pytest.raises(
-        errors.UsageError, match="not under srun .SLURM_STEP_NODELIST, .*; start it by `srun"
+        errors.UsageError, match=r"not under srun .SLURM_STEP_NODELIST, .*; start it by `srun"
     ):
         place.place_of(ALONE, {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
 
@@ -645,7 +645,9 @@ case "$*" in *gpt-jax\\ train*)
     code=$(head -1 {folder}/$name); sed -i 1d {folder}/$name
     [ "$code" = unreachable ] && echo "ERROR: (gcloud) no account" && exit 1
     for worker in 0 1; do
-        echo "worker $worker of $name"; echo "gpt-jax begins"; [ "$code" = lost ] || echo "gpt-jax ended with $code"
+        echo "worker $worker of $name"
+        echo "gpt-jax begins"
+        [ "$code" = lost ] || echo "gpt-jax ended with $code"
     done
 esac
 """
@@ -740,7 +742,8 @@ def test_tpu_pod_dry_run_prints_and_runs_nothing(tmp_path):
             "--project=p",
         ]
         assert words[8] == "--worker=all" and words[9].startswith(
-            r'--command=echo "gpt-jax begins"; cd gpt_jax && .venv/bin/gpt-jax train --config=c.py --workdir=/w '
+            r'--command=echo "gpt-jax begins"; cd gpt_jax && .venv/bin/gpt-jax train --config=c.py '
+            r"--workdir=/w "
             r"--config.data.path=a\ b --distributed; echo"
         )
 

@@ -212,7 +212,8 @@ def test_a_killed_process_and_the_job_starts_again_and_resumes(tmp_path):
         range(1, 151)
     )
     assert (
-        f"gpt-jax: launch: process 1 was killed by SIGKILL: exit code 40 ({errors.EXIT_CODES[40]}); restart 1 of 1 in "
+        "gpt-jax: launch: process 1 was killed by SIGKILL: exit code 40 "
+        f"({errors.EXIT_CODES[40]}); restart 1 of 1 in "
         f"{errors.restart_seconds(0)} s"
     ) in job.err
     assert "[1] " in job.err

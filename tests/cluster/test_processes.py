@@ -182,7 +182,8 @@ def test_processes_with_different_numbers_of_devices_stop(tmp_path):
     finish(job, [2, 2])
     for process in job:
         assert process.err.splitlines()[-1] == (
-            "gpt-jax: the processes of this job have different numbers of devices: process 0 has 1, process 1 has 2; give "
+            "gpt-jax: the processes of this job have different numbers of devices: process 0 has "
+            "1, process 1 has 2; give "
             "each the same --cpu_devices, or as many accelerators"
         )
 

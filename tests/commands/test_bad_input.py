@@ -377,7 +377,8 @@ def test_workdir_that_cannot_be_written(folder, tmp_path):
 def test_workdir_on_an_object_store(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refused(2, [], *given, "--workdir=gs://bucket/run") == (
-        "--workdir=gs://bucket/run: object stores are not supported; mount a folder that all hosts share"
+        "--workdir=gs://bucket/run: object stores are not supported; mount a folder that all hosts "
+        "share"
     )
     assert not list(tmp_path.iterdir())
 
@@ -514,7 +515,7 @@ def test_documents_shorter_than_the_context(tmp_path, rows):
     kept = [
         side.ids(a, b - 1)
         for side in (prepared.train, prepared.eval)
-        for a, b in zip(side.offsets, side.offsets[1:])
+        for a, b in zip(side.offsets, side.offsets[1:], strict=False)
     ]
     assert [prepared.tokenizer.decode(ids) for ids in kept] == texts
     assert runs.curve(tmp_path / "run")[1] == pytest.approx(math.log(264), abs=0.1)

@@ -128,7 +128,7 @@ def test_evaluate_in_a_process_of_its_own(tmp_path, trained):
         runs.Process(tmp_path, ["evaluate", f"--checkpoint={trained}", "--json", *flags])
         for flags in ([], ["--cpu_devices=3"])
     ]
-    for process, devices in zip(jobs, ("on 1 cpu device", "on 3 cpu devices")):
+    for process, devices in zip(jobs, ("on 1 cpu device", "on 3 cpu devices"), strict=False):
         process.end(0)
         same(json.loads(process.out)["sources"]["held-out"], heldout(trained, 10))
         assert devices in process.err
@@ -138,7 +138,7 @@ def test_evaluate_per_source(call, trained, tmp_path):
     """Rows by source, in the order given, and `all`, which is their sum; the table says what the
     JSON says."""
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    for file, words in zip(files, (30, 200)):
+    for file, words in zip(files, (30, 200), strict=False):
         runs.write_text(file, words)
     given = "evaluate", f"--checkpoint={trained}", "--text", *files
     rows = json.loads(call(*given, "--json")[0])["sources"]
@@ -500,7 +500,7 @@ def test_package_runs_as_a_module(tmp_path):
 def test_several_cpu_devices_have_threads_to_wait_in(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     environs = [{}, {}, {}, {"PJRT_NPROC": "3"}]
-    for devices, environ in zip((0, 1, 4, 4), environs):
+    for devices, environ in zip((0, 1, 4, 4), environs, strict=False):
         environment.keep_threads(devices, environ)
     assert environs == [{}, {}, {"PJRT_NPROC": "16"}, {"PJRT_NPROC": "3"}]
 

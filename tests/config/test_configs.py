@@ -273,7 +273,7 @@ def test_llama_divides_over_tensor_parallel_devices():
 def test_gpt2_names_the_way_to_tensor_parallel():
     loaded = load("gpt2", "124m")
     mesh = config.Mesh(data=1, fsdp=-1, tensor=2)
-    with pytest.raises(UsageError, match="config.model.vocab = 50257"):
+    with pytest.raises(UsageError, match=r"config.model.vocab = 50257"):
         config.check(dataclasses.replace(loaded, mesh=mesh), devices=8)
     config.check(dataclasses.replace(load("gpt2", "124m", vocab=50304), mesh=mesh), devices=8)
 

@@ -215,7 +215,7 @@ def test_token_files_that_cannot_be_joined(tmp_path):
     for text in (tmp_path / "a.bin", tmp_path / "c.txt"):
         with pytest.raises(
             UsageError,
-            match="c.txt is no token file|eval_path = .* no usable files; read are .* .npy",
+            match=r"c.txt is no token file|eval_path = .* no usable files; read are .* .npy",
         ):
             load(
                 text,

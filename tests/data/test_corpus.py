@@ -144,7 +144,7 @@ def test_a_flipped_bit_in_offsets_is_seen_or_named(copy):
     """Where it would send a reader beyond the shards it is seen at once."""
     path = copy / "a/train.offsets"
     flip(path, path.stat().st_size - 8)
-    with pytest.raises(DataError, match="a/train.offsets does not fit"):
+    with pytest.raises(DataError, match=r"a/train.offsets does not fit"):
         corpus.open_corpus(copy)
 
 
@@ -189,10 +189,10 @@ def test_an_output_is_not_read_as_text(made, tmp_path, unfinished):
 
 
 def test_an_unfinished_folder_does_not_train(made, tmp_path):
-    outer, out = copied(made, tmp_path, True)
+    _outer, out = copied(made, tmp_path, True)
     data = config.Data(path=(str(out),), cache=str(tmp_path / "cache"))
     with pytest.raises(
-        UsageError, match="config.data.path = .*has not finished; run the same command again"
+        UsageError, match=r"config.data.path = .*has not finished; run the same command again"
     ):
         dataset.load_dataset(data, lambda line: None)
     shutil.copytree(made, tmp_path / "held")
@@ -201,7 +201,7 @@ def test_an_unfinished_folder_does_not_train(made, tmp_path):
         path=(str(tmp_path / "a.txt"),), eval_path=(str(tmp_path / "held"),), cache=data.cache
     )
     with pytest.raises(
-        UsageError, match="config.data.eval_path = .*whose output is tokens and no text"
+        UsageError, match=r"config.data.eval_path = .*whose output is tokens and no text"
     ):
         dataset.load_dataset(data, lambda line: None)
 
@@ -252,11 +252,11 @@ def test_a_corpus_on_a_store_is_copied_once(made, tmp_path):
     raw = bytearray(store.cat("/bucket/corpus/a/train.docs"))
     raw[3] ^= 1
     store.pipe("/bucket/corpus/a/train.docs", bytes(raw))
-    with pytest.raises(DataError, match="a/train.docs: damaged"):
+    with pytest.raises(DataError, match=r"a/train.docs: damaged"):
         mirror(url, tmp_path / "cache", lines.append)
     assert not corpus.is_corpus(folder)
     store.rm("/bucket/corpus/a/train.docs")
-    with pytest.raises(UsageError, match="a/train.docs"):
+    with pytest.raises(UsageError, match=r"a/train.docs"):
         mirror(url, tmp_path / "cache", lines.append)
 
 
@@ -297,7 +297,7 @@ def test_a_mirror_needs_room(made, tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("gpt_jax.data.tokens.mirror.sync_file", full)
-    with pytest.raises(UsageError, match="config.data.cache = .*No space left"):
+    with pytest.raises(UsageError, match=r"config.data.cache = .*No space left"):
         mirror(f"file://{made}", tmp_path / "cache", lambda line: None)
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 

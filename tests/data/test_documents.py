@@ -343,7 +343,7 @@ def write_table(path, column):
                 separator.join(map(str, row)) + "\n"
                 for row in [
                     column.column_names,
-                    *zip(*(cells.to_pylist() for cells in column.columns)),
+                    *zip(*(cells.to_pylist() for cells in column.columns), strict=False),
                 ]
             )
         )
@@ -445,14 +445,14 @@ def test_dictionary_columns_and_bad_bytes_in_tables(tmp_path):
     raw = pyarrow.array([b"ok", b"\xffx"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "a.parquet")
     pieces = [readers.whole_piece(s) for s in sources.find_sources((str(tmp_path / "a.parquet"),))]
-    with pytest.raises(UsageError, match="a.parquet:2: not UTF-8 at byte 0"):
+    with pytest.raises(UsageError, match=r"a.parquet:2: not UTF-8 at byte 0"):
         read(pieces, Reading())
     tally = Tally()
     assert (
         read(pieces, Reading(errors="replace"), tally) == ["ok", "\ufffdx"] and tally.replaced == 1
     )
     write_table(tmp_path / "b.arrow", pyarrow.table({"text": raw}))
-    with pytest.raises(UsageError, match="b.arrow:2: not UTF-8 at byte 0"):
+    with pytest.raises(UsageError, match=r"b.arrow:2: not UTF-8 at byte 0"):
         read([readers.whole_piece(*sources.find_sources((str(tmp_path / "b.arrow"),)))], Reading())
 
 
@@ -495,7 +495,7 @@ def test_places_that_lie_outside_are_damage(tmp_path, name, make):
         and raw.count(struct.pack(layout, *true)) == 1
     )
     path.write_bytes(raw.replace(struct.pack(layout, *true), struct.pack(layout, *wrong)))
-    with pytest.raises(UsageError, match="a.arrow: not a readable Arrow file: .*copy it again"):
+    with pytest.raises(UsageError, match=r"a.arrow: not a readable Arrow file: .*copy it again"):
         read([readers.whole_piece(source)], Reading())
     assert read([readers.whole_piece(source)], skip, tally) == [] and tally.skipped == 1
 
@@ -520,7 +520,8 @@ def test_damage_in_parquet_is_named_in_one_line(tmp_path, checksums):
         except UsageError as error:
             assert (
                 re.search(
-                    r"a.parquet: (a damaged or incomplete .parquet file|not a readable parquet file|config.data)",
+                    r"a.parquet: (a damaged or incomplete .parquet file|not a readable parquet "
+                    r"file|config.data)",
                     str(error),
                 )
                 or not checksums
@@ -551,7 +552,8 @@ def test_mixed_encodings(tmp_path):
     files = [readers.whole_piece(s) for s in sources.find_sources((str(tmp_path / "c.txt"),))]
     assert read(files, Reading(encodings=("utf-8", "utf-16"))) == ["汉字"]
     with pytest.raises(
-        UsageError, match="config.data.encodings = 'utf-16' .*: its lines do not end in the byte 0A"
+        UsageError,
+        match=r"config.data.encodings = 'utf-16' .*: its lines do not end in the byte 0A",
     ):
         read(files, Reading(encodings=("utf-8", "utf-16"), documents="line"))
 
@@ -650,7 +652,7 @@ def test_object_store(bucket, tmp_path):
         with pytest.raises(UsageError, match=message):
             sources.find_sources((path,))
     put("b.jsonl", b"oops\n")
-    with pytest.raises(UsageError, match="box/b.jsonl:1: not JSON"):
+    with pytest.raises(UsageError, match=r"box/b.jsonl:1: not JSON"):
         read(readers.cut_source(found[0], 20, Reading()), Reading())
 
 
@@ -662,7 +664,7 @@ def test_remote_files_are_known_by_their_content(bucket, tmp_path):
         found = sources.find_sources((f"{url}/a.txt", str(tmp_path / "b.txt")))
         hashes = hash_sources(found, tmp_path / "cache", 1)
         assert hashes == [hashlib.sha256(content).hexdigest()] * 2
-    with pytest.raises(UsageError, match="hf://a/b: .* gpt-jax prepare --input=hf://a/b"):
+    with pytest.raises(UsageError, match=r"hf://a/b: .* gpt-jax prepare --input=hf://a/b"):
         hash_sources(sources.find_sources(("hf://a/b",)), tmp_path / "cache", 1)
 
 
@@ -710,13 +712,13 @@ def test_stores_that_cannot_be_reached(monkeypatch):
     def absent(protocol):
         raise ImportError("Install it")
 
-    with pytest.raises(UsageError, match="foo://x/a.txt: Protocol not known: foo"):
+    with pytest.raises(UsageError, match=r"foo://x/a.txt: Protocol not known: foo"):
         sources.find_sources(("foo://x/a.txt",))
     monkeypatch.setattr(fsspec.core, "get_filesystem_class", absent)
     for url, package in [("gs://box/a.txt", "gcsfs"), ("s3://box/*.txt", "s3fs")]:
         with pytest.raises(UsageError, match=f"needs the package {package}; pip install {package}"):
             sources.find_sources((url,))
-    with pytest.raises(UsageError, match="gs://box/a.txt: gs:// needs the package gcsfs"):
+    with pytest.raises(UsageError, match=r"gs://box/a.txt: gs:// needs the package gcsfs"):
         read([readers.whole_piece(Source("gs://box/a.txt", "a.txt"))], Reading())
 
 
@@ -743,7 +745,7 @@ def test_data_set(offline, tmp_path):
     whole = read([readers.whole_piece(source)], reading)
     assert whole == [f"{i} {t}" for i in range(3) for t in LINED] == read(pieces, reading)
     assert len({d.name for d in readers.read_documents(pieces, reading)}) == len(whole)
-    with pytest.raises(UsageError, match="'body' .* is missing; fields there: text"):
+    with pytest.raises(UsageError, match=r"'body' .* is missing; fields there: text"):
         read(pieces, Reading("body"))
     (folder / "2.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(UsageError, match=f"hf://{folder}: "):
@@ -764,7 +766,7 @@ def test_words_of_the_library_are_one_line(offline, monkeypatch):
         raise ValueError("first\n  second")
 
     monkeypatch.setattr("datasets.load_dataset", broken)
-    with pytest.raises(UsageError, match="^hf://a/b: first second$"):
+    with pytest.raises(UsageError, match=r"^hf://a/b: first second$"):
         read([readers.whole_piece(Source("hf://a/b", "hf://a/b"))], Reading())
 
 

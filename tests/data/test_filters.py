@@ -15,7 +15,10 @@ from gpt_jax.data.prepare.filters import parse_filters
 from gpt_jax.errors import UsageError
 from gpt_jax.files import digest_json
 
-ENGLISH = "The committee will meet again on Thursday to decide whether the bridge should be closed for repairs."
+ENGLISH = (
+    "The committee will meet again on Thursday to decide whether the bridge should be closed for "
+    "repairs."
+)
 CHINESE = "委员会将于星期四再次开会，决定是否关闭这座桥进行维修。"
 
 ROWS = [  # spec, {text: what becomes of it}
@@ -69,7 +72,8 @@ def test_chain_order_and_pickle():
         ("max_chars:-5", r"--filters='max_chars:-5': expected max_chars:N \(-5 is not from 0"),
         (
             "min_char:3",
-            "--filters='min_char:3': no such filter; there are min_chars:N max_chars:N .* module:function",
+            "--filters='min_char:3': no such filter; there are min_chars:N max_chars:N .* "
+            "module:function",
         ),
         ("nothing", "no such filter"),
         ("", "no such filter"),

@@ -18,7 +18,9 @@ BEGUN = [i for ids in DOCUMENTS for i in (EOT, *ids)]  # llm.c
 
 
 def split(found):
-    return [found.tokens[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:])]
+    return [
+        found.tokens[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)
+    ]
 
 
 def test_nanogpt(tmp_path):
@@ -201,6 +203,6 @@ def test_arrays_of_no_use(tmp_path, content, message):
 def test_other_names(tmp_path):
     (tmp_path / "a.txt").write_text("ab")
     with pytest.raises(
-        UsageError, match="a.txt: token files of other tools end in .bin, .idx or .npy"
+        UsageError, match=r"a.txt: token files of other tools end in .bin, .idx or .npy"
     ):
         open_foreign(tmp_path / "a.txt")

@@ -59,13 +59,13 @@ def test_parquet(tmp_path):
         match=r"a.parquet: config.data.field = 'text' .* missing; columns there: id, body",
     ):
         read(tmp_path)
-    with pytest.raises(UsageError, match="config.data.field = 'id' .* holds int64, expected text"):
+    with pytest.raises(UsageError, match=r"config.data.field = 'id' .* holds int64, expected text"):
         read(tmp_path, field="id")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"a.parquet:2: .* is null"):
         read(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(UsageError, match="a.parquet: not a readable parquet file"):
+    with pytest.raises(UsageError, match=r"a.parquet: not a readable parquet file"):
         read(tmp_path)
 
 
@@ -115,14 +115,14 @@ def test_undecodable(tmp_path):
     assert document.text == "good \ufffd text \ufffd\ufffd end \ufffd" and document.replaced == 3
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
-    with pytest.raises(UsageError, match="a.jsonl:2: not UTF-8 at byte 25"):
+    with pytest.raises(UsageError, match=r"a.jsonl:2: not UTF-8 at byte 25"):
         read(path)
     assert [(d.text, d.replaced) for d in read(path, errors="replace")] == [
         ("ok", 0),
         ("\ufffd", 1),
     ]
     path.write_text(r'{"text": "a\ud800b \ud83d\udc4d"}')
-    with pytest.raises(UsageError, match="a.jsonl:1: character 1 is a lone surrogate"):
+    with pytest.raises(UsageError, match=r"a.jsonl:1: character 1 is a lone surrogate"):
         read(path)
     assert [(d.text, d.replaced) for d in read(path, errors="replace")] == [("a\ufffdb 👍", 1)]
 
@@ -150,7 +150,7 @@ def test_binary_file_among_text(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.txt").write_bytes(b"\x89PNG\r\n\0\0")
     for errors in ("strict", "replace"):
-        with pytest.raises(UsageError, match="b.txt: byte 6 is NUL, so this is a binary file"):
+        with pytest.raises(UsageError, match=r"b.txt: byte 6 is NUL, so this is a binary file"):
             read(tmp_path, errors=errors)
 
 
@@ -209,7 +209,7 @@ def test_a_link_to_nothing_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "*.txt", tmp_path / "b.txt"):
         with pytest.raises(
             UsageError,
-            match="b.txt: is a link to gone.txt, which is not there; remove the link, or name",
+            match=r"b.txt: is a link to gone.txt, which is not there; remove the link, or name",
         ):
             sources.find_sources((str(path),))
     (tmp_path / "folder").symlink_to("nowhere")
@@ -250,7 +250,7 @@ def test_paths_that_cannot_be_used(tmp_path):
     ]:
         with pytest.raises(UsageError, match=message):
             sources.find_sources(path)
-    with pytest.raises(UsageError, match="config.data.eval_path = "):
+    with pytest.raises(UsageError, match=r"config.data.eval_path = "):
         sources.find_sources(("nowhere",), "config.data.eval_path")
 
 

@@ -76,7 +76,7 @@ def test_a_tokenizer_that_would_drop_text_is_refused():
         ["only these"], tokenizers.trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False)
     )
     with pytest.raises(
-        UsageError, match="has no token for 2[0-9][0-9] of the bytes of UTF-8.*drop text"
+        UsageError, match=r"has no token for 2[0-9][0-9] of the bytes of UTF-8.*drop text"
     ):
         tk.make_json_tokenizer(library.to_str())
 
@@ -211,10 +211,10 @@ def test_bad_tokenizer_files(tmp_path, bpe):
         tk.read_tokenizer("byts")
     path = tmp_path / "x.json"
     path.write_text("{}")
-    with pytest.raises(UsageError, match="x.json: not a tokenizer.json"):
+    with pytest.raises(UsageError, match=r"x.json: not a tokenizer.json"):
         tk.read_tokenizer(str(path))
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="x.json"):
+    with pytest.raises(UsageError, match=r"x.json"):
         tk.read_tokenizer(str(path))
     path.write_text(json.dumps(json.loads(bpe.content) | {"decoder": None}))
     with pytest.raises(UsageError, match=r"its decoder \(none\)"):

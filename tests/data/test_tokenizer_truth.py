@@ -118,7 +118,8 @@ def test_cl100k_gives_the_ids_of_tiktoken(cl100k, files, texts):
     lines = (files / "cl100k_base.tiktoken").read_bytes().split(b"\n")[:-1]
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     pattern = (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| "
+        r"?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
         r"\s*[\r\n]|\s+(?!\S)|\s"
     )  # tiktoken_ext/openai_public.py
     truth = tiktoken.Encoding("cl100k", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -182,7 +183,9 @@ def test_round_trips_in_every_language(gpt2, cl100k, texts):
     ]
     for tokenizer in (gpt2, cl100k, *trained):
         assert tokenizer.lossless
-        for ids, text in zip(tokenizer.encode_batch(list(texts.values())), texts.values()):
+        for ids, text in zip(
+            tokenizer.encode_batch(list(texts.values())), texts.values(), strict=False
+        ):
             assert tokenizer.decode(ids) == text, tokenizer.name
 
 

@@ -86,7 +86,7 @@ def test_missing_and_torn_files_read_as_what_is_whole(tmp_path):
 def test_a_full_disk_is_one_line_with_its_exit_code():
     writer = writers.JsonlWriter.__new__(writers.JsonlWriter)
     writer.path = "/dev/full"
-    writer._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (closed below)
+    writer._file = open("/dev/full", "ab", buffering=0)
     with writer._file, pytest.raises(SaveFailed, match=r"/dev/full.*No space left"):
         writer.write(1, {"x": 1.0})
 

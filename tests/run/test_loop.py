@@ -24,8 +24,12 @@ from gpt_jax.run import loop
 from gpt_jax.train.checkpoint.manifest import CHECKPOINT_FOLDER, steps_in
 from gpt_jax.train.optim.schedule import make_schedule
 
-GROUPS = """({'match': '^embed/', 'rate': 2.0}, {'match': '/value_embed/', 'rate': 1.5}, {'match': '^residual/'},
-             {'match': '^(blocks|tail)/.*/kernel$', 'optimizer': 'muon', 'rate': 2.0, 'weight_decay': 0.1})"""
+GROUPS = """(
+    {'match': '^embed/', 'rate': 2.0},
+    {'match': '/value_embed/', 'rate': 1.5},
+    {'match': '^residual/'},
+    {'match': '^(blocks|tail)/.*/kernel$', 'optimizer': 'muon', 'rate': 2.0, 'weight_decay': 0.1},
+)"""
 MODERN = (
     "--config.model.heads=8",
     "--config.model.norm=plain_rmsnorm",

@@ -206,7 +206,8 @@ def test_a_run_says_how_often_each_source_is_seen(folder, tmp_path, capsys):
     said = capsys.readouterr().out
     for name in ("wiki", "books", "chat"):
         assert re.search(
-            rf"^source {name}: [\d.]+ epochs, [\d.]+% of the rows; best_fit rows: \d+ of 32 tokens an "
+            rf"^source {name}: [\d.]+ epochs, [\d.]+% of the rows; best_fit rows: \d+ of 32 tokens "
+            r"an "
             "epoch, "
             rf"[\d.]+% filled",
             said,
@@ -223,7 +224,7 @@ def test_inspect_names_every_row_of_a_step(folder, whole, capsys, step):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     batch = next(run_stream(whole, step - 1))
     assert len(rows) == 24
-    for row, ids in zip(rows, batch["tokens"]):
+    for row, ids in zip(rows, batch["tokens"], strict=False):
         assert row["ids"][:32] == ids[: len(row["ids"])].tolist()[:32]
         for document in row["documents"]:
             name, _, line = document["name"].rpartition(":")
@@ -355,7 +356,10 @@ def test_a_stage_that_the_run_never_reaches_is_told(folder, tmp_path):
         (0, False),
     ):  # token 4,000 is in the sixth step
         lines = make_stream(data, config.data, 32, 24, config.seed, slice(0, 24), 0, steps).summary
-        wanted = f"phases[0] begins at token 4,000, and the run ends before it, at token {steps * size:,}: it is never"
+        wanted = (
+            "phases[0] begins at token 4,000, and the run ends before it, "
+            f"at token {steps * size:,}: it is never"
+        )
         assert any(wanted in line for line in lines) == told, lines
 
 

@@ -71,7 +71,7 @@ def documents(folder: Path) -> dict[str, dict[str, list[str]]]:
             return []
         return [
             opened.tokenizer.decode(tokens.ids(int(a), int(b)))
-            for a, b in zip(tokens.offsets, tokens.offsets[1:])
+            for a, b in zip(tokens.offsets, tokens.offsets[1:], strict=False)
         ]
 
     return {

@@ -39,7 +39,7 @@ def same(a, b) -> bool:
         return str(array.dtype), array.shape, array.tobytes()
 
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        bits(x) == bits(y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+        bits(x) == bits(y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=False)
     )
 
 
@@ -61,7 +61,7 @@ def save_all(directory, steps, policy=POLICY, metrics=lambda step: {}):
 
 def restored(directory, step):
     out = restore_checkpoint(
-        directory, step, dict(zip(("params", "train"), map(abstract, small(step))))
+        directory, step, dict(zip(("params", "train"), map(abstract, small(step)), strict=False))
     )
     return out["params"], out["train"]
 
@@ -591,13 +591,13 @@ def test_a_directory_that_cannot_be_made(tmp_path):
 
 CHILD = """
 import os, sys, threading, time
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = {folders!r}
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", {devices})
 import numpy as np, jax.numpy as jnp
 from gpt_jax import config
-from gpt_jax.train import checkpoint, digest
+from gpt_jax.train.checkpoint import checkpoints, manifest
 from test_checkpoint import *
 directory = {directory!r}
 """
@@ -606,7 +606,9 @@ directory = {directory!r}
 def child(directory, body, devices=1):
     """A process of its own; `body` sees the names of this file."""
     head = CHILD.format(
-        root=str(ROOT), tests=str(ROOT / "tests"), devices=devices, directory=str(directory)
+        folders=[str(ROOT / name) for name in ("", "tests/train", "tests/support")],
+        devices=devices,
+        directory=str(directory),
     )
     return subprocess.Popen(
         [sys.executable, "-c", head + body],
@@ -624,23 +626,23 @@ def finish(*processes, code=0):
 
 # where SIGKILL strikes while step 30 is saved, and the step that must be usable afterwards
 KILLS = {
-    "before anything is written": ("checkpoint.ocp.save_checkpointables_async = die", 20),
+    "before anything is written": ("checkpoints.ocp.save_checkpointables_async = die", 20),
     "while Orbax writes": (
         "from orbax.checkpoint.experimental.v1._src.metadata import serialization; "
         "serialization.write = die",
         20,
     ),
-    "before the manifest": ("checkpoint.write_manifest = die", 20),
+    "before the manifest": ("checkpoints.write_manifest = die", 20),
     "within the manifest": (
         "move = os.replace; "
-        "os.replace = lambda a, b: die() if str(b).endswith(digest.MANIFEST) else move(a, b)",
+        "os.replace = lambda a, b: die() if str(b).endswith(manifest.MANIFEST) else move(a, b)",
         20,
     ),
     "after the manifest": (
-        "checkpoint.write_manifest = lambda folder: (digest.write_manifest(folder), die())",
+        "checkpoints.write_manifest = lambda folder: (manifest.write_manifest(folder), die())",
         30,
     ),
-    "while an old step is deleted": ("checkpoint.shutil.rmtree = die", 30),
+    "while an old step is deleted": ("checkpoints.shutil.rmtree = die", 30),
 }
 
 
@@ -656,7 +658,7 @@ save_all(directory, [10, 20], policy)
 def die(*a, **k):
     os.kill(os.getpid(), 9)
 {patch}
-saver = checkpoint.open_checkpoints(directory, policy)
+saver = checkpoints.open_checkpoints(directory, policy)
 saver.save(30, *small(30), {{}})
 saver.wait()
 """,
@@ -711,7 +713,7 @@ def test_resolving_what_a_user_typed(tmp_path):
     cut(at / "20" / manifest.META)
     lines = []
     assert resolve_checkpoint(run, report=lines.append) == (at, 10) and "step 20" in lines[0]
-    with pytest.raises(NoCheckpoint, match="meta.json"):
+    with pytest.raises(NoCheckpoint, match=r"meta.json"):
         resolve_checkpoint(run, 20)
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UsageError, match="nothing finished"):
@@ -723,34 +725,45 @@ def test_resolving_what_a_user_typed(tmp_path):
 MESHES = """
 def whole(step):
     rng = np.random.default_rng(step)
-    return {"w": rng.standard_normal((8, 16)).astype(np.float32), "b": rng.standard_normal(16).astype(jnp.bfloat16),
-            "n": np.int32(step)}
+    w, b = rng.standard_normal((8, 16)), rng.standard_normal(16)
+    return {"w": w.astype(np.float32), "b": b.astype(jnp.bfloat16), "n": np.int32(step)}
 def place(tree, mesh, specs, make):
-    return {k: make(v, jax.sharding.NamedSharding(mesh, jax.P(*specs[k]))) for k, v in tree.items()}
+    lay = jax.sharding.NamedSharding
+    return {k: make(v, lay(mesh, jax.P(*specs[k]))) for k, v in tree.items()}
 def concrete(v, s):
     return jax.make_array_from_callback(np.shape(v), s, lambda i: np.asarray(v)[i])
 def wanted(v, s):
     return jax.ShapeDtypeStruct(np.shape(v), v.dtype, sharding=s)
 def expect(step, mesh, specs):
-    out = checkpoint.restore(directory, step, {"params": place(whole(step), mesh, specs, wanted),
-                                               "train": place(whole(step + 1), mesh, specs, wanted)})
+    params = place(whole(step), mesh, specs, wanted)
+    train = place(whole(step + 1), mesh, specs, wanted)
+    out = restore_checkpoint(directory, step, {"params": params, "train": train})
     for tree, full in ((out["params"], whole(step)), (out["train"], whole(step + 1))):
         for k, v in full.items():
-            assert tree[k].sharding == jax.sharding.NamedSharding(mesh, jax.P(*specs[k])), (k, tree[k].sharding)
+            lay = jax.sharding.NamedSharding(mesh, jax.P(*specs[k]))
+            assert tree[k].sharding == lay, (k, tree[k].sharding)
             for shard in tree[k].addressable_shards:
-                assert np.asarray(shard.data).tobytes() == np.asarray(v)[shard.index].tobytes(), (step, k)
+                ours = np.asarray(shard.data).tobytes()
+                assert ours == np.asarray(v)[shard.index].tobytes(), (step, k)
 def save(step, mesh, specs):
     with jax.set_mesh(mesh):
-        saver = checkpoint.open_checkpoints(directory, config.Checkpoint(every_minutes=1e-9, every_steps=0))
+        policy = config.Checkpoint(every_minutes=1e-9, every_steps=0)
+        saver = checkpoints.open_checkpoints(directory, policy)
         assert saver.should_save(step)
-        saver.save(step, place(whole(step), mesh, specs, concrete), place(whole(step + 1), mesh, specs, concrete),
-                   {"step": step})
+        params = place(whole(step), mesh, specs, concrete)
+        saver.save(step, params, place(whole(step + 1), mesh, specs, concrete), {"step": step})
         saver.wait()
-        assert digest.find_damage(digest.Path(directory) / str(step)) == ""
+        assert manifest.find_damage(Path(directory) / str(step)) == ""
         saver.close()
 """
-MESH_8 = 'mesh, specs = jax.make_mesh((2, 4), ("fsdp", "tensor")), dict(w=("fsdp", "tensor"), b=("tensor",), n=())\n'
-MESH_4 = 'mesh, specs = jax.make_mesh((4, 1), ("tensor", "fsdp")), dict(w=(None, "tensor"), b=(None,), n=())\n'
+MESH_8 = """
+mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"))
+specs = dict(w=("fsdp", "tensor"), b=("tensor",), n=())
+"""
+MESH_4 = """
+mesh = jax.make_mesh((4, 1), ("tensor", "fsdp"))
+specs = dict(w=(None, "tensor"), b=(None,), n=())
+"""
 MESH_1 = 'mesh, specs = jax.make_mesh((1,), ("fsdp",)), dict(w=("fsdp",), b=(None,), n=())\n'
 MESH_2X2 = 'mesh, specs = jax.make_mesh((4,), ("fsdp",)), dict(w=("fsdp",), b=("fsdp",), n=())\n'
 
@@ -761,21 +774,21 @@ def test_other_meshes_and_process_counts(tmp_path):
         port = s.getsockname()[1]
     finish(child(tmp_path, MESHES + MESH_8 + "save(1, mesh, specs)", devices=8))
     both = """
-assert checkpoint.latest_valid(directory) == 1
+assert checkpoints.latest_valid(directory) == 1
 expect(1, mesh, specs)
 save(2, mesh, specs)
 with jax.set_mesh(mesh):
-    assert checkpoint.resolve_checkpoint(directory) == (digest.Path(directory), 2)
+    assert manifest.resolve_checkpoint(directory) == (Path(directory), 2)
 expect(2, mesh, specs)
 if jax.process_index() == 0:  # damaged for all processes when process 0 says so
-    path = digest.Path(directory) / "2" / digest.META
+    path = Path(directory) / "2" / manifest.META
     text = path.read_bytes()
     path.write_bytes(text[:-1])
 lines = []
-assert checkpoint.latest_valid(directory, lines.append) == 1
+assert checkpoints.latest_valid(directory, lines.append) == 1
 assert len(lines) == (jax.process_index() == 0)
 try:
-    checkpoint.resolve_checkpoint(directory, 2)
+    manifest.resolve_checkpoint(directory, 2)
     raise AssertionError("no error")
 except NoCheckpoint as error:
     assert "meta.json" in str(error)
@@ -783,9 +796,10 @@ if jax.process_index() == 0:
     path.write_bytes(text)
     def refuse(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    checkpoint.write_manifest = refuse
-saver = checkpoint.open_checkpoints(directory, POLICY, lines.append)
-assert saver.save(3, place(whole(3), mesh, specs, concrete), {"n": place(whole(3), mesh, specs, concrete)["n"]}, {})
+    checkpoints.write_manifest = refuse
+saver = checkpoints.open_checkpoints(directory, POLICY, lines.append)
+arrays = place(whole(3), mesh, specs, concrete)
+assert saver.save(3, arrays, {"n": arrays["n"]}, {})
 try:
     saver.wait()  # the failure of process 0 reaches all
     raise AssertionError("no error")

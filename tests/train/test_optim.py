@@ -504,7 +504,7 @@ def test_ema():
     same = jax.tree.map(jnp.asarray, params[0])
     assert all(
         a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer()
-        for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(ema_init(same)))
+        for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(ema_init(same)), strict=False)
     )
 
 
@@ -526,8 +526,12 @@ def like_its_parameter(state, params) -> list[str]:
                 name.endswith(path) and leaf.shape != (1,) and leaf.shape[1:] != (1,)
             ):  # placeholders of Adafactor
                 seen.add(path)
-                kept = [axis for n, axis in zip(shape, spec) if n in leaf.shape]
-                found = [axis for n, axis in zip(leaf.shape, tuple(leaf.sharding.spec)) if n > 1]
+                kept = [axis for n, axis in zip(shape, spec, strict=False) if n in leaf.shape]
+                found = [
+                    axis
+                    for n, axis in zip(leaf.shape, tuple(leaf.sharding.spec), strict=False)
+                    if n > 1
+                ]
                 wrong += [f"{name} {found} {kept}"] if found != kept else []
     return wrong + sorted(specs.keys() - seen)
 

@@ -73,7 +73,7 @@ def test_every_matrix_is_whole_on_one_device(shape, mesh):
         ]
         step = jax.jit(lambda stacks: on_whole_matrices(cube, stacks)).lower(stacks).compile()
         found = step(stacks)
-    for name, made, stack in zip(STACKS, found, stacks):
+    for name, made, stack in zip(STACKS, found, stacks, strict=False):
         np.testing.assert_allclose(
             made, values[name] @ values[name].swapaxes(-1, -2) @ values[name], rtol=1e-5, atol=1e-4
         )

@@ -52,7 +52,8 @@ class Reading:
                 "é".encode(name, "replace").decode(name, "replace")
             except (LookupError, UnicodeError):
                 raise UsageError(
-                    f"encodings = {name!r}: no text encoding of this name; known are utf-8, utf-16, "
+                    f"encodings = {name!r}: no text encoding of this name; known are utf-8, "
+                    "utf-16, "
                     "gb18030, big5, latin-1, shift-jis and the others of python"
                 ) from None
 
@@ -197,7 +198,8 @@ def decode(raw: bytes, reading: Reading, start: int = 0) -> Decoded:
             return Decoded(text, name, 0)
     if (nul := raw.find(b"\0")) >= 0:
         raise Unreadable(
-            f"byte {start + nul} is NUL, so this is a binary file (or UTF-16) among the text; take it out "
+            f"byte {start + nul} is NUL, so this is a binary file (or UTF-16) among the text; take "
+            "it out "
             "of the data, or convert it to UTF-8"
         )
     if reading.errors == "strict":
@@ -240,7 +242,8 @@ def field_text(
     except UnicodeEncodeError as error:
         if reading.errors == "strict":
             raise Unreadable(
-                f"character {error.start} is a lone surrogate ({text[error.start]!r}); mend the file, or "
+                f"character {error.start} is a lone surrogate ({text[error.start]!r}); mend the "
+                "file, or "
                 f"go on with {REPLACE}"
             ) from None
     mended = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -197,7 +197,9 @@ def cut_source(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]
         borders = list(
             CUTS["" if packing else format_of(source, reading).cut](source, max(size, 1))
         ) or [0]
-    return tuple(Piece(source, start, stop) for start, stop in zip(borders, [*borders[1:], -1]))
+    return tuple(
+        Piece(source, start, stop) for start, stop in zip(borders, [*borders[1:], -1], strict=False)
+    )
 
 
 # ---- documents ----

@@ -51,7 +51,8 @@ def _check_encodings(piece: Piece, reading: Reading) -> None:
     for name in reading.encodings:
         if b"\n".decode(name, "replace") != "\n":
             raise UsageError(
-                f"{piece.source.path}: config.data.encodings = {name!r} (--encodings of prepare): {NO_LINES}"
+                f"{piece.source.path}: config.data.encodings = {name!r} (--encodings of prepare): "
+                f"{NO_LINES}"
             )
 
 
@@ -120,7 +121,8 @@ def _column(header: list[bytes], piece: Piece, reading: Reading) -> tuple[int, b
         return int(reading.field), False
     if any(b"\0" in name for name in header):
         raise UsageError(
-            f"{piece.source.path}: its first row holds NUL, so this is UTF-16 or a binary file: {NO_LINES}"
+            f"{piece.source.path}: its first row holds NUL, so this is UTF-16 or a binary file: "
+            f"{NO_LINES}"
         )
     names = [name.decode("utf-8", "replace") for name in header]
     _check_column(
@@ -137,7 +139,8 @@ def _check_column(names: list[str], piece: Piece, reading: Reading, more: str = 
         )
     if count > 1:
         raise UsageError(
-            f"{piece.source.path}: {reading.label} names {count} columns; columns there: {listed(names)}; "
+            f"{piece.source.path}: {reading.label} names {count} columns; columns there: "
+            f"{listed(names)}; "
             "rename all but the one to be read"
         )
 
@@ -149,7 +152,8 @@ def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
         return Unreadable(f"has {len(cells)} columns, expected more than {column}")
     if any(cells[width:]):
         return Unreadable(
-            f"has {len(cells)} columns and the first row {width}, so a text may be cut in two; put it in "
+            f"has {len(cells)} columns and the first row {width}, so a text may be cut in two; put "
+            "it in "
             "quotes (.csv) or mend the row"
         )
     return cells[column] if cells else b""
@@ -264,20 +268,22 @@ def _arrow_errors(piece: Piece, kind: str) -> Iterator[None]:
 def _parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
     import pyarrow.parquet
 
-    with _arrow_errors(piece, "parquet"), opened(piece.source, seekable=True) as raw:
-        with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as file:
-            _check_schema(file.schema_arrow, piece, reading)
-            rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            if sum(rows) != file.metadata.num_rows:
-                raise Damaged(
-                    f"{piece.source.path}: not a readable parquet file: it has {file.metadata.num_rows:,} rows, "
-                    f"and its groups {sum(rows):,}"
-                )
-            groups = range(piece.start, len(rows) if piece.stop < 0 else piece.stop)
-            batches = file.iter_batches(
-                BATCH_ROWS, row_groups=list(groups), columns=[reading.field]
+    with (
+        _arrow_errors(piece, "parquet"),
+        opened(piece.source, seekable=True) as raw,
+        pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as file,
+    ):
+        _check_schema(file.schema_arrow, piece, reading)
+        rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        if sum(rows) != file.metadata.num_rows:
+            raise Damaged(
+                f"{piece.source.path}: not a readable parquet file: it has "
+                f"{file.metadata.num_rows:,} rows, "
+                f"and its groups {sum(rows):,}"
             )
-            yield from _cells(batches, reading, sum(rows[: piece.start]))
+        groups = range(piece.start, len(rows) if piece.stop < 0 else piece.stop)
+        batches = file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=[reading.field])
+        yield from _cells(batches, reading, sum(rows[: piece.start]))
 
 
 def _arrow(piece: Piece, reading: Reading) -> Iterator[Raw]:

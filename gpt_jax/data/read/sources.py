@@ -67,7 +67,8 @@ def _walk(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[Source]
 def _file(path: Path, name: str) -> Source:
     if path.is_symlink() and not path.exists():
         raise UsageError(
-            f"{path}: is a link to {os.readlink(path)}, which is not there; remove the link, or name the "
+            f"{path}: is a link to {os.readlink(path)}, which is not there; remove the link, or "
+            "name the "
             "files without it"
         )
     return Source(path, name)
@@ -87,10 +88,12 @@ def _refuse_prepared(folder: str, files: set[str]) -> None:
             inside = path.removesuffix(first)
             if inside + second in files:
                 way = (
-                    "which has not finished; run the same command again, and then give that folder as "
+                    "which has not finished; run the same command again, and then give that folder "
+                    "as "
                     "config.data.path or in config.data.sources"
                     if unfinished
-                    else "whose output is tokens and no text; give that folder itself as config.data.path or in "
+                    else "whose output is tokens and no text; give that folder itself as "
+                    "config.data.path or in "
                     "config.data.sources, and as text what it was made from"
                 )
                 raise UsageError(
@@ -162,7 +165,8 @@ def _expand(spec: str, key: str) -> list[Source]:
     if not found:
         raise UsageError(
             f"{key} = {spec!r}: no usable files; read are {READABLE}; token files of other tools "
-            f"({' '.join(TOKEN_FILES)}, a glob of them) are read in place, as config.data.path or in "
+            f"({' '.join(TOKEN_FILES)}, a glob of them) are read in place, as config.data.path or "
+            "in "
             "config.data.sources, without gpt-jax prepare"
         )
     return found

@@ -126,8 +126,8 @@ def prepare(
     """Tokens to train on and held-out tokens, from the cache or built now.
 
     A Spec is made into a tokenizer from the text. `field` is where the path was given, and messages
-    name it. Raises UsageError for paths, files, settings and a cache folder that cannot serve. Raises
-    DataError if a source changes meanwhile.
+    name it. Raises UsageError for paths, files, settings and a cache folder that cannot serve.
+    Raises DataError if a source changes meanwhile.
     """
     train = sources.find_sources(data.path, field)
     held = ()

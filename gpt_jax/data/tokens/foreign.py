@@ -32,8 +32,8 @@ AT_ONCE = 1 << 24  # ids searched for end of text at once
 class Foreign(NamedTuple):
     """An opened file."""
 
-    # uint16 or uint32 [tokens], memory-mapped. It is for one look through all ids. Training would be
-    # slow with it.
+    # uint16 or uint32 [tokens], memory-mapped. It is for one look through all ids. Training would
+    # be slow with it.
     tokens: np.ndarray
     offsets: np.ndarray  # int64 [documents + 1]: starts, then the end
     kind: str  # a row of FOREIGN_FORMATS

@@ -58,12 +58,8 @@ def restore_checkpoint(directory, step: int, wanted: dict) -> dict:
     folder = Path(directory).absolute() / str(step)
     nested = {name: nest(tree, name) for name, tree in wanted.items()}
     for name, tree in nested.items():
-        _compare_layout(
-            folder,
-            name,
-            _flat(_read(folder, lambda: ocp.metadata(folder, name).metadata)),
-            _flat(tree),
-        )
+        metadata = _read(folder, lambda name=name: ocp.metadata(folder, name).metadata)
+        _compare_layout(folder, name, _flat(metadata), _flat(tree))
     loaded = _read(folder, lambda: ocp.load_checkpointables(folder, nested))
     out = {}
     for name, tree in wanted.items():
@@ -106,7 +102,8 @@ def _compare_layout(folder: Path, item: str, saved: dict, wanted: dict) -> None:
             or (tuple(old.shape), old.dtype) != (tuple(new.shape), new.dtype)
         ):
             raise UsageError(
-                f"checkpoint {folder}: {item} {name} is {show(old)} there and {show(new)} in this run; "
+                f"checkpoint {folder}: {item} {name} is {show(old)} there and {show(new)} in this "
+                "run; "
                 "use the config of the checkpoint, or another workdir"
             )
         if not isinstance(new.sharding, jax.sharding.Sharding):

@@ -275,11 +275,13 @@ class Checkpoints:
         free = shutil.disk_usage(parent).free / 2**20
         if is_peer_gone(error):
             return PeerFailed(
-                f"{self.directory}: a peer process left while step {step} was being saved, its log has the "
+                f"{self.directory}: a peer process left while step {step} was being saved, its log "
+                "has the "
                 f"reason; {rest}"
             )
         return SaveFailed(
-            f"{self.directory}: saving step {step} failed: {cause_of(error)} ({free:,.1f} MiB free); "
+            f"{self.directory}: saving step {step} failed: {cause_of(error)} ({free:,.1f} MiB "
+            "free); "
             f"{rest}"
         )
 

@@ -83,7 +83,7 @@ def write_manifest(folder: Path) -> None:
     """Hashes all files of the finished step in `folder` and seals it."""
     sizes = list_files(folder)
     hashes = hash_files(folder, sizes)
-    text = render_manifest({n: [s, h] for (n, s), h in zip(sizes.items(), hashes)})
+    text = render_manifest({n: [s, h] for (n, s), h in zip(sizes.items(), hashes, strict=False)})
     replace_file(folder / MANIFEST, text.encode())
 
 
@@ -121,7 +121,7 @@ def _compare(folder: Path) -> str:
     if not bad:
         bad = {
             name: "content changed (sha256 differs)"
-            for name, found in zip(files, hash_files(folder, files))
+            for name, found in zip(files, hash_files(folder, files), strict=False)
             if files[name][1] != found
         }
     more = f" (and {len(bad) - 1} more files)" if len(bad) > 1 else ""
@@ -240,7 +240,8 @@ def _locate(path: Path, step: int) -> tuple[Path, int]:
     if path.is_dir() and (path.name == CHECKPOINT_FOLDER or steps_in(path)):
         return path, step
     raise UsageError(
-        f"checkpoint {str(path)!r}: {'holds no checkpoints' if path.exists() else 'does not exist'}; "
+        f"checkpoint {str(path)!r}: "
+        f"{'holds no checkpoints' if path.exists() else 'does not exist'}; "
         f"{_nearby(path)}"
     )
 
