@@ -31,7 +31,7 @@ def text(preset: str) -> str:
     """A line for each array: path, shape, the mesh axes of each dim."""
     name, variant = preset.split(":")
     shape = PRESETS[preset]
-    config = config_file.load_config(f"{FOLDER.parents[1]}/configs/{name}.py:{variant}", [])
+    config = config_file.load_config(f"{FOLDER.parents[2]}/configs/{name}.py:{variant}", [])
     config = configs.resolve(
         replace(config, compute=replace(config.compute, kernel="reference")), 32_768
     )
