@@ -317,7 +317,16 @@ def gradient_of(how):
 def test_scan_equals_loop_and_remat_equals_plain(how):
     (value, grads, _), (plain, plain_grads, _) = gradient_of(how), gradient_of("plain")
     assert value == pytest.approx(plain, rel=1e-6)
-    jax.tree.map(close, grads, plain_grads)
+
+    # The gradient of a bias on keys is 0, because a softmax does not see it, and what comes out is
+    # rounding. So a leaf is measured by its largest entry, or by a hundredth of the largest of all.
+    least = 0.01 * max(np.abs(x).max() for x in jax.tree.leaves(plain_grads))
+
+    def compare(ours, theirs):
+        scale = max(np.abs(theirs).max(), least)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * scale)
+
+    jax.tree.map(compare, grads, plain_grads)
 
 
 def test_remat_keeps_less():
