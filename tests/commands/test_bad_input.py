@@ -49,12 +49,17 @@ def copy(trained, tmp_path):
 
 
 def refused(code: int, words: tuple[str, ...], *given) -> str:
-    """Runs the command line, which must end with `code` and one line holding all `words`."""
-    found, line = runs.refusal(*given)
-    assert found == code, line
-    assert line and "\n" not in line
-    assert [word for word in words if word not in line] == [], line
-    return line
+    """Runs the command line, which must end with `code`; one line must hold all `words`.
+
+    A config may have several faults, and each has a line of its own.
+    """
+    found, message = runs.refusal(*given)
+    assert found == code, message
+    lines = message.split("\n")
+    assert len(lines) == 1 or all(line.startswith("config.") for line in lines), message
+    fitting = [line for line in lines if all(word in line for word in words)]
+    assert fitting, message
+    return fitting[0]
 
 
 # ---- the config ----

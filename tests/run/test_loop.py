@@ -17,7 +17,6 @@ import runs
 
 from gpt_jax import config as configs
 from gpt_jax.errors import Diverged, Stopped, UsageError
-from gpt_jax.evals import heldout, samples
 from gpt_jax.metrics.writers import read_jsonl
 from gpt_jax.model.count import count_params
 from gpt_jax.run import loop
@@ -266,7 +265,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, steps):
 def test_the_best_checkpoint_stays(tmp_path, monkeypatch, every):
     """A step that was not evaluated is not the best one."""
     values = iter((3.0, 1.0, 2.0))
-    monkeypatch.setattr(heldout, "compute_heldout_metrics", lambda sums: {"loss": next(values)})
+    monkeypatch.setattr(loop, "compute_heldout_metrics", lambda sums: {"loss": next(values)})
     runs.run(
         runs.build(
             runs.load(
@@ -392,9 +391,9 @@ def test_bfloat16_trains_like_float32(tmp_path):
 def test_samples_come_from_the_averages(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        samples,
+        loop,
         "draw_samples",
-        lambda model, params, *rest: seen.append(params) or ["text"] * rest[3],
+        lambda model, compute, params, *rest: seen.append(params) or ["text"] * rest[3],
     )
     parts = runs.build(runs.load(tmp_path, "--config.train.steps=4", "--config.train.ema=0.9"))
     runs.run(parts, tmp_path / "run")
