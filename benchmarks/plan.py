@@ -1,15 +1,16 @@
-"""The table of docs/plan_table.md: for each model and machine the best mesh that the search finds,
-compiled.
+"""The table of plans on the page plan_table: each model on each machine, on the mesh that the
+search likes best, compiled.
 
-    python benchmarks/plan.py                       every row that benchmarks/plan.json does not have yet, one at a time
-    python benchmarks/plan.py --anew                every row again, also those that it has
-    python benchmarks/plan.py --only=llama:8b       rows whose name has that in it
-    python benchmarks/plan.py --refresh             the arithmetic of the rows that there are, anew (nothing compiles)
-    python benchmarks/plan.py --table               the table in Markdown, from the file
+    python benchmarks/plan.py                   every row that benchmarks/plan.json lacks, in turn
+    python benchmarks/plan.py --anew            every row again, also those that it has
+    python benchmarks/plan.py --only=llama:8b   rows whose name has that in it
+    python benchmarks/plan.py --refresh         the arithmetic of its rows anew; nothing compiles
+    python benchmarks/plan.py --table           the table in Markdown, from the file
 
-Needs the extras plan and plan-gpu (pip install 'gpt_jax[plan,plan-gpu]'), no accelerator. A row is
-one command, which is in the file: gpt-jax plan --config=configs/<model> --topology=<machine>
---search --compile. On 2 cores GPU programs compile in 10 to 100 s, TPU programs in 1 to 10 minutes.
+It needs the extras plan and plan-gpu (pip install 'gpt_jax[plan,plan-gpu]') and no accelerator. A
+row is one command, which the file names: gpt-jax plan --config=configs/<model>
+--topology=<machine> --search --compile. On 2 cores GPU programs compile in 10 to 100 s, TPU
+programs in 1 to 10 minutes.
 """
 
 import argparse
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "benchmarks/plan.json"
 GIB = 2**30
 MODELS = ("llama:8b", "llama:70b", "moe:8x7b", "gpt2:1558m", "modern:d26")
+# name -> (--topology, --slices)
 MACHINES = {
     "v5e-256": ("v5e:16x16", 1),
     "v5p-128": ("v5p:4x4x4", 1),
@@ -34,17 +36,20 @@ MACHINES = {
     "64 H100": ("h100:64", 1),
     "8 H200": ("h200:8", 1),
 }
-# gpt2's vocabulary of 50,257 divides by nothing; its 480 rows of 1,024 tokens are too few for 256
-# devices and more.
+# The vocabulary of gpt2, 50,257, divides by nothing, and its 480 rows of 1,024 tokens are too few
+# for 256 devices and more.
 CHANGES = {"gpt2:1558m": ("--config.model.vocab=50304", "--config.train.batch_size=512")}
 HEAD = (
-    "| model | machine | best mesh | peak GiB (arithmetic) | step (arithmetic) | MFU, causal "
-    "(arithmetic) | "
-    "compiled in |"
+    "| model | machine | best mesh | peak GiB (arithmetic) | step (arithmetic) | "
+    "MFU, causal (arithmetic) | compiled in |"
 )
+# Fields of the arithmetic that a row keeps.
+ARITHMETIC = ("step_seconds", "mfu_full", "mfu_causal", "bound_by", "memory")
+MOST_COLLECTIVES = 8  # Of a program, that a row keeps.
 
 
-def arguments(model: str, machine: str, *more: str) -> list[str]:
+def list_words(model: str, machine: str, *more: str) -> list[str]:
+    """Returns the words of the command for a row."""
     name, variant = model.split(":")
     topology, slices = MACHINES[machine]
     return [
@@ -58,98 +63,96 @@ def arguments(model: str, machine: str, *more: str) -> list[str]:
     ]
 
 
-def plan(*words: str) -> tuple[dict | None, str]:
-    """(what the command prints, the last line of its complaints)."""
-    done = subprocess.run(
-        [sys.executable, "-m", "gpt_jax", *words], cwd=ROOT, capture_output=True, text=True
-    )
-    said = done.stderr.strip().splitlines() or [""]
-    return json.loads(done.stdout) if done.stdout.strip() else None, said[-1].removeprefix(
-        "gpt-jax: "
-    )
+def run_plan(words: list[str]) -> tuple[dict | None, str]:
+    """Returns (what the command prints, or None; the last line of its complaints)."""
+    command = [sys.executable, "-m", "gpt_jax", *words]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    complaints = process.stderr.strip().splitlines() or [""]
+    report = json.loads(process.stdout) if process.stdout.strip() else None
+    return report, complaints[-1].removeprefix("gpt-jax: ")
 
 
-def arithmetic(found: dict) -> dict:
-    return {
-        key: found["arithmetic"][key]
-        for key in ("step_seconds", "mfu_full", "mfu_causal", "bound_by", "memory")
-    }
+def select_arithmetic(report: dict) -> dict:
+    return {key: report["arithmetic"][key] for key in ARITHMETIC}
 
 
-def run(model: str, machine: str) -> dict:
-    """One row; `error` where there is no plan or it did not compile."""
-    words, began = arguments(model, machine, "--search=5", "--compile"), time.time()
-    found, complaint = plan(*words)
+def make_row(model: str, machine: str) -> dict:
+    """Plans and compiles one row. It has `error` if nothing fits."""
+    words = list_words(model, machine, "--search=5", "--compile")
+    began = time.time()
+    report, complaint = run_plan(words)
     row = {
         "model": model,
         "machine": machine,
         "command": "gpt-jax " + " ".join(words),
         "wall_seconds": round(time.time() - began),
     }
-    if found is None or not found.get("search"):
+    # There is a command only for a mesh whose program fits.
+    if report is None or "command" not in report:
         return row | {"error": complaint}
-    row |= {
-        "best": found["command"],
-        "mesh": found["mesh"],
-        "kernel": found["kernel"],
-        "arithmetic": arithmetic(found),
-    }
-    if not found["compiled"] or found["compiled"]["refusal"]:
-        return row | {"error": found["compiled"]["refusal"] if found["compiled"] else complaint}
-    program = found["compiled"].pop("program")
+
+    program = report["compiled"].pop("program")
     return row | {
-        "compiled": found["compiled"],
-        "schedule": found["schedule"],
-        "fits": found["fits"],
-        "collectives": program["collectives"][:8],
+        "best": report["command"],
+        "mesh": report["mesh"],
+        "kernel": report["kernel"],
+        "arithmetic": select_arithmetic(report),
+        "compiled": report["compiled"],
+        "schedule": report["schedule"],
+        "fits": report["fits"],
+        "collectives": program["collectives"][:MOST_COLLECTIVES],
     }
 
 
-def refresh(row: dict) -> dict:
-    """The row with its arithmetic made anew."""
+def refresh_row(row: dict) -> dict:
+    """Returns the row with its arithmetic made anew."""
     if "best" not in row:
         return row
     overrides = [word for word in row["best"].split() if word.startswith("--config.")]
-    found, complaint = plan(*arguments(row["model"], row["machine"], *overrides))
-    if found is None:
+    report, complaint = run_plan(list_words(row["model"], row["machine"], *overrides))
+    if report is None:
         raise SystemExit(f"{row['model']} on {row['machine']}: {complaint}")
-    return row | {"arithmetic": arithmetic(found)}
+    return row | {"arithmetic": select_arithmetic(report)}
 
 
-def text(row: dict) -> str:
-    """The row in Markdown."""
+def format_row(row: dict) -> str:
+    """Returns the row in Markdown."""
     start = f"| {row['model']} | {row['machine']} |"
-    if "arithmetic" not in row:
+    if "compiled" not in row:
         return f"{start} {row['error']} | | | | |"
-    said, peak = row["arithmetic"], row["arithmetic"]["memory"]["peak"] / GIB
+
+    arithmetic = row["arithmetic"]
+    peak = arithmetic["memory"]["peak"] / GIB
+    step = arithmetic["step_seconds"]
+    mfu = arithmetic["mfu_causal"]
+    compiled = row["compiled"]
+    schedule = row["schedule"]
+    limit = arithmetic["memory"]["limit"] / GIB
+    return (
+        f"{start} {format_mesh(row)} | {compiled['peak'] / GIB:.1f} of {limit:.1f} ({peak:.1f}) | "
+        f"{schedule['step']:.3g} s ({step:.3g}) | {schedule['mfu_causal']:.1%} ({mfu:.1%}) | "
+        f"{compiled['seconds']:.0f} s |"
+    )
+
+
+def format_mesh(row: dict) -> str:
+    """Returns the axes of the row's mesh, its remat policy and its accumulation."""
+    axes = [f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1]
     knobs = [
         word.removeprefix("--config.")
         for word in row["best"].split()
         if "remat" in word or "accumulate" in word
     ]
-    mesh = " ".join([*(f"{axis} {n}" for axis, n in row["mesh"].items() if n > 1), *knobs])
-    if "compiled" not in row:
-        return (
-            f"{start} {mesh} | ({peak:.1f}) | ({said['step_seconds']:.3g} s) | "
-            f"({said['mfu_causal']:.1%}) | "
-            f"{row['error'][:90]} |"
-        )
-    done, time_of = row["compiled"], row["schedule"]
-    return (
-        f"{start} {mesh} | {done['peak'] / GIB:.1f} of {said['memory']['limit'] / GIB:.1f} "
-        f"({peak:.1f}) | "
-        f"{time_of['step']:.3g} s ({said['step_seconds']:.3g}) | {time_of['mfu_causal']:.1%} "
-        f"({said['mfu_causal']:.1%}) | {done['seconds']:.0f} s |"
-    )
+    return " ".join([*axes, *knobs])
 
 
-def stored() -> dict:
+def read_rows() -> dict:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-def keep(key: str, row: dict) -> None:
-    """Into the file as it is now: another process may have added rows meanwhile."""
-    FILE.write_text(json.dumps(stored() | {key: row}, indent=1) + "\n")
+def keep_row(key: str, row: dict) -> None:
+    """Writes a row into the file as it is now; another process may have added rows meanwhile."""
+    FILE.write_text(json.dumps(read_rows() | {key: row}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -157,26 +160,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--only", default="")
-    what = flags.add_mutually_exclusive_group()
+    modes = flags.add_mutually_exclusive_group()
     for name in ("--anew", "--refresh", "--table"):
-        what.add_argument(name, action="store_true")
+        modes.add_argument(name, action="store_true")
     args = flags.parse_args()
+
     names = {f"{model} on {machine}": (model, machine) for model in MODELS for machine in MACHINES}
     wanted = {key: name for key, name in names.items() if args.only in key}
     if not wanted:
-        raise SystemExit(
-            f"--only={args.only}: no row has that in its name; rows are, say, {next(iter(names))}"
-        )
+        first = next(iter(names))
+        raise SystemExit(f"--only={args.only}: no row has that in its name; rows are, say, {first}")
     if args.table:
-        print(HEAD + "\n" + "|---" * 7 + "|")
-        print("\n".join(text(row) for key in wanted if (row := stored().get(key))))
+        rows = read_rows()
+        print(HEAD)
+        print("|---" * 7 + "|")
+        print("\n".join(format_row(rows[key]) for key in wanted if key in rows))
         return
+
     for key, (model, machine) in wanted.items():
-        if args.refresh and key in stored():
-            keep(key, refresh(stored()[key]))
-        elif not args.refresh and (args.anew or key not in stored()):
-            keep(key, run(model, machine))
-            print(f"{stored()[key]['wall_seconds']:>5} s  {text(stored()[key])}", flush=True)
+        row = read_rows().get(key)
+        if args.refresh and row:
+            keep_row(key, refresh_row(row))
+        elif not args.refresh and (args.anew or not row):
+            row = make_row(model, machine)
+            keep_row(key, row)
+            print(f"{row['wall_seconds']:>5} s  {format_row(row)}", flush=True)
 
 
 if __name__ == "__main__":
