@@ -181,7 +181,7 @@ def test_devices_of_the_job_are_known_or_0(monkeypatch, shape, devices):
     say."""
     found = []
     monkeypatch.setattr(commands, "check_train", lambda command, count: found.append(count))
-    monkeypatch.setattr(launch_local, "run_processes", lambda *_: (0, ""))
+    monkeypatch.setattr("gpt_jax.cluster.run_processes", lambda *_: (0, ""))
     runs.call("launch", "local", *shape, *["--coordinator=a:1"] * ("--nodes=2" in shape), "train")
     assert found == [devices]
 

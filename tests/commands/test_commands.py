@@ -538,7 +538,7 @@ def test_a_request_to_stop_during_an_import_is_no_bug(tmp_path):
         "import os\ntry:\n    os.kill(os.getpid(), 15)\nexcept BaseException:\n"
         "    raise ImportError('in the middle') from None\n"
     )
-    script = "from gpt_jax.commands import flags; flags.end_on_request(); import library"
+    script = "from gpt_jax.commands import runtime; runtime.end_on_request(); import library"
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
