@@ -128,7 +128,9 @@ def test_killed_and_gone_on_with_by_another_number_of_processes(
     if before == after == 1:
         assert found == wanted
     found, wanted = ([*curve.values()] for curve in (found, wanted))
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    # Sums over processes are added in another order. With the compiler settings of the tests one of
+    # 24 losses was 1.01e-6 off from 4 to 2 processes.
+    np.testing.assert_allclose(found, wanted, rtol=2e-6)
 
 
 def run_stream(workdir, start):
