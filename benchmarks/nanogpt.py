@@ -28,6 +28,7 @@ import numpy as np
 
 from gpt_jax import config as configs
 from gpt_jax.commands import config_file, runtime
+from gpt_jax.model import describe_parameter
 from gpt_jax.run import parts as run_parts
 from gpt_jax.sharding import mesh
 from gpt_jax.train.optim.optimizer import make_optimizer
@@ -108,7 +109,7 @@ def make_ours(size: dict, weights: dict):
         model, config.compute, size["block"], mesh.make_mesh({}), False
     )
     params = our_params(weights, size["layers"])
-    tx = make_optimizer(config.optim, params)
+    tx = make_optimizer(config.optim, params, describe_parameter)
     state = jax.jit(lambda p: init_state(p, tx, config.train))(params)
     network = run_parts.make_network(model, compute)
     step = jax.jit(

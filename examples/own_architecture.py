@@ -2,12 +2,13 @@
 
     python examples/own_architecture.py
 
-The train step knows no model. It takes a `Network`, which is three functions, and any nested dict
+The train step knows no model. It takes a `Network`, which is four functions, and any nested dict
 of parameters. Optimiser, schedule, accumulation, loss and metrics are those of gpt_jax.
 """
 
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +55,22 @@ def features(params: dict, batch: dict, key) -> tuple[jax.Array, dict]:
     return normalize(x), {}
 
 
+class Traits(NamedTuple):
+    """What the optimiser asks about a parameter. Muon, for instance, takes each "matrix"."""
+
+    role: str
+    stacked: bool = False
+
+
+def describe(path: str) -> Traits:
+    return Traits("embedding" if path == "embed" else "matrix")
+
+
 NETWORK = train.Network(
     features,
     head=lambda params, dtype: params["embed"].T.astype(dtype),
     logits=lambda head, hidden: hidden @ head,
+    describe=describe,
 )
 
 
@@ -73,7 +86,7 @@ def main(steps: int = 200) -> list[float]:
         dataset, text, knobs.seq_len, knobs.batch_size, seed=0, rows=slice(0, knobs.batch_size)
     )
     params = init_params(jax.random.key(0), dataset.tokenizer.vocab)
-    optimizer = train.make_optimizer(optim, params)
+    optimizer = train.make_optimizer(optim, params, describe)
     state = train.init_state(params, optimizer, knobs)
     update = partial(train.train_step, network=NETWORK, tx=optimizer, train=knobs)
     update = jax.jit(update, donate_argnums=0)

@@ -21,7 +21,16 @@ from gpt_jax import config, sharding
 from gpt_jax.data import StreamDecoder, Tokenizer
 from gpt_jax.errors import UsageError
 from gpt_jax.infer.sampling import Knobs, Sampling, check, sample
-from gpt_jax.model import KERNELS, Transformer, choose_kernel, make_cache, make_problem
+from gpt_jax.model import (
+    KERNELS,
+    MULTIPLIED,
+    Transformer,
+    choose_kernel,
+    describe_parameter,
+    join_path,
+    make_cache,
+    make_problem,
+)
 
 # The smallest bucket in tokens. It is more than one, because the model takes a single token for a
 # decoding step.
@@ -261,7 +270,7 @@ def fit_prompt(
     return ids
 
 
-def _cast_kernels(params, dtype: str):
+def _cast_multiplied(params, dtype: str):
     """Casts matmul weights once to the dtype in which they are multiplied.
 
     The numbers do not change. A step reads half the bytes.
@@ -269,8 +278,9 @@ def _cast_kernels(params, dtype: str):
     if dtype == "float32":
         return params
 
-    def cast(path, x):
-        return x.astype(dtype) if path[-1].key == "kernel" else x
+    def cast(keys, x):
+        role = describe_parameter(join_path(keys)).role
+        return x.astype(dtype) if role in MULTIPLIED else x
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -397,7 +407,7 @@ def stream_text(
     # A token goes through all layers on every stage of a pipeline.
     if sharding.axis_size("pipeline") > 1:
         params = params | {"blocks": sharding.off_stages(params["blocks"])}
-    params = _cast_kernels(params, compute.dtype)
+    params = _cast_multiplied(params, compute.dtype)
 
     groups = (rows[i : i + max_rows] for i in range(0, len(rows), max_rows))
     return (

@@ -14,7 +14,11 @@ from .experts.local_experts import (
     choose_block_rows as choose_block_rows,
 )
 from .layers.mlp import FFNS as FFNS
-from .parameters import find_kind as find_kind
+from .parameters import (
+    MULTIPLIED as MULTIPLIED,
+    describe_parameter as describe_parameter,
+    join_path as join_path,
+)
 from .transformer import (
     Transformer as Transformer,
     abstract_params as abstract_params,

@@ -1,11 +1,10 @@
 """The number of parameters by what is done with them."""
 
 from gpt_jax import config
-from gpt_jax.model.parameters import list_parameters
+from gpt_jax.model.parameters import MULTIPLIED, list_parameters
 from gpt_jax.model.transformer import abstract_params
 
 LOOKED_UP = ("embedding", "value_embedding", "position")
-MULTIPLIED = ("head", "matrix", "router", "gate")
 
 
 def count_params(model: config.Model) -> dict[str, int]:
@@ -18,14 +17,15 @@ def count_params(model: config.Model) -> dict[str, int]:
     parameters = list_parameters(abstract_params(model))
 
     def count(*roles: str) -> int:
-        return sum(p.size for p in parameters if p.kind.role in roles)
+        return sum(leaf.size for parameter, leaf in parameters if parameter.role in roles)
 
     room = min(1.0, model.capacity_factor) if model.dispatch == "capacity" else 1
-    active = int(count("expert") * model.experts_per_token // model.experts * room)
+    experts = count("expert")
+    active = int(experts * model.experts_per_token // model.experts * room)
     tied_head = model.vocab * model.embed if model.tied else 0
 
     return {
-        "total": sum(p.size for p in parameters),
+        "total": sum(leaf.size for _, leaf in parameters),
         "embedding": count(*LOOKED_UP),
-        "matmul": count(*MULTIPLIED) + active + tied_head,
+        "matmul": count(*MULTIPLIED) - experts + active + tied_head,
     }

@@ -1,7 +1,8 @@
 """What each parameter of the transformer is: one table, which everybody reads.
 
 A path joins the keys of the parameter tree with "/", as in `blocks/0/attention/q/kernel`. What lies
-under `blocks/` is stacked over the repeats of the layer pattern: its first dim counts layers.
+under `blocks/` is stacked over the repeats of the layer pattern: its first dim counts layers. Other
+keys may stand before a path, as they do in an optimiser's state.
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-STACKED = "blocks/"
+STACKED = re.compile(r"(^|/)blocks/")
 
 
 class Kind(NamedTuple):
@@ -25,13 +26,13 @@ class Kind(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """One parameter. `shape` is that of the array, the dim of a stack included."""
+    """What the parameter at a path is. If it is `stacked`, its first dim counts layers, and its
+    other dims are `axes`."""
 
     path: str
-    kind: Kind
+    role: str
+    axes: tuple[str | None, ...]
     stacked: bool
-    shape: tuple[int, ...]
-    size: int
 
 
 INTO_EXPERT = ("experts", "expert_embed", "mlp")
@@ -42,7 +43,8 @@ OUT_OF_EXPERT = ("experts", "mlp", "expert_embed")
 #   head                                   the untied output matrix
 #   matrix                                 a matmul inside a layer
 #   expert                                 one matrix for each expert
-#   router, gate                           small matmuls that choose or weigh
+#   router, gate                           small matmuls of a layer that choose or weigh
+#   input_gate                             a small matmul before the first layer
 #   router_bias                            a bias that no gradient moves, see model/experts/moe.py
 #   bias, norm, scalar                     everything that is added or scales
 #
@@ -57,7 +59,7 @@ KINDS: tuple[tuple[str, Kind], ...] = (
     (r"experts/(up|gate)/kernel", Kind("expert", INTO_EXPERT)),
     (r"experts/down/kernel", Kind("expert", OUT_OF_EXPERT)),
     (r"attention/value_gate/kernel", Kind("gate", ("gate", "kv_heads"))),
-    (r"smear/gate/kernel", Kind("gate", ("gate", None))),
+    (r"smear/gate/kernel", Kind("input_gate", ("gate", None))),
     (r"attention/q/kernel", Kind("matrix", ("embed", "heads"))),
     (r"attention/[kv]/kernel", Kind("matrix", ("embed", "kv_heads"))),
     (r"attention/out/kernel", Kind("matrix", ("heads", "embed"))),
@@ -73,28 +75,27 @@ KINDS: tuple[tuple[str, Kind], ...] = (
     (r"\w*norm/(scale|bias)", Kind("norm", ("scale",))),
 )
 
+# The roles of the weights that activations are multiplied with.
+MULTIPLIED = ("head", "matrix", "expert", "router", "gate", "input_gate")
+
 
 def join_path(keys) -> str:
     """Joins the keys that `jax.tree_util` gives, as in `blocks/0/attention/q/kernel`."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def find_kind(path: str) -> Kind:
-    """Finds what the parameter at `path` is. Raises KeyError if no row fits."""
+def describe_parameter(path: str) -> Parameter:
+    """Finds what the parameter at `path` is. Raises KeyError if no row of `KINDS` fits."""
     for pattern, kind in KINDS:
         if re.search(rf"(^|/){pattern}$", path):
-            return kind
+            return Parameter(path, kind.role, kind.axes, bool(STACKED.search(path)))
     raise KeyError(f"{path}: no row of KINDS in gpt_jax/model/parameters.py fits")
 
 
-def list_parameters(params: Mapping[str, Any]) -> list[Parameter]:
-    """Lists the parameters of a tree of arrays, or of their shapes, in the order of the tree.
+def list_parameters(params: Mapping[str, Any]) -> list[tuple[Parameter, Any]]:
+    """Lists what the leaves of a tree are, each with the leaf, in the order of the tree.
 
-    Raises KeyError if one of them is in no row of `KINDS`.
+    The leaves are arrays or their shapes. Raises KeyError if no row of `KINDS` fits one.
     """
-    parameters = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = join_path(keys)
-        stacked = path.startswith(STACKED)
-        parameters.append(Parameter(path, find_kind(path), stacked, leaf.shape, leaf.size))
-    return parameters
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [(describe_parameter(join_path(keys)), leaf) for keys, leaf in leaves]

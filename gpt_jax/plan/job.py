@@ -16,7 +16,7 @@ import jax
 from gpt_jax import config as configs, sharding
 from gpt_jax.data import Spec, resolve_tokenizer
 from gpt_jax.errors import UsageError
-from gpt_jax.model import FFNS, count_params, find_kind
+from gpt_jax.model import FFNS, count_params, describe_parameter, join_path
 from gpt_jax.run import make_steps, token_flops
 
 # Roles of arrays by the model's roles of parameters. All others are "layer".
@@ -137,9 +137,8 @@ def _trace_state(config: configs.Config) -> dict[Array, int]:
     steps = make_steps(alone, sharding.make_mesh({}, jax.devices()[:1]))
 
     state: Counter = Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(steps.abstract):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        state[_describe_array(name, leaf)] += leaf.size
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(steps.abstract):
+        state[_describe_array(join_path(keys), leaf)] += leaf.size
     return dict(state)
 
 
@@ -152,21 +151,19 @@ def _describe_array(path: str, leaf) -> Array:
             axes += entry
 
     part = path.split("/")[0]
+    try:
+        parameter = describe_parameter(path)
+        role, stacked = ROLES.get(parameter.role, "layer"), parameter.stacked
+    except KeyError:  # A counter, for instance, belongs to no parameter.
+        role, stacked = "layer", False
+
     return Array(
         part=part if part in ("params", "opt", "ema") else "rest",
-        role=_find_role(path),
+        role=role,
         axes=tuple(sorted(axes)),
-        stacked="/blocks/" in path,
+        stacked=stacked,
         itemsize=leaf.dtype.itemsize,
     )
-
-
-def _find_role(path: str) -> str:
-    """Returns the role of the parameter that an array is, or that it belongs to."""
-    try:
-        return ROLES.get(find_kind(path).role, "layer")
-    except KeyError:  # A counter, for instance, belongs to no parameter.
-        return "layer"
 
 
 def _find_widths(model: configs.Model, spec: configs.LayerSpec) -> Widths:

@@ -25,6 +25,7 @@ from gpt_jax.model import (
     abstract_params,
     choose_kernel,
     count_params,
+    describe_parameter,
     init_params,
     make_problem,
     measure_conformance,
@@ -72,6 +73,7 @@ def make_network(model: configs.Model, compute: configs.Compute) -> Network:
         features,
         lambda params, dtype: module.apply({"params": params}, dtype, method="output"),
         lambda head, hidden: module.apply({}, head, hidden, method="logits"),
+        describe_parameter,
     )
 
 
@@ -190,7 +192,13 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         model = config.model
         network = make_network(model, config.compute)
         like = abstract_params(model)
-        tx = make_optimizer(config.optim, like, jnp.dtype(config.compute.dtype), model.balance_rate)
+        tx = make_optimizer(
+            config.optim,
+            like,
+            network.describe,
+            jnp.dtype(config.compute.dtype),
+            model.balance_rate,
+        )
 
         def stored(params):
             return params
@@ -260,7 +268,9 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
                 f"optimiser: {row.optimizer} for {row.group}: "
                 f"{format_count(row.tensors, 'tensor')}, {row.parameters:,} parameters, "
                 f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
-                for row in describe_groups(config.optim, steps.abstract.params, model.balance_rate)
+                for row in describe_groups(
+                    config.optim, steps.abstract.params, describe_parameter, model.balance_rate
+                )
             ),
             *(
                 f"on every device whole, although over 1 MiB, because {why}: {', '.join(paths)}"

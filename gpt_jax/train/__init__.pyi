@@ -7,8 +7,8 @@ from .checkpoint.manifest import (
     resolve_checkpoint as resolve_checkpoint,
 )
 from .objectives import Network as Network
+from .optim.groups import describe_groups as describe_groups
 from .optim.optimizer import (
-    describe_groups as describe_groups,
     make_optimizer as make_optimizer,
     make_zero1 as make_zero1,
 )

@@ -20,6 +20,9 @@ class Network(NamedTuple):
     `features(params, batch, key or None) -> ([B, T, D], report)`, where a key turns dropout on.
     `head(params, dtype) -> [D, V]`. `logits(head, hidden) -> [B, T, V]` in float32.
 
+    `describe(path)` tells the role of the parameter at a path, and whether it is stacked over
+    layers (`optim.groups.Traits`).
+
     The report has the measurements of the layers, rows first. Its `objective` [B] is added to the
     objective. Its `tokens` [B] are the weight of its other entries.
     """
@@ -27,6 +30,7 @@ class Network(NamedTuple):
     features: Callable
     head: Callable
     logits: Callable
+    describe: Callable
 
 
 def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:

@@ -94,7 +94,7 @@ def train_step(state: TrainState, batch: dict, key, *, network: Network, tx, tra
     params = optax.apply_updates(state.params, updates)
     ema = ema_update(state.ema, params, train.ema) if train.ema else {}
 
-    sums["grad_norm"] = (gradient_norm(grads), jnp.ones(()))
+    sums["grad_norm"] = (gradient_norm(grads, network.describe), jnp.ones(()))
     sums["param_norm"] = (optax.tree.norm(params), jnp.ones(()))
     return TrainState(state.step + 1, params, opt, ema), sums
 

@@ -19,8 +19,9 @@ from gpt_jax.errors import UsageError
 from gpt_jax.model import count, parametrization, transformer
 from gpt_jax.model.attention import kernels
 from gpt_jax.model.layers import mlp, norms
+from gpt_jax.model.parameters import describe_parameter, join_path
 from gpt_jax.train import objectives
-from gpt_jax.train.optim import optimizer, schedule
+from gpt_jax.train.optim import groups, optimizer, schedule
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
@@ -64,7 +65,7 @@ def load(name, arg="", **model):
 
 def sizes(model):
     leaves = jax.tree_util.tree_leaves_with_path(transformer.abstract_params(model))
-    return {optimizer.path_of(path): math.prod(leaf.shape) for path, leaf in leaves}
+    return {join_path(path): math.prod(leaf.shape) for path, leaf in leaves}
 
 
 def counted(model, pattern):
@@ -96,8 +97,9 @@ def test_loads_agrees_and_takes_a_shape(name, arg):
 @pytest.mark.parametrize("name, arg", ALL)
 def test_optimiser_and_schedule_fit_the_parameters(name, arg):
     loaded = load(name, arg)
-    groups = optimizer.describe_groups(loaded.optim, transformer.abstract_params(loaded.model))
-    assert sum(row.parameters for row in groups) == total(loaded.model)
+    params = transformer.abstract_params(loaded.model)
+    rows = groups.describe_groups(loaded.optim, params, describe_parameter)
+    assert sum(row.parameters for row in rows) == total(loaded.model)
     factor = schedule.make_schedule(loaded.optim)
     assert float(factor(loaded.optim.warmup_steps)) == 1.0
     if loaded.optim.schedule not in config.ENDLESS:
@@ -204,11 +206,10 @@ def test_modern_derives_from_the_model_that_is_built(arg):
     best = 2**19 * (tokens / derived.horizon(12)) ** 0.383
     assert batch == 2 ** round(math.log2(best))
     assert loaded.train.steps == tokens // batch
+    params = transformer.abstract_params(loaded.model)
     rates = {
         row.group.split()[-1]: row.peak_rate
-        for row in optimizer.describe_groups(
-            loaded.optim, transformer.abstract_params(loaded.model)
-        )
+        for row in groups.describe_groups(loaded.optim, params, describe_parameter)
     }
     scale, narrow = math.sqrt(batch / 2**19), (width / 768) ** -0.5
     assert rates == pytest.approx(
@@ -245,10 +246,10 @@ def test_modern_windows():
 @pytest.mark.parametrize("name, arg", [("quickstart", ""), ("modern", "d3"), ("modern", "d12")])
 def test_every_parameter_of_the_recipe_is_in_a_group_of_its_own_kind(name, arg):
     loaded = load(name, arg)
-    index = optimizer.assign(loaded.optim, transformer.abstract_params(loaded.model))
-    kinds = {
-        path: optimizer.groups_of(loaded.optim)[f"group{i}"].optimizer for path, i in index.items()
-    }
+    params = transformer.abstract_params(loaded.model)
+    index = groups.assign(loaded.optim, params, describe_parameter)
+    all_groups = groups.groups_of(loaded.optim)
+    kinds = {path: all_groups[f"group{i}"].optimizer for path, i in index.items()}
     assert set(index.values()) == set(range(len(loaded.optim.groups)))
     for path, kind in kinds.items():
         assert kind == (

@@ -13,6 +13,7 @@ from gpt_jax import config
 from gpt_jax.model.experts import exchange, local_experts
 from gpt_jax.model.experts.balance import add_layer, empty_report
 from gpt_jax.model.experts.moe import Moe
+from gpt_jax.model.parameters import describe_parameter
 from gpt_jax.sharding import layout, rules
 from gpt_jax.train.optim.optimizer import make_optimizer
 
@@ -419,7 +420,10 @@ def test_the_bias_balances_a_skewed_router():
     model = make_model(balance="bias", router="sigmoid", experts=8, experts_per_token=2)
     params, inputs = make_params(model, skew=0.3), make_inputs()
     tx = make_optimizer(
-        config.Optim(learning_rate=0.0, schedule="constant"), params, balance_rate=0.05
+        config.Optim(learning_rate=0.0, schedule="constant"),
+        params,
+        describe_parameter,
+        balance_rate=0.05,
     )
     state, worst, step = tx.init(params), [], compiled(model)
     for _ in range(20):

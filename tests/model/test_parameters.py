@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import MODELS, make_model
 
 from gpt_jax import config, sharding
-from gpt_jax.model.parameters import KINDS, find_kind, list_parameters
+from gpt_jax.model.parameters import KINDS, Kind, describe_parameter, list_parameters
 from gpt_jax.model.transformer import abstract_params
 
 EVERYTHING = dict(
@@ -44,21 +44,26 @@ def test_axes_are_those_that_the_arrays_lie_by(name, mesh):
     model = make_all_models()[name]
     with jax.set_mesh(mesh(data=1, fsdp=2, expert=2, tensor=2)):
         params = abstract_params(model)
-        leaves = jax.tree.leaves(params)
-        for parameter, leaf in zip(list_parameters(params), leaves, strict=True):
-            spec = sharding.make_spec(sharding.STORED, parameter.kind.axes)
+        for parameter, leaf in list_parameters(params):
+            spec = sharding.make_spec(sharding.STORED, parameter.axes)
             wanted = P(None, *spec) if parameter.stacked else spec
             assert leaf.sharding.spec == wanted, parameter.path
-            assert len(parameter.shape) == len(wanted), parameter.path
+            assert leaf.ndim == len(wanted), parameter.path
 
 
 def test_every_row_fits_something():
     """A row that fits nothing is dead, or its path has changed."""
     model = make_everything()
-    paths = [p.path for p in list_parameters(abstract_params(model))]
-    paths.append("position/table")  # learned positions are the default of the small models
-    kinds = {find_kind(path) for path in paths}
+    parameters = [parameter for parameter, _ in list_parameters(abstract_params(model))]
+    kinds = {Kind(parameter.role, parameter.axes) for parameter in parameters}
     assert {kind for _, kind in KINDS} == kinds
+
+
+def test_a_path_may_lie_in_an_optimisers_state():
+    in_state = describe_parameter("opt/1/inner_states/default/mu/blocks/0/attention/q/kernel")
+    alone = describe_parameter("blocks/0/attention/q/kernel")
+    assert in_state[1:] == alone[1:]
+    assert alone.stacked and not describe_parameter("tail/0/attention/q/kernel").stacked
 
 
 def test_an_unknown_parameter_is_an_error():

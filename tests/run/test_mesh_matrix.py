@@ -54,8 +54,8 @@ CASES = [  # model, mesh, knobs, optimiser
     ("bias", dict(expert=4, data=2), {}),
     ("bias", dict(fsdp=4, tensor=2), dict(accumulate=4)),
 ]
-# The old fusion emitters (tests/conftest.py) make a program of this case whose devices wait for each
-# other for ever: two of a group's devices come to its all-reduce, the others to its all-gather.
+# The old fusion emitters (tests/conftest.py) make a program of this case that never ends. Some
+# devices wait for others in an all-reduce, while those wait for them in an all-gather.
 WAITS = ("gpt2", "pipeline", "adafactor")
 OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 

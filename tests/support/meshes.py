@@ -11,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from gpt_jax import config
+from gpt_jax.model.parameters import describe_parameter
 from gpt_jax.model.transformer import abstract_params
 from gpt_jax.run import parts as run_parts
 from gpt_jax.sharding import layout
@@ -141,7 +142,7 @@ def run(name, columns, place, settings, optimizer="adamw", compiler_options=None
     """Per-step metrics of STEPS updates, the first gradient and the last state."""
     model, train, key = settings.model, settings.train, jax.random.key(3)
     like = abstract_params(model)
-    tx = optax.chain(remember(), make_optimizer(OPTIMIZERS[optimizer], like))
+    tx = optax.chain(remember(), make_optimizer(OPTIMIZERS[optimizer], like, describe_parameter))
     params = place(random_params(name))
     if settings.mesh.zero == 1:
         tx, params = (

@@ -16,17 +16,11 @@ import pytest
 
 from gpt_jax import config
 from gpt_jax.errors import UsageError
+from gpt_jax.model.parameters import describe_parameter
 from gpt_jax.sharding.mesh import make_mesh
-from gpt_jax.train.optim import muon
-from gpt_jax.train.optim.optimizer import (
-    assign,
-    describe_groups,
-    ema_init,
-    ema_update,
-    gradient_norm,
-    leaf_dims,
-    make_optimizer,
-)
+from gpt_jax.train.optim import groups as optim_groups, muon, optimizer
+from gpt_jax.train.optim.groups import leaf_dims
+from gpt_jax.train.optim.optimizer import ema_init, ema_update, gradient_norm
 from gpt_jax.train.optim.schedule import make_schedule
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
@@ -37,7 +31,7 @@ SHAPES = {  # path -> (shape, sharding on the mesh of 8)
         (None, "fsdp", "tensor"),
     ),  # large enough for Adafactor to factor
     "blocks/0/mlp/down/kernel": ((2, 16, 8), (None, "tensor", "fsdp")),
-    "blocks/0/norm1/scale": ((2, 8), (None, "fsdp")),
+    "blocks/0/mlp_norm/scale": ((2, 8), (None, "fsdp")),
     "tail/0/mlp/up/kernel": ((8, 16), ("fsdp", "tensor")),
     "tail/0/mlp/up/bias": ((16,), ("tensor",)),
     "residual/x": ((4,), (None,)),
@@ -52,6 +46,18 @@ MODERN = dict(
     muon_decay_to_zero=True,
     muon_normalize=True,
 )
+
+
+def make_optimizer(knobs, params, **others):
+    return optimizer.make_optimizer(knobs, params, describe_parameter, **others)
+
+
+def assign(knobs, params):
+    return optim_groups.assign(knobs, params, describe_parameter)
+
+
+def describe_groups(knobs, params, **others):
+    return optim_groups.describe_groups(knobs, params, describe_parameter, **others)
 
 
 def nest(flat):
@@ -312,7 +318,10 @@ def test_muon_against_numpy(shape, knobs):
 def test_muon_takes_each_experts_matrix_by_itself(knobs):
     """Three layers of two experts, and a last layer of two, move as eight matrices."""
     o = optim(optimizer="muon", clip=0.0, **knobs)
-    shapes = {"blocks/0/moe/up/kernel": (3, 2, 6, 15), "tail/0/moe/up/kernel": (2, 6, 15)}
+    shapes = {
+        "blocks/0/mlp/experts/up/kernel": (3, 2, 6, 15),
+        "tail/0/mlp/experts/up/kernel": (2, 6, 15),
+    }
     params, grads = draw(0, shapes), gradients(shapes)
     assert set(assign(o, params).values()) == {0}
     found = flat(run(make_optimizer(o, params), params, grads)[0])
@@ -391,7 +400,7 @@ def test_every_parameter_in_one_group_and_the_first_match_wins():
         "blocks/0/mlp/up/kernel": 2,
         "blocks/0/mlp/down/kernel": 2,
         "tail/0/mlp/up/kernel": 2,
-        "blocks/0/norm1/scale": 3,
+        "blocks/0/mlp_norm/scale": 3,
         "tail/0/mlp/up/bias": 3,
         "residual/x": 3,
     }
@@ -421,8 +430,17 @@ def test_a_router_bias_has_a_rule_of_its_own():
     plain = nest({path: leaf for path, leaf in flat(params).items() if path not in bias})
     assert_close(nest(found), run(make_optimizer(o, plain), plain, grads)[0])
     assert not set(bias) & set(assign(o, params))
-    assert describe_groups(o, params, 0.25)[-1] == ("router/bias", "sign", 1, 8, 0.25, 0.0)
-    np.testing.assert_allclose(gradient_norm(steered[0]), optax.tree.norm(grads[0]), rtol=1e-6)
+    assert describe_groups(o, params, balance_rate=0.25)[-1] == (
+        "router/bias",
+        "sign",
+        1,
+        8,
+        0.25,
+        0.0,
+    )
+    np.testing.assert_allclose(
+        gradient_norm(steered[0], describe_parameter), optax.tree.norm(grads[0]), rtol=1e-6
+    )
 
 
 def test_default_muon_takes_the_matrices_inside_layers_only():
@@ -479,7 +497,7 @@ def test_groups_train_as_if_alone():
         ),
         (
             (config.Group(match="blocks", optimizer="muon"),),
-            r"groups\[0\]\.match = 'blocks': takes blocks/0/norm1/scale",
+            r"groups\[0\]\.match = 'blocks': takes blocks/0/mlp_norm/scale",
         ),
     ],
 )
@@ -489,7 +507,10 @@ def test_group_errors_name_the_field(groups, message):
 
 
 def test_leaf_dims():
-    found = {path: leaf_dims(path, x) for path, x in flat(draw(0, MODEL)).items()}
+    found = {
+        path: leaf_dims(leaf, describe_parameter(path))
+        for path, leaf in flat(draw(0, MODEL)).items()
+    }
     assert found == {path: 2 if path.endswith(("kernel", "table")) else 1 for path in MODEL}
 
 

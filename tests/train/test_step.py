@@ -8,6 +8,7 @@ Shapes: B batch, T sequence, D embed, V vocab.
 import math
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,16 @@ def features(params, batch, key):
     return (x if key is None else x * jax.random.bernoulli(key, 0.5, x.shape)), {}
 
 
+class Traits(NamedTuple):
+    role: str
+    stacked: bool = False
+
+
 NETWORK = Network(
-    features, lambda params, dtype: params["head"].astype(dtype), lambda head, hidden: hidden @ head
+    features,
+    lambda params, dtype: params["head"].astype(dtype),
+    lambda head, hidden: hidden @ head,
+    lambda path: Traits("matrix"),
 )
 
 
