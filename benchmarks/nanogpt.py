@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -105,9 +106,10 @@ def make_ours(size: dict, weights: dict):
     )
     config = configs.resolve(config, 65)
     model = config.model
-    compute, _ = run_parts.resolve_kernel(
-        model, config.compute, size["block"], mesh.make_mesh({}), False
+    kernel, _ = run_parts.choose_run_kernel(
+        model, config.compute, size["block"], mesh.make_mesh({})
     )
+    compute = replace(config.compute, kernel=kernel)
     params = our_params(weights, size["layers"])
     tx = make_optimizer(config.optim, params, describe_parameter)
     state = jax.jit(lambda p: init_state(p, tx, config.train))(params)

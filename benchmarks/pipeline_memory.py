@@ -12,7 +12,7 @@ import time
 
 from gpt_jax import config
 from gpt_jax.data.stream import dataset
-from gpt_jax.data.stream.batches import make_stream
+from gpt_jax.data.stream.batches import make_examples, make_stream
 
 
 def resident() -> float:
@@ -29,7 +29,7 @@ def main() -> None:
     flags.add_argument("--batches", type=int, default=1_000_000)
     args = flags.parse_args()
     knobs = config.Data(sources=args.sources, packing="best_fit", document_mask=True)
-    stream = make_stream(dataset.load_dataset(knobs), knobs, 64, 2, 0, slice(0, 2))
+    stream = make_stream(make_examples(dataset.load_dataset(knobs), knobs, 64, 0), 2, slice(0, 2))
     began = time.perf_counter()
     for number in range(1, args.batches + 1):
         next(stream)

@@ -82,9 +82,8 @@ def main(steps: int = 200) -> list[float]:
     optim = configs.Optim(learning_rate=1e-2, warmup_steps=10, decay_steps=steps)
 
     dataset = data.load_dataset(text, print)
-    stream = data.make_stream(
-        dataset, text, knobs.seq_len, knobs.batch_size, seed=0, rows=slice(0, knobs.batch_size)
-    )
+    rows = data.make_examples(dataset, text, knobs.seq_len, seed=0)
+    stream = data.make_stream(rows, knobs.batch_size, slice(0, knobs.batch_size))
     params = init_params(jax.random.key(0), dataset.tokenizer.vocab)
     optimizer = train.make_optimizer(optim, params, describe)
     state = train.init_state(params, optimizer, knobs)

@@ -49,7 +49,8 @@ def main(steps: int = 200) -> list[dict[str, float]]:
 
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     rows = sharding.process_rows(mesh, config.train.batch_size)
-    stream = data.make_stream(dataset, text, 128, 8, config.seed, rows)
+    examples = data.make_examples(dataset, text, config.train.seq_len, config.seed)
+    stream = data.make_stream(examples, config.train.batch_size, rows)
     history = []
     with jax.set_mesh(mesh):
         functions = run.make_steps(config, mesh)

@@ -9,6 +9,7 @@ from gpt_jax.config.checks import check, faults, problems, resolve, shape_on, ws
 from gpt_jax.config.data_fields import Data
 from gpt_jax.config.describe import describe_config, make_page, make_schema
 from gpt_jax.config.fields import RESUMABLE, Config
+from gpt_jax.config.habits import Habits, describe_habits, find_habits
 from gpt_jax.config.knobs import (
     BALANCES,
     DENSE_FFNS,
@@ -84,6 +85,7 @@ __all__ = [
     "Data",
     "Eval",
     "Group",
+    "Habits",
     "LayerSpec",
     "Layout",
     "Log",
@@ -95,7 +97,9 @@ __all__ = [
     "check",
     "cross_slice",
     "describe_config",
+    "describe_habits",
     "faults",
+    "find_habits",
     "flatten",
     "from_dict",
     "knob",

@@ -5,14 +5,7 @@ from .attention.kernels import (
     measure_conformance as measure_conformance,
 )
 from .count import count_params as count_params
-from .experts.exchange import (
-    choose_exchange as choose_exchange,
-    padded_exchange as padded_exchange,
-)
-from .experts.local_experts import (
-    EXPERT_WAYS as EXPERT_WAYS,
-    choose_block_rows as choose_block_rows,
-)
+from .experts.local_experts import choose_block_rows as choose_block_rows
 from .layers.mlp import FFNS as FFNS
 from .parameters import (
     MULTIPLIED as MULTIPLIED,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.errors import UsageError
 from gpt_jax.hardware import mfu
-from gpt_jax.model import choose_exchange, choose_kernel, make_problem, padded_exchange
+from gpt_jax.model import choose_kernel, make_problem
 from gpt_jax.plan.job import PlanJob
 from gpt_jax.plan.links import Link, find_link
 from gpt_jax.plan.memory import Memory, estimate_memory
@@ -93,10 +93,10 @@ def estimate_job(job: PlanJob, topology: Topology) -> Estimate:
         problems = [*problems, str(error)]
 
     here = split_microbatch(job, shape)
-    padded = choose_exchange(topology.chip.kind) is padded_exchange
+    habits = configs.find_habits(topology.chip.platform, topology.chip.kind)
     flows = [
         (flow, find_link(topology, shape, across, flow.axis))
-        for flow in list_flows(job, shape, topology.chip.platform, padded)
+        for flow in list_flows(job, shape, topology.chip.platform, not habits.ragged_exchange)
     ]
     hidden = _sum_flows(flows, is_hidden=True)
     open_ = _sum_flows(flows, is_hidden=False)

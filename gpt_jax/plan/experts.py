@@ -8,7 +8,7 @@ has no grouped matmul, each expert's tokens are then gone through block by block
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.model import EXPERT_WAYS, choose_block_rows
+from gpt_jax.model import choose_block_rows
 from gpt_jax.plan.job import PlanJob, Widths, device_bytes
 
 # Sizes of the axes that cut no weight of experts where it is multiplied.
@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
 
 def is_blockwise(model: configs.Model, platform: str) -> bool:
     """Returns whether experts are gone through block by block."""
-    return model.dispatch == "dropless" and platform not in EXPERT_WAYS
+    return model.dispatch == "dropless" and not configs.find_habits(platform).sort_choices
 
 
 def find_blocks(
@@ -34,7 +34,8 @@ def find_blocks(
     """Returns the blocks of a device with so many tokens."""
     experts = max(1, model.experts // shape["expert"])
     choices = tokens * model.experts_per_token
-    return Blocks(experts, choices, choose_block_rows(int(choices), experts, platform))
+    sum_rows = configs.find_habits(platform).sum_rows
+    return Blocks(experts, choices, choose_block_rows(int(choices), experts, sum_rows))
 
 
 def count_padding(

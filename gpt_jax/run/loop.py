@@ -72,17 +72,7 @@ def run_training(
                 "there or "
                 "later"
             )
-        # Before the state: it refuses too little text, and compiles nothing.
-        stream = make_stream(
-            parts.data,
-            config.data,
-            train.seq_len,
-            train.batch_size,
-            config.seed,
-            rows,
-            start,
-            train.steps,
-        )
+        stream = make_stream(parts.examples, train.batch_size, rows, start, train.steps)
         closing.callback(stream.close)
         heldout = heldout_batches(parts)
         state = start_state(parts, checkpoints, say)

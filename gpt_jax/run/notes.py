@@ -7,52 +7,96 @@ import jax
 from gpt_jax import config as configs, sharding
 from gpt_jax.config import layer_specs
 from gpt_jax.hardware import flops_per_token
-from gpt_jax.train import TrainState
+from gpt_jax.model import count_params, describe_parameter
+from gpt_jax.train import TrainState, describe_groups
 
 
-def unsharded(state: TrainState, mesh, zero: int) -> dict[str, list[str]]:
-    """Why -> what every device of `mesh` holds whole of the abstract state and is over 1 MiB,
-    with its size."""
-    found: dict[str, list[str]] = {}
+def describe_unsharded(state: TrainState, mesh, zero: int) -> list[str]:
+    """A line for each reason why devices of `mesh` hold arrays of over 1 MiB whole.
+
+    `state` is abstract. Each array is named with its size.
+    """
+    by_reason: dict[str, list[str]] = {}
     for why, arrays in sharding.find_unsharded(state._asdict(), mesh).items():
         for path, size in arrays:
             kept = zero == 1 and path.startswith(("params/", "ema/"))
             reason = "config.mesh.zero = 1 cuts the optimiser's state alone" if kept else why
-            found.setdefault(reason, []).append(f"{path} {size / 2**20:.0f} MiB")
-    return found
+            by_reason.setdefault(reason, []).append(f"{path} {size / 2**20:.0f} MiB")
+
+    return [
+        f"on every device whole, although over 1 MiB, because {reason}: {', '.join(arrays)}"
+        for reason, arrays in by_reason.items()
+    ]
 
 
 def describe_mesh(config: configs.Config, mesh) -> str:
     """One line: axes longer than 1 and how they are used, devices, processes."""
-    compute, across = config.compute, configs.cross_slice(config.mesh)
+    compute = config.compute
+    across = configs.cross_slice(config.mesh)
 
-    def beyond(axis):
-        return f" ({across[axis]} across slices)" if across[axis] > 1 else ""
+    def describe_axis(axis, size):
+        slices = f" ({across[axis]} across slices)" if across[axis] > 1 else ""
+        return f"{axis} {size}{slices}"
 
-    axes = " x ".join(
-        f"{axis} {size}{beyond(axis)}" for axis, size in mesh.shape.items() if size > 1
+    axes = " x ".join(describe_axis(axis, size) for axis, size in mesh.shape.items() if size > 1)
+    parts = [f"mesh: {axes or 'no axis longer than 1'}"]
+
+    if config.mesh.zero != 3:
+        parts.append(f"zero {config.mesh.zero}")
+    if compute.shard_sequence and mesh.shape["tensor"] > 1:
+        parts.append("the stream cut over tensor")
+    stages = mesh.shape["pipeline"]
+    if stages > 1:
+        microbatches = format_count(compute.pipeline_microbatches or stages, "microbatch")
+        rounds = format_count(compute.pipeline_rounds, "round")
+        parts.append(f"{microbatches} through {stages} stages, {rounds}")
+
+    devices = format_count(mesh.size, f"{mesh.devices.flat[0].device_kind} device")
+    parts.append(f"{devices}, {format_count(jax.process_count(), 'process')}")
+    return "; ".join(parts)
+
+
+def describe_habits(config: configs.Config, mesh) -> str:
+    """One line: how the platform of `mesh` computes what others compute in another way."""
+    device = mesh.devices.flat[0]
+    habits = configs.find_habits(device.platform, device.device_kind)
+    model = config.model
+    has_experts = model.dispatch == "dropless" and any(
+        spec.ffn == "moe" for spec in layer_specs(model)
     )
-    used = [f"zero {config.mesh.zero}"] * (config.mesh.zero != 3)
-    used += ["the stream cut over tensor"] * (compute.shard_sequence and mesh.shape["tensor"] > 1)
-    if (stages := mesh.shape["pipeline"]) > 1:
-        used += [
-            format_count(compute.pipeline_microbatches or stages, "microbatch")
-            + f" through {stages} stages, "
-            + format_count(compute.pipeline_rounds, "round")
-        ]
-    return "; ".join(
-        [
-            f"mesh: {axes or 'no axis longer than 1'}",
-            *used,
-            f"{format_count(mesh.size, f'{mesh.devices.flat[0].device_kind} device')}, "
-            + format_count(jax.process_count(), "process"),
-        ]
-    )
+    return configs.describe_habits(habits, has_experts, has_experts and mesh.shape["expert"] > 1)
+
+
+def describe_size(config: configs.Config) -> list[str]:
+    """A line about the parameters, and one about the tokens."""
+    train = config.train
+    counts = count_params(config.model)
+    step_tokens = train.batch_size * train.seq_len
+    all_tokens = step_tokens * train.steps
+    return [
+        f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, "
+        f"{counts['embedding']:,} looked up); {config.compute.dtype} compute, float32 parameters "
+        f"and sums, remat {config.compute.remat}",
+        f"tokens: {step_tokens:,} a step in {format_count(train.accumulate, 'microbatch')}, "
+        f"{all_tokens:,} in all, {all_tokens / counts['total']:.3g} per parameter",
+    ]
+
+
+def describe_optimizer(config: configs.Config, params_like) -> list[str]:
+    """A line for each group of parameters."""
+    balance_rate = config.model.balance_rate
+    return [
+        f"optimiser: {row.optimizer} for {row.group}: {format_count(row.tensors, 'tensor')}, "
+        f"{row.parameters:,} parameters, peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
+        for row in describe_groups(config.optim, params_like, describe_parameter, balance_rate)
+    ]
 
 
 def format_count(number: int, what: str) -> str:
-    """ "1 step", "2 processes" """
-    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith(('s', 'ch')) else 's'}"
+    """Writes a number with the right form of a word: "1 step", "2 processes"."""
+    if number != 1:
+        what += "es" if what.endswith(("s", "ch")) else "s"
+    return f"{number:,} {what}"
 
 
 def token_flops(config: configs.Config, matmul_params: int) -> tuple[int, int]:

@@ -1,5 +1,4 @@
-"""What a run consists of: `build(config)` makes its parts, `start_state` its first state (floor
-3; loop runs them)."""
+"""What a run consists of: `build(config)` makes its parts, and run/loop.py runs them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.cluster import code_identity, describe_process_code, find_disagreements
-from gpt_jax.data import Dataset, check_sizes, load_dataset, make_examples
+from gpt_jax.data import Dataset, Examples, check_sizes, load_dataset, make_examples
 from gpt_jax.errors import UsageError
 from gpt_jax.evals import choose_prompts
 from gpt_jax.hardware import (
@@ -24,17 +23,21 @@ from gpt_jax.model import (
     Transformer,
     abstract_params,
     choose_kernel,
-    count_params,
     describe_parameter,
     init_params,
     make_problem,
     measure_conformance,
 )
-from gpt_jax.run.notes import describe_mesh, format_count, unsharded
+from gpt_jax.run.notes import (
+    describe_habits,
+    describe_mesh,
+    describe_optimizer,
+    describe_size,
+    describe_unsharded,
+)
 from gpt_jax.train import (
     Network,
     TrainState,
-    describe_groups,
     eval_step,
     init_state,
     make_optimizer,
@@ -44,12 +47,12 @@ from gpt_jax.train import (
 
 
 class Parts(NamedTuple):
-    """What a run consists of. `config` is resolved; `init`, `train_step` and `eval_step` are
-    jitted."""
+    """What a run consists of. The config is settled, see `settle`. The functions are jitted."""
 
     config: configs.Config
     mesh: jax.sharding.Mesh
     data: Dataset
+    examples: Examples  # the rows of the training text, in the run's order
     init: Callable[[], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings of the state
     train_step: Callable  # (state, batch) -> (state, Sums); donates the state
@@ -77,52 +80,61 @@ def make_network(model: configs.Model, compute: configs.Compute) -> Network:
     )
 
 
-def resolve_kernel(
-    model: configs.Model, compute: configs.Compute, seq_len: int, mesh, segments: bool
-) -> tuple[configs.Compute, str]:
-    """`compute` with a concrete attention kernel, and a line about the choice.
+def choose_run_kernel(
+    model: configs.Model, compute: configs.Compute, seq_len: int, mesh
+) -> tuple[str, str]:
+    """The attention kernel of a run on this mesh, and the reason for it.
 
-    The kernel is compared with the reference on this mesh first. Raises UsageError if none can
-    do what the model asks, or if the results differ.
+    Raises UsageError if no kernel can do what the model asks, or if the requested one cannot.
     """
     platform = mesh.devices.flat[0].platform
     problem = make_problem(model, compute.dtype, seq_len, platform, context=mesh.shape["context"])
-    name, reason = choose_kernel(compute.kernel, problem)
-    line = f"attention kernel: {name} ({reason})"
-    if name != "reference":
-        rows = sharding.row_parts(mesh)
-        error = measure_conformance(name, model, compute.dtype, segments, rows)
-        line += (
-            f"; differs from reference by {error:.1e} on these devices"
-            + ", no segment leak" * segments
-        )
-    return replace(compute, kernel=name), line
+    return choose_kernel(compute.kernel, problem)
+
+
+def settle(config: configs.Config, tokenizer, mesh) -> tuple[configs.Config, str]:
+    """Decides all that text and machine decide, and returns the reason for the kernel with it.
+
+    What follows from other fields is filled in, the attention kernel is a concrete one, and samples
+    have prompts. Nothing replaces the result later: it is what the run writes down. Raises
+    UsageError if no kernel fits, or if the tokenizer cannot take a prompt.
+    """
+    config = configs.resolve(config, tokenizer.vocab)
+    kernel, reason = choose_run_kernel(config.model, config.compute, config.train.seq_len, mesh)
+    prompts = choose_prompts(config.model, tokenizer, config.eval)
+    settled = replace(
+        config,
+        compute=replace(config.compute, kernel=kernel),
+        eval=replace(config.eval, sample_prompts=prompts),
+    )
+    return settled, reason
 
 
 def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
-    """Everything a run needs, checked before anything long compiles. Raises UsageError for what
-    cannot be run, and Miscompiled where the compiler is known to give wrong results."""
-    configs.check(
-        configs.resolve(config), jax.device_count()
-    )  # before the data, which may take a while
+    """Everything a run needs, checked before anything long compiles.
+
+    Raises UsageError for what cannot be run, and Miscompiled where the compiler is known to give
+    wrong results.
+    """
+    # Loading the data may take a while, so what can be refused without it is refused first.
+    configs.check(configs.resolve(config), jax.device_count())
     for line in check_miscompiles(jax.local_devices()[0], config.compute.ignore_miscompiles):
         say(line)
+
     data = load_dataset(config.data, say)
     if config.eval.compare_xz and not data.heldout:
         raise UsageError(
             "config.eval.compare_xz = True: needs held-out text, and the data holds none out; set "
-            "it to "
-            "false, or prepare with --eval_fraction"
+            "it to false, or prepare with --eval_fraction"
         )
+
     vocab = data.tokenizer.vocab
-    config = configs.resolve(config, vocab)
-    mesh = sharding.make_mesh(
-        configs.check(config, jax.device_count(), vocab), across=configs.cross_slice(config.mesh)
-    )
-    check_job(config, data)
+    shape = configs.check(configs.resolve(config, vocab), jax.device_count(), vocab)
+    mesh = sharding.make_mesh(shape, across=configs.cross_slice(config.mesh))
     return build_on(config, mesh, data)
 
 
+# Keys that may differ between the processes of a job.
 LOCAL = (
     "data.path",
     "data.source_paths",
@@ -135,18 +147,30 @@ LOCAL = (
 )
 
 
-def check_job(config: configs.Config, data: Dataset) -> None:
-    """Raises UsageError on all processes when they were started with different configs or texts:
-    each would train what it was given, and what counts as replicated would quietly differ. LOCAL
-    keys may; the text itself is compared, and so are the counts of the mixture, which come of
-    floats. Also for text and settings that make no rows."""
+def agree_on_job(
+    config: configs.Config, mesh, data: Dataset
+) -> tuple[configs.Config, str, Examples]:
+    """The settled config, the reason for its kernel and the examples, the same on all processes.
+
+    Raises UsageError on all processes if they were started with different configs, texts or code.
+    Each would train what it was given, and what counts as replicated would silently differ. The
+    keys of LOCAL may differ. The text itself is compared, and so are the counts of the mixture,
+    which are made from floats. Raises UsageError also if text and settings make no rows.
+    """
     wrong = None
+    counts = None
     try:
-        examples = make_examples(data, config.data, config.train.seq_len, config.seed)
-        check_sizes(examples, config.train.batch_size)
-        counts = examples.mix and [examples.mix.counts.tolist(), examples.mix.begins.tolist()]
-    except UsageError as error:  # raised once the others know: they wait below
-        wrong, counts = error, str(error)
+        settled, reason = settle(config, data.tokenizer, mesh)
+        train = settled.train
+        examples = make_examples(data, settled.data, train.seq_len, settled.seed)
+        check_sizes(examples, train.batch_size)
+        if examples.mix:
+            counts = [examples.mix.counts.tolist(), examples.mix.begins.tolist()]
+    except UsageError as error:
+        # It is raised below, once the others know, because they wait there.
+        wrong = error
+        counts = str(error)
+
     facts = {
         f"config.{key}": value for key, value in configs.flatten(config).items() if key not in LOCAL
     }
@@ -156,22 +180,22 @@ def check_job(config: configs.Config, data: Dataset) -> None:
         "the mixture's counts": counts,
         "the code": code_identity(),
     }
-    found = find_disagreements(facts)
-    if "the code" in found:  # what else differs may come of that
+    different = find_disagreements(facts)
+    # Other differences may follow from different code.
+    if "the code" in different:
         raise UsageError(
             "the code (source digest and jax version): not the same on all processes of this job; "
-            "install the "
-            "same gpt_jax and jax on every host; this is "
+            "install the same gpt_jax and jax on every host; this is "
             f"{describe_process_code(jax.process_index())}"
         ) from wrong
-    if found:
+    if different:
         raise UsageError(
-            f"{', '.join(found)}: not the same on all processes of this job; start them with the "
-            "same flags "
-            "and the same text"
+            f"{', '.join(different)}: not the same on all processes of this job; start them with "
+            "the same flags and the same text"
         ) from wrong
     if wrong:
         raise wrong
+    return settled, reason, examples
 
 
 class Steps(NamedTuple):
@@ -184,9 +208,12 @@ class Steps(NamedTuple):
 
 
 def make_steps(config: configs.Config, mesh) -> Steps:
-    """The jitted functions of a resolved config whose kernel is a concrete one. Makes no array:
-    the mesh may be of devices that are not there (`gpt-jax plan`)."""
-    train, seed = config.train, config.seed
+    """The jitted functions of a resolved config whose kernel is a concrete one.
+
+    No array is made, so the mesh may be of devices that are not there (`gpt-jax plan`).
+    """
+    train = config.train
+    seed = config.seed
     options = compiler_options(config, mesh) or None
     with jax.set_mesh(mesh):
         model = config.model
@@ -200,34 +227,25 @@ def make_steps(config: configs.Config, mesh) -> Steps:
             model.balance_rate,
         )
 
-        def stored(params):
+        def store(params):
             return params
 
         if config.mesh.zero == 1:
-            tx, stored = (
-                make_zero1(tx, partial(sharding.lay_out_like, like=like), sharding.gather_fsdp),
-                sharding.gather_fsdp,
-            )
+            tx = make_zero1(tx, partial(sharding.lay_out_like, like=like), sharding.gather_fsdp)
+            store = sharding.gather_fsdp
 
         def make_state():
-            return init_state(stored(init_params(model, jax.random.key(seed))), tx, train)
+            return init_state(store(init_params(model, jax.random.key(seed))), tx, train)
 
-        abstract = sharding.make_concrete(jax.eval_shape(make_state), mesh)
+        def update(state, batch):
+            # Initialisation has the seed's own key.
+            key = jax.random.fold_in(jax.random.key(seed), 1)
+            return train_step(state, batch, key, network=network, tx=tx, train=train)
 
-        def key():
-            return jax.random.fold_in(jax.random.key(seed), 1)  # init has the seed's own key
-
-        step = jax.jit(
-            lambda state, batch: train_step(
-                state, batch, key(), network=network, tx=tx, train=train
-            ),
-            donate_argnums=0,
-            compiler_options=options,
-        )
         return Steps(
             jax.jit(make_state),
-            abstract,
-            step,
+            sharding.make_concrete(jax.eval_shape(make_state), mesh),
+            jax.jit(update, donate_argnums=0, compiler_options=options),
             jax.jit(partial(eval_step, network=network, train=train), compiler_options=options),
         )
 
@@ -238,52 +256,42 @@ def compiler_options(config: configs.Config, mesh) -> dict:
 
 
 def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
-    """`build` for a resolved config on a given mesh."""
-    train = config.train
-    prompts = choose_prompts(config.model, data.tokenizer, config.eval)
-    config = replace(config, eval=replace(config.eval, sample_prompts=prompts))
+    """Does what `build` does, for a given mesh and loaded data."""
+    config, reason, examples = agree_on_job(config, mesh, data)
     with jax.set_mesh(mesh):
-        model = config.model
-        compute, line = resolve_kernel(
-            model, config.compute, train.seq_len, mesh, config.data.document_mask
-        )
-        config = replace(config, compute=compute)
-        options = compiler_options(config, mesh)
-        check_xla_options(options, mesh)
+        check_xla_options(compiler_options(config, mesh), mesh)
         steps = make_steps(config, mesh)
-        counts = count_params(model)
-        notes = [
+        notes = (
             describe_mesh(config, mesh),
-            line,
-            *([describe_xla_options(mesh.devices.flat[0].platform, options)] if options else ()),
-            f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, "
-            f"{counts['embedding']:,} looked up); "
-            f"{config.compute.dtype} compute, float32 parameters and sums, remat "
-            f"{config.compute.remat}",
-            f"tokens: {train.batch_size * train.seq_len:,} a step in "
-            f"{format_count(train.accumulate, 'microbatch')}, "
-            f"{train.batch_size * train.seq_len * train.steps:,} in all, "
-            f"{train.batch_size * train.seq_len * train.steps / counts['total']:.3g} per parameter",
-            *(
-                f"optimiser: {row.optimizer} for {row.group}: "
-                f"{format_count(row.tensors, 'tensor')}, {row.parameters:,} parameters, "
-                f"peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
-                for row in describe_groups(
-                    config.optim, steps.abstract.params, describe_parameter, model.balance_rate
-                )
-            ),
-            *(
-                f"on every device whole, although over 1 MiB, because {why}: {', '.join(paths)}"
-                for why, paths in unsharded(steps.abstract, mesh, config.mesh.zero).items()
-            ),
-        ]
-        return Parts(
-            config,
-            mesh,
-            data,
-            steps.make_state,
-            steps.abstract,
-            steps.train_step,
-            steps.eval_step,
-            tuple(notes),
+            describe_kernel(config, mesh, reason),
+            describe_habits(config, mesh),
+            *describe_options(config, mesh),
+            *describe_size(config),
+            *describe_optimizer(config, steps.abstract.params),
+            *describe_unsharded(steps.abstract, mesh, config.mesh.zero),
         )
+    return Parts(config, mesh, data, examples, *steps, notes)
+
+
+def describe_kernel(config: configs.Config, mesh, reason: str) -> str:
+    """One line about the attention kernel, which is first compared with the reference on `mesh`.
+
+    Raises UsageError if the results differ.
+    """
+    kernel = config.compute.kernel
+    line = f"attention kernel: {kernel} ({reason})"
+    if kernel == "reference":
+        return line
+
+    segments = config.data.document_mask
+    error = measure_conformance(
+        kernel, config.model, config.compute.dtype, segments, sharding.row_parts(mesh)
+    )
+    line += f"; differs from reference by {error:.1e} on these devices"
+    return f"{line}, no segment leak" if segments else line
+
+
+def describe_options(config: configs.Config, mesh) -> list[str]:
+    """A line about the options that the steps are compiled with, if they have any."""
+    options = compiler_options(config, mesh)
+    return [describe_xla_options(mesh.devices.flat[0].platform, options)] if options else []

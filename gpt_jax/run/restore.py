@@ -1,5 +1,4 @@
-"""A trained model from a checkpoint path alone: config, tokenizer and weights on the devices
-there are (floor 3; called by the commands that take a checkpoint)."""
+"""A trained model from a checkpoint path alone: config, tokenizer, and weights on the devices."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +12,13 @@ from gpt_jax.data import Tokenizer, tokenizer_from_json
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
 from gpt_jax.model import abstract_params, choose_kernel, make_problem
+from gpt_jax.run.notes import describe_habits, format_count
 from gpt_jax.run.resume import read_saved_config
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
 
 
 class Loaded(NamedTuple):
-    """`config.compute.kernel` is concrete for this machine; `params` lie on `mesh`."""
+    """A trained model. Its attention kernel was chosen for this machine. `params` lie on `mesh`."""
 
     config: configs.Config
     tokenizer: Tokenizer
@@ -30,8 +30,10 @@ class Loaded(NamedTuple):
 
 
 def pick_mesh(model: configs.Model, devices: int) -> jax.sharding.Mesh:
-    """`devices` of them along fsdp, which needs least memory, or along data where a width does
-    not divide."""
+    """A mesh of so many devices along fsdp, which needs least memory.
+
+    They lie along data instead if a width of the model does not divide by their number.
+    """
     widths = [model.embed] + [model.kv_heads * model.head_dim] * model.value_embed
     axis = "data" if any(width % devices for width in widths) else "fsdp"
     return sharding.make_mesh({axis: devices}, jax.devices()[:devices])
@@ -90,14 +92,15 @@ def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) 
     with jax.set_mesh(mesh):
         abstract = sharding.make_concrete(abstract_params(model), mesh)
         params = restore_checkpoint(directory, step, {item: abstract})[item]
+    settled = replace(config, model=model, compute=compute)
+    weights = "averaged weights, " if config.train.ema else ""
+    devices_text = format_count(mesh.size, f"{mesh.devices.flat[0].device_kind} device")
     say(
-        f"step {step} of {directory}, {'averaged weights, ' if config.train.ema else ''}on "
-        f"{mesh.size} "
-        f"{mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}; attention kernel: "
-        f"{name} ({reason})"
+        f"step {step} of {directory}, {weights}on {devices_text}; attention kernel: "
+        f"{name} ({reason}); {describe_habits(settled, mesh)}"
     )
     return Loaded(
-        replace(config, model=model, compute=compute),
+        settled,
         tokenizer_from_json(meta["tokenizer"]),
         params,
         mesh,

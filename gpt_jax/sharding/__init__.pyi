@@ -34,10 +34,9 @@ from .rules import (
     axis_size as axis_size,
     batch_spec as batch_spec,
     count_parts as count_parts,
-    device_kind as device_kind,
+    habits as habits,
     make_spec as make_spec,
     out_spec as out_spec,
-    platform as platform,
     used_spec as used_spec,
     using_rules as using_rules,
 )

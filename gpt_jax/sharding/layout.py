@@ -21,9 +21,9 @@ from gpt_jax.sharding.rules import (
     _mesh,
     _names,
     axis_size,
+    habits,
     make_spec,
     out_spec,
-    platform,
     used_spec,
 )
 
@@ -67,7 +67,7 @@ def gather(shard: jax.Array, names: tuple[str, ...], dim: int, **to) -> jax.Arra
     # layers that way, which costs a float32 copy of the stack outside the layers' loop and one of
     # its gradients (moe:8x7b on 8 H200: 21 GiB). With the layout pinned to the stored one, XLA
     # transposes one layer at a time.
-    if dim and platform() == "gpu":
+    if dim and habits().pin_layouts:
         shard = with_layout_constraint(shard, Layout(tuple(range(shard.ndim))))
     return jax.lax.all_gather(shard, names, axis=dim, tiled=True, **to)
 

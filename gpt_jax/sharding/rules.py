@@ -9,6 +9,7 @@ from types import MappingProxyType
 import jax
 from jax.sharding import PartitionSpec as P
 
+from gpt_jax import config
 from gpt_jax.config import BATCH_AXES, FSDP_AXES
 
 # Logical axis -> mesh axes. A name that neither table has raises KeyError and never means
@@ -84,24 +85,17 @@ def used_spec(*axes: str | None) -> P:
     return make_spec(USED | _CHANGED.get(), axes)
 
 
-def platform() -> str:
-    """The platform that the program is compiled for.
+def habits() -> config.Habits:
+    """The habits of the platform that the program is compiled for.
 
-    It is the platform of the mesh, which need not be this process's.
+    It is the platform of the mesh, which need not be this process's. The mesh is part of the key
+    of a compiled function, so that a cached one cannot have the habits of another platform.
     """
-    device = _abstract_device()
-    return jax.default_backend() if device is None else device.platform
-
-
-def device_kind() -> str:
-    """The kind of device that the program is compiled for, as the hardware room names it."""
-    device = _abstract_device()
-    return jax.devices()[0].device_kind if device is None else device.device_kind
-
-
-def _abstract_device():
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else mesh.abstract_device
+    device = None if mesh.empty else mesh.abstract_device
+    if device is None:
+        device = jax.devices()[0]
+    return config.find_habits(device.platform, device.device_kind)
 
 
 def axis_size(axis: str) -> int:

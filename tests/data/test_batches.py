@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from streams import make_stream
 
 from gpt_jax import config
 from gpt_jax.data.stream import batches as pipeline, order
@@ -290,7 +291,7 @@ def test_batch_n_does_not_depend_on_slices_or_on_the_way_there(sources, rows, kn
     knobs = config.Data(packing=rows, prefetch=2, **knobs)
 
     def stream(part, start=0, seed=7):
-        return pipeline.make_stream(data, knobs, 8, 24, seed, part, start)
+        return make_stream(data, knobs, 8, 24, seed, part, start)
 
     whole = take(stream(slice(0, 24)), 10)  # several epochs, and both phases
     for parts in (2, 3, 4, 8):
@@ -391,9 +392,7 @@ def test_mixtures_that_cannot_be(weights, knobs, message):
 def test_shares_of_the_held_out_mean_are_those_of_the_stage_and_not_of_the_length_of_the_run():
     phases = ((8 * 20, (0.0, 1.0, 3.0)),)  # from example 20 on
     knobs = config.Data(packing="chunk", block=10, phases=phases)
-    streams = [
-        pipeline.make_stream(mixed(), knobs, 8, 5, 0, slice(0, 5), 0, steps) for steps in (1, 50)
-    ]
+    streams = [make_stream(mixed(), knobs, 8, 5, 0, slice(0, 5), 0, steps) for steps in (1, 50)]
     for stream in streams:
         assert stream.shares(0) == stream.shares(4) == streams[0].shares(1)
         assert list(stream.shares(5).values()) == [0.0, 0.2, 0.8] or list(
@@ -408,12 +407,12 @@ def test_a_source_smaller_than_its_share_of_a_batch():
         match=r"config\.train\.batch_size = 400: 200 of them from source a, which of 6.. "
         r"tokens has 78 rows",
     ):
-        pipeline.make_stream(mixed(), config.Data(packing="chunk"), 8, 400, 0, slice(0, 8))
+        make_stream(mixed(), config.Data(packing="chunk"), 8, 400, 0, slice(0, 8))
 
 
 def test_epochs_are_counted_before_the_run_starts():
     data = mixed()
-    stream = pipeline.make_stream(
+    stream = make_stream(
         data, config.Data(packing="chunk", block=10), 8, 20, 0, slice(0, 20), steps=50
     )
     stream.close()
@@ -434,7 +433,7 @@ def test_batches_are_made_ahead_and_elsewhere(monkeypatch):
         "__getitem__",
         lambda batches, number: (made.append(threading.get_ident()), make(batches, number))[1],
     )
-    stream = pipeline.make_stream(
+    stream = make_stream(
         alone(make_tokens([100])), config.Data(packing="chunk", prefetch=3), 8, 4, 0, slice(0, 4)
     )
     next(stream)
@@ -447,7 +446,7 @@ def test_batches_are_made_ahead_and_elsewhere(monkeypatch):
 
 def test_the_tail_that_is_left_out_is_said():
     tokens = make_tokens([100])
-    stream = pipeline.make_stream(alone(tokens), config.Data(packing="chunk"), 8, 4, 0, slice(0, 4))
+    stream = make_stream(alone(tokens), config.Data(packing="chunk"), 8, 4, 0, slice(0, 4))
     stream.close()
     assert stream.summary == (
         "chunk rows: 12 of 8 tokens an epoch; 4 tokens fill no row and are left out",
@@ -460,13 +459,13 @@ def test_too_little_text(rows):
     with pytest.raises(
         UsageError, match=r"config\.train\.seq_len = 64: the training text has 64 tokens.* needs 65"
     ):
-        pipeline.make_stream(alone(tokens), data, 64, 1, 0, slice(0, 1))
+        make_stream(alone(tokens), data, 64, 1, 0, slice(0, 1))
     with pytest.raises(
         UsageError,
         match=r"config\.train\.batch_size = 8: the training text of 64 tokens has 7 rows",
     ):
-        pipeline.make_stream(alone(tokens), data, 9, 8, 0, slice(0, 8))
-    take(pipeline.make_stream(alone(tokens), data, 63, 1, 0, slice(0, 1)), 2)
+        make_stream(alone(tokens), data, 9, 8, 0, slice(0, 8))
+    take(make_stream(alone(tokens), data, 63, 1, 0, slice(0, 1)), 2)
     lone = in_memory("eval", np.array([256], np.uint16), np.array([0, 1]), 0)
     with pytest.raises(
         UsageError,
@@ -485,6 +484,6 @@ def test_ids_beyond_the_vocabulary_stop_the_run(dtype, wrong):
     ids = np.append(np.arange(97, 97 + 99) % 256, 256).astype(dtype)
     ids[50] = wrong
     tokens = in_memory("train", ids, [0, 100], 99)
-    stream = pipeline.make_stream(alone(tokens), config.Data(packing="chunk"), 8, 4, 0, slice(0, 4))
+    stream = make_stream(alone(tokens), config.Data(packing="chunk"), 8, 4, 0, slice(0, 4))
     with pytest.raises(DataError, match=f"holds the id {wrong} and the tokenizer only 257"):
         take(stream, 3)

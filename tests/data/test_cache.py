@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from streams import make_stream
 
 from gpt_jax import config
-from gpt_jax.data.stream import batches, dataset
+from gpt_jax.data.stream import dataset
 from gpt_jax.data.tokenizers.bpe import train_bpe
 from gpt_jax.data.tokenizers.spec import resolve_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
@@ -307,7 +308,7 @@ def test_cache_folder_that_cannot_be_used(folder, monkeypatch):
 
 def test_a_token_file_that_shrinks_during_the_run(folder):
     got = prepare(data_for(folder), quiet)
-    stream = batches.make_stream(dataset.of_text(got), data_for(folder), 16, 4, 0, slice(0, 4))
+    stream = make_stream(dataset.of_text(got), data_for(folder), 16, 4, 0, slice(0, 4))
     next(stream)
     os.truncate(got.folder / "train.tokens", 100)
     with pytest.raises(

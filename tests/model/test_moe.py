@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from gpt_jax import config
+from gpt_jax import config, sharding
 from gpt_jax.model.experts import exchange, local_experts
 from gpt_jax.model.experts.balance import add_layer, empty_report
 from gpt_jax.model.experts.moe import Moe
@@ -270,8 +270,7 @@ def emulated_ragged_all_to_all(
 @pytest.fixture
 def accelerator(monkeypatch):
     """The exchange and the grouped matmul of platforms that are no CPU."""
-    monkeypatch.setattr(exchange, "EXCHANGES", {})
-    monkeypatch.setattr(local_experts, "EXPERT_WAYS", {"cpu": local_experts.by_sorting})
+    monkeypatch.setattr(sharding, "habits", lambda: config.find_habits("tpu"))
     monkeypatch.setattr(
         local_experts, "kernel_gradient", partial(local_experts.kernel_gradient, interpret=True)
     )
@@ -311,7 +310,7 @@ def test_sums_of_bfloat16_are_float32(way, request):
     choice = jnp.asarray(rng.choice([0, 0, 0, 1, 2, count], n))
 
     def ours(x, kernels):
-        done = local_experts.feed_forward(x, choice, 1, kernels, jax.nn.silu, "cpu", 32)
+        done = local_experts.feed_forward(x, choice, 1, kernels, jax.nn.silu, sharding.habits(), 32)
         return (
             local_experts.combine(done.rows, jnp.ones((n, 1)), done.there, done.back) * probe
         ).sum(dtype=jnp.float32)

@@ -102,8 +102,9 @@ def test_nothing_is_padded_where_nothing_goes_by_blocks():
     ],
 )
 def test_rows_of_a_block(rows, platform, size):
-    """It has about the root of twice SUM_ROWS times an expert's rows, and at most all of them."""
-    assert choose_block_rows(8 * rows, 8, platform) == size
+    """It has about the root of twice `sum_rows` times an expert's rows, and at most all of them."""
+    sum_rows = configs.find_habits(platform).sum_rows
+    assert choose_block_rows(8 * rows, 8, sum_rows) == size
 
 
 EXPERTS = 8 * 3 * 4096 * 14336  # Entries of one layer of moe:8x7b.

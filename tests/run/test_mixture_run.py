@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import runs
 from prepared import texts, write_jsonl
+from streams import make_stream
 
 from gpt_jax.data.stream import dataset, mixture
-from gpt_jax.data.stream.batches import make_stream
 from gpt_jax.errors import UsageError
 from gpt_jax.run import parts as run_parts
+from gpt_jax.sharding.mesh import make_mesh
 from gpt_jax.train.checkpoint.manifest import CHECKPOINT_FOLDER, MANIFEST
 
 RUN = (
@@ -343,7 +344,7 @@ def test_a_prepared_folder_is_a_path_like_any_other(folder, tmp_path, capsys):
 def test_rows_that_cannot_be_are_refused_before_the_model_is_made(
     folder, tmp_path, monkeypatch, change, words
 ):
-    monkeypatch.setattr("gpt_jax.run.parts.build_on", lambda *_: pytest.fail("the model was made"))
+    monkeypatch.setattr("gpt_jax.run.parts.make_steps", lambda *_: pytest.fail("it was made"))
     code, line = runs.refusal(*arguments(folder, tmp_path / "run", change))
     assert code == 2 and words in line, line
 
@@ -370,8 +371,9 @@ def test_counts_of_the_mixture_are_compared_between_processes(folder, tmp_path, 
     trained with."""
     config = runs.configs.resolve(runs.load(folder, *arguments(folder, tmp_path)[3:]))
     data, facts = dataset.load_dataset(config.data, lambda line: None), []
+    mesh = make_mesh({}, jax.devices()[:1])
     monkeypatch.setattr(run_parts, "find_disagreements", lambda found: facts.append(found) or [])
-    run_parts.check_job(config, data)
+    run_parts.agree_on_job(config, mesh, data)
     counts, begins = facts[0]["the mixture's counts"]
     # Blocks of 20 rows; token 4,000 is row 125 of 32 tokens, before which 5 are left.
     assert (
@@ -381,17 +383,18 @@ def test_counts_of_the_mixture_are_compared_between_processes(folder, tmp_path, 
     )
     apportion = mixture.apportion
     monkeypatch.setattr(mixture, "apportion", lambda *given: apportion(*given)[[1, 0, 2]])
-    run_parts.check_job(config, dataset.load_dataset(config.data, lambda line: None))
+    run_parts.agree_on_job(config, mesh, dataset.load_dataset(config.data, lambda line: None))
     assert facts[1]["the mixture's counts"] != facts[0]["the mixture's counts"]
     with pytest.raises(UsageError, match="phases be further apart"):  # told to the others first
         close = ((1, (1.0, 1.0, 1.0)), (2, (1.0, 1.0, 1.0)))
-        run_parts.check_job(replace(config, data=replace(config.data, phases=close)), data)
+        wrong = replace(config, data=replace(config.data, phases=close))
+        run_parts.agree_on_job(wrong, mesh, data)
     assert "further apart" in facts[2]["the mixture's counts"]
     monkeypatch.setattr(
         run_parts, "find_disagreements", lambda found: [name for name in found if "mixture" in name]
     )
     with pytest.raises(UsageError, match="the mixture's counts: not the same on all processes"):
-        run_parts.check_job(config, data)
+        run_parts.agree_on_job(config, mesh, data)
 
 
 def test_inspect_refuses_a_folder_prepared_again_with_another_tokenizer(tmp_path, capsys):

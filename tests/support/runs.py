@@ -77,7 +77,7 @@ def build(config: configs.Config, data: int = 1, fsdp: int = 1, tensor: int = 1)
     loaded = dataset.load_dataset(config.data, lambda line: None)
     shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
     mesh = make_mesh(shape, jax.devices()[: data * fsdp * tensor])
-    return run_parts.build_on(configs.resolve(config, loaded.tokenizer.vocab), mesh, loaded)
+    return run_parts.build_on(config, mesh, loaded)
 
 
 @contextmanager
@@ -102,14 +102,7 @@ def losses(parts: run_parts.Parts, steps: int = 20) -> list[float]:
     """The training losses of the first steps, without all that a run does besides."""
     config, mesh, out = parts.config, parts.mesh, []
     size = config.train.batch_size
-    stream = make_stream(
-        parts.data,
-        config.data,
-        config.train.seq_len,
-        size,
-        config.seed,
-        rows.process_rows(mesh, size),
-    )
+    stream = make_stream(parts.examples, size, rows.process_rows(mesh, size))
     with jax.set_mesh(mesh):
         state = parts.init()
         for _ in range(steps):

@@ -4,7 +4,6 @@ A batch is a pure function of its number. The only state is therefore the number
 and the share of a process is a slice of the rows. Nothing here knows how many processes there are.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -260,9 +259,6 @@ def _source_seed(seed: int, name: str, only: bool) -> int:
     return int(random_bits(seed, *name.encode())[0] >> np.uint64(1))
 
 
-# The last result is kept, because a job first compares it between its processes and packing a
-# large corpus takes a while.
-@functools.lru_cache(1)
 def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) -> Examples:
     """Rows of all sources and their mixture.
 
@@ -340,24 +336,16 @@ def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
 
 
 def make_stream(
-    data: Dataset,
-    knobs: config.Data,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    rows: slice,
-    start: int = 0,
-    steps: int = 0,
+    examples: Examples, batch_size: int, rows: slice, start: int = 0, steps: int = 0
 ) -> Stream:
     """Training batches without end.
 
     `batch_size` rows make a global batch, of which this process gets `rows`. Row i of batch n is
     example n * batch_size + i, whatever the slices are. `steps` is for the summary only. Raises
-    UsageError if the text is shorter than a row or a batch.
+    UsageError if the text is shorter than a batch.
     """
-    examples = make_examples(data, knobs, seq_len, seed)
     check_sizes(examples, batch_size)
-
+    knobs = examples.knobs
     return Stream(
         Batches(examples.columns, batch_size, rows, ENDLESS),
         knobs.prefetch,

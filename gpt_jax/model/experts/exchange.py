@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gpt_jax import config
 from gpt_jax.model.experts.local_experts import (
     Kernels,
     Placed,
@@ -41,8 +42,7 @@ def dropless(
     kernels: Kernels,
     activation: Callable,
     devices: int,
-    platform: str,
-    kind: str,
+    habits: config.Habits,
 ):
     """Computes every choice: x [n, D] and choice [n, k], summed with weight [n, k] -> [n, D].
 
@@ -56,7 +56,7 @@ def dropless(
     own = kernels.up.shape[0]
     flat = choice.ravel()
     if devices == 1:
-        done = feed_forward(x, flat, k, kernels, activation, platform, flat.size)
+        done = feed_forward(x, flat, k, kernels, activation, habits, flat.size)
         return combine(done.rows, weight, done.there, done.back)
 
     order, rank, sizes = sort_choices(flat, devices * own)
@@ -69,8 +69,8 @@ def dropless(
     coming = jax.lax.dynamic_slice_in_dim(sizes, me * own, own, 1)  # [p, E / p]
     experts = (jnp.arange(room)[None, :, None] >= jnp.cumsum(coming, 1)[:, None]).sum(-1).ravel()
 
-    trip = choose_exchange(kind)(Route(flat, order, rank, sent, me, own, room))
-    done = feed_forward(trip.go(x, k), experts, 1, kernels, activation, platform, flat.size)
+    trip = choose_exchange(habits)(Route(flat, order, rank, sent, me, own, room))
+    done = feed_forward(trip.go(x, k), experts, 1, kernels, activation, habits, flat.size)
     home = trip.come_back(pick(done.rows, done.back, done.there, 1))
     return combine(home.rows, weight, home.there, home.back)
 
@@ -161,14 +161,9 @@ def ragged_exchange(route: Route) -> Trip:
     return Trip(go, come_back)
 
 
-# Kind of device -> function. All other kinds use the ragged exchange. libtpu 0.0.42 refuses it on
-# v5e beyond 16 chips ("not supported in limited ICI routing settings").
-EXCHANGES = {"cpu": padded_exchange, "TPU v5 lite": padded_exchange, "TPU v5e": padded_exchange}
-
-
-def choose_exchange(kind: str) -> Callable:
-    """Chooses how choices travel between devices of a kind."""
-    return EXCHANGES.get(kind, ragged_exchange)
+def choose_exchange(habits: config.Habits) -> Callable:
+    """Chooses how choices travel between devices."""
+    return ragged_exchange if habits.ragged_exchange else padded_exchange
 
 
 # ---- capacity ----

@@ -16,6 +16,8 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from gpt_jax import config
+
 
 class Kernels(NamedTuple):
     """This device's experts: down [E / p, F, D], up and gate [E / p, D, F]."""
@@ -126,15 +128,15 @@ def spread_to_places(order, starts, sizes, width: int):
 
 
 def feed_forward(
-    x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
+    x, experts, fan: int, kernels: Kernels, activation: Callable, habits: config.Habits, likely: int
 ) -> Placed:
     """Sends x [n, D] through the experts of each choice.
 
     `experts` [n * fan] are 0 … E / p - 1, and E / p stands for none. `likely` is the number of
     real choices when tokens spread evenly.
     """
-    run = EXPERT_WAYS.get(platform, by_blocks)
-    return run(x, experts, fan, kernels, activation, platform, likely)
+    run = by_sorting if habits.sort_choices else by_blocks
+    return run(x, experts, fan, kernels, activation, habits, likely)
 
 
 def compute_hidden(activation: Callable, up, gate=None):
@@ -153,7 +155,7 @@ TILE = 128  # rows of a matrix unit's tile
 
 
 def by_sorting(
-    x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
+    x, experts, fan: int, kernels: Kernels, activation: Callable, habits: config.Habits, likely: int
 ) -> Placed:
     """Sorts choices by expert for `jax.lax.ragged_dot`, which the TPU compiler has kernels for."""
     count = kernels.up.shape[0]
@@ -213,15 +215,9 @@ def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
 
 # ---- blocks: GPUs and CPUs ----
 
-# With this many rows, the matmuls of a block take as long as its reads and writes of the float32
-# sums of an expert's gradients. A weight costs 24 bytes a block, and 22 FLOPs a row, forward and
-# backward. The GPU's number comes from the data sheets of H100 and H200 at 0.75 of the peak, and is
-# not measured. The CPU's number comes from 20 GB/s and 150 GFLOP/s.
-SUM_ROWS = {"gpu": 200, "cpu": 8}
-
 
 def by_blocks(
-    x, experts, fan: int, kernels: Kernels, activation: Callable, platform: str, likely: int
+    x, experts, fan: int, kernels: Kernels, activation: Callable, habits: config.Habits, likely: int
 ) -> Placed:
     """Pads each expert's choices to whole blocks, and sends one block at a time through its expert.
 
@@ -230,7 +226,7 @@ def by_blocks(
     """
     count = kernels.up.shape[0]
     order, rank, sizes = sort_choices(experts, count)
-    size = choose_block_rows(likely, count, platform)
+    size = choose_block_rows(likely, count, habits.sum_rows)
     blocks = -(-sizes // size)
     most_blocks = experts.size // size + count
     blocks_before = starts_of(blocks)
@@ -248,15 +244,15 @@ def by_blocks(
     return Placed(through_blocks(activation, size, rows, kernels, blocks), there, back)
 
 
-def choose_block_rows(choices: int, experts: int, platform: str) -> int:
+def choose_block_rows(choices: int, experts: int, sum_rows: int) -> int:
     """Chooses the rows of a block: a power of two, at least 8.
 
     A block has at most the rows that an expert gets where `choices` spread evenly. Up to this
     limit, two costs are balanced: half a block of padding for each expert, and adding gradients
-    once a block.
+    once a block (`sum_rows`, see config/habits.py).
     """
     rows = max(1, choices // experts)
-    best = round(math.log2(2 * SUM_ROWS[platform] * rows) / 2)
+    best = round(math.log2(2 * sum_rows * rows) / 2)
     return 2 ** max(3, min(best, rows.bit_length() - 1))
 
 
@@ -351,6 +347,3 @@ def _take_block(rows, size, i):
 
 def _put_block(rows, i, block):
     return jax.lax.dynamic_update_slice_in_dim(rows, block, i * block.shape[0], 0)
-
-
-EXPERT_WAYS = {"tpu": by_sorting}  # platform -> function; all others go by_blocks

@@ -230,8 +230,7 @@ def _make_compute_choices(model: config.Model, room: int | None):
     """Makes the function of (x, choice, weight, kernels) that runs on each device's own shard."""
     activation = FFNS[model.expert_ffn][0]
     devices = sharding.axis_size("expert")
-    platform = sharding.platform()
-    kind = sharding.device_kind()
+    habits = sharding.habits()
 
     if room is not None:
 
@@ -251,8 +250,7 @@ def _make_compute_choices(model: config.Model, room: int | None):
             kernels,
             activation,
             devices,
-            platform,
-            kind,
+            habits,
         )
         return y.reshape(x.shape)
 

@@ -116,7 +116,7 @@ def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
         x = sharding.constrain(x, "batch", "seq", None)
 
     weights = [linear(x.shape[-1]) for linear in maps]
-    if len(maps) > 1 and sharding.axis_size("tensor") == 1 and sharding.platform() == "cpu":
+    if len(maps) > 1 and sharding.axis_size("tensor") == 1 and sharding.habits().join_projections:
         parts = _multiply_joined(x, [kernel for kernel, _ in weights])
     else:
         seq = compute.stream if leads_back else "seq"

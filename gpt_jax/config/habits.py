@@ -1,0 +1,65 @@
+"""How each platform computes the same thing fastest: one row of habits for each.
+
+Results do not depend on a row, except for rounding. The table lies on the ground floor because
+both sharding/ and model/ read it, through `sharding.habits()`.
+"""
+
+from typing import NamedTuple
+
+
+class Habits(NamedTuple):
+    """What a program does differently on one platform.
+
+    - `join_projections`: whether linear maps of one input become one matmul (layers/linear.py).
+    - `pin_layouts`: whether a gathered weight keeps the layout in which it is stored
+      (sharding/layout.py).
+    - `sort_choices`: whether experts take tokens sorted by expert, by a grouped matmul. If not,
+      they take them block by block (experts/local_experts.py).
+    - `sum_rows`: how many rows a block of an expert needs until its matmuls take as long as adding
+      up its gradients. It has no meaning where choices are sorted.
+    - `ragged_exchange`: whether devices send each other only the tokens that exist
+      (experts/exchange.py).
+    """
+
+    name: str
+    join_projections: bool
+    pin_layouts: bool
+    sort_choices: bool
+    sum_rows: int
+    ragged_exchange: bool
+
+
+# `sum_rows`: a weight costs 24 bytes a block, and 22 FLOPs a row, forward and backward. The GPU's
+# number comes from the data sheets of H100 and H200 at 0.75 of the peak, and is not measured. The
+# CPU's number comes from 20 GB/s and 150 GFLOP/s.
+CPU = Habits("cpu", True, False, False, 8, False)
+GPU = Habits("gpu", False, True, False, 200, True)
+TPU = Habits("tpu", False, False, True, 0, True)
+# libtpu 0.0.42 refuses the ragged exchange on v5e beyond 16 chips ("not supported in limited ICI
+# routing settings").
+TPU_V5E = TPU._replace(name="tpu v5e", ragged_exchange=False)
+
+PLATFORM_HABITS = {"cpu": CPU, "gpu": GPU, "tpu": TPU}
+
+# Kinds of device that differ from their platform.
+KIND_HABITS = {"TPU v5 lite": TPU_V5E, "TPU v5e": TPU_V5E}
+
+
+def find_habits(platform: str, kind: str = "") -> Habits:
+    """Finds the row of a platform (cpu, gpu or tpu) and, if it has its own, of a kind of device.
+
+    Raises KeyError if no row is there.
+    """
+    return KIND_HABITS.get(kind) or PLATFORM_HABITS[platform]
+
+
+def describe_habits(habits: Habits, has_experts: bool, has_exchange: bool) -> str:
+    """One line about a row, as far as the model and the mesh let it matter."""
+    parts = ["projections joined" if habits.join_projections else "projections one by one"]
+    if habits.pin_layouts:
+        parts.append("gathered weights in their stored layout")
+    if has_experts:
+        parts.append("experts by sorting" if habits.sort_choices else "experts by blocks")
+    if has_exchange:
+        parts.append("ragged exchange" if habits.ragged_exchange else "padded exchange")
+    return f"habits of {habits.name}: {', '.join(parts)}"
