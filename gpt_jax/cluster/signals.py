@@ -15,11 +15,12 @@ from gpt_jax.errors import Hang, complain
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1 as a question: should the run save and stop?
+    """SIGTERM, SIGUSR1 and Ctrl-C as a question: should the run save and stop?
 
-    It is asked after each step and at each batch of an evaluation. Once yes, always yes. Over
-    several processes JAX's preemption service makes all of them answer yes to the same question.
-    The service owns SIGTERM there, so SIGUSR1 is passed on as one.
+    A second Ctrl-C ends the run at once. The question is asked after each step and at each batch
+    of an evaluation. Once yes, always yes. Over several processes JAX's preemption service makes
+    all of them answer yes to the same question. The service owns SIGTERM there, so the others are
+    passed on as one.
 
     The processes agree on a number, and stop at it. The number counts how often they have asked,
     not the training step. A step would not do: for a request that comes before the first question
@@ -30,9 +31,13 @@ class StopRequest:
         self.seen = False
         self.asked = 0
         self.shared = jax.process_count() > 1
+        self.interrupted = False
         handlers: dict[int, Callable] = {signal.SIGUSR1: self._pass_on}
         if not self.shared:
             handlers = {signal.SIGTERM: self._note, signal.SIGUSR1: self._note}
+        # A shell ignores Ctrl-C for what it starts in the background, and so does the run then.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            handlers[signal.SIGINT] = self._interrupt
         self._before = {
             number: signal.signal(number, handler) for number, handler in handlers.items()
         }
@@ -42,6 +47,14 @@ class StopRequest:
 
     def _pass_on(self, *_) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
+
+    def _interrupt(self, number: int, _) -> None:
+        self.interrupted = True
+        signal.signal(number, self._before[number])
+        if self.shared:
+            self._pass_on()
+        else:
+            self._note()
 
     def close(self) -> None:
         """Gives the signals back to whoever had them."""
@@ -53,6 +66,11 @@ class StopRequest:
 
         All processes have to ask equally often, at the same places.
         """
+        if self.interrupted:
+            # A handler must not print, because it may interrupt a print.
+            self.interrupted = False
+            complain("Ctrl-C: stopping after this step; once more ends at once, and saves nothing")
+
         self.asked += 1
         if self.shared and not self.seen:
             from jax.experimental import multihost_utils

@@ -1,6 +1,7 @@
 """`gpt-jax train`: trains from a config, or resumes the run in its workdir."""
 
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -60,7 +61,8 @@ def main(arguments: list[str]) -> None:
     say = make_say(sys.stdout)
     parts = build(config, say)
     say_start(parts.mesh)
-    run_training(parts, workdir, profile, say)
+    origin = {"command": shlex.join(["gpt-jax", "train", *arguments]), "preset": shlex.join(rest)}
+    run_training(parts, workdir, profile, say, origin)
 
 
 def make_flags() -> Flags:

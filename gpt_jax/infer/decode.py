@@ -9,6 +9,7 @@ Shapes: B rows, T prompt tokens, D embed, V rows of the embedding.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -299,12 +300,15 @@ def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
     lengths = np.ones(B, np.int32)
     seen = np.zeros((B, vocab), bool)
     samples = np.zeros(B, np.int32)
+    digests = np.zeros(B, np.uint32)
     for b, (prompt, sample_number) in enumerate(rows):
         ids = prompts[prompt]
         tokens[b, : len(ids)] = ids
         lengths[b] = len(ids)
         seen[b, ids] = True
         samples[b] = sample_number
+        # Without it, two prompts of one call would be continued by the same random numbers.
+        digests[b] = zlib.crc32(np.asarray(ids, np.int32).tobytes())
 
     def fill(value, dtype):
         return np.full(B, value, dtype)
@@ -312,6 +316,7 @@ def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
     knobs = Knobs(
         fill(sampling.seed, np.uint32),
         samples,
+        digests,
         fill(sampling.temperature, np.float32),
         fill(sampling.top_k, np.int32),
         fill(sampling.top_p, np.float32),

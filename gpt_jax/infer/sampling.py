@@ -69,6 +69,7 @@ class Knobs(NamedTuple):
 
     seed: jax.Array
     sample: jax.Array  # index among the samples of a prompt
+    prompt: jax.Array  # digest of the prompt's tokens
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
@@ -122,11 +123,13 @@ def _draw(logits_BV, position_B, knobs: Knobs):
     scaled = jax.lax.cond(filters, _filter, lambda x, _: x, scaled, knobs)
     scaled = jnp.where(scaled >= jnp.log(knobs.min_p)[:, None], scaled, -jnp.inf)
 
-    def draw_noise(seed, sample, position):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
+    def draw_noise(seed, *place):
+        key = jax.random.key(seed)
+        for number in place:
+            key = jax.random.fold_in(key, number)
         return jax.random.gumbel(key, scaled.shape[-1:])
 
-    noise = jax.vmap(draw_noise)(knobs.seed, knobs.sample, position_B)
+    noise = jax.vmap(draw_noise)(knobs.seed, knobs.sample, knobs.prompt, position_B)
     return jnp.argmax(scaled + noise, axis=-1)
 
 
@@ -138,8 +141,8 @@ def sample(
     `seen_BV` tells which tokens a row already has. Ids from `vocab` on never come, because they
     are padding rows of the embedding.
 
-    Row by row the result is a pure function of logits, seed, sample and position. The batch around
-    a row makes no difference.
+    Row by row the result is a pure function of logits, seed, sample, prompt and position. The batch
+    around a row makes no difference.
     """
     penalty = knobs.repetition_penalty[:, None]
     penalised = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)

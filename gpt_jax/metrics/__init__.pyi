@@ -4,6 +4,7 @@ from .clock import (
 )
 from .report import write_report as write_report
 from .sessions import (
+    WALL_SECONDS as WALL_SECONDS,
     make_session_row as make_session_row,
     read_history as read_history,
 )

@@ -1,14 +1,13 @@
-"""The one loop: trains the parts of a run to its last step (floor 3; called by the train command).
+"""The one loop: trains the parts of a run to its last step.
 
-All processes of a job execute the same lines; only process 0 writes and prints. Another kind of
+All processes of a job execute the same lines. Only process 0 writes and prints. Another kind of
 loop is a file beside this one, on the same parts.
 """
 
-import fcntl
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 
@@ -33,10 +32,14 @@ from gpt_jax.metrics import (
     summarize,
     write_report,
 )
+from gpt_jax.run.lock import only_run
 from gpt_jax.run.parts import Parts
-from gpt_jax.run.progress import Progress, check_finite
+from gpt_jax.run.progress import Progress
 from gpt_jax.run.resume import start_state, state_items
 from gpt_jax.train import CHECKPOINT_FOLDER, TrainState, open_checkpoints
+
+# The samples at the end of a run, prompts in turn.
+LAST_SAMPLES = 3
 
 
 def run_training(
@@ -44,19 +47,23 @@ def run_training(
     workdir: str | Path,
     profile: tuple[int, int] | None = None,
     say: Callable[[str], None] = print,
-) -> Summary:
-    """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one;
-    returns the numbers.
+    origin: Mapping[str, str] = MappingProxyType({}),
+) -> Summary | None:
+    """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
-    `profile`: (first, last) step of a trace in `workdir`/profile. Raises Stopped after a SIGTERM
-    or SIGUSR1 (saved), Diverged, DataError, SaveFailed, NoCheckpoint, UsageError."""
+    Returns the numbers on process 0. `profile` is the (first, last) step of a trace in
+    `workdir`/profile. `origin` has facts for the report, see `Progress`. Raises Stopped, once
+    everything is saved, after a SIGTERM, a SIGUSR1 or Ctrl-C. Raises Diverged, DataError,
+    SaveFailed, NoCheckpoint and UsageError.
+    """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    config, mesh = parts.config, parts.mesh
-    train, rows = config.train, sharding.process_rows(mesh, config.train.batch_size)
+    config = parts.config
+    train = config.train
     for note in parts.notes:
         say(note)
-    with jax.set_mesh(mesh), watchdog(train.hang_minutes) as beat, ExitStack() as closing:
+
+    with jax.set_mesh(parts.mesh), watchdog(train.hang_minutes) as beat, ExitStack() as closing:
         closing.enter_context(only_run(workdir, say))
         stop = StopRequest()
         closing.callback(stop.close)
@@ -66,54 +73,81 @@ def run_training(
             lambda kind, error, trace: None if is_peer_gone(error) else checkpoints.close()
         )
         start = checkpoints.latest or 0
-        if profile and profile[0] <= start:
-            raise UsageError(
-                f"--profile={profile[0]}:{profile[1]}: this run goes on at step {start + 1}; start "
-                "there or "
-                "later"
-            )
+        check_profile(profile, start)
+
+        rows = sharding.process_rows(parts.mesh, train.batch_size)
         stream = make_stream(parts.examples, train.batch_size, rows, start, train.steps)
         closing.callback(stream.close)
         heldout = heldout_batches(parts)
-        state = start_state(parts, checkpoints, say)
+        state, changed = start_state(parts, checkpoints, say)
         if jax.process_index() == 0:
             save_file(workdir / "config.json", configs.to_json(config).encode())
+
         progress = Progress(
-            parts, workdir, start, checkpoints.latest is not None, beat, heldout, stream.shares, say
+            parts,
+            workdir,
+            start,
+            checkpoints.latest is not None,
+            beat,
+            heldout,
+            stream.shares,
+            say,
+            {**origin, "changed": ", ".join(changed)},
         )
         closing.callback(progress.writers.close)
         if start < train.steps and jax.process_index() == 0:
-            (workdir / "report.html").unlink(
-                missing_ok=True
-            )  # of an earlier stop: `conclude` takes it for the end's
+            # `conclude` would take the report of an earlier stop for that of the end.
+            (workdir / "report.html").unlink(missing_ok=True)
         say(progress.peak.line)
         for line in stream.summary:
             say(line)
+
         for step in range(start + 1, train.steps + 1):
             with progress.clock.phase("data", blocked=True):
                 columns = next(stream)
             state = one_step(progress, state, step, columns, profile)
             beat()
             checkpoints.check()
-            stopping = stop()
-            progress.end = step if stopping else progress.end
-            if not stopping and (due(config.eval.every_steps, step) or step == train.steps):
-                # Cut short by a stop it has recorded the step already: `progress.end` would come
-                # too late for it.
-                stopping = not evaluate(progress, state, step, stop)
-            if stopping:  # nothing else comes before: who asks may not wait long
-                save(progress, checkpoints, state, step)
-                raise stopped(progress, checkpoints, step)
-            if due(config.eval.sample_every_steps, step) and step < train.steps:
-                write_samples(progress, state, step, 1)
-            if checkpoints.should_save(step) or step == train.steps:
-                save(progress, checkpoints, state, step)
+            follow_step(progress, checkpoints, state, step, stop)
             beat()
         return conclude(progress, checkpoints, state, stop, say)
 
 
+def check_profile(profile: tuple[int, int] | None, start: int) -> None:
+    """Raises UsageError if the profiled steps are behind a resumed run."""
+    if profile and profile[0] <= start:
+        raise UsageError(
+            f"--profile={profile[0]}:{profile[1]}: this run goes on at step {start + 1}; start "
+            "there or later"
+        )
+
+
+def follow_step(progress: Progress, checkpoints, state: TrainState, step: int, stop) -> None:
+    """What is due after update `step`: evaluation, samples, a checkpoint.
+
+    Raises Stopped if somebody has asked to stop. Nothing but the checkpoint comes before that,
+    because who asks may not wait long.
+    """
+    config = progress.config
+    last = config.train.steps
+    is_stopping = stop()
+    if is_stopping:
+        progress.end = step
+    elif is_due(config.eval.every_steps, step) or step == last:
+        # A stop that cuts it short comes too late for `progress.end`: the step is recorded.
+        is_stopping = not evaluate(progress, state, step, stop)
+
+    if is_stopping:
+        save(progress, checkpoints, state, step)
+        raise stopped(progress, checkpoints, step)
+    if is_due(config.eval.sample_every_steps, step) and step < last:
+        write_samples(progress, state, step, 1)
+    if checkpoints.should_save(step) or step == last:
+        save(progress, checkpoints, state, step)
+
+
 def stopped(progress: Progress, checkpoints, step: int) -> Stopped:
-    """What a run ends with that stops on request after `step`, once everything is written."""
+    """Writes everything, and returns what a run raises that stops on request after `step`."""
     with progress.clock.phase("checkpoint", blocked=True):
         checkpoints.wait()
     finish(progress, step)
@@ -124,8 +158,10 @@ def stopped(progress: Progress, checkpoints, step: int) -> Stopped:
 
 
 def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
-    """By source: all held-out batches or the first few, as config.eval says. UsageError for too
-    little."""
+    """All held-out batches of each source, or the first few, as config.eval says.
+
+    Raises UsageError if a source holds out too little text.
+    """
     config = parts.config
     rows = sharding.process_rows(parts.mesh, config.eval.batch_size)
     return {
@@ -143,48 +179,22 @@ def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
     }
 
 
-@contextmanager
-def only_run(workdir: Path, say):
-    """Holds the workdir for this run alone; UsageError on all processes when another run has it."""
-    with ExitStack() as closing:
-
-        def take():
-            try:
-                fcntl.flock(
-                    closing.enter_context(open(workdir / ".lock", "a")),
-                    fcntl.LOCK_EX | fcntl.LOCK_NB,
-                )
-            except BlockingIOError:
-                raise UsageError(
-                    f"--workdir={workdir}: another run is training into it; wait for it, stop it, "
-                    "or choose "
-                    "another --workdir"
-                ) from None
-            except OSError as error:  # a file system without locks
-                say(
-                    f"{workdir} cannot be locked ({error.strerror}): a second run in it would not "
-                    "be noticed"
-                )
-
-        agree_on(take)
-        yield
-
-
-def due(every: int, step: int) -> bool:
-    """Whether something done every so many steps (0: never) is due after `step`."""
+def is_due(every: int, step: int) -> bool:
+    """Whether something is due after `step` that is done every so many steps, or never (0)."""
     return every > 0 and step % every == 0
 
 
 def one_step(progress: Progress, state: TrainState, step: int, columns, profile) -> TrainState:
     """Dispatches update `step` and handles the sums of the one before."""
-    parts, first = progress.parts, step == progress.start + 1
+    parts = progress.parts
+    is_first = step == progress.start + 1
     if profile and step == profile[0]:
         jax.profiler.start_trace(str(progress.workdir / "profile"))
     with progress.clock.phase("data"):
         batch = sharding.to_devices(parts.mesh, columns, progress.config.train.batch_size)
-    with progress.clock.phase("compile" if first else "step"):
+    with progress.clock.phase("compile" if is_first else "step"):
         state, sums = parts.train_step(state, batch)
-        if first:
+        if is_first:
             jax.block_until_ready(sums)
             progress.restart_rate(step)
     with progress.clock.phase("step", blocked=True):
@@ -193,12 +203,15 @@ def one_step(progress: Progress, state: TrainState, step: int, columns, profile)
     if profile and step == profile[1]:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
+        progress.say(f"trace of steps {profile[0]} to {step}: {progress.workdir / 'profile'}")
     return state
 
 
 def settle(progress: Progress) -> None:
-    """Waits for the last dispatched step and records it, so that what follows is timed and
-    ordered by itself."""
+    """Waits for the last dispatched step and records it.
+
+    What follows then has its own time, and its own place in the log.
+    """
     with progress.clock.phase("step", blocked=True):
         late = progress.late.flush()
     progress.record(late)
@@ -210,8 +223,11 @@ def averaged_params(progress: Progress, state: TrainState):
 
 
 def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[], bool]) -> bool:
-    """Held-out metrics after update `step`. False when `stop`, asked at each batch, has cut it
-    short: all of the held-out text may take longer than who asks will wait."""
+    """Records held-out metrics after update `step`.
+
+    `stop` is asked at each batch, because all of the held-out text may take longer than who asks
+    will wait. Returns False if it has cut the evaluation short.
+    """
     settle(progress)
     if progress.heldout:
 
@@ -226,16 +242,16 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
 
         try:
             with progress.clock.phase("eval"):
-                found = {
+                by_source = {
                     name: compute_heldout_metrics(sums(batches))
                     for name, batches in progress.heldout.items()
                 }
         except CutShort:
             return False
-        found = average_by_source(found, progress.shares(step))
-        check_finite("held-out loss", found["eval/loss"], step)
-        progress.evaluated = step, found
-        progress.writers.write(step, found)
+        metrics = average_by_source(by_source, progress.shares(step))
+        progress.check_finite("held-out loss", metrics["eval/loss"], step)
+        progress.evaluated = step, metrics
+        progress.writers.write(step, metrics)
     progress.restart_rate(step)
     return True
 
@@ -245,8 +261,10 @@ class CutShort(Exception):
 
 
 def watched(batches, beat: Callable[[], None], stop: Callable[[], bool]):
-    """`batches`, telling the watchdog at each that the run is alive, and asking whether to go on
-    (CutShort)."""
+    """Passes `batches` on. At each of them the watchdog hears that the run is alive.
+
+    Raises CutShort if somebody has asked to stop.
+    """
     for batch in batches:
         beat()
         if stop():
@@ -255,7 +273,7 @@ def watched(batches, beat: Callable[[], None], stop: Callable[[], bool]):
 
 
 def write_samples(progress: Progress, state: TrainState, step: int, count: int) -> None:
-    """`count` samples, into the writers."""
+    """Draws `count` samples and writes them."""
     settle(progress)
     with progress.clock.phase("sample"):
         texts = draw_samples(
@@ -273,8 +291,7 @@ def write_samples(progress: Progress, state: TrainState, step: int, count: int) 
 
 
 def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
-    """Starts an asynchronous checkpoint of everything that evaluating, generating and resuming
-    need."""
+    """Starts an asynchronous checkpoint with all that evaluation, generation and resuming need."""
     settle(progress)
     with progress.clock.phase("checkpoint"):
         meta = {
@@ -282,27 +299,24 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
             "tokenizer": progress.parts.data.tokenizer.to_json(),
             "data": {"next": step, "content": progress.parts.data.content},
         }
-        at, found = progress.evaluated
-        checkpoints.save(step, meta=meta, metrics=found if at == step else {}, **state_items(state))
+        evaluated_at, metrics = progress.evaluated
+        if evaluated_at != step:
+            metrics = {}
+        checkpoints.save(step, meta=meta, metrics=metrics, **state_items(state))
+    progress.saved = step
     progress.restart_rate(step)
 
 
 def finish(progress: Progress, step: int, **facts) -> Summary | None:
-    """loss.png and report.html from what metrics.jsonl holds by now (process 0)."""
-    if (
-        step > progress.start
-    ):  # else nothing was trained, and the times are those of the run that did
-        progress.writers.write(step, progress.clock.metrics())
+    """Makes loss.png and report.html of what metrics.jsonl holds by now, on process 0."""
+    # If nothing was trained, the times are those of the run that did.
+    if step > progress.start:
+        progress.writers.write(step, progress.times())
     if jax.process_index() != 0:
         return None
+
     rows = read_jsonl(progress.workdir / "metrics.jsonl")
-    summary = summarize(
-        rows,
-        parameters=progress.counts["total"],
-        peak=progress.peak.line,
-        wall_seconds=time.perf_counter() - progress.began,
-        **facts,
-    )
+    summary = summarize(rows, parameters=progress.counts["total"], peak=progress.peak.line, **facts)
     kind = progress.parts.mesh.devices.flat[0].device_kind
     write_report(
         progress.workdir,
@@ -314,53 +328,55 @@ def finish(progress: Progress, step: int, **facts) -> Summary | None:
     return summary
 
 
+def find_leftovers(workdir: Path, step: int) -> list[bool]:
+    """Whether a finished run has its last evaluation, its last samples, and its report."""
+    rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["step"] == step]
+    keys = {key for row in rows for key in row}
+    is_sampled = f"sample/{LAST_SAMPLES - 1}" in keys
+    return ["eval/loss" in keys, is_sampled, (workdir / "report.html").exists()]
+
+
 def conclude(
     progress: Progress, checkpoints, state: TrainState, stop: Callable[[], bool], say
 ) -> Summary | None:
-    """The end of a run that got to its last step: three samples, the report, and where
-    everything is. What a run that was already there has is not made again."""
-    config, steps = progress.config, max(progress.config.train.steps, progress.start)
+    """The end of a run that got to its last step: samples, the report, and where everything is.
 
-    def found():
-        keys = {
-            key
-            for row in read_jsonl(progress.workdir / "metrics.jsonl")
-            if row["step"] == steps
-            for key in row
-        }
-        return [
-            "eval/loss" in keys,
-            "sample/2" in keys,
-            (progress.workdir / "report.html").exists(),
-        ]
-
-    measured, sampled, page = agree_on(found)
-    if progress.start >= steps and sampled and page:
+    Nothing is made again that an earlier start of the run has made.
+    """
+    config = progress.config
+    workdir = progress.workdir
+    steps = max(config.train.steps, progress.start)
+    is_measured, is_sampled, has_report = agree_on(lambda: find_leftovers(workdir, steps))
+    if progress.start >= steps and is_sampled and has_report:
         say(
-            f"finished before, at step {steps}: see {progress.workdir / 'report.html'}; for more "
-            "steps raise "
-            "config.train.steps"
+            f"finished before, at step {steps}: see {workdir / 'report.html'}; for more steps "
+            "raise config.train.steps"
         )
         return None
-    if not measured and not evaluate(progress, state, steps, stop):
+
+    if not is_measured and not evaluate(progress, state, steps, stop):
         raise stopped(progress, checkpoints, steps)
-    if not sampled:
-        write_samples(progress, state, steps, 3)
+    if not is_sampled:
+        write_samples(progress, state, steps, LAST_SAMPLES)
     with progress.clock.phase("checkpoint", blocked=True):
         checkpoints.wait()
+
     facts = {}
     if config.eval.compare_xz and jax.process_index() == 0:
         facts["xz_bits_per_byte"] = measure_xz_bits_per_byte(progress.parts.data)
     summary = finish(progress, steps, **facts)
     if summary is not None:
-        names = {
+        where = {
             "checkpoints": checkpoints.directory,
-            "metrics": "metrics.jsonl",
-            "loss curve": "loss.png",
-            "report": "report.html",
+            "metrics": workdir / "metrics.jsonl",
+            "loss curve": workdir / "loss.png",
+            "report": workdir / "report.html",
         }
-        for line in format_summary(
-            summary, {name: progress.workdir / path for name, path in names.items()}
-        ):
+        for line in format_summary(summary, where):
             say(line)
+        if summary.mfu_full and summary.mfu_full > 1:
+            say(
+                "MFU is above 100 %, so it is wrong: the peak was measured at the start, beside "
+                "other load; run again on an idle machine"
+            )
     return summary

@@ -1,6 +1,7 @@
-"""What the loop carries along besides the state (floor 3; called by loop.py)."""
+"""What the loop carries along beside the state: writers, clock, and the numbers of the log."""
 
 import math
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,30 +10,50 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt_jax.cluster import code_version
 from gpt_jax.data import EvalBatches
 from gpt_jax.errors import Diverged
 from gpt_jax.hardware import find_peak, mfu_metrics
 from gpt_jax.metrics import (
+    WALL_SECONDS,
     BarWriter,
     Clock,
     JsonlWriter,
     OneStepLate,
+    RunningSums,
     TensorBoardWriter,
     Writers,
     divide_sums,
     expert_metrics,
+    make_session_row,
+    read_history,
+    read_jsonl,
 )
 from gpt_jax.model import count_params
-from gpt_jax.run.notes import token_flops
+from gpt_jax.run.notes import format_count, token_flops
 from gpt_jax.run.parts import Parts
 from gpt_jax.train import make_schedule
 
-RATES_AT_ONCE = 4096  # learning rates
+# The learning rate is computed for so many steps at once, because each operation waits for the
+# device.
+RATES_AT_ONCE = 4096
+
+# The first steps of a session are no measure of its rate.
+UNSTEADY_STEPS = 10
 
 
 class Progress:
-    """What `loop.run` carries along besides the state: writers, clock, and the numbers for the
-    next log line."""
+    """Writers, clock, and the numbers for the next line of the log.
+
+    - `start` is the step that the session starts from, and `end` the step after which it ends: the
+      last one of the config, or the one where a request stops the run.
+    - `heldout` are the held-out batches by source. `shares(step)` is each source's part of the
+      rows at a step.
+    - `evaluated` is the last evaluation: its step and its metrics.
+    - `saved` is the step of the last checkpoint, or None.
+    - `origin` tells where the session comes from, for the report: `command`, and what differs from
+      the `preset`. `changed` tells what differs from the checkpoint's config.
+    """
 
     def __init__(
         self,
@@ -44,91 +65,107 @@ class Progress:
         heldout: dict[str, EvalBatches],
         shares: Callable[[int], Mapping[str, float]],
         say: Callable[[str], None],
+        origin: Mapping[str, str],
     ):
-        config, model = parts.config, parts.config.model
-        self.parts, self.workdir, self.config, self.start, self.beat = (
-            parts,
-            workdir,
-            config,
-            start,
-            beat,
-        )
-        self.heldout, self.shares = (
-            heldout,
-            shares,
-        )  # by source: held-out batches, and the part of the rows at a step
-        self.late, self.began, self.announce = OneStepLate(), time.perf_counter(), say
+        self.parts = parts
+        self.config = parts.config
+        self.workdir = workdir
+        self.start = start
+        self.end = parts.config.train.steps
+        self.beat = beat
+        self.heldout = heldout
+        self.shares = shares
+        self.say = say
+        self.saved = start if resumed else None
+        self.evaluated: tuple[int, dict[str, float]] = (start, {})
+
+        self.late = OneStepLate()
+        self.sums = RunningSums()
         self.peak = find_peak(parts.mesh.devices.flatten().tolist())
         with jax.set_mesh(parts.mesh):
-            self.counts = count_params(model)
-        self.flops = token_flops(config, self.counts["matmul"])
-        self.rates: tuple[int, Any] = -1, None  # see `learning_rate`
-        self.batch_tokens = config.train.batch_size * config.train.seq_len
-        self.mark = start, time.perf_counter()
-        self.end = config.train.steps  # or where a request stops the run
-        self.evaluated: tuple[int, dict[str, float]] = (
-            start,
-            {},
-        )  # the last evaluation: its step and what it found
-        self.writers = self._make_writers(start if resumed else None)
-        self.clock = Clock()  # last: what came before is not the loop's
+            self.counts = count_params(parts.config.model)
+        self.flops = token_flops(parts.config, self.counts["matmul"])
+        self.batch_tokens = parts.config.train.batch_size * parts.config.train.seq_len
+        self._rates: tuple[int, Any] = -1, None
+        self._has_announced = False
 
-    def _make_writers(self, resumed_at: int | None) -> Writers:
+        self.history = read_history(read_jsonl(workdir / "metrics.jsonl") if resumed else [])
+        self.writers = self._make_writers(start if resumed else None, origin)
+        # What comes before the loop is not the loop's time.
+        self.began = time.perf_counter()
+        self.mark = start, self.began
+        self.clock = Clock()
+
+    def _make_writers(self, resumed_at: int | None, origin: Mapping[str, str]) -> Writers:
         if jax.process_index() != 0:
             return Writers()
-        log, steps = self.config.log, self.config.train.steps
-        made = [JsonlWriter(self.workdir / "metrics.jsonl", resumed_at)]
+        log = self.config.log
+        steps = self.config.train.steps
+        jsonl = JsonlWriter(self.workdir / "metrics.jsonl", resumed_at)
+        if self.start < steps:
+            facts = describe_session(self.parts) | origin
+            jsonl.write(self.start, make_session_row(self.history, facts))
+
+        writers = [jsonl]
         if log.tensorboard:
-            made.append(TensorBoardWriter(self.workdir / "tensorboard", resumed_at))
-        return Writers([*made, BarWriter(steps, self.start, log.progress)])
+            writers.append(TensorBoardWriter(self.workdir / "tensorboard", resumed_at))
+        return Writers([*writers, BarWriter(steps, self.start, log.progress)])
+
+    def times(self) -> dict[str, float]:
+        """Parts of this session's time, and the wall time of all sessions."""
+        wall = self.history.wall_seconds + time.perf_counter() - self.began
+        return self.clock.metrics() | {WALL_SECONDS: wall}
 
     def restart_rate(self, step: int) -> None:
-        """Throughput counts from here: evaluation, saving and sampling are not part of it."""
+        """Counts the throughput from here. Evaluation, saving and sampling are not part of it."""
         self.mark = step, time.perf_counter()
 
     def learning_rate(self, step: int) -> float:
-        """The rate of update `step`, from a block of many made at once: each operation waits for
-        the device."""
+        """The rate of update `step`."""
         block, place = divmod(step - 1, RATES_AT_ONCE)
-        if block != self.rates[0]:
+        if block != self._rates[0]:
             steps = block * RATES_AT_ONCE + np.arange(RATES_AT_ONCE)
-            self.rates = (
-                block,
-                self.config.optim.learning_rate
-                * np.asarray(make_schedule(self.config.optim)(steps)),
-            )
-        return float(self.rates[1][place])
+            factors = np.asarray(make_schedule(self.config.optim)(steps))
+            self._rates = block, self.config.optim.learning_rate * factors
+        return float(self._rates[1][place])
 
     def announce_end(self, step: int, rate: float) -> None:
-        """Once, when a rate is known: when the last step is to be expected, evaluation and
-        saving aside."""
-        if step < self.start + 10:  # the first ones are no measure
+        """Says once when the last step is to be expected, evaluation and saving aside."""
+        if self._has_announced or step < self.start + UNSTEADY_STEPS:
             return
-        left = (self.config.train.steps - step) * self.batch_tokens / rate
-        self.announce, say = lambda line: None, self.announce
+        self._has_announced = True
+
+        steps = self.config.train.steps
+        left = (steps - step) * self.batch_tokens / rate
         end = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + left))
-        say(
-            f"{rate:,.0f} tokens/s so far: step {self.config.train.steps:,} is to be expected at "
-            f"{end}"
-        )
+        self.say(f"{rate:,.0f} tokens/s so far: step {steps:,} is to be expected at {end}")
 
     def record(self, late: tuple[int, Any] | None) -> None:
-        """A finished step's sums: checks that they are finite, and writes a line where one is
-        due."""
+        """Checks that a finished step's sums are finite, and writes a line where one is due.
+
+        The line has the means over the steps since the line before.
+        """
         if late is None:
             return
-        step, means = late[0], divide_sums(late[1])
+        step, sums = late
+        own = divide_sums(sums)
         for name in ("objective", "grad_norm", "param_norm"):
-            check_finite(name, means[name], step)
+            self.check_finite(name, own[name], step)
+
+        self.sums.add(sums)
         if step % self.config.log.every_steps and step != self.end:
             return
+
+        means = self.sums.take()
         values = {
             f"train/{name}": means[name]
-            for name in ("loss", "bits_per_byte", "accuracy", "grad_norm", "param_norm")
+            for name in ("loss", "bits_per_byte", "accuracy", "grad_norm")
         }
         values |= expert_metrics(means)
+        values["train/param_norm"] = own["param_norm"]
         values["train/learning_rate"] = self.learning_rate(step)
         values["throughput/tokens_seen"] = step * self.batch_tokens
+
         before, since = self.mark
         if step > before:
             rate = (step - before) * self.batch_tokens / (time.perf_counter() - since)
@@ -136,16 +173,35 @@ class Progress:
             values |= mfu_metrics(*self.flops, rate, self.peak.flops)
             self.announce_end(step, rate)
             self.restart_rate(step)
+
         with self.clock.phase("log"):
-            if step != self.end:  # where the whole run's times are written, by `finish`
-                values |= self.clock.metrics()
+            # At the end `finish` writes the times of the whole session.
+            if step != self.end:
+                values |= self.times()
             self.writers.write(step, values)
 
-
-def check_finite(name: str, value: float, step: int) -> None:
-    """Raises Diverged for nan and infinities."""
-    if not math.isfinite(value):
+    def check_finite(self, name: str, value: float, step: int) -> None:
+        """Raises Diverged for nan and infinities."""
+        if math.isfinite(value):
+            return
+        before = "nothing was saved before it"
+        if self.saved is not None:
+            before = f"the last checkpoint, of step {self.saved}, is from before it"
         raise Diverged(
-            f"the {name} at step {step} is {value}; the last checkpoint is from before it. Lower "
-            "config.optim.learning_rate, or set config.optim.clip"
+            f"the {name} at step {step} is {value}; {before}. Lower config.optim.learning_rate, "
+            "or set config.optim.clip"
         )
+
+
+def describe_session(parts: Parts) -> dict[str, str | float]:
+    """Where and on what this start of the program runs, for the report."""
+    device = parts.mesh.devices.flat[0]
+    processes = format_count(jax.process_count(), "process")
+    return {
+        "began": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "host": socket.gethostname(),
+        "devices": f"{parts.mesh.size} x {device.device_kind}, {processes}",
+        "code": code_version(),
+        "data": f"{parts.config.data.where}, content {parts.data.content[:12]}",
+        "learning_rate": parts.config.optim.learning_rate,
+    }

@@ -14,49 +14,58 @@ def read_saved_config(meta: dict) -> configs.Config:
     return configs.from_dict(configs.translate(meta["config"]))
 
 
-def check_resume(parts: Parts, meta: dict, directory: Path, say) -> None:
-    """Reports every changed key; UsageError when one of them changes what the saved arrays mean."""
-    found = configs.changes(read_saved_config(meta), parts.config)
-    for key, old, new, may in found:
-        say(
-            f"config.{key} changed since the checkpoint: {old!r} -> {new!r}"
-            + ("" if may else " (not possible)")
-        )
-    blocked = [
-        f"config.{key} ({old!r} there, {new!r} now)" for key, old, new, may in found if not may
-    ]
+def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
+    """Says and returns what has changed in the config since a checkpoint.
+
+    Raises UsageError if a change alters what the saved arrays mean, or if tokenizer or text are
+    others.
+    """
+    folder = directory.parent
+    allowed = []
+    blocked = []
+    for key, old, new, may_change in configs.changes(read_saved_config(meta), parts.config):
+        line = f"config.{key} changed since the checkpoint: {old!r} -> {new!r}"
+        if may_change:
+            allowed.append(f"{key}: {old!r} -> {new!r}")
+        else:
+            line += " (not possible)"
+            blocked.append(f"config.{key} ({old!r} there, {new!r} now)")
+        say(line)
+
     if blocked:
         raise UsageError(
-            f"{directory.parent} holds a run with another {', '.join(blocked)}; use its values or "
-            "another "
+            f"{folder} holds a run with another {', '.join(blocked)}; use its values or another "
             "--workdir"
         )
     if meta["tokenizer"] != parts.data.tokenizer.to_json():
         raise UsageError(
-            f"{directory.parent} holds a run with another tokenizer: the text it is made from has "
-            "changed; "
+            f"{folder} holds a run with another tokenizer: the text it is made from has changed; "
             "give the same text or another --workdir"
         )
     if meta["data"]["content"] != parts.data.content:
         raise UsageError(
-            f"{directory.parent} holds a run on another text than {parts.config.data.where} now; "
-            "give the same "
-            "text or another --workdir"
+            f"{folder} holds a run on another text than {parts.config.data.where} now; give the "
+            "same text or another --workdir"
         )
+    return allowed
 
 
-def start_state(parts: Parts, checkpoints, say) -> TrainState:
-    """The state of the newest valid checkpoint, or a fresh one."""
+def start_state(parts: Parts, checkpoints, say) -> tuple[TrainState, list[str]]:
+    """The state of the newest valid checkpoint, or a fresh one, and what has changed since."""
     step = checkpoints.latest
     if step is None:
-        return parts.init()
-    check_resume(parts, read_meta(checkpoints.directory, step), checkpoints.directory, say)
+        return parts.init(), []
+    meta = read_meta(checkpoints.directory, step)
+    changed = check_resume(parts, meta, checkpoints.directory, say)
     loaded = restore_checkpoint(checkpoints.directory, step, state_items(parts.abstract))
     say(f"resumed from step {step} of {checkpoints.directory}")
-    return loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))
+    state = loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))
+    return state, changed
 
 
 def state_items(state: TrainState) -> dict[str, Any]:
-    """The state as the items of a checkpoint; `ema` only where the run keeps averages."""
-    parts = {"params": state.params, "train": state._replace(params={}, ema={})}
-    return parts | ({"ema": state.ema} if state.ema else {})
+    """The state as the items of a checkpoint. `ema` is one of them if the run keeps averages."""
+    items = {"params": state.params, "train": state._replace(params={}, ema={})}
+    if state.ema:
+        items["ema"] = state.ema
+    return items

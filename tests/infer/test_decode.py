@@ -126,11 +126,18 @@ def run(
 def knobs_of(rows, **values):
     made = (
         dict(
-            seed=0, sample=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
+            seed=0,
+            sample=0,
+            prompt=0,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            repetition_penalty=1.0,
         )
         | values
     )
-    kinds = dict(seed=np.uint32, sample=np.int32, top_k=np.int32)
+    kinds = dict(seed=np.uint32, sample=np.int32, prompt=np.uint32, top_k=np.int32)
     return Knobs(
         **{
             k: np.broadcast_to(np.asarray(v, kinds.get(k, np.float32)), rows)
@@ -369,7 +376,7 @@ def test_rows_with_different_settings_and_greedy():
     assert strong[0] != drawn[0] and (np.asarray(strong)[1:] == drawn[1:]).all()
 
 
-def test_draws_change_with_seed_sample_and_position_only():
+def test_draws_change_with_seed_sample_prompt_and_position_only():
     logits = np.zeros((2, 1000), np.float32)
 
     def draw(position, **k):
@@ -379,7 +386,17 @@ def test_draws_change_with_seed_sample_and_position_only():
 
     a, b = draw(3, sample=[0, 1])
     assert a != b and draw(3, sample=[1, 0]) == [b, a]
-    assert len({a, draw(4)[0], draw(3, seed=1)[0]}) == 3
+    assert len({a, draw(4)[0], draw(3, seed=1)[0], draw(3, prompt=1)[0]}) == 4
+
+
+def test_prompts_of_one_call_have_random_numbers_of_their_own():
+    """An untrained model with no preference would continue all of them alike."""
+    model = make_model()
+    blank = jax.tree.map(jnp.zeros_like, make_params(model))
+    given = Sampling(max_new_tokens=12, seed=3)
+    done = generate(model, COMPUTE, blank, LETTERS, ["xx", "yy", "zz", "xx"], given, silent)
+    texts = [completion.tokens for completion in done]
+    assert len(set(texts)) == 3 and texts[0] == texts[3]
 
 
 def test_extreme_temperatures_stay_finite():

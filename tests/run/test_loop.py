@@ -17,6 +17,7 @@ import runs
 
 from gpt_jax import config as configs
 from gpt_jax.errors import Diverged, Stopped, UsageError
+from gpt_jax.metrics.sessions import find_sessions
 from gpt_jax.metrics.writers import read_jsonl
 from gpt_jax.model.count import count_params
 from gpt_jax.run import loop
@@ -183,6 +184,13 @@ def test_a_changed_config_is_reported_key_by_key(tmp_path):
         "config.log.every_steps changed since the checkpoint: 1 -> 2",
     ]
     assert list(runs.curve(tmp_path / "run")) == [1, 2, 3, 4, 6]
+    first, second = find_sessions(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert (first.number, first.step, second.number, second.step) == (1, 0, 2, 4)
+    assert second.facts["changed"] == "train.steps: 4 -> 6, log.every_steps: 1 -> 2"
+    assert "changed" not in first.facts or not first.facts["changed"]
+    assert second.wall_before > 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "in 2 sessions" in page and "train.steps: 4 -&gt; 6" in page
     for override, key, old, new in (
         ("model.mlp=64", "model.mlp", 128, 64),
         ("seed=5", "seed", 0, 5),
@@ -253,9 +261,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, steps):
             "--config.optim.warmup_steps=0",
         )
     )
-    with pytest.raises(Diverged, match=r"at step \d is (nan|inf).*config\.optim\.learning_rate"):
+    words = r"at step \d is (nan|inf).*config\.optim\.learning_rate"
+    with pytest.raises(Diverged, match=words) as ended:
         runs.run(parts, tmp_path / "run")
-    if steps_in(tmp_path / "run" / CHECKPOINT_FOLDER):
+    saved = steps_in(tmp_path / "run" / CHECKPOINT_FOLDER)
+    told = f"the last checkpoint, of step {saved[-1]}," if saved else "nothing was saved before it"
+    assert told in str(ended.value)
+    if saved:
         assert all(
             np.isfinite(x).all() for x in runs.final_state(parts, tmp_path / "run")[1].values()
         )
@@ -359,6 +371,19 @@ def test_logged_numbers_are_what_they_are_called(tmp_path):
     assert full and {n: full[n] / causal[n] for n in full} == pytest.approx(
         dict.fromkeys(full, (matmuls + attention[0]) / (matmuls + attention[1]))
     )
+
+
+def test_a_line_has_the_means_since_the_line_before(tmp_path):
+    def losses(name, *given):
+        given = ("--config.train.steps=7", "--config.eval.every_steps=0", *given)
+        runs.run(runs.build(runs.load(tmp_path, *given)), tmp_path / name)
+        return runs.curve(tmp_path / name)
+
+    each = losses("each", "--config.log.every_steps=1")
+    means = losses("means", "--config.log.every_steps=3")
+    spans = {3: (1, 2, 3), 6: (4, 5, 6), 7: (7,)}
+    wanted = {last: np.mean([each[step] for step in steps]) for last, steps in spans.items()}
+    assert means == pytest.approx(wanted, rel=1e-6)
 
 
 def test_dropout_acts_in_training_alone(tmp_path):

@@ -1,0 +1,36 @@
+"""One run at a time in a workdir."""
+
+import fcntl
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from gpt_jax.cluster import agree_on
+from gpt_jax.errors import UsageError
+
+
+@contextmanager
+def only_run(workdir: Path, say):
+    """Holds the workdir for this run alone.
+
+    Raises UsageError on all processes if another run has it.
+    """
+    with ExitStack() as closing:
+
+        def take_lock():
+            try:
+                lock = closing.enter_context(open(workdir / ".lock", "a"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"--workdir={workdir}: another run is training into it; wait for it, stop it, "
+                    "or choose another --workdir"
+                ) from None
+            except OSError as error:
+                # Some file systems have no locks.
+                say(
+                    f"{workdir} cannot be locked ({error.strerror}): a second run in it would not "
+                    "be noticed"
+                )
+
+        agree_on(take_lock)
+        yield
