@@ -9,7 +9,6 @@ Shapes: B rows, T prompt tokens, D embed, V rows of the embedding.
 """
 
 import dataclasses
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -19,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax import config, sharding
-from gpt_jax.data import StreamDecoder, Tokenizer
-from gpt_jax.errors import UsageError
-from gpt_jax.infer.sampling import Knobs, Sampling, check, sample
+from gpt_jax.data import Tokenizer
+from gpt_jax.infer.prompts import SMALLEST_BUCKET, bucket, fit_prompt, make_arrays
+from gpt_jax.infer.sampling import Sampling, check, sample
+from gpt_jax.infer.text import Completion, Row, complete
 from gpt_jax.model import (
     KERNELS,
     MULTIPLIED,
@@ -32,24 +32,6 @@ from gpt_jax.model import (
     make_cache,
     make_problem,
 )
-
-# The smallest bucket in tokens. It is more than one, because the model takes a single token for a
-# decoding step.
-SMALLEST_BUCKET = 16
-
-
-class Completion(NamedTuple):
-    """A finished row.
-
-    `tokens` are the new ones without the end-of-text token. `text` is their text up to the stop
-    string. `finish` is length, stop or eot.
-    """
-
-    prompt: int
-    sample: int
-    tokens: tuple[int, ...]
-    text: str
-    finish: str
 
 
 class Piece(NamedTuple):
@@ -150,125 +132,7 @@ def _next(params, state: State, knobs, *, model: config.Model, compute: config.C
     )
 
 
-# ---- text ----
-
-
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Finds the place where `text` is cut, or None without a stop string in it.
-
-    The text is cut at the start of the stop string that is complete first, and of several at the
-    longest. It does not matter how the text was split into tokens.
-    """
-    matches = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
-    return min(matches)[1] if matches else None
-
-
-def held_back(text: str, stops: Sequence[str]) -> int:
-    """Counts the last characters that may be the beginning of a stop string."""
-    return max(
-        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
-    )
-
-
-class _Row:
-    """One row's text: it takes tokens, and gives the characters that may be shown.
-
-    `finish` is None until the row ends.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], limit: int):
-        self._decoder = StreamDecoder(tokenizer)
-        self._eot = tokenizer.eot
-        self._stops = stops
-        self._limit = limit
-        self._waiting = ""  # characters that may be the beginning of a stop string
-
-        self.tokens: list[int] = []
-        self.text = ""
-        self.finish: str | None = None
-
-    def push(self, token: int) -> str:
-        """Takes one token, and returns the characters that it makes certain."""
-        if token == self._eot:
-            shown = self._end("eot")
-        else:
-            self.tokens.append(token)
-            shown = self._take(self._decoder.feed(token))
-            if self.finish is None and len(self.tokens) == self._limit:
-                shown += self._end("length")
-        self.text += shown
-        return shown
-
-    def _take(self, text: str) -> str:
-        """Takes text, and returns what can be no part of a stop string."""
-        text = self._waiting + text
-        cut = first_stop(text, self._stops)
-        if cut is not None:
-            self.finish = "stop"
-        else:
-            cut = len(text) - held_back(text, self._stops)
-
-        self._waiting = text[cut:]
-        return text[:cut]
-
-    def _end(self, reason: str) -> str:
-        """Ends the row, and returns the rest of its text."""
-        shown = self._take(self._decoder.flush())
-        if self.finish is None:
-            self.finish = reason
-            shown += self._waiting
-        return shown
-
-
 # ---- the loop ----
-
-
-def bucket(size: int, smallest: int = 1) -> int:
-    """Returns the first power of two that is at least `size`, and at least `smallest`."""
-    return max(smallest, 1 << (size - 1).bit_length())
-
-
-def fit_prompt(
-    number: int, text: str, tokenizer: Tokenizer, context: int, sampling: Sampling, report
-) -> np.ndarray:
-    """Encodes a prompt: at least one id, with room for a new token in the context.
-
-    An empty prompt starts from the end-of-text token. With `sampling.truncate` a prompt that fills
-    the context keeps its last tokens. This leaves room for `max_new_tokens`, but the prompt keeps
-    at least half the context.
-
-    Raises UsageError if the prompt fills the context without `truncate`. Raises UsageError if it
-    is empty and the tokenizer has no end-of-text token.
-    """
-    ids = tokenizer.encode(text)
-    if not len(ids):
-        if tokenizer.eot is None:
-            raise UsageError(
-                f"prompt {number} is empty, and the {tokenizer.name} tokenizer has no end-of-text "
-                "token to start from; give a prompt of at least one character"
-            )
-        ids = np.array([tokenizer.eot], np.int32)
-
-    if len(ids) >= context:
-        keep = max(context - sampling.max_new_tokens, context // 2)
-        if not sampling.truncate or not keep:
-            raise UsageError(
-                f"prompt {number} has {len(ids)} tokens and the model's context holds {context}, "
-                f"new ones included; shorten it to {context - 1} or fewer, or keep its last tokens "
-                "with --truncate"
-            )
-        report(
-            f"prompt {number}: kept the last {keep} of {len(ids)} tokens, cut the first "
-            f"{len(ids) - keep} (the context holds {context}, new ones included)"
-        )
-        ids = ids[-keep:]
-
-    if len(ids) + sampling.max_new_tokens > context:
-        report(
-            f"prompt {number}: stops after {context - len(ids)} new tokens, where the context of "
-            f"{context} is full"
-        )
-    return ids
 
 
 def _cast_multiplied(params, dtype: str):
@@ -286,46 +150,6 @@ def _cast_multiplied(params, dtype: str):
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _host_arrays(rows, prompts, sampling: Sampling, vocab: int, context: int):
-    """Makes the arrays of one batch of rows (prompt, sample), padded to its bucket.
-
-    Returns (tokens [B, T], lengths [B], seen [B, vocab], Knobs).
-    """
-    shards = sharding.count_parts("batch")
-    B = shards * bucket(-(-len(rows) // shards))
-    longest = max(len(prompts[p]) for p, _ in rows)
-    T = min(bucket(longest, SMALLEST_BUCKET), context)
-
-    tokens = np.zeros((B, T), np.int32)
-    lengths = np.ones(B, np.int32)
-    seen = np.zeros((B, vocab), bool)
-    samples = np.zeros(B, np.int32)
-    digests = np.zeros(B, np.uint32)
-    for b, (prompt, sample_number) in enumerate(rows):
-        ids = prompts[prompt]
-        tokens[b, : len(ids)] = ids
-        lengths[b] = len(ids)
-        seen[b, ids] = True
-        samples[b] = sample_number
-        # Without it, two prompts of one call would be continued by the same random numbers.
-        digests[b] = zlib.crc32(np.asarray(ids, np.int32).tobytes())
-
-    def fill(value, dtype):
-        return np.full(B, value, dtype)
-
-    knobs = Knobs(
-        fill(sampling.seed, np.uint32),
-        samples,
-        digests,
-        fill(sampling.temperature, np.float32),
-        fill(sampling.top_k, np.int32),
-        fill(sampling.top_p, np.float32),
-        fill(sampling.min_p, np.float32),
-        fill(sampling.repetition_penalty, np.float32),
-    )
-    return tokens, lengths, seen, knobs
-
-
 def _prompt_kernel(model: config.Model, compute: config.Compute, length: int) -> str:
     """Chooses the attention kernel for prompts of `length`.
 
@@ -341,7 +165,7 @@ def _prompt_kernel(model: config.Model, compute: config.Compute, length: int) ->
 def _stream_rows(model, compute, params, tokenizer, prompts, rows, sampling) -> Iterator[Piece]:
     """Yields the pieces of one batch of rows (prompt, sample)."""
     context = model.max_seq
-    tokens, lengths, seen, knobs = _host_arrays(rows, prompts, sampling, model.vocab, context)
+    tokens, lengths, seen, knobs = make_arrays(rows, prompts, sampling, model.vocab, context)
     sizes = [len(prompts[prompt]) for prompt, _ in rows]
     limits = [min(sampling.max_new_tokens, context - size) for size in sizes]
     longest = max(size + limit for size, limit in zip(sizes, limits, strict=True))
@@ -353,7 +177,7 @@ def _stream_rows(model, compute, params, tokenizer, prompts, rows, sampling) -> 
         "vocab": tokenizer.vocab,
     }
 
-    live = {b: _Row(tokenizer, sampling.stop, limit) for b, limit in enumerate(limits)}
+    live = {b: Row(tokenizer, sampling.stop, limit) for b, limit in enumerate(limits)}
     state, next_tokens = _start(params, tokens, lengths, seen, knobs, length=length, **static)
     for steps_left in range(max(limits) - 1, -1, -1):
         ready = next_tokens
@@ -365,7 +189,7 @@ def _stream_rows(model, compute, params, tokenizer, prompts, rows, sampling) -> 
             if b not in live:
                 continue
             text = live[b].push(token)
-            completion = _complete(live[b], *rows[b])
+            completion = complete(live[b], *rows[b])
             if completion:
                 del live[b]
             if text or completion:
@@ -373,13 +197,6 @@ def _stream_rows(model, compute, params, tokenizer, prompts, rows, sampling) -> 
                 yield Piece(prompt * sampling.num_samples + sample_number, text, completion)
         if not live:
             return
-
-
-def _complete(row: _Row, prompt: int, sample_number: int) -> Completion | None:
-    """Makes the completion of a row that has ended."""
-    if row.finish is None:
-        return None
-    return Completion(prompt, sample_number, tuple(row.tokens), row.text, row.finish)
 
 
 def stream_text(

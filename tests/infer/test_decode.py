@@ -18,8 +18,10 @@ from gpt_jax.data.tokenizers.vocabulary import (
 )
 from gpt_jax.errors import UsageError
 from gpt_jax.infer import decode
-from gpt_jax.infer.decode import Completion, first_stop, generate, held_back, stream_text
+from gpt_jax.infer.decode import generate, stream_text
+from gpt_jax.infer.prompts import digest_prompt
 from gpt_jax.infer.sampling import Knobs, Sampling, _filter as sampling_filter, sample
+from gpt_jax.infer.text import Completion, first_stop, held_back
 from gpt_jax.model.transformer import Transformer, abstract_params
 from gpt_jax.sharding.mesh import make_concrete
 
@@ -171,7 +173,8 @@ def test_cached_equals_uncached(name):
         logits = np.asarray(full_logits(model, tokens))
         for b, (prompt, completion) in enumerate(zip(PROMPTS, done, strict=True)):
             position = len(prompt) + np.arange(24)
-            knobs = knobs_of(24, temperature=sampling.temperature)
+            digest = digest_prompt(LETTERS.encode(prompt))
+            knobs = knobs_of(24, temperature=sampling.temperature, prompt=digest)
             seen = np.zeros((24, model.vocab), bool)
             expected = sample(logits[b, position - 1], position, knobs, seen, LETTERS.vocab)
             assert completion.tokens == tuple(expected.tolist())
@@ -193,7 +196,7 @@ def test_the_whole_context_can_be_filled():
 def test_kernels_cast_once_change_nothing():
     model = make_model(tied=False)
     params, tokens = make_params(model), np.arange(12)[None]
-    cast = decode._cast_kernels(params, "bfloat16")
+    cast = decode._cast_multiplied(params, "bfloat16")
     assert (
         cast["head"]["kernel"].dtype == jnp.bfloat16 and cast["embed"]["table"].dtype == jnp.float32
     )
