@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     emit("\n".join(measure(load_config(args.config, rest), args.batches, args.seconds)))
 
 
-def timed(make: Callable[[int], None], count: int, seconds: float) -> tuple[int, float]:
+def timed(make: Callable[[int], object], count: int, seconds: float) -> tuple[int, float]:
     """(calls, seconds) of `make(n)`: `count` times, or until the time is over."""
     began, n = time.perf_counter(), 0
     while (n < count) if count else (time.perf_counter() - began < seconds):

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from functools import partial
+from pathlib import Path
 
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit, make_say
@@ -94,7 +95,7 @@ def main(arguments: list[str]) -> None:
         emit("\n".join(table(rows)))
 
 
-def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
+def measure(args, say) -> tuple[dict[str, dict[str, float]], int, Path]:
     """({source: metrics}, step, directory); with several sources `all` besides, as main's help
     defines it."""
     import jax
@@ -135,7 +136,9 @@ def measure(args, say) -> tuple[dict[str, dict[str, float]], int, str]:
                 else "its folder was made by gpt-jax prepare without --eval_fraction"
             )
             raise UsageError(f"the run held no text out ({why}); give some with --text")
-        sources = data.heldout if len(data.parts) > 1 else {"held-out": data.parts[0].eval}
+        sources = (
+            data.heldout if len(data.parts) > 1 else {"held-out": next(iter(data.heldout.values()))}
+        )
     shards = sharding.row_parts(mesh)
     batch_size = -(-(args.batch_size or config.eval.batch_size) // shards) * shards
     step = jax.jit(

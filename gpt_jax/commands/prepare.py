@@ -49,7 +49,8 @@ class Given(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(before if before is not self.default else []), *values])
+        earlier = [] if before is self.default else list(before)
+        setattr(namespace, self.dest, [*earlier, *(values or [])])
 
 
 def make_flags() -> Flags:
@@ -197,7 +198,7 @@ def run(args) -> None:
     }
     settings = PrepareSettings(**given | {"reading": reading, "filters": tuple(args.filters)})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    engine = Engine(args.engine, args.workers or cores, args.ray_address)
+    engine = Engine(args.engine, args.workers or cores or 1, args.ray_address)
     folder, display, inputs = Path(args.output).expanduser(), Display(), named(args.input)
     for path in (Path(path).expanduser() for paths in inputs.values() for path in paths):
         if path.is_dir() and path.resolve() in folder.resolve().parents:

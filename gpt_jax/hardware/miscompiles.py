@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 import gpt_jax
@@ -26,7 +26,7 @@ FOLDER = "~/.cache/gpt_jax"
 class Machine(NamedTuple):
     """What decides whether a fault is here."""
 
-    device: jax.Device
+    device: jax.Device  # pyright: ignore[reportInvalidTypeForm] # It is a class.
     jaxlib: str
 
 
@@ -72,7 +72,7 @@ def gives_sums_to_ynn(machine: Machine) -> bool:
         return False
     like = jax.ShapeDtypeStruct((3, 1, 2, 2, 8, 8, 8), jnp.float32)
     compiled = jax.jit(lambda a, b: (a * b).sum(3)).lower(like, like).compile()
-    return "__ynn_fusion" in compiled.as_text()
+    return "__ynn_fusion" in (compiled.as_text() or "")
 
 
 def look_for_ynn_crash(machine: Machine) -> str:
@@ -180,14 +180,18 @@ def find_miscompiles(machine: Machine) -> list[str]:
     return lines
 
 
-def check_miscompiles(device: jax.Device, ignore: bool, folder: str = FOLDER) -> list[str]:
+def check_miscompiles(
+    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm] # It is a class.
+    ignore: bool,
+    folder: str = FOLDER,
+) -> list[str]:
     """Looks for known faults of the compiler on `device`, unless it passed before.
 
     Returns a line for each fault that `ignore` lets pass. Raises Miscompiled for a fault without
     it. A `folder` that cannot be written makes no difference, but the programs run again at the
     next start.
     """
-    machine = Machine(device, jaxlib.__version__)
+    machine = Machine(device, jaxlib.version.__version__)
     looked_for = [fault.reports for fault in MISCOMPILES]
     facts = [looked_for, Path(__file__).read_text(), jax.__version__, machine.jaxlib]
     # A process that opened its devices before `import gpt_jax` goes without our flags, although

@@ -11,7 +11,7 @@ Shapes: B rows, T prompt tokens, D embed, V rows of the embedding.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class State(NamedTuple):
 
 def _pick(params, hidden, cache, lengths, seen, knobs, model, compute, vocab):
     """Draws the next tokens from hidden [B, 1, D] -> (State, the tokens [B] on every device)."""
-    logits = Transformer(model, compute).apply({"params": params}, hidden, method="unembed")
+    logits: Any = Transformer(model, compute).apply({"params": params}, hidden, method="unembed")
     # The sampler sees a row's whole vocabulary.
     logits = sharding.constrain(logits, "batch", None, None)[:, 0]
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt_jax.config import knob
 from gpt_jax.errors import UsageError
@@ -64,17 +65,20 @@ def check(sampling: Sampling) -> None:
         raise UsageError("--stop = '': an empty string would stop at once; leave it out")
 
 
-class Knobs(NamedTuple):
-    """What differs from row to row on the device, all [B]. A new value compiles nothing."""
+Column = jax.Array | np.ndarray  # [B], on the device or not yet
 
-    seed: jax.Array
-    sample: jax.Array  # index among the samples of a prompt
-    prompt: jax.Array  # digest of the prompt's tokens
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition_penalty: jax.Array
+
+class Knobs(NamedTuple):
+    """What differs from row to row on the device. A new value compiles nothing."""
+
+    seed: Column
+    sample: Column  # index among the samples of a prompt
+    prompt: Column  # digest of the prompt's tokens
+    temperature: Column
+    top_k: Column
+    top_p: Column
+    min_p: Column
+    repetition_penalty: Column
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -48,9 +48,9 @@ def use_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Ar
         return constrain(weight, *axes)
 
     dim, names = where
-    rows = {name for part in used_spec("batch", "seq") for name in _names(part)}
+    rows = frozenset(name for part in used_spec("batch", "seq") for name in _names(part))
     spec = jax.typeof(weight).sharding.spec
-    in_spec = P(*spec, reduced=rows - set(names))
+    in_spec = P(*spec, reduced=rows - frozenset(names))
     whole = [None if i == dim else part for i, part in enumerate(spec)]
 
     gather_shard = jax.shard_map(

@@ -41,16 +41,20 @@ def make_positions(length: int) -> jax.Array:
     return layout.constrain(reorder(jnp.arange(length)[None]), None, "seq")
 
 
-def apply_in_text_order(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
-    """`fn` of x [B, T, …] with whole rows in the text's order. The result is laid out by `axes`.
+def apply_in_text_order(
+    fn: Callable, x: jax.Array, batch: str, seq: str, *rest: str | None
+) -> jax.Array:
+    """`fn` of x [B, T, …] with whole rows in the text's order.
+
+    The result is laid out by the logical axes `batch`, `seq` and `rest`.
 
     It is for functions other than attention that look along a row.
     """
-    if rules.count_parts(axes[1]) == 1:
+    if rules.count_parts(seq) == 1:
         return fn(x)
 
-    rows = layout.constrain(x, axes[0], *(None,) * (x.ndim - 1))
-    return layout.constrain(reorder(fn(reorder(rows, back=True))), *axes)
+    rows = layout.constrain(x, batch, *(None,) * (x.ndim - 1))
+    return layout.constrain(reorder(fn(reorder(rows, back=True))), batch, seq, *rest)
 
 
 # ---- batches ----
@@ -67,7 +71,7 @@ def process_rows(mesh: Mesh, batch_size: int) -> slice:
     Raises UsageError if those rows are not contiguous.
     """
     here = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((batch_size,))
-    slices = sorted({index[0].indices(batch_size)[:2] for index in here.values()})
+    slices = sorted({index[0].indices(batch_size)[:2] for index in here.values() if index})
     start, stop = slices[0][0], slices[-1][1]
     if any(end != begin for (_, end), (begin, _) in itertools.pairwise(slices)):
         raise UsageError(

@@ -61,7 +61,7 @@ def using_rules(changes: dict):
     Enter it in the traced function itself and never around a call of a jitted function. The
     changes are no part of a compiled function's key.
     """
-    token = _CHANGED.set(_CHANGED.get() | changes)
+    token = _CHANGED.set({**_CHANGED.get(), **changes})
     try:
         yield
     finally:
@@ -82,7 +82,7 @@ def make_spec(table: Mapping, axes: tuple[str | None, ...]) -> P:
 
 def used_spec(*axes: str | None) -> P:
     """The PartitionSpec of logical `axes` by the USED rules."""
-    return make_spec(USED | _CHANGED.get(), axes)
+    return make_spec({**USED, **_CHANGED.get()}, axes)
 
 
 def habits() -> config.Habits:
@@ -106,7 +106,7 @@ def axis_size(axis: str) -> int:
 
 def count_parts(axis: str) -> int:
     """Pieces into which the USED rules cut logical `axis` (1 without a mesh)."""
-    rules = USED | _CHANGED.get()
+    rules = {**USED, **_CHANGED.get()}
     return math.prod(map(axis_size, _names(rules[axis])))
 
 

@@ -40,7 +40,7 @@ def _shingle_hashes(text: str, size: int) -> Iterator[np.ndarray]:
 def _mixed(columns: Iterable[np.ndarray]) -> np.ndarray:
     """uint64 [N]: a number for each row of uint32 columns, in their order; its upper half is the
     better one."""
-    mixed = np.uint64(0)
+    mixed = np.zeros((), np.uint64)
     for column in columns:
         mixed = (mixed ^ column.astype(np.uint64)) * MIX + np.uint64(1)
         mixed ^= mixed >> np.uint64(29)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from gpt_jax.data.read import remote
-from gpt_jax.data.read.sources import Source, suffixes
+from gpt_jax.data.read.sources import Source, format_and_packing
 from gpt_jax.errors import UsageError
 
 BUFFER = 1 << 17
@@ -153,10 +153,10 @@ UNPACK = {
 
 
 @contextlib.contextmanager
-def opened(source: Source, seekable: bool = False) -> Iterator[BinaryIO]:
+def opened(source: Source, seekable: bool = False) -> Iterator[io.BufferedReader]:
     """The unpacked bytes of a file. `seekable`: a packed one is unpacked into a temporary file
     first."""
-    _, packing = suffixes(source.path)
+    _, packing = format_and_packing(source)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(remote.open_binary(source.path))
         if packing:

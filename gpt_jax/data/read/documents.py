@@ -25,7 +25,7 @@ from gpt_jax.data.read.decoding import (
     plain,
 )
 from gpt_jax.data.read.formats import BY_ARROW, TEXTS, format_of
-from gpt_jax.data.read.sources import Source, suffixes
+from gpt_jax.data.read.sources import Source, format_and_packing
 from gpt_jax.errors import UsageError
 
 __all__ = [
@@ -102,7 +102,7 @@ class Tally:
 @contextlib.contextmanager
 def _damage(source: Source) -> Iterator[None]:
     """What the libraries say of files that are torn or gone, as UsageError."""
-    kind, packing = suffixes(source.path)
+    kind, packing = format_and_packing(source)
     torn = f"{source.path}: a damaged or incomplete {packing or kind} file"
     try:
         yield
@@ -176,7 +176,7 @@ def _joined(sizes: Sequence[int], size: int) -> list[int]:
 def _shard_borders(source: Source, size: int) -> list[int]:
     """Shards at which pieces of about `size` bytes begin; each one where their sizes are not
     known."""
-    sizes = hub.sizes(source.path)
+    sizes = hub.sizes(str(source.path))
     return _joined(sizes, size) if any(sizes) else list(range(len(sizes)))
 
 
@@ -192,7 +192,8 @@ def cut_source(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]
     """Pieces of about `size` bytes, at least one, whose documents one after the other are those
     of the whole: lines by bytes, .parquet by row groups, hf:// by the data set's own shards;
     packed files and all other formats whole."""
-    packing, borders = suffixes(source.path)[1], [0]
+    borders = [0]
+    _, packing = format_and_packing(source)
     with contextlib.suppress(Damaged), _damage(source):  # told when it is read
         borders = list(
             CUTS["" if packing else format_of(source, reading).cut](source, max(size, 1))

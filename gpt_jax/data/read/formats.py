@@ -28,7 +28,7 @@ from gpt_jax.data.read.decoding import (
     plain,
     plain_text,
 )
-from gpt_jax.data.read.sources import HUB, Source, suffixes
+from gpt_jax.data.read.sources import HUB, Source, format_and_packing
 from gpt_jax.errors import UsageError
 
 NO_LINES = "its lines do not end in the byte 0A; convert the file to UTF-8"
@@ -176,6 +176,7 @@ def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
     column, header = _column(cells(first), piece, reading)
     for number, raw in enumerate(_lines(piece, reading)):
         line = raw.value if number or piece.start else first
+        assert isinstance(line, bytes)  # as all rows of `_lines`
         value = (
             None if header and not number and not piece.start else _cell(cells(line), column, width)
         )
@@ -325,5 +326,5 @@ FORMATS = {
 
 
 def format_of(source: Source, reading: Reading) -> Format:
-    found = FORMATS[suffixes(source.path)[0]]
+    found = FORMATS[format_and_packing(source)[0]]
     return found[reading.documents] if found is TEXTS else found

@@ -86,6 +86,7 @@ def pin(path: str, say: Callable[[str], None]) -> str:
     except UsageError as error:
         say(f"no commit of the hub to hold on to, so a change there would not be noticed: {error}")
         return path
+    assert sha is not None  # the hub has a commit for every revision
     return with_revision(path, sha)
 
 
@@ -163,7 +164,8 @@ def stamp(path: str) -> tuple[int, str]:
 
 def rows(piece: Piece, reading: Reading) -> Iterator[Raw]:
     """Rows of the shards piece.start to piece.stop, in the order of the data set."""
-    dataset = stream(piece.source.path)
+    path = str(piece.source.path)
+    dataset = stream(path)
     whole = piece.start == 0 and piece.stop < 0
     stop = dataset.num_shards if piece.stop < 0 else piece.stop
     parts = (
@@ -171,7 +173,7 @@ def rows(piece: Piece, reading: Reading) -> Iterator[Raw]:
         if whole
         else (dataset.shard(dataset.num_shards, i) for i in range(piece.start, stop))
     )
-    with _library(piece.source.path):
+    with _library(path):
         for row in (row for part in parts for row in part):
             try:
                 value = field_text(row, reading)

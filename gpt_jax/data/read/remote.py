@@ -101,17 +101,19 @@ class _File(io.RawIOBase):
         super().close()
 
 
-def open_remote(url: str) -> BinaryIO:
+def open_remote(url: str) -> io.RawIOBase:
     """The file at `url`, seekable where the store allows ranges. UsageError when it cannot be
     opened or read."""
     with reaching(url):
-        return _File(url, fsspec.open(url, "rb").open())
+        opened = fsspec.open(url, "rb")
+        # One URL gives one file and no list of them, unlike what the inferred type says.
+        return _File(url, opened.open())  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def open_binary(path: Path | str) -> BinaryIO:
+def open_binary(path: Path | str) -> io.RawIOBase | io.BufferedReader:
     """A local or a remote file to read; OSError for a local one, UsageError for a remote one
     that cannot be opened."""
-    return open_remote(path) if is_remote(path) else open(path, "rb")
+    return open_remote(str(path)) if is_remote(path) else open(path, "rb")
 
 
 def is_folder(url: str) -> bool:

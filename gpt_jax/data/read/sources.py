@@ -40,11 +40,18 @@ def suffixes(path: Path | str) -> tuple[str, str] | None:
     """(format, compression) of a file that can be read, else None."""
     if str(path).startswith(HUB):
         return HUB, ""
-    path = PurePosixPath(path)
-    suffix = path.suffix.lower()
+    pure = PurePosixPath(path)
+    suffix = pure.suffix.lower()
     packing = suffix if suffix in PACKINGS else ""
-    kind = path.with_suffix("").suffix.lower() if packing else suffix
+    kind = pure.with_suffix("").suffix.lower() if packing else suffix
     return (kind, packing) if kind in SUFFIXES else None
+
+
+def format_and_packing(source: Source) -> tuple[str, str]:
+    """(format, compression) of a source. Every source can be read."""
+    known = suffixes(source.path)
+    assert known is not None
+    return known
 
 
 def _walk(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[Source]:
@@ -115,7 +122,9 @@ NOT_LIBRARY = (
 def _standard_library() -> list[Source]:
     folder = Path(sysconfig.get_path("stdlib"))
     return [
-        source for source in _walk(folder, "stdlib", NOT_LIBRARY) if source.path.suffix == ".py"
+        source
+        for source in _walk(folder, "stdlib", NOT_LIBRARY)
+        if Path(source.path).suffix == ".py"
     ]
 
 
@@ -148,16 +157,12 @@ def _expand(spec: str, key: str) -> list[Source]:
     elif path.exists() if here else remote.exists(spec):
         found = _one(path) if here else _one_remote(spec)
     elif glob.has_magic(spec):
-        matches = (
-            [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
-            if here
-            else remote.glob(spec)
-        )
+        matches = sorted(glob.glob(str(path), recursive=True)) if here else remote.glob(spec)
         if not matches:
             raise UsageError(f"{key} = {spec!r}: no file matches")
-        found = [
-            source for match in matches for source in (_one(match) if here else _one_remote(match))
-        ]
+        found = []
+        for match in matches:
+            found += _one(Path(match)) if here else _one_remote(match)
     else:
         if here:
             _file(path, spec)  # has more to say of a link

@@ -82,6 +82,7 @@ class Examples:
             for whole, column in zip(buffer, part, strict=True):
                 whole[mine] = column
 
+        assert buffer is not None  # a batch has at least one row
         if self.knobs.shuffle_documents:
             buffer = transforms.shuffle_documents(buffer, self.seed + 1, indices)
 
@@ -127,8 +128,8 @@ class Batches:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, number: int) -> Columns:
-        return self._make(number * self._batch_size + self._rows)
+    def __getitem__(self, index: int) -> Columns:
+        return self._make(index * self._batch_size + self._rows)
 
     def __repr__(self) -> str:
         return f"Batches(batch_size={self._batch_size}, rows={len(self._rows)})"

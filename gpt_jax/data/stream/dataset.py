@@ -215,8 +215,9 @@ def load_dataset(
     _check_without_sources(data)
     folders = {path: folder for path in data.path if (folder := _folder(path, data, report))}
     if any(path not in folders and adopt.is_foreign(path) for path in data.path):
-        is_named = (tokenizer or data.tokenizer) and isinstance(wanted, Tokenizer)
-        return of_text(adopt.adopt(data.path, data, wanted if is_named else None, report))
+        is_named = tokenizer or data.tokenizer
+        named = wanted if is_named and isinstance(wanted, Tokenizer) else None
+        return of_text(adopt.adopt(data.path, data, named, report))
     if not folders:
         return of_text(cache.prepare(data, wanted, report))
 

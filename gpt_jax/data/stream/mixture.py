@@ -107,8 +107,12 @@ def make(counts: np.ndarray, begins: Sequence[int], seed: int) -> Mixture:
         if rest:
             runs.append((begins[phase + 1] - rest, _remainders(shares, rest), shares))
 
-    begins, counts, shares = zip(*runs, strict=True)
-    return Mixture(np.array(counts), np.array(begins, np.int64), np.array(shares), seed)
+    return Mixture(
+        counts=np.array([counts for _, counts, _ in runs]),
+        begins=np.array([begin for begin, _, _ in runs], np.int64),
+        weights=np.array([shares for _, _, shares in runs]),
+        seed=seed,
+    )
 
 
 LAST_TOKEN = 10**18  # the last token at which a phase may begin

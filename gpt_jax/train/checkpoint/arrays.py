@@ -7,6 +7,7 @@ subtrees come back from the caller's own abstract tree.
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint.experimental import v1 as ocp
 
 from gpt_jax.errors import NoCheckpoint, UsageError
@@ -23,7 +24,7 @@ def nest(tree, what: str) -> dict:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
             raise TypeError(f"{what} {_name(path)}: {type(leaf).__name__} is not a jax array")
-        if leaf.size == 0 or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        if leaf.size == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise TypeError(
                 f"{what} {_name(path)}: {leaf.dtype}{list(leaf.shape)} cannot be stored; "
                 "store the key data of a typed key, and no empty arrays"
@@ -58,9 +59,9 @@ def restore_checkpoint(directory, step: int, wanted: dict) -> dict:
     folder = Path(directory).absolute() / str(step)
     nested = {name: nest(tree, name) for name, tree in wanted.items()}
     for name, tree in nested.items():
-        metadata = _read(folder, lambda name=name: ocp.metadata(folder, name).metadata)
+        metadata = _read(folder, lambda name=name: ocp.metadata(str(folder), name).metadata)
         _compare_layout(folder, name, _flat(metadata), _flat(tree))
-    loaded = _read(folder, lambda: ocp.load_checkpointables(folder, nested))
+    loaded = _read(folder, lambda: ocp.load_checkpointables(str(folder), nested))
     out = {}
     for name, tree in wanted.items():
         arrays, (leaves, structure) = (

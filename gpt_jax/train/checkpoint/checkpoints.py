@@ -156,7 +156,7 @@ class Checkpoints:
         if not agree_on(lambda: self._make_room(step)):
             return False
         try:
-            response = ocp.save_checkpointables_async(self.directory / str(step), trees)
+            response = ocp.save_checkpointables_async(str(self.directory / str(step)), trees)
         except Exception as error:
             raise self._failed(step, error) from error
         written = self._pool.submit(response.result)

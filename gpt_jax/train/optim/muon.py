@@ -111,14 +111,14 @@ def scale_by_muon(
     def init(params):
         return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         b = momentum(state.count)
 
         def average(m, g):
             return b * m + (1 - b) * g
 
-        averages = jax.tree.map(average, state.momentum, grads)
-        updates = orthogonal(jax.tree.map(average, averages, grads))
+        averages = jax.tree.map(average, state.momentum, updates)
+        updates = orthogonal(jax.tree.map(average, averages, updates))
         return updates, MuonState(state.count + 1, averages)
 
     return optax.GradientTransformation(init, update)
@@ -182,7 +182,7 @@ def add_decay(
     def init(params):
         return DecayState(jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         done = jnp.minimum(state.count / end, 1.0) if end else 0.0
         decay = weight_decay * 0.5 * (1 + jnp.cos(jnp.pi * done))
 

@@ -4,7 +4,7 @@ Parameters are a nested dict of float32 arrays. A path joins its keys with "/". 
 belongs to exactly one group, and each group has its own optimiser, rate and decay (groups.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def _by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         # Zeros do not inherit the layout of the layers, so it is stated.
         return sharding.over_stages(jax.vmap(tx.init)(params))
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         if not jax.tree.leaves(updates):
             return tx.update(updates, state, params)
         return jax.vmap(tx.update)(updates, state, params)
@@ -180,7 +180,7 @@ def make_optimizer(
             optax.scale_by_learning_rate(rate),
         )
 
-    used = {
+    used: dict[Hashable, optax.GradientTransformation] = {
         name: make_group(group)
         for i, (name, group) in enumerate(groups.items())
         if i in index.values()
@@ -202,8 +202,8 @@ def make_zero1(
     updates. Both functions take a tree shaped like the parameters.
     """
 
-    def update(grads, state, params):
-        updates, state = tx.update(split(grads), state, split(params))
+    def update(updates, state, params=None):
+        updates, state = tx.update(split(updates), state, split(params))
         return whole(updates), state
 
     return optax.GradientTransformation(lambda params: tx.init(split(params)), update)

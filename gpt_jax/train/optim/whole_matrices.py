@@ -121,8 +121,8 @@ def _held(x: jax.Array, sizes: dict[str, int]) -> tuple[tuple[str, ...], int | N
 
 
 def _kind(x) -> MatrixKind:
-    held, _, *dims = jax.typeof(x).sharding.spec
-    return MatrixKind(x.shape[2:], tuple(map(_names, dims)), _names(held))
+    held, _, rows, columns = jax.typeof(x).sharding.spec
+    return MatrixKind(x.shape[2:], (_names(rows), _names(columns)), _names(held))
 
 
 def _turns(x) -> bool:
