@@ -1,13 +1,14 @@
 """The frozen `Config`: every knob of a run, its default and its limits.
 
-A config file returns a `ConfigDict` holding only what it changes; `from_dict` turns it into one
-`Config` and is the last place that sees a ConfigDict. Each room receives its own section. Values
-that must agree with each other are checked in `check`, before anything compiles.
+A config file returns a `ConfigDict` that holds only what it changes. `from_dict` turns it into one
+`Config`, and is the last place that sees a ConfigDict. Each room receives its own section. `check`
+compares values that must agree with each other, before anything compiles.
 """
 
-from gpt_jax.config.checks import check, faults, problems, resolve, shape_on, wsd_start
+from gpt_jax.config.checks import check, problems, shape_on
 from gpt_jax.config.data_fields import Data
 from gpt_jax.config.describe import describe_config, make_page, make_schema
+from gpt_jax.config.field_checks import faults
 from gpt_jax.config.fields import RESUMABLE, Config
 from gpt_jax.config.habits import Habits, describe_habits, find_habits
 from gpt_jax.config.knobs import (
@@ -53,6 +54,7 @@ from gpt_jax.config.read import (
     to_json,
     translate,
 )
+from gpt_jax.config.resolve import resolve, wsd_start
 from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Log, Mesh, Optim, Train
 
 __all__ = [

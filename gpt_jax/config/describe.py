@@ -6,6 +6,7 @@ import typing
 from collections.abc import Iterator
 
 from gpt_jax.config.fields import Config
+from gpt_jax.config.knobs import is_section
 from gpt_jax.errors import UsageError
 
 
@@ -20,7 +21,7 @@ class Entry(typing.NamedTuple):
 def list_sections() -> dict[str, type]:
     """The sections of a config and their dataclasses, in the order of `Config`."""
     hints = typing.get_type_hints(Config)
-    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    return {name: kind for name, kind in hints.items() if is_section(kind)}
 
 
 def list_entries(kind: type, path: str = "") -> Iterator[Entry]:
@@ -28,7 +29,7 @@ def list_entries(kind: type, path: str = "") -> Iterator[Entry]:
     hints = typing.get_type_hints(kind)
     for spec in dataclasses.fields(kind):
         inner = hints[spec.name]
-        if dataclasses.is_dataclass(inner):
+        if is_section(inner):
             yield from list_entries(inner, f"{path}{spec.name}.")
         else:
             yield Entry(path + spec.name, inner, spec)
@@ -80,7 +81,7 @@ JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 def make_schema(kind=Config) -> dict:
     """The JSON schema (draft 2020-12) of the type of a field or of a section."""
-    if dataclasses.is_dataclass(kind):
+    if is_section(kind):
         hints = typing.get_type_hints(kind)
         properties = {}
         for spec in dataclasses.fields(kind):

@@ -1,6 +1,6 @@
 """The whole `Config`: one section for each room, and what may change when a run resumes.
 
-A field whose value 0 means "derived" says so in its help; `checks.resolve` fills it in.
+A field whose value 0 means "derived" says so in its help; `resolve` fills it in.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """How a field of a config is declared, and the names that fields may choose from."""
 
-from dataclasses import field
-from typing import Any
+from dataclasses import field, is_dataclass
+from typing import Any, TypeGuard
 
 NORMS = ("layernorm", "rmsnorm", "plain_rmsnorm")
 POSITIONS = ("learned", "rotary", "sinusoidal", "none")
@@ -32,3 +32,8 @@ def knob(default, text: str, *, low=None, high=None, choices=None) -> Any:
     """
     metadata = {"help": text, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
+
+
+def is_section(kind) -> TypeGuard[type]:
+    """Whether a type of a field is a section: a dataclass with fields of its own."""
+    return isinstance(kind, type) and is_dataclass(kind)

@@ -7,6 +7,8 @@ from gpt_jax.config.model_fields import Model
 
 
 class LayerSpec(NamedTuple):
+    """One layer."""
+
     mixer: str
     ffn: str
     window: int
@@ -14,7 +16,7 @@ class LayerSpec(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """`repeats` times the layers `period`, then the layers `tail`."""
+    """The layers `period`, repeated `repeats` times, and then the layers `tail`."""
 
     period: tuple[LayerSpec, ...]
     repeats: int
@@ -22,23 +24,21 @@ class Layout(NamedTuple):
 
 
 def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
-    """One row a layer: patterns tiled over depth."""
-    layers, last = model.layers, model.layers - 1
+    """The layers of a model: its patterns, tiled over depth."""
+    last = model.layers - 1
 
-    def window(i):
-        return 0 if i == last and model.last_window_full else model.windows[i % len(model.windows)]
-
-    return tuple(
-        LayerSpec(
-            *model.pattern[i % len(model.pattern)],
-            window(i),
-            model.value_embed and (last - i) % 2 == 0,
-        )
-        for i in range(layers)
-    )
+    specs = []
+    for i in range(model.layers):
+        mixer, ffn = model.pattern[i % len(model.pattern)]
+        window = model.windows[i % len(model.windows)]
+        if i == last and model.last_window_full:
+            window = 0
+        has_values = model.value_embed and (last - i) % 2 == 0
+        specs.append(LayerSpec(mixer, ffn, window, has_values))
+    return tuple(specs)
 
 
-@lru_cache  # a plan asks for every mesh
+@lru_cache  # A plan asks for every mesh.
 def layout(specs: tuple[LayerSpec, ...]) -> Layout:
     """The split that compiles the fewest layers."""
 
@@ -48,6 +48,7 @@ def layout(specs: tuple[LayerSpec, ...]) -> Layout:
             repeats += 1
         return Layout(specs[:size], repeats, specs[repeats * size :])
 
-    return min(
-        map(split, range(1, len(specs) + 1)), key=lambda found: len(found.period) + len(found.tail)
-    )
+    def compiled_layers(plan):
+        return len(plan.period) + len(plan.tail)
+
+    return min(map(split, range(1, len(specs) + 1)), key=compiled_layers)

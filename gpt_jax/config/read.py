@@ -1,4 +1,4 @@
-"""A Config from nested mappings and command-line text, and back; how two of them differ."""
+"""A Config from nested mappings and from command-line text, and how two Configs differ."""
 
 import ast
 import dataclasses
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpt_jax.config.fields import RESUMABLE, Config
+from gpt_jax.config.knobs import is_section
 from gpt_jax.errors import UsageError
 
 # Where a key of an older config is today. A config file or a flag that uses one is refused with
@@ -43,39 +44,35 @@ def _way_out(path: str, name: str, known) -> str:
 
 def translate(values: Mapping[str, Any]) -> dict:
     """The config of a checkpoint, written by any earlier version, with today's keys."""
-    sections = {
-        name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()
-    }
+    sections = {}
+    for name, value in values.items():
+        sections[name] = dict(value) if isinstance(value, Mapping) else value
+
     for old, new in RENAMED.items():
-        section, key = old.split(".")
-        if key in sections.get(section, {}):
-            there, name = new.split(".")
-            sections.setdefault(there, {})[name] = sections[section].pop(key)
+        old_section, old_name = old.split(".")
+        new_section, new_name = new.split(".")
+        if old_name in sections.get(old_section, {}):
+            value = sections[old_section].pop(old_name)
+            sections.setdefault(new_section, {})[new_name] = value
     return sections
 
 
 def _describe(kind) -> str:
+    """The name of a type, for messages."""
     return getattr(kind, "__name__", str(kind).replace("typing.", ""))
 
 
 def _coerce(kind, value, path: str):
-    """`value` as `kind`, or a UsageError naming `path`. Ints pass as floats, lists as tuples;
-    nothing else bends."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    """`value` as `kind`.
+
+    An int becomes a float, a list a tuple, and one text a tuple of texts. Raises UsageError, which
+    names `path`, for a value of any other type.
+    """
+    if is_section(kind):
         return from_dict(value, kind, path)
-    if origin is tuple:
-        if isinstance(value, str) and args == (str, Ellipsis):
-            value = (value,)
-        if not isinstance(value, (tuple, list)):
-            raise UsageError(f"{path} = {value!r}: expected a tuple, such as (a, b)")
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        if len(kinds) != len(value):
-            raise UsageError(f"{path} = {value!r}: expected {len(kinds)} entries")
-        return tuple(
-            _coerce(k, v, f"{path}[{i}]")
-            for i, (k, v) in enumerate(zip(kinds, value, strict=False))
-        )
+    if typing.get_origin(kind) is tuple:
+        return _coerce_tuple(typing.get_args(kind), value, path)
+
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
@@ -87,18 +84,32 @@ def _coerce(kind, value, path: str):
     return value
 
 
+def _coerce_tuple(arguments: tuple, value, path: str) -> tuple:
+    """`value` as a tuple whose entries have the types `arguments`, see `_coerce`."""
+    if isinstance(value, str) and arguments == (str, Ellipsis):
+        value = (value,)
+    if not isinstance(value, (tuple, list)):
+        raise UsageError(f"{path} = {value!r}: expected a tuple, such as (a, b)")
+
+    kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+    if len(kinds) != len(value):
+        raise UsageError(f"{path} = {value!r}: expected {len(kinds)} entries")
+    entries = []
+    for i, (kind, entry) in enumerate(zip(kinds, value, strict=True)):
+        entries.append(_coerce(kind, entry, f"{path}[{i}]"))
+    return tuple(entries)
+
+
 def _check_limits(spec: dataclasses.Field, value, path: str) -> None:
-    low, high, choices = (spec.metadata.get(k) for k in ("low", "high", "choices"))
+    """Raises UsageError for a value outside the limits of its field."""
+    choices = spec.metadata.get("choices")
     if choices is not None and value not in choices:
         raise UsageError(f"{path} = {value!r}: choose one of {', '.join(map(str, choices))}")
+
+    low = spec.metadata.get("low")
+    high = spec.metadata.get("high")
     if (low is not None and value < low) or (high is not None and value > high):
-        bounds = (
-            f"at least {low}"
-            if high is None
-            else f"{low} (reserved)"
-            if low == high
-            else f"from {low} to {high}"
-        )
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise UsageError(f"{path} = {value!r}: expected {bounds}")
 
 
@@ -113,107 +124,125 @@ def from_dict(values: Mapping[str, Any], kind=Config, path: str = "config"):
 
     specs = {spec.name: spec for spec in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
-    made, faults = {}, []
+    fields = {}
+    faults = []
     for name, value in values.items():
         key = f"{path}.{name}"
         try:
             if name not in specs:
                 raise UsageError(f"{key} = {value!r}: {_way_out(path, name, specs)}")
-            made[name] = _coerce(hints[name], value, key)
-            _check_limits(specs[name], made[name], key)
+            fields[name] = _coerce(hints[name], value, key)
+            _check_limits(specs[name], fields[name], key)
         except UsageError as error:
             faults.append(str(error))
     if faults:
         raise UsageError("\n".join(faults))
-    return kind(**made)
+    return kind(**fields)
 
 
 def to_dict(config) -> dict:
-    """Nested plain dicts; tuples become lists, as JSON reads them back."""
+    """A config as nested plain dicts. Tuples become lists, as JSON reads them back."""
     return json.loads(to_json(config))
 
 
 def to_json(config) -> str:
-    """The whole config as JSON, defaults included; `from_dict(json.loads(text))` gives the same
-    Config."""
+    """The whole config as JSON, defaults included.
+
+    `from_dict(json.loads(text))` gives the same Config.
+    """
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
 def flatten(config) -> dict[str, Any]:
-    """`{"model.layers": 4, …}`; groups and other tuples stay whole, but the paths of
-    data.sources, which may differ between machines, are a key of their own."""
-    out = {}
+    """The values of a config by their keys: `{"model.layers": 4, …}`.
+
+    Groups and other tuples stay whole. The paths of data.sources have a key of their own,
+    because they may differ between machines.
+    """
+    values = {}
     for name, value in to_dict(config).items():
-        out |= (
-            {f"{name}.{k}": v for k, v in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
-    sources = out["data.sources"]
-    out["data.sources"] = [[name, weight] for name, _, weight in sources]
-    out["data.source_paths"] = [path for _, path, _ in sources]
-    return out
+        if isinstance(value, dict):
+            values |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            values[name] = value
+
+    sources = values["data.sources"]
+    values["data.sources"] = [[name, weight] for name, _, weight in sources]
+    values["data.source_paths"] = [path for _, path, _ in sources]
+    return values
 
 
 def changes(old, new) -> list[tuple[str, Any, Any, bool]]:
     """(key, old value, new value, may resume) for every field that differs between two Configs."""
-    before, after = flatten(old), flatten(new)
-    return [
-        (key, before[key], after[key], key in RESUMABLE or key.split(".")[0] in RESUMABLE)
-        for key in after
-        if before[key] != after[key]
-    ]
+    before = flatten(old)
+    after = flatten(new)
+    differences = []
+    for key in after:
+        if before[key] != after[key]:
+            may_resume = key in RESUMABLE or key.split(".")[0] in RESUMABLE
+            differences.append((key, before[key], after[key], may_resume))
+    return differences
 
 
 def override(values: dict, key: str, text: str) -> None:
-    """Sets `section.field` of nested dict `values` from command-line text, parsed by the field's
-    type."""
+    """Sets `section.field` of the nested dict `values` to command-line text.
+
+    The field's type says how the text is read. Raises UsageError for an unknown key, and for text
+    that is not of that type.
+    """
     *sections, name = key.split(".")
-    kind, path = Config, "config"
-    for section in [*sections, name]:
-        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        if section not in hints:
-            raise UsageError(f"{path}.{section} = {text!r}: {_way_out(path, section, hints)}")
-        kind, path = hints[section], f"{path}.{section}"
-    if dataclasses.is_dataclass(kind):
-        raise UsageError(
-            f"{path} = {text!r}: is a section; set one of its fields: "
-            f"{', '.join(typing.get_type_hints(kind))}"
-        )
+    kind = Config
+    path = "config"
+    for part in [*sections, name]:
+        hints = typing.get_type_hints(kind) if is_section(kind) else {}
+        if part not in hints:
+            raise UsageError(f"{path}.{part} = {text!r}: {_way_out(path, part, hints)}")
+        kind = hints[part]
+        path = f"{path}.{part}"
+    if is_section(kind):
+        fields = ", ".join(typing.get_type_hints(kind))
+        raise UsageError(f"{path} = {text!r}: is a section; set one of its fields: {fields}")
+
     for section in sections:
         values = values.setdefault(section, {})
     values[name] = parse(kind, text, path)
 
 
 def parse(kind, text: str, path: str):
-    """Command-line text as a value of type `kind`: numbers with underscores, true/false, `a,b`
-    or a Python tuple."""
+    """Command-line text as a value of type `kind`.
+
+    Numbers may have underscores, bools are true or false, and tuples are `a,b` or Python's own.
+    Raises UsageError, which names `path`, for text that is not of that type.
+    """
     try:
-        if kind is bool:
-            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-        if kind is int:
-            value = (
-                float(text) if "e" in text.lower() else int(text)
-            )  # 1e6 steps is a whole number too
-            if value != int(value):
-                raise ValueError
-            return int(value)
-        if kind is float:
-            return float(text)
-        if kind is str:
-            return text
-        if (
-            isinstance(kind, types.GenericAlias)
-            and typing.get_args(kind)[0] is str
-            and not text.startswith("(")
-        ):
-            return tuple(part for part in text.split(",") if part)
-        value = ast.literal_eval(text)
-        return value if isinstance(value, tuple) else (value,)
+        return _parse(kind, text)
     except (ValueError, KeyError, SyntaxError, OverflowError):
-        like = (
-            ", such as (a, b) with quotes around texts"
-            if isinstance(kind, types.GenericAlias)
-            else ""
-        )
-        raise UsageError(f"{path} = {text!r}: expected {_describe(kind)}{like}") from None
+        example = ""
+        if isinstance(kind, types.GenericAlias):
+            example = ", such as (a, b) with quotes around texts"
+        raise UsageError(f"{path} = {text!r}: expected {_describe(kind)}{example}") from None
+
+
+def _parse(kind, text: str):
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+    if kind is int:
+        return _parse_int(text)
+    if kind is float:
+        return float(text)
+    if kind is str:
+        return text
+
+    is_texts = isinstance(kind, types.GenericAlias) and typing.get_args(kind)[0] is str
+    if is_texts and not text.startswith("("):
+        return tuple(part for part in text.split(",") if part)
+    value = ast.literal_eval(text)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _parse_int(text: str) -> int:
+    """A whole number, which may be written as 1e6. Raises ValueError or OverflowError."""
+    value = float(text) if "e" in text.lower() else int(text)
+    if value != int(value):
+        raise ValueError
+    return int(value)

@@ -1,0 +1,181 @@
+"""What must agree across fields on every mesh."""
+
+from gpt_jax.config.fields import Config
+from gpt_jax.config.knobs import ENDLESS, FFNS, MIXERS
+from gpt_jax.config.model_fields import Model
+from gpt_jax.config.resolve import wsd_start
+
+
+class Checks:
+    """Collects a line about each field that does not agree with others."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.lines: list[str] = []
+
+    def need(self, is_right: bool, path: str, way_out: str) -> None:
+        """Adds a line about the field at `path` if `is_right` is false."""
+        if is_right:
+            return
+
+        value = self.config
+        for name in path.split("."):
+            value = getattr(value, name)
+        self.lines.append(f"config.{path} = {value!r}: {way_out}")
+
+
+def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
+    """The disagreements that every mesh has, a line each.
+
+    The model of a config without faults can be traced.
+    """
+    checks = Checks(config)
+    _check_heads(checks)
+    _check_layers(checks)
+    if config.model.pattern and config.model.windows:
+        _check_gates(checks)
+        _check_text(checks, tokenizer_vocab)
+        _check_schedule(checks)
+        _check_router(checks)
+    return checks.lines
+
+
+def _check_heads(checks: Checks) -> None:
+    """Heads, positions and the context."""
+    model = checks.config.model
+    seq_len = checks.config.train.seq_len
+
+    checks.need(
+        model.head_dim > 0,
+        "model.heads",
+        f"does not divide config.model.embed = {model.embed}; "
+        "choose a divisor or set config.model.head_dim",
+    )
+    checks.need(
+        model.heads % model.kv_heads == 0,
+        "model.kv_heads",
+        f"must divide config.model.heads = {model.heads}",
+    )
+
+    # Rotary embeddings turn pairs of channels.
+    is_even = int(model.head_dim * model.rope_fraction) % 2 == 0
+    checks.need(
+        is_even or model.position != "rotary",
+        "model.rope_fraction",
+        f"rotates an odd number of the {model.head_dim} channels of a head; choose an even part",
+    )
+    checks.need(
+        model.rope_scale_low < model.rope_scale_high,
+        "model.rope_scale_high",
+        f"must be above config.model.rope_scale_low = {model.rope_scale_low}",
+    )
+    checks.need(
+        model.max_seq >= seq_len,
+        "model.max_seq",
+        f"is shorter than config.train.seq_len = {seq_len}",
+    )
+
+
+def _check_layers(checks: Checks) -> None:
+    """The pattern and the windows of the layers."""
+    model = checks.config.model
+    need = checks.need
+
+    need(bool(model.pattern), "model.pattern", "needs at least one (mixer, feed-forward) pair")
+    need(bool(model.windows), "model.windows", "needs at least one entry; 0 means no window")
+    need(
+        all(size >= 0 for size in model.windows),
+        "model.windows",
+        "entries must be 0 (all) or positive",
+    )
+    for mixer, ffn in model.pattern:
+        need(
+            mixer in MIXERS,
+            "model.pattern",
+            f"unknown mixer {mixer!r}; choose from {', '.join(MIXERS)}",
+        )
+        need(
+            ffn in FFNS,
+            "model.pattern",
+            f"unknown feed-forward {ffn!r}; choose from {', '.join(FFNS)}",
+        )
+
+
+def _check_gates(checks: Checks) -> None:
+    """Gates that read some channels of the stream."""
+    model = checks.config.model
+    too_wide = f"is wider than config.model.embed = {model.embed}"
+    for name, is_used in (("value_embed_gate", model.value_embed), ("smear_gate", model.smear)):
+        fits = getattr(model, name) <= model.embed
+        checks.need(fits or not is_used, f"model.{name}", too_wide)
+
+
+def _check_text(checks: Checks, tokenizer_vocab: int) -> None:
+    """The vocabulary, the held-out text and the chunks of a row."""
+    config = checks.config
+    train = config.train
+
+    # A tokenizer that is not known yet has the size 0.
+    checks.need(
+        config.model.vocab >= tokenizer_vocab,
+        "model.vocab",
+        f"is smaller than the tokenizer's {tokenizer_vocab}; set 0 to follow the tokenizer",
+    )
+    has_heldout = config.data.eval_fraction > 0 or bool(config.data.eval_path)
+    checks.need(
+        has_heldout or not config.eval.compare_xz,
+        "eval.compare_xz",
+        "needs held-out text, and config.data.eval_fraction is 0",
+    )
+    checks.need(
+        not train.loss_chunk or train.seq_len % train.loss_chunk == 0,
+        "train.loss_chunk",
+        f"must divide config.train.seq_len = {train.seq_len}",
+    )
+
+
+def _check_schedule(checks: Checks) -> None:
+    """The optimiser's schedule."""
+    optim = checks.config.optim
+    decay_start = wsd_start(optim)
+
+    checks.need(
+        not optim.muon_momentum_final or optim.schedule == "wsd",
+        "optim.muon_momentum_final",
+        f"follows the decay of wsd, but config.optim.schedule = {optim.schedule!r}; use wsd, or 0",
+    )
+    checks.need(
+        optim.warmup_steps <= optim.decay_steps or optim.schedule in ENDLESS,
+        "optim.warmup_steps",
+        f"is beyond the end of the schedule at step {optim.decay_steps}; "
+        "lower it or set config.optim.decay_steps",
+    )
+    checks.need(
+        optim.schedule != "wsd" or optim.warmup_steps <= decay_start,
+        "optim.decay_fraction",
+        f"decay would start at step {decay_start}, before "
+        f"config.optim.warmup_steps = {optim.warmup_steps} are over; lower one of them",
+    )
+
+
+def _check_router(checks: Checks) -> None:
+    """The mixture of experts, if the pattern has one."""
+    model = checks.config.model
+    if not has_experts(model):
+        return
+
+    checks.need(
+        model.experts_per_token <= model.experts,
+        "model.experts_per_token",
+        f"is more than config.model.experts = {model.experts}",
+    )
+    checks.need(
+        model.dispatch != "capacity" or model.capacity_factor > 0,
+        "model.capacity_factor",
+        "leaves an expert no token; expected more than 0, such as 1.25",
+    )
+
+
+def has_experts(model: Model) -> bool:
+    """Whether a layer of the model is a mixture of experts."""
+    return any(ffn == "moe" for _, ffn in model.pattern)

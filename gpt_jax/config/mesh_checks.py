@@ -1,0 +1,223 @@
+"""What must agree between the fields of a config and the sizes of a mesh's axes."""
+
+import math
+
+from gpt_jax.config.field_checks import Checks, has_experts
+from gpt_jax.config.fields import Config
+from gpt_jax.config.layers import layer_specs, layout
+from gpt_jax.config.meshes import BATCH_AXES, FSDP_AXES
+from gpt_jax.config.resolve import round_up
+
+
+def mesh_faults(config: Config, shape: dict[str, int]) -> list[str]:
+    """The disagreements of a config with a mesh of these axis sizes, a line each.
+
+    The model must have a pattern and windows.
+    """
+    checks = Checks(config)
+    _check_weights(checks, shape)
+    _check_batch(checks, shape)
+    _check_sequence(checks, shape)
+    _check_experts(checks, shape)
+    _check_stages(checks, shape)
+    return checks.lines
+
+
+def _check_weights(checks: Checks, shape: dict) -> None:
+    """Weights over the axis tensor and over the axes of fsdp."""
+    model = checks.config.model
+    tensor = shape["tensor"]
+    split = math.prod(shape[axis] for axis in FSDP_AXES)
+
+    for name in ("heads", "kv_heads", "mlp", "vocab"):
+        size = getattr(model, name)
+        if name == "vocab":
+            way_out = (
+                f"set it to {round_up(size, tensor)}, "
+                f"or to 0 and config.model.vocab_multiple to {tensor}"
+            )
+        else:
+            # The largest part of this axis that divides all three.
+            fits = math.gcd(tensor, model.heads, model.kv_heads, model.mlp)
+            way_out = f"lower that to {fits}"
+        checks.need(
+            size % tensor == 0,
+            f"model.{name}",
+            f"must be divisible by config.mesh.tensor = {tensor}; {way_out}",
+        )
+
+    checks.need(
+        model.embed % split == 0,
+        "model.embed",
+        f"must be divisible by fsdp x expert x context = {split} of the mesh",
+    )
+    # The table of value embeddings is split over fsdp by its width, as the embedding is.
+    value_width = model.kv_heads * model.head_dim
+    checks.need(
+        not model.value_embed or value_width % split == 0,
+        "model.kv_heads",
+        f"times config.model.head_dim = {model.head_dim} must be divisible by "
+        f"fsdp x expert x context = {split} of the mesh (value_embed)",
+    )
+
+
+def _check_batch(checks: Checks, shape: dict) -> None:
+    """Rows over the axes of the batch."""
+    train = checks.config.train
+    parts = math.prod(shape[axis] for axis in BATCH_AXES)
+    axes = f"pipeline x data x fsdp x expert = {parts} of the mesh"
+
+    checks.need(
+        train.batch_size % train.accumulate == 0,
+        "train.batch_size",
+        f"must be divisible by config.train.accumulate = {train.accumulate}",
+    )
+    micro = train.batch_size // train.accumulate
+    way_out = f"try {round_up(train.batch_size, parts * train.accumulate)}"
+    if train.batch_size % parts == 0:
+        fewer = math.gcd(train.batch_size // parts, train.accumulate)
+        way_out += f", or config.train.accumulate={fewer}"
+    checks.need(
+        micro % parts == 0,
+        "train.batch_size",
+        f"gives {micro} rows a microbatch, which must be divisible by {axes}; {way_out}",
+    )
+    checks.need(
+        checks.config.eval.batch_size % parts == 0,
+        "eval.batch_size",
+        f"must be divisible by {axes}",
+    )
+
+
+def _check_sequence(checks: Checks, shape: dict) -> None:
+    """The sequence over the axis context and, between matmuls, over tensor."""
+    train = checks.config.train
+    pieces = shape["context"]
+    parts = pieces * shape["tensor"]
+
+    if pieces > 1:
+        # Each device has two pieces, one from either end, so that causal work is balanced.
+        checks.need(
+            train.seq_len % (2 * pieces) == 0,
+            "train.seq_len",
+            f"must be divisible by 2 x config.mesh.context = {2 * pieces}; "
+            f"try {round_up(train.seq_len, 2 * pieces)}",
+        )
+        checks.need(
+            train.loss_chunk % pieces == 0,
+            "train.loss_chunk",
+            f"must be divisible by config.mesh.context = {pieces}",
+        )
+        checks.need(
+            not checks.config.model.attention_dropout,
+            "model.attention_dropout",
+            f"is not possible with config.mesh.context = {pieces}: "
+            "no device has a whole map; set 0",
+        )
+    checks.need(
+        not checks.config.compute.shard_sequence or train.seq_len % parts == 0,
+        "train.seq_len",
+        f"must be divisible by context x tensor = {parts} of the mesh "
+        "(config.compute.shard_sequence)",
+    )
+
+
+def _check_experts(checks: Checks, shape: dict) -> None:
+    """The mixture of experts over the axes expert, tensor and context."""
+    model = checks.config.model
+    across = shape["expert"]
+    tensor = shape["tensor"]
+    context = shape["context"]
+    if not has_experts(model):
+        return
+
+    checks.need(
+        model.experts % across == 0,
+        "model.experts",
+        f"must be divisible by config.mesh.expert = {across}; "
+        f"lower that to {math.gcd(model.experts, across)}",
+    )
+    checks.need(
+        model.expert_mlp % tensor == 0,
+        "model.expert_mlp",
+        f"must be divisible by config.mesh.tensor = {tensor}; "
+        f"lower that to {math.gcd(model.expert_mlp, tensor)}",
+    )
+    checks.need(
+        model.dispatch != "capacity" or context == 1,
+        "model.dispatch",
+        f"counts an expert's tokens over whole rows, and config.mesh.context = {context} "
+        "cuts them; use dropless",
+    )
+
+
+def _check_stages(checks: Checks, shape: dict) -> None:
+    """Layers, microbatches and dropout over pipeline stages."""
+    config = checks.config
+    stages = shape["pipeline"]
+    if stages == 1:
+        for name in ("pipeline_rounds", "pipeline_microbatches"):
+            checks.need(
+                getattr(config.compute, name) == getattr(type(config.compute), name),
+                f"compute.{name}",
+                "does nothing without config.mesh.pipeline; set that too, or leave it out",
+            )
+        return
+
+    _check_stage_layers(checks, stages)
+    rows = math.prod(shape[axis] for axis in BATCH_AXES) // stages
+    _check_stage_rows(checks, stages, rows)
+    for name in ("dropout", "attention_dropout"):
+        checks.need(
+            not getattr(config.model, name),
+            f"model.{name}",
+            f"with config.mesh.pipeline = {stages} would differ from other meshes; set 0",
+        )
+
+
+def _check_stage_layers(checks: Checks, stages: int) -> None:
+    """Every stage has the same number of repeats of the layer pattern in every round."""
+    model = checks.config.model
+    plan = layout(layer_specs(model))
+    period = len(plan.period)
+    parts = stages * checks.config.compute.pipeline_rounds
+
+    checks.need(
+        stages <= model.layers,
+        "model.layers",
+        f"is less than config.mesh.pipeline = {stages} stages; lower config.mesh.pipeline",
+    )
+    repeated = "1 layer" if period == 1 else f"{period} layers"
+    checks.need(
+        plan.repeats % parts == 0,
+        "model.layers",
+        f"gives {plan.repeats} repeats of {repeated}, which must be divisible by "
+        f"config.mesh.pipeline x config.compute.pipeline_rounds = {parts}; "
+        f"try {round_up(plan.repeats, parts) * period} layers "
+        f"or config.mesh.pipeline={math.gcd(plan.repeats, stages)}",
+    )
+
+
+def _check_stage_rows(checks: Checks, stages: int, rows: int) -> None:
+    """A batch is cut into microbatches of `rows` devices' rows each."""
+    config = checks.config
+    count = config.compute.pipeline_microbatches or stages
+    together = count * rows
+
+    checks.need(
+        count >= stages,
+        "compute.pipeline_microbatches",
+        f"is less than config.mesh.pipeline = {stages}; set that or more, or 0 for as many",
+    )
+    sizes = {
+        "train.batch_size": config.train.batch_size // config.train.accumulate,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    for path, size in sizes.items():
+        checks.need(
+            size % together == 0,
+            path,
+            f"gives {size} rows at a time, which must be divisible by "
+            f"pipeline_microbatches x data x fsdp x expert = {count} x {rows} for the pipeline; "
+            f"set config.compute.pipeline_microbatches or try {round_up(size, together)} rows",
+        )
