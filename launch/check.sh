@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What to run before a commit: format, lint, types and the quick tests, in the environment of local.sh plus the dev extra.
+# The checks before a commit: format, lint, types and the quick tests.
 #   ./launch/check.sh
-# Every check runs, also after one that failed. What the failed ones said comes at the end, and the exit code is then 1.
+# They run in the environment of local.sh with the dev extra. Every check runs, also after one that
+# failed. The output of the failed ones comes at the end, and the exit code is then 1.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/environment.sh"
@@ -13,7 +14,7 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 failed=()
 
-check() { # NAME COMMAND…: prints the name, the last line that the command says, and its verdict
+check() { # NAME COMMAND…: prints the name, the command's last line, and the verdict
     local name=$1 began=$SECONDS verdict=passed
     shift
     echo "$name: ${*#"$root/"}"

@@ -1,8 +1,10 @@
-# Sourced by the launchers: make_environment ROOT EXTRA installs gpt_jax, pinned, into ROOT/.venv when it is not there yet
-# or the pins have changed. A stamp written last tells a finished install from an interrupted one. The versions that were
-# taken lie in ROOT/.venv/constraints.txt, for `pip install -c` of a further extra.
+# The launchers source this file. `make_environment ROOT EXTRA` installs gpt_jax into ROOT/.venv with
+# exact versions, if it is not there yet or if the versions have changed. A stamp is written last, so
+# that an interrupted install is not taken for a finished one. ROOT/.venv/constraints.txt has the
+# versions, for `pip install -c` of a further extra.
 
-# Prints which file of exact versions PYTHON takes: the newest JAX needs Python 3.12, and 3.11 has the last one for it.
+# Prints the file of exact versions for PYTHON. The newest JAX needs Python 3.12, and 3.11 has an
+# older one.
 choose_constraints() { # ROOT PYTHON
     local version=py312
     "$2" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || version=py311
@@ -15,7 +17,7 @@ make_environment() {
         echo "gpt-jax needs Python 3.11 or newer as '$python'; install it or set PYTHON=/path/to/python3" >&2
         exit 2
     fi
-    exec 9>"$root/.venv.lock" # two launches at once install once
+    exec 9>"$root/.venv.lock" # Of two launches at once, one installs and the other waits.
     flock 9
     local stamp wanted constraints
     constraints=$(choose_constraints "$root" "$python")

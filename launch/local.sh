@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# gpt-jax in an environment of its own: makes .venv at the first call, then runs `gpt-jax "$@"`.
+# Runs `gpt-jax "$@"` in an environment of its own. The first call makes .venv.
 #   ./launch/local.sh train --config=configs/quickstart.py --workdir=runs/quickstart
-# With --processes=N, --devices_per_process=M or --restarts=K anywhere: as `gpt-jax launch local`, real processes.
+# With --processes=N, --devices_per_process=M or --restarts=K it runs `gpt-jax launch local "$@"`.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/environment.sh"

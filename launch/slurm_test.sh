@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# The SLURM launchers against a real SLURM: slurmctld and two slurmd of Debian's packages on this machine, in namespaces of
-# their own (files, processes, network), from a folder that is removed at the end. As root, on Debian or Ubuntu:
-#   ./launch/slurm_test.sh            # installs slurmctld slurmd slurm-client munge by apt-get when they are missing
-#   ./launch/slurm_test.sh -- sinfo   # another command beside that SLURM
-# Exit code 77: it cannot be run here, the last line says why. Other arguments go to pytest. PYTHON: another interpreter.
+# Tests the SLURM launchers with a real SLURM on this machine: one slurmctld and two slurmd.
+#   ./launch/slurm_test.sh            # apt-get installs slurmctld slurmd slurm-client munge if needed
+#   ./launch/slurm_test.sh -- sinfo   # runs another command in that SLURM
+# Call it as root, on Debian or Ubuntu. The daemons have namespaces of their own (files, processes,
+# network) and a folder that is removed at the end. Exit code 77 means that it cannot run here, and
+# the last line says why. Other arguments go to pytest. PYTHON names another interpreter.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 leave_out() {
     echo "slurm test left out: $1"
     exit 77
 }
-missing() { # which of these programs are not installed
+missing() { # prints those of the programs that are not installed
     local program
     for program in "$@"; do command -v "$program" >/dev/null || printf ' %s' "$program"; done
 }
@@ -35,7 +36,7 @@ if [ "${1:-}" != --inside ]; then
     folder=$(mktemp -d /tmp/gpt_jax_slurm.XXXXXX)
     export GPT_JAX_SLURM=$folder
     unshare --mount --pid --net --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --inside "$@" &
-    trap 'kill -KILL %1 2>/dev/null || true; rm -rf "$folder"' EXIT # and all daemons with it
+    trap 'kill -KILL %1 2>/dev/null || true; rm -rf "$folder"' EXIT # All daemons end with %1.
     trap 'exit 130' INT TERM
     wait %1
     exit
@@ -44,7 +45,8 @@ fi
 shift
 folder=$GPT_JAX_SLURM
 ip link set lo up
-ip address add 127.0.0.2/8 dev lo # SLURM asks getaddrinfo for what the machine has an address for; 127.0.0.1 does not count
+# SLURM looks for an address of this machine, and 127.0.0.1 does not count for getaddrinfo.
+ip address add 127.0.0.2/8 dev lo
 { cat /etc/hosts; echo "127.0.0.1 n1 n2 $(hostname)"; } >"$folder/hosts"
 mount --bind "$folder/hosts" /etc/hosts
 

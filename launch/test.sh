@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The test suite, in the environment of local.sh plus the test extra. Other arguments go to pytest.
+# The tests, in the environment of local.sh with the test extra. Other arguments go to pytest.
 #   ./launch/test.sh            # all tests
-#   ./launch/test.sh --quick    # what shows most faults in little time, before a commit
+#   ./launch/test.sh --quick    # the tests that show most faults in little time
 #   ./launch/test.sh --deep     # some numerical tests again, with XLA's compiler as users have it
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

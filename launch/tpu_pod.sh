@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# gpt-jax on all workers of Cloud TPU VMs, restarted where that helps; the same command resumes. One slice, or several that
-# were made together as one queued resource (they find each other through their metadata):
+# Runs gpt-jax on all workers of Cloud TPU VMs, and starts it again where that helps.
 #   ./launch/tpu_pod.sh --tpu=NAME[,NAME…] --zone=ZONE [--project=P] [--folder=gpt_jax] [--restarts=20] [--dry_run] \
 #       -- train --config=configs/llama.py:1b --workdir=/mnt/runs/llama  # a folder that all workers share
-# The code is expected in FOLDER of every worker's home, with .venv made (the tpu extra): --setup copies this checkout there
-# (what git does not ignore; runs/ and .venv stay as they are there) and makes it, on all workers. Needs gcloud with an
-# account. --dry_run prints the commands and runs none.
+# The TPU is one slice, or several that were made together as one queued resource. Those find each
+# other through their metadata. The same command resumes.
+# The code is expected in FOLDER of every worker's home, with a .venv that has the tpu extra. --setup
+# copies the files of this checkout that git does not ignore, and makes .venv, on all workers. It
+# leaves runs/ there alone. --dry_run prints the commands and runs none.
+# It needs gcloud with an account.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 restartable=" 10 40 41 50 134 135 137 138 139 143 " first=5 most=300 # gpt_jax/errors.py; a test compares them
@@ -32,9 +34,10 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$tpus" ] || fail "--tpu=NAME[,NAME…] is missing: which TPU VMs?"
 [[ ",$tpus," != *,,* ]] || fail "--tpu=$tpus: an empty name"
-# gpt_jax/ in it is replaced: not the home itself or the root, and nothing that only a shell there would understand.
+# --setup replaces gpt_jax/ in this folder. So it must not be the home or the root, and it must have
+# no characters that only a shell there would understand.
 [[ $folder =~ ^/?(\.?[A-Za-z0-9_][A-Za-z0-9_.-]*/)*\.?[A-Za-z0-9_][A-Za-z0-9_.-]*/?$ ]] ||
-    fail "--folder=$folder: expected a folder of its own below the workers' home, as gpt_jax, or a whole path"
+    fail "--folder=$folder: expected a folder of its own below the workers' home, such as gpt_jax, or a whole path"
 folder=${folder%/}
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: expected a number"
 [ $# -gt 0 ] || [ -n "$setup" ] || fail "what is to run is missing: -- train --config=…"
@@ -61,10 +64,10 @@ start='echo "gpt-jax begins"'
 trap 'rm -rf "$logs" "$archive"' EXIT
 trap 'asked=1; wake; signal_all TERM' INT TERM # the programs save and end with 10
 
-run() { # one command, or its text
+run() { # runs one command, or prints it
     if [ -n "$dry" ]; then printf '%q ' "$@" && echo; else "$@"; fi
 }
-everywhere() { # a shell line on all workers of all slices at once; what they print is kept in $logs
+everywhere() { # runs a shell line on all workers of all slices at once, and keeps the output in $logs
     local name pids=()
     for name in "${names[@]}"; do
         { run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$start; $1; $mark" 2>&1 |
@@ -73,7 +76,7 @@ everywhere() { # a shell line on all workers of all slices at once; what they pr
         [ -z "$dry" ] || wait $!
     done
     for pid in "${pids[@]}"; do
-        while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a signal ends one `wait`, not the command
+        while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # A signal ends one `wait` but not the command.
     done
 }
 wake() { # ends the wait before a restart
@@ -86,7 +89,9 @@ signal_all() {
             --command="pkill -$1 -f '^[^ ]*python[0-9.]* [^ ]*gpt-jax '; true" </dev/null || true
     done
 }
-ended() { # the exit code of all: the first that is neither 0 nor 40; lines are lost when a connection is, which counts as 40
+# Prints the exit code of all workers: the first that is neither 0 nor 40. A lost connection loses
+# lines, which counts as 40.
+ended() {
     local codes name
     codes=$(cat "$logs"/* | sed -n 's/^.*gpt-jax ended with \([0-9]*\)$/\1/p')
     for name in "${names[@]}"; do
@@ -96,7 +101,7 @@ ended() { # the exit code of all: the first that is neither 0 nor 40; lines are 
     case " $(echo $codes) " in *" 40 "*) echo 40 ;; *) echo 0 ;; esac
 }
 
-pack() { # this checkout into $archive
+pack() { # writes this checkout into $archive
     cd "$root"
     if git rev-parse HEAD >/dev/null 2>&1; then
         git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' path; do
@@ -112,7 +117,8 @@ if [ -n "$setup" ]; then
     for name in "${names[@]}"; do
         run gcloud compute tpus tpu-vm scp "$archive" "$name:$folder.tar.gz" "${place[@]}" --worker=all
     done
-    there=$(printf %q "$folder") # modules that are no more must not stay there
+    there=$(printf %q "$folder")
+    # The old package goes first, because modules that have been deleted must not stay there.
     everywhere "mkdir -p $there && rm -rf $there/gpt_jax && tar -xzf $there.tar.gz -C $there && rm $there.tar.gz && \
 cd $there && source launch/environment.sh && make_environment \$PWD tpu"
     [ -n "$dry" ] || [ "$(ended)" -eq 0 ] || fail "the setup failed, see above"
@@ -139,11 +145,11 @@ while true; do
     wait=$((first << (count < 16 ? count : 16)))
     wait=$((wait < most ? wait : most)) count=$((count + 1))
     echo "tpu_pod.sh: exit code $code: restart $count of $restarts in $wait s" >&2
-    sleep "$wait" & # a request ends it, also one that comes between these lines
+    sleep "$wait" & # A request to stop ends it, also one that comes between these lines.
     pause=$!
     [ -z "$asked" ] || wake
     wait $pause || true
     pause=""
-    [ -n "$asked" ] || signal_all KILL # what a lost connection may have left running
+    [ -n "$asked" ] || signal_all KILL # A lost connection may have left processes running.
     [ -z "$asked" ] || exit "$code"
 done

@@ -11,6 +11,8 @@ from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
 from gpt_jax.errors import UsageError
 
+FAR_EXAMPLE = 10**9
+
 
 def main(arguments: list[str]) -> None:
     """Raises UsageError for a config or data that cannot be used."""
@@ -30,70 +32,99 @@ def main(arguments: list[str]) -> None:
     args, rest = flags.parse_known_args(arguments)
     if args.batches < 0 or not 0.01 <= args.seconds < 1e6:
         raise UsageError("--batches: expected 0 or more; --seconds: at least 0.01 and below 1e6")
-    emit("\n".join(measure(load_config(args.config, rest), args.batches, args.seconds)))
+
+    config = load_config(args.config, rest)
+    emit("\n".join(measure(config, args.batches, args.seconds)))
 
 
 def timed(make: Callable[[int], object], count: int, seconds: float) -> tuple[int, float]:
-    """(calls, seconds) of `make(n)`: `count` times, or until the time is over."""
-    began, n = time.perf_counter(), 0
-    while (n < count) if count else (time.perf_counter() - began < seconds):
-        make(n)
-        n += 1
-    return n, time.perf_counter() - began
+    """Calls `make(n)` for n = 0, 1, … and returns (calls, seconds that they took).
+
+    There are `count` calls. If `count` is 0, there are as many as `seconds` allow.
+    """
+    calls = 0
+    began = time.perf_counter()
+    while (calls < count) if count else (time.perf_counter() - began < seconds):
+        make(calls)
+        calls += 1
+    return calls, time.perf_counter() - began
 
 
 def measure(config, count: int, seconds: float) -> list[str]:
     """Lines: the stream from end to end, then its stages one after the other in this thread."""
-    from gpt_jax.data import load_dataset, make_columns, make_examples, make_stream
+    from gpt_jax.data import load_dataset, make_examples, make_stream
 
-    data, knobs, train = load_dataset(config.data), config.data, config.train
-    size, tokens = train.batch_size, train.batch_size * train.seq_len
+    data = load_dataset(config.data)
+    train = config.train
+    size = train.batch_size
+
     began = time.perf_counter()
-    examples = make_examples(data, knobs, train.seq_len, config.seed)
+    examples = make_examples(data, config.data, train.seq_len, config.seed)
     stream = make_stream(examples, size, slice(0, size), 0, train.steps)
     lines = [*stream.summary, f"ready after {time.perf_counter() - began:.2f} s (rows planned)"]
 
     # A run that resumes there has no plan of rows yet.
     began = time.perf_counter()
-    examples = make_examples(data, knobs, train.seq_len, config.seed)
-    examples.columns(10**9 + np.arange(size))
+    examples = make_examples(data, config.data, train.seq_len, config.seed)
+    examples.columns(FAR_EXAMPLE + np.arange(size))
     lines.append(
-        f"example 1,000,000,000 after {time.perf_counter() - began:.3f} s, rows planned anew"
+        f"example {FAR_EXAMPLE:,} after {time.perf_counter() - began:.3f} s, rows planned anew"
     )
+
+    lines.append(measure_stream(stream, config, count, seconds))
+    return lines + measure_stages(examples, data.tokenizer, config, count, seconds / 4)
+
+
+def measure_stream(stream, config, count: int, seconds: float) -> str:
+    """A line about the whole stream, which is closed at the end."""
+
+    def take(_):
+        return next(stream)
+
     first = next(stream)
-    width = sum(column.itemsize for column in first.values())
-    timed(lambda n: next(stream), 0, min(1.0, seconds))  # warm
+    token_bytes = sum(column.itemsize for column in first.values())
+    timed(take, 0, min(1.0, seconds))  # The threads warm up.
+
     before = resource.getrusage(resource.RUSAGE_SELF)
-    batches, wall = timed(lambda n: next(stream), count, seconds)
+    batches, wall = timed(take, count, seconds)
     after = resource.getrusage(resource.RUSAGE_SELF)
     stream.close()
+
+    size = config.train.batch_size
+    seq_len = config.train.seq_len
+    rate = batches * size * seq_len / wall
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    rate = batches * tokens / wall
-    lines.append(
-        f"stream: {rate / 1e6:.1f} M tokens/s, {rate * width / 1e6:,.0f} MB/s of columns; "
-        f"{batches:,} batches "
-        f"of {size} x {train.seq_len} in {wall:.1f} s, {cpu / wall:.2f} cores, {knobs.threads} "
-        "threads; peak "
-        f"memory {after.ru_maxrss / 1024:,.0f} MB (grew by "
-        f"{(after.ru_maxrss - before.ru_maxrss) / 1024:,.1f})"
+    peak = after.ru_maxrss / 1024
+    growth = (after.ru_maxrss - before.ru_maxrss) / 1024
+    return (
+        f"stream: {rate / 1e6:.1f} M tokens/s, {rate * token_bytes / 1e6:,.0f} MB/s of columns; "
+        f"{batches:,} batches of {size} x {seq_len} in {wall:.1f} s, {cpu / wall:.2f} cores, "
+        f"{config.data.threads} threads; peak memory {peak:,.0f} MB (grew by {growth:,.1f})"
     )
+
+
+def measure_stages(examples, tokenizer, config, count: int, seconds: float) -> list[str]:
+    """A line about each stage of the stream, in one thread."""
+    from gpt_jax.data import make_columns
+
+    size = config.train.batch_size
 
     def indices(n):
         return np.arange(n * size, (n + 1) * size, dtype=np.int64)
 
+    buffer = examples.fill(indices(0))
     stages = {
         "which rows": lambda n: examples.assign(indices(n)),
         "read and transform": lambda n: examples.fill(indices(n)),
+        "columns": lambda n: make_columns(buffer, tokenizer.token_bytes, config.data.document_mask),
     }
-    buffer = examples.fill(indices(0))
-    stages["columns"] = lambda n: make_columns(
-        buffer, data.tokenizer.token_bytes, knobs.document_mask
-    )
+
+    lines = []
     for name, stage in stages.items():
-        calls, wall = timed(stage, count, seconds / 4)
+        calls, wall = timed(stage, count, seconds)
+        rate = calls * size * config.train.seq_len / wall
         lines.append(
-            f"  {name}: {wall / calls * 1e3:.3f} ms a batch, {calls * tokens / wall / 1e6:.1f} M "
-            "tokens/s in "
-            "one thread"
+            f"  {name}: {wall / calls * 1e3:.3f} ms a batch, {rate / 1e6:.1f} M tokens/s "
+            "in one thread"
         )
     return lines

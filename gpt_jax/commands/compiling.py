@@ -41,6 +41,7 @@ def need_compiler(topology) -> None:
 
 
 def is_installed(module: str) -> bool:
+    """Whether a module can be imported. It is not."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # The package that it belongs to is missing, too.
@@ -50,8 +51,8 @@ def is_installed(module: str) -> bool:
 def compile_outside(args, overrides: list[str]) -> dict:
     """Compiles a config with `gpt-jax plan --inside`, and returns what that process wrote.
 
-    The compilers read their environment when they are loaded, so that they need a process of their
-    own. If it ends early, its last words are the refusal. Raises UsageError if that process does.
+    They need a process of their own, because they read their environment when they are loaded. If
+    it ends early, its last words are the refusal. Raises UsageError if that process does.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "compiled.json"

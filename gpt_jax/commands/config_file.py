@@ -74,7 +74,7 @@ def apply_overrides(values: dict, overrides: list[str]) -> config.Config:
 def describe_overrides(spec: str, overrides: list[str]) -> str:
     """What the overrides change of the file's own values: "key = value (preset: value)" a line.
 
-    It is "" where the file's own values make no config.
+    The text is "" if the file's own values make no config.
     """
     values = read_config_file(spec)
     try:
@@ -90,11 +90,13 @@ def read_config_file(spec: str) -> dict[str, Any]:
     path, _, argument = spec.partition(":")
     file = Path(path)
     check_file(spec, file)
-    sys.path.insert(0, str(file.resolve().parent))  # a config may import its neighbours
+
+    sys.path.insert(0, str(file.resolve().parent))  # A config may import its neighbours.
     try:
         module = run_file(file)
         if not hasattr(module, "get_config"):
             raise UsageError(f"--config={spec}: the file has no get_config()")
+
         with quiet_stdout():
             values = module.get_config(argument) if argument else module.get_config()
         if not isinstance(values, ConfigDict):
@@ -103,9 +105,9 @@ def read_config_file(spec: str) -> dict[str, Any]:
         return values.to_dict()
     except UsageError:
         raise
-    except ValueError as error:  # how a config refuses its argument
+    except ValueError as error:  # A config refuses its argument with one.
         raise UsageError(f"--config={spec}: {error}") from None
-    except (Exception, SystemExit) as error:  # whatever a file that is not a config does
+    except (Exception, SystemExit) as error:  # A file that is no config may do anything.
         line = " ".join(str(error).split())
         raise UsageError(
             f"--config={spec}: cannot be read as a config: {type(error).__name__}: {line}"
@@ -130,7 +132,8 @@ def check_file(spec: str, file: Path) -> None:
 def run_file(file: Path) -> ModuleType:
     """The module that the file's code makes."""
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert module_spec is not None and module_spec.loader is not None  # it ends with .py
+    # The name ends with .py, so that Python knows a loader.
+    assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     with quiet_stdout():
         module_spec.loader.exec_module(module)
@@ -138,7 +141,7 @@ def run_file(file: Path) -> ModuleType:
 
 
 def quiet_stdout() -> contextlib.AbstractContextManager:
-    """Sends prints to standard error: standard output is the command's own, and may be JSON."""
+    """Sends prints to standard error, because standard output is the command's own."""
     return contextlib.redirect_stdout(sys.stderr)
 
 
@@ -155,6 +158,7 @@ def split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
             raise UsageError(
                 f"unknown argument {flag!r}; overrides look like --config.optim.learning_rate=3e-4"
             )
+
         key, equals, text = flag.removeprefix("--config.").partition("=")
         if not equals:
             if not rest:

@@ -16,11 +16,11 @@ THREADS = 4  # for each fake device
 
 
 def keep_threads(cpu_devices: int, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Sets threads enough for several fake CPU devices. What is set already stays.
+    """Sets enough threads for several fake CPU devices. A number that is set already stays.
 
-    XLA's pool has one a core. Each collective of a device holds one until the others have come, and
-    those may need one too to get there. Two processes of four devices on two cores stood still for
-    ever so, as their stacks showed.
+    XLA's pool has one thread for each core. A collective holds one for each device until all
+    devices have come, and the others may need a thread to get there. So two processes of four
+    devices on two cores stood still for ever, as their stacks showed.
     """
     if cpu_devices > 1:
         environ.setdefault("PJRT_NPROC", str(max(THREADS * cpu_devices, os.cpu_count() or 1)))
@@ -29,8 +29,8 @@ def keep_threads(cpu_devices: int, environ: MutableMapping[str, str] = os.enviro
 def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
     """Sets what JAX reads at its start. Call it before the first device.
 
-    What is set already stays: a GPU's memory under either of JAX's names, of which it takes one
-    only, and everything about TPUs.
+    Variables that are set already stay. For a GPU's memory that is either of JAX's two names,
+    because JAX takes only one of them.
     """
     if not {SKIP, *NO_TPU} & set(environ):
         import jax  # noqa: F401 (the import sets SKIP)

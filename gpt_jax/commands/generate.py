@@ -1,9 +1,13 @@
-"""`gpt-jax generate`: continues prompts from a checkpoint. Standard output gets the generated
-text and nothing else."""
+"""`gpt-jax generate`: continues prompts from a checkpoint.
 
+Standard output gets the generated text and nothing else.
+"""
+
+import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from gpt_jax.commands.output import make_say, output
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.errors import UsageError
 
+# The help of each field of `Sampling` that is a flag.
 HELP = {
     "max_new_tokens": "tokens to add",
     "temperature": "0: always the most likely token",
@@ -26,15 +31,29 @@ HELP = {
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError for a checkpoint, prompt or setting that cannot be used, NoCheckpoint
-    for damage."""
+    """Raises UsageError for a checkpoint, a prompt or a setting that cannot be used.
+
+    Raises NoCheckpoint for a damaged checkpoint.
+    """
     from gpt_jax.infer import Sampling
 
+    args = make_flags().parse_args(arguments)
+    prompts = read_prompts(args.prompt, args.prompts)
+    args.devices = choose_devices(args)
+    settings = {name: getattr(args, name) for name in HELP}
+    sampling = Sampling(stop=tuple(args.stop), **settings)
+
+    start_runtime(args)
+    end_on_request()
+    run(args, prompts, sampling)
+
+
+def make_flags() -> Flags:
     flags = Flags(
         prog="gpt-jax generate",
-        description="Continue one or more prompts. A single continuation streams; "
-        "several are printed one after another, each ended by a newline (or as JSON lines with "
-        "--json).",
+        description="Continue one or more prompts. A single continuation is printed as it grows. "
+        "Several are printed one after another, each ended by a newline, or as JSON lines with "
+        "--json.",
     )
     flags.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a workdir, its checkpoints, or one step"
@@ -46,7 +65,7 @@ def main(arguments: list[str]) -> None:
         default=[],
         help="a text to continue; may be given several times",
     )
-    flags.add_argument("--prompts", metavar="FILE", help="a prompt on each line")
+    flags.add_argument("--prompts", metavar="FILE", help="a file with a prompt on each line")
     flags.add_argument(
         "--stop",
         action="append",
@@ -58,50 +77,65 @@ def main(arguments: list[str]) -> None:
         action="store_true",
         help="a JSON object a line: prompt, sample, text, finish, tokens",
     )
-    for spec in fields(Sampling):
-        if spec.name in HELP and isinstance(spec.default, bool):
-            flags.add_argument(f"--{spec.name}", action="store_true", help=HELP[spec.name])
-        elif spec.name in HELP:
-            flags.add_argument(
-                f"--{spec.name}",
-                type=type(spec.default),
-                default=spec.default,
-                help=HELP[spec.name],
-            )
+    add_sampling_flags(flags)
     flags.add_argument(
         "--devices",
         type=int,
         default=None,
         metavar="N",
-        help="devices of this machine to use; 0: all, as with --cpu_devices and several processes; "
-        "else 1",
+        help="devices of this machine to use; 0: all. Without it: 1, but all with --cpu_devices "
+        "or several processes",
     )
     flags.add_argument(
         "--ignore_miscompiles",
         action="store_true",
         help="go on although this machine's compiler is known to give wrong results",
     )
+
     add_runtime_flags(flags)
-    args = flags.parse_args(arguments)
-    prompts = read_prompts(args.prompt, args.prompts)
-    if args.devices is not None and args.devices < 0:
+    return flags
+
+
+def add_sampling_flags(flags: Flags) -> None:
+    """Adds a flag for each field of `Sampling` that has a help, with the field's default."""
+    from gpt_jax.infer import Sampling
+
+    for spec in fields(Sampling):
+        if spec.name not in HELP:
+            continue
+        if isinstance(spec.default, bool):
+            flags.add_argument(f"--{spec.name}", action="store_true", help=HELP[spec.name])
+        else:
+            flags.add_argument(
+                f"--{spec.name}",
+                type=type(spec.default),
+                default=spec.default,
+                help=HELP[spec.name],
+            )
+
+
+def choose_devices(args: argparse.Namespace) -> int:
+    """The number of devices to use, where 0 means all. Raises UsageError."""
+    uses_all = args.cpu_devices or args.num_processes > 1 or args.distributed
+    if args.devices is None:
+        return 0 if uses_all else 1
+
+    if args.devices < 0:
         raise UsageError(f"--devices={args.devices}: expected 0 or more")
-    several = args.cpu_devices or args.num_processes > 1 or args.distributed
-    if several and args.devices:
+    if uses_all and args.devices:
         raise UsageError(
             f"--devices={args.devices}: several processes, and --cpu_devices, use all devices; "
             "leave it out"
         )
-    if args.devices is None:
-        args.devices = 0 if several else 1
-    sampling = Sampling(stop=tuple(args.stop), **{name: getattr(args, name) for name in HELP})
-    start_runtime(args)
-    end_on_request()
-    run(args, prompts, sampling)
+    return args.devices
 
 
-def read_prompts(given: list[str], file: str | None) -> list[str]:
-    """The prompts in order; without any, one empty prompt, which starts a document."""
+def read_prompts(texts: list[str], file: str | None) -> list[str]:
+    """The prompts `texts` and then the lines of `file`.
+
+    Without any it is one empty prompt, which starts a document. Raises UsageError for a file that
+    cannot be read.
+    """
     lines = []
     if file is not None:
         try:
@@ -109,25 +143,52 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
             lines = text.removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--prompts={file}: cannot be read: {error}") from None
-    return [*given, *lines] or [""]
+    return [*texts, *lines] or [""]
 
 
-def run(args, prompts, sampling) -> None:
-    """Loads, generates, writes."""
+def run(args: argparse.Namespace, prompts: list[str], sampling) -> None:
+    """Loads the checkpoint, generates, and prints the texts."""
     import jax
 
-    from gpt_jax.infer import stream_text
     from gpt_jax.run import load_model
 
-    first = jax.process_index() == 0
+    is_first = jax.process_index() == 0
     say = make_say(sys.stderr)
     loaded = load_model(
         args.checkpoint, args.step, say, args.devices, ignore_miscompiles=args.ignore_miscompiles
     )
-    single = len(prompts) * sampling.num_samples == 1 and not args.json
-    done, began = [], time.perf_counter()
+
+    began = time.perf_counter()
+    is_alone = len(prompts) * sampling.num_samples == 1 and not args.json
+    completions = generate(loaded, prompts, sampling, say, is_first and is_alone)
+    if is_first and is_alone and sys.stdout.isatty():
+        write("\n")
+    elif is_first and not is_alone:
+        lines = [completion.text for completion in completions]
+        if args.json:
+            lines = [as_json(prompts, completion) for completion in completions]
+        write("".join(f"{line}\n" for line in lines))
+
+    tokens = sum(len(completion.tokens) for completion in completions)
+    seconds = time.perf_counter() - began
+    ends = ", ".join(sorted({completion.finish for completion in completions}))
+    say(f"{tokens} tokens in {seconds:.1f} s, compilation included; ended by {ends}")
+
+
+def generate(
+    loaded, prompts: list[str], sampling, say: Callable[[str], None], is_streamed: bool
+) -> list:
+    """The completions, in the order of prompts and samples.
+
+    If `is_streamed`, each piece of text is printed at once.
+    """
+    import jax
+
+    from gpt_jax.infer import stream_text
+
+    rows = []  # (number of the row, its completion)
     with jax.set_mesh(loaded.mesh):
-        for piece in stream_text(
+        pieces = stream_text(
             loaded.config.model,
             loaded.config.compute,
             loaded.params,
@@ -135,47 +196,29 @@ def run(args, prompts, sampling) -> None:
             prompts,
             sampling,
             say,
-        ):
-            if single and first:
+        )
+        for piece in pieces:
+            if is_streamed:
                 write(piece.text)
             if piece.completion:
-                done.append((piece.row, piece.completion))
-    done = [completion for _, completion in sorted(done)]
-    if first and not single:
-        write(
-            "".join(
-                (
-                    json.dumps(as_json(prompts, completion), ensure_ascii=False)
-                    if args.json
-                    else completion.text
-                )
-                + "\n"
-                for completion in done
-            )
-        )
-    elif first and sys.stdout.isatty():
-        write("\n")
-    tokens = sum(len(completion.tokens) for completion in done)
-    seconds = time.perf_counter() - began
-    say(
-        f"{tokens} tokens in {seconds:.1f} s, compilation included; ended by "
-        + ", ".join(sorted({completion.finish for completion in done}))
-    )
+                rows.append((piece.row, piece.completion))
+    return [completion for _, completion in sorted(rows)]
 
 
 def write(text: str) -> None:
-    """To standard output, as UTF-8 whatever the terminal's locale says."""
+    """Writes to standard output, as UTF-8 whatever the terminal's locale says."""
     with output() as stream:
         stream.buffer.write(text.encode("utf-8", "replace"))
         stream.buffer.flush()
 
 
-def as_json(prompts, completion) -> dict:
+def as_json(prompts: list[str], completion) -> str:
     """One line of --json."""
-    return {
+    values = {
         "prompt": prompts[completion.prompt],
         "sample": completion.sample,
         "text": completion.text,
         "finish": completion.finish,
         "tokens": len(completion.tokens),
     }
+    return json.dumps(values, ensure_ascii=False)

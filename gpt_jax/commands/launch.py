@@ -1,5 +1,4 @@
-"""`gpt-jax launch local|slurm|kubernetes … train …`: starts a command as a job of several
-processes."""
+"""`gpt-jax launch local|slurm|kubernetes … train …`: starts a job of several processes."""
 
 import argparse
 import posixpath
@@ -23,54 +22,104 @@ LAUNCHERS = {
     "slurm": "submits a job to SLURM, requeued where that helps",
     "kubernetes": "writes a JobSet for Kubernetes to standard output",
 }
+# Flags that say a process's place in the job. The launcher gives them.
 PLACES = ("--coordinator", "--num_processes", "--process_id", "--local_device", "--distributed")
-MOST = 10**6  # of anything that is counted here; what is more was typed wrong
-COMMANDS = ("train", "evaluate", "generate")  # what runs as several processes
+# The most of anything that is counted here. A larger number is a mistake.
+MOST = 10**6
+# The commands that run as several processes.
+COMMANDS = ("train", "evaluate", "generate")
+
+
+class Ended(Exit):
+    """The job's own end. Its processes have said why."""
+
+    def __init__(self, code: int, line: str):
+        super().__init__(f"launch: {line}")
+        self.code = code
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError for what cannot be started, and what the job ended with."""
+    """Raises UsageError for what cannot be started, and Ended for the job's own failure."""
     if not arguments or arguments[0] in ("-h", "--help"):
         rows = [f"  {name:<10} {line}" for name, line in LAUNCHERS.items()]
         emit("\n".join(["usage: gpt-jax launch <engine> [flags] train [its flags]", "", *rows]))
         sys.exit(0)
+
     name, *rest = arguments
     if name not in LAUNCHERS:
         raise UsageError(f"unknown engine {name!r}: choose one of {', '.join(LAUNCHERS)}")
     {"local": local, "slurm": slurm, "kubernetes": kubernetes}[name](rest)
 
 
+# ---- for every launcher ----
+
+
 def split(flags: Flags, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The launcher's flags, wherever they stand, and the command that it is to run."""
+    """Returns (the launcher's flags, wherever they stand; the command that it is to run)."""
     args, rest = flags.parse_known_args(arguments)
-    rest = rest[1:] if rest[:1] == ["--"] else rest
+    if rest[:1] == ["--"]:
+        rest = rest[1:]
     if not rest or rest[0] not in COMMANDS:
         what = f"{rest[0]!r} is no flag of it, and " if rest else ""
         raise UsageError(
-            f"{flags.prog}: {what}what is to run is missing: expected one of {', '.join(COMMANDS)} "
-            "and its "
-            "flags"
+            f"{flags.prog}: {what}what is to run is missing: "
+            f"expected one of {', '.join(COMMANDS)} and its flags"
         )
     return args, rest
 
 
-def refuse(command: list[str], *more: str) -> None:
-    """UsageError for flags that say a process's place in the job, which is the launcher's to
-    say."""
+def refuse_places(command: list[str], *more: str) -> None:
+    """Raises UsageError if the command has a flag of PLACES or of `more`."""
     for flag in (*PLACES, *more):
         if any(word.split("=")[0] == flag for word in command):
             raise UsageError(f"{flag}: the launcher gives it to each process; leave it out")
 
 
-def within(args: argparse.Namespace, *names: str, least: int = 1, most: int = MOST) -> None:
+def check_range(args: argparse.Namespace, *names: str, least: int = 1, most: int = MOST) -> None:
+    """Raises UsageError for a flag that is not from `least` to `most`."""
     for name in names:
         if not least <= getattr(args, name) <= most:
             raise UsageError(f"--{name}={getattr(args, name)}: expected {least} to {most}")
 
 
-def local(arguments: list[str]) -> None:
-    from gpt_jax.cluster import MOST_PROCESSES, LocalGroup, run_processes
+def check_train(command: list[str], devices: int, processes: int = 0, slices: int = 0) -> str:
+    """Raises UsageError now for what would end `train` at its start on every machine.
 
+    Other commands are not checked. The job has `devices`. If that is 0, it has what --cpu_devices
+    gives to each of `processes`, and otherwise any number. `slices` of TPUs may be 0 for none.
+    Returns the workdir, or "" for other commands.
+    """
+    if command[0] != "train":
+        return ""
+    from gpt_jax.commands.train import make_flags, parse_profile
+
+    args, rest = make_flags().parse_known_args(command[1:])
+    check_runtime(args)
+    if args.print_config:
+        raise UsageError(
+            "--print_config: prints and trains nothing; "
+            "call gpt-jax train for it, without the launcher"
+        )
+    config = configs.resolve(load_config(args.config, rest))
+    if not args.workdir:
+        raise UsageError("--workdir is missing: where should the run's files go?")
+    local_workdir(args.workdir)
+    if args.profile:
+        parse_profile(args.profile, config.train.steps)
+    if not (config.data.path or config.data.sources):
+        raise UsageError("config.data.path" + EMPTY_PATHS)
+
+    count = devices or processes * args.cpu_devices or configs.least_devices(config.mesh)
+    configs.check(config, count)
+    if slices and (problem := configs.slices_problem(configs.cross_slice(config.mesh), slices)):
+        raise UsageError(problem)
+    return args.workdir
+
+
+# ---- local ----
+
+
+def make_local_flags() -> Flags:
     flags = Flags(prog="gpt-jax launch local", description=LAUNCHERS["local"])
     flags.add_argument(
         "--processes", type=int, default=1, metavar="N", help="processes of this machine"
@@ -93,14 +142,38 @@ def local(arguments: list[str]) -> None:
         "--coordinator",
         default="",
         metavar="HOST:PORT",
-        help="address on node 0, needed with --nodes; default '%(default)s': a free port of this "
-        "machine",
+        help="address on node 0, needed with --nodes; default '%(default)s': "
+        "a free port of this machine",
     )
-    args, rest = split(flags, arguments)
-    within(args, "nodes")
-    within(args, "processes", most=MOST_PROCESSES)
-    within(args, "devices_per_process", least=0, most=MOST_CPU_DEVICES)
-    within(args, "restarts", least=0)
+
+    return flags
+
+
+def local(arguments: list[str]) -> None:
+    """Runs the command on this machine. Raises Ended if the job fails."""
+    from gpt_jax.cluster import MOST_PROCESSES, LocalGroup, run_processes
+
+    args, rest = split(make_local_flags(), arguments)
+    check_range(args, "nodes")
+    check_range(args, "processes", most=MOST_PROCESSES)
+    check_range(args, "devices_per_process", least=0, most=MOST_CPU_DEVICES)
+    check_range(args, "restarts", least=0)
+    check_nodes(args)
+    refuse_places(rest, "--cpu_devices")
+
+    # The only process of a machine takes all its accelerators, whose number is not known here.
+    each = args.devices_per_process or (1 if args.processes > 1 else 0)
+    check_train(rest, args.processes * args.nodes * each)
+    group = LocalGroup(
+        args.processes, args.devices_per_process, args.coordinator, args.nodes, args.node
+    )
+    code, line = run_processes(group, rest, args.restarts, complain)
+    if code:
+        raise Ended(code, line)
+
+
+def check_nodes(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags of several machines that do not fit together."""
     if args.nodes > 1 and not args.coordinator:
         raise UsageError(f"--nodes={args.nodes}: needs --coordinator=HOST:PORT of node 0")
     if args.coordinator:
@@ -109,44 +182,15 @@ def local(arguments: list[str]) -> None:
         raise UsageError(f"--node={args.node}: expected 0 to {args.nodes - 1}")
     if args.nodes > 1 and args.restarts:
         raise UsageError(
-            f"--restarts={args.restarts}: one machine of several cannot restart the job; its "
-            "scheduler does"
+            f"--restarts={args.restarts}: one machine of several cannot restart the job; "
+            "its scheduler does"
         )
-    refuse(rest, "--cpu_devices")
-
-    each = args.devices_per_process or (
-        args.processes > 1
-    )  # a machine's only process takes all that it has: not known
-    check_train(rest, args.processes * args.nodes * each)
-    code, line = run_processes(
-        LocalGroup(
-            args.processes, args.devices_per_process, args.coordinator, args.nodes, args.node
-        ),
-        rest,
-        args.restarts,
-        complain,
-    )
-    if code:
-        raise Ended(code, line)
 
 
-class Ended(Exit):
-    """The job's own end; its processes have said why."""
-
-    def __init__(self, code: int, line: str):
-        super().__init__(f"launch: {line}")
-        self.code = code
+# ---- slurm ----
 
 
-def slurm(arguments: list[str]) -> None:
-    from gpt_jax.cluster import (
-        SLURM_SAVE_SECONDS,
-        SlurmShape,
-        SlurmTask,
-        make_slurm_parameters,
-        parse_sbatch_options,
-    )
-
+def make_slurm_flags() -> Flags:
     flags = Flags(
         prog="gpt-jax launch slurm",
         description=LAUNCHERS["slurm"] + ". Other options of sbatch are given as "
@@ -160,14 +204,14 @@ def slurm(arguments: list[str]) -> None:
         "--tasks_per_node",
         type=int,
         default=0,
-        help="processes of a node, to which its GPUs are dealt; 0: one for each GPU, at least one",
+        help="processes of a node, which share its GPUs; 0: one for each GPU, at least one",
     )
     flags.add_argument(
         "--time",
         type=int,
         required=True,
         metavar="MINUTES",
-        help="time limit, whole minutes; the job goes on behind it",
+        help="time limit, whole minutes; the job resumes after it",
     )
     flags.add_argument("--partition", help="where to queue")
     flags.add_argument("--name", default="gpt-jax", help="of the job, as squeue shows it")
@@ -175,8 +219,8 @@ def slurm(arguments: list[str]) -> None:
         "--restarts",
         type=int,
         default=20,
-        help="how often the job goes back into the queue, for time limits too: 40 days in jobs of "
-        "one need 40",
+        help="how often the job goes back into the queue, for time limits too: "
+        "40 days in jobs of one need 40",
     )
     flags.add_argument(
         "--logs",
@@ -187,50 +231,67 @@ def slurm(arguments: list[str]) -> None:
     flags.add_argument(
         "--sbatch", action="append", default=[], metavar="NAME=VALUE", help="a further option"
     )
-    args, rest = split(flags, arguments)
-    within(args, "nodes")
-    within(
-        args, "time", least=SLURM_SAVE_SECONDS // 60 + 1
-    )  # else it is told to save as soon as it begins
-    within(args, "gpus_per_node", "tasks_per_node", "restarts", least=0)
-    extra = parse_sbatch_options(args.sbatch, args.gpus_per_node) | (
-        {"partition": args.partition} if args.partition else {}
-    )
-    gpus, tasks = args.gpus_per_node, args.tasks_per_node or max(1, args.gpus_per_node)
+
+    return flags
+
+
+def slurm(arguments: list[str]) -> None:
+    """Submits the command to SLURM. Raises UsageError if it cannot be submitted."""
+    from gpt_jax.cluster import SLURM_SAVE_SECONDS, SlurmShape, parse_sbatch_options
+
+    args, rest = split(make_slurm_flags(), arguments)
+    check_range(args, "nodes")
+    # A shorter job would be told to save as soon as it begins.
+    check_range(args, "time", least=SLURM_SAVE_SECONDS // 60 + 1)
+    check_range(args, "gpus_per_node", "tasks_per_node", "restarts", least=0)
+    extra = parse_sbatch_options(args.sbatch, args.gpus_per_node)
+    if args.partition:
+        extra["partition"] = args.partition
+
+    gpus = args.gpus_per_node
+    tasks = args.tasks_per_node or max(1, gpus)
     if gpus % tasks:
         raise UsageError(
-            f"--tasks_per_node={tasks}: {gpus} GPUs of a node cannot be dealt to so many evenly"
+            f"--tasks_per_node={tasks}: {gpus} GPUs of a node cannot be shared by so many evenly"
         )
-    refuse(rest)
+    refuse_places(rest)
     check_train(rest, args.nodes * gpus, args.nodes * tasks)
+
+    shape = SlurmShape(args.nodes, tasks, gpus, args.time, args.restarts, args.name)
+    submit(rest, shape, extra, args.logs)
+
+
+def submit(command: list[str], shape, extra: dict[str, str], logs: str) -> None:
+    """Submits the command and prints the job's number. Raises UsageError."""
+    from gpt_jax.cluster import SlurmTask, make_slurm_parameters
+
     try:
         import submitit
     except ImportError:
         raise UsageError(
-            "gpt-jax launch slurm: needs submitit: pip install 'gpt_jax[slurm]'; or submit "
-            "launch/slurm.sbatch"
+            "gpt-jax launch slurm: needs submitit: pip install 'gpt_jax[slurm]'; "
+            "or submit launch/slurm.sbatch"
         ) from None
-    shape = SlurmShape(args.nodes, tasks, gpus, args.time, args.restarts, args.name)
-    logs = make_logs(args.logs)
-    if lacking := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
+    folder = make_logs(logs)
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if missing:
         raise UsageError(
-            f"launch slurm: there is no {lacking[0]} here; call it where a SLURM cluster takes "
-            "jobs, or use "
-            "launch local"
+            f"launch slurm: there is no {missing[0]} here; "
+            "call it where a SLURM cluster takes jobs, or use launch local"
         )
+
     try:
-        executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
+        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=0)
         executor.update_parameters(**make_slurm_parameters(shape, extra))
-        job = executor.submit(SlurmTask([*rest, "--distributed"]))
+        job = executor.submit(SlurmTask([*command, "--distributed"]))
     except (RuntimeError, OSError) as error:  # sbatch refused
-        raise UsageError(
-            f"launch slurm: sbatch did not take it: {' '.join(str(error).split())}"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise UsageError(f"launch slurm: sbatch did not take it: {reason}") from None
     emit(f"submitted job {job.job_id}; output: {job.paths.stdout}")
 
 
 def make_logs(text: str) -> Path:
-    """The folder of --logs, made where missing. Raises UsageError."""
+    """The folder of --logs, which is made if it is missing. Raises UsageError."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=text or ".").close()
@@ -241,8 +302,11 @@ def make_logs(text: str) -> Path:
     return Path(text).resolve()
 
 
-def kubernetes(arguments: list[str]) -> None:
-    from gpt_jax.cluster import TPU_NODES, KubernetesOptions, dump_yaml, make_jobset, parse_mounts
+# ---- kubernetes ----
+
+
+def make_kubernetes_flags() -> Flags:
+    from gpt_jax.cluster import TPU_NODES
 
     flags = Flags(prog="gpt-jax launch kubernetes", description=LAUNCHERS["kubernetes"])
     flags.add_argument("--image", required=True, help="made from launch/Dockerfile")
@@ -254,7 +318,7 @@ def kubernetes(arguments: list[str]) -> None:
     flags.add_argument(
         "--tpu_topology",
         metavar="KIND:SHAPE",
-        help=f"a GKE TPU slice, as v6e:4x4; kinds: {', '.join(TPU_NODES)}",
+        help=f"a GKE TPU slice, as in v6e:4x4; kinds: {', '.join(TPU_NODES)}",
     )
     flags.add_argument("--slices", type=int, default=1, help="TPU slices")
     flags.add_argument("--restarts", type=int, default=20, help="how often the JobSet starts again")
@@ -274,41 +338,54 @@ def kubernetes(arguments: list[str]) -> None:
     flags.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="for every pod"
     )
-    args, rest = split(flags, arguments)
-    within(args, "nodes", "slices", "grace_seconds")
+
+    return flags
+
+
+def kubernetes(arguments: list[str]) -> None:
+    """Prints a manifest that runs the command. Raises UsageError."""
+    from gpt_jax.cluster import KubernetesOptions, dump_yaml, make_jobset
+
+    args, rest = split(make_kubernetes_flags(), arguments)
+    check_range(args, "nodes", "slices", "grace_seconds")
     if not args.image or re.search(r"\s", args.image):
         raise UsageError(
             f"--image={args.image}: expected the name of the one that was made from "
             "launch/Dockerfile"
         )
-    within(args, "gpus_per_node", "restarts", least=0)
-    made = make_jobset(
-        KubernetesOptions(
-            args.image,
-            args.name,
-            args.nodes,
-            args.gpus_per_node,
-            args.tpu_topology,
-            args.slices,
-            args.restarts,
-            args.grace_seconds,
-            tuple(args.volume),
-            tuple(args.env),
-        ),
-        rest,
+    check_range(args, "gpus_per_node", "restarts", least=0)
+    options = KubernetesOptions(
+        args.image,
+        args.name,
+        args.nodes,
+        args.gpus_per_node,
+        args.tpu_topology,
+        args.slices,
+        args.restarts,
+        args.grace_seconds,
+        tuple(args.volume),
+        tuple(args.env),
     )
-    refuse(rest, "--cpu_devices")
+    jobset = make_jobset(options, rest)
+
+    refuse_places(rest, "--cpu_devices")
     workdir = check_train(rest, count_devices(args), slices=args.slices if args.tpu_topology else 0)
-    inside = Path(
-        posixpath.normpath(re.sub("^/+", "/", workdir))
-    )  # in the pod, which has not this machine's links
-    if workdir and not any(inside.is_relative_to(path) for path in parse_mounts(args.volume)):
+    if workdir:
+        check_volumes(workdir, args.volume)
+    emit(dump_yaml(jobset).rstrip("\n"))
+
+
+def check_volumes(workdir: str, volumes: list[str]) -> None:
+    """Raises UsageError if the workdir lies in no volume."""
+    from gpt_jax.cluster import parse_mounts
+
+    # The path is one of the pod, so this machine's links do not count.
+    inside = Path(posixpath.normpath(re.sub("^/+", "/", workdir)))
+    if not any(inside.is_relative_to(path) for path in parse_mounts(volumes)):
         raise UsageError(
-            f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; as "
-            "in "
-            f"--volume=CLAIM:/data -- train --workdir=/data/{inside.name}"
+            f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; "
+            f"as in --volume=CLAIM:/data -- train --workdir=/data/{inside.name}"
         )
-    emit(dump_yaml(made).rstrip("\n"))
 
 
 def count_devices(args: argparse.Namespace) -> int:
@@ -318,35 +395,3 @@ def count_devices(args: argparse.Namespace) -> int:
     from gpt_jax.plan import parse_topology
 
     return parse_topology(args.tpu_topology, args.slices, "--tpu_topology").devices
-
-
-def check_train(command: list[str], devices: int, processes: int = 0, slices: int = 0) -> str:
-    """UsageError now for what would end `train` at its start on every machine; other commands
-    are not looked at. `devices` of the whole job, 0: not known, unless the command says
-    --cpu_devices for each of `processes`; `slices` of TPUs, 0: none. Returns the workdir, "" of
-    other commands."""
-    if command[0] != "train":
-        return ""
-    from gpt_jax.commands.train import make_flags, parse_profile
-
-    args, rest = make_flags().parse_known_args(command[1:])
-    check_runtime(args)
-    if args.print_config:
-        raise UsageError(
-            "--print_config: prints and trains nothing; call gpt-jax train for it, without the "
-            "launcher"
-        )
-    config = configs.resolve(load_config(args.config, rest))
-    if not args.workdir:
-        raise UsageError("--workdir is missing: where should the run's files go?")
-    local_workdir(args.workdir)
-    if args.profile:
-        parse_profile(args.profile, config.train.steps)
-    if not (config.data.path or config.data.sources):
-        raise UsageError("config.data.path" + EMPTY_PATHS)
-    configs.check(
-        config, devices or processes * args.cpu_devices or configs.least_devices(config.mesh)
-    )
-    if slices and (problem := configs.slices_problem(configs.cross_slice(config.mesh), slices)):
-        raise UsageError(problem)
-    return args.workdir

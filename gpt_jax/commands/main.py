@@ -1,12 +1,13 @@
-"""`gpt-jax <command> …`: picks the command, imports only that one, and turns failures into exit
-codes."""
+"""`gpt-jax <command> …`: picks the command and turns failures into exit codes.
+
+Only the command that is called is imported.
+"""
 
 import importlib
-import os
 import sys
 import traceback
 
-from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError, complain
+from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError, complain, mute
 
 COMMANDS = {
     "prepare": "raw text to token shards: read, filter, leave out copies, tokenize",
@@ -24,24 +25,16 @@ def usage() -> str:
     """What `gpt-jax --help` prints."""
     rows = [f"  {name:<10} {line}" for name, line in COMMANDS.items()]
     codes = [f"  {code:>3} {meaning}" for code, meaning in EXIT_CODES.items()]
-    return "\n".join(
-        [
-            "usage: gpt-jax <command> [flags]      gpt-jax <command> --help",
-            "",
-            "commands",
-            *rows,
-            "",
-            "exit codes",
-            *codes,
-        ]
-    )
+    usage_line = "usage: gpt-jax <command> [flags]      gpt-jax <command> --help"
+    return "\n".join([usage_line, "", "commands", *rows, "", "exit codes", *codes])
 
 
 def run(arguments: list[str]) -> None:
-    """Runs one command; raises Exit for every planned end but success."""
+    """Runs one command. Raises Exit for every planned end but success."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return
+
     name = arguments[0]
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
@@ -49,7 +42,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _processes() -> int:
-    """Processes of this job; 1 without asking JAX when no process group was made."""
+    """The processes of this job. Without a process group it is 1, and JAX is not asked."""
     if "jax" not in sys.modules:
         return 1
     import jax
@@ -67,42 +60,46 @@ def _lost_peer(error: Exception) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: one line for a planned end, a traceback for a bug, and the exit code either
-    way."""
-    code, reason = 0, ""
+    """Runs the program and ends the process.
+
+    A planned end prints one line, and a bug its traceback. Both have an exit code.
+    """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who called (`>&-`)
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
+        if getattr(sys, name) is None:  # The caller has closed it (`>&-`).
+            mute(name)
+
+    code = 0
+    reason = ""
     try:
         run(sys.argv[1:] if arguments is None else arguments)
-    except Exit as end:
-        code, reason = end.code, str(end)
-        complain(reason)
+    except BrokenPipeError:
+        # The reader of `generate | head` has gone. `train` carries on without one, see `make_say`.
+        mute("stdout")
     except KeyboardInterrupt:
-        code, reason = 130, "interrupted; checkpoints and what is finished are untouched"
-        complain(reason)
-    except (
-        BrokenPipeError
-    ):  # the reader of `generate | head` has gone; `train` goes on without (make_say, BarWriter)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
-    except MemoryError as error:
-        code, reason = (
-            UsageError.code,
-            f"out of memory ({error}); make the model, the batch or the rows smaller",
-        )
+        code = 130
+        reason = "interrupted; checkpoints and what is finished are untouched"
         complain(reason)
     except Exception as error:
-        if _lost_peer(error):
-            code, reason = _blame_peer(error)
-            complain(reason)
-        else:
-            traceback.print_exc()
-            code, reason = (
-                1,
-                f"a bug there, the log has the traceback: {type(error).__name__}: "
-                f"{first_line(error)}",
-            )
+        code, reason = explain(error)
     finish(code, reason)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Prints why the program ends, and returns the exit code and the reason for other processes."""
+    if isinstance(error, Exit):
+        code = error.code
+        reason = str(error)
+    elif isinstance(error, MemoryError):
+        code = UsageError.code
+        reason = f"out of memory ({error}); make the model, the batch or the rows smaller"
+    elif _lost_peer(error):
+        code, reason = _blame_peer(error)
+    else:
+        traceback.print_exception(error)
+        what = f"{type(error).__name__}: {first_line(error)}"
+        return 1, f"a bug there, the log has the traceback: {what}"
+    complain(reason)
+    return code, reason
 
 
 def first_line(error: Exception) -> str:
@@ -110,32 +107,40 @@ def first_line(error: Exception) -> str:
 
 
 def _blame_peer(error: Exception) -> tuple[int, str]:
-    """Exit code and line for an error that comes of a peer having left: what that one said, if
-    it could."""
+    """Exit code and line for an error that comes of a peer having left.
+
+    They are those that the peer gave, if it could give any.
+    """
     from gpt_jax.cluster import JOBS
 
-    found = JOBS[0].failure(3.0) if JOBS else None
-    if found is not None:
-        return found.others_code, found.line
+    failure = JOBS[0].failure(3.0) if JOBS else None
+    if failure is not None:
+        return failure.others_code, failure.line
+
     gone = JOBS[0].gone(4.0) if JOBS else "a peer process is gone without a word"
     return PeerFailed.code, (
-        f"{gone} (killed, or its machine failed; its log may have the reason); seen here as: "
-        f"{first_line(error)}"
+        f"{gone} (killed, or its machine failed; its log may have the reason); "
+        f"seen here as: {first_line(error)}"
     )
 
 
 def finish(code: int, reason: str = "") -> None:
-    """Ends the process. Over several processes a normal exit would wait for the others in a
-    barrier, for minutes when one of them has failed: tell them and leave."""
+    """Ends the process.
+
+    A failed process of several tells the others and leaves at once. A normal exit would wait for
+    them in a barrier, for minutes when one of them has failed.
+    """
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
         except OSError as error:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
+            mute(name)
             if name == "stdout" and not isinstance(error, BrokenPipeError):
-                said = f"standard output cannot be written ({error.strerror}); send it elsewhere"
-                complain(said)
-                code, reason = code or UsageError.code, reason or said
+                line = f"standard output cannot be written ({error.strerror}); send it elsewhere"
+                complain(line)
+                code = code or UsageError.code
+                reason = reason or line
+
     if code and _processes() > 1:
         from gpt_jax.cluster import end_process
 

@@ -12,15 +12,15 @@ from gpt_jax.errors import UsageError, complain, mute
 def output() -> Iterator[TextIO]:
     """Standard output, for what a command is asked for.
 
-    Raises UsageError where standard output does not take it. With `| head` the reader has gone,
-    which is no mistake: BrokenPipeError passes.
+    Raises UsageError if standard output does not take it. Raises BrokenPipeError if its reader has
+    gone, as with `| head`, because that is no mistake.
     """
     try:
         yield sys.stdout
     except BrokenPipeError:
         raise
     except OSError as error:
-        mute("stdout")  # else Python tries again at the end
+        mute("stdout")  # Otherwise Python tries again at the end.
         raise UsageError(
             f"standard output cannot be written ({error.strerror}); send it elsewhere"
         ) from None
@@ -35,7 +35,7 @@ def emit(text: str) -> None:
 def make_say(stream: TextIO) -> Callable[[str], None]:
     """A function that prints lines for people, from process 0 alone.
 
-    A reader that has gone (`| head`), or a full disk, does not end what is being done.
+    The work carries on if the reader has gone (`| head`), or if the disk is full.
     """
     import jax
 
@@ -45,13 +45,14 @@ def make_say(stream: TextIO) -> Callable[[str], None]:
         nonlocal is_silent
         if is_silent:
             return
+
         try:
             print(line, file=stream, flush=True)
         except OSError as error:
             is_silent = True
             if stream is not sys.stdout:
                 return
-            mute("stdout")  # else Python complains about it at the end
+            mute("stdout")  # Otherwise Python complains about it at the end.
             if not isinstance(error, BrokenPipeError):
                 complain(
                     f"standard output cannot be written ({error.strerror}): "

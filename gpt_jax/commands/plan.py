@@ -16,10 +16,11 @@ from gpt_jax.errors import UsageError
 
 
 def make_flags() -> Flags:
+    """The flags of `gpt-jax plan`. Every other argument is an override of the config."""
     flags = Flags(
         prog="gpt-jax plan",
         description="Preflight: memory, collectives, step time and MFU of a config on a machine "
-        "that need not exist. Exit code 0: it fits; 2: it does not, or cannot run as it is.",
+        "that need not exist. Exit code 0: it fits; 2: it does not fit, or cannot run.",
     )
     flags.add_argument(
         "--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant"
@@ -68,10 +69,11 @@ def make_flags() -> Flags:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a compiler option more, as in --config.compute.compiler_options",
+        help="a further compiler option, as in --config.compute.compiler_options",
     )
     flags.add_argument("--keep_hlo", metavar="FILE", help="where the compiled program's text goes")
     flags.add_argument("--json", action="store_true", help="print JSON")
+
     # The command starts itself to compile. Here it puts what the compiler made.
     flags.add_argument("--inside", help=argparse.SUPPRESS)
     return flags
@@ -202,10 +204,10 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}={value}: expected 1 or more")
+
     if args.data_tokens and not 1 <= args.data_tokens < math.inf:
         raise UsageError(
-            f"--data_tokens={args.data_tokens:g}: "
-            "expected 1 or more tokens, or 0 where nobody knows"
+            f"--data_tokens={args.data_tokens:g}: expected 1 or more tokens, or 0 if nobody knows"
         )
     if not args.search and (args.compile or 0) > 1:
         raise UsageError(

@@ -15,20 +15,33 @@ from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
 from gpt_jax.errors import DataError, Stopped, UsageError
 
-SECONDS = 10.0  # between two lines of progress where there is no terminal
-BAR_SECONDS = 0.2  # and on one
-NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
-MISNAMED = re.compile(r"([^/=?*]*)=")  # an attempt at one
-SOURCE = "text"  # the source of input without a name
+# Seconds between two signs of progress, where standard error is no terminal, and on one.
+LINE_SECONDS = 10.0
+BAR_SECONDS = 0.2
+
+NAMED_PATH = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)  # NAME=PATH
+MISNAMED_PATH = re.compile(r"([^/=?*]*)=")  # an attempt at it
+SOURCE = "text"  # the source of paths without a name
+LISTS = ("--input", "--filters", "--encodings")  # flags that take several values
+# Flags that are numbers, with the least and the most.
+LIMITS = {
+    "eval_fraction": (0.0, 0.9),
+    "piece_mb": (0.0, 1e6),
+    "tokenizer_mb": (1e-6, 1e9),
+    "workers": (0, 4096),
+}
 
 
 def main(arguments: list[str]) -> None:
-    """Raises UsageError for input, settings and folders of no use, DataError for damage,
-    PeerFailed for lost workers."""
-    args = make_flags().parse_args([part for text in arguments for part in apart(text)])
+    """Raises UsageError for input, settings and folders that cannot be used.
+
+    Raises DataError for damaged files, and PeerFailed if workers are lost.
+    """
+    args = make_flags().parse_args([part for text in arguments for part in split_flag(text)])
     looks = [name for name in ("inspect", "verify") if getattr(args, name)]
     if looks and (args.input or args.output or len(looks) > 1):
         raise UsageError(f"--{looks[0]}={getattr(args, looks[0])}: is given alone")
+
     if args.inspect:
         look_inside(Path(args.inspect).expanduser())
     elif args.verify:
@@ -37,15 +50,17 @@ def main(arguments: list[str]) -> None:
         run(args)
 
 
-def apart(text: str) -> list[str]:
-    """`--input=a` as `--input a`: argparse takes no further values after the first form, and
-    people type them."""
+def split_flag(text: str) -> list[str]:
+    """`--input=a` as `--input` and `a`, for flags that take several values.
+
+    People type `--input=a b`, and argparse takes no further values after that form.
+    """
     flag, equals, value = text.partition("=")
-    return [flag, value] if equals and flag in ("--input", "--filters", "--encodings") else [text]
+    return [flag, value] if equals and flag in LISTS else [text]
 
 
-class Given(argparse.Action):
-    """Values that take the place of the default, and of a flag given again are added."""
+class ReplaceDefault(argparse.Action):
+    """Collects the values of a flag. The first ones take the place of the default."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest)
@@ -54,17 +69,13 @@ class Given(argparse.Action):
 
 
 def make_flags() -> Flags:
-    """The command line."""
     flags = Flags(
         prog="gpt-jax prepare",
-        description="Read text, filter it, and write token shards that "
-        "--config.data.path takes. Killed at any moment, the same command goes on where it was; "
-        "when all is "
-        "finished it says so, after a look at the files' sizes: their content is checked by "
-        "--verify. "
+        description="Read text, filter it, and write token shards that --config.data.path takes. "
+        "After a stop at any moment the same command carries on where it was. When all is "
+        "finished it says so after a look at the files' sizes; --verify checks their content. "
         "Memory: for each worker some 200 MB, a few times the largest document, and 32 bytes a "
-        "document of a "
-        "unit.",
+        "document of a unit.",
     )
     flags.add_argument(
         "--input",
@@ -72,9 +83,8 @@ def make_flags() -> Flags:
         action="extend",
         default=[],
         metavar="[NAME=]PATH",
-        help="files, directories, globs, URLs, hf://name[:config][@split][#revision]; NAME: the "
-        "source "
-        "they are",
+        help="files, directories, globs, URLs, hf://name[:config][@split][#revision]; "
+        "NAME: the source that they are",
     )
     flags.add_argument(
         "--output", metavar="DIR", help="a new folder, or one that an earlier call began"
@@ -83,27 +93,35 @@ def make_flags() -> Flags:
     flags.add_argument(
         "--verify", metavar="DIR", help="compare every file of a finished folder with its checksum"
     )
-    text = flags.add_argument_group("the text")
-    text.add_argument(
+
+    add_text_flags(flags.add_argument_group("the text"))
+    add_token_flags(flags.add_argument_group("the tokens"))
+    add_work_flags(flags.add_argument_group("the work (decides nothing about the output)"))
+    return flags
+
+
+def add_text_flags(group) -> None:
+    """Adds the flags that say what the documents are."""
+    group.add_argument(
         "--field", default="text", help="the text's field or column where a file has several"
     )
-    text.add_argument(
+    group.add_argument(
         "--errors", default="strict", help="undecodable bytes: strict or replace (by U+FFFD)"
     )
-    text.add_argument(
+    group.add_argument(
         "--encodings",
         nargs="+",
-        action=Given,
+        action=ReplaceDefault,
         default=["utf-8"],
         help="tried in turn on each document",
     )
-    text.add_argument(
+    group.add_argument(
         "--on_error", default="stop", help="a row that cannot be read: stop, or skip (counted)"
     )
-    text.add_argument(
+    group.add_argument(
         "--documents", default="file", help="what a document of a text file is: file or line"
     )
-    text.add_argument(
+    group.add_argument(
         "--filters",
         nargs="+",
         action="extend",
@@ -111,182 +129,215 @@ def make_flags() -> Flags:
         metavar="FILTER",
         help="in this order, such as strip min_chars:100 normalize:NFC language:en module:function",
     )
-    text.add_argument(
+    group.add_argument(
         "--dedup",
         default="none",
         metavar="none|exact|near[:SIMILARITY]",
-        help="leave out copies of earlier documents; near: by MinHash, 0.8 if no similarity is "
-        "given",
+        help="leave out copies of earlier documents; near: by MinHash, with a similarity of 0.8 "
+        "if none is given",
     )
-    text.add_argument(
+    group.add_argument(
         "--eval_fraction",
         type=float,
         default=0.0,
         help="part of the documents held out, by their hash",
     )
-    tokens = flags.add_argument_group("the tokens")
-    tokens.add_argument(
+
+
+def add_token_flags(group) -> None:
+    """Adds the flags that say what the shards are."""
+    group.add_argument(
         "--tokenizer",
         default="bytes",
         help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer",
     )
-    tokens.add_argument(
+    group.add_argument(
         "--tokenizer_mb", type=float, default=200.0, help="of text that a trained tokenizer sees"
     )
-    tokens.add_argument(
+    group.add_argument(
         "--piece_mb",
         type=float,
         default=0.0,
         help="input of a unit of work and of a shard; 0: a 500th of the input, 4 to 64",
     )
-    work = flags.add_argument_group("the work (decides nothing about the output)")
-    work.add_argument(
+
+
+def add_work_flags(group) -> None:
+    """Adds the flags that say who does the work."""
+    group.add_argument(
         "--engine", default="local", help="local: processes of this machine; ray: a Ray cluster"
     )
-    work.add_argument(
+    group.add_argument(
         "--workers", type=int, default=0, help="processes; 1: this one alone, 0: one a core"
     )
-    work.add_argument(
+    group.add_argument(
         "--ray_address",
         default="local",
-        help="of a cluster (auto, HOST:PORT) that sees input and "
-        "output under the same paths; local: one of --workers CPUs is started here",
-    )
-    return flags
-
-
-def run(args) -> None:
-    """Prepares, then prints what came of it."""
-    from gpt_jax.data import (
-        ENGINES,
-        Engine,
-        PrepareSettings,
-        Reading,
-        prepare_corpus,
-        summarize_corpus,
+        help="of a cluster (auto, HOST:PORT) that sees input and output under the same paths; "
+        "local: one with --workers CPUs is started here",
     )
 
-    if not args.input or not args.output:
-        raise UsageError("--input and --output: both are needed (or --inspect or --verify alone)")
-    if "://" in args.output:
-        raise UsageError(
-            f"--output={args.output}: prepare writes to a file system; name a local folder and "
-            "copy it "
-            "there when it is finished (--input may be remote)"
-        )
-    if args.engine not in ENGINES:
-        raise UsageError(f"--engine={args.engine}: expected one of {', '.join(ENGINES)}")
-    limits = {
-        "eval_fraction": (0.0, 0.9),
-        "piece_mb": (0.0, 1e6),
-        "tokenizer_mb": (1e-6, 1e9),
-        "workers": (0, 4096),
-    }
-    for name, (low, high) in limits.items():
-        if not low <= getattr(args, name) <= high:
-            raise UsageError(f"--{name}={getattr(args, name)}: expected {low} to {high}")
-    try:
-        reading = Reading(
-            args.field, args.errors, tuple(args.encodings), args.on_error, args.documents
-        )
-    except UsageError as error:
-        raise UsageError(f"--{str(error).replace(' = ', '=', 1)}") from None
-    given = {
-        spec.name: getattr(args, spec.name)
-        for spec in fields(PrepareSettings)
-        if spec.name != "reading"
-    }
-    settings = PrepareSettings(**given | {"reading": reading, "filters": tuple(args.filters)})
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    engine = Engine(args.engine, args.workers or cores or 1, args.ray_address)
-    folder, display, inputs = Path(args.output).expanduser(), Display(), named(args.input)
-    for path in (Path(path).expanduser() for paths in inputs.values() for path in paths):
-        if path.is_dir() and path.resolve() in folder.resolve().parents:
-            raise UsageError(
-                f"--output={args.output}: lies inside --input={path}, which would then read its "
-                "own "
-                "output; name a folder elsewhere"
-            )
+
+def run(args: argparse.Namespace) -> None:
+    """Prepares the text, then prints a summary. Raises what `main` does."""
+    from gpt_jax.data import Engine, prepare_corpus, summarize_corpus
+
+    check_flags(args)
+    settings = make_settings(args)
+    engine = Engine(args.engine, args.workers or count_cores(), args.ray_address)
+    folder = Path(args.output).expanduser()
+    inputs = sort_inputs(args.input)
+    refuse_nested(args.output, inputs)
+
+    display = Display()
     for name, paths in inputs.items():
         paths = list(dict.fromkeys(paths))
-        if paths[1:] and any(text.startswith(f"{name}=") for text in args.input):
+        if len(paths) > 1 and any(text.startswith(f"{name}=") for text in args.input):
             display.say(f"source {name} is given {len(paths)} times and joins {', '.join(paths)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is like Ctrl-C
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # A scheduler's stop is like Ctrl-C.
     try:
         prepare_corpus(inputs, folder, settings, engine, display.say, display.show)
     except KeyboardInterrupt:
         raise Stopped(
-            f"--output={args.output}: interrupted; what is finished stays: the same command goes "
-            "on from "
-            "there"
+            f"--output={args.output}: interrupted; what is finished stays: "
+            "the same command goes on from there"
         ) from None
     finally:
         display.close()
     emit("\n".join(summarize_corpus(folder)))
 
 
-def named(given: list[str]) -> dict[str, tuple[str, ...]]:
-    """{source: its paths} in the order given. A path that exists as it is written is no
-    NAME=PATH."""
-    found: dict[str, list[str]] = {}
-    for text in given:
-        match = None if os.path.exists(text) or glob.glob(text) else NAMED.fullmatch(text)
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UsageError for a flag that is missing, unknown or out of range."""
+    from gpt_jax.data import ENGINES
+
+    if not args.input or not args.output:
+        raise UsageError("--input and --output: both are needed (or --inspect or --verify alone)")
+    if "://" in args.output:
+        raise UsageError(
+            f"--output={args.output}: prepare writes to a file system; name a local folder and "
+            "copy it there when it is finished (--input may be remote)"
+        )
+    if args.engine not in ENGINES:
+        raise UsageError(f"--engine={args.engine}: expected one of {', '.join(ENGINES)}")
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(args, name) <= high:
+            raise UsageError(f"--{name}={getattr(args, name)}: expected {low} to {high}")
+
+
+def make_settings(args: argparse.Namespace):
+    """The `PrepareSettings` that the flags say. Raises UsageError."""
+    from gpt_jax.data import PrepareSettings, Reading
+
+    try:
+        reading = Reading(
+            args.field, args.errors, tuple(args.encodings), args.on_error, args.documents
+        )
+    except UsageError as error:
+        # The message names a field, such as `errors = …`, and the user knows the flag.
+        raise UsageError(f"--{str(error).replace(' = ', '=', 1)}") from None
+
+    names = [spec.name for spec in fields(PrepareSettings) if spec.name != "reading"]
+    values = {name: getattr(args, name) for name in names} | {"filters": tuple(args.filters)}
+    return PrepareSettings(**values, reading=reading)
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def is_there(text: str) -> bool:
+    """Whether `text` is a path or a glob of files that exist."""
+    return os.path.exists(text) or bool(glob.glob(text))
+
+
+def sort_inputs(texts: list[str]) -> dict[str, tuple[str, ...]]:
+    """{source: its paths} of `NAME=PATH` texts, in their order.
+
+    A path that exists under the whole text has no NAME. Raises UsageError for a name that cannot
+    be used.
+    """
+    sources: dict[str, list[str]] = {}
+    for text in texts:
+        there = is_there(text)
+        match = None if there else NAMED_PATH.fullmatch(text)
         name, path = match.groups() if match else (SOURCE, text)
         if name.startswith(".") or name in ("work", "all") or name.endswith(".json"):
             raise UsageError(
-                f"--input={text}: {name!r} cannot be the name of a source (the output has files of "
-                "such "
-                "names, and all is the sum of sources)"
+                f"--input={text}: {name!r} cannot be the name of a source "
+                "(the output has files of such names, and all is the sum of sources)"
             )
-        if (
-            not match
-            and (typed := MISNAMED.match(text))
-            and not os.path.exists(text)
-            and not glob.glob(text)
-        ):
+
+        wrong = None if match or there else MISNAMED_PATH.match(text)
+        if wrong:
             raise UsageError(
-                f"--input={text}: {typed[1]!r} cannot be the name of a source; use letters, digits "
-                "and "
-                ". _ -"
+                f"--input={text}: {wrong[1]!r} cannot be the name of a source; "
+                "use letters, digits and . _ -"
             )
-        found.setdefault(name, []).append(path)
-    return {name: tuple(paths) for name, paths in found.items()}
+        sources.setdefault(name, []).append(path)
+    return {name: tuple(paths) for name, paths in sources.items()}
+
+
+def refuse_nested(output: str, inputs: dict[str, tuple[str, ...]]) -> None:
+    """Raises UsageError if the output folder lies inside a folder of the input."""
+    parents = Path(output).expanduser().resolve().parents
+    for text in [text for paths in inputs.values() for text in paths]:
+        path = Path(text).expanduser()
+        if path.is_dir() and path.resolve() in parents:
+            raise UsageError(
+                f"--output={output}: lies inside --input={path}, which would then read its own "
+                "output; name a folder elsewhere"
+            )
 
 
 class Display:
     """Progress for people on standard error: a bar on a terminal, else a line now and then."""
 
     def __init__(self):
-        self.bar, self.phase, self.began, self.told = None, "", 0.0, 0.0
+        self.bar = None
+        self.phase = ""
+        self.phase_began = 0.0
+        self.last_told = 0.0
 
     def say(self, line: str) -> None:
-        self._end_bar()
-        with contextlib.suppress(
-            OSError
-        ):  # a reader that has gone (`2>&1 | head`), a full disk: the work goes on
+        """Prints a line.
+
+        The work carries on if nobody reads it (`2>&1 | head`), or if the disk is full.
+        """
+        self.close()
+        with contextlib.suppress(OSError):
             print(f"prepare: {line}", file=sys.stderr, flush=True)
 
     def show(self, progress) -> None:
-        """Called several times a second."""
+        """Shows the progress, if it is time to. It may be called several times a second."""
         now = time.monotonic()
         if progress.phase != self.phase:
-            self._end_bar()
-            self.phase, self.began, self.told = progress.phase, now, now
-        seconds = max(now - self.began, 1e-9)
-        documents, megabytes = progress.documents / seconds, progress.bytes / seconds / 1e6
-        speed = f"{documents:,.0f} documents/s, {megabytes:,.2f} MB/s of text"
-        terminal = sys.stderr.isatty()
-        if now - self.told < (BAR_SECONDS if terminal else SECONDS):
+            self.close()
+            self.phase = progress.phase
+            self.phase_began = now
+            self.last_told = now
+
+        is_terminal = sys.stderr.isatty()
+        if now - self.last_told < (BAR_SECONDS if is_terminal else LINE_SECONDS):
             return
-        self.told = now
-        if terminal:
+        self.last_told = now
+
+        seconds = max(now - self.phase_began, 1e-9)
+        documents = progress.documents / seconds
+        megabytes = progress.bytes / seconds / 1e6
+        speed = f"{documents:,.0f} documents/s, {megabytes:,.2f} MB/s of text"
+        if is_terminal:
             self._draw(progress, speed)
-        else:
-            left = "the first units are under way"
-            if progress.done:
-                left = f"{seconds * (progress.total - progress.done) / progress.done:,.0f} s left"
-            done, total = (f"{size / 1e6:,.0f}" for size in (progress.done, progress.total))
-            self.say(f"{progress.phase}: {done} of {total} MB of input, {speed}, {left}")
+            return
+        left = "the first units are under way"
+        if progress.done:
+            left = f"{seconds * (progress.total - progress.done) / progress.done:,.0f} s left"
+        sizes = f"{progress.done / 1e6:,.0f} of {progress.total / 1e6:,.0f} MB of input"
+        self.say(f"{progress.phase}: {sizes}, {speed}, {left}")
 
     def _draw(self, progress, speed: str) -> None:
         from tqdm import tqdm
@@ -307,16 +358,15 @@ class Display:
         self.bar.n = progress.done
         self.bar.refresh()
 
-    def _end_bar(self) -> None:
+    def close(self) -> None:
+        """Takes the bar away. The next `show` may make another one."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
-    close = _end_bar
-
 
 def look_inside(folder: Path) -> None:
-    """--inspect."""
+    """Prints what is in a finished folder, for --inspect."""
     from gpt_jax.data import inspect_corpus
 
     for line in inspect_corpus(folder):
@@ -324,14 +374,13 @@ def look_inside(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """--verify; DataError naming the damaged files."""
+    """Compares files and checksums, for --verify. Raises DataError, which names damaged files."""
     from gpt_jax.data import verify_corpus
 
-    wrong = verify_corpus(folder, lambda line: print(line, file=sys.stderr))
-    if wrong:
+    damaged = verify_corpus(folder, lambda line: print(line, file=sys.stderr))
+    if damaged:
         raise DataError(
-            f"--verify={folder}: {len(wrong)} damaged: {', '.join(wrong)}; copy them again, or "
-            "remove the "
-            "folder and prepare it again"
+            f"--verify={folder}: {len(damaged)} damaged: {', '.join(damaged)}; "
+            "copy them again, or remove the folder and prepare it again"
         )
     emit(f"{folder}: all files are whole")

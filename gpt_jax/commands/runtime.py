@@ -12,8 +12,10 @@ from gpt_jax.cluster import JobFlags, join_job, split_address
 from gpt_jax.commands import compile_cache, environment
 from gpt_jax.errors import Stopped, UsageError
 
-MOST_CPU_DEVICES = 1024  # each has threads of its own
-LONGEST_SECONDS = 86400  # to wait for another process; nobody waits longer
+# Each fake device has threads of its own.
+MOST_CPU_DEVICES = 1024
+# The longest wait for another process: a day.
+LONGEST_SECONDS = 86400
 
 # Parameters of mallopt in malloc.h, and what `keep_memory` sets.
 M_TRIM_THRESHOLD = -1
@@ -31,8 +33,9 @@ def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="run on N fake CPU devices, to try a mesh without hardware; 0: the devices there are",
+        help="run on N fake CPU devices, to try a mesh without hardware; 0: the real devices",
     )
+
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
@@ -64,6 +67,7 @@ def add_runtime_flags(flags: argparse.ArgumentParser) -> None:
         action="store_true",
         help="find coordinator and processes from the cluster (TPU pod, SLURM)",
     )
+
     group.add_argument(
         "--compilation_cache",
         metavar="DIR",
@@ -78,16 +82,18 @@ def check_runtime(args: argparse.Namespace) -> None:
         raise UsageError(f"--cpu_devices={args.cpu_devices}: expected 0 to {MOST_CPU_DEVICES}")
     if args.num_processes < 1:
         raise UsageError(f"--num_processes={args.num_processes}: expected 1 or more")
+    for name in ("join_seconds", "heartbeat_seconds"):
+        if not 1 <= getattr(args, name) <= LONGEST_SECONDS:
+            raise UsageError(f"--{name}={getattr(args, name)}: expected 1 to {LONGEST_SECONDS}")
+
     if args.local_device is not None and args.local_device < 0:
         raise UsageError(f"--local_device={args.local_device}: expected 0 or more")
     if args.local_device is not None and args.num_processes == 1 and not args.distributed:
         raise UsageError(
-            f"--local_device={args.local_device}: is for one process of several; which GPUs a "
-            f"single one sees is said by CUDA_VISIBLE_DEVICES={args.local_device}"
+            f"--local_device={args.local_device}: is for one process of several; "
+            f"for a single one set CUDA_VISIBLE_DEVICES={args.local_device}"
         )
-    for name in ("join_seconds", "heartbeat_seconds"):
-        if not 1 <= getattr(args, name) <= LONGEST_SECONDS:
-            raise UsageError(f"--{name}={getattr(args, name)}: expected 1 to {LONGEST_SECONDS}")
+
     if args.distributed and args.coordinator:
         raise UsageError(
             "--distributed: finds coordinator and processes itself; leave out "
@@ -123,9 +129,9 @@ def start_runtime(args: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     compile_cache.keep_compiled(args.compilation_cache)
     if args.cpu_devices > 1 or args.num_processes > 1 or args.distributed:
-        # Of CPU devices that talk to each other one step may be running. With the next ones behind
-        # it, all threads can end up waiting for devices whose step has none. Two processes of four
-        # devices on two busy cores did.
+        # CPU devices that talk to each other may run one step at a time. With more steps in the
+        # queue, all threads can wait for devices whose own step has no thread left. That happened
+        # to two processes of four devices on two busy cores.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     if args.distributed or args.num_processes > 1:
         join_job(job_flags(args), os.environ)
@@ -144,8 +150,8 @@ def leaving(line: str) -> Callable:
 
     def leave(_, frame: FrameType | None) -> None:
         os.write(2, f"gpt-jax: {line}\n".encode())
-        # jaxlib makes an ImportError of a normal exit, which would then be taken for a bug. And in
-        # a job of several a normal exit would wait for the others.
+        # jaxlib turns a normal exit during its import into an ImportError, which would look like a
+        # bug. In a job of several processes a normal exit would wait for the others.
         if is_importing(frame) or is_in_job():
             os._exit(Stopped.code)
         sys.exit(Stopped.code)
@@ -168,7 +174,7 @@ def is_importing(frame: FrameType | None) -> bool:
 def end_on_request() -> None:
     """Lets SIGTERM end this process at once, for commands that have nothing to save.
 
-    In a job of several JAX takes the signal otherwise, and carries on. Call it after
+    In a job of several processes JAX would take the signal and carry on. Call this after
     start_runtime.
     """
     signal.signal(signal.SIGTERM, leaving("stopped on request"))
@@ -177,8 +183,8 @@ def end_on_request() -> None:
 def keep_memory() -> None:
     """Stops glibc from giving big buffers back to the kernel after every step.
 
-    On CPU the page faults of getting them anew cost about a third of a small step. Nothing happens
-    elsewhere, and under other C libraries.
+    On a CPU the page faults of getting them anew cost about a third of a small step. Other systems
+    and other C libraries are left alone.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -47,8 +47,8 @@ def main(arguments: list[str]) -> None:
     if workdir is None:
         return
 
-    # In a job of several, start_runtime makes SIGTERM JAX's. JAX keeps a request, and all processes
-    # stop together after the first step.
+    # In a job of several processes, start_runtime leaves SIGTERM to JAX. JAX keeps a request, and
+    # all processes stop together after the first step.
     if args.num_processes > 1 or args.distributed:
         signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     start_runtime(args)
@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> None:
 
 
 def make_flags() -> Flags:
+    """The flags of `gpt-jax train`. Every other argument is an override of the config."""
     flags = Flags(
         prog="gpt-jax train",
         description="Train from a config; the same command again resumes. Any field is set by "
@@ -78,6 +79,7 @@ def make_flags() -> Flags:
     flags.add_argument(
         "--print_config", action="store_true", help="print the resolved config as JSON and stop"
     )
+
     flags.add_argument(
         "--describe_config",
         nargs="?",
@@ -93,6 +95,7 @@ def make_flags() -> Flags:
         action=PrintSchema,
         help="print the JSON schema of a config, and stop",
     )
+
     flags.add_argument(
         "--profile", metavar="START:STOP", help="write a trace of these steps to WORKDIR/profile"
     )
@@ -118,7 +121,7 @@ def say_start(mesh) -> None:
     )
     try:
         print(line, file=sys.stderr, flush=True)
-    except OSError:  # `2>&1 | head`, a full disk
+    except OSError:  # The reader has gone, as with `2>&1 | head`, or the disk is full.
         mute("stderr")
 
 

@@ -479,7 +479,7 @@ def test_gpus_that_cannot_be_dealt_evenly(gpus, tasks):
         f"--gpus_per_node={gpus}",
         f"--tasks_per_node={tasks}",
         "train",
-    ) == (2, f"--tasks_per_node={tasks}: {gpus} GPUs of a node cannot be dealt to so many evenly")
+    ) == (2, f"--tasks_per_node={tasks}: {gpus} GPUs of a node cannot be shared by so many evenly")
 
 
 def test_what_submitit_is_given(tmp_path, monkeypatch):

@@ -745,7 +745,7 @@ class Terminal(io.StringIO):
 def test_progress_is_a_bar_or_lines(stream, monkeypatch):
     err = stream()
     monkeypatch.setattr("sys.stderr", err)
-    monkeypatch.setattr("gpt_jax.commands.prepare.SECONDS", 0.0)
+    monkeypatch.setattr("gpt_jax.commands.prepare.LINE_SECONDS", 0.0)
     monkeypatch.setattr("gpt_jax.commands.prepare.BAR_SECONDS", 0.0)
     display = Display()
     for done in (0, 25_000_000, 50_000_000):
