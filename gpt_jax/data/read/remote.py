@@ -1,8 +1,7 @@
-"""Files that are not on this machine's file system: object stores and whatever else fsspec opens
-(called by sources, decoding and store).
+"""Files that are not on this machine's file system: object stores and whatever else fsspec opens.
 
-A remote path is a str with `://`; a local one is a `Path`. `file://` and `memory://` work without
-any store.
+A remote path is a str with `://`, and a local one is a `Path`. `file://` and `memory://` work
+without any store.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ from fsspec.core import url_to_fs
 
 from gpt_jax.errors import UsageError
 
+# The package that fsspec needs for a protocol.
 PACKAGES = {
     "gs": "gcsfs",
     "gcs": "gcsfs",
@@ -26,7 +26,7 @@ PACKAGES = {
     "az": "adlfs",
     "abfs": "adlfs",
     "oss": "ossfs",
-}  # what fsspec needs for a protocol
+}
 
 
 def is_remote(path: Path | str) -> bool:
@@ -35,20 +35,20 @@ def is_remote(path: Path | str) -> bool:
 
 @contextlib.contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """Every store has errors of its own (credentials, buckets, networks); all of them mean that
-    `url` is of no use."""
+    """Turns every error inside into a UsageError that names `url`.
+
+    Each store has errors of its own: credentials, buckets, networks.
+    """
     protocol = url.partition("://")[0]
     try:
         yield
     except UsageError:
         raise
     except ImportError as error:
-        package = PACKAGES.get(protocol)
-        way = (
-            f"needs the package {package}; pip install {package}"
-            if package
-            else f"needs a package: {error}"
-        )
+        way = f"needs a package: {error}"
+        if protocol in PACKAGES:
+            package = PACKAGES[protocol]
+            way = f"needs the package {package}; pip install {package}"
         raise UsageError(f"{url}: {protocol}:// {way}") from None
     except ValueError as error:
         raise UsageError(
@@ -59,22 +59,23 @@ def reaching(url: str) -> Iterator[None]:
 
 
 class _File(io.RawIOBase):
-    """A file of a store. Whatever the store says on the way is a UsageError: a time-out is no
-    damage of the file, which would be left out for good."""
+    """A file of a store. Every error of the store is a UsageError.
+
+    A time-out is therefore not taken for damage, for which a file can be left out for good.
+    """
 
     def __init__(self, url: str, file: BinaryIO):
-        self.url, self.file = url, file
+        self.url = url
+        self.file = file
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            why = (
-                "timed out"
-                if isinstance(error, TimeoutError)
-                else f"{type(error).__name__}: {' '.join(str(error).split())}"
-            )
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if isinstance(error, TimeoutError):
+                why = "timed out"
             raise UsageError(f"{self.url}: cannot be read: {why}; run the command again") from None
 
     def readable(self) -> bool:
@@ -102,8 +103,10 @@ class _File(io.RawIOBase):
 
 
 def open_remote(url: str) -> io.RawIOBase:
-    """The file at `url`, seekable where the store allows ranges. UsageError when it cannot be
-    opened or read."""
+    """The file at `url`, seekable if the store allows ranges.
+
+    Raises UsageError if it cannot be opened or read.
+    """
     with reaching(url):
         opened = fsspec.open(url, "rb")
         # One URL gives one file and no list of them, unlike what the inferred type says.
@@ -111,8 +114,10 @@ def open_remote(url: str) -> io.RawIOBase:
 
 
 def open_binary(path: Path | str) -> io.RawIOBase | io.BufferedReader:
-    """A local or a remote file to read; OSError for a local one, UsageError for a remote one
-    that cannot be opened."""
+    """A local or a remote file to read.
+
+    Raises OSError for a local file that cannot be opened, and UsageError for a remote one.
+    """
     return open_remote(str(path)) if is_remote(path) else open(path, "rb")
 
 
@@ -129,13 +134,15 @@ def exists(url: str) -> bool:
 
 
 def walk(url: str) -> list[str]:
-    """All files below the folder `url`, as paths relative to it, sorted; hidden ones and those
-    in hidden folders are left out, as in a local folder."""
+    """All files below the folder `url`, as sorted paths relative to it.
+
+    As in a local folder, hidden files and those in hidden folders are left out.
+    """
     with reaching(url):
         files, folder = url_to_fs(url)
-        found = [path[len(folder.rstrip("/")) + 1 :] for path in files.find(folder)]
+        paths = [path[len(folder.rstrip("/")) + 1 :] for path in files.find(folder)]
     return sorted(
-        path for path in found if not any(part.startswith(".") for part in path.split("/"))
+        path for path in paths if not any(part.startswith(".") for part in path.split("/"))
     )
 
 
@@ -147,7 +154,7 @@ def glob(url: str) -> list[str]:
 
 
 def stamp(url: str) -> tuple[int, str]:
-    """(bytes of the file at `url`, what changes when it does, as the store has it)."""
+    """(bytes of the file at `url`, a text of the store that changes when the file does)."""
     with reaching(url):
         files, path = url_to_fs(url)
         return int(files.size(path) or 0), str(files.ukey(path))

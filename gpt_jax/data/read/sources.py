@@ -1,5 +1,4 @@
-"""What a path means: files, folders, globs, URLs, data sets, and which suffixes are read (called
-by readers, split, cache, prepare)."""
+"""What a path means: files, folders, globs, URLs or data sets, and which suffixes can be read."""
 
 import glob
 import os
@@ -15,29 +14,24 @@ HUB = "hf://"  # a data set of Hugging Face: hf://name[:config][@split]
 
 
 class Source(NamedTuple):
-    path: Path | str  # str with `://`: an object store or hf://
+    """A file, a remote file or a data set."""
+
+    path: Path | str  # A str has `://`: an object store or hf://.
     name: str  # for people and reports; the same on every machine
 
 
-SUFFIXES = (
-    ".txt",
-    ".md",
-    ".py",
-    ".jsonl",
-    ".json",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".arrow",
-)  # rows of formats.FORMATS
-PACKINGS = ("", ".gz", ".xz", ".zst", ".bz2")  # rows of decoding.UNPACK
+# The rows of formats.FORMATS.
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+# The rows of decoding.UNPACK, and no compression.
+PACKINGS = ("", ".gz", ".xz", ".zst", ".bz2")
 READABLE = f"{' '.join(SUFFIXES)}, each also with {' '.join(PACKINGS[1:])} after it"
 EMPTY_PATHS = " is empty: name files, directories or globs, or the word stdlib"
-TOKEN_FILES = (".bin", ".idx", ".npy")  # of other tools, see foreign
+# Token files of other tools, see tokens/foreign.py.
+TOKEN_FILES = (".bin", ".idx", ".npy")
 
 
 def suffixes(path: Path | str) -> tuple[str, str] | None:
-    """(format, compression) of a file that can be read, else None."""
+    """(format, compression) of a file that can be read. None for other files."""
     if str(path).startswith(HUB):
         return HUB, ""
     pure = PurePosixPath(path)
@@ -55,59 +49,57 @@ def format_and_packing(source: Source) -> tuple[str, str]:
 
 
 def _walk(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[Source]:
-    """Readable files under `folder`, by path; hidden and `excluded` folders are left out."""
+    """Readable files under `folder`, by path, without hidden and `excluded` folders."""
 
     def fail(error):
         raise error
 
-    found = []
+    paths = []  # relative to the folder
     for here, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [f for f in folders if not f.startswith(".") and f not in excluded]
-        found += [Path(here, f).relative_to(folder) for f in files if not f.startswith(".")]
-    _refuse_prepared(str(folder), {path.as_posix() for path in found})
+        paths += [Path(here, f).relative_to(folder) for f in files if not f.startswith(".")]
+
+    _refuse_prepared(str(folder), {path.as_posix() for path in paths})
     return [
         _file(folder / path, f"{name}/{path.as_posix()}")
-        for path in sorted(filter(suffixes, found))
+        for path in sorted(filter(suffixes, paths))
     ]
 
 
 def _file(path: Path, name: str) -> Source:
     if path.is_symlink() and not path.exists():
         raise UsageError(
-            f"{path}: is a link to {os.readlink(path)}, which is not there; remove the link, or "
-            "name the "
-            "files without it"
+            f"{path}: is a link to {os.readlink(path)}, which is not there; "
+            "remove the link, or name the files without it"
         )
     return Source(path, name)
 
 
-PREPARED = (
-    ("corpus.json", "tokenizer.json"),
-    ("work/settings.json", "work/lock"),
-)  # in finished, unfinished output
+# Two files that tell a folder of `gpt-jax prepare`, and what the user can do with it.
+FINISHED = ("corpus.json", "tokenizer.json")
+UNFINISHED = ("work/settings.json", "work/lock")
+PREPARED = {
+    FINISHED: "whose output is tokens and no text; give that folder itself as config.data.path "
+    "or in config.data.sources, and as text what it was made from",
+    UNFINISHED: "which has not finished; run the same command again, and then give that folder as "
+    "config.data.path or in config.data.sources",
+}
 
 
 def _refuse_prepared(folder: str, files: set[str]) -> None:
-    """UsageError if `folder`, or one inside, was made by `gpt-jax prepare`: its indexes end in
-    .json and are no text. `files`: what it holds, as paths relative to it."""
-    for unfinished, (first, second) in enumerate(PREPARED):
+    """Raises UsageError if `gpt-jax prepare` made `folder`, or a folder inside.
+
+    Its indexes end in .json and are no text. `files` are the paths in it, relative to it.
+    """
+    for (first, second), way_out in PREPARED.items():
         for path in sorted(path for path in files if f"/{path}".endswith(f"/{first}")):
             inside = path.removesuffix(first)
             if inside + second in files:
-                way = (
-                    "which has not finished; run the same command again, and then give that folder "
-                    "as "
-                    "config.data.path or in config.data.sources"
-                    if unfinished
-                    else "whose output is tokens and no text; give that folder itself as "
-                    "config.data.path or in "
-                    "config.data.sources, and as text what it was made from"
-                )
-                raise UsageError(
-                    f"{f'{folder}/{inside}'.rstrip('/')}: was made by gpt-jax prepare, {way}"
-                )
+                place = f"{folder}/{inside}".rstrip("/")
+                raise UsageError(f"{place}: was made by gpt-jax prepare, {way_out}")
 
 
+# Folders that `stdlib` leaves out.
 NOT_LIBRARY = (
     "test",
     "tests",
@@ -136,70 +128,85 @@ def _one(path: Path) -> list[Source]:
 
 
 def _one_remote(url: str) -> list[Source]:
+    """What an existing remote file or folder holds."""
     name = url.rstrip("/").rpartition("/")[2]
-    if remote.is_folder(url):
-        found = remote.walk(url)
-        _refuse_prepared(url.rstrip("/"), set(found))
-        return [
-            Source(f"{url.rstrip('/')}/{path}", f"{name}/{path}")
-            for path in found
-            if suffixes(path)
-        ]
-    return [Source(url, name)] if suffixes(url) else []
+    if not remote.is_folder(url):
+        return [Source(url, name)] if suffixes(url) else []
+
+    folder = url.rstrip("/")
+    paths = remote.walk(url)
+    _refuse_prepared(folder, set(paths))
+    return [Source(f"{folder}/{path}", f"{name}/{path}") for path in paths if suffixes(path)]
 
 
 def _expand(spec: str, key: str) -> list[Source]:
-    here, path = not remote.is_remote(spec), Path(spec).expanduser()
+    """The sources that one path means. Raises UsageError if there is none."""
+    is_local = not remote.is_remote(spec)
+    path = Path(spec).expanduser()
     if spec == "stdlib":
-        found = _standard_library()
+        sources = _standard_library()
     elif spec.startswith(HUB):
-        found = [Source(spec, spec)]
-    elif path.exists() if here else remote.exists(spec):
-        found = _one(path) if here else _one_remote(spec)
+        sources = [Source(spec, spec)]
+    elif path.exists() if is_local else remote.exists(spec):
+        sources = _one(path) if is_local else _one_remote(spec)
     elif glob.has_magic(spec):
-        matches = sorted(glob.glob(str(path), recursive=True)) if here else remote.glob(spec)
-        if not matches:
-            raise UsageError(f"{key} = {spec!r}: no file matches")
-        found = []
-        for match in matches:
-            found += _one(Path(match)) if here else _one_remote(match)
+        sources = _expand_glob(spec, key)
     else:
-        if here:
-            _file(path, spec)  # has more to say of a link
+        if is_local:
+            _file(path, spec)  # It says more about a link whose target is not there.
         raise UsageError(f"{key} = {spec!r}: no such file or directory")
-    if not found:
+
+    if not sources:
         raise UsageError(
             f"{key} = {spec!r}: no usable files; read are {READABLE}; token files of other tools "
-            f"({' '.join(TOKEN_FILES)}, a glob of them) are read in place, as config.data.path or "
-            "in "
-            "config.data.sources, without gpt-jax prepare"
+            f"({' '.join(TOKEN_FILES)}, a glob of them) are read in place, as config.data.path "
+            "or in config.data.sources, without gpt-jax prepare"
         )
-    return found
+    return sources
+
+
+def _expand_glob(spec: str, key: str) -> list[Source]:
+    """The sources that match a glob. Raises UsageError if no file matches."""
+    is_local = not remote.is_remote(spec)
+    path = Path(spec).expanduser()
+    matches = sorted(glob.glob(str(path), recursive=True)) if is_local else remote.glob(spec)
+    if not matches:
+        raise UsageError(f"{key} = {spec!r}: no file matches")
+
+    sources = []
+    for match in matches:
+        sources += _one(Path(match)) if is_local else _one_remote(match)
+    return sources
 
 
 def _named(spec: str, key: str) -> list[Source]:
+    """`_expand`, with the setting `key` in every refusal."""
     try:
         return _expand(spec, key)
     except UsageError as error:
-        raise (
-            error if str(error).startswith(key) else UsageError(f"{key} = {spec!r}: {error}")
-        ) from None
+        if str(error).startswith(key):
+            raise
+        raise UsageError(f"{key} = {spec!r}: {error}") from None
 
 
 def find_sources(paths: tuple[str, ...], key: str = "config.data.path") -> tuple[Source, ...]:
-    """The files that `paths` mean, in a fixed order, each once: files, directories (recursive) and
-    globs, here or on an object store (`gs://…`, `s3://…`, whatever fsspec opens), data sets
-    `hf://name[:config][@split]`, and the word `stdlib`, the running interpreter's library without
-    its tests (a folder of that name is `./stdlib`).
+    """The sources that `paths` mean, in a fixed order, each once.
 
-    UsageError, naming the setting `key`, for a path that does not exist or holds nothing that
-    can be read."""
+    A path is a file, a folder with all below it, or a glob. It may lie on an object store
+    (`gs://…`, `s3://…`, whatever fsspec opens). It may also be a data set
+    `hf://name[:config][@split]`, or the word `stdlib`. That is the running interpreter's library
+    without its tests; a folder of that name is `./stdlib`.
+
+    Raises UsageError, which names the setting `key`, for a path that does not exist or holds
+    nothing that can be read.
+    """
     if not paths:
         raise UsageError(key + EMPTY_PATHS)
     try:
-        found = [source for spec in paths for source in _named(spec, key)]
-        return tuple(
-            {s.path if isinstance(s.path, str) else s.path.resolve(): s for s in found}.values()
-        )
+        sources = {}
+        for source in [source for spec in paths for source in _named(spec, key)]:
+            path = source.path
+            sources[path if isinstance(path, str) else path.resolve()] = source
+        return tuple(sources.values())
     except OSError as error:
         raise UsageError(f"{key} = {', '.join(paths)}: {error}") from None
