@@ -38,22 +38,7 @@ def make_flags() -> Flags:
         metavar="N",
         help="slices of that shape, over the data centre network (TPU)",
     )
-    flags.add_argument(
-        "--compile",
-        type=int,
-        nargs="?",
-        const=1,
-        metavar="K",
-        help="compile the train step for it, too; with --search the best K (minutes each)",
-    )
-    flags.add_argument(
-        "--search",
-        type=int,
-        nargs="?",
-        const=10,
-        metavar="N",
-        help="try meshes, remat policies and microbatches, and show the best N",
-    )
+    add_work_flags(flags)
     flags.add_argument(
         "--data_tokens", type=float, default=0, help="tokens of the data, to count epochs"
     )
@@ -77,6 +62,26 @@ def make_flags() -> Flags:
     # The command starts itself to compile. Here it puts what the compiler made.
     flags.add_argument("--inside", help=argparse.SUPPRESS)
     return flags
+
+
+def add_work_flags(flags: Flags) -> None:
+    """Adds the flags that say what is tried and compiled."""
+    flags.add_argument(
+        "--compile",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="K",
+        help="compile the train step for it, too; with --search the best K (minutes each)",
+    )
+    flags.add_argument(
+        "--search",
+        type=int,
+        nargs="?",
+        const=10,
+        metavar="N",
+        help="try meshes, remat policies and microbatches, and show the best N",
+    )
 
 
 def main(arguments: list[str]) -> None:

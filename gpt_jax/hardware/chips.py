@@ -84,14 +84,14 @@ class Chip:
 # both directions, over 6 links (3-D torus) or 4 (2-D). The data centre network has 50, 25, 50, 100
 # and 100 Gb/s a chip. A device of TPU7x has half of its chip's.
 #
-# TPU clocks: the peak of PEAKS over 2 x rows x columns x arrays of the matrix units. There are 8
-# arrays of 128 x 128 on v4 and v5p, 4 of 128 x 128 on v5e, 4 of 256 x 256 on v6e and TPU7x. An
+# TPU clocks: the peak of PEAKS over 2 x rows x columns x arrays of the matrix units. v4 and v5p
+# have 8 arrays of 128 x 128, and v5e has 4 of them. v6e and TPU7x have 4 arrays of 256 x 256. An
 # 8,192-cubed matmul was compiled for each; its cycles give 70 to 90 % of that peak.
 #
-# GPUs: data sheets of H100 SXM (80 GB, 3.35 TB/s, NVLink 900 GB/s in both directions), H200 SXM
-# (141 GB, 4.8 TB/s, 900) and HGX B200 (180 GB, 8 TB/s, 1,800). The DGX systems have 400 Gb/s of
-# network a card. Memory and its bandwidth are what the driver shows to XLA (openxla/xla,
-# target_config/specs).
+# GPUs: the data sheets. H100 SXM has 80 GB, 3.35 TB/s, and NVLink of 900 GB/s in both directions.
+# H200 SXM has 141 GB, 4.8 TB/s and 900 GB/s. HGX B200 has 180 GB, 8 TB/s and 1,800 GB/s. The DGX
+# systems have 400 Gb/s of network a card. Memory and its bandwidth are what the driver shows to XLA
+# (openxla/xla, target_config/specs).
 CHIPS = {
     "v4": Chip("TPU v4", "tpu", int(31.7 * GIB), 1.2e12, 50e9, 3, 6.25e9, 4, 1, 1.049e9),
     "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 819e9, 50e9, 2, 3.125e9, 4, 1, 1.503e9),

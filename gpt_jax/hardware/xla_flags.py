@@ -1,9 +1,9 @@
 """XLA flags that mend a compiler for the whole process, and with which jaxlib each is needed.
 
 What is merely faster travels with a compilation (xla_options.py). A fault that makes sums wrong
-must not depend on who compiles: the flags hold for every program of the process, for functions
-that nobody jits, and for the processes that this one starts. `import gpt_jax` writes them before
-JAX opens a device.
+must not depend on who compiles. So the flags hold for every program of the process, also for
+functions that nobody jits, and for the processes that it starts. `import gpt_jax` writes them
+before JAX opens a device.
 """
 
 from collections.abc import MutableMapping

@@ -36,11 +36,11 @@ INSIDE_EXPERTS = 1.2
 # llama:8b (swiglu) on 8 H200 agrees.
 ACTIVATIONS = {"relu": 2.0, "relu2": 2.0}
 SMOOTH = 5.0
-# Times one layer's experts in bfloat16: their gradients in float32 have as much as 2, and TPUs make
-# as much again in copies of other layouts.
+# Times one layer's experts in bfloat16. Their gradients in float32 are twice as large, and TPUs
+# make as much again in copies of other layouts.
 EXPERTS = {"tpu": 6.0, "gpu": 3.0}
-# Output matrices in float32 while the loss goes through its chunks: the sum of their gradients, and
-# on GPUs, which do not fuse it, one chunk's gradient and the matrix itself.
+# Output matrices in float32 while the loss goes through its chunks. One is the sum of their
+# gradients. GPUs do not fuse it, so they also have one chunk's gradient and the matrix itself.
 SUMMED = {"tpu": 1.0, "gpu": 3.0}
 LOGITS = 2.0  # Float32 logits and their gradient.
 # Streams over all of the sequence, where it is cut between matmuls (shard_sequence) and gathered

@@ -31,10 +31,12 @@ from gpt_jax.data.tokens.inspect import describe_left_out
 from gpt_jax.errors import DataError, UsageError
 from gpt_jax.files import digest_json, replace_file
 
-# Input of a unit when --piece_mb is 0: a five-hundredth of all, so that the last units keep all
-# workers busy. The largest is what one does again after a kill without regret, the smallest is what
-# three files are worth.
-UNITS, SMALLEST, LARGEST = 500, 4e6, 64e6
+# If --piece_mb is 0, there are so many units, which keeps all workers busy until the end.
+UNITS = 500
+# The bytes of a unit. The largest may be done again after a kill, and the smallest is worth its
+# three files.
+SMALLEST = 4e6
+LARGEST = 64e6
 # A unit is full from this part of its target on, because pieces of a file come out a little smaller
 # than asked for.
 FULL = 0.6
@@ -195,7 +197,8 @@ def _make_unit(
 
 def _make(call: Call) -> None:
     """Runs the phases and writes the corpus. The manifest is the last file."""
-    job, settings = call.job, call.job.settings
+    job = call.job
+    settings = job.settings
     todo = plan_units(call.inputs, settings, call.about)
     for name in call.inputs.sources:
         (job.folder / name).mkdir(exist_ok=True)

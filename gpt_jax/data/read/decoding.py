@@ -1,5 +1,4 @@
-"""How a file's bytes are unpacked and become a document's text, and why some do not (called by
-formats, hub and readers)."""
+"""How a file's bytes are unpacked and become a document's text, and why some do not."""
 
 import contextlib
 import gzip
@@ -28,22 +27,28 @@ REPLACE = "--config.data.errors=replace (--errors=replace of prepare)"
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are read. UsageError for a value that means nothing."""
+    """How documents are read. Raises UsageError for a value that means nothing."""
 
-    field: str = "text"  # the text's column of .jsonl .json .csv .tsv .parquet .arrow and hf://
-    errors: str = "strict"  # strict | replace: undecodable bytes
-    encodings: tuple[str, ...] = (
-        "utf-8",
-    )  # tried in order; the first that decodes a document strictly wins
-    on_error: str = (
-        "stop"  # stop | skip: a row that cannot be read is an error, or is counted and left out
-    )
-    documents: str = "file"  # file | line: what one document of .txt .md .py is
+    # The text's column of .jsonl .json .csv .tsv .parquet .arrow and hf://.
+    field: str = "text"
+
+    # Undecodable bytes: strict | replace.
+    errors: str = "strict"
+
+    # They are tried in order. The first that decodes a document strictly wins.
+    encodings: tuple[str, ...] = ("utf-8",)
+
+    # A row that cannot be read is an error (stop), or is counted and left out (skip).
+    on_error: str = "stop"
+
+    # What one document of .txt .md .py is: file | line.
+    documents: str = "file"
 
     def __post_init__(self):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} = {getattr(self, name)!r}: is one of {', '.join(known)}")
+
         if not self.encodings:
             raise UsageError("encodings is empty: name at least one, such as utf-8")
         for name in self.encodings:
@@ -53,12 +58,12 @@ class Reading:
             except (LookupError, UnicodeError):
                 raise UsageError(
                     f"encodings = {name!r}: no text encoding of this name; known are utf-8, "
-                    "utf-16, "
-                    "gb18030, big5, latin-1, shift-jis and the others of python"
+                    "utf-16, gb18030, big5, latin-1, shift-jis and the others of python"
                 ) from None
 
     @property
     def label(self) -> str:
+        """The field, for messages."""
         return f"config.data.field = {self.field!r} (--field of prepare)"
 
 
@@ -66,8 +71,13 @@ class Piece(NamedTuple):
     """A part of a source that is read by itself."""
 
     source: Source
-    start: int  # first byte of lines, first row group of .parquet, first shard of hf://; else 0
-    stop: int  # where it ends (a row that begins before it belongs to this piece); -1: the end
+
+    # The first byte of lines, row group of .parquet or shard of hf://. It is 0 for other formats.
+    start: int
+
+    # Where the piece ends, or -1 for the end of the source. A row that begins before it belongs to
+    # the piece.
+    stop: int
 
 
 class Unreadable(ValueError):
@@ -79,19 +89,24 @@ class Damaged(UsageError):
 
 
 class Decoded(NamedTuple):
+    """A text, and how it was decoded."""
+
     text: str
     encoding: str
     replaced: int  # undecodable places that became U+FFFD
 
 
 class Raw(NamedTuple):
-    """A row: bytes not yet decoded, or what came decoded, or why there is none. None: a header,
-    no document."""
+    """A row of a file, before it becomes a document."""
 
+    # Bytes that are not decoded yet, a text, the reason why there is none, or None for a header.
     value: bytes | Decoded | Unreadable | None
-    start: int = 0  # byte of the file at which bytes begin, where that is known
-    # number in the file from 1, where a later piece knows it; 0: not known; -1: the file is one
-    # document
+
+    # The byte of the file at which the bytes begin, if that is known.
+    start: int = 0
+
+    # The number in the file from 1. It is 0 if this piece does not know it, and -1 if the file is
+    # one document.
     row: int = 0
 
 
@@ -99,28 +114,37 @@ class Raw(NamedTuple):
 
 
 def _unpack_arrow(file: BinaryIO, compression: str) -> BinaryIO:
-    """pyarrow takes several frames for one file, and refuses a torn end and whatever follows the
-    last frame."""
+    """The unpacked bytes of a file of one or more frames.
+
+    pyarrow refuses a torn end, and anything that follows the last frame.
+    """
     import pyarrow
 
     return pyarrow.input_stream(file, compression=compression)
 
 
 def _streams_of_xz(file: BinaryIO) -> Iterator[bytes]:
-    """lzma.LZMAFile takes a later stream that it cannot decode for the end of the file, and says
-    nothing."""
+    """The unpacked bytes of all streams of a file.
+
+    lzma.LZMAFile is no help: it takes a later stream that it cannot decode for the end of the file.
+    """
     rest = b""
     while True:
         stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
         while not stream.eof:
             if stream.needs_input and not (rest := rest or file.read(BUFFER)):
                 raise EOFError("it ends before its last stream does")
-            packed, rest = rest, b""
+            packed = rest
+            rest = b""
             yield stream.decompress(packed, BUFFER)
-        rest, padding = stream.unused_data, 0
+
+        # Zeros may follow a stream, in multiples of four.
+        rest = stream.unused_data
+        padding = 0
         while (rest := rest or file.read(BUFFER)) and not rest[0]:
-            size, rest = len(rest), rest.lstrip(b"\0")
-            padding += size - len(rest)
+            stripped = rest.lstrip(b"\0")
+            padding += len(rest) - len(stripped)
+            rest = stripped
         if padding % 4:
             raise lzma.LZMAError("what follows a stream is neither padding nor another one")
         if not rest:
@@ -131,7 +155,8 @@ class _Blocks(io.RawIOBase):
     """A file to read, made of blocks of bytes."""
 
     def __init__(self, blocks: Iterator[bytes]):
-        self.blocks, self.left = blocks, b""
+        self.blocks = blocks
+        self.left = b""
 
     def readable(self) -> bool:
         return True
@@ -139,9 +164,10 @@ class _Blocks(io.RawIOBase):
     def readinto(self, out) -> int:
         while not self.left and (block := next(self.blocks, None)) is not None:
             self.left = block
-        taken, self.left = self.left[: len(out)], self.left[len(out) :]
-        out[: len(taken)] = taken
-        return len(taken)
+        block = self.left[: len(out)]
+        self.left = self.left[len(out) :]
+        out[: len(block)] = block
+        return len(block)
 
 
 UNPACK = {
@@ -154,8 +180,10 @@ UNPACK = {
 
 @contextlib.contextmanager
 def opened(source: Source, seekable: bool = False) -> Iterator[io.BufferedReader]:
-    """The unpacked bytes of a file. `seekable`: a packed one is unpacked into a temporary file
-    first."""
+    """The unpacked bytes of a file.
+
+    If they must be `seekable`, a packed file is unpacked into a temporary one first.
+    """
     _, packing = format_and_packing(source)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(remote.open_binary(source.path))
@@ -173,50 +201,58 @@ def opened(source: Source, seekable: bool = False) -> Iterator[io.BufferedReader
 
 
 def plain(text) -> str:
-    """What a file or a library says, for a message: one line, and nothing in it that a terminal
-    would obey or hide."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
+    """What a file or a library says, as one line for a message.
+
+    Characters that a terminal would obey or hide are escaped.
+    """
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def listed(names: Iterable) -> str:
+    """Names in one line, for a message."""
     return plain(", ".join(map(str, names))) or "none"
 
 
 def decode(raw: bytes, reading: Reading, start: int = 0) -> Decoded:
-    """The text of bytes that begin at byte `start` of a file. Unreadable if no encoding fits."""
-    wrong = ""
+    """The text of bytes that begin at byte `start` of a file.
+
+    Raises Unreadable if no encoding fits.
+    """
+    first_error = ""
     for name in reading.encodings:
         try:
             text = raw.decode(name)
         except UnicodeDecodeError as error:
-            wrong = (
-                wrong
-                or f"not {name.upper()} at byte {start + error.start} (0x{raw[error.start]:02x})"
-            )
+            place = f"byte {start + error.start} (0x{raw[error.start]:02x})"
+            first_error = first_error or f"not {name.upper()} at {place}"
             continue
         if "\0" not in text:
             return Decoded(text, name, 0)
-    if (nul := raw.find(b"\0")) >= 0:
+
+    nul = raw.find(b"\0")
+    if nul >= 0:
         raise Unreadable(
-            f"byte {start + nul} is NUL, so this is a binary file (or UTF-16) among the text; take "
-            "it out "
-            "of the data, or convert it to UTF-8"
+            f"byte {start + nul} is NUL, so this is a binary file (or UTF-16) among the text; "
+            "take it out of the data, or convert it to UTF-8"
         )
     if reading.errors == "strict":
         others = "".join(f", nor {name.upper()}" for name in reading.encodings[1:])
         raise Unreadable(
-            f"{wrong}{others}; convert the file, name its encoding, or go on with {REPLACE}"
+            f"{first_error}{others}; convert the file, name its encoding, or go on with {REPLACE}"
         )
+
     name = reading.encodings[0]
     text = raw.decode(name, "replace")
     try:
         there = raw.count("\ufffd".encode(name))
-    except UnicodeEncodeError:  # cannot be spelt, so none is there
+    except UnicodeEncodeError:  # This encoding has no such character, so the text had none.
         there = 0
     return Decoded(text, name, text.count("\ufffd") - there)
 
 
 def parse_json(text: str):
+    """The value of a text. Raises Unreadable if it is no JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -226,8 +262,11 @@ def parse_json(text: str):
 def field_text(
     row, reading: Reading, encoding: str = "utf-8", replaced: int = 0, check: bool = True
 ) -> Decoded:
-    """The text of a row, which must be a dict. `check`: JSON can spell half a surrogate pair,
-    which is no character: the same choice as for undecodable bytes."""
+    """The text of a row, which must be a dict.
+
+    `check` looks for halves of surrogate pairs, which JSON can spell and which are no characters.
+    They are treated as undecodable bytes are. Raises Unreadable.
+    """
     if not isinstance(row, dict):
         raise Unreadable(f"expected a JSON object, got {type(row).__name__}")
     if reading.field not in row:
@@ -235,6 +274,7 @@ def field_text(
     text = row[reading.field]
     if not isinstance(text, str):
         raise Unreadable(f"{reading.label} holds {type(text).__name__}, expected text")
+
     try:
         if check and not text.isascii():
             text.encode()
@@ -242,9 +282,8 @@ def field_text(
     except UnicodeEncodeError as error:
         if reading.errors == "strict":
             raise Unreadable(
-                f"character {error.start} is a lone surrogate ({text[error.start]!r}); mend the "
-                "file, or "
-                f"go on with {REPLACE}"
+                f"character {error.start} is a lone surrogate ({text[error.start]!r}); "
+                f"mend the file, or go on with {REPLACE}"
             ) from None
     mended = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return Decoded(mended, encoding, replaced + mended.count("\ufffd") - text.count("\ufffd"))
@@ -255,7 +294,7 @@ def json_text(line: Decoded, reading: Reading) -> Decoded:
     text = line.text.removeprefix("\ufeff")
     if not text or text.isspace():
         return line._replace(text="")
-    escapes = "\\u" in text  # decoded bytes hold no surrogate, only JSON's escapes can
+    escapes = "\\u" in text  # Decoded bytes hold no surrogate, but JSON's escapes can.
     return field_text(parse_json(text), reading, line.encoding, line.replaced, escapes)
 
 
@@ -266,4 +305,5 @@ def line_text(line: Decoded, reading: Reading) -> Decoded:
 
 
 def plain_text(text: Decoded, reading: Reading) -> Decoded:
+    """The text of a whole file, unchanged."""
     return text

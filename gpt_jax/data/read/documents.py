@@ -1,11 +1,11 @@
-"""Documents of sources: read in order, whole or piece by piece, with a count of what was left out
-(called by split and prepare).
+"""Documents of sources, read in order, whole or piece by piece, and counts of what was left out.
 
-Text stays exact: no newline translation, no stripping. Everything unusable is a UsageError that
-names the file and the place in it, or with on_error=skip a row that is counted.
+Text stays exact: newlines are not translated, and nothing is stripped. A row that cannot be used is
+a UsageError that names the file and the place in it. With on_error=skip it is counted instead.
 """
 
 import contextlib
+import io
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +43,8 @@ PLACES = 5  # skipped rows that are named
 
 
 class Document(NamedTuple):
+    """A text and its name."""
+
     name: str  # the source's, with `:row` (counted from 1) where a file holds several
     text: str
     replaced: int  # undecodable places that became U+FFFD
@@ -53,17 +55,16 @@ class Document(NamedTuple):
 class Tally:
     """What became of the rows. Two of them merge with `+=`."""
 
-    rows: int = (
-        0  # all, headers, blank and skipped ones too: where the rows of the next piece begin
-    )
+    # All rows, headers, blank and skipped ones too: the rows of the next piece begin there.
+    rows: int = 0
     documents: int = 0
     empty: int = 0  # rows without text
     skipped: int = 0
     replaced: int = 0
-    encodings: dict[str, int] = field(
-        default_factory=dict
-    )  # documents by the encoding that decoded them
-    places: list[str] = field(default_factory=list)  # and reasons of the first skipped rows
+    # How many documents each encoding decoded.
+    encodings: dict[str, int] = field(default_factory=dict)
+    # Places of the first skipped rows, with the reasons.
+    places: list[str] = field(default_factory=list)
 
     def __iadd__(self, other: "Tally") -> "Tally":
         for name in ("rows", "documents", "empty", "skipped", "replaced"):
@@ -74,6 +75,7 @@ class Tally:
         return self
 
     def count(self, value: Decoded) -> None:
+        """Counts a row that was read."""
         self.documents += bool(value.text)
         self.empty += not value.text
         self.replaced += value.replaced
@@ -81,29 +83,27 @@ class Tally:
             self.encodings[value.encoding] = self.encodings.get(value.encoding, 0) + 1
 
     def skip(self, message: str) -> None:
+        """Counts a row that was left out."""
         self.skipped += 1
         self.places = ([*self.places, message])[:PLACES]
 
     def notes(self, reading: Reading) -> list[str]:
-        """What a person must be told of, a line each; nothing when all was plain."""
+        """Lines about all that a person must know. There are none if nothing was unusual."""
         others = {name: n for name, n in self.encodings.items() if name != reading.encodings[0]}
         lines = [f"{n:,} documents decoded as {name}" for name, n in sorted(others.items())]
-        lines += (
-            [f"{self.replaced:,} undecodable places replaced by U+FFFD"] if self.replaced else []
-        )
-        lines += (
-            [f"{self.skipped:,} rows cannot be read and are left out, first:"]
-            if self.skipped
-            else []
-        )
+        if self.replaced:
+            lines.append(f"{self.replaced:,} undecodable places replaced by U+FFFD")
+        if self.skipped:
+            lines.append(f"{self.skipped:,} rows cannot be read and are left out, first:")
         return lines + [f"  {place}" for place in self.places]
 
 
 @contextlib.contextmanager
 def _damage(source: Source) -> Iterator[None]:
-    """What the libraries say of files that are torn or gone, as UsageError."""
+    """Turns what the libraries say of torn or missing files into UsageError."""
     kind, packing = format_and_packing(source)
     torn = f"{source.path}: a damaged or incomplete {packing or kind} file"
+
     try:
         yield
     except ImportError as error:
@@ -113,19 +113,18 @@ def _damage(source: Source) -> Iterator[None]:
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise Damaged(f"{torn}: {plain(error)}") from None
     except OSError as error:
-        if error.errno is None and (
-            packing or kind in BY_ARROW
-        ):  # the word of gzip and pyarrow for damage
+        # gzip and pyarrow report damage as an OSError without a number.
+        if error.errno is None and (packing or kind in BY_ARROW):
             raise Damaged(f"{torn}: {plain(error)}") from None
-        raise UsageError(
-            f"{source.path}: cannot be read: {error.strerror or plain(error)}"
-        ) from None
+        reason = error.strerror or plain(error)
+        raise UsageError(f"{source.path}: cannot be read: {reason}") from None
 
 
 # ---- pieces ----
 
 
 def whole_piece(source: Source) -> Piece:
+    """A source as one piece."""
     return Piece(source, 0, -1)
 
 
@@ -134,19 +133,27 @@ def _line_borders(source: Source, size: int) -> list[int]:
     with opened(source) as file:
         if not file.seekable():
             return [0]
-        end, borders = file.seek(0, 2), [0]
-        while (
-            at := borders[-1] + size - 1
-        ) < end - 1:  # a line that ends at byte `at` ends the piece
-            file.seek(at)
-            while block := file.read(BLOCK):
-                if (found := block.find(b"\n")) >= 0:
-                    break
-                at += len(block)
-            if not block or at + found + 1 >= end:
+
+        borders = [0]
+        end = file.seek(0, 2)
+        while borders[-1] + size < end:
+            # A line that ends at this byte ends the piece.
+            border = _next_line(file, borders[-1] + size - 1)
+            if border >= end:
                 break
-            borders.append(at + found + 1)
+            borders.append(border)
     return borders
+
+
+def _next_line(file: io.BufferedReader, at: int) -> int:
+    """The byte after the first line end at byte `at` or later, or the end of the file."""
+    file.seek(at)
+    while block := file.read(BLOCK):
+        place = block.find(b"\n")
+        if place >= 0:
+            return at + place + 1
+        at += len(block)
+    return at
 
 
 def _group_borders(source: Source, size: int) -> list[int]:
@@ -164,22 +171,26 @@ def _group_borders(source: Source, size: int) -> list[int]:
 
 def _joined(sizes: Sequence[int], size: int) -> list[int]:
     """Parts at which pieces of at least `size` bytes begin."""
-    borders, held = [0], 0
+    borders = [0]
+    total = 0
     for number, part in enumerate(sizes):
-        if held >= size:
+        if total >= size:
             borders.append(number)
-            held = 0
-        held += part
+            total = 0
+        total += part
     return borders
 
 
 def _shard_borders(source: Source, size: int) -> list[int]:
-    """Shards at which pieces of about `size` bytes begin; each one where their sizes are not
-    known."""
+    """Shards at which pieces of about `size` bytes begin.
+
+    If their sizes are not known, each shard is a piece.
+    """
     sizes = hub.sizes(str(source.path))
     return _joined(sizes, size) if any(sizes) else list(range(len(sizes)))
 
 
+# How a file is cut, by `Format.cut`. "" keeps it whole.
 CUTS = {
     "lines": _line_borders,
     "groups": _group_borders,
@@ -189,53 +200,55 @@ CUTS = {
 
 
 def cut_source(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:
-    """Pieces of about `size` bytes, at least one, whose documents one after the other are those
-    of the whole: lines by bytes, .parquet by row groups, hf:// by the data set's own shards;
-    packed files and all other formats whole."""
+    """Pieces of about `size` bytes, at least one, which have the documents of the whole in order.
+
+    Lines are cut by bytes, .parquet by row groups, and hf:// by the data set's own shards. Packed
+    files and all other formats stay whole.
+    """
     borders = [0]
     _, packing = format_and_packing(source)
-    with contextlib.suppress(Damaged), _damage(source):  # told when it is read
-        borders = list(
-            CUTS["" if packing else format_of(source, reading).cut](source, max(size, 1))
-        ) or [0]
-    return tuple(
-        Piece(source, start, stop) for start, stop in zip(borders, [*borders[1:], -1], strict=False)
-    )
+    way = "" if packing else format_of(source, reading).cut
+    with contextlib.suppress(Damaged), _damage(source):  # Reading the file will tell of damage.
+        borders = list(CUTS[way](source, max(size, 1))) or [0]
+
+    stops = [*borders[1:], -1]
+    return tuple(Piece(source, start, stop) for start, stop in zip(borders, stops, strict=True))
 
 
 # ---- documents ----
 
 
 def _name(label, piece: Piece, row: int, number: int) -> str:
-    """`label:row`; of a later piece that does not know its row in the file, `label@start:row in
-    the piece`."""
-    return (
-        str(label)
-        if row < 0
-        else f"{label}:{row}"
-        if row
-        else (f"{label}@{piece.start}:{number + 1}" if piece.start else f"{label}:{number + 1}")
-    )
+    """`label:row`. A later piece may not know its row, and gives `label@start:row in the piece`."""
+    if row < 0:
+        return str(label)
+    if row:
+        return f"{label}:{row}"
+    start = f"@{piece.start}" if piece.start else ""
+    return f"{label}{start}:{number + 1}"
 
 
 def _place(piece: Piece, row: int, number: int, reading: Reading) -> str:
-    """Where a row is, its true line found by counting those before a later piece."""
+    """Where a row is. For a later piece the lines before it are counted."""
     if not row and piece.start and format_of(piece.source, reading).cut == "lines":
-        left, row = piece.start, number + 1
+        left = piece.start
+        row = number + 1
         with opened(piece.source) as file:
             while left and (block := file.read(min(BLOCK, left))):
-                left, row = left - len(block), row + block.count(b"\n")
+                left -= len(block)
+                row += block.count(b"\n")
     return _name(piece.source.path, piece, row, number)
 
 
 def read_documents(
     pieces: Iterable[Piece], reading: Reading, tally: Tally | None = None
 ) -> Iterator[Document]:
-    """Every document that has text, in order; `tally` counts what was read and left out.
+    """Every document that has text, in order. `tally` counts what was read and left out.
 
-    UsageError for a file that cannot be read, naming it and the place in it; with on_error=skip
-    the rest of a damaged one counts as a row that is skipped. Memory: 2 to 4 times the largest
-    row (.csv: up to 11), where a whole text file is a row, and a multiple of a whole .json."""
+    Raises UsageError for a file that cannot be read, with the place in it. With on_error=skip the
+    rest of a damaged file counts as one skipped row. Memory: 2 to 4 times the largest row (.csv: up
+    to 11), where a whole text file is a row. A .json takes a multiple of its size.
+    """
     tally = Tally() if tally is None else tally
     for piece in pieces:
         try:
@@ -250,23 +263,24 @@ def read_documents(
 
 
 def _documents(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Document]:
-    form, number = format_of(piece.source, reading), -1
+    """The documents of one piece. Raises Damaged and UsageError."""
+    form = format_of(piece.source, reading)
+    number = -1
+    # A row may be huge, so it is in memory only once. `enumerate`, or a second name, would keep it.
     for raw in form.rows(piece, reading):
-        (value, start, row), raw = (
-            raw,
-            None,
-        )  # a huge row is held once, and as what it becomes: enumerate would hold it
+        value, start, row = raw
+        raw = None
         number += 1
         tally.rows += 1
+
         try:
             if isinstance(value, Unreadable):
                 raise value
             if isinstance(value, bytes):
                 value = decode(value, reading, start)
                 if not number and not piece.start and form in TEXTS.values():
-                    value = value._replace(
-                        text=value.text.removeprefix("\ufeff")
-                    )  # the mark of UTF-8, no text
+                    # A mark of UTF-8 is no text.
+                    value = value._replace(text=value.text.removeprefix("\ufeff"))
                 value = form.text(value, reading)
         except Unreadable as why:
             message = f"{_place(piece, row, number, reading)}: {why}"
@@ -274,10 +288,12 @@ def _documents(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Documen
                 raise UsageError(f"{message}; mend it, or {SKIP}") from None
             tally.skip(message)
             continue
+
         if value is None:
             continue
         tally.count(value)
         if value.text:
             name = _name(piece.source.name, piece, row, number)
-            document, value = Document(name, value.text, value.replaced, number), None
+            document = Document(name, value.text, value.replaced, number)
+            value = None
             yield document

@@ -1,8 +1,9 @@
-"""The rows of one file, format by format (called by readers).
+"""The rows of one file, format by format.
 
-A format is a row of FORMATS: a generator of `Raw`, what makes a document's text of a decoded row,
-and how a file can be cut. Lines end at byte 0A and nowhere else, never at U+2028 and its like. A
-row that cannot be read is a value (`Unreadable`), so that the rows after it can still be had.
+A format is a row of FORMATS. It has a generator of `Raw`, a function that makes a document's text
+of a decoded row, and the way in which a file can be cut. Lines end at byte 0A and nowhere else,
+never at U+2028 and its like. A row that cannot be read is a value (`Unreadable`), so that the rows
+after it can still be read.
 """
 
 import contextlib
@@ -32,22 +33,25 @@ from gpt_jax.data.read.sources import HUB, Source, format_and_packing
 from gpt_jax.errors import UsageError
 
 NO_LINES = "its lines do not end in the byte 0A; convert the file to UTF-8"
-BATCH_ROWS = 256  # of .parquet and .arrow made python objects at once
-csv.field_size_limit(
-    2**31 - 1
-)  # of the process; its default of 128 KiB is less than one long document
+# So many rows of .parquet and .arrow become Python objects at once.
+BATCH_ROWS = 256
+# This holds for the whole process. The default of 128 KiB is less than one long document.
+csv.field_size_limit(2**31 - 1)
 
 
 # ---- text ----
 
 
 def _whole_file(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    """A file as one row."""
     with opened(piece.source) as file:
-        raw = [file.read()]
-        yield Raw(raw.pop(), 0, -1)
+        # The text may be huge. The list lets go of it before the next reader has it.
+        content = [file.read()]
+        yield Raw(content.pop(), 0, -1)
 
 
 def _check_encodings(piece: Piece, reading: Reading) -> None:
+    """Raises UsageError for an encoding whose lines do not end in the byte 0A."""
     for name in reading.encodings:
         if b"\n".decode(name, "replace") != "\n":
             raise UsageError(
@@ -57,18 +61,20 @@ def _check_encodings(piece: Piece, reading: Reading) -> None:
 
 
 def _lines(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    """A row a line."""
     _check_encodings(piece, reading)
     with opened(piece.source) as file:
         if piece.start:
             file.seek(piece.start)
+
         at = piece.start
         while piece.stop < 0 or at < piece.stop:
-            line = [
-                file.readline()
-            ]  # in a list: handed on and not held here meanwhile, for it may be huge
+            # A line may be huge. The list lets go of it before the next reader has it.
+            line = [file.readline()]
             if not line[0]:
                 return
-            start, at = at, at + len(line[0])
+            start = at
+            at += len(line[0])
             yield Raw(line.pop(), start)
 
 
@@ -83,19 +89,22 @@ def _holds_lines(piece: Piece, reading: Reading) -> bool:
             return False
         try:
             parse_json(decode(first, reading).text.removeprefix("\ufeff"))
-        except (
-            Unreadable
-        ):  # a file laid out over several lines; if it is not, reading all of it says so
+        except Unreadable:
+            # This is one object over several lines. If it is not, reading all of it says so.
             return False
         return any(not line.isspace() for line in file)
 
 
 def _json(piece: Piece, reading: Reading) -> Iterator[Raw]:
-    """A list of objects or one object, read as a whole: memory is a multiple of the file. A file
-    that holds an object a line is read as .jsonl, for many are published so."""
+    """A row for each object of a list, or one for a single object.
+
+    The file is read as a whole, so that memory is a multiple of its size. A file that holds an
+    object a line is read as .jsonl, because many are published in that way.
+    """
     if _holds_lines(piece, reading):
         yield from _lines(piece, reading)
         return
+
     try:
         with opened(piece.source) as file:
             text, encoding, replaced = decode(file.read(), reading)
@@ -103,6 +112,7 @@ def _json(piece: Piece, reading: Reading) -> Iterator[Raw]:
     except Unreadable as why:
         yield Raw(why, 0, -1)
         return
+
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         try:
             value = field_text(row, reading, encoding, replaced if number == 1 else 0)
@@ -115,53 +125,60 @@ def _json(piece: Piece, reading: Reading) -> Iterator[Raw]:
 
 
 def _column(header: list[bytes], piece: Piece, reading: Reading) -> tuple[int, bool]:
-    """(column, whether the first row is a header): by the name in the header; a number, from 0,
-    means that there is none, whatever the first row holds (a class label may well be 1)."""
+    """Returns (the column of the text, whether the first row is a header).
+
+    The config names the column. A number, from 0, means that there is no header, whatever the first
+    row holds, because a class label may well be 1. Raises UsageError.
+    """
     if reading.field.isdecimal() and int(reading.field) < len(header):
         return int(reading.field), False
+
     if any(b"\0" in name for name in header):
         raise UsageError(
             f"{piece.source.path}: its first row holds NUL, so this is UTF-16 or a binary file: "
             f"{NO_LINES}"
         )
     names = [name.decode("utf-8", "replace") for name in header]
-    _check_column(
-        names, piece, reading, f" (or a number below {len(names)}, if the first row is no header)"
-    )
+    more = f" (or a number below {len(names)}, if the first row is no header)"
+    _check_column(names, piece, reading, more)
     return names.index(reading.field), True
 
 
 def _check_column(names: list[str], piece: Piece, reading: Reading, more: str = "") -> None:
-    """UsageError unless exactly one column has the name."""
-    if not (count := names.count(reading.field)):
+    """Raises UsageError unless exactly one column has the name."""
+    path = piece.source.path
+    count = names.count(reading.field)
+    if not count:
         raise UsageError(
-            f"{piece.source.path}: {reading.label} is missing; columns there: {listed(names)}{more}"
+            f"{path}: {reading.label} is missing; columns there: {listed(names)}{more}"
         )
     if count > 1:
         raise UsageError(
-            f"{piece.source.path}: {reading.label} names {count} columns; columns there: "
-            f"{listed(names)}; "
+            f"{path}: {reading.label} names {count} columns; columns there: {listed(names)}; "
             "rename all but the one to be read"
         )
 
 
 def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
-    """Of a row of a table whose first row has `width` columns. More of them, if not empty, are
-    what is left of a text that was cut at a separator."""
+    """The text of a row of a table whose first row has `width` columns.
+
+    Further cells that are not empty mean that a text was cut at a separator.
+    """
     if cells and column >= len(cells):
         return Unreadable(f"has {len(cells)} columns, expected more than {column}")
     if any(cells[width:]):
         return Unreadable(
-            f"has {len(cells)} columns and the first row {width}, so a text may be cut in two; put "
-            "it in "
-            "quotes (.csv) or mend the row"
+            f"has {len(cells)} columns and the first row {width}, so a text may be cut in two; "
+            "put it in quotes (.csv) or mend the row"
         )
     return cells[column] if cells else b""
 
 
 def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
-    """A row a line, quotes are ordinary characters (as IANA's text/tab-separated-values has it):
-    a stray quote must not swallow the rows after it."""
+    """A row a line. Quotes are ordinary characters, as in IANA's text/tab-separated-values.
+
+    So a stray quote cannot swallow the rows after it.
+    """
 
     def cells(line: bytes) -> list[bytes]:
         line = line.removesuffix(b"\n").removesuffix(b"\r")
@@ -172,21 +189,25 @@ def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
         first = file.readline().removeprefix(b"\xef\xbb\xbf")
     if not first:
         return
+
     width = len(cells(first))
-    column, header = _column(cells(first), piece, reading)
+    column, has_header = _column(cells(first), piece, reading)
     for number, raw in enumerate(_lines(piece, reading)):
-        line = raw.value if number or piece.start else first
+        is_first = number == 0 and piece.start == 0
+        if is_first and has_header:
+            yield Raw(None)
+            continue
+        line = first if is_first else raw.value
         assert isinstance(line, bytes)  # as all rows of `_lines`
-        value = (
-            None if header and not number and not piece.start else _cell(cells(line), column, width)
-        )
-        yield Raw(value)
+        yield Raw(_cell(cells(line), column, width))
 
 
 def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
-    """Cells are cut as latin-1, which keeps every byte, and decoded by themselves afterwards; a
-    quoted cell may hold line ends. Strict, so that a stray quote is an error and not a very long
-    cell."""
+    """A row for each row of the table. A quoted cell may hold line ends.
+
+    Cells are cut as latin-1, which keeps every byte, and are decoded by themselves afterwards. The
+    reader is strict, so that a stray quote is an error and not a very long cell.
+    """
     _check_encodings(piece, reading)
     with opened(piece.source) as file:
         text = (
@@ -194,14 +215,18 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
             for number, line in enumerate(file)
         )
         table = csv.reader(text, strict=True)
-        column = header = None
+
+        column = None
+        width = 0
+        is_header = False
         while True:
             try:
                 cells = [cell.encode("latin-1") for cell in next(table)]
                 if column is None:
-                    (column, header), width = _column(cells, piece, reading), len(cells)
-                yield Raw(None if header else _cell(cells, column, width))
-                header = False
+                    column, is_header = _column(cells, piece, reading)
+                    width = len(cells)
+                yield Raw(None if is_header else _cell(cells, column, width))
+                is_header = False
             except csv.Error as error:
                 if column is None:
                     raise UsageError(
@@ -213,7 +238,7 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
 
 
 def _bytes_of(kind):
-    """The type of the same layout that holds bytes; None if `kind` is no text."""
+    """The type of the same layout that holds bytes, or None if `kind` is no text."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(kind):
@@ -227,6 +252,7 @@ def _bytes_of(kind):
 
 
 def _check_schema(schema, piece: Piece, reading: Reading) -> None:
+    """Raises UsageError unless the column is there and holds text."""
     _check_column(schema.names, piece, reading)
     kind = schema.field(reading.field).type
     if _bytes_of(kind) is None:
@@ -234,39 +260,42 @@ def _check_schema(schema, piece: Piece, reading: Reading) -> None:
 
 
 def _cells(batches, reading: Reading, first: int = 0) -> Iterator[Raw]:
-    """The texts of record batches as bytes, to be decoded as all others are; `first`: rows of
-    the file before them."""
+    """The texts of record batches as bytes, which are decoded as all others are.
+
+    `first` is the number of rows of the file before them.
+    """
     import pyarrow
 
+    row = first
     for batch in batches:
         column = batch.column(reading.field)
-        column = column.view(_bytes_of(column.type))  # what is no UTF-8 is told row by row
-        column.validate(
-            full=True
-        )  # places in a damaged file may lie anywhere, and going there ends the process
+        # As bytes, so that a text that is no UTF-8 is one bad row.
+        column = column.view(_bytes_of(column.type))
+        # Offsets in a damaged file may point anywhere, and following them ends the process.
+        column.validate(full=True)
+
         for at in range(0, len(column), BATCH_ROWS):
             for value in column.slice(at, BATCH_ROWS).cast(pyarrow.large_binary()).to_pylist():
-                first += 1
-                yield Raw(
-                    Unreadable(f"{reading.label} is null, expected text")
-                    if value is None
-                    else value,
-                    0,
-                    first,
-                )
+                row += 1
+                if value is None:
+                    value = Unreadable(f"{reading.label} is null, expected text")
+                yield Raw(value, 0, row)
 
 
 @contextlib.contextmanager
 def _arrow_errors(piece: Piece, kind: str) -> Iterator[None]:
+    """Turns what pyarrow says of a bad file into Damaged."""
     import pyarrow
 
     try:
         yield
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
+    # A column's name that is no UTF-8 gives UnicodeDecodeError.
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise Damaged(f"{piece.source.path}: not a readable {kind} file: {plain(error)}") from None
 
 
 def _parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
+    """The rows of some row groups."""
     import pyarrow.parquet
 
     with (
@@ -278,10 +307,10 @@ def _parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
         rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         if sum(rows) != file.metadata.num_rows:
             raise Damaged(
-                f"{piece.source.path}: not a readable parquet file: it has "
-                f"{file.metadata.num_rows:,} rows, "
-                f"and its groups {sum(rows):,}"
+                f"{piece.source.path}: not a readable parquet file: "
+                f"it has {file.metadata.num_rows:,} rows, and its groups {sum(rows):,}"
             )
+
         groups = range(piece.start, len(rows) if piece.stop < 0 else piece.stop)
         batches = file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=[reading.field])
         yield from _cells(batches, reading, sum(rows[: piece.start]))
@@ -303,13 +332,19 @@ def _arrow(piece: Piece, reading: Reading) -> Iterator[Raw]:
 
 
 class Format(NamedTuple):
+    """How the files of a format are read."""
+
     rows: Callable[[Piece, Reading], Iterator[Raw]]
-    text: Callable[[Decoded, Reading], Decoded] = plain_text  # of bytes once they are decoded
-    cut: str = ""  # into what a file can be cut: lines, groups (of parquet), shards (of hf://)
+
+    # The text of a row whose bytes are decoded.
+    text: Callable[[Decoded, Reading], Decoded] = plain_text
+
+    # The parts that a file can be cut into: lines, groups (of parquet), shards (of hf://).
+    cut: str = ""
 
 
-FILE, LINE = Format(_whole_file), Format(_lines, line_text, "lines")
-TEXTS = {"file": FILE, "line": LINE}  # by Reading.documents
+# The format of text files, by Reading.documents.
+TEXTS = {"file": Format(_whole_file), "line": Format(_lines, line_text, "lines")}
 BY_ARROW = (".parquet", ".arrow")
 FORMATS = {
     ".txt": TEXTS,
@@ -326,5 +361,6 @@ FORMATS = {
 
 
 def format_of(source: Source, reading: Reading) -> Format:
-    found = FORMATS[format_and_packing(source)[0]]
-    return found[reading.documents] if found is TEXTS else found
+    """The format of a source. That of text files depends on Reading.documents."""
+    row = FORMATS[format_and_packing(source)[0]]
+    return row[reading.documents] if isinstance(row, dict) else row
