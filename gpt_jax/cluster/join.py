@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from gpt_jax.cluster.place import JobFlags, own_devices, place_of
-from gpt_jax.cluster.rendezvous import meet
+from gpt_jax.cluster.rendezvous import Place, meet
 from gpt_jax.errors import Exit, PeerFailed, UsageError
 
 ABORT_HANDLERS = []  # C keeps an address only, so they must never be collected
@@ -55,22 +55,7 @@ def join_job(flags: JobFlags, environ: Mapping[str, str]) -> None:
         f"the processes of this job did not all meet{where} within --join_seconds={seconds}: "
         "one has failed (its log has the reason)"
     )
-    try:
-        jax.distributed.initialize(
-            coordinator_address=place.address if place else None,
-            num_processes=place.processes if place else None,
-            process_id=place.process if place else None,
-            local_device_ids=devices,
-            # Without it JAX would take SLURM's word for the place.
-            cluster_detection_method="deactivate" if place else None,
-            initialization_timeout=seconds,
-            heartbeat_timeout_seconds=flags.heartbeat_seconds,
-        )
-    except ValueError as error:  # JAX found no cluster
-        raise UsageError(
-            f"--distributed: no TPU pod and no SLURM job found here ({error}); "
-            "give --coordinator=HOST:PORT --num_processes=N --process_id=K"
-        ) from None
+    start_jax(place, devices, flags)
     if jax.process_count() > 1:
         JOBS.append(Membership())
     check_devices()
@@ -82,6 +67,28 @@ def join_job(flags: JobFlags, environ: Mapping[str, str]) -> None:
         "aborted: usually {gone} (killed, or its machine failed; its log may have the reason). "
         "If it is not, the lines above show a fault of this process itself"
     )
+
+
+def start_jax(place: Place | None, devices: list[int] | None, flags: JobFlags) -> None:
+    """Starts JAX's part of a job. Raises UsageError if there is no place and JAX finds none."""
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            coordinator_address=place.address if place else None,
+            num_processes=place.processes if place else None,
+            process_id=place.process if place else None,
+            local_device_ids=devices,
+            # Without it JAX would take SLURM's word for the place.
+            cluster_detection_method="deactivate" if place else None,
+            initialization_timeout=flags.join_seconds,
+            heartbeat_timeout_seconds=flags.heartbeat_seconds,
+        )
+    except ValueError as error:  # JAX has found no cluster.
+        raise UsageError(
+            f"--distributed: no TPU pod and no SLURM job found here ({error}); "
+            "give --coordinator=HOST:PORT --num_processes=N --process_id=K"
+        ) from None
 
 
 def check_devices() -> None:

@@ -53,7 +53,8 @@ class Summary:
 
 def series(rows: Sequence[Mapping], key: str) -> tuple[list[float], list[float]]:
     """(steps, values) of `key`. A null, which was nan or infinite, comes back as nan."""
-    steps, values = [], []
+    steps = []
+    values = []
     for row in rows:
         if key in row:
             steps.append(row["step"])

@@ -58,7 +58,8 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.nd
     out = np.asarray(index).astype(np.uint64)
     walking = np.arange(len(out))
     while len(walking):
-        left, right = out[walking] // wide, out[walking] % wide
+        left = out[walking] // wide
+        right = out[walking] % wide
         for step, key in enumerate(keys[:, walking]):
             if step % 2:
                 right = (right + mix(left ^ key) % wide) % wide

@@ -108,7 +108,8 @@ def _find_merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
             yield parts[0], parts[1]
             continue
         for i in range(1, len(token)):
-            first, second = token[:i], token[i:]
+            first = token[:i]
+            second = token[i:]
             if first in ranks and second in ranks:
                 yield first, second
 

@@ -3,7 +3,8 @@
 A run or a prepare calls `resolve_tokenizer` once, at its door. It gets a Tokenizer, or a Spec where
 the tokenizer is made from the text, and hands that object on. Nobody behind the door sees the text.
 
-A spec is one of
+A spec is one of these.
+
     bytes                        256 bytes
     char                         the characters of the text
     bpe:VOCAB[:PATTERN]          byte-level BPE trained on the text

@@ -61,20 +61,19 @@ def restore_checkpoint(directory, step: int, wanted: dict) -> dict:
     for name, tree in nested.items():
         metadata = _read(folder, lambda name=name: ocp.metadata(str(folder), name).metadata)
         _compare_layout(folder, name, _flat(metadata), _flat(tree))
+
     loaded = _read(folder, lambda: ocp.load_checkpointables(str(folder), nested))
-    out = {}
+    trees = {}
     for name, tree in wanted.items():
-        arrays, (leaves, structure) = (
-            _flat(loaded[name]),
-            jax.tree_util.tree_flatten_with_path(tree),
-        )
-        out[name] = jax.tree.unflatten(
-            structure, [arrays[_name(path) or "value"] for path, _ in leaves]
-        )
-    return out
+        arrays = _flat(loaded[name])
+        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+        values = [arrays[_name(path) or "value"] for path, _ in leaves]
+        trees[name] = jax.tree.unflatten(structure, values)
+    return trees
 
 
 def _read(folder: Path, read):
+    """The result of `read()`. Raises NoCheckpoint for whatever it raises."""
     try:
         return read()
     except Exception as error:
@@ -95,17 +94,16 @@ def _compare_layout(folder: Path, item: str, saved: dict, wanted: dict) -> None:
     def show(leaf):
         return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 
+    def facts(leaf):
+        return None if leaf is None else (tuple(leaf.shape), leaf.dtype)
+
     for name in [*wanted, *(name for name in saved if name not in wanted)]:
-        old, new = saved.get(name), wanted.get(name)
-        if (
-            old is None
-            or new is None
-            or (tuple(old.shape), old.dtype) != (tuple(new.shape), new.dtype)
-        ):
+        old = saved.get(name)
+        new = wanted.get(name)
+        if new is None or facts(old) != facts(new):
             raise UsageError(
                 f"checkpoint {folder}: {item} {name} is {show(old)} there and {show(new)} in this "
-                "run; "
-                "use the config of the checkpoint, or another workdir"
+                "run; use the config of the checkpoint, or another workdir"
             )
         if not isinstance(new.sharding, jax.sharding.Sharding):
             raise TypeError(f"{item} {name}: the abstract array has no sharding")

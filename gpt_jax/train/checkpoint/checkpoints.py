@@ -96,15 +96,19 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, policy: config.Checkpoint, report, latest: int | None):
-        self.directory, self.policy, self.latest = directory, policy, latest
+        self.directory = directory
+        self.policy = policy
+        self.latest = latest
         self._report = report
-        self._pool = concurrent.futures.ThreadPoolExecutor(
-            1, "checkpoint"
-        )  # one worker: written, then sealed
+        # With one worker a save is written before it is sealed.
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple | None = None  # (step, written, sealed) of the save in flight
-        self._saved_step, self._saved_at, self._next_look = latest or 0, time.monotonic(), 0
-        # What newer steps than `latest` hold is damaged: they neither count as kept nor get
-        # deleted.
+
+        self._saved_step = latest or 0
+        self._saved_at = time.monotonic()
+        self._next_look = 0
+
+        # Steps newer than `latest` are damaged. They do not count as kept, and are not deleted.
         self._complete = {
             step: _metric(directory, step, policy)
             for step in steps_in(directory)
@@ -122,12 +126,13 @@ class Checkpoints:
             return True
         if not self.policy.every_minutes or step < self._next_look:
             return False
-        due, self._next_look = agree_on(
-            lambda: look_at_clock(
-                step, self._saved_step, time.monotonic() - self._saved_at, self.policy.every_minutes
-            )
-        )
-        return due
+
+        def look():
+            seconds = time.monotonic() - self._saved_at
+            return look_at_clock(step, self._saved_step, seconds, self.policy.every_minutes)
+
+        is_due, self._next_look = agree_on(look)
+        return is_due
 
     def save(
         self,
@@ -152,9 +157,13 @@ class Checkpoints:
             for name, tree in (("params", params), ("train", train), ("ema", ema))
             if tree is not None
         }
-        self._saved_step, self._saved_at, self._next_look = step, time.monotonic(), step + 1
+
+        self._saved_step = step
+        self._saved_at = time.monotonic()
+        self._next_look = step + 1
         if not agree_on(lambda: self._make_room(step)):
             return False
+
         try:
             response = ocp.save_checkpointables_async(str(self.directory / str(step)), trees)
         except Exception as error:
@@ -171,18 +180,20 @@ class Checkpoints:
         """
         if self._pending is None:
             return
-        (step, written, sealed), self._pending = self._pending, None
+        step, written, sealed = self._pending
+        self._pending = None
         error = written.exception()
-        if (
-            error is not None
-        ):  # raised here alone: the other processes may still wait for this one inside Orbax
-            sealed.result()  # its remains are gone
+        if error is not None:
+            # Nobody agrees on it, because other processes may still wait for this one in Orbax.
+            sealed.result()  # After it the remains of the save are gone.
             raise self._failed(step, error) from error
         agree_on(sealed.result)
 
     def check(self) -> None:
-        """Raises SaveFailed if the save in the background has failed already; never blocks,
-        needs no other process."""
+        """Raises SaveFailed if the save in the background has failed already.
+
+        It never blocks, and needs no other process.
+        """
         if self._pending is not None and self._pending[2].done():
             step, written, sealed = self._pending
             if written.exception() is not None:
@@ -198,13 +209,14 @@ class Checkpoints:
         self.check()
 
     def _make_room(self, step: int) -> bool:
-        """On process 0, before a save: False if the step exists and is whole.
+        """Returns False if the step exists and is whole. A damaged one is moved aside.
 
-        A damaged one is moved aside.
+        Process 0 does it before a save.
         """
         folder = self.directory / str(step)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+
             if folder.exists():
                 damage = "" if step in self._complete else find_damage(folder)
                 if not damage:
@@ -220,17 +232,20 @@ class Checkpoints:
         return True
 
     def _seal(self, step: int, written, meta_text: str, value: float | None) -> None:
-        """In the background, after Orbax: process 0 writes meta and manifest.
+        """Writes meta and manifest, and deletes the steps that the policy no longer wants.
 
-        It then deletes the steps that the policy no longer wants.
+        Process 0 does it in the background, after Orbax.
         """
         if jax.process_index() != 0:
             return
-        folder, mark = self.directory / str(step), self.directory / f"{step}{SAVING}"
+
+        folder = self.directory / str(step)
+        mark = self.directory / f"{step}{SAVING}"
         if written.exception() is not None:
             self._discard(Path(f"{folder}{TEMPORARY}"))
             mark.unlink(missing_ok=True)
             return
+
         try:
             replace_file(folder / META, meta_text.encode())
             write_manifest(folder)
@@ -264,25 +279,21 @@ class Checkpoints:
         It is PeerFailed if another process has left, and SaveFailed otherwise.
         """
         good = max((s for s in self._complete if s != step), default=None)
-        rest = (
-            "there is no earlier checkpoint"
-            if good is None
-            else f"the checkpoint of step {good} is untouched"
-        )
-        parent = next(
-            folder for folder in (self.directory, *self.directory.parents) if folder.exists()
-        )
-        free = shutil.disk_usage(parent).free / 2**20
+        rest = "there is no earlier checkpoint"
+        if good is not None:
+            rest = f"the checkpoint of step {good} is untouched"
         if is_peer_gone(error):
             return PeerFailed(
-                f"{self.directory}: a peer process left while step {step} was being saved, its log "
-                "has the "
-                f"reason; {rest}"
+                f"{self.directory}: a peer process left while step {step} was being saved, "
+                f"its log has the reason; {rest}"
             )
+
+        folders = (self.directory, *self.directory.parents)
+        parent = next(folder for folder in folders if folder.exists())
+        free = shutil.disk_usage(parent).free / 2**20
         return SaveFailed(
-            f"{self.directory}: saving step {step} failed: {cause_of(error)} ({free:,.1f} MiB "
-            "free); "
-            f"{rest}"
+            f"{self.directory}: saving step {step} failed: {cause_of(error)} "
+            f"({free:,.1f} MiB free); {rest}"
         )
 
 
@@ -309,17 +320,19 @@ def _silent(line: str) -> None:
 
 
 def _sweep(directory: Path, report) -> None:
-    """On process 0: removes unfinished saves and half-deleted steps.
+    """Removes unfinished saves and half-deleted steps, on process 0.
 
-    It never touches a step that was complete once and is not on its way out.
+    It never touches a step that was complete once, unless the step was being deleted.
     """
     try:
         doomed = [path for end in (TEMPORARY, DELETED) for path in directory.glob(f"*{end}*")]
         for step in unfinished_in(directory):
-            doomed += [directory / str(step)] if (directory / str(step)).exists() else []
+            if (directory / str(step)).exists():
+                doomed.append(directory / str(step))
             report(
                 f"checkpoint step {step} in {directory} was not finished; its remains are removed"
             )
+
         for folder in doomed:
             shutil.rmtree(folder)
         for mark in directory.glob(f"*{SAVING}"):
@@ -333,8 +346,8 @@ def _sweep(directory: Path, report) -> None:
 def _metric(directory: Path, step: int, policy: config.Checkpoint) -> float | None:
     """The saved value of `best_metric`, or None if the checkpoint has none or no readable meta."""
     try:
-        return json.loads((directory / str(step) / META).read_bytes())["metrics"].get(
-            policy.best_metric
-        )
+        meta = json.loads((directory / str(step) / META).read_bytes())
+        return meta["metrics"].get(policy.best_metric)
     except (OSError, ValueError, KeyError):
-        return None  # damaged: it cannot be among the best, and whoever restores it is told why
+        # A damaged step cannot be among the best. Whoever restores it is told why.
+        return None

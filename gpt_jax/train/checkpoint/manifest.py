@@ -151,6 +151,7 @@ def unfinished_in(directory: Path) -> list[int]:
         for path in directory.glob(f"*{TEMPORARY}")
         if not path.with_name(path.name.removesuffix(TEMPORARY)).exists()
     ]
+
     return sorted(
         {
             int(name)
@@ -172,7 +173,9 @@ def latest_valid(directory, report=print) -> int | None:
 
 
 def _newest(directory: Path, report) -> int | None:
-    unfinished, damaged = unfinished_in(directory), []
+    """The work of `latest_valid` on process 0."""
+    unfinished = unfinished_in(directory)
+    damaged = []
     for step in sorted({*steps_in(directory), *unfinished}, reverse=True):
         if step in unfinished:
             report(f"checkpoint step {step} in {directory} is not finished and is passed over")
@@ -201,8 +204,6 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
 
     def find():
         directory, wanted = _locate(Path(path).absolute(), step)
-        steps = steps_in(directory)
-        listing = f"steps in {directory}: {', '.join(map(str, steps)) or 'none'}"
         if not wanted:
             newest = _newest(directory, report)
             if newest is None:
@@ -210,24 +211,26 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
                     f"checkpoint {str(path)!r}: nothing finished there yet; {_nearby(directory)}"
                 )
             return [str(directory), newest]
+
+        steps = steps_in(directory)
+        listing = f"steps in {directory}: {', '.join(map(str, steps)) or 'none'}"
         if wanted not in steps:
             raise UsageError(f"checkpoint {str(path)!r}: no step {wanted}; {listing}")
-        damage = (
-            "not finished"
-            if wanted in unfinished_in(directory)
-            else find_damage(directory / str(wanted))
-        )
+        damage = "not finished"
+        if wanted not in unfinished_in(directory):
+            damage = find_damage(directory / str(wanted))
         if damage:
             raise NoCheckpoint(
                 f"checkpoint step {wanted} in {directory} is damaged: {damage}; {listing}"
             )
         return [str(directory), wanted]
 
-    directory, found = agree_on(find)
-    return Path(directory), found
+    directory, found_step = agree_on(find)
+    return Path(directory), found_step
 
 
 def _locate(path: Path, step: int) -> tuple[Path, int]:
+    """(checkpoints directory, step or 0 for the newest) of a typed path. Raises UsageError."""
     if (path / CHECKPOINT_FOLDER).is_dir():
         return path / CHECKPOINT_FOLDER, step
     if path.name.isdecimal() and (path.is_dir() or steps_in(path.parent)):
@@ -239,11 +242,9 @@ def _locate(path: Path, step: int) -> tuple[Path, int]:
         return path.parent, int(path.name)
     if path.is_dir() and (path.name == CHECKPOINT_FOLDER or steps_in(path)):
         return path, step
-    raise UsageError(
-        f"checkpoint {str(path)!r}: "
-        f"{'holds no checkpoints' if path.exists() else 'does not exist'}; "
-        f"{_nearby(path)}"
-    )
+
+    problem = "holds no checkpoints" if path.exists() else "does not exist"
+    raise UsageError(f"checkpoint {str(path)!r}: {problem}; {_nearby(path)}")
 
 
 def _nearby(path: Path) -> str:
@@ -281,12 +282,11 @@ def read_meta(directory, step: int) -> dict:
         meta = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise NoCheckpoint(f"{path}: cannot be read: {cause_of(error)}") from error
+
     if meta["format"] not in READABLE:
-        way_out = (
-            "update the program"
-            if meta["format"] > FORMAT
-            else "use the program that wrote it, or train again"
-        )
+        way_out = "use the program that wrote it, or train again"
+        if meta["format"] > FORMAT:
+            way_out = "update the program"
         raise UsageError(
             f"{path}: format {meta['format']} is not this program's {FORMAT}; {way_out}"
         )
