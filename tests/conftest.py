@@ -1,8 +1,8 @@
-"""Eight fake CPU devices in every test process, and compiled programs kept for the whole session.
+"""Eight fake CPU devices in every test process, and one cache of compiled programs for the session.
 
-The environment is written before jax is imported, so that the processes that tests start inherit
-it: what one of them compiled, the next one loads. Under pytest-xdist the controller makes the
-folder and its workers inherit it too.
+The environment is written before jax is imported. Processes that tests start inherit it, so that
+one loads what another has compiled. Under pytest-xdist the controller makes the folder, and its
+workers inherit it too.
 """
 
 import math
@@ -45,8 +45,10 @@ def pytest_unconfigure(config):
 
 @pytest.fixture
 def mesh():
-    """A mesh of (data, fsdp, tensor) devices, and further axes by name, the first ones of the
-    eight: `with jax.set_mesh(mesh(2, 2, 2)):`."""
+    """A function that makes meshes of the first devices: `with jax.set_mesh(mesh(2, 2, 2)):`.
+
+    The sizes are those of data, fsdp and tensor, and of further axes by name.
+    """
 
     def make(data: int = 1, fsdp: int = 1, tensor: int = 1, **others: int):
         shape = {"data": data, "fsdp": fsdp, "tensor": tensor} | others

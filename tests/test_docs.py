@@ -1,4 +1,4 @@
-"""README and docs/ speak of what is there.
+"""README and docs/ name only what exists.
 
 Checked are links, files, commands, flags, config keys, messages and the map of the house. Each rule
 takes pages and returns what is wrong in them. Each is also shown a small page that breaks it.
@@ -46,13 +46,13 @@ def without_blocks(text: str) -> str:
 
 
 def blocks(text: str) -> str:
-    """What stands in fenced blocks, continued lines joined."""
+    """The lines of fenced blocks, with continued lines joined."""
     found = re.findall(r"^ *```\w*\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"\\\n\s*", "", "\n".join(found))
 
 
 def inline(text: str) -> list[str]:
-    """What stands in backticks in the prose."""
+    """The texts in backticks in the prose."""
     return re.findall(r"`([^`\n]+)`", without_blocks(text))
 
 
@@ -65,6 +65,7 @@ def anchors(text: str) -> set[str]:
 
 def broken_links(pages: dict[str, str]) -> list[str]:
     found = []
+
     for page, text in pages.items():
         for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(text)):
             path, _, anchor = target.partition("#")
@@ -92,7 +93,7 @@ def missing_files(pages: dict[str, str]) -> list[str]:
 
 
 def unknown_commands(pages: dict[str, str]) -> list[str]:
-    """`gpt-jax NAME`, also as `launch/local.sh NAME`, where there is no such command or engine."""
+    """Each `gpt-jax NAME` or `launch/local.sh NAME` that is no command or engine."""
     found = []
     for page, text in pages.items():
         code = "\n".join([blocks(text), *inline(text)])
@@ -115,7 +116,7 @@ def known_flags() -> set[str]:
 
 
 def unknown_flags(pages: dict[str, str]) -> list[str]:
-    """Flags on lines that call gpt-jax or a launcher, which none of them knows."""
+    """Flags on lines that call gpt-jax or a launcher, if none of them has such a flag."""
     found = []
     for page, text in pages.items():
         for line in [*blocks(text).splitlines(), *inline(text)]:
@@ -130,7 +131,7 @@ def unknown_flags(pages: dict[str, str]) -> list[str]:
 
 
 def wrong_old_names(pages: dict[str, str]) -> list[str]:
-    """The table of renamed keys against the program's own."""
+    """Rows in which the table of renamed keys differs from the program's own."""
     text = pages.get("docs/overriding.md", "").partition("## Old names")[2]
     if not text:
         return []
@@ -160,8 +161,9 @@ def unknown_keys(pages: dict[str, str]) -> list[str]:
 
 @functools.cache
 def program_texts() -> str:
-    """All texts of the program, a line each; what an f-string fills in is left out."""
+    """All texts of the program, a line each, without what an f-string fills in."""
     texts = []
+
     for path in ROOT.glob("gpt_jax/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -176,9 +178,10 @@ def program_texts() -> str:
 
 
 def unknown_messages(pages: dict[str, str]) -> list[str]:
-    """Messages that the page quotes, bold and in backticks, and that no text of the program has.
+    """Quoted messages, bold and in backticks, that no text of the program has.
 
-    … stands for what differs from case to case."""
+    … stands for what differs from case to case.
+    """
     found = []
     for page, text in pages.items():
         if page.endswith("troubleshooting.md"):
@@ -189,7 +192,7 @@ def unknown_messages(pages: dict[str, str]) -> list[str]:
 
 
 def wrong_map(pages: dict[str, str]) -> list[str]:
-    """Modules that the map of the house names and that are not there, or the other way round."""
+    """Modules that the map of the house names and that do not exist, or the other way round."""
     if "docs/architecture.md" not in pages:
         return []
     rows = re.findall(

@@ -1,4 +1,4 @@
-"""The programs in examples/ run, and do what they say, on few steps."""
+"""The programs in examples/ do what they say, on few steps."""
 
 import importlib.util
 from pathlib import Path
@@ -22,7 +22,7 @@ def load_example(name: str):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Path:
-    """What examples/train.py leaves after 12 steps, and what it wrote."""
+    """The workdir that examples/train.py leaves after 12 steps, and its output."""
     folder = tmp_path_factory.mktemp("run")
     folder.joinpath("texts").write_text(repr(load_example("train").main(str(folder), steps=12)))
     return folder
@@ -35,7 +35,7 @@ def test_train(workdir):
 
 
 def test_look_inside(workdir):
-    """The last layer, read out, is what the model itself says; the first is not."""
+    """The last layer gives what the model itself says, and the first does not."""
     example = load_example("look_inside")
     rows = example.look(str(workdir), "The run")
     assert len(rows) == 2
@@ -52,7 +52,7 @@ def test_look_inside(workdir):
 
 
 def test_own_dataset():
-    """Batches are made again the same, the answers are right, and the loss falls."""
+    """Batches can be made again, the answers are right, and the loss falls."""
     example = load_example("own_dataset")
     batch = example.make_batch(3)
     assert (batch["targets"] == example.make_batch(3)["targets"]).all()
@@ -66,14 +66,14 @@ def test_own_dataset():
 
 
 def test_own_objective():
-    """Focal is below the loss where something is easy, and never above it."""
+    """The focal loss is below the loss where something is easy, and never above it."""
     history = load_example("own_objective").main(steps=20)
     assert all(row["objective"] < row["loss"] for row in history)
     assert history[-1]["loss"] < history[0]["loss"] - 0.5
 
 
 def test_own_architecture():
-    """The recurrence by an associative scan is the one by a loop; and it learns."""
+    """The recurrence by an associative scan equals the one by a loop, and the model learns."""
     example = load_example("own_architecture")
     params = example.init_params(jax.random.key(0), vocab=7)["layers"]["0"]
     x = jax.random.normal(jax.random.key(1), (1, 5, example.WIDTH))

@@ -126,7 +126,7 @@ def find_cellar_imports(house: dict) -> list[str]:
 
 
 def find_cycles(house: dict) -> list[str]:
-    """Modules that import themselves by some way round."""
+    """Modules that import themselves through others."""
     graph = {module: imported_modules(house, source) for module, source in house.items()}
 
     def reach(start):
@@ -142,7 +142,7 @@ def find_cycles(house: dict) -> list[str]:
 
 
 def find_foreigners(house: dict) -> list[str]:
-    """Packages imported where they have no business."""
+    """Packages that are imported where only other rooms may import them."""
     return [
         f"{module} imports {name}"
         for module, source in house.items()

@@ -60,11 +60,12 @@ def test_figures_by_hand(package):
         "rooms": 4,
         "arrows": 2,
     }
+
     assert {key: found[key] for key in expected} == expected
 
 
 def test_tokens_of_a_line(package):
-    """An f-string is one token on every Python; docstrings and comments are none."""
+    """An f-string is one token on every Python. Docstrings and comments are no tokens."""
     (source,) = [each for each in style_source.read_package(package) if each.path.stem == "high"]
     found = style_source.code_tokens(source)
     lines = {number: found[number] for number in (1, 6, 9, 10, 11)}

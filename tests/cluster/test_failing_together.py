@@ -1,5 +1,7 @@
-"""One process of a job fails: the others are gone at once, say why, and leave with a code that a
-scheduler can use."""
+"""One process of a job fails.
+
+The others leave at once, say why, and have a code that a scheduler can use.
+"""
 
 import json
 import os
@@ -73,8 +75,10 @@ main.main(sys.argv[1:])
     ],
 )
 def test_a_failure_in_one_process_is_the_others_reason(tmp_path, error, victim, codes):
-    """The others leave with 40 where a restart may help, else with the same code. In the middle
-    of a collective."""
+    """It fails in the middle of a collective.
+
+    The others leave with 40 if a restart may help, and otherwise with the same code.
+    """
     given = runs.arguments(tmp_path, tmp_path / "job", *LONG)
     python = [("-m", "gpt_jax")] * 2
     python[victim] = "-c", CRASH.format(error=error)
@@ -83,6 +87,7 @@ def test_a_failure_in_one_process_is_the_others_reason(tmp_path, error, victim, 
     job[1 - victim].end(codes[1], TOGETHER)
     (last,) = said(job[1 - victim])
     text = error.split("'")[1]
+
     assert last.startswith(
         f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code {codes[0]}: "
     )
@@ -104,7 +109,7 @@ main.main(sys.argv[1:])
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_failure_behind_the_save_of_a_stop_is_the_others_reason_too(tmp_path, victim):
-    """The other has saved, is done, and waits for this one."""
+    """The other process has saved, is done, and waits for this one."""
     python = [("-m", "gpt_jax")] * 2
     python[victim] = "-c", LATE
     job = runs.job(
@@ -115,6 +120,7 @@ def test_a_failure_behind_the_save_of_a_stop_is_the_others_reason_too(tmp_path, 
     job[victim].end(1)
     job[1 - victim].end(1, TOGETHER)
     *_, last = said(job[1 - victim])
+
     assert last.startswith(
         f"gpt-jax: a peer process failed: process {victim} on {HOST}, exit code 1: "
     )
@@ -136,7 +142,7 @@ main.main(sys.argv[1:])
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_before_the_loop_leaves_at_once(tmp_path, number):
-    """While the text is read, say."""
+    """It comes while the text is read, for example."""
     script = EARLY.format(room="run", module="parts", name="build", number=int(number))
     process = runs.Process(
         tmp_path / "logs", runs.arguments(tmp_path, tmp_path / "job", *LONG), ("-c", script)
@@ -152,12 +158,13 @@ def test_a_stop_before_the_loop_leaves_at_once(tmp_path, number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_of_one_before_the_loop_stops_both_behind_its_first_steps(tmp_path, number):
-    """Of a new run, and of the same one when it goes on."""
+    """This holds for a new run, and for the same run when it resumes."""
     python = [
         ("-m", "gpt_jax"),
         ("-c", EARLY.format(room="run", module="parts", name="build", number=int(number))),
     ]
     before = 0
+
     for _ in range(2):
         job = runs.job(
             tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG), python=python
@@ -193,6 +200,7 @@ def test_a_stop_of_one_in_an_evaluation_stops_both_there(tmp_path):
         (last,) = said(process)
         assert "stopped on request after step 3 of 3, saved in" in last
     assert not runs.curve(tmp_path / "job", "eval/loss")
+
     for process in runs.job(tmp_path / "logs", 2, given):
         process.end(0)
     assert list(runs.curve(tmp_path / "job", "eval/loss")) == [3]
@@ -211,8 +219,7 @@ def test_what_is_wrong_before_joining_ends_all(tmp_path, victim):
 
 
 def test_a_process_that_stands_still_is_missed(tmp_path):
-    """One that stands still altogether, so that no connection closes: only its heartbeats are
-    missing."""
+    """It stands still as a whole, so that no connection closes. Only its heartbeats are missing."""
     job = runs.job(tmp_path / "logs", 2, runs.arguments(tmp_path, tmp_path / "job", *LONG))
     job[0].until(runs.logged(tmp_path / "job", 10), "step 10")
     job[1].signal(signal.SIGSTOP)  # no word, no closed connection: only silence
@@ -237,6 +244,7 @@ def test_processes_with_different_code_say_which_they_have(tmp_path):
         runs.arguments(tmp_path, tmp_path / "job"),
         python=[("-m", "gpt_jax"), ("-c", OTHER_CODE)],
     )
+
     for k, process in enumerate(job):
         process.end(2)
         line = said(process)[-1]
@@ -254,7 +262,7 @@ def test_processes_with_different_code_say_which_they_have(tmp_path):
 
 
 def attend(port: int, places, seconds: float = 20.0, failed=None) -> list:
-    """What `meet` raises for each (process, processes), in threads."""
+    """What `meet` raises for each (process, processes), which run as threads."""
     import threading
 
     found = [None] * len(places)
@@ -328,6 +336,7 @@ def test_processes_that_do_not_fit_together(monkeypatch, places, words):
 
 def test_one_that_failed_tells_all(monkeypatch):
     monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 2.0)
+
     for who in (0, 2):
         found = attend(
             find_free_port(),
@@ -343,7 +352,7 @@ def test_one_that_failed_tells_all(monkeypatch):
 
 
 def test_strangers_are_no_process():
-    """A port scanner, and something that says nothing, while the processes come."""
+    """A port scanner, and something that says nothing, connect while the processes come."""
     import threading
 
     port = find_free_port()

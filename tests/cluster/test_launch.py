@@ -1,5 +1,7 @@
-"""The launchers, with a stand-in for what they install: arguments pass through, and a machine
-without Python is told so."""
+"""The launchers, with a stand-in for what they install.
+
+Arguments pass through, and a machine without Python is told so.
+"""
 
 import os
 import re
@@ -18,12 +20,15 @@ def constraints(version) -> str:
 
 @pytest.fixture
 def house(tmp_path):
-    """A copy of what the launchers read, and a .venv that looks installed and whose programs
-    print their arguments."""
+    """A copy of what the launchers read, with a .venv that looks installed.
+
+    Its programs print their arguments.
+    """
     shutil.copytree(runs.ROOT / "launch", tmp_path / "launch")
     shutil.copy(runs.ROOT / "pyproject.toml", tmp_path)
     programs = tmp_path / ".venv/bin"
     programs.mkdir(parents=True)
+
     for name in ("gpt-jax", "python"):
         (programs / name).write_text('#!/bin/sh\nprintf "%s|" "$(basename "$0")" "$@"\n')
         (programs / name).chmod(0o755)
@@ -52,6 +57,7 @@ def test_arguments_pass_through(house):
         0,
         "gpt-jax|train|--config.data.path=a b.txt|--prompt=|",
     )
+
     for own in (["--processes=2"], ["--devices_per_process", "4"], ["--restarts=3"]):
         for given in ([*own, "train", "--x=a b"], ["train", "--x=a b", *own]):
             ended = launch(house, "local.sh", *given)
@@ -61,6 +67,7 @@ def test_arguments_pass_through(house):
             )
     ended = launch(house, "local.sh", "launch", "slurm", "--restarts=3", "train")
     assert ended.stdout == "gpt-jax|launch|slurm|--restarts=3|train|"
+
     ended = launch(house, "test.sh", "-k", "x y")
     assert (ended.returncode, ended.stdout) == (0, "python|-m|pytest|-n|2|-k|x y|")
 
@@ -74,6 +81,7 @@ def test_a_python_that_cannot_serve_is_named(house, python):
     old.chmod(0o755)
     python = str(old) if python == "old" else python
     ended = launch(house, "local.sh", "train", PYTHON=python)
+
     assert ended.returncode == 2 and not ended.stdout
     assert ended.stderr == (
         f"gpt-jax needs Python 3.11 or newer as '{python}'; install it or set "
@@ -82,7 +90,7 @@ def test_a_python_that_cannot_serve_is_named(house, python):
 
 
 def test_changed_pins_install_again(house):
-    """Up to the step that would need a network: `python -m venv`, here one that fails."""
+    """The install comes to the step that would need a network. Here `python -m venv` fails."""
     (house / "launch/constraints-py312.txt").write_text("jax==0\n")
     ended = launch(house, "local.sh", "train", PYTHON=make_python(house, 3, 12))
     assert (
@@ -93,7 +101,7 @@ def test_changed_pins_install_again(house):
 
 
 def make_python(house, *version: int) -> str:
-    """A program that knows its version as Python does, and makes no environment."""
+    """A program that tells its version as Python does, and makes no environment."""
     fake = house / f"python{version[0]}.{version[1]}"
     pretend = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
     fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exit 3\n{sys.executable} -c \'{pretend}\' "$2"\n')
@@ -103,7 +111,7 @@ def make_python(house, *version: int) -> str:
 
 @pytest.mark.parametrize("version", [(3, 11), (3, 12), (3, 13)])
 def test_each_python_has_its_exact_versions(house, version):
-    """Seen by what makes the environment new: a change of its own file, and of no other."""
+    """A change of its own file makes the environment new. A change of another file does not."""
     used = house / constraints(version)
     python = make_python(house, *version)
     pins = (house / "pyproject.toml").read_bytes() + used.read_bytes()
@@ -120,7 +128,7 @@ def test_each_python_has_its_exact_versions(house, version):
 
 
 def test_exact_versions_name_the_same_packages_and_nothing_else():
-    """One `name==version` a line: no address, no path. The files differ in versions alone."""
+    """A line is `name==version`, without address and path. The files differ in versions alone."""
     texts = [path.read_text() for path in sorted((runs.ROOT / "launch").glob("constraints-*.txt"))]
     names = [re.findall(r"^([\w-]+)==[\w.]+$", text, re.MULTILINE) for text in texts]
     assert len(texts) == 2 and names[0] == names[1]

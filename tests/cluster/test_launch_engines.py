@@ -1,6 +1,8 @@
-"""The launchers of engines that are not here: what they write and run, against schemas and
-stand-ins. (SLURM's own test is launch/slurm_test.sh; no image was built and no cluster of
-Kubernetes or TPUs was used.)"""
+"""Launchers of engines that are not here: what they write and run, against schemas and stand-ins.
+
+SLURM has a test of its own, launch/slurm_test.sh. No image was built, and no cluster of Kubernetes
+or TPUs was used.
+"""
 
 import json
 import os
@@ -92,8 +94,10 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_jobset_is_one_by_its_schema(kind):
-    """Against the models that Kubeflow generates from the JobSet and Kubernetes APIs; an unknown
-    key would be lost there."""
+    """It fits the models that Kubeflow generates from the JobSet and Kubernetes APIs.
+
+    They would lose an unknown key.
+    """
     from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
     made = manifest(*KINDS[kind])
@@ -181,7 +185,10 @@ def test_volumes_have_names_of_their_own_and_several_paths():
 
 
 def test_pods_wait_before_a_restart(tmp_path):
-    """As long as the policy says, by JobSet's count; the command behind it as it was."""
+    """They wait as long as the policy says, by JobSet's count.
+
+    The command after it is unchanged.
+    """
     for name, line in (
         ("sleep", f'echo "$1" >> {tmp_path}/waits'),
         ("gpt-jax", 'printf "%s|" "$@"'),
@@ -451,7 +458,7 @@ def test_a_slurm_task_takes_its_part_of_the_gpus(environ, wanted):
 
 @pytest.mark.parametrize("device, wanted", [(None, None), (3, [3])])
 def test_a_tpu_pods_place_is_left_to_jax(device, wanted, monkeypatch):
-    """All but the devices that --local_device names, and for how long to wait."""
+    """Only the devices of --local_device and the time to wait are given."""
     given = {}
     monkeypatch.setattr(jax.distributed, "initialize", lambda **more: given.update(more))
     for name in ("keep_stdout", "leave_on_abort"):
@@ -483,7 +490,7 @@ def test_gpus_that_cannot_be_dealt_evenly(gpus, tasks):
 
 
 def test_what_submitit_is_given(tmp_path, monkeypatch):
-    """The batch script that a stand-in for sbatch gets."""
+    """A stand-in for sbatch gets this batch script."""
     (tmp_path / "sbatch").write_text(
         f'#!/bin/sh\ncat "$1" > {tmp_path}/script\necho Submitted batch job 42\n'
     )
@@ -609,7 +616,7 @@ def test_logs_that_cannot_be_written(tmp_path, logs):
 
 @pytest.mark.parametrize("option", ["gres=gpu:8", "gpus-per-node=a100:8"])
 def test_slurm_may_give_gpus_by_other_options(tmp_path, monkeypatch, option):
-    """Then the devices are not known here, and no mesh is refused for their number."""
+    """The number of devices is then not known here, so no mesh is refused for it."""
     monkeypatch.setenv("PATH", str(tmp_path))
     code, text = runs.refusal(
         "launch",
@@ -654,8 +661,10 @@ esac
 
 
 def pod(folder, codes: dict[str, list], *flags, wait=""):
-    """tpu_pod.sh with a gcloud whose workers end with these codes, one an attempt, and `wait` in
-    place of waiting."""
+    """Runs tpu_pod.sh with a gcloud whose workers end with these codes, one an attempt.
+
+    `wait` takes the place of waiting.
+    """
     for name, content in (
         ("gcloud", GCLOUD.format(folder=folder)),
         ("sleep", f'#!/bin/sh\necho "$1" >> {folder}/waits\n{wait}\n'),
@@ -824,7 +833,7 @@ esac
 
 @pytest.mark.parametrize("git", [True, False])
 def test_setup_copies_the_checkout_and_nothing_else(tmp_path, git):
-    """Twice, onto a stand-in for a worker that has run something between."""
+    """It runs twice, on a stand-in for a worker that has run something in between."""
     home, root = tmp_path / "home", tmp_path / "checkout"
     for path, text in {
         "launch/environment.sh": "make_environment() { touch made; }\n",

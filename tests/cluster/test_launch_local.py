@@ -1,5 +1,7 @@
-"""`gpt-jax launch local`: processes that start, end and start again together. Small stand-ins
-for the program where what it does is not the point, and one real run."""
+"""`gpt-jax launch local`: processes that start, end and start again together.
+
+Most tests have small stand-ins for the program. One has a real run.
+"""
 
 import os
 import re
@@ -26,8 +28,10 @@ def no_stragglers():
 
 
 def launch(monkeypatch, scripts, restarts=0, said=None, waited=None):
-    """What `local.run` makes of Python snippets in place of processes; one list for each
-    attempt. `waited`: gets for how many restarts each wait was."""
+    """Runs Python snippets as processes through `local.run`, with one list for each attempt.
+
+    `waited` gets for how many restarts each wait was.
+    """
     asked = waited if waited is not None else []
     attempts = iter(scripts)
     monkeypatch.setattr(
@@ -86,6 +90,7 @@ def test_who_stays_is_killed(monkeypatch, capfd):
         and "process 0 is still there" in said[0]
     )
     assert "[1] my reason" in capfd.readouterr().err
+
     code, line = launch(
         monkeypatch, [[WAIT, "exit(40)"]]
     )  # whose reason is elsewhere, and not that 0 was killed here
@@ -138,6 +143,7 @@ def test_places_of_the_processes_of_a_node():
     lines = launch_local.command_lines(
         launch_local.LocalGroup(2, 0, "h:1", nodes=3, node=1), ["train", "--x"]
     )
+
     assert [line[1:] for line in lines] == [
         [
             "-m",
@@ -177,8 +183,7 @@ def test_places_of_the_processes_of_a_node():
     ],
 )
 def test_devices_of_the_job_are_known_or_0(monkeypatch, shape, devices):
-    """A machine's only process takes all that the machine has, as the lines of `command_lines`
-    say."""
+    """The only process of a machine takes all that the machine has, as `command_lines` says."""
     found = []
     monkeypatch.setattr(commands, "check_train", lambda command, count: found.append(count))
     monkeypatch.setattr("gpt_jax.cluster.run_processes", lambda *_: (0, ""))
@@ -187,7 +192,7 @@ def test_devices_of_the_job_are_known_or_0(monkeypatch, shape, devices):
 
 
 def test_a_killed_process_and_the_job_starts_again_and_resumes(tmp_path):
-    """The real program. Its flags and the launcher's may come in any order."""
+    """This is the real program. Its flags and the launcher's may come in any order."""
     given = runs.arguments(
         tmp_path,
         tmp_path / "job",
@@ -208,6 +213,7 @@ def test_a_killed_process_and_the_job_starts_again_and_resumes(tmp_path):
     victim = next(line for line in found.stdout.splitlines() if "--process_id=1" in line)
     os.kill(int(victim.split()[0]), signal.SIGKILL)
     job.end(0)
+
     assert "resumed from step" in job.out and list(runs.curve(tmp_path / "job")) == list(
         range(1, 151)
     )

@@ -1,5 +1,7 @@
-"""Several real processes of one job: same losses as one process, and all of them end together,
-with the right code."""
+"""Several real processes of one job.
+
+They have the losses of one process, and end together with the right code.
+"""
 
 import random
 import shutil
@@ -131,8 +133,10 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, number):
 
 @pytest.mark.parametrize("victim, every", [(1, 0), (0, 0), (1, 1)])
 def test_when_one_is_killed_the_other_leaves_and_says_why(tmp_path, victim, every):
-    """Between saves and, with one after every step, during them; process 0 holds the
-    coordination service."""
+    """The kill comes between saves, or during one of them.
+
+    Process 0 holds the coordination service.
+    """
     given = runs.arguments(
         tmp_path,
         tmp_path / "job",

@@ -1,5 +1,7 @@
-"""What cannot be run is refused in one line that names the thing, its value and the way out,
-with its exit code."""
+"""What cannot be run is refused in one line, with its exit code.
+
+The line names the thing, its value and the way out.
+"""
 
 import contextlib
 import fcntl
@@ -29,8 +31,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """A workdir with whole checkpoints of steps 1 and 2, on bytes. Tests that damage it copy it
-    first."""
+    """A workdir with whole checkpoints of steps 1 and 2, on bytes.
+
+    Tests that damage it copy it first.
+    """
     runs.call(
         *runs.arguments(
             folder,
@@ -49,17 +53,17 @@ def copy(trained, tmp_path):
 
 
 def refused(code: int, words: tuple[str, ...], *given) -> str:
-    """Runs the command line, which must end with `code`; one line must hold all `words`.
+    """Runs the command line, which must end with `code`. One line must hold all `words`.
 
     A config may have several faults, and each has a line of its own.
     """
-    found, message = runs.refusal(*given)
-    assert found == code, message
+    ending, message = runs.refusal(*given)
+    assert ending == code, message
     lines = message.split("\n")
     assert len(lines) == 1 or all(line.startswith("config.") for line in lines), message
-    fitting = [line for line in lines if all(word in line for word in words)]
-    assert fitting, message
-    return fitting[0]
+    matches = [line for line in lines if all(word in line for word in words)]
+    assert matches, message
+    return matches[0]
 
 
 # ---- the config ----
@@ -341,8 +345,8 @@ LINES = {
 @pytest.mark.parametrize("name", LINES)
 def test_command_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given, words = LINES[name]
-    refused(2, words, *given)
+    command, words = LINES[name]
+    refused(2, words, *command)
     assert not list(tmp_path.iterdir())
 
 
@@ -507,22 +511,22 @@ def test_replacing_goes_on(tmp_path, capsys):
 
 @pytest.mark.parametrize("rows", ["window", "chunk", "document", "first_fit", "best_fit"])
 def test_documents_shorter_than_the_context(tmp_path, rows):
-    """They share rows: nothing is dropped, and the run is an ordinary one."""
+    """They share rows. Nothing is dropped, and the run is an ordinary one."""
     (tmp_path / "data").mkdir()
     texts = [f"short {i}" for i in range(100)]
     (tmp_path / "data/a.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )
-    given = on_data(tmp_path, "a.jsonl", f"--config.data.packing={rows}")
-    runs.call(*given)
-    config = load_config(runs.TINY, [text for text in given if text.startswith("--config.")])
+    command = on_data(tmp_path, "a.jsonl", f"--config.data.packing={rows}")
+    runs.call(*command)
+    config = load_config(runs.TINY, [text for text in command if text.startswith("--config.")])
     prepared = prepare(config.data, resolve_tokenizer(config.data.tokenizer), lambda line: None)
-    kept = [
+    pieces = [
         side.ids(a, b - 1)
         for side in (prepared.train, prepared.eval)
         for a, b in zip(side.offsets, side.offsets[1:], strict=False)
     ]
-    assert [prepared.tokenizer.decode(ids) for ids in kept] == texts
+    assert [prepared.tokenizer.decode(ids) for ids in pieces] == texts
     assert runs.curve(tmp_path / "run")[1] == pytest.approx(math.log(264), abs=0.1)
 
 
@@ -549,17 +553,16 @@ def test_workdir_of_another_tokenizer(tmp_path):
     (tmp_path / "data").mkdir()
     for text in (TEXT * 40, TEXT * 40 + b"Z"):
         (tmp_path / "data/a.txt").write_bytes(text)
-        given = on_data(
+        command = on_data(
             tmp_path, "a.txt", "--config.data.tokenizer=char", "--config.model.vocab=64"
         )
         if b"Z" not in text:
-            runs.call(*given)
-    refused(2, [f"{tmp_path}/run", "another tokenizer", "another --workdir"], *given)
+            runs.call(*command)
+    refused(2, [f"{tmp_path}/run", "another tokenizer", "another --workdir"], *command)
 
 
 def test_workdir_of_another_text(tmp_path, capsys):
-    """Whatever it is called: the content counts, on resume and where held-out text is split off
-    again."""
+    """The content counts and not the name, on resume and when held-out text is split off again."""
     (tmp_path / "data").mkdir()
     first, second = (tmp_path / "data" / name for name in ("a.txt", "b.txt"))
     first.write_bytes(TEXT * 40)
@@ -604,10 +607,10 @@ def test_profile_before_the_resumed_step(folder, copy):
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
 def test_checkpoint_path_missing(trained, command):
-    found = f"found {trained} (steps 1, 2)"
+    nearest = f"found {trained} (steps 1, 2)"
     refused(
         2,
-        [f"'{trained.parent}/trianed': does not exist", found],
+        [f"'{trained.parent}/trianed': does not exist", nearest],
         command,
         f"--checkpoint={trained.parent}/trianed",
     )
@@ -653,13 +656,13 @@ def test_no_valid_checkpoint(folder, copy):
 def test_damaged_newest_is_named_and_passed_over(copy, capsys):
     damage(copy, 2)
     runs.call("generate", f"--checkpoint={copy}", "--prompt=a", "--max_new_tokens=1")
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        "checkpoint step 2 in" in said
-        and "is damaged and is passed over" in said
-        and "sha256" in said
+        "checkpoint step 2 in" in output
+        and "is damaged and is passed over" in output
+        and "sha256" in output
     )
-    assert f"step 1 of {copy}" in said
+    assert f"step 1 of {copy}" in output
 
 
 # ---- prompts ----
@@ -708,8 +711,10 @@ def test_prompt_unknown_to_the_character_tokenizer(tmp_path):
 
 @contextlib.contextmanager
 def files_at_most(size: int):
-    """Writing more to any file fails, as on a full disk. Nothing goes into the compilation cache
-    of the other tests."""
+    """Writing more than `size` bytes to any file fails, as on a full disk.
+
+    Nothing goes into the compilation cache of the other tests.
+    """
     before, key = (
         resource.getrlimit(resource.RLIMIT_FSIZE),
         "jax_persistent_cache_min_compile_time_secs",
@@ -753,9 +758,9 @@ def test_a_run_that_diverges(folder, tmp_path):
 
 
 def test_data_truncated_during_the_run(folder, tmp_path):
-    """A real process: code 20, and one line below what the run has shown, no traceback."""
+    """A real process ends with code 20 and one line below its output, without a traceback."""
     runs.arguments(folder, tmp_path)  # makes the text
-    given = [
+    command = [
         "train",
         f"--config={runs.TINY}",
         f"--workdir={tmp_path}/run",
@@ -766,7 +771,7 @@ def test_data_truncated_during_the_run(folder, tmp_path):
         "--config.eval.every_steps=0",
         "--config.checkpoint.every_steps=0",
     ]
-    process = runs.Process(tmp_path / "process", given)
+    process = runs.Process(tmp_path / "process", command)
     try:
         process.until(runs.logged(tmp_path / "run", 3), "step 3")
         [tokens] = tmp_path.glob("cache/*/train.tokens")

@@ -1,5 +1,7 @@
-"""The commands that take a checkpoint, and what all commands share: their output, and that their
-numbers are the right ones."""
+"""The commands that take a checkpoint, and what all commands share.
+
+Their numbers are the right ones, and standard output has what was asked for.
+"""
 
 import io
 import json
@@ -38,8 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """A run on all three axes of eight devices, which has forgotten nothing: steps 5 and 10 are
-    there."""
+    """A run on three axes of eight devices, which keeps steps 5 and 10."""
     runs.call(
         *runs.arguments(
             folder,
@@ -77,7 +78,7 @@ def chinese(folder):
 
 @pytest.fixture
 def call(capsysbinary):
-    """Runs a command line; (standard output, standard error)."""
+    """Runs a command line and returns (standard output, standard error)."""
     capsysbinary.readouterr()
 
     def run(*given) -> tuple[str, str]:
@@ -99,18 +100,18 @@ def heldout(workdir: Path, step: int) -> dict[str, float]:
     }
 
 
-def same(found: dict, expected: dict) -> None:
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+def same(row: dict, expected: dict) -> None:
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluate_measures_what_the_run_measured(call, trained):
-    """On all 8 devices along fsdp, after a run on 2 x 2 x 2."""
+    """It has all 8 devices along fsdp, and the run had 2 x 2 x 2."""
     for step, flags in ((10, []), (5, ["--step=5"])):
         out, err = call("evaluate", f"--checkpoint={trained}", "--json", *flags)
-        found = json.loads(out)
-        assert found["step"] == step and found["checkpoint"] == str(trained / CHECKPOINT_FOLDER)
-        assert list(found["sources"]) == ["held-out"]
-        row = found["sources"]["held-out"]
+        report = json.loads(out)
+        assert report["step"] == step and report["checkpoint"] == str(trained / CHECKPOINT_FOLDER)
+        assert list(report["sources"]) == ["held-out"]
+        row = report["sources"]["held-out"]
         same(row, heldout(trained, step))
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]), rel=1e-5)
         assert row["bits_per_byte"] == pytest.approx(
@@ -122,8 +123,10 @@ def test_evaluate_measures_what_the_run_measured(call, trained):
 
 
 def test_evaluate_in_a_process_of_its_own(tmp_path, trained):
-    """On one device and on three, over which neither width nor batch divides: the same numbers,
-    and only they on stdout."""
+    """One device, and three that divide neither width nor batch, give the same numbers.
+
+    Standard output has these numbers alone.
+    """
     jobs = [
         runs.Process(tmp_path, ["evaluate", f"--checkpoint={trained}", "--json", *flags])
         for flags in ([], ["--cpu_devices=3"])
@@ -135,13 +138,15 @@ def test_evaluate_in_a_process_of_its_own(tmp_path, trained):
 
 
 def test_evaluate_per_source(call, trained, tmp_path):
-    """Rows by source, in the order given, and `all`, which is their sum; the table says what the
-    JSON says."""
+    """The rows are the sources in the order given, and `all`, which is their sum.
+
+    The table and the JSON agree.
+    """
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file, words in zip(files, (30, 200), strict=False):
         runs.write_text(file, words)
-    given = "evaluate", f"--checkpoint={trained}", "--text", *files
-    rows = json.loads(call(*given, "--json")[0])["sources"]
+    command = "evaluate", f"--checkpoint={trained}", "--text", *files
+    rows = json.loads(call(*command, "--json")[0])["sources"]
     assert list(rows) == [*map(str, files), "all"]
     a, b, total = rows.values()
     for name in ("tokens", "bytes"):
@@ -153,7 +158,7 @@ def test_evaluate_per_source(call, trained, tmp_path):
         assert total[name] == pytest.approx(
             (a[name] * a["tokens"] + b[name] * b["tokens"]) / total["tokens"], rel=1e-5
         )
-    header, *lines = call(*given)[0].splitlines()
+    header, *lines = call(*command)[0].splitlines()
     assert header.split() == [
         "source",
         "loss",
@@ -178,14 +183,14 @@ def test_evaluate_per_source(call, trained, tmp_path):
 
 def test_evaluate_equals_a_plain_forward_pass(call, trained, tmp_path):
     file = runs.write_text(tmp_path / "a.txt", 100)
-    found = json.loads(call("evaluate", f"--checkpoint={trained}", f"--text={file}", "--json")[0])[
+    report = json.loads(call("evaluate", f"--checkpoint={trained}", f"--text={file}", "--json")[0])[
         "sources"
     ][str(file)]
     loaded = load.load_model(str(trained), 0, lambda line: None, 1)
     text = load_text((str(file),), loaded.tokenizer, loaded.config.data, report=lambda line: None)
     ids = text.ids(0, text.size).astype(np.int32)
     starts = range(0, len(ids) - 1, 32)  # rows in order, none of which sees the one before
-    losses, right = [], []
+    losses, hits = [], []
     with jax.set_mesh(loaded.mesh):
         forward = jax.jit(
             lambda tokens: Transformer(loaded.config.model, loaded.config.compute).apply(
@@ -200,8 +205,8 @@ def test_evaluate_equals_a_plain_forward_pass(call, trained, tmp_path):
             losses += list(
                 np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(row) - 1), row[1:]]
             )
-            right += list(logits.argmax(-1) == row[1:])
-    same(found, {"loss": np.mean(losses), "accuracy": np.mean(right), "tokens": len(ids) - 1})
+            hits += list(logits.argmax(-1) == row[1:])
+    same(report, {"loss": np.mean(losses), "accuracy": np.mean(hits), "tokens": len(ids) - 1})
     some = json.loads(
         call(
             "evaluate",
@@ -216,7 +221,7 @@ def test_evaluate_equals_a_plain_forward_pass(call, trained, tmp_path):
 
 
 def test_a_checkpoint_that_its_run_deletes_meanwhile(trained, tmp_path, monkeypatch):
-    """The newest one is looked for again; one that was asked for by its step is not replaced."""
+    """The newest one is looked for again. One that was asked for by its step is not replaced."""
     run, restore = Path(shutil.copytree(trained, tmp_path / "run")), restore_checkpoint
 
     def deleted(directory, step, wanted):
@@ -237,7 +242,7 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile(trained, tmp_path, monkeypa
 
 
 def plain_greedy(workdir: Path, prompt: str, count: int) -> str:
-    """No cache, no batch, no buckets: the whole text through the model for every new token."""
+    """Greedy text without cache, batch and buckets: each token takes a pass over the whole text."""
     loaded = load.load_model(str(workdir), 0, lambda line: None, 1)
     model, ids = loaded.config.model, list(loaded.tokenizer.encode(prompt))
     with jax.set_mesh(loaded.mesh):
@@ -258,28 +263,33 @@ def plain_greedy(workdir: Path, prompt: str, count: int) -> str:
 
 
 def test_greedy_equals_the_plain_loop(call, trained):
-    """The text and nothing else on stdout, the same each time, from a checkpoint written on
-    another mesh."""
-    given = (
+    """The same text comes each time, from a checkpoint that was written on another mesh.
+
+    Standard output has the text and nothing else.
+    """
+    command = (
         "generate",
         f"--checkpoint={trained}",
         "--prompt=abc de",
         "--temperature=0",
         "--max_new_tokens=20",
     )
-    out, err = call(*given)
+    out, err = call(*command)
     assert out == plain_greedy(trained, "abc de", 20) and len(out) == 20
-    assert call(*given, "--seed=5")[0] == out
+    assert call(*command, "--seed=5")[0] == out
     for only in ("--top_k=1", "--top_p=1e-6", "--min_p=1"):  # each leaves the most likely token
-        assert call(*given[:3], given[4], "--temperature=1", "--seed=5", only)[0] == out
-    assert call(*given, "--repetition_penalty=3")[0] != out
+        assert call(*command[:3], command[4], "--temperature=1", "--seed=5", only)[0] == out
+    assert call(*command, "--repetition_penalty=3")[0] != out
     assert "20 tokens in" in err and "ended by length" in err
 
 
 def test_generate_several(call, trained, tmp_path):
-    """--prompt and --prompts together, samples, JSON lines; a row is the one that it is alone."""
+    """--prompt, --prompts, samples and JSON lines go together.
+
+    A row is the same as when it is generated alone.
+    """
     (tmp_path / "prompts.txt").write_text("he\nabc de\n")
-    given = (
+    command = (
         "generate",
         f"--checkpoint={trained}",
         "--prompt=é",
@@ -288,7 +298,7 @@ def test_generate_several(call, trained, tmp_path):
         "--num_samples=2",
         "--seed=3",
     )
-    rows = [json.loads(line) for line in call(*given, "--json")[0].splitlines()]
+    rows = [json.loads(line) for line in call(*command, "--json")[0].splitlines()]
     assert [(row["prompt"], row["sample"]) for row in rows] == [
         (p, s) for p in ("é", "he", "abc de") for s in range(2)
     ]
@@ -296,27 +306,27 @@ def test_generate_several(call, trained, tmp_path):
     assert all(row["finish"] in ("length", "eot") and row["tokens"] <= 8 for row in rows)
     texts = [row["text"] for row in rows]
     assert len(set(texts)) == 6
-    assert call(*given)[0] == "".join(text + "\n" for text in texts)
+    assert call(*command)[0] == "".join(text + "\n" for text in texts)
     one = "generate", f"--checkpoint={trained}", "--prompt=he", "--max_new_tokens=8", "--seed=3"
     assert call(*one)[0] == texts[2]
     assert call(*one[:-1], "--seed=4")[0] != texts[2]
 
 
 def test_generate_step(call, trained):
-    given = "generate", f"--checkpoint={trained}", "--prompt=abc", "--max_new_tokens=24"
-    newest, older = call(*given)[0], call(*given, "--step=5")[0]
+    command = "generate", f"--checkpoint={trained}", "--prompt=abc", "--max_new_tokens=24"
+    newest, older = call(*command)[0], call(*command, "--step=5")[0]
     assert newest != older
-    assert call("generate", f"--checkpoint={trained}/checkpoints/5", *given[2:])[0] == older
+    assert call("generate", f"--checkpoint={trained}/checkpoints/5", *command[2:])[0] == older
 
 
 def test_generate_stop(call, chinese):
-    given = "generate", f"--checkpoint={chinese}", "--temperature=0", f"--prompt=\n{CHINESE[:4]}"
-    assert call(*given, "--max_new_tokens=36")[0].startswith(CHINESE[4:])
+    command = "generate", f"--checkpoint={chinese}", "--temperature=0", f"--prompt=\n{CHINESE[:4]}"
+    assert call(*command, "--max_new_tokens=36")[0].startswith(CHINESE[4:])
     assert (
-        call(*given, "--stop=喜欢", "--stop=书", "--max_new_tokens=36")[0]
+        call(*command, "--stop=喜欢", "--stop=书", "--max_new_tokens=36")[0]
         == CHINESE[4 : CHINESE.index("喜")]
     )
-    [row] = call(*given, "--json", "--stop=\n")[0].splitlines()
+    [row] = call(*command, "--json", "--stop=\n")[0].splitlines()
     assert json.loads(row)["text"] == CHINESE[4:] and json.loads(row)["finish"] == "stop"
 
 
@@ -335,8 +345,7 @@ class Terminal(io.TextIOWrapper):
 
 
 def test_streaming_never_cuts_a_character(monkeypatch, chinese):
-    """Each character of several bytes, which are as many tokens, comes whole and as soon as it
-    is complete."""
+    """A character of several tokens comes whole, and as soon as it is complete."""
     terminal = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
@@ -351,8 +360,10 @@ def test_streaming_never_cuts_a_character(monkeypatch, chinese):
 
 
 def test_bpe_from_text_to_text(call, folder):
-    """A tokenizer trained on Chinese, a model on it, then both commands from the checkpoint
-    alone."""
+    """A tokenizer is trained on Chinese, and a model on its tokens.
+
+    Both commands then need the checkpoint alone.
+    """
     file = folder / "bpe.txt"
     file.write_text((CHINESE + "\n") * 300)
     call(
@@ -408,32 +419,34 @@ def test_a_process_writes_the_text_alone(tmp_path, trained):
 
 @pytest.mark.parametrize("spec", ["tiny.py", "llama.py:8b", "shakespeare_char.py:cpu"])
 def test_print_config(call, spec):
-    """JSON that gives the same config again, with nothing left to derive but the tokenizer's
-    size."""
+    """The JSON gives the same config again.
+
+    Only what follows from the tokenizer is left to derive.
+    """
     out, err = call(
         "train",
         f"--config={runs.ROOT}/configs/{spec}",
         "--config.train.steps=7000",
         "--print_config",
     )
-    made = configs.from_dict(json.loads(out))
-    assert configs.to_json(made) == out.removesuffix("\n") and configs.resolve(made) == made
-    assert made.train.steps == 7000 == made.optim.decay_steps or made.optim.decay_steps > 7000
+    config = configs.from_dict(json.loads(out))
+    assert configs.to_json(config) == out.removesuffix("\n") and configs.resolve(config) == config
+    assert config.train.steps == 7000 == config.optim.decay_steps or config.optim.decay_steps > 7000
     assert (
-        made.model.kv_heads
-        and made.model.head_dim
-        and made.model.mlp
-        and made.model.max_seq
+        config.model.kv_heads
+        and config.model.head_dim
+        and config.model.mlp
+        and config.model.max_seq
         and not err
     )
 
 
 def test_the_resolved_config_is_kept(trained):
-    """In the workdir and in every checkpoint, the same one, complete."""
-    kept = configs.from_dict(json.loads((trained / "config.json").read_text()))
-    assert kept.model.vocab == 264 and kept.compute.kernel != "auto" and kept.mesh.tensor == 2
+    """The workdir and every checkpoint have the same config, complete."""
+    config = configs.from_dict(json.loads((trained / "config.json").read_text()))
+    assert config.model.vocab == 264 and config.compute.kernel != "auto" and config.mesh.tensor == 2
     for step in (5, 10):
-        assert configs.from_dict(read_meta(trained / CHECKPOINT_FOLDER, step)["config"]) == kept
+        assert configs.from_dict(read_meta(trained / CHECKPOINT_FOLDER, step)["config"]) == config
 
 
 @pytest.mark.parametrize("command", commands.COMMANDS)
@@ -516,7 +529,7 @@ def test_several_cpu_devices_have_threads_to_wait_in(monkeypatch):
     ],
 )
 def test_cpu_devices_that_talk_to_each_other_take_one_step_at_a_time(given, several, monkeypatch):
-    """With several in flight they can wait for each other for ever."""
+    """With several steps in flight they can wait for each other for ever."""
     changed = {}
     for module, name in (
         (environment, "prepare"),
@@ -533,19 +546,19 @@ def test_cpu_devices_that_talk_to_each_other_take_one_step_at_a_time(given, seve
 
 
 def test_a_request_to_stop_during_an_import_is_no_bug(tmp_path):
-    """Of a library in C, which makes an ImportError of whatever comes."""
+    """A library in C makes an ImportError of whatever exception comes."""
     (tmp_path / "library.py").write_text(
         "import os\ntry:\n    os.kill(os.getpid(), 15)\nexcept BaseException:\n"
         "    raise ImportError('in the middle') from None\n"
     )
     script = "from gpt_jax.commands import runtime; runtime.end_on_request(); import library"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": f"{runs.ROOT}:{tmp_path}"},
     )
-    assert (done.returncode, done.stderr) == (10, "gpt-jax: stopped on request\n")
+    assert (process.returncode, process.stderr) == (10, "gpt-jax: stopped on request\n")
 
 
 TINY_PLAN = f"plan --config={runs.TINY} --topology=v5e:2x2 --config.mesh.data=4"
@@ -569,10 +582,13 @@ FULL = "gpt-jax: standard output cannot be written (No space left on device)"
     ],
 )
 def test_standard_output_that_takes_nothing(tmp_path, given, into, code, words):
-    """Closed by who calls, or on a full disk: a run goes on, what was asked for is missed."""
+    """It is closed by the caller, or on a full disk.
+
+    A run carries on. A command that was asked for output ends.
+    """
     if given == "train":
         given = " ".join(runs.arguments(tmp_path, tmp_path / "run", "--config.train.steps=2"))
-    done = subprocess.run(
+    process = subprocess.run(
         f"{sys.executable} -m gpt_jax {given} >{into}",
         shell=True,
         capture_output=True,
@@ -580,4 +596,6 @@ def test_standard_output_that_takes_nothing(tmp_path, given, into, code, words):
         cwd=runs.ROOT,
         env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
     )
-    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+    assert (
+        process.returncode == code and words in process.stderr and "Traceback" not in process.stderr
+    )

@@ -21,7 +21,7 @@ EVERYTHING = {compile_cache.SHORTEST_VARIABLE: "0"}
 
 @pytest.fixture
 def own_settings():
-    """Gives JAX its settings back, and lets it open another folder in here."""
+    """Lets a test give JAX another folder, and gives JAX its settings back."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     compilation_cache.reset_cache()
     yield
@@ -78,7 +78,7 @@ def test_a_folder_that_cannot_be_used(own_settings, tmp_path, monkeypatch, capfd
 
 
 def count_hits(function, argument):
-    """(value, programs that were loaded), compiled by a process that knows nothing."""
+    """(value, number of programs that were loaded), in a process that has compiled nothing."""
     hits = []
 
     def note(event, **_):

@@ -1,5 +1,4 @@
-"""The door of every run: what a config may say, and the one line that comes back when it may
-not."""
+"""What a config may say, and the line that comes back if it may not."""
 
 import dataclasses
 import itertools
@@ -26,7 +25,7 @@ def refuses(call, *words):
 
 
 def made(**sections):
-    """A resolved Config on a tokenizer of 256, with a few fields changed."""
+    """A resolved Config for a tokenizer of 256 ids, with a few fields changed."""
     return config.resolve(from_dict(sections), 256)
 
 
@@ -238,6 +237,7 @@ def test_resolve_fills_in_what_zero_leaves_open():
         1000,
     )
     model = filled.model
+
     assert (model.kv_heads, model.head_dim, model.mlp, model.max_seq, model.vocab) == (
         3,
         32,
@@ -513,7 +513,7 @@ def test_meshes_that_the_model_cannot_run_on_are_not_offered():
 
 
 def test_sizes_across_slices_are_offered_last():
-    """The machine decides them."""
+    """They come last because the machine decides them."""
     for mesh, offers in (
         (dict(fsdp=3, dcn_data=2), "config.mesh.fsdp=4"),
         (dict(data=4, dcn_data=4), "config.mesh.data=2"),
@@ -628,5 +628,6 @@ def test_configs_of_earlier_checkpoints_are_translated():
         data=config.Data(packing="chunk", document_mask=True, phases=((5, (1.0, 2.0)),)),
         train=config.Train(steps=7),
     )
+
     assert config.from_dict(config.translate(old)) == wanted
     assert config.translate(config.to_dict(wanted)) == config.to_dict(wanted)

@@ -1,5 +1,7 @@
-"""Every file in configs/: it loads, agrees with itself, has the published number of parameters,
-and imports nothing."""
+"""Every file in configs/ loads, agrees with itself and imports nothing.
+
+Its model has the published number of parameters.
+"""
 
 import ast
 import dataclasses
@@ -194,7 +196,7 @@ def test_parameters_of_nanochat_d12_part_by_part():
 
 @pytest.mark.parametrize("arg", ["d1", "d2", "d3", "d7", "d12", "d26"])
 def test_modern_derives_from_the_model_that_is_built(arg):
-    """The arithmetic in the config against the parameters that exist."""
+    """The arithmetic in the config gives the parameters that exist."""
     loaded, derived = load("modern", arg), module("modern")
     depth, width = loaded.model.layers, loaded.model.embed
     assert width == loaded.model.heads * 128 and 0 <= width - 64 * depth < 128

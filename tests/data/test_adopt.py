@@ -37,6 +37,7 @@ def test_documents_and_split(tmp_path, write):
     ids = documents([5, 9, 30, 6, 40])
     write(tmp_path / "a.bin", ids)
     part = load(tmp_path / "a.bin", eval_fraction=0.3).parts[0]
+
     assert (
         part.train.ids(0, part.train.size).tolist() + part.eval.ids(0, part.eval.size).tolist()
         == ids.tolist()
@@ -55,9 +56,11 @@ def test_one_document_is_cut_and_a_file_of_its_own_is_held_out(tmp_path):
     ids.astype("<u2").tofile(tmp_path / "train.bin")
     part = load(tmp_path / "train.bin", eval_fraction=0.2).parts[0]
     assert (part.train.size, part.eval.size) == (80, 20)
+
     documents([7]).astype("<u2").tofile(tmp_path / "val.bin")
     both = load(tmp_path / "train.bin", eval_path=(str(tmp_path / "val.bin"),))
     assert (both.parts[0].train.size, both.parts[0].eval.size) == (100, 8)
+
     ids[0] = 98
     ids.astype("<u2").tofile(tmp_path / "train.bin")
     assert (
@@ -94,11 +97,12 @@ def test_a_run_on_a_token_file_is_the_run_on_its_text(tmp_path):
                 "--config.optim.warmup_steps=1",
             )
         )
+
     assert runs.curve(tmp_path / "text_txt") == runs.curve(tmp_path / "text_bin")
 
 
 def test_shards_are_one_source(tmp_path):
-    """As llm.c writes them: end of text in front, and cut anywhere."""
+    """They are as llm.c writes them: end of text comes first, and they are cut anywhere."""
     ids = np.concatenate([np.roll(documents([size], size), 1) for size in (5, 9, 30, 6, 40)])
     for number, part in enumerate(np.split(ids, [20, 70])):
         write_llmc(tmp_path / f"web_train_{number:06d}.bin", part)
@@ -159,11 +163,13 @@ def test_the_folder_of_nanogpt_and_the_prefix_of_megatron(tmp_path):
         ).size
         == 8
     )
+
     (folder / "input.txt").write_text("text")
     with pytest.raises(
         UsageError, match=r"holds both text \(input.txt\) and token files .*eval_path=.*/val.bin"
     ):
         load(folder)
+
     write_megatron(tmp_path / "web_document.bin", [[97, 98, 99], [97], [98, 99]])
     for name in ("web_document", "web_document.bin", "web_document.idx", "web_document.*", "web_*"):
         part = load(tmp_path / name, eval_fraction=0.3).parts[0]
@@ -171,7 +177,7 @@ def test_the_folder_of_nanogpt_and_the_prefix_of_megatron(tmp_path):
 
 
 def test_another_index_is_another_content(tmp_path):
-    """Documents of Megatron's pair lie in its .idx."""
+    """The documents of Megatron's two files are told in its .idx."""
     found = set()
     for split in ([[97, 98], [99, 97]], [[97], [98], [99, 97]]):
         write_megatron(tmp_path / "a.bin", split)
@@ -188,7 +194,7 @@ def test_another_index_is_another_content(tmp_path):
     ],
 )
 def test_a_file_that_shrinks_is_named(tmp_path, write):
-    """Read by place: a page of a map that is gone would kill the process."""
+    """It is read by place, because a page of a map that is gone would kill the process."""
     path = tmp_path / ("a.npy" if "save" in write.__code__.co_names else "a.bin")
     write(path, documents([5000]))
     tokens = load(path, eval_fraction=0.0).parts[0].train
@@ -202,6 +208,7 @@ def test_token_files_that_cannot_be_joined(tmp_path):
     np.array([97, 98], "<u2").tofile(tmp_path / "a.bin")
     np.save(tmp_path / "b.npy", np.array([97, 98], np.uint32))
     (tmp_path / "c.txt").write_text("text")
+
     for names, words in (
         (("a.bin", "b.npy"), "b.npy: holds uint32 and .*a.bin uint16"),
         (("a.bin", "c.txt"), "c.txt is no token file and cannot be joined"),

@@ -1,5 +1,7 @@
-"""Order, rows and streams: every vectorised answer against a slow loop, every stream against
-itself cut otherwise."""
+"""Order, rows and streams.
+
+Every vectorised answer equals a slow loop, and every stream equals itself when it is cut otherwise.
+"""
 
 import itertools
 import threading
@@ -40,7 +42,7 @@ class TokenArray(NamedTuple):
 
 
 def in_memory(name, ids, offsets, size):
-    """Tokens that lie in no file; `size` in bytes of text."""
+    """Tokens that lie in no file, from `size` bytes of text."""
     return Tokens(
         name,
         (TokenArray(ids),),
@@ -125,8 +127,10 @@ def test_a_chunk_epoch_has_every_target_once():
 
 @pytest.mark.parametrize("kind", ["document", "first_fit", "best_fit"])
 def test_an_epoch_of_whole_documents(kind):
-    """Every row once an epoch, in another order; packed rows lose nothing, those at documents
-    what they say."""
+    """Every row comes once an epoch, each time in another order.
+
+    Packed rows lose nothing, and rows that begin at documents lose what they say.
+    """
     tokens = make_tokens(np.random.default_rng(0).integers(1, 40, 60))
     rows = PACKINGS[kind](tokens, 16, 1)
     epochs = [
@@ -155,7 +159,7 @@ def test_an_epoch_of_whole_documents(kind):
 
 
 def slow_row(tokens, spans, seq_len, document_mask):
-    """One row, token by token, from the documents it is said to hold."""
+    """One row, token by token, from the documents that it is said to hold."""
     ids, document = [], []
     for number, span in enumerate(spans):
         assert span.column == len(ids)
@@ -252,7 +256,7 @@ def same(a, b):
 
 
 def mixed(seed=0):
-    """Three sources of other sizes; the third in two shards."""
+    """Three sources of different sizes. The third has two shards."""
     parts = [
         make_tokens(np.random.default_rng(seed + i).integers(1, 30, n), seed + i)
         for i, n in enumerate((40, 90, 60))
@@ -426,7 +430,7 @@ def test_epochs_are_counted_before_the_run_starts():
 
 
 def test_batches_are_made_ahead_and_elsewhere(monkeypatch):
-    """Before they are asked for, by another thread than the one that asks."""
+    """A thread other than the one that asks makes them before they are asked for."""
     made, make = [], pipeline.Batches.__getitem__
     monkeypatch.setattr(
         pipeline.Batches,
@@ -480,7 +484,7 @@ def test_too_little_text(rows):
     "dtype, wrong", [(np.uint16, 300), (np.uint32, 2**31 + 5), (np.uint32, 2**32 - 1)]
 )
 def test_ids_beyond_the_vocabulary_stop_the_run(dtype, wrong):
-    """Those too that a flipped bit has made negative as int32."""
+    """So do ids that a flipped bit has made negative as int32."""
     ids = np.append(np.arange(97, 97 + 99) % 256, 256).astype(dtype)
     ids[50] = wrong
     tokens = in_memory("train", ids, [0, 100], 99)

@@ -1,4 +1,4 @@
-"""Token files: what is held out, found again, rebuilt, and never half there."""
+"""Token files: the split, files that are used again or rebuilt, and no half of a file."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def ids(tokens):
 
 
 def prepare(data, report):
-    """The tokens of `data` with the tokenizer that it names."""
+    """The tokens of `data`, with the tokenizer that it names."""
     return cache.prepare(data, resolve_tokenizer(data.tokenizer), report)
 
 

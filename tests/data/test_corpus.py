@@ -1,5 +1,7 @@
-"""A prepared folder: opened, looked into, verified, copied from a store; damage is named and
-never read over."""
+"""A prepared folder: opened, looked into, verified, and copied from a store.
+
+Damage is named and never read over.
+"""
 
 import json
 import os
@@ -22,7 +24,7 @@ from gpt_jax.errors import DataError, UsageError
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A corpus of two sources, several shards each."""
+    """A corpus of two sources with several shards each."""
     folder = tmp_path_factory.mktemp("corpus")
     rows = {"a": [*texts(80, 1), texts(1, 1)[0]], "b": ["long " * 500, *texts(40, 2)]}
     given = [f"{name}={write_jsonl(folder / f'{name}.jsonl', some)}" for name, some in rows.items()]
@@ -141,7 +143,7 @@ def test_a_tokenizer_of_the_same_size_is_not_taken_for_the_right_one(copy):
 
 
 def test_a_flipped_bit_in_offsets_is_seen_or_named(copy):
-    """Where it would send a reader beyond the shards it is seen at once."""
+    """A bit that would send a reader beyond the shards is seen at once."""
     path = copy / "a/train.offsets"
     flip(path, path.stat().st_size - 8)
     with pytest.raises(DataError, match=r"a/train.offsets does not fit"):
@@ -170,7 +172,7 @@ def copied(made, tmp_path, unfinished: bool):
 
 @pytest.mark.parametrize("unfinished", [False, True])
 def test_an_output_is_not_read_as_text(made, tmp_path, unfinished):
-    """Its indexes are .json, and would be."""
+    """Its indexes are .json, which would be read."""
     outer, out = copied(made, tmp_path, unfinished)
     words = f"{out}: was made by gpt-jax prepare, "
     words += "which has not finished" if unfinished else "whose output is tokens"
@@ -182,6 +184,7 @@ def test_an_output_is_not_read_as_text(made, tmp_path, unfinished):
         refused(2, ("--input text", words), f"--input={path}", f"--output={tmp_path / 'new'}")
     with pytest.raises(UsageError, match="memory://bucket/data/out: was made by gpt-jax prepare"):
         sources.find_sources(("memory://bucket/data",))
+
     store.rm("/bucket/data", recursive=True)
     (outer / "corpus.json").write_text('[{"text": "a file of this name is as good as any"}]')
     shutil.rmtree(out)
@@ -195,6 +198,7 @@ def test_an_unfinished_folder_does_not_train(made, tmp_path):
         UsageError, match=r"config.data.path = .*has not finished; run the same command again"
     ):
         dataset.load_dataset(data, lambda line: None)
+
     shutil.copytree(made, tmp_path / "held")
     (tmp_path / "a.txt").write_text("some words of text")
     data = config.Data(
@@ -224,6 +228,7 @@ def test_inspect_tells_what_is_inside(made, capsys):
         "'long long",
     ):
         assert wanted in out, wanted
+
     assert out.index("b.jsonl:1\n") < out.index("b/train: samples")  # the longest first
     assert f"{tokens.bytes / tokens.size:.3f}" in out and f"{tokens.size / tokens.bytes:.4f}" in out
 

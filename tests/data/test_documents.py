@@ -1,5 +1,7 @@
-"""Readers: every format in every cut gives the same documents, every packing, bad rows,
-encodings, remote and hf://."""
+"""Readers: every format gives the same documents however it is cut and packed.
+
+Bad rows, encodings, remote files and hf:// are here too.
+"""
 
 import bz2
 import csv
@@ -99,6 +101,7 @@ def test_every_cut_gives_the_whole(tmp_path, name):
     [source], reading = sources.find_sources((str(tmp_path / name),)), Reading(documents="line")
     whole = Tally()
     assert read([readers.whole_piece(source)], reading, whole) == wanted(name, texts)
+
     most = 1
     for size in (1, 2, 7, 20, 64, 10**6):
         pieces, total, places = readers.cut_source(source, size, reading), Tally(), []
@@ -156,6 +159,7 @@ def test_names_and_true_lines_of_later_pieces(tmp_path):
     ]
     with pytest.raises(UsageError, match=r"a.jsonl:10: not JSON"):
         read(pieces, Reading())
+
     column = pyarrow.table({"text": ["a", "b", "c", None]})
     pyarrow.parquet.write_table(column, tmp_path / "a.parquet", row_group_size=1)
     [source] = sources.find_sources((str(tmp_path / "a.parquet"),))
@@ -280,6 +284,7 @@ def test_bad_row_stops_or_is_counted(tmp_path, name):
     assert str(stopped.value).endswith(
         "; mend it, or gpt-jax prepare --on_error=skip leaves it out and counts it"
     )
+
     skip, tally = Reading(on_error="skip", **how), Tally()
     for pieces in ([readers.whole_piece(source)], readers.cut_source(source, 1, skip)):
         tally = Tally()
@@ -322,6 +327,7 @@ def test_a_column_that_does_not_exist_is_never_skipped(tmp_path, name, content, 
     else:
         (tmp_path / name).write_bytes(content)
     [source] = sources.find_sources((str(tmp_path / name),))
+
     with pytest.raises(
         UsageError,
         match=rf"{name}: config.data.field = 'text' .* is missing; columns there: id, body",
@@ -330,7 +336,7 @@ def test_a_column_that_does_not_exist_is_never_skipped(tmp_path, name, content, 
 
 
 def write_table(path, column):
-    """One column of text, with its name."""
+    """Writes one column of text with its name."""
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(column, path)
     elif path.suffix == ".arrow":
@@ -420,6 +426,7 @@ def test_empty_files_and_one_object(tmp_path):
         len(found) == 5
         and read([p for s in found for p in readers.cut_source(s, 9, Reading())], Reading()) == []
     )
+
     (tmp_path / "b.json").write_text('{\n "text": "only",\n "id": 1}\n')
     found = sources.find_sources((str(tmp_path / "b.json"),))
     assert [
@@ -442,15 +449,18 @@ def test_dictionary_columns_and_bad_bytes_in_tables(tmp_path):
         "a",
     ]
     assert tally.skipped == 1
+
     raw = pyarrow.array([b"ok", b"\xffx"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "a.parquet")
     pieces = [readers.whole_piece(s) for s in sources.find_sources((str(tmp_path / "a.parquet"),))]
     with pytest.raises(UsageError, match=r"a.parquet:2: not UTF-8 at byte 0"):
         read(pieces, Reading())
+
     tally = Tally()
     assert (
         read(pieces, Reading(errors="replace"), tally) == ["ok", "\ufffdx"] and tally.replaced == 1
     )
+
     write_table(tmp_path / "b.arrow", pyarrow.table({"text": raw}))
     with pytest.raises(UsageError, match=r"b.arrow:2: not UTF-8 at byte 0"):
         read([readers.whole_piece(*sources.find_sources((str(tmp_path / "b.arrow"),)))], Reading())
@@ -479,7 +489,7 @@ PLACES = {  # of the texts in a file of Arrow: (type, layout of the places, the 
 @pytest.mark.parametrize("make", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
 @pytest.mark.parametrize("name", PLACES)
 def test_places_that_lie_outside_are_damage(tmp_path, name, make):
-    """Followed, they would end the process."""
+    """Following them would end the process."""
     kind, layout, true, wrong = PLACES[name]
     column, path = pyarrow.table({"text": pyarrow.array(LONG).cast(kind)}), tmp_path / "a.arrow"
     with make(str(path), column.schema) as out:
@@ -494,6 +504,7 @@ def test_places_that_lie_outside_are_damage(tmp_path, name, make):
         read([readers.whole_piece(source)], Reading()) == LONG
         and raw.count(struct.pack(layout, *true)) == 1
     )
+
     path.write_bytes(raw.replace(struct.pack(layout, *true), struct.pack(layout, *wrong)))
     with pytest.raises(UsageError, match=r"a.arrow: not a readable Arrow file: .*copy it again"):
         read([readers.whole_piece(source)], Reading())
@@ -528,6 +539,7 @@ def test_damage_in_parquet_is_named_in_one_line(tmp_path, checksums):
             )
             assert str(error).isprintable()
             told += "incomplete .parquet file" in str(error)
+
     assert told > 20
 
 
@@ -544,10 +556,12 @@ def test_mixed_encodings(tmp_path):
     assert tally.encodings == {"utf-8": 2, "gb18030": 1} and tally.notes(lined) == [
         "1 documents decoded as gb18030"
     ]
+
     cells = [b'1,"%s\nx"\n' % text.encode(name) for name, text in words]
     (tmp_path / "b.csv").write_bytes(b"id,text\n" + b"".join(cells))
     found = map(readers.whole_piece, sources.find_sources((str(tmp_path / "b.csv"),)))
     assert read(found, lined) == [f"{text}\nx" for _, text in words]
+
     (tmp_path / "c.txt").write_text("汉字", encoding="utf-16")
     files = [readers.whole_piece(s) for s in sources.find_sources((str(tmp_path / "c.txt"),))]
     assert read(files, Reading(encodings=("utf-8", "utf-16"))) == ["汉字"]
@@ -593,6 +607,7 @@ def test_memory_is_about_the_line(tmp_path, name):
     most = {"a.csv": 12, "a.tsv": 4.5}.get(
         name, 3.5
     )  # the csv module holds 4 to 8 bytes a character while it reads
+
     assert peak < most * size
 
 
@@ -631,6 +646,7 @@ def test_object_store(bucket, tmp_path):
         "box/deep/a.parquet",
     ]
     assert all(remote.is_remote(s.path) for s in found)
+
     for source in found:
         for size in (20, 10**6):
             assert read(readers.cut_source(source, size, Reading()), Reading()) == wanted(
@@ -644,6 +660,7 @@ def test_object_store(bucket, tmp_path):
     assert [
         s.name for s in sources.find_sources((f"{url}/**/*.gz", f"{url}/b.jsonl", f"{url}/*.jsonl"))
     ] == ["a.jsonl.gz", "b.jsonl"]
+
     for path, message in [
         (f"{url}/none.txt", "no such file"),
         (f"{url}/*.md", "no file matches"),
@@ -742,14 +759,17 @@ def test_data_set(offline, tmp_path):
     [source], reading = sources.find_sources((f"hf://{folder}",)), Reading()
     pieces = readers.cut_source(source, 1, reading)
     assert [(p.start, p.stop) for p in pieces] == [(0, 1), (1, 2), (2, -1)]
+
     whole = read([readers.whole_piece(source)], reading)
     assert whole == [f"{i} {t}" for i in range(3) for t in LINED] == read(pieces, reading)
     assert len({d.name for d in readers.read_documents(pieces, reading)}) == len(whole)
     with pytest.raises(UsageError, match=r"'body' .* is missing; fields there: text"):
         read(pieces, Reading("body"))
+
     (folder / "2.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(UsageError, match=f"hf://{folder}: "):
         read(pieces, reading)
+
     for path, message in [
         (f"hf://{tmp_path}/none", "none"),
         (f"hf://{folder}@dev", "dev.*train"),
@@ -780,6 +800,7 @@ def test_names_of_data_sets(monkeypatch):
     )
     assert hub.parse_name("hf://org/name@test#refs/pr/1") == ("org/name", None, "test", "refs/pr/1")
     assert hub.parse_name("hf:///data/c#/set@dev") == ("/data/c#/set", None, "dev", None)
+
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install 'gpt_jax\[hf\]'"):
         readers.cut_source(Source("hf://a/b", "hf://a/b"), 1, Reading())
@@ -789,7 +810,7 @@ def test_names_of_data_sets(monkeypatch):
     "name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.jsonl.bz2", "a.parquet", "a.txt.gz"]
 )
 def test_the_rest_of_a_damaged_file_is_an_error_or_counted(tmp_path, name):
-    """And the files after it are read."""
+    """The files after it are read in either case."""
     rows = [f"{i} " + "".join(random.Random(i).choices("abcdefgh", k=400)) for i in range(4000)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in rows).encode()
     if name == "a.parquet":
@@ -811,6 +832,7 @@ def test_the_rest_of_a_damaged_file_is_an_error_or_counted(tmp_path, name):
             [piece for source in found for piece in readers.cut_source(source, 1 << 30, Reading())],
             Reading(),
         )
+
     skip, tally = Reading(on_error="skip"), Tally()
     got = read(
         [piece for source in found for piece in readers.cut_source(source, 1 << 30, skip)],

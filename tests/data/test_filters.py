@@ -1,5 +1,7 @@
-"""Filters and duplicates: each row of the table, what is typed wrong, and MinHash against exact
-similarity."""
+"""Filters and duplicates.
+
+Each row of the table, mistakes in specs, and MinHash against exact similarity.
+"""
 
 import pickle
 import random
@@ -106,6 +108,7 @@ def test_own_function(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     chain = pickle.loads(pickle.dumps(parse_filters(("mine_for_test:upper",))))
+
     assert chain("yes") == ("YES", "") and chain("no") == (None, "mine_for_test:upper")
     with pytest.raises(UsageError, match="'mine_for_test:wrong': gave int, expected text or None"):
         parse_filters(("mine_for_test:wrong",))("x")
@@ -114,7 +117,7 @@ def test_own_function(tmp_path, monkeypatch):
 
 
 def test_code_of_own_functions(tmp_path, monkeypatch):
-    """Of the module named, and of the one that its function comes from; of no other filter."""
+    """It is that of the named module and of the module of its function, and no other."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "written_for_test.py").write_text("def same(text):\n    return text\n")
     (tmp_path / "named_for_test.py").write_text("from written_for_test import same\n")
@@ -125,6 +128,7 @@ def test_code_of_own_functions(tmp_path, monkeypatch):
         [(spec, found)] = filters.digest_code(specs).items()
         assert spec == specs[-1] and found == filters.digest_code(specs)[spec]
         seen.add(found)
+
     assert len(seen) == 3 and filters.digest_code(("strip", "builtins:str")) == {
         "builtins:str": digest_json([])
     }
@@ -150,7 +154,7 @@ def test_packages_that_are_not_there(monkeypatch, package, extra, use):
 
 
 def shingles(text, size=5):
-    """What minhash must estimate on: sets of runs, spelt out."""
+    """The sets of runs on which minhash estimates, in plain Python."""
     units = UNITS.findall(text.casefold()) or [text]
     return {tuple(units[i : i + size]) for i in range(max(len(units) - size, 0) + 1)}
 
@@ -182,6 +186,7 @@ def test_minhash_does_not_depend_on_chunks(monkeypatch):
     text = " ".join(map(str, range(500)))
     signature = minhash(text)
     monkeypatch.setattr(duplicates, "SHINGLES_AT_ONCE", 7)
+
     assert (
         (minhash(text) == signature).all()
         and signature.dtype == np.uint32
@@ -194,12 +199,12 @@ def test_minhash_does_not_depend_on_chunks(monkeypatch):
 
 
 def jaccard(a, b):
-    """Of sets of shingles."""
+    """The Jaccard similarity of two sets of shingles."""
     return len(a & b) / len(a | b)
 
 
 def planted(count, seed=0):
-    """Texts of random words, each fourth a copy of an earlier one with some words changed."""
+    """Texts of random words. Each fourth is a copy of an earlier one with some words changed."""
     rng, texts = random.Random(seed), []
     for i in range(count):
         if i % 4 == 3:
@@ -237,12 +242,13 @@ def test_planted_duplicates_against_exact_similarity(threshold):
     ]
     sure = [i for i, b in enumerate(best) if b >= min(threshold + margin, 1)]
     never = [i for i, b in enumerate(best) if b < threshold - margin]
+
     assert found[sure].all() and not found[never].any() and len(sure) >= 8 and len(never) > 150
     assert (find_near_duplicates(signatures, threshold) == found).all()
 
 
 def all_pairs(signatures, threshold):
-    """The same by comparing everything with everything that stays."""
+    """The same result by comparing every text with all that stay."""
     found = np.zeros(len(signatures), bool)
     for i in range(len(signatures)):
         found[i] = any(
@@ -260,6 +266,7 @@ def test_bands_find_what_all_pairs_find():
         found, exact = find_near_duplicates(signatures, threshold), all_pairs(signatures, threshold)
         assert exact.sum() >= 5 and (found != exact).mean() < 0.02
     copies = np.repeat(signatures[[0, 2, 4]], 4, 0)
+
     assert find_near_duplicates(copies).tolist() == [False, True, True, True] * 3
     assert (
         find_near_duplicates(signatures[:0]).shape == (0,)
@@ -276,7 +283,10 @@ def test_bands_are_as_wide_as_finds_99_of_100():
 
 
 def test_a_chain_of_likenesses_keeps_one_that_is_like_what_goes():
-    """B is like A, C like B but not like A: C stays, since B, which goes, cannot stand for it."""
+    """B is like A, and C is like B but not like A.
+
+    C stays, because B goes and cannot stand for it.
+    """
     a = np.arange(100, dtype=np.uint32)
     b, c = a.copy(), a.copy()
     b[:15], c[:30] = 1000 + a[:15], 1000 + a[:30]

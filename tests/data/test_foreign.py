@@ -1,5 +1,7 @@
-"""Token files of other tools: written here as those tools write them, read in place; torn and
-wrong ones."""
+"""Token files of other tools: written as those tools write them, and read in place.
+
+Torn and wrong ones are refused.
+"""
 
 import struct
 

@@ -1,7 +1,7 @@
-"""`gpt-jax prepare` of data sets of Hugging Face: cut into units, held to one revision, the
-tokenizer's sample bounded.
+"""`gpt-jax prepare` of data sets of Hugging Face.
 
-On folders of this machine; the hub's answers are put in their place, for no test has a network.
+They are cut into units and held to one revision, and the tokenizer's sample is bounded. The sets
+are folders of this machine. A stand-in answers for the hub, because no test has a network.
 """
 
 import json
@@ -21,7 +21,7 @@ HEAD, NEXT = "a" * 40, "b" * 40
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A set of three files in its train split, one in another."""
+    """A set of three files in its train split, and one file in another split."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for i in range(3):
@@ -34,7 +34,7 @@ ALL = [text for i in range(3) for text in texts(40, i)]
 
 
 def tokens_units(monkeypatch) -> list[str]:
-    """The names of the units that are tokenized from now on."""
+    """A list to which the name of each unit is added when it is tokenized."""
     made, run = [], units.tokenize
     monkeypatch.setattr(
         units,
@@ -56,6 +56,7 @@ def test_shards_are_units_and_the_output_is_that_of_one(folder, monkeypatch, siz
         monkeypatch.setattr(hub, "sizes", lambda path: [0, 0, 0])
     made = tokens_units(monkeypatch)
     out = prepare(folder / "out", *given)
+
     assert (
         made == [f"text-{i:05d}" for i in range(3)]
         and len(list((out / "text").glob("train-*.tokens"))) == 3
@@ -95,12 +96,13 @@ def test_the_sample_for_the_tokenizer_is_bounded(folder, monkeypatch, sizes_know
         "--tokenizer_mb=0.003",
         "--piece_mb=0.004",
     )
+
     assert 2000 < sum(len(text.encode()) for text in seen) <= 3000
     assert {text.split(".")[0] for text in seen} == {"0", "1", "2"}  # of every shard
 
 
 class Hub:
-    """A hub with one set, whose newest commit is `head`; what was asked of it is kept."""
+    """A hub with one set, whose newest commit is `head`. It keeps what was asked of it."""
 
     def __init__(self, monkeypatch, folder):
         self.head, self.asked, self.folder = HEAD, [], folder
@@ -129,7 +131,7 @@ load_dataset = datasets.load_dataset
 
 
 def test_a_set_of_the_hub_is_held_to_its_commit(folder, monkeypatch, capsys):
-    """Every reading asks for the commit of the first call, though the hub has another by then."""
+    """Every reading asks for the commit of the first call, although the hub has a newer one."""
     there, run, made = Hub(monkeypatch, folder), units.tokenize, []
 
     def stopping(job, unit, tick, **more):

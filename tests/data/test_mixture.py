@@ -1,5 +1,7 @@
-"""Mixtures: exact shares, every row of a source in turn, phases, and all of it from the number
-alone."""
+"""Mixtures: exact shares, every row of a source in turn, and phases.
+
+All of it follows from the number of an example alone.
+"""
 
 import math
 

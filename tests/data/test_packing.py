@@ -1,5 +1,7 @@
-"""Packing against slow loops, and what must hold of every plan: nothing lost, nothing cut, no
-row too full."""
+"""Packing against slow loops, and what holds of every plan.
+
+Nothing is lost or cut, and no row is too full.
+"""
 
 import numpy as np
 import pytest
@@ -42,6 +44,7 @@ def test_blocks_side_by_side_are_packed_as_by_a_loop(how, slow, capacity):
     order = arrange(sizes)
     arranged = np.take_along_axis(sizes, order, 1)
     rows, used = packing.place(arranged, capacity, choose)
+
     for block in range(len(sizes)):
         given = [int(s) for s in sizes[block] if s]
         found = [
@@ -65,8 +68,10 @@ def test_every_token_is_in_one_row_and_predicted_once(how, seq_len, monkeypatch)
         and plan.first[-1] == len(plan.starts)
         and (np.diff(plan.first) > 0).all()
     )
+
     filled = np.add.reduceat(plan.sizes, plan.first[:-1])
     assert filled.max() <= capacity
+
     predicted, seen = np.zeros(offsets[-1], int), np.zeros(offsets[-1], int)
     for start, size in zip(plan.starts, plan.sizes, strict=True):
         document = np.searchsorted(offsets, start, "right") - 1
@@ -109,6 +114,7 @@ def test_the_seed_decides_who_shares_a_row():
         )
         for plan in plans
     ]
+
     assert same == [True, True, False]
 
 
@@ -127,5 +133,5 @@ def test_rows_at_documents_against_a_loop():
 
 @pytest.mark.parametrize("ending", [[10], [10, 10], [10, 10, 10]])
 def test_no_row_begins_with_nothing(ending):
-    """Empty documents at the end, as an index of another tool may have them."""
+    """There are empty documents at the end, as an index of another tool may have them."""
     assert packing.at_documents(np.array([0, 4, 4, *ending]), 4).tolist() == [0, 4]

@@ -1,5 +1,4 @@
-"""`gpt-jax prepare`: what it makes of which input, the same however it is done, and what it
-refuses."""
+"""`gpt-jax prepare`: its output, which is the same however it is made, and its refusals."""
 
 import errno
 import gzip
@@ -48,6 +47,7 @@ def test_documents_come_out_as_they_went_in(folder):
         for side in ("train", "eval")
     }
     assert documents(out) == {"text": wanted} and len(wanted["eval"]) > 10
+
     opened = corpus.open_corpus(out)
     for side, tokens in opened.sources["text"].items():
         assert len(tokens.shards) > 2 and tokens.documents == len(wanted[side])
@@ -75,6 +75,7 @@ def test_the_number_of_workers_changes_no_byte(folder, more):
     ]
     one = contents(prepare(folder / "one", *given))
     assert {name.split("/")[0] for name in one} >= {"x", "y", "corpus.json", "tokenizer.json"}
+
     for workers in (2, 3) if not more else (2,):
         assert contents(prepare(folder / f"w{workers}", *given, workers=workers)) == one
 
@@ -84,9 +85,11 @@ def test_the_size_of_a_unit_changes_shards_and_nothing_else(folder):
     small = prepare(folder / "small", *given, "--piece_mb=0.001")
     large = prepare(folder / "large", *given, "--piece_mb=9")
     assert documents(small) == documents(large)
+
     a, b = corpus.open_corpus(small), corpus.open_corpus(large)
     assert a.content == b.content
     assert len(a.sources["text"]["train"].shards) > len(b.sources["text"]["train"].shards) == 1
+
     for side in units.SIDES:
         one, other = a.sources["text"][side], b.sources["text"][side]
         assert (one.offsets == other.offsets).all() and one.bytes == other.bytes
@@ -134,6 +137,7 @@ def test_bpe_sees_the_training_side_of_what_stays(folder):
         "--eval_fraction=0.01",
     )
     alone = train_bpe([t for t in dict.fromkeys(rows) if shards.hash_text(t) >= 0.01 * 2**64], 290)
+
     assert corpus.open_corpus(out).tokenizer.fingerprint == alone.fingerprint
 
 
@@ -190,6 +194,7 @@ def test_near_copies_are_left_out(folder):
         folder / "out", f"--input={folder / 'in/a.jsonl'}", "--dedup=near:0.7", "--piece_mb=0.001"
     )
     assert documents(out)["text"]["train"] == [" ".join(words), " ".join(other)]
+
     counts = corpus.read_manifest(out)["counts"]
     assert (counts["exact"], counts["near"]) == (1, 1)
 
@@ -213,8 +218,10 @@ def test_rows_that_cannot_be_read(folder):
         refused(2, ("a.jsonl:2", "JSON"), f"--output={folder / 'out'}{workers}", *given, *more)
     out = prepare(folder / "skip", *given, "--on_error=skip", "--piece_mb=0.00001")
     assert documents(out)["text"]["train"] == ["one", "two"]
+
     counts = corpus.read_manifest(out)["counts"]
     assert counts["skipped"] == 2 and counts["empty"] == 2 and "a.jsonl:2" in counts["places"][0]
+
     opened = corpus.open_corpus(out).sources["text"]["train"]
     assert [opened.document_name(i) for i in range(2)] == ["a.jsonl:1", "a.jsonl:6"]
     refused(
@@ -224,8 +231,7 @@ def test_rows_that_cannot_be_read(folder):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe:280", "bpe:280:cl100k"])
 def test_a_nul_spelt_out_in_json_is_a_character_like_any_other(folder, tokenizer):
-    """It is text on purpose, unlike the byte in a file of text; the filter `controls` takes it
-    out."""
+    """It is text on purpose, unlike the byte in a text file. The filter `controls` takes it out."""
     rows = ["before \0 after", "\0", "a\0\0b\x01c", "plain"]
     given = [
         f"--input={write_jsonl(folder / 'nul.jsonl', rows)}",
@@ -233,10 +239,13 @@ def test_a_nul_spelt_out_in_json_is_a_character_like_any_other(folder, tokenizer
         "--dedup=exact",
     ]
     assert "\\u0000" in (folder / "nul.jsonl").read_text()
+
     one, two = prepare(folder / "one", *given), prepare(folder / "two", *given, workers=2)
     assert documents(one)["text"]["train"] == rows and contents(one) == contents(two)
+
     none = documents(prepare(folder / "none", *given, "--filters=controls"))["text"]["train"]
     assert none == ["before  after", "abc", "plain"]
+
     data = config.Data(
         path=(str(folder / "nul.jsonl"),),
         tokenizer=tokenizer,
@@ -259,6 +268,7 @@ def test_many_small_files_share_a_unit_and_packed_ones_are_read(folder):
         file.write('{"text": "packed 1"}\n{"text": "packed 2"}\n')
     out = prepare(folder / "out", f"--input={small}", "--piece_mb=1")
     tokens = corpus.open_corpus(out).sources["text"]["train"]
+
     assert documents(out)["text"]["train"] == [f"text {i}" for i in range(9)] + [
         "packed 1",
         "packed 2",
@@ -273,7 +283,7 @@ def test_many_small_files_share_a_unit_and_packed_ones_are_read(folder):
 
 
 def write_rows(path: Path, rows: list[str]) -> None:
-    """The rows in the format that the name asks for."""
+    """Writes the rows in the format that the name asks for."""
     import pyarrow
     import pyarrow.csv
     import pyarrow.ipc
@@ -298,7 +308,7 @@ def write_rows(path: Path, rows: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.csv", "a.json", "a.txt"])
 def test_documents_of_every_format_keep_their_names(name, tmp_path):
-    """However the file is cut, what a corpus calls a document is what the reader calls it."""
+    """However the file is cut, a corpus names a document as the reader does."""
     rows, path = texts(30), tmp_path / name
     write_rows(path, rows)
     out = prepare(tmp_path / "out", f"--input={path}", "--piece_mb=0.0004", "--documents=line")
@@ -321,6 +331,7 @@ def test_input_on_a_store(tmp_path):
         )
     out = prepare(tmp_path / "out", *given)
     assert documents(out)["text"]["train"] == texts(30, 1) + texts(20, 2)
+
     prepare(out, *given)
     store.pipe("/in/a.jsonl", store.cat("/in/a.jsonl").replace(b"cat", b"dog"))  # as long as before
     refused(2, ("the input has changed", "a.jsonl"), f"--output={out}", *given)
@@ -330,8 +341,10 @@ def test_input_on_a_store(tmp_path):
 
 
 def test_a_full_disk_at_every_write_in_turn(folder, monkeypatch):
-    """Each call has room for one write more than the one before; the end is that of an
-    undisturbed call."""
+    """Each call has room for one more write than the one before.
+
+    The last output is that of an undisturbed call.
+    """
     given = [
         f"--input={folder / 'in'}",
         "--eval_fraction=0.2",
@@ -388,6 +401,7 @@ def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys)
     assert "is finished already" in said
     assert f"that its content is whole is checked by gpt-jax prepare --verify={out}" in said
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
     there = f"--output={out}"
     refused(2, ("--eval_fraction was 0.2 and is 0.3",), there, given[0], "--eval_fraction=0.3")
     refused(2, ("--tokenizer was bytes", "bpe:300"), there, *given, "--tokenizer=bpe:300")
@@ -399,6 +413,7 @@ def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys)
         given[1],
     )
     refused(2, ("--field was text and is body",), there, *given, "--field=body")
+
     (folder / "in/a.jsonl").write_text('{"text": "new"}\n')
     refused(2, ("is finished, and the input has changed", "a.jsonl"), there, *given)
     refused(2, ("b.jsonl",), there, *given, f"a={folder / 'in/b.jsonl'}")
@@ -406,7 +421,10 @@ def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys)
 
 
 def test_a_finished_folder_is_looked_at_again(folder, capsys):
-    """A cut file by its size, at once; a flipped byte by --verify, as the line and the help say."""
+    """A file that was cut is seen at once by its size.
+
+    A flipped byte is seen by --verify, as the line and the help say.
+    """
     given = [f"--input={folder / 'in'}"]
     out = prepare(folder / "out", *given)
     shard = out / "text/train-00000.tokens"
@@ -415,6 +433,7 @@ def test_a_finished_folder_is_looked_at_again(folder, capsys):
     capsys.readouterr()
     refused(20, ("train-00000.tokens: has", "--verify"), f"--output={out}", *given)
     assert "is finished" not in capsys.readouterr().err
+
     shard.write_bytes(raw[:50] + b"?" + raw[51:])
     prepare(out, *given)
     assert f"--verify={out}" in capsys.readouterr().err
@@ -463,8 +482,7 @@ def test_input_that_changes_between_two_calls_is_read_again(folder, monkeypatch)
 
 @pytest.fixture
 def own_filter(folder, monkeypatch):
-    """A function that writes the module `mine_of_prepare` anew, as an editor and a new process
-    would have it."""
+    """A function that writes the module `mine_of_prepare` anew, as an editor would."""
     monkeypatch.syspath_prepend(folder)
 
     def write(body: str) -> None:
@@ -558,7 +576,7 @@ def test_input_that_changes_during_a_call_is_refused(folder, monkeypatch):
 
 
 def test_input_that_is_not_what_was_scanned(folder):
-    """Where a store cannot tell of a change, the number of documents does."""
+    """If a store cannot tell of a change, the number of documents does."""
     source = sources.Source(folder / "in/a.jsonl", "a.jsonl")
     unit = units.Unit("text", 0, (readers.whole_piece(source),), 1, "")
     job = units.PrepareJob(folder, units.PrepareSettings())
@@ -602,8 +620,10 @@ def test_an_output_that_is_a_link_to_nothing(folder):
 
 
 def test_another_spelling_of_the_same_input_goes_on(folder, monkeypatch, capsys):
-    """From where a call ended that was given the path from another folder, and a finished one is
-    the same call."""
+    """The path is given from another folder.
+
+    The call resumes the one before it, and a finished output is taken for the same.
+    """
     out, run, begun = folder / "out", units.tokenize, []
 
     def stops_after_one(job, unit, tick, **more):
@@ -756,6 +776,7 @@ def test_progress_is_a_bar_or_lines(stream, monkeypatch):
     shown = err.getvalue()
     for wanted in ("tokens", "documents/s", "MB/s of text", "prepare: a line", "other"):
         assert wanted in shown
+
     assert ("50%" in shown) == (stream is Terminal) and ("s left" in shown) == (
         stream is io.StringIO
     )
@@ -797,6 +818,7 @@ def test_inputs_that_are_joined_and_files_that_are_no_part_are_told(tmp_path, ca
         f"source wiki is given 2 times and joins {tmp_path}/a.jsonl, {tmp_path}/b.jsonl"
         in capsys.readouterr().err
     )
+
     (folder / "wiki/notes.txt").write_text("mine")
     runs.call("prepare", f"--verify={folder}")
     said = capsys.readouterr()
@@ -810,6 +832,7 @@ def test_a_source_of_which_nothing_is_held_out_is_named(tmp_path, capsys):
     for name, count in (("one", 1), ("many", 60)):
         write_jsonl(tmp_path / f"{name}.jsonl", texts(count, count))
     inputs = [f"--input={name}={tmp_path / name}.jsonl" for name in ("one", "many")]
+
     for part, said in (("0.1", True), ("0", False)):
         runs.call(
             "prepare",
@@ -825,7 +848,7 @@ def test_a_source_of_which_nothing_is_held_out_is_named(tmp_path, capsys):
 
 
 def test_files_that_are_given_twice_are_named(tmp_path, capsys, monkeypatch):
-    """Whatever they are called, in one line."""
+    """They are named in one line, whatever their paths look like."""
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", texts(3, ord(name))) for name in "ab"]
     monkeypatch.chdir(tmp_path)
     runs.call(
@@ -841,5 +864,6 @@ def test_files_that_are_given_twice_are_named(tmp_path, capsys, monkeypatch):
     said = (
         f"--input: {paths[0]} is given 2 times, and 1 more file: their documents are taken as often"
     )
+
     assert said in capsys.readouterr().err
     assert corpus.read_manifest(tmp_path / "out")["sources"].keys() == {"wiki", "text"}

@@ -1,4 +1,4 @@
-"""Files to documents: formats, order, and every kind of unusable input in one clear line."""
+"""Files to documents: formats, order, and one clear line for every kind of unusable input."""
 
 import json
 import lzma
@@ -61,9 +61,11 @@ def test_parquet(tmp_path):
         read(tmp_path)
     with pytest.raises(UsageError, match=r"config.data.field = 'id' .* holds int64, expected text"):
         read(tmp_path, field="id")
+
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"a.parquet:2: .* is null"):
         read(tmp_path)
+
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UsageError, match=r"a.parquet: not a readable parquet file"):
         read(tmp_path)
@@ -87,6 +89,7 @@ def test_folders_globs_and_order(tmp_path):
     assert names == ["a/b.py", "a/z.md", "a.txt", "b.txt"]
     assert [d.text for d in read(tmp_path / "*.txt")] == ["a.txt", "b.txt"]
     assert [d.text for d in read(tmp_path / "**/*.md")] == ["a/z.md"]
+
     several = read(tmp_path / "b.txt", tmp_path, tmp_path / "a*", tmp_path / "a/../b.txt")
     assert [d.text for d in several] == ["b.txt", "a/b.py", "a/z.md", "a.txt"]
 
@@ -111,8 +114,10 @@ def test_undecodable(tmp_path):
         UsageError, match=r"a.txt: not UTF-8 at byte 14 \(0xff\).*--config.data.errors=replace"
     ):
         read(path)
+
     [document] = read(path, errors="replace")
     assert document.text == "good \ufffd text \ufffd\ufffd end \ufffd" and document.replaced == 3
+
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
     with pytest.raises(UsageError, match=r"a.jsonl:2: not UTF-8 at byte 25"):
@@ -121,6 +126,7 @@ def test_undecodable(tmp_path):
         ("ok", 0),
         ("\ufffd", 1),
     ]
+
     path.write_text(r'{"text": "a\ud800b \ud83d\udc4d"}')
     with pytest.raises(UsageError, match=r"a.jsonl:1: character 1 is a lone surrogate"):
         read(path)
@@ -173,6 +179,7 @@ def test_what_follows_a_stream_is_read_or_refused(tmp_path, packing):
         pack(b"second", packing),
     )
     flipped = bytes([second[0] ^ 1]) + second[1:]
+
     for damaged in (
         first + flipped,
         first + b"garbage",
@@ -192,6 +199,7 @@ def test_xz_streams_may_have_padding_by_fours(tmp_path):
         lzma.compress(b"first " * 99_999),
         lzma.compress(b"second"),
     )
+
     for padding in (0, 4, 8, 400_000):
         for after in (0, 400_000):
             path.write_bytes(first + b"\0" * padding + second + b"\0" * after)
@@ -215,6 +223,7 @@ def test_a_link_to_nothing_is_named(tmp_path):
     (tmp_path / "folder").symlink_to("nowhere")
     with pytest.raises(UsageError, match="folder: is a link to nowhere, which is not there"):
         sources.find_sources((str(tmp_path / "folder"),))
+
     (tmp_path / "gone.txt").write_text("there")
     assert [d.text for d in read(tmp_path)] == ["text", "there"]
 
@@ -250,6 +259,7 @@ def test_paths_that_cannot_be_used(tmp_path):
     ]:
         with pytest.raises(UsageError, match=message):
             sources.find_sources(path)
+
     with pytest.raises(UsageError, match=r"config.data.eval_path = "):
         sources.find_sources(("nowhere",), "config.data.eval_path")
 

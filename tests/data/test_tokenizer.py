@@ -1,4 +1,4 @@
-"""Text to ids and back, every kind of tokenizer against plain Python."""
+"""Text to ids and back: every kind of tokenizer against plain Python."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def bpe():
 
 
 def sentencepiece_json():
-    """A tokenizer.json in the manner of Llama 2: spaces as ▁, byte fallback, unknown, </s>."""
+    """A tokenizer.json like that of Llama 2: spaces as ▁, byte fallback, unknown, </s>."""
     pieces = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a", "ab"]
     library = tokenizers.Tokenizer(
         tokenizers.models.BPE(
@@ -44,6 +44,7 @@ def sentencepiece_json():
             tokenizers.decoders.Fuse(),
         ]
     )
+
     return library.to_str()
 
 
@@ -91,6 +92,7 @@ def test_special_text_is_ordinary_and_specials_stand_for_nothing(bpe):
                 tokenizer.token_bytes[tokenizer.eot] == 0
                 and tokenizer.decode([tokenizer.eot]) == ""
             )
+
     assert tk.make_byte_tokenizer().eot == 256 and tk.make_byte_tokenizer().vocab == 257
     assert tk.make_char_tokenizer("ba").eot is None and tk.make_char_tokenizer("ba").encode(
         "ab"
@@ -120,6 +122,7 @@ def test_stream_decoder_gives_whole_characters_and_the_same_text(bpe):
                 assert not any("\ufffd" in part for part in parts)
             assert "".join(parts) + decoder.flush() == tokenizer.decode(ids)
     decoder = vocabulary.StreamDecoder(tk.make_byte_tokenizer())
+
     assert [decoder.feed(b) for b in "我".encode()] == ["", "", "我"] and decoder.flush() == ""
 
 
@@ -136,6 +139,7 @@ def test_bpe_of_the_library_is_the_same_text_by_text(bpe):
 def test_parts_encode_as_the_whole(bpe, monkeypatch):
     monkeypatch.setattr(vocabulary, "PART", 7)
     rng = random.Random(2)
+
     for tokenizer in every_kind(bpe):
         for _ in range(40):
             text = "".join(
@@ -179,6 +183,7 @@ def test_json_carries_the_whole_tokenizer(bpe):
             tokenizer.pieces,
         )
         assert all((again.encode(t) == tokenizer.encode(t)).all() for t in TEXTS)
+
     assert len({t.fingerprint for t in every_kind(bpe)}) == 4
     assert tk.make_json_tokenizer(bpe.content, "other name").fingerprint == bpe.fingerprint
 
@@ -209,16 +214,20 @@ def test_impossible_bpe_size(spec):
 def test_bad_tokenizer_files(tmp_path, bpe):
     with pytest.raises(UsageError, match="expected bytes, char, bpe:N or the path"):
         tk.read_tokenizer("byts")
+
     path = tmp_path / "x.json"
     path.write_text("{}")
     with pytest.raises(UsageError, match=r"x.json: not a tokenizer.json"):
         tk.read_tokenizer(str(path))
+
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match=r"x.json"):
         tk.read_tokenizer(str(path))
+
     path.write_text(json.dumps(json.loads(bpe.content) | {"decoder": None}))
     with pytest.raises(UsageError, match=r"its decoder \(none\)"):
         tk.read_tokenizer(str(path))
+
     library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
     with pytest.raises(
         UsageError, match=r"mine: has no end-of-text token; add one of <\|endoftext\|>"

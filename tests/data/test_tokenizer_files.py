@@ -1,4 +1,4 @@
-"""Tokenizer files of every form, special tokens, batches: on small files that the tests write."""
+"""Tokenizer files of every form, special tokens and batches, on small files of the tests."""
 
 import base64
 import io
@@ -38,15 +38,16 @@ def write_ranks(path, tokens):
 
 
 def ranks_of(tokenizer):
-    """The tokens of a trained tokenizer in the order of their making, which is what tiktoken
-    calls ranks."""
+    """The tokens of a trained tokenizer in the order of their making, tiktoken's ranks."""
     return [piece for i, piece in enumerate(tokenizer.pieces) if i != tokenizer.eot]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A SentencePiece model in the manner of Llama 2: BPE, byte fallback, a space in front,
-    nothing normalised."""
+    """A SentencePiece model like that of Llama 2.
+
+    It has BPE, byte fallback and a space in front, and normalises nothing.
+    """
     sentencepiece = pytest.importorskip(
         "sentencepiece", reason="the extra sentencepiece is not installed"
     )
@@ -64,6 +65,7 @@ def llama(tmp_path_factory):
     )
     path = tmp_path_factory.mktemp("llama") / "tokenizer.model"
     path.write_bytes(out.getvalue())
+
     return path
 
 
@@ -90,15 +92,19 @@ def test_ranks_give_the_ids_of_tiktoken(trained, pattern, tmp_path):
             read.encode(text).tolist() == truth.encode_ordinary(text)
             and read.decode(read.encode(text)) == text
         )
+
     assert read.specials == {tk.EOT: len(tokens)} and read.eot == len(tokens)
 
 
 def test_ranks_that_no_merging_leads_to(tmp_path):
-    """Tokens put into a vocabulary by hand: found as whole words, or from any two tokens that
-    spell them."""
+    """They were put into a vocabulary by hand.
+
+    They are found as whole words, or from any two tokens that spell them.
+    """
     tiktoken = pytest.importorskip("tiktoken", reason="the extra test is not installed")
     rng = random.Random(0)
     letters = [bytes([i]) for i in range(256)]
+
     for seed in range(20):
         longer = {bytes(rng.choices(b"abc", k=rng.randrange(2, 6))) for _ in range(30)}
         tokens = letters + rng.sample(sorted(longer), len(longer))
@@ -147,6 +153,7 @@ def test_folders(trained, tmp_path):
         assert (read.pieces, read.eot) == (trained["gpt2"].pieces, trained["gpt2"].eot)
         assert all((read.encode(t) == trained["gpt2"].encode(t)).all() for t in TEXTS)
     (folder / "tokenizer.json").write_text(trained["digits"].content, encoding="utf-8")
+
     assert (
         tk.read_tokenizer(str(folder)).fingerprint == trained["digits"].fingerprint
     )  # the whole file comes first
@@ -231,6 +238,7 @@ def test_a_json_that_puts_a_space_in_front_takes_it_away():
     read = tk.make_json_tokenizer(library.to_str())
     for text in ("a", " a", "  我", "", "b\n"):
         assert read.decode(read.encode(text)) == text == library.decode(read.encode(text).tolist())
+
     assert not read.lossless
 
 
@@ -308,6 +316,7 @@ def test_special_tokens_of_a_file_keep_their_ids_and_are_never_made_from_text(tr
         "<|fim_prefix|>": 303,
         "<|fim_middle|>": 304,
     }
+
     text = "<|fim_suffix|><|im_end|><|fim_prefix|>"
     assert (
         read.encode(text).max() < 300
@@ -368,6 +377,7 @@ def test_half_of_a_pair_means_the_pair_and_a_packed_file_is_refused(trained, tmp
         UsageError, match=r"is read together with vocab.bpe, which is not beside it"
     ):
         tk.read_tokenizer(str(tmp_path / "encoder.json"))
+
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["merges"]]
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     found = {
@@ -375,6 +385,7 @@ def test_half_of_a_pair_means_the_pair_and_a_packed_file_is_refused(trained, tmp
         for path in (tmp_path, tmp_path / "encoder.json", tmp_path / "vocab.bpe")
     }
     assert len(found) == 1
+
     (tmp_path / "a.tiktoken.xz").write_bytes(b"packed")
     with pytest.raises(UsageError, match=r"a.tiktoken.xz: is compressed; decompress it first"):
         tk.read_tokenizer(str(tmp_path / "a.tiktoken.xz"))

@@ -1,4 +1,4 @@
-"""Tokenizer specs, and the patterns by which BPE falls into words."""
+"""Tokenizer specs, and the patterns by which BPE cuts text into words."""
 
 import json
 import random
@@ -80,6 +80,7 @@ def test_what_is_made_from_the_text_is_named_as_its_spec():
 
 def test_a_run_with_special_tokens_finds_its_cache_again(tmp_path):
     (tmp_path / "a.txt").write_text(ENGLISH, newline="")
+
     for spec in ("char+fim", "bpe:290:digits+fim", "bytes+fim"):
         data = config.Data(
             path=(str(tmp_path / "a.txt"),), cache=str(tmp_path / "cache"), tokenizer=spec
@@ -102,6 +103,7 @@ def words(pattern, text):
 
 def test_patterns_split_as_their_models_do():
     text = "it'S 12345 ok,我们 go!\n\n x"
+
     assert words("gpt2", text) == [
         "it",
         "'",
@@ -159,6 +161,7 @@ def test_parts_encode_as_the_whole(trained, pattern, monkeypatch):
         assert "".join(parts) == text
         assert words(pattern, text) == [word for part in parts for word in words(pattern, part)]
         cut += len(parts)
+
     assert cut > 1500  # and it does cut: five times a text at least
     assert (
         len(list(trained[pattern].parts("我们。\n" * 50))) > 20
@@ -179,6 +182,7 @@ def test_parts_of_what_may_look_across_a_cut_are_one(trained):
         {"pre_tokenizer": in_front},
     ):
         assert len(list(tk.make_json_tokenizer(json.dumps(spec | change)).parts(long))) == 1
+
     assert len(list(trained["cl100k"].parts(long))) > 1
 
 
@@ -187,7 +191,7 @@ def test_parts_of_what_may_look_across_a_cut_are_one(trained):
 
 @pytest.fixture
 def parses(monkeypatch):
-    """The specs that are taken apart while a test runs."""
+    """A list of the specs that are parsed while a test runs."""
     seen = []
     parse = tk.parse_tokenizer_spec
 

@@ -1,7 +1,7 @@
-"""Tokenizers against what others publish for the same files: GPT-2, GPT-4 (tiktoken),
-SentencePiece, Pythia, CS336.
+"""Tokenizers against what others publish for the same files.
 
-All of it lies in a folder of data beside the checkout; without it these tests are skipped.
+The files are those of GPT-2, GPT-4 (tiktoken), SentencePiece, Pythia and CS336. They lie in a
+folder of data beside the checkout. Without it these tests are skipped.
 """
 
 import base64
@@ -59,7 +59,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The shared files where a user has them: not compressed."""
+    """The shared files as a user has them, not compressed."""
     folder = tmp_path_factory.mktemp("tokenizers")
     (folder / "gpt2").mkdir()
     (folder / "gpt2/encoder.json").write_bytes(lzma.open(TRUTH / "gpt2/encoder.json.xz").read())
@@ -106,6 +106,7 @@ def test_gpt2_gives_the_ids_of_llama_cpp_s_cases(gpt2):
         [int(i) for i in line.split()]
         for line in (TRUTH / "gguf/ggml-vocab-gpt-2.gguf.out").read_text().split("\n")
     ]
+
     assert len(given) == len(wanted) == 47
     assert [ids.tolist() for ids in gpt2.encode_batch(given)] == wanted
     assert [gpt2.decode(ids) for ids in wanted] == given
@@ -127,6 +128,7 @@ def test_cl100k_gives_the_ids_of_tiktoken(cl100k, files, texts):
         assert cl100k.encode(text).tolist() == truth.encode_ordinary(text), name
     odd = [f"a{chr(i)}b 1{chr(i)}2 '{chr(i)} {chr(i)}\n" for i in range(0, 0x3200)]
     assert [ids.tolist() for ids in cl100k.encode_batch(odd)] == truth.encode_ordinary_batch(odd)
+
     rng, letters = (
         random.Random(0),
         [*"abstSrReEvVmMlLdD''''   \n\r\t0123,.!我，ſé\u3000\x85👍\x1c"],
@@ -159,6 +161,7 @@ def test_sentencepiece_gives_the_ids_and_text_of_its_package(botchan, files):
         assert botchan.decode(ids) == truth.decode(ids.tolist())
     assert botchan.decode(botchan.encode("line one\nΩ.")) == "line one ⁇ ." and not botchan.lossless
     assert botchan.eot == truth.eos_id() and botchan.specials == {"<s>": 1, "</s>": 2}
+
     again = tk.tokenizer_from_json(botchan.to_json())
     assert (
         again.fingerprint == botchan.fingerprint
@@ -201,8 +204,7 @@ def test_decoding_any_ids_never_raises(gpt2, cl100k, botchan, pythia):
 
 
 def replayed(words: Counter, merges: list[tuple[str, str]]):
-    """For each merge, (the greatest count of a pair in the words as they then are, the pairs of
-    that count)."""
+    """For each merge (the greatest count of a pair at that time, the pairs of that count)."""
     words, pairs = [(list(word), count) for word, count in words.items()], Counter()
 
     def add(parts, count):
@@ -224,9 +226,11 @@ def replayed(words: Counter, merges: list[tuple[str, str]]):
 
 
 def test_training_makes_cs336_s_choices_up_to_ties():
-    """Of the most frequent pairs the reference merges the one of the greatest bytes, the library
-    the one of the lowest ids. Every merge of either is such a pair over the same words, so they
-    differ in nothing but ties."""
+    """Ties are the only difference, because every merge of either is a most frequent pair.
+
+    Of those pairs the reference merges the one of the greatest bytes, and the library the one of
+    the lowest ids.
+    """
     text = read("lm_en/cs336_corpus.en")
     trained = json.loads(tk.train_bpe([text], 500).content)["model"]
     ours, vocab = [tuple(pair) for pair in trained["merges"]], trained["vocab"]

@@ -1,4 +1,4 @@
-"""Documents inside rows: shuffled and rearranged, and nothing else changed."""
+"""Documents inside rows are shuffled and rearranged, and nothing else changes."""
 
 import itertools
 
@@ -12,11 +12,15 @@ EOT, PRE, SUF, MID = 256, 257, 258, 259
 
 
 def make_buffer(rows, length):
-    """Rows of pieces, each a list of ids; the first may be the tail of a document (no mark)."""
+    """Rows of pieces, each a list of ids.
+
+    The first may be the tail of a document, without a mark.
+    """
     ids, begins, inside = (
         np.zeros((len(rows), length), np.int32),
         *(np.zeros((len(rows), length), bool) for _ in "bi"),
     )
+
     for n, pieces in enumerate(rows):
         at = 0
         for piece in pieces:
@@ -56,6 +60,7 @@ def test_shuffled_rows_hold_the_same_documents_in_other_orders():
         tuple(pieces.index(piece) for piece in pieces_of(moved, n)) for n, pieces in enumerate(rows)
     }
     assert len(orders) > 8
+
     for n in (0, 7):  # a row does not depend on its company
         alone = shuffle_documents(
             Buffer(*(column[n : n + 1] for column in buffer)), 5, index[n : n + 1]
@@ -65,7 +70,7 @@ def test_shuffled_rows_hold_the_same_documents_in_other_orders():
 
 
 def undone(piece):
-    """What a rearranged piece without end of text was, its first three tokens aside."""
+    """A rearranged piece in its old order, without its end of text and first three tokens."""
     assert piece[0] == PRE
     suffix, middle = piece.index(SUF), piece.index(MID)
     if suffix == 1:  # suffix first: everything after the middle's mark is prefix and middle
@@ -79,6 +84,7 @@ def test_rearranged_documents_can_be_put_together_again(spm):
     buffer, index = make_buffer(rows, 140), np.arange(30)
     moved = fill_in_the_middle(buffer, 9, index, 1.0, spm, (PRE, SUF, MID), EOT)
     assert (moved.begins == buffer.begins).all() and (moved.inside == buffer.inside).all()
+
     kinds = set()
     for n, pieces in enumerate(rows):
         for before, after in zip(pieces, pieces_of(moved, n), strict=True):
@@ -101,6 +107,7 @@ def test_the_rate_is_kept_and_rows_are_pure():
     assert not (
         fill_in_the_middle(buffer, 1, index, 0.0, 0.5, (PRE, SUF, MID), EOT).ids != buffer.ids
     ).any()
+
     part = fill_in_the_middle(
         Buffer(*(column[500:600] for column in buffer)),
         1,

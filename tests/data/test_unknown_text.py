@@ -1,5 +1,7 @@
-"""Text that the tokenizer does not know: counted while it is tokenized, told wherever it is
-used, and no gain in bits per byte."""
+"""Text that the tokenizer does not know.
+
+It is counted while it is tokenized, told wherever it is used, and is no gain in bits per byte.
+"""
 
 import io
 
@@ -19,7 +21,7 @@ LINE = "of the text is lost to <unk>"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A SentencePiece model without byte fallback, that has seen English alone."""
+    """A SentencePiece model without byte fallback that has seen English alone."""
     sentencepiece = pytest.importorskip(
         "sentencepiece", reason="the extra sentencepiece is not installed"
     )
@@ -34,6 +36,7 @@ def model(tmp_path_factory):
     )
     path = tmp_path_factory.mktemp("unknown") / "english.model"
     path.write_bytes(out.getvalue())
+
     return path
 
 
@@ -74,6 +77,7 @@ def test_a_run_is_told_and_bits_per_byte_are_of_what_is_left(model, tmp_path):
     batches = make_eval_batches(got.eval, got.tokenizer, data, 16, 4, slice(0, 4))
     counted = sum(int(batch["bytes"].sum()) for batch in batches)
     assert 0 < counted <= got.eval.bytes - got.eval.lost
+
     (tmp_path / "b.txt").write_text(KNOWN * 90)
     known = config.Data(path=(str(tmp_path / "b.txt"),), cache=data.cache)
     cache.prepare(known, resolve_tokenizer(str(model)), said.append)
@@ -89,9 +93,11 @@ def test_prepare_tells_at_its_end_and_when_it_is_asked(model, tmp_path, capsys):
     )
     said = capsys.readouterr().out
     assert "text/train: " in said and said.count(LINE) == 2
+
     sides = corpus.open_corpus(folder).sources["text"]
     assert sum(side.lost for side in sides.values()) == 40 * lost_bytes(LOST) + sum(
         sum(c.isdigit() for c in str(i)) for i in range(60)
     )
+
     runs.call("prepare", f"--inspect={folder}")
     assert capsys.readouterr().out.count(LINE) == 2

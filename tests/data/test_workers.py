@@ -1,4 +1,4 @@
-"""Engines: the same results in processes and on Ray, and what happens when processes are killed."""
+"""Engines give the same results in processes and on Ray, also when processes are killed."""
 
 import contextlib
 import json
@@ -48,7 +48,7 @@ def test_workers_are_processes_and_one_is_this():
 
 @pytest.mark.parametrize("items, threads", [([0, 1], 0), ([0], 3)])
 def test_workers_share_the_threads_of_the_library(items, threads):
-    """Two of two workers encode on their own thread; one of three workers alone has three."""
+    """Two of two workers encode on their own thread. One of three workers alone has three."""
     found = [
         count for _, count in ENGINES["local"](work(native_threads, items, 3 if threads else 2))
     ]
@@ -82,8 +82,10 @@ def command(output: Path, *given, workers=2) -> list[str]:
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen:
-    """In a process group of its own, where Ctrl-C counts: a suite that runs in the background
-    has it ignored."""
+    """Starts a command in a process group of its own, where Ctrl-C counts.
+
+    A suite that runs in the background would have it ignored.
+    """
 
     def hear():
         return signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -101,8 +103,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen:
 
 
 def children(pid: int) -> list[int]:
-    """The workers of a command: its children but for the one that multiprocessing keeps for
-    itself."""
+    """The workers of a command: its children without the one of multiprocessing itself."""
     found = [
         int(p)
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -116,7 +117,7 @@ def children(pid: int) -> list[int]:
 
 
 def done(output: Path) -> dict[str, int]:
-    """Shards whose marker is there, with the time they were written."""
+    """The shards whose marker is there, with the time at which they were written."""
     found = {}
     for marker in (output / "work").glob("tokens-*.json"):
         for name in json.loads(marker.read_bytes())["files"]:
@@ -134,8 +135,10 @@ def until(process: subprocess.Popen, reached, log: Path) -> None:
 
 
 def test_killed_at_random_moments(tmp_path):
-    """All of it, or the parent alone (its workers must not outlive it); what was done is not
-    done again, and the end is that of an undisturbed call."""
+    """All processes are killed, or the parent alone, whose workers must not outlive it.
+
+    Finished work is not done again, and the output is that of an undisturbed call.
+    """
     write_jsonl(tmp_path / "in.jsonl", texts(3000))
     given = [
         f"--input={tmp_path / 'in.jsonl'}",
@@ -145,6 +148,7 @@ def test_killed_at_random_moments(tmp_path):
     ]
     wanted = contents(prepare(tmp_path / "wanted", *given))
     assert len(wanted) > 80
+
     out, log, draw = tmp_path / "out", tmp_path / "log", random.Random(0)
     before: dict[str, int] = {}
     for kill in (os.killpg, os.kill, os.killpg):
@@ -178,17 +182,19 @@ def test_a_killed_worker_is_one_line_and_loses_one_unit(tmp_path):
     until(running, lambda: len(done(out)) >= 3 and len(children(running.pid)) == 2, log)
     os.kill(children(running.pid)[0], signal.SIGKILL)
     assert running.wait(SECONDS) == 40
+
     lines = [line for line in log.read_text().splitlines() if line.startswith("gpt-jax: ")]
     assert len(lines) == 1 and "killed by signal 9" in lines[0] and "in.jsonl" in lines[0], (
         log.read_text()
     )
+
     before = done(out)
     assert len(before) >= 3 and documents(prepare(out, *given))["text"]["train"] == texts(4000)
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
 
 
 def test_workers_end_with_their_parent(tmp_path):
-    """At once, and not when their unit ends."""
+    """They end at once, and not when their unit ends."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import engine_tasks\nfrom gpt_jax.data.prepare.workers import ENGINES, Work\n\n"
@@ -213,6 +219,7 @@ def test_workers_end_with_their_parent(tmp_path):
     while any(Path(f"/proc/{pid}/exe").exists() for pid in workers):
         assert time.monotonic() < end, "workers live on"
         time.sleep(0.002)
+
     assert len(workers) == 2
 
 
@@ -230,6 +237,7 @@ def test_interrupted_is_code_10_and_goes_on(tmp_path, send):
     running = start(command(out, *given), log)
     until(running, lambda: len(done(out)) >= 3, log)
     send(running.pid)
+
     assert running.wait(SECONDS) == 10
     assert (
         "Traceback" not in log.read_text()
@@ -240,7 +248,7 @@ def test_interrupted_is_code_10_and_goes_on(tmp_path, send):
 
 @pytest.fixture(scope="module")
 def ray():
-    """A real Ray: the first command starts it, the last test ends it."""
+    """A real Ray: the first command starts it, and the last test ends it."""
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     yield ray
     ray.shutdown()
@@ -258,6 +266,7 @@ def test_ray_gives_what_processes_give(tmp_path, ray):
     ]
     wanted = contents(prepare(tmp_path / "local", *given))
     assert contents(prepare(tmp_path / "ray", *given, "--engine=ray", workers=2)) == wanted
+
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": \n')
     refused(
         2,
@@ -270,6 +279,7 @@ def test_ray_gives_what_processes_give(tmp_path, ray):
         PeerFailed, match="a Ray worker failed at item 0: ModuleNotFoundError"
     ):  # no tests there
         list(ENGINES["ray"](work(die, [0])))
+
     ray.cloudpickle.register_pickle_by_value(engine_tasks)
     seen, got = [], {}
     for number, result in ENGINES["ray"](work(square, [3, 4, 5], 2, lambda *how: seen.append(how))):

@@ -1,4 +1,4 @@
-"""FLOPs and MFU equal published numbers; the table knows its devices; a CPU's peak is measured."""
+"""FLOPs and MFU equal published numbers, and a CPU's peak is measured."""
 
 import itertools
 from types import SimpleNamespace

@@ -37,7 +37,7 @@ def make_fault(seen: list[str], say: str = "1 for 2") -> Miscompile:
 
 
 def test_programs_are_right_here():
-    """Those for GPUs too, which are not run on a CPU otherwise."""
+    """Those for GPUs run here too, although a run on a CPU leaves them out."""
     assert [fault.reports for fault in MISCOMPILES if fault.look(HERE)] == []
 
 
@@ -58,7 +58,7 @@ def test_programs_run_on_the_device_that_is_asked_for(monkeypatch, mesh):
 
 
 def test_softmax_of_very_large_scores_is_still_nan_on_a_cpu(monkeypatch):
-    """So the program sees the fault. The day it is mended this fails."""
+    """So the program can see the fault. When the compiler is mended, this test fails."""
     monkeypatch.setattr(miscompiles, "LARGE_SCORE", 2.0**40)
     assert "nan" in miscompiles.look_at_softmax(HERE)
 
@@ -79,8 +79,9 @@ def test_cards_are_known_by_version_and_kind():
 
 @pytest.mark.skipif(jaxlib.__version__ != "0.10.2", reason="the faults are those of jaxlib 0.10.2")
 def test_devices_opened_before_the_import_are_noticed(tmp_path):
-    """Although the same environment passed before."""
+    """They are noticed although the same environment passed before."""
     assert check_miscompiles(HERE.device, False, str(tmp_path)) == []
+
     late = (
         "import jax; jax.devices(); from gpt_jax.hardware import check_miscompiles\n"
         f"check_miscompiles(jax.devices()[0], False, {str(tmp_path)!r})"
@@ -130,6 +131,7 @@ def test_a_run_stops_unless_told_otherwise(tmp_path, monkeypatch):
     mesh = "--config.mesh.data=8"
     with pytest.raises(Miscompiled, match=r"config\.compute\.ignore_miscompiles = true"):
         build(runs.load(tmp_path, mesh), [].append)
+
     lines = []
     config = runs.load(tmp_path, mesh, "--config.compute.ignore_miscompiles=true")
     build(config, lines.append)

@@ -41,7 +41,7 @@ def test_flags_go_to_the_versions_that_need_them_and_leave_what_is_set():
 
 
 def run_sum(before: str) -> float:
-    """The program of jax#39103 in a process of its own, without any flag from here."""
+    """Runs the program of jax#39103 in a process that has none of our flags."""
     environ = {name: value for name, value in os.environ.items() if name != NAME}
     done = subprocess.run(
         [sys.executable, "-c", before + SUM],
@@ -60,7 +60,7 @@ def test_whoever_imports_the_package_gets_right_sums():
 
 @pytest.mark.skipif(jaxlib.__version__ != "0.10.2", reason="the fault is that of jaxlib 0.10.2")
 def test_the_fault_is_still_there_without_the_flag():
-    """The day it is mended this fails, and the flag can go."""
+    """When the compiler is mended, this test fails, and the flag can go."""
     assert run_sum("") != RIGHT
 
 

@@ -104,5 +104,6 @@ def test_libtpu_is_quiet_where_there_is_no_tpu():
     }
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=known, capture_output=True, text=True, timeout=120)
+
     assert done.stdout.startswith("[CpuDevice")
     assert done.stderr == ""

@@ -1,5 +1,7 @@
-"""Generation: cached = full forward for every variant, a row = the same row in any batch, stops
-cut to the letter."""
+"""Generation: the cache equals full forward passes for every variant.
+
+A row is the same in any batch, and stops cut to the letter.
+"""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -100,8 +102,10 @@ def make_model(**changes) -> config.Model:
 
 @cache
 def make_params(model: config.Model):
-    """Every parameter is noise, large enough that no most likely token is an accident of
-    rounding: projections that start at zero would hide the whole cache. Factors are near 1."""
+    """Parameters of noise, large enough that no most likely token is an accident of rounding.
+
+    Projections that start at zero would hide the whole cache. Factors are near 1.
+    """
     rng = np.random.default_rng(1)
 
     def one(path, leaf):
@@ -140,6 +144,7 @@ def knobs_of(rows, **values):
         | values
     )
     kinds = dict(seed=np.uint32, sample=np.int32, prompt=np.uint32, top_k=np.int32)
+
     return Knobs(
         **{
             k: np.broadcast_to(np.asarray(v, kinds.get(k, np.float32)), rows)
@@ -179,6 +184,7 @@ def test_cached_equals_uncached(name):
             expected = sample(logits[b, position - 1], position, knobs, seen, LETTERS.vocab)
             assert completion.tokens == tuple(expected.tolist())
             assert completion.finish == "length"
+
     assert len({token for completion in done for token in completion.tokens}) > 5
 
 
@@ -228,6 +234,7 @@ def test_a_row_does_not_depend_on_its_batch():
     assert [c[:2] for c in together] == [(p, s) for p in range(3) for s in range(2)]
     assert together[0].tokens != together[1].tokens
     assert together != run(model, PROMPTS, replace(sampling, seed=4))
+
     first = run(model, PROMPTS + PROMPTS, DRAWN)
     assert (
         first[:3]
@@ -249,6 +256,7 @@ def test_a_mesh_changes_nothing(mesh, shape):
     plain = run(model, PROMPTS, DRAWN)
     params = make_params(model)
     devices = mesh(*shape)
+
     with jax.set_mesh(devices):
         layout = make_concrete(abstract_params(model), devices)
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, layout)
@@ -283,8 +291,10 @@ def test_one_compilation_for_a_bucket(monkeypatch):
 
 
 def numpy_filter(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0, penalty=1.0, seen=()):
-    """The probabilities of one row, as transformers' logits processors define them (with their
-    sorts)."""
+    """The probabilities of one row, by the definitions of transformers' logits processors.
+
+    Those sort, unlike ours.
+    """
     x = logits.astype(np.float64).copy()
     for token in seen:
         x[token] = x[token] * penalty if x[token] < 0 else x[token] / penalty
@@ -326,8 +336,7 @@ FILTERS = [
 
 @pytest.mark.parametrize("setting", FILTERS, ids=str)
 def test_draws_follow_the_definition(setting):
-    """Frequencies over 20,000 samples match the distribution, and what is filtered out never
-    comes."""
+    """Frequencies over 20,000 samples match the distribution, and no filtered token comes."""
     logits = np.random.default_rng(2).standard_normal(12).astype(np.float32) * 2
     rows, vocab = 20_000, 10  # ids 10 and 11 are padding
     expected = numpy_filter(logits[:vocab], **setting)
@@ -343,13 +352,14 @@ def test_draws_follow_the_definition(setting):
         jax.jit(sample, static_argnums=4)(logits, np.full(rows, 5), knobs, seen, vocab)
     )
     counts = np.bincount(drawn, minlength=12)
+
     assert counts[vocab:].sum() == 0
     assert ((counts[:vocab] > 0) == (expected > 1e-4)).all()
     np.testing.assert_allclose(counts[:vocab] / rows, expected, atol=4 * 0.5 / rows**0.5)
 
 
 def test_filters_keep_the_same_ids_as_sorting():
-    """To the id, over 64 rows of 300, each with settings of its own."""
+    """They are the same ids over 64 rows of 300, each with settings of its own."""
     rng = np.random.default_rng(4)
     logits = rng.standard_normal((64, 300)).astype(np.float32) * rng.uniform(
         0.3, 4, (64, 1)
@@ -368,6 +378,7 @@ def test_rows_with_different_settings_and_greedy():
     knobs = knobs_of(4, temperature=[0.0, 1.0, 0.0, 1.0], top_k=[0, 1, 3, 0], top_p=[1, 1, 1, 0.0])
     drawn = np.asarray(sample(logits, np.arange(4), knobs, seen, 9))
     assert drawn.tolist() == logits.argmax(-1).tolist()
+
     seen[0, drawn[0]] = True
     strong = sample(
         logits,
@@ -435,6 +446,7 @@ def test_characters_are_never_cut(monkeypatch):
     pieces = list(stream_text(model, COMPUTE, {}, tokenizer, ["x", "y"], sampling, silent))
     assert [p.text for p in pieces if p.row == 0] == [*text, ""]
     assert [p.text for p in pieces if p.row == 1] == ["a", "b", "�"]
+
     first, second = (p.completion for p in pieces if p.completion)
     assert sorted([first, second]) == [
         Completion(0, 0, tuple(text.encode()), text, "eot"),
@@ -457,8 +469,10 @@ def test_characters_are_never_cut(monkeypatch):
 )
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_stop_strings_cut_exactly(monkeypatch, stops, text, finish, size):
-    """Tokens of 1, 2 or 5 letters give the same text, and the stream never shows what a stop
-    string takes back."""
+    """Tokens of 1, 2 or 5 letters give the same text.
+
+    The stream never shows what a stop string takes back.
+    """
     said = "hello0world"
     words = [said[i : i + size] for i in range(0, len(said), size)]
     pieces = (*tuple(w.encode() for w in words), b"")
@@ -504,6 +518,7 @@ def test_a_prompt_that_fills_the_context():
         UsageError, match=r"prompt 2 has 28 tokens.*holds 24.*shorten it to 23.*--truncate"
     ):
         run(model, ["ab", prompt], GREEDY, report=lines.append)
+
     for new, keep in ((4, 20), (100, 12)):
         lines.clear()
         sampling = replace(GREEDY, max_new_tokens=new, truncate=True)

@@ -33,7 +33,7 @@ LINKS = {"src", "href", "srcset", "action", "data"}
 
 
 class Page(html.parser.HTMLParser):
-    """Checks that tags are balanced; collects tags, attributes and text."""
+    """Checks that tags are balanced, and collects tags, attributes and text."""
 
     def __init__(self, text):
         super().__init__()
@@ -60,6 +60,7 @@ class Page(html.parser.HTMLParser):
 
 def fill(workdir, steps=100, evaluate=True):
     writer = JsonlWriter(workdir / "metrics.jsonl")
+
     for step in range(1, steps + 1):
         writer.write(
             step,
@@ -187,6 +188,7 @@ def test_page_says_where_a_run_comes_from(tmp_path):
     writer.close()
     path = report.write_report(tmp_path, title="t", summary=Summary())
     text = Page(path.read_text("utf-8")).text
+
     assert [value for value in facts.values() if value not in text] == []
     assert "Sessions" not in text  # there is one
 
@@ -264,6 +266,7 @@ def test_page_stands_alone_and_holds_everything(tmp_path):
     assert len(page.links) == 1 and page.links[0].startswith("data:image/png;base64,")
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//|url\(|@import""", text)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
+
     for piece in (
         "my run",
         "2.0100",
@@ -301,6 +304,7 @@ def test_samples_are_escaped_and_chinese_shows(tmp_path):
         versions={"<b>": "</td>"},
     )
     page = Page(path.read_text("utf-8"))
+
     assert not {"script", "i", "u"} & set(page.tags) and "b" in page.tags
     assert nasty.replace("\x00", "\ufffd").replace("\ud800", "\ufffd") in page.text
     assert "<i>t</i>" in page.text and "</td>" in page.text
@@ -343,6 +347,7 @@ def test_summary_lines_are_aligned_honest_and_partial():
         phases={"data": 0.1, "step": 0.9},
     )
     lines = format_summary(summary, {"checkpoints": "a/b"})
+
     assert lines == [
         "held-out bits per byte  2.5000  (xz -9: 2.0000, the model is 25.0% WORSE)",
         "MFU                     not reported  (peak unknown for 'X')",

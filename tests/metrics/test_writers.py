@@ -15,7 +15,7 @@ from gpt_jax.metrics import writers
 
 
 def strict(line):
-    """json.loads that refuses NaN and Infinity, which are no JSON."""
+    """json.loads that refuses NaN and Infinity, because those are no JSON."""
 
     def refuse(text):
         raise AssertionError(f"{text} is not JSON")
@@ -37,6 +37,7 @@ def test_jsonl_is_strict_json_and_reads_back(tmp_path):
     writer.write(1, {"train/loss": jnp.float32(2.5), "a": math.nan, "b": -math.inf})
     writer.text(2, "sample/0", "我是\u2028<b>\ud800\n")
     assert len(path.read_bytes().splitlines()) == 2  # on disk before close
+
     writer.close()
     rows = [strict(line) for line in path.read_text("utf-8").split("\n") if line]
     nonfinite = {"a": "nan", "b": "-inf"}
@@ -93,7 +94,7 @@ def test_a_full_disk_is_one_line_with_its_exit_code():
 
 @contextlib.contextmanager
 def files_at_most(size: int):
-    """Writing more to any file fails, as on a full disk."""
+    """Writing more than `size` bytes to any file fails, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -137,6 +138,7 @@ def test_plain_lines_come_every_so_often_and_at_the_end():
     bar.close()
     lines = out.getvalue().splitlines()
     progress = [line.split()[1] for line in lines if line.startswith("step") and "/100" in line]
+
     assert progress == ["0/100", "30/100", "60/100", "90/100", "100/100"]
     assert lines[1] == "step 30/100  loss 3.0000  12.3k tok/s  ETA 0:28"
     assert lines[5:] == [

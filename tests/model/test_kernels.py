@@ -1,7 +1,7 @@
-"""Every attention kernel against `reference`, the reference against loops, the choice, and the
-check of the choice.
+"""Every attention kernel against `reference`, and the reference against loops.
 
-Shapes: B batch, T query, N heads, K kv heads, H head_dim.
+The choice of a kernel and the check of the choice are here too. Shapes: B batch, T query, N heads,
+K kv heads, H head_dim.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ B, N, K, H = 2, 4, 2, 8
 
 
 def columns(length):
-    """Segments (with padding) and blocks (prefix-LM, bidirectional) of two rows."""
+    """Segments, with padding, and blocks (prefix-LM, bidirectional) of two rows."""
     third = length // 3
     segment = np.array(
         [
@@ -85,7 +85,7 @@ def test_mask_equals_the_loop():
 
 
 def test_attend_equals_numpy():
-    """Grouped heads equal repeated ones; soft-cap and dropout factors where they belong."""
+    """Grouped heads equal repeated ones. Soft-cap and dropout factors come where they belong."""
     length = 6
     q, k, v = inputs(length)
     mask = np.asarray(make_mask(Pattern(3), length))
@@ -112,7 +112,7 @@ def test_attend_on_a_row_without_keys_is_finite():
 
 
 def both_ways(run, pattern, cap, args):
-    """Output and gradients of a kernel, of a sum with fixed weights."""
+    """Output and gradients of a kernel, for a sum with fixed weights."""
     q, k, v = args
     weights = jnp.sin(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
 
@@ -171,14 +171,14 @@ def test_blocked_drops_what_the_reference_drops():
     [(SPLASH, 0.0, K), (("segments and window",), 2.0, N), (("causal",), 0.0, 1)],
 )
 def test_splash_equals_reference(names, cap, kv_heads):
-    """Interpreted: the kernel's own code, block skipping included, on a CPU."""
+    """The kernel's own code runs interpreted on a CPU, with the blocks that it skips."""
     compare(partial(kernels._splash, interpret=True), 256, names, (cap,), kv_heads, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["reference", "xla"])
 @pytest.mark.parametrize("window", [1, 3, 12])
 def test_window_counts_the_query_itself(name, window):
-    """Equal scores: the output at t is the mean of the last `window` values."""
+    """All scores are equal, so the output at t is the mean of the last `window` values."""
     q, k, v = inputs(12, 1)
     y = KERNELS[name].run(0 * q, k, v, Pattern(window), 0.0, None)
     theirs = [v[:, max(0, t - window + 1) : t + 1, 0].mean(1) for t in range(12)]
@@ -266,7 +266,7 @@ def test_conformance_passes_a_good_kernel(name, segments, mesh):
 
 
 def sabotage(**changes):
-    """The reference kernel, deaf to one part of its pattern."""
+    """The reference kernel, without one part of its pattern."""
     reference = KERNELS["reference"].run
     return Kernel(
         lambda q, k, v, pattern, *rest: reference(q, k, v, pattern._replace(**changes), *rest),
@@ -275,8 +275,10 @@ def sabotage(**changes):
 
 
 def leaky(q, k, v, pattern, cap, keep):
-    """Right to within any tolerance on values of ordinary size, yet the first document seeps
-    into the second."""
+    """A kernel that lets the first document seep into the second.
+
+    On values of ordinary size it is right to within any tolerance.
+    """
     return KERNELS["reference"].run(q, k, v, pattern, cap, keep) + 1e-6 * v.mean(
         (1, 2), keepdims=True
     )
@@ -311,8 +313,10 @@ def test_conformance_refuses_a_broken_kernel(broken, words, monkeypatch):
 
 
 def test_what_a_kernel_cannot_do_is_refused_when_it_is_asked():
-    """Also when nobody asked `cannot` before: blocked would answer an ar pattern as if it were
-    causal."""
+    """It is refused even if nobody asked `cannot` before.
+
+    blocked would answer an ar pattern as if it were causal.
+    """
     q = jnp.ones((1, 8, 2, 4))
 
     def run(name, **how):

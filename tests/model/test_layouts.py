@@ -62,7 +62,7 @@ def test_layout_is_as_recorded(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_nothing_large_is_whole(preset):
-    """Whatever has a million entries or more is cut over the mesh, in the recorded files too."""
+    """An array of a million entries or more is cut over the mesh, in the recorded files too."""
     for line in (FOLDER / f"{preset.replace(':', '_')}.txt").read_text().splitlines()[1:]:
         _, shape, axes = line.rsplit(" ", 2)
         size = 1

@@ -109,7 +109,7 @@ def make_model(name="gpt2", **changes) -> config.Model:
 
 
 def random_params(model, seed=0):
-    """Normal draws in the shapes of the model's parameters; scales around 1."""
+    """Normal draws in the shapes of the model's parameters. Scales are around 1."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -123,8 +123,10 @@ def random_params(model, seed=0):
 
 
 def make_batch():
-    """Rows 0 … T: one document, and the same with token s - 1 changed in row s. Then two
-    documents packed in one row with padding behind, and each of the two on its own."""
+    """Rows 0 … T are one document, and row s has another token s - 1.
+
+    Then two documents come packed in one row with padding behind, and each of them on its own.
+    """
     rng = np.random.default_rng(1)
     tokens = np.tile(rng.integers(0, V, T), (T + 4, 1))
     for s in range(T):
@@ -176,8 +178,7 @@ def test_logits_equal_numpy(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_token_reaches_back(name):
-    """Token s changes logits at s, nothing before s, and nothing beyond the reach of the
-    windows."""
+    """Token s changes logits at s, nothing before s, and nothing beyond the windows."""
     model, logits = make_model(name), logits_of(name)
     windows = [spec.window for spec in layer_specs(model)]
     reach = T if 0 in windows else sum(w - 1 for w in windows)
@@ -196,8 +197,9 @@ def test_packed_row_equals_documents_apart(name):
 
 
 def test_variants_cover_every_row():
-    """No row of the tables goes untested."""
+    """Every row of the tables is tested."""
     models = [make_model(name) for name in VARIANTS]
+
     assert {m.norm for m in models} == set(config.NORMS) == set(NORMS)
     assert {m.position for m in models} == set(config.POSITIONS)
     assert (
@@ -212,8 +214,10 @@ def test_variants_cover_every_row():
 
 
 def test_ar_column_equals_explicit_mask():
-    """Prefix-LM, bidirectional and causal rows in one batch; one byte a flag, and more tokens
-    than a byte counts."""
+    """Prefix-LM, bidirectional and causal rows are in one batch.
+
+    A flag is one byte, and there are more tokens than a byte can count.
+    """
     length = 264
     model = make_model(layers=1, position="sinusoidal", heads=2, embed=8)
     params, tokens = random_params(model), np.random.default_rng(2).integers(0, V, (3, length))
@@ -242,6 +246,7 @@ def test_rotary_frequencies_equal_the_loop_over_wavelengths():
         (scaled < plain) & (scaled > plain / 8),
         np.isclose(scaled, plain / 8),
     )
+
     assert (
         kept.any() and between.any() and divided.any()
     )  # the three bands of the scaling are all seen
@@ -297,8 +302,10 @@ DEPTHWISE = {
 
 @cache
 def gradient_of(how):
-    """(loss, gradients, bytes of temporaries) with dropout on: recomputing must draw the same
-    masks."""
+    """(loss, gradients, bytes of temporaries) with dropout.
+
+    Recomputing must draw the same masks.
+    """
     model = make_model(layers=4, dropout=0.2, attention_dropout=0.2, max_seq=32)
     compute = make_compute(**DEPTHWISE[how])
     tokens = np.random.default_rng(3).integers(0, V, (8, 32))
@@ -343,7 +350,7 @@ def gradient_jaxpr(model, compute=REFERENCE):
 
 
 def equations(jaxpr):
-    """Every equation of a jaxpr, those of inner jaxprs included."""
+    """Every equation of a jaxpr and of its inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
@@ -365,8 +372,7 @@ def test_program_does_not_grow_with_depth():
     [({}, 1, False), ({}, 0, True), (dict(layers=3, windows=(2, 0)), 1, True)],
 )
 def test_inline_remat_is_fenced(changes, unroll, wanted):
-    """Outside a loop the compiler would merge the recomputation with the first pass, if no fence
-    stood between."""
+    """Without a fence the compiler would merge the recomputation with the first pass."""
     fences = [
         e.params["prevent_cse"]
         for e in equations(
@@ -397,8 +403,7 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 
 
 def test_dropout_differs_by_layer_and_key_and_only_with_a_key():
-    """Every branch outputs ones (kernels 0, biases 1), so that a layer adds its two masks to the
-    stream."""
+    """Every branch outputs ones (kernels 0, biases 1), so a layer adds its masks to the stream."""
     model = make_model(layers=5, windows=(2, 0), last_window_full=True, dropout=0.5)
     params = random_params(model)
     params["blocks"], params["tail"] = (
@@ -441,7 +446,7 @@ def test_dropout_differs_by_layer_and_key_and_only_with_a_key():
 
 
 def test_attention_dropout_keeps_the_mean_and_needs_a_key():
-    """With a silent feed-forward and no norm behind, the stream is linear in the probabilities."""
+    """The stream is linear in the probabilities, without feed-forward and final norm."""
     model = make_model(layers=1, attention_dropout=0.5, final_norm=False)
     params, tokens = random_params(model), make_batch()["tokens"][:4]
     params["blocks"]["0"]["mlp"] = jax.tree.map(jnp.zeros_like, params["blocks"]["0"]["mlp"])
@@ -469,23 +474,28 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key():
 def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
     model, compute = make_model(name), make_compute(dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(model))} == {"float32"}
+
     trace = jax.make_jaxpr(lambda p, b: apply(model, p, b, compute))(
         random_params(model), make_batch()
     )
     assert trace.out_avals[0].dtype == jnp.float32
+
     products = [e for e in equations(trace.jaxpr) if e.primitive.name == "dot_general"]
     assert {v.aval.dtype.name for e in products for v in e.invars} == {"bfloat16"}
+
     outputs = {e.outvars[0].aval.dtype.name for e in products if e.outvars[0].aval.shape[-1] == V}
     roots = [e for e in equations(trace.jaxpr) if e.primitive.name == "rsqrt"]
     assert outputs == {"float32"} and {e.outvars[0].aval.dtype.name for e in roots} == {
         "float32"
     }  # logits, norms
+
     softmaxes = [
         e
         for e in equations(trace.jaxpr)
         if e.primitive.name == "exp" and e.outvars[0].aval.ndim == 5
     ]
     assert softmaxes and {e.outvars[0].aval.dtype.name for e in softmaxes} == {"float32"}
+
     ours = jax.jit(lambda p, b: apply(model, p, b, compute))(random_params(model), make_batch())[0]
     close(ours, logits_of(name)[0], 0.06)
 
@@ -634,8 +644,7 @@ def test_spread_of_fresh_weights(init, role, std):
     ],
 )
 def test_fresh_weights_are_spread_by_their_role(init, wanted):
-    """As they lie in the tree: residual projections small or zero, embedding and head each in
-    its own way."""
+    """Residual projections are small or zero. Embedding and head have a spread of their own."""
     model = make_model("modern", layers=2, embed=64, vocab=128, windows=(0,), init=init)
     leaves = jax.tree_util.tree_leaves_with_path(
         jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
@@ -649,7 +658,7 @@ def test_fresh_weights_are_spread_by_their_role(init, wanted):
 
 
 def test_the_embedding_is_dropped_too():
-    """Layers that add nothing: what comes out is the embedding, each entry gone or doubled."""
+    """The layers add nothing, so the output is the embedding, each entry zero or doubled."""
     model = make_model(layers=1, dropout=0.5, final_norm=False)
     params, tokens = random_params(model), make_batch()["tokens"]
     params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])

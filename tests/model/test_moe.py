@@ -1,5 +1,7 @@
-"""The mixture of experts against a loop over tokens, on meshes, in the stages of a pipeline; the
-rule of the router's bias."""
+"""The mixture of experts against a loop over tokens.
+
+It runs on meshes and in the stages of a pipeline. The rule of the router's bias is here too.
+"""
 
 from functools import partial
 
@@ -43,8 +45,10 @@ def make_model(**knobs):
 
 
 def make_params(model, skew=0.0):
-    """Normal draws in numpy, the same on every mesh; `skew` makes the first experts the
-    favourites."""
+    """Normal draws in numpy, the same on every mesh.
+
+    `skew` makes the first experts the favourites.
+    """
     shapes = jax.eval_shape(lambda: Moe(model).init(jax.random.key(0), jnp.zeros((1, 1, D)), None))[
         "params"
     ]
@@ -64,7 +68,7 @@ def make_inputs(rows=B):
 
 
 def objective(y, stats, probe):
-    """Something in which everything has a part."""
+    """A number in which every output has a part."""
     parts = 0.3 * stats["balance"] + 0.1 * stats["router_z"] + stats.get("steer", 0.0)
     return (y * probe).sum() + parts.sum()
 
@@ -174,8 +178,10 @@ def test_equals_a_loop_over_tokens(name):
 
 
 def test_what_is_dropped_is_reported_as_a_part_of_the_choices():
-    """Two choices a token, and experts that take half of an equal share: about half of all are
-    left out."""
+    """A token has two choices, and experts take half of an equal share.
+
+    So about half of all choices are left out.
+    """
     model = make_model(
         experts=4, experts_per_token=2, dispatch="capacity", capacity_factor=0.5, balance="none"
     )
@@ -252,7 +258,7 @@ def test_experts_start_like_dense_layers(init):
 def emulated_ragged_all_to_all(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
 ):
-    """What jax.lax.ragged_all_to_all documents, from gathers: a CPU has none."""
+    """What jax.lax.ragged_all_to_all documents, made of gathers, because a CPU does not have it."""
     me, gather = jax.lax.axis_index(axis_name), partial(jax.lax.all_gather, axis_name=axis_name)
     everything, starts, sizes, ends = (
         gather(x) for x in (operand, input_offsets, send_sizes, output_offsets)
@@ -286,7 +292,7 @@ def test_the_ragged_exchange_equals_the_padded_one(mesh, accelerator, monkeypatc
 
 
 def test_the_grouping_of_tpus_equals_blocks(accelerator, monkeypatch):
-    """`ragged_dot`, and megablox's tgmm (interpreted) in the place of its transpose."""
+    """It is `ragged_dot`, with megablox's tgmm (interpreted) in the place of its transpose."""
     model = make_model(experts=8)
     params, inputs = make_params(model, skew=0.5), make_inputs()
     sorted_ = run(model, params, *inputs)
@@ -296,8 +302,10 @@ def test_the_grouping_of_tpus_equals_blocks(accelerator, monkeypatch):
 
 @pytest.mark.parametrize("way", ["blocks", "sorted"])
 def test_sums_of_bfloat16_are_float32(way, request):
-    """Of gradients over 40 blocks of 8 rows and more, whose parts would be lost in a sum of
-    bfloat16; an expert that nobody chose, choices of none."""
+    """Gradients are sums over 40 blocks of 8 rows and more, which a sum in bfloat16 would lose.
+
+    One expert is chosen by nobody, and some choices are of no expert.
+    """
     if way == "sorted":
         request.getfixturevalue("accelerator")
     rng, n, count = np.random.default_rng(0), 640, 4

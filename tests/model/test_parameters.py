@@ -40,7 +40,7 @@ def make_all_models() -> dict[str, config.Model]:
 
 @pytest.mark.parametrize("name", make_all_models())
 def test_axes_are_those_that_the_arrays_lie_by(name, mesh):
-    """The layout that the model gives an array is that of its axes, by the STORED rules."""
+    """The layout that the model gives an array is that of its axes by the STORED rules."""
     model = make_all_models()[name]
     with jax.set_mesh(mesh(data=1, fsdp=2, expert=2, tensor=2)):
         params = abstract_params(model)

@@ -1,7 +1,7 @@
-"""Attention over rows cut over the mesh axis context, against kernels.attend on whole rows; and how
-much it computes.
+"""Attention over rows that are cut over the mesh axis context, against whole rows.
 
-Shapes: B batch, T tokens of a row, c devices it is cut over, N heads, K kv heads, H head_dim.
+Its amount of work is counted too. Shapes: B batch, T tokens of a row, c devices that it is cut
+over, N heads, K kv heads, H head_dim.
 """
 
 from functools import cache, partial
@@ -21,8 +21,10 @@ B, T, N, K, H = 2, 32, 4, 2, 8
 
 
 def columns(length):
-    """Segments that cross the cuts, with padding at the end of one row, and blocks (prefix-LM,
-    bidirectional)."""
+    """Segments that cross the cuts, with padding at the end of one row, and blocks.
+
+    The blocks are prefix-LM and bidirectional.
+    """
     third, most = length // 3, length - 3
     segment = np.array(
         [
@@ -68,7 +70,7 @@ def whole(q, k, v, pattern, cap):
 
 
 def cut(mesh, run=ring.ring_attention, rows=("data", "fsdp", "expert"), heads="tensor"):
-    """`run` on rows that are put in the mesh's order, cut, and put back: as `whole`."""
+    """`run` on rows in the mesh's order, cut, with the result put back in the text's order."""
 
     def shards(q, k, v, pattern, cap):
         def own(q, k, v, *columns):
@@ -96,7 +98,7 @@ def cut(mesh, run=ring.ring_attention, rows=("data", "fsdp", "expert"), heads="t
 
 
 def both_ways(run, pattern, cap, args):
-    """Output and gradients, of a sum with fixed weights; padding has none."""
+    """Output and gradients, for a sum with fixed weights. Padding has no weight."""
     q, k, v = args
     weights = jnp.sin(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
     if pattern.segment is not None:
@@ -125,6 +127,7 @@ def compare(mesh, names, cap=0.0, length=T, kv_heads=K, limit=1e-5, **how):
                 for name in names
             }
         )(inputs(length, kv_heads))
+
     for name in names:
         for ours, theirs in zip(found[name], truth(name, cap, length, kv_heads), strict=True):
             np.testing.assert_allclose(
@@ -188,7 +191,7 @@ def test_a_query_that_may_see_nothing_gives_zero_and_finite_gradients(mesh):
 
 
 def test_ring_in_scanned_stages_of_a_pipeline(mesh):
-    """Under vmap over a dim that lies on another axis, in a scan of rematerialised layers."""
+    """It runs under vmap over another axis, in a scan of rematerialised layers."""
     square, pattern = mesh(context=2, pipeline=2, data=2), PATTERNS["segments"]
     q, k, v = (jnp.stack([x, 2 * x]) for x in inputs(T))
 
@@ -229,7 +232,7 @@ def test_order_is_a_balanced_permutation(pieces):
 
 
 def equations(jaxpr, times=1):
-    """(equation, how often it runs) of a jaxpr and all it contains."""
+    """(equation, how often it runs) of a jaxpr and of all inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation, times
         inner = (
@@ -260,6 +263,7 @@ def work(mesh, pattern, run=None):
         for equation, times in found
         if equation.primitive.name == "dot_general"
     ]
+
     return sum(dots), sum(
         times for equation, times in found if equation.primitive.name == "ppermute"
     )
@@ -306,6 +310,7 @@ def test_the_schedule_meets_every_pair_once(window, both_ways):
                     met[np.ix_(ours, theirs)] += 1
     apart = np.arange(T)[:, None] - np.arange(T)[None, :]
     wanted = (both_ways | (apart >= 0)) & ((apart < window) | (window == 0))
+
     assert met.max() == 1 and met[wanted].all()
 
 
@@ -331,7 +336,7 @@ def test_gather_brings_the_text_back(mesh):
     "name, cap, length", [("causal", 0.0, 512), ("segments and long window", 2.0, 256)]
 )
 def test_splash_on_cut_rows_equals_whole_rows(name, cap, length, mesh, monkeypatch):
-    """Interpreted: the kernel's own code and its tables of blocks to skip, on a CPU."""
+    """The kernel's own code, with its tables of blocks to skip, runs interpreted on a CPU."""
     monkeypatch.setattr(splash, "BLOCK", 128)
     run = partial(splash.attention, axis="context", interpret=True)
     compare(mesh(context=2, tensor=2), (name,), cap, length, limit=1e-4, run=run)

@@ -67,6 +67,7 @@ def test_tokens_beyond_a_capacity_are_no_work_done():
         ).mfu_full
         for factor in (0.1, 1.0)
     )
+
     assert 0 < tenth < whole < 1
 
 

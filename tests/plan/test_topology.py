@@ -69,6 +69,7 @@ def test_every_chip_has_a_peak_and_its_clock_gives_it():
         "v6e": 4 * 256**2,
         "TPU7x": 4 * 256**2,
     }
+
     for name, chip in chips.CHIPS.items():
         peak = chips.peak_flops(chip.kind)
         assert peak, name

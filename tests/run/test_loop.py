@@ -1,4 +1,4 @@
-"""Whole runs: the mesh changes nothing, nor do kills, signals, resuming and damage."""
+"""Whole runs: meshes, kills, signals, resuming and damage change no number."""
 
 import contextlib
 import json
@@ -73,8 +73,10 @@ def documents(folder, variant):
 
 
 def test_resumed_with_averaged_weights_to_the_bit(tmp_path, capsys):
-    """Twenty steps at once, and ten and ten; `evaluate` measures the averages, as the run did at
-    its end."""
+    """Twenty steps at once are ten steps, and then ten more.
+
+    `evaluate` measures the averaged weights, as the run did at its end.
+    """
     overrides = ("--config.train.ema=0.9", "--config.optim.decay_steps=20")
     parts = runs.build(runs.load(tmp_path, *overrides))
     half = runs.build(runs.load(tmp_path, *overrides, "--config.train.steps=10"))
@@ -92,15 +94,15 @@ def test_resumed_with_averaged_weights_to_the_bit(tmp_path, capsys):
 
     capsys.readouterr()
     runs.call("evaluate", f"--checkpoint={tmp_path / 'parts'}", "--json", "--cpu_devices=8")
-    found = json.loads(capsys.readouterr().out)["sources"]["held-out"]["loss"]
-    assert found == pytest.approx(runs.curve(tmp_path / "whole", "eval/loss")[20], rel=1e-6)
-    assert found != pytest.approx(
+    loss = json.loads(capsys.readouterr().out)["sources"]["held-out"]["loss"]
+    assert loss == pytest.approx(runs.curve(tmp_path / "whole", "eval/loss")[20], rel=1e-6)
+    assert loss != pytest.approx(
         runs.heldout_loss(parts, tmp_path / "whole"), rel=1e-3
     )  # the weights themselves
 
 
 def test_killed_and_stopped_again_and_again_to_the_bit(tmp_path):
-    """SIGKILL twice, SIGTERM, SIGUSR1, then to the end: as if nothing had happened."""
+    """SIGKILL twice, SIGTERM and SIGUSR1 leave no trace in a run that then comes to its end."""
     overrides = (
         "--config.train.steps=800",
         "--config.checkpoint.every_steps=20",
@@ -251,7 +253,7 @@ def test_what_a_run_leaves_in_its_workdir(tmp_path):
 
 @pytest.mark.parametrize("steps", [6, 1])
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, steps):
-    """At the last step too, and the checkpoint is one to go on from."""
+    """It does so at the last step too, and every checkpoint has finite numbers."""
     parts = runs.build(
         runs.load(
             tmp_path,
@@ -295,8 +297,10 @@ def test_the_best_checkpoint_stays(tmp_path, monkeypatch, every):
 
 
 def test_what_a_run_says(tmp_path):
-    """What was chosen and proved before the first step; numbers, samples and places after the
-    last one."""
+    """It says what was chosen and proved before the first step.
+
+    At its end it has numbers, samples and places.
+    """
     run, lines = tmp_path / "run", []
     parts = runs.build(
         runs.load(
@@ -344,15 +348,18 @@ def test_what_a_run_says(tmp_path):
 
 
 def test_logged_numbers_are_what_they_are_called(tmp_path):
-    """Over a resume: the rate of the update, the tokens since the first step, and MFU with the
-    whole map and with half."""
-    given = (
+    """The run is resumed once.
+
+    Checked are the rate of the update, the tokens since the first step, and MFU with the whole
+    attention map and with half of it.
+    """
+    overrides = (
         "--config.optim.decay_steps=6",
         "--config.eval.every_steps=0",
         "--config.model.windows=(8, 0)",
     )
     for steps in (3, 6):
-        parts = runs.build(runs.load(tmp_path, *given, f"--config.train.steps={steps}"))
+        parts = runs.build(runs.load(tmp_path, *overrides, f"--config.train.steps={steps}"))
         runs.run(parts, tmp_path / "run")
 
     def curve(key):
@@ -400,8 +407,8 @@ def test_dropout_acts_in_training_alone(tmp_path):
     }
     with jax.set_mesh(plain.mesh):
         params = plain.init().params
-        found = [float(parts.eval_step(params, batch)["loss"][0]) for parts in (plain, dropped)]
-    assert found[0] == pytest.approx(found[1])
+        values = [float(parts.eval_step(params, batch)["loss"][0]) for parts in (plain, dropped)]
+    assert values[0] == pytest.approx(values[1])
 
 
 def test_bfloat16_trains_like_float32(tmp_path):
@@ -428,7 +435,7 @@ def test_samples_come_from_the_averages(tmp_path, monkeypatch):
 
 
 def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path):
-    """`train … 2>&1 | head -1`: the run goes on, and stays a good one."""
+    """The run of `train … 2>&1 | head -1` comes to its end, with a good checkpoint."""
     given = runs.arguments(tmp_path, tmp_path / "run", "--config.train.steps=5")
     process = subprocess.Popen(
         [sys.executable, "-m", "gpt_jax", *given],
@@ -474,7 +481,10 @@ def test_the_watchdog_ends_a_run_that_hangs(tmp_path):
 
 
 def test_a_stop_at_a_step_leaves_its_evaluation_out(tmp_path):
-    """Saved first, and the last step's evaluation is made up for when the run is called again."""
+    """The run saves first.
+
+    The last step's evaluation is made up for when the run is called again.
+    """
     config = runs.load(
         tmp_path,
         "--config.train.steps=4",
@@ -502,8 +512,10 @@ def test_a_stop_at_a_step_leaves_its_evaluation_out(tmp_path):
 
 @pytest.mark.parametrize("every, stops_after", [(10, 10), (0, 20)])
 def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(tmp_path, every, stops_after):
-    """In one on the way and in the last one: saved, and what was not measured is when the run
-    goes on and ends."""
+    """It comes in an evaluation on the way, and in the last one.
+
+    The run saves. What was not measured is measured when the run resumes and ends.
+    """
     config = runs.load(
         tmp_path,
         "--config.train.steps=20",
@@ -529,7 +541,7 @@ def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(tmp_path, every, stop
 
 
 def test_the_watchdog_sees_an_evaluation_go_on(tmp_path, monkeypatch):
-    """One that takes longer than the limit is no hang as long as its batches end."""
+    """An evaluation that takes longer than the limit is no hang as long as its batches end."""
     beats = []
 
     @contextlib.contextmanager

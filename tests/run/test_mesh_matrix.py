@@ -1,5 +1,4 @@
-"""One device and any mesh give one answer: losses, gradients and updates of the same config on many
-meshes.
+"""One device and any mesh give one answer: losses, gradients and updates of one config.
 
 The reference of every comparison runs without a mesh, in one microbatch, with all logits at once
 (tests/support/meshes.py).
@@ -83,7 +82,7 @@ NAMES = [
 
 
 def choose_emitters(name, shape, optimizer) -> dict | None:
-    """Compiler options: the default emitters, for the case that the old ones make wait."""
+    """Compiler options: the default emitters for the case that never ends with the old ones."""
     waits = WAITS[0] == name and WAITS[1] in shape and WAITS[2] == optimizer
     if waits and OLD_EMITTERS in os.environ["XLA_FLAGS"]:
         return {"xla_cpu_use_fusion_emitters": True}
@@ -148,9 +147,11 @@ def test_the_matrix_is_wide():
 
 
 def test_gradients_are_scattered_and_the_head_is_gathered_once():
-    """What the compiled gradients of a loss in four chunks send: matrices are gathered and their
-    gradients scattered over fsdp, summed over data in parts, and the vocabulary does not travel
-    for each chunk."""
+    """What the compiled gradients of a loss in four chunks send.
+
+    Matrices are gathered, and their gradients are scattered over fsdp and summed over data in
+    parts. The vocabulary does not travel for each chunk.
+    """
     shape = dict(data=2, fsdp=4)
     mesh, settings = make_mesh(shape), make_config("gpt2", loss_chunk=4)
     network = make_network(settings.model, settings.compute)

@@ -1,5 +1,7 @@
-"""Runs on a mixture, from prepared folders: killed, gone on with by another number of processes,
-named row by row."""
+"""Runs on a mixture of prepared folders.
+
+They are killed and resumed by another number of processes, and their rows are named one by one.
+"""
 
 import json
 import random
@@ -135,7 +137,7 @@ def test_killed_and_gone_on_with_by_another_number_of_processes(
 
 
 def run_stream(workdir, start):
-    """The stream of a run from its config alone, closed but for what it has read ahead."""
+    """The stream of a run, made from its config alone."""
     config = runs.configs.from_dict(json.loads((workdir / "config.json").read_text()))
     data = dataset.load_dataset(config.data, lambda line: None)
     return make_stream(
@@ -154,18 +156,18 @@ def test_each_source_is_measured_and_the_mean_is_weighted(folder, whole, capsys)
         [0.5, 0.3, 0.2], abs=0.051
     )
     for metric in ("loss", "bits_per_byte"):
-        own = [last[f"eval/{name}/{metric}"] for name in ("wiki", "books", "chat")]
-        assert last[f"eval/{metric}"] == pytest.approx(np.dot(shares, own), rel=1e-6)
-        assert abs(last[f"eval/{metric}"] - np.mean(own)) > 1e-4  # not the plain mean
+        parts = [last[f"eval/{name}/{metric}"] for name in ("wiki", "books", "chat")]
+        assert last[f"eval/{metric}"] == pytest.approx(np.dot(shares, parts), rel=1e-6)
+        assert abs(last[f"eval/{metric}"] - np.mean(parts)) > 1e-4  # not the plain mean
     capsys.readouterr()
     runs.call("evaluate", f"--checkpoint={whole}", "--json")
-    found = json.loads(capsys.readouterr().out)["sources"]
-    assert set(found) == {"wiki", "books", "chat", "all"}
+    sources = json.loads(capsys.readouterr().out)["sources"]
+    assert set(sources) == {"wiki", "books", "chat", "all"}
     for metric in ("loss", "bits_per_byte", "accuracy", "perplexity"):
-        assert found["chat"][metric] == pytest.approx(last[f"eval/chat/{metric}"], rel=1e-5)
-        assert found["all"][metric] == pytest.approx(last[f"eval/{metric}"], rel=1e-5)
-    assert found["all"]["tokens"] == sum(
-        found[name]["tokens"] for name in ("wiki", "books", "chat")
+        assert sources["chat"][metric] == pytest.approx(last[f"eval/chat/{metric}"], rel=1e-5)
+        assert sources["all"][metric] == pytest.approx(last[f"eval/{metric}"], rel=1e-5)
+    assert sources["all"]["tokens"] == sum(
+        sources[name]["tokens"] for name in ("wiki", "books", "chat")
     )
 
 
@@ -175,14 +177,14 @@ def test_evaluate_measures_what_a_prepared_folder_holds_out(folder, whole, tmp_p
     runs.call("evaluate", f"--checkpoint={whole}", "--json")
     own = json.loads(capsys.readouterr().out)["sources"]
     runs.call("evaluate", f"--checkpoint={whole}", "--json", "--text", both, chat)
-    found = json.loads(capsys.readouterr().out)["sources"]
-    assert set(found) == {f"{both}/wiki", f"{both}/books", chat, "all"}
-    assert found[f"{both}/books"] == own["books"] and found[chat] == own["chat"]
+    sources = json.loads(capsys.readouterr().out)["sources"]
+    assert set(sources) == {f"{both}/wiki", f"{both}/books", chat, "all"}
+    assert sources[f"{both}/books"] == own["books"] and sources[chat] == own["chat"]
     mean = (
-        sum(found[name]["loss"] * found[name]["tokens"] for name in found if name != "all")
-        / found["all"]["tokens"]
+        sum(sources[name]["loss"] * sources[name]["tokens"] for name in sources if name != "all")
+        / sources["all"]["tokens"]
     )
-    assert found["all"]["loss"] == pytest.approx(
+    assert sources["all"]["loss"] == pytest.approx(
         mean, rel=1e-6
     )  # of texts without weights: token by token
     rows = write_jsonl(tmp_path / "a.jsonl", texts(20))
@@ -206,22 +208,25 @@ def test_evaluate_measures_what_a_prepared_folder_holds_out(folder, whole, tmp_p
 
 def test_a_run_says_how_often_each_source_is_seen(folder, tmp_path, capsys):
     runs.call(*arguments(folder, tmp_path / "run", "--config.train.steps=3"))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("wiki", "books", "chat"):
         assert re.search(
             rf"^source {name}: [\d.]+ epochs, [\d.]+% of the rows; best_fit rows: \d+ of 32 tokens "
             r"an "
             "epoch, "
             rf"[\d.]+% filled",
-            said,
+            output,
             re.M,
-        ), said
+        ), output
 
 
 @pytest.mark.parametrize("step", [1, 20])
 def test_inspect_names_every_row_of_a_step(folder, whole, capsys, step):
-    """From the config and the seed alone: the documents are in the files they are said to be in,
-    and the ids are those of the batch that the run was given."""
+    """The command has the config and the seed alone.
+
+    The documents are in the files that it names, and the ids are those of the batch that the run
+    had.
+    """
     capsys.readouterr()
     runs.call("inspect", f"--workdir={whole}", f"--batch={step}", "--json")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -241,7 +246,7 @@ def test_inspect_names_every_row_of_a_step(folder, whole, capsys, step):
 
 
 def test_inspect_takes_no_accelerator(whole, capsys):
-    """Which the run itself may be using: only the CPU's platform is left to JAX."""
+    """The run itself may be using it, so JAX gets the platform of the CPU alone."""
     before = jax.config.jax_platforms
     jax.config.update("jax_platforms", "cuda,cpu")
     try:
@@ -307,10 +312,10 @@ def test_inspect_refuses_what_is_not_there(folder, whole, tmp_path):
     ],
 )
 def test_mixtures_that_cannot_run(folder, tmp_path, change, code, words):
-    found, line = runs.refusal(
+    ending, line = runs.refusal(
         *arguments(folder, tmp_path / "run"), change.format(both=folder / "both")
     )
-    assert (found, words in line, "\n" in line) == (code, True, False), line
+    assert (ending, words in line, "\n" in line) == (code, True, False), line
 
 
 def test_a_prepared_folder_is_a_path_like_any_other(folder, tmp_path, capsys):
@@ -324,9 +329,11 @@ def test_a_prepared_folder_is_a_path_like_any_other(folder, tmp_path, capsys):
         "--config.log.progress=false",
         "--config.eval.compare_xz=true",
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "tokenizer bytes+fim of 260 ids" in said and "source wiki: " in said and "xz -9: " in said
+        "tokenizer bytes+fim of 260 ids" in output
+        and "source wiki: " in output
+        and "xz -9: " in output
     )
 
 
@@ -367,8 +374,10 @@ def test_a_stage_that_the_run_never_reaches_is_told(folder, tmp_path):
 
 
 def test_counts_of_the_mixture_are_compared_between_processes(folder, tmp_path, monkeypatch):
-    """Each makes them of floats by itself, and one that rounds differently must be named and not
-    trained with."""
+    """Each process computes them from floats by itself.
+
+    A process that rounds differently must be named, and nothing may be trained.
+    """
     config = runs.configs.resolve(runs.load(folder, *arguments(folder, tmp_path)[3:]))
     data, facts = dataset.load_dataset(config.data, lambda line: None), []
     mesh = make_mesh({}, jax.devices()[:1])
@@ -399,8 +408,8 @@ def test_counts_of_the_mixture_are_compared_between_processes(folder, tmp_path, 
 
 def test_inspect_refuses_a_folder_prepared_again_with_another_tokenizer(tmp_path, capsys):
     rows = write_jsonl(tmp_path / "a.jsonl", texts(60))
-    given = ["--input", str(rows), "--workers=1", f"--output={tmp_path / 'data'}"]
-    runs.call("prepare", *given)
+    flags = ["--input", str(rows), "--workers=1", f"--output={tmp_path / 'data'}"]
+    runs.call("prepare", *flags)
     runs.call(
         "train",
         f"--config={runs.TINY}",
@@ -412,7 +421,7 @@ def test_inspect_refuses_a_folder_prepared_again_with_another_tokenizer(tmp_path
     )
     runs.call("inspect", f"--workdir={tmp_path / 'run'}", "--batch=1")
     shutil.rmtree(tmp_path / "data")
-    runs.call("prepare", *given, "--tokenizer=bpe:300")
+    runs.call("prepare", *flags, "--tokenizer=bpe:300")
     code, line = runs.refusal("inspect", f"--workdir={tmp_path / 'run'}", "--batch=1")
     assert code == 2 and "the text or its tokenizer has changed since the run" in line
 
@@ -425,10 +434,10 @@ def test_sources_of_other_names_are_another_run(tmp_path):
             for i, name in enumerate(names)
         ]
         runs.call("prepare", "--input", *inputs, "--workers=1", f"--output={tmp_path / names}")
-    found = [
+    contents = [
         dataset.load_dataset(
             runs.configs.Data(path=(str(tmp_path / names),)), lambda line: None
         ).content
         for names in ("ab", "cd")
     ]
-    assert found[0] != found[1]
+    assert contents[0] != contents[1]

@@ -1,5 +1,7 @@
-"""The rules of the mesh, the layouts they give, and the helpers that reshard; losses and
-gradients: test_mesh_matrix."""
+"""The rules of the mesh, the layouts that they give, and the helpers that reshard.
+
+Losses and gradients are in tests/run/test_mesh_matrix.py.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +21,7 @@ from gpt_jax.sharding.mesh import describe_places, find_unsharded, make_concrete
 
 
 def test_logits_equal_one_device(mesh):
-    """Without position and segment columns; the logits stay split over the vocabulary."""
+    """The batch has no position and segment columns. The logits stay split over the vocabulary."""
     model, tokens = make_model("gpt2"), make_columns("gpt2")["tokens"]
     apply = jax.jit(lambda p, b: Transformer(model).apply({"params": p}, b))
     plain = apply(random_params("gpt2"), {"tokens": tokens})
@@ -102,6 +104,7 @@ def test_spec_refuses_what_it_does_not_know():
         KeyError, match="batch"
     ):  # an activation's axis is no axis of a stored weight
         rules.make_spec(rules.STORED, ("batch", "mlp"))
+
     pair = rules.STORED | {"rows": ("data", "fsdp")}
     for table, axes in ((rules.STORED, ("mlp", "heads")), (pair, ("rows", "embed"))):
         with pytest.raises(ValueError, match="use a mesh axis twice"):
@@ -122,8 +125,10 @@ def test_make_mesh_counts_devices():
 
 
 def test_make_mesh_keeps_slices_together():
-    """Two slices of four: an axis across them steps from one to the other, all others stay
-    inside."""
+    """There are two slices of four devices.
+
+    An axis across them steps from one to the other, and all other axes stay inside.
+    """
     shape, devices = {"data": 2, "fsdp": 2, "tensor": 2}, jax.devices()[:8]
     grid = np.vectorize(lambda device: device.id)(
         make_mesh(shape, devices, {"data": 2}).devices
@@ -214,7 +219,7 @@ def test_to_devices_lays_rows_over_data_and_fsdp(shape, mesh):
     [([(4, 6), (6, 8)], slice(4, 8)), ([(4, 8), (4, 8)], slice(4, 8)), ([(0, 2), (4, 6)], None)],
 )
 def test_process_rows_are_contiguous_or_refused(held, wanted, mesh, monkeypatch):
-    """As a process sees it that owns only some of the devices."""
+    """A process is shown that owns only some of the devices."""
 
     class Fake:
         def __init__(self, mesh, spec):
@@ -238,7 +243,7 @@ def test_process_rows_are_contiguous_or_refused(held, wanted, mesh, monkeypatch)
 
 
 def test_lookup_over_a_sharded_vocabulary(mesh):
-    """Values and gradients; tokens of one row come from every shard, and some come many times."""
+    """Tokens of one row come from every shard, and some come many times."""
     rng, mesh = np.random.default_rng(2), mesh(1, 2, 4)
     table, weights = (np.float32(rng.standard_normal(shape)) for shape in ((16, 4), (8, 9, 4)))
     tokens = rng.integers(0, 16, (8, 9))
@@ -278,6 +283,7 @@ def test_reshape_and_local(mesh):
             (("batch", "seq", "heads"),),
             (("batch", "seq", "heads"), ("batch", "heads")),
         )(x)
+
         return split, doubled, *pair
 
     with jax.set_mesh(mesh(2, 2, 2)):
@@ -297,7 +303,7 @@ def test_reshape_and_local(mesh):
     "platform, dim, kept", [("gpu", 1, True), ("gpu", 0, False), ("cpu", 1, False)]
 )
 def test_gathered_weights_keep_their_layout_on_gpus(platform, dim, kept, mesh, monkeypatch):
-    """The shard's and its gradient's, where the dim that is gathered is not the outermost."""
+    """So does the gradient, where the dim that is gathered is not the outermost."""
     monkeypatch.setattr(layout, "platform", lambda: platform)
     grid, weight = mesh(fsdp=8), jnp.arange(64.0 * 16).reshape(64, 16)
     stored = P(*("fsdp" if i == dim else None for i in range(2)))
@@ -307,6 +313,7 @@ def test_gathered_weights_keep_their_layout_on_gpus(platform, dim, kept, mesh, m
         out_specs=P(),
         check_vma=False,
     )
+
     with jax.set_mesh(grid):
         placed = jax.device_put(weight, NamedSharding(grid, stored))
         both = jax.jit(jax.value_and_grad(lambda w: (gather(w) ** 2).sum()))

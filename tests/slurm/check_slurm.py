@@ -1,5 +1,7 @@
-"""A real SLURM of two nodes: submit, train on two tasks, preempt, requeue, resume. Not collected
-by itself: run by `launch/slurm_test.sh`, which makes that SLURM."""
+"""A real SLURM of two nodes: submit, train on two tasks, preempt, requeue, resume.
+
+pytest does not collect this file. launch/slurm_test.sh makes that SLURM and runs it.
+"""
 
 import os
 import subprocess
@@ -49,14 +51,16 @@ def until(reached, what: str) -> None:
 
 
 def again(job: str) -> None:
-    """Waits until the job is back from the queue. SLURM lets its old credentials run out first,
-    15 s as configured here."""
+    """Waits until the job is back from the queue.
+
+    SLURM first lets its old credentials run out, which takes 15 s as configured here.
+    """
     until(lambda: fact(job, "JobState") == "RUNNING", "start")
 
 
 @pytest.fixture
 def out():
-    """Where tasks write."""
+    """The file that tasks write to."""
     folder = Path(os.environ["GPT_JAX_SLURM"]) / "out"
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
@@ -74,8 +78,10 @@ STEPS = (
 
 
 def test_submitted_preempted_requeued_resumed(tmp_path, out):
-    """By a request to save, by a job that goes before, and by an operator; the losses of the run
-    that was never stopped."""
+    """A request to save, a job that goes before, and an operator interrupt it.
+
+    The losses are those of a run that was never stopped.
+    """
     given = runs.arguments(tmp_path, tmp_path / "job", *STEPS, "--config.train.steps=600")
     said = slurm(
         sys.executable,
@@ -135,6 +141,7 @@ def batch(out, *given) -> str:
         f'#!/bin/sh\nexport PYTHONPATH={runs.ROOT}\nexec {sys.executable} -m gpt_jax "$@"\n'
     )
     program.chmod(0o755)
+
     return slurm(
         "sbatch",
         "--parsable",
@@ -183,4 +190,5 @@ def test_a_killed_task_is_started_again_and_a_cancelled_job_is_not(tmp_path, out
         "a save at the end",
     )
     time.sleep(3)
+
     assert fact(job, "JobState") == "CANCELLED" and fact(job, "Restarts") == "1"

@@ -1,5 +1,7 @@
-"""What engines are given to do in tests: apart from them, so that a worker process need not
-import jax."""
+"""Tasks for engines in tests.
+
+They have a file of their own, so that a worker process need not import jax.
+"""
 
 import os
 import signal
@@ -14,8 +16,7 @@ def square(item: int, tick) -> int:
 
 
 def slowly(text: str) -> str:
-    """A filter that takes a millisecond, so that a job is still at work when a test sends its
-    signal."""
+    """A filter that takes a millisecond, so that a job still works when a test sends its signal."""
     time.sleep(0.001)
     return text
 
@@ -41,8 +42,7 @@ def die(item: int, tick) -> int:
 
 
 def native_threads(item: int, tick) -> int:
-    """Threads of this process after the tokenizers library has encoded something on as many as
-    it likes."""
+    """The number of threads that the tokenizers library starts to encode something."""
     import tokenizers
 
     library = tokenizers.Tokenizer(tokenizers.models.BPE())

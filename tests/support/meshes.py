@@ -1,5 +1,4 @@
-"""One tiny model of each kind, trained for a few steps without a mesh and on any mesh, for
-comparison."""
+"""A tiny model of each kind, trained for a few steps without a mesh and on any mesh."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -82,7 +81,10 @@ OPTIMIZERS = {
 
 
 def make_config(name: str, **knobs) -> config.Config:
-    """The resolved config of a model; `knobs` are of Model, Train and Optim's names."""
+    """The resolved config of a model.
+
+    `knobs` are fields of Model, Compute and Train, and `zero`.
+    """
 
     def of(kind):
         return {key: value for key, value in knobs.items() if key in kind.__dataclass_fields__}
@@ -103,7 +105,7 @@ def make_model(name: str, **knobs) -> config.Model:
 
 
 def random_params(name):
-    """Normal draws in numpy: the same on every mesh, and no zeros that would hide a wrong sum."""
+    """Normal draws in numpy. They are the same on every mesh, and no zero can hide a wrong sum."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: np.float32(0.2 * rng.standard_normal(x.shape)), abstract_params(make_model(name))
@@ -111,8 +113,10 @@ def random_params(name):
 
 
 def make_columns(name):
-    """Packed rows with segments and positions for some, plain ones for others; some rows learn
-    much, some little."""
+    """Rows of which some learn much and some little.
+
+    The models in PACKED have segments and positions.
+    """
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, VOCAB, (ROWS, LENGTH + 1))
     weight = (rng.random((ROWS, LENGTH)) < rng.random((ROWS, 1))).astype(np.float32)
@@ -181,6 +185,8 @@ def put(params, mesh, model):
 
 
 def close(ours, theirs, rel=1e-5, floor=0.0):
-    """To `rel` of the largest entry, or of `floor`: the key biases' gradient is zero but for
-    rounding."""
+    """Compares to `rel` of the largest entry, or of `floor`.
+
+    The gradient of the key biases needs a floor, because it is zero but for rounding.
+    """
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=rel * max(np.abs(theirs).max(), floor))

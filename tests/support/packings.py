@@ -21,7 +21,7 @@ COMPRESS = {
 
 
 def pack(raw: bytes, suffix: str) -> bytes:
-    """`raw` compressed in two frames, where the format has frames."""
+    """`raw` compressed in two frames, if the format has frames."""
     half = len(raw) // 2
     compress = COMPRESS[suffix]
     return compress(raw[:half]) + compress(raw[half:])

@@ -1,9 +1,8 @@
-"""The transformer in plain numpy and float64, a row and a head at a time: what the real one is
-compared with.
+"""The transformer in plain numpy and float64, a row and a head at a time, for comparison.
 
-It shares no code with gpt_jax: parameters come as the documented tree of paths, and rules are
-written as a textbook has them (rotation by complex numbers, frequencies by wavelength, masks as a
-function of two positions). Shapes: T sequence, D embed, H head_dim, V vocab.
+It shares no code with gpt_jax. Parameters come as the documented tree of paths. The rules are those
+of a textbook: rotation by complex numbers, frequencies by wavelength, masks as a function of two
+positions. Shapes: T sequence, D embed, H head_dim, V vocab.
 """
 
 import math
@@ -38,8 +37,9 @@ def np_cap(x, cap):
 
 
 def np_frequencies(model):
-    """By wavelength, as the Llama-3 reference code does it."""
-    rotating, found = int(model.head_dim * model.rope_fraction), []
+    """Rotary frequencies by wavelength, as in the reference code of Llama 3."""
+    rotating, frequencies = int(model.head_dim * model.rope_fraction), []
+
     for i in range(rotating // 2):
         frequency = 1 / model.rope_base ** (2 * i / rotating)
         if model.rope_scale_factor > 1:
@@ -51,12 +51,15 @@ def np_frequencies(model):
                     model.rope_scale_high - model.rope_scale_low
                 )
                 frequency = (1 - smooth) * frequency / model.rope_scale_factor + smooth * frequency
-        found.append(frequency)
-    return np.array(found)
+        frequencies.append(frequency)
+    return np.array(frequencies)
 
 
 def np_rotate(model, x, position):
-    """x [T, H]: channels i and i + R / 2 are one complex number, turned by position * frequency."""
+    """Rotates x [T, H].
+
+    Channels i and i + R / 2 are one complex number, which is turned by position * frequency.
+    """
     frequencies = np_frequencies(model)
     half = len(frequencies)
     turned = (x[:, :half] + 1j * x[:, half : 2 * half]) * np.exp(
@@ -72,7 +75,7 @@ def np_sinusoids(model, position):
 
 
 def np_qk(model, p, x, position):
-    """[T, H] after position and norm, in the configured order."""
+    """Queries or keys [T, H] after position and norm, in the order of the config."""
 
     def normed(x):
         return (
@@ -92,7 +95,7 @@ def np_qk(model, p, x, position):
 
 
 def np_attention(model, p, x, window, tokens, position, allowed):
-    """One row [T, D]; `allowed(t, s)` is the mask, `window` on top of it."""
+    """The attention of one row [T, D]. `allowed(t, s)` is the mask without the window."""
     q, k, v = (np_dense(p[name], x) for name in "qkv")
     if "value_embed" in p:
         strength = 3 / (1 + np.exp(-(x[:, : model.value_embed_gate] @ p["value_gate"]["kernel"])))

@@ -42,15 +42,15 @@ def write_jsonl(path: Path, rows) -> Path:
 
 
 def prepare(output: Path, *given, workers: int = 1) -> Path:
-    """The command in this process."""
+    """Runs the command in this process."""
     runs.call("prepare", f"--output={output}", f"--workers={workers}", *given)
     return output
 
 
 def refused(code: int, words: tuple[str, ...], *given) -> str:
-    """A call in this process that must end with `code` and one line holding all `words`."""
-    found, line = runs.refusal("prepare", "--workers=1", *given)
-    assert found == code, line
+    """Runs a command that must end with `code` and one line that holds all `words`."""
+    ending, line = runs.refusal("prepare", "--workers=1", *given)
+    assert ending == code, line
     assert line and "\n" not in line
     assert [word for word in words if word not in line] == [], line
     return line
@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def documents(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """{source: {side: texts}} as the tokens have them."""
+    """{source: {side: texts}}, decoded from the tokens."""
     opened = corpus.open_corpus(folder)
 
     def decoded(tokens) -> list[str]:

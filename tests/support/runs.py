@@ -1,4 +1,4 @@
-"""Runs for tests: a text, tiny configs, and the program in this process or in ones of its own."""
+"""Runs for tests: a text, tiny configs, and the program in this process or in others."""
 
 import json
 import os
@@ -35,8 +35,10 @@ SECONDS = 240  # after which a process counts as stuck; idle machines need a ten
 
 
 def write_text(path: Path, words: int = 4000, documents: int = 1) -> Path:
-    """About 5.5 characters a word from sixty words, so that a tiny model learns something;
-    .jsonl for documents."""
+    """Writes words from a lexicon of sixty, so that a tiny model learns something.
+
+    Several documents are lines of .jsonl.
+    """
     draw = random.Random(0)
     lexicon = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
     texts = [" ".join(draw.choices(lexicon, k=words // documents)) for _ in range(documents)]
@@ -47,7 +49,10 @@ def write_text(path: Path, words: int = 4000, documents: int = 1) -> Path:
 
 
 def arguments(folder: Path, workdir: Path, *overrides: str) -> list[str]:
-    """`train` on the text in `folder`, which is made when missing, and cached there."""
+    """The command line of `train` on the text in `folder`.
+
+    The text is made if it is missing, and its tokens are cached there.
+    """
     text = folder / "text.txt"
     if not text.exists():
         write_text(text)
@@ -64,12 +69,12 @@ def arguments(folder: Path, workdir: Path, *overrides: str) -> list[str]:
 
 def load(folder: Path, *overrides: str) -> configs.Config:
     """The Config that `arguments` stands for."""
-    given = [
+    flags = [
         text
         for text in arguments(folder, Path("unused"), *overrides)
         if text.startswith("--config.")
     ]
-    return config_file.load_config(TINY, given)
+    return config_file.load_config(TINY, flags)
 
 
 def build(config: configs.Config, data: int = 1, fsdp: int = 1, tensor: int = 1) -> run_parts.Parts:
@@ -82,24 +87,24 @@ def build(config: configs.Config, data: int = 1, fsdp: int = 1, tensor: int = 1)
 
 @contextmanager
 def own_signals():
-    """Gives this process its signal handlers back, whatever a run has put there."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    """Gives this process its signal handlers back after a run has changed them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        for number, handler in kept.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def run(parts: run_parts.Parts, workdir: Path, say=lambda line: None, profile=None):
-    """A run in this process."""
+    """Runs `parts` in this process."""
     workdir.mkdir(parents=True, exist_ok=True)
     with own_signals():
         return loop.run_training(parts, workdir, profile, say)
 
 
 def losses(parts: run_parts.Parts, steps: int = 20) -> list[float]:
-    """The training losses of the first steps, without all that a run does besides."""
+    """The training losses of the first steps, without evaluation, checkpoints and samples."""
     config, mesh, out = parts.config, parts.mesh, []
     size = config.train.batch_size
     stream = make_stream(parts.examples, size, rows.process_rows(mesh, size))
@@ -136,11 +141,11 @@ def heldout_loss(parts: run_parts.Parts, workdir: Path) -> float:
 
 
 def curve(workdir: Path, key: str = "train/loss") -> dict[int, float]:
-    """{step: value} of metrics.jsonl, in which no step may come twice or late."""
-    found = [row for row in read_jsonl(workdir / "metrics.jsonl") if key in row]
-    steps = [row["step"] for row in found]
+    """{step: value} of metrics.jsonl. Raises AssertionError if a step comes twice or late."""
+    lines = [row for row in read_jsonl(workdir / "metrics.jsonl") if key in row]
+    steps = [row["step"] for row in lines]
     assert steps == sorted(set(steps)), f"{key} is out of order in {workdir}: {steps}"
-    return {row["step"]: row[key] for row in found}
+    return {row["step"]: row[key] for row in lines}
 
 
 def restored(parts: run_parts.Parts, workdir: Path):
@@ -163,9 +168,9 @@ def by_path(tree) -> dict[str, np.ndarray]:
 
 
 def final_state(parts: run_parts.Parts, workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
-    """(step, every array of the newest checkpoint by path), optimiser state included."""
-    found = by_path(restored(parts, workdir))
-    return int(found[".step"]), found
+    """(step, every array of the newest checkpoint by path), with those of the optimiser."""
+    arrays = by_path(restored(parts, workdir))
+    return int(arrays[".step"]), arrays
 
 
 def differing(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
@@ -182,7 +187,7 @@ def differing(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
 
 
 def call(*given: str) -> str:
-    """The command line in this process. Raises Exit as the program would end."""
+    """Runs a command line in this process. Raises Exit as the program would end."""
     with own_signals():
         return commands.run([str(text) for text in given])
 
@@ -237,7 +242,7 @@ class Process:
             time.sleep(0.005)
 
     def end(self, code: int | None = None, seconds: float = SECONDS) -> int:
-        """Its exit code, asserted to be `code` if that is given."""
+        """Waits for the end and returns the exit code, which must be `code` if that is given."""
         try:
             found = self.popen.wait(seconds)
         except subprocess.TimeoutExpired:

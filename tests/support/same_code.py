@@ -43,18 +43,18 @@ def meaning(text: str, strings: bool = False) -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git says; raises CalledProcessError if it fails."""
+    """The output of git. Raises CalledProcessError if it fails."""
     return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def changed_files(revision: str, paths: list[str]) -> list[str]:
     """Tracked Python files that differ from those at `revision`, by their paths from the root."""
-    found = git("diff", "--name-only", "--no-renames", revision, "--", *paths).split("\n")
-    return [path for path in found if path.endswith(".py")]
+    names = git("diff", "--name-only", "--no-renames", revision, "--", *paths).split("\n")
+    return [path for path in names if path.endswith(".py")]
 
 
 def text_at(revision: str, path: str) -> str:
-    """A file at an earlier commit, empty if it was not there."""
+    """A file at an earlier commit, or "" if it was not there."""
     there = git("ls-tree", "--full-tree", revision, path)
     return git("show", f"{revision}:{path}") if there else ""
 

@@ -16,13 +16,13 @@ CLOCKS = ("time/", "throughput/")
 
 def measured(workdir: Path) -> dict[tuple[int, str], object]:
     """{(step, quantity): value} of a run, clocks left out."""
-    found = {}
+    values = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         for name, value in row.items():
             if name != "step" and not name.startswith(CLOCKS):
-                found[row["step"], name] = value
-    return found
+                values[row["step"], name] = value
+    return values
 
 
 def differences(before: dict, after: dict) -> list[str]:

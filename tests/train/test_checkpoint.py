@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, to the bit, whatever happened in between."""
+"""Checkpoints give back what was saved, to the bit, whatever happened in between."""
 
 import errno
 import json
@@ -32,7 +32,10 @@ def abstract(tree):
 
 
 def same(a, b) -> bool:
-    """Equal structure, dtypes, shapes and bytes (a NaN equals itself, -0 is not 0)."""
+    """Whether structure, dtypes, shapes and bytes are equal.
+
+    A NaN equals itself, and -0 is not 0.
+    """
 
     def bits(leaf):
         array = np.asarray(leaf)
@@ -499,7 +502,7 @@ def fill(folder, free_bytes):
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A file system of 4 MiB; where mounting is not allowed, None."""
+    """A file system of 4 MiB, or None if mounting is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
@@ -517,8 +520,10 @@ def tiny_disk(tmp_path):
 
 
 def check_failed_save(directory, caplog, capfd, saver, fail, cause):
-    """`fail()` makes the save of step 20 fail with `cause`; step 10 survives and step 20 can be
-    saved afterwards."""
+    """`fail()` makes the save of step 20 fail with `cause`.
+
+    Step 10 survives, and step 20 can be saved afterwards.
+    """
     with pytest.raises(SaveFailed) as error:
         fail()
     text = str(error.value)
@@ -604,7 +609,7 @@ directory = {directory!r}
 
 
 def child(directory, body, devices=1):
-    """A process of its own; `body` sees the names of this file."""
+    """Runs `body` in a process of its own. It sees the names of this file."""
     head = CHILD.format(
         folders=[str(ROOT / name) for name in ("", "tests/train", "tests/support")],
         devices=devices,

@@ -1,7 +1,8 @@
-"""Optimisers against plain numpy, stacked against separate, 8 devices against one.
+"""Optimisers against plain numpy, stacked against separate, and 8 devices against one.
 
-Run as a program, this file is the 8-device half of the comparison (its process needs its own
-device count)."""
+Run as a program, this file is the 8-device half of the comparison, because its process needs its
+own number of devices.
+"""
 
 import json
 import os
@@ -236,8 +237,7 @@ def test_stacked_is_each_layer_separately(name):
 
 
 def newton_schulz(g, iterations):
-    """One dense matrix [m, n], float64, no transposing: the polynomial applied to the singular
-    values."""
+    """The polynomial applied to the singular values of one dense matrix [m, n], in float64."""
     u, s, vt = np.linalg.svd(g.astype(np.float64), full_matrices=False)
     s = s / np.sqrt(np.sum(np.square(s)))
     for i in range(iterations):
@@ -412,8 +412,10 @@ def test_every_parameter_in_one_group_and_the_first_match_wins():
 
 
 def test_a_router_bias_has_a_rule_of_its_own():
-    """A step of balance_rate against the sign, whatever rate, decay and groups say; the clipping
-    norm does not hear of it."""
+    """It moves by balance_rate against the sign, whatever rate, decay and groups say.
+
+    The clipping norm does not count it.
+    """
     bias = {"blocks/0/mlp/router/bias": ((2, 4), None)}
     o = optim(
         clip=0.1,
@@ -533,8 +535,10 @@ def test_ema():
 
 
 def like_its_parameter(state, params) -> list[str]:
-    """Paths of state arrays that are cut otherwise than the parameter whose path they end with,
-    or of parameters that have no state."""
+    """Paths of state arrays that are cut otherwise than their parameter.
+
+    The paths of parameters without state are among them.
+    """
     wrong, seen, specs = (
         [],
         set(),

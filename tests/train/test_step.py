@@ -154,7 +154,7 @@ def test_gradient_is_that_of_the_weighted_mean():
     "accumulate, chunk", [(2, 0), (3, 0), (6, 0), (1, 2), (1, 8), (1, 1), (3, 4)]
 )
 def test_microbatches_and_chunks_equal_the_whole(accumulate, chunk):
-    """Rows carry from none to all of their tokens: a mean of means would be far off."""
+    """Rows learn from none to all of their tokens, so a mean of means would be far off."""
     smooth = replace(PLAIN, z_loss=0.1, label_smoothing=0.1)
     (grads, sums), (whole_grads, whole_sums) = (
         run(train) for train in (replace(smooth, accumulate=accumulate, loss_chunk=chunk), smooth)
@@ -210,8 +210,10 @@ def test_microbatches_draw_their_own_randomness():
 
 
 def test_train_step():
-    """Parameters move by the optimiser's rule on the mean gradient; the key is that of the run
-    and of the step."""
+    """Parameters move by the optimiser's rule on the mean gradient.
+
+    The key is that of the run and of the step.
+    """
     train, tx, key = replace(PLAIN, ema=0.75), optax.sgd(0.5, momentum=0.9), jax.random.key(4)
     step = jax.jit(partial(train_step, network=NETWORK, tx=tx, train=train))
     state = init_state(make_params(), tx, train)

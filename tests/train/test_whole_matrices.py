@@ -1,3 +1,5 @@
+"""Functions of whole matrices, on one device and on stacks that are cut over a mesh."""
+
 import math
 
 import jax
@@ -52,8 +54,10 @@ def test_axes_that_leave_a_device_fewer_matrices(count, sizes, wanted):
     ],
 )
 def test_every_matrix_is_whole_on_one_device(shape, mesh):
-    """Cubes of matrices come back right and laid out as before; no device has more than its
-    share to work on."""
+    """Stacks of matrices come back right and laid out as before.
+
+    No device has more than its share of the work.
+    """
     draw, seen = np.random.default_rng(0), []
     values = {
         name: draw.standard_normal(shape).astype(np.float32) for name, (shape, _) in STACKS.items()
@@ -87,11 +91,12 @@ def test_every_matrix_is_whole_on_one_device(shape, mesh):
 
 
 def test_one_device_takes_stacks_as_they_are(mesh):
-    """Without a mesh, and on one of one device, on which they are cut by their types alone."""
+    """There is no mesh, or one of a single device, on which stacks are cut by their types alone."""
     stacks = [np.ones((2, 3, 4), np.float32), np.ones((1, 4, 3), np.float32)]
     shapes = []
     assert len(on_whole_matrices(lambda x: shapes.append(x.shape) or x, stacks)) == 2
     assert shapes == [(2, 3, 4), (1, 4, 3)]
+
     grid = mesh()
     with jax.set_mesh(grid):
         stack = jax.device_put(
