@@ -92,8 +92,8 @@ def check_options(options: KubernetesOptions) -> None:
         )
     if options.tpu and options.nodes > 1:
         raise UsageError(
-            f"--nodes={options.nodes}: --tpu_topology={options.tpu} says how many machines there "
-            "are"
+            f"--nodes={options.nodes}: "
+            f"--tpu_topology={options.tpu} says how many machines there are"
         )
 
 

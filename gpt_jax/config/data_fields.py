@@ -63,8 +63,7 @@ class Data:
     tokenizer: str = knob(
         "",
         "bytes, char, bpe:VOCAB or a path, see docs/data.md. Empty means that of a prepared "
-        "folder, "
-        "or else bytes.",
+        "folder, or else bytes.",
     )
     packing: str = knob(
         "window",

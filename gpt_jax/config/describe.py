@@ -109,9 +109,9 @@ def _describe_property(spec: dataclasses.Field) -> dict:
     if "help" not in spec.metadata:
         return {}
     names = {"help": "description", "low": "minimum", "high": "maximum", "choices": "enum"}
-    found = {name: spec.metadata[key] for key, name in names.items()}
-    found["default"] = spec.default
-    known = {name: value for name, value in found.items() if value is not None}
+    values = {name: spec.metadata[key] for key, name in names.items()}
+    values["default"] = spec.default
+    known = {name: value for name, value in values.items() if value is not None}
     return {name: list(x) if isinstance(x, tuple) else x for name, x in known.items()}
 
 
@@ -123,8 +123,7 @@ def make_page() -> str:
         "This page is made from the dataclasses in `gpt_jax/config` by "
         "`gpt-jax train --describe_config=page`. Do not edit it by hand; a test compares them.",
         "A field is set by a flag such as `--config.optim.learning_rate=3e-4`. How configs and "
-        "overrides work is "
-        "told in [overriding](overriding.md).",
+        "overrides work is told in [overriding](overriding.md).",
     ]
     parts = {"config": [next(list_entries(Config))]}
     for name, kind in list_sections().items():

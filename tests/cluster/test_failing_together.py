@@ -150,8 +150,7 @@ def test_a_stop_before_the_loop_leaves_at_once(tmp_path, number):
     process.end(10)
     assert said(process) == [
         "gpt-jax: stopped on request before the first step, nothing to save; the same command "
-        "starts "
-        "again"
+        "starts again"
     ]
     assert "Traceback" not in process.err and not (tmp_path / "job/config.json").exists()
 

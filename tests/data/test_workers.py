@@ -199,8 +199,7 @@ def test_workers_end_with_their_parent(tmp_path):
     script.write_text(
         "import engine_tasks\nfrom gpt_jax.data.prepare.workers import ENGINES, Work\n\n"
         "if __name__ == '__main__':\n    list(ENGINES['local'](Work(engine_tasks.linger, [0, 1], "
-        "2, "
-        "lambda documents, size: print('at work', flush=True), str)))\n"
+        "2, lambda documents, size: print('at work', flush=True), str)))\n"
     )
     log = tmp_path / "log"
     with open(log, "wb") as out:

@@ -211,10 +211,8 @@ def test_a_run_says_how_often_each_source_is_seen(folder, tmp_path, capsys):
     output = capsys.readouterr().out
     for name in ("wiki", "books", "chat"):
         assert re.search(
-            rf"^source {name}: [\d.]+ epochs, [\d.]+% of the rows; best_fit rows: \d+ of 32 tokens "
-            r"an "
-            "epoch, "
-            rf"[\d.]+% filled",
+            rf"^source {name}: [\d.]+ epochs, [\d.]+% of the rows; "
+            r"best_fit rows: \d+ of 32 tokens an epoch, [\d.]+% filled",
             output,
             re.M,
         ), output
