@@ -93,8 +93,8 @@ def ask(place: Place, host: str, port: int, hello: dict, seconds: float) -> None
                 raise exit_of(answer["code"], answer["text"])
             if answer.get("say") == "go":
                 return
-            # Without an answer JAX has the port: that of this job, whose "go" was lost, or that of
-            # the job before, which will soon be gone.
+            # Without an answer JAX has the port. It is that of this job, whose "go" was lost, or
+            # that of the job before, which will soon be gone.
             if not answer:
                 silent_since = silent_since or now
                 if now - silent_since > LINGER_SECONDS:

@@ -23,7 +23,7 @@ class StopRequest:
     passed on as one.
 
     The processes agree on a number, and stop at it. The number counts how often they have asked,
-    not the training step. A step would not do: for a request that comes before the first question
+    not the training step. A step would not do. For a request that comes before the first question
     they agree on number 1, and a resumed run never reaches step 1 again.
     """
 

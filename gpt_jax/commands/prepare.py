@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
@@ -239,7 +240,8 @@ def make_settings(args: argparse.Namespace):
         raise UsageError(f"--{str(error).replace(' = ', '=', 1)}") from None
 
     names = [spec.name for spec in fields(PrepareSettings) if spec.name != "reading"]
-    values = {name: getattr(args, name) for name in names} | {"filters": tuple(args.filters)}
+    values: dict[str, Any] = {name: getattr(args, name) for name in names}
+    values["filters"] = tuple(args.filters)
     return PrepareSettings(**values, reading=reading)
 
 

@@ -102,8 +102,8 @@ def resolve_vocab(config: configs.Config) -> configs.Config:
 def make_job(config: configs.Config) -> PlanJob:
     """Traces the state of `config`, in 3 s for the largest presets.
 
-    Raises UsageError if the vocabulary has no size, if the fields of the model do not agree, or if
-    the model has more than MOST_LAYERS layers.
+    Raises UsageError if the vocabulary has no size, if fields of the model do not agree, or if
+    there are more than MOST_LAYERS layers.
     """
     if config.model.layers > MOST_LAYERS:
         raise UsageError(
@@ -151,11 +151,14 @@ def _describe_array(path: str, leaf) -> Array:
             axes += entry
 
     part = path.split("/")[0]
+    role = "layer"
+    stacked = False
     try:
         parameter = describe_parameter(path)
-        role, stacked = ROLES.get(parameter.role, "layer"), parameter.stacked
-    except KeyError:  # A counter, for instance, belongs to no parameter.
-        role, stacked = "layer", False
+        role = ROLES.get(parameter.role, "layer")
+        stacked = parameter.stacked
+    except KeyError:
+        pass  # A counter, for instance, belongs to no parameter.
 
     return Array(
         part=part if part in ("params", "opt", "ema") else "rest",

@@ -19,7 +19,7 @@ from gpt_jax.plan.topology import Topology
 # TPUs by the compiler's own cycles, and published runs stay below 0.8 of an H100's peak.
 EFFICIENCY = {"tpu": 0.85, "gpu": 0.75}
 # Parts of the bf16 peak for float32. By default XLA multiplies float32 in one pass of bfloat16 on a
-# TPU, and as TF32 on a GPU, whose peak is half (data sheets of H100, H200, B200).
+# TPU, and as TF32 on a GPU. The peak of TF32 is half (data sheets of H100, H200, B200).
 FLOAT32 = {"tpu": 1.0, "gpu": 0.5}
 # Parts of the peak that attention is assumed to reach, by kernel.
 ATTENTION = {

@@ -147,8 +147,9 @@ def _list_weight_flows(
 def _scatters(shape: dict[str, int], axes: tuple[str, ...], platform: str) -> bool:
     """Returns whether gradients are scattered over these axes.
 
-    libtpu 0.0.42 makes a sum of whole gradients and a cut out of two scatters: of one over all
-    devices, and of one in the stages of a pipeline. Every such program that was compiled had them.
+    libtpu 0.0.42 makes a sum of whole gradients and a cut out of two kinds of scatters. One is over
+    all devices, and one is in the stages of a pipeline. Every such program that was compiled had
+    them.
     """
     has_others = any(shape[axis] > 1 for axis in configs.AXES if axis not in axes)
     return platform != "tpu" or (has_others and shape["pipeline"] == 1)

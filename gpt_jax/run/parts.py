@@ -227,15 +227,14 @@ def make_steps(config: configs.Config, mesh) -> Steps:
             model.balance_rate,
         )
 
-        def store(params):
-            return params
-
         if config.mesh.zero == 1:
             tx = make_zero1(tx, partial(sharding.lay_out_like, like=like), sharding.gather_fsdp)
-            store = sharding.gather_fsdp
 
         def make_state():
-            return init_state(store(init_params(model, jax.random.key(seed))), tx, train)
+            params = init_params(model, jax.random.key(seed))
+            if config.mesh.zero == 1:
+                params = sharding.gather_fsdp(params)
+            return init_state(params, tx, train)
 
         def update(state, batch):
             # Initialisation has the seed's own key.

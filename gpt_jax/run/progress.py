@@ -45,8 +45,9 @@ UNSTEADY_STEPS = 10
 class Progress:
     """Writers, clock, and the numbers for the next line of the log.
 
-    - `start` is the step that the session starts from, and `end` the step after which it ends: the
-      last one of the config, or the one where a request stops the run.
+    - `start` is the step that the session starts from.
+    - `end` is the step after which it ends. That is the last one of the config, or the one where a
+      request stops the run.
     - `heldout` are the held-out batches by source. `shares(step)` is each source's part of the
       rows at a step.
     - `evaluated` is the last evaluation: its step and its metrics.
@@ -103,10 +104,10 @@ class Progress:
         steps = self.config.train.steps
         jsonl = JsonlWriter(self.workdir / "metrics.jsonl", resumed_at)
         if self.start < steps:
-            facts = describe_session(self.parts) | origin
+            facts = {**describe_session(self.parts), **origin}
             jsonl.write(self.start, make_session_row(self.history, facts))
 
-        writers = [jsonl]
+        writers: list = [jsonl]
         if log.tensorboard:
             writers.append(TensorBoardWriter(self.workdir / "tensorboard", resumed_at))
         return Writers([*writers, BarWriter(steps, self.start, log.progress)])

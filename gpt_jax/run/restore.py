@@ -26,7 +26,7 @@ class Loaded(NamedTuple):
     mesh: jax.sharding.Mesh
     directory: Path
     step: int
-    content: str  # digest of the text it was trained on, see data/cache.py
+    content: str  # digest of the text that it was trained on
 
 
 def pick_mesh(model: configs.Model, devices: int) -> jax.sharding.Mesh:
@@ -39,6 +39,7 @@ def pick_mesh(model: configs.Model, devices: int) -> jax.sharding.Mesh:
     return sharding.make_mesh({axis: devices}, jax.devices()[:devices])
 
 
+# A run may delete the newest checkpoint while it is read. Then the next newest one is tried.
 ATTEMPTS = 3
 
 
@@ -49,49 +50,50 @@ def load_model(
     devices: int = 0,
     ignore_miscompiles: bool = False,
 ) -> Loaded:
-    """The newest valid checkpoint at `path` (or its `step`), on `devices` devices of this job (0:
-    all).
+    """The newest valid checkpoint at `path`, or its `step`, on devices of this job.
 
-    Averaged weights are taken where the run kept them. Raises UsageError for a path or step that
-    is not there, NoCheckpoint for damage, and Miscompiled where the compiler is known to give wrong
-    results, unless `ignore_miscompiles`."""
+    `devices` is their number, where 0 means all. Averaged weights are taken if the run kept them.
+    Raises UsageError for a path or step that does not exist, and NoCheckpoint for damage. Raises
+    Miscompiled if the compiler is known to give wrong results, unless `ignore_miscompiles`.
+    """
     for line in check_miscompiles(jax.local_devices()[0], ignore_miscompiles):
         say(line)
-    for attempts in range(ATTEMPTS, 0, -1):
-        directory, found = resolve_checkpoint(path, step, say)
+
+    # Several processes would have to agree on another attempt in the middle of a collective read.
+    attempts = 1 if step or jax.process_count() > 1 else ATTEMPTS
+    for _ in range(attempts - 1):
+        directory, newest = resolve_checkpoint(path, step, say)
         try:
-            return _load(directory, found, say, devices)
+            return _load(directory, newest, say, devices)
         except (NoCheckpoint, UsageError):
-            # Several processes would have to agree on it in the middle of a collective read.
-            if (
-                jax.process_count() > 1
-                or step
-                or attempts == 1
-                or (directory / str(found) / MANIFEST).exists()
-            ):
+            if (directory / str(newest) / MANIFEST).exists():
                 raise
-            say(
-                f"step {found} of {directory} was deleted by its run meanwhile; taking the newest "
-                "again"
-            )
+        say(
+            f"step {newest} of {directory} was deleted by its run meanwhile; "
+            "taking the newest again"
+        )
+    return _load(*resolve_checkpoint(path, step, say), say, devices)
 
 
 def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) -> Loaded:
+    """Reads one step. Raises UsageError and NoCheckpoint."""
     meta = read_meta(directory, step)
     config = read_saved_config(meta)
-    count = devices or jax.device_count()
-    # Not the kernel of the run, which was chosen for the machine and the dropout of training.
     model = replace(config.model, dropout=0.0, attention_dropout=0.0)
-    name, reason = choose_kernel(
-        "auto",
-        make_problem(model, config.compute.dtype, config.train.seq_len, jax.default_backend()),
-    )
+
+    # The kernel of the run was chosen for that machine and for dropout, so another is chosen here.
+    backend = jax.default_backend()
+    problem = make_problem(model, config.compute.dtype, config.train.seq_len, backend)
+    name, reason = choose_kernel("auto", problem)
     compute = replace(config.compute, kernel=name, remat="none")
+
+    count = devices or jax.device_count()
     mesh = pick_mesh(model, count) if count > 1 else sharding.make_mesh({}, jax.local_devices()[:1])
     item = "ema" if config.train.ema else "params"
     with jax.set_mesh(mesh):
         abstract = sharding.make_concrete(abstract_params(model), mesh)
         params = restore_checkpoint(directory, step, {item: abstract})[item]
+
     settled = replace(config, model=model, compute=compute)
     weights = "averaged weights, " if config.train.ema else ""
     devices_text = format_count(mesh.size, f"{mesh.devices.flat[0].device_kind} device")

@@ -64,7 +64,7 @@ def use_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Ar
 def gather(shard: jax.Array, names: tuple[str, ...], dim: int, **to) -> jax.Array:
     """A weight made whole along `dim` over mesh axes, on each device. Call it in a shard_map."""
     # XLA wants the dim that a collective works on outermost. On GPUs it lays out the stack of all
-    # layers that way, which costs a float32 copy of the stack outside the layers' loop and one of
+    # layers that way. That costs a float32 copy of the stack outside the layers' loop, and one of
     # its gradients (moe:8x7b on 8 H200: 21 GiB). With the layout pinned to the stored one, XLA
     # transposes one layer at a time.
     if dim and habits().pin_layouts:

@@ -72,7 +72,8 @@ def process_rows(mesh: Mesh, batch_size: int) -> slice:
     """
     here = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((batch_size,))
     slices = sorted({index[0].indices(batch_size)[:2] for index in here.values() if index})
-    start, stop = slices[0][0], slices[-1][1]
+    start = slices[0][0]
+    stop = slices[-1][1]
     if any(end != begin for (_, end), (begin, _) in itertools.pairwise(slices)):
         raise UsageError(
             "config.mesh: this process's devices hold rows of the batch that are not contiguous; "

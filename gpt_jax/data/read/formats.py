@@ -1,9 +1,9 @@
 """The rows of one file, format by format.
 
-A format is a row of FORMATS. It has a generator of `Raw`, a function that makes a document's text
-of a decoded row, and the way in which a file can be cut. Lines end at byte 0A and nowhere else,
-never at U+2028 and its like. A row that cannot be read is a value (`Unreadable`), so that the rows
-after it can still be read.
+A format is a row of FORMATS. It has a generator of `Raw`, and a function that makes a document's
+text of a decoded row. It also says in which way a file can be cut. Lines end at byte 0A and nowhere
+else, never at U+2028 and its like. A row that cannot be read is a value (`Unreadable`), so that the
+rows after it can still be read.
 """
 
 import contextlib

@@ -3,8 +3,8 @@
 Examples come in blocks. Every block holds each source's share exactly, shuffled within the block.
 The n-th example of a source in the stream is the source's n-th row. So the stream keeps neither a
 shuffle buffer nor a count of past examples. The idea is that of Levanter's block-deterministic
-mixtures. Here, unlike there, a phase begins at exactly its example, because its blocks are counted
-from that example and a shorter block fills the gap before it.
+mixtures. Here, unlike there, a phase begins at exactly its example. Its blocks are counted from
+that example, and a shorter block fills the gap before it.
 """
 
 import functools

@@ -46,10 +46,11 @@ def random_below(limit: int, seed: int, index: np.ndarray) -> np.ndarray:
 def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
     """Where `index` goes in the permutation of [0, size) that belongs to (seed, epoch [N]).
 
-    `index` is int64 [N] in [0, size). A generalised Feistel network on pairs (left, right) with
-    index = left * wide + right is a bijection of [0, tall * wide), whatever it adds to a half.
-    Walking its cycle until the value falls below `size` restricts it to [0, size) (Black, Rogaway
-    2002). Hardly any value walks twice, because tall * wide exceeds `size` by less than `tall`.
+    `index` is int64 [N] in [0, size). With index = left * wide + right, a generalised Feistel
+    network on pairs (left, right) is a bijection of [0, tall * wide). What it adds to a half may be
+    anything. Walking its cycle until the value falls below `size` restricts it to [0, size) (Black,
+    Rogaway 2002). Hardly any value walks twice, because tall * wide exceeds `size` by less than
+    `tall`.
     """
     tall = np.uint64(math.isqrt(size - 1) + 1)
     wide = np.uint64(-(-size // int(tall)))

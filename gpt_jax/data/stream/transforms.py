@@ -61,7 +61,9 @@ def fill_in_the_middle(
             end = stop - int(eot is not None and ids[row, stop - 1] == eot)
             body = ids[row, start + 3 : end].copy()
             a, b = sorted((a % (len(body) + 1), b % (len(body) + 1)))
-            prefix, middle, suffix = body[:a], body[a:b], body[b:]
+            prefix = body[:a]
+            middle = body[a:b]
+            suffix = body[b:]
             if order < spm * 2.0**64:
                 parts = (pre, suf, suffix, mid, prefix)
             else:

@@ -9,8 +9,8 @@ et al. 2022, arXiv:2205.14135. Nothing of size [t, t] is stored.
 in the mesh's order (`sharding.token_order`). Causal order therefore leaves every device the same
 number of blocks.
 
-Shapes: c devices along the axis, T tokens of a row, t = T / c tokens of it on one device, M blocks
-of b tokens there. B batch, N heads, K kv heads, G = N / K, H head_dim.
+Shapes: c devices along the axis, T tokens of a row. A device has t = T / c of them, in M blocks of
+b tokens. B batch, N heads, K kv heads, G = N / K, H head_dim.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,8 @@
 The functions run on each device's own shard, and all mesh axes are manual. Choices and the index
 vectors `there` and `back` are explained in local_experts.py.
 
-Shapes: n tokens of this device, k choices of each, D embed, F mlp, E experts, p devices along the
-axis expert with E / p experts each, B rows of T tokens, C capacity.
+Shapes: n tokens of this device, k choices of each, p devices along the axis expert. B rows of T
+tokens, D embed, F mlp, E experts, of which a device has E / p, C capacity.
 """
 
 import math

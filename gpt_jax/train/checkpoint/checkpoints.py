@@ -54,7 +54,7 @@ def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -
     """(whether to save, next step at which to ask), `seconds` after step `since`.
 
     A question costs a broadcast that waits for the device. So the next one comes after a twentieth
-    of the period at the pace so far, or at the end of the period if that is sooner.
+    of the period at the pace so far, and at its end at the latest.
     """
     period = 60.0 * every_minutes
     if seconds >= period:

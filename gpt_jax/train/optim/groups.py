@@ -73,8 +73,8 @@ def leaves_by_path(params_like) -> dict[str, Any]:
 def groups_of(optim: config.Optim) -> dict[str, config.Group]:
     """Every group by label, in the order of `assign`'s indices.
 
-    They are the groups of the config and the default. A default Muon also has an AdamW of the same
-    rate, betas, eps and decay, which takes every parameter that is no matrix of a layer.
+    They are the groups of the config and the default. A default Muon also has an AdamW with the
+    same numbers, which takes every parameter that is no matrix of a layer.
     """
     fallback = {"default": optim.optimizer}
     if optim.optimizer == "muon":

@@ -20,7 +20,7 @@ from gpt_jax.train.optim.whole_matrices import on_whole_matrices
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932, algorithm 1). A row has the a, b, c of
 # a x + b x^3 + c x^5 for one iteration. The rows are the best polynomials in turn for singular
-# values from 1e-3 to 1. All but the last are slowed by the paper's safety factor of 1.01, so that
+# values from 1e-3 to 1. All but the last are slowed by the paper's safety factor of 1.01. So
 # rounding in bfloat16 cannot push a singular value out of the interval. Five iterations leave the
 # singular values within 0.85 to 1.13, six within 0.6 %. The last row converges cubically and
 # serves all later iterations.
