@@ -65,7 +65,6 @@ def _check_batch(checks: Checks, shape: dict) -> None:
     """Rows over the axes of the batch."""
     train = checks.config.train
     parts = math.prod(shape[axis] for axis in BATCH_AXES)
-    axes = f"pipeline x data x fsdp x expert = {parts} of the mesh"
 
     checks.need(
         train.batch_size % train.accumulate == 0,
@@ -80,12 +79,13 @@ def _check_batch(checks: Checks, shape: dict) -> None:
     checks.need(
         micro % parts == 0,
         "train.batch_size",
-        f"gives {micro} rows a microbatch, which must be divisible by {axes}; {way_out}",
+        f"gives {micro} rows a microbatch, which must be divisible by pipeline x data x fsdp x "
+        f"expert = {parts} of the mesh; {way_out}",
     )
     checks.need(
         checks.config.eval.batch_size % parts == 0,
         "eval.batch_size",
-        f"must be divisible by {axes}",
+        f"must be divisible by pipeline x data x fsdp x expert = {parts} of the mesh",
     )
 
 

@@ -440,7 +440,7 @@ def test_a_finished_folder_is_looked_at_again(folder, capsys):
     refused(20, ("train-00000.tokens",), f"--verify={out}")
     with pytest.raises(SystemExit):
         runs.call("prepare", "--help")
-    assert "content is checked by --verify" in " ".join(capsys.readouterr().out.split())
+    assert "--verify checks their content" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_is_left_of_a_finished_call_is_removed_under_the_lock(folder, monkeypatch):
