@@ -53,6 +53,16 @@ def complain(line: str) -> None:
         mute("stderr")
 
 
+def install_command(package: str) -> str:
+    """The command that installs a package into this Python's environment, whatever the folder.
+
+    launch/environment.sh leaves the versions that it took in the environment. They hold here too.
+    """
+    versions = os.path.join(sys.prefix, "constraints.txt")
+    constraint = f" -c {versions}" if os.path.exists(versions) else ""
+    return f"{sys.executable} -m pip install{constraint} '{package}'"
+
+
 def restart_seconds(restarts: int) -> int:
     """Seconds to wait before restart number `restarts`, counted from 0."""
     first, most = RESTART_SECONDS

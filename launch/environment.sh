@@ -17,12 +17,20 @@ make_environment() {
         echo "gpt-jax needs Python 3.11 or newer as '$python'; install it or set PYTHON=/path/to/python3" >&2
         exit 2
     fi
-    exec 9>"$root/.venv.lock" # Of two launches at once, one installs and the other waits.
-    flock 9
     local stamp wanted constraints
     constraints=$(choose_constraints "$root" "$python")
     stamp=$venv/installed${extra:+-$extra}
     wanted=$(cat "$root/pyproject.toml" "$constraints" | cksum)
+    # What is installed needs no lock, so that people who may only read the checkout can run it.
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    if [ ! -w "$root" ]; then
+        echo "gpt-jax: $venv is not installed, and $root cannot be written; clone the repository to a folder of yours" >&2
+        exit 2
+    fi
+    exec 9>"$root/.venv.lock" # Of two launches at once, one installs and the other waits.
+    flock 9
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "gpt-jax: installing into $venv (once, about a minute)" >&2
         "$python" -m venv "$venv" || {

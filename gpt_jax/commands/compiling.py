@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, install_command
 
 # What the compilers read from the environment when they are loaded. The last variable lets several
 # plans run at once.
@@ -18,21 +18,21 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# platform -> (modules that must be installed, the extra that brings them)
+# platform -> (modules that must be installed, the package that brings them)
 COMPILERS = {
-    "tpu": (("libtpu",), "plan"),
-    "gpu": (("jax_plugins.xla_cuda13", "nvidia"), "plan-gpu"),
+    "tpu": (("libtpu",), "libtpu"),
+    "gpu": (("jax_plugins.xla_cuda13", "nvidia"), "jax[cuda13]"),
 }
 
 
 def need_compiler(topology) -> None:
     """Raises UsageError if the compiler for a machine is not installed, or cannot describe it."""
-    modules, extra = COMPILERS[topology.chip.platform]
+    modules, package = COMPILERS[topology.chip.platform]
     missing = [name for name in modules if not is_installed(name)]
     if missing:
         raise UsageError(
             f"--compile: {topology.name} needs {missing[0]}, which is not installed: "
-            f"pip install 'gpt_jax[{extra}]'"
+            f"{install_command(package)}"
         )
     if topology.name == "v4":
         raise UsageError(

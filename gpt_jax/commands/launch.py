@@ -15,7 +15,7 @@ from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
 from gpt_jax.commands.runtime import MOST_CPU_DEVICES, check_runtime
 from gpt_jax.data import EMPTY_PATHS
-from gpt_jax.errors import Exit, UsageError, complain
+from gpt_jax.errors import Exit, UsageError, complain, install_command
 
 LAUNCHERS = {
     "local": "several processes on this machine, restarted where that helps",
@@ -269,7 +269,7 @@ def submit(command: list[str], shape, extra: dict[str, str], logs: str) -> None:
         import submitit
     except ImportError:
         raise UsageError(
-            "gpt-jax launch slurm: needs submitit: pip install 'gpt_jax[slurm]'; "
+            f"gpt-jax launch slurm: needs the package submitit; {install_command('submitit')}; "
             "or submit launch/slurm.sbatch"
         ) from None
     folder = make_logs(logs)

@@ -13,6 +13,7 @@ from gpt_jax.cluster import code_version, format_start_line, tell_problems
 from gpt_jax.commands.config_file import (
     DescribeConfig,
     PrintSchema,
+    describe_overrides,
     load_config,
     local_workdir,
 )
@@ -61,7 +62,10 @@ def main(arguments: list[str]) -> None:
     say = make_say(sys.stdout)
     parts = build(config, say)
     say_start(parts.mesh)
-    origin = {"command": shlex.join(["gpt-jax", "train", *arguments]), "preset": shlex.join(rest)}
+    origin = {
+        "command": shlex.join(["gpt-jax", "train", *arguments]),
+        "preset": describe_overrides(args.config, rest),
+    }
     run_training(parts, workdir, profile, say, origin)
 
 

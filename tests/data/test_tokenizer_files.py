@@ -246,7 +246,7 @@ def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     (tmp_path / "a.model").write_bytes(b"any")
     with pytest.raises(
-        UsageError, match=r"a.model: needs the .* package; pip install 'gpt_jax\[sentencepiece\]'"
+        UsageError, match=r"a.model: needs the package sentencepiece; .* -m pip install"
     ):
         tk.read_tokenizer(str(tmp_path / "a.model"))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, install_command
 
 # ---- duplicates ----
 
@@ -62,7 +62,7 @@ def _blank_minhash(permutations: int):
         from datasketch import MinHash
     except ImportError:
         raise UsageError(
-            "near-duplicates: need the package datasketch; pip install 'gpt_jax[dedup]'"
+            f"near-duplicates: need the package datasketch; {install_command('datasketch')}"
         ) from None
     return MinHash(permutations, seed=1, scheme="affine32", hashfunc=int)
 

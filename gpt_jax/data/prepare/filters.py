@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, install_command
 from gpt_jax.files import digest_file, digest_json
 
 Apply = Callable[[str], str | None]
@@ -91,7 +91,7 @@ def _load_identifier():
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
         raise UsageError(
-            "--filters=language: needs the package py3langid; pip install 'gpt_jax[filters]'"
+            f"--filters=language: needs the package py3langid; {install_command('py3langid')}"
         ) from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
 
-from gpt_jax.errors import Exit, PeerFailed, UsageError
+from gpt_jax.errors import Exit, PeerFailed, UsageError, install_command
 
 Tick = Callable[[int, int], None]
 
@@ -225,7 +225,7 @@ def _join_ray(work: Work):
         import ray.exceptions
     except ImportError:
         raise UsageError(
-            "--engine=ray: needs the package ray; pip install 'gpt_jax[ray]', or use --engine=local"
+            f"--engine=ray: needs the package ray; {install_command('ray')}, or use --engine=local"
         ) from None
 
     cpus = work.workers if work.address == "local" else None

@@ -26,7 +26,7 @@ from gpt_jax.data.read.decoding import (
 )
 from gpt_jax.data.read.formats import BY_ARROW, TEXTS, format_of
 from gpt_jax.data.read.sources import Source, format_and_packing
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, install_command
 
 __all__ = [
     "Document",
@@ -108,7 +108,8 @@ def _damage(source: Source) -> Iterator[None]:
         yield
     except ImportError as error:
         raise UsageError(
-            f"{source.path}: reading it needs a package; pip install {error.name}"
+            f"{source.path}: reading it needs the package {error.name}; "
+            f"{install_command(error.name or '')}"
         ) from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise Damaged(f"{torn}: {plain(error)}") from None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from gpt_jax.data.read.decoding import Piece, Raw, Reading, Unreadable, field_text
 from gpt_jax.data.read.sources import HUB
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, install_command
 from gpt_jax.files import digest_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -65,7 +65,7 @@ def _library(path: str) -> Iterator[None]:
         if error.name not in ("datasets", "huggingface_hub"):
             raise UsageError(f"{path}: {error}") from None
         raise UsageError(
-            f"{path}: needs the package {error.name}; pip install 'gpt_jax[hf]'"
+            f"{path}: needs the package {error.name}; {install_command(error.name)}"
         ) from None
     except Exception as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None

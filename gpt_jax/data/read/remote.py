@@ -13,7 +13,7 @@ from typing import BinaryIO
 import fsspec
 from fsspec.core import url_to_fs
 
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, install_command
 
 # The package that fsspec needs for a protocol.
 PACKAGES = {
@@ -48,7 +48,7 @@ def reaching(url: str) -> Iterator[None]:
         way = f"needs a package: {error}"
         if protocol in PACKAGES:
             package = PACKAGES[protocol]
-            way = f"needs the package {package}; pip install {package}"
+            way = f"needs the package {package}; {install_command(package)}"
         raise UsageError(f"{url}: {protocol}:// {way}") from None
     except ValueError as error:
         raise UsageError(

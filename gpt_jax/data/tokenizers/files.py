@@ -28,7 +28,7 @@ from gpt_jax.data.tokenizers.bpe import (
     make_json_tokenizer,
 )
 from gpt_jax.data.tokenizers.vocabulary import EOT, EOT_NAMES, FIM_TOKENS, Tokenizer
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, install_command
 
 # The character that spells each byte.
 LETTERS = {byte: letter for letter, byte in make_byte_alphabet().items()}
@@ -195,8 +195,7 @@ def _load_sentencepiece(content: str, name: str):
         import sentencepiece
     except ImportError:
         raise UsageError(
-            f"tokenizer {name}: needs the sentencepiece package; "
-            "pip install 'gpt_jax[sentencepiece]'"
+            f"tokenizer {name}: needs the package sentencepiece; {install_command('sentencepiece')}"
         ) from None
     try:
         model = sentencepiece.SentencePieceProcessor()
