@@ -50,9 +50,8 @@ def apply_in_text_order(
 
     It is for functions other than attention that look along a row.
     """
-    if rules.count_parts(seq) == 1:
-        return fn(x)
-
+    # Rows are named whole also where the axis has one device, because JAX refuses a sum along a
+    # dim that any axis is laid over.
     rows = layout.constrain(x, batch, *(None,) * (x.ndim - 1))
     return layout.constrain(reorder(fn(reorder(rows, back=True))), batch, seq, *rest)
 

@@ -3,6 +3,7 @@
 Losses and gradients are in tests/run/test_mesh_matrix.py.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 from meshes import BATCH, FSDP, ROWS, close, make_columns, make_model, put, random_params
 
+from gpt_jax.config import find_habits
 from gpt_jax.errors import UsageError
 from gpt_jax.model.layers.embed import lookup
 from gpt_jax.model.transformer import Transformer, abstract_params, init_params
@@ -45,6 +47,21 @@ def test_fresh_parameters_are_the_same_on_every_mesh(mesh):
             lambda x: x.sharding.spec, abstract_params(model)
         )
     jax.tree.map(partial(close, rel=1e-6), ours, plain)
+
+
+@pytest.mark.parametrize("shape", [dict(data=2), dict(context=2, data=2)])
+def test_sums_along_rows_are_those_of_whole_rows(shape):
+    """A running sum, as prefixes need it, also where the axis context has one device."""
+    ar = np.random.default_rng(0).integers(0, 2, (4, 8))
+    mesh = make_mesh(shape, jax.devices()[: math.prod(shape.values())])
+
+    def sum_up(x):
+        return placing.apply_in_text_order(partial(jnp.cumsum, axis=1), x, "batch", "seq")
+
+    with jax.set_mesh(mesh):
+        ours = jax.jit(sum_up)(placing.to_devices(mesh, {"ar": ar}, 4)["ar"])
+    order = placing.token_order(8, mesh.shape["context"])
+    np.testing.assert_array_equal(ours, ar.cumsum(1)[:, order])
 
 
 # ---- layouts -------------------------------------------------------------------------------------
@@ -304,7 +321,7 @@ def test_reshape_and_local(mesh):
 )
 def test_gathered_weights_keep_their_layout_on_gpus(platform, dim, kept, mesh, monkeypatch):
     """So does the gradient, where the dim that is gathered is not the outermost."""
-    monkeypatch.setattr(layout, "platform", lambda: platform)
+    monkeypatch.setattr(layout, "habits", lambda: find_habits(platform))
     grid, weight = mesh(fsdp=8), jnp.arange(64.0 * 16).reshape(64, 16)
     stored = P(*("fsdp" if i == dim else None for i in range(2)))
     gather = jax.shard_map(
