@@ -60,6 +60,26 @@ def _check_weights(checks: Checks, shape: dict) -> None:
         f"fsdp x expert x context = {split} of the mesh (value_embed)",
     )
 
+    _check_unroll(checks, split, shape["pipeline"])
+
+
+def _check_unroll(checks: Checks, split: int, stages: int) -> None:
+    """A loop over layers whose weights are gathered over `split` devices.
+
+    JAX 0.10 has no gradient of it where it is unrolled in part and keeps those weights. Stages of a
+    pipeline gather them in another way.
+    """
+    compute = checks.config.compute
+    repeats = layout(layer_specs(checks.config.model)).repeats
+    is_partial = 1 < compute.unroll < repeats
+    checks.need(
+        not is_partial or split == 1 or stages > 1 or compute.remat != "none",
+        "compute.unroll",
+        f"unrolls {repeats} repeats in part, and JAX 0.10 has no gradient of that where "
+        f"fsdp x expert x context = {split} of the mesh gather weights; set 1 or 0, or "
+        "config.compute.remat",
+    )
+
 
 def _check_batch(checks: Checks, shape: dict) -> None:
     """Rows over the axes of the batch."""

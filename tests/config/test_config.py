@@ -439,6 +439,11 @@ MOE = dict(pattern=(("attention", "moe"),))
             ("config.train.seq_len = 255",),
         ),
         (
+            dict(fsdp=4),
+            dict(compute=dict(unroll=2)),
+            ("config.compute.unroll = 2", "4 repeats", "= 4 of the mesh"),
+        ),
+        (
             dict(expert=8),
             dict(model=dict(experts=12) | MOE),
             ("config.model.experts = 12", "config.mesh.expert = 8"),
