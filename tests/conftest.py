@@ -14,6 +14,7 @@ import jax
 import jaxlib
 import pytest
 
+from gpt_jax.commands.environment import keep_order, keep_threads
 from gpt_jax.sharding.mesh import make_mesh
 
 OWNER = "PYTEST_XDIST_WORKER" not in os.environ
@@ -31,11 +32,18 @@ if OWNER:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *FAST_COMPILER])
+    keep_order()
 
-# Not in the environment, because a process that a test starts chooses its own number.
+# As the commands do where CPU devices talk to each other (commands/runtime.py). With one thread a
+# device all threads can end up waiting in different collectives, for ever. Nothing of this stays in
+# the environment, because a process that a test starts chooses its own numbers.
 jax.config.update("jax_num_cpu_devices", 8)
-# As the commands do where CPU devices talk to each other (commands/runtime.py).
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+IS_SET = "PJRT_NPROC" in os.environ
+keep_threads(8)
+jax.devices()
+if not IS_SET:
+    del os.environ["PJRT_NPROC"]
 
 
 def pytest_unconfigure(config):

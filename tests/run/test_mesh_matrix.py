@@ -5,7 +5,6 @@ The reference of every comparison runs without a mesh, in one microbatch, with a
 """
 
 import math
-import os
 
 import jax
 import numpy as np
@@ -53,10 +52,6 @@ CASES = [  # model, mesh, knobs, optimiser
     ("bias", dict(expert=4, data=2), {}),
     ("bias", dict(fsdp=4, tensor=2), dict(accumulate=4)),
 ]
-# The old fusion emitters (tests/conftest.py) make a program of this case that never ends. Some
-# devices wait for others in an all-reduce, while those wait for them in an all-gather.
-WAITS = ("gpt2", "pipeline", "adafactor")
-OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 
 # Of gradients, parts of a leaf's largest entry, by model, whether a kernel is named and whether the
 # leaf is one entry, a sum over all tokens whose parts cancel. The worst that were seen: with
@@ -81,14 +76,6 @@ NAMES = [
 ]
 
 
-def choose_emitters(name, shape, optimizer) -> dict | None:
-    """Compiler options: the default emitters for the case that never ends with the old ones."""
-    waits = WAITS[0] == name and WAITS[1] in shape and WAITS[2] == optimizer
-    if waits and OLD_EMITTERS in os.environ["XLA_FLAGS"]:
-        return {"xla_cpu_use_fusion_emitters": True}
-    return None
-
-
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_mesh_equals_one_device(case):
     name, shape, knobs, optimizer = (*case, "adamw")[:4]
@@ -102,7 +89,6 @@ def test_mesh_equals_one_device(case):
             lambda p: put(p, mesh, settings.model),
             settings,
             optimizer,
-            choose_emitters(name, shape, optimizer),
         )
         specs = jax.tree.map(lambda x: x.sharding.spec, abstract_params(settings.model))
     plain_sums, plain_first, plain_params = alone(name, optimizer)

@@ -142,7 +142,7 @@ def remember() -> optax.GradientTransformation:
     )
 
 
-def run(name, columns, place, settings, optimizer="adamw", compiler_options=None):
+def run(name, columns, place, settings, optimizer="adamw"):
     """Per-step metrics of STEPS updates, the first gradient and the last state."""
     model, train, key = settings.model, settings.train, jax.random.key(3)
     like = abstract_params(model)
@@ -157,8 +157,7 @@ def run(name, columns, place, settings, optimizer="adamw", compiler_options=None
     step = jax.jit(
         partial(
             train_step, network=run_parts.make_network(model, settings.compute), tx=tx, train=train
-        ),
-        compiler_options=compiler_options,
+        )
     )
     sums, first = [], None
     for _ in range(STEPS):
