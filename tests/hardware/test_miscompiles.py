@@ -120,6 +120,27 @@ def test_what_passed_is_remembered_and_what_failed_is_not(tmp_path, monkeypatch)
     assert len(seen) == 5 and len(list(folder.iterdir())) == 1
 
 
+def test_a_second_start_compiles_nothing(tmp_path):
+    """Where gpt_jax is imported first, as the commands do."""
+    program = f"""
+import gpt_jax, jax
+from gpt_jax.hardware import check_miscompiles
+compiled = []
+def listen(event, seconds, **_):
+    compiled.append(event) if "backend_compile" in event else None
+jax.monitoring.register_event_duration_secs_listener(listen)
+for _ in range(2):
+    jax.clear_caches()
+    check_miscompiles(jax.devices()[0], False, {str(tmp_path)!r})
+    print(len(compiled))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    first, second = map(int, done.stdout.split())
+    assert 0 < first == second
+
+
 def test_another_platform_is_not_looked_at(monkeypatch, tmp_path):
     row = make_fault([])._replace(platforms=("gpu", "tpu"))
     monkeypatch.setattr(miscompiles, "MISCOMPILES", (row,))
