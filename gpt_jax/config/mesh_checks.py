@@ -200,7 +200,15 @@ def _check_stage_layers(checks: Checks, stages: int) -> None:
     model = checks.config.model
     plan = layout(layer_specs(model))
     period = len(plan.period)
-    parts = stages * checks.config.compute.pipeline_rounds
+    rounds = checks.config.compute.pipeline_rounds
+    parts = stages * rounds
+    # Rounds do nothing without a pipeline, so one stage is no way out for them.
+    fewer = [
+        size
+        for size in range(1 if rounds == 1 else 2, stages)
+        if stages % size == 0 and plan.repeats % (size * rounds) == 0
+    ]
+    other = f"config.mesh.pipeline={fewer[-1]}" if fewer else "config.compute.pipeline_rounds=1"
 
     checks.need(
         stages <= model.layers,
@@ -214,7 +222,7 @@ def _check_stage_layers(checks: Checks, stages: int) -> None:
         f"gives {plan.repeats} repeats of {repeated}, which must be divisible by "
         f"config.mesh.pipeline x config.compute.pipeline_rounds = {parts}; "
         f"try {round_up(plan.repeats, parts) * period} layers "
-        f"or config.mesh.pipeline={math.gcd(plan.repeats, stages)}",
+        f"or {other}",
     )
 
 

@@ -472,7 +472,7 @@ MOE = dict(pattern=(("attention", "moe"),))
         (
             dict(pipeline=2),
             dict(compute=dict(pipeline_rounds=4)),
-            ("config.model.layers = 4", "= 8"),
+            ("config.model.layers = 4", "= 8", "or config.compute.pipeline_rounds=1"),
         ),
         (
             dict(pipeline=4),
