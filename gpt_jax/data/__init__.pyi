@@ -9,6 +9,7 @@ from .read.sources import EMPTY_PATHS as EMPTY_PATHS
 from .stream.batches import (
     EvalBatches as EvalBatches,
     Examples as Examples,
+    Stream as Stream,
     check_sizes as check_sizes,
     make_eval_batches as make_eval_batches,
     make_examples as make_examples,

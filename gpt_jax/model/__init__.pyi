@@ -6,6 +6,7 @@ from .attention.kernels import (
 )
 from .count import count_params as count_params
 from .experts.local_experts import choose_block_rows as choose_block_rows
+from .kv_cache import make_cache as make_cache
 from .layers.mlp import FFNS as FFNS
 from .parameters import (
     MULTIPLIED as MULTIPLIED,
@@ -16,5 +17,4 @@ from .transformer import (
     Transformer as Transformer,
     abstract_params as abstract_params,
     init_params as init_params,
-    make_cache as make_cache,
 )

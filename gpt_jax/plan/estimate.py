@@ -81,8 +81,8 @@ def estimate_job(job: PlanJob, topology: Topology) -> Estimate:
     if shape is None:
         raise UsageError(problems[0])
 
-    across = configs.cross_slice(config.mesh)
     if topology.chip.platform == "tpu":
+        across = configs.cross_slice(config.mesh)
         slices_problem = configs.slices_problem(across, topology.slices)
         if slices_problem:
             problems = [slices_problem, *problems]
@@ -93,11 +93,7 @@ def estimate_job(job: PlanJob, topology: Topology) -> Estimate:
         problems = [*problems, str(error)]
 
     here = split_microbatch(job, shape)
-    habits = configs.find_habits(topology.chip.platform, topology.chip.kind)
-    flows = [
-        (flow, find_link(topology, shape, across, flow.axis))
-        for flow in list_flows(job, shape, topology.chip.platform, not habits.ragged_exchange)
-    ]
+    flows = _route_flows(job, topology, shape)
     hidden = _sum_flows(flows, is_hidden=True)
     open_ = _sum_flows(flows, is_hidden=False)
 
@@ -127,6 +123,19 @@ def estimate_job(job: PlanJob, topology: Topology) -> Estimate:
         fits=memory.peak <= topology.chip.memory,
         problems=tuple(problems),
     )
+
+
+def _route_flows(
+    job: PlanJob, topology: Topology, shape: dict[str, int]
+) -> list[tuple[Flow, Link]]:
+    """Returns what the devices send each other, with the link that it takes."""
+    chip = topology.chip
+    is_padded = not configs.find_habits(chip.platform, chip.kind).ragged_exchange
+    across = configs.cross_slice(job.config.mesh)
+    return [
+        (flow, find_link(topology, shape, across, flow.axis))
+        for flow in list_flows(job, shape, chip.platform, is_padded)
+    ]
 
 
 def _sum_flows(flows: list[tuple[Flow, Link]], is_hidden: bool) -> dict[str, float]:

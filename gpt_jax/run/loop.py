@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.cluster import StopRequest, agree_on, is_peer_gone, watchdog
-from gpt_jax.data import EvalBatches, make_eval_batches, make_stream
+from gpt_jax.data import EvalBatches, Stream, make_eval_batches, make_stream
 from gpt_jax.errors import Stopped, UsageError
 from gpt_jax.evals import (
     average_by_source,
@@ -36,7 +37,7 @@ from gpt_jax.run.lock import only_run
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.progress import Progress
 from gpt_jax.run.resume import start_state, state_items
-from gpt_jax.train import CHECKPOINT_FOLDER, TrainState, open_checkpoints
+from gpt_jax.train import CHECKPOINT_FOLDER, Checkpoints, TrainState, open_checkpoints
 
 # The samples at the end of a run, prompts in turn.
 LAST_SAMPLES = 3
@@ -58,51 +59,15 @@ def run_training(
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    config = parts.config
-    train = config.train
     for note in parts.notes:
         say(note)
 
-    with jax.set_mesh(parts.mesh), watchdog(train.hang_minutes) as beat, ExitStack() as closing:
-        closing.enter_context(only_run(workdir, say))
-        stop = StopRequest()
-        closing.callback(stop.close)
-        checkpoints = open_checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint, say)
-        # A save in flight would wait for a peer that has left.
-        closing.push(
-            lambda kind, error, trace: None if is_peer_gone(error) else checkpoints.close()
-        )
-        start = checkpoints.latest or 0
-        check_profile(profile, start)
-
-        rows = sharding.process_rows(parts.mesh, train.batch_size)
-        stream = make_stream(parts.examples, train.batch_size, rows, start, train.steps)
-        closing.callback(stream.close)
-        heldout = heldout_batches(parts)
-        state, changed = start_state(parts, checkpoints, say)
-        if jax.process_index() == 0:
-            save_file(workdir / "config.json", configs.to_json(config).encode())
-
-        progress = Progress(
-            parts,
-            workdir,
-            start,
-            checkpoints.latest is not None,
-            beat,
-            heldout,
-            stream.shares,
-            say,
-            {**origin, "changed": ", ".join(changed)},
-        )
-        closing.callback(progress.writers.close)
-        if start < train.steps and jax.process_index() == 0:
-            # `conclude` would take the report of an earlier stop for that of the end.
-            (workdir / "report.html").unlink(missing_ok=True)
-        say(progress.peak.line)
-        for line in stream.summary:
-            say(line)
-
-        for step in range(start + 1, train.steps + 1):
+    steps = parts.config.train.steps
+    hang_minutes = parts.config.train.hang_minutes
+    with jax.set_mesh(parts.mesh), watchdog(hang_minutes) as beat, ExitStack() as closing:
+        session = begin(parts, workdir, profile, say, origin, beat, closing)
+        progress, checkpoints, stream, stop, state = session
+        for step in range(progress.start + 1, steps + 1):
             with progress.clock.phase("data", blocked=True):
                 columns = next(stream)
             state = one_step(progress, state, step, columns, profile)
@@ -111,6 +76,58 @@ def run_training(
             follow_step(progress, checkpoints, state, step, stop)
             beat()
         return conclude(progress, checkpoints, state, stop, say)
+
+
+class Session(NamedTuple):
+    """What one start of a run opens, and its first state."""
+
+    progress: Progress
+    checkpoints: Checkpoints
+    stream: Stream
+    stop: StopRequest
+    state: TrainState
+
+
+def begin(
+    parts: Parts, workdir: Path, profile, say, origin: Mapping[str, str], beat, closing: ExitStack
+) -> Session:
+    """Opens the workdir, the checkpoints, the stream and the writers, and makes the first state.
+
+    `closing` closes all of them. Raises UsageError if another run has the workdir, or if the
+    checkpoint there is of another run.
+    """
+    config = parts.config
+    train = config.train
+    closing.enter_context(only_run(workdir, say))
+    stop = StopRequest()
+    closing.callback(stop.close)
+    checkpoints = open_checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint, say)
+    # A save in flight would wait for a peer that has left.
+    closing.push(lambda kind, error, trace: None if is_peer_gone(error) else checkpoints.close())
+    start = checkpoints.latest or 0
+    check_profile(profile, start)
+
+    rows = sharding.process_rows(parts.mesh, train.batch_size)
+    stream = make_stream(parts.examples, train.batch_size, rows, start, train.steps)
+    closing.callback(stream.close)
+    heldout = heldout_batches(parts)
+    state, changed = start_state(parts, checkpoints, say)
+    if jax.process_index() == 0:
+        save_file(workdir / "config.json", configs.to_json(config).encode())
+
+    is_resumed = checkpoints.latest is not None
+    origin = {**origin, "changed": ", ".join(changed)}
+    progress = Progress(
+        parts, workdir, start, is_resumed, beat, heldout, stream.shares, say, origin
+    )
+    closing.callback(progress.writers.close)
+    if start < train.steps and jax.process_index() == 0:
+        # `conclude` would take the report of an earlier stop for that of the end.
+        (workdir / "report.html").unlink(missing_ok=True)
+    say(progress.peak.line)
+    for line in stream.summary:
+        say(line)
+    return Session(progress, checkpoints, stream, stop, state)
 
 
 def check_profile(profile: tuple[int, int] | None, start: int) -> None:

@@ -1,5 +1,8 @@
 from .checkpoint.arrays import restore_checkpoint as restore_checkpoint
-from .checkpoint.checkpoints import open_checkpoints as open_checkpoints
+from .checkpoint.checkpoints import (
+    Checkpoints as Checkpoints,
+    open_checkpoints as open_checkpoints,
+)
 from .checkpoint.manifest import (
     CHECKPOINT_FOLDER as CHECKPOINT_FOLDER,
     MANIFEST as MANIFEST,

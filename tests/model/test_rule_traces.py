@@ -13,7 +13,8 @@ import pytest
 from meshes import make_config
 
 from gpt_jax import sharding
-from gpt_jax.model.transformer import Transformer, abstract_params, make_cache
+from gpt_jax.model.kv_cache import make_cache
+from gpt_jax.model.transformer import Transformer, abstract_params
 
 ROWS, LENGTH = 4, 16
 

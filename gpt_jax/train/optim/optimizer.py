@@ -95,7 +95,15 @@ def _muon(optim, group, describe, dtype):
 
 
 # Each row makes a group's step before the learning rate:
-# (optim, group, describe, dtype) -> transformation.
+# (optim, group, describe, dtype) -> transformation. The knobs that they read:
+#
+#   adamw      b1, b2, and eps, which is outside the root
+#   lion       b1, b2
+#   sgd        b1, which is torch's momentum without dampening
+#   muon       see `muon.make_muon`
+#   adafactor  none. It has no momentum, and its second moment is 1 - step^-0.8. Its rate is
+#              relative to the root mean square of each parameter, layer by layer (arXiv
+#              1804.04235). So a rate of 1e-2 is usual.
 OPTIMIZERS = {
     "adamw": _adamw,
     "adafactor": _adafactor,
@@ -148,15 +156,7 @@ def make_optimizer(
 
     A group's rate at a step is `learning_rate * group.rate * make_schedule(optim)(step)`, and the
     first update is step 0. Weight decay is decoupled and multiplied by that rate for every
-    optimiser, as in torch's AdamW. Each optimiser reads these knobs:
-
-    - adamw: b1, b2, and eps, which is outside the root.
-    - lion: b1, b2.
-    - sgd: b1, which is torch's momentum without dampening.
-    - muon: see `muon.make_muon`.
-    - adafactor: none. It has no momentum, and its second moment is 1 - step^-0.8. Its rate is
-      relative to the root mean square of each parameter, layer by layer (arXiv 1804.04235). So a
-      rate of 1e-2 is usual.
+    optimiser, as in torch's AdamW.
 
     `params_like` gives paths and shapes, and `describe` tells what lies at a path. Muon
     orthogonalises matrices in `dtype`. `balance_rate` is the step of the routers' biases (`steer`).
