@@ -76,3 +76,10 @@ def digest_file(path: Path) -> Digest:
 def digest_json(*values) -> str:
     """20 hex digits of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:20]
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative name, with "/" between its parts, stays below the folder it belongs to."""
+    parts = name.split("/")
+    is_plain = not any(part in ("", ".", "..") for part in parts)
+    return is_plain and "\\" not in name and "\0" not in name

@@ -265,6 +265,39 @@ def test_a_corpus_on_a_store_is_copied_once(made, tmp_path):
         mirror(url, tmp_path / "cache", lines.append)
 
 
+@pytest.mark.parametrize(
+    "where, name",
+    [
+        ("files", "../../escaped"),
+        ("files", "/escaped"),
+        ("files", "a/../../escaped"),
+        ("files", "a//x"),
+        ("files", "a\\..\\x"),
+        ("sources", "../a"),
+        ("shards", "../../../escaped"),
+    ],
+)
+def test_a_manifest_cannot_name_files_outside_of_its_corpus(made, tmp_path, where, name):
+    """Its digest is right: whoever can write to the store can seal what they like."""
+    manifest = json.loads((made / corpus.MANIFEST).read_bytes())
+    del manifest["digest"]
+    if where == "shards":
+        manifest["sources"]["a"]["train"]["shards"][0][0] = name
+    elif where == "sources":
+        manifest["sources"][name] = manifest["sources"].pop("a")
+    else:
+        first = next(iter(manifest["files"]))
+        manifest["files"][name] = manifest["files"][first]
+    store = fsspec.filesystem("memory")
+    url = f"memory://hostile/{tmp_path.name}"
+    store.put(str(made), url, recursive=True)
+    store.pipe(f"{url}/{corpus.MANIFEST}", corpus.seal(manifest))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match="not inside the corpus"):
+        mirror(url, tmp_path / "deep" / "cache", print)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_network_that_fails_is_not_the_cache(made, tmp_path, monkeypatch):
     fetch, broken = remote.open_remote, "train-00000.tokens"
 

@@ -25,7 +25,7 @@ from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards
 from gpt_jax.data.tokens.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.errors import DataError, UsageError
-from gpt_jax.files import digest_file
+from gpt_jax.files import digest_file, is_inside
 
 FORMAT = 1
 MANIFEST = "corpus.json"
@@ -83,7 +83,31 @@ def parse_manifest(raw: bytes, path: str) -> dict:
         raise UsageError(
             f"{path}: has format {number}, this version reads {FORMAT}; prepare it again"
         )
+    try:
+        names = _file_names(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise DataError(
+            f"{path}: its entries are not those of a corpus; prepare it again"
+        ) from None
+    for name in names:
+        if not is_inside(name):
+            raise DataError(
+                f"{path}: names the file {name!r}, which is not inside the corpus; gpt-jax prepare "
+                "never writes that, so do not trust this copy"
+            )
     return manifest
+
+
+def _file_names(manifest: dict) -> list[str]:
+    """The names of a manifest that this program reads and writes below a folder.
+
+    A manifest may come from a store that others can write. Its digest shows that it is whole, not
+    who wrote it.
+    """
+    names = [*manifest["files"], *manifest["sources"]]
+    for source in manifest["sources"].values():
+        names += [name for side in SIDES for name, _ in source[side].get("shards", ())]
+    return names
 
 
 def read_manifest(folder: Path) -> dict:
