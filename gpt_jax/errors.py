@@ -14,7 +14,6 @@ EXIT_CODES = {
     10: "stopped on request, state saved",
     20: "data turned bad during the run",
     30: "training diverged",
-    31: "hardware suspected",
     32: "the compiler gives wrong results on this machine, by a public report",
     40: "a peer process failed",
     41: "no progress within the time limit",

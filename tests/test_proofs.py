@@ -71,7 +71,8 @@ def test_same_losses(tmp_path):
     first = {"step": 1, "train/loss": 0.1 + 0.2, "time/step": 0.5, "sample/0": "a"}
     rows = [first, {"step": 2, "train/loss": float("nan")}]
     before = write_metrics(tmp_path / "before", *rows)
-    slower = write_metrics(tmp_path / "slower", {**first, "time/step": 0.9}, rows[1])
+    other_start = {"step": 0, "session/host": "b", "time/wall_seconds": 3.0}
+    slower = write_metrics(tmp_path / "slower", other_start, {**first, "time/step": 0.9}, rows[1])
     moved = write_metrics(tmp_path / "moved", {**first, "train/loss": 0.3}, rows[1])
     shorter = write_metrics(tmp_path / "shorter", first)
     empty = write_metrics(tmp_path / "empty")

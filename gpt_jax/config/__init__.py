@@ -54,7 +54,7 @@ from gpt_jax.config.read import (
     to_json,
     translate,
 )
-from gpt_jax.config.resolve import resolve, wsd_start
+from gpt_jax.config.resolve import for_inference, resolve, wsd_start
 from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Log, Mesh, Optim, Train
 
 __all__ = [
@@ -103,6 +103,7 @@ __all__ = [
     "faults",
     "find_habits",
     "flatten",
+    "for_inference",
     "from_dict",
     "knob",
     "layer_specs",

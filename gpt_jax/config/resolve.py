@@ -3,6 +3,7 @@
 import dataclasses
 
 from gpt_jax.config.fields import Config
+from gpt_jax.config.model_fields import Compute, Model
 from gpt_jax.config.run_fields import Optim
 
 
@@ -46,3 +47,9 @@ def round_up(number: int, multiple: int) -> int:
 def wsd_start(optim: Optim) -> int:
     """The step at which the schedule wsd begins to decay."""
     return optim.decay_steps - round(optim.decay_fraction * optim.decay_steps)
+
+
+def for_inference(model: Model, compute: Compute) -> tuple[Model, Compute]:
+    """Leaves out what only training does: dropout, and computing activations again."""
+    model = dataclasses.replace(model, dropout=0.0, attention_dropout=0.0)
+    return model, dataclasses.replace(compute, remat="none")

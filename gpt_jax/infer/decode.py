@@ -218,8 +218,7 @@ def stream_text(
     fit, or the tokenizer cannot encode it. Both happen before this function returns.
     """
     check(sampling)
-    model = dataclasses.replace(model, dropout=0.0, attention_dropout=0.0)
-    compute = dataclasses.replace(compute, remat="none")
+    model, compute = config.for_inference(model, compute)
     fitted = [
         fit_prompt(i + 1, text, tokenizer, model.max_seq, sampling, report)
         for i, text in enumerate(prompts)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 
 from gpt_jax import config as configs
+from gpt_jax.model import KERNELS
 from gpt_jax.plan.experts import GATHERED, count_places, expert_weight_bytes, widen_for_buffers
 from gpt_jax.plan.job import (
     FULL_BYTES,
@@ -208,7 +209,7 @@ def inside_bytes(job: PlanJob, widths: Widths, shape: dict[str, int]) -> float:
 
 def scores_bytes(job: PlanJob, shape: dict[str, int], rows: float, kernel: str) -> float:
     """Returns the float32 attention maps of one layer; most kernels make none."""
-    if kernel not in ("reference", "xla"):
+    if not KERNELS[kernel].makes_maps:
         return 0.0
     seq_len = job.config.train.seq_len
     heads = job.config.model.heads

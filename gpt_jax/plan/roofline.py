@@ -4,6 +4,7 @@ Matmuls count the FLOPs that are really done. These include what remat does agai
 of a pipeline. Passes over memory are what is read and written between matmuls.
 """
 
+from gpt_jax.model import KERNELS
 from gpt_jax.plan.experts import (
     count_padding,
     count_places,
@@ -21,17 +22,6 @@ EFFICIENCY = {"tpu": 0.85, "gpu": 0.75}
 # Parts of the bf16 peak for float32. By default XLA multiplies float32 in one pass of bfloat16 on a
 # TPU, and as TF32 on a GPU. The peak of TF32 is half (data sheets of H100, H200, B200).
 FLOAT32 = {"tpu": 1.0, "gpu": 0.5}
-# Parts of the peak that attention is assumed to reach, by kernel.
-ATTENTION = {
-    "splash": 0.45,
-    "cudnn": 0.55,
-    "ring": 0.2,
-    "xla": 0.2,
-    "reference": 0.2,
-    "blocked": 0.2,
-}
-# Kernels that leave out what causal order rules out.
-CAUSAL_KERNELS = ("splash", "cudnn", "blocked", "ring")
 # Times that arrays are read or written, forward and backward together.
 TOUCHES = 14.0  # Arrays as wide as the stream, in a layer.
 INSIDE_TOUCHES = 3.0  # Arrays inside a layer: hidden values, queries, keys and values.
@@ -52,7 +42,7 @@ def matmul_seconds(job: PlanJob, topology: Topology, flops: float) -> float:
 
 def attention_flops(job: PlanJob, kernel: str) -> float:
     """Returns the FLOPs of a token's attention, forward and backward, as `kernel` computes it."""
-    flops = job.causal_flops if kernel in CAUSAL_KERNELS else job.full_flops
+    flops = job.causal_flops if KERNELS[kernel].skips_future else job.full_flops
     return flops - 6 * job.matmul_params
 
 
@@ -62,7 +52,7 @@ def attention_seconds(job: PlanJob, topology: Topology, kernel: str, here: Micro
     # Every policy but `none` computes attention again, which adds a forward pass to three.
     repeats = 1.0 if job.config.compute.remat == "none" else 4 / 3
     flops = attention_flops(job, kernel) * repeats * _count_idle(job, here)
-    return tokens * flops / multiply_peak(job, topology) / ATTENTION[kernel]
+    return tokens * flops / multiply_peak(job, topology) / KERNELS[kernel].efficiency
 
 
 def compute_seconds(
@@ -145,7 +135,7 @@ def passes_seconds(
     a_tick = here.tick_tokens * a_token + _block_sum_bytes(job, shape, here, platform)
     layers = here.ticks * here.tick_layers * a_tick
 
-    if kernel in ("reference", "xla"):  # These kernels make whole maps, in float32.
+    if KERNELS[kernel].makes_maps:  # They are in float32.
         queries = here.tokens * count * MAP_TOUCHES * model.heads / shape["tensor"]
         layers += queries * train.seq_len * FULL_BYTES
     logits = LOGITS_TOUCHES * here.tokens * model.vocab / shape["tensor"] * FULL_BYTES

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from gpt_jax import config as configs
+from gpt_jax.model import KERNELS
 from gpt_jax.plan.estimate import find_mfu
 from gpt_jax.plan.experts import count_exchange_places, count_turns
 from gpt_jax.plan.job import PlanJob
@@ -16,9 +17,6 @@ from gpt_jax.plan.roofline import (
     update_seconds,
 )
 from gpt_jax.plan.topology import Topology
-
-# Attention kernels that carry no cycles, and whose FLOPs cannot be read.
-KERNELS = ("splash", "cudnn")
 
 
 class Schedule(NamedTuple):
@@ -48,7 +46,7 @@ def estimate_schedule(job: PlanJob, topology: Topology, kernel: str, program: di
     by_cycles = program["cycles"] > 0
     if by_cycles:
         computing = program["cycles"] / topology.chip.clock
-        kernels = attention if kernel in KERNELS else 0.0
+        kernels = 0.0 if KERNELS[kernel].has_cycles else attention
         kernels += matmul_seconds(job, topology, grouped)
         update = 0.0
     else:
@@ -110,5 +108,5 @@ def _compare_flops(
     train = job.config.train
     tokens = train.batch_size * train.seq_len / topology.devices
     # The program's FLOPs have none of the kernels that cannot be read.
-    a_token = 6 * job.matmul_params if kernel in KERNELS else job.full_flops
+    a_token = job.full_flops if KERNELS[kernel].has_cycles else 6 * job.matmul_params
     return flops / (tokens * a_token)

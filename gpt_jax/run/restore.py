@@ -11,8 +11,9 @@ from gpt_jax import config as configs, sharding
 from gpt_jax.data import Tokenizer, tokenizer_from_json
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
-from gpt_jax.model import abstract_params, choose_kernel, make_problem
+from gpt_jax.model import abstract_params
 from gpt_jax.run.notes import describe_habits, format_count
+from gpt_jax.run.parts import choose_run_kernel
 from gpt_jax.run.resume import read_saved_config
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
 
@@ -79,16 +80,15 @@ def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) 
     """Reads one step. Raises UsageError and NoCheckpoint."""
     meta = read_meta(directory, step)
     config = read_saved_config(meta)
-    model = replace(config.model, dropout=0.0, attention_dropout=0.0)
-
-    # The kernel of the run was chosen for that machine and for dropout, so another is chosen here.
-    backend = jax.default_backend()
-    problem = make_problem(model, config.compute.dtype, config.train.seq_len, backend)
-    name, reason = choose_kernel("auto", problem)
-    compute = replace(config.compute, kernel=name, remat="none")
-
+    model, compute = configs.for_inference(config.model, config.compute)
     count = devices or jax.device_count()
     mesh = pick_mesh(model, count) if count > 1 else sharding.make_mesh({}, jax.local_devices()[:1])
+
+    # The kernel of the run was chosen for that machine and for dropout, so another is chosen here.
+    asked = replace(compute, kernel="auto")
+    name, reason = choose_run_kernel(model, asked, config.train.seq_len, mesh)
+    compute = replace(compute, kernel=name)
+
     item = "ema" if config.train.ema else "params"
     with jax.set_mesh(mesh):
         abstract = sharding.make_concrete(abstract_params(model), mesh)

@@ -1,4 +1,4 @@
-"""Moves arrays between the layouts of a mesh. Everything that reshards stands here.
+"""Moves arrays between the layouts of a mesh.
 
 A weight is *stored* split over `tensor`, over `fsdp` and over the other axes that repeat the model.
 Its layers are split over `pipeline`. It is *used* split over `tensor` alone: `use_weight` casts and

@@ -395,7 +395,7 @@ def test_what_is_no_answer_of_process_0_is_none(said):
 
 
 def test_an_end_is_made_again_of_its_code():
-    assert set(EXIT_KINDS) == set(EXIT_CODES) - {0, 31}
+    assert set(EXIT_KINDS) == set(EXIT_CODES) - {0}
     for code in (*EXIT_CODES, 1):
         assert (
             type(exit_of(code, "why")) is EXIT_KINDS.get(code, PeerFailed)

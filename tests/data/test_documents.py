@@ -116,7 +116,7 @@ def test_every_cut_gives_the_whole(tmp_path, name):
     assert most > 3 if cutting else most == 1
 
 
-@pytest.mark.parametrize("packing", sources.PACKINGS[1:])
+@pytest.mark.parametrize("packing", sources.COMPRESSIONS[1:])
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_packing(tmp_path, name, packing):
     write, texts = WRITERS[name]

@@ -40,7 +40,7 @@ def test_blocks_side_by_side_are_packed_as_by_a_loop(how, slow, capacity):
     rng = np.random.default_rng(capacity)
     sizes = rng.integers(1, capacity + 1, (7, 60)).astype(np.int32)
     sizes[3, 40:] = 0  # a block that is not full
-    arrange, choose = packing.PACKINGS[how]
+    arrange, choose = packing.FITS[how]
     order = arrange(sizes)
     arranged = np.take_along_axis(sizes, order, 1)
     rows, used = packing.place(arranged, capacity, choose)
@@ -54,7 +54,7 @@ def test_blocks_side_by_side_are_packed_as_by_a_loop(how, slow, capacity):
         assert found == slow(given, capacity)
 
 
-@pytest.mark.parametrize("how", list(packing.PACKINGS))
+@pytest.mark.parametrize("how", list(packing.FITS))
 @pytest.mark.parametrize("seq_len", [1, 8, 64])
 def test_every_token_is_in_one_row_and_predicted_once(how, seq_len, monkeypatch):
     monkeypatch.setattr(packing, "BLOCK", 8)
@@ -88,7 +88,7 @@ def test_every_token_is_in_one_row_and_predicted_once(how, seq_len, monkeypatch)
 
 def test_a_document_that_fits_is_never_cut():
     sizes = np.random.default_rng(0).integers(1, 34, 500)
-    for how in packing.PACKINGS:
+    for how in packing.FITS:
         plan = packing.plan(offsets_of(sizes), 33, how, 0)
         assert sorted(plan.sizes.tolist()) == sorted(sizes.tolist())
 
@@ -96,7 +96,7 @@ def test_a_document_that_fits_is_never_cut():
 def test_best_fit_wastes_less_than_first_fit_and_both_little():
     sizes = np.maximum(2, np.random.default_rng(1).lognormal(5.0, 1.0, 20_000).astype(int))
     fill = {}
-    for how in packing.PACKINGS:
+    for how in packing.FITS:
         plan = packing.plan(offsets_of(sizes), 1025, how, 0)
         fill[how] = plan.sizes.sum() / (plan.rows * 1025)
     assert 0.97 < fill["first_fit"] < fill["best_fit"] < 1

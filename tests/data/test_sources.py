@@ -25,7 +25,7 @@ def read(*paths, field="text", errors="strict"):
     return list(documents.read_documents(found, Reading(field, errors)))
 
 
-@pytest.mark.parametrize("packing", sources.PACKINGS)
+@pytest.mark.parametrize("packing", sources.COMPRESSIONS)
 @pytest.mark.parametrize("kind", [".txt", ".md", ".py", ".jsonl"])
 def test_text_comes_out_exactly(tmp_path, kind, packing):
     rows = [TEXT, "", "two"]
@@ -160,7 +160,7 @@ def test_binary_file_among_text(tmp_path):
             read(tmp_path, errors=errors)
 
 
-@pytest.mark.parametrize("packing", sources.PACKINGS[1:])
+@pytest.mark.parametrize("packing", sources.COMPRESSIONS[1:])
 def test_incomplete_or_damaged_archive(tmp_path, packing):
     path, raw = tmp_path / f"a.txt{packing}", pack(TEXT.encode() * 50, packing)
     for damaged in (raw[:-3], raw[: len(raw) // 2 - 3], b"this is no archive", raw + b"more"):
@@ -171,7 +171,7 @@ def test_incomplete_or_damaged_archive(tmp_path, packing):
             read(path)
 
 
-@pytest.mark.parametrize("packing", sources.PACKINGS[1:])
+@pytest.mark.parametrize("packing", sources.COMPRESSIONS[1:])
 def test_what_follows_a_stream_is_read_or_refused(tmp_path, packing):
     path, first, second = (
         tmp_path / f"a.txt{packing}",
@@ -243,7 +243,7 @@ def test_a_data_set_as_path_is_refused_without_the_network(tmp_path, monkeypatch
 
 def test_every_kind_and_packing_is_read():
     assert set(formats.FORMATS) == {*sources.SUFFIXES, sources.HUB} and set(decoding.UNPACK) == set(
-        sources.PACKINGS[1:]
+        sources.COMPRESSIONS[1:]
     )
 
 

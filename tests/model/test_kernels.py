@@ -307,7 +307,7 @@ def leaky(q, k, v, pattern, cap, keep):
     ],
 )
 def test_conformance_refuses_a_broken_kernel(broken, words, monkeypatch):
-    monkeypatch.setitem(KERNELS, "xla", broken)
+    monkeypatch.setitem(KERNELS, "xla", broken._replace(check_length=32))
     with pytest.raises(UsageError, match=rf"config\.compute\.kernel = 'xla': {words}"):
         measure_conformance("xla", MODEL, "float32", segments=True, rows=2)
 

@@ -1,26 +1,26 @@
-"""Whether two runs measured the same, to the bit: their metrics.jsonl, clocks left out.
+"""Whether two runs measured the same, to the bit: their metrics.jsonl without what may differ.
 
     python tests/support/same_losses.py runs/before runs/after
 
-Everything that is logged is compared (losses, gradient norms, samples); only `time/` and
-`throughput/` may differ. Prints the first difference of each quantity. Exit code 0: all values are
-equal, 1: some are not.
+Everything that is logged is compared: losses, gradient norms, samples. Only `time/`, `throughput/`
+and `session/` may differ; the last tells where and when a run was started. Prints the first
+difference of each quantity. Exit code 0: all values are equal, 1: some are not.
 """
 
 import json
 import sys
 from pathlib import Path
 
-CLOCKS = ("time/", "throughput/")
+MAY_DIFFER = ("time/", "throughput/", "session/")
 
 
 def measured(workdir: Path) -> dict[tuple[int, str], object]:
-    """{(step, quantity): value} of a run, clocks left out."""
+    """{(step, quantity): value} of a run, without what may differ."""
     values = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         for name, value in row.items():
-            if name != "step" and not name.startswith(CLOCKS):
+            if name != "step" and not name.startswith(MAY_DIFFER):
                 values[row["step"], name] = value
     return values
 

@@ -23,8 +23,8 @@ class Source(NamedTuple):
 # The rows of formats.FORMATS.
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 # The rows of decoding.UNPACK, and no compression.
-PACKINGS = ("", ".gz", ".xz", ".zst", ".bz2")
-READABLE = f"{' '.join(SUFFIXES)}, each also with {' '.join(PACKINGS[1:])} after it"
+COMPRESSIONS = ("", ".gz", ".xz", ".zst", ".bz2")
+READABLE = f"{' '.join(SUFFIXES)}, each also with {' '.join(COMPRESSIONS[1:])} after it"
 EMPTY_PATHS = " is empty: name files, directories or globs, or the word stdlib"
 # Token files of other tools, see tokens/foreign.py.
 TOKEN_FILES = (".bin", ".idx", ".npy")
@@ -36,7 +36,7 @@ def suffixes(path: Path | str) -> tuple[str, str] | None:
         return HUB, ""
     pure = PurePosixPath(path)
     suffix = pure.suffix.lower()
-    packing = suffix if suffix in PACKINGS else ""
+    packing = suffix if suffix in COMPRESSIONS else ""
     kind = pure.with_suffix("").suffix.lower() if packing else suffix
     return (kind, packing) if kind in SUFFIXES else None
 

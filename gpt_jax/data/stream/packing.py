@@ -97,7 +97,7 @@ def _longest_first(sizes: np.ndarray) -> np.ndarray:
 # Name -> (order of a block's pieces, choice of the row). `first_fit` puts documents as they come
 # into the first row with room (Johnson 1973). `best_fit` puts the longest first into the row that
 # it fills best.
-PACKINGS = {"first_fit": (_in_arrival_order, first_fit), "best_fit": (_longest_first, best_fit)}
+FITS = {"first_fit": (_in_arrival_order, first_fit), "best_fit": (_longest_first, best_fit)}
 
 
 def plan(offsets: np.ndarray, capacity: int, how: str, seed: int) -> Plan:
@@ -106,7 +106,7 @@ def plan(offsets: np.ndarray, capacity: int, how: str, seed: int) -> Plan:
     Documents that share a row come from all over the corpus, as `seed` decides. The plan is a
     pure function of the arguments.
     """
-    arrange, choose = PACKINGS[how]
+    arrange, choose = FITS[how]
     whole, begins, sizes = cut(offsets, capacity)
     count = len(begins)
     starts = [whole]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_jax.data.read.sources import PACKINGS
+from gpt_jax.data.read.sources import COMPRESSIONS
 from gpt_jax.data.tokenizers.bpe import (
     PATTERNS,
     make_bpe_json,
@@ -281,7 +281,7 @@ FOLDERS: tuple[tuple[Callable[..., Tokenizer], tuple[str, ...]], ...] = (
 
 def _read_file(path: Path) -> Tokenizer:
     """The tokenizer of a file, with its other half if it is one of GPT-2's pair."""
-    if path.suffix.lower() in PACKINGS[1:] and path.is_file():
+    if path.suffix.lower() in COMPRESSIONS[1:] and path.is_file():
         raise UsageError(
             f"tokenizer {path}: is compressed; decompress it first, and give the file without "
             f"{path.suffix}"

@@ -173,21 +173,53 @@ class Kernel(NamedTuple):
     `run` takes (q, k, v, pattern, cap, keep) and gives [B, T, N, H]. `cannot` takes a Problem and
     gives "", or the reason why the kernel cannot solve it. `platform` is one that the kernel is
     for. `cut` takes (q, k, v, pattern, cap) for rows that are cut over the mesh axis context.
+
+    The rest is for the plan and for the check at the start of a run. `makes_maps` tells whether
+    whole maps of queries and keys exist in memory. `skips_future` tells whether what causal order
+    rules out is left out of the FLOPs. `efficiency` is the assumed part of the peak. `has_cycles`
+    tells whether the TPU compiler writes the kernel's cycles. `check_length` is the length of the
+    check's rows, for a device along the axis context.
     """
 
     run: Callable
     cannot: Callable
     platform: str = "cpu"
     cut: Callable | None = None
+    makes_maps: bool = False
+    skips_future: bool = True
+    efficiency: float = 0.2
+    has_cycles: bool = True
+    # A kernel that skips blocks gets several of them.
+    check_length: int = 256
 
 
 KERNELS = {
-    "reference": Kernel(_reference, _uncut),
+    "reference": Kernel(_reference, _uncut, makes_maps=True, skips_future=False),
     "blocked": Kernel(_blocked, _blocked_cannot),
     "ring": Kernel(_reference, _ring_cannot, cut=ring.ring_attention),
-    "xla": Kernel(partial(_jax_attention, "xla"), _xla_cannot),
-    "cudnn": Kernel(partial(_jax_attention, "cudnn"), _cudnn_cannot, "gpu"),
-    "splash": Kernel(_splash, _splash_cannot, "tpu", partial(splash.attention, axis="context")),
+    "xla": Kernel(
+        partial(_jax_attention, "xla"),
+        _xla_cannot,
+        makes_maps=True,
+        skips_future=False,
+        check_length=32,
+    ),
+    "cudnn": Kernel(
+        partial(_jax_attention, "cudnn"),
+        _cudnn_cannot,
+        "gpu",
+        efficiency=0.55,
+        has_cycles=False,
+        check_length=32,
+    ),
+    "splash": Kernel(
+        _splash,
+        _splash_cannot,
+        "tpu",
+        partial(splash.attention, axis="context"),
+        efficiency=0.45,
+        has_cycles=False,
+    ),
 }
 PREFERENCE = {
     "cpu": ("blocked", "reference", "ring"),
@@ -295,8 +327,7 @@ def measure_conformance(
     Raises UsageError if the error is too large. With `segments` it also raises if a change to the
     first document of a row changes the second in the slightest.
     """
-    # The skipping kernels get several of the blocks that they skip.
-    length = 32 if name in ("xla", "cudnn") else 256 * sharding.count_parts("seq")
+    length = KERNELS[name].check_length * sharding.count_parts("seq")
     # The windows are short enough to matter.
     windows = sorted({min(window, length // 4) for window in model.windows})
 
