@@ -116,7 +116,7 @@ def make_ours(size: dict, weights: dict):
     network = run_parts.make_network(model, compute)
     step = jax.jit(
         lambda state, batch: train_step(
-            state, batch, jax.random.key(0), network=network, tx=tx, train=config.train
+            state, {}, batch, jax.random.key(0), network=network, tx=tx, train=config.train
         ),
         donate_argnums=0,
     )

@@ -92,7 +92,7 @@ def main(steps: int = 200) -> list[float]:
 
     losses = []
     for step in range(steps):
-        state, sums = update(state, next(stream), jax.random.key(1))
+        state, sums = update(state, {}, next(stream), jax.random.key(1))
         losses.append(metrics.divide_sums(jax.device_get(sums))["loss"])
         if step % 50 == 49:
             print(f"step {step + 1}: {losses[-1]:.3f} nats a byte")

@@ -2,38 +2,48 @@
 
     python examples/own_objective.py
 
-An objective takes logits [B, T, V] and a batch, and returns sums with weights. Nothing is divided
-here: sums are added over microbatches, chunks and devices first.
+An objective runs the network on a batch, and returns sums with weights. Nothing is divided here:
+sums are added over microbatches, chunks and devices first.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from gpt_jax import config as configs, data, metrics, run, sharding
-from gpt_jax.train import objectives
+from gpt_jax.train import OBJECTIVES, Readout, add_report, sum_cross_entropy, sum_logits
 
 FOCUS = 2.0
 
 
-def focal(logits: jax.Array, batch: dict, train: configs.Train) -> dict:
+def sum_focal(logits: jax.Array, columns: dict, train: configs.Train) -> dict:
     """Lin et al. 2017: cross-entropy times (1 - p)^2, p being the probability of the target."""
-    sums = objectives.next_token(logits, batch, train)
+    sums = sum_cross_entropy(logits, columns, train)
     # The logit of the target by a comparison: a lookup would not work on a split vocabulary.
     vocab = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    at_target = jnp.where(vocab == batch["targets"][..., None], logits, 0.0).sum(-1)
+    at_target = jnp.where(vocab == columns["targets"][..., None], logits, 0.0).sum(-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - at_target
 
     hardness = (1 - jnp.exp(-loss)) ** FOCUS
-    weight = batch["weight"]
+    weight = columns["weight"]
     return sums | {"objective": ((hardness * loss * weight).sum(), weight.sum())}
+
+
+def focal(network, params, frozen, batch: dict, key, train: configs.Train) -> dict:
+    """Runs the network and reads logits from its hidden states, in chunks if the config says so."""
+    hidden, report = network.features(params, batch, key)
+    columns = {name: batch[name] for name in ("targets", "weight", "bytes")}
+    token_sums = partial(sum_focal, train=train)
+    sums = sum_logits(token_sums, columns, train.loss_chunk, Readout(network, params, hidden))
+    return add_report(sums, report)
 
 
 def main(steps: int = 200) -> list[dict[str, float]]:
     """Trains on this repository's own pages; returns objective, loss and accuracy of each step."""
-    objectives.OBJECTIVES["focal"] = focal
+    OBJECTIVES["focal"] = focal
     pages = Path(__file__).resolve().parents[1] / "docs"
     text = configs.Data(path=(str(pages),), tokenizer="bytes", eval_fraction=0.0)
     dataset = data.load_dataset(text, print)

@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from gpt_jax.commands.flags import Flags
@@ -130,7 +129,10 @@ def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, int, Path]:
     parts = sharding.row_parts(loaded.mesh)
     batch_size = -(-(args.batch_size or config.eval.batch_size) // parts) * parts
     network = make_network(config.model, config.compute)
-    step = jax.jit(partial(eval_step, network=network, train=config.train))
+
+    @jax.jit
+    def step(params, batch):
+        return eval_step(params, {}, batch, network=network, train=config.train)
 
     rows = {}
     total = {}

@@ -7,7 +7,7 @@ import jax
 
 from gpt_jax import sharding
 from gpt_jax.data import Dataset
-from gpt_jax.metrics import Sums, add_sums, divide_sums, perplexity
+from gpt_jax.metrics import Sums, add_sums, divide_sums, own_metrics, perplexity
 
 
 def sum_heldout(step: Callable, params, batches: Iterable, mesh, batch_size: int) -> Sums:
@@ -23,13 +23,17 @@ def sum_heldout(step: Callable, params, batches: Iterable, mesh, batch_size: int
 
 
 def compute_heldout_metrics(sums: Sums) -> dict[str, float]:
-    """Computes loss (nats a token), perplexity, bits_per_byte and accuracy."""
+    """Computes loss (nats a token), perplexity, bits_per_byte and accuracy.
+
+    What else the objective sums follows under its own name.
+    """
     means = divide_sums(sums)
     return {
         "loss": means["loss"],
         "perplexity": perplexity(*sums["loss"]),
         "bits_per_byte": means["bits_per_byte"],
         "accuracy": means["accuracy"],
+        **own_metrics(means),
     }
 
 

@@ -21,6 +21,7 @@ from .sums import (
     add_sums as add_sums,
     divide_sums as divide_sums,
     expert_metrics as expert_metrics,
+    own_metrics as own_metrics,
     perplexity as perplexity,
 )
 from .writers import (

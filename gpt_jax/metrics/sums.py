@@ -6,6 +6,7 @@ Metrics are named `room/what`, one meaning each:
     train/grad_norm  train/param_norm
     eval/loss  eval/bits_per_byte  eval/accuracy  eval/perplexity
     eval/<source>/<metric>  where a run has several sources
+    train/<name>  eval/<name>  what an objective sums besides
     sample/<n>  a text
     throughput/tokens_per_second  throughput/tokens_seen
     throughput/mfu_full  throughput/mfu_causal
@@ -47,6 +48,16 @@ def _divide(total, weight):
     if np.ndim(total) == 0:
         return float(total) / float(weight)
     return np.asarray(total) / float(weight)
+
+
+# What every objective sums, and what layers of experts report.
+COMMON = ("objective", "loss", "bits_per_byte", "accuracy", "grad_norm", "param_norm")
+EXPERTS = ("balance", "router_z", "dropped", "load")
+
+
+def own_metrics(means: dict[str, Any]) -> dict[str, float]:
+    """What an objective sums besides the names that every run has."""
+    return {name: value for name, value in means.items() if name not in (*COMMON, *EXPERTS)}
 
 
 class RunningSums:

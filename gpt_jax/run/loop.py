@@ -210,7 +210,7 @@ def one_step(progress: Progress, state: TrainState, step: int, columns, profile)
     with progress.clock.phase("data"):
         batch = sharding.to_devices(parts.mesh, columns, progress.config.train.batch_size)
     with progress.clock.phase("compile" if is_first else "step"):
-        state, sums = parts.train_step(state, batch)
+        state, sums = parts.train_step(state, batch, parts.frozen)
         if is_first:
             jax.block_until_ready(sums)
             progress.restart_rate(step)
@@ -247,13 +247,14 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
     """
     settle(progress)
     if progress.heldout:
+        parts = progress.parts
 
         def sums(batches):
             return sum_heldout(
-                progress.parts.eval_step,
+                lambda params, batch: parts.eval_step(params, batch, parts.frozen),
                 averaged_params(progress, state),
                 watched(batches, progress.beat, stop),
-                progress.parts.mesh,
+                parts.mesh,
                 progress.config.eval.batch_size,
             )
 

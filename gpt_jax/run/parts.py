@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +55,10 @@ class Parts(NamedTuple):
     examples: Examples  # the rows of the training text, in the run's order
     init: Callable[[], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings of the state
-    train_step: Callable  # (state, batch) -> (state, Sums); donates the state
-    eval_step: Callable  # (params, batch) -> Sums
+    train_step: Callable  # see Steps
+    eval_step: Callable
     notes: tuple[str, ...]  # what was chosen, and why
+    frozen: Any = None  # what the loop gives to the steps under that name
 
 
 def make_network(model: configs.Model, compute: configs.Compute) -> Network:
@@ -203,8 +204,10 @@ class Steps(NamedTuple):
 
     make_state: Callable[[], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings of the state
-    train_step: Callable  # (state, batch) -> (state, Sums); donates the state
-    eval_step: Callable  # (params, batch) -> Sums
+    # (state, batch, frozen=None) -> (state, Sums), which donates the state. `frozen` is a tree of
+    # parameters on the same mesh, for an objective that wants one.
+    train_step: Callable
+    eval_step: Callable  # (params, batch, frozen=None) -> Sums
 
 
 def make_steps(config: configs.Config, mesh) -> Steps:
@@ -236,16 +239,20 @@ def make_steps(config: configs.Config, mesh) -> Steps:
                 params = sharding.gather_fsdp(params)
             return init_state(params, tx, train)
 
-        def update(state, batch):
+        # `frozen` is an argument and not a constant, so that it is sharded and lies in memory once.
+        def update(state, batch, frozen=None):
             # Initialisation has the seed's own key.
             key = jax.random.fold_in(jax.random.key(seed), 1)
-            return train_step(state, batch, key, network=network, tx=tx, train=train)
+            return train_step(state, frozen or {}, batch, key, network=network, tx=tx, train=train)
+
+        def measure(params, batch, frozen=None):
+            return eval_step(params, frozen or {}, batch, network=network, train=train)
 
         return Steps(
             jax.jit(make_state),
             sharding.make_concrete(jax.eval_shape(make_state), mesh),
             jax.jit(update, donate_argnums=0, compiler_options=options),
-            jax.jit(partial(eval_step, network=network, train=train), compiler_options=options),
+            jax.jit(measure, compiler_options=options),
         )
 
 

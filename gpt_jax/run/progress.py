@@ -26,6 +26,7 @@ from gpt_jax.metrics import (
     divide_sums,
     expert_metrics,
     make_session_row,
+    own_metrics,
     read_history,
     read_jsonl,
 )
@@ -162,6 +163,7 @@ class Progress:
             f"train/{name}": means[name]
             for name in ("loss", "bits_per_byte", "accuracy", "grad_norm")
         }
+        values |= {f"train/{name}": value for name, value in own_metrics(means).items()}
         values |= expert_metrics(means)
         values["train/param_norm"] = own["param_norm"]
         values["train/learning_rate"] = self.learning_rate(step)

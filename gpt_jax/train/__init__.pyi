@@ -9,7 +9,15 @@ from .checkpoint.manifest import (
     read_meta as read_meta,
     resolve_checkpoint as resolve_checkpoint,
 )
-from .objectives import Network as Network
+from .objectives import (
+    OBJECTIVES as OBJECTIVES,
+    Network as Network,
+    Readout as Readout,
+    add_report as add_report,
+    next_token as next_token,
+    sum_cross_entropy as sum_cross_entropy,
+    sum_logits as sum_logits,
+)
 from .optim.groups import describe_groups as describe_groups
 from .optim.optimizer import (
     make_optimizer as make_optimizer,

@@ -1,12 +1,21 @@
-"""Objectives, which turn logits and a batch into sums that can be merged.
+"""Objectives, which turn a network, its parameters and a batch into sums that can be merged.
 
-Shapes: B batch, T sequence, D embed, V vocab. A Sums is `{name: (sum, weight)}`. It is divided
-once, by the code that prints it.
+An objective is a pure function `(network, params, frozen, batch, key, train) -> Sums`:
+
+- `params` are learned, and gradients are taken of them alone;
+- `frozen` is a tree of parameters that is never in the state, such as a teacher; {} without any;
+- `key` turns dropout on, and is None in evaluation.
+
+A Sums is `{name: (sum, weight)}`. Its `objective` is minimised. It is divided once, by the code
+that prints it.
+
+Shapes: B batch, T sequence, D embed, V vocab.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +42,26 @@ class Network(NamedTuple):
     describe: Callable
 
 
-def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:
-    """Cross-entropy of `targets` under logits [B, T, V] where `weight` is not 0.
+class Readout(NamedTuple):
+    """Hidden states [B, T, D] of a network, before its head has made logits of them."""
+
+    network: Network
+    params: Any
+    hidden: jax.Array
+
+
+# ---- parts that objectives share -----------------------------------------------------------------
+
+
+def sum_cross_entropy(logits: jax.Array, columns: dict, train: config.Train) -> dict:
+    """Sums of the cross-entropy of `targets` under logits [B, T, V] where `weight` is not 0.
 
     The Sums are objective, loss, accuracy and bits_per_byte. The objective is minimised and has
     label smoothing and z-loss. The loss is in plain nats a token. The weight of bits_per_byte is
     the UTF-8 bytes that the targets stand for.
     """
-    targets = batch["targets"][..., None]
-    weight = batch["weight"]
+    targets = columns["targets"][..., None]
+    weight = columns["weight"]
 
     # A comparison with an iota picks the target's logit, because a gather cannot read logits that
     # are sharded over the vocabulary.
@@ -71,56 +91,80 @@ def next_token(logits: jax.Array, batch: dict, train: config.Train) -> dict:
         "objective": (summed(objective), total),
         "loss": (summed(loss), total),
         "accuracy": (summed((first_best == targets[..., 0]).astype(jnp.float32)), total),
-        "bits_per_byte": (summed(loss) / math.log(2), summed(batch["bytes"].astype(jnp.float32))),
+        "bits_per_byte": (summed(loss) / math.log(2), summed(columns["bytes"].astype(jnp.float32))),
     }
 
 
-OBJECTIVES = {"next_token": next_token}
+def sum_logits(token_sums: Callable, columns: dict, chunk: int, *readouts: Readout) -> dict:
+    """Sums of `token_sums(*logits, columns)`, with logits [B, T, V] of each readout in turn.
 
-
-def batch_sums(network: Network, params, batch: dict, key, train: config.Train) -> dict:
-    """Sums of the configured objective over a batch of columns [B, T].
-
-    With `loss_chunk` only that many tokens of each row have logits at a time. The backward pass
-    then computes them again.
+    With `chunk` only that many tokens of each row have logits at a time, and `token_sums` sees the
+    same tokens of each column [B, T]. The backward pass then computes them again.
     """
-    hidden, report = network.features(params, batch, key)
-    sums = _head_sums(network, params, hidden, batch, train)
-    if report:
-        total, weight = sums["objective"]
-        sums["objective"] = (total + report["objective"].sum(), weight)
-        tokens = report["tokens"].sum()
-        sums |= {
-            name: (value.sum(0), tokens)
-            for name, value in report.items()
-            if name not in ("objective", "tokens")
-        }
-    return sums
-
-
-def _head_sums(network: Network, params, hidden, batch: dict, train: config.Train) -> dict:
-    objective = OBJECTIVES[train.objective]
-    if not train.loss_chunk or train.loss_chunk >= hidden.shape[1]:
-        return objective(network.logits(network.head(params, hidden.dtype), hidden), batch, train)
+    length = columns["weight"].shape[1]
+    if not chunk or chunk >= length:
+        logits = (
+            network.logits(network.head(params, hidden.dtype), hidden)
+            for network, params, hidden in readouts
+        )
+        return token_sums(*logits, columns)
 
     def chunks(x):
         # The tokens of a chunk are not neighbours, so that each device splits its own tokens.
         # Sums do not depend on that.
-        shape = (x.shape[0], train.loss_chunk, x.shape[1] // train.loss_chunk, *x.shape[2:])
+        shape = (x.shape[0], chunk, x.shape[1] // chunk, *x.shape[2:])
         x = sharding.reshape(x, shape, "batch", "seq", None, *[None] * (x.ndim - 2))
         return jnp.moveaxis(x, 2, 0)
 
     @jax.checkpoint
-    def chunk_sums(head, hidden, columns):
-        return objective(network.logits(head.astype(hidden.dtype), hidden), columns, train)
+    def chunk_sums(heads, hiddens, columns):
+        logits = (
+            readout.network.logits(head.astype(hidden.dtype), hidden)
+            for readout, head, hidden in zip(readouts, heads, hiddens, strict=True)
+        )
+        return token_sums(*logits, columns)
 
-    # The head is gathered once and not for each chunk. It is float32, so that the gradients of
-    # the chunks are summed in float32.
-    head = network.head(params, hidden.dtype).astype(jnp.float32)
-    columns = {name: chunks(batch[name]) for name in ("targets", "weight", "bytes")}
+    # A head is gathered once and not for each chunk. It is float32, so that the gradients of the
+    # chunks are summed in float32.
+    heads = [
+        network.head(params, hidden.dtype).astype(jnp.float32)
+        for network, params, hidden in readouts
+    ]
 
     def add_chunk(_, chunk):
-        return None, chunk_sums(head, *chunk)
+        return None, chunk_sums(heads, *chunk)
 
-    _, parts = jax.lax.scan(add_chunk, None, (chunks(hidden), columns))
+    columns = {name: chunks(column) for name, column in columns.items()}
+    hiddens = [chunks(readout.hidden) for readout in readouts]
+    _, parts = jax.lax.scan(add_chunk, None, (hiddens, columns))
     return jax.tree.map(lambda x: x.sum(0), parts)
+
+
+def add_report(sums: dict, report: dict) -> dict:
+    """`sums` with what the layers report, see `Network.features`."""
+    if not report:
+        return sums
+    total, weight = sums["objective"]
+    objective = total + report["objective"].sum(), weight
+    tokens = report["tokens"].sum()
+    measured = {
+        name: (value.sum(0), tokens)
+        for name, value in report.items()
+        if name not in ("objective", "tokens")
+    }
+    return sums | {"objective": objective} | measured
+
+
+# ---- objectives ----------------------------------------------------------------------------------
+
+
+def next_token(network: Network, params, frozen, batch: dict, key, train: config.Train) -> dict:
+    """Cross-entropy of the next token, see `sum_cross_entropy`. Nothing is frozen."""
+    hidden, report = network.features(params, batch, key)
+    columns = {name: batch[name] for name in ("targets", "weight", "bytes")}
+    token_sums = partial(sum_cross_entropy, train=train)
+    sums = sum_logits(token_sums, columns, train.loss_chunk, Readout(network, params, hidden))
+    return add_report(sums, report)
+
+
+OBJECTIVES = {"next_token": next_token}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from gpt_jax import config, sharding
-from gpt_jax.train.objectives import Network, batch_sums
+from gpt_jax.train.objectives import OBJECTIVES, Network
 from gpt_jax.train.optim.optimizer import ema_init, ema_update, gradient_norm
 
 
@@ -44,15 +44,18 @@ def _microbatches(batch: dict, count: int) -> dict:
     return jax.tree.map(split, batch)
 
 
-def gradients(network: Network, params, batch: dict, key, train: config.Train):
+def gradients(network: Network, params, frozen, batch: dict, key, train: config.Train):
     """(gradient of the weighted mean objective, Sums) over the batch.
 
-    The batch is cut into `train.accumulate` microbatches. Their sums are added and divided once,
-    so that the result is that of the whole batch whatever the masks are.
+    The gradient is that of `params`, and `frozen` has none. The batch is cut into
+    `train.accumulate` microbatches. Their sums are added and divided once, so that the result is
+    that of the whole batch whatever the masks are.
     """
 
+    objective = OBJECTIVES[train.objective]
+
     def total(params, batch, key):
-        sums = batch_sums(network, params, batch, key, train)
+        sums = objective(network, params, frozen, batch, key, train)
         return sums["objective"][0], sums
 
     grad = jax.grad(total, has_aux=True)
@@ -82,13 +85,23 @@ def gradients(network: Network, params, batch: dict, key, train: config.Train):
     return jax.tree.map(lambda g: g / weight, grads), sums
 
 
-def train_step(state: TrainState, batch: dict, key, *, network: Network, tx, train: config.Train):
+def train_step(
+    state: TrainState,
+    frozen,
+    batch: dict,
+    key,
+    *,
+    network: Network,
+    tx: optax.GradientTransformation,
+    train: config.Train,
+):
     """(new state, Sums) of one update. The Sums include the norms of gradient and parameters.
 
-    `key` is the run's key. The step is folded in here.
+    `key` is the run's key. The step is folded in here. `frozen` is for the objective, and
+    {} if it wants nothing. It has no gradient and is no part of the state.
     """
     step_key = jax.random.fold_in(key, state.step)
-    grads, sums = gradients(network, state.params, batch, step_key, train)
+    grads, sums = gradients(network, state.params, frozen, batch, step_key, train)
 
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -99,6 +112,6 @@ def train_step(state: TrainState, batch: dict, key, *, network: Network, tx, tra
     return TrainState(state.step + 1, params, opt, ema), sums
 
 
-def eval_step(params, batch: dict, *, network: Network, train: config.Train) -> dict:
+def eval_step(params, frozen, batch: dict, *, network: Network, train: config.Train) -> dict:
     """Sums over a held-out batch, without dropout."""
-    return batch_sums(network, params, batch, None, train)
+    return OBJECTIVES[train.objective](network, params, frozen, batch, None, train)

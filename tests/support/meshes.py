@@ -161,7 +161,7 @@ def run(name, columns, place, settings, optimizer="adamw"):
     )
     sums, first = [], None
     for _ in range(STEPS):
-        state, now = step(state, columns, key)
+        state, now = step(state, {}, columns, key)
         sums.append({name: np.asarray(a) / float(b) for name, (a, b) in now.items()})
         first = jax.tree.map(np.asarray, state.opt[0]) if first is None else first
     return sums, first, state

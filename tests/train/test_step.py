@@ -17,7 +17,15 @@ import optax
 import pytest
 
 from gpt_jax import config
-from gpt_jax.train.objectives import Network, batch_sums, next_token
+from gpt_jax.train.objectives import (
+    OBJECTIVES,
+    Network,
+    Readout,
+    add_report,
+    next_token,
+    sum_cross_entropy,
+    sum_logits,
+)
 from gpt_jax.train.step import eval_step, gradients, init_state, train_step
 
 B, T, D, V = 6, 8, 5, 7
@@ -69,13 +77,13 @@ def close(ours, theirs, rel=1e-5):
 
 
 @pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
-def test_next_token_equals_numpy(smoothing, z_loss):
+def test_cross_entropy_equals_numpy(smoothing, z_loss):
     batch, rng = make_batch(), np.random.default_rng(2)
     batch["weight"] *= 1 + rng.integers(0, 2, (B, T))  # weights need not be 0 or 1
     logits = rng.integers(-3, 3, (B, T, V)).astype(
         np.float64
     )  # whole numbers: ties for the best are frequent
-    ours = next_token(
+    ours = sum_cross_entropy(
         jnp.float32(logits), batch, replace(PLAIN, label_smoothing=smoothing, z_loss=z_loss)
     )
 
@@ -105,7 +113,7 @@ def test_ties_go_to_the_first():
     batch = make_batch() | {"targets": np.zeros((B, T), int), "weight": np.ones((B, T), np.float32)}
 
     def accuracy(batch):
-        return float(next_token(jnp.zeros((B, T, V)), batch, PLAIN)["accuracy"][0])
+        return float(sum_cross_entropy(jnp.zeros((B, T, V)), batch, PLAIN)["accuracy"][0])
 
     assert accuracy(batch) == B * T
     assert accuracy(batch | {"targets": np.full((B, T), V - 1)}) == 0
@@ -113,7 +121,7 @@ def test_ties_go_to_the_first():
 
 def test_bytes_count_where_there_is_something_to_learn():
     batch = make_batch()
-    sums = next_token(jnp.zeros((B, T, V)), batch, PLAIN)
+    sums = sum_cross_entropy(jnp.zeros((B, T, V)), batch, PLAIN)
     nats, learned = math.log(V) * batch["weight"].sum(), (batch["bytes"] * batch["weight"]).sum()
     assert float(sums["bits_per_byte"][0] / sums["bits_per_byte"][1]) == pytest.approx(
         nats / math.log(2) / learned
@@ -122,7 +130,7 @@ def test_bytes_count_where_there_is_something_to_learn():
 
 def test_large_logits_stay_finite():
     logits = jnp.full((B, T, V), -1e30).at[..., 3].set(1e4)
-    sums = next_token(logits, make_batch() | {"targets": np.full((B, T), 3)}, PLAIN)
+    sums = sum_cross_entropy(logits, make_batch() | {"targets": np.full((B, T), 3)}, PLAIN)
     assert (
         float(sums["loss"][0]) == 0 and float(sums["accuracy"][0]) == make_batch()["weight"].sum()
     )
@@ -131,12 +139,14 @@ def test_large_logits_stay_finite():
 # ---- gradients -----------------------------------------------------------------------------------
 
 
-def run(train, batch=None, key=None, params=None):
-    params, batch = params or make_params(), batch or make_batch()
+def run(train, batch=None, key=None, params=None, frozen=None):
+    params, batch, frozen = params or make_params(), batch or make_batch(), frozen or {}
     if key is not None:
-        return jax.jit(partial(gradients, NETWORK, train=train))(params, batch, key)
+        return jax.jit(partial(gradients, NETWORK, train=train))(params, frozen, batch, key)
     network = NETWORK._replace(features=lambda params, batch, key: features(params, batch, None))
-    return jax.jit(partial(gradients, network, train=train))(params, batch, jax.random.key(0))
+    return jax.jit(partial(gradients, network, train=train))(
+        params, frozen, batch, jax.random.key(0)
+    )
 
 
 def test_gradient_is_that_of_the_weighted_mean():
@@ -166,7 +176,7 @@ def test_microbatches_and_chunks_equal_the_whole(accumulate, chunk):
 def test_gradient_only_where_there_is_weight():
     batch = make_batch()
     grad = jax.grad(
-        lambda x: next_token(x, batch, replace(PLAIN, z_loss=0.1, label_smoothing=0.1))[
+        lambda x: sum_cross_entropy(x, batch, replace(PLAIN, z_loss=0.1, label_smoothing=0.1))[
             "objective"
         ][0]
     )
@@ -193,9 +203,10 @@ def test_microbatches_draw_their_own_randomness():
         run(replace(PLAIN, accumulate=k), batch, jax.random.key(0))[1]["loss"][0] for k in (2, 1)
     )
     halves = [
-        batch_sums(
+        next_token(
             NETWORK,
             make_params(),
+            {},
             {k: v[::2] for k, v in batch.items()},
             jax.random.fold_in(jax.random.key(0), i),
             PLAIN,
@@ -204,6 +215,76 @@ def test_microbatches_draw_their_own_randomness():
     ]
     assert abs(float(halves[0] - halves[1])) > 1e-3
     assert float(two) == pytest.approx(float(sum(halves)), rel=1e-5) and float(two) != float(one)
+
+
+# ---- frozen parameters ---------------------------------------------------------------------------
+
+
+def sum_kl(logits, reference, columns):
+    """Sums of the divergence from the reference, KL(reference || ours), of each token."""
+    ours = jax.nn.log_softmax(logits)
+    theirs = jax.nn.log_softmax(reference)
+    divergence = (jnp.exp(theirs) * (theirs - ours)).sum(-1)
+    weight = columns["weight"]
+    return {"objective": ((divergence * weight).sum(), weight.sum())}
+
+
+def match_reference(network, params, frozen, batch, key, train):
+    hidden, report = network.features(params, batch, key)
+    reference, _ = network.features(frozen, batch, None)
+    readouts = Readout(network, params, hidden), Readout(network, frozen, reference)
+    sums = sum_logits(sum_kl, {"weight": batch["weight"]}, train.loss_chunk, *readouts)
+    return add_report(sums, report)
+
+
+@pytest.fixture
+def matching(monkeypatch):
+    """The config of an objective that compares with a frozen model."""
+    monkeypatch.setitem(OBJECTIVES, "match_reference", match_reference)
+    return replace(PLAIN, objective="match_reference")
+
+
+@pytest.mark.parametrize("changes", [{}, dict(accumulate=3), dict(loss_chunk=2)])
+def test_a_model_equal_to_its_frozen_copy_stays(matching, changes):
+    grads, sums = run(replace(matching, **changes), frozen=make_params())
+    assert abs(float(sums["objective"][0])) < 1e-6
+    assert all(np.abs(leaf).max() < 1e-6 for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(accumulate=3), dict(loss_chunk=2)])
+def test_the_gradient_is_that_of_the_learned_model_alone(matching, changes):
+    """The derivative of KL(q || p) by the logits of p is p - q. Of q there is none."""
+    batch, params, frozen = make_batch(), make_params(1), make_params(5)
+    grads, sums = run(replace(matching, **changes), batch, frozen=frozen)
+
+    hidden = np.asarray(params["table"])[batch["tokens"]]
+    p, q = (
+        np.asarray(jax.nn.softmax(x["table"][batch["tokens"]] @ x["head"]))
+        for x in (params, frozen)
+    )
+    weight = batch["weight"]
+    close(sums["objective"][0], ((q * np.log(q / p)).sum(-1) * weight).sum())
+
+    slope = (p - q) * weight[..., None] / weight.sum()
+    close(grads["head"], np.einsum("btd,btv->dv", hidden, slope))
+    table = np.zeros((V, D))
+    np.add.at(table, batch["tokens"], slope @ np.asarray(params["head"]).T)
+    close(grads["table"], table)
+
+
+def test_the_step_keeps_frozen_out_of_the_state(matching):
+    """State and optimiser have the arrays they had; the frozen ones are still there, unchanged."""
+    tx, frozen = optax.adam(0.1), make_params(5)
+    step = jax.jit(partial(train_step, network=NETWORK, tx=tx, train=matching), donate_argnums=0)
+    before = init_state(make_params(), tx, matching)
+    shapes = jax.tree.map(jnp.shape, before)
+    state, first = step(before, frozen, make_batch(), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, state) == shapes
+    jax.tree.map(np.testing.assert_array_equal, frozen, make_params(5))
+
+    for _ in range(20):
+        state, sums = step(state, frozen, make_batch(), jax.random.key(0))
+    assert float(sums["objective"][0]) < 0.2 * float(first["objective"][0])
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -224,7 +305,7 @@ def test_train_step():
         jax.tree.map(jnp.zeros_like, make_params()),
     )
     for n in range(3):
-        state, sums = step(state, make_batch(n), key)
+        state, sums = step(state, {}, make_batch(n), key)
         grads, plain = run(PLAIN, make_batch(n), jax.random.fold_in(key, n), params)
         momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads)
         params = jax.tree.map(lambda p, m: p - 0.5 * m, params, momentum)
@@ -246,6 +327,8 @@ def test_state_without_averaging_keeps_none():
 
 
 def test_eval_step_has_no_randomness():
-    ours = jax.jit(partial(eval_step, network=NETWORK, train=PLAIN))(make_params(), make_batch())
+    ours = jax.jit(partial(eval_step, network=NETWORK, train=PLAIN))(
+        make_params(), {}, make_batch()
+    )
     logits = features(make_params(), make_batch(), None)[0] @ make_params()["head"]
-    jax.tree.map(close, ours, next_token(logits, make_batch(), PLAIN))
+    jax.tree.map(close, ours, sum_cross_entropy(logits, make_batch(), PLAIN))
