@@ -107,6 +107,12 @@ def add_text_flags(group) -> None:
         "--field", default="text", help="the text's field or column where a file has several"
     )
     group.add_argument(
+        "--task",
+        default="plain",
+        help="what is learned of a JSON row. plain: the field; supervised: `response` after "
+        "`prompt`; spans: those of `spans` without learn=false",
+    )
+    group.add_argument(
         "--errors", default="strict", help="undecodable bytes: strict or replace (by U+FFFD)"
     )
     group.add_argument(
@@ -233,7 +239,12 @@ def make_settings(args: argparse.Namespace):
 
     try:
         reading = Reading(
-            args.field, args.errors, tuple(args.encodings), args.on_error, args.documents
+            args.field,
+            args.errors,
+            tuple(args.encodings),
+            args.on_error,
+            args.documents,
+            args.task,
         )
     except UsageError as error:
         # The message names a field, such as `errors = …`, and the user knows the flag.

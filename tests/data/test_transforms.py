@@ -28,7 +28,7 @@ def make_buffer(rows, length):
             begins[n, at] = at > 0 or n % 2 == 0
             at += len(piece)
         inside[n, :at] = True
-    return Buffer(ids, begins, inside)
+    return Buffer(ids, begins, inside, ids % 3 == 0)
 
 
 def pieces_of(buffer, row):
@@ -56,6 +56,7 @@ def test_shuffled_rows_hold_the_same_documents_in_other_orders():
             ~moved.inside[n]
         ].any()
         assert not moved.begins[n][~moved.inside[n]].any()
+        assert (moved.learn[n] == (moved.ids[n] % 3 == 0)).all()
     orders = {
         tuple(pieces.index(piece) for piece in pieces_of(moved, n)) for n, pieces in enumerate(rows)
     }

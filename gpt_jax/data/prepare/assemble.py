@@ -83,7 +83,7 @@ def assemble(
         assembly.write(f"{name}/origins.json", json.dumps(_list_origins(mine)).encode())
 
     return {
-        "format": corpus.FORMAT,
+        "format": corpus.choose_format(sources),
         "content": assembly.content.hexdigest()[:20],
         "settings": about,
         "tokenizer": {
@@ -108,6 +108,9 @@ def _add_side(assembly: Assembly, name: str, side: str, mine: Sequence[Done]) ->
     for one in written:
         shard = units.unit_file(one.unit, side, ".tokens")
         assembly.files[shard] = Digest(*one.tokens["files"][shard])
+        learn = units.unit_file(one.unit, side, ".learn")
+        if learn in one.tokens["files"]:
+            assembly.files[learn] = Digest(*one.tokens["files"][learn])
         names.append([Path(shard).name, one.tokens["sides"][side]["tokens"]])
 
     parts = [one.tokens["sides"][side] for one in mine]
@@ -121,7 +124,21 @@ def _add_side(assembly: Assembly, name: str, side: str, mine: Sequence[Done]) ->
         key: sum(part.get(key, 0) for part in parts)
         for key in ("documents", "tokens", "bytes", "lost")
     }
+    unlearned = sum(part.get("unlearned", 0) for part in parts)
+    if unlearned:
+        counts["learned"] = counts["tokens"] - unlearned
+        _add_learn_bits(assembly, side, written)
     return counts | {"shards": names}
+
+
+def _add_learn_bits(assembly: Assembly, side: str, written: Sequence[Done]) -> None:
+    """Makes what is learned a part of the content, however the input is cut into units."""
+    for one in written:
+        name = units.unit_file(one.unit, side, ".learn")
+        if name in one.tokens["files"]:
+            assembly.content.update((assembly.job.folder / name).read_bytes())
+        else:
+            assembly.content.update(b"\1" * one.tokens["sides"][side]["tokens"])
 
 
 def _join_offsets(job: PrepareJob, side: str, written: Sequence[Done]) -> Iterator[bytes]:
@@ -190,7 +207,7 @@ def _sum_counts(job: PrepareJob, counted: Sequence[dict], dropped: Sequence[int]
 
 # Names of shards, of shards in the making, and of other files in the making (see files.replacing).
 OURS = re.compile(
-    r"(train|eval)-\d{5,}\.tokens|\.(train|eval)-\d{5,}-[0-9a-f]{32}\.\w+|\.[0-9a-f]{32}"
+    r"(train|eval)-\d{5,}\.(tokens|learn)|\.(train|eval)-\d{5,}-[0-9a-f]{32}\.\w+|\.[0-9a-f]{32}"
 )
 
 

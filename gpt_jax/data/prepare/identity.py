@@ -43,6 +43,8 @@ def describe(
     """
     about = asdict(settings)
     about |= about.pop("reading") | {"input": list(sources)}
+    if about["task"] == "plain":  # as it was written before there were tasks
+        del about["task"]
     if isinstance(tokenizer, Spec):
         about["tokenizer"] = tokenizer.name
     else:

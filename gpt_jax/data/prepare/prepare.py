@@ -110,6 +110,11 @@ def prepare_corpus(
     a worker is killed. What is finished stays.
     """
     tokenizer = resolve_tokenizer(settings.tokenizer, "--tokenizer")
+    if settings.reading.task != "plain" and getattr(tokenizer, "prefix", b""):
+        raise UsageError(
+            f"--task={settings.reading.task}: the tokenizer {tokenizer.name} puts a space in front "
+            "of each text, so also in front of each span; take another --tokenizer"
+        )
     survey.parse_threshold(settings.dedup)
     filters.parse_filters(settings.filters)
 

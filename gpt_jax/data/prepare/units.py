@@ -22,6 +22,7 @@ from gpt_jax.data.prepare import filters
 from gpt_jax.data.read import documents as readers
 from gpt_jax.data.read.decoding import Piece, Reading
 from gpt_jax.data.read.documents import Document, Tally
+from gpt_jax.data.tasks.example import Example, Span
 from gpt_jax.data.tokenizers.spec import tokenizer_from_json
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards
@@ -91,6 +92,11 @@ class Text(NamedTuple):
     hash: int
     number: int  # of the document among all those of the unit that have text
 
+    @property
+    def example(self) -> Example:
+        """What is learned of it. A text of several spans is as it was read, see `_filter`."""
+        return self.document.example if self.document.spans else Example((Span(self.text),))
+
 
 @dataclass
 class Counts:
@@ -134,10 +140,21 @@ def read(
 
 
 def _filter(chain: filters.Chain, document: Document) -> tuple[str | None, str]:
+    """(the text that the filters leave or None, the filter that dropped it).
+
+    Raises UsageError if a filter changes a text of spans, because nobody could say then what is
+    learned of it.
+    """
     try:
-        return chain(document.text)
+        text, dropped_by = chain(document.text)
     except UsageError as error:
         raise UsageError(f"{document.name}: {error}") from None
+    if document.spans and text is not None and text != document.text:
+        raise UsageError(
+            f"{document.name}: one of --filters changes its text, and with --task a filter can "
+            "only keep or drop a row; change the rows before"
+        )
+    return text, dropped_by
 
 
 def _hash(document: Document, text: str) -> int:
@@ -207,18 +224,26 @@ class Part(NamedTuple):
 
     of: Text
     text: str
-    last: bool
+    learn: bool
+    last: bool = False  # of its text
 
 
 def _split_into_parts(texts: Iterable[Text], tokenizer: Tokenizer) -> Iterator[Part]:
     """The parts of all texts. One part of a long text is held at a time, and the next one."""
     for text in texts:
-        parts = tokenizer.parts(text.text)
+        parts = _cut(text, tokenizer)
         part = next(parts)
         for following in parts:
-            yield Part(text, part, last=False)
+            yield part
             part = following
-        yield Part(text, part, last=True)
+        yield part._replace(last=True)
+
+
+def _cut(text: Text, tokenizer: Tokenizer) -> Iterator[Part]:
+    """The parts of a text. No part holds characters of two spans."""
+    for span in text.example.spans:
+        for part in tokenizer.parts(span.text):
+            yield Part(text, part, span.learn)
 
 
 def _batch(parts: Iterable[Part]) -> Iterator[list[Part]]:
@@ -279,8 +304,8 @@ def keep_file(unit: Unit) -> str:
 
 def unit_file(unit: Unit, side: str, suffix: str) -> str:
     """The file of a unit's shard, or of its part of the index."""
-    if suffix == ".tokens":
-        return f"{unit.source}/{side}-{unit.number:05d}.tokens"
+    if suffix in (".tokens", ".learn"):
+        return f"{unit.source}/{side}-{unit.number:05d}{suffix}"
     return f"{WORK}/tokens-{unit.name}-{side}{suffix}"
 
 
@@ -315,7 +340,7 @@ def tokenize(job: PrepareJob, unit: Unit, tick: Tick, *, fingerprint: str, keep:
             files |= _finish_side(job, unit, side, out, temporary[side])
     finally:
         for side, out in writers.items():
-            out.file.close()
+            out.close_files()
             for suffix in shards.SUFFIXES:
                 Path(f"{temporary[side]}{suffix}").unlink(missing_ok=True)
 
@@ -333,9 +358,9 @@ def _write(
     """Writes a batch to its sides. Gives the documents that ended in it, and their bytes."""
     documents = 0
     size = 0
-    for (text, part, last), part_ids in zip(batch, ids, strict=True):
+    for (text, part, learn, last), part_ids in zip(batch, ids, strict=True):
         out = writers["eval" if is_held_out(text.hash, fraction) else "train"]
-        out.write(part_ids, tokenizer.lost(part, part_ids))
+        out.write(part_ids, tokenizer.lost(part, part_ids), learn)
         if last:
             length = len(text.text.encode())
             out.end(text.hash, length, text.document.row, text.piece)

@@ -13,6 +13,8 @@ from typing import BinaryIO, NamedTuple
 
 from gpt_jax.data.read import remote
 from gpt_jax.data.read.sources import Source, format_and_packing
+from gpt_jax.data.tasks.example import Span, make_example
+from gpt_jax.data.tasks.tasks import TASKS
 from gpt_jax.errors import UsageError
 
 BUFFER = 1 << 17
@@ -20,6 +22,7 @@ CHOICES = {
     "errors": ("strict", "replace"),
     "on_error": ("stop", "skip"),
     "documents": ("file", "line"),
+    "task": tuple(TASKS),
 }
 SKIP = "gpt-jax prepare --on_error=skip leaves it out and counts it"
 REPLACE = "--config.data.errors=replace (--errors=replace of prepare)"
@@ -43,6 +46,9 @@ class Reading:
 
     # What one document of .txt .md .py is: file | line.
     documents: str = "file"
+
+    # A row of TASKS: what is learned of a row that is a JSON object.
+    task: str = "plain"
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -94,6 +100,7 @@ class Decoded(NamedTuple):
     text: str
     encoding: str
     replaced: int  # undecodable places that became U+FFFD
+    spans: tuple[Span, ...] = ()  # of the text; () if all of it is learned
 
 
 class Raw(NamedTuple):
@@ -269,24 +276,30 @@ def field_text(
     """
     if not isinstance(row, dict):
         raise Unreadable(f"expected a JSON object, got {type(row).__name__}")
-    if reading.field not in row:
-        raise Unreadable(f"{reading.label} is missing; fields there: {listed(row)}")
-    text = row[reading.field]
-    if not isinstance(text, str):
-        raise Unreadable(f"{reading.label} holds {type(text).__name__}, expected text")
-
     try:
-        if check and not text.isascii():
-            text.encode()
-        return Decoded(text, encoding, replaced)
+        example = TASKS[reading.task](row, reading.field, reading.label)
+    except ValueError as error:
+        raise Unreadable(plain(error)) from None
+    if check and not example.text.isascii():
+        mended = [(_mend(span.text, reading), span.learn) for span in example.spans]
+        replaced += sum(count for (_, count), _ in mended)
+        example = make_example(Span(text, learn) for (text, _), learn in mended)
+    return Decoded(example.text, encoding, replaced, () if example.is_plain else example.spans)
+
+
+def _mend(text: str, reading: Reading) -> tuple[str, int]:
+    """(`text` without lone surrogates, how many of them became U+FFFD)."""
+    try:
+        text.encode()
+        return text, 0
     except UnicodeEncodeError as error:
         if reading.errors == "strict":
             raise Unreadable(
-                f"character {error.start} is a lone surrogate ({text[error.start]!r}); "
-                f"mend the file, or go on with {REPLACE}"
+                f"character {error.start} is a lone surrogate ({text[error.start]!r}); mend the "
+                f"file, or go on with {REPLACE}"
             ) from None
     mended = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return Decoded(mended, encoding, replaced + mended.count("\ufffd") - text.count("\ufffd"))
+    return mended, mended.count("\ufffd") - text.count("\ufffd")
 
 
 def json_text(line: Decoded, reading: Reading) -> Decoded:

@@ -26,6 +26,7 @@ from gpt_jax.data.read.decoding import (
 )
 from gpt_jax.data.read.formats import BY_ARROW, TEXTS, format_of
 from gpt_jax.data.read.sources import Source, format_and_packing
+from gpt_jax.data.tasks.example import Example, Span
 from gpt_jax.errors import UsageError, install_command
 
 __all__ = [
@@ -49,6 +50,12 @@ class Document(NamedTuple):
     text: str
     replaced: int  # undecodable places that became U+FFFD
     row: int  # number in the piece from 0; headers, blank and skipped rows count
+    spans: tuple[Span, ...] = ()  # of the text; () if all of it is learned
+
+    @property
+    def example(self) -> Example:
+        """What is learned of it."""
+        return Example(self.spans or (Span(self.text),))
 
 
 @dataclass
@@ -295,6 +302,6 @@ def _documents(piece: Piece, reading: Reading, tally: Tally) -> Iterator[Documen
         tally.count(value)
         if value.text:
             name = _name(piece.source.name, piece, row, number)
-            document = Document(name, value.text, value.replaced, number)
+            document = Document(name, value.text, value.replaced, number, value.spans)
             value = None
             yield document

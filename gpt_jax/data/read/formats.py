@@ -107,7 +107,7 @@ def _json(piece: Piece, reading: Reading) -> Iterator[Raw]:
 
     try:
         with opened(piece.source) as file:
-            text, encoding, replaced = decode(file.read(), reading)
+            text, encoding, replaced, _ = decode(file.read(), reading)
         rows = parse_json(text.removeprefix("\ufeff")) if text and not text.isspace() else []
     except Unreadable as why:
         yield Raw(why, 0, -1)
@@ -342,6 +342,9 @@ class Format(NamedTuple):
     # The parts that a file can be cut into: lines, groups (of parquet), shards (of hf://).
     cut: str = ""
 
+    # Whether rows are objects, so that any task can read them.
+    tasks: bool = False
+
 
 # The format of text files, by Reading.documents.
 TEXTS = {"file": Format(_whole_file), "line": Format(_lines, line_text, "lines")}
@@ -350,17 +353,26 @@ FORMATS = {
     ".txt": TEXTS,
     ".md": TEXTS,
     ".py": TEXTS,
-    ".jsonl": Format(_lines, json_text, "lines"),
-    ".json": Format(_json, json_text),
+    ".jsonl": Format(_lines, json_text, "lines", tasks=True),
+    ".json": Format(_json, json_text, tasks=True),
     ".csv": Format(_csv),
     ".tsv": Format(_tsv, cut="lines"),
     ".parquet": Format(_parquet, cut="groups"),
     ".arrow": Format(_arrow),
-    HUB: Format(hub.rows, cut="shards"),
+    HUB: Format(hub.rows, cut="shards", tasks=True),
 }
 
 
 def format_of(source: Source, reading: Reading) -> Format:
-    """The format of a source. That of text files depends on Reading.documents."""
+    """The format of a source. That of text files depends on Reading.documents.
+
+    Raises UsageError if the task of `reading` cannot read its rows.
+    """
     row = FORMATS[format_and_packing(source)[0]]
-    return row[reading.documents] if isinstance(row, dict) else row
+    form = row[reading.documents] if isinstance(row, dict) else row
+    if reading.task != "plain" and not form.tasks:
+        raise UsageError(
+            f"{source.path}: --task={reading.task} reads objects, which .jsonl, .json and hf:// "
+            "hold; convert the file"
+        )
+    return form

@@ -268,6 +268,11 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
     parts = data.parts
     is_alone = len(parts) == 1
     check_fim(knobs, data.tokenizer.name, data.tokenizer.specials)
+    if knobs.fim and (masked := [part.name for part in parts if part.train.learn]):
+        raise UsageError(
+            f"config.data.fim = {knobs.fim}: source {masked[0]} was prepared with --task, and "
+            "rearranging a document would mix what is learned with what is not; set it to 0"
+        )
 
     def make_rows(part):
         label = "the training text" if is_alone else f"source {part.name}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpt_jax.data.stream import packing
 from gpt_jax.data.stream.order import permute, random_below
-from gpt_jax.data.tokens.shards import Tokens
+from gpt_jax.data.tokens.shards import LEARN, Tokens
 from gpt_jax.errors import DataError, UsageError
 
 Columns = dict[str, np.ndarray]
@@ -23,6 +23,7 @@ class Buffer(NamedTuple):
     ids: np.ndarray  # int32, 0 in padding
     begins: np.ndarray  # bool: a document, or a piece of one, begins here
     inside: np.ndarray  # bool: not padding
+    learn: np.ndarray  # bool: to be learned; no matter in padding
 
 
 class Span(NamedTuple):
@@ -51,12 +52,15 @@ def contiguous(tokens: Tokens, starts: np.ndarray, length: int) -> Buffer:
     Rows are padded beyond the last token. Raises DataError if a token file is damaged.
     """
     ids = np.zeros((len(starts), length), tokens.dtype)
+    learn = np.zeros(ids.shape, LEARN)
     counts = np.clip(tokens.size - starts, 0, length)
-    for row, start, count in zip(ids, starts.tolist(), counts.tolist(), strict=True):
-        tokens.read(start, row[:count])
+    for row, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
+        tokens.read(start, ids[row, :count])
+        tokens.read_learn(start, learn[row, :count])
 
     inside = np.arange(length) < counts[:, None]
-    return Buffer(ids.astype(np.int32), _begins(tokens, starts, length), inside)
+    begins = _begins(tokens, starts, length)
+    return Buffer(ids.astype(np.int32), begins, inside, learn.astype(bool))
 
 
 def spans(tokens: Tokens, pieces: list[tuple[int, int]]) -> Iterator[Span]:
@@ -79,16 +83,16 @@ def make_columns(buffer: Buffer, token_bytes: np.ndarray, document_mask: bool) -
     """A Buffer of T + 1 ids as columns [N, T].
 
     `tokens` and `targets` are int32: targets[i] follows tokens[i], and padding is 0.
-    `weight` is float32: 1 where the target is to be predicted. It is 0 in padding and, with
-    `document_mask`, where the target begins another document.
+    `weight` is float32: 1 where the target is to be predicted. It is 0 in padding, where the target
+    is not to be learned and, with `document_mask`, where it begins another document.
     `bytes` is int32: the UTF-8 bytes of each predicted target, and 0 elsewhere.
 
     Two columns exist only with `document_mask`.
     `segment` is int32: 1, 2, … by document within the row, and 0 in padding.
     `position` is int32: the place in the document, from 0 where the document or the row begins.
     """
-    ids, begins, inside = buffer
-    predicted = inside[:, 1:]
+    ids, begins, inside, learn = buffer
+    predicted = inside[:, 1:] & learn[:, 1:]
     document_columns = {}
     if document_mask:
         predicted = predicted & ~begins[:, 1:]
@@ -218,17 +222,20 @@ class FirstFit(Window):
     def fill(self, indices: np.ndarray) -> Buffer:
         ids = np.zeros((len(indices), self.length), self.tokens.dtype)
         begins = np.zeros(ids.shape, bool)
+        learn = np.zeros(ids.shape, LEARN)
         sizes = np.zeros(len(indices), np.int64)
 
         for n, row in enumerate(self._row(indices).tolist()):
             at = 0
             for start, size in self.pieces(row):
                 self.tokens.read(start, ids[n, at : at + size])
+                self.tokens.read_learn(start, learn[n, at : at + size])
                 begins[n, at] = True
                 at += size
             sizes[n] = at
 
-        return Buffer(ids.astype(np.int32), begins, np.arange(self.length) < sizes[:, None])
+        inside = np.arange(self.length) < sizes[:, None]
+        return Buffer(ids.astype(np.int32), begins, inside, learn.astype(bool))
 
     def spans(self, index: int) -> list[Span]:
         return list(spans(self.tokens, self.pieces(int(self._row(np.array([index]))[0]))))

@@ -59,7 +59,8 @@ def _digest_content(
     splitting = None if held else [data.split, data.eval_fraction]
     # The kinds of files decide how their bytes are read.
     kinds = [sources.suffixes(source.path) for source in (*train, *held)]
-    reading = astuple(split.make_reading(data))
+    # Without the task, which is for prepared folders. So caches keep their names.
+    *reading, _ = astuple(split.make_reading(data))
     return digest_json(len(train), kinds, hashes, reading, splitting)
 
 

@@ -4,6 +4,7 @@ corpus.json                  the manifest, written last: what the folder holds, 
                              of every other file
 tokenizer.json               what made the tokens (Tokenizer.to_json)
 SOURCE/train-00000.tokens …  token shards (see shards.py); `eval-…` where text is held out
+SOURCE/train-00000.learn …   beside shards with tokens that are not learned
 SOURCE/train.offsets .docs   the index over all shards of a side
 SOURCE/origins.json          the input files, for the names of documents
 inputs.json                  where the input was, to notice that it has changed; not part of the
@@ -27,7 +28,9 @@ from gpt_jax.data.tokens.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.errors import DataError, UsageError
 from gpt_jax.files import digest_file, is_inside
 
-FORMAT = 1
+# Format 2 has `.learn` files. A version that does not know them must not train on the corpus. A
+# corpus without such files is still written in format 1.
+FORMATS = (1, 2)
 MANIFEST = "corpus.json"
 INPUTS = "inputs.json"
 
@@ -50,6 +53,12 @@ class PreparedCorpus:
 def is_corpus(folder: Path) -> bool:
     """Whether a folder holds a finished corpus."""
     return (folder / MANIFEST).is_file()
+
+
+def choose_format(sources: dict) -> int:
+    """The number of the format that the `sources` of a manifest need."""
+    sides = (side for source in sources.values() for side in source.values())
+    return FORMATS[any("learned" in side for side in sides)]
 
 
 def seal(manifest: dict) -> bytes:
@@ -79,9 +88,10 @@ def parse_manifest(raw: bytes, path: str) -> dict:
             f"{path}: damaged, its digest does not fit; copy it again, or remove the folder and "
             "prepare it again"
         )
-    if number != FORMAT:
+    if number not in FORMATS:
         raise UsageError(
-            f"{path}: has format {number}, this version reads {FORMAT}; prepare it again"
+            f"{path}: has format {number}, this version reads {FORMATS[0]} to {FORMATS[-1]}; "
+            "prepare it again"
         )
     try:
         names = _file_names(manifest)
@@ -162,7 +172,7 @@ def open_corpus(folder: Path) -> PreparedCorpus:
     tokenizer = _open_tokenizer(folder, manifest)
     dtype = np.dtype(manifest["dtype"])
     sources = {
-        name: _open_source(folder / name, source, dtype)
+        name: _open_source(folder / name, source, dtype, manifest["files"])
         for name, source in manifest["sources"].items()
     }
     return PreparedCorpus(tokenizer, sources, manifest["content"], manifest)
@@ -184,29 +194,47 @@ def _open_tokenizer(folder: Path, manifest: dict) -> Tokenizer:
     return tokenizer
 
 
-def _open_source(folder: Path, source: dict, dtype: np.dtype) -> dict[str, Tokens | None]:
+def _open_source(
+    folder: Path, source: dict, dtype: np.dtype, files: dict
+) -> dict[str, Tokens | None]:
     path = folder / "origins.json"
     try:
         rows = json.loads(path.read_bytes())
         origins = tuple(Origin(*row) for row in rows)
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); {_remedy(folder.parent)}") from None
-    return {side: _open_side(folder, side, source[side], dtype, origins) for side in SIDES}
+    return {side: _open_side(folder, side, source[side], dtype, origins, files) for side in SIDES}
 
 
 def _open_side(
-    folder: Path, side: str, counts: dict, dtype: np.dtype, origins: tuple[Origin, ...]
+    folder: Path,
+    side: str,
+    counts: dict,
+    dtype: np.dtype,
+    origins: tuple[Origin, ...],
+    files: dict,
 ) -> Tokens | None:
     if not counts["tokens"]:
         return None
-    files = tuple(TokenFile(folder / name, dtype, tokens) for name, tokens in counts["shards"])
-    size = sum(file.size for file in files)
+    opened = tuple(TokenFile(folder / name, dtype, tokens) for name, tokens in counts["shards"])
+    size = sum(file.size for file in opened)
     try:
         offsets, docs = shards.open_index(folder / side, counts["documents"], size)
     except ValueError as error:
         raise DataError(f"{folder}/{error}; {_remedy(folder.parent)}") from None
     lost = counts.get("lost", 0)  # an older version did not count them
-    return Tokens(side, files, offsets, docs, counts["bytes"], origins, lost)
+    learn = ()
+    if "learned" in counts:
+        learn = tuple(_open_learn(file, files) for file in opened)
+    return Tokens(side, opened, offsets, docs, counts["bytes"], origins, lost, learn)
+
+
+def _open_learn(shard: TokenFile, files: dict) -> TokenFile | None:
+    """The bits beside a shard; None if all of its tokens are learned."""
+    path = shard.path.with_suffix(".learn")
+    if f"{path.parent.name}/{path.name}" not in files:
+        return None
+    return TokenFile(path, shards.LEARN, shard.size)
 
 
 # ---- verifying ----

@@ -51,6 +51,12 @@ def _summarize(folder: Path, corpus: PreparedCorpus) -> Iterator[str]:
                 f"(--eval_fraction={fraction:g} goes by their hashes), so runs will know no "
                 "held-out loss of it; cut it into more documents, or hold out more"
             )
+        for side, counts in corpus.manifest["sources"][name].items():
+            if "learned" in counts:
+                yield (
+                    f"{name}/{side}: {counts['learned'] / counts['tokens']:.1%} of the tokens are "
+                    "learned (--task)"
+                )
         for side, tokens in sides.items():
             if tokens is not None and tokens.lost:
                 yield (

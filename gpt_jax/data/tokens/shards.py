@@ -2,7 +2,8 @@
 
 `NAME.tokens` holds ids (uint16 or uint32, little-endian, nothing else). `NAME.offsets` holds int64
 [documents + 1]: where each document starts, then where the last one ends. `NAME.docs` holds one
-DOCUMENT each.
+DOCUMENT each. `NAME.learn` holds a byte for each id: 1 if it is to be learned, or else 0. Without
+the file all are learned.
 
 Files are read by place and not mapped. A page fault of a map reads ahead 128 KiB for a row of
 2 KiB, and it kills the process when the file has shrunk (figures: benchmarks/data_format.py).
@@ -13,6 +14,7 @@ import os
 import threading
 from array import array
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -26,7 +28,8 @@ from gpt_jax.files import Digest, sync_file, write_file
 # row in a piece of an input file.
 DOCUMENT = np.dtype([("hash", "<u8"), ("bytes", "<u8"), ("row", "<u4"), ("piece", "<u4")])
 SIDES = ("train", "eval")
-SUFFIXES = (".tokens", ".offsets", ".docs")
+SUFFIXES = (".tokens", ".learn", ".offsets", ".docs")
+LEARN = np.dtype(np.uint8)  # of NAME.learn
 OPEN_FILES = 256  # open in a thread at once; a process may not open thousands of shards
 
 
@@ -125,6 +128,8 @@ class Tokens:
     bytes: int  # of the text in UTF-8; specials do not count
     origins: tuple[Origin, ...] = ()  # DOCUMENT's `piece` is a place in it
     lost: int = 0  # of `bytes`, those of characters that the tokenizer does not know
+    # The bits of each shard, None for a shard that is learned whole. Empty if all shards are.
+    learn: tuple[TokenFile | None, ...] = ()
     # int64 [shards + 1]: the first id of each shard, then the end.
     begins: np.ndarray = field(init=False)
 
@@ -149,13 +154,25 @@ class Tokens:
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fills `out` with the ids from `start` on, all of which must exist."""
+        self._read(self.shards, start, out)
+
+    def read_learn(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` (LEARN) with 1 for ids from `start` on that are learned, 0 for others."""
+        out[:] = 1
+        if self.learn:
+            self._read(self.learn, start, out)
+
+    def _read(self, files: Sequence[TokenFile | None], start: int, out: np.ndarray) -> None:
+        """Fills `out` from files with an entry for each id; None leaves its part alone."""
         shard = int(np.searchsorted(self.begins, start, "right")) - 1
         done = 0
         while done < len(out):
             left_in_shard = int(self.begins[shard + 1]) - start - done
             count = min(len(out) - done, left_in_shard)
             place = start + done - int(self.begins[shard])
-            self.shards[shard].read(place, out[done : done + count])
+            file = files[shard]
+            if file is not None:
+                file.read(place, out[done : done + count])
             done += count
             shard += 1
 
@@ -208,24 +225,46 @@ class Writer:
         self.ending = np.array([] if eot is None else [eot], dtype).tobytes()
         self.file = open(f"{base}.tokens", "wb")  # noqa: SIM115 - `close` closes it
         self.digest = hashlib.sha256()
+        self.learn_file: BinaryIO | None = None  # opened for the first id that is not learned
+        self.learn_digest = hashlib.sha256()
+        self.learned_last = True  # whether the last id of the document is
+        self.unlearned = 0
         self.tokens = 0
         self.bytes = 0
         self.lost = 0
         self.offsets = array("q", [0])
         self.docs = bytearray()
 
-    def write(self, ids: np.ndarray, lost: int = 0) -> None:
+    def write(self, ids: np.ndarray, lost: int = 0, learn: bool = True) -> None:
         """Adds ids to the document. `lost` is what Tokens counts under that name."""
         self.lost += lost
+        self.learned_last = learn
         self._put(ids.astype(self.dtype, copy=False).tobytes())
 
     def _put(self, raw: bytes) -> None:
+        """Adds ids that are learned if `learned_last` says so."""
+        count = len(raw) // self.dtype.itemsize
+        self._put_learn(count)
         self.file.write(raw)
         self.digest.update(raw)
-        self.tokens += len(raw) // self.dtype.itemsize
+        self.tokens += count
+
+    def _put_learn(self, count: int) -> None:
+        if self.learned_last and self.learn_file is None:
+            return
+        bits = bytes([self.learned_last]) * count
+        if self.learn_file is None:
+            self.learn_file = open(f"{self.base}.learn", "wb")  # noqa: SIM115 - `close` closes it
+            bits = b"\1" * self.tokens + bits
+        self.unlearned += count * (not self.learned_last)
+        self.learn_file.write(bits)
+        self.learn_digest.update(bits)
 
     def end(self, hash: int, size: int, row: int, piece: int) -> None:
-        """Ends the document: adds end of text, and its DOCUMENT."""
+        """Ends the document: adds end of text, and its DOCUMENT.
+
+        End of text is learned if the last id of the document is.
+        """
         self._put(self.ending)
         self.offsets.append(self.tokens)
         self.docs += np.array((hash, size, row, piece), DOCUMENT).tobytes()
@@ -233,22 +272,34 @@ class Writer:
 
     def close(self) -> dict[str, Digest]:
         """Sends everything to the disk, and gives {suffix: Digest}."""
+        learn = {}
+        if self.learn_file is not None:
+            sync_file(self.learn_file)
+            learn = {".learn": Digest(self.tokens, self.learn_digest.hexdigest())}
         sync_file(self.file)
-        self.file.close()
+        self.close_files()
         return {
             ".tokens": Digest(self.tokens * self.dtype.itemsize, self.digest.hexdigest()),
+            **learn,
             ".offsets": write_file(Path(f"{self.base}.offsets"), self.offsets.tobytes()),
             ".docs": write_file(Path(f"{self.base}.docs"), bytes(self.docs)),
         }
 
+    def close_files(self) -> None:
+        """Closes what is open, whole or not."""
+        self.file.close()
+        if self.learn_file is not None:
+            self.learn_file.close()
+
     def counts(self) -> dict[str, int]:
         """How much was written."""
-        return {
+        counts = {
             "tokens": self.tokens,
             "documents": len(self.offsets) - 1,
             "bytes": self.bytes,
             "lost": self.lost,
         }
+        return counts | ({"unlearned": self.unlearned} if self.unlearned else {})
 
 
 # ---- the index ----
