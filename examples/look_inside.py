@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from gpt_jax import model as models, run
 
 # %% [markdown]
-# Every block keeps its output under the name `residual`. A stack of layers is scanned over its
-# repeats, so the arrays of `blocks/0, blocks/1, …` are interleaved. Layer `r * period + i` is
-# repeat `r` of `blocks/<i>`.
+# `capture` gives values of the forward pass by name, and the model is not edited for that. Every
+# block keeps its output under the name `residual`. A stack of layers is scanned over its repeats,
+# so the arrays of `blocks/0, blocks/1, …` are interleaved. `list_layers` puts them in order.
 
 
 # %%
@@ -27,13 +27,9 @@ def residual_streams(
     network: models.Transformer, params: dict, tokens: jax.Array
 ) -> list[jax.Array]:
     """The stream [B, T, D] after each layer, for tokens [B, T]."""
-    _, kept = network.apply(
-        {"params": params}, {"tokens": tokens}, method="features", mutable=["intermediates"]
-    )
-    stacks, tail = kept["intermediates"]["blocks"], kept["intermediates"].get("tail", {})
-    period = [stacks[str(i)]["residual"][0] for i in range(len(stacks))]
-    rest = [tail[str(i)]["residual"][0] for i in range(len(tail))]
-    return [stack[repeat] for repeat in range(period[0].shape[0]) for stack in period] + rest
+    names = ("*/residual",)  # also `blocks/0/mlp`, `blocks/*/attention/weights`, …
+    values = models.capture(network.model, network.compute, params, {"tokens": tokens}, names)
+    return models.list_layers(values, "residual")
 
 
 def read_out(network: models.Transformer, params: dict, stream: jax.Array) -> jax.Array:

@@ -13,6 +13,11 @@ from .parameters import (
     describe_parameter as describe_parameter,
     join_path as join_path,
 )
+from .taps import (
+    capture as capture,
+    list_layers as list_layers,
+    list_names as list_names,
+)
 from .transformer import (
     Transformer as Transformer,
     abstract_params as abstract_params,

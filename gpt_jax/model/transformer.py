@@ -20,7 +20,7 @@ from gpt_jax import config, sharding
 from gpt_jax.config import LayerSpec, layer_specs, layout
 from gpt_jax.errors import UsageError
 from gpt_jax.model import stages
-from gpt_jax.model.attention.attention import Attention, Context
+from gpt_jax.model.attention.attention import MAPS, Attention, Context
 from gpt_jax.model.experts.balance import add_layer, empty_report
 from gpt_jax.model.experts.moe import Moe
 from gpt_jax.model.kv_cache import append_token
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
         unroll = self.compute.unroll or self.plan.repeats
         scanned = nn.scan(
             Period,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0, MAPS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType] the stub knows one
             length=self.plan.repeats,

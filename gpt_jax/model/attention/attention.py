@@ -22,6 +22,8 @@ from gpt_jax.model.layers.positions import rotate
 # The logical axes of queries, and of keys and values.
 QUERY_AXES = ("batch", "seq", "heads", "head_dim")
 KEY_AXES = ("batch", "seq", "kv_heads", "head_dim")
+# The collection of Flax that attention maps are kept in, if somebody asks for it (model/taps.py).
+MAPS = "attention_maps"
 
 
 class Context(NamedTuple):
@@ -92,6 +94,10 @@ class Attention(nn.Module):
         else:
             pattern = mask.Pattern(self.window, context.segment, context.block)
             keep = self._draw_keep(B, T)
+            if self.is_mutable_collection(MAPS) and not self.is_initializing():
+                kernel, cap = self.compute.kernel, model.attention_softcap
+                weights = kernels.attention_weights(kernel, q, k, pattern, cap)
+                self.sow(MAPS, "weights", weights)
             y = kernels.attention(
                 self.compute.kernel, q, k, v, pattern, model.attention_softcap, keep
             )

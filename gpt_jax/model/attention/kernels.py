@@ -33,20 +33,9 @@ def attend(q, k, v, mask, cap: float = 0.0, keep=None):
     S, K = k.shape[1:3]
     G = N // K
 
-    # Heads come first, and the queries of a group are stacked on those of its kv head. This makes
-    # one plain batched matmul over [B, K]. XLA's CPU backend runs it a quarter faster than the
-    # contraction with heads inside.
-    def stack(x):
-        return jnp.moveaxis(x.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
-
-    q = stack(q * jnp.asarray(H**-0.5, q.dtype))
-    k = jnp.swapaxes(k, 1, 2)
+    q, k = _heads_first(q, k)
     v = jnp.swapaxes(v, 1, 2)
-
-    scores = softcap(jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32), cap)
-    scores = scores.reshape(B, K, G, T, S)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1)
+    probs = _weigh(q, k, mask, cap)
     if keep is not None:
         probs = probs * keep.reshape(B, K, G, T, S)
 
@@ -54,11 +43,42 @@ def attend(q, k, v, mask, cap: float = 0.0, keep=None):
     return jnp.moveaxis(out.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H)
 
 
+def _heads_first(q, k):
+    """Scaled queries [B, K, G T, H] and keys [B, K, S, H].
+
+    Heads come first, and the queries of a group are stacked on those of its kv head. This makes one
+    plain batched matmul over [B, K]. XLA's CPU backend runs it a quarter faster than the
+    contraction with heads inside.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q * jnp.asarray(H**-0.5, q.dtype)
+    q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, N // K * T, H)
+    return q, jnp.swapaxes(k, 1, 2)
+
+
+def _weigh(q, k, mask, cap: float):
+    """The probabilities [B, K, G, T, S] of what `_heads_first` gives, before dropout."""
+    B, K, S = k.shape[:3]
+    T = mask.shape[1]
+
+    scores = softcap(jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32), cap)
+    scores = scores.reshape(B, K, -1, T, S)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1)
+
+
 # ---- the kernels ----
 
 
 def _reference(q, k, v, pattern, cap, keep):
     return attend(q, k, v, make_mask(pattern, q.shape[1]), cap, keep)
+
+
+def _reference_weights(q, k, pattern, cap):
+    B, T, N, _ = q.shape
+    weights = _weigh(*_heads_first(q, k), make_mask(pattern, T), cap)
+    return weights.reshape(B, N, T, T)
 
 
 def _blocked(q, k, v, pattern, cap, keep):
@@ -173,6 +193,7 @@ class Kernel(NamedTuple):
     `run` takes (q, k, v, pattern, cap, keep) and gives [B, T, N, H]. `cannot` takes a Problem and
     gives "", or the reason why the kernel cannot solve it. `platform` is one that the kernel is
     for. `cut` takes (q, k, v, pattern, cap) for rows that are cut over the mesh axis context.
+    `weights` takes (q, k, pattern, cap) and gives the map [B, N, T, S] of a kernel that has one.
 
     The rest is for the plan and for the check at the start of a run. `makes_maps` tells whether
     whole maps of queries and keys exist in memory. `skips_future` tells whether what causal order
@@ -185,6 +206,7 @@ class Kernel(NamedTuple):
     cannot: Callable
     platform: str = "cpu"
     cut: Callable | None = None
+    weights: Callable | None = None
     makes_maps: bool = False
     skips_future: bool = True
     efficiency: float = 0.2
@@ -194,7 +216,9 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "reference": Kernel(_reference, _uncut, makes_maps=True, skips_future=False),
+    "reference": Kernel(
+        _reference, _uncut, weights=_reference_weights, makes_maps=True, skips_future=False
+    ),
     "blocked": Kernel(_blocked, _blocked_cannot),
     "ring": Kernel(_reference, _ring_cannot, cut=ring.ring_attention),
     "xla": Kernel(
@@ -311,6 +335,24 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
         None if keep is None else ("batch", "heads", "seq", "keys"),
     )
     return sharding.run_local(run, axes, query_axes)(q, k, v, pattern.segment, pattern.block, keep)
+
+
+def attention_weights(name: str, q, k, pattern: Pattern, cap: float = 0.0):
+    """The attention map [B, N, T, S] of the kernel `name`, which must have one, in float32."""
+    weigh = KERNELS[name].weights
+    assert weigh is not None, f"{name} has no attention map"
+
+    def run(q, k, segment, block):
+        return weigh(q, k, Pattern(pattern.window, segment, block), cap)
+
+    columns = [None if x is None else ("batch", "seq") for x in (pattern.segment, pattern.block)]
+    axes = (
+        ("batch", "seq", "heads", "head_dim"),
+        ("batch", "seq", "kv_heads", "head_dim"),
+        *columns,
+    )
+    mapped = sharding.run_local(run, axes, ("batch", "heads", "seq", "keys"))
+    return mapped(q, k, pattern.segment, pattern.block)
 
 
 # ---- the check of the chosen kernel ----
