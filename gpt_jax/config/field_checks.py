@@ -1,7 +1,7 @@
 """What must agree across fields on every mesh."""
 
 from gpt_jax.config.fields import Config
-from gpt_jax.config.knobs import ENDLESS, FFNS, MIXERS
+from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS
 from gpt_jax.config.model_fields import Model
 from gpt_jax.config.resolve import wsd_start
 
@@ -35,6 +35,7 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
     if config.model.pattern and config.model.windows:
         _check_gates(checks)
         _check_text(checks, tokenizer_vocab)
+        _check_evaluators(checks)
         _check_schedule(checks)
         _check_router(checks)
     return checks.lines
@@ -131,6 +132,18 @@ def _check_text(checks: Checks, tokenizer_vocab: int) -> None:
         not train.loss_chunk or train.seq_len % train.loss_chunk == 0,
         "train.loss_chunk",
         f"must divide config.train.seq_len = {train.seq_len}",
+    )
+
+
+def _check_evaluators(checks: Checks) -> None:
+    """The names of what an evaluation measures."""
+    asked = checks.config.eval.evaluators
+    keep_best = checks.config.checkpoint.keep_best
+    checks.need(set(asked) <= set(EVALUATORS), "eval.evaluators", f"knows {', '.join(EVALUATORS)}")
+    checks.need(
+        "heldout" in asked or not keep_best,
+        "eval.evaluators",
+        f"has no heldout, and config.checkpoint.keep_best = {keep_best} goes by its loss",
     )
 
 

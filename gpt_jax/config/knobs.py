@@ -21,6 +21,7 @@ PACKINGS = ("window", "chunk", "document", "first_fit", "best_fit")
 WEIGHTS = ("tokens", "documents")
 SPLITS = ("tail", "document")
 OBJECTIVES = ("next_token",)
+EVALUATORS = ("heldout", "samples", "xz")
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 
 

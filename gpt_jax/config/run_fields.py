@@ -141,6 +141,11 @@ class Eval:
     """Evaluation and samples during training."""
 
     every_steps: int = knob(250, "Updates between evaluations. 0 means at the end alone.", low=0)
+    evaluators: tuple[str, ...] = knob(
+        ("heldout",),
+        "What an evaluation measures, in this order: heldout (loss by source), samples (a text), "
+        "xz (what xz -9 makes of the held-out text).",
+    )
     batches: int = knob(0, "Held-out batches of an evaluation. 0 means all of them.", low=0)
     batch_size: int = knob(0, "Rows of a held-out batch. 0 means train.batch_size.", low=0)
     sample_every_steps: int = knob(0, "Updates between samples. 0 means at the end alone.", low=0)

@@ -1,6 +1,7 @@
 """What a model is worth: held-out loss by source, and samples.
 
 `heldout` sums losses over held-out batches and divides once. `samples` lets the model write.
+`evaluators` is the table that a run asks by name.
 """
 
 import lazy_loader

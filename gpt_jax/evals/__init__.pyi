@@ -1,3 +1,8 @@
+from .evaluators import (
+    EVALUATORS as EVALUATORS,
+    Evaluation as Evaluation,
+    run_evaluators as run_evaluators,
+)
 from .heldout import (
     average_by_source as average_by_source,
     compute_heldout_metrics as compute_heldout_metrics,

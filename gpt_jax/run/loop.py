@@ -17,10 +17,10 @@ from gpt_jax.cluster import StopRequest, agree_on, is_peer_gone, watchdog
 from gpt_jax.data import EvalBatches, Stream, make_eval_batches, make_stream
 from gpt_jax.errors import Stopped, UsageError
 from gpt_jax.evals import (
-    average_by_source,
-    compute_heldout_metrics,
+    Evaluation,
     draw_samples,
     measure_xz_bits_per_byte,
+    run_evaluators,
     sum_heldout,
 )
 from gpt_jax.metrics import (
@@ -240,36 +240,42 @@ def averaged_params(progress: Progress, state: TrainState):
 
 
 def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[], bool]) -> bool:
-    """Records held-out metrics after update `step`.
+    """Records what `config.eval.evaluators` measure after update `step`.
 
     `stop` is asked at each batch, because all of the held-out text may take longer than who asks
     will wait. Returns False if it has cut the evaluation short.
     """
     settle(progress)
-    if progress.heldout:
-        parts = progress.parts
+    parts = progress.parts
+    config = progress.config
+    params = averaged_params(progress, state)
 
-        def sums(batches):
-            return sum_heldout(
-                lambda params, batch: parts.eval_step(params, batch, parts.frozen),
-                averaged_params(progress, state),
-                watched(batches, progress.beat, stop),
-                parts.mesh,
-                progress.config.eval.batch_size,
-            )
+    def eval_step(params, batch):
+        return parts.eval_step(params, batch, parts.frozen)
 
-        try:
-            with progress.clock.phase("eval"):
-                by_source = {
-                    name: compute_heldout_metrics(sums(batches))
-                    for name, batches in progress.heldout.items()
-                }
-        except CutShort:
-            return False
-        metrics = average_by_source(by_source, progress.shares(step))
-        progress.check_finite("held-out loss", metrics["eval/loss"], step)
-        progress.evaluated = step, metrics
-        progress.writers.write(step, metrics)
+    def sum_sources():
+        sums = {}
+        for name, batches in progress.heldout.items():
+            alive = watched(batches, progress.beat, stop)
+            sums[name] = sum_heldout(eval_step, params, alive, parts.mesh, config.eval.batch_size)
+        return sums
+
+    shares = progress.shares(step)
+    about = config.model, config.compute, config.eval, config.seed
+    evaluation = Evaluation(*about, params, parts.data, step, sum_sources, shares)
+    try:
+        with progress.clock.phase("eval"):
+            numbers, texts = run_evaluators(evaluation)
+    except CutShort:
+        return False
+
+    if "eval/loss" in numbers:
+        progress.check_finite("held-out loss", numbers["eval/loss"], step)
+    if numbers:
+        progress.evaluated = step, numbers
+        progress.writers.write(step, numbers)
+    for name, text in texts.items():
+        progress.writers.text(step, name, text)
     progress.restart_rate(step)
     return True
 
@@ -351,7 +357,8 @@ def find_leftovers(workdir: Path, step: int) -> list[bool]:
     rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["step"] == step]
     keys = {key for row in rows for key in row}
     is_sampled = f"sample/{LAST_SAMPLES - 1}" in keys
-    return ["eval/loss" in keys, is_sampled, (workdir / "report.html").exists()]
+    is_measured = any(key.startswith("eval/") for key in keys)
+    return [is_measured, is_sampled, (workdir / "report.html").exists()]
 
 
 def conclude(

@@ -17,6 +17,7 @@ import runs
 
 from gpt_jax import config as configs
 from gpt_jax.errors import Diverged, Stopped, UsageError
+from gpt_jax.evals import evaluators
 from gpt_jax.metrics.sessions import find_sessions
 from gpt_jax.metrics.writers import read_jsonl
 from gpt_jax.model.count import count_params
@@ -279,7 +280,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, steps):
 def test_the_best_checkpoint_stays(tmp_path, monkeypatch, every):
     """A step that was not evaluated is not the best one."""
     values = iter((3.0, 1.0, 2.0))
-    monkeypatch.setattr(loop, "compute_heldout_metrics", lambda sums: {"loss": next(values)})
+    monkeypatch.setattr(evaluators, "compute_heldout_metrics", lambda sums: {"loss": next(values)})
     runs.run(
         runs.build(
             runs.load(

@@ -1,0 +1,82 @@
+"""What is measured at an evaluation: a table of functions, asked for by `config.eval.evaluators`.
+
+An evaluator is a function `(Evaluation) -> {name: value}`. Numbers are named `eval/…`, and texts
+`sample/…`. All processes of a job call it together, and process 0 writes what it gives.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from gpt_jax import config
+from gpt_jax.data import Dataset
+from gpt_jax.evals.heldout import (
+    average_by_source,
+    compute_heldout_metrics,
+    measure_xz_bits_per_byte,
+)
+from gpt_jax.evals.samples import draw_samples
+from gpt_jax.metrics import Sums
+
+
+class Evaluation(NamedTuple):
+    """What an evaluator may look at."""
+
+    model: config.Model
+    compute: config.Compute
+    knobs: config.Eval
+    seed: int  # of the run
+    params: Any  # averaged weights where the run keeps them
+    data: Dataset
+    step: int
+    # {source: Sums of the objective over its held-out batches}. Each call goes over them anew.
+    sum_heldout: Callable[[], dict[str, Sums]]
+    shares: Mapping[str, float]  # {source: its part of the rows}
+
+
+def measure_heldout(evaluation: Evaluation) -> dict[str, float]:
+    """`eval/loss` and the like, see `average_by_source`; {} if nothing is held out."""
+    sums = evaluation.sum_heldout()
+    if not sums:
+        return {}
+    metrics = {source: compute_heldout_metrics(own) for source, own in sums.items()}
+    return average_by_source(metrics, evaluation.shares)
+
+
+def measure_xz(evaluation: Evaluation) -> dict[str, float]:
+    """`eval/xz_bits_per_byte` of the held-out text, a line to compare the model's with."""
+    if not evaluation.data.heldout or jax.process_index():
+        return {}
+    return {"eval/xz_bits_per_byte": measure_xz_bits_per_byte(evaluation.data)}
+
+
+def write_sample(evaluation: Evaluation) -> dict[str, str]:
+    """`sample/0`: a text that the model writes."""
+    texts = draw_samples(
+        evaluation.model,
+        evaluation.compute,
+        evaluation.params,
+        evaluation.data.tokenizer,
+        evaluation.knobs,
+        (evaluation.seed + evaluation.step) % 2**32,
+        1,
+    )
+    return {"sample/0": texts[0]}
+
+
+EVALUATORS: dict[str, Callable[[Evaluation], Mapping[str, float | str]]] = {
+    "heldout": measure_heldout,
+    "samples": write_sample,
+    "xz": measure_xz,
+}
+
+
+def run_evaluators(evaluation: Evaluation) -> tuple[dict[str, float], dict[str, str]]:
+    """(numbers, texts) of the evaluators that `evaluation.knobs` asks for, in that order."""
+    values: dict[str, float | str] = {}
+    for name in evaluation.knobs.evaluators:
+        values |= EVALUATORS[name](evaluation)
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    numbers = {name: float(value) for name, value in values.items() if name not in texts}
+    return numbers, texts
