@@ -5,11 +5,13 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit, make_say
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
+from gpt_jax.config import EVALUATORS
 from gpt_jax.errors import UsageError
 
 # The columns of the table, and how a number is written in each.
@@ -24,6 +26,7 @@ COLUMNS = (
 RATES = ("loss", "perplexity", "bits_per_byte", "accuracy")
 
 Rows = dict[str, dict[str, float]]  # {source: metrics}
+More = dict[str, float | str]
 Say = Callable[[str], None]
 
 
@@ -38,14 +41,17 @@ def main(arguments: list[str]) -> None:
     end_on_request()
     import jax
 
-    rows, step, directory = measure(args, make_say(sys.stderr))
+    rows, more, step, directory = measure(args, make_say(sys.stderr))
     if jax.process_index() != 0:
         return
     if args.json:
         values = {"checkpoint": str(directory), "step": step, "sources": without_nan(rows)}
+        values |= {"evaluators": more} if more else {}
         emit(json.dumps(values, ensure_ascii=False, indent=2))
     else:
         emit("\n".join(table(rows)))
+        for name, value in more.items():
+            emit(f"{name}: {value}" if isinstance(value, str) else f"{name}: {value:.4f}")
 
 
 def make_flags() -> Flags:
@@ -69,6 +75,14 @@ def make_flags() -> Flags:
         metavar="FILE",
         help="files, directories or globs, each a row of the table. Of a folder made by gpt-jax "
         "prepare, the held-out text is measured. Without --text: the run's held-out text",
+    )
+    flags.add_argument(
+        "--evaluators",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="more to measure on the run's held-out text, as config.eval.evaluators names it, such "
+        "as xz",
     )
     flags.add_argument(
         "--batch_size", type=int, default=0, help="rows at once; 0: as the run evaluated"
@@ -98,6 +112,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--text={repeated[0]}: is given twice")
     if "all" in args.text:
         raise UsageError("--text=all: is the name of the sum; write ./all")
+    if args.evaluators and args.text:
+        raise UsageError("--evaluators: measure the run's own held-out text; leave out --text")
+    unknown = [name for name in args.evaluators if name not in EVALUATORS]
+    if unknown:
+        raise UsageError(f"--evaluators={unknown[0]}: knows {', '.join(EVALUATORS)}")
 
 
 def without_nan(rows: Rows) -> dict[str, dict[str, float | None]]:
@@ -108,10 +127,11 @@ def without_nan(rows: Rows) -> dict[str, dict[str, float | None]]:
     }
 
 
-def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, int, Path]:
-    """Evaluates the checkpoint. Returns ({source: metrics}, step, the checkpoints' folder).
+def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, More, int, Path]:
+    """Evaluates the checkpoint.
 
-    With several sources there is also a row `all`, which the help of the command explains.
+    Returns ({source: metrics}, what --evaluators give, step, the checkpoints' folder). With
+    several sources there is also a row `all`, which the help of the command explains.
     """
     import jax
 
@@ -135,6 +155,7 @@ def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, int, Path]:
         return eval_step(params, {}, batch, network=network, train=config.train)
 
     rows = {}
+    sums_of = {}
     total = {}
     with jax.set_mesh(loaded.mesh):
         for name, tokens in sources.items():
@@ -150,13 +171,36 @@ def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, int, Path]:
             )
             sums = sum_heldout(step, loaded.params, batches, loaded.mesh, batch_size)
             rows[name] = as_row(sums)
+            sums_of[name] = sums
             total = add_sums(total, sums)
 
     if len(rows) > 1:
         mean = average_by_source(rows, shares) if shares else {}
         rates = {name: mean[f"eval/{name}"] for name in RATES if mean}
         rows["all"] = as_row(total) | rates
-    return rows, loaded.step, loaded.directory
+
+    more = ask(args.evaluators, loaded, sums_of, shares) if args.evaluators else {}
+    return rows, more, loaded.step, loaded.directory
+
+
+def ask(names: list[str], loaded, sums_of: dict, shares: dict[str, float]) -> More:
+    """What the evaluators `names` give for a checkpoint, with the held-out Sums of each source."""
+    import jax
+
+    from gpt_jax.data import load_dataset
+    from gpt_jax.evals import Evaluation, run_evaluators
+
+    config = loaded.config
+    # It was read before, so nothing new can be said of it.
+    data = load_dataset(config.data, lambda line: None, loaded.tokenizer)
+    knobs = replace(config.eval, evaluators=tuple(names))
+    about = config.model, config.compute, knobs, config.seed
+    shares = shares or dict.fromkeys(sums_of, 1.0)
+    with jax.set_mesh(loaded.mesh):
+        numbers, texts = run_evaluators(
+            Evaluation(*about, loaded.params, data, loaded.step, lambda: sums_of, shares)
+        )
+    return numbers | texts
 
 
 def load_text(args: argparse.Namespace, loaded, say: Say) -> tuple[dict, dict[str, float]]:

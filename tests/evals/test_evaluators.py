@@ -22,7 +22,7 @@ def count_weights(evaluation: Evaluation) -> dict[str, float]:
     return {"eval/weights": sum(squares) ** 0.5, "sample/about": f"step {evaluation.step}"}
 
 
-def test_a_new_evaluator_is_a_row_and_a_name(tmp_path, monkeypatch):
+def test_a_new_evaluator_is_a_row_and_a_name(tmp_path, monkeypatch, capsys):
     """Its numbers and texts are in metrics.jsonl at each evaluation, and the others are unmoved."""
     monkeypatch.setitem(EVALUATORS, "weights", count_weights)
     monkeypatch.setattr(configs.field_checks, "EVALUATORS", tuple(EVALUATORS))
@@ -44,6 +44,17 @@ def test_a_new_evaluator_is_a_row_and_a_name(tmp_path, monkeypatch):
     text = plain.data.tokenizer.decode_bytes(held.ids(0, held.size))
     bits = 8 * len(lzma.compress(text, preset=9)) / len(text)
     assert set(runs.curve(tmp_path / "asked", "eval/xz_bits_per_byte").values()) == {bits}
+
+    # The command asks the same table of a checkpoint.
+    capsys.readouterr()
+    given = f"--checkpoint={tmp_path / 'asked'}", "--evaluators", "xz", "heldout", "--json"
+    runs.call("evaluate", *given, "--batches=2")
+    found = json.loads(capsys.readouterr().out)
+    last = runs.curve(tmp_path / "asked", "eval/loss")[4]
+    assert found["evaluators"]["eval/xz_bits_per_byte"] == bits
+    assert found["evaluators"]["eval/loss"] == pytest.approx(last, rel=1e-4)
+    assert found["sources"]["held-out"]["loss"] == pytest.approx(last, rel=1e-4)
+
     saved = json.loads((tmp_path / "asked" / "config.json").read_text())
     assert saved["eval"]["evaluators"] == ["heldout", "xz", "weights"]
 
@@ -88,3 +99,8 @@ def test_names_that_cannot_be(tmp_path):
         )
     )
     assert code == 2 and "keep_best = 1" in line
+    given = "evaluate", f"--checkpoint={tmp_path / 'none'}", "--evaluators"
+    code, line = runs.refusal(*given, "chess")
+    assert code == 2 and line == "--evaluators=chess: knows heldout, samples, xz"
+    code, line = runs.refusal(*given, "xz", "--text=README.md")
+    assert code == 2 and "leave out --text" in line
