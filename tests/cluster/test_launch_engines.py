@@ -14,6 +14,7 @@ import subprocess
 import time
 import tomllib
 
+import forks
 import jax
 import pytest
 import runs
@@ -60,7 +61,7 @@ TRAIN = [
 def manifest(*given) -> dict:
     """What `gpt-jax launch kubernetes` prints."""
     more = ["--config.mesh.dcn_data=2"] if "--slices=2" in given else []
-    done = subprocess.run(
+    done = forks.run(
         [
             os.sys.executable,
             "-m",
@@ -74,8 +75,6 @@ def manifest(*given) -> dict:
             *TRAIN,
             *more,
         ],
-        capture_output=True,
-        text=True,
         cwd=runs.ROOT,
         env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
     )

@@ -10,6 +10,7 @@ import lzma
 import math
 import resource
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -799,6 +800,7 @@ def test_a_process_says_one_line(tmp_path):
             f"--config.data.path={runs.TINY}",
             f"--workdir={tmp_path}/run",
         ],
+        start=subprocess.Popen,
     )
     process.end(2)
     assert (

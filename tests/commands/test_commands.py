@@ -505,7 +505,7 @@ def test_help(call, given):
 
 
 def test_package_runs_as_a_module(tmp_path):
-    process = runs.Process(tmp_path, ["--help"])
+    process = runs.Process(tmp_path, ["--help"], start=subprocess.Popen)
     process.end(0)
     assert process.out.startswith("usage: gpt-jax ")
 

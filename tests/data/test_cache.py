@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from streams import make_stream
@@ -228,11 +228,12 @@ print("tokens", got.train.size)
 
 
 def start(folder, how):
-    return subprocess.Popen(
+    return forks.Popen(
         [sys.executable, "-c", KILLED, str(folder / "text"), str(folder / "cache"), how],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(config.__file__).parents[2],
+        cwd=forks.ROOT,
+        env=os.environ | {"PYTHONPATH": str(forks.ROOT)},
     )
 
 

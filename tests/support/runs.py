@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import forks
 import jax
 import numpy as np
 
@@ -203,15 +204,18 @@ def refusal(*given: str) -> tuple[int, str]:
 
 class Process:
     """`python -m gpt_jax …` (or other Python) with its output in files, so that no pipe ever
-    fills."""
+    fills.
 
-    def __init__(self, folder: Path, given, python=("-m", "gpt_jax")):
+    It is a fork, or with `start=subprocess.Popen` an interpreter of its own.
+    """
+
+    def __init__(self, folder: Path, given, python=("-m", "gpt_jax"), start=forks.Popen):
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("*.out")))
         self.paths = folder / f"{number}.out", folder / f"{number}.err"
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
-            self.popen = subprocess.Popen(
+            self.popen = start(
                 [sys.executable, *python, *map(str, given)],
                 stdout=out,
                 stderr=err,
@@ -273,10 +277,16 @@ def logged(workdir: Path, step: int):
 
 
 def job(
-    folder: Path, processes: int, given, devices: int = 1, own=None, python=None
+    folder: Path,
+    processes: int,
+    given,
+    devices: int = 1,
+    own=None,
+    python=None,
+    start=forks.Popen,
 ) -> list[Process]:
     """One job of several processes with `devices` fake devices each; `own`: further arguments of
-    each, `python`: what each runs instead of the program."""
+    each, `python`: what each runs instead of the program, `start`: forks or new interpreters."""
     port = find_free_port()
     own, python = own or [[]] * processes, python or [("-m", "gpt_jax")] * processes
     return [
@@ -291,6 +301,7 @@ def job(
                 *own[k],
             ],
             python[k],
+            start,
         )
         for k in range(processes)
     ]

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -615,11 +616,12 @@ def child(directory, body, devices=1):
         devices=devices,
         directory=str(directory),
     )
-    return subprocess.Popen(
+    return forks.Popen(
         [sys.executable, "-c", head + body],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
 
 
