@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The tests, in the environment of local.sh with the test extra. Other arguments go to pytest.
-#   ./launch/test.sh            # all tests
+#   ./launch/test.sh            # all tests but drills that take minutes
 #   ./launch/test.sh --quick    # the tests that show most faults in little time
-#   ./launch/test.sh --deep     # some numerical tests again, with XLA's compiler as users have it
+#   ./launch/test.sh --deep     # those drills; then some numerical tests again, with XLA's compiler as users have it
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/environment.sh"
@@ -18,6 +18,7 @@ case ${1:-} in
     ;;
 --deep)
     shift
+    "$root/.venv/bin/python" -m pytest -n 2 -m deep "$@"
     export DEFAULT_COMPILER=1 # see tests/conftest.py
     tier=(tests/train/test_step.py tests/model/test_parameters.py tests/model/test_model.py::test_logits_equal_numpy)
     ;;

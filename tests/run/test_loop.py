@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -48,7 +49,8 @@ MODERN = (
     "--config.data.document_mask=true",
     "--config.data.split=document",
 )
-MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+# Every axis is here. Data and fsdp alone are in tests/run/test_mesh_matrix.py.
+MESHES = ((1, 1, 8), (2, 2, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -105,21 +107,21 @@ def test_resumed_with_averaged_weights_to_the_bit(tmp_path, capsys):
 def test_killed_and_stopped_again_and_again_to_the_bit(tmp_path):
     """SIGKILL twice, SIGTERM and SIGUSR1 leave no trace in a run that then comes to its end."""
     overrides = (
-        "--config.train.steps=800",
-        "--config.checkpoint.every_steps=20",
-        "--config.eval.every_steps=100",
+        "--config.train.steps=200",
+        "--config.checkpoint.every_steps=10",
+        "--config.eval.every_steps=50",
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     runs.Process(tmp_path / "logs", runs.arguments(tmp_path, whole, *overrides)).end(0)
     draw = random.Random(20)
     for number, low in (
         (signal.SIGKILL, 1),
-        (signal.SIGKILL, 150),
-        (signal.SIGTERM, 300),
-        (signal.SIGUSR1, 450),
+        (signal.SIGKILL, 40),
+        (signal.SIGTERM, 80),
+        (signal.SIGUSR1, 120),
     ):
         process = runs.Process(tmp_path / "logs", runs.arguments(tmp_path, broken, *overrides))
-        step = draw.randrange(low, low + 120)
+        step = draw.randrange(low, low + 30)
         process.until(runs.logged(broken, step), f"step {step}")
         time.sleep(draw.uniform(0, 0.03))
         process.signal(number)
@@ -135,17 +137,17 @@ def test_killed_and_stopped_again_and_again_to_the_bit(tmp_path):
     assert f"resumed from step {stopped} of " in process.out
     for key in ("train/loss", "eval/loss"):
         assert runs.curve(broken, key) == runs.curve(whole, key)
-    assert list(runs.curve(broken)) == list(range(1, 801))
+    assert list(runs.curve(broken)) == list(range(1, 201))
     parts = runs.build(runs.load(tmp_path, *overrides))
     step, arrays = runs.final_state(parts, whole)
-    assert step == 800 and not runs.differing(arrays, runs.final_state(parts, broken)[1])
+    assert step == 200 and not runs.differing(arrays, runs.final_state(parts, broken)[1])
 
 
 def test_saved_on_eight_devices_same_loss_on_one_and_four(tmp_path):
     config = runs.load(tmp_path)
     runs.run(runs.build(config, 2, 2, 2), tmp_path / "run")
     wanted = runs.curve(tmp_path / "run", "eval/loss")[20]
-    for shape in ((1, 1, 1), (1, 4, 1), (1, 2, 2)):
+    for shape in ((1, 1, 1), (1, 2, 2)):
         assert runs.heldout_loss(runs.build(config, *shape), tmp_path / "run") == pytest.approx(
             wanted, rel=1e-6
         )
@@ -438,11 +440,12 @@ def test_samples_come_from_the_averages(tmp_path, monkeypatch):
 def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path):
     """The run of `train … 2>&1 | head -1` comes to its end, with a good checkpoint."""
     given = runs.arguments(tmp_path, tmp_path / "run", "--config.train.steps=5")
-    process = subprocess.Popen(
+    process = forks.Popen(
         [sys.executable, "-m", "gpt_jax", *given],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=runs.ROOT,
+        env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
         text=True,
     )
     process.stdout.readline()
