@@ -14,11 +14,11 @@ import pytest
 from gpt_jax import config
 from gpt_jax.errors import UsageError
 from gpt_jax.model.attention import kernels
+from gpt_jax.model.attention.attend import attend
 from gpt_jax.model.attention.kernels import (
     KERNELS,
     Kernel,
     Problem,
-    attend,
     choose_kernel,
     measure_conformance,
 )

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gpt_jax.model.attention import ring, splash
-from gpt_jax.model.attention.kernels import attend
+from gpt_jax.model.attention.attend import attend
 from gpt_jax.model.attention.mask import Pattern, make_mask
 from gpt_jax.sharding import layout, rows as placing
 

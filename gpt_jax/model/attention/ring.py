@@ -94,7 +94,7 @@ def block_size(chunk: int) -> int:
 
 
 def ring_attention(q, k, v, pattern, cap: float = 0.0, axis: str = "context"):
-    """Does what kernels.attend does, for rows that are cut over the mesh axis `axis`.
+    """Does what attend.attend does, for rows that are cut over the mesh axis `axis`.
 
     q [B, t, N, H], k and v [B, t, K, H] and the pattern's columns [B, t] are this device's parts.
     The result is [B, t, N, H]. All mesh axes are manual. The window counts tokens of the text.
