@@ -14,7 +14,7 @@ import jax
 import jaxlib
 import pytest
 
-from gpt_jax.commands.environment import keep_order, keep_threads
+from gpt_jax.commands.environment import keep_threads
 from gpt_jax.sharding.mesh import make_mesh
 
 OWNER = "PYTEST_XDIST_WORKER" not in os.environ
@@ -32,7 +32,6 @@ if OWNER:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *FAST_COMPILER])
-    keep_order()
 
 # As the commands do where CPU devices talk to each other (commands/runtime.py). With one thread a
 # device all threads can end up waiting in different collectives, for ever. Nothing of this stays in

@@ -3,10 +3,6 @@
 import os
 from collections.abc import MutableMapping
 
-import jaxlib
-
-from gpt_jax.hardware import order_collectives
-
 # Without these libtpu says in five lines of standard error that it found no TPU.
 NO_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -28,11 +24,6 @@ def keep_threads(cpu_devices: int, environ: MutableMapping[str, str] = os.enviro
     """
     if cpu_devices > 1:
         environ.setdefault("PJRT_NPROC", str(max(THREADS * cpu_devices, os.cpu_count() or 1)))
-
-
-def keep_order(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Sets what keeps collectives of CPU devices apart. What is set already stays."""
-    order_collectives(environ, jaxlib.__version__)
 
 
 def prepare(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -122,17 +122,13 @@ def start_runtime(args: argparse.Namespace) -> None:
     keep_memory()
     environment.prepare()
     environment.keep_threads(args.cpu_devices)
-    # Several CPU devices may talk to each other.
-    several = args.cpu_devices > 1 or args.num_processes > 1 or args.distributed
-    if several:
-        environment.keep_order()
     import jax
 
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     compile_cache.keep_compiled(args.compilation_cache)
-    if several:
+    if args.cpu_devices > 1 or args.num_processes > 1 or args.distributed:
         # CPU devices that talk to each other may run one step at a time. With more steps in the
         # queue, all threads can wait for devices whose own step has no thread left. That happened
         # to two processes of four devices on two busy cores.

@@ -36,31 +36,17 @@ YNN = Flag(
 )
 FLAGS = (YNN,)
 
-# With several CPU devices this version runs two independent collectives of a program at once, and
-# mixes them up: a ring over documents ended in all of five starts with corrupted memory, or with
-# more devices at a collective than there are. In none of four starts it did so with this flag.
-# jaxlib 0.12.0.1 ran the program without it.
-ORDER = Flag("xla_cpu_enable_concurrency_optimized_scheduler", "false", ("0.10.2",))
 
-
-def add_xla_flags(
-    environ: MutableMapping[str, str], jaxlib: str, flags: tuple[Flag, ...] = FLAGS
-) -> str:
-    """Adds those of `flags` that this version of jaxlib needs to `environ`, and returns all that
-    are set.
+def add_xla_flags(environ: MutableMapping[str, str], jaxlib: str) -> str:
+    """Adds the flags that this version of jaxlib needs to `environ`, and returns all that are set.
 
     A flag that is set already keeps its value. An `XLA_FLAGS` that names a file stays untouched.
     """
     given = environ.get(NAME, "")
     if given and not given.lstrip().startswith("-"):
         return given
-    wanted = [flag for flag in flags if jaxlib in flag.jaxlibs and flag.name not in given]
+    wanted = [flag for flag in FLAGS if jaxlib in flag.jaxlibs and flag.name not in given]
     if wanted:
         added = [f"--{flag.name}={flag.value}" for flag in wanted]
         environ[NAME] = " ".join([*given.split(), *added])
     return environ.get(NAME, "")
-
-
-def order_collectives(environ: MutableMapping[str, str], jaxlib: str) -> None:
-    """Adds the flag without which this version of jaxlib can mix collectives of CPU devices."""
-    add_xla_flags(environ, jaxlib, (ORDER,))

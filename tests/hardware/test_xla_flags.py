@@ -10,7 +10,7 @@ import jaxlib
 import numpy as np
 import pytest
 
-from gpt_jax.hardware.xla_flags import NAME, ORDER, YNN, add_xla_flags, order_collectives
+from gpt_jax.hardware.xla_flags import NAME, YNN, add_xla_flags
 
 # The program of jax#39103. Its last value is 32,768 squared.
 SUM = """
@@ -38,13 +38,6 @@ def test_flags_go_to_the_versions_that_need_them_and_leave_what_is_set():
     assert added("0.10.2", XLA_FLAGS=f"--{YNN.name}=") == {NAME: f"--{YNN.name}="}
     assert added("0.10.2", XLA_FLAGS=text) == {NAME: text}  # a child process of ours
     assert added("0.10.2", XLA_FLAGS="flags.txt") == {NAME: "flags.txt"}
-
-
-def test_collectives_are_kept_in_order_where_the_version_mixes_them():
-    environs = {version: {} for version in ("0.10.2", "0.12.0.1")}
-    for version, environ in environs.items():
-        order_collectives(environ, version)
-    assert environs == {"0.10.2": {NAME: f"--{ORDER.name}=false"}, "0.12.0.1": {}}
 
 
 def run_sum(before: str) -> float:

@@ -210,6 +210,15 @@ def _add(sums, part, place):
     return _put(sums, _pick(sums, place) + part, place)
 
 
+def _tie(keys):
+    """`keys` that all depend on each other.
+
+    JAX splits what does not depend on weights off a loop, as the columns here. Two loops with
+    collectives would then run at once, and jaxlib 0.10.2 mixes their collectives on CPUs.
+    """
+    return jax.lax.optimization_barrier(keys)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(ring: _Ring, q, k, v, segment, block):
     """Attends from q [M, B, K, G, b, H], already scaled -> [M, B, K, G, b, H].
@@ -222,7 +231,7 @@ def _ring(ring: _Ring, q, k, v, segment, block):
 def _forward(ring, q, k, v, segment, block):
     """Returns the result, and what `_backward` needs."""
     own_columns = (segment, block)
-    own_keys = (k, v, segment, block)
+    own_keys = _tie((k, v, segment, block))
     # The sums start empty: outputs, the largest score so far, and the sum of probabilities.
     state = (
         jnp.zeros(q.shape, jnp.float32),
@@ -261,7 +270,7 @@ def _backward(ring, saved, d_out):
     """Returns the gradients of q, k and v. The keys and their gradients go round together."""
     q, k, v, segment, block, out, log_sum = saved
     own_columns = (segment, block)
-    own_keys = (k, v, segment, block)
+    own_keys = _tie((k, v, segment, block))
     pull = (d_out.astype(jnp.float32) * out).sum(-1)
 
     def merge(keys, state, item):
