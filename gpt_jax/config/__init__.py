@@ -12,10 +12,7 @@ from gpt_jax.config.field_checks import faults
 from gpt_jax.config.fields import RESUMABLE, Config
 from gpt_jax.config.habits import Habits, describe_habits, find_habits
 from gpt_jax.config.knobs import (
-    BALANCES,
     DENSE_FFNS,
-    DISPATCHES,
-    DTYPES,
     ENDLESS,
     EVALUATORS,
     FFNS,
@@ -34,7 +31,7 @@ from gpt_jax.config.knobs import (
     WEIGHTS,
     knob,
 )
-from gpt_jax.config.layers import LayerSpec, Layout, layer_specs, layout
+from gpt_jax.config.layers import LayerSpec, Layout, has_experts, layer_specs, layout
 from gpt_jax.config.meshes import (
     AXES,
     BATCH_AXES,
@@ -60,11 +57,8 @@ from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Log, Mesh, Optim,
 
 __all__ = [
     "AXES",
-    "BALANCES",
     "BATCH_AXES",
     "DENSE_FFNS",
-    "DISPATCHES",
-    "DTYPES",
     "ENDLESS",
     "EVALUATORS",
     "FFNS",
@@ -107,6 +101,7 @@ __all__ = [
     "flatten",
     "for_inference",
     "from_dict",
+    "has_experts",
     "knob",
     "layer_specs",
     "layout",

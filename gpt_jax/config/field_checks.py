@@ -2,7 +2,7 @@
 
 from gpt_jax.config.fields import Config
 from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS
-from gpt_jax.config.model_fields import Model
+from gpt_jax.config.layers import has_experts
 from gpt_jax.config.resolve import wsd_start
 
 
@@ -187,8 +187,3 @@ def _check_router(checks: Checks) -> None:
         "model.capacity_factor",
         "leaves an expert no token; expected more than 0, such as 1.25",
     )
-
-
-def has_experts(model: Model) -> bool:
-    """Whether a layer of the model is a mixture of experts."""
-    return any(ffn == "moe" for _, ffn in model.pattern)

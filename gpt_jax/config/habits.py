@@ -1,10 +1,12 @@
 """How each platform computes the same thing fastest: one row of habits for each.
 
-Results do not depend on a row, except for rounding. The table lies on the ground floor because
-both sharding/ and model/ read it, through `sharding.habits()`.
+Results do not depend on a row, except for rounding. Code that is traced for a mesh reads its row
+through `sharding.habits()`. Plans and the notes of a run name the platform and call `find_habits`.
 """
 
 from typing import NamedTuple
+
+from gpt_jax.errors import UsageError
 
 
 class Habits(NamedTuple):
@@ -48,9 +50,17 @@ KIND_HABITS = {"TPU v5 lite": TPU_V5E, "TPU v5e": TPU_V5E}
 def find_habits(platform: str, kind: str = "") -> Habits:
     """Finds the row of a platform (cpu, gpu or tpu) and, if it has its own, of a kind of device.
 
-    Raises KeyError if no row is there.
+    Raises UsageError for any other platform.
     """
-    return KIND_HABITS.get(kind) or PLATFORM_HABITS[platform]
+    if kind in KIND_HABITS:
+        return KIND_HABITS[kind]
+    if platform not in PLATFORM_HABITS:
+        known = ", ".join(PLATFORM_HABITS)
+        raise UsageError(
+            f"platform {platform!r} of JAX: expected one of {known}; "
+            "set JAX_PLATFORMS=cpu to run on the CPU"
+        )
+    return PLATFORM_HABITS[platform]
 
 
 def describe_habits(habits: Habits, has_experts: bool, has_exchange: bool) -> str:

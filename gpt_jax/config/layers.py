@@ -38,6 +38,11 @@ def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
     return tuple(specs)
 
 
+def has_experts(model: Model) -> bool:
+    """Whether a layer of the model is a mixture of experts."""
+    return any(ffn == "moe" for _, ffn in model.pattern[: model.layers])
+
+
 @lru_cache  # A plan asks for every mesh.
 def layout(specs: tuple[LayerSpec, ...]) -> Layout:
     """The split that compiles the fewest layers."""

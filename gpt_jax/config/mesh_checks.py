@@ -2,9 +2,9 @@
 
 import math
 
-from gpt_jax.config.field_checks import Checks, has_experts
+from gpt_jax.config.field_checks import Checks
 from gpt_jax.config.fields import Config
-from gpt_jax.config.layers import layer_specs, layout
+from gpt_jax.config.layers import has_experts, layer_specs, layout
 from gpt_jax.config.meshes import BATCH_AXES, FSDP_AXES
 from gpt_jax.config.resolve import round_up
 

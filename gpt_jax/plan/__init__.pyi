@@ -7,7 +7,4 @@ from .plan import (
     make_plan as make_plan,
 )
 from .search import is_searched as is_searched
-from .topology import (
-    Topology as Topology,
-    parse_topology as parse_topology,
-)
+from .topology import parse_topology as parse_topology

@@ -59,7 +59,7 @@ def generate_meshes(config: configs.Config, topology: Topology) -> Iterator[conf
     """
     model = config.model
     inside = topology.devices // topology.slices
-    has_experts = any(ffn == "moe" for _, ffn in model.pattern)
+    has_experts = configs.has_experts(model)
 
     for tensor, context, pipeline in _generate_outer_sizes(model, inside):
         left = inside // tensor // context // pipeline

@@ -61,10 +61,9 @@ def describe_habits(config: configs.Config, mesh) -> str:
     device = mesh.devices.flat[0]
     habits = configs.find_habits(device.platform, device.device_kind)
     model = config.model
-    has_experts = model.dispatch == "dropless" and any(
-        spec.ffn == "moe" for spec in layer_specs(model)
-    )
-    return configs.describe_habits(habits, has_experts, has_experts and mesh.shape["expert"] > 1)
+    has_experts = model.dispatch == "dropless" and configs.has_experts(model)
+    has_exchange = has_experts and mesh.shape["expert"] > 1
+    return configs.describe_habits(habits, has_experts, has_exchange)
 
 
 def describe_size(config: configs.Config) -> list[str]:

@@ -636,3 +636,17 @@ def test_configs_of_earlier_checkpoints_are_translated():
 
     assert config.from_dict(config.translate(old)) == wanted
     assert config.translate(config.to_dict(wanted)) == config.to_dict(wanted)
+
+
+# tables of the ground floor
+
+
+def test_a_platform_without_habits_is_named_and_so_are_those_that_have_them():
+    refuses(lambda: config.find_habits("metal"), "'metal'", "cpu, gpu, tpu")
+    assert config.find_habits("tpu", "TPU v5e") != config.find_habits("tpu", "TPU v4")
+
+
+def test_only_layers_that_exist_are_experts():
+    dense_first = (("attention", "gelu"), ("attention", "moe"))
+    assert not config.has_experts(config.Model(layers=1, pattern=dense_first))
+    assert config.has_experts(config.Model(layers=2, pattern=dense_first))

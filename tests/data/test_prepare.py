@@ -20,6 +20,7 @@ from gpt_jax.commands.prepare import Display
 from gpt_jax.data.prepare import assemble, survey, units
 from gpt_jax.data.prepare.prepare import Progress
 from gpt_jax.data.read import documents as readers, sources
+from gpt_jax.data.read.decoding import Reading
 from gpt_jax.data.stream import dataset
 from gpt_jax.data.tokenizers.bpe import train_bpe
 from gpt_jax.data.tokens import corpus, shards
@@ -315,7 +316,7 @@ def test_documents_of_every_format_keep_their_names(name, tmp_path):
     tokens = corpus.open_corpus(out).sources["text"]["train"]
     assert documents(out)["text"]["train"] == rows
     whole = readers.read_documents(
-        (readers.whole_piece(sources.Source(path, name)),), readers.Reading(documents="line")
+        (readers.whole_piece(sources.Source(path, name)),), Reading(documents="line")
     )
     assert [tokens.document_name(i) for i in range(30)] == [document.name for document in whole]
     assert (len(tokens.shards) > 2) == (name in ("a.parquet", "a.txt"))  # those that can be cut

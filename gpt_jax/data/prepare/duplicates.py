@@ -9,8 +9,6 @@ import numpy as np
 
 from gpt_jax.errors import UsageError, install_command
 
-# ---- duplicates ----
-
 # Scripts written without spaces count by the character, everything else by the word.
 UNITS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"

@@ -29,16 +29,6 @@ from gpt_jax.data.read.sources import Source, format_and_packing
 from gpt_jax.data.tasks.example import Example, Span
 from gpt_jax.errors import UsageError, install_command
 
-__all__ = [
-    "Document",
-    "Piece",
-    "Reading",
-    "Source",
-    "Tally",
-    "cut_source",
-    "read_documents",
-    "whole_piece",
-]
 BLOCK = 1 << 20
 PLACES = 5  # skipped rows that are named
 

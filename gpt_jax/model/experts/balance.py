@@ -21,7 +21,7 @@ def empty_report(model: config.Model, rows: int) -> dict[str, jax.Array]:
     - `dropped` [B] is the part of each token's choices that no expert took.
     - `load` [B, L, E] counts the tokens that each expert was sent.
     """
-    if all(spec.ffn != "moe" for spec in config.layer_specs(model)):
+    if not config.has_experts(model):
         return {}
 
     def zeros(*shape):
