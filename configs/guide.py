@@ -1,16 +1,14 @@
-"""The transformer of the guide that started this project: GPT's first shape, with normalisation
-after the residual.
+"""A post-norm GPT after Vaswani et al. 2017, made causal.
 
     gpt-jax train --config=configs/guide.py --config.data.path='corpus/*.txt' --workdir=runs/guide
 
-As the guide has it: 8 post-norm layers (Vaswani et al. 2017), width 512, 8 heads, feed-forward 2048
-with ReLU, dropout 0.1 on the embedding and on every branch, learned positions up to 1000,
-vocabulary 50,000, LayerNorm epsilon 1e-6, Adam (3e-4, 0.9, 0.99) without decay, clipping or
-schedule, Glorot initialisation, cross-entropy and accuracy as metrics.
+It has 8 layers normalised after the residual, width 512, 8 heads, feed-forward 2048 with ReLU,
+dropout 0.1 on the embedding and on every branch, learned positions up to 1000, vocabulary 50,000,
+LayerNorm epsilon 1e-6, Adam (3e-4, 0.9, 0.99) without decay, clipping or schedule, Glorot
+initialisation, cross-entropy and accuracy as metrics.
 
-Two differences. The guide's attention has no causal mask, so that its model sees the token it is
-asked to predict; ours is autoregressive. The guide leaves batch, length and steps open; those below
-are ours, for one GPU.
+A causal mask keeps each position from the token that it is to predict. Batch, length and steps are
+chosen for one GPU.
 
 76.9 M parameters: 25.6 M each for embedding and (untied) head, 25.2 M in the layers, 0.5 M
 positions.

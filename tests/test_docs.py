@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import functools
 import re
+import subprocess
 import typing
 from pathlib import Path
 
@@ -36,7 +37,7 @@ FILE_ENDINGS = {
 
 def read_pages() -> dict[str, str]:
     """Text by path from the root."""
-    roots = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
+    roots = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md")]
     paths = [*roots, *sorted((ROOT / "docs").glob("*.md"))]
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
 
@@ -249,6 +250,18 @@ def unknown_names(pages: dict[str, str]) -> list[str]:
     return found
 
 
+def broken_shell(pages: dict[str, str]) -> list[str]:
+    """Blocks of sh or bash that bash cannot parse."""
+    found = []
+    for page, text in pages.items():
+        pattern = r"^ *```(?:sh|bash)\n(.*?)^ *```"
+        for block in re.findall(pattern, text, flags=re.DOTALL | re.MULTILINE):
+            bash = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True)
+            if bash.returncode:
+                found.append(f"{page}: {block.splitlines()[0]}")
+    return found
+
+
 def too_long(pages: dict[str, str]) -> list[str]:
     lines = pages.get("README.md", "").count("\n")
     return [f"README.md: {lines} lines"] if lines > README_LINES else []
@@ -265,6 +278,7 @@ RULES = [
     wrong_map,
     missing_tables,
     unknown_names,
+    broken_shell,
     too_long,
 ]
 
@@ -332,6 +346,12 @@ def test_pages(rule):
             "a.md",
             "`Config` `config.model` `test_docs.py` `config.no_such" + "_wing(x)`",
             ["a.md: no_such" + "_wing"],
+        ),
+        (
+            broken_shell,
+            "a.md",
+            "```sh\nls --x=() y\n```\n```bash\nls '--x=()'\n```\n```\nf(\n```",
+            ["a.md: ls --x=() y"],
         ),
         (too_long, "README.md", "\n" * 201, ["README.md: 201 lines"]),
     ],

@@ -41,7 +41,8 @@ class Data:
     )
     eval_fraction: float = knob(
         0.1,
-        "The part of text files that is held out. Folders made by `gpt-jax prepare` have decided.",
+        "The part of text files that is held out. It has no effect on folders made by "
+        "`gpt-jax prepare`, which are already split.",
         low=0.0,
         high=0.9,
     )

@@ -51,7 +51,7 @@ class Model:
     norm_epsilon: float = knob(1e-5, "The number added to the variance before its root.", low=0.0)
     norm_position: str = knob(
         "pre",
-        "Whether a layer normalises its input or the sum behind it.",
+        "Where a block is normalised: pre, its input; post, the sum after its residual.",
         choices=("pre", "post"),
     )
     embed_norm: bool = knob(False, "Whether the stream is normalised right after the embedding.")

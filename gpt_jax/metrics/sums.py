@@ -12,6 +12,8 @@ Metrics are named `room/what`, one meaning each:
     throughput/mfu_full  throughput/mfu_causal
     moe/balance  moe/router_z  moe/dropped  moe/load_max  moe/load_min
     time/<phase>  time/host  time/data_wait  fractions of the time, see Clock
+    time/wall_seconds  of all sessions, see sessions.py
+    session/<fact>  what a start of the run says of itself
 
 A line of the training log holds means over all steps since the line before. The learning rate and
 the norm of the parameters are those of the line's own step.

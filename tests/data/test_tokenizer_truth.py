@@ -1,13 +1,14 @@
 """Tokenizers against what others publish for the same files.
 
-The files are those of GPT-2, GPT-4 (tiktoken), SentencePiece, Pythia and CS336. They lie in a
-folder of data beside the checkout. Without it these tests are skipped.
+The files are those of GPT-2, GPT-4 (tiktoken), SentencePiece, Pythia and CS336. GPT_JAX_TEST_DATA
+names the folder that holds them. Without it these tests are skipped.
 """
 
 import base64
 import itertools
 import json
 import lzma
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -19,11 +20,11 @@ import tokenizers
 from gpt_jax.data.tokenizers import spec as tk, vocabulary
 from gpt_jax.data.tokenizers.bpe import make_byte_alphabet
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT.parent / "shared/data"
+DATA = Path(os.environ.get("GPT_JAX_TEST_DATA") or "/nonexistent")
 TRUTH = DATA / "tokenizers"
 pytestmark = pytest.mark.skipif(
-    not TRUTH.is_dir(), reason=f"no tokenizers to compare with at {TRUTH}"
+    not TRUTH.is_dir(),
+    reason="no tokenizers to compare with: give GPT_JAX_TEST_DATA=DIR, where DIR/tokenizers exists",
 )
 LANGUAGES = (
     "tokenizers/cs336/german.txt",
