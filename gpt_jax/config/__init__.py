@@ -28,7 +28,6 @@ from gpt_jax.config.knobs import (
     ROUTERS,
     SCHEDULES,
     SPLITS,
-    WEIGHTS,
     knob,
 )
 from gpt_jax.config.layers import LayerSpec, Layout, has_experts, layer_specs, layout
@@ -76,7 +75,6 @@ __all__ = [
     "ROUTERS",
     "SCHEDULES",
     "SPLITS",
-    "WEIGHTS",
     "Checkpoint",
     "Compute",
     "Config",

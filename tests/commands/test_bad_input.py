@@ -510,15 +510,15 @@ def test_replacing_goes_on(tmp_path, capsys):
     assert checkpoints.latest_valid(tmp_path / "run" / CHECKPOINT_FOLDER) == 1
 
 
-@pytest.mark.parametrize("rows", ["window", "chunk", "document", "first_fit", "best_fit"])
-def test_documents_shorter_than_the_context(tmp_path, rows):
+@pytest.mark.parametrize("packing", ["window", "chunk", "document", "first_fit", "best_fit"])
+def test_documents_shorter_than_the_context(tmp_path, packing):
     """They share rows. Nothing is dropped, and the run is an ordinary one."""
     (tmp_path / "data").mkdir()
     texts = [f"short {i}" for i in range(100)]
     (tmp_path / "data/a.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )
-    command = on_data(tmp_path, "a.jsonl", f"--config.data.packing={rows}")
+    command = on_data(tmp_path, "a.jsonl", f"--config.data.packing={packing}")
     runs.call(*command)
     config = load_config(runs.TINY, [text for text in command if text.startswith("--config.")])
     prepared = prepare(config.data, resolve_tokenizer(config.data.tokenizer), lambda line: None)

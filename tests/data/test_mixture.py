@@ -43,14 +43,14 @@ def test_drawn_counts_any_number_of_examples():
         assert MIX.drawn(examples).tolist() == np.bincount(source[:examples], minlength=3).tolist()
 
 
-def test_shares_are_those_of_the_stage_an_example_is_in():
+def test_shares_are_those_of_the_phase_an_example_is_in():
     mix = make(np.array([[6, 4], [1, 9]]), [0, 31], 0)
     assert [mix.shares(i).tolist() for i in (0, 29, 30)] == [[0.6, 0.4]] * 3
     assert [mix.shares(i).tolist() for i in (31, 10**12)] == [[0.1, 0.9]] * 2
 
 
 @pytest.mark.parametrize("begins", [[0, 3, 95], [0, 47, 48], [0, 10, 33], [0, 1, 2]])
-def test_a_stage_begins_at_the_very_example_asked_for_and_counts_its_blocks_from_there(begins):
+def test_a_phase_begins_at_the_very_example_asked_for_and_counts_its_blocks_from_there(begins):
     total = begins[-1] + 40
     source, nth = (mix := make(COUNTS, begins, 11)).assign(np.arange(total))
     for begin, end, counts in zip(begins, [*begins[1:], total], COUNTS, strict=True):
@@ -77,7 +77,7 @@ def test_a_stage_begins_at_the_very_example_asked_for_and_counts_its_blocks_from
         (((0, (1.0, 1.0)), (0, (1.0, 1.0))), r"config.data.phases\[0\] begins at token 0"),
         (
             ((0, (1.0, 1.0)), (50, (1.0, 1.0)), (50, (1.0, 1.0))),
-            r"config.data.phases\[1\] .* let phases rise",
+            r"config.data.phases\[1\] .* give phases in rising order",
         ),
         (
             ((0, (1.0, 1.0)), (50, (1.0, 1.0, 1.0))),
@@ -85,7 +85,7 @@ def test_a_stage_begins_at_the_very_example_asked_for_and_counts_its_blocks_from
         ),
     ],
 )
-def test_stages_that_cannot_be(phases, message):
+def test_phases_that_cannot_be(phases, message):
     with pytest.raises(UsageError, match=message):
         check(phases, ("a", "b"))
 

@@ -400,7 +400,7 @@ def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys)
     prepare(out, *given)
     said = capsys.readouterr().err
     assert "is finished already" in said
-    assert f"that its content is whole is checked by gpt-jax prepare --verify={out}" in said
+    assert f"`gpt-jax prepare --verify={out}` checks the content." in said
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
     there = f"--output={out}"
