@@ -1,5 +1,5 @@
-"""A mixture from end to end: three sources prepared together, trained, killed, gone on with by
-another number of processes.
+"""A mixture from end to end: three sources prepared together, trained, killed, and continued
+by another number of processes.
 
     python benchmarks/mixture.py --novels DIR --history FILE --talk DIR --out runs/mixture_example
 
@@ -11,7 +11,7 @@ out. Then what runs is what a person would type: `gpt-jax prepare`, and `gpt-jax
 
     whole     one process, never stopped
     same      one process, killed with SIGKILL at a third of the run, the same command again
-    other     two processes, killed likewise, gone on with by one
+    other     two processes, killed likewise, continued by one
 
 Losses of `same` must be those of `whole` to the bit. Those of `other` differ by rounding, since
 sums over two processes are added in another order, and training spreads that: the table gives the

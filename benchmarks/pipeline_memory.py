@@ -1,4 +1,4 @@
-"""Memory of the input pipeline over a million batches: packed rows of a mixture, documents apart.
+"""Memory of the input pipeline over a million batches: a mixture with a document mask.
 
     python benchmarks/pipeline_memory.py --sources "(('a','DIR',0.5),('b','DIR',0.5))" [--batches 1000000]
 

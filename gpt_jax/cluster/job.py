@@ -151,7 +151,7 @@ class Membership:
 
     def gone(self, seconds: float = 0.0) -> str:
         """GONE, with number and host of that process if they are known within `seconds`."""
-        # Process 0 comes first: who names another process leaves by itself, right after.
+        # Ask about process 0 first, because a process that has named another one leaves soon after.
         if self.process and not self.silent and not self._reaches_0():
             self.silent = [0]
 

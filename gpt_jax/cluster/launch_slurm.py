@@ -22,7 +22,7 @@ OWN = {
     "gpus_per_task": "leave it out: the tasks of a node share its GPUs out",
     **dict.fromkeys(
         ("signal", "requeue", "no_requeue", "open_mode", "array"),
-        "leave it out: how the job goes on rests on it",
+        "leave it out: the launcher sets it so that the job can resume",
     ),
 }
 

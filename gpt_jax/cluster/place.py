@@ -72,9 +72,9 @@ def first_host(nodes: str) -> str:
 def own_devices(flags: JobFlags, environ: Mapping[str, str]) -> list[int] | None:
     """The accelerators this process may use, by number among those it sees; None for all of them.
 
-    Under SLURM the tasks of a node share its GPUs out, unless SLURM shows each task its own
-    already. They take one each where SLURM knows of none. Raises UsageError if the shares would not
-    be equal.
+    Under SLURM each task takes an equal part of the node's GPUs, unless SLURM shows each task only
+    its own. If SLURM reports no GPUs, each task takes one. Raises UsageError if the parts would
+    not be equal.
     """
     if flags.local_device is not None:
         return [flags.local_device]

@@ -18,9 +18,9 @@ class StopRequest:
     """SIGTERM, SIGUSR1 and Ctrl-C as a question: should the run save and stop?
 
     A second Ctrl-C ends the run at once. The question is asked after each step and at each batch
-    of an evaluation. Once yes, always yes. Over several processes JAX's preemption service makes
-    all of them answer yes to the same question. The service owns SIGTERM there, so the others are
-    passed on as one.
+    of an evaluation. After the first yes every answer is yes. Over several processes JAX's
+    preemption service makes all of them answer yes to the same question. JAX handles SIGTERM in
+    a job, so SIGUSR1 and Ctrl-C are turned into SIGTERM.
 
     The processes agree on a number, and stop at it. The number counts how often they have asked,
     not the training step. A step would not do. For a request that comes before the first question

@@ -64,7 +64,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(mode=0o700)
     except FileExistsError:  # another process was faster
         return
-    complain(f"compiled programs are kept in {path} (--compilation_cache={OFF}: they are not)")
+    complain(f"keeping compiled programs in {path}; --compilation_cache={OFF} turns that off")
 
 
 def machine_digest(environ: Mapping[str, str] = os.environ) -> str:

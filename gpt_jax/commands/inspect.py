@@ -54,11 +54,14 @@ def make_flags() -> Flags:
         description="Every row of a step of a run: its source, its documents, where in them the "
         "row begins, and its text. The rows are made again from the config and the seed alone.",
     )
-    flags.add_argument("--workdir", required=True, help="of a run that has begun")
+    flags.add_argument("--workdir", required=True, help="the workdir of a run")
     flags.add_argument("--batch", type=int, required=True, metavar="N", help="the step, from 1")
-    flags.add_argument("--rows", type=int, default=0, help="only the first of them; 0: all")
+    flags.add_argument("--rows", type=int, default=0, help="how many rows to show; 0 shows all")
     flags.add_argument(
-        "--chars", type=int, default=200, help="of each document's text that are shown; 0: all"
+        "--chars",
+        type=int,
+        default=200,
+        help="how many characters of each document to show; 0 shows all",
     )
     flags.add_argument(
         "--json",

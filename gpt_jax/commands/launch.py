@@ -17,11 +17,6 @@ from gpt_jax.commands.runtime import MOST_CPU_DEVICES, check_runtime
 from gpt_jax.data import EMPTY_PATHS
 from gpt_jax.errors import Exit, UsageError, complain, install_command
 
-LAUNCHERS = {
-    "local": "several processes on this machine, restarted where that helps",
-    "slurm": "submits a job to SLURM, requeued where that helps",
-    "kubernetes": "writes a JobSet for Kubernetes to standard output",
-}
 # Flags that say a process's place in the job. The launcher gives them.
 PLACES = ("--coordinator", "--num_processes", "--process_id", "--local_device", "--distributed")
 # The most of anything that is counted here. A larger number is a mistake.
@@ -41,14 +36,14 @@ class Ended(Exit):
 def main(arguments: list[str]) -> None:
     """Raises UsageError for what cannot be started, and Ended for the job's own failure."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        rows = [f"  {name:<10} {line}" for name, line in LAUNCHERS.items()]
+        rows = [f"  {name:<10} {line}" for name, (_, line) in LAUNCHERS.items()]
         emit("\n".join(["usage: gpt-jax launch <engine> [flags] train [its flags]", "", *rows]))
         sys.exit(0)
 
     name, *rest = arguments
     if name not in LAUNCHERS:
         raise UsageError(f"unknown engine {name!r}: choose one of {', '.join(LAUNCHERS)}")
-    {"local": local, "slurm": slurm, "kubernetes": kubernetes}[name](rest)
+    LAUNCHERS[name][0](rest)
 
 
 # ---- for every launcher ----
@@ -120,7 +115,7 @@ def check_train(command: list[str], devices: int, processes: int = 0, slices: in
 
 
 def make_local_flags() -> Flags:
-    flags = Flags(prog="gpt-jax launch local", description=LAUNCHERS["local"])
+    flags = Flags(prog="gpt-jax launch local", description=LAUNCHERS["local"][1])
     flags.add_argument(
         "--processes", type=int, default=1, metavar="N", help="processes of this machine"
     )
@@ -193,7 +188,7 @@ def check_nodes(args: argparse.Namespace) -> None:
 def make_slurm_flags() -> Flags:
     flags = Flags(
         prog="gpt-jax launch slurm",
-        description=LAUNCHERS["slurm"] + ". Other options of sbatch are given as "
+        description=LAUNCHERS["slurm"][1] + ". Other options of sbatch are given as "
         "--sbatch NAME=VALUE, as in --sbatch mem=64G.",
     )
     flags.add_argument("--nodes", type=int, default=1, help="machines")
@@ -219,8 +214,8 @@ def make_slurm_flags() -> Flags:
         "--restarts",
         type=int,
         default=20,
-        help="how often the job goes back into the queue, for time limits too: "
-        "40 days in jobs of one need 40",
+        help="how often the job goes back into the queue. Each time limit counts: "
+        "a run of 40 days in one-day jobs needs 40.",
     )
     flags.add_argument(
         "--logs",
@@ -308,7 +303,7 @@ def make_logs(text: str) -> Path:
 def make_kubernetes_flags() -> Flags:
     from gpt_jax.cluster import TPU_NODES
 
-    flags = Flags(prog="gpt-jax launch kubernetes", description=LAUNCHERS["kubernetes"])
+    flags = Flags(prog="gpt-jax launch kubernetes", description=LAUNCHERS["kubernetes"][1])
     flags.add_argument("--image", required=True, help="made from launch/Dockerfile")
     flags.add_argument(
         "--name", default="gpt-jax", help="of the JobSet: lower-case letters, digits, dashes"
@@ -395,3 +390,11 @@ def count_devices(args: argparse.Namespace) -> int:
     from gpt_jax.plan import parse_topology
 
     return parse_topology(args.tpu_topology, args.slices, "--tpu_topology").devices
+
+
+# name -> (what runs it, its help)
+LAUNCHERS = {
+    "local": (local, "several processes on this machine, restarted where that helps"),
+    "slurm": (slurm, "submits a job to SLURM, requeued where that helps"),
+    "kubernetes": (kubernetes, "writes a JobSet for Kubernetes to standard output"),
+}

@@ -85,7 +85,7 @@ def make_flags() -> Flags:
         default=[],
         metavar="[NAME=]PATH",
         help="files, directories, globs, URLs, hf://name[:config][@split][#revision]; "
-        "NAME: the source that they are",
+        "NAME names their source",
     )
     flags.add_argument(
         "--output", metavar="DIR", help="a new folder, or one that an earlier call began"
@@ -159,13 +159,16 @@ def add_token_flags(group) -> None:
         help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer",
     )
     group.add_argument(
-        "--tokenizer_mb", type=float, default=200.0, help="of text that a trained tokenizer sees"
+        "--tokenizer_mb",
+        type=float,
+        default=200.0,
+        help="MB of text that a tokenizer is trained on",
     )
     group.add_argument(
         "--piece_mb",
         type=float,
         default=0.0,
-        help="input of a unit of work and of a shard; 0: a 500th of the input, 4 to 64",
+        help="MB of input in one unit; 0 means a 500th of the input, but 4 to 64 MB",
     )
 
 

@@ -132,8 +132,7 @@ def say_start(mesh) -> None:
 def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int, int] | None]:
     """Config, workdir and profiled steps of a command line.
 
-    The workdir is None if the command was to print the config, which is then done. Raises
-    UsageError.
+    With --print_config it prints the config and returns None for the workdir. Raises UsageError.
     """
     config = load_config(args.config, rest)
     if args.print_config:

@@ -70,7 +70,9 @@ def describe_config(key: str = "") -> str:
     lines = []
     for entry in chosen:
         limits = describe_limits(entry.spec)
-        about = f"{name_type(entry.kind)}{', ' * bool(limits)}{limits}"
+        about = name_type(entry.kind)
+        if limits:
+            about += f", {limits}"
         lines.append(f"--config.{entry.key}={entry.spec.default!r}  ({about})")
         lines.append(f"    {entry.spec.metadata['help']}")
     return "\n".join(lines)

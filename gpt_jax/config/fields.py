@@ -28,7 +28,8 @@ class Config:
 
 
 # Sections and fields that may change when a run resumes, because they alter neither the layout of
-# the parameters nor their meaning. compute.dtype is not among them.
+# the parameters nor their meaning. compute.dtype is missing because it changes the precision of
+# every matmul, and the losses would no longer be those of one run.
 RESUMABLE = (
     "log",
     "eval",

@@ -18,8 +18,10 @@ JAX_CAME_FIRST = "jax" in sys.modules
 
 
 class Flag(NamedTuple):
-    """A flag of XLA and the versions of jaxlib that need it. Others may not know its name, and an
-    unknown one ends the process."""
+    """A flag of XLA and the versions of jaxlib that need it.
+
+    Other versions may not know the name, and XLA ends a process that is given an unknown flag.
+    """
 
     name: str
     value: str

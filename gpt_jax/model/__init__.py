@@ -1,7 +1,8 @@
 """The transformer as a pure function.
 
-`transformer` is the whole, `stack` and `stages` run its layers, `layers/`, `attention/` and
-`experts/` are the parts. Variants are rows of tables. Shape letters are explained in each file.
+`transformer` is the whole and scans its layers, `stages` runs them as a pipeline, and `layers/`,
+`attention/` and `experts/` are the parts. Variants are rows of tables. Each file explains its shape
+letters.
 """
 
 import lazy_loader

@@ -26,8 +26,10 @@ class Kind(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """What the parameter at a path is. If it is `stacked`, its first dim counts layers, and its
-    other dims are `axes`."""
+    """What the parameter at a path is.
+
+    If it is `stacked`, its first dim counts layers, and its other dims are `axes`.
+    """
 
     path: str
     role: str

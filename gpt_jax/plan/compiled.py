@@ -24,7 +24,7 @@ from gpt_jax.plan.targets import describe_card
 from gpt_jax.plan.topology import Topology, join_sizes
 from gpt_jax.run import make_steps
 
-# Types of a batch's columns; the second table is that of batches whose documents are kept apart.
+# Types of a batch's columns. The second table has those that a document mask adds.
 COLUMNS = {"tokens": "int32", "targets": "int32", "weight": "float32", "bytes": "int32"}
 DOCUMENT_COLUMNS = {"segment": "int32", "position": "int32"}
 REFUSAL_LENGTH = 600  # Characters of the compiler's message that are kept.

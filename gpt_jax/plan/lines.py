@@ -106,7 +106,7 @@ def format_arithmetic(job: PlanJob, topology: Topology, estimate: Estimate) -> l
     links = format_seconds(max(estimate.hidden.values(), default=0))
     return [
         "memory of a device, by arithmetic "
-        "(of working and logits the larger counts: they are not there at once)",
+        "(working and logits never coexist; only the larger is counted)",
         *(f"  {name:<12} {format_size(value):>12}" for name, value in parts.items() if value),
         f"  activations by remat: {policies}",
         f"  {format_verdict(estimate.memory.peak, topology)}",

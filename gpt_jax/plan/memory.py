@@ -22,7 +22,7 @@ from gpt_jax.plan.job import (
 )
 from gpt_jax.plan.microbatch import Microbatch, split_microbatch, stream_bytes
 
-# Columns of a batch, of four bytes an entry each, and the two that documents kept apart need.
+# Columns of a batch, of four bytes an entry each, and the two that a document mask adds.
 COLUMNS = 4
 DOCUMENT_COLUMNS = 2
 # Arrays as wide as the stream, in float32 or twice in bfloat16, while a layer's gradient is made.

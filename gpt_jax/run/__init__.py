@@ -1,7 +1,8 @@
 """One run from start to end.
 
-`build` makes its parts, `resume` its first state, `loop` trains, `progress` reports, and `restore`
-opens a checkpoint for evaluation and generation.
+`parts` makes its parts, `resume` its first state, `loop` trains, `progress` reports, and `notes`
+writes the lines before the first step. `lock` keeps a second run out of the workdir. `restore`
+opens a checkpoint for evaluation and generation. `python` is what `import gpt_jax` offers.
 """
 
 import lazy_loader

@@ -122,7 +122,7 @@ def begin(
     )
     closing.callback(progress.writers.close)
     if start < train.steps and jax.process_index() == 0:
-        # `conclude` would take the report of an earlier stop for that of the end.
+        # A stopped session leaves a report. `conclude` would think that the run had finished.
         (workdir / "report.html").unlink(missing_ok=True)
     say(progress.peak.line)
     for line in stream.summary:
@@ -142,8 +142,8 @@ def check_profile(profile: tuple[int, int] | None, start: int) -> None:
 def follow_step(progress: Progress, checkpoints, state: TrainState, step: int, stop) -> None:
     """What is due after update `step`: evaluation, samples, a checkpoint.
 
-    Raises Stopped if somebody has asked to stop. Nothing but the checkpoint comes before that,
-    because who asks may not wait long.
+    Raises Stopped if somebody has asked to stop. Only the checkpoint is written first, because
+    a scheduler kills soon after its signal.
     """
     config = progress.config
     last = config.train.steps
@@ -151,7 +151,7 @@ def follow_step(progress: Progress, checkpoints, state: TrainState, step: int, s
     if is_stopping:
         progress.end = step
     elif is_due(config.eval.every_steps, step) or step == last:
-        # A stop that cuts it short comes too late for `progress.end`: the step is recorded.
+        # If a stop cuts the evaluation short, the step is already logged, so `progress.end` stays.
         is_stopping = not evaluate(progress, state, step, stop)
 
     if is_stopping:

@@ -168,7 +168,7 @@ def agree_on_job(
         if examples.mix:
             counts = [examples.mix.counts.tolist(), examples.mix.begins.tolist()]
     except UsageError as error:
-        # It is raised below, once the others know, because they wait there.
+        # The error is raised after the comparison below, because the other processes wait in it.
         wrong = error
         counts = str(error)
 

@@ -35,7 +35,9 @@ def pick_mesh(model: configs.Model, devices: int) -> jax.sharding.Mesh:
 
     They lie along data instead if a width of the model does not divide by their number.
     """
-    widths = [model.embed] + [model.kv_heads * model.head_dim] * model.value_embed
+    widths = [model.embed]
+    if model.value_embed:
+        widths.append(model.kv_heads * model.head_dim)
     axis = "data" if any(width % devices for width in widths) else "fsdp"
     return sharding.make_mesh({axis: devices}, jax.devices()[:devices])
 

@@ -58,8 +58,8 @@ WHOLE_ROWS = {"seq": None, "stream": None}
 def using_rules(changes: dict):
     """USED with `changes`, for the code that is traced inside.
 
-    Enter it in the traced function itself and never around a call of a jitted function. The
-    changes are no part of a compiled function's key.
+    Enter it in the traced function itself and never around a call of a jitted function. JAX does
+    not see the changes, so it would reuse a trace made under other rules.
     """
     token = _CHANGED.set({**_CHANGED.get(), **changes})
     try:

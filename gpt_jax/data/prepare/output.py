@@ -62,9 +62,8 @@ def answer_finished(folder: Path, about: dict, state: dict, say: Say) -> dict:
         with contextlib.suppress(FileNotFoundError), hold_lock(folder):
             assemble.clean(folder, manifest)
     say(
-        f"{folder}: is finished already, with these settings and this input (each file has its "
-        "size; that its content is whole is checked by gpt-jax prepare "
-        f"--verify={folder})"
+        f"{folder}: is finished already, with these settings and this input. Sizes were checked. "
+        f"`gpt-jax prepare --verify={folder}` checks the content."
     )
     return manifest
 

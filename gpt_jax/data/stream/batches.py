@@ -245,7 +245,7 @@ def make_mixture(
         if i and begins[i] <= begins[i - 1]:
             raise UsageError(
                 f"config.data.phases[{i - 1}] begins at token {token:,}, within the first row "
-                f"({seq_len:,} tokens) of the phase before; let phases be further apart"
+                f"({seq_len:,} tokens) of the phase before; start this phase at least one row later"
             )
     return mixture.make(np.array(counts), begins, seed)
 

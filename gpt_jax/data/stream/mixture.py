@@ -138,7 +138,8 @@ def check(phases: Sequence[tuple[int, Sequence[float]]], names: Sequence[str]) -
             )
         if i and token <= phases[i - 1][0]:
             raise UsageError(
-                f"{field} begins at token {token:,}, before the phase before it; let phases rise"
+                f"{field} begins at token {token:,}, not after the previous phase; "
+                "give phases in rising order"
             )
 
 

@@ -7,7 +7,7 @@ Sizes are in tokens. A row holds up to `capacity` = T + 1 tokens: T inputs and t
 document that does not fit is cut into full rows of its own. Each of them begins with the last token
 of the one before. The rest of the document shares a row as a short document does. So no token is
 lost, and each is predicted once (Ding et al. 2024, "Fewer truncations improve language modeling").
-Where documents are not kept apart, the repeated token is predicted twice.
+Without a document mask the repeated token is predicted twice.
 """
 
 from collections.abc import Callable

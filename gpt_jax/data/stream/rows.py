@@ -260,7 +260,7 @@ class InOrder:
     """Held-out rows in the order of the text, the last one padded.
 
     Every token is a target exactly once, except the first token of the text, because nothing
-    comes before it. If documents are kept apart, the first token of each is no target either.
+    comes before it. With `document_mask` the first token of each document is no target either.
     Raises UsageError if the text has fewer than two tokens.
     """
 

@@ -66,8 +66,8 @@ class Attention(nn.Module):
 
     `cache` is None in a plain pass, and else a pair (k, v), each [B, S, K, H].
 
-    A longer input is a prompt that starts an empty cache. The filled cache comes back.
-    Context.lengths tells how many tokens of the prompt are real.
+    With a cache, an input of several tokens is a prompt that fills an empty cache. The filled cache
+    comes back. Context.lengths tells how many tokens of the prompt are real.
 
     A single token a row attends over the cache and itself. Its own k and v [B, 1, K, H] come back
     for the caller to `append`.

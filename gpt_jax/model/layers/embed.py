@@ -78,7 +78,7 @@ class Embed(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Learned positions: [1, T] `shared` by all rows, or [B, T] -> the same with a dim D."""
+    """Looks up learned positions [B or 1, T] -> [B or 1, T, D]. `shared`: all rows have one set."""
 
     model: config.Model
 

@@ -184,7 +184,7 @@ class Checkpoints:
         self._pending = None
         error = written.exception()
         if error is not None:
-            # Nobody agrees on it, because other processes may still wait for this one in Orbax.
+            # This error is not agreed on, because other processes may still be inside Orbax.
             sealed.result()  # After it the remains of the save are gone.
             raise self._failed(step, error) from error
         agree_on(sealed.result)

@@ -153,9 +153,12 @@ def assign(optim: config.Optim, params_like, describe: Describe) -> dict[str, in
         for i, pattern in enumerate(patterns):
             if pattern.search(path):
                 return i
+        if optim.optimizer != "muon":
+            return default
+
         traits = describe(path)
-        matrix = traits.role in MUON_ROLES and leaf_dims(leaf, traits) in MATRICES
-        return default + (optim.optimizer == "muon" and not matrix)
+        is_matrix = traits.role in MUON_ROLES and leaf_dims(leaf, traits) in MATRICES
+        return default if is_matrix else default + 1
 
     index = {path: index_of(path, leaf) for path, leaf in leaves.items()}
     _check_groups(optim, patterns, leaves, index, describe)
