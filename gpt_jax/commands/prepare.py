@@ -159,10 +159,7 @@ def add_token_flags(group) -> None:
         help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer",
     )
     group.add_argument(
-        "--tokenizer_mb",
-        type=float,
-        default=200.0,
-        help="MB of text that a tokenizer is trained on",
+        "--tokenizer_mb", type=float, default=200.0, help="MB of text that trains a tokenizer"
     )
     group.add_argument(
         "--piece_mb",
