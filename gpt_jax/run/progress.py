@@ -183,6 +183,15 @@ class Progress:
                 values |= self.times()
             self.writers.write(step, values)
 
+    def settle(self) -> None:
+        """Waits for the last dispatched step and records it.
+
+        What follows then has its own time, and its own place in the log.
+        """
+        with self.clock.phase("step", blocked=True):
+            late = self.late.flush()
+        self.record(late)
+
     def check_finite(self, name: str, value: float, step: int) -> None:
         """Raises Diverged for nan and infinities."""
         if math.isfinite(value):

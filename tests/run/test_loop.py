@@ -22,7 +22,8 @@ from gpt_jax.evals import evaluators
 from gpt_jax.metrics.sessions import find_sessions
 from gpt_jax.metrics.writers import read_jsonl
 from gpt_jax.model.count import count_params
-from gpt_jax.run import loop
+from gpt_jax.run import evaluation, loop
+from gpt_jax.run.evaluation import heldout_batches
 from gpt_jax.train.checkpoint.manifest import CHECKPOINT_FOLDER, steps_in
 from gpt_jax.train.optim.schedule import make_schedule
 
@@ -459,7 +460,8 @@ def test_a_reader_that_has_gone_does_not_end_a_run(tmp_path):
 
 STUCK = """
 import sys, time
-from gpt_jax.run import loop
+from gpt_jax.run import evaluation, loop
+from gpt_jax.run.evaluation import heldout_batches
 from gpt_jax.commands.main import main
 make = loop.make_stream
 class Stuck:
@@ -555,4 +557,4 @@ def test_the_watchdog_sees_an_evaluation_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "watchdog", counting)
     parts = runs.build(runs.load(tmp_path, "--config.train.steps=2", "--config.eval.every_steps=1"))
     runs.run(parts, tmp_path / "run")
-    assert len(beats) == 2 * (2 + len(loop.heldout_batches(parts)["text"]))
+    assert len(beats) == 2 * (2 + len(heldout_batches(parts)["text"]))

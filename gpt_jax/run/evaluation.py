@@ -1,0 +1,112 @@
+"""What a run measures of itself on the way: evaluators that the config asks for, and samples."""
+
+from collections.abc import Callable
+
+from gpt_jax import sharding
+from gpt_jax.data import EvalBatches, make_eval_batches
+from gpt_jax.evals import Evaluation, draw_samples, run_evaluators, sum_heldout
+from gpt_jax.run.parts import Parts
+from gpt_jax.run.progress import Progress
+from gpt_jax.train import TrainState
+
+
+def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
+    """All held-out batches of each source, or the first few, as config.eval says.
+
+    Raises UsageError if a source holds out too little text.
+    """
+    config = parts.config
+    rows = sharding.process_rows(parts.mesh, config.eval.batch_size)
+    return {
+        name: make_eval_batches(
+            tokens,
+            parts.data.tokenizer,
+            config.data,
+            config.train.seq_len,
+            config.eval.batch_size,
+            rows,
+            config.eval.batches,
+            f"the held-out text of source {name}",
+        )
+        for name, tokens in parts.data.heldout.items()
+    }
+
+
+def averaged_params(progress: Progress, state: TrainState):
+    """The averaged weights where the run keeps them, else the current ones."""
+    return state.ema if progress.config.train.ema else state.params
+
+
+def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[], bool]) -> bool:
+    """Records what `config.eval.evaluators` measure after update `step`.
+
+    `stop` is asked at each batch, because all of the held-out text may take longer than who asks
+    will wait. Returns False if it has cut the evaluation short.
+    """
+    progress.settle()
+    parts = progress.parts
+    config = progress.config
+    params = averaged_params(progress, state)
+
+    def eval_step(params, batch):
+        return parts.eval_step(params, batch, parts.frozen)
+
+    def sum_sources():
+        sums = {}
+        for name, batches in progress.heldout.items():
+            alive = watched(batches, progress.beat, stop)
+            sums[name] = sum_heldout(eval_step, params, alive, parts.mesh, config.eval.batch_size)
+        return sums
+
+    shares = progress.shares(step)
+    about = config.model, config.compute, config.eval, config.seed
+    evaluation = Evaluation(*about, params, parts.data, step, sum_sources, shares)
+    try:
+        with progress.clock.phase("eval"):
+            numbers, texts = run_evaluators(evaluation)
+    except CutShort:
+        return False
+
+    if "eval/loss" in numbers:
+        progress.check_finite("held-out loss", numbers["eval/loss"], step)
+    if numbers:
+        progress.evaluated = step, numbers
+        progress.writers.write(step, numbers)
+    for name, text in texts.items():
+        progress.writers.text(step, name, text)
+    progress.restart_rate(step)
+    return True
+
+
+class CutShort(Exception):
+    """Somebody has asked to stop."""
+
+
+def watched(batches, beat: Callable[[], None], stop: Callable[[], bool]):
+    """Passes `batches` on. At each of them the watchdog hears that the run is alive.
+
+    Raises CutShort if somebody has asked to stop.
+    """
+    for batch in batches:
+        beat()
+        if stop():
+            raise CutShort
+        yield batch
+
+
+def write_samples(progress: Progress, state: TrainState, step: int, count: int) -> None:
+    """Draws `count` samples and writes them."""
+    progress.settle()
+    with progress.clock.phase("sample"):
+        texts = draw_samples(
+            progress.config.model,
+            progress.config.compute,
+            averaged_params(progress, state),
+            progress.parts.data.tokenizer,
+            progress.config.eval,
+            (progress.config.seed + step) % 2**32,
+            count,
+        )
+    for i, text in enumerate(texts):
+        progress.writers.text(step, f"sample/{i}", text)
+    progress.restart_rate(step)
