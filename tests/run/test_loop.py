@@ -427,7 +427,7 @@ def test_bfloat16_trains_like_float32(tmp_path):
 def test_samples_come_from_the_averages(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        loop,
+        evaluation,
         "draw_samples",
         lambda model, compute, params, *rest: seen.append(params) or ["text"] * rest[3],
     )
