@@ -68,8 +68,8 @@ def git_commit(folder: Path) -> str:
 
 def run_git(folder: Path, *words: str) -> str:
     """What a git command prints; "" if it fails. Raises OSError where there is no git."""
-    done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    process = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True)
+    return process.stdout.strip() if process.returncode == 0 else ""
 
 
 def format_start_line(

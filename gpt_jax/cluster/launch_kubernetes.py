@@ -166,13 +166,13 @@ def parse_mounts(volumes: Iterable[str]) -> dict[str, str]:
     """
     claims: dict[str, str] = {}
     for text in volumes:
-        claim, _, given = text.partition(":")
-        if not (re.fullmatch(CLAIM, claim) and re.fullmatch("/([^/:][^:]*)?", given)):
+        claim, _, mount = text.partition(":")
+        if not (re.fullmatch(CLAIM, claim) and re.fullmatch("/([^/:][^:]*)?", mount)):
             raise UsageError(
                 f"--volume={text}: expected CLAIM:/PATH, with a claim of lower-case letters, "
                 "digits, '-' and '.'"
             )
-        path = posixpath.normpath(given)
+        path = posixpath.normpath(mount)
         if path in RESERVED or path in claims:
             owner = f"--volume={claims[path]}:{path}" if path in claims else "the pod itself"
             raise UsageError(f"--volume={text}: {path} is taken by {owner}; choose another path")

@@ -87,7 +87,7 @@ def watchdog(minutes: float) -> Iterator[Callable[[], None]]:
     collective never returns to Python. 0 minutes turns it off.
     """
     last = time.monotonic()
-    done = threading.Event()
+    is_over = threading.Event()
     line = f"no step ended for {minutes} minutes (config.train.hang_minutes)"
 
     def beat() -> None:
@@ -95,7 +95,7 @@ def watchdog(minutes: float) -> Iterator[Callable[[], None]]:
         last = time.monotonic()
 
     def watch() -> None:
-        while not done.wait(min(5.0, minutes * 15)):
+        while not is_over.wait(min(5.0, minutes * 15)):
             if time.monotonic() - last > minutes * 60:
                 complain(f"{line}; stacks follow")
                 faulthandler.dump_traceback()
@@ -106,4 +106,4 @@ def watchdog(minutes: float) -> Iterator[Callable[[], None]]:
     try:
         yield beat
     finally:
-        done.set()
+        is_over.set()

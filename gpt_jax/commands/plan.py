@@ -180,12 +180,12 @@ def report(args, overrides: list[str], config, topology, notes: list[str]) -> st
         write_lines,
     )
 
-    kept = [text for text in overrides if not is_searched(text)]
+    fixed = [text for text in overrides if not is_searched(text)]
     request = Request(
         config,
         topology,
         notes,
-        CommandLine(args.config, kept, load_config(args.config, kept)),
+        CommandLine(args.config, fixed, load_config(args.config, fixed)),
         search=args.search or 0,
         programs=args.compile or 0,
         data_tokens=args.data_tokens,

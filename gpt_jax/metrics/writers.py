@@ -90,10 +90,10 @@ class JsonlWriter:
 
     def __init__(self, path: str | Path, resumed_at: int | None = None):
         self.path = Path(path)
-        kept = []
+        lines = []
         if resumed_at is not None:
-            kept = [line for row, line in _read_lines(self.path) if row["step"] <= resumed_at]
-        save_file(self.path, b"".join(kept))
+            lines = [line for row, line in _read_lines(self.path) if row["step"] <= resumed_at]
+        save_file(self.path, b"".join(lines))
         self._file = open(self.path, "ab")  # noqa: SIM115 (`close` closes it)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:

@@ -22,8 +22,8 @@ def choose_overrides(line: CommandLine, best: configs.Config) -> tuple[list[str]
     changes = list_overrides(resolve_vocab(line.config), best)
     keys = {change.partition("=")[0] for change in changes}
     replaced = [text for text in line.overrides if text.partition("=")[0] in keys]
-    kept = [text for text in line.overrides if text not in replaced]
-    return [*kept, *changes], replaced
+    others = [text for text in line.overrides if text not in replaced]
+    return [*others, *changes], replaced
 
 
 def describe_replaced(replaced: list[str]) -> list[str]:

@@ -220,16 +220,16 @@ def _make_own(spec: str) -> Apply:
 
     def apply(text: str) -> str | None:
         try:
-            made = function(text)
+            result = function(text)
         except Exception as error:
             raise UsageError(
                 f"--filters={spec!r}: raised {type(error).__name__}: {error}"
             ) from error
-        if not isinstance(made, str | None):
+        if not isinstance(result, str | None):
             raise UsageError(
-                f"--filters={spec!r}: gave {type(made).__name__}, expected text or None"
+                f"--filters={spec!r}: gave {type(result).__name__}, expected text or None"
             )
-        return made
+        return result
 
     return apply
 

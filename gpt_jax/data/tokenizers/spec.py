@@ -122,10 +122,10 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Makes the tokenizer of a spec from text: `char` from `characters`, BPE from `texts()`."""
     if spec.needs_characters:
-        made = make_char_tokenizer(characters)
+        tokenizer = make_char_tokenizer(characters)
     else:
-        made = train_bpe(texts(), spec.vocab, spec.pattern)
-    return replace(with_specials(made, spec.specials), name=spec.name)
+        tokenizer = train_bpe(texts(), spec.vocab, spec.pattern)
+    return replace(with_specials(tokenizer, spec.specials), name=spec.name)
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:

@@ -203,8 +203,8 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
     """
 
     def find():
-        directory, wanted = _locate(Path(path).absolute(), step)
-        if not wanted:
+        directory, wanted_step = _locate(Path(path).absolute(), step)
+        if not wanted_step:
             newest = _newest(directory, report)
             if newest is None:
                 raise UsageError(
@@ -214,16 +214,16 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
 
         steps = steps_in(directory)
         listing = f"steps in {directory}: {', '.join(map(str, steps)) or 'none'}"
-        if wanted not in steps:
-            raise UsageError(f"checkpoint {str(path)!r}: no step {wanted}; {listing}")
+        if wanted_step not in steps:
+            raise UsageError(f"checkpoint {str(path)!r}: no step {wanted_step}; {listing}")
         damage = "not finished"
-        if wanted not in unfinished_in(directory):
-            damage = find_damage(directory / str(wanted))
+        if wanted_step not in unfinished_in(directory):
+            damage = find_damage(directory / str(wanted_step))
         if damage:
             raise NoCheckpoint(
-                f"checkpoint step {wanted} in {directory} is damaged: {damage}; {listing}"
+                f"checkpoint step {wanted_step} in {directory} is damaged: {damage}; {listing}"
             )
-        return [str(directory), wanted]
+        return [str(directory), wanted_step]
 
     directory, found_step = agree_on(find)
     return Path(directory), found_step
