@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README_LINES = 200
 FOLDERS = "gpt_jax|configs|launch|tests|benchmarks|examples|docs"
 SECTIONS = {field.name: field.type for field in dataclasses.fields(config.Config)}
+# `train.bin` is no config key.
 FILE_ENDINGS = {
     "bin",
     "py",
@@ -32,7 +33,7 @@ FILE_ENDINGS = {
     "txt",
     "idx",
     "npy",
-}  # `train.bin` is no config key
+}
 
 
 def read_pages() -> dict[str, str]:

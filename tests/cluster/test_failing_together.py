@@ -325,9 +325,8 @@ def test_a_coordinator_that_cannot_be_reached_is_named():
 )
 def test_processes_that_do_not_fit_together(monkeypatch, places, words):
     pids = iter(range(100, 200))
-    monkeypatch.setattr(
-        os, "getpid", lambda: next(pids)
-    )  # each thread stands for a process: `meet` asks once
+    # Each thread stands for a process: `meet` asks once.
+    monkeypatch.setattr(os, "getpid", lambda: next(pids))
     monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 2.0)
     for error in attend(find_free_port(), places):
         assert isinstance(error, UsageError) and str(error).startswith(words)

@@ -75,9 +75,8 @@ def test_arguments_pass_through(house):
 @pytest.mark.parametrize("python", ["no_such_python", "old"])
 def test_a_python_that_cannot_serve_is_named(house, python):
     old = house / "old"
-    old.write_text(
-        "#!/bin/sh\nexit 1\n"
-    )  # what a Python before 3.11 answers to the question for its version
+    # A Python before 3.11 answers so when its version is asked for.
+    old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
     python = str(old) if python == "old" else python
     ended = launch(house, "local.sh", "train", PYTHON=python)

@@ -91,9 +91,8 @@ def test_who_stays_is_killed(monkeypatch, capfd):
     )
     assert "[1] my reason" in capfd.readouterr().err
 
-    code, line = launch(
-        monkeypatch, [[WAIT, "exit(40)"]]
-    )  # whose reason is elsewhere, and not that 0 was killed here
+    # The log has the reason of process 1, and not that 0 was killed here.
+    code, line = launch(monkeypatch, [[WAIT, "exit(40)"]])
     assert code == 40 and "process 1 ended first: exit code 40" in line
 
 

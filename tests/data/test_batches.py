@@ -330,9 +330,8 @@ def test_a_mixed_batch_says_where_its_rows_come_from(packing):
             == slow_row(data.parts[source].train, inside, 8, False)["tokens"]
         )
     stage = examples.mix.counts[0], examples.mix.counts[1]
-    assert (
-        counts.tolist() == (stage[0] + 2 * stage[1]).tolist()
-    )  # 400 tokens of 8: from example 50 on
+    # The second phase begins at token 400, which is example 50.
+    assert counts.tolist() == (stage[0] + 2 * stage[1]).tolist()
 
 
 def test_shares_are_of_tokens_or_documents_and_sizes_count_by_temperature():

@@ -604,9 +604,8 @@ def test_memory_is_about_the_line(tmp_path, name):
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    most = {"a.csv": 12, "a.tsv": 4.5}.get(
-        name, 3.5
-    )  # the csv module holds 4 to 8 bytes a character while it reads
+    # The csv module holds 4 to 8 bytes a character while it reads.
+    most = {"a.csv": 12, "a.tsv": 4.5}.get(name, 3.5)
 
     assert peak < most * size
 

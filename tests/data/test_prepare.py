@@ -54,9 +54,8 @@ def test_documents_come_out_as_they_went_in(folder):
         assert len(tokens.shards) > 2 and tokens.documents == len(wanted[side])
         assert tokens.docs["hash"].tolist() == [shards.hash_text(t) for t in wanted[side]]
         assert tokens.docs["bytes"].tolist() == [len(t.encode()) for t in wanted[side]]
-        assert (
-            tokens.bytes == sum(tokens.docs["bytes"]) == tokens.size - tokens.documents
-        )  # bytes, and end of text
+        # A token is a byte, or the end of a text.
+        assert tokens.bytes == sum(tokens.docs["bytes"]) == tokens.size - tokens.documents
         names = [
             f"in/{'ab'[int(t[0]) - 1]}.jsonl:{int(t.split()[0][2:]) + 1}" for t in wanted[side]
         ]
@@ -160,12 +159,13 @@ def test_a_sample_for_the_tokenizer_is_spread_over_the_input(folder, monkeypatch
         "--tokenizer_mb=0.004",
         "--piece_mb=0.01",
     )
+    # The sample has the beginning of every file.
     assert {text.split(".")[0] for text in seen} == {
         "1",
         "2",
         "99",
         "100",
-    }  # the beginning of every file
+    }
     assert 3000 < sum(len(text.encode()) for text in seen) < 5000
 
 
@@ -751,9 +751,8 @@ def test_a_reader_that_has_gone_does_not_end_the_work(folder, monkeypatch):
             raise BrokenPipeError
 
     monkeypatch.setattr("sys.stderr", Gone())
-    out = prepare(
-        folder / "out", f"--input={folder / 'in'}", "--tokenizer=bpe:280"
-    )  # says that it makes one
+    # The output says that a tokenizer is made.
+    out = prepare(folder / "out", f"--input={folder / 'in'}", "--tokenizer=bpe:280")
     assert corpus.is_corpus(out)
 
 

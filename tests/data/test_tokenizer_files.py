@@ -154,9 +154,8 @@ def test_folders(trained, tmp_path):
         assert all((read.encode(t) == trained["gpt2"].encode(t)).all() for t in TEXTS)
     (folder / "tokenizer.json").write_text(trained["digits"].content, encoding="utf-8")
 
-    assert (
-        tk.read_tokenizer(str(folder)).fingerprint == trained["digits"].fingerprint
-    )  # the whole file comes first
+    # A tokenizer.json comes before the two files of GPT-2.
+    assert tk.read_tokenizer(str(folder)).fingerprint == trained["digits"].fingerprint
 
 
 @pytest.mark.parametrize(

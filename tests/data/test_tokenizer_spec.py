@@ -163,9 +163,8 @@ def test_parts_encode_as_the_whole(trained, pattern, monkeypatch):
         cut += len(parts)
 
     assert cut > 1500  # and it does cut: five times a text at least
-    assert (
-        len(list(trained[pattern].parts("我们。\n" * 50))) > 20
-    )  # Chinese, which has no spaces, at the ends of lines
+    # Chinese has no spaces, so it is cut at the ends of lines.
+    assert len(list(trained[pattern].parts("我们。\n" * 50))) > 20
 
 
 def test_parts_of_what_may_look_across_a_cut_are_one(trained):

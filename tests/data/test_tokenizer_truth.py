@@ -119,11 +119,12 @@ def test_cl100k_gives_the_ids_of_tiktoken(cl100k, files, texts):
     tiktoken = pytest.importorskip("tiktoken", reason="the extra test is not installed")
     lines = (files / "cl100k_base.tiktoken").read_bytes().split(b"\n")[:-1]
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    # From tiktoken_ext/openai_public.py.
     pattern = (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| "
         r"?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
         r"\s*[\r\n]|\s+(?!\S)|\s"
-    )  # tiktoken_ext/openai_public.py
+    )
     truth = tiktoken.Encoding("cl100k", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     for name, text in texts.items():
         assert cl100k.encode(text).tolist() == truth.encode_ordinary(text), name
@@ -138,13 +139,14 @@ def test_cl100k_gives_the_ids_of_tiktoken(cl100k, files, texts):
     assert [ids.tolist() for ids in cl100k.encode_batch(mixed)] == truth.encode_ordinary_batch(
         mixed
     )
+    # These are the ids of cl100k_base.
     assert cl100k.specials == {
         tk.EOT: 100257,
         "<|fim_prefix|>": 100258,
         "<|fim_middle|>": 100259,
         "<|fim_suffix|>": 100260,
         "<|endofprompt|>": 100276,
-    }  # as cl100k_base has them
+    }
     assert cl100k.eot == 100257 and cl100k.vocab == 100277
 
 
@@ -175,9 +177,10 @@ def test_pythia_gives_the_ids_of_the_library(pythia, files, texts):
     truth.encode_special_tokens = True  # one of the texts holds <|endoftext|>
     for name, text in texts.items():
         assert pythia.encode(text).tolist() == truth.encode(text).ids, name
+    # It normalises by NFC.
     assert (
         pythia.eot == 0 and not pythia.lossless and pythia.decode(pythia.encode("e\u0301")) == "é"
-    )  # NFC
+    )
 
 
 def test_round_trips_in_every_language(gpt2, cl100k, texts):

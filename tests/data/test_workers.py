@@ -274,9 +274,8 @@ def test_ray_gives_what_processes_give(tmp_path, ray):
         f"--output={tmp_path / 'out'}",
         "--engine=ray",
     )
-    with pytest.raises(
-        PeerFailed, match="a Ray worker failed at item 0: ModuleNotFoundError"
-    ):  # no tests there
+    # Ray's workers cannot import the tests.
+    with pytest.raises(PeerFailed, match="a Ray worker failed at item 0: ModuleNotFoundError"):
         list(ENGINES["ray"](work(die, [0])))
 
     ray.cloudpickle.register_pickle_by_value(engine_tasks)

@@ -202,9 +202,8 @@ def test_variants_cover_every_row():
 
     assert {m.norm for m in models} == set(config.NORMS) == set(NORMS)
     assert {m.position for m in models} == set(config.POSITIONS)
-    assert (
-        {ffn for m in models for _, ffn in m.pattern} == set(config.DENSE_FFNS) == set(FFNS)
-    )  # experts: test_moe
+    # Experts are tested in test_moe.py.
+    assert {ffn for m in models for _, ffn in m.pattern} == set(config.DENSE_FFNS) == set(FFNS)
     assert {m.norm_position for m in models} == {"pre", "post"}
     assert (
         {m.tied for m in models}
@@ -247,9 +246,8 @@ def test_rotary_frequencies_equal_the_loop_over_wavelengths():
         np.isclose(scaled, plain / 8),
     )
 
-    assert (
-        kept.any() and between.any() and divided.any()
-    )  # the three bands of the scaling are all seen
+    # The three bands of the scaling are all seen.
+    assert kept.any() and between.any() and divided.any()
 
 
 # ---- depth: layout, scan, remat ------------------------------------------------------------------
@@ -362,9 +360,10 @@ def test_program_does_not_grow_with_depth():
         len([*equations(gradient_jaxpr(make_model("modern", layers=n)))]) for n in (5, 25)
     )
     assert small == large
+    # No two of these layers are alike.
     assert small < len(
         [*equations(gradient_jaxpr(make_model("modern", layers=5, windows=(2, 3, 4, 5))))]
-    )  # none alike
+    )
 
 
 @pytest.mark.parametrize(
@@ -485,9 +484,8 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
 
     outputs = {e.outvars[0].aval.dtype.name for e in products if e.outvars[0].aval.shape[-1] == V}
     roots = [e for e in equations(trace.jaxpr) if e.primitive.name == "rsqrt"]
-    assert outputs == {"float32"} and {e.outvars[0].aval.dtype.name for e in roots} == {
-        "float32"
-    }  # logits, norms
+    # Logits and norms are float32.
+    assert outputs == {"float32"} and {e.outvars[0].aval.dtype.name for e in roots} == {"float32"}
 
     softmaxes = [
         e

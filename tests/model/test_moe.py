@@ -268,9 +268,8 @@ def emulated_ragged_all_to_all(
         here = (place >= 0) & (place < sizes[source, me])
         sent = everything[source][(starts[source, me] + place).clip(0, len(operand) - 1)]
         output = jnp.where(here[:, None], sent, output)
-    return jnp.where(
-        (recv_sizes == sizes[:, me]).all(), output, jnp.nan
-    )  # else a device would wait, or take too little
+    # Otherwise a device would wait, or take too little.
+    return jnp.where((recv_sizes == sizes[:, me]).all(), output, jnp.nan)
 
 
 @pytest.fixture

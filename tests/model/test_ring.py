@@ -272,9 +272,8 @@ def work(mesh, pattern, run=None):
 @pytest.mark.parametrize("pieces", [2, 4, 8])
 def test_causal_order_halves_the_work_of_every_step_but_the_own(pieces, mesh):
     half = T // pieces // 2
-    block = (
-        2 * B * N * half**2 * H
-    )  # scores and their product with the values, for half a device's queries and keys
+    # Scores and their product with the values, for half of a device's queries and keys.
+    block = 2 * B * N * half**2 * H
     line = mesh(context=pieces)
     assert work(line, Pattern()) == ((3 + 2 * (pieces - 1)) * block, 2 * (pieces - 1))
     assert work(line, PATTERNS["blocks"]) == (4 * pieces * block, 3 * (pieces - 1))

@@ -27,10 +27,11 @@ from gpt_jax.train.optim.schedule import make_schedule
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
 SHAPES = {  # path -> (shape, sharding on the mesh of 8)
     "embed/table": ((16, 8), ("tensor", "fsdp")),
+    # This one is large enough for Adafactor to factor.
     "blocks/0/mlp/up/kernel": (
         (2, 128, 256),
         (None, "fsdp", "tensor"),
-    ),  # large enough for Adafactor to factor
+    ),
     "blocks/0/mlp/down/kernel": ((2, 16, 8), (None, "tensor", "fsdp")),
     "blocks/0/mlp_norm/scale": ((2, 8), (None, "fsdp")),
     "tail/0/mlp/up/kernel": ((8, 16), ("fsdp", "tensor")),
@@ -96,9 +97,8 @@ def optim(**knobs):
 
 
 def gradients(shapes, steps=5):
-    return [
-        draw(100 + step, shapes, scale=0.01 * 4**step) for step in range(steps)
-    ]  # from unclipped to clipped
+    # The first gradients are small, and the last ones are clipped.
+    return [draw(100 + step, shapes, scale=0.01 * 4**step) for step in range(steps)]
 
 
 def run(tx, params, grads):
@@ -258,9 +258,8 @@ def test_orthogonalize(shape):
     rough = muon.orthogonalize(g, dtype=jnp.bfloat16)
     assert rough.dtype == jnp.float32 and not np.array_equal(rough, found)
     assert np.all(np.abs(np.linalg.svd(rough, compute_uv=False) - 1) < 0.3)
-    assert np.sum(rough * found) > 0.99 * np.linalg.norm(rough) * np.linalg.norm(
-        found
-    )  # the same direction
+    # Both have the same direction.
+    assert np.sum(rough * found) > 0.99 * np.linalg.norm(rough) * np.linalg.norm(found)
     np.testing.assert_array_equal(muon.orthogonalize(np.zeros_like(g), eps=0.0), np.zeros_like(g))
 
 
@@ -547,9 +546,8 @@ def like_its_parameter(state, params) -> list[str]:
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(keys, simple=True, separator="/")
         for path, (shape, spec) in specs.items():
-            if (
-                name.endswith(path) and leaf.shape != (1,) and leaf.shape[1:] != (1,)
-            ):  # placeholders of Adafactor
+            # A size of 1 is a placeholder of Adafactor.
+            if name.endswith(path) and leaf.shape != (1,) and leaf.shape[1:] != (1,):
                 seen.add(path)
                 kept = [axis for n, axis in zip(shape, spec, strict=False) if n in leaf.shape]
                 found = [

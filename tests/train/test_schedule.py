@@ -48,9 +48,8 @@ def test_warmup_is_the_same_line_for_all():
     ],
 )
 def test_after_warmup(name, steps, expected):
-    rate = make_schedule(
-        optim(schedule=name, decay_fraction=0.25)
-    )  # wsd: round(27.5) = 28 steps of decay, from 82
+    # wsd decays over round(27.5) = 28 steps, from step 82.
+    rate = make_schedule(optim(schedule=name, decay_fraction=0.25))
     np.testing.assert_allclose([rate(step) for step in steps], expected, rtol=1e-6)
 
 

@@ -85,9 +85,8 @@ def test_every_matrix_is_whole_on_one_device(shape, mesh):
     assert sorted(seen) == [1, 1, 1, 1, 2, 4]  # an eighth each of 1, 2, 4, 6, 10 and 28
     if list(shape) == ["fsdp"]:
         assert " all-to-all(" in step.as_text()
-        assert (
-            step.as_text().count(" all-gather(") == 2
-        )  # the matrix alone, and the stack that all devices hold
+        # Gathered are the matrix alone, and the stack that all devices hold.
+        assert step.as_text().count(" all-gather(") == 2
 
 
 def test_one_device_takes_stacks_as_they_are(mesh):
