@@ -106,7 +106,8 @@ def find_wrong_floors(house: dict) -> list[str]:
         relative = [name for name in imported(source) if name.startswith(".")]
         faults += [f"{module}: relative import {name}" for name in relative]
         for other in imported_modules(house, source):
-            here, there = room(module), room(other)
+            here = room(module)
+            there = room(other)
             is_down = FLOOR.get(there, 9) < FLOOR.get(here, -1)
             is_allowed = is_down or (here, there) in NEIGHBOURS
             if here != there and ((here, there) in UNKNOWN or not is_allowed):
@@ -130,7 +131,8 @@ def find_cycles(house: dict) -> list[str]:
     graph = {module: imported_modules(house, source) for module, source in house.items()}
 
     def reach(start):
-        seen, todo = set(), list(graph[start])
+        seen = set()
+        todo = list(graph[start])
         while todo:
             module = todo.pop()
             if module not in seen:

@@ -41,12 +41,10 @@ def said(process) -> list[str]:
 def test_who_is_silent_is_blamed_and_not_who_left_for_it():
     """Process 0 may be gone already, because it has heard of the silent one."""
     job = object.__new__(Membership)
-    job.process, job.silent, job.hosts, job.address = (
-        2,
-        [1],
-        {1: "b"},
-        f"127.0.0.1:{find_free_port()}",
-    )
+    job.process = 2
+    job.silent = [1]
+    job.hosts = {1: "b"}
+    job.address = f"127.0.0.1:{find_free_port()}"
     assert job.gone() == "a peer process is gone without a word: process 1 on b"
     job.silent = []
     assert "process 0 on " in job.gone()

@@ -236,7 +236,8 @@ def test_inspect_tells_what_is_inside(made, capsys):
 def test_a_corpus_on_a_store_is_copied_once(made, tmp_path):
     store = fsspec.filesystem("memory")
     store.put(str(made), "/bucket/corpus", recursive=True)
-    url, lines = "memory://bucket/corpus", []
+    url = "memory://bucket/corpus"
+    lines = []
     assert (
         is_remote_corpus(url)
         and not is_remote_corpus("memory://bucket")
@@ -299,11 +300,13 @@ def test_a_manifest_cannot_name_files_outside_of_its_corpus(made, tmp_path, wher
 
 
 def test_a_network_that_fails_is_not_the_cache(made, tmp_path, monkeypatch):
-    fetch, broken = remote.open_remote, "train-00000.tokens"
+    fetch = remote.open_remote
+    broken = "train-00000.tokens"
 
     class Torn:
         def __init__(self, file):
-            self.file, self.left = file, 1
+            self.file = file
+            self.left = 1
 
         def __enter__(self):
             return self

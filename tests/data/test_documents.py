@@ -104,7 +104,9 @@ def test_every_cut_gives_the_whole(tmp_path, name):
 
     most = 1
     for size in (1, 2, 7, 20, 64, 10**6):
-        pieces, total, places = readers.cut_source(source, size, reading), Tally(), []
+        pieces = readers.cut_source(source, size, reading)
+        total = Tally()
+        places = []
         for piece in pieces:
             tally = Tally()
             places += [(piece, d.row) for d in readers.read_documents([piece], reading, tally)]
@@ -285,7 +287,8 @@ def test_bad_row_stops_or_is_counted(tmp_path, name):
         "; mend it, or gpt-jax prepare --on_error=skip leaves it out and counts it"
     )
 
-    skip, tally = Reading(on_error="skip", **how), Tally()
+    skip = Reading(on_error="skip", **how)
+    tally = Tally()
     for pieces in ([readers.whole_piece(source)], readers.cut_source(source, 1, skip)):
         tally = Tally()
         assert read(pieces, skip, tally) == ["good", "fine"]
@@ -302,7 +305,8 @@ def test_only_the_first_places_are_kept(tmp_path):
     assert read(readers.cut_source(source, 50, Reading()), Reading(on_error="skip"), tally) == []
     assert tally.skipped == tally.rows == 100 and len(tally.places) == readers.PLACES
     assert tally.places[0].startswith(f"{tmp_path}/a.jsonl:1: not JSON")
-    first, then = Tally(places=["a"] * 3), Tally(places=["b"] * 3)
+    first = Tally(places=["a"] * 3)
+    then = Tally(places=["b"] * 3)
     first += then
     assert first.places == ["a"] * 3 + ["b"] * 2
 
@@ -440,7 +444,8 @@ def test_dictionary_columns_and_bad_bytes_in_tables(tmp_path):
         str(tmp_path / "a.arrow"), pyarrow.schema([("text", column.type)])
     ) as out:
         out.write_table(pyarrow.table({"text": column}))
-    reading, tally = Reading(on_error="skip"), Tally()
+    reading = Reading(on_error="skip")
+    tally = Tally()
     assert read(
         map(readers.whole_piece, sources.find_sources((str(tmp_path / "a.arrow"),))), reading, tally
     ) == [
@@ -491,7 +496,8 @@ PLACES = {  # of the texts in a file of Arrow: (type, layout of the places, the 
 def test_places_that_lie_outside_are_damage(tmp_path, name, make):
     """Following them would end the process."""
     kind, layout, true, wrong = PLACES[name]
-    column, path = pyarrow.table({"text": pyarrow.array(LONG).cast(kind)}), tmp_path / "a.arrow"
+    column = pyarrow.table({"text": pyarrow.array(LONG).cast(kind)})
+    path = tmp_path / "a.arrow"
     with make(str(path), column.schema) as out:
         out.write_table(column)
     [source], raw, skip, tally = (
@@ -513,11 +519,9 @@ def test_places_that_lie_outside_are_damage(tmp_path, name, make):
 
 @pytest.mark.parametrize("checksums", [True, False])
 def test_damage_in_parquet_is_named_in_one_line(tmp_path, checksums):
-    texts, path, told = (
-        ["".join(random.Random(i).choices("ab", k=99)) for i in range(99)],
-        tmp_path / "a.parquet",
-        0,
-    )
+    texts = ["".join(random.Random(i).choices("ab", k=99)) for i in range(99)]
+    path = tmp_path / "a.parquet"
+    told = 0
     pyarrow.parquet.write_table(
         pyarrow.table({"text": texts}), path, compression="none", write_page_checksum=checksums
     )
@@ -704,7 +708,8 @@ def test_a_store_that_fails_while_a_file_is_read_is_no_damage_of_the_file(
     with fsspec.open(f"memory://box/{name}", "wb") as file:
         file.write(b"x" * 99)
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", fail)
-    source, skip = Source(f"memory://box/{name}", name), Reading(on_error="skip")
+    source = Source(f"memory://box/{name}", name)
+    skip = Reading(on_error="skip")
     with pytest.raises(UsageError, match=f"memory://box/{name}: cannot be read: {words}") as told:
         read([readers.whole_piece(source)], skip)
     assert type(told.value) is UsageError and str(told.value).isprintable()
@@ -834,7 +839,8 @@ def test_the_rest_of_a_damaged_file_is_an_error_or_counted(tmp_path, name):
             Reading(),
         )
 
-    skip, tally = Reading(on_error="skip"), Tally()
+    skip = Reading(on_error="skip")
+    tally = Tally()
     got = read(
         [piece for source in found for piece in readers.cut_source(source, 1 << 30, skip)],
         skip,

@@ -121,7 +121,8 @@ def test_code_of_own_functions(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "written_for_test.py").write_text("def same(text):\n    return text\n")
     (tmp_path / "named_for_test.py").write_text("from written_for_test import same\n")
-    specs, seen = ("strip", "min_chars:3", "named_for_test:same"), set()
+    specs = ("strip", "min_chars:3", "named_for_test:same")
+    seen = set()
     for file in ("", "written_for_test.py", "named_for_test.py"):
         with open(tmp_path / (file or "other.py"), "a") as out:
             out.write("# edited\n")
@@ -205,7 +206,8 @@ def jaccard(a, b):
 
 def planted(count, seed=0):
     """Texts of random words. Each fourth is a copy of an earlier one with some words changed."""
-    rng, texts = random.Random(seed), []
+    rng = random.Random(seed)
+    texts = []
     for i in range(count):
         if i % 4 == 3:
             words = rng.choice(texts).split()
@@ -220,7 +222,8 @@ def planted(count, seed=0):
 def test_similarity_is_estimated():
     texts = planted(40)
     pairs = [(i, j) for i in range(3, 40, 4) for j in range(i)]
-    signatures, sets = [minhash(text, 256) for text in texts], [shingles(text) for text in texts]
+    signatures = [minhash(text, 256) for text in texts]
+    sets = [shingles(text) for text in texts]
     errors = np.array(
         [(signatures[i] == signatures[j]).mean() - jaccard(sets[i], sets[j]) for i, j in pairs]
     )
@@ -230,10 +233,8 @@ def test_similarity_is_estimated():
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
 def test_planted_duplicates_against_exact_similarity(threshold):
     texts = planted(240)
-    sets, signatures = (
-        [shingles(text) for text in texts],
-        np.stack([minhash(text, 128) for text in texts]),
-    )
+    sets = [shingles(text) for text in texts]
+    signatures = np.stack([minhash(text, 128) for text in texts])
     found = find_near_duplicates(signatures, threshold)
     margin = 3 / (2 * 128**0.5)  # three standard errors
     best = [
@@ -263,7 +264,8 @@ def test_bands_find_what_all_pairs_find():
     for i in range(1, 300, 2):  # like an earlier one in 64 to 32 places
         signatures[i, : 64 - i % 33] = signatures[rng.integers(i), : 64 - i % 33]
     for threshold in (0.6, 0.8, 1.0):
-        found, exact = find_near_duplicates(signatures, threshold), all_pairs(signatures, threshold)
+        found = find_near_duplicates(signatures, threshold)
+        exact = all_pairs(signatures, threshold)
         assert exact.sum() >= 5 and (found != exact).mean() < 0.02
     copies = np.repeat(signatures[[0, 2, 4]], 4, 0)
 
@@ -288,7 +290,8 @@ def test_a_chain_of_likenesses_keeps_one_that_is_like_what_goes():
     C stays, because B goes and cannot stand for it.
     """
     a = np.arange(100, dtype=np.uint32)
-    b, c = a.copy(), a.copy()
+    b = a.copy()
+    c = a.copy()
     b[:15], c[:30] = 1000 + a[:15], 1000 + a[:30]
     c[:15] = b[:15]
     assert find_near_duplicates(np.stack([a, b, c]), 0.8).tolist() == [False, True, False]

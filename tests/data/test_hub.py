@@ -16,7 +16,8 @@ from gpt_jax.data.read import hub
 from gpt_jax.data.tokenizers.bpe import train_bpe
 
 datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
-HEAD, NEXT = "a" * 40, "b" * 40
+HEAD = "a" * 40
+NEXT = "b" * 40
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ ALL = [text for i in range(3) for text in texts(40, i)]
 
 def tokens_units(monkeypatch) -> list[str]:
     """A list to which the name of each unit is added when it is tokenized."""
-    made, run = [], units.tokenize
+    made = []
+    run = units.tokenize
     monkeypatch.setattr(
         units,
         "tokenize",
@@ -105,7 +107,9 @@ class Hub:
     """A hub with one set, whose newest commit is `head`. It keeps what was asked of it."""
 
     def __init__(self, monkeypatch, folder):
-        self.head, self.asked, self.folder = HEAD, [], folder
+        self.head = HEAD
+        self.asked = []
+        self.folder = folder
         monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", self.info)
         monkeypatch.setattr("datasets.load_dataset", self.load)
         monkeypatch.setattr("datasets.load_dataset_builder", self.builder)
@@ -132,7 +136,9 @@ load_dataset = datasets.load_dataset
 
 def test_a_set_of_the_hub_is_held_to_its_commit(folder, monkeypatch, capsys):
     """Every reading asks for the commit of the first call, although the hub has a newer one."""
-    there, run, made = Hub(monkeypatch, folder), units.tokenize, []
+    there = Hub(monkeypatch, folder)
+    run = units.tokenize
+    made = []
 
     def stopping(job, unit, tick, **more):
         made.append(unit.name)

@@ -61,7 +61,8 @@ def test_every_token_is_in_one_row_and_predicted_once(how, seq_len, monkeypatch)
     monkeypatch.setattr(packing, "BLOCKS_AT_ONCE", 3)  # several rounds, the last block not full
     sizes = np.random.default_rng(seq_len).integers(1, 150, 101)
     sizes[:4] = 1, seq_len, seq_len + 1, seq_len + 2
-    offsets, capacity = offsets_of(sizes), seq_len + 1
+    offsets = offsets_of(sizes)
+    capacity = seq_len + 1
     plan = packing.plan(offsets, capacity, how, 3)
     assert (
         plan.first[0] == 0
@@ -72,7 +73,8 @@ def test_every_token_is_in_one_row_and_predicted_once(how, seq_len, monkeypatch)
     filled = np.add.reduceat(plan.sizes, plan.first[:-1])
     assert filled.max() <= capacity
 
-    predicted, seen = np.zeros(offsets[-1], int), np.zeros(offsets[-1], int)
+    predicted = np.zeros(offsets[-1], int)
+    seen = np.zeros(offsets[-1], int)
     for start, size in zip(plan.starts, plan.sizes, strict=True):
         document = np.searchsorted(offsets, start, "right") - 1
         assert start + size <= offsets[document + 1]  # never over the end of its document
@@ -121,7 +123,8 @@ def test_the_seed_decides_who_shares_a_row():
 def test_rows_at_documents_against_a_loop():
     for seed, seq_len in [(0, 4), (1, 16), (2, 100)]:
         offsets = offsets_of(np.random.default_rng(seed).integers(1, 40, 200))
-        wanted, at = [], 0
+        wanted = []
+        at = 0
         while at < len(offsets) - 1:
             wanted.append(int(offsets[at]))
             at = next(

@@ -86,12 +86,14 @@ def test_the_size_of_a_unit_changes_shards_and_nothing_else(folder):
     large = prepare(folder / "large", *given, "--piece_mb=9")
     assert documents(small) == documents(large)
 
-    a, b = corpus.open_corpus(small), corpus.open_corpus(large)
+    a = corpus.open_corpus(small)
+    b = corpus.open_corpus(large)
     assert a.content == b.content
     assert len(a.sources["text"]["train"].shards) > len(b.sources["text"]["train"].shards) == 1
 
     for side in units.SIDES:
-        one, other = a.sources["text"][side], b.sources["text"][side]
+        one = a.sources["text"][side]
+        other = b.sources["text"][side]
         assert (one.offsets == other.offsets).all() and one.bytes == other.bytes
         assert (one.ids(0, one.size) == other.ids(0, other.size)).all()
         for i in range(one.documents):
@@ -241,7 +243,8 @@ def test_a_nul_spelt_out_in_json_is_a_character_like_any_other(folder, tokenizer
     ]
     assert "\\u0000" in (folder / "nul.jsonl").read_text()
 
-    one, two = prepare(folder / "one", *given), prepare(folder / "two", *given, workers=2)
+    one = prepare(folder / "one", *given)
+    two = prepare(folder / "two", *given, workers=2)
     assert documents(one)["text"]["train"] == rows and contents(one) == contents(two)
 
     none = documents(prepare(folder / "none", *given, "--filters=controls"))["text"]["train"]
@@ -310,7 +313,8 @@ def write_rows(path: Path, rows: list[str]) -> None:
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.csv", "a.json", "a.txt"])
 def test_documents_of_every_format_keep_their_names(name, tmp_path):
     """However the file is cut, a corpus names a document as the reader does."""
-    rows, path = texts(30), tmp_path / name
+    rows = texts(30)
+    path = tmp_path / name
     write_rows(path, rows)
     out = prepare(tmp_path / "out", f"--input={path}", "--piece_mb=0.0004", "--documents=line")
     tokens = corpus.open_corpus(out).sources["text"]["train"]
@@ -354,7 +358,8 @@ def test_a_full_disk_at_every_write_in_turn(folder, monkeypatch):
         "--dedup=exact",
     ]
     wanted = contents(prepare(folder / "wanted", *given))
-    sync, room = files.sync_file, [0]
+    sync = files.sync_file
+    room = [0]
 
     def full(file):
         if not room[0]:
@@ -367,12 +372,14 @@ def test_a_full_disk_at_every_write_in_turn(folder, monkeypatch):
     monkeypatch.setattr(files, "sync_file", full)
     for calls in range(100):
         room[0] = calls
-        code, line = 0, ""
+        code = 0
+        line = ""
         try:
             prepare(folder / "out", *given)
             break
         except UsageError as error:
-            code, line = error.code, str(error)
+            code = error.code
+            line = str(error)
         assert code == 2 and f"--output={folder / 'out'}" in line and "No space left" in line, line
         assert not corpus.is_corpus(folder / "out")
         left = list((folder / "out").rglob(".*"))
@@ -381,10 +388,8 @@ def test_a_full_disk_at_every_write_in_turn(folder, monkeypatch):
 
 
 def test_a_marker_of_an_older_version_is_gone_on_with(folder):
-    job, unit = (
-        units.PrepareJob(folder, units.PrepareSettings()),
-        units.Unit("text", 0, (), 0, "key"),
-    )
+    job = units.PrepareJob(folder, units.PrepareSettings())
+    unit = units.Unit("text", 0, (), 0, "key")
     (folder / units.WORK).mkdir()
     made = units.write_marker(job, "tokens", unit, {}, units.Counts(readers.Tally(rows=3)))
     made["tally"]["bytes"] = 99  # counted once
@@ -446,7 +451,9 @@ def test_a_finished_folder_is_looked_at_again(folder, capsys):
 
 def test_what_is_left_of_a_finished_call_is_removed_under_the_lock(folder, monkeypatch):
     given = [f"--input={folder / 'in'}"]
-    out, clean, calls = prepare(folder / "out", *given), assemble.clean, []
+    out = prepare(folder / "out", *given)
+    clean = assemble.clean
+    calls = []
     (out / f".{'0' * 32}").touch()
 
     def cleaning(*where):
@@ -465,7 +472,8 @@ def test_what_is_left_of_a_finished_call_is_removed_under_the_lock(folder, monke
 
 def test_input_that_changes_between_two_calls_is_read_again(folder, monkeypatch):
     given = [f"--input={folder / 'in'}", "--piece_mb=0.002"]
-    made, run = [], units.tokenize
+    made = []
+    run = units.tokenize
 
     def stopping(job, unit, tick, **more):
         made.append(unit.name)
@@ -498,7 +506,8 @@ def own_filter(folder, monkeypatch):
 def test_a_filter_edited_between_two_calls_is_refused(folder, monkeypatch, own_filter):
     own_filter("text.upper()")
     given = [f"--input={folder / 'in'}", "--piece_mb=0.002", "--filters=mine_of_prepare:change"]
-    made, run = [], units.tokenize
+    made = []
+    run = units.tokenize
 
     def stopping(job, unit, tick, **more):
         made.append(unit.name)
@@ -625,7 +634,9 @@ def test_another_spelling_of_the_same_input_goes_on(folder, monkeypatch, capsys)
 
     The call resumes the one before it, and a finished output is taken for the same.
     """
-    out, run, begun = folder / "out", units.tokenize, []
+    out = folder / "out"
+    run = units.tokenize
+    begun = []
 
     def stops_after_one(job, unit, tick, **more):
         if begun:

@@ -162,7 +162,8 @@ def test_binary_file_among_text(tmp_path):
 
 @pytest.mark.parametrize("packing", sources.COMPRESSIONS[1:])
 def test_incomplete_or_damaged_archive(tmp_path, packing):
-    path, raw = tmp_path / f"a.txt{packing}", pack(TEXT.encode() * 50, packing)
+    path = tmp_path / f"a.txt{packing}"
+    raw = pack(TEXT.encode() * 50, packing)
     for damaged in (raw[:-3], raw[: len(raw) // 2 - 3], b"this is no archive", raw + b"more"):
         path.write_bytes(damaged)
         with pytest.raises(
@@ -173,11 +174,9 @@ def test_incomplete_or_damaged_archive(tmp_path, packing):
 
 @pytest.mark.parametrize("packing", sources.COMPRESSIONS[1:])
 def test_what_follows_a_stream_is_read_or_refused(tmp_path, packing):
-    path, first, second = (
-        tmp_path / f"a.txt{packing}",
-        pack(b"first ", packing),
-        pack(b"second", packing),
-    )
+    path = tmp_path / f"a.txt{packing}"
+    first = pack(b"first ", packing)
+    second = pack(b"second", packing)
     flipped = bytes([second[0] ^ 1]) + second[1:]
 
     for damaged in (
@@ -194,11 +193,9 @@ def test_what_follows_a_stream_is_read_or_refused(tmp_path, packing):
 
 
 def test_xz_streams_may_have_padding_by_fours(tmp_path):
-    path, first, second = (
-        tmp_path / "a.txt.xz",
-        lzma.compress(b"first " * 99_999),
-        lzma.compress(b"second"),
-    )
+    path = tmp_path / "a.txt.xz"
+    first = lzma.compress(b"first " * 99_999)
+    second = lzma.compress(b"second")
 
     for padding in (0, 4, 8, 400_000):
         for after in (0, 400_000):

@@ -137,10 +137,8 @@ def test_ranks_with_a_gap_keep_it_for_the_end_of_text(trained, tmp_path):
 
 def test_folders(trained, tmp_path):
     spec = json.loads(trained["gpt2"].content)
-    vocab, merges = (
-        json.dumps(spec["model"]["vocab"]),
-        "\n".join(map(" ".join, spec["model"]["merges"])),
-    )
+    vocab = json.dumps(spec["model"]["vocab"])
+    merges = "\n".join(map(" ".join, spec["model"]["merges"]))
     for names, head in (
         (("encoder.json", "vocab.bpe"), "#version: 0.2\n"),
         (("vocab.json", "merges.txt"), ""),
@@ -198,10 +196,8 @@ def test_folders_that_hold_nonsense(vocab, merges, tmp_path):
 def test_a_llama_gives_the_ids_of_its_package_and_every_text_back(llama):
     import sentencepiece
 
-    truth, read = (
-        sentencepiece.SentencePieceProcessor(model_file=str(llama)),
-        tk.read_tokenizer(str(llama.parent)),
-    )
+    truth = sentencepiece.SentencePieceProcessor(model_file=str(llama))
+    read = tk.read_tokenizer(str(llama.parent))
     texts = [*TEXTS, " two spaces before", "  ", "<0x41> ☃ \x00 <s></s><sep>"]
     for text, ids in zip(texts, read.encode_batch(texts), strict=False):
         assert ids.tolist() == truth.encode(text) and read.decode(ids) == text == truth.decode(
@@ -229,7 +225,8 @@ def test_a_json_that_puts_a_space_in_front_takes_it_away():
             byte_fallback=True,
         )
     )
-    normal, decode = tokenizers.normalizers, tokenizers.decoders
+    normal = tokenizers.normalizers
+    decode = tokenizers.decoders
     library.normalizer = normal.Sequence([normal.Prepend("▁"), normal.Replace(" ", "▁")])
     library.decoder = decode.Sequence(
         [decode.Replace("▁", " "), decode.ByteFallback(), decode.Fuse(), decode.Strip(" ", 1, 0)]

@@ -26,7 +26,8 @@ def trained():
 
 
 def test_spec_in_parts():
-    chat, fim = vocabulary.CHAT_TOKENS, vocabulary.FIM_TOKENS
+    chat = vocabulary.CHAT_TOKENS
+    fim = vocabulary.FIM_TOKENS
     parts = {
         "": ("", 0, "", ()),
         "char": ("char", 0, "", ()),
@@ -150,11 +151,9 @@ def test_every_number_of_one_length_has_as_many_tokens_with_digits():
 @pytest.mark.parametrize("pattern", bpe.PATTERNS)
 def test_parts_encode_as_the_whole(trained, pattern, monkeypatch):
     monkeypatch.setattr(vocabulary, "PART", 5)
-    rng, cut, letters = (
-        random.Random(2),
-        0,
-        [*"a' 我\n\r.,。\t\u3000\x1c\x85", "b's", "  ", "\r\n", "9", "42"],
-    )
+    rng = random.Random(2)
+    cut = 0
+    letters = [*"a' 我\n\r.,。\t\u3000\x1c\x85", "b's", "  ", "\r\n", "9", "42"]
     for _ in range(300):
         text = "".join(rng.choice(letters) for _ in range(60))
         parts = list(trained[pattern].parts(text))
@@ -168,7 +167,8 @@ def test_parts_encode_as_the_whole(trained, pattern, monkeypatch):
 
 
 def test_parts_of_what_may_look_across_a_cut_are_one(trained):
-    spec, long = json.loads(trained["cl100k"].content), "a b " * 100_000
+    spec = json.loads(trained["cl100k"].content)
+    long = "a b " * 100_000
     spanning = {**spec["added_tokens"][0], "id": 300, "content": "b a", "special": False}
     in_front = {
         **spec["pre_tokenizer"]["pretokenizers"][1],

@@ -131,10 +131,8 @@ def test_cl100k_gives_the_ids_of_tiktoken(cl100k, files, texts):
     odd = [f"a{chr(i)}b 1{chr(i)}2 '{chr(i)} {chr(i)}\n" for i in range(0, 0x3200)]
     assert [ids.tolist() for ids in cl100k.encode_batch(odd)] == truth.encode_ordinary_batch(odd)
 
-    rng, letters = (
-        random.Random(0),
-        [*"abstSrReEvVmMlLdD''''   \n\r\t0123,.!我，ſé\u3000\x85👍\x1c"],
-    )
+    rng = random.Random(0)
+    letters = [*"abstSrReEvVmMlLdD''''   \n\r\t0123,.!我，ſé\u3000\x85👍\x1c"]
     mixed = ["".join(rng.choice(letters) for _ in range(rng.randrange(60))) for _ in range(2000)]
     assert [ids.tolist() for ids in cl100k.encode_batch(mixed)] == truth.encode_ordinary_batch(
         mixed
@@ -154,10 +152,8 @@ def test_sentencepiece_gives_the_ids_and_text_of_its_package(botchan, files):
     sentencepiece = pytest.importorskip(
         "sentencepiece", reason="the extra sentencepiece is not installed"
     )
-    truth, text = (
-        sentencepiece.SentencePieceProcessor(model_file=str(files / "botchan.model")),
-        read(LANGUAGES[-1]),
-    )
+    truth = sentencepiece.SentencePieceProcessor(model_file=str(files / "botchan.model"))
+    text = read(LANGUAGES[-1])
     for given in (text, *text.split("\n")[:2000], "", " ", "Ｆｕｌｌ  width ﬁ </s> <s>", "我"):
         ids = botchan.encode(given)
         assert ids.dtype == np.int32 and ids.tolist() == truth.encode(given)
@@ -209,7 +205,8 @@ def test_decoding_any_ids_never_raises(gpt2, cl100k, botchan, pythia):
 
 def replayed(words: Counter, merges: list[tuple[str, str]]):
     """For each merge (the greatest count of a pair at that time, the pairs of that count)."""
-    words, pairs = [(list(word), count) for word, count in words.items()], Counter()
+    words = [(list(word), count) for word, count in words.items()]
+    pairs = Counter()
 
     def add(parts, count):
         for pair in itertools.pairwise(parts):
@@ -237,7 +234,8 @@ def test_training_makes_cs336_s_choices_up_to_ties():
     """
     text = read("lm_en/cs336_corpus.en")
     trained = json.loads(tk.train_bpe([text], 500).content)["model"]
-    ours, vocab = [tuple(pair) for pair in trained["merges"]], trained["vocab"]
+    ours = [tuple(pair) for pair in trained["merges"]]
+    vocab = trained["vocab"]
     wanted = json.loads(
         (TRUTH / "cs336/train-bpe-reference-vocab.json").read_text(encoding="utf-8")
     )

@@ -15,7 +15,8 @@ from gpt_jax.data.tokenizers.spec import resolve_tokenizer, tokenizer_from_json
 from gpt_jax.data.tokenizers.vocabulary import make_byte_tokenizer
 from gpt_jax.data.tokens import cache, corpus
 
-KNOWN, LOST = "the cat sat on the mat ", "我是猫 ⁇ "
+KNOWN = "the cat sat on the mat "
+LOST = "我是猫 ⁇ "
 LINE = "of the text is lost to <unk>"
 
 

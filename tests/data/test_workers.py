@@ -149,7 +149,9 @@ def test_killed_at_random_moments(tmp_path):
     wanted = contents(prepare(tmp_path / "wanted", *given))
     assert len(wanted) > 80
 
-    out, log, draw = tmp_path / "out", tmp_path / "log", random.Random(0)
+    out = tmp_path / "out"
+    log = tmp_path / "log"
+    draw = random.Random(0)
     before: dict[str, int] = {}
     for kill in (os.killpg, os.kill, os.killpg):
         running = start(command(out, *given), log)
@@ -177,7 +179,8 @@ def test_a_killed_worker_is_one_line_and_loses_one_unit(tmp_path):
         "--piece_mb=0.008",
         "--filters=engine_tasks:slowly",
     ]
-    out, log = tmp_path / "out", tmp_path / "log"
+    out = tmp_path / "out"
+    log = tmp_path / "log"
     running = start(command(out, *given), log)
     until(running, lambda: len(done(out)) >= 3 and len(children(running.pid)) == 2, log)
     os.kill(children(running.pid)[0], signal.SIGKILL)
@@ -232,7 +235,8 @@ def test_interrupted_is_code_10_and_goes_on(tmp_path, send):
         "--piece_mb=0.008",
         "--filters=engine_tasks:slowly",
     ]
-    out, log = tmp_path / "out", tmp_path / "log"
+    out = tmp_path / "out"
+    log = tmp_path / "log"
     running = start(command(out, *given), log)
     until(running, lambda: len(done(out)) >= 3, log)
     send(running.pid)
@@ -279,7 +283,8 @@ def test_ray_gives_what_processes_give(tmp_path, ray):
         list(ENGINES["ray"](work(die, [0])))
 
     ray.cloudpickle.register_pickle_by_value(engine_tasks)
-    seen, got = [], {}
+    seen = []
+    got = {}
     for number, result in ENGINES["ray"](work(square, [3, 4, 5], 2, lambda *how: seen.append(how))):
         got[number] = result
         assert len(seen) == len(got)  # progress is told as each ends

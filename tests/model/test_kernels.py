@@ -24,7 +24,10 @@ from gpt_jax.model.attention.kernels import (
 )
 from gpt_jax.model.attention.mask import Pattern, make_mask
 
-B, N, K, H = 2, 4, 2, 8
+B = 2
+N = 4
+K = 2
+H = 8
 
 
 def columns(length):

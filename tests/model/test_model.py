@@ -26,7 +26,8 @@ from gpt_jax.model.layers.positions import rotary_frequencies
 from gpt_jax.model.parametrization import make_init, residual_ramp
 from gpt_jax.model.transformer import REFERENCE, Transformer, abstract_params, init_params
 
-T, V = 10, 29
+T = 10
+V = 29
 BASE = dict(layers=3, embed=16, heads=4, vocab=V, max_seq=T)
 VARIANTS = {
     "gpt2": {},
@@ -131,7 +132,8 @@ def make_batch():
     tokens = np.tile(rng.integers(0, V, T), (T + 4, 1))
     for s in range(T):
         tokens[s + 1, s] = (tokens[0, s] + 1 + rng.integers(V - 1)) % V
-    segment, position = np.ones((T + 4, T), int), np.tile(np.arange(T), (T + 4, 1))
+    segment = np.ones((T + 4, T), int)
+    position = np.tile(np.arange(T), (T + 4, 1))
     segment[T + 1] = [1] * 5 + [2] * 3 + [0] * 2
     position[T + 1] = [*range(5), *range(3), 0, 0]
     segment[T + 2], segment[T + 3] = [1] * 5 + [0] * 5, [1] * 3 + [0] * 7
@@ -162,8 +164,10 @@ def close(ours, theirs, rel=2e-5):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_numpy(name):
-    model, batch = make_model(name), make_batch()
-    params, ours = np_float64(random_params(model)), logits_of(name)
+    model = make_model(name)
+    batch = make_batch()
+    params = np_float64(random_params(model))
+    ours = logits_of(name)
     assert ours.dtype == np.float32
 
     def is_allowed(segment, t, s):
@@ -179,7 +183,8 @@ def test_logits_equal_numpy(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_token_reaches_back(name):
     """Token s changes logits at s, nothing before s, and nothing beyond the windows."""
-    model, logits = make_model(name), logits_of(name)
+    model = make_model(name)
+    logits = logits_of(name)
     windows = [spec.window for spec in layer_specs(model)]
     reach = T if 0 in windows else sum(w - 1 for w in windows)
     for s in range(T):
@@ -219,7 +224,8 @@ def test_ar_column_equals_explicit_mask():
     """
     length = 264
     model = make_model(layers=1, position="sinusoidal", heads=2, embed=8)
-    params, tokens = random_params(model), np.random.default_rng(2).integers(0, V, (3, length))
+    params = random_params(model)
+    tokens = np.random.default_rng(2).integers(0, V, (3, length))
     prefixes = (100, length, 0)
     ar = np.array([[t >= p for t in range(length)] for p in prefixes]).astype(np.uint8)
     ours = jax.jit(lambda p, b: apply(model, p, b))(params, {"tokens": tokens, "ar": ar})
@@ -240,11 +246,9 @@ def test_rotary_frequencies_equal_the_loop_over_wavelengths():
     scaled, plain = (
         rotary_frequencies(make_model("llama3", rope_scale_factor=f)) for f in (8.0, 1.0)
     )
-    kept, between, divided = (
-        scaled == plain,
-        (scaled < plain) & (scaled > plain / 8),
-        np.isclose(scaled, plain / 8),
-    )
+    kept = scaled == plain
+    between = (scaled < plain) & (scaled > plain / 8)
+    divided = np.isclose(scaled, plain / 8)
 
     # The three bands of the scaling are all seen.
     assert kept.any() and between.any() and divided.any()
@@ -387,10 +391,8 @@ def test_inline_remat_is_fenced(changes, unroll, wanted):
 
 def test_dropout_keeps_the_mean_and_needs_a_key():
     class Module:
-        has_rng, make_rng = (
-            staticmethod(lambda name: True),
-            staticmethod(lambda name: jax.random.key(0)),
-        )
+        has_rng = staticmethod(lambda name: True)
+        make_rng = staticmethod(lambda name: jax.random.key(0))
 
     x = jnp.ones((8, 64, 16))
     dropped = np.asarray(dropout(Module, x, 0.25))
@@ -447,7 +449,8 @@ def test_dropout_differs_by_layer_and_key_and_only_with_a_key():
 def test_attention_dropout_keeps_the_mean_and_needs_a_key():
     """The stream is linear in the probabilities, without feed-forward and final norm."""
     model = make_model(layers=1, attention_dropout=0.5, final_norm=False)
-    params, tokens = random_params(model), make_batch()["tokens"][:4]
+    params = random_params(model)
+    tokens = make_batch()["tokens"][:4]
     params["blocks"]["0"]["mlp"] = jax.tree.map(jnp.zeros_like, params["blocks"]["0"]["mlp"])
 
     @jax.jit
@@ -471,7 +474,8 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key():
 
 @pytest.mark.parametrize("name", ["gpt2", "modern"])
 def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
-    model, compute = make_model(name), make_compute(dtype="bfloat16")
+    model = make_model(name)
+    compute = make_compute(dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(model))} == {"float32"}
 
     trace = jax.make_jaxpr(lambda p, b: apply(model, p, b, compute))(
@@ -658,13 +662,15 @@ def test_fresh_weights_are_spread_by_their_role(init, wanted):
 def test_the_embedding_is_dropped_too():
     """The layers add nothing, so the output is the embedding, each entry zero or doubled."""
     model = make_model(layers=1, dropout=0.5, final_norm=False)
-    params, tokens = random_params(model), make_batch()["tokens"]
+    params = random_params(model)
+    tokens = make_batch()["tokens"]
     params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
 
     def run(**more):
         return np.asarray(apply(model, params, {"tokens": tokens}, method="features", **more)[0])
 
-    plain, dropped = run(), run(rngs={"dropout": jax.random.key(0)})
+    plain = run()
+    dropped = run(rngs={"dropout": jax.random.key(0)})
     assert 0.4 < (dropped == 0).mean() < 0.6
     np.testing.assert_allclose(dropped[dropped != 0], 2 * plain[dropped != 0], rtol=1e-6)
 

@@ -19,7 +19,9 @@ from gpt_jax.model.parameters import describe_parameter
 from gpt_jax.sharding import layout, rules
 from gpt_jax.train.optim.optimizer import make_optimizer
 
-B, T, D = 8, 8, 16
+B = 8
+T = 8
+D = 16
 BASE = dict(
     embed=D,
     experts=4,
@@ -110,10 +112,15 @@ def loop_ffn(model, p, x, expert=...):
 
 def loop_row(model, params, x, segment):
     """One row [T, D], one token and one choice at a time."""
-    E, k = model.experts, model.experts_per_token
+    E = model.experts
+    k = model.experts_per_token
     room = -(-T * k * model.capacity_factor // E) if model.dispatch == "capacity" else T
-    taken, load, dropped = [0] * E, np.zeros(E), 0
-    ys, z, probability = [], 0.0, jnp.zeros(E)
+    taken = [0] * E
+    load = np.zeros(E)
+    dropped = 0
+    ys = []
+    z = 0.0
+    probability = jnp.zeros(E)
     for t in range(T):
         logits = x[t] @ params["router"]["kernel"]
         scores = (
@@ -125,10 +132,8 @@ def loop_row(model, params, x, segment):
         chosen = sorted(range(E), key=lambda e: (-ranked[e], e))[:k]
         y = loop_ffn(model, params["shared"], x[t]) if model.shared_experts else jnp.zeros(D)
         if segment[t]:
-            z, probability = (
-                z + jnp.log(jnp.exp(logits).sum()) ** 2,
-                probability + scores / scores.sum(),
-            )
+            z = z + jnp.log(jnp.exp(logits).sum()) ** 2
+            probability = probability + scores / scores.sum()
             whole = sum(scores[e] for e in chosen) if model.router_normalize else 1.0
             for e in chosen:
                 load[e] += 1
@@ -171,7 +176,8 @@ def loop(model, params, x, segment, probe):
 def test_equals_a_loop_over_tokens(name):
     model = make_model(**CASES[name])
     params, (x, segment, probe) = make_params(model), make_inputs(rows=3)
-    ours, theirs = run(model, params, x, segment, probe), loop(model, params, x, segment, probe)
+    ours = run(model, params, x, segment, probe)
+    theirs = loop(model, params, x, segment, probe)
     close(ours, theirs)
     assert ours[1]["dropped"].sum() > 0 or model.dispatch == "dropless"
     assert ours[1]["load"].sum() == model.experts_per_token * (segment != 0).sum()
@@ -196,8 +202,10 @@ def test_what_is_dropped_is_reported_as_a_part_of_the_choices():
 
 def test_capacity_with_room_for_all_drops_nothing():
     knobs = dict(experts=4, experts_per_token=2, balance="bias")
-    free, roomy = make_model(**knobs), make_model(**knobs, dispatch="capacity", capacity_factor=2.0)
-    params, inputs = make_params(free, skew=1.0), make_inputs()
+    free = make_model(**knobs)
+    roomy = make_model(**knobs, dispatch="capacity", capacity_factor=2.0)
+    params = make_params(free, skew=1.0)
+    inputs = make_inputs()
     close(run(roomy, params, *inputs), run(free, params, *inputs))
 
 
@@ -259,7 +267,8 @@ def emulated_ragged_all_to_all(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
 ):
     """What jax.lax.ragged_all_to_all documents, made of gathers, because a CPU does not have it."""
-    me, gather = jax.lax.axis_index(axis_name), partial(jax.lax.all_gather, axis_name=axis_name)
+    me = jax.lax.axis_index(axis_name)
+    gather = partial(jax.lax.all_gather, axis_name=axis_name)
     everything, starts, sizes, ends = (
         gather(x) for x in (operand, input_offsets, send_sizes, output_offsets)
     )
@@ -284,7 +293,8 @@ def accelerator(monkeypatch):
 
 def test_the_ragged_exchange_equals_the_padded_one(mesh, accelerator, monkeypatch):
     model = make_model(experts=8, experts_per_token=3)
-    params, inputs = make_params(model, skew=0.5), make_inputs()
+    params = make_params(model, skew=0.5)
+    inputs = make_inputs()
     ragged = on_mesh(mesh(expert=4), model, params, *inputs)
     monkeypatch.undo()
     close(ragged, run(model, params, *inputs))
@@ -293,7 +303,8 @@ def test_the_ragged_exchange_equals_the_padded_one(mesh, accelerator, monkeypatc
 def test_the_grouping_of_tpus_equals_blocks(accelerator, monkeypatch):
     """It is `ragged_dot`, with megablox's tgmm (interpreted) in the place of its transpose."""
     model = make_model(experts=8)
-    params, inputs = make_params(model, skew=0.5), make_inputs()
+    params = make_params(model, skew=0.5)
+    inputs = make_inputs()
     sorted_ = run(model, params, *inputs)
     monkeypatch.undo()
     close(sorted_, run(model, params, *inputs))
@@ -307,12 +318,15 @@ def test_sums_of_bfloat16_are_float32(way, request):
     """
     if way == "sorted":
         request.getfixturevalue("accelerator")
-    rng, n, count = np.random.default_rng(0), 640, 4
+    rng = np.random.default_rng(0)
+    n = 640
+    count = 4
 
     def draw(*shape):
         return jnp.asarray(rng.uniform(0.5, 1.0, shape), jnp.bfloat16)
 
-    x, probe = draw(n, 128), draw(n, 128)
+    x = draw(n, 128)
+    probe = draw(n, 128)
     kernels = local_experts.Kernels(*(draw(count, *shape) / 64 for shape in ((128, 128),) * 3))
     choice = jnp.asarray(rng.choice([0, 0, 0, 1, 2, count], n))
 
@@ -372,7 +386,8 @@ def on_mesh(mesh, model, params, x, segment, probe):
 @pytest.mark.parametrize("name, shape", MESHES, ids=str)
 def test_a_mesh_equals_one_device(name, shape, mesh):
     model = make_model(**CASES[name])
-    params, inputs = make_params(model, skew=0.5), make_inputs()
+    params = make_params(model, skew=0.5)
+    inputs = make_inputs()
     close(on_mesh(mesh(**shape), model, params, *inputs), run(model, params, *inputs))
 
 
@@ -385,7 +400,8 @@ STAGES = [
 @pytest.mark.parametrize("name, shape", STAGES, ids=str)
 def test_under_vmap_over_stages(name, shape, mesh, accelerator, monkeypatch):
     model = make_model(**CASES[name])
-    inputs, two = make_inputs(), [make_params(model), make_params(model, skew=1.0)]
+    inputs = make_inputs()
+    two = [make_params(model), make_params(model, skew=1.0)]
     grid = mesh(**shape)
     with jax.set_mesh(grid):
 
@@ -424,14 +440,17 @@ def test_under_vmap_over_stages(name, shape, mesh, accelerator, monkeypatch):
 
 def test_the_bias_balances_a_skewed_router():
     model = make_model(balance="bias", router="sigmoid", experts=8, experts_per_token=2)
-    params, inputs = make_params(model, skew=0.3), make_inputs()
+    params = make_params(model, skew=0.3)
+    inputs = make_inputs()
     tx = make_optimizer(
         config.Optim(learning_rate=0.0, schedule="constant"),
         params,
         describe_parameter,
         balance_rate=0.05,
     )
-    state, worst, step = tx.init(params), [], compiled(model)
+    state = tx.init(params)
+    worst = []
+    step = compiled(model)
     for _ in range(20):
         _, stats, (grads, _) = step(params, *inputs)
         load = np.asarray(stats["load"]).sum(0)

@@ -17,7 +17,11 @@ from gpt_jax.model.attention.attend import attend
 from gpt_jax.model.attention.mask import Pattern, make_mask
 from gpt_jax.sharding import layout, rows as placing
 
-B, T, N, K, H = 2, 32, 4, 2, 8
+B = 2
+T = 32
+N = 4
+K = 2
+H = 8
 
 
 def columns(length):
@@ -25,7 +29,8 @@ def columns(length):
 
     The blocks are prefix-LM and bidirectional.
     """
-    third, most = length // 3, length - 3
+    third = length // 3
+    most = length - 3
     segment = np.array(
         [
             [1] * third + [2] * (third + 1) + [3] * (most - 2 * third - 1) + [0] * 3,
@@ -79,7 +84,8 @@ def cut(mesh, run=ring.ring_attention, rows=("data", "fsdp", "expert"), heads="t
         def column(x):
             return P() if x is None else P(rows, "context")
 
-        arrays, spec = (q, k, v, *pattern[1:]), P(rows, "context", heads)
+        arrays = (q, k, v, *pattern[1:])
+        spec = P(rows, "context", heads)
         specs = (spec, spec, spec, column(pattern.segment), column(pattern.block))
         places = placing.token_order(q.shape[1], mesh.shape["context"])
 
@@ -167,7 +173,8 @@ def test_ring_beside_other_axes(mesh):
 
 def test_ring_in_bfloat16(mesh):
     q, k, v = inputs(T, dtype=jnp.bfloat16)
-    pattern, line = PATTERNS["segments and window"], mesh(context=4)
+    pattern = PATTERNS["segments and window"]
+    line = mesh(context=4)
     with jax.set_mesh(line):
         ours = jax.jit(lambda *x: both_ways(cut(line), pattern, 0.0, x))(q, k, v)
     theirs = jax.jit(partial(both_ways, whole, pattern, 0.0))(
@@ -179,7 +186,8 @@ def test_ring_in_bfloat16(mesh):
 
 
 def test_a_query_that_may_see_nothing_gives_zero_and_finite_gradients(mesh):
-    line, pattern = mesh(context=2), Pattern(0, np.zeros((B, T), int))
+    line = mesh(context=2)
+    pattern = Pattern(0, np.zeros((B, T), int))
 
     def loss(*args):
         y = cut(line)(*args, pattern, 0.0)
@@ -192,7 +200,8 @@ def test_a_query_that_may_see_nothing_gives_zero_and_finite_gradients(mesh):
 
 def test_ring_in_scanned_stages_of_a_pipeline(mesh):
     """It runs under vmap over another axis, in a scan of rematerialised layers."""
-    square, pattern = mesh(context=2, pipeline=2, data=2), PATTERNS["segments"]
+    square = mesh(context=2, pipeline=2, data=2)
+    pattern = PATTERNS["segments"]
     q, k, v = (jnp.stack([x, 2 * x]) for x in inputs(T))
 
     def layers(run, x, k, v):
@@ -296,15 +305,18 @@ def test_a_window_leaves_out_the_steps_that_it_cannot_reach(mesh):
 @pytest.mark.parametrize("window", [0, 1, 5, 9, T])
 @pytest.mark.parametrize("both_ways", [False, True])
 def test_the_schedule_meets_every_pair_once(window, both_ways):
-    pieces, size = 4, 2
+    pieces = 4
+    size = 2
     places = placing.token_order(T, pieces).reshape(pieces, -1, size)
-    met, source = np.zeros((T, T), int), np.arange(pieces)
+    met = np.zeros((T, T), int)
+    source = np.arange(pieces)
     for step in ring.schedule(T, pieces, size, window, both_ways):
         source = (source - step.shift) % pieces
         for device in range(pieces):
             for query, key, apart in step.items[device]:
                 if apart != ring.NEVER:
-                    ours, theirs = places[device, query], places[source[device], key]
+                    ours = places[device, query]
+                    theirs = places[source[device], key]
                     assert apart == ours[0] - theirs[0]
                     met[np.ix_(ours, theirs)] += 1
     apart = np.arange(T)[:, None] - np.arange(T)[None, :]
@@ -322,7 +334,8 @@ def test_blocks_are_near_their_aim():
 
 
 def test_gather_brings_the_text_back(mesh):
-    line, x = mesh(context=4), np.arange(B * T).reshape(B, T)
+    line = mesh(context=4)
+    x = np.arange(B * T).reshape(B, T)
     with jax.set_mesh(line):
         parts = jax.reshard(jnp.asarray(x[:, placing.token_order(T, 4)]), P(None, "context"))
         found = jax.shard_map(

@@ -16,13 +16,15 @@ from gpt_jax import sharding
 from gpt_jax.model.kv_cache import make_cache
 from gpt_jax.model.transformer import Transformer, abstract_params
 
-ROWS, LENGTH = 4, 16
+ROWS = 4
+LENGTH = 16
 
 
 def make_traces(name: str, mesh) -> dict:
     """Functions that trace one model with the same shapes: the way of training, and of decoding."""
     settings = make_config(name, shard_sequence=True)
-    model, compute = settings.model, settings.compute
+    model = settings.model
+    compute = settings.compute
     module = Transformer(model, compute)
     tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     lengths = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
@@ -73,7 +75,8 @@ def test_a_trace_that_is_cached_under_rules_would_be_seen(mesh):
         with jax.set_mesh(mesh(fsdp=2, context=2)):
             return str(jax.make_jaxpr(outer)(jnp.zeros((ROWS, LENGTH))))
 
-    first, wrong = trace({}), trace(sharding.WHOLE_ROWS)
+    first = trace({})
+    wrong = trace(sharding.WHOLE_ROWS)
     jax.clear_caches()
     right = trace(sharding.WHOLE_ROWS)
     assert first == wrong != right

@@ -38,12 +38,14 @@ def np_cap(x, cap):
 
 def np_frequencies(model):
     """Rotary frequencies by wavelength, as in the reference code of Llama 3."""
-    rotating, frequencies = int(model.head_dim * model.rope_fraction), []
+    rotating = int(model.head_dim * model.rope_fraction)
+    frequencies = []
 
     for i in range(rotating // 2):
         frequency = 1 / model.rope_base ** (2 * i / rotating)
         if model.rope_scale_factor > 1:
-            original, wavelength = model.rope_scale_original_seq, 2 * math.pi / frequency
+            original = model.rope_scale_original_seq
+            wavelength = 2 * math.pi / frequency
             if wavelength > original / model.rope_scale_low:
                 frequency /= model.rope_scale_factor
             elif wavelength > original / model.rope_scale_high:
@@ -100,7 +102,8 @@ def np_attention(model, p, x, window, tokens, position, allowed):
     if "value_embed" in p:
         strength = 3 / (1 + np.exp(-(x[:, : model.value_embed_gate] @ p["value_gate"]["kernel"])))
         v = v + np.repeat(strength, model.head_dim, axis=1) * p["value_embed"]["table"][tokens]
-    H, outs = model.head_dim, []
+    H = model.head_dim
+    outs = []
 
     def looks(t, s):
         return allowed(t, s) and not (window and t - s >= window)

@@ -116,7 +116,8 @@ def run(tx, params, grads):
 
 
 def assert_close(tree, expected, rtol=1e-5, atol=1e-6):
-    found, expected = flat(tree), flat(expected)
+    found = flat(tree)
+    expected = flat(expected)
     assert found.keys() == expected.keys()
     for path in expected:
         np.testing.assert_allclose(found[path], expected[path], rtol=rtol, atol=atol, err_msg=path)
@@ -167,7 +168,9 @@ def numpy_loop(rule, o, params, grads):
     "name, rule", [("adamw", adamw_rule), ("lion", lion_rule), ("sgd", sgd_rule)]
 )
 def test_against_numpy(name, rule, knobs):
-    o, params, grads = optim(optimizer=name, **knobs), draw(0, MODEL), gradients(MODEL)
+    o = optim(optimizer=name, **knobs)
+    params = draw(0, MODEL)
+    grads = gradients(MODEL)
     assert_close(
         run(make_optimizer(o, params), params, grads)[0], numpy_loop(rule, o, params, grads)
     )
@@ -195,13 +198,15 @@ def test_clipping_is_torchs(limit):
 def test_adafactor_is_the_librarys_without_decay():
     o = optim(optimizer="adafactor", clip=0.0, weight_decay=0.0)
     shapes = {"tail/0/mlp/up/kernel": (128, 256), "head/kernel": (8, 16), "final_norm/scale": (8,)}
-    params, grads = draw(0, shapes), gradients(shapes, 3)
+    params = draw(0, shapes)
+    grads = gradients(shapes, 3)
     library = optax.adafactor(lambda step: o.learning_rate * make_schedule(o)(step))
     assert_close(run(make_optimizer(o, params), params, grads)[0], run(library, params, grads)[0])
 
 
 def test_adafactor_decay_is_multiplied_by_the_rate():
-    params, zero = draw(0, MODEL), jax.tree.map(jnp.zeros_like, draw(0, MODEL))
+    params = draw(0, MODEL)
+    zero = jax.tree.map(jnp.zeros_like, draw(0, MODEL))
     o = optim(optimizer="adafactor", schedule="constant", warmup_steps=0)
     found = flat(run(make_optimizer(o, params), params, [zero])[0])
     np.testing.assert_allclose(
@@ -215,7 +220,8 @@ def test_stacked_is_each_layer_separately(name):
     kernels = {"mlp/up/kernel": (128, 256), "mlp/down/kernel": (16, 8)}
     stack = {f"blocks/0/{path}": (3, *shape) for path, shape in kernels.items()}
     o = optim(optimizer=name, clip=0.0, **MODERN)
-    params, grads = draw(0, stack), gradients(stack, 3)
+    params = draw(0, stack)
+    grads = gradients(stack, 3)
 
     def layers(tree):
         return nest(
@@ -227,7 +233,8 @@ def test_stacked_is_each_layer_separately(name):
         )
 
     together = run(make_optimizer(o, params), params, grads)[0]
-    params, grads = layers(params), [layers(g) for g in grads]
+    params = layers(params)
+    grads = [layers(g) for g in grads]
     assert_close(
         layers(together), run(make_optimizer(o, params), params, grads)[0], rtol=1e-4, atol=1e-5
     )
@@ -265,7 +272,9 @@ def test_orthogonalize(shape):
 
 def numpy_muon(o, p, grads):
     """One kernel [in, out], by the book, in float64."""
-    p, m, square = p.astype(np.float64), 0.0, 0.0
+    p = p.astype(np.float64)
+    m = 0.0
+    square = 0.0
     for i, g in enumerate(grads):
         rate = o.learning_rate * float(make_schedule(o)(i))
         rise = min(i / o.muon_momentum_warmup, 1.0) if o.muon_momentum_warmup else 1.0
@@ -279,7 +288,8 @@ def numpy_muon(o, p, grads):
         if o.muon_normalize:
             axis = 0 if p.shape[1] >= p.shape[0] else 1
             square = o.b2 * square + (1 - o.b2) * np.mean(u * u, axis=axis, keepdims=True)
-            size, u = np.linalg.norm(u), u / np.sqrt(square)
+            size = np.linalg.norm(u)
+            u = u / np.sqrt(square)
             u = u * size / np.linalg.norm(u)
         u = u * np.sqrt(max(1.0, p.shape[1] / p.shape[0]))
         decay = o.weight_decay * (
@@ -305,7 +315,8 @@ def numpy_muon(o, p, grads):
 def test_muon_against_numpy(shape, knobs):
     o = optim(optimizer="muon", clip=0.0, **knobs)
     shapes = {"tail/0/mlp/up/kernel": shape}
-    params, grads = draw(0, shapes), gradients(shapes)
+    params = draw(0, shapes)
+    grads = gradients(shapes)
     found = flat(run(make_optimizer(o, params), params, grads)[0])["tail/0/mlp/up/kernel"]
     expected = numpy_muon(
         o, *(flat(params).values()), [next(iter(flat(g).values())) for g in grads]
@@ -321,7 +332,8 @@ def test_muon_takes_each_experts_matrix_by_itself(knobs):
         "blocks/0/mlp/experts/up/kernel": (3, 2, 6, 15),
         "tail/0/mlp/experts/up/kernel": (2, 6, 15),
     }
-    params, grads = draw(0, shapes), gradients(shapes)
+    params = draw(0, shapes)
+    grads = gradients(shapes)
     assert set(assign(o, params).values()) == {0}
     found = flat(run(make_optimizer(o, params), params, grads)[0])
     for path, shape in shapes.items():
@@ -353,14 +365,17 @@ def test_normalize_rows_evens_out_rows_and_keeps_the_norm():
 
 def test_cautious_decay_spares_opposite_signs():
     tx = muon.add_decay(0.5, cautious=True)
-    update, weight = jnp.array([[1.0, -1.0, 1.0, -1.0]]), jnp.array([[2.0, 2.0, -2.0, -2.0]])
+    update = jnp.array([[1.0, -1.0, 1.0, -1.0]])
+    weight = jnp.array([[2.0, 2.0, -2.0, -2.0]])
     found, _ = tx.update(update, tx.init(weight), weight)
     np.testing.assert_allclose(found, [[2.0, -1.0, 1.0, -2.0]])
 
 
 def test_decay_follows_the_cosine_to_zero():
-    tx, weight = muon.add_decay(0.5, end=4), jnp.ones((1, 1))
-    state, seen = tx.init(weight), []
+    tx = muon.add_decay(0.5, end=4)
+    weight = jnp.ones((1, 1))
+    state = tx.init(weight)
+    seen = []
     for _ in range(6):
         update, state = tx.update(jnp.zeros((1, 1)), state, weight)
         seen.append(float(update[0, 0]))
@@ -459,9 +474,11 @@ def test_default_muon_takes_the_matrices_inside_layers_only():
 
 def test_groups_train_as_if_alone():
     """Each group's parameters move as under an optimiser of their own with the group's knobs."""
-    params, grads = draw(0, MODEL), gradients(MODEL)
+    params = draw(0, MODEL)
+    grads = gradients(MODEL)
     o = optim(groups=MODERN_GROUPS, clip=0.0)
-    index, found = assign(o, params), flat(run(make_optimizer(o, params), params, grads)[0])
+    index = assign(o, params)
+    found = flat(run(make_optimizer(o, params), params, grads)[0])
     for i, group in enumerate(MODERN_GROUPS):
 
         def own(tree):
@@ -538,11 +555,9 @@ def like_its_parameter(state, params) -> list[str]:
 
     The paths of parameters without state are among them.
     """
-    wrong, seen, specs = (
-        [],
-        set(),
-        {path: (p.shape, tuple(p.sharding.spec)) for path, p in flat(params).items()},
-    )
+    wrong = []
+    seen = set()
+    specs = {path: (p.shape, tuple(p.sharding.spec)) for path, p in flat(params).items()}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(keys, simple=True, separator="/")
         for path, (shape, spec) in specs.items():
@@ -561,7 +576,8 @@ def like_its_parameter(state, params) -> list[str]:
 
 def on_eight_devices():
     jax.config.update("jax_num_cpu_devices", 8)
-    mesh, report = make_mesh(dict(data=2, fsdp=2, tensor=2)), {}
+    mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
+    report = {}
 
     def place(tree):
         return nest(
@@ -575,7 +591,9 @@ def on_eight_devices():
     # one entry that flips is off by rate * decay. It works entry by entry, whatever the layout.
     smooth = MODERN | dict(muon_cautious=False)
     for name in OPTIMIZERS:
-        o, params, grads = optim(optimizer=name, **smooth), draw(0, MODEL), gradients(MODEL)
+        o = optim(optimizer=name, **smooth)
+        params = draw(0, MODEL)
+        grads = gradients(MODEL)
         expected = run(make_optimizer(o, params), params, grads)[0]
         with jax.set_mesh(mesh):
             sharded = place(params)

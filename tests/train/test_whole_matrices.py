@@ -58,7 +58,8 @@ def test_every_matrix_is_whole_on_one_device(shape, mesh):
 
     No device has more than its share of the work.
     """
-    draw, seen = np.random.default_rng(0), []
+    draw = np.random.default_rng(0)
+    seen = []
     values = {
         name: draw.standard_normal(shape).astype(np.float32) for name, (shape, _) in STACKS.items()
     }
