@@ -40,15 +40,16 @@ class Parameter(NamedTuple):
 INTO_EXPERT = ("experts", "expert_embed", "mlp")
 OUT_OF_EXPERT = ("experts", "mlp", "expert_embed")
 
-# Roles:
-#   embedding, value_embedding, position   tables whose rows are looked up
-#   head                                   the untied output matrix
-#   matrix                                 a matmul inside a layer
-#   expert                                 one matrix for each expert
-#   router, gate                           small matmuls of a layer that choose or weigh
-#   input_gate                             a small matmul before the first layer
-#   router_bias                            a bias that no gradient moves, see model/experts/moe.py
-#   bias, norm, scalar                     everything that is added or scales
+# These are the roles.
+#
+# - `embedding`, `value_embedding` and `position` are tables whose rows are looked up.
+# - `head` is the untied output matrix.
+# - `matrix` is a matmul inside a layer.
+# - `expert` has one matrix for each expert.
+# - `router` and `gate` are small matmuls of a layer that choose or weigh.
+# - `input_gate` is a small matmul before the first layer.
+# - `router_bias` is a bias that no gradient moves, see model/experts/moe.py.
+# - `bias`, `norm` and `scalar` are everything that is added or scales.
 #
 # A row is the end of a path and what such a parameter is. The first row that fits is taken.
 KINDS: tuple[tuple[str, Kind], ...] = (

@@ -1,13 +1,15 @@
 """The transformer: blocks laid out by pattern, scanned over depth.
 
-Shapes: B batch, T sequence, D embed, V vocab. Parameter paths are API:
+Shapes: B batch, T sequence, D embed, V vocab. Parameter paths are API, and these are they.
+
   embed/table [V, D]   position/table [max_seq, D]
   blocks/<i>/… [repeats, …]   tail/<i>/… […]   final_norm/…
   residual/x, residual/x0 [layers]
   smear/gate/kernel, smear/factor/scale [1]   backout/scale [1]
   head/kernel [D, V]
-`blocks/<i>` holds layers i, i + period, i + 2 period, …; `tail` the layers after the last whole
-period.
+
+`blocks/<i>` holds the layers i, i + period, i + 2 period and so on. `tail` holds the layers after
+the last whole period.
 """
 
 from typing import Any, cast

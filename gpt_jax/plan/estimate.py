@@ -81,15 +81,12 @@ def estimate_job(job: PlanJob, topology: Topology) -> Estimate:
     if shape is None:
         raise UsageError(problems[0])
 
-    if topology.chip.platform == "tpu":
-        across = configs.cross_slice(config.mesh)
-        slices_problem = configs.slices_problem(across, topology.slices)
-        if slices_problem:
-            problems = [slices_problem, *problems]
+    problems = [*_check_slices(config, topology), *problems]
     try:
         kernel, reason = choose_plan_kernel(config, topology, shape)
     except UsageError as error:
-        kernel, reason = "reference", "none can"
+        kernel = "reference"
+        reason = "none can"
         problems = [*problems, str(error)]
 
     here = split_microbatch(job, shape)
@@ -123,6 +120,14 @@ def estimate_job(job: PlanJob, topology: Topology) -> Estimate:
         fits=memory.peak <= topology.chip.memory,
         problems=tuple(problems),
     )
+
+
+def _check_slices(config: configs.Config, topology: Topology) -> list[str]:
+    """Returns why the mesh does not lie over the slices of a TPU. Nothing is wrong elsewhere."""
+    if topology.chip.platform != "tpu":
+        return []
+    problem = configs.slices_problem(configs.cross_slice(config.mesh), topology.slices)
+    return [problem] if problem else []
 
 
 def _route_flows(

@@ -1,14 +1,15 @@
 """A folder of token shards made by `gpt-jax prepare`: opened and verified.
 
-corpus.json                  the manifest, written last: what the folder holds, and the SHA-256
-                             of every other file
-tokenizer.json               what made the tokens (Tokenizer.to_json)
-SOURCE/train-00000.tokens …  token shards (see shards.py); `eval-…` where text is held out
-SOURCE/train-00000.learn …   beside shards with tokens that are not learned
-SOURCE/train.offsets .docs   the index over all shards of a side
-SOURCE/origins.json          the input files, for the names of documents
-inputs.json                  where the input was, to notice that it has changed; not part of the
-                             corpus
+- `corpus.json` is the manifest. It says what the folder holds, with the SHA-256 of every other
+  file, and is written last.
+- `tokenizer.json` is what made the tokens (Tokenizer.to_json).
+- `SOURCE/train-00000.tokens …` are token shards, see shards.py. Those of held-out text are
+  `eval-…`.
+- `SOURCE/train-00000.learn …` lie beside shards with tokens that are not learned.
+- `SOURCE/train.offsets` and `.docs` are the index over all shards of a side.
+- `SOURCE/origins.json` lists the input files, for the names of documents.
+- `inputs.json` says where the input was, to notice that it has changed. It is no part of the
+  corpus.
 """
 
 import hashlib

@@ -6,7 +6,7 @@ DOCUMENT each. `NAME.learn` holds a byte for each id: 1 if it is to be learned, 
 the file all are learned.
 
 Files are read by place and not mapped. A page fault of a map reads ahead 128 KiB for a row of
-2 KiB, and it kills the process when the file has shrunk (figures: benchmarks/data_format.py).
+2 KiB (benchmarks/data_format.py). It also kills the process when the file has shrunk.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ import numpy as np
 from gpt_jax.errors import DataError
 from gpt_jax.files import Digest, sync_file, write_file
 
-# What is known of a document besides its ids: a hash of its text, the bytes of it in UTF-8, and its
-# row in a piece of an input file.
+# The facts about a document: a hash of its text, its bytes in UTF-8, and its row in a piece of an
+# input file.
 DOCUMENT = np.dtype([("hash", "<u8"), ("bytes", "<u8"), ("row", "<u4"), ("piece", "<u4")])
 SIDES = ("train", "eval")
 SUFFIXES = (".tokens", ".learn", ".offsets", ".docs")

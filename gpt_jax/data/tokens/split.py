@@ -18,7 +18,8 @@ from gpt_jax.data.read.sources import Source
 from gpt_jax.data.tokens.shards import hash_text
 from gpt_jax.errors import DataError, UsageError
 
-TRAIN, EVAL = "train", "eval"
+TRAIN = "train"
+EVAL = "eval"
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,13 +97,13 @@ def _muon(optim, group, describe, dtype):
 # Each row makes a group's step before the learning rate:
 # (optim, group, describe, dtype) -> transformation. The knobs that they read:
 #
-#   adamw      b1, b2, and eps, which is outside the root
-#   lion       b1, b2
-#   sgd        b1, which is torch's momentum without dampening
-#   muon       see `muon.make_muon`
-#   adafactor  none. It has no momentum, and its second moment is 1 - step^-0.8. Its rate is
-#              relative to the root mean square of each parameter, layer by layer (arXiv
-#              1804.04235). So a rate of 1e-2 is usual.
+# - adamw has b1, b2, and eps, which is outside the root.
+# - lion has b1 and b2.
+# - sgd has b1, which is torch's momentum without dampening.
+# - muon has those of `muon.make_muon`.
+# - adafactor has none. It has no momentum, and its second moment is 1 - step^-0.8. Its rate is
+#   relative to the root mean square of each parameter, layer by layer (arXiv 1804.04235). So a
+#   rate of 1e-2 is usual.
 OPTIMIZERS = {
     "adamw": _adamw,
     "adafactor": _adafactor,
