@@ -133,19 +133,38 @@ def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, More, int, Path]:
     Returns ({source: metrics}, what --evaluators give, step, the checkpoints' folder). With
     several sources there is also a row `all`, which the help of the command explains.
     """
+    from gpt_jax.evals import average_by_source
+    from gpt_jax.metrics import add_sums
+    from gpt_jax.run import load_model
+
+    loaded = load_model(args.checkpoint, args.step, say, ignore_miscompiles=args.ignore_miscompiles)
+    sources, shares = load_text(args, loaded, say) if args.text else load_own_text(loaded, say)
+    sums_of = sum_sources(args, loaded, sources)
+
+    rows = {name: as_row(sums) for name, sums in sums_of.items()}
+    if len(rows) > 1:
+        total = {}
+        for sums in sums_of.values():
+            total = add_sums(total, sums)
+        mean = average_by_source(rows, shares) if shares else {}
+        rates = {name: mean[f"eval/{name}"] for name in RATES if mean}
+        rows["all"] = as_row(total) | rates
+
+    more = ask(args.evaluators, loaded, sums_of, shares) if args.evaluators else {}
+    return rows, more, loaded.step, loaded.directory
+
+
+def sum_sources(args: argparse.Namespace, loaded, sources: dict) -> dict:
+    """The held-out Sums of each source, from forward passes over its batches."""
     import jax
 
     from gpt_jax import sharding
     from gpt_jax.data import make_eval_batches
-    from gpt_jax.evals import average_by_source, sum_heldout
-    from gpt_jax.metrics import add_sums
-    from gpt_jax.run import load_model, make_network
+    from gpt_jax.evals import sum_heldout
+    from gpt_jax.run import make_network
     from gpt_jax.train import eval_step
 
-    loaded = load_model(args.checkpoint, args.step, say, ignore_miscompiles=args.ignore_miscompiles)
     config = loaded.config
-    sources, shares = load_text(args, loaded, say) if args.text else load_own_text(loaded, say)
-
     parts = sharding.row_parts(loaded.mesh)
     batch_size = -(-(args.batch_size or config.eval.batch_size) // parts) * parts
     network = make_network(config.model, config.compute)
@@ -154,9 +173,7 @@ def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, More, int, Path]:
     def step(params, batch):
         return eval_step(params, {}, batch, network=network, train=config.train)
 
-    rows = {}
     sums_of = {}
-    total = {}
     with jax.set_mesh(loaded.mesh):
         for name, tokens in sources.items():
             batches = make_eval_batches(
@@ -169,18 +186,8 @@ def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, More, int, Path]:
                 args.batches,
                 f"--text = {name}" if args.text else f"the held-out text of source {name}",
             )
-            sums = sum_heldout(step, loaded.params, batches, loaded.mesh, batch_size)
-            rows[name] = as_row(sums)
-            sums_of[name] = sums
-            total = add_sums(total, sums)
-
-    if len(rows) > 1:
-        mean = average_by_source(rows, shares) if shares else {}
-        rates = {name: mean[f"eval/{name}"] for name in RATES if mean}
-        rows["all"] = as_row(total) | rates
-
-    more = ask(args.evaluators, loaded, sums_of, shares) if args.evaluators else {}
-    return rows, more, loaded.step, loaded.directory
+            sums_of[name] = sum_heldout(step, loaded.params, batches, loaded.mesh, batch_size)
+    return sums_of
 
 
 def ask(names: list[str], loaded, sums_of: dict, shares: dict[str, float]) -> More:

@@ -47,8 +47,8 @@ def capture(
     """The values that `names` match, by their full names. Call it under jit.
 
     `batch` is what `Transformer.features` takes. Dropout is off. Raises UsageError for a name that
-    matches nothing, for attention maps of a kernel that has none, and on a mesh with pipeline
-    stages, whose layers keep nothing.
+    matches nothing, and for attention maps of a kernel that has none. It also does so on a mesh
+    with pipeline stages, because their layers keep nothing.
     """
     if sharding.axis_size("pipeline") > 1:
         raise UsageError(

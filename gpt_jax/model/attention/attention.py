@@ -95,7 +95,8 @@ class Attention(nn.Module):
             pattern = mask.Pattern(self.window, context.segment, context.block)
             keep = self._draw_keep(B, T)
             if self.is_mutable_collection(MAPS) and not self.is_initializing():
-                kernel, cap = self.compute.kernel, model.attention_softcap
+                kernel = self.compute.kernel
+                cap = model.attention_softcap
                 weights = kernels.attention_weights(kernel, q, k, pattern, cap)
                 self.sow(MAPS, "weights", weights)
             y = kernels.attention(
