@@ -58,7 +58,7 @@ def load_config(spec: str, overrides: list[str]) -> config.Config:
 def apply_overrides(values: dict, overrides: list[str]) -> config.Config:
     """The Config of nested `values` with `--config.section.key=value` flags.
 
-    Raises UsageError with a line for each fault of the flags, or else of the values.
+    Raises UsageError with a line for each fault, of the flags and of the values.
     """
     faults = []
     for key, text in split_overrides(overrides):
@@ -66,9 +66,13 @@ def apply_overrides(values: dict, overrides: list[str]) -> config.Config:
             config.override(values, key, text)
         except UsageError as error:
             faults.append(str(error))
+    try:
+        made = config.from_dict(values)
+    except UsageError as error:
+        faults.append(str(error))
     if faults:
         raise UsageError("\n".join(faults))
-    return config.from_dict(values)
+    return made
 
 
 def describe_overrides(spec: str, overrides: list[str]) -> str:

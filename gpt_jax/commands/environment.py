@@ -1,6 +1,7 @@
 """What JAX wants of the environment, written before it looks for devices."""
 
 import os
+import sys
 from collections.abc import MutableMapping
 
 # Without these libtpu says in five lines of standard error that it found no TPU.
@@ -32,7 +33,9 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
     Variables that are set already stay. For a GPU's memory that is either of JAX's two names,
     because JAX takes only one of them.
     """
-    if not {SKIP, *NO_TPU} & set(environ):
+    # `import jax` sets SKIP too, so it tells of the user only before that import.
+    is_users = SKIP in environ and "jax" not in sys.modules
+    if not is_users and not set(NO_TPU) & set(environ):
         import jax  # noqa: F401 (the import sets SKIP)
 
         if SKIP in environ:

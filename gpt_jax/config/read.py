@@ -113,7 +113,7 @@ def _check_limits(spec: dataclasses.Field, value, path: str) -> None:
         raise UsageError(f"{path} = {value!r}: expected {bounds}")
 
 
-def from_dict(values: Mapping[str, Any], kind=Config, path: str = "config"):
+def from_dict(values: Mapping[str, Any], kind: Any = Config, path: str = "config") -> Any:
     """A frozen `kind` from nested mappings (a ConfigDict too).
 
     Raises UsageError if a key is unknown, a type is wrong or a value is out of range. It has one

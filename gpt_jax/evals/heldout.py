@@ -43,8 +43,8 @@ def average_by_source(
     """Names the metrics of {source: metrics} for the log, and averages them over sources.
 
     `eval/<metric>` is the mean, weighted by the sources' `shares` of the rows trained on. The
-    perplexity is that of the mean loss. `eval/<source>/<metric>` follows where there are several
-    sources.
+    perplexity is that of the mean loss. `eval/<source>/<metric>` follows for a mixture of sources.
+    Sources without held-out text have no part in the mean.
     """
     total = sum(shares[name] for name in metrics)
     weights = {name: shares[name] / total if total else 1 / len(metrics) for name in metrics}
@@ -56,7 +56,7 @@ def average_by_source(
     mean["perplexity"] = perplexity(mean["loss"], 1)
 
     averaged = {f"eval/{name}": value for name, value in mean.items()}
-    if len(metrics) == 1:
+    if len(shares) == 1:
         return averaged
     by_source = {
         f"eval/{source}/{name}": value

@@ -2,4 +2,4 @@ from .decode import (
     generate as generate,
     stream_text as stream_text,
 )
-from .sampling import Sampling as Sampling
+from .settings import Sampling as Sampling

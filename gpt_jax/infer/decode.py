@@ -20,7 +20,8 @@ import numpy as np
 from gpt_jax import config, sharding
 from gpt_jax.data import Tokenizer
 from gpt_jax.infer.prompts import SMALLEST_BUCKET, bucket, fit_prompt, make_arrays
-from gpt_jax.infer.sampling import Sampling, check, sample
+from gpt_jax.infer.sampling import sample
+from gpt_jax.infer.settings import Sampling, check
 from gpt_jax.infer.text import Completion, Row, complete
 from gpt_jax.model import (
     KERNELS,

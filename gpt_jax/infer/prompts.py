@@ -10,7 +10,8 @@ import numpy as np
 from gpt_jax import sharding
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import UsageError
-from gpt_jax.infer.sampling import Knobs, Sampling
+from gpt_jax.infer.sampling import Knobs
+from gpt_jax.infer.settings import Sampling
 
 # The smallest bucket in tokens. It is more than one, because the model takes a single token for a
 # decoding step.

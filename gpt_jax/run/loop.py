@@ -4,6 +4,7 @@ All processes of a job execute the same lines. Only process 0 writes and prints.
 loop is a file beside this one, on the same parts.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -184,14 +185,19 @@ def one_step(progress: Progress, state: TrainState, step: int, columns, profile)
         jax.profiler.start_trace(str(progress.workdir / "profile"))
     with progress.clock.phase("data"):
         batch = sharding.to_devices(parts.mesh, columns, progress.config.train.batch_size)
+    began = time.perf_counter()
     with progress.clock.phase("compile" if is_first else "step"):
         state, sums = parts.train_step(state, batch, parts.frozen)
         if is_first:
             jax.block_until_ready(sums)
             progress.restart_rate(step)
+    dispatched = time.perf_counter()
     with progress.clock.phase("step", blocked=True):
         late = progress.late.push(step, sums)
-    progress.record(late)
+    fetched = time.perf_counter()
+    # If dispatching waits for the device, as on CPUs, the step before was over when it began.
+    is_waiting = dispatched - began > fetched - dispatched
+    progress.record(late, began if is_waiting else fetched)
     if profile and step == profile[1]:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()

@@ -90,6 +90,7 @@ class Progress:
         self.batch_tokens = parts.config.train.batch_size * parts.config.train.seq_len
         self._rates: tuple[int, Any] = -1, None
         self._has_announced = False
+        self._trained = 0, 0.0  # tokens and seconds of the steps of this session
 
         self.history = read_history(read_jsonl(workdir / "metrics.jsonl") if resumed else [])
         self.writers = self._make_writers(start if resumed else None, origin)
@@ -131,21 +132,24 @@ class Progress:
             self._rates = block, self.config.optim.learning_rate * factors
         return float(self._rates[1][place])
 
-    def announce_end(self, step: int, rate: float) -> None:
+    def announce_end(self, step: int) -> None:
         """Says once when the last step is to be expected, evaluation and saving aside."""
         if self._has_announced or step < self.start + UNSTEADY_STEPS:
             return
         self._has_announced = True
 
+        tokens, seconds = self._trained
+        rate = tokens / seconds
         steps = self.config.train.steps
         left = (steps - step) * self.batch_tokens / rate
         end = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + left))
         self.say(f"{rate:,.0f} tokens/s so far: step {steps:,} is to be expected at {end}")
 
-    def record(self, late: tuple[int, Any] | None) -> None:
+    def record(self, late: tuple[int, Any] | None, moment: float) -> None:
         """Checks that a finished step's sums are finite, and writes a line where one is due.
 
-        The line has the means over the steps since the line before.
+        `moment` is when the step was over, by `time.perf_counter`. The line has the means over the
+        steps since the line before.
         """
         if late is None:
             return
@@ -171,11 +175,13 @@ class Progress:
 
         before, since = self.mark
         if step > before:
-            rate = (step - before) * self.batch_tokens / (time.perf_counter() - since)
-            values["throughput/tokens_per_second"] = rate
-            values |= mfu_metrics(*self.flops, rate, self.peak.flops)
-            self.announce_end(step, rate)
-            self.restart_rate(step)
+            tokens = (step - before) * self.batch_tokens
+            seconds = max(moment - since, 1e-9)
+            self.mark = step, moment
+            self._trained = self._trained[0] + tokens, self._trained[1] + seconds
+            values["throughput/tokens_per_second"] = tokens / seconds
+            values |= mfu_metrics(*self.flops, tokens / seconds, self.peak.flops)
+            self.announce_end(step)
 
         with self.clock.phase("log"):
             # At the end `finish` writes the times of the whole session.
@@ -190,7 +196,7 @@ class Progress:
         """
         with self.clock.phase("step", blocked=True):
             late = self.late.flush()
-        self.record(late)
+        self.record(late, time.perf_counter())
 
     def check_finite(self, name: str, value: float, step: int) -> None:
         """Raises Diverged for nan and infinities."""

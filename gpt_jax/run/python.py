@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from gpt_jax import config as configs
+from gpt_jax.errors import UsageError
 from gpt_jax.infer import Sampling, generate as generate_completions
 from gpt_jax.run.parts import Parts, build as build_parts
 from gpt_jax.run.restore import Loaded, load_model
@@ -23,9 +24,8 @@ def build(config: configs.Config | Mapping[str, Any], say: Callable[[str], None]
     `config` is a Config, or nested mappings that hold what differs from the defaults; the
     ConfigDict of a file in configs/ is one. Raises UsageError if it cannot be run.
     """
-    if not isinstance(config, configs.Config):
-        config = configs.from_dict(config)
-    return build_parts(config, say)
+    is_made = isinstance(config, configs.Config)
+    return build_parts(config if is_made else configs.from_dict(config), say)
 
 
 def load(path: str, step: int = 0, devices: int = 0, say: Callable[[str], None] = tell) -> Loaded:
@@ -40,15 +40,22 @@ def load(path: str, step: int = 0, devices: int = 0, say: Callable[[str], None] 
 
 def generate(
     loaded: Loaded,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     say: Callable[[str], None] = tell,
     **sampling: Any,
 ) -> list[str]:
     """Continuations of `prompts`, `num_samples` for each, in the order of the prompts.
 
-    `sampling` are the fields of infer.Sampling, such as temperature, top_p and seed. Raises
-    UsageError if one of them is out of range, or if a prompt does not fit.
+    A text alone is one prompt. `sampling` are the fields of infer.Sampling, such as temperature,
+    top_p and seed. Raises UsageError if one of them is unknown, of another type or out of range, or
+    if a prompt does not fit.
     """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise UsageError(f"prompts: {prompt!r} is no text; give a text or a list of texts")
+    settings = cast(Sampling, configs.from_dict(sampling, Sampling, "sampling"))
     with jax.set_mesh(loaded.mesh):
         completions = generate_completions(
             loaded.config.model,
@@ -56,7 +63,7 @@ def generate(
             loaded.params,
             loaded.tokenizer,
             list(prompts),
-            Sampling(**sampling),
+            settings,
             say,
         )
     return [completion.text for completion in completions]

@@ -85,6 +85,13 @@ def test_sources_are_averaged_by_their_shares():
     assert run_evaluators(evaluation._replace(sum_heldout=dict)) == ({}, {})
 
 
+def test_a_source_that_holds_nothing_out_does_not_hide_the_other():
+    """The mean is that of one source, and the log says of which."""
+    numbers = average_by_source({"a": {"loss": 3.0}}, {"a": 0.6, "b": 0.4})
+    assert numbers["eval/loss"] == numbers["eval/a/loss"] == 3.0
+    assert "eval/a/loss" not in average_by_source({"a": {"loss": 3.0}}, {"a": 1.0})
+
+
 def test_names_that_cannot_be(tmp_path):
     code, line = runs.refusal(
         *runs.arguments(tmp_path, tmp_path / "run", "--config.eval.evaluators=('heldout','chess')")

@@ -22,7 +22,8 @@ from gpt_jax.errors import UsageError
 from gpt_jax.infer import decode
 from gpt_jax.infer.decode import generate, stream_text
 from gpt_jax.infer.prompts import digest_prompt
-from gpt_jax.infer.sampling import Knobs, Sampling, _filter as sampling_filter, sample
+from gpt_jax.infer.sampling import Knobs, _filter as sampling_filter, sample
+from gpt_jax.infer.settings import Sampling
 from gpt_jax.infer.text import Completion, first_stop, held_back
 from gpt_jax.model.transformer import Transformer, abstract_params
 from gpt_jax.sharding.mesh import make_concrete

@@ -24,6 +24,7 @@ from gpt_jax.metrics.writers import read_jsonl
 from gpt_jax.model.count import count_params
 from gpt_jax.run import evaluation, loop
 from gpt_jax.run.evaluation import heldout_batches
+from gpt_jax.run.progress import Progress
 from gpt_jax.train.checkpoint.manifest import CHECKPOINT_FOLDER, steps_in
 from gpt_jax.train.optim.schedule import make_schedule
 
@@ -395,6 +396,24 @@ def test_a_line_has_the_means_since_the_line_before(tmp_path):
     spans = {3: (1, 2, 3), 6: (4, 5, 6), 7: (7,)}
     wanted = {last: np.mean([each[step] for step in steps]) for last, steps in spans.items()}
     assert means == pytest.approx(wanted, rel=1e-6)
+
+
+def test_rates_are_those_of_whole_steps(tmp_path):
+    """A step that is fetched late belongs to the time when it ran, also before an evaluation."""
+    parts = runs.build(runs.load(tmp_path, "--config.train.steps=40"))
+    lines = []
+    progress = Progress(parts, tmp_path, 0, False, print, {}, dict, lines.append, {})
+    names = ("objective", "loss", "bits_per_byte", "accuracy", "grad_norm", "param_norm")
+    sums = {name: (np.float32(1), np.float32(1)) for name in names}
+    progress.mark = 0, 100.0
+    for step in range(1, 13):
+        progress.record((step, sums), 100.0 + 2 * step)
+    progress.writers.close()
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    rates = [row["throughput/tokens_per_second"] for row in rows if "train/loss" in row]
+    tokens = parts.config.train.batch_size * parts.config.train.seq_len
+    assert rates == [tokens / 2] * 12
+    assert len(lines) == 1 and lines[0].startswith(f"{tokens / 2:,.0f} tokens/s so far: step 40")
 
 
 def test_dropout_acts_in_training_alone(tmp_path):

@@ -33,6 +33,12 @@ def test_train_load_generate(tmp_path):
     assert texts == gpt_jax.generate(
         model, ["text ", "num"], max_new_tokens=5, num_samples=2, seed=1
     )
+    one = gpt_jax.generate(model, "text ", max_new_tokens=5, num_samples=2, seed=1)
+    assert one == texts[:2]
+    with pytest.raises(UsageError, match=r"max_new_token = 5: .*max_new_tokens"):
+        gpt_jax.generate(model, "text ", max_new_token=5)
+    with pytest.raises(UsageError, match="prompts: 3 is no text"):
+        gpt_jax.generate(model, ["text ", 3])
     with pytest.raises(UsageError, match="temperature = -1"):
         gpt_jax.generate(model, ["text "], temperature=-1.0)
     with pytest.raises(UsageError, match=r"config\.model\.layer = 1: .*did you mean"):

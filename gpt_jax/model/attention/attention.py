@@ -52,9 +52,10 @@ class QkNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        normalise = NORMS["plain_rmsnorm"][0]
+        normalise, _, _ = NORMS["plain_rmsnorm"]
+        _, has_scale, _ = NORMS[self.model.norm]
         x = normalise(x.astype(jnp.float32), self.model.norm_epsilon).astype(x.dtype)
-        if self.model.norm != "plain_rmsnorm":
+        if has_scale:
             ones = sharding.stored_init(nn.initializers.ones, ("scale",))
             scale = self.param("scale", ones, (x.shape[-1],))
             x = (x * scale).astype(x.dtype)
