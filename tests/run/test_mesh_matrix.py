@@ -146,7 +146,7 @@ def test_gradients_are_scattered_and_the_head_is_gathered_once():
         params = jax.jit(lambda: init_params(settings.model, jax.random.key(0)))()
         compiled = jax.jit(
             lambda params, columns: gradients(
-                network, params, columns, jax.random.key(0), settings.train
+                network, params, {}, columns, jax.random.key(0), settings.train
             )
         )
         program = read_program(

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from meshes import remember
 
 from gpt_jax import config
+from gpt_jax.config import knobs
 from gpt_jax.errors import UsageError
 from gpt_jax.model.attention.kernels import choose_kernel, make_problem
 from gpt_jax.model.parameters import describe_parameter
@@ -111,19 +112,19 @@ def _draw_experts(c: _Chooser) -> dict:
         experts=experts,
         experts_per_token=c.of(1, 2, 2, 3),
         expert_mlp=c.of(0, 12, 16),
-        expert_ffn=c.of("swiglu", "swiglu", *config.DENSE_FFNS),
+        expert_ffn=c.of("swiglu", "swiglu", *knobs.DENSE_FFNS),
         shared_experts=c.of(0, 0, 1, 2),
-        router=c.of(*config.ROUTERS),
+        router=c.of(*knobs.ROUTERS),
         router_normalize=c.of(False, True),
         router_z_loss=c.of(0.0, 1e-3),
-        balance=c.of(*config.BALANCES),
-        dispatch=c.of(*config.DISPATCHES),
+        balance=c.of(*knobs.BALANCES),
+        dispatch=c.of(*knobs.DISPATCHES),
         capacity_factor=c.of(0.5, 1.25),
     )
 
 
 def _draw_model(c: _Chooser) -> config.Model:
-    dense = tuple(("attention", c.of(*config.DENSE_FFNS)) for _ in range(c.of(1, 1, 1, 2)))
+    dense = tuple(("attention", c.of(*knobs.DENSE_FFNS)) for _ in range(c.of(1, 1, 1, 2)))
     moe = ("attention", "moe")
     bias = c.of(False, True)
     dropout = c.sometimes(0.1, 0.1, 0.0)
@@ -134,11 +135,11 @@ def _draw_model(c: _Chooser) -> config.Model:
         vocab=c.of(48, 48, 48, 50),
         max_seq=c.of(0, 160),
         pattern=c.of(dense, dense, dense, (moe,), (dense[0], moe)),
-        norm=c.of(*config.NORMS),
+        norm=c.of(*knobs.NORMS),
         norm_position=c.of("pre", "pre", "pre", "post"),
         embed_norm=c.of(False, False, True),
         final_norm=c.of(True, True, False),
-        position=c.of("rotary", "rotary", *config.POSITIONS),
+        position=c.of("rotary", "rotary", *knobs.POSITIONS),
         rope_base=c.of(100.0, 10_000.0),
         rope_fraction=c.of(1.0, 1.0, 0.5),
         rope_scale_factor=c.of(1.0, 1.0, 2.0),
@@ -160,7 +161,7 @@ def _draw_model(c: _Chooser) -> config.Model:
 
 
 def _draw_optim(c: _Chooser) -> config.Optim:
-    name = c.of("adamw", *config.OPTIMIZERS)
+    name = c.of("adamw", *knobs.OPTIMIZERS)
     embedding = config.Group(match="embed|head", optimizer=c.of("adamw", "sgd", "lion"), rate=0.5)
     return config.Optim(
         optimizer=name,
@@ -170,7 +171,7 @@ def _draw_optim(c: _Chooser) -> config.Optim:
         weight_decay=c.of(0.0, 0.1),
         decay=c.of("matrices", "matrices", "all"),
         clip=c.of(0.0, 0.1, 1.0),
-        schedule=c.of(*config.SCHEDULES),
+        schedule=c.of(*knobs.SCHEDULES),
         warmup_steps=c.of(0, 0, 2),
         decay_steps=8,
         groups=c.sometimes(0.2, (embedding,), ()),
