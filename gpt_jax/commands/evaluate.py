@@ -1,8 +1,10 @@
 """`gpt-jax evaluate`: how well a checkpoint predicts text."""
 
 import argparse
+import glob
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -112,11 +114,24 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--text={repeated[0]}: is given twice")
     if "all" in args.text:
         raise UsageError("--text=all: is the name of the sum; write ./all")
+    missing = [text for text in args.text if not is_there(text)]
+    if missing:
+        raise UsageError(f"--text = {missing[0]!r}: no such file or directory")
     if args.evaluators and args.text:
         raise UsageError("--evaluators: measure the run's own held-out text; leave out --text")
     unknown = [name for name in args.evaluators if name not in EVALUATORS]
     if unknown:
         raise UsageError(f"--evaluators={unknown[0]}: knows {', '.join(EVALUATORS)}")
+
+
+def is_there(text: str) -> bool:
+    """Whether a path of --text can exist. It is asked before the weights are read.
+
+    Object stores, hubs and the word stdlib are looked up later.
+    """
+    path = os.path.expanduser(text)
+    is_local = "://" not in text and text != "stdlib"
+    return not is_local or os.path.lexists(path) or bool(glob.glob(path, recursive=True))
 
 
 def without_nan(rows: Rows) -> dict[str, dict[str, float | None]]:
@@ -266,10 +281,11 @@ def as_row(sums) -> dict[str, float]:
 
 
 def table(rows: Rows) -> list[str]:
-    """Aligned lines: a header, then a source a line."""
+    """Aligned lines: a header, then a source a line. A rate over nothing is a dash."""
     lines = [["source", *(name for name, _ in COLUMNS)]]
     for source, row in rows.items():
-        lines.append([source, *(layout.format(row[name]) for name, layout in COLUMNS)])
+        cells = ["-" if math.isnan(row[name]) else form.format(row[name]) for name, form in COLUMNS]
+        lines.append([source, *cells])
 
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = []

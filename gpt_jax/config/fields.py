@@ -53,7 +53,7 @@ RESUMABLE = (
     "data.workers",
     "data.prefetch",
     "data.threads",
-    "data.source_paths",
+    "data.sources.paths",
     "optim.learning_rate",
     "optim.decay_steps",
 )

@@ -168,7 +168,7 @@ def flatten(config) -> dict[str, Any]:
 
     sources = values["data.sources"]
     values["data.sources"] = [[name, weight] for name, _, weight in sources]
-    values["data.source_paths"] = [path for _, path, _ in sources]
+    values["data.sources.paths"] = [path for _, path, _ in sources]
     return values
 
 

@@ -21,7 +21,7 @@ from gpt_jax import config, sharding
 from gpt_jax.data import Tokenizer
 from gpt_jax.infer.prompts import SMALLEST_BUCKET, bucket, fit_prompt, make_arrays
 from gpt_jax.infer.sampling import sample
-from gpt_jax.infer.settings import Sampling, check
+from gpt_jax.infer.settings import Sampling
 from gpt_jax.infer.text import Completion, Row, complete
 from gpt_jax.model import (
     KERNELS,
@@ -29,7 +29,6 @@ from gpt_jax.model import (
     Transformer,
     choose_kernel,
     describe_parameter,
-    join_path,
     make_cache,
     make_problem,
 )
@@ -145,7 +144,7 @@ def _cast_multiplied(params, dtype: str):
         return params
 
     def cast(keys, x):
-        role = describe_parameter(join_path(keys)).role
+        role = describe_parameter(sharding.join_path(keys)).role
         return x.astype(dtype) if role in MULTIPLIED else x
 
     return jax.tree_util.tree_map_with_path(cast, params)
@@ -215,10 +214,9 @@ def stream_text(
     `model` must be resolved. `params` may live on the current mesh, whatever its shape. `report`
     gets one line for each prompt that was cut, or that reaches the end of the context early.
 
-    Raises UsageError if a sampling value is out of range. Raises UsageError if a prompt does not
-    fit, or the tokenizer cannot encode it. Both happen before this function returns.
+    Raises UsageError if a prompt does not fit, or if the tokenizer cannot encode it. This happens
+    before the function returns.
     """
-    check(sampling)
     model, compute = config.for_inference(model, compute)
     fitted = [
         fit_prompt(i + 1, text, tokenizer, model.max_seq, sampling, report)

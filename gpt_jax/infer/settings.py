@@ -13,7 +13,7 @@ class Sampling:
     """How tokens are drawn and when a row ends.
 
     Filters apply in the order of Hugging Face's: repetition penalty, temperature, top_k, top_p (of
-    what top_k left), min_p.
+    what top_k left), min_p. Raises UsageError if a value is out of its range.
     """
 
     max_new_tokens: int = knob(100, "The most new tokens of a row.", low=1)
@@ -43,15 +43,14 @@ class Sampling:
         False, "A prompt that fills the context keeps its last tokens, where it would raise."
     )
 
-
-def check(sampling: Sampling) -> None:
-    """Raises UsageError if a value is out of its range, named as the generate command's flag."""
-    for spec in dataclasses.fields(sampling):
-        value = getattr(sampling, spec.name)
-        low = spec.metadata.get("low")
-        high = spec.metadata.get("high")
-        if low is not None and not low <= value <= (math.inf if high is None else high):
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise UsageError(f"--{spec.name} = {value!r}: expected {bounds}")
-    if "" in sampling.stop:
-        raise UsageError("--stop = '': an empty string would stop at once; leave it out")
+    def __post_init__(self):
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            low = spec.metadata.get("low")
+            high = spec.metadata.get("high")
+            # The value is named as the flag of the generate command.
+            if low is not None and not low <= value <= (math.inf if high is None else high):
+                bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise UsageError(f"--{spec.name} = {value!r}: expected {bounds}")
+        if "" in self.stop:
+            raise UsageError("--stop = '': an empty string would stop at once; leave it out")

@@ -11,7 +11,6 @@ from .layers.mlp import FFNS as FFNS
 from .parameters import (
     MULTIPLIED as MULTIPLIED,
     describe_parameter as describe_parameter,
-    join_path as join_path,
 )
 from .taps import (
     capture as capture,

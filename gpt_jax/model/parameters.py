@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gpt_jax import sharding
+
 STACKED = re.compile(r"(^|/)blocks/")
 
 
@@ -82,11 +84,6 @@ KINDS: tuple[tuple[str, Kind], ...] = (
 MULTIPLIED = ("head", "matrix", "expert", "router", "gate", "input_gate")
 
 
-def join_path(keys) -> str:
-    """Joins the keys that `jax.tree_util` gives, as in `blocks/0/attention/q/kernel`."""
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
 def describe_parameter(path: str) -> Parameter:
     """Finds what the parameter at `path` is. Raises KeyError if no row of `KINDS` fits."""
     for pattern, kind in KINDS:
@@ -101,4 +98,4 @@ def list_parameters(params: Mapping[str, Any]) -> list[tuple[Parameter, Any]]:
     The leaves are arrays or their shapes. Raises KeyError if no row of `KINDS` fits one.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [(describe_parameter(join_path(keys)), leaf) for keys, leaf in leaves]
+    return [(describe_parameter(sharding.join_path(keys)), leaf) for keys, leaf in leaves]

@@ -16,7 +16,7 @@ import jax
 from gpt_jax import config as configs, sharding
 from gpt_jax.data import Spec, resolve_tokenizer
 from gpt_jax.errors import UsageError
-from gpt_jax.model import FFNS, count_params, describe_parameter, join_path
+from gpt_jax.model import FFNS, count_params, describe_parameter
 from gpt_jax.run import make_steps, token_flops
 
 # Roles of arrays by the model's roles of parameters. All others are "layer".
@@ -138,7 +138,7 @@ def _trace_state(config: configs.Config) -> dict[Array, int]:
 
     state: Counter = Counter()
     for keys, leaf in jax.tree_util.tree_leaves_with_path(steps.abstract):
-        state[_describe_array(join_path(keys), leaf)] += leaf.size
+        state[_describe_array(sharding.join_path(keys), leaf)] += leaf.size
     return dict(state)
 
 

@@ -138,7 +138,7 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
 # Keys that may differ between the processes of a job.
 LOCAL = (
     "data.path",
-    "data.source_paths",
+    "data.sources.paths",
     "data.eval_path",
     "data.cache",
     "data.workers",

@@ -15,6 +15,7 @@ from .manual import run_local as run_local
 from .mesh import (
     describe_places as describe_places,
     find_unsharded as find_unsharded,
+    join_path as join_path,
     make_concrete as make_concrete,
     make_mesh as make_mesh,
 )

@@ -93,6 +93,11 @@ def make_concrete(abstract, mesh: Mesh):
     return jax.tree.map(concrete, abstract)
 
 
+def join_path(keys) -> str:
+    """Joins the keys that `jax.tree_util` gives, as in `blocks/0/attention/q/kernel`."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
 def find_unsharded(
     tree, mesh: Mesh, minimum_bytes: int = 1 << 20
 ) -> dict[str, list[tuple[str, int]]]:
@@ -113,6 +118,5 @@ def find_unsharded(
         reason = "no axis is laid over it"
         if names:
             reason = f"laid over {', '.join(names)}, of size 1 on this mesh"
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        by_reason.setdefault(reason, []).append((name, size))
+        by_reason.setdefault(reason, []).append((join_path(path), size))
     return by_reason

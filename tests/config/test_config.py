@@ -149,7 +149,7 @@ def test_json_round_trip():
 
 
 def test_json_is_complete():
-    assert set(config.flatten(Config())) == {"seed", "data.source_paths"} | {
+    assert set(config.flatten(Config())) == {"seed", "data.sources.paths"} | {
         f"{section.name}.{field.name}"
         for section in dataclasses.fields(Config)
         if section.name != "seed"

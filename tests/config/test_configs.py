@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from gpt_jax import config
+from gpt_jax import config, sharding
 from gpt_jax.data.stream import rows
 from gpt_jax.data.tokens import split
 from gpt_jax.errors import UsageError
@@ -22,7 +22,7 @@ from gpt_jax.evals import evaluators
 from gpt_jax.model import count, parametrization, transformer
 from gpt_jax.model.attention import kernels
 from gpt_jax.model.layers import mlp, norms
-from gpt_jax.model.parameters import describe_parameter, join_path
+from gpt_jax.model.parameters import describe_parameter
 from gpt_jax.train import objectives
 from gpt_jax.train.optim import groups, optimizer, schedule
 
@@ -68,7 +68,7 @@ def load(name, arg="", **model):
 
 def sizes(model):
     leaves = jax.tree_util.tree_leaves_with_path(transformer.abstract_params(model))
-    return {join_path(path): math.prod(leaf.shape) for path, leaf in leaves}
+    return {sharding.join_path(path): math.prod(leaf.shape) for path, leaf in leaves}
 
 
 def counted(model, pattern):

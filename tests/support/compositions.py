@@ -23,8 +23,7 @@ from gpt_jax.model.parameters import describe_parameter
 from gpt_jax.model.transformer import abstract_params
 from gpt_jax.run.parts import make_network
 from gpt_jax.sharding import layout, rows
-from gpt_jax.sharding.mesh import make_mesh
-from gpt_jax.train.optim.groups import path_of
+from gpt_jax.sharding.mesh import join_path, make_mesh
 from gpt_jax.train.optim.optimizer import make_optimizer, make_zero1
 from gpt_jax.train.step import init_state, train_step
 
@@ -371,7 +370,7 @@ class Run(NamedTuple):
 
 
 def _by_path(tree) -> dict[str, np.ndarray]:
-    return {path_of(keys): np.asarray(x) for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {join_path(keys): np.asarray(x) for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def train(settings: config.Config, masks: Masks) -> Run:

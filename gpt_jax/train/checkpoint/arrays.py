@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from orbax.checkpoint.experimental import v1 as ocp
 
 from gpt_jax.errors import NoCheckpoint, UsageError
+from gpt_jax.sharding import join_path
 from gpt_jax.train.checkpoint.manifest import cause_of
 
 
@@ -23,28 +24,24 @@ def nest(tree, what: str) -> dict:
     out = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-            raise TypeError(f"{what} {_name(path)}: {type(leaf).__name__} is not a jax array")
+            raise TypeError(f"{what} {join_path(path)}: {type(leaf).__name__} is not a jax array")
         if leaf.size == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise TypeError(
-                f"{what} {_name(path)}: {leaf.dtype}{list(leaf.shape)} cannot be stored; "
+                f"{what} {join_path(path)}: {leaf.dtype}{list(leaf.shape)} cannot be stored; "
                 "store the key data of a typed key, and no empty arrays"
             )
 
-        *parents, last = [_name((key,)) for key in path] or ["value"]
+        *parents, last = [join_path((key,)) for key in path] or ["value"]
         node = out
         for key in parents:
             node = node.setdefault(key, {})
         if last in node:
-            raise TypeError(f"{what} {_name(path)}: two leaves share this name")
+            raise TypeError(f"{what} {join_path(path)}: two leaves share this name")
         node[last] = leaf
 
     if not out:
         raise TypeError(f"{what}: no array in it")
     return out
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def restore_checkpoint(directory, step: int, wanted: dict) -> dict:
@@ -67,7 +64,7 @@ def restore_checkpoint(directory, step: int, wanted: dict) -> dict:
     for name, tree in wanted.items():
         arrays = _flat(loaded[name])
         leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-        values = [arrays[_name(path) or "value"] for path, _ in leaves]
+        values = [arrays[join_path(path) or "value"] for path, _ in leaves]
         trees[name] = jax.tree.unflatten(structure, values)
     return trees
 
@@ -81,7 +78,7 @@ def _read(folder: Path, read):
 
 
 def _flat(tree) -> dict:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {join_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _compare_layout(folder: Path, item: str, saved: dict, wanted: dict) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from gpt_jax import config
+from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
 
 # What the default Muon takes: the matrices of the layers.
@@ -56,18 +56,16 @@ class GroupRow(NamedTuple):
     weight_decay: float
 
 
-def path_of(keys) -> str:
-    """`blocks/0/attention/q/kernel` from the keys that `jax.tree_util` gives."""
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
 def leaf_dims(leaf, traits: Traits) -> int:
     """How many dims a parameter has, without the axis of the layers."""
     return leaf.ndim - traits.stacked
 
 
 def leaves_by_path(params_like) -> dict[str, Any]:
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params_like)}
+    return {
+        sharding.join_path(keys): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(params_like)
+    }
 
 
 def groups_of(optim: config.Optim) -> dict[str, config.Group]:

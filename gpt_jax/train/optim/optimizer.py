@@ -20,7 +20,6 @@ from gpt_jax.train.optim.groups import (
     groups_of,
     leaf_dims,
     leaves_by_path,
-    path_of,
 )
 from gpt_jax.train.optim.schedule import make_schedule
 
@@ -48,7 +47,7 @@ def _decay(
     least = {"matrices": 2, "all": 0}[optim.decay]
 
     def decays(keys, param) -> bool:
-        return leaf_dims(param, describe(path_of(keys))) >= least
+        return leaf_dims(param, describe(sharding.join_path(keys))) >= least
 
     return optax.add_decayed_weights(
         group.weight_decay, lambda params: jax.tree_util.tree_map_with_path(decays, params)
@@ -70,7 +69,7 @@ def _adafactor(optim, group, describe, dtype):
     )
 
     def label(keys, _) -> str:
-        return "stacked" if describe(path_of(keys)).stacked else "single"
+        return "stacked" if describe(sharding.join_path(keys)).stacked else "single"
 
     return optax.chain(
         optax.partition(
@@ -168,7 +167,7 @@ def make_optimizer(
     schedule = make_schedule(optim)
     names = dict(enumerate(groups)) | {None: STEERED_GROUP}
     labels = jax.tree_util.tree_map_with_path(
-        lambda keys, _: names[index.get(path_of(keys))], params_like
+        lambda keys, _: names[index.get(sharding.join_path(keys))], params_like
     )
 
     def make_group(group):
