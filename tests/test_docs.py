@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import re
 import subprocess
-import typing
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import yaml
 
 from gpt_jax import config
 from gpt_jax.commands import launch, main
+from gpt_jax.config.knobs import fields_of
 from gpt_jax.config.read import RENAMED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +144,7 @@ def wrong_old_names(pages: dict[str, str]) -> list[str]:
 
 def config_key(section: str, name: str) -> bool:
     kind = SECTIONS.get(section)
-    return dataclasses.is_dataclass(kind) and name in typing.get_type_hints(kind)
+    return dataclasses.is_dataclass(kind) and name in fields_of(kind)
 
 
 def unknown_keys(pages: dict[str, str]) -> list[str]:

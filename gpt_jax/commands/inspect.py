@@ -1,4 +1,4 @@
-"""`gpt-jax inspect`: which documents a step of a run learns from."""
+"""`gpt-jax inspect`: what a step of a run learns from, and where the weights come from."""
 
 import json
 import sys
@@ -22,6 +22,11 @@ def main(arguments: list[str]) -> None:
     Raises DataError for damaged shards.
     """
     args = make_flags().parse_args(arguments)
+    if args.lineage:
+        emit("\n".join(describe_lineage(local_workdir(args.workdir))))
+        return
+    if args.batch is None:
+        raise UsageError("--batch=N or --lineage: say what to inspect")
     if not 1 <= args.batch <= MOST_STEPS or args.rows < 0 or args.chars < 0:
         raise UsageError(f"--batch: expected 1 to {MOST_STEPS}; --rows and --chars: 0 or more")
     workdir = local_workdir(args.workdir)
@@ -55,7 +60,12 @@ def make_flags() -> Flags:
         "row begins, and its text. The rows are made again from the config and the seed alone.",
     )
     flags.add_argument("--workdir", required=True, help="the workdir of a run")
-    flags.add_argument("--batch", type=int, required=True, metavar="N", help="the step, from 1")
+    flags.add_argument("--batch", type=int, metavar="N", help="the step, from 1")
+    flags.add_argument(
+        "--lineage",
+        action="store_true",
+        help="show the runs whose weights this one started from, oldest first, and stop",
+    )
     flags.add_argument("--rows", type=int, default=0, help="how many rows to show; 0 shows all")
     flags.add_argument(
         "--chars",
@@ -72,11 +82,28 @@ def make_flags() -> Flags:
     return flags
 
 
+def describe_lineage(workdir: Path) -> list[str]:
+    """A line for each run that the weights went through, oldest first, and one for this run.
+
+    It is read from the newest checkpoint. Raises UsageError if there is none.
+    """
+    from gpt_jax.train import peek_meta
+
+    meta = peek_meta(workdir)
+    config = configs.read_saved(meta["config"])
+    tokens = meta["step"] * config.train.batch_size * config.train.seq_len
+    own = {"from": str(workdir), "step": meta["step"], "tokens": tokens, "data": config.data.where}
+    return [
+        f"{one['from']}: step {one['step']:,}, {one['tokens']:,} tokens of {one['data']}"
+        for one in [*meta.get("lineage", []), own]
+    ]
+
+
 def read_config(workdir: Path) -> configs.Config:
     """The resolved config that a run has left in its workdir. Raises UsageError."""
     path = workdir / "config.json"
     try:
-        return configs.from_dict(configs.translate(json.loads(path.read_text())))
+        return configs.read_saved(json.loads(path.read_text()))
     except OSError as error:
         raise UsageError(
             f"--workdir={workdir}: no run has begun there ({path.name}: {error.strerror})"

@@ -55,11 +55,15 @@ def main(arguments: list[str]) -> None:
     start_runtime(args)
     import jax
 
-    from gpt_jax.run import build, run_training
+    from gpt_jax.run import build, open_branch, run_training
 
     if jax.process_count() == 1:
         signal.signal(signal.SIGTERM, leave)
     say = make_say(sys.stdout)
+    if args.branch:
+        branch = make_workdir(args.branch, "--branch")
+        open_branch(workdir, branch, args.from_step or 0, say)
+        workdir = branch
     parts = build(config, say)
     say_start(parts.mesh)
     origin = {
@@ -101,6 +105,17 @@ def make_flags() -> Flags:
     )
 
     flags.add_argument(
+        "--branch",
+        metavar="DIR",
+        help="go on in DIR from a checkpoint of --workdir, and leave the run there as it is",
+    )
+    flags.add_argument(
+        "--from_step",
+        type=int,
+        metavar="N",
+        help="the step that --branch goes on from; without it the newest",
+    )
+    flags.add_argument(
         "--profile", metavar="START:STOP", help="write a trace of these steps to WORKDIR/profile"
     )
     add_runtime_flags(flags)
@@ -140,6 +155,11 @@ def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int,
         configs.check(resolved, configs.least_devices(config.mesh))
         emit(configs.to_json(resolved))
         return config, None, None
+    if args.from_step is not None and (not args.branch or args.from_step < 1):
+        raise UsageError(
+            f"--from_step={args.from_step}: expected a step of --workdir, and --branch=DIR for "
+            "what follows"
+        )
     if not args.workdir:
         raise UsageError("--workdir is missing: where should the run's files go?")
     profile = parse_profile(args.profile, config.train.steps) if args.profile else None
@@ -156,13 +176,13 @@ def parse_profile(text: str, steps: int) -> tuple[int, int]:
     return int(start), int(stop)
 
 
-def make_workdir(text: str) -> Path:
-    """The workdir, which is made and can be written. Raises UsageError."""
+def make_workdir(text: str, flag: str = "--workdir") -> Path:
+    """The workdir of a flag, which is made and can be written. Raises UsageError."""
     path = local_workdir(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
         # The file has a name of its own, because all processes of a job do this at once.
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UsageError(f"--workdir={text}: cannot be written: {error.strerror}") from None
+        raise UsageError(f"{flag}={text}: cannot be written: {error.strerror}") from None
     return path

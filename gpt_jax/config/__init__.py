@@ -47,12 +47,12 @@ from gpt_jax.config.read import (
     from_dict,
     override,
     parse,
+    read_saved,
     to_dict,
     to_json,
-    translate,
 )
 from gpt_jax.config.resolve import for_inference, resolve, wsd_start
-from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Log, Mesh, Optim, Train
+from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Mesh, Optim, Train
 
 __all__ = [
     "AXES",
@@ -82,6 +82,7 @@ __all__ = [
     "Eval",
     "Group",
     "Habits",
+    "Init",
     "LayerSpec",
     "Layout",
     "Log",
@@ -110,11 +111,11 @@ __all__ = [
     "override",
     "parse",
     "problems",
+    "read_saved",
     "resolve",
     "shape_on",
     "slices_problem",
     "to_dict",
     "to_json",
-    "translate",
     "wsd_start",
 ]

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterator
 
 from gpt_jax.config.fields import Config
-from gpt_jax.config.knobs import is_section
+from gpt_jax.config.knobs import fields_of, is_section
 from gpt_jax.errors import UsageError
 
 
@@ -27,12 +27,12 @@ def list_sections() -> dict[str, type]:
 def list_entries(kind: type, path: str = "") -> Iterator[Entry]:
     """Every field below the dataclass `kind`, with keys that begin with `path`."""
     hints = typing.get_type_hints(kind)
-    for spec in dataclasses.fields(kind):
+    for key, spec in fields_of(kind).items():
         inner = hints[spec.name]
         if is_section(inner):
-            yield from list_entries(inner, f"{path}{spec.name}.")
+            yield from list_entries(inner, f"{path}{key}.")
         else:
-            yield Entry(path + spec.name, inner, spec)
+            yield Entry(path + key, inner, spec)
 
 
 def name_type(kind) -> str:
@@ -86,8 +86,8 @@ def make_schema(kind=Config) -> dict:
     if is_section(kind):
         hints = typing.get_type_hints(kind)
         properties = {}
-        for spec in dataclasses.fields(kind):
-            properties[spec.name] = make_schema(hints[spec.name]) | _describe_property(spec)
+        for key, spec in fields_of(kind).items():
+            properties[key] = make_schema(hints[spec.name]) | _describe_property(spec)
         about = (kind.__doc__ or "").split("\n\n")[0].strip()
         return {
             "type": "object",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gpt_jax.config.data_fields import Data
 from gpt_jax.config.knobs import knob
 from gpt_jax.config.model_fields import Compute, Model
-from gpt_jax.config.run_fields import Checkpoint, Eval, Log, Mesh, Optim, Train
+from gpt_jax.config.run_fields import Checkpoint, Eval, Init, Log, Mesh, Optim, Train
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Config:
     """One run. A section is handed to the room that it is for."""
 
     seed: int = knob(0, "The seed of everything random in the run.", low=0, high=2**32 - 1)
+    init: Init = Init()
     model: Model = Model()
     compute: Compute = Compute()
     data: Data = Data()
@@ -30,30 +31,40 @@ class Config:
 # Sections and fields that may change when a run resumes, because they alter neither the layout of
 # the parameters nor their meaning. compute.dtype is missing because it changes the precision of
 # every matmul, and the losses would no longer be those of one run.
-RESUMABLE = (
-    "log",
-    "eval",
-    "checkpoint",
-    "mesh",
-    "compute.kernel",
-    "compute.remat",
-    "compute.unroll",
-    "compute.shard_sequence",
-    "compute.pipeline_rounds",
-    "compute.pipeline_microbatches",
-    "compute.compiler_options",
-    "compute.ignore_miscompiles",
-    "train.steps",
-    "train.hang_minutes",
-    "train.accumulate",
-    "train.loss_chunk",
-    "data.path",
-    "data.eval_path",
-    "data.cache",
-    "data.workers",
-    "data.prefetch",
-    "data.threads",
-    "data.sources.paths",
-    "optim.learning_rate",
-    "optim.decay_steps",
-)
+#
+# The text says what the change does to the course of training. It is empty if it does nothing.
+RATE = "the rate follows the new schedule from here on"
+RESUMABLE = {
+    "log": "",
+    "eval": "",
+    "checkpoint": "",
+    "mesh": "",
+    "compute.kernel": "",
+    "compute.remat": "",
+    "compute.unroll": "",
+    "compute.shard_sequence": "",
+    "compute.pipeline_rounds": "",
+    "compute.pipeline_microbatches": "",
+    "compute.compiler_options": "",
+    "compute.ignore_miscompiles": "",
+    "train.steps": "",
+    "train.hang_minutes": "",
+    "train.accumulate": "",
+    "train.loss_chunk": "",
+    "data.path": "",
+    "data.eval_path": "",
+    "data.cache": "",
+    "data.workers": "",
+    "data.prefetch": "",
+    "data.threads": "",
+    "data.sources.paths": "",
+    "data.phases": "phases that lie ahead have other weights",
+    "optim.learning_rate": RATE,
+    "optim.schedule": RATE,
+    "optim.warmup_steps": RATE,
+    "optim.decay_steps": RATE,
+    "optim.decay_fraction": RATE,
+    "optim.final_fraction": RATE,
+    "optim.weight_decay": "weights shrink at the new pace from here on",
+    "optim.clip": "gradients are clipped at the new norm from here on",
+}

@@ -1,6 +1,6 @@
 """How a field of a config is declared, and the names that fields may choose from."""
 
-from dataclasses import field, is_dataclass
+from dataclasses import Field, field, fields, is_dataclass
 from typing import Any, TypeGuard
 
 NORMS = ("layernorm", "rmsnorm", "plain_rmsnorm")
@@ -33,6 +33,16 @@ def knob(default, text: str, *, low=None, high=None, choices=None) -> Any:
     """
     metadata = {"help": text, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
+
+
+def key_of(name: str) -> str:
+    """The key of a field. A field whose key is a word of Python ends in "_", such as `from_`."""
+    return name.removesuffix("_")
+
+
+def fields_of(kind) -> dict[str, Field]:
+    """The fields of a section by their keys."""
+    return {key_of(spec.name): spec for spec in fields(kind)}
 
 
 def is_section(kind) -> TypeGuard[type]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpt_jax.config.fields import RESUMABLE, Config
-from gpt_jax.config.knobs import is_section
+from gpt_jax.config.knobs import fields_of, is_section, key_of
 from gpt_jax.errors import UsageError
 
 # Where a key of an older config is today. A config file or a flag that uses one is refused with
@@ -55,6 +55,11 @@ def translate(values: Mapping[str, Any]) -> dict:
             value = sections[old_section].pop(old_name)
             sections.setdefault(new_section, {})[new_name] = value
     return sections
+
+
+def read_saved(values: Mapping[str, Any]) -> Config:
+    """The Config that a checkpoint or a workdir holds, written by this or an earlier version."""
+    return from_dict(translate(values))
 
 
 def _describe(kind) -> str:
@@ -122,7 +127,7 @@ def from_dict(values: Mapping[str, Any], kind: Any = Config, path: str = "config
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise UsageError(f"{path} = {values!r}: expected a section with named fields")
 
-    specs = {spec.name: spec for spec in dataclasses.fields(kind)}
+    specs = fields_of(kind)
     hints = typing.get_type_hints(kind)
     fields = {}
     faults = []
@@ -131,8 +136,9 @@ def from_dict(values: Mapping[str, Any], kind: Any = Config, path: str = "config
         try:
             if name not in specs:
                 raise UsageError(f"{key} = {value!r}: {_way_out(path, name, specs)}")
-            fields[name] = _coerce(hints[name], value, key)
-            _check_limits(specs[name], fields[name], key)
+            spec = specs[name]
+            fields[spec.name] = _coerce(hints[spec.name], value, key)
+            _check_limits(spec, fields[spec.name], key)
         except UsageError as error:
             faults.append(str(error))
     if faults:
@@ -150,7 +156,11 @@ def to_json(config) -> str:
 
     `from_dict(json.loads(text))` gives the same Config.
     """
-    return json.dumps(dataclasses.asdict(config), indent=2)
+
+    def name_keys(pairs):
+        return {key_of(name): value for name, value in pairs}
+
+    return json.dumps(dataclasses.asdict(config, dict_factory=name_keys), indent=2)
 
 
 def flatten(config) -> dict[str, Any]:
@@ -172,16 +182,24 @@ def flatten(config) -> dict[str, Any]:
     return values
 
 
-def changes(old, new) -> list[tuple[str, Any, Any, bool]]:
-    """(key, old value, new value, may resume) for every field that differs between two Configs."""
+class Change(typing.NamedTuple):
+    """A field that differs between two Configs."""
+
+    key: str
+    old: Any
+    new: Any
+    effect: str | None  # what it does to a run that resumes, "" for nothing; None if it may not
+
+
+def changes(old, new) -> list[Change]:
+    """Every field that differs between two Configs."""
     before = flatten(old)
     after = flatten(new)
-    differences = []
-    for key in after:
-        if before[key] != after[key]:
-            may_resume = key in RESUMABLE or key.split(".")[0] in RESUMABLE
-            differences.append((key, before[key], after[key], may_resume))
-    return differences
+    return [
+        Change(key, before[key], after[key], RESUMABLE.get(key, RESUMABLE.get(key.split(".")[0])))
+        for key in after
+        if before[key] != after[key]
+    ]
 
 
 def override(values: dict, key: str, text: str) -> None:
@@ -194,13 +212,15 @@ def override(values: dict, key: str, text: str) -> None:
     kind = Config
     path = "config"
     for part in [*sections, name]:
-        hints = typing.get_type_hints(kind) if is_section(kind) else {}
+        hints = {}
+        if is_section(kind):
+            hints = {key_of(name): hint for name, hint in typing.get_type_hints(kind).items()}
         if part not in hints:
             raise UsageError(f"{path}.{part} = {text!r}: {_way_out(path, part, hints)}")
         kind = hints[part]
         path = f"{path}.{part}"
     if is_section(kind):
-        fields = ", ".join(typing.get_type_hints(kind))
+        fields = ", ".join(fields_of(kind))
         raise UsageError(f"{path} = {text!r}: is a section; set one of its fields: {fields}")
 
     for section in sections:

@@ -6,6 +6,23 @@ from gpt_jax.config.knobs import OBJECTIVES, OPTIMIZERS, SCHEDULES, knob
 
 
 @dataclass(frozen=True)
+class Init:
+    """What a new run starts from. A run that resumes has its own state."""
+
+    from_: str = knob(
+        "",
+        "A checkpoint whose weights a new run starts from: a workdir or a folder of checkpoints, "
+        "with @STEP for another step than the newest. Empty means random weights.",
+    )
+    averaged: bool = knob(
+        False, "Whether the checkpoint's averaged weights are taken in place of the last ones."
+    )
+    optimizer: bool = knob(
+        False, "Whether the optimiser's moments are taken over. Its schedule begins anew."
+    )
+
+
+@dataclass(frozen=True)
 class Mesh:
     """Devices along each axis.
 

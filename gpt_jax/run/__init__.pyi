@@ -1,3 +1,4 @@
+from .branch import open_branch as open_branch
 from .loop import run_training as run_training
 from .notes import (
     format_count as format_count,

@@ -109,14 +109,14 @@ def begin(
     stream = make_stream(parts.examples, train.batch_size, rows, start, train.steps)
     closing.callback(stream.close)
     heldout = heldout_batches(parts)
-    state, changed = start_state(parts, checkpoints, say)
+    state, changed, lineage = start_state(parts, checkpoints, say)
     if jax.process_index() == 0:
         save_file(workdir / "config.json", configs.to_json(config).encode())
 
     is_resumed = checkpoints.latest is not None
     origin = {**origin, "changed": ", ".join(changed)}
     progress = Progress(
-        parts, workdir, start, is_resumed, beat, heldout, stream.shares, say, origin
+        parts, workdir, start, is_resumed, beat, heldout, stream.shares, say, origin, lineage
     )
     closing.callback(progress.writers.close)
     if start < train.steps and jax.process_index() == 0:
@@ -213,6 +213,7 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
             "config": configs.to_dict(progress.config),
             "tokenizer": progress.parts.data.tokenizer.to_json(),
             "data": {"next": step, "content": progress.parts.data.content},
+            "lineage": progress.lineage,
         }
         evaluated_at, metrics = progress.evaluated
         if evaluated_at != step:

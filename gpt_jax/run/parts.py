@@ -35,6 +35,7 @@ from gpt_jax.run.notes import (
     describe_size,
     describe_unsharded,
 )
+from gpt_jax.run.source import read_start_tokenizer
 from gpt_jax.train import (
     Network,
     TrainState,
@@ -54,6 +55,7 @@ class Parts(NamedTuple):
     data: Dataset
     examples: Examples  # the rows of the training text, in the run's order
     init: Callable[[], TrainState]
+    start: Callable[[Any], TrainState]  # the first state, with given parameters, which it donates
     abstract: TrainState  # shapes, dtypes and shardings of the state
     train_step: Callable  # see Steps
     eval_step: Callable
@@ -122,7 +124,7 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
     for line in check_miscompiles(jax.local_devices()[0], config.compute.ignore_miscompiles):
         say(line)
 
-    data = load_dataset(config.data, say)
+    data = load_dataset(config.data, say, read_start_tokenizer(config))
     if config.eval.compare_xz and not data.heldout:
         raise UsageError(
             "config.eval.compare_xz = True: needs held-out text, and the data holds none out; set "
@@ -203,6 +205,7 @@ class Steps(NamedTuple):
     """What is compiled for a run: functions of abstract or real arrays on one mesh."""
 
     make_state: Callable[[], TrainState]
+    start: Callable[[Any], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings of the state
     # (state, batch, frozen=None) -> (state, Sums), which donates the state. `frozen` is a tree of
     # parameters on the same mesh, for an objective that wants one.
@@ -233,11 +236,13 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         if config.mesh.zero == 1:
             tx = make_zero1(tx, partial(sharding.lay_out_like, like=like), sharding.gather_fsdp)
 
-        def make_state():
-            params = init_params(model, jax.random.key(seed))
+        def start(params):
             if config.mesh.zero == 1:
                 params = sharding.gather_fsdp(params)
             return init_state(params, tx, train)
+
+        def make_state():
+            return start(init_params(model, jax.random.key(seed)))
 
         # `frozen` is an argument and not a constant, so that it is sharded and lies in memory once.
         def update(state, batch, frozen=None):
@@ -250,6 +255,7 @@ def make_steps(config: configs.Config, mesh) -> Steps:
 
         return Steps(
             jax.jit(make_state),
+            jax.jit(start, donate_argnums=0),
             sharding.make_concrete(jax.eval_shape(make_state), mesh),
             jax.jit(update, donate_argnums=0, compiler_options=options),
             jax.jit(measure, compiler_options=options),

@@ -55,6 +55,7 @@ class Progress:
     - `saved` is the step of the last checkpoint, or None.
     - `origin` tells where the session comes from, for the report: `command`, and what differs from
       the `preset`. `changed` tells what differs from the checkpoint's config.
+    - `lineage` names the other runs whose weights these are, oldest first.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Progress:
         shares: Callable[[int], Mapping[str, float]],
         say: Callable[[str], None],
         origin: Mapping[str, str],
+        lineage: list[dict[str, Any]],
     ):
         self.parts = parts
         self.config = parts.config
@@ -78,6 +80,7 @@ class Progress:
         self.heldout = heldout
         self.shares = shares
         self.say = say
+        self.lineage = lineage
         self.saved = start if resumed else None
         self.evaluated: tuple[int, dict[str, float]] = (start, {})
 

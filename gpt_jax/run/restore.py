@@ -14,7 +14,6 @@ from gpt_jax.hardware import check_miscompiles
 from gpt_jax.model import abstract_params
 from gpt_jax.run.notes import describe_habits, format_count
 from gpt_jax.run.parts import choose_run_kernel
-from gpt_jax.run.resume import read_saved_config
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
 
 
@@ -81,7 +80,7 @@ def load_model(
 def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) -> Loaded:
     """Reads one step. Raises UsageError and NoCheckpoint."""
     meta = read_meta(directory, step)
-    config = read_saved_config(meta)
+    config = configs.read_saved(meta["config"])
     model, compute = configs.for_inference(config.model, config.compute)
     count = devices or jax.device_count()
     mesh = pick_mesh(model, count) if count > 1 else sharding.make_mesh({}, jax.local_devices()[:1])

@@ -1,42 +1,48 @@
 """The state that a run starts from: fresh, or that of its newest valid checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt_jax import config as configs
+from gpt_jax.data import make_examples
 from gpt_jax.errors import UsageError
 from gpt_jax.run.parts import Parts
-from gpt_jax.train import TrainState, read_meta, restore_checkpoint
-
-
-def read_saved_config(meta: dict) -> configs.Config:
-    """The Config that a checkpoint was written with, by this or an earlier version."""
-    return configs.from_dict(configs.translate(meta["config"]))
+from gpt_jax.run.source import check_source, find_source
+from gpt_jax.run.warm_start import start_from
+from gpt_jax.train import TrainState, make_schedule, read_meta, restore_checkpoint
 
 
 def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     """Says and returns what has changed in the config since a checkpoint.
 
-    Raises UsageError if a change alters what the saved arrays mean, or if tokenizer or text are
-    others.
+    Raises UsageError if a change alters what the saved arrays mean or what was trained on already,
+    or if tokenizer or text are others.
     """
     folder = directory.parent
+    old_config = configs.read_saved(meta["config"])
+    changes = configs.changes(old_config, parts.config)
+    refusal = check_phases(parts, old_config, meta["step"])
+
     allowed = []
     blocked = []
-    for key, old, new, may_change in configs.changes(read_saved_config(meta), parts.config):
+    for key, old, new, effect in changes:
         line = f"config.{key} changed since the checkpoint: {old!r} -> {new!r}"
-        if may_change:
-            allowed.append(f"{key}: {old!r} -> {new!r}")
-        else:
-            line += " (not possible)"
+        if effect is None:
+            say(f"{line} (not possible)")
             blocked.append(f"config.{key} ({old!r} there, {new!r} now)")
-        say(line)
-
+        else:
+            say(f"{line}: {effect}" if effect else line)
+            allowed.append(f"{key}: {old!r} -> {new!r}")
     if blocked:
         raise UsageError(
-            f"{folder} holds a run with another {', '.join(blocked)}; use its values or another "
-            "--workdir"
+            f"{folder} holds a run with another {', '.join(blocked)}; use its values, another "
+            "--workdir, or start a new run from its weights with config.init.from"
         )
+    if refusal:
+        raise UsageError(refusal)
+    say_rate(old_config, parts.config, meta["step"], say)
+
     if meta["tokenizer"] != parts.data.tokenizer.to_json():
         raise UsageError(
             f"{folder} holds a run with another tokenizer: the text it is made from has changed; "
@@ -50,17 +56,61 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     return allowed
 
 
-def start_state(parts: Parts, checkpoints, say) -> tuple[TrainState, list[str]]:
-    """The state of the newest valid checkpoint, or a fresh one, and what has changed since."""
+def check_phases(parts: Parts, old: configs.Config, step: int) -> str:
+    """Why the phases of the mixture cannot change at `step`, or "" if they can."""
+    data = parts.config.data
+    if data.phases == old.data.phases or parts.examples.mix is None:
+        return ""
+    train = parts.config.train
+    before = replace(data, phases=old.data.phases)
+    old_mix = make_examples(parts.data, before, train.seq_len, parts.config.seed).mix
+    first = parts.examples.mix.find_difference(old_mix)
+    if first is None or first >= step * train.batch_size:
+        return ""
+    return (
+        f"config.data.phases = {data.phases!r}: differs from the run's {old.data.phases!r} at "
+        f"token {first * train.seq_len:,}, and the run is at token "
+        f"{step * train.batch_size * train.seq_len:,} already; change later phases alone"
+    )
+
+
+def say_rate(old: configs.Config, new: configs.Config, step: int, say) -> None:
+    """Says how the learning rate jumps after `step`, if the schedule has changed."""
+    before, after = (
+        one.optim.learning_rate * float(make_schedule(one.optim)(step)) for one in (old, new)
+    )
+    if before != after:
+        say(f"the learning rate of step {step + 1} is {after:.3g}, and {before:.3g} before")
+
+
+class Start(NamedTuple):
+    """What a session starts from."""
+
+    state: TrainState
+    changed: list[str]  # in the config, since the checkpoint
+    lineage: list[dict[str, Any]]  # the other runs whose weights these are, see warm_start.Source
+
+
+def start_state(parts: Parts, checkpoints, say) -> Start:
+    """The state of the newest valid checkpoint, or that of a new run."""
     step = checkpoints.latest
     if step is None:
-        return parts.init(), []
+        return start_new(parts, say)
     meta = read_meta(checkpoints.directory, step)
     changed = check_resume(parts, meta, checkpoints.directory, say)
     loaded = restore_checkpoint(checkpoints.directory, step, state_items(parts.abstract))
     say(f"resumed from step {step} of {checkpoints.directory}")
     state = loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))
-    return state, changed
+    return Start(state, changed, meta.get("lineage", []))
+
+
+def start_new(parts: Parts, say) -> Start:
+    """The state of a new run: fresh, or the weights of the checkpoint that the config names."""
+    if not parts.config.init.from_:
+        return Start(parts.init(), [], [])
+    source = find_source(parts.config.init, say)
+    changed = check_source(source, parts.config, parts.data.tokenizer)
+    return Start(start_from(parts, source, say), changed, source.lineage)
 
 
 def state_items(state: TrainState) -> dict[str, Any]:

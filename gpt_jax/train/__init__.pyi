@@ -6,6 +6,7 @@ from .checkpoint.checkpoints import (
 from .checkpoint.manifest import (
     CHECKPOINT_FOLDER as CHECKPOINT_FOLDER,
     MANIFEST as MANIFEST,
+    peek_meta as peek_meta,
     read_meta as read_meta,
     resolve_checkpoint as resolve_checkpoint,
 )
@@ -22,6 +23,7 @@ from .optim.groups import describe_groups as describe_groups
 from .optim.optimizer import (
     make_optimizer as make_optimizer,
     make_zero1 as make_zero1,
+    rewind as rewind,
 )
 from .optim.schedule import make_schedule as make_schedule
 from .step import (

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import config
 from gpt_jax.config import Config, Mesh, from_dict
+from gpt_jax.config.knobs import key_of
 from gpt_jax.config.read import RENAMED
 from gpt_jax.errors import UsageError
 
@@ -150,7 +151,7 @@ def test_json_round_trip():
 
 def test_json_is_complete():
     assert set(config.flatten(Config())) == {"seed", "data.sources.paths"} | {
-        f"{section.name}.{field.name}"
+        f"{section.name}.{key_of(field.name)}"
         for section in dataclasses.fields(Config)
         if section.name != "seed"
         for field in dataclasses.fields(section.type)
@@ -590,18 +591,34 @@ def test_no_change():
         (dict(data=dict(tokenizer="char")), False),
         (dict(optim=dict(groups=(dict(match="x"),))), False),
         (dict(optim=dict(optimizer="lion")), False),
+        (dict(optim=dict(weight_decay=0.3)), True),
+        (dict(optim=dict(b1=0.8)), False),
+        (dict(init={"from": "x"}), False),
     ],
 )
 def test_changes_name_the_key_and_say_whether_a_run_may_resume(sections, resumable):
     ((section, fields),) = sections.items()
     key = section if not isinstance(fields, dict) else f"{section}.{next(iter(fields))}"
-    ((found, before, after, allowed),) = config.changes(Config(), from_dict(sections))
-    assert (found, before, after, allowed) == (
+    ((found, before, after, effect),) = config.changes(Config(), from_dict(sections))
+    assert (found, before, after, effect is not None) == (
         key,
         config.flatten(Config())[key],
         config.flatten(from_dict(sections))[key],
         resumable,
     )
+
+
+def test_the_key_from_is_a_word_of_python():
+    values = dict(init={"from": "runs/a@3"})
+    made = from_dict(values)
+    assert made.init.from_ == "runs/a@3"
+    assert config.to_dict(made)["init"]["from"] == "runs/a@3" and config.read_saved(values) == made
+    typed = {}
+    config.override(typed, "init.from", "runs/a@3")
+    assert typed == values
+    refuses(lambda: from_dict(dict(init=dict(from_="x"))), "did you mean config.init.from?")
+    assert "from" in config.make_schema()["properties"]["init"]["properties"]
+    assert "--config.init.from=''" in config.describe_config("init.from")
 
 
 def test_resumable_names_exist():
@@ -634,8 +651,8 @@ def test_configs_of_earlier_checkpoints_are_translated():
         train=config.Train(steps=7),
     )
 
-    assert config.from_dict(config.translate(old)) == wanted
-    assert config.translate(config.to_dict(wanted)) == config.to_dict(wanted)
+    assert config.read_saved(old) == wanted
+    assert config.read_saved(config.to_dict(wanted)) == wanted
 
 
 # tables of the ground floor

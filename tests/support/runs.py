@@ -134,7 +134,7 @@ def heldout_loss(parts: run_parts.Parts, workdir: Path) -> float:
         saved = checkpoints.open_checkpoints(
             workdir / CHECKPOINT_FOLDER, config.checkpoint, lambda line: None
         )
-        state, _ = resume.start_state(parts, saved, lambda line: None)
+        state = resume.start_state(parts, saved, lambda line: None).state
         saved.close()
         return divide_sums(heldout.sum_heldout(parts.eval_step, state.params, batches, mesh, size))[
             "loss"
@@ -155,7 +155,7 @@ def restored(parts: run_parts.Parts, workdir: Path):
         saved = checkpoints.open_checkpoints(
             workdir / CHECKPOINT_FOLDER, parts.config.checkpoint, lambda line: None
         )
-        state, _ = resume.start_state(parts, saved, lambda line: None)
+        state = resume.start_state(parts, saved, lambda line: None).state
         saved.close()
     return state
 

@@ -79,7 +79,8 @@ def _open(
 ) -> corpus.PreparedCorpus:
     """The corpus in `folder`. Raises UsageError if another tokenizer made its tokens.
 
-    That is `required`, or without it the one that `data.tokenizer` names.
+    That is `required`, which the corpus may extend by further ids, or without it the one that
+    `data.tokenizer` names.
     """
     if data.eval_path:
         raise UsageError(
@@ -89,7 +90,8 @@ def _open(
 
     opened = corpus.open_corpus(folder)
     tokenizer = opened.tokenizer
-    _require(f"{field} = {path}", tokenizer, required, "the tokenizer of this run")
+    if required is None or not tokenizer.extends(required):
+        _require(f"{field} = {path}", tokenizer, required, "the tokenizer of this run")
     way_out = f"prepare {path} again with --tokenizer={tokenizer.name}+fim"
     check_fim(data, tokenizer.name, tokenizer.specials, f"{way_out}, or set config.data.fim=0")
     if required is None and data.tokenizer:

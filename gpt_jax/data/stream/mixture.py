@@ -74,6 +74,14 @@ class Mixture:
 
         return source, pick(drawn[run]) + block * pick(counts) + place - pick(ends - counts)
 
+    def find_difference(self, other: "Mixture") -> int | None:
+        """The first example from which `other` may draw otherwise, or None if it never does."""
+        runs = zip(self.begins, self.counts, strict=True)
+        others = zip(other.begins, other.counts, strict=True)
+        mine = {(int(begin), *map(int, counts)) for begin, counts in runs}
+        theirs = {(int(begin), *map(int, counts)) for begin, counts in others}
+        return min((begin for begin, *_ in mine ^ theirs), default=None)
+
     def shares(self, index: int) -> np.ndarray:
         """float [sources] of sum 1: each source's share in the phase that example `index` is in."""
         return self.weights[self._run(index)]

@@ -88,6 +88,14 @@ class Tokenizer:
         extra = f"\0{json.dumps(dict(self.extra))}" if self.extra else ""
         return hashlib.sha256(f"{self.kind}\0{self.content}{extra}".encode()).hexdigest()[:16]
 
+    def extends(self, other: "Tokenizer") -> bool:
+        """Whether every id of `other` stands for the same bytes, or the same special token, here.
+
+        This one may have further ids after those.
+        """
+        has_specials = other.specials.items() <= self.specials.items()
+        return has_specials and self.pieces[: other.vocab] == other.pieces
+
     def encode(self, text: str) -> np.ndarray:
         """int32 [tokens].
 

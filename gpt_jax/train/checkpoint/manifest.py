@@ -229,6 +229,22 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
     return Path(directory), found_step
 
 
+def peek_meta(path, step: int = 0) -> dict:
+    """The meta of a checkpoint, from a path as in `resolve_checkpoint`, without verifying files.
+
+    Every process reads it for itself. Raises UsageError if the path or the step does not exist.
+    """
+    directory, wanted_step = _locate(Path(path).absolute(), step)
+    sealed = [one for one in steps_in(directory) if (directory / str(one) / MANIFEST).exists()]
+    found = [one for one in sealed if one == wanted_step or not wanted_step]
+    if not found:
+        raise UsageError(
+            f"checkpoint {str(path)!r}: no step {wanted_step or 'that is finished'}; "
+            f"steps in {directory}: {', '.join(map(str, sealed)) or 'none'}"
+        )
+    return read_meta(directory, found[-1])
+
+
 def _locate(path: Path, step: int) -> tuple[Path, int]:
     """(checkpoints directory, step or 0 for the newest) of a typed path. Raises UsageError."""
     if (path / CHECKPOINT_FOLDER).is_dir():

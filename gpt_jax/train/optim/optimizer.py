@@ -208,6 +208,22 @@ def make_zero1(
     return optax.GradientTransformation(lambda params: tx.init(split(params)), update)
 
 
+# States whose count is the place in a schedule. Other counts belong to moments, such as Adam's.
+SCHEDULED = (optax.ScaleByScheduleState, muon.MuonState, muon.DecayState)
+
+
+def rewind(state):
+    """The state of an optimiser whose schedules begin anew. Its moments stay."""
+
+    def is_scheduled(node) -> bool:
+        return isinstance(node, SCHEDULED)
+
+    def begin(node):
+        return node._replace(count=jnp.zeros_like(node.count)) if is_scheduled(node) else node
+
+    return jax.tree.map(begin, state, is_leaf=is_scheduled)
+
+
 def ema_init(params):
     """Averaged weights at the start: a copy of `params`, so that both can be donated."""
     return jax.tree.map(jnp.copy, params)
