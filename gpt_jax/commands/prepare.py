@@ -272,12 +272,19 @@ def sort_inputs(texts: list[str]) -> dict[str, tuple[str, ...]]:
     """{source: its paths} of `NAME=PATH` texts, in their order.
 
     A path that exists under the whole text has no NAME. Raises UsageError for a name that cannot
-    be used.
+    be used, and for a text that can be read both ways.
     """
     sources: dict[str, list[str]] = {}
     for text in texts:
         there = is_there(text)
-        match = None if there else NAMED_PATH.fullmatch(text)
+        match = NAMED_PATH.fullmatch(text)
+        if there and match and is_there(match[2]):
+            raise UsageError(
+                f"--input={text}: both {text} and {match[2]} are there; write ./{text} for the "
+                f"first, or {match[1]}=./{match[2]} for the second with the name {match[1]}"
+            )
+        if there:
+            match = None
         name, path = match.groups() if match else (SOURCE, text)
         if name.startswith(".") or name in ("work", "all") or name.endswith(".json"):
             raise UsageError(

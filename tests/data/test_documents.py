@@ -796,7 +796,7 @@ def test_words_of_the_library_are_one_line(offline, monkeypatch):
         read([readers.whole_piece(Source("hf://a/b", "hf://a/b"))], Reading())
 
 
-def test_names_of_data_sets(monkeypatch):
+def test_names_of_data_sets(monkeypatch, tmp_path):
     assert hub.parse_name("hf://org/name") == ("org/name", None, "train", None)
     assert hub.parse_name("hf://org/name:20231101.zh@test") == (
         "org/name",
@@ -806,6 +806,13 @@ def test_names_of_data_sets(monkeypatch):
     )
     assert hub.parse_name("hf://org/name@test#refs/pr/1") == ("org/name", None, "test", "refs/pr/1")
     assert hub.parse_name("hf:///data/c#/set@dev") == ("/data/c#/set", None, "dev", None)
+
+    for name in ("set:one", "set@two", "set"):
+        (tmp_path / name).mkdir()
+        path = str(tmp_path / name)
+        assert hub.parse_name(f"hf://{path}") == (path, None, "train", None)
+        assert hub.parse_name(f"hf://{path}@dev") == (path, None, "dev", None)
+    assert hub.parse_name(f"hf://{tmp_path}/set:zh@dev")[:3] == (f"{tmp_path}/set", "zh", "dev")
 
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UsageError, match=r"-m pip install .*'datasets'"):

@@ -40,8 +40,9 @@ ROWS = [  # spec, {text: what becomes of it}
     ("newlines", {"a\r\nb\rc\n": "a\nb\nc\n"}),
     ("controls", {"a\x00\x07b\tc\r\n": "ab\tc\r\n", "\x01": None}),
     ("blank_lines", {"a\n\n\n\nb\n\nc": "a\n\nb\n\nc"}),
-    (r"replace:\d+:#", {"a 12 b 3": "a # b #"}),
-    ("replace:x", {"axb": "ab"}),
+    (r"replace:/\d+/#/", {"a 12 b 3": "a # b #"}),
+    ("replace:|https?://[^ ]+||", {"See https://example.org/a for more": "See  for more"}),
+    (r"replace:,(\w+)://(\w+),\2:\1,", {"at http://host:80": "at host:http:80"}),
 ]
 
 
@@ -85,8 +86,16 @@ def test_chain_order_and_pickle():
         ("min_letters:2", "expected min_letters:PART .2 is not from 0 to 1"),
         ("normalize:X", "expected normalize:NFC"),
         ("language:english", "english unknown; known are .* en .* zh"),
-        ("replace:[", "not a regular expression"),
-        (r"replace:a:\1", "not a regular expression"),
+        ("replace:/[//", "not a regular expression"),
+        (r"replace:/a/\1/", "not a regular expression"),
+        ("replace:https?://[^ ]+", r"expected replace:/REGEX/NEW/ \(one mark of .*https"),
+        ("replace:a:b", "one mark of"),
+        ("replace:/a/b", "one mark of"),
+        ("replace:/a/b/c/", "one mark of"),
+        ("replace:", "one mark of"),
+        ("replace", "expected replace:/REGEX/NEW/$"),
+        ("min_chars:3:4", "expected min_chars:N"),
+        ("language:en:0.5:1", "expected language:zh,en"),
         (
             "no_such_module:f",
             "--filters='no_such_module:f': ModuleNotFoundError.*PYTHONPATH.*min_chars:N",

@@ -16,7 +16,7 @@ import runs
 from prepared import contents, documents, prepare, refused, texts, write_jsonl
 
 from gpt_jax import config, files
-from gpt_jax.commands.prepare import Display
+from gpt_jax.commands.prepare import Display, sort_inputs
 from gpt_jax.data.prepare import assemble, survey, units
 from gpt_jax.data.prepare.prepare import Progress
 from gpt_jax.data.read import documents as readers, sources
@@ -856,6 +856,20 @@ def test_a_source_of_which_nothing_is_held_out_is_named(tmp_path, capsys):
         assert (
             "one: none of its 1 documents was held out (--eval_fraction=0.1" in out
         ) == said and "many: none" not in out
+
+
+def test_a_path_that_looks_like_a_named_one_is_the_path_or_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("date=2024").mkdir()
+    assert sort_inputs(["date=2024", "x=date=2024"]) == {
+        "text": ("date=2024",),
+        "x": ("date=2024",),
+    }
+    Path("2024").mkdir()
+    with pytest.raises(UsageError, match=r"date=2024: both .* write ./date=2024 .* date=./2024"):
+        sort_inputs(["date=2024"])
+    wanted = {"text": ("./date=2024",), "date": ("./2024",)}
+    assert sort_inputs(["./date=2024", "date=./2024"]) == wanted
 
 
 def test_files_that_are_given_twice_are_named(tmp_path, capsys, monkeypatch):

@@ -264,7 +264,7 @@ def test_refused(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", make_pairs(5))
     given = (f"--output={tmp_path / 'out'}", f"--input={path}", "--task=supervised")
     words = ("rows.jsonl:1", "--filters changes its text", "--task")
-    refused(2, words, *given, "--filters", "replace:X:Y")
+    refused(2, words, *given, "--filters", "replace:/X/Y/")
     refused(2, ("--task='chat': is one of plain, spans, supervised",), *given[:2], "--task=chat")
     table = tmp_path / "rows.csv"
     table.write_text("prompt,response\na,B\n")

@@ -1,7 +1,8 @@
 """What a document must be, and what is changed in it: a table of small pure functions.
 
 A filter is typed `name:argument`, or `module:function` for one of the user's own. It takes a text,
-and gives the text that it made of it, or None for a document that is left out.
+and gives the text that it made of it, or None for a document that is left out. All behind the first
+colon is one argument, so an argument may hold colons.
 """
 
 import functools
@@ -23,14 +24,16 @@ Apply = Callable[[str], str | None]
 LANGUAGE_CHARACTERS = 2000  # of a document, by which its language is judged: py3langid reads 4 MB/s
 # All control characters but tab, line feed and carriage return.
 CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127])
+# What may stand around the two parts of `replace`, see `_make_replace`.
+MARKS = "/|#,;!%@~&="
 
 
 class Filter(NamedTuple):
     """A row of FILTERS."""
 
     usage: str
-    # Makes the filter from the arguments as typed. Raises ValueError or TypeError for arguments
-    # that mean nothing.
+    # Makes the filter from the argument as typed. Raises ValueError or TypeError for one that means
+    # nothing.
     make: Callable[..., Apply]
 
 
@@ -96,13 +99,14 @@ def _load_identifier():
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def _make_language(names: str, probability: str = "0") -> Apply:
-    """Keeps a text if py3langid's best guess is one of `names`, with at least this probability.
+def _make_language(typed: str) -> Apply:
+    """Keeps a text if py3langid's best guess is one of the names typed.
 
-    Names are joined by , or +.
+    Names are joined by , or +. The least probability of the guess may follow after a colon.
     """
+    names, colon, probability = typed.partition(":")
     wanted = set(re.split("[,+]", names))
-    least = _read_share(probability)
+    least = _read_share(probability) if colon else 0.0
     identifier = _load_identifier()
     if unknown := wanted - set(identifier.labels):
         known = " ".join(sorted(identifier.labels))
@@ -124,7 +128,19 @@ def _make_normalize(form: str) -> Apply:
     return functools.partial(unicodedata.normalize, form)
 
 
-def _make_replace(pattern: str, new: str = "") -> Apply:
+def _make_replace(typed: str) -> Apply:
+    """Replaces what a regular expression matches, typed as /REGEX/NEW/ with any of MARKS for /.
+
+    A colon between the two would be ambiguous, because both may hold one. The mark is chosen so
+    that neither does.
+    """
+    mark = typed[:1]
+    if not mark or mark not in MARKS or typed.count(mark) != 3 or typed[-1] != mark:
+        raise ValueError(
+            f"one mark of {MARKS} stands in front of REGEX, behind it and behind NEW, and nowhere "
+            "in them; NEW may be empty, as in replace:|https?://[^ ]+||"
+        )
+    _, pattern, new, _ = typed.split(mark)
     try:
         compiled = re.compile(pattern)
         compiled.sub(new, "")
@@ -163,7 +179,7 @@ FILTERS = {
     "newlines": Filter("newlines", _take_none(_unify_newlines)),
     "controls": Filter("controls", _take_none(_remove_controls)),
     "blank_lines": Filter("blank_lines", _take_none(_join_blank_lines)),
-    "replace": Filter("replace:REGEX[:NEW]", _make_replace),
+    "replace": Filter("replace:/REGEX/NEW/", _make_replace),
 }
 KNOWN = f"{' '.join(row.usage for row in FILTERS.values())}, or your own module:function"
 
@@ -240,11 +256,11 @@ def _make_own(spec: str) -> Apply:
 def _make(spec: str) -> Apply:
     if _is_own(spec):
         return _make_own(spec)
-    name, *arguments = spec.split(":", 2)
+    name, colon, argument = spec.partition(":")
     row = FILTERS[name]
     try:
-        return row.make(*arguments)
-    except TypeError:  # too many arguments or too few
+        return row.make(argument) if colon else row.make()
+    except TypeError:  # an argument too many or too few
         raise UsageError(f"--filters={spec!r}: expected {row.usage}") from None
     except ValueError as error:
         raise UsageError(f"--filters={spec!r}: expected {row.usage} ({error})") from None

@@ -41,8 +41,17 @@ class Name(NamedTuple):
 
 
 def parse_name(path: str) -> Name:
-    """The parts of a path. Raises UsageError if it names no data set."""
+    """The parts of a path. Raises UsageError if it names no data set.
+
+    A name of the hub holds none of the signs between the parts. The path of a folder may. It is
+    taken whole if such a folder is there, so that its name is not cut.
+    """
     whole = path.removeprefix(HUB)
+    if os.path.isdir(whole):
+        return Name(whole, None, "train", None)
+    stem, at, split = whole.rpartition("@")
+    if at and os.path.isdir(stem):
+        return Name(stem, None, split or "train", None)
     revision = re.search(r"#(\w[\w./-]*)$", whole)
     name, _, split = whole[: revision.start() if revision else None].partition("@")
     name, _, config = name.partition(":")
