@@ -220,9 +220,40 @@ def test_a_link_to_nothing_is_named(tmp_path):
     (tmp_path / "folder").symlink_to("nowhere")
     with pytest.raises(UsageError, match="folder: is a link to nowhere, which is not there"):
         sources.find_sources((str(tmp_path / "folder"),))
+    with pytest.raises(UsageError, match="folder: is a link to nowhere"):  # perhaps of texts
+        (tmp_path / "gone.txt").write_text("there")
+        sources.find_sources((str(tmp_path),))
+    (tmp_path / "folder").unlink()
 
     (tmp_path / "gone.txt").write_text("there")
     assert [d.text for d in read(tmp_path)] == ["text", "there"]
+
+
+def test_linked_folders_are_read_as_a_glob_reads_them(tmp_path):
+    data = tmp_path / "data"
+    for name in ("data/z/a.txt", "data/b.txt", "other/more/c.txt", "other/d.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (data / "a").symlink_to("z")
+    (data / "linked").symlink_to(tmp_path / "other")
+    (data / ".hidden").symlink_to("/")
+
+    by_folder = sources.find_sources((str(data),))
+    by_glob = sources.find_sources((str(data / "**/*.txt"),))
+    assert {s.path.resolve() for s in by_folder} == {s.path.resolve() for s in by_glob}
+    assert [source.name for source in by_folder] == [
+        "data/b.txt",
+        "data/linked/d.txt",
+        "data/linked/more/c.txt",
+        "data/z/a.txt",
+    ]
+
+    # Links in a circle add nothing.
+    (data / "round").symlink_to(".")
+    (data / "z/up").symlink_to("..")
+    (tmp_path / "other/back").symlink_to(data)
+    assert sources.find_sources((str(data),)) == by_folder
 
 
 def test_a_data_set_as_path_is_refused_without_the_network(tmp_path, monkeypatch):

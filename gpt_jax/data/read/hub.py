@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt_jax.data.read.decoding import Piece, Raw, Reading, Unreadable, field_text
-from gpt_jax.data.read.sources import HUB
+from gpt_jax.data.read.sources import HUB, walk
 from gpt_jax.errors import UsageError, install_command
 from gpt_jax.files import digest_json
 
@@ -172,7 +172,8 @@ def stamp(path: str) -> tuple[int, str]:
         return size, name.revision or ""
 
     folder = Path(name.name)
-    files = sorted(file for file in [folder, *folder.rglob("*")] if file.is_file())
+    paths = [folder] if folder.is_file() else sorted(folder / path for path in walk(folder))
+    files = [path for path in paths if path.is_file()]
     facts = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return size, digest_json(facts)
 

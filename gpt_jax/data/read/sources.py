@@ -48,26 +48,54 @@ def format_and_packing(source: Source) -> tuple[str, str]:
     return known
 
 
-def _walk(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[Source]:
-    """Readable files under `folder`, by path, without hidden and `excluded` folders."""
+def walk(folder: Path, excluded: Iterable[str] = ()) -> list[Path]:
+    """Files below `folder`, relative to it, without hidden and `excluded` ones.
+
+    Links to folders are followed, as globs follow them. Each folder is listed once, so that links
+    in a circle end. It is listed under its own path if that lies below `folder`. Raises OSError.
+    """
 
     def fail(error):
         raise error
 
-    paths = []  # relative to the folder
-    for here, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [f for f in folders if not f.startswith(".") and f not in excluded]
-        paths += [Path(here, f).relative_to(folder) for f in files if not f.startswith(".")]
+    paths = []
+    seen = set()
+    todo = [folder]
+    for start in todo:  # which grows
+        for here, folders, files in os.walk(start, onerror=fail):
+            facts = os.stat(here)
+            if (facts.st_dev, facts.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((facts.st_dev, facts.st_ino))
 
+            folders[:] = [f for f in folders if not f.startswith(".") and f not in excluded]
+            todo += sorted(path for f in folders if (path := Path(here, f)).is_symlink())
+            paths += [Path(here, f).relative_to(folder) for f in files if not f.startswith(".")]
+    return paths
+
+
+def _list_folder(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[Source]:
+    """Readable files under `folder`, by path, see `walk`.
+
+    Raises UsageError for a link to nothing that may have been a text or a folder of texts.
+    """
+    paths = walk(folder, excluded)
     _refuse_prepared(str(folder), {path.as_posix() for path in paths})
     return [
         _file(folder / path, f"{name}/{path.as_posix()}")
-        for path in sorted(filter(suffixes, paths))
+        for path in sorted(paths)
+        if suffixes(path) or (not path.suffix and _is_broken(folder / path))
     ]
 
 
+def _is_broken(path: Path) -> bool:
+    """Whether a path is a link to nothing."""
+    return path.is_symlink() and not path.exists()
+
+
 def _file(path: Path, name: str) -> Source:
-    if path.is_symlink() and not path.exists():
+    if _is_broken(path):
         raise UsageError(
             f"{path}: is a link to {os.readlink(path)}, which is not there; "
             "remove the link, or name the files without it"
@@ -115,7 +143,7 @@ def _standard_library() -> list[Source]:
     folder = Path(sysconfig.get_path("stdlib"))
     return [
         source
-        for source in _walk(folder, "stdlib", NOT_LIBRARY)
+        for source in _list_folder(folder, "stdlib", NOT_LIBRARY)
         if Path(source.path).suffix == ".py"
     ]
 
@@ -123,7 +151,7 @@ def _standard_library() -> list[Source]:
 def _one(path: Path) -> list[Source]:
     """What an existing file or folder holds."""
     if path.is_dir():
-        return _walk(path, path.resolve().name)
+        return _list_folder(path, path.resolve().name)
     return [_file(path, path.name)] if suffixes(path) else []
 
 
@@ -190,7 +218,7 @@ def _named(spec: str, key: str) -> list[Source]:
 
 
 def find_sources(paths: tuple[str, ...], key: str = "config.data.path") -> tuple[Source, ...]:
-    """The sources that `paths` mean, in a fixed order, each once.
+    """The sources that `paths` mean, in a fixed order, each once and by its first name.
 
     A path is a file, a folder with all below it, or a glob. It may lie on an object store
     (`gs://…`, `s3://…`, whatever fsspec opens). It may also be a data set
@@ -206,7 +234,7 @@ def find_sources(paths: tuple[str, ...], key: str = "config.data.path") -> tuple
         sources = {}
         for source in [source for spec in paths for source in _named(spec, key)]:
             path = source.path
-            sources[path if isinstance(path, str) else path.resolve()] = source
+            sources.setdefault(path if isinstance(path, str) else path.resolve(), source)
         return tuple(sources.values())
     except OSError as error:
         raise UsageError(f"{key} = {', '.join(paths)}: {error}") from None
