@@ -12,7 +12,9 @@ class Data:
     path: tuple[str, ...] = knob(
         (),
         "Files, folders, globs, a folder made by `gpt-jax prepare`, or the word stdlib, which is "
-        "the source of Python's standard library.",
+        "the source of Python's standard library. A comma separates paths, unless it is part of "
+        "one that exists.",
+        entries="paths",
     )
     sources: tuple[tuple[str, str, float], ...] = knob(
         (), "A mixture in place of `path`: (name, path, weight) for each source."
@@ -37,7 +39,9 @@ class Data:
         low=1,
     )
     eval_path: tuple[str, ...] = knob(
-        (), "Held-out text. Where it is empty, a part of `path` is held out."
+        (),
+        "Held-out text. Where it is empty, a part of `path` is held out.",
+        entries="paths",
     )
     eval_fraction: float = knob(
         0.1,

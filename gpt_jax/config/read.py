@@ -3,8 +3,10 @@
 import ast
 import dataclasses
 import difflib
+import glob
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -211,12 +213,15 @@ def override(values: dict, key: str, text: str) -> None:
     *sections, name = key.split(".")
     kind = Config
     path = "config"
+    entries = "names"
     for part in [*sections, name]:
         hints = {}
         if is_section(kind):
             hints = {key_of(name): hint for name, hint in typing.get_type_hints(kind).items()}
         if part not in hints:
             raise UsageError(f"{path}.{part} = {text!r}: {_way_out(path, part, hints)}")
+        specs = {spec.name: spec for spec in dataclasses.fields(kind)}
+        entries = specs[part].metadata.get("entries", "names")
         kind = hints[part]
         path = f"{path}.{part}"
     if is_section(kind):
@@ -225,17 +230,18 @@ def override(values: dict, key: str, text: str) -> None:
 
     for section in sections:
         values = values.setdefault(section, {})
-    values[name] = parse(kind, text, path)
+    values[name] = parse(kind, text, path, entries)
 
 
-def parse(kind, text: str, path: str):
+def parse(kind, text: str, path: str, entries: str = "names"):
     """Command-line text as a value of type `kind`.
 
     Numbers may have underscores, bools are true or false, and tuples are `a,b` or Python's own.
-    Raises UsageError, which names `path`, for text that is not of that type.
+    `entries` is that of `knob`. Raises UsageError, which names `path`, for text that is not of that
+    type.
     """
     try:
-        return _parse(kind, text)
+        return _parse(kind, text, path, entries)
     except (ValueError, KeyError, SyntaxError, OverflowError):
         example = ""
         if isinstance(kind, types.GenericAlias):
@@ -243,7 +249,7 @@ def parse(kind, text: str, path: str):
         raise UsageError(f"{path} = {text!r}: expected {_describe(kind)}{example}") from None
 
 
-def _parse(kind, text: str):
+def _parse(kind, text: str, path: str, entries: str):
     if kind is bool:
         return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
     if kind is int:
@@ -255,9 +261,47 @@ def _parse(kind, text: str):
 
     is_texts = isinstance(kind, types.GenericAlias) and typing.get_args(kind)[0] is str
     if is_texts and not text.startswith("("):
-        return tuple(part for part in text.split(",") if part)
+        return ENTRIES[entries](text, path)
     value = ast.literal_eval(text)
     return value if isinstance(value, tuple) else (value,)
+
+
+# ---- a tuple of texts, written as one plain text ----
+
+
+def _split_names(text: str, path: str) -> tuple[str, ...]:
+    """Names hold no comma, so a comma separates them."""
+    return tuple(part for part in text.split(",") if part)
+
+
+def _split_paths(text: str, path: str) -> tuple[str, ...]:
+    """A comma separates paths, unless it is part of one that is there.
+
+    Raises UsageError, which names the field `path`, if both can be meant.
+    """
+    parts = _split_names(text, path)
+    if not (parts[1:] and _is_there(text)):
+        return parts
+    if all(_is_there(part) for part in parts):
+        raise UsageError(
+            f"{path} = {text!r}: is one path and also {len(parts)}, all of which are there; write "
+            f'"({text!r},)" for the one, or "{parts!r}" for the others'
+        )
+    return (text,)
+
+
+def _is_there(text: str) -> bool:
+    """Whether a path exists, or a glob matches something."""
+    path = os.path.expanduser(text)
+    return os.path.exists(path) or bool(glob.has_magic(path) and glob.glob(path, recursive=True))
+
+
+def _keep_whole(text: str, path: str) -> tuple[str, ...]:
+    """What people write may hold commas, so one text is one entry."""
+    return (text,) if text else ()
+
+
+ENTRIES = {"names": _split_names, "paths": _split_paths, "prose": _keep_whole}
 
 
 def _parse_int(text: str) -> int:

@@ -168,8 +168,9 @@ class Eval:
     sample_every_steps: int = knob(0, "Updates between samples. 0 means at the end alone.", low=0)
     sample_prompts: tuple[str, ...] = knob(
         (),
-        "Prompts of the samples. Without any it is a newline, or the first character that the "
-        "tokenizer knows.",
+        "Prompts of the samples. A plain text is one prompt, commas included; several are written "
+        "('a', 'b'). Without any it is a newline, or the first character that the tokenizer knows.",
+        entries="prose",
     )
     sample_tokens: int = knob(100, "New tokens of a sample.", low=1)
     sample_temperature: float = knob(0.8, "The temperature of a sample. 0 is greedy.", low=0.0)

@@ -190,11 +190,11 @@ CONFIGS = {
         ["config.compute.dtype = 'float16'", "float32, bfloat16"],
     ),
     "sample prompt of unknown characters": (
-        ["--config.data.tokenizer=char", "--config.eval.sample_prompts=a,Z"],
+        ["--config.data.tokenizer=char", "--config.eval.sample_prompts=('a','Z')"],
         ["config.eval.sample_prompts[1] = 'Z'", "character 0", "char tokenizer"],
     ),
     "sample prompt beyond the context": (
-        ["--config.eval.sample_prompts=a,%s" % ("b" * 40)],
+        ["--config.eval.sample_prompts=('a','%s')" % ("b" * 40)],
         ["config.eval.sample_prompts[1]", "40 tokens", "context of 32", "shorten"],
     ),
     "decay before the warmup ends": (

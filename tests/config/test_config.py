@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 from ml_collections import ConfigDict
@@ -176,6 +177,10 @@ def test_json_is_complete():
         ("data.path", "a.txt", ("a.txt",)),
         ("data.path", "a.txt,b/*.md", ("a.txt", "b/*.md")),
         ("data.path", "('a,b.txt',)", ("a,b.txt",)),
+        ("data.encodings", "utf-8,gb18030", ("utf-8", "gb18030")),
+        ("eval.sample_prompts", "Hello, world", ("Hello, world",)),
+        ("eval.sample_prompts", "('Hello, world', 'b')", ("Hello, world", "b")),
+        ("eval.sample_prompts", "", ()),
         ("data.tokenizer", "bpe:512", "bpe:512"),
         ("model.windows", "0", (0,)),
         ("model.windows", "8,8,0", (8, 8, 0)),
@@ -193,6 +198,29 @@ def test_override_by_the_type_of_the_field(key, text, expected):
         value = getattr(value, part)
     assert value == expected and type(value) is type(expected)
     assert from_dict(values).model.layers == 2
+
+
+def test_a_comma_in_a_path_that_is_there_separates_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def read(text):
+        values = {}
+        config.override(values, "data.path", text)
+        return from_dict(values).data.path
+
+    (tmp_path / "part,1.txt").write_text("")
+    assert read("part,1.txt") == ("part,1.txt",)
+    assert read("part,*.txt") == ("part,*.txt",)
+    assert read("part,2.txt") == ("part", "2.txt")
+
+    # Both can be meant, so the user has to say which.
+    (tmp_path / "part").mkdir()
+    assert read("part,1.txt") == ("part,1.txt",)
+    (tmp_path / "1.txt").write_text("")
+    with pytest.raises(UsageError) as refusal:
+        read("part,1.txt")
+    one, several = re.findall(r'"(\(.*?\))"', str(refusal.value))
+    assert read(one) == ("part,1.txt",) and read(several) == ("part", "1.txt")
 
 
 @pytest.mark.parametrize(

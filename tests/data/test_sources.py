@@ -279,7 +279,8 @@ def test_paths_that_cannot_be_used(tmp_path):
     (tmp_path / "a.rst").write_text("x")
     for path, message in [
         ((), "config.data.path is empty"),
-        ((str(tmp_path / "none"),), r"none': no such file or directory"),
+        ((str(tmp_path / "none"),), r"none': no such file or directory$"),
+        ((str(tmp_path / "none"), "1.txt"), r"none': no such file or directory; a comma separates"),
         ((str(tmp_path / "*.txt"),), r"\*.txt': no file matches"),
         ((str(tmp_path),), r"no usable files; read are .txt .md .py .jsonl .json .csv"),
         ((str(tmp_path / "a.rst"),), "a.rst': no usable files"),

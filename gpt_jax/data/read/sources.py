@@ -25,6 +25,8 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".csv", ".tsv", ".parquet",
 # The rows of decoding.UNPACK, and no compression.
 COMPRESSIONS = ("", ".gz", ".xz", ".zst", ".bz2")
 READABLE = f"{' '.join(SUFFIXES)}, each also with {' '.join(COMPRESSIONS[1:])} after it"
+# A hint where several paths were given to a field that a comma separates.
+COMMA = "; a comma separates paths: one path that holds a comma is written \"('a,b.txt',)\""
 EMPTY_PATHS = " is empty: name files, directories or globs, or the word stdlib"
 # Token files of other tools, see tokens/foreign.py.
 TOKEN_FILES = (".bin", ".idx", ".npy")
@@ -167,8 +169,11 @@ def _one_remote(url: str) -> list[Source]:
     return [Source(f"{folder}/{path}", f"{name}/{path}") for path in paths if suffixes(path)]
 
 
-def _expand(spec: str, key: str) -> list[Source]:
-    """The sources that one path means. Raises UsageError if there is none."""
+def _expand(spec: str, key: str, hint: str) -> list[Source]:
+    """The sources that one path means.
+
+    Raises UsageError if there is none. `hint` is said of a path that is not there.
+    """
     is_local = not remote.is_remote(spec)
     path = Path(spec).expanduser()
     if spec == "stdlib":
@@ -182,7 +187,7 @@ def _expand(spec: str, key: str) -> list[Source]:
     else:
         if is_local:
             _file(path, spec)  # It says more about a link whose target is not there.
-        raise UsageError(f"{key} = {spec!r}: no such file or directory")
+        raise UsageError(f"{key} = {spec!r}: no such file or directory{hint}")
 
     if not sources:
         raise UsageError(
@@ -207,10 +212,10 @@ def _expand_glob(spec: str, key: str) -> list[Source]:
     return sources
 
 
-def _named(spec: str, key: str) -> list[Source]:
+def _named(spec: str, key: str, hint: str) -> list[Source]:
     """`_expand`, with the setting `key` in every refusal."""
     try:
-        return _expand(spec, key)
+        return _expand(spec, key, hint)
     except UsageError as error:
         if str(error).startswith(key):
             raise
@@ -230,9 +235,10 @@ def find_sources(paths: tuple[str, ...], key: str = "config.data.path") -> tuple
     """
     if not paths:
         raise UsageError(key + EMPTY_PATHS)
+    hint = COMMA if paths[1:] and key.startswith("config.") else ""
     try:
         sources = {}
-        for source in [source for spec in paths for source in _named(spec, key)]:
+        for source in [source for spec in paths for source in _named(spec, key, hint)]:
             path = source.path
             sources.setdefault(path if isinstance(path, str) else path.resolve(), source)
         return tuple(sources.values())
