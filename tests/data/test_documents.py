@@ -266,12 +266,6 @@ BAD = {  # file, its content with one bad row, a reading, the message; "good" an
         {},
         "a.tsv:3: has 3 columns",
     ),
-    "stray quote": (
-        "a.csv",
-        b'id,text\n1,good\n2,"x"y\n3,fine\n',
-        {},
-        "a.csv:3: not CSV at line 3",
-    ),
     "short tsv row": ("a.tsv", b"id\ttext\n1\tgood\n2\n3\tfine\n", {}, "a.tsv:3: has 1 columns"),
 }
 
@@ -861,6 +855,30 @@ def test_the_rest_of_a_damaged_file_is_an_error_or_counted(tmp_path, name):
         and "the rest of the file is left out" in tally.places[0]
     )
     assert len(whole) > 100 or name in ("a.parquet", "a.txt.gz", "a.jsonl.bz2")
+
+
+@pytest.mark.parametrize(
+    "rest, line",
+    [
+        ('"he said \\"hi\\" to me\nand left\nfor good"\n"next"\n', 3),
+        ('"x"y\nfine\n', 3),
+        ('good\n"never closed\nand on\n', 4),
+        ('"one\ntwo"three\nfour"\n', 3),
+    ],
+)
+def test_after_a_broken_cell_the_rest_of_a_table_is_left_out(tmp_path, rest, line):
+    """The text after it may be the rest of the cell, which is no document."""
+    (tmp_path / "a.csv").write_text("text\ngood\n" + rest)
+    (tmp_path / "b.csv").write_text("text\nafter\n")
+    pieces = [readers.whole_piece(source) for source in sources.find_sources((str(tmp_path),))]
+    with pytest.raises(UsageError, match=rf"a.csv:{line}: not CSV at line .*; mend it, or .*skip"):
+        read(pieces, Reading())
+
+    skip = Reading(on_error="skip")
+    tally = Tally()
+    kept = ["good", "good"] if rest.startswith("good") else ["good"]
+    assert read(pieces, skip, tally) == [*kept, "after"]
+    assert tally.skipped == 1 and "the rest of the file is left out" in tally.places[0]
 
 
 @pytest.mark.parametrize("documents", ["file", "line"])

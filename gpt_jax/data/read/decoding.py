@@ -93,6 +93,14 @@ class Unreadable(ValueError):
 class Damaged(UsageError):
     """The rest of a file cannot be read."""
 
+    remedy = "copy it again"
+
+
+class Broken(Damaged):
+    """The rest of a file cannot be read because nobody can tell where its next row begins."""
+
+    remedy = "mend it"
+
 
 class Decoded(NamedTuple):
     """A text, and how it was decoded."""

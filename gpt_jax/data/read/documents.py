@@ -255,7 +255,7 @@ def read_documents(
         except Damaged as error:
             if reading.on_error == "stop":
                 raise UsageError(
-                    f"{error}; copy it again, or {SKIP}: all of the file from there on"
+                    f"{error}; {error.remedy}, or {SKIP}: all of the file from there on"
                 ) from None
             tally.skip(f"{error}; the rest of the file is left out")
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from gpt_jax.data.read import hub
 from gpt_jax.data.read.decoding import (
+    Broken,
     Damaged,
     Decoded,
     Piece,
@@ -206,7 +207,9 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
     """A row for each row of the table. A quoted cell may hold line ends.
 
     Cells are cut as latin-1, which keeps every byte, and are decoded by themselves afterwards. The
-    reader is strict, so that a stray quote is an error and not a very long cell.
+    reader is strict, so that a stray quote is an error and not a very long cell. Nobody can tell
+    whether what follows the error is inside that cell or a row. So it is all left out, because
+    halves of cells are no documents.
     """
     _check_encodings(piece, reading)
     with opened(piece.source) as file:
@@ -220,6 +223,7 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
         width = 0
         is_header = False
         while True:
+            begin = table.line_num + 1
             try:
                 cells = [cell.encode("latin-1") for cell in next(table)]
                 if column is None:
@@ -232,7 +236,9 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
                     raise UsageError(
                         f"{piece.source.path}: no header can be read: {error}"
                     ) from None
-                yield Raw(Unreadable(f"not CSV at line {table.line_num}: {error}"))
+                raise Broken(
+                    f"{piece.source.path}:{begin}: not CSV at line {table.line_num}: {error}"
+                ) from None
             except StopIteration:
                 return
 
