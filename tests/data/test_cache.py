@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import forks
 import numpy as np
@@ -16,7 +17,7 @@ from gpt_jax.data.stream import dataset
 from gpt_jax.data.tokenizers.bpe import train_bpe
 from gpt_jax.data.tokenizers.spec import resolve_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
-from gpt_jax.data.tokens import cache, split, store
+from gpt_jax.data.tokens import cache, hashes, split, store
 from gpt_jax.data.tokens.hashes import hash_sources
 from gpt_jax.errors import DataError, UsageError
 
@@ -140,6 +141,7 @@ def test_bpe_sees_the_training_side_only(folder):
 
 
 def test_found_again_and_rebuilt_when_the_source_or_settings_change(folder, monkeypatch):
+    monkeypatch.setattr(hashes, "SETTLED_NS", 0)
     builds, write = [], store.write_cache
     monkeypatch.setattr(store, "write_cache", lambda *a: (builds.append(a[0]), write(*a)))
     data = data_for(folder)
@@ -153,15 +155,33 @@ def test_found_again_and_rebuilt_when_the_source_or_settings_change(folder, monk
         texts((changed := prepare(data, quiet)).train, changed.tokenizer)[0][0] == "X"
         and len(builds) == 2
     )
-    os.utime(
-        path, ns=(0, 0)
-    )  # an old file is not read again, and another time alone is no other content
+    os.utime(path, ns=(0, 0))  # another time alone is no other content
     for _ in range(2):
         prepare(data, quiet)
     assert len(builds) == 2 and len(list((folder / "cache").glob("*.stamps"))) == 1
     for changes in ({"tokenizer": "bpe:260"}, {"eval_fraction": 0.5}, {"split": "document"}):
         prepare(data_for(folder, **changes), quiet)
     assert len(builds) == 5
+
+
+def test_content_with_its_old_time_is_another_content(folder, monkeypatch):
+    monkeypatch.setattr(hashes, "SETTLED_NS", 0)
+    found = cache.sources.find_sources((str(folder / "text"),))
+    first = hash_sources(found, folder / "cache", 1)
+    read = []
+    digest = hashes.digest_file
+    monkeypatch.setattr(hashes, "digest_file", lambda path: read.append(path) or digest(path))
+    assert hash_sources(found, folder / "cache", 1) == first and read == []
+
+    path = found[3].path
+    old = path.stat()
+    time.sleep(0.02)  # longer than a tick of the file system's clock
+    with open(path, "r+b") as file:
+        file.write(b"?")
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    second = hash_sources(found, folder / "cache", 1)
+    assert read == [path.resolve()]
+    assert [i for i in range(len(found)) if second[i] != first[i]] == [3]
 
 
 def test_hashes_are_taken_over_only_for_settled_files(folder):

@@ -17,7 +17,7 @@ from prepared import contents, documents, prepare, refused, texts, write_jsonl
 
 from gpt_jax import config, files
 from gpt_jax.commands.prepare import Display, sort_inputs
-from gpt_jax.data.prepare import assemble, survey, units
+from gpt_jax.data.prepare import assemble, identity, survey, units
 from gpt_jax.data.prepare.prepare import Progress
 from gpt_jax.data.read import documents as readers, sources
 from gpt_jax.data.read.decoding import Reading
@@ -424,6 +424,38 @@ def test_the_same_call_again_does_nothing_and_another_is_refused(folder, capsys)
     refused(2, ("is finished, and the input has changed", "a.jsonl"), there, *given)
     refused(2, ("b.jsonl",), there, *given, f"a={folder / 'in/b.jsonl'}")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_input_with_its_old_time_and_size_has_changed(folder, monkeypatch):
+    path = folder / "in/a.jsonl"
+    given = [f"--input={path}"]
+    out = prepare(folder / "out", *given)
+    old = path.stat()
+    path.chmod(0o600)  # the content is the same
+    prepare(out, *given)
+
+    path.write_bytes(path.read_bytes().replace(b"cat", b"dog"))
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert path.stat().st_size == old.st_size
+    refused(2, ("is finished, and the input has changed", "a.jsonl"), f"--output={out}", *given)
+
+    # Much input is not hashed, and then the stamp alone decides.
+    monkeypatch.setattr(identity, "HASHED_BYTES", 0)
+    out = prepare(folder / "two", *given)
+    prepare(out, *given)
+    path.chmod(0o644)
+    refused(2, ("the input has changed", "a.jsonl"), f"--output={out}", *given)
+
+
+def test_inputs_of_an_earlier_version_are_compared_by_what_it_noted(folder):
+    path = folder / "in/a.jsonl"
+    out = prepare(folder / "out", f"--input={path}")
+    facts = path.stat()
+    noted = {str(path): [str(facts.st_size), str(facts.st_mtime_ns)]}
+    (out / corpus.INPUTS).write_text(json.dumps(noted))
+    prepare(out, f"--input={path}")
+    os.utime(path)
+    refused(2, ("the input has changed",), f"--output={out}", f"--input={path}")
 
 
 def test_a_finished_folder_is_looked_at_again(folder, capsys):

@@ -7,6 +7,7 @@ the work of an earlier one only where all of them are the same.
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,8 +19,12 @@ from gpt_jax.data.tokenizers.spec import Spec
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import UsageError
+from gpt_jax.files import digest_file
 
 Say = Callable[[str], None]
+
+# Input of so many bytes at most is hashed when it has become a corpus, which takes seconds.
+HASHED_BYTES = 4e9
 
 # Keys of the settings that are no flags, in words.
 WORDS = {
@@ -127,7 +132,8 @@ def locate(path: Path | str) -> str:
 def stamp(path: Path | str) -> tuple[int, str]:
     """(bytes of a file or a data set, what changes when it does).
 
-    Raises UsageError if it cannot be read.
+    Of a local file these are the times of its content and of its inode, because a program can set
+    back the first. Raises UsageError if it cannot be read.
     """
     if isinstance(path, str):
         return hub.stamp(path) if path.startswith(HUB) else remote.stamp(path)
@@ -135,4 +141,42 @@ def stamp(path: Path | str) -> tuple[int, str]:
         stat = os.stat(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    return stat.st_size, str(stat.st_mtime_ns)
+    return stat.st_size, f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def note_inputs(stamps: Mapping[Path | str, tuple[int, str]]) -> dict[str, list[str]]:
+    """What inputs.json says of each input: bytes, stamp, and SHA-256 of a small local file.
+
+    Raises UsageError if a file cannot be read.
+    """
+    facts = {locate(path): [str(size), stamp] for path, (size, stamp) in stamps.items()}
+    local = [path for path in stamps if isinstance(path, Path)]
+    if sum(stamps[path][0] for path in local) <= HASHED_BYTES:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for path, sha256 in zip(local, pool.map(_hash, local), strict=True):
+                facts[locate(path)].append(sha256)
+    return facts
+
+
+def _hash(path: Path) -> str:
+    try:
+        return digest_file(path).sha256
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def has_changed(place: str, before: list[str], now: list[str]) -> bool:
+    """Whether an input is another than the one that inputs.json tells of.
+
+    Copying a file or changing its owner changes its stamp alone. Its SHA-256 then decides, if it
+    was noted. `now` are the bytes and the stamp.
+    """
+    size, stamp, *sha256 = before
+    if [size, stamp] == now:
+        return False
+    if size != now[0]:
+        return True
+    if sha256:
+        return _hash(Path(place)) != sha256[0]
+    # An earlier version noted the time of the content alone.
+    return " " in stamp or stamp != now[1].partition(" ")[0]

@@ -75,7 +75,12 @@ def _refuse_changed_input(folder: Path, state: dict) -> None:
         return
     saved = json.loads(inputs.read_bytes())
     before = {identity.locate(path): value for path, value in saved.items()}
-    changed = [path for path in {**before, **state} if before.get(path) != state.get(path)]
+    changed = [path for path in {**before, **state} if path not in before or path not in state]
+    changed += [
+        path
+        for path, value in before.items()
+        if path in state and identity.has_changed(path, value, state[path])
+    ]
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise UsageError(

@@ -74,7 +74,7 @@ class Inputs(NamedTuple):
     ]  # by path: bytes, and what changes with the content
 
     def state(self) -> dict[str, list[str]]:
-        """The stamps, as inputs.json has them."""
+        """The stamps, by the places of the files."""
         return {
             identity.locate(path): [str(size), stamp] for path, (size, stamp) in self.stamps.items()
         }
@@ -230,7 +230,8 @@ def _make(call: Call) -> None:
 
     manifest = assemble.assemble(job, todo, made, scans or made, tokenizer, call.about, dropped)
     _check_sides(call, manifest)
-    replace_file(job.folder / corpus.INPUTS, json.dumps(call.inputs.state(), indent=1).encode())
+    inputs = identity.note_inputs(call.inputs.stamps)
+    replace_file(job.folder / corpus.INPUTS, json.dumps(inputs, indent=1).encode())
     replace_file(job.folder / corpus.MANIFEST, corpus.seal(manifest))
 
 

@@ -174,7 +174,10 @@ def stamp(path: str) -> tuple[int, str]:
     folder = Path(name.name)
     paths = [folder] if folder.is_file() else sorted(folder / path for path in walk(folder))
     files = [path for path in paths if path.is_file()]
-    facts = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    facts = []
+    for file in files:
+        stat = file.stat()
+        facts.append([str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     return size, digest_json(facts)
 
 

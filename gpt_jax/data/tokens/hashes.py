@@ -1,6 +1,8 @@
 """SHA-256 of input files, remembered for files that have not changed.
 
-The hashes lie in the cache folder, beside sizes and times, one list for each set of files.
+The hashes lie in the cache folder, beside sizes and times, one list for each set of files. Of the
+times that of the last change of the inode counts too. A program can set back the time of a content,
+and not that one.
 """
 
 import contextlib
@@ -24,9 +26,9 @@ SETTLED_NS = 2_000_000_000
 def hash_sources(sources: tuple[Source, ...], root: Path, workers: int) -> list[str]:
     """SHA-256 of every file, in order.
 
-    A file whose size and time are those of the last hashing is not read again, unless it was
-    younger than SETTLED_NS. A remote file is always read. Raises UsageError for a file that cannot
-    be read, and for a data set of the hub.
+    A file whose size, times and inode are those of the last hashing is not read again, unless it
+    was younger than SETTLED_NS. A remote file is always read. Raises UsageError for a file that
+    cannot be read, and for a data set of the hub.
     """
     paths = [_spell_path(source.path) for source in sources]
     name = hashlib.sha256("\0".join(paths).encode()).hexdigest()[:16]
@@ -40,10 +42,10 @@ def hash_sources(sources: tuple[Source, ...], root: Path, workers: int) -> list[
         rows = pool.map(lambda path: _hash(path, known.get(path), now), paths)
         entries = dict(zip(paths, rows, strict=True))
 
-    settled = {path: entry for path, entry in entries.items() if now - entry[1] > SETTLED_NS}
+    settled = {path: entry for path, entry in entries.items() if now - entry[2] > SETTLED_NS}
     if settled != known:
         _save(stamps, settled, now)
-    return [entries[path][3] for path in paths]
+    return [entries[path][-1] for path in paths]
 
 
 def _spell_path(path: Path | str) -> str:
@@ -52,7 +54,10 @@ def _spell_path(path: Path | str) -> str:
 
 
 def _hash(path: str, known: list | None, now: int) -> list:
-    """[size, time, inode, SHA-256] of a file; `known` if the first three are still the same."""
+    """[size, time, time of the inode, inode, SHA-256] of a file.
+
+    It is `known` if all but the last are still the same.
+    """
     if path.startswith(HUB):
         raise UsageError(
             f"{path}: a data set has no files to know a cache by; run gpt-jax prepare "
@@ -64,11 +69,11 @@ def _hash(path: str, known: list | None, now: int) -> list:
             with remote.open_remote(path) as file:
                 while block := file.read(1 << 18):
                     digest.update(block)
-            return [0, now, 0, digest.hexdigest()]  # as young as can be, so never remembered
+            return [0, now, now, 0, digest.hexdigest()]  # as young as can be, so never remembered
 
         stat = os.stat(path)
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        if known and known[:3] == stamp:
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if known and known[:-1] == stamp:
             return known
         return [*stamp, digest_file(Path(path)).sha256]
     except OSError as error:
