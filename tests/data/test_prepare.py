@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -519,6 +520,50 @@ def test_input_that_changes_between_two_calls_is_read_again(folder, monkeypatch)
     prepare(folder / "out", *given)
     assert documents(folder / "out")["text"]["train"] == texts(20, 9) + texts(40, 2)
     assert contents(folder / "out") == contents(prepare(folder / "fresh", *given))
+
+
+def test_work_of_another_version_of_the_program_is_refused(folder, monkeypatch):
+    """A finished folder is not: all of it is of one version."""
+    out = folder / "out"
+    given = [f"--input={folder / 'in'}", "--piece_mb=0.002"]
+    run = units.tokenize
+    made = []
+
+    def stopping(job, unit, tick, **more):
+        made.append(unit.name)
+        if len(made) == 3:
+            raise OSError(errno.EIO, "gone")
+        return run(job, unit, tick, **more)
+
+    monkeypatch.setattr(units, "tokenize", stopping)
+    refused(2, ("gone",), f"--output={out}", *given)
+    real = identity.identify_program()
+    settings = json.loads((out / "work/settings.json").read_bytes())
+    assert settings["program"] == real
+
+    other = {**real, "code": "0123abcd"}
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "identify_program", lambda: other)
+        words = (f"code was {real['code']} and is 0123abcd", "another version", "remove this one")
+        refused(2, words, f"--output={out}", *given)
+
+    prepare(out, *given)
+    monkeypatch.setattr(identity, "identify_program", lambda: other)
+    prepare(out, *given)
+
+
+def test_the_version_of_the_program_is_its_code(tmp_path):
+    shutil.copytree(identity.DATA, tmp_path / "data")
+    before = identity.digest_sources(tmp_path / "data")
+    assert before == identity.digest_sources(identity.DATA)
+    seen = {before}
+    for room in identity.ROOMS:
+        with open(sorted((tmp_path / "data" / room).glob("*.py"))[-1], "a") as file:
+            file.write("\n")
+        seen.add(identity.digest_sources(tmp_path / "data"))
+    assert len(seen) == 1 + len(identity.ROOMS)
+    with pytest.raises(UsageError, match="code was not noted and is"):
+        identity.refuse_other_program(tmp_path, None, identity.identify_program())
 
 
 @pytest.fixture

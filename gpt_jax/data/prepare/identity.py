@@ -1,14 +1,18 @@
 """What tells one call of `gpt-jax prepare` from another.
 
 That is its settings, the code of its filters, and the state of its input. A later call continues
-the work of an earlier one only where all of them are the same.
+the work of an earlier one only where all of them are the same, and the program is too.
 """
 
+import contextlib
+import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 from gpt_jax.data.prepare import filters
@@ -22,6 +26,20 @@ from gpt_jax.errors import UsageError
 from gpt_jax.files import digest_file
 
 Say = Callable[[str], None]
+
+DATA = Path(__file__).resolve().parents[1]  # gpt_jax/data
+# Rooms of the code that turns text into shards.
+ROOMS = ("read", "tasks", "tokenizers", "tokens", "prepare")
+# Packages whose other version may read, filter or tokenize otherwise.
+PACKAGES = (
+    "datasets",
+    "datasketch",
+    "numpy",
+    "py3langid",
+    "pyarrow",
+    "sentencepiece",
+    "tokenizers",
+)
 
 # Input of so many bytes at most is hashed when it has become a corpus, which takes seconds.
 HASHED_BYTES = 4e9
@@ -72,6 +90,53 @@ def refuse_other(folder: Path, then: dict, now: dict) -> None:
             f"--output={folder}: was begun with other settings: {differences}; give the same ones, "
             "choose another folder, or remove this one"
         )
+
+
+# ---- the program ----
+
+
+def identify_program() -> dict[str, str]:
+    """What decides the output beside settings and input: our code, Python and packages."""
+    program = {
+        "code": digest_sources(DATA),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            program[name] = metadata.version(name)
+    return program
+
+
+def digest_sources(folder: Path) -> str:
+    """Eight hex digits of the .py files of ROOMS, which lie in `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(path for room in ROOMS for path in (folder / room).glob("*.py")):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def refuse_other_program(folder: Path, then: dict | None, now: dict) -> None:
+    """Raises UsageError if another version of the program began the work.
+
+    `then` is what it noted, which is None for versions that noted nothing.
+    """
+    if then == now:
+        return
+    then = then or {}
+    differences = ", ".join(
+        f"{key} was {then.get(key, 'not noted')} and is {now.get(key, 'missing')}"
+        for key in {**now, **then}
+        if then.get(key) != now.get(key)
+    )
+    raise UsageError(
+        f"--output={folder}: was begun by another version of this program: {differences}; the two "
+        "may make different tokens, so finish it with that version, choose another folder, or "
+        "remove this one"
+    )
+
+
+# ---- settings of an earlier call ----
 
 
 def read_settings(folder: Path) -> dict:

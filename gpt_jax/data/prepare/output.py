@@ -113,13 +113,18 @@ def make_room(folder: Path) -> None:
 def begin(folder: Path, about: dict, say: Say) -> None:
     """Writes the settings of the work, or checks that they are those of an earlier call.
 
+    The version of the program is among them, because a corpus of two versions would be of neither.
     The caller holds the lock, so a call that is refused leaves no settings behind.
     """
     work = folder / WORK
     settings = work / "settings.json"
+    program = identity.identify_program()
     # Before the first unit is done, a call with other settings would lose nothing.
     if settings.exists() and any(work.glob("*-*.json")):
-        identity.refuse_other(folder, json.loads(settings.read_bytes()), about)
+        saved = json.loads(settings.read_bytes())
+        begun_by = saved.pop("program", None)
+        identity.refuse_other(folder, saved, about)
+        identity.refuse_other_program(folder, begun_by, program)
         say(f"{folder}: goes on from where an earlier call ended")
     else:
-        replace_file(settings, json.dumps(about).encode())
+        replace_file(settings, json.dumps(about | {"program": program}).encode())
