@@ -1,11 +1,12 @@
-"""Files that are whole or absent, and digests of their content."""
+"""Files that are whole or absent, digests of their content, and locks between processes."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -83,3 +84,30 @@ def is_inside(name: str) -> bool:
     parts = name.split("/")
     is_plain = not any(part in ("", ".", "..") for part in parts)
     return is_plain and "\\" not in name and "\0" not in name
+
+
+def _pass() -> None:
+    """Says nothing of waiting."""
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, wait: Callable[[], None] | None = _pass) -> Iterator[None]:
+    """Holds the lock of a file, which is made if need be and keeps its content.
+
+    If another process holds it, `wait` is called before waiting. Without `wait` that raises
+    BlockingIOError. Raises OSError for a file that cannot be opened, and for a link.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    handle = os.open(path, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait is None:
+                raise
+            wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        # Closing the file gives the lock back, and so does the end of the process, however it ends.
+        os.close(handle)

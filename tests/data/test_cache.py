@@ -1,25 +1,32 @@
 """Token files: the split, files that are used again or rebuilt, and no half of a file."""
 
 import errno
+import gzip
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import forks
+import fsspec
 import numpy as np
 import pytest
 from streams import make_stream
 
 from gpt_jax import config
+from gpt_jax.data.read import remote
 from gpt_jax.data.stream import dataset
 from gpt_jax.data.tokenizers.bpe import train_bpe
 from gpt_jax.data.tokenizers.spec import resolve_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
-from gpt_jax.data.tokens import cache, hashes, split, store
+from gpt_jax.data.tokens import cache, copies, hashes, split, store
 from gpt_jax.data.tokens.hashes import hash_sources
 from gpt_jax.errors import DataError, UsageError
+from gpt_jax.files import hold_lock
 
 WORDS = "the cat sat on the mat and 我是猫 looked at 👍 it all day long\n"
 
@@ -255,6 +262,120 @@ def start(folder, how):
         cwd=forks.ROOT,
         env=os.environ | {"PYTHONPATH": str(forks.ROOT)},
     )
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The URLs that were opened to be read, one for each time."""
+    urls = []
+    open_remote = remote.open_remote
+    monkeypatch.setattr(remote, "open_remote", lambda url: urls.append(url) or open_remote(url))
+    return urls
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """The URL of a folder of a store with two texts, and the folder of the store."""
+    memory = fsspec.filesystem("memory")
+    folder = f"/{tmp_path.name}"
+    memory.pipe(f"{folder}/a.txt", (WORDS * 9).encode())
+    memory.pipe(f"{folder}/b.txt.gz", gzip.compress(b"packed " * 99))
+    yield f"memory:/{folder}", folder
+    memory.rm(folder, recursive=True)
+
+
+def test_a_text_of_a_store_is_read_once(tmp_path, bucket, opened, monkeypatch):
+    monkeypatch.setattr(remote, "SETTLED_SECONDS", 0)
+    url, folder = bucket
+    data = config.Data(path=(url,), cache=str(tmp_path / "cache"), tokenizer="bpe:280")
+    first = prepare(data, quiet)
+    assert sorted(opened) == [f"{url}/a.txt", f"{url}/b.txt.gz"]
+    wanted = [WORDS * 9, "packed " * 99]
+    assert texts(first.train, first.tokenizer) + texts(first.eval, first.tokenizer) == wanted
+    assert {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()}.isdisjoint(
+        {"copies"}
+    )
+
+    # Neither is it read again at a later start.
+    again = prepare(data, quiet)
+    assert again.content == first.content and len(opened) == 2
+    # Another tokenizer needs the text, and not its hash.
+    prepare(replace(data, tokenizer="bytes"), quiet)
+    assert len(opened) == 4
+
+    # A changed text is another one, also with its size as before.
+    fsspec.filesystem("memory").pipe(f"{folder}/a.txt", (WORDS * 9).replace("cat", "dog").encode())
+    changed = prepare(data, quiet)
+    assert changed.content != first.content and len(opened) == 6
+    assert "dog" in texts(changed.train, changed.tokenizer)[0]
+
+
+def test_a_young_text_of_a_store_is_read_at_every_start(tmp_path, bucket, opened):
+    """The store has no tag of its content, so a change may hide in the grain of its clock."""
+    url, _ = bucket
+    data = config.Data(path=(f"{url}/a.txt",), cache=str(tmp_path / "cache"))
+    first = prepare(data, quiet)
+    assert prepare(data, quiet).content == first.content and len(opened) == 2
+    assert remote.find_version(f"{url}/a.txt").sure is False
+
+
+def test_a_tag_of_the_content_makes_a_version_sure(bucket, monkeypatch):
+    url, _ = bucket
+    info = fsspec.filesystem("memory").info
+    monkeypatch.setattr(
+        type(fsspec.filesystem("memory")),
+        "info",
+        lambda self, path: info(path) | {"ETag": '"0123"'},
+    )
+    version = remote.find_version(f"{url}/a.txt")
+    assert (
+        version.sure
+        and version.stamp.endswith('"0123"')
+        and version.size == len(WORDS.encode()) * 9
+    )
+
+
+def test_refusals_of_a_text_of_a_store_name_its_url(tmp_path, bucket):
+    url, folder = bucket
+    fsspec.filesystem("memory").pipe(f"{folder}/bad.txt", b"a\xff")
+    with pytest.raises(UsageError) as refusal:
+        prepare(config.Data(path=(url,), cache=str(tmp_path / "cache")), quiet)
+    assert str(refusal.value).startswith(f"{url}/bad.txt:")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_processes_read_a_text_of_a_store_once(tmp_path, bucket, opened, monkeypatch):
+    """Threads stand for processes here: a lock of a file is between its openings."""
+    monkeypatch.setattr(remote, "SETTLED_SECONDS", 0)
+    url, _ = bucket
+    data = config.Data(path=(url,), cache=str(tmp_path / "cache"))
+    with ThreadPoolExecutor(4) as pool:
+        contents = list(pool.map(lambda _: prepare(data, quiet).content, range(4)))
+    assert len(set(contents)) == 1 and len(opened) <= 4  # to hash, and of one process to build
+
+
+def test_copies_of_a_killed_process_are_removed(tmp_path, bucket):
+    url, _ = bucket
+    for name in ("dead", "alive"):
+        (tmp_path / f"copies-{name}").mkdir()
+    with hold_lock(tmp_path / "copies-alive.lock"), copies.Copies(tmp_path) as mine:
+        mine.fetch(f"{url}/a.txt")
+        left = sorted(path.name for path in tmp_path.glob("copies-*") if path.is_dir())
+        assert len(left) == 2 and "copies-alive" in left
+    assert [path.name for path in tmp_path.glob("copies-*") if path.is_dir()] == ["copies-alive"]
+
+
+def test_a_lock_that_is_a_link_empties_nothing(folder):
+    data = data_for(folder)
+    got = prepare(data, quiet)
+    lock = got.folder.with_suffix(".lock")
+    (folder / "precious").write_text("content")
+    lock.unlink()
+    lock.symlink_to(folder / "precious")
+    shutil.rmtree(got.folder)
+    with pytest.raises(UsageError, match=r"config.data.cache = .*symbolic links"):
+        prepare(data, quiet)
+    assert (folder / "precious").read_text() == "content"
 
 
 def test_kill_while_building_leaves_nothing_usable(folder):

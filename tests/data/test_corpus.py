@@ -6,6 +6,7 @@ Damage is named and never read over.
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -266,6 +267,22 @@ def test_a_corpus_on_a_store_is_copied_once(made, tmp_path):
         mirror(url, tmp_path / "cache", lines.append)
 
 
+def test_of_many_processes_one_copies(made, tmp_path, monkeypatch):
+    """Threads stand for processes here: a lock of a file is between its openings."""
+    opened = []
+    open_remote = remote.open_remote
+    monkeypatch.setattr(remote, "open_remote", lambda url: opened.append(url) or open_remote(url))
+    lines = []
+    with ThreadPoolExecutor(4) as pool:
+        folders = pool.map(
+            lambda _: mirror(f"file://{made}", tmp_path / "cache", lines.append), range(4)
+        )
+        assert len(set(folders)) == 1
+    files = [url for url in opened if not url.endswith(corpus.MANIFEST)]
+    assert len(files) == len(set(files)) == len(corpus.read_manifest(made)["files"])
+    assert sum("copying" in line for line in lines) == 1
+
+
 @pytest.mark.parametrize(
     "where, name",
     [
@@ -340,7 +357,8 @@ def test_a_mirror_needs_room(made, tmp_path, monkeypatch):
     monkeypatch.setattr("gpt_jax.data.tokens.mirror.sync_file", full)
     with pytest.raises(UsageError, match=r"config.data.cache = .*No space left"):
         mirror(f"file://{made}", tmp_path / "cache", lambda line: None)
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert [path.suffix for path in left] == [".lock"]
 
 
 @pytest.mark.parametrize(

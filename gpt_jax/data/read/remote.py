@@ -6,9 +6,11 @@ without any store.
 
 import contextlib
 import io
+import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -27,6 +29,13 @@ PACKAGES = {
     "abfs": "adlfs",
     "oss": "ossfs",
 }
+
+
+# What stores call a text that changes with the content of a file.
+CONTENT_TAGS = ("ETag", "etag", "generation", "md5Hash", "Content-MD5", "Digest")
+# A file that is younger may change again without another time.
+SETTLED_SECONDS = 2.0
+BLOCK = 1 << 22
 
 
 def is_remote(path: Path | str) -> bool:
@@ -153,8 +162,50 @@ def glob(url: str) -> list[str]:
         return sorted(files.unstrip_protocol(path) for path in files.glob(pattern))
 
 
-def stamp(url: str) -> tuple[int, str]:
-    """(bytes of the file at `url`, a text of the store that changes when the file does)."""
+class Version(NamedTuple):
+    """What a store says of a file, without reading it."""
+
+    size: int
+    stamp: str  # a text that changes when the file does, as far as the store tells
+    # Whether the stamp surely changes with the content: the store gives a tag of the content, or
+    # the file is so old that no change can hide in the grain of a clock.
+    sure: bool
+
+
+def find_version(url: str) -> Version:
+    """The version of the file at `url`. Raises UsageError if it cannot be reached."""
     with reaching(url):
         files, path = url_to_fs(url)
-        return int(files.size(path) or 0), str(files.ukey(path))
+        facts = files.info(path)
+        tags = [str(facts[key]) for key in CONTENT_TAGS if facts.get(key)]
+        # Some stores, such as https://, have a key that never changes.
+        stamp = " ".join([str(files.ukey(path)), *tags])
+        sure = bool(tags) or _is_settled(files, path, facts)
+        return Version(int(facts.get("size") or 0), stamp, sure)
+
+
+def _is_settled(files, path: str, facts: dict) -> bool:
+    """Whether the times of a file are known and older than SETTLED_SECONDS."""
+    try:
+        moments = [files.modified(path), facts.get("created") or 0]
+        seconds = [x.timestamp() if isinstance(x, datetime) else float(x) for x in moments]
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return time.time() - max(seconds) > SETTLED_SECONDS
+
+
+def stamp(url: str) -> tuple[int, str]:
+    """(bytes of the file at `url`, a text of the store that changes when the file does)."""
+    version = find_version(url)
+    return version.size, version.stamp
+
+
+def read_blocks(url: str) -> Iterator[bytes]:
+    """The file at `url`, in blocks. Raises UsageError for whatever the store or network says."""
+    with open_remote(url) as file:
+        while True:
+            with reaching(url):
+                block = file.read(BLOCK)
+            if not block:
+                return
+            yield block

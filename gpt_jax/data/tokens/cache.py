@@ -4,20 +4,22 @@ The cache is keyed by the content of the files, how they are split and what toke
 changed source gets another cache, and the cache of an unchanged one is used again.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from gpt_jax import config
-from gpt_jax.data.read import sources
+from gpt_jax.data.read import remote, sources
 from gpt_jax.data.read.sources import Source
 from gpt_jax.data.tokenizers.spec import Spec, make_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards, split, store
-from gpt_jax.data.tokens.hashes import hash_sources
+from gpt_jax.data.tokens.copies import Copies
+from gpt_jax.data.tokens.hashes import hash_sources, locate_stamps
 from gpt_jax.data.tokens.shards import Tokens
 from gpt_jax.errors import DataError, UsageError
-from gpt_jax.files import digest_json
+from gpt_jax.files import digest_json, hold_lock
 
 Report = Callable[[str], None]
 
@@ -64,6 +66,36 @@ def _digest_content(
     return digest_json(len(train), kinds, hashes, reading, splitting)
 
 
+def _hash_once(
+    everything: tuple[Source, ...], root: Path, workers: int, copies: Copies, report: Report
+) -> list[str]:
+    """`hash_sources`. Of several processes that share the cache, one reads a text of a store."""
+    root.mkdir(parents=True, exist_ok=True)
+    # A cache that is finished may be read-only, and then nothing is built or remembered.
+    is_remote = any(remote.is_remote(source.path) for source in everything)
+    if not (is_remote and os.access(root, os.W_OK)):
+        return hash_sources(everything, root, workers)
+
+    def read_remote(url: str) -> str:
+        return copies.fetch(url).sha256
+
+    def wait() -> None:
+        report("data: waiting for another process that reads the same text from its store")
+
+    with hold_lock(locate_stamps(everything, root).with_suffix(".lock"), wait):
+        return hash_sources(everything, root, workers, read_remote)
+
+
+def _check_unchanged(
+    everything: tuple[Source, ...], root: Path, data: config.Data, hashes: list[str]
+) -> None:
+    """Raises DataError if a local file has another SHA-256 by now. Remote ones were copied."""
+    places = [i for i, source in enumerate(everything) if not remote.is_remote(source.path)]
+    local = tuple(everything[i] for i in places)
+    if hash_sources(local, root, data.workers) != [hashes[i] for i in places]:
+        raise DataError(f"{', '.join(data.path)}: changed while being read; start again")
+
+
 def _load_or_build(
     data: config.Data,
     train: tuple[Source, ...],
@@ -75,31 +107,30 @@ def _load_or_build(
     root = Path(data.cache).expanduser()
     everything = (*train, *held)
     names = [source.name for source in everything]
-    if isinstance(tokenizer, Spec):
-        tokenizer_key = tokenizer.name
-        wants_characters = tokenizer.needs_characters
-    else:
-        tokenizer_key = tokenizer.fingerprint
-        wants_characters = False
+    key = tokenizer.name if isinstance(tokenizer, Spec) else tokenizer.fingerprint
+    wants_characters = isinstance(tokenizer, Spec) and tokenizer.needs_characters
 
     try:
-        hashes = hash_sources(everything, root, data.workers)
-        content = _digest_content(data, train, held, hashes)
-        folder = root / digest_json(store.FORMAT, names, content, tokenizer_key)
+        with Copies(root) as copies, copies.name_urls():
+            hashes = _hash_once(everything, root, data.workers, copies, report)
+            content = _digest_content(data, train, held, hashes)
+            folder = root / digest_json(store.FORMAT, names, content, key)
 
-        def build(building: Path) -> None:
-            corpus = split.plan_split(train, held, data, wants_characters)
-            for note in corpus.notes:
-                report(f"data: {note}")
-            using = tokenizer
-            if isinstance(using, Spec):
-                using = _make_tokenizer(using, corpus, report)
-            about = {"hashes": hashes}
-            store.write_cache(building, corpus.texts(), using, data.workers, report, names, about)
-            if hash_sources(everything, root, data.workers) != hashes:
-                raise DataError(f"{', '.join(data.path)}: changed while being read; start again")
+            def build(building: Path) -> None:
+                local = copies.localize(everything, hashes)
+                sides = local[: len(train)], local[len(train) :]
+                corpus = split.plan_split(*sides, data, wants_characters)
+                for note in corpus.notes:
+                    report(f"data: {note}")
+                using = tokenizer
+                if isinstance(using, Spec):
+                    using = _make_tokenizer(using, corpus, report)
+                about = {"hashes": hashes}
+                texts = corpus.texts()
+                store.write_cache(building, texts, using, data.workers, report, names, about)
+                _check_unchanged(everything, root, data, hashes)
 
-        sides, using = store.load_or_build(folder, build, report)
+            sides, using = store.load_or_build(folder, build, report)
     except OSError as error:
         raise UsageError(
             f"config.data.cache = {data.cache!r}: {error.strerror or error}; choose a folder that "

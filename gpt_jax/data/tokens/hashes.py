@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,23 +24,42 @@ from gpt_jax.files import digest_file
 SETTLED_NS = 2_000_000_000
 
 
-def hash_sources(sources: tuple[Source, ...], root: Path, workers: int) -> list[str]:
+def hash_remote(url: str) -> str:
+    """SHA-256 of a file of a store. Raises UsageError if it cannot be read."""
+    digest = hashlib.sha256()
+    for block in remote.read_blocks(url):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def locate_stamps(sources: tuple[Source, ...], root: Path) -> Path:
+    """Where the hashes of a set of files are remembered."""
+    paths = "\0".join(_spell_path(source.path) for source in sources)
+    return root / f"{hashlib.sha256(paths.encode()).hexdigest()[:16]}.stamps"
+
+
+def hash_sources(
+    sources: tuple[Source, ...],
+    root: Path,
+    workers: int,
+    read_remote: Callable[[str], str] = hash_remote,
+) -> list[str]:
     """SHA-256 of every file, in order.
 
     A file whose size, times and inode are those of the last hashing is not read again, unless it
-    was younger than SETTLED_NS. A remote file is always read. Raises UsageError for a file that
-    cannot be read, and for a data set of the hub.
+    was younger than SETTLED_NS. A remote file is not read again if its store has a sure version of
+    it that is still the same; else `read_remote` gives its SHA-256. Raises UsageError for a file
+    that cannot be read, and for a data set of the hub.
     """
     paths = [_spell_path(source.path) for source in sources]
-    name = hashlib.sha256("\0".join(paths).encode()).hexdigest()[:16]
-    stamps = root / f"{name}.stamps"
+    stamps = locate_stamps(sources, root)
     known = {}
     with contextlib.suppress(OSError, ValueError):  # a lost or torn list costs one more hashing
         known = json.loads(stamps.read_bytes())
 
     now = time.time_ns()
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        rows = pool.map(lambda path: _hash(path, known.get(path), now), paths)
+        rows = pool.map(lambda path: _hash(path, known.get(path), now, read_remote), paths)
         entries = dict(zip(paths, rows, strict=True))
 
     settled = {path: entry for path, entry in entries.items() if now - entry[2] > SETTLED_NS}
@@ -53,10 +73,12 @@ def _spell_path(path: Path | str) -> str:
     return path if isinstance(path, str) else str(path.resolve())
 
 
-def _hash(path: str, known: list | None, now: int) -> list:
+def _hash(path: str, known: list | None, now: int, read_remote: Callable[[str], str]) -> list:
     """[size, time, time of the inode, inode, SHA-256] of a file.
 
-    It is `known` if all but the last are still the same.
+    It is `known` if all but the last are still the same. A remote file has its store's stamp as the
+    time, and 0 as the time of the inode if that is sure. Without a sure stamp it is as young as can
+    be, so it is never remembered.
     """
     if path.startswith(HUB):
         raise UsageError(
@@ -65,11 +87,14 @@ def _hash(path: str, known: list | None, now: int) -> list:
         )
     try:
         if remote.is_remote(path):
-            digest = hashlib.sha256()
-            with remote.open_remote(path) as file:
-                while block := file.read(1 << 18):
-                    digest.update(block)
-            return [0, now, now, 0, digest.hexdigest()]  # as young as can be, so never remembered
+            version = remote.find_version(path)
+            stamp = [version.size, version.stamp, 0, 0]
+            if version.sure and known and known[:-1] == stamp:
+                return known
+            sha256 = read_remote(path)
+            if not version.sure or remote.find_version(path) != version:
+                stamp[2] = now
+            return [*stamp, sha256]
 
         stat = os.stat(path)
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

@@ -4,7 +4,7 @@ Training reads rows by place all over the shards, which a store serves a thousan
 a disk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,10 +12,9 @@ from gpt_jax.data.read import remote
 from gpt_jax.data.read.sources import HUB
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import DataError, UsageError
-from gpt_jax.files import Digest, digest_file, replacing, sync_file, write_file
+from gpt_jax.files import Digest, digest_file, hold_lock, replacing, sync_file, write_file
 
 COPIES = 8  # files copied at once
-BLOCK = 1 << 22
 
 
 def is_remote_corpus(url: str) -> bool:
@@ -28,17 +27,6 @@ def is_remote_corpus(url: str) -> bool:
     return remote.exists(f"{url.rstrip('/')}/{corpus.MANIFEST}")
 
 
-def _read_blocks(url: str) -> Iterator[bytes]:
-    """The file at `url`, in blocks. Raises UsageError for whatever the store or network says."""
-    with remote.open_remote(url) as file:
-        while True:
-            with remote.reaching(url):
-                block = file.read(BLOCK)
-            if not block:
-                return
-            yield block
-
-
 def _copy(url: str, path: Path, wanted: Digest) -> None:
     """Copies one file, unless it lies there already. Raises DataError if it is damaged there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +34,7 @@ def _copy(url: str, path: Path, wanted: Digest) -> None:
         return
     with replacing(path) as temporary:
         with open(temporary, "wb") as out:
-            for block in _read_blocks(url):
+            for block in remote.read_blocks(url):
                 out.write(block)
             sync_file(out)
         if digest_file(temporary) != wanted:
@@ -57,33 +45,46 @@ def mirror(url: str, cache: Path, say: Callable[[str], None]) -> Path:
     """The folder below `cache` that holds the corpus at `url`, copied there if need be.
 
     The folder is named by its content. Each file is checked against its SHA-256, and appears whole
-    or not at all; the manifest comes last. Files of an earlier call that was killed stay.
+    or not at all; the manifest comes last. Files of an earlier call that was killed stay. Of
+    several processes that share the cache, one copies and the others wait.
 
     Raises UsageError when the corpus cannot be reached or there is no room, and DataError for a
     file that is damaged on the store.
     """
     url = url.rstrip("/")
-    raw = b"".join(_read_blocks(f"{url}/{corpus.MANIFEST}"))
+    raw = b"".join(remote.read_blocks(f"{url}/{corpus.MANIFEST}"))
     manifest = corpus.parse_manifest(raw, f"{url}/{corpus.MANIFEST}")
     folder = cache / f"corpus-{manifest['digest'][:20]}"
     if corpus.is_corpus(folder):
         return folder
 
-    files = manifest["files"]
-    megabytes = sum(size for size, _ in files.values()) / 1e6
-    say(f"data: copying {megabytes:,.0f} MB from {url} to {folder}")
-
-    def copy(name: str) -> None:
-        _copy(f"{url}/{name}", folder / name, Digest(*files[name]))
+    def wait() -> None:
+        say(f"data: waiting for another process that copies {url}")
 
     try:
-        with ThreadPoolExecutor(COPIES) as pool:
-            list(pool.map(copy, files))
-        with replacing(folder / corpus.MANIFEST) as temporary:
-            write_file(temporary, raw)
+        cache.mkdir(parents=True, exist_ok=True)
+        with hold_lock(folder.with_suffix(".lock"), wait):
+            if not corpus.is_corpus(folder):
+                _copy_corpus(url, folder, raw, manifest["files"], say)
     except OSError as error:
         raise UsageError(
             f"config.data.cache = {cache}: no copy of {url} there: {error.strerror or error}; "
             "choose a folder that can be written and has room"
         ) from None
     return folder
+
+
+def _copy_corpus(
+    url: str, folder: Path, raw: bytes, files: dict, say: Callable[[str], None]
+) -> None:
+    """Copies the files of a manifest, and then the manifest itself, which is `raw`."""
+    megabytes = sum(size for size, _ in files.values()) / 1e6
+    say(f"data: copying {megabytes:,.0f} MB from {url} to {folder}")
+
+    def copy(name: str) -> None:
+        _copy(f"{url}/{name}", folder / name, Digest(*files[name]))
+
+    with ThreadPoolExecutor(COPIES) as pool:
+        list(pool.map(copy, files))
+    with replacing(folder / corpus.MANIFEST) as temporary:
+        write_file(temporary, raw)

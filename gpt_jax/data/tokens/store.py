@@ -6,7 +6,6 @@ disk. So a kill in the middle leaves nothing that looks usable.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards
 from gpt_jax.data.tokens.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.errors import UsageError
-from gpt_jax.files import write_file
+from gpt_jax.files import hold_lock, write_file
 
 FORMAT = 3
 BATCH_CHARACTERS = 1 << 23  # encoded at once, and held in memory meanwhile
@@ -188,19 +187,6 @@ def _open_side(folder: Path, side: str, meta: dict, origins: tuple[Origin, ...])
 # ---- building once ----
 
 
-@contextlib.contextmanager
-def _lock(path: Path, report: Report) -> Iterator[None]:
-    """Holds the lock of a cache. Waits, and reports it, while another process holds it."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"data: waiting for another process that builds {path.with_suffix('').name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        # Closing the file gives the lock back, and so does the end of the process, however it ends.
-        yield
-
-
 def load_or_build(
     folder: Path, build: Callable[[Path], None], report: Report
 ) -> tuple[dict[str, Tokens | None], Tokenizer]:
@@ -214,7 +200,11 @@ def load_or_build(
             return load_cache(folder)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_suffix(".lock"), report):
+
+    def wait() -> None:
+        report(f"data: waiting for another process that builds {folder.name}")
+
+    with hold_lock(folder.with_suffix(".lock"), wait):
         if folder.is_dir():
             try:
                 return load_cache(folder)
