@@ -267,7 +267,7 @@ def all_pairs(signatures, threshold):
     return found
 
 
-def test_bands_find_what_all_pairs_find():
+def test_rare_hashes_find_what_all_pairs_find():
     rng = np.random.default_rng(0)
     signatures = rng.integers(0, 2**32, (300, 64), np.uint64).astype(np.uint32)
     for i in range(1, 300, 2):  # like an earlier one in 64 to 32 places
@@ -275,7 +275,7 @@ def test_bands_find_what_all_pairs_find():
     for threshold in (0.6, 0.8, 1.0):
         found = find_near_duplicates(signatures, threshold)
         exact = all_pairs(signatures, threshold)
-        assert exact.sum() >= 5 and (found != exact).mean() < 0.02
+        assert exact.sum() >= 5 and (found == exact).all()
     copies = np.repeat(signatures[[0, 2, 4]], 4, 0)
 
     assert find_near_duplicates(copies).tolist() == [False, True, True, True] * 3
@@ -285,12 +285,52 @@ def test_bands_find_what_all_pairs_find():
     )
 
 
-def test_bands_are_as_wide_as_finds_99_of_100():
-    for permutations, threshold in [(64, 0.8), (64, 0.5), (128, 0.95), (256, 0.3)]:
-        rows = duplicates.choose_band_rows(permutations, threshold)
-        missed = [(1 - threshold**r) ** (permutations // r) for r in (rows, rows + 1)]
-        assert missed[0] <= 0.01 < missed[1]
-    assert duplicates.choose_band_rows(64, 0.01) == 1 and duplicates.choose_band_rows(64, 1.0) == 64
+def test_the_least_number_of_equal_hashes():
+    for permutations, threshold in [(64, 0.8), (64, 0.5), (128, 0.95), (256, 0.3), (10, 0.7)]:
+        least = duplicates.count_agreeing(permutations, threshold)
+        assert (least - 1) / permutations < threshold <= least / permutations
+
+
+def templated(count, shared, seed=0):
+    """Signatures of texts of one template: `shared` of 64 hashes come from it, a part changed."""
+    rng = np.random.default_rng(seed)
+    template, *signatures = rng.integers(0, 2**32, (count + 1, 64), np.uint64).astype(np.uint32)
+    for row in signatures:
+        places = rng.permutation(64)[:shared]
+        row[places] = template[places]
+    return np.stack(signatures)
+
+
+def count_compared(monkeypatch, signatures, threshold=0.8):
+    """How many pairs are compared, and what is said."""
+    sizes = []
+    find = duplicates.Shelves.find
+
+    def counting(self, shelves):
+        near, has_more = find(self, shelves)
+        sizes.append(len(near))
+        return near, has_more
+
+    lines = []
+    with monkeypatch.context() as patch:
+        patch.setattr(duplicates.Shelves, "find", counting)
+        found = find_near_duplicates(signatures, threshold, lines.append)
+    assert (found == all_pairs(signatures, threshold)).all()
+    return sum(sizes), lines
+
+
+def test_texts_of_one_template_are_not_all_compared(monkeypatch):
+    """Similar by 0.56 on average, they are no copies at 0.8."""
+    pairs, lines = count_compared(monkeypatch, templated(600, 48))
+    assert pairs < 600 and lines == []
+
+
+def test_what_almost_all_share_is_compared_a_bounded_number_of_times(monkeypatch):
+    """Here even the rarest hashes are those of the template, and that is said."""
+    monkeypatch.setattr(duplicates, "COMPARED", 5)
+    pairs, lines = count_compared(monkeypatch, templated(300, 54))
+    assert 300 < pairs < 300 * 5 * 4  # of 45,000
+    assert len(lines) == 1 and "compared with the last 5" in lines[0]
 
 
 def test_a_chain_of_likenesses_keeps_one_that_is_like_what_goes():

@@ -212,7 +212,7 @@ def _make(call: Call) -> None:
     keys = None
     dropped = (0, 0)
     if settings.dedup != "none":
-        keys, *dropped = survey.decide(job, todo, scans)
+        keys, *dropped = survey.decide(job, todo, scans, call.say)
 
     tokenizer = call.tokenizer
     if isinstance(tokenizer, Spec):
