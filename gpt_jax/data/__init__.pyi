@@ -7,9 +7,7 @@ from .prepare.workers import ENGINES as ENGINES
 from .read.decoding import Reading as Reading
 from .read.sources import EMPTY_PATHS as EMPTY_PATHS
 from .stream.batches import (
-    EvalBatches as EvalBatches,
     Examples as Examples,
-    Stream as Stream,
     check_sizes as check_sizes,
     make_eval_batches as make_eval_batches,
     make_examples as make_examples,
@@ -21,6 +19,10 @@ from .stream.dataset import (
     load_heldout as load_heldout,
 )
 from .stream.rows import make_columns as make_columns
+from .stream.streams import (
+    EvalBatches as EvalBatches,
+    Stream as Stream,
+)
 from .tokenizers.spec import (
     Spec as Spec,
     resolve_tokenizer as resolve_tokenizer,

@@ -1,13 +1,9 @@
-"""Streams of batches, which Grain reads ahead off the main thread.
+"""Training rows and held-out rows by number, mixed from sources, and the streams of them."""
 
-A batch is a pure function of its number. The only state is therefore the number of the next batch,
-and the share of a process is a slice of the rows. Nothing here knows how many processes there are.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import grain
 import numpy as np
 
 from gpt_jax import config
@@ -24,6 +20,7 @@ from gpt_jax.data.stream.rows import (
     check_ids,
     make_columns,
 )
+from gpt_jax.data.stream.streams import Batches, EvalBatches, Stream, open_guard
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens.shards import Tokens
 from gpt_jax.errors import UsageError
@@ -111,92 +108,6 @@ class Examples:
         """
         source, nth = self.assign(np.array([index]))
         return int(source[0]), self.rows[source[0]].spans(int(nth[0]))
-
-
-class Batches:
-    """Random access to batches.
-
-    `self[n]` is rows `n * batch_size + rows` as columns [len(rows), T].
-    """
-
-    def __init__(self, make, batch_size: int, rows: slice, count: int):
-        self._make = make
-        self._batch_size = batch_size
-        self._count = count
-        self._rows = np.arange(batch_size, dtype=np.int64)[rows]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Columns:
-        return self._make(index * self._batch_size + self._rows)
-
-    def __repr__(self) -> str:
-        return f"Batches(batch_size={self._batch_size}, rows={len(self._rows)})"
-
-
-class Stream:
-    """An iterator of batches from number `start` on.
-
-    `threads` threads make `prefetch` batches ahead. Close the stream when done.
-    """
-
-    def __init__(
-        self,
-        batches: Batches,
-        prefetch: int,
-        threads: int,
-        start: int = 0,
-        summary: Sequence[str] = (),
-        shares: Callable[[int], dict[str, float]] = lambda step: {},
-    ):
-        self.summary = tuple(summary)  # lines about the rows, for people
-        self.shares = shares  # the shares at a step, see Examples.shares
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-        self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
-        self._iterator.set_state({"next_index": start})
-
-    def __iter__(self) -> "Stream":
-        return self
-
-    def __next__(self) -> Columns:
-        """The next batch as numpy columns [rows of this process, T], see `rows.make_columns`.
-
-        Raises DataError if the data has become damaged.
-        """
-        return next(self._iterator)
-
-    def state(self) -> dict[str, int]:
-        """`{"next": n}`, where n is the number of the next batch.
-
-        A stream with `start=n` continues there in O(1).
-        """
-        return {"next": int(self._iterator.get_state()["next_index"])}
-
-    def close(self) -> None:
-        """Stops the threads that read ahead."""
-        self._iterator.close()
-
-
-class EvalBatches:
-    """Held-out batches, the same every time they are iterated.
-
-    The last batch is padded with rows of weight 0.
-    """
-
-    def __init__(self, batches: Batches, data: config.Data):
-        self._batches = batches
-        self._data = data
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Columns]:
-        stream = Stream(self._batches, self._data.prefetch, self._data.threads)
-        try:
-            yield from stream
-        finally:
-            stream.close()
 
 
 def _row_shares(
@@ -348,10 +259,11 @@ def make_stream(
 
     `batch_size` rows make a global batch, of which this process gets `rows`. Row i of batch n is
     example n * batch_size + i, whatever the slices are. `steps` is for the summary only. Raises
-    UsageError if the text is shorter than a batch.
+    UsageError if the text is shorter than a batch, and DataError for a shard with a wrong checksum.
     """
     check_sizes(examples, batch_size)
     knobs = examples.knobs
+    sides = [rows_of.tokens for rows_of in examples.rows]
     return Stream(
         Batches(examples.columns, batch_size, rows, ENDLESS),
         knobs.prefetch,
@@ -359,6 +271,7 @@ def make_stream(
         start,
         describe(examples, batch_size, steps),
         lambda step: examples.shares(step * batch_size),
+        open_guard(sides, knobs, batch_size, rows),
     )
 
 
@@ -387,4 +300,5 @@ def make_eval_batches(
     count = -(-source.count // batch_size)
     if limit:
         count = min(limit, count)
-    return EvalBatches(Batches(make, batch_size, rows, count), knobs)
+    guard = functools.partial(open_guard, [tokens], knobs, batch_size, rows)
+    return EvalBatches(Batches(make, batch_size, rows, count), knobs, guard)

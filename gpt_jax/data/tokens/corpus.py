@@ -165,8 +165,9 @@ def check_sizes(folder: Path, manifest: dict) -> None:
 def open_corpus(folder: Path) -> PreparedCorpus:
     """The tokens in `folder`, read from where they lie.
 
-    Each file's size is checked. The hashes are not, see `verify_corpus`. Raises UsageError when the
-    folder holds no corpus, and DataError for a file that is missing, cut, or does not fit.
+    Each file's size is checked, and the hash of the offsets, which are held in memory. Those of the
+    shards are compared while they are read, see guard.py, or by `verify_corpus`. Raises UsageError
+    when the folder holds no corpus, and DataError for a file that is missing, cut, or does not fit.
     """
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
@@ -217,12 +218,24 @@ def _open_side(
 ) -> Tokens | None:
     if not counts["tokens"]:
         return None
-    opened = tuple(TokenFile(folder / name, dtype, tokens) for name, tokens in counts["shards"])
+
+    def look_up(name: str) -> str:
+        return files[f"{folder.name}/{name}"][1]
+
+    opened = tuple(
+        TokenFile(folder / name, dtype, tokens, sha256=look_up(name))
+        for name, tokens in counts["shards"]
+    )
     size = sum(file.size for file in opened)
     try:
-        offsets, docs = shards.open_index(folder / side, counts["documents"], size)
+        wanted = look_up(f"{side}.offsets")
+        offsets, docs = shards.open_index(folder / side, counts["documents"], size, wanted)
     except ValueError as error:
         raise DataError(f"{folder}/{error}; {_remedy(folder.parent)}") from None
+    except KeyError as error:
+        raise DataError(
+            f"{folder.parent / MANIFEST}: lists no {error}; {_remedy(folder.parent)}"
+        ) from None
     lost = counts.get("lost", 0)  # an older version did not count them
     learn = ()
     if "learned" in counts:
@@ -233,9 +246,10 @@ def _open_side(
 def _open_learn(shard: TokenFile, files: dict) -> TokenFile | None:
     """The bits beside a shard; None if all of its tokens are learned."""
     path = shard.path.with_suffix(".learn")
-    if f"{path.parent.name}/{path.name}" not in files:
+    name = f"{path.parent.name}/{path.name}"
+    if name not in files:
         return None
-    return TokenFile(path, shards.LEARN, shard.size)
+    return TokenFile(path, shards.LEARN, shard.size, sha256=files[name][1])
 
 
 # ---- verifying ----

@@ -17,7 +17,7 @@ from pathlib import Path
 from gpt_jax.data.read import remote
 from gpt_jax.data.read.sources import HUB, Source
 from gpt_jax.errors import UsageError
-from gpt_jax.files import digest_file
+from gpt_jax.files import digest_file, replacing
 
 # A file that is younger than this is hashed again the next time, because a change may hide in the
 # grain of the clock.
@@ -53,10 +53,7 @@ def hash_sources(
     """
     paths = [_spell_path(source.path) for source in sources]
     stamps = locate_stamps(sources, root)
-    known = {}
-    with contextlib.suppress(OSError, ValueError):  # a lost or torn list costs one more hashing
-        known = json.loads(stamps.read_bytes())
-
+    known = read_stamps(stamps)
     now = time.time_ns()
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         rows = pool.map(lambda path: _hash(path, known.get(path), now, read_remote), paths)
@@ -64,7 +61,7 @@ def hash_sources(
 
     settled = {path: entry for path, entry in entries.items() if now - entry[2] > SETTLED_NS}
     if settled != known:
-        _save(stamps, settled, now)
+        save_stamps(stamps, settled)
     return [entries[path][-1] for path in paths]
 
 
@@ -96,8 +93,7 @@ def _hash(path: str, known: list | None, now: int, read_remote: Callable[[str], 
                 stamp[2] = now
             return [*stamp, sha256]
 
-        stat = os.stat(path)
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        stamp = list_facts(path)
         if known and known[:-1] == stamp:
             return known
         return [*stamp, digest_file(Path(path)).sha256]
@@ -105,7 +101,22 @@ def _hash(path: str, known: list | None, now: int, read_remote: Callable[[str], 
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _save(stamps: Path, entries: dict[str, list], now: int) -> None:
+def list_facts(path: Path | str) -> list[int]:
+    """[size, time, time of the inode, inode] of a file. Raises OSError."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def read_stamps(stamps: Path) -> dict[str, list]:
+    """What `save_stamps` wrote. A lost or torn list costs one more hashing, so it is empty then."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        entries = json.loads(stamps.read_bytes())
+        if isinstance(entries, dict) and all(isinstance(row, list) for row in entries.values()):
+            return entries
+    return {}
+
+
+def save_stamps(stamps: Path, entries: dict[str, list]) -> None:
     """Replaces a list of stamps.
 
     A cache that is finished may be read-only, so OSError is passed over. Building one would fail
@@ -113,6 +124,5 @@ def _save(stamps: Path, entries: dict[str, list], now: int) -> None:
     """
     with contextlib.suppress(OSError):
         stamps.parent.mkdir(parents=True, exist_ok=True)
-        temporary = stamps.with_suffix(f".{os.getpid()}-{now}")
-        temporary.write_text(json.dumps(entries))
-        os.replace(temporary, stamps)
+        with replacing(stamps) as temporary:
+            temporary.write_text(json.dumps(entries))

@@ -5,8 +5,10 @@
 DOCUMENT each. `NAME.learn` holds a byte for each id: 1 if it is to be learned, or else 0. Without
 the file all are learned.
 
-Files are read by place and not mapped. A page fault of a map reads ahead 128 KiB for a row of
-2 KiB (benchmarks/data_format.py). It also kills the process when the file has shrunk.
+Ids are read by place and not mapped. A page fault of a map reads ahead 128 KiB for a row of 2 KiB
+(benchmarks/data_format.py). It also kills the process when the file has shrunk. The offsets are
+held in memory, 8 bytes a document, because every batch searches them. What happens to their file
+during a run changes nothing.
 """
 
 import hashlib
@@ -89,6 +91,7 @@ class TokenFile:
     dtype: np.dtype
     size: int  # ids
     header: int = 0  # bytes before the first id
+    sha256: str = ""  # of the whole file, where it is known
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fills `out` ([n], of `dtype`) with the ids from `start` on.
@@ -121,10 +124,8 @@ class Tokens:
 
     name: str  # train or eval
     shards: tuple[TokenFile, ...]
-    # int64 [documents + 1]: where each document starts, then the end. It is memory-mapped where it
-    # lies in a file, and so is `docs`.
-    offsets: np.ndarray
-    docs: np.ndarray  # DOCUMENT [documents]
+    offsets: np.ndarray  # int64 [documents + 1]: where each document starts, then the end
+    docs: "np.ndarray | Records"  # DOCUMENT [documents]
     bytes: int  # of the text in UTF-8; specials do not count
     origins: tuple[Origin, ...] = ()  # DOCUMENT's `piece` is a place in it
     lost: int = 0  # of `bytes`, those of characters that the tokenizer does not know
@@ -305,26 +306,67 @@ class Writer:
 # ---- the index ----
 
 
-def open_index(base: Path, documents: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """The offsets int64 [documents + 1] and DOCUMENT [documents] of a side, memory-mapped.
+@dataclass(frozen=True, eq=False)
+class Records:
+    """The DOCUMENT of each document in a file, read when it is asked for."""
 
-    Raises ValueError when they do not fit a side of so many documents and tokens.
+    path: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: int | str) -> np.ndarray:
+        """The record of a document, or a field of all records.
+
+        Raises DataError when the file can no longer be read, or no longer has that many.
+        """
+        if isinstance(key, str):
+            return self._read(0, self.count)[key]
+        return self._read(int(key), 1)[0]
+
+    def _read(self, start: int, count: int) -> np.ndarray:
+        try:
+            records = np.fromfile(self.path, DOCUMENT, count, offset=start * DOCUMENT.itemsize)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read any more: {error.strerror}") from None
+        if len(records) != count:
+            raise DataError(
+                f"{self.path}: changed since it was opened: it ends before document "
+                f"{start + count}; of a prepared folder see gpt-jax prepare --verify"
+            )
+        return records
+
+
+def open_index(
+    base: Path, documents: int, tokens: int, sha256: str = ""
+) -> tuple[np.ndarray, Records]:
+    """The offsets int64 [documents + 1] of a side, in memory, and its records.
+
+    `sha256` is that of the offsets, if it is known. Raises ValueError when they do not fit a side
+    of so many documents and tokens.
     """
-    offsets = open_array(Path(f"{base}.offsets"), np.dtype(np.int64), documents + 1)
-    if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
-        raise ValueError(f"{base.name}.offsets does not fit its meta")
-    return offsets, open_array(Path(f"{base}.docs"), DOCUMENT, documents)
+    path = Path(f"{base}.offsets")
+    raw = _read_whole(path, 8 * (documents + 1))
+    offsets = np.frombuffer(raw, np.int64)
+    is_whole = not sha256 or hashlib.sha256(raw).hexdigest() == sha256
+    is_rising = not (offsets[1:] < offsets[:-1]).any()
+    if not (is_whole and is_rising) or offsets[0] != 0 or offsets[-1] != tokens:
+        raise ValueError(f"{path.name} does not fit its meta")
+
+    records = Path(f"{base}.docs")
+    _check_size(records, documents * DOCUMENT.itemsize, os.path.getsize(records))
+    return offsets, Records(records, documents)
 
 
-def open_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """[count] of `dtype` from a file, memory-mapped.
+def _read_whole(path: Path, wanted: int) -> bytes:
+    """The content of a file of `wanted` bytes. Raises ValueError when it has another size."""
+    _check_size(path, wanted, os.path.getsize(path))
+    raw = path.read_bytes()
+    _check_size(path, wanted, len(raw))
+    return raw
 
-    Raises ValueError when the file has another size.
-    """
-    wanted = count * np.dtype(dtype).itemsize
-    size = os.path.getsize(path)
+
+def _check_size(path: Path, wanted: int, size: int) -> None:
     if size != wanted:
         raise ValueError(f"{path.name} has {size} bytes, its meta says {wanted}")
-    if not count:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype, "r", shape=(count,)).view(np.ndarray)

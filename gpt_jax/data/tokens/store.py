@@ -127,8 +127,7 @@ def write_cache(
                 done = sum(out.bytes for out in sides.values())
                 report(f"data: tokenized {done / 1e6:,.0f} MB")
 
-        for out in sides.values():
-            out.close()
+        digests = {side: out.close() for side, out in sides.items()}
 
     origins = [[name, 0, many] for name, many in zip(sources, several, strict=True)]
     write_file(folder / "origins.json", json.dumps(origins).encode())
@@ -138,6 +137,7 @@ def write_cache(
         "dtype": dtype.name,
         "tokenizer": tokenizer.fingerprint,
         **{side: out.counts() for side, out in sides.items()},
+        "digests": digests,
         **about,
     }
     write_file(folder / "meta.json", json.dumps(meta, indent=1).encode())
@@ -166,19 +166,27 @@ def load_cache(folder: Path) -> tuple[dict[str, Tokens | None], Tokenizer]:
         origins = tuple(Origin(*row) for row in rows)
         sides = {side: _open_side(folder, side, meta, origins) for side in SIDES}
         return sides, tokenizer
-    except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UsageError) as error:
         raise Unusable(f"cannot be read ({error})") from None
 
 
 def _open_side(folder: Path, side: str, meta: dict, origins: tuple[Origin, ...]) -> Tokens | None:
     counts = meta[side]
-    file = TokenFile(folder / f"{side}.tokens", np.dtype(meta["dtype"]), counts["tokens"])
+    # An earlier version noted no digests.
+    digests = {suffix: row[1] for suffix, row in meta.get("digests", {}).get(side, {}).items()}
+    file = TokenFile(
+        folder / f"{side}.tokens",
+        np.dtype(meta["dtype"]),
+        counts["tokens"],
+        sha256=digests.get(".tokens", ""),
+    )
     size = os.path.getsize(file.path)
     wanted = file.size * file.dtype.itemsize
     if size != wanted:
         raise Unusable(f"{side}.tokens has {size} bytes, its meta says {wanted}")
 
-    offsets, docs = shards.open_index(folder / side, counts["documents"], file.size)
+    wanted = digests.get(".offsets", "")
+    offsets, docs = shards.open_index(folder / side, counts["documents"], file.size, wanted)
     if not file.size:
         return None
     return Tokens(side, (file,), offsets, docs, counts["bytes"], origins, counts["lost"])
