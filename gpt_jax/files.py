@@ -1,10 +1,12 @@
-"""Files that are whole or absent, digests of their content, and locks between processes."""
+"""Files that are whole or absent, their digests, locks between processes, and open files."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import resource
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,3 +113,37 @@ def hold_lock(path: Path, wait: Callable[[], None] | None = _pass) -> Iterator[N
     finally:
         # Closing the file gives the lock back, and so does the end of the process, however it ends.
         os.close(handle)
+
+
+# More open files than any corpus needs at a time.
+OPEN_FILES = 1 << 16
+
+
+def allow_open_files() -> int:
+    """Raises the soft limit of open files as far as the hard one and OPEN_FILES let, and gives it.
+
+    The usual soft limit of 1,024 is for programs that use select, which this one does not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return OPEN_FILES
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    # Some systems allow less than their hard limit says, and then the soft one stays.
+    with contextlib.suppress(ValueError, OSError):
+        if soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], OPEN_FILES)
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether a file cannot be opened because too many are open."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def describe_error(error: OSError) -> str:
+    """What the system says, and the way out where too many files are open."""
+    reason = error.strerror or " ".join(str(error).split())
+    if not is_shortage(error):
+        return reason
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"too many open files: the limit is {limit:,}; raise it, as with ulimit -n 65536"

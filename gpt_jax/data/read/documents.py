@@ -28,6 +28,7 @@ from gpt_jax.data.read.formats import BY_ARROW, TEXTS, format_of
 from gpt_jax.data.read.sources import Source, format_and_packing
 from gpt_jax.data.tasks.example import Example, Span
 from gpt_jax.errors import UsageError, install_command
+from gpt_jax.files import describe_error
 
 BLOCK = 1 << 20
 PLACES = 5  # skipped rows that are named
@@ -114,7 +115,7 @@ def _damage(source: Source) -> Iterator[None]:
         # gzip and pyarrow report damage as an OSError without a number.
         if error.errno is None and (packing or kind in BY_ARROW):
             raise Damaged(f"{torn}: {plain(error)}") from None
-        reason = error.strerror or plain(error)
+        reason = describe_error(error) if error.strerror else plain(error)
         raise UsageError(f"{source.path}: cannot be read: {reason}") from None
 
 

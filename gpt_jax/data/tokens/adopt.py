@@ -21,7 +21,7 @@ from gpt_jax.data.tokens.foreign import find_documents, open_foreign
 from gpt_jax.data.tokens.hashes import hash_sources
 from gpt_jax.data.tokens.shards import DOCUMENT, Origin, TokenFile, Tokens
 from gpt_jax.errors import UsageError
-from gpt_jax.files import digest_json
+from gpt_jax.files import allow_open_files, digest_json
 
 AT_ONCE = 1 << 24  # ids whose bytes are counted at once
 NANOGPT = ("train.bin", "val.bin")  # what a folder of nanoGPT holds
@@ -119,6 +119,7 @@ def _list_files(paths: Sequence[str], field: str) -> tuple[Path, ...]:
 
 def _join(files: tuple[Path, ...], eot: int | None) -> Joined:
     """Opens files and joins them. Raises UsageError, naming the file, for one that is no part."""
+    allow_open_files()  # All of them are open at once.
     opened = [open_foreign(file, eot) for file in files]
     first = opened[0]
     eot_begins = bool(first.tokens[0] == eot)

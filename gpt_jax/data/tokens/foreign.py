@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt_jax.errors import UsageError
+from gpt_jax.files import describe_error
 
 HEADER_INTS = 256
 LLMC = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}  # magic: (version, type)
@@ -233,4 +234,4 @@ def open_foreign(path: Path | str, eot: int | None = None) -> Foreign:
     try:
         return FOREIGN_FORMATS[find_format(path)](path, eot)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"{path}: cannot be read: {describe_error(error)}") from None

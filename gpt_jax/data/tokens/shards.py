@@ -13,9 +13,7 @@ during a run changes nothing.
 
 import hashlib
 import os
-import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +21,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from gpt_jax.errors import DataError
-from gpt_jax.files import Digest, sync_file, write_file
+from gpt_jax.data.tokens.open_files import OPENED
+from gpt_jax.errors import DataError, UsageError
+from gpt_jax.files import Digest, describe_error, is_shortage, sync_file, write_file
 
 # The facts about a document: a hash of its text, its bytes in UTF-8, and its row in a piece of an
 # input file.
@@ -32,7 +31,6 @@ DOCUMENT = np.dtype([("hash", "<u8"), ("bytes", "<u8"), ("row", "<u4"), ("piece"
 SIDES = ("train", "eval")
 SUFFIXES = (".tokens", ".learn", ".offsets", ".docs")
 LEARN = np.dtype(np.uint8)  # of NAME.learn
-OPEN_FILES = 256  # open in a thread at once; a process may not open thousands of shards
 
 
 def hash_text(text: str) -> int:
@@ -60,29 +58,6 @@ class Origin(NamedTuple):
         return f"{self.name}:{self.first + row + 1}" if self.several else self.name
 
 
-class OpenFiles(threading.local):
-    """The OPEN_FILES files that this thread used last, open."""
-
-    def __init__(self):
-        self.by_file: OrderedDict[TokenFile, BinaryIO] = OrderedDict()
-
-    def open(self, file: "TokenFile") -> BinaryIO:
-        """The open file of a TokenFile.
-
-        It is known by the object and not by the path, where another file may lie by now.
-        """
-        if file not in self.by_file:
-            self.by_file[file] = open(file.path, "rb", buffering=0)  # noqa: SIM115 - closed below
-            if len(self.by_file) > OPEN_FILES:
-                _, oldest = self.by_file.popitem(last=False)
-                oldest.close()
-        self.by_file.move_to_end(file)
-        return self.by_file[file]
-
-
-OPENED = OpenFiles()
-
-
 @dataclass(frozen=True, eq=False)
 class TokenFile:
     """The ids in one file, read by place."""
@@ -96,17 +71,20 @@ class TokenFile:
     def read(self, start: int, out: np.ndarray) -> None:
         """Fills `out` ([n], of `dtype`) with the ids from `start` on.
 
-        Raises DataError when the file can no longer be read, or no longer has that many.
+        Raises DataError when the file can no longer be read, or no longer has that many. Raises
+        UsageError where the process may open no file more.
         """
         place = self.header + start * self.dtype.itemsize
         try:
-            count = os.preadv(OPENED.open(self).fileno(), [out.data], place)
+            count = os.preadv(OPENED.open(self, self.path).fileno(), [out.data], place)
         except OSError as error:
+            if is_shortage(error):
+                raise UsageError(f"{self.path}: {describe_error(error)}") from None
             raise DataError(f"{self.path}: cannot be read any more: {error.strerror}") from None
 
         if count != out.nbytes:
             least = self.header + self.size * self.dtype.itemsize
-            size = os.fstat(OPENED.open(self).fileno()).st_size
+            size = os.fstat(OPENED.open(self, self.path).fileno()).st_size
             raise DataError(
                 f"{self.path}: changed during the run: had {least} bytes or more and has {size}; "
                 "start again, and a cache is rebuilt; of a prepared folder see "
