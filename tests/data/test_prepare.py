@@ -17,7 +17,8 @@ import runs
 from prepared import contents, documents, prepare, refused, texts, write_jsonl
 
 from gpt_jax import config, files
-from gpt_jax.commands.prepare import Display, sort_inputs
+from gpt_jax.commands.display import Display
+from gpt_jax.commands.prepare import sort_inputs
 from gpt_jax.data.prepare import assemble, identity, survey, units
 from gpt_jax.data.prepare.prepare import Progress
 from gpt_jax.data.read import documents as readers, sources
@@ -853,8 +854,8 @@ class Terminal(io.StringIO):
 def test_progress_is_a_bar_or_lines(stream, monkeypatch):
     err = stream()
     monkeypatch.setattr("sys.stderr", err)
-    monkeypatch.setattr("gpt_jax.commands.prepare.LINE_SECONDS", 0.0)
-    monkeypatch.setattr("gpt_jax.commands.prepare.BAR_SECONDS", 0.0)
+    monkeypatch.setattr("gpt_jax.commands.display.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("gpt_jax.commands.display.BAR_SECONDS", 0.0)
     display = Display()
     for done in (0, 25_000_000, 50_000_000):
         display.show(Progress("tokens", done, 100_000_000, done // 1000, 2 * done))
