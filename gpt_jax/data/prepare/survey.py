@@ -4,8 +4,8 @@ That is which documents are copies of earlier ones, and which characters occur. 
 `decide` looks at all scans. Of copies the first in the order of the input stays, across all
 sources.
 
-Memory: 25 bytes a document. Where near copies are looked for it is 430, of which MinHash takes 256,
-and 590 where most documents have a near copy (measured with 400,000 documents).
+Memory: 25 bytes a document, and 430 where near copies are looked for, of which MinHash takes 256.
+It is 590 where most documents have a near copy (measured with 400,000 documents).
 """
 
 from collections.abc import Callable, Sequence

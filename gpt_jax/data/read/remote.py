@@ -166,9 +166,12 @@ class Version(NamedTuple):
     """What a store says of a file, without reading it."""
 
     size: int
-    stamp: str  # a text that changes when the file does, as far as the store tells
-    # Whether the stamp surely changes with the content: the store gives a tag of the content, or
-    # the file is so old that no change can hide in the grain of a clock.
+
+    # A text that changes when the file does, as far as the store tells.
+    stamp: str
+
+    # Whether the stamp surely changes with the content. It does if the store gives a tag of the
+    # content, or if the file is so old that no change can hide in the grain of a clock.
     sure: bool
 
 

@@ -47,9 +47,9 @@ def hash_sources(
     """SHA-256 of every file, in order.
 
     A file whose size, times and inode are those of the last hashing is not read again, unless it
-    was younger than SETTLED_NS. A remote file is not read again if its store has a sure version of
-    it that is still the same; else `read_remote` gives its SHA-256. Raises UsageError for a file
-    that cannot be read, and for a data set of the hub.
+    was younger than SETTLED_NS. A remote file is not read again if its version is sure and still
+    the same. Otherwise `read_remote` gives its SHA-256. Raises UsageError for a file that cannot be
+    read, and for a data set of the hub.
     """
     paths = [_spell_path(source.path) for source in sources]
     stamps = locate_stamps(sources, root)
