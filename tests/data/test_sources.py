@@ -249,6 +249,9 @@ def test_linked_folders_are_read_as_a_glob_reads_them(tmp_path):
         "data/z/a.txt",
     ]
 
+    by_url = sources.find_sources((f"file://{data}/",))
+    assert [source.name for source in by_url] == [source.name for source in by_folder]
+
     # Links in a circle add nothing.
     (data / "round").symlink_to(".")
     (data / "z/up").symlink_to("..")

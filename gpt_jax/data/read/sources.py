@@ -11,6 +11,7 @@ from gpt_jax.data.read import remote
 from gpt_jax.errors import UsageError
 
 HUB = "hf://"  # a data set of Hugging Face: hf://name[:config][@split]
+LOCAL_URL = "file://"
 
 
 class Source(NamedTuple):
@@ -164,7 +165,10 @@ def _one_remote(url: str) -> list[Source]:
         return [Source(url, name)] if suffixes(url) else []
 
     folder = url.rstrip("/")
-    paths = remote.walk(url)
+    if url.startswith(LOCAL_URL):  # fsspec would leave linked folders out
+        paths = sorted(path.as_posix() for path in walk(Path(folder.removeprefix(LOCAL_URL))))
+    else:
+        paths = remote.walk(url)
     _refuse_prepared(folder, set(paths))
     return [Source(f"{folder}/{path}", f"{name}/{path}") for path in paths if suffixes(path)]
 
