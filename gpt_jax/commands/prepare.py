@@ -14,7 +14,7 @@ from typing import Any
 
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
-from gpt_jax.errors import DataError, Stopped, UsageError
+from gpt_jax.errors import DataError, Stopped, UsageError, escape
 
 # Seconds between two signs of progress, where standard error is no terminal, and on one.
 LINE_SECONDS = 10.0
@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     finally:
         display.close()
-    emit("\n".join(summarize_corpus(folder)))
+    emit("\n".join(map(escape, summarize_corpus(folder))))
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -323,7 +323,7 @@ class Display:
         """
         self.close()
         with contextlib.suppress(OSError):
-            print(f"prepare: {line}", file=sys.stderr, flush=True)
+            print(f"prepare: {escape(line)}", file=sys.stderr, flush=True)
 
     def show(self, progress) -> None:
         """Shows the progress, if it is time to. It may be called several times a second."""
@@ -383,17 +383,17 @@ def look_inside(folder: Path) -> None:
     from gpt_jax.data import inspect_corpus
 
     for line in inspect_corpus(folder):
-        emit(line)
+        emit(escape(line))
 
 
 def verify(folder: Path) -> None:
     """Compares files and checksums, for --verify. Raises DataError, which names damaged files."""
     from gpt_jax.data import verify_corpus
 
-    damaged = verify_corpus(folder, lambda line: print(line, file=sys.stderr))
+    damaged = verify_corpus(folder, lambda line: print(escape(line), file=sys.stderr))
     if damaged:
         raise DataError(
             f"--verify={folder}: {len(damaged)} damaged: {', '.join(damaged)}; "
             "copy them again, or remove the folder and prepare it again"
         )
-    emit(f"{folder}: all files are whole")
+    emit(escape(f"{folder}: all files are whole"))

@@ -134,9 +134,9 @@ def from_dict(values: Mapping[str, Any], kind: Any = Config, path: str = "config
             fields[name] = _coerce(hints[name], value, key)
             _check_limits(specs[name], fields[name], key)
         except UsageError as error:
-            faults.append(str(error))
+            faults += error.args
     if faults:
-        raise UsageError("\n".join(faults))
+        raise UsageError(*faults)
     return kind(**fields)
 
 

@@ -22,12 +22,11 @@ from gpt_jax.data.read.decoding import (
     Unreadable,
     decode,
     opened,
-    plain,
 )
 from gpt_jax.data.read.formats import BY_ARROW, TEXTS, format_of
 from gpt_jax.data.read.sources import Source, format_and_packing
 from gpt_jax.data.tasks.example import Example, Span
-from gpt_jax.errors import UsageError, install_command
+from gpt_jax.errors import UsageError, escape, install_command, plain
 
 BLOCK = 1 << 20
 PLACES = 5  # skipped rows that are named
@@ -82,7 +81,7 @@ class Tally:
     def skip(self, message: str) -> None:
         """Counts a row that was left out."""
         self.skipped += 1
-        self.places = ([*self.places, message])[:PLACES]
+        self.places = ([*self.places, escape(message)])[:PLACES]
 
     def notes(self, reading: Reading) -> list[str]:
         """Lines about all that a person must know. There are none if nothing was unusual."""

@@ -26,11 +26,10 @@ from gpt_jax.data.read.decoding import (
     listed,
     opened,
     parse_json,
-    plain,
     plain_text,
 )
 from gpt_jax.data.read.sources import HUB, Source, format_and_packing
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, plain
 
 NO_LINES = "its lines do not end in the byte 0A; convert the file to UTF-8"
 # So many rows of .parquet and .arrow become Python objects at once.

@@ -16,7 +16,7 @@ from gpt_jax.data.tokenizers.vocabulary import FIM_TOKENS, Tokenizer
 from gpt_jax.data.tokens import adopt, cache, corpus, mirror
 from gpt_jax.data.tokens.cache import Prepared
 from gpt_jax.data.tokens.shards import Tokens
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, escape
 from gpt_jax.files import digest_json
 
 
@@ -110,7 +110,7 @@ def _part(field: str, path: str, opened: corpus.PreparedCorpus, name: str, repor
     heldout = cache.describe_size(sides["eval"])
     report(
         f"data: {name}: train on {train}, held out {heldout}; tokenizer "
-        f"{opened.tokenizer.name} of {opened.tokenizer.vocab:,} ids; {path}"
+        f"{opened.tokenizer.name} of {opened.tokenizer.vocab:,} ids; {escape(path)}"
     )
     return Part(name, 1.0, sides["train"], sides["eval"])
 
@@ -141,7 +141,7 @@ def load_heldout(
         )
 
     for name, tokens in heldout.items():
-        report(f"data: {path}: {name}: held out {cache.describe_size(tokens)}")
+        report(f"data: {escape(path)}: {name}: held out {cache.describe_size(tokens)}")
     is_alone = len(opened.sources) == 1
     return {path if is_alone else f"{path}/{name}": tokens for name, tokens in heldout.items()}
 

@@ -20,7 +20,7 @@ from gpt_jax.data.tokens.cache import Prepared, describe_size
 from gpt_jax.data.tokens.foreign import find_documents, open_foreign
 from gpt_jax.data.tokens.hashes import hash_sources
 from gpt_jax.data.tokens.shards import DOCUMENT, Origin, TokenFile, Tokens
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, escape
 from gpt_jax.files import digest_json
 
 AT_ONCE = 1 << 24  # ids whose bytes are counted at once
@@ -294,7 +294,7 @@ def adopt(
     count = f"{len(files):,} files, " if files[1:] else ""
     report(
         f"data: train on {describe_size(train)}, held out {describe_size(held)}; tokenizer "
-        f"{tokenizer.name} of {tokenizer.vocab:,} ids; {named} ({count}{joined.kind})"
+        f"{tokenizer.name} of {tokenizer.vocab:,} ids; {escape(named)} ({count}{joined.kind})"
     )
     content = _digest_content((*files, *held_files), data)
     splitting = [len(files)] if held_files else data.eval_fraction

@@ -29,7 +29,7 @@ def hash_sources(sources: tuple[Source, ...], root: Path, workers: int) -> list[
     be read, and for a data set of the hub.
     """
     paths = [_spell_path(source.path) for source in sources]
-    name = hashlib.sha256("\0".join(paths).encode()).hexdigest()[:16]
+    name = hashlib.sha256("\0".join(paths).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     stamps = root / f"{name}.stamps"
     known = {}
     with contextlib.suppress(OSError, ValueError):  # a lost or torn list costs one more hashing
