@@ -115,6 +115,8 @@ def prepare_corpus(
             f"--task={settings.reading.task}: the tokenizer {tokenizer.name} puts a space in front "
             "of each text, so also in front of each span; take another --tokenizer"
         )
+    for note in getattr(tokenizer, "notes", ()):
+        say(f"tokenizer {tokenizer.name}: {note}")
     survey.parse_threshold(settings.dedup)
     filters.parse_filters(settings.filters)
 

@@ -147,6 +147,8 @@ def prepare(
         f"data: train on {describe_size(train_tokens)}, held out {describe_size(held_tokens)}; "
         f"tokenizer {made.name} of {made.vocab:,} ids{lossy}; {cached.folder}"
     )
+    for note in made.notes:
+        report(f"data: tokenizer {made.name}: {note}")
     return Prepared(train_tokens, held_tokens, made, cached.folder, cached.content)
 
 
