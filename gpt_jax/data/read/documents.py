@@ -21,15 +21,19 @@ from gpt_jax.data.read.decoding import (
     Reading,
     Unreadable,
     decode,
-    opened,
 )
 from gpt_jax.data.read.formats import BY_ARROW, TEXTS, format_of
 from gpt_jax.data.read.sources import Source, format_and_packing
+from gpt_jax.data.read.unpacking import ARROW_WINDOW, opened
 from gpt_jax.data.tasks.example import Example, Span
 from gpt_jax.errors import UsageError, escape, install_command, plain
 
 BLOCK = 1 << 20
 PLACES = 5  # skipped rows that are named
+# What pyarrow says of a sound .zst that it cannot unpack.
+WIDE_WINDOW = "too much memory"
+UNPACK_ZST = f"looks back over more than {ARROW_WINDOW >> 20} MiB; unpack it with zstd -d --long=31"
+HINTS = {"zstandard": f", because it {UNPACK_ZST}, or "}
 
 
 class Document(NamedTuple):
@@ -103,13 +107,16 @@ def _damage(source: Source) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        hint = HINTS.get(error.name or "", "; ")
         raise UsageError(
-            f"{source.path}: reading it needs the package {error.name}; "
+            f"{source.path}: reading it needs the package {error.name}{hint}"
             f"{install_command(error.name or '')}"
         ) from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise Damaged(f"{torn}: {plain(error)}") from None
     except OSError as error:
+        if error.errno is None and WIDE_WINDOW in str(error):
+            raise UsageError(f"{source.path}: one of its frames {UNPACK_ZST}") from None
         # gzip and pyarrow report damage as an OSError without a number.
         if error.errno is None and (packing or kind in BY_ARROW):
             raise Damaged(f"{torn}: {plain(error)}") from None
@@ -251,6 +258,12 @@ def read_documents(
         try:
             with _damage(piece.source):
                 yield from _documents(piece, reading, tally)
+        except MemoryError:
+            raise UsageError(
+                f"{piece.source.path}: memory ran out while it was read; cut text files "
+                "with documents = line, make other documents smaller, or give prepare fewer "
+                "--workers"
+            ) from None
         except Damaged as error:
             if reading.on_error == "stop":
                 raise UsageError(

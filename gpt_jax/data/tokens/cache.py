@@ -105,6 +105,11 @@ def _load_or_build(
             f"config.data.cache = {data.cache!r}: {error.strerror or error}; choose a folder that "
             "can be written and has room"
         ) from None
+    except MemoryError:
+        raise UsageError(
+            f"{data.where}: memory ran out while it was tokenized; lower config.data.workers, or "
+            "cut the longest documents"
+        ) from None
     return Cached(sides, using, folder, content)
 
 
