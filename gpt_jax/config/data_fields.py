@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gpt_jax.config.knobs import PACKINGS, SPLITS, WEIGHTS, knob
+from gpt_jax.config.knobs import PACKINGS, SPLITS, TOKEN_TYPES, WEIGHTS, knob
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,12 @@ class Data:
         "",
         "bytes, char, bpe:VOCAB or a path, see docs/data.md. Empty means that of a prepared "
         "folder, or else bytes.",
+    )
+    token_type: str = knob(
+        "auto",
+        "The type of the ids in a .bin file that says nothing of it, such as nanoGPT's. auto is "
+        "uint16, unless the file or the tokenizer speaks against it.",
+        choices=TOKEN_TYPES,
     )
     packing: str = knob(
         "window",

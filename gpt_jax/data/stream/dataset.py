@@ -125,7 +125,7 @@ def load_heldout(
     """
     folder = _folder(path, data, report)
     if folder is None and adopt.is_foreign(path):
-        return {path: adopt.adopt_heldout(path, tokenizer, report)}
+        return {path: adopt.adopt_heldout(path, tokenizer, data.token_type, report)}
     if folder is None:
         return {path: cache.load_text((path,), tokenizer, data, report=report)}
 
