@@ -129,6 +129,13 @@ def add_text_flags(group) -> None:
         "--documents", default="file", help="what a document of a text file is: file or line"
     )
     group.add_argument(
+        "--separator",
+        default="",
+        metavar="TEXT",
+        help="the text between the documents of a text file, such as <|endoftext|>; it is taken "
+        "out, with the end of line after it",
+    )
+    group.add_argument(
         "--filters",
         nargs="+",
         action="extend",
@@ -245,6 +252,7 @@ def make_settings(args: argparse.Namespace):
             args.on_error,
             args.documents,
             args.task,
+            args.separator,
         )
     except UsageError as error:
         # The message names a field, such as `errors = …`, and the user knows the flag.

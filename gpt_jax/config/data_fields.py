@@ -61,6 +61,11 @@ class Data:
         ("utf-8",), "Encodings that are tried in turn on each document."
     )
     documents: str = knob("file", "What a document of a text file is.", choices=("file", "line"))
+    separator: str = knob(
+        "",
+        "The text between the documents of a text file, such as <|endoftext|>. It is taken out, "
+        "with the end of line after it. Empty means that nothing stands between them.",
+    )
     tokenizer: str = knob(
         "",
         "bytes, char, bpe:VOCAB or a path, see docs/data.md. Empty means that of a prepared "

@@ -45,6 +45,8 @@ BOMBS = {  # name: (content, a reading, what is left when it is skipped)
     "a.jsonl": (GOOD + ZEROS + b"\n" + FINE, {}, ["good", "fine"]),
     "a.tsv": (b"text\ngood\n" + ZEROS + b"\nfine\n", {}, ["good", "fine"]),
     "lines.txt": (b"good\n" + ZEROS + b"\nfine\n", {"documents": "line"}, ["good\n", "fine\n"]),
+    "parts.txt": (b"good<E>" + ZEROS + b"<E>fine", {"separator": "<E>"}, ["good", "fine"]),
+    "end.txt": (b"good#" + ZEROS, {"separator": "#"}, ["good"]),
     "a.txt": (ZEROS, {}, []),
     "a.json": (b'[{"text": "' + ZEROS + b'"}]', {}, []),
     "b.json": (b'{"text":\n"' + ZEROS + b'"}', {}, []),
@@ -69,7 +71,7 @@ def test_a_row_that_unpacks_to_too_much_is_bad_data(tmp_path, limit, name, packi
     assert name in tally.places[0]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "lines.txt", "a.txt", "cell.csv"])
+@pytest.mark.parametrize("name", ["a.jsonl", "lines.txt", "parts.txt", "a.txt", "cell.csv"])
 def test_memory_is_about_the_limit(tmp_path, limit, name):
     content, how, _ = BOMBS[name]
     (tmp_path / f"{name}.gz").write_bytes(pack(content, ".gz"))

@@ -42,6 +42,10 @@ class Reading:
     # A row of TASKS: what is learned of a row that is a JSON object.
     task: str = "plain"
 
+    # What stands between the documents of .txt .md .py, such as <|endoftext|>. It is taken out, and
+    # so is the end of line after it. Empty: nothing does.
+    separator: str = ""
+
     def __post_init__(self):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
@@ -58,6 +62,26 @@ class Reading:
                     f"encodings = {name!r}: no text encoding of this name; known are utf-8, "
                     "utf-16, gb18030, big5, latin-1, shift-jis and the others of python"
                 ) from None
+        if self.separator:
+            self._check_separator()
+
+    def _check_separator(self) -> None:
+        """Raises UsageError if the separator cannot be looked for."""
+        said = f"separator = {self.separator!r}"
+        if self.documents != "file":
+            raise UsageError(
+                f"{said}: is for documents = file, and documents = {self.documents} cuts at ends "
+                "of lines; give one of them"
+            )
+        try:
+            spellings = {self.separator.encode(name) for name in self.encodings}
+        except UnicodeEncodeError:
+            spellings = set()
+        if len(spellings) != 1:
+            raise UsageError(
+                f"{said}: has no bytes that all of encodings = {', '.join(self.encodings)} share; "
+                "name one encoding, or a separator of ASCII"
+            )
 
     @property
     def label(self) -> str:
@@ -216,3 +240,8 @@ def line_text(line: Decoded, reading: Reading) -> Decoded:
 def plain_text(text: Decoded, reading: Reading) -> Decoded:
     """The text of a whole file, unchanged."""
     return text
+
+
+def separated_text(text: Decoded, reading: Reading) -> Decoded:
+    """What stands between two separators, unchanged; "" if it is blank."""
+    return text._replace(text="") if text.text.isspace() else text

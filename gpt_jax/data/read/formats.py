@@ -27,12 +27,14 @@ from gpt_jax.data.read.decoding import (
     listed,
     parse_json,
     plain_text,
+    separated_text,
 )
 from gpt_jax.data.read.sources import HUB, Source, format_and_packing
 from gpt_jax.data.read.text_rows import (
     NO_LINES,
     check_encodings,
     lines,
+    separated,
     whole_file,
 )
 from gpt_jax.data.read.unpacking import BUFFER, Unpacked, limit_rows, opened, read_line, read_whole
@@ -348,17 +350,19 @@ class Format(NamedTuple):
     # The text of a row whose bytes are decoded.
     text: Callable[[Decoded, Reading], Decoded] = plain_text
 
-    # The parts that a file can be cut into: lines, groups (of parquet), shards (of hf://).
+    # The parts that a file can be cut into: lines, separators (what is between them), groups (of
+    # parquet), shards (of hf://).
     cut: str = ""
 
     # Whether rows are objects, so that any task can read them.
     tasks: bool = False
 
 
-# The format of text files, by Reading.documents.
+# The format of text files, by Reading.documents and whether there is a separator.
 TEXTS = {
     "file": Format(whole_file),
     "line": Format(lines, line_text, "lines"),
+    "separated": Format(separated, separated_text, "separators"),
 }
 BY_ARROW = (".parquet", ".arrow")
 FORMATS = {
@@ -376,12 +380,14 @@ FORMATS = {
 
 
 def format_of(source: Source, reading: Reading) -> Format:
-    """The format of a source. That of text files depends on Reading.documents.
+    """The format of a source. That of text files depends on how `reading` cuts them.
 
     Raises UsageError if the task of `reading` cannot read its rows.
     """
     row = FORMATS[format_and_packing(source)[0]]
-    form = row[reading.documents] if isinstance(row, dict) else row
+    form = row
+    if isinstance(row, dict):
+        form = row["separated" if reading.separator else reading.documents]
     if reading.task != "plain" and not form.tasks:
         raise UsageError(
             f"{source.path}: --task={reading.task} reads objects, which .jsonl, .json and hf:// "
