@@ -43,11 +43,27 @@ def mute(name: str) -> None:
     setattr(sys, name, nowhere)
 
 
+def escape(text) -> str:
+    """`text` as one line. Characters that a terminal would obey or hide are escaped.
+
+    A file's name may hold any of them, ends of lines and bytes that are no UTF-8 included.
+
+    >>> escape("caf\\udce9\\n")
+    'caf\\\\udce9\\\\n'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def plain(text) -> str:
+    """What a file or a library says, as one line for a message, with single spaces."""
+    return escape(" ".join(str(text).split()))
+
+
 def complain(line: str) -> None:
     """Prints a line on standard error, and carries on where nobody takes it."""
     try:
         for part in line.split("\n"):
-            print(f"gpt-jax: {part}", file=sys.stderr, flush=True)
+            print(f"gpt-jax: {escape(part)}", file=sys.stderr, flush=True)
     except OSError:
         mute("stderr")
 
@@ -69,9 +85,19 @@ def restart_seconds(restarts: int) -> int:
 
 
 class Exit(Exception):
-    """A planned end of the program: `code` is a key of `EXIT_CODES`, the message one clear line."""
+    """A planned end of the program: `code` is a key of `EXIT_CODES`, the message one clear line.
+
+    A message of several lines is given as several texts. Each is escaped, so that no name of a file
+    adds a line to it.
+    """
 
     code = 1
+
+    def __init__(self, *lines: str):
+        super().__init__(*map(escape, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class UsageError(Exit):
@@ -136,4 +162,4 @@ def exit_of(code: int, text: str) -> Exit:
 
     A code that belongs to no `Exit` is a bug there, and gives PeerFailed here.
     """
-    return EXIT_KINDS.get(code, PeerFailed)(text)
+    return EXIT_KINDS.get(code, PeerFailed)(*text.split("\n"))

@@ -65,13 +65,13 @@ def apply_overrides(values: dict, overrides: list[str]) -> config.Config:
         try:
             config.override(values, key, text)
         except UsageError as error:
-            faults.append(str(error))
+            faults += error.args
     try:
         made = config.from_dict(values)
     except UsageError as error:
-        faults.append(str(error))
+        faults += error.args
     if faults:
-        raise UsageError("\n".join(faults))
+        raise UsageError(*faults)
     return made
 
 

@@ -4,6 +4,8 @@ import contextlib
 import sys
 import time
 
+from gpt_jax.errors import escape
+
 # Seconds between two signs of progress, where standard error is no terminal, and on one.
 LINE_SECONDS = 10.0
 BAR_SECONDS = 0.2
@@ -25,7 +27,7 @@ class Display:
         """
         self.close()
         with contextlib.suppress(OSError):
-            print(f"prepare: {line}", file=sys.stderr, flush=True)
+            print(f"prepare: {escape(line)}", file=sys.stderr, flush=True)
 
     def show(self, progress) -> None:
         """Shows the progress, if it is time to. It may be called several times a second."""

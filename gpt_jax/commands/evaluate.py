@@ -2,7 +2,6 @@
 
 import argparse
 import glob
-import json
 import math
 import os
 import sys
@@ -11,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpt_jax.commands.flags import Flags
-from gpt_jax.commands.output import emit, make_say
+from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.config import EVALUATORS
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, escape
 
 # The columns of the table, and how a number is written in each.
 COLUMNS = (
@@ -49,9 +48,9 @@ def main(arguments: list[str]) -> None:
     if args.json:
         values = {"checkpoint": str(directory), "step": step, "sources": without_nan(rows)}
         values |= {"evaluators": more} if more else {}
-        emit(json.dumps(values, ensure_ascii=False, indent=2))
+        emit(write_json(values, 2))
     else:
-        emit("\n".join(table(rows)))
+        emit("\n".join(map(escape, table(rows))))
         for name, value in more.items():
             emit(f"{name}: {value}" if isinstance(value, str) else f"{name}: {value:.4f}")
 

@@ -10,8 +10,8 @@ import numpy as np
 from gpt_jax import config as configs
 from gpt_jax.commands.config_file import local_workdir
 from gpt_jax.commands.flags import Flags
-from gpt_jax.commands.output import emit
-from gpt_jax.errors import UsageError, complain
+from gpt_jax.commands.output import emit, write_json
+from gpt_jax.errors import UsageError, complain, escape
 
 MOST_STEPS = 10**12  # Numbers of examples are 64-bit.
 
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     try:
         for row in step_rows(config, workdir, args.batch, args.rows):
             if args.json:
-                emit(json.dumps(row, ensure_ascii=False))
+                emit(write_json(row))
             else:
                 emit("\n".join(describe(row, args.chars)))
     except UnicodeEncodeError as error:
@@ -121,7 +121,7 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int) -> I
     """
     from gpt_jax.data import load_dataset, make_examples
 
-    data = load_dataset(config.data, lambda line: print(line, file=sys.stderr))
+    data = load_dataset(config.data, lambda line: print(escape(line), file=sys.stderr))
     check_text(workdir, data)
     examples = make_examples(data, config.data, config.train.seq_len, config.seed)
 
@@ -204,7 +204,7 @@ def describe(row: dict, chars: int) -> list[str]:
 
     for document in row["documents"]:
         lines.append(
-            f"  document {document['document']:,} ({document['name']}) "
+            f"  document {document['document']:,} ({escape(document['name'])}) "
             f"from token {document['offset']:,}, {document['tokens']:,} tokens"
         )
         lines.append(f"    {shorten(document['text'], chars)!r}")

@@ -1,11 +1,13 @@
 """What a command prints: lines for people, and output for programs."""
 
 import contextlib
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from gpt_jax.errors import UsageError, complain, mute
+from gpt_jax.errors import UsageError, complain, escape, mute
 
 
 @contextlib.contextmanager
@@ -32,6 +34,15 @@ def emit(text: str) -> None:
         print(text, file=stream, flush=True)
 
 
+def write_json(values, indent: int | None = None) -> str:
+    """`values` as JSON in UTF-8.
+
+    Halves of surrogate pairs are escaped. Names of files hold them for bytes that are no UTF-8.
+    """
+    text = json.dumps(values, ensure_ascii=False, indent=indent)
+    return re.sub("[\ud800-\udfff]", lambda half: ascii(half[0])[1:-1], text)
+
+
 def make_say(stream: TextIO) -> Callable[[str], None]:
     """A function that prints lines for people, from process 0 alone.
 
@@ -47,7 +58,8 @@ def make_say(stream: TextIO) -> Callable[[str], None]:
             return
 
         try:
-            print(line, file=stream, flush=True)
+            for part in line.split("\n"):
+                print(escape(part), file=stream, flush=True)
         except OSError as error:
             is_silent = True
             if stream is not sys.stdout:

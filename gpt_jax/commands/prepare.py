@@ -13,7 +13,7 @@ from typing import Any
 from gpt_jax.commands.display import Display
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
-from gpt_jax.errors import DataError, Stopped, UsageError
+from gpt_jax.errors import DataError, Stopped, UsageError, escape
 
 NAMED_PATH = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)  # NAME=PATH
 MISNAMED_PATH = re.compile(r"([^/=?*]*)=")  # an attempt at it
@@ -124,6 +124,13 @@ def add_text_flags(group) -> None:
         "--documents", default="file", help="what a document of a text file is: file or line"
     )
     group.add_argument(
+        "--separator",
+        default="",
+        metavar="TEXT",
+        help="the text between the documents of a text file, such as <|endoftext|>; it is taken "
+        "out, with the end of line after it",
+    )
+    group.add_argument(
         "--filters",
         nargs="+",
         action="extend",
@@ -207,7 +214,7 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     finally:
         display.close()
-    emit("\n".join(summarize_corpus(folder)))
+    emit("\n".join(map(escape, summarize_corpus(folder))))
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -240,6 +247,7 @@ def make_settings(args: argparse.Namespace):
             args.on_error,
             args.documents,
             args.task,
+            args.separator,
         )
     except UsageError as error:
         # The message names a field, such as `errors = …`, and the user knows the flag.
@@ -314,17 +322,17 @@ def look_inside(folder: Path) -> None:
     from gpt_jax.data import inspect_corpus
 
     for line in inspect_corpus(folder):
-        emit(line)
+        emit(escape(line))
 
 
 def verify(folder: Path) -> None:
     """Compares files and checksums, for --verify. Raises DataError, which names damaged files."""
     from gpt_jax.data import verify_corpus
 
-    damaged = verify_corpus(folder, lambda line: print(line, file=sys.stderr))
+    damaged = verify_corpus(folder, lambda line: print(escape(line), file=sys.stderr))
     if damaged:
         raise DataError(
             f"--verify={folder}: {len(damaged)} damaged: {', '.join(damaged)}; "
             "copy them again, or remove the folder and prepare it again"
         )
-    emit(f"{folder}: all files are whole")
+    emit(escape(f"{folder}: all files are whole"))

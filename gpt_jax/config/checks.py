@@ -17,7 +17,7 @@ def check(config: Config, devices: int = 1, tokenizer_vocab: int = 0) -> dict[st
     shape = shape_on(config, devices, tokenizer_vocab)
     lines = problems(config, shape, tokenizer_vocab)
     if lines:
-        raise UsageError("\n".join(lines))
+        raise UsageError(*lines)
     return shape
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gpt_jax.config.knobs import PACKINGS, SPLITS, WEIGHTS, knob
+from gpt_jax.config.knobs import PACKINGS, SPLITS, TOKEN_TYPES, WEIGHTS, knob
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,21 @@ class Data:
         ("utf-8",), "Encodings that are tried in turn on each document."
     )
     documents: str = knob("file", "What a document of a text file is.", choices=("file", "line"))
+    separator: str = knob(
+        "",
+        "The text between the documents of a text file, such as <|endoftext|>. It is taken out, "
+        "with the end of line after it. Empty means that nothing stands between them.",
+    )
     tokenizer: str = knob(
         "",
         "bytes, char, bpe:VOCAB or a path, see docs/data.md. Empty means that of a prepared "
         "folder, or else bytes.",
+    )
+    token_type: str = knob(
+        "auto",
+        "The type of the ids in a .bin file that says nothing of it, such as nanoGPT's. auto is "
+        "uint16, unless the file or the tokenizer speaks against it.",
+        choices=TOKEN_TYPES,
     )
     packing: str = knob(
         "window",

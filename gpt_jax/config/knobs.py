@@ -20,6 +20,7 @@ ENDLESS = ("constant", "inverse_sqrt")  # schedules without a last step
 PACKINGS = ("window", "chunk", "document", "first_fit", "best_fit")
 WEIGHTS = ("tokens", "documents")
 SPLITS = ("tail", "document")
+TOKEN_TYPES = ("auto", "uint16", "uint32")
 OBJECTIVES = ("next_token",)
 EVALUATORS = ("heldout", "samples", "xz")
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling

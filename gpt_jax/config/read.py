@@ -142,9 +142,9 @@ def from_dict(values: Mapping[str, Any], kind: Any = Config, path: str = "config
             fields[spec.name] = _coerce(hints[spec.name], value, key)
             _check_limits(spec, fields[spec.name], key)
         except UsageError as error:
-            faults.append(str(error))
+            faults += error.args
     if faults:
-        raise UsageError("\n".join(faults))
+        raise UsageError(*faults)
     return kind(**fields)
 
 

@@ -51,6 +51,30 @@ def test_documents_and_split(tmp_path, write):
     assert load(tmp_path / "a.bin", eval_fraction=0.0).parts[0].eval is None
 
 
+def test_the_type_of_ids_without_a_header_is_named_by_the_config(tmp_path):
+    """The same bytes are other ids, and so another content."""
+    ids = documents([50, 90, 300, 60])
+    ids.astype("<u4").tofile(tmp_path / "a.bin")
+    with pytest.raises(UsageError, match=r"a.bin: .*probably uint32; name the type, --config.data"):
+        load(tmp_path / "a.bin")
+
+    loaded = load(tmp_path / "a.bin", token_type="uint32", eval_path=(str(tmp_path / "a.bin"),))
+    part = loaded.parts[0]
+    assert part.train.ids(0, part.train.size).tolist() == ids.tolist()
+    assert part.eval.ids(0, part.eval.size).tolist() == ids.tolist()
+    assert part.train.documents == part.eval.documents == 4
+
+    as_words = load(tmp_path / "a.bin", token_type="uint16", eval_path=(str(tmp_path / "a.bin"),))
+    assert as_words.parts[0].train.size == 2 * len(ids) and as_words.content != loaded.content
+    heldout = dataset.load_heldout(
+        str(tmp_path / "a.bin"),
+        config.Data(token_type="uint32"),
+        make_byte_tokenizer(),
+        lambda line: None,
+    )
+    assert [tokens.size for tokens in heldout.values()] == [len(ids)]
+
+
 def test_one_document_is_cut_and_a_file_of_its_own_is_held_out(tmp_path):
     ids = np.full(100, 97)
     ids.astype("<u2").tofile(tmp_path / "train.bin")

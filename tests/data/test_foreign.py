@@ -76,6 +76,47 @@ def test_npy(tmp_path):
         )
 
 
+def random_ids(vocab, count=400):
+    return np.random.default_rng(0).integers(0, vocab, count)
+
+
+@pytest.mark.parametrize("vocab", [50_257, 128_001, 200_019])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
+def test_a_bin_without_a_header_is_never_read_as_another_type(tmp_path, vocab, dtype):
+    """Either the ids are those that were written, or the type has to be named."""
+    ids = random_ids(min(vocab, np.iinfo(dtype).max)).astype(dtype)
+    ids.tofile(tmp_path / "a.bin")
+    for known in (vocab, 0):
+        if dtype == np.uint16 and vocab < 2**16:
+            assert (open_foreign(tmp_path / "a.bin", None, "auto", known).tokens == ids).all()
+        elif dtype == np.uint16 and not known:
+            continue  # without a vocabulary nothing speaks against it
+        else:
+            with pytest.raises(UsageError, match=r"a.bin: .*name the type, --config.data.token_ty"):
+                open_foreign(tmp_path / "a.bin", None, "auto", known)
+
+    if dtype == np.int64:
+        with pytest.raises(UsageError, match="token_type = uint32 is 0, so its ids have 64 bits"):
+            open_foreign(tmp_path / "a.bin", None, "uint32", vocab)
+    else:
+        found = open_foreign(tmp_path / "a.bin", None, np.dtype(dtype).name, vocab)
+        assert found.tokens.dtype == dtype and (found.tokens == ids).all()
+
+
+def test_small_vocabularies_and_short_files_are_uint16(tmp_path):
+    """Every second id of a short file may be small by chance."""
+    for ids in (random_ids(65, 4000), random_ids(2, 4000), np.zeros(4000), [500, 0] * 30):
+        np.array(ids, np.uint16).tofile(tmp_path / "a.bin")
+        assert open_foreign(tmp_path / "a.bin", None, "auto", 65).tokens.tolist() == list(ids)
+
+
+def test_a_size_that_does_not_fit_the_named_type_is_refused(tmp_path):
+    np.zeros(101, np.uint16).tofile(tmp_path / "a.bin")
+    with pytest.raises(UsageError, match=r"has 202 bytes, so it is not made of config.data.token"):
+        open_foreign(tmp_path / "a.bin", None, "uint32")
+    assert len(open_foreign(tmp_path / "a.bin", None, "uint16").tokens) == 101
+
+
 def test_documents_are_found_across_chunks(tmp_path, monkeypatch):
     write_nanogpt(tmp_path / "a.bin", ENDED)
     wanted = open_foreign(tmp_path / "a.bin", EOT).offsets.tolist()

@@ -11,7 +11,7 @@ from packings import pack
 
 from gpt_jax import config
 from gpt_jax.commands import inspect
-from gpt_jax.data.read import decoding, documents, formats, remote, sources
+from gpt_jax.data.read import documents, formats, remote, sources, unpacking
 from gpt_jax.data.read.decoding import Reading
 from gpt_jax.data.stream import dataset
 from gpt_jax.data.tokenizers.vocabulary import FIM_TOKENS, make_byte_tokenizer, with_specials
@@ -273,9 +273,9 @@ def test_a_data_set_as_path_is_refused_without_the_network(tmp_path, monkeypatch
 
 
 def test_every_kind_and_packing_is_read():
-    assert set(formats.FORMATS) == {*sources.SUFFIXES, sources.HUB} and set(decoding.UNPACK) == set(
-        sources.COMPRESSIONS[1:]
-    )
+    assert set(formats.FORMATS) == {*sources.SUFFIXES, sources.HUB} and set(
+        unpacking.UNPACK
+    ) == set(sources.COMPRESSIONS[1:])
 
 
 def test_paths_that_cannot_be_used(tmp_path):

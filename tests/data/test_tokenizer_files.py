@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from gpt_jax.data.tokenizers import bpe, files, spec as tk, vocabulary
+from gpt_jax.data.tokenizers import bpe, files, spec as tk, spelling, vocabulary
 from gpt_jax.errors import UsageError
 
 ENGLISH = "The quick brown fox's 12345 jumps,\r\n\tover   the lazy dog.\n\n\n It'll do: 3.14\n" * 3
@@ -352,7 +352,7 @@ def test_decoding_any_ids_never_raises(trained, llama):
 
 
 def test_letters_of_bytes_are_those_of_the_library():
-    assert set(bpe.make_byte_alphabet()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    assert set(spelling.make_byte_alphabet()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert files.LETTERS[32] == "Ġ"
 
 

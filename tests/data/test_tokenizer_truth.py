@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 
 from gpt_jax.data.tokenizers import spec as tk, vocabulary
-from gpt_jax.data.tokenizers.bpe import make_byte_alphabet
+from gpt_jax.data.tokenizers.spelling import make_byte_alphabet
 
 DATA = Path(os.environ.get("GPT_JAX_TEST_DATA") or "/nonexistent")
 TRUTH = DATA / "tokenizers"

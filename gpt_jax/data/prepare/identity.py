@@ -66,8 +66,11 @@ def describe(
     """
     about = asdict(settings)
     about |= about.pop("reading") | {"input": list(sources)}
-    if about["task"] == "plain":  # as it was written before there were tasks
+    # As it was written before there were tasks and separators.
+    if about["task"] == "plain":
         del about["task"]
+    if not about["separator"]:
+        del about["separator"]
     if isinstance(tokenizer, Spec):
         about["tokenizer"] = tokenizer.name
     else:

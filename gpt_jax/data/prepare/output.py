@@ -21,13 +21,22 @@ Say = Callable[[str], None]
 
 @contextlib.contextmanager
 def explain_errors(folder: Path) -> Iterator[None]:
-    """Turns OSError, such as of a full disk, into UsageError that names the folder."""
+    """Turns OSError, such as of a full disk, into UsageError that names the folder.
+
+    A lack of memory becomes one that names the input.
+    """
     try:
         yield
     except OSError as error:
         raise UsageError(
             f"--output={folder}: {error.strerror or error}; make room or choose a folder that can "
             "be written; what is finished stays: the same command goes on from there"
+        ) from None
+    except MemoryError:
+        raise UsageError(
+            "--input: memory ran out while text was filtered and tokenized; give fewer --workers, "
+            "or cut the longest documents; what is finished stays: the same command goes on from "
+            "there"
         ) from None
 
 

@@ -28,6 +28,7 @@ from gpt_jax.data.tokenizers.spec import (
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import corpus
 from gpt_jax.data.tokens.inspect import describe_left_out
+from gpt_jax.data.tokens.marks import describe_marks
 from gpt_jax.errors import DataError, UsageError
 from gpt_jax.files import digest_json, replace_file
 
@@ -115,6 +116,8 @@ def prepare_corpus(
             f"--task={settings.reading.task}: the tokenizer {tokenizer.name} puts a space in front "
             "of each text, so also in front of each span; take another --tokenizer"
         )
+    for note in getattr(tokenizer, "notes", ()):
+        say(f"tokenizer {tokenizer.name}: {note}")
     survey.parse_threshold(settings.dedup)
     filters.parse_filters(settings.filters)
 
@@ -227,6 +230,7 @@ def _make(call: Call) -> None:
     )
     made = run_phase(call, "tokens", todo, tokenize)
     _refuse_changes(call)
+    _tell_marks(call, made)
 
     manifest = assemble.assemble(job, todo, made, scans or made, tokenizer, call.about, dropped)
     _check_sides(call, manifest)
@@ -256,6 +260,15 @@ def _refuse_changes(call: Call) -> None:
                 f"--filters {spec}: its module was edited while it was in use; remove "
                 f"--output={call.job.folder} and run the command again"
             )
+
+
+def _tell_marks(call: Call, made: Sequence[dict]) -> None:
+    """Says how many documents hold a name of end of text."""
+    marks = Counter()
+    for marker in made:
+        marks.update(marker.get("marks", {}))  # an older version has not counted them
+    for line in describe_marks(marks, "--separator"):
+        call.say(line)
 
 
 def _check_sides(call: Call, manifest: dict) -> None:

@@ -26,6 +26,7 @@ from gpt_jax.data.tasks.example import Example, Span
 from gpt_jax.data.tokenizers.spec import tokenizer_from_json
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards
+from gpt_jax.data.tokens.marks import find_end_name, list_end_names
 from gpt_jax.data.tokens.shards import SIDES
 from gpt_jax.errors import DataError, UsageError
 from gpt_jax.files import Digest, replace_file
@@ -107,6 +108,8 @@ class Counts:
     # Whether the file of each piece holds more than one document.
     several: list[bool] = field(default_factory=list)
     filtered: Counter = field(default_factory=Counter)  # documents dropped, by filter
+    # Documents that hold a name of end of text, by name.
+    marks: Counter = field(default_factory=Counter)
 
 
 def read(
@@ -320,8 +323,8 @@ def is_held_out(text_hash: int, fraction: float) -> bool:
 def tokenize(job: PrepareJob, unit: Unit, tick: Tick, *, fingerprint: str, keep: bool) -> dict:
     """Writes at most one shard for each side, and its index among the work. Gives the marker.
 
-    The marker also has `sides`: {side: documents, tokens, bytes, lost}. Memory: the largest
-    document, and 32 bytes for each.
+    The marker also has `sides`: {side: documents, tokens, bytes, lost}, and `marks`. Memory: the
+    largest document, and 32 bytes for each.
     """
     tokenizer = _load_tokenizer(job.folder / WORK / "tokenizer.json", fingerprint)
     kept = np.fromfile(job.folder / keep_file(unit), bool) if keep else None
@@ -332,7 +335,8 @@ def tokenize(job: PrepareJob, unit: Unit, tick: Tick, *, fingerprint: str, keep:
     temporary = {side: folder / f".{side}-{unit.number:05d}-{uuid.uuid4().hex}" for side in SIDES}
     writers = {side: shards.Writer(temporary[side], dtype, tokenizer.eot) for side in SIDES}
     try:
-        parts = _split_into_parts(read(job, unit, counts, kept), tokenizer)
+        texts = _watch(read(job, unit, counts, kept), tokenizer, counts)
+        parts = _split_into_parts(texts, tokenizer)
         for batch, ids in _encode(parts, tokenizer):
             tick(*_write(writers, tokenizer, batch, ids, job.settings.eval_fraction))
         files = {}
@@ -345,7 +349,17 @@ def tokenize(job: PrepareJob, unit: Unit, tick: Tick, *, fingerprint: str, keep:
                 Path(f"{temporary[side]}{suffix}").unlink(missing_ok=True)
 
     sides = {side: out.counts() for side, out in writers.items()}
-    return write_marker(job, "tokens", unit, files, counts, sides=sides)
+    return write_marker(job, "tokens", unit, files, counts, sides=sides, marks=counts.marks)
+
+
+def _watch(texts: Iterable[Text], tokenizer: Tokenizer, counts: Counts) -> Iterator[Text]:
+    """The same texts. Counts those that hold a name of end of text."""
+    names = list_end_names(tokenizer)
+    for text in texts:
+        name = find_end_name(text.text, names)
+        if name:
+            counts.marks[name] += 1
+        yield text
 
 
 def _write(

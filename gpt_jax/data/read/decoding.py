@@ -1,23 +1,15 @@
-"""How a file's bytes are unpacked and become a document's text, and why some do not."""
+"""How the bytes of a row become a document's text, and why some do not."""
 
-import contextlib
-import gzip
-import io
 import json
-import lzma
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from gpt_jax.data.read import remote
-from gpt_jax.data.read.sources import Source, format_and_packing
+from gpt_jax.data.read.sources import Source
 from gpt_jax.data.tasks.example import Span, make_example
 from gpt_jax.data.tasks.tasks import TASKS
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, plain
 
-BUFFER = 1 << 17
 CHOICES = {
     "errors": ("strict", "replace"),
     "on_error": ("stop", "skip"),
@@ -50,6 +42,10 @@ class Reading:
     # A row of TASKS: what is learned of a row that is a JSON object.
     task: str = "plain"
 
+    # What stands between the documents of .txt .md .py, such as <|endoftext|>. It is taken out, and
+    # so is the end of line after it. Empty: nothing does.
+    separator: str = ""
+
     def __post_init__(self):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
@@ -66,6 +62,26 @@ class Reading:
                     f"encodings = {name!r}: no text encoding of this name; known are utf-8, "
                     "utf-16, gb18030, big5, latin-1, shift-jis and the others of python"
                 ) from None
+        if self.separator:
+            self._check_separator()
+
+    def _check_separator(self) -> None:
+        """Raises UsageError if the separator cannot be looked for."""
+        said = f"separator = {self.separator!r}"
+        if self.documents != "file":
+            raise UsageError(
+                f"{said}: is for documents = file, and documents = {self.documents} cuts at ends "
+                "of lines; give one of them"
+            )
+        try:
+            spellings = {self.separator.encode(name) for name in self.encodings}
+        except UnicodeEncodeError:
+            spellings = set()
+        if len(spellings) != 1:
+            raise UsageError(
+                f"{said}: has no bytes that all of encodings = {', '.join(self.encodings)} share; "
+                "name one encoding, or a separator of ASCII"
+            )
 
     @property
     def label(self) -> str:
@@ -125,103 +141,7 @@ class Raw(NamedTuple):
     row: int = 0
 
 
-# ---- unpacking ----
-
-
-def _unpack_arrow(file: BinaryIO, compression: str) -> BinaryIO:
-    """The unpacked bytes of a file of one or more frames.
-
-    pyarrow refuses a torn end, and anything that follows the last frame.
-    """
-    import pyarrow
-
-    return pyarrow.input_stream(file, compression=compression)
-
-
-def _streams_of_xz(file: BinaryIO) -> Iterator[bytes]:
-    """The unpacked bytes of all streams of a file.
-
-    lzma.LZMAFile is no help: it takes a later stream that it cannot decode for the end of the file.
-    """
-    rest = b""
-    while True:
-        stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-        while not stream.eof:
-            if stream.needs_input and not (rest := rest or file.read(BUFFER)):
-                raise EOFError("it ends before its last stream does")
-            packed = rest
-            rest = b""
-            yield stream.decompress(packed, BUFFER)
-
-        # Zeros may follow a stream, in multiples of four.
-        rest = stream.unused_data
-        padding = 0
-        while (rest := rest or file.read(BUFFER)) and not rest[0]:
-            stripped = rest.lstrip(b"\0")
-            padding += len(rest) - len(stripped)
-            rest = stripped
-        if padding % 4:
-            raise lzma.LZMAError("what follows a stream is neither padding nor another one")
-        if not rest:
-            return
-
-
-class _Blocks(io.RawIOBase):
-    """A file to read, made of blocks of bytes."""
-
-    def __init__(self, blocks: Iterator[bytes]):
-        self.blocks = blocks
-        self.left = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, out) -> int:
-        while not self.left and (block := next(self.blocks, None)) is not None:
-            self.left = block
-        block = self.left[: len(out)]
-        self.left = self.left[len(out) :]
-        out[: len(block)] = block
-        return len(block)
-
-
-UNPACK = {
-    ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".xz": lambda file: _Blocks(_streams_of_xz(file)),
-    ".zst": lambda file: _unpack_arrow(file, "zstd"),
-    ".bz2": lambda file: _unpack_arrow(file, "bz2"),
-}
-
-
-@contextlib.contextmanager
-def opened(source: Source, seekable: bool = False) -> Iterator[io.BufferedReader]:
-    """The unpacked bytes of a file.
-
-    If they must be `seekable`, a packed file is unpacked into a temporary one first.
-    """
-    _, packing = format_and_packing(source)
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(remote.open_binary(source.path))
-        if packing:
-            file = stack.enter_context(UNPACK[packing](file))
-        if packing and seekable:
-            whole = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(file, whole, 1 << 20)
-            whole.seek(0)
-            file = whole
-        yield file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, BUFFER)
-
-
 # ---- text ----
-
-
-def plain(text) -> str:
-    """What a file or a library says, as one line for a message.
-
-    Characters that a terminal would obey or hide are escaped.
-    """
-    line = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def listed(names: Iterable) -> str:
@@ -328,3 +248,8 @@ def line_text(line: Decoded, reading: Reading) -> Decoded:
 def plain_text(text: Decoded, reading: Reading) -> Decoded:
     """The text of a whole file, unchanged."""
     return text
+
+
+def separated_text(text: Decoded, reading: Reading) -> Decoded:
+    """What stands between two separators, unchanged; "" if it is blank."""
+    return text._replace(text="") if text.text.isspace() else text

@@ -8,7 +8,7 @@ import contextlib
 import io
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,17 +21,21 @@ from gpt_jax.data.read.decoding import (
     Reading,
     Unreadable,
     decode,
-    opened,
-    plain,
 )
 from gpt_jax.data.read.formats import BY_ARROW, TEXTS, format_of
 from gpt_jax.data.read.sources import Source, format_and_packing
+from gpt_jax.data.read.text_rows import can_be_cut, encode_separator, split
+from gpt_jax.data.read.unpacking import ARROW_WINDOW, Unpacked, opened
 from gpt_jax.data.tasks.example import Example, Span
-from gpt_jax.errors import UsageError, install_command
+from gpt_jax.errors import UsageError, escape, install_command, plain
 from gpt_jax.files import describe_error
 
 BLOCK = 1 << 20
 PLACES = 5  # skipped rows that are named
+# What pyarrow says of a sound .zst that it cannot unpack.
+WIDE_WINDOW = "too much memory"
+UNPACK_ZST = f"looks back over more than {ARROW_WINDOW >> 20} MiB; unpack it with zstd -d --long=31"
+HINTS = {"zstandard": f", because it {UNPACK_ZST}, or "}
 
 
 class Document(NamedTuple):
@@ -83,7 +87,7 @@ class Tally:
     def skip(self, message: str) -> None:
         """Counts a row that was left out."""
         self.skipped += 1
-        self.places = ([*self.places, message])[:PLACES]
+        self.places = ([*self.places, escape(message)])[:PLACES]
 
     def notes(self, reading: Reading) -> list[str]:
         """Lines about all that a person must know. There are none if nothing was unusual."""
@@ -105,13 +109,16 @@ def _damage(source: Source) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        hint = HINTS.get(error.name or "", "; ")
         raise UsageError(
-            f"{source.path}: reading it needs the package {error.name}; "
+            f"{source.path}: reading it needs the package {error.name}{hint}"
             f"{install_command(error.name or '')}"
         ) from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise Damaged(f"{torn}: {plain(error)}") from None
     except OSError as error:
+        if error.errno is None and WIDE_WINDOW in str(error):
+            raise UsageError(f"{source.path}: one of its frames {UNPACK_ZST}") from None
         # gzip and pyarrow report damage as an OSError without a number.
         if error.errno is None and (packing or kind in BY_ARROW):
             raise Damaged(f"{torn}: {plain(error)}") from None
@@ -127,21 +134,43 @@ def whole_piece(source: Source) -> Piece:
     return Piece(source, 0, -1)
 
 
-def _line_borders(source: Source, size: int) -> list[int]:
+def _find_borders(file: io.BufferedReader, size: int, find_next: Callable) -> list[int]:
+    """Bytes at which pieces of about `size` bytes begin: 0, and what `find_next(file, at)` gives.
+
+    That is where the first row begins of those whose border lies at byte `at` or later.
+    """
+    if not file.seekable():
+        return [0]
+
+    borders = [0]
+    end = file.seek(0, 2)
+    while borders[-1] + size < end:
+        # A line that ends at this byte ends the piece.
+        border = find_next(file, borders[-1] + size - 1)
+        if border >= end:
+            break
+        borders.append(border)
+    return borders
+
+
+def _line_borders(source: Source, size: int, reading: Reading) -> list[int]:
     """Bytes at which pieces of about `size` bytes begin: 0, and line beginnings."""
     with opened(source) as file:
-        if not file.seekable():
-            return [0]
+        return _find_borders(file, size, _next_line)
 
-        borders = [0]
-        end = file.seek(0, 2)
-        while borders[-1] + size < end:
-            # A line that ends at this byte ends the piece.
-            border = _next_line(file, borders[-1] + size - 1)
-            if border >= end:
-                break
-            borders.append(border)
-    return borders
+
+def _separator_borders(source: Source, size: int, reading: Reading) -> list[int]:
+    """Bytes at which pieces of about `size` bytes begin: 0, and ends of separators."""
+    separator = encode_separator(reading)
+    if not can_be_cut(separator):
+        return [0]
+
+    def find_next(file: Unpacked, at: int) -> int:
+        file.seek(at)
+        return at + next(split(file, separator)).size
+
+    with opened(source) as file:
+        return _find_borders(file, size, find_next)
 
 
 def _next_line(file: io.BufferedReader, at: int) -> int:
@@ -155,7 +184,7 @@ def _next_line(file: io.BufferedReader, at: int) -> int:
     return at
 
 
-def _group_borders(source: Source, size: int) -> list[int]:
+def _group_borders(source: Source, size: int, reading: Reading) -> list[int]:
     """Row groups at which pieces of about `size` bytes (unpacked) begin."""
     import pyarrow
     import pyarrow.parquet
@@ -180,7 +209,7 @@ def _joined(sizes: Sequence[int], size: int) -> list[int]:
     return borders
 
 
-def _shard_borders(source: Source, size: int) -> list[int]:
+def _shard_borders(source: Source, size: int, reading: Reading) -> list[int]:
     """Shards at which pieces of about `size` bytes begin.
 
     If their sizes are not known, each shard is a piece.
@@ -192,23 +221,24 @@ def _shard_borders(source: Source, size: int) -> list[int]:
 # How a file is cut, by `Format.cut`. "" keeps it whole.
 CUTS = {
     "lines": _line_borders,
+    "separators": _separator_borders,
     "groups": _group_borders,
     "shards": _shard_borders,
-    "": lambda source, size: [0],
+    "": lambda source, size, reading: [0],
 }
 
 
 def cut_source(source: Source, size: int, reading: Reading) -> tuple[Piece, ...]:
     """Pieces of about `size` bytes, at least one, which have the documents of the whole in order.
 
-    Lines are cut by bytes, .parquet by row groups, and hf:// by the data set's own shards. Packed
-    files and all other formats stay whole.
+    Lines and parts between separators are cut by bytes, .parquet by row groups, and hf:// by the
+    data set's own shards. Packed files and all other formats stay whole.
     """
     borders = [0]
     _, packing = format_and_packing(source)
     way = "" if packing else format_of(source, reading).cut
     with contextlib.suppress(Damaged), _damage(source):  # Reading the file will tell of damage.
-        borders = list(CUTS[way](source, max(size, 1))) or [0]
+        borders = list(CUTS[way](source, max(size, 1), reading)) or [0]
 
     stops = [*borders[1:], -1]
     return tuple(Piece(source, start, stop) for start, stop in zip(borders, stops, strict=True))
@@ -228,15 +258,36 @@ def _name(label, piece: Piece, row: int, number: int) -> str:
 
 
 def _place(piece: Piece, row: int, number: int, reading: Reading) -> str:
-    """Where a row is. For a later piece the lines before it are counted."""
-    if not row and piece.start and format_of(piece.source, reading).cut == "lines":
-        left = piece.start
-        row = number + 1
+    """Where a row is. For a later piece the rows before it are counted."""
+    way = format_of(piece.source, reading).cut
+    if not row and piece.start and way in COUNTS:
         with opened(piece.source) as file:
-            while left and (block := file.read(min(BLOCK, left))):
-                left -= len(block)
-                row += block.count(b"\n")
+            row = number + 1 + COUNTS[way](file, piece.start, reading)
     return _name(piece.source.path, piece, row, number)
+
+
+def _count_lines(file: io.BufferedReader, stop: int, reading: Reading) -> int:
+    """The lines before byte `stop`."""
+    count = 0
+    while stop and (block := file.read(min(BLOCK, stop))):
+        stop -= len(block)
+        count += block.count(b"\n")
+    return count
+
+
+def _count_separated(file: Unpacked, stop: int, reading: Reading) -> int:
+    """The separators before byte `stop`."""
+    count = 0
+    for part in split(file, encode_separator(reading)):
+        stop -= part.size
+        if stop < 0:
+            break
+        count += 1
+    return count
+
+
+# How the rows before a piece are counted, by `Format.cut`.
+COUNTS = {"lines": _count_lines, "separators": _count_separated}
 
 
 def read_documents(
@@ -246,13 +297,20 @@ def read_documents(
 
     Raises UsageError for a file that cannot be read, with the place in it. With on_error=skip the
     rest of a damaged file counts as one skipped row. Memory: 2 to 4 times the largest row (.csv: up
-    to 11), where a whole text file is a row. A .json takes a multiple of its size.
+    to 11), where a whole text file is a row unless it has separators. A .json takes a multiple of
+    its size.
     """
     tally = Tally() if tally is None else tally
     for piece in pieces:
         try:
             with _damage(piece.source):
                 yield from _documents(piece, reading, tally)
+        except MemoryError:
+            raise UsageError(
+                f"{piece.source.path}: memory ran out while it was read; cut text files "
+                "with documents = line or a separator, make other documents smaller, or give "
+                "prepare fewer --workers"
+            ) from None
         except Damaged as error:
             if reading.on_error == "stop":
                 raise UsageError(

@@ -8,6 +8,7 @@ rows after it can still be read.
 
 import contextlib
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -25,58 +26,25 @@ from gpt_jax.data.read.decoding import (
     json_text,
     line_text,
     listed,
-    opened,
     parse_json,
-    plain,
     plain_text,
+    separated_text,
 )
 from gpt_jax.data.read.sources import HUB, Source, format_and_packing
-from gpt_jax.errors import UsageError
+from gpt_jax.data.read.text_rows import (
+    NO_LINES,
+    check_encodings,
+    lines,
+    separated,
+    whole_file,
+)
+from gpt_jax.data.read.unpacking import BUFFER, Unpacked, limit_rows, opened, read_line, read_whole
+from gpt_jax.errors import UsageError, plain
 
-NO_LINES = "its lines do not end in the byte 0A; convert the file to UTF-8"
 # So many rows of .parquet and .arrow become Python objects at once.
 BATCH_ROWS = 256
 # This holds for the whole process. The default of 128 KiB is less than one long document.
 csv.field_size_limit(2**31 - 1)
-
-
-# ---- text ----
-
-
-def _whole_file(piece: Piece, reading: Reading) -> Iterator[Raw]:
-    """A file as one row."""
-    with opened(piece.source) as file:
-        # The text may be huge. The list lets go of it before the next reader has it.
-        content = [file.read()]
-        yield Raw(content.pop(), 0, -1)
-
-
-def _check_encodings(piece: Piece, reading: Reading) -> None:
-    """Raises UsageError for an encoding whose lines do not end in the byte 0A."""
-    for name in reading.encodings:
-        if b"\n".decode(name, "replace") != "\n":
-            raise UsageError(
-                f"{piece.source.path}: config.data.encodings = {name!r} (--encodings of prepare): "
-                f"{NO_LINES}"
-            )
-
-
-def _lines(piece: Piece, reading: Reading) -> Iterator[Raw]:
-    """A row a line."""
-    _check_encodings(piece, reading)
-    with opened(piece.source) as file:
-        if piece.start:
-            file.seek(piece.start)
-
-        at = piece.start
-        while piece.stop < 0 or at < piece.stop:
-            # A line may be huge. The list lets go of it before the next reader has it.
-            line = [file.readline()]
-            if not line[0]:
-                return
-            start = at
-            at += len(line[0])
-            yield Raw(line.pop(), start)
 
 
 # ---- json ----
@@ -85,7 +53,9 @@ def _lines(piece: Piece, reading: Reading) -> Iterator[Raw]:
 def _holds_lines(piece: Piece, reading: Reading) -> bool:
     """Whether the first line is a whole object and the file goes on after it."""
     with opened(piece.source) as file:
-        first = file.readline()
+        first, _ = read_line(file)
+        if isinstance(first, Unreadable):
+            return False
         if not first.removeprefix(b"\xef\xbb\xbf").startswith(b"{"):
             return False
         try:
@@ -93,7 +63,7 @@ def _holds_lines(piece: Piece, reading: Reading) -> bool:
         except Unreadable:
             # This is one object over several lines. If it is not, reading all of it says so.
             return False
-        return any(not line.isspace() for line in file)
+        return any(not block.isspace() for block in iter(lambda: file.read(BUFFER), b""))
 
 
 def _json(piece: Piece, reading: Reading) -> Iterator[Raw]:
@@ -103,12 +73,15 @@ def _json(piece: Piece, reading: Reading) -> Iterator[Raw]:
     object a line is read as .jsonl, because many are published in that way.
     """
     if _holds_lines(piece, reading):
-        yield from _lines(piece, reading)
+        yield from lines(piece, reading)
         return
 
     try:
         with opened(piece.source) as file:
-            text, encoding, replaced, _ = decode(file.read(), reading)
+            content = read_whole(file)
+        if isinstance(content, Unreadable):
+            raise content
+        text, encoding, replaced, _ = decode(content, reading)
         rows = parse_json(text.removeprefix("\ufeff")) if text and not text.isspace() else []
     except Unreadable as why:
         yield Raw(why, 0, -1)
@@ -185,22 +158,45 @@ def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
         line = line.removesuffix(b"\n").removesuffix(b"\r")
         return line.split(b"\t") if line else []
 
-    _check_encodings(piece, reading)
+    check_encodings(piece, reading)
     with opened(piece.source) as file:
-        first = file.readline().removeprefix(b"\xef\xbb\xbf")
+        first, _ = read_line(file)
+    if isinstance(first, Unreadable):
+        raise Damaged(f"{piece.source.path}: its first row {first}")
+    first = first.removeprefix(b"\xef\xbb\xbf")
     if not first:
         return
 
     width = len(cells(first))
     column, has_header = _column(cells(first), piece, reading)
-    for number, raw in enumerate(_lines(piece, reading)):
+    for number, raw in enumerate(lines(piece, reading)):
         is_first = number == 0 and piece.start == 0
         if is_first and has_header:
             yield Raw(None)
             continue
         line = first if is_first else raw.value
-        assert isinstance(line, bytes)  # as all rows of `_lines`
+        if isinstance(line, Unreadable):
+            yield Raw(line)
+            continue
+        assert isinstance(line, bytes)  # as all other rows of `lines`
         yield Raw(_cell(cells(line), column, width))
+
+
+def _csv_lines(file: Unpacked, piece: Piece, row: Counter) -> Iterator[str]:
+    """The lines of a table as latin-1. `row["size"]` counts the bytes since it was cleared.
+
+    Raises Damaged if they are more than a row may have.
+    """
+    mark = b"\xef\xbb\xbf"
+    while True:
+        line, size = read_line(file)
+        row["size"] += size
+        if isinstance(line, Unreadable) or row["size"] > (file.largest or row["size"]):
+            raise Damaged(f"{piece.source.path}: one of its rows {file.too_long()}")
+        if not size:
+            return
+        yield line.removeprefix(mark).decode("latin-1")
+        mark = b""
 
 
 def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
@@ -211,13 +207,10 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
     whether what follows the error is inside that cell or a row. So it is all left out, because
     halves of cells are no documents.
     """
-    _check_encodings(piece, reading)
+    check_encodings(piece, reading)
     with opened(piece.source) as file:
-        text = (
-            line.removeprefix(b"\xef\xbb\xbf" if not number else b"").decode("latin-1")
-            for number, line in enumerate(file)
-        )
-        table = csv.reader(text, strict=True)
+        size = Counter()
+        table = csv.reader(_csv_lines(file, piece, size), strict=True)
 
         column = None
         width = 0
@@ -225,6 +218,7 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
         while True:
             begin = table.line_num + 1
             try:
+                size.clear()
                 cells = [cell.encode("latin-1") for cell in next(table)]
                 if column is None:
                     column, is_header = _column(cells, piece, reading)
@@ -295,9 +289,25 @@ def _arrow_errors(piece: Piece, kind: str) -> Iterator[None]:
 
     try:
         yield
+    except MemoryError:  # pyarrow's own is also an ArrowException
+        raise
     # A column's name that is no UTF-8 gives UnicodeDecodeError.
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise Damaged(f"{piece.source.path}: not a readable {kind} file: {plain(error)}") from None
+
+
+def _check_ratio(metadata, piece: Piece, reading: Reading) -> None:
+    """Raises Damaged if the column unpacks to far more than text does, in any row group."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for column in (group.column(i) for i in range(group.num_columns)):
+            size = column.total_uncompressed_size
+            is_text = column.path_in_schema == reading.field
+            if is_text and size > limit_rows(column.total_compressed_size):
+                raise Damaged(
+                    f"{piece.source.path}: {reading.label} of row group {number} unpacks to "
+                    f"{size:,} bytes, so it is hardly text"
+                )
 
 
 def _parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
@@ -310,6 +320,7 @@ def _parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
         pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as file,
     ):
         _check_schema(file.schema_arrow, piece, reading)
+        _check_ratio(file.metadata, piece, reading)
         rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         if sum(rows) != file.metadata.num_rows:
             raise Damaged(
@@ -345,21 +356,26 @@ class Format(NamedTuple):
     # The text of a row whose bytes are decoded.
     text: Callable[[Decoded, Reading], Decoded] = plain_text
 
-    # The parts that a file can be cut into: lines, groups (of parquet), shards (of hf://).
+    # The parts that a file can be cut into: lines, separators (what is between them), groups (of
+    # parquet), shards (of hf://).
     cut: str = ""
 
     # Whether rows are objects, so that any task can read them.
     tasks: bool = False
 
 
-# The format of text files, by Reading.documents.
-TEXTS = {"file": Format(_whole_file), "line": Format(_lines, line_text, "lines")}
+# The format of text files, by Reading.documents and whether there is a separator.
+TEXTS = {
+    "file": Format(whole_file),
+    "line": Format(lines, line_text, "lines"),
+    "separated": Format(separated, separated_text, "separators"),
+}
 BY_ARROW = (".parquet", ".arrow")
 FORMATS = {
     ".txt": TEXTS,
     ".md": TEXTS,
     ".py": TEXTS,
-    ".jsonl": Format(_lines, json_text, "lines", tasks=True),
+    ".jsonl": Format(lines, json_text, "lines", tasks=True),
     ".json": Format(_json, json_text, tasks=True),
     ".csv": Format(_csv),
     ".tsv": Format(_tsv, cut="lines"),
@@ -370,12 +386,14 @@ FORMATS = {
 
 
 def format_of(source: Source, reading: Reading) -> Format:
-    """The format of a source. That of text files depends on Reading.documents.
+    """The format of a source. That of text files depends on how `reading` cuts them.
 
     Raises UsageError if the task of `reading` cannot read its rows.
     """
     row = FORMATS[format_and_packing(source)[0]]
-    form = row[reading.documents] if isinstance(row, dict) else row
+    form = row
+    if isinstance(row, dict):
+        form = row["separated" if reading.separator else reading.documents]
     if reading.task != "plain" and not form.tasks:
         raise UsageError(
             f"{source.path}: --task={reading.task} reads objects, which .jsonl, .json and hf:// "

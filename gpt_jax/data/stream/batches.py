@@ -168,7 +168,7 @@ def _source_seed(seed: int, name: str, only: bool) -> int:
     """
     if only:
         return seed
-    return int(random_bits(seed, *name.encode())[0] >> np.uint64(1))
+    return int(random_bits(seed, *name.encode("utf-8", "surrogateescape"))[0] >> np.uint64(1))
 
 
 def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) -> Examples:

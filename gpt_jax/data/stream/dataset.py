@@ -16,7 +16,7 @@ from gpt_jax.data.tokenizers.vocabulary import FIM_TOKENS, Tokenizer
 from gpt_jax.data.tokens import adopt, cache, corpus, mirror
 from gpt_jax.data.tokens.cache import Prepared
 from gpt_jax.data.tokens.shards import Tokens
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, escape
 from gpt_jax.files import digest_json
 
 
@@ -112,7 +112,7 @@ def _part(field: str, path: str, opened: corpus.PreparedCorpus, name: str, repor
     heldout = cache.describe_size(sides["eval"])
     report(
         f"data: {name}: train on {train}, held out {heldout}; tokenizer "
-        f"{opened.tokenizer.name} of {opened.tokenizer.vocab:,} ids; {path}"
+        f"{opened.tokenizer.name} of {opened.tokenizer.vocab:,} ids; {escape(path)}"
     )
     return Part(name, 1.0, sides["train"], sides["eval"])
 
@@ -127,7 +127,7 @@ def load_heldout(
     """
     folder = _folder(path, data, report)
     if folder is None and adopt.is_foreign(path):
-        return {path: adopt.adopt_heldout(path, tokenizer, report)}
+        return {path: adopt.adopt_heldout(path, tokenizer, data.token_type, report)}
     if folder is None:
         return {path: cache.load_text((path,), tokenizer, data, report=report)}
 
@@ -143,7 +143,7 @@ def load_heldout(
         )
 
     for name, tokens in heldout.items():
-        report(f"data: {path}: {name}: held out {cache.describe_size(tokens)}")
+        report(f"data: {escape(path)}: {name}: held out {cache.describe_size(tokens)}")
     is_alone = len(opened.sources) == 1
     return {path if is_alone else f"{path}/{name}": tokens for name, tokens in heldout.items()}
 

@@ -7,13 +7,17 @@ encode a long text in parts, and the ids are those of the whole.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
-from gpt_jax.data.tokenizers import vocabulary
-from gpt_jax.data.tokenizers.vocabulary import EOT, EOT_NAMES, SPECIALS, Tokenizer
+from gpt_jax.data.tokenizers import json_fields, vocabulary
+from gpt_jax.data.tokenizers.json_fields import list_steps
+from gpt_jax.data.tokenizers.promises import check_promises, find_made
+from gpt_jax.data.tokenizers.spelling import spell_pieces
+from gpt_jax.data.tokenizers.vocabulary import CHAT_TOKENS, EOT, EOT_NAMES, SPECIALS, Tokenizer
 from gpt_jax.errors import UsageError
 
 # White space as the library's regular expressions have it (Unicode's White_Space). Python's \s
@@ -128,86 +132,6 @@ def train_bpe(texts: Iterable[str], vocab: int, pattern: str = "gpt2") -> Tokeni
     return make_json_tokenizer(library.to_str(), name)
 
 
-# ---- what tokens stand for ----
-
-
-def make_byte_alphabet() -> dict[str, int]:
-    """The byte that each printable character of byte-level BPE spells.
-
-    It is that of GPT-2's encoder.py, bytes_to_unicode.
-    """
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    alphabet = {chr(byte): byte for byte in plain}
-    for i, byte in enumerate(others):
-        alphabet[chr(256 + i)] = byte
-    return alphabet
-
-
-BYTES = make_byte_alphabet()
-
-
-def _spell_byte_level(token: str) -> bytes:
-    if all(letter in BYTES for letter in token):
-        return bytes(BYTES[letter] for letter in token)
-    return token.encode()
-
-
-def _spell_sentencepiece(token: str) -> bytes:
-    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
-    return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
-
-
-# How a decoder turns a token's text into bytes, by the decoder's type in tokenizer.json.
-SPELLINGS = {
-    "ByteLevel": _spell_byte_level,
-    "Metaspace": _spell_sentencepiece,
-    "ByteFallback": _spell_sentencepiece,
-}
-UTF8_BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 256)}  # the others never occur
-
-
-def _steps(part: dict | None, inside: str) -> list[dict]:
-    """The steps of one part of a tokenizer.json. A part is a sequence, one step, or missing."""
-    return part.get(inside, [part]) if part else []
-
-
-def _choose_spelling(spec: dict, name: str) -> Callable[[str], bytes]:
-    """The row of SPELLINGS for a file's decoder. Raises UsageError for another decoder."""
-    types = [step["type"] for step in _steps(spec.get("decoder"), "decoders")] or ["none"]
-    for kind in types:
-        if kind in SPELLINGS:
-            return SPELLINGS[kind]
-    raise UsageError(
-        f"tokenizer {name}: its decoder ({', '.join(types)}) does not say which bytes a token "
-        f"stands for; use a tokenizer with one of {', '.join(SPELLINGS)}"
-    )
-
-
-def _spell_pieces(
-    spec: dict, name: str, vocab: Mapping[str, int], added: Mapping[int, Any], specials: set[int]
-) -> tuple[bytes, ...]:
-    """The bytes that each id stands for, empty for specials.
-
-    Raises UsageError if a byte of UTF-8 has no token, because text with it would be dropped.
-    """
-    spell = _choose_spelling(spec, name)
-    pieces = [b""] * (max(vocab.values()) + 1)
-    for token, i in vocab.items():
-        if i in specials:
-            continue
-        pieces[i] = token.encode() if i in added else spell(token)
-
-    missing = UTF8_BYTES - {piece[0] for piece in pieces if len(piece) == 1}
-    if missing:
-        raise UsageError(
-            f"tokenizer {name}: has no token for {len(missing)} of the bytes of UTF-8, such as "
-            f"{bytes([min(missing)])!r}, so it would drop text that needs them; train it with the "
-            "whole byte alphabet or with byte fallback"
-        )
-    return tuple(pieces)
-
-
 # ---- how a file treats text ----
 
 
@@ -239,9 +163,9 @@ def _choose_cutter(spec: dict) -> Callable[[str], Iterator[str]]:
     Parts are exact only if no normaliser looks across a cut and no added token spans one. A
     tokenizer that cannot promise this gets the whole text as one part.
     """
-    end = _find_end(_steps(spec.get("pre_tokenizer"), "pretokenizers"))
+    end = _find_end(list_steps(spec, "pre_tokenizer"))
     normalizer = spec.get("normalizer")
-    ordinary = [token for token in spec.get("added_tokens", []) if not token["special"]]
+    ordinary = [token for token in spec.get("added_tokens") or [] if not token["special"]]
 
     looks_across = bool(normalizer) and normalizer["type"] != "NFC"
     if end is None or looks_across or any(map(_spans_space, ordinary)):
@@ -262,7 +186,7 @@ def _strips_space(step: dict) -> bool:
 
 def _find_prefix(spec: dict) -> bytes:
     """The space that Llama 2's kind of tokenizer puts in front and its decoder takes away."""
-    return b" " if any(map(_strips_space, _steps(spec.get("decoder"), "decoders"))) else b""
+    return b" " if any(map(_strips_space, list_steps(spec, "decoder"))) else b""
 
 
 def _keeps_text(step: dict) -> bool:
@@ -276,7 +200,10 @@ def _keeps_text(step: dict) -> bool:
 
 def _is_lossless(spec: dict) -> bool:
     """Whether every text comes back: bytes all the way, nothing normalised, added or removed."""
-    steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
+    added = spec.get("added_tokens") or []
+    if any(not token["special"] and (token["lstrip"] or token["rstrip"]) for token in added):
+        return False
+    steps = list_steps(spec, "pre_tokenizer")
     has_bytes = any(step["type"] == "ByteLevel" for step in steps)
     return not spec.get("normalizer") and has_bytes and all(map(_keeps_text, steps))
 
@@ -284,32 +211,80 @@ def _is_lossless(spec: dict) -> bool:
 # ---- opening ----
 
 
-def _open(content: str, name: str) -> tuple[tokenizers.Tokenizer, dict]:
-    """The library's tokenizer and the parsed file. Raises UsageError if it is no tokenizer.json.
+def _find_end_name(spec: dict) -> str | None:
+    """The token that ends a text, None without any.
 
-    A file may add chat and fill-in-the-middle tokens as ordinary ones, as Qwen 2.5's does. They
-    become special here, so that no text makes them.
+    One that the file calls special comes before others. Gemma 3 has <eos>, and </s> as an ordinary
+    token, which is a tag of HTML there.
     """
+    added = spec.get("added_tokens") or []
+    special = {token["content"] for token in added if token["special"]}.difference(CHAT_TOKENS)
+    tokens = {token for token, _ in json_fields.list_ids(spec)}
+    names = [end for end in EOT_NAMES if end in special] + [
+        end for end in EOT_NAMES if end in tokens
+    ]
+    return names[0] if names else None
+
+
+def _parse(content: str, name: str) -> tuple[dict, list[str]]:
+    """A parsed file, and those of its tokens that are special here and ordinary in the file.
+
+    A file may add end of text, or chat and fill-in-the-middle tokens, as ordinary ones. Qwen 2.5's
+    does. They become special, so that no text makes them.
+    """
+    spec = json.loads(content)
+    json_fields.check_fields(spec, name)
+    added = spec.get("added_tokens") or []
     known = {token for tokens in SPECIALS.values() for token in tokens}
+    end = _find_end_name(spec)
+    ordinary = [
+        token for token in added if token["content"] in {*known, end} and not token["special"]
+    ]
+    for token in ordinary:
+        token["special"] = True
+    return spec, [token["content"] for token in ordinary]
+
+
+def _load(content: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer, with what json_fields.list_notes names set aside."""
+    library = tokenizers.Tokenizer.from_str(content)
+    library.no_truncation()
+    library.no_padding()
+    library.post_processor = None
+    if getattr(library.model, "dropout", None):
+        library.model.dropout = None
+    library.encode_special_tokens = True  # <|endoftext|> in a document is text, not the end of it
+    return library
+
+
+def _open(content: str, name: str) -> tuple[tokenizers.Tokenizer, dict, list[str]]:
+    """The library's tokenizer, the parsed file, and the tokens that only here are special.
+
+    Raises UsageError if the file is no tokenizer.json, or says what is not honoured.
+    """
     try:
-        spec = json.loads(content)
-        hidden = [
-            token
-            for token in spec.get("added_tokens") or []
-            if token["content"] in known and not token["special"]
-        ]
-        for token in hidden:
-            token["special"] = True
-        library = tokenizers.Tokenizer.from_str(json.dumps(spec) if hidden else content)
+        spec, ordinary = _parse(content, name)
+        library = _load(json.dumps(spec) if ordinary else content)
+    except UsageError:
+        raise
     except Exception as error:  # the library raises plain Exception for what it cannot read
         raise UsageError(
             f"tokenizer {name}: not a tokenizer.json of the tokenizers library: {error}"
         ) from None
 
-    library.no_truncation()
-    library.no_padding()
-    library.encode_special_tokens = True  # <|endoftext|> in a document is text, not the end of it
-    return library, spec
+    _check_added(library, spec, name)
+    return library, spec, ordinary
+
+
+def _check_added(library: tokenizers.Tokenizer, spec: dict, name: str) -> None:
+    """Raises UsageError if an added token has another id than the file says."""
+    for token in spec.get("added_tokens") or []:
+        actual = library.token_to_id(token["content"])
+        if actual != token["id"]:
+            raise UsageError(
+                f"tokenizer {name}: the id of {token['content']!r} = {token['id']}: the library "
+                f"gives it {actual}; mend the file"
+            )
 
 
 def _make_encoder(library: tokenizers.Tokenizer) -> Callable[[Sequence[str]], list[np.ndarray]]:
@@ -337,9 +312,9 @@ def make_json_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer
     It is not `lossless` if the file normalises text, such as by NFC or with spaces as ▁. Raises
     UsageError if the file has no end-of-text token or would drop text.
     """
-    library, spec = _open(content, name)
+    library, spec, ordinary = _open(content, name)
     vocab = library.get_vocab(with_added_tokens=True)
-    end = next((end for end in EOT_NAMES if end in vocab), None)
+    end = _find_end_name(spec)
     if end is None:
         names = " ".join(EOT_NAMES)
         raise UsageError(f"tokenizer {name}: has no end-of-text token; add one of {names}")
@@ -350,11 +325,11 @@ def make_json_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer
         if token.special:
             specials[token.content] = i
 
-    return Tokenizer(
+    tokenizer = Tokenizer(
         "json",
         name,
         content,
-        _spell_pieces(spec, name, vocab, added, set(specials.values())),
+        spell_pieces(spec, name, vocab, added, set(specials.values())),
         vocab[end],
         _make_encoder(library),
         _choose_cutter(spec),
@@ -362,3 +337,11 @@ def make_json_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer
         prefix=_find_prefix(spec),
         lossless=_is_lossless(spec),
     )
+    spelt = {*json_fields.find_spelt(spec, specials), *find_made(tokenizer, specials)}
+    if spelt:
+        without = json_fields.hide(spec, spelt)
+        library = _load(json.dumps(without))
+        _check_added(library, without, name)
+        tokenizer = replace(tokenizer, encoder=_make_encoder(library))
+    notes = json_fields.list_notes(spec, spelt.union(ordinary))
+    return check_promises(replace(tokenizer, notes=notes))

@@ -21,12 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from gpt_jax.data.read.sources import COMPRESSIONS
-from gpt_jax.data.tokenizers.bpe import (
-    PATTERNS,
-    make_bpe_json,
-    make_byte_alphabet,
-    make_json_tokenizer,
-)
+from gpt_jax.data.tokenizers.bpe import PATTERNS, make_bpe_json, make_json_tokenizer
+from gpt_jax.data.tokenizers.json_fields import describe_hidden
+from gpt_jax.data.tokenizers.promises import check_promises
+from gpt_jax.data.tokenizers.spelling import make_byte_alphabet
 from gpt_jax.data.tokenizers.vocabulary import EOT, EOT_NAMES, FIM_TOKENS, Tokenizer
 from gpt_jax.errors import UsageError, install_command
 
@@ -208,6 +206,35 @@ def _load_sentencepiece(content: str, name: str):
     return model
 
 
+def _find_eot(model, name: str) -> int:
+    """The id of end of text: the model's own, or else a piece with one of its names."""
+    eot = model.eos_id()
+    if eot >= 0:
+        return eot
+    names = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    eot = next((names.index(end) for end in EOT_NAMES if end in names), None)
+    if eot is None:
+        raise UsageError(f"tokenizer {name}: has no end-of-text token; train it with an eos_id")
+    return eot
+
+
+def _make_control(content: str, i: int, name: str) -> str:
+    """The base64 of a model in which piece `i` is a control symbol, which no text spells.
+
+    Raises UsageError without a protobuf that the package goes with.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as formats
+    except Exception as error:  # protobuf has an error of its own for each kind of mismatch
+        raise UsageError(
+            f"tokenizer {name}: its end of text is an ordinary piece, and to change that needs "
+            f"the package protobuf ({error}); {install_command('protobuf')}"
+        ) from None
+    model = formats.ModelProto.FromString(base64.b64decode(content))  # pyright: ignore
+    model.pieces[i].type = formats.ModelProto.SentencePiece.CONTROL  # pyright: ignore
+    return base64.b64encode(model.SerializeToString()).decode()
+
+
 def make_sentencepiece_tokenizer(content: str, name: str) -> Tokenizer:
     """A tokenizer of a SentencePiece model, from the base64 of its file.
 
@@ -216,18 +243,16 @@ def make_sentencepiece_tokenizer(content: str, name: str) -> Tokenizer:
     package, for a file that is no model, and for one without an end-of-text token.
     """
     model = _load_sentencepiece(content, name)
+    eot = _find_eot(model, name)
+    notes = ()
+    if not model.is_control(eot):
+        # Such as a user-defined symbol, which the text that says so would become.
+        model = _load_sentencepiece(_make_control(content, eot, name), name)
+        notes = describe_hidden([model.id_to_piece(eot)])
     names = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    eot = model.eos_id()
-    if eot < 0:
-        eot = next((names.index(end) for end in EOT_NAMES if end in names), None)
-    if eot is None:
-        raise UsageError(f"tokenizer {name}: has no end-of-text token; train it with an eos_id")
-
-    def is_special(i: int) -> bool:
-        return model.is_control(i) or i == eot
 
     def spell(i: int) -> bytes:
-        if is_special(i):
+        if model.is_control(i):
             return b""
         if model.is_byte(i):
             return bytes([int(names[i][3:5], 16)])  # <0xNN>
@@ -238,7 +263,7 @@ def make_sentencepiece_tokenizer(content: str, name: str) -> Tokenizer:
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         return model.encode([text.encode() for text in texts], return_type="numpy")
 
-    return Tokenizer(
+    tokenizer = Tokenizer(
         "sentencepiece",
         name,
         content,
@@ -246,11 +271,13 @@ def make_sentencepiece_tokenizer(content: str, name: str) -> Tokenizer:
         eot,
         encode,
         lambda text: iter((text,)),
-        specials={names[i]: i for i in range(len(names)) if is_special(i)},
+        specials={names[i]: i for i in range(len(names)) if model.is_control(i)},
         prefix=b" " if model.normalize("a").startswith("▁") else b"",
         lossless=False,
         unknown=model.unk_id(),
+        notes=notes,
     )
+    return check_promises(tokenizer)
 
 
 def read_sentencepiece(path: Path) -> Tokenizer:

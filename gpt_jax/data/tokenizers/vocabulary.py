@@ -64,6 +64,8 @@ class Tokenizer:
     lossless: bool = True
     # The id for characters that have no id of their own. None: every character has ids.
     unknown: int | None = None
+    # What a person must know of how the file is read, a line each.
+    notes: tuple[str, ...] = ()
 
     @property
     def vocab(self) -> int:
@@ -197,8 +199,15 @@ def with_specials(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
 def with_extra(tokenizer: Tokenizer, extra: Mapping[str, int]) -> Tokenizer:
     """`tokenizer` with more special tokens by name and id, none of which is in use.
 
-    Raises UsageError for a name that is an ordinary token.
+    Raises UsageError for a name that is an ordinary token, and for an id that is not among the next
+    ones. A damaged file with a huge id would otherwise take all memory.
     """
+    for name, i in extra.items():
+        if not tokenizer.vocab <= i < tokenizer.vocab + len(extra):
+            raise UsageError(
+                f"special token {name!r}: has the id {i}, and the tokenizer {tokenizer.name} goes "
+                f"on at {tokenizer.vocab}; use the file that belongs to it"
+            )
     for name in extra:
         if name.encode() in tokenizer.pieces:
             raise UsageError(

@@ -20,7 +20,7 @@ from gpt_jax.data.tokens.cache import Prepared, describe_size
 from gpt_jax.data.tokens.foreign import find_documents, open_foreign
 from gpt_jax.data.tokens.hashes import hash_sources
 from gpt_jax.data.tokens.shards import DOCUMENT, Origin, TokenFile, Tokens
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, escape
 from gpt_jax.files import allow_open_files, digest_json
 
 AT_ONCE = 1 << 24  # ids whose bytes are counted at once
@@ -117,10 +117,11 @@ def _list_files(paths: Sequence[str], field: str) -> tuple[Path, ...]:
 # ---- what is in them ----
 
 
-def _join(files: tuple[Path, ...], eot: int | None) -> Joined:
+def _join(files: tuple[Path, ...], tokenizer: Tokenizer, token_type: str) -> Joined:
     """Opens files and joins them. Raises UsageError, naming the file, for one that is no part."""
     allow_open_files()  # All of them are open at once.
-    opened = [open_foreign(file, eot) for file in files]
+    eot = tokenizer.eot
+    opened = [open_foreign(file, eot, token_type, tokenizer.vocab) for file in files]
     first = opened[0]
     eot_begins = bool(first.tokens[0] == eot)
     for i, one in enumerate(opened):
@@ -228,16 +229,16 @@ def _make_tokens(
 
 
 def _adopt_whole(
-    name: str, files: tuple[Path, ...], tokenizer: Tokenizer, report: Report
+    name: str, files: tuple[Path, ...], tokenizer: Tokenizer, token_type: str, report: Report
 ) -> Tokens:
-    joined = _join(files, tokenizer.eot)
+    joined = _join(files, tokenizer, token_type)
     return _make_tokens(name, joined, 0, joined.documents, tokenizer, report)
 
 
-def adopt_heldout(path: str, tokenizer: Tokenizer, report: Report) -> Tokens:
+def adopt_heldout(path: str, tokenizer: Tokenizer, token_type: str, report: Report) -> Tokens:
     """All tokens of a path of token files, as held-out text. Raises UsageError as `adopt` does."""
     files = tuple(_list_folder(path)[1:]) or _list_files((path,), "--text")
-    return _adopt_whole("eval", files, tokenizer, report)
+    return _adopt_whole("eval", files, tokenizer, token_type, report)
 
 
 def _place_border(joined: Joined, fraction: float) -> tuple[Joined, int]:
@@ -282,11 +283,11 @@ def adopt(
     if data.eval_path:
         held_files = _list_files(data.eval_path, "config.data.eval_path")
 
-    joined = _join(files, tokenizer.eot)
+    joined = _join(files, tokenizer, data.token_type)
     held = None
     border = joined.documents
     if held_files:
-        held = _adopt_whole("eval", held_files, tokenizer, report)
+        held = _adopt_whole("eval", held_files, tokenizer, data.token_type, report)
     elif data.eval_fraction:
         joined, border = _place_border(joined, data.eval_fraction)
         held = _make_tokens("eval", joined, border, joined.documents, tokenizer, report)
@@ -295,9 +296,12 @@ def adopt(
     count = f"{len(files):,} files, " if files[1:] else ""
     report(
         f"data: train on {describe_size(train)}, held out {describe_size(held)}; tokenizer "
-        f"{tokenizer.name} of {tokenizer.vocab:,} ids; {named} ({count}{joined.kind})"
+        f"{tokenizer.name} of {tokenizer.vocab:,} ids; {escape(named)} ({count}{joined.kind})"
     )
     content = _digest_content((*files, *held_files), data)
+    # The same bytes are other ids. Digests of other files stay what they were.
+    if joined.kind == "nanogpt" and joined.ids[0].dtype != np.uint16:
+        content.append(joined.ids[0].dtype.name)
     splitting = [len(files)] if held_files else data.eval_fraction
     digest = digest_json(content, tokenizer.fingerprint, splitting)
     return Prepared(train, held, tokenizer, files[0].parent, digest)

@@ -61,8 +61,10 @@ def _digest_content(
     splitting = None if held else [data.split, data.eval_fraction]
     # The kinds of files decide how their bytes are read.
     kinds = [sources.suffixes(source.path) for source in (*train, *held)]
-    # Without the task, which is for prepared folders. So caches keep their names.
-    *reading, _ = astuple(split.make_reading(data))
+    # Without the task, which is for prepared folders, and without a separator that is not there. So
+    # caches keep their names.
+    *reading, _, separator = astuple(split.make_reading(data))
+    reading += [separator] if separator else []
     return digest_json(len(train), kinds, hashes, reading, splitting)
 
 
@@ -136,6 +138,11 @@ def _load_or_build(
             f"config.data.cache = {data.cache!r}: {error.strerror or error}; choose a folder that "
             "can be written and has room"
         ) from None
+    except MemoryError:
+        raise UsageError(
+            f"{data.where}: memory ran out while it was tokenized; lower config.data.workers, or "
+            "cut the longest documents"
+        ) from None
     return Cached(sides, using, folder, content)
 
 
@@ -178,6 +185,8 @@ def prepare(
         f"data: train on {describe_size(train_tokens)}, held out {describe_size(held_tokens)}; "
         f"tokenizer {made.name} of {made.vocab:,} ids{lossy}; {cached.folder}"
     )
+    for note in made.notes:
+        report(f"data: tokenizer {made.name}: {note}")
     return Prepared(train_tokens, held_tokens, made, cached.folder, cached.content)
 
 

@@ -1,6 +1,7 @@
 """Token files of other tools, read in place.
 
-  nanogpt   NAME.bin: ids as uint16, nothing else (karpathy/nanoGPT, data/*/prepare.py)
+  nanogpt   NAME.bin: ids and nothing else, as uint16 (karpathy/nanoGPT, data/*/prepare.py) or, for
+            larger vocabularies, as uint32
   llm.c     NAME.bin: 256 int32 of header (magic, version, count), then the ids. Magic 20240520
             version 1 is uint16 (GPT-2; modded-nanogpt writes the same), 20240801 version 7 is
             uint32 (Llama 3) (karpathy/llm.c, dev/data/data_common.py)
@@ -28,6 +29,10 @@ MEGATRON_MAGIC = b"MMIDIDX\0\0"
 MEGATRON_TYPES = {4: np.uint32, 8: np.uint16}  # 4 is int32, and ids are never negative
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, sequences, ends of documents
 AT_ONCE = 1 << 24  # ids searched for end of text at once
+# Numbers at the beginning of a file that tell how wide its ids are, and the fewest that tell it.
+LOOK = 1 << 20
+FEWEST = 64
+UNKNOWN_HIGH = 3  # high words of ids below 2**18, which no known vocabulary reaches
 
 
 class Foreign(NamedTuple):
@@ -39,6 +44,14 @@ class Foreign(NamedTuple):
     offsets: np.ndarray  # int64 [documents + 1]: starts, then the end
     kind: str  # a row of FOREIGN_FORMATS
     header: int = 0  # bytes before the first id
+
+
+class Hints(NamedTuple):
+    """What the caller knows of a file that does not say it."""
+
+    eot: int | None  # the id that ends or begins documents
+    token_type: str = "auto"  # as config.data.token_type
+    vocab: int = 0  # ids of the tokenizer, 0 if it is not known
 
 
 def _map(path: Path, dtype, count: int, offset: int = 0) -> np.ndarray:
@@ -69,19 +82,64 @@ def find_documents(tokens: np.ndarray, eot: int | None, eot_begins: bool | None 
 # ---- formats ----
 
 
-def _open_nanogpt(path: Path, eot: int | None) -> Foreign:
+def _looks_wider(path: Path, dtype: np.dtype, vocab: int) -> bool:
+    """Whether every second number is so small that two numbers must be one id."""
+    numbers = np.fromfile(path, dtype, LOOK)
+    count = len(numbers) // 2 * 2
+    if count < FEWEST or path.stat().st_size % (2 * dtype.itemsize):
+        return False
+    low = numbers[0:count:2]
+    high = numbers[1:count:2]
+    largest = (vocab - 1) >> (8 * dtype.itemsize) if vocab else UNKNOWN_HIGH
+    return int(high.max()) <= largest < int(low.max())
+
+
+def _choose_type(path: Path, hints: Hints) -> np.dtype:
+    """The type of the ids of a file without a header.
+
+    Raises UsageError if the size speaks against it, or if auto would be a guess.
+    """
     size = path.stat().st_size
-    if size % 2:
+    named = hints.token_type
+    dtype = np.dtype(np.uint16 if named == "auto" else named).newbyteorder("<")
+    way_out = "name the type, --config.data.token_type=uint32 or uint16"
+    if size % dtype.itemsize and named == "auto":
         raise UsageError(
             f"{path}: has {size} bytes, an odd number, so it is neither nanoGPT's uint16 nor "
             "whole; known are its .bin, those of llm.c and modded-nanogpt, Megatron's .bin and "
             ".idx, and .npy"
         )
-    tokens = _map(path, np.uint16, size // 2)
-    return Foreign(tokens, find_documents(tokens, eot), "nanogpt")
+    if size % dtype.itemsize:
+        raise UsageError(
+            f"{path}: has {size} bytes, so it is not made of config.data.token_type = {named}; "
+            "name the type that wrote it, or copy it again"
+        )
+
+    if named == "auto" and hints.vocab > 2**16:
+        raise UsageError(
+            f"{path}: does not say how wide its ids are, and the tokenizer has {hints.vocab:,} "
+            f"ids, more than uint16 holds; {way_out}"
+        )
+    if named == "auto" and _looks_wider(path, dtype, hints.vocab):
+        raise UsageError(
+            f"{path}: every second number of 16 bits is at most that of a high half, so its ids "
+            f"are probably uint32; {way_out}"
+        )
+    if named == "uint32" and _looks_wider(path, dtype, hints.vocab or 1):
+        raise UsageError(
+            f"{path}: every second number of config.data.token_type = {named} is 0, so its ids "
+            "have 64 bits; write them as uint32"
+        )
+    return dtype
 
 
-def _open_llmc(path: Path, eot: int | None) -> Foreign:
+def _open_nanogpt(path: Path, hints: Hints) -> Foreign:
+    dtype = _choose_type(path, hints)
+    tokens = _map(path, dtype, path.stat().st_size // dtype.itemsize)
+    return Foreign(tokens, find_documents(tokens, hints.eot), "nanogpt")
+
+
+def _open_llmc(path: Path, hints: Hints) -> Foreign:
     header = np.fromfile(path, "<i4", HEADER_INTS)
     size = path.stat().st_size
     header_size = 4 * HEADER_INTS
@@ -103,7 +161,7 @@ def _open_llmc(path: Path, eot: int | None) -> Foreign:
             "again"
         )
     tokens = _map(path, dtype, count, header_size)
-    return Foreign(tokens, find_documents(tokens, eot), "llm.c", header_size)
+    return Foreign(tokens, find_documents(tokens, hints.eot), "llm.c", header_size)
 
 
 class MegatronIndex(NamedTuple):
@@ -158,7 +216,7 @@ def _read_megatron_index(index: Path, name: str) -> MegatronIndex:
     return MegatronIndex(dtype, starts, documents)
 
 
-def _open_megatron(path: Path, eot: int | None) -> Foreign:
+def _open_megatron(path: Path, hints: Hints) -> Foreign:
     index = path.with_suffix(".idx")
     size = path.stat().st_size
     dtype, starts, documents = _read_megatron_index(index, path.name)
@@ -169,7 +227,7 @@ def _open_megatron(path: Path, eot: int | None) -> Foreign:
     return Foreign(tokens, starts[documents].astype(np.int64), "megatron")
 
 
-def _open_npy(path: Path, eot: int | None) -> Foreign:
+def _open_npy(path: Path, hints: Hints) -> Foreign:
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -185,7 +243,7 @@ def _open_npy(path: Path, eot: int | None) -> Foreign:
         raise UsageError(f"{path}: holds no tokens")
     if tokens.dtype.str == "<i4":
         tokens = tokens.view(np.uint32)  # ids are never negative
-    return Foreign(tokens, find_documents(tokens, eot), "npy", mapped.offset)
+    return Foreign(tokens, find_documents(tokens, hints.eot), "npy", mapped.offset)
 
 
 FOREIGN_FORMATS = {
@@ -218,11 +276,14 @@ def find_format(path: Path) -> str:
     return "llm.c" if magic in LLMC else "nanogpt"
 
 
-def open_foreign(path: Path | str, eot: int | None = None) -> Foreign:
+def open_foreign(
+    path: Path | str, eot: int | None = None, token_type: str = "auto", vocab: int = 0
+) -> Foreign:
     """The tokens of another tool's file: `.bin`, `.idx` or `.npy`.
 
     Of Megatron's pair either file will do. Where the file does not say where documents end, `eot`
-    does, and without it all is one document.
+    does, and without it all is one document. `token_type` is config.data.token_type, for a .bin
+    that does not say how wide its ids are, and `vocab` is the size of the tokenizer.
 
     Raises UsageError, naming the file, for one that is missing, torn, or of another kind.
     """
@@ -232,6 +293,6 @@ def open_foreign(path: Path | str, eot: int | None = None) -> Foreign:
     if path.suffix not in (".bin", ".npy"):
         raise UsageError(f"{path}: token files of other tools end in .bin, .idx or .npy")
     try:
-        return FOREIGN_FORMATS[find_format(path)](path, eot)
+        return FOREIGN_FORMATS[find_format(path)](path, Hints(eot, token_type, vocab))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {describe_error(error)}") from None

@@ -35,7 +35,8 @@ def hash_remote(url: str) -> str:
 def locate_stamps(sources: tuple[Source, ...], root: Path) -> Path:
     """Where the hashes of a set of files are remembered."""
     paths = "\0".join(_spell_path(source.path) for source in sources)
-    return root / f"{hashlib.sha256(paths.encode()).hexdigest()[:16]}.stamps"
+    name = hashlib.sha256(paths.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return root / f"{name}.stamps"
 
 
 def hash_sources(

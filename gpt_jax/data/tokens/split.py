@@ -63,7 +63,13 @@ class SplitCorpus:
 def make_reading(data: config.Data) -> Reading:
     """How a run reads its text. Raises UsageError for settings that mean nothing."""
     try:
-        return Reading(data.field, data.errors, data.encodings, documents=data.documents)
+        return Reading(
+            data.field,
+            data.errors,
+            data.encodings,
+            documents=data.documents,
+            separator=data.separator,
+        )
     except UsageError as error:
         raise UsageError(f"config.data.{error}") from None
 

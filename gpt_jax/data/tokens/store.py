@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from gpt_jax.data.read.documents import Document
 from gpt_jax.data.tokenizers.spec import tokenizer_from_json
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards
+from gpt_jax.data.tokens.marks import describe_marks, find_end_name, list_end_names
 from gpt_jax.data.tokens.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.errors import UsageError
 from gpt_jax.files import hold_lock, write_file
@@ -107,6 +109,8 @@ def write_cache(
     """
     dtype = shards.choose_id_type(tokenizer.vocab)
     several = [False] * len(sources)
+    end_names = list_end_names(tokenizer)
+    marks = Counter()
     last_report = time.monotonic()
 
     with contextlib.ExitStack() as stack:
@@ -120,6 +124,7 @@ def write_cache(
             if part.ends:
                 document = part.document
                 several[part.source] |= document.name != sources[part.source]
+                marks[find_end_name(document.text, end_names)] += 1
                 size = len(document.text.encode())
                 out.end(shards.hash_text(document.text), size, document.row, part.source)
             if time.monotonic() - last_report > REPORT_SECONDS:
@@ -129,6 +134,9 @@ def write_cache(
 
         digests = {side: out.close() for side, out in sides.items()}
 
+    del marks[""]
+    for line in describe_marks(marks, "--config.data.separator"):
+        report(f"data: {line}")
     origins = [[name, 0, many] for name, many in zip(sources, several, strict=True)]
     write_file(folder / "origins.json", json.dumps(origins).encode())
     write_file(folder / "tokenizer.json", tokenizer.to_json().encode())
