@@ -220,7 +220,7 @@ def override(values: dict, key: str, text: str) -> None:
             hints = {key_of(name): hint for name, hint in typing.get_type_hints(kind).items()}
         if part not in hints:
             raise UsageError(f"{path}.{part} = {text!r}: {_way_out(path, part, hints)}")
-        specs = {spec.name: spec for spec in dataclasses.fields(kind)}
+        specs = fields_of(kind)
         entries = specs[part].metadata.get("entries", "names")
         kind = hints[part]
         path = f"{path}.{part}"

@@ -194,6 +194,21 @@ def parse_json(text: str):
         raise Unreadable(f"not JSON: {error}") from None
 
 
+def check_column(names: list[str], piece: Piece, reading: Reading, more: str = "") -> None:
+    """Raises UsageError unless exactly one column has the name."""
+    path = piece.source.path
+    count = names.count(reading.field)
+    if not count:
+        raise UsageError(
+            f"{path}: {reading.label} is missing; columns there: {listed(names)}{more}"
+        )
+    if count > 1:
+        raise UsageError(
+            f"{path}: {reading.label} names {count} columns; columns there: {listed(names)}; "
+            "rename all but the one to be read"
+        )
+
+
 def field_text(
     row, reading: Reading, encoding: str = "utf-8", replaced: int = 0, check: bool = True
 ) -> Decoded:

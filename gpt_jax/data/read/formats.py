@@ -6,13 +6,13 @@ else, never at U+2028 and its like. A row that cannot be read is a value (`Unrea
 rows after it can still be read.
 """
 
-import contextlib
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from gpt_jax.data.read import hub
+from gpt_jax.data.read.arrow_rows import arrow, parquet
 from gpt_jax.data.read.decoding import (
     Broken,
     Damaged,
@@ -21,11 +21,11 @@ from gpt_jax.data.read.decoding import (
     Raw,
     Reading,
     Unreadable,
+    check_column,
     decode,
     field_text,
     json_text,
     line_text,
-    listed,
     parse_json,
     plain_text,
     separated_text,
@@ -38,11 +38,9 @@ from gpt_jax.data.read.text_rows import (
     separated,
     whole_file,
 )
-from gpt_jax.data.read.unpacking import BUFFER, Unpacked, limit_rows, opened, read_line, read_whole
-from gpt_jax.errors import UsageError, plain
+from gpt_jax.data.read.unpacking import BUFFER, Unpacked, opened, read_line, read_whole
+from gpt_jax.errors import UsageError
 
-# So many rows of .parquet and .arrow become Python objects at once.
-BATCH_ROWS = 256
 # This holds for the whole process. The default of 128 KiB is less than one long document.
 csv.field_size_limit(2**31 - 1)
 
@@ -114,23 +112,8 @@ def _column(header: list[bytes], piece: Piece, reading: Reading) -> tuple[int, b
         )
     names = [name.decode("utf-8", "replace") for name in header]
     more = f" (or a number below {len(names)}, if the first row is no header)"
-    _check_column(names, piece, reading, more)
+    check_column(names, piece, reading, more)
     return names.index(reading.field), True
-
-
-def _check_column(names: list[str], piece: Piece, reading: Reading, more: str = "") -> None:
-    """Raises UsageError unless exactly one column has the name."""
-    path = piece.source.path
-    count = names.count(reading.field)
-    if not count:
-        raise UsageError(
-            f"{path}: {reading.label} is missing; columns there: {listed(names)}{more}"
-        )
-    if count > 1:
-        raise UsageError(
-            f"{path}: {reading.label} names {count} columns; columns there: {listed(names)}; "
-            "rename all but the one to be read"
-        )
 
 
 def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
@@ -237,117 +220,6 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
                 return
 
 
-def _bytes_of(kind):
-    """The type of the same layout that holds bytes, or None if `kind` is no text."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(kind):
-        values = _bytes_of(kind.value_type)
-        return values and pyarrow.dictionary(kind.index_type, values, kind.ordered)
-    return {
-        pyarrow.string(): pyarrow.binary(),
-        pyarrow.large_string(): pyarrow.large_binary(),
-        pyarrow.string_view(): pyarrow.binary_view(),
-    }.get(kind)
-
-
-def _check_schema(schema, piece: Piece, reading: Reading) -> None:
-    """Raises UsageError unless the column is there and holds text."""
-    _check_column(schema.names, piece, reading)
-    kind = schema.field(reading.field).type
-    if _bytes_of(kind) is None:
-        raise UsageError(f"{piece.source.path}: {reading.label} holds {kind}, expected text")
-
-
-def _cells(batches, reading: Reading, first: int = 0) -> Iterator[Raw]:
-    """The texts of record batches as bytes, which are decoded as all others are.
-
-    `first` is the number of rows of the file before them.
-    """
-    import pyarrow
-
-    row = first
-    for batch in batches:
-        column = batch.column(reading.field)
-        # As bytes, so that a text that is no UTF-8 is one bad row.
-        column = column.view(_bytes_of(column.type))
-        # Offsets in a damaged file may point anywhere, and following them ends the process.
-        column.validate(full=True)
-
-        for at in range(0, len(column), BATCH_ROWS):
-            for value in column.slice(at, BATCH_ROWS).cast(pyarrow.large_binary()).to_pylist():
-                row += 1
-                if value is None:
-                    value = Unreadable(f"{reading.label} is null, expected text")
-                yield Raw(value, 0, row)
-
-
-@contextlib.contextmanager
-def _arrow_errors(piece: Piece, kind: str) -> Iterator[None]:
-    """Turns what pyarrow says of a bad file into Damaged."""
-    import pyarrow
-
-    try:
-        yield
-    except MemoryError:  # pyarrow's own is also an ArrowException
-        raise
-    # A column's name that is no UTF-8 gives UnicodeDecodeError.
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise Damaged(f"{piece.source.path}: not a readable {kind} file: {plain(error)}") from None
-
-
-def _check_ratio(metadata, piece: Piece, reading: Reading) -> None:
-    """Raises Damaged if the column unpacks to far more than text does, in any row group."""
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for column in (group.column(i) for i in range(group.num_columns)):
-            size = column.total_uncompressed_size
-            is_text = column.path_in_schema == reading.field
-            if is_text and size > limit_rows(column.total_compressed_size):
-                raise Damaged(
-                    f"{piece.source.path}: {reading.label} of row group {number} unpacks to "
-                    f"{size:,} bytes, so it is hardly text"
-                )
-
-
-def _parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
-    """The rows of some row groups."""
-    import pyarrow.parquet
-
-    with (
-        _arrow_errors(piece, "parquet"),
-        opened(piece.source, seekable=True) as raw,
-        pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as file,
-    ):
-        _check_schema(file.schema_arrow, piece, reading)
-        _check_ratio(file.metadata, piece, reading)
-        rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        if sum(rows) != file.metadata.num_rows:
-            raise Damaged(
-                f"{piece.source.path}: not a readable parquet file: "
-                f"it has {file.metadata.num_rows:,} rows, and its groups {sum(rows):,}"
-            )
-
-        groups = range(piece.start, len(rows) if piece.stop < 0 else piece.stop)
-        batches = file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=[reading.field])
-        yield from _cells(batches, reading, sum(rows[: piece.start]))
-
-
-def _arrow(piece: Piece, reading: Reading) -> Iterator[Raw]:
-    """Both layouts of Arrow's IPC: the file, which begins with ARROW1, and the stream."""
-    import pyarrow.ipc
-
-    with _arrow_errors(piece, "Arrow"), opened(piece.source, seekable=True) as raw:
-        if raw.peek(6)[:6] == b"ARROW1":
-            with pyarrow.ipc.open_file(raw) as file:
-                _check_schema(file.schema, piece, reading)
-                yield from _cells(map(file.get_batch, range(file.num_record_batches)), reading)
-        else:
-            with pyarrow.ipc.open_stream(raw) as file:
-                _check_schema(file.schema, piece, reading)
-                yield from _cells(file, reading)
-
-
 class Format(NamedTuple):
     """How the files of a format are read."""
 
@@ -379,8 +251,8 @@ FORMATS = {
     ".json": Format(_json, json_text, tasks=True),
     ".csv": Format(_csv),
     ".tsv": Format(_tsv, cut="lines"),
-    ".parquet": Format(_parquet, cut="groups"),
-    ".arrow": Format(_arrow),
+    ".parquet": Format(parquet, cut="groups"),
+    ".arrow": Format(arrow),
     HUB: Format(hub.rows, cut="shards", tasks=True),
 }
 
