@@ -52,6 +52,15 @@ def complain(line: str) -> None:
         mute("stderr")
 
 
+def plain(text: object) -> str:
+    """What a file, a library or another machine says, as one line for a message.
+
+    Characters that a terminal would obey or hide are escaped.
+    """
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 def install_command(package: str) -> str:
     """The command that installs a package into this Python's environment, whatever the folder.
 

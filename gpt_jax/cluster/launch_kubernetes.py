@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from gpt_jax.cluster.rendezvous import SECRET
 from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 
 PORT = 8476
@@ -134,11 +135,11 @@ def job_template(options: KubernetesOptions, pods: int, pod: dict) -> dict:
     }
 
 
-def annotation(name: str, key: str) -> dict:
-    """The environment variable `name` with the value of the pod's annotation `key`."""
+def pod_value(name: str, kind: str, key: str) -> dict:
+    """The environment variable `name` with what the pod's annotations or labels have at `key`."""
     return {
         "name": name,
-        "valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{key}']"}},
+        "valueFrom": {"fieldRef": {"fieldPath": f"metadata.{kind}['{key}']"}},
     }
 
 
@@ -213,7 +214,7 @@ def container(
     ]
     # Memory that NCCL and the data workers share.
     memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}
-    attempt = annotation("RESTART_ATTEMPT", "jobset.sigs.k8s.io/restart-attempt")
+    attempt = pod_value("RESTART_ATTEMPT", "annotations", "jobset.sigs.k8s.io/restart-attempt")
     return {
         "containers": [
             {
@@ -234,7 +235,9 @@ def gpu_job(options: KubernetesOptions, arguments: list[str]) -> dict:
 
     Pod 0 has the coordinator.
     """
-    own = annotation("NODE", "batch.kubernetes.io/job-completion-index")
+    node = pod_value("NODE", "annotations", "batch.kubernetes.io/job-completion-index")
+    # All pods have the same one, each attempt has another one, and a stranger cannot guess it.
+    secret = pod_value(SECRET, "labels", "batch.kubernetes.io/controller-uid")
     # JobSet's name for pod 0: SET-JOB-REPLICA-POD.SUBDOMAIN
     host = f"{options.name}-worker-0-0.{options.name}"
     command = [
@@ -247,7 +250,7 @@ def gpu_job(options: KubernetesOptions, arguments: list[str]) -> dict:
         f"--coordinator={host}:{PORT}",
         *arguments,
     ]
-    pod = container(options, command, {"nvidia.com/gpu": options.gpus}, [own])
+    pod = container(options, command, {"nvidia.com/gpu": options.gpus}, [node, secret])
     pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     return {
         "name": "worker",

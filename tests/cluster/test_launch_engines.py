@@ -149,7 +149,8 @@ def test_gpu_pods_find_pod_0():
         f"--coordinator=llama-{job['name']}-0-0.llama:8476",
         *TRAIN,
     ]
-    assert [item["name"] for item in box["env"]] == ["RESTART_ATTEMPT", "NODE", "NCCL_DEBUG"]
+    names = [item["name"] for item in box["env"]]
+    assert names == ["RESTART_ATTEMPT", "NODE", "GPT_JAX_JOB", "NCCL_DEBUG"]
     assert box["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert {"name": "volume-0", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
 
@@ -423,12 +424,76 @@ def test_first_host_of_slurms_lists(nodes, first):
 
 
 def test_place_under_slurm():
-    assert place.place_of(ALONE, SLURM) == ("n1:21234", 16, 9)
+    assert place.place_of(ALONE, SLURM)[:3] == ("n1:21234", 16, 9)
     assert place.place_of(ALONE, {}) is None
     with pytest.raises(
         errors.UsageError, match=r"not under srun .SLURM_STEP_NODELIST, .*; start it by `srun"
     ):
         place.place_of(ALONE, {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+
+
+def test_jobs_of_slurm_do_not_share_a_secret():
+    """Not even those whose numbers share a port, and not without a secret of the launcher."""
+    secrets = {
+        place.place_of(ALONE, SLURM | more).secret
+        for more in ({}, {"SLURM_JOB_ID": "41234"}, {"GPT_JAX_JOB": "x"}, {"GPT_JAX_JOB": "y"})
+    }
+    assert len(secrets) == 4
+    given = JobFlags("h:1", 2, 1)
+    assert place.place_of(given, {"GPT_JAX_JOB": "x"}) == ("h:1", 2, 1, "x")
+
+
+def test_every_scheduler_gives_its_job_a_secret(tmp_path):
+    line = launch_slurm.make_secret()
+    assert f"\n{line}\n" in (LAUNCH / "slurm.sbatch").read_text()
+    made = [
+        subprocess.run(
+            ["bash", "-c", f"{line}; printenv GPT_JAX_JOB"], capture_output=True, text=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert all(re.fullmatch("[0-9a-f]{32}\n", text) for text in made) and made[0] != made[1]
+
+    options = launch_kubernetes.KubernetesOptions("i", "n", 2, 8, None, 1, 0, 0)
+    env = parts(launch_kubernetes.make_jobset(options, ["train"]))[3]["env"]
+    (secret,) = [item for item in env if item["name"] == "GPT_JAX_JOB"]
+    # Kubernetes puts this label on all pods of a Job, with the number of that Job.
+    where = secret["valueFrom"]["fieldRef"]["fieldPath"]
+    assert where == "metadata.labels['batch.kubernetes.io/controller-uid']"
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"SLURM_NODEID": "2"}, "SLURM_STEP_TASKS_PER_NODE=8(x2): says nothing of node 2"),
+        ({"SLURM_LOCALID": "a"}, "SLURM_LOCALID=a: expected a whole number"),
+        ({"SLURM_JOB_ID": "31234_1"}, "SLURM_JOB_ID=31234_1: expected a whole number"),
+    ],
+)
+def test_an_environment_that_srun_does_not_make_is_refused(wrong, words):
+    with pytest.raises(errors.UsageError) as refused:
+        place.own_devices(ALONE, SLURM | wrong)
+        place.place_of(ALONE, SLURM | wrong)
+    assert str(refused.value).startswith(words)
+
+
+ONE = SLURM | {
+    "SLURM_STEP_NODELIST": "n1",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+}
+
+
+def test_a_job_of_one_task_trains(tmp_path):
+    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=2")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ONE.items():
+            patch.setenv(name, value)
+        process = runs.Process(tmp_path / "logs", [*given, "--distributed", "--join_seconds=20"])
+    process.end(0)
+    assert list(runs.curve(tmp_path / "job")) == [1, 2]
 
 
 EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURM_GPUS_ON_NODE": "8"}

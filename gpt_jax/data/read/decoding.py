@@ -15,7 +15,7 @@ from gpt_jax.data.read import remote
 from gpt_jax.data.read.sources import Source, format_and_packing
 from gpt_jax.data.tasks.example import Span, make_example
 from gpt_jax.data.tasks.tasks import TASKS
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, plain
 
 BUFFER = 1 << 17
 CHOICES = {
@@ -205,15 +205,6 @@ def opened(source: Source, seekable: bool = False) -> Iterator[io.BufferedReader
 
 
 # ---- text ----
-
-
-def plain(text) -> str:
-    """What a file or a library says, as one line for a message.
-
-    Characters that a terminal would obey or hide are escaped.
-    """
-    line = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def listed(names: Iterable) -> str:
