@@ -91,7 +91,7 @@ def begin(
 ) -> Session:
     """Opens the workdir, the checkpoints, the stream and the writers, and makes the first state.
 
-    `closing` closes all of them. Raises UsageError if another run has the workdir, or if the
+    `closing` closes all of them. Raises Busy if another run has the workdir, and UsageError if the
     checkpoint there is of another run.
     """
     config = parts.config

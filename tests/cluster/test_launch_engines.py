@@ -34,7 +34,7 @@ LAUNCH = runs.ROOT / "launch"
 def test_every_launcher_restarts_on_the_same_codes():
     codes = errors.RESTARTABLE + errors.SIGNALLED
     first, most = errors.RESTART_SECONDS
-    assert set(errors.RESTARTABLE) == {10, 40, 41, 50} <= set(errors.EXIT_CODES)
+    assert set(errors.RESTARTABLE) == {10, 40, 41, 42, 50} <= set(errors.EXIT_CODES)
     assert launch_slurm.afterwards("$restarts") in (LAUNCH / "slurm.sbatch").read_text()
     assert (
         f'restartable=" {" ".join(map(str, codes))} " first={first} most={most}'
