@@ -29,6 +29,7 @@ CLAIM = r"(?=.{1,253}$)[a-z0-9]+(-+[a-z0-9]+)*(\.[a-z0-9]+(-+[a-z0-9]+)*)*"  # a
 RESERVED = ("/", "/dev", "/dev/shm", "/gpt_jax", "/proc", "/sys")
 # A pod adds to the name of its JobSet, and its own name ends at 63 characters.
 JOBSET_NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
+TEXT_TAG = "tag:yaml.org,2002:str"
 VARIABLE_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 
@@ -299,6 +300,20 @@ def tpu_job(options: KubernetesOptions, tpu: str, arguments: list[str]) -> dict:
 
 
 def dump_yaml(manifest: dict) -> str:
+    """The manifest as YAML that readers of YAML 1.1 and of YAML 1.2 take for the same.
+
+    They differ on what a word without quotes is: y, 1e3, 0o17 and 1:30 are text to one of them and
+    a truth value or a number to the other. So every text has quotes, or is a block of lines.
+    """
     import yaml
 
-    return yaml.safe_dump(manifest, sort_keys=False, width=120)
+    class Quoting(yaml.SafeDumper):
+        pass
+
+    def represent_text(dumper, text: str):
+        is_script = text.endswith("\n") and not text[0].isspace()
+        return dumper.represent_scalar(TEXT_TAG, text, style="|" if is_script else '"')
+
+    Quoting.add_representer(str, represent_text)
+    # A folded line is legal YAML. Nobody can read it, though.
+    return yaml.dump(manifest, Dumper=Quoting, sort_keys=False, width=math.inf)

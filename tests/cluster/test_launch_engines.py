@@ -155,6 +155,61 @@ def test_gpu_pods_find_pod_0():
     assert {"name": "volume-0", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
 
 
+# Texts that YAML 1.1 or YAML 1.2 takes for something else where they have no quotes.
+NO_WORDS = (
+    *("y", "n", "Y", "No", "on", "off", "true", "null", "~", "", " ", "a: b", "- a", "# a", "[1]"),
+    *(
+        "1e3",
+        "0o17",
+        "017",
+        "0x1F",
+        "0b1",
+        "1_000",
+        "1:30",
+        "1.",
+        ".5",
+        "+1",
+        ".inf",
+        ".NaN",
+        "=",
+        "<<",
+    ),
+    *("2001-01-01", "a\nb", "a\nb\n", " a\nb\n", "\ta\n", "\n", "é", "\x85", "\u2028", '"', "\\"),
+    *("x" * 300 + " " + "y" * 300, "a\n" + "b " * 200 + "\n"),
+)
+
+
+def test_every_text_of_a_manifest_is_text_to_every_reader():
+    """kubectl reads by other rules than PyYAML writes, and they differ in words without quotes."""
+    env = [{"name": f"N{k}", "value": text} for k, text in enumerate(NO_WORDS)]
+    made = {"y": env, "count": 3, "whole": True, "least": 0, "below": -1}
+    text = launch_kubernetes.dump_yaml(made)
+    assert yaml.safe_load(text) == made  # by the rules of YAML 1.1
+
+    # By those of YAML 1.2, and of 1.1 too, these are numbers and truth values; all else is quoted.
+    scalars = [token for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
+    plain = [token.value for token in scalars if token.plain]
+    assert plain == ["3", "true", "0", "-1"]
+    assert {token.style for token in scalars if not token.plain} == {'"', "|"}
+
+
+def test_variables_of_a_pod_are_text(capsys):
+    given = ["DEBUG=y", "QUIET=n", "RATE=1e3", "MODE=0o17", "Y=1"]
+    runs.call(
+        "launch",
+        "kubernetes",
+        "--image=i",
+        "--gpus_per_node=1",
+        *(f"--env={text}" for text in given),
+        "--",
+        "evaluate",
+    )
+    out = capsys.readouterr().out
+    for text in given:
+        name, _, value = text.partition("=")
+        assert f'"name": "{name}"\n' in out and f'"value": "{value}"\n' in out
+
+
 @pytest.mark.parametrize("gpus, tpu", [(1, None), (0, "v6e:4x4")])
 def test_a_dollar_in_the_command_is_one_in_the_pod(gpus, tpu):
     """Kubernetes fills in $(NAME), and takes $$ for a dollar."""
