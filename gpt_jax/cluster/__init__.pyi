@@ -1,5 +1,6 @@
 from .agree import (
     agree_on as agree_on,
+    exchange as exchange,
     find_disagreements as find_disagreements,
 )
 from .code import (

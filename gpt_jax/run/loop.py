@@ -99,7 +99,7 @@ def begin(
     closing.enter_context(only_run(workdir, say))
     stop = StopRequest()
     closing.callback(stop.close)
-    checkpoints = open_checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint, say)
+    checkpoints = open_checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint, say, beat)
     # A save in flight would wait for a peer that has left.
     closing.push(lambda kind, error, trace: None if is_peer_gone(error) else checkpoints.close())
     start = checkpoints.latest or 0
@@ -110,6 +110,7 @@ def begin(
     closing.callback(stream.close)
     heldout = heldout_batches(parts)
     state, changed = start_state(parts, checkpoints, say)
+    beat()
     if jax.process_index() == 0:
         save_file(workdir / "config.json", configs.to_json(config).encode())
 
