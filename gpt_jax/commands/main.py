@@ -7,6 +7,7 @@ import importlib
 import sys
 import traceback
 
+from gpt_jax.commands.stopping import ignore_requests
 from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError, complain, mute
 
 COMMANDS = {
@@ -68,20 +69,27 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(sys, name) is None:  # The caller has closed it (`>&-`).
             mute(name)
 
-    code = 0
-    reason = ""
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
-    except BrokenPipeError:
-        # The reader of `generate | head` has gone. `train` carries on without one, see `make_say`.
-        mute("stdout")
+        code, reason = run_to_end(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
+        ignore_requests()
         code = 130
         reason = "interrupted; checkpoints and what is finished are untouched"
         complain(reason)
-    except Exception as error:
-        code, reason = explain(error)
+    ignore_requests()
     finish(code, reason)
+
+
+def run_to_end(arguments: list[str]) -> tuple[int, str]:
+    """Runs one command. Returns the exit code and the reason for other processes."""
+    try:
+        run(arguments)
+    except BrokenPipeError:
+        # The reader of `generate | head` has gone. `train` carries on without one, see `make_say`.
+        mute("stdout")
+    except Exception as error:
+        return explain(error)
+    return 0, ""
 
 
 def explain(error: Exception) -> tuple[int, str]:

@@ -5,7 +5,6 @@ import contextlib
 import glob
 import os
 import re
-import signal
 import sys
 import time
 from dataclasses import fields
@@ -14,6 +13,7 @@ from typing import Any
 
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
+from gpt_jax.commands.stopping import interrupt_once
 from gpt_jax.errors import DataError, Stopped, UsageError
 
 # Seconds between two signs of progress, where standard error is no terminal, and on one.
@@ -202,9 +202,11 @@ def run(args: argparse.Namespace) -> None:
         if len(paths) > 1 and any(text.startswith(f"{name}=") for text in args.input):
             display.say(f"source {name} is given {len(paths)} times and joins {', '.join(paths)}")
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # A scheduler's stop is like Ctrl-C.
+    interrupt_once()
     try:
         prepare_corpus(inputs, folder, settings, engine, display.say, display.show)
+        display.close()
+        emit("\n".join(summarize_corpus(folder)))
     except KeyboardInterrupt:
         raise Stopped(
             f"--output={args.output}: interrupted; what is finished stays: "
@@ -212,7 +214,6 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     finally:
         display.close()
-    emit("\n".join(summarize_corpus(folder)))
 
 
 def check_flags(args: argparse.Namespace) -> None:
