@@ -4,9 +4,11 @@ Only the command that is called is imported.
 """
 
 import importlib
+import os
 import sys
 import traceback
 
+from gpt_jax.commands.environment import find_fault
 from gpt_jax.commands.stopping import ignore_requests
 from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError, complain, mute
 
@@ -43,12 +45,12 @@ def run(arguments: list[str]) -> None:
 
 
 def _processes() -> int:
-    """The processes of this job. Without a process group it is 1, and JAX is not asked."""
+    """The processes of this job. Without JAX it is 1, and no device is opened for the answer."""
     if "jax" not in sys.modules:
         return 1
-    import jax
+    from gpt_jax.cluster import group_size
 
-    return jax.process_count() if jax.distributed.is_initialized() else 1
+    return group_size()
 
 
 def _lost_peer(error: Exception) -> bool:
@@ -102,6 +104,9 @@ def explain(error: Exception) -> tuple[int, str]:
         reason = f"out of memory ({error}); make the model, the batch or the rows smaller"
     elif _lost_peer(error):
         code, reason = _blame_peer(error)
+    elif (fault := find_fault(error, os.environ)) is not None:
+        code = UsageError.code
+        reason = fault
     else:
         traceback.print_exception(error)
         what = f"{type(error).__name__}: {first_line(error)}"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from gpt_jax.cluster import JobFlags, join_job, split_address
+from gpt_jax.cluster import JobFlags, join_job, split_address, tell_problems
 from gpt_jax.commands import compile_cache, environment
 from gpt_jax.commands.stopping import ignore_requests
 from gpt_jax.errors import Stopped, UsageError
@@ -123,6 +123,8 @@ def start_runtime(args: argparse.Namespace) -> None:
     keep_memory()
     environment.prepare()
     environment.keep_threads(args.cpu_devices)
+    with tell_problems(job_flags(args), os.environ):
+        environment.check_xla_flags()
     import jax
 
     if args.cpu_devices:
