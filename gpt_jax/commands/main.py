@@ -10,6 +10,7 @@ import traceback
 
 from gpt_jax.commands.environment import find_fault
 from gpt_jax.commands.stopping import ignore_requests
+from gpt_jax.commands.uncaught import shorten_library_errors
 from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError, complain, mute
 
 COMMANDS = {
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # The caller has closed it (`>&-`).
             mute(name)
+    shorten_library_errors()
 
     try:
         code, reason = run_to_end(sys.argv[1:] if arguments is None else arguments)
