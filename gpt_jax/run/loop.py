@@ -52,8 +52,8 @@ def run_training(
 
     Returns the numbers on process 0. `profile` is the (first, last) step of a trace in
     `workdir`/profile. `origin` has facts for the report, see `Progress`. Raises Stopped, once
-    everything is saved, after a SIGTERM, a SIGUSR1 or Ctrl-C. Raises Diverged, DataError,
-    SaveFailed, NoCheckpoint and UsageError.
+    everything is saved, after a SIGTERM, a SIGUSR1 or Ctrl-C. Raises Busy if another run has the
+    workdir. Raises Diverged, DataError, SaveFailed, NoCheckpoint and UsageError.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -69,8 +69,11 @@ def test_a_connection_has_one_limit_for_its_whole_line(monkeypatch):
     is_over = threading.Event()
 
     def drip():
-        while not is_over.wait(0.1):
+        for _ in range(50):
             theirs.sendall(b"x")
+            if is_over.wait(0.1):
+                break
+        theirs.close()
 
     thread = threading.Thread(target=drip)
     thread.start()

@@ -38,6 +38,7 @@ def test_a_signal_at_the_very_end_changes_nothing(error, raises, code):
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_prepare_stops_at_the_first_request_and_takes_no_second(tmp_path, monkeypatch, first):
     runs.write_text(tmp_path / "text.txt")
+    has_ended_workers = []
 
     def prepare_corpus(*_):
         try:
@@ -46,6 +47,7 @@ def test_prepare_stops_at_the_first_request_and_takes_no_second(tmp_path, monkey
         finally:  # The workers are ended here.
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 os.kill(os.getpid(), number)
+            has_ended_workers.append(True)
 
     monkeypatch.setattr("gpt_jax.data.prepare_corpus", prepare_corpus)
     given = ["prepare", "--input", tmp_path / "text.txt", "--output", tmp_path / "out"]
@@ -53,6 +55,7 @@ def test_prepare_stops_at_the_first_request_and_takes_no_second(tmp_path, monkey
         signal.signal(signal.SIGINT, signal.default_int_handler)
         code, text = runs.refusal(*given)
     assert code == 10 and "the same command goes on from there" in text
+    assert has_ended_workers
 
 
 def test_prepare_in_the_background_ignores_ctrl_c(tmp_path, monkeypatch):
