@@ -17,6 +17,7 @@ EXIT_CODES = {
     32: "the compiler gives wrong results on this machine, by a public report",
     40: "a peer process failed",
     41: "no progress within the time limit",
+    42: "another run has the workdir",
     50: "saving a checkpoint failed",
     51: "no valid checkpoint",
 }
@@ -24,7 +25,7 @@ EXIT_CODES = {
 # Every launcher starts the same command again after these codes, and the command then resumes. It
 # stops after all others because a restart would repeat them: bad input, divergence, broken
 # hardware, a bug (1).
-RESTARTABLE = (10, 40, 41, 50)
+RESTARTABLE = (10, 40, 41, 42, 50)
 # Codes of a process that a signal has ended: 128 and the signal's number, as shells, SLURM and
 # Kubernetes count. The process was killed for memory, lost its machine, or was asked to stop before
 # it could listen. All of these are as good a reason to restart as 40.
@@ -55,7 +56,7 @@ def escape(text) -> str:
 
 
 def plain(text) -> str:
-    """What a file or a library says, as one line for a message, with single spaces."""
+    """What a file, a library or another machine says, as one line with single spaces."""
     return escape(" ".join(str(text).split()))
 
 
@@ -140,6 +141,12 @@ class Hang(Exit):
     """No step finished within the time limit."""
 
     code = 41
+
+
+class Busy(Exit):
+    """Another run has the workdir. It may be the one before, which is about to end."""
+
+    code = 42
 
 
 class SaveFailed(Exit):

@@ -10,7 +10,7 @@
 # It needs gcloud with an account.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-restartable=" 10 40 41 50 134 135 137 138 139 143 " first=5 most=300 # gpt_jax/errors.py; a test compares them
+restartable=" 10 40 41 42 50 134 135 137 138 139 143 " first=5 most=300 # gpt_jax/errors.py; a test compares them
 fail() {
     echo "tpu_pod.sh: $1" >&2
     exit 2

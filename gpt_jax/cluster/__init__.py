@@ -1,8 +1,9 @@
 """The processes of a job: how they start, meet, agree, and end.
 
 `launch_local`, `launch_slurm` and `launch_kubernetes` start processes, or write what an engine
-needs to start them. `rendezvous` and `join` make one job of them. `agree` compares what they were
-given, and `signals` and `job` end them together. `code` says which code each process runs.
+needs to start them. `messages`, `rendezvous` and `join` make one job of them. `agree` compares what
+they were given, and `signals` and `job` end them together. `code` says which code each process
+runs.
 """
 
 import lazy_loader

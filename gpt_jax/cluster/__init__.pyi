@@ -1,5 +1,6 @@
 from .agree import (
     agree_on as agree_on,
+    exchange as exchange,
     find_disagreements as find_disagreements,
 )
 from .code import (
@@ -14,6 +15,7 @@ from .job import (
     is_peer_gone as is_peer_gone,
 )
 from .join import (
+    group_size as group_size,
     join_job as join_job,
     tell_problems as tell_problems,
 )

@@ -58,6 +58,22 @@ def encode_verdict(verdict: dict[str, Any]) -> bytes:
     return message
 
 
+def exchange(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The report of every process, JSON values of at most MESSAGE_BYTES, in the order of processes.
+
+    All processes must call it.
+    """
+    if jax.process_count() == 1:
+        return [report]
+
+    message = json.dumps(report).encode()
+    if len(message) > MESSAGE_BYTES:
+        raise ValueError(f"{len(message)} bytes do not fit into one message of {MESSAGE_BYTES}")
+    mine = np.frombuffer(message.ljust(MESSAGE_BYTES), np.uint8)
+    everyone = np.asarray(multihost_utils.process_allgather(mine))  # [processes, MESSAGE_BYTES]
+    return [json.loads(row.tobytes()) for row in everyone]
+
+
 def find_disagreements(facts: dict[str, object]) -> list[str]:
     """The names whose values are not the same on every process, the same list everywhere.
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from gpt_jax.errors import RESTARTABLE, PeerFailed, Stopped, complain
+from gpt_jax.cluster.messages import has
+from gpt_jax.errors import RESTARTABLE, PeerFailed, Stopped, complain, plain
 
 # How gloo, NCCL and JAX's coordination service say that another process has left. What else goes
 # wrong inside XLA, such as a lack of memory, is this process's own failure.
@@ -48,8 +49,8 @@ class Failure(NamedTuple):
 
     @property
     def line(self) -> str:
-        who = f"process {self.process} on {self.host}, exit code {self.code}"
-        return f"a peer process failed: {who}: {self.text}"
+        who = f"process {self.process} on {plain(self.host)}, exit code {self.code}"
+        return f"a peer process failed: {who}: {plain(self.text)}"
 
     @property
     def others_code(self) -> int:
@@ -59,6 +60,17 @@ class Failure(NamedTuple):
         Kubernetes see one code of many, and not always that of the process that began it.
         """
         return PeerFailed.code if self.code in RESTARTABLE else self.code
+
+
+def read_failure(text: str) -> Failure | None:
+    """What a process has written into the store. None for what no process of ours writes."""
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not has(said, process=int, host=str, code=int, text=str) or len(said) != 4:
+        return None
+    return Failure(**said)
 
 
 class Membership:
@@ -160,7 +172,7 @@ class Membership:
             time.sleep(0.1)
         names = []
         for process in self.silent[:MOST_NAMED]:
-            host = self.hosts.get(process, "a host unknown")
+            host = plain(self.hosts.get(process, "a host unknown"))
             names.append(f"process {process} on {host}")
         return f"{GONE}: {', '.join(names)}" if names else GONE
 
@@ -193,8 +205,8 @@ class Membership:
             texts = self._read(self.SAID)
         except jax.errors.JaxRuntimeError:  # process 0 is gone; JAX ends this process by abort()
             return []
-        failures = [Failure(**json.loads(text)) for text in texts.values()]
-        return [failure for failure in failures if failure.process != self.process]
+        failures = [read_failure(text) for text in texts.values()]
+        return [failure for failure in failures if failure and failure.process != self.process]
 
     def stop_together(self) -> Failure | None:
         """Waits until all processes have come to their stop on request.

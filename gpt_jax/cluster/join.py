@@ -91,6 +91,15 @@ def start_jax(place: Place | None, devices: list[int] | None, flags: JobFlags) -
         ) from None
 
 
+def group_size() -> int:
+    """The processes of JAX's process group; 1 without one. No device is opened."""
+    # There is no public door, and jax.process_count() would open the devices.
+    from jax._src import distributed
+
+    state = distributed.global_state
+    return 1 if state.client is None else state.num_processes or 1
+
+
 def check_devices() -> None:
     """Raises UsageError, on all processes alike, if they bring different numbers of devices.
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from gpt_jax.cluster.rendezvous import SECRET
 from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 
 PORT = 8476
@@ -28,6 +29,7 @@ CLAIM = r"(?=.{1,253}$)[a-z0-9]+(-+[a-z0-9]+)*(\.[a-z0-9]+(-+[a-z0-9]+)*)*"  # a
 RESERVED = ("/", "/dev", "/dev/shm", "/gpt_jax", "/proc", "/sys")
 # A pod adds to the name of its JobSet, and its own name ends at 63 characters.
 JOBSET_NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
+TEXT_TAG = "tag:yaml.org,2002:str"
 VARIABLE_NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 
@@ -134,11 +136,11 @@ def job_template(options: KubernetesOptions, pods: int, pod: dict) -> dict:
     }
 
 
-def annotation(name: str, key: str) -> dict:
-    """The environment variable `name` with the value of the pod's annotation `key`."""
+def pod_value(name: str, kind: str, key: str) -> dict:
+    """The environment variable `name` with what the pod's annotations or labels have at `key`."""
     return {
         "name": name,
-        "valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{key}']"}},
+        "valueFrom": {"fieldRef": {"fieldPath": f"metadata.{kind}['{key}']"}},
     }
 
 
@@ -213,7 +215,7 @@ def container(
     ]
     # Memory that NCCL and the data workers share.
     memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}
-    attempt = annotation("RESTART_ATTEMPT", "jobset.sigs.k8s.io/restart-attempt")
+    attempt = pod_value("RESTART_ATTEMPT", "annotations", "jobset.sigs.k8s.io/restart-attempt")
     return {
         "containers": [
             {
@@ -234,7 +236,9 @@ def gpu_job(options: KubernetesOptions, arguments: list[str]) -> dict:
 
     Pod 0 has the coordinator.
     """
-    own = annotation("NODE", "batch.kubernetes.io/job-completion-index")
+    node = pod_value("NODE", "annotations", "batch.kubernetes.io/job-completion-index")
+    # All pods have the same one, each attempt has another one, and a stranger cannot guess it.
+    secret = pod_value(SECRET, "labels", "batch.kubernetes.io/controller-uid")
     # JobSet's name for pod 0: SET-JOB-REPLICA-POD.SUBDOMAIN
     host = f"{options.name}-worker-0-0.{options.name}"
     command = [
@@ -247,7 +251,7 @@ def gpu_job(options: KubernetesOptions, arguments: list[str]) -> dict:
         f"--coordinator={host}:{PORT}",
         *arguments,
     ]
-    pod = container(options, command, {"nvidia.com/gpu": options.gpus}, [own])
+    pod = container(options, command, {"nvidia.com/gpu": options.gpus}, [node, secret])
     pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     return {
         "name": "worker",
@@ -296,6 +300,20 @@ def tpu_job(options: KubernetesOptions, tpu: str, arguments: list[str]) -> dict:
 
 
 def dump_yaml(manifest: dict) -> str:
+    """The manifest as YAML that readers of YAML 1.1 and of YAML 1.2 take for the same.
+
+    They differ on what a word without quotes is: y, 1e3, 0o17 and 1:30 are text to one of them and
+    a truth value or a number to the other. So every text has quotes, or is a block of lines.
+    """
     import yaml
 
-    return yaml.safe_dump(manifest, sort_keys=False, width=120)
+    class Quoting(yaml.SafeDumper):
+        pass
+
+    def represent_text(dumper, text: str):
+        is_script = text.endswith("\n") and not text[0].isspace()
+        return dumper.represent_scalar(TEXT_TAG, text, style="|" if is_script else '"')
+
+    Quoting.add_representer(str, represent_text)
+    # A folded line is legal YAML. Nobody can read it, though.
+    return yaml.dump(manifest, Dumper=Quoting, sort_keys=False, width=math.inf)

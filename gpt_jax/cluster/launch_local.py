@@ -3,24 +3,37 @@
 They are started together, ended together, and started again where that helps.
 """
 
+import ctypes
+import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
-from gpt_jax.errors import EXIT_CODES, RESTARTABLE, PeerFailed, restart_seconds
+from gpt_jax.cluster.rendezvous import SECRET
+from gpt_jax.errors import EXIT_CODES, RESTARTABLE, PeerFailed, mute, restart_seconds
 
 MOST_PROCESSES = 256  # of one machine
 # Once one has failed, the others have so long to go by themselves. Then they are killed.
 TOGETHER_SECONDS = 12.0
 # After an attempt that ran so long the wait begins anew. The limit of restarts counts all.
 QUIET_SECONDS = 300.0
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# After the end of a process its output is read so long. What it has started may hold the pipe.
+READ_SECONDS = 5.0
+# Signal -> what the processes get for it. A terminal that closes is a request to save and stop.
+REQUESTS = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGHUP: signal.SIGTERM,
+}
+DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in prctl.h
 
 
 class LocalGroup(NamedTuple):
@@ -63,16 +76,21 @@ def find_free_port() -> int:
 
 
 def run_processes(
-    group: LocalGroup, arguments: list[str], restarts: int, say: Callable[[str], None]
+    group: LocalGroup,
+    arguments: list[str],
+    restarts: int,
+    say: Callable[[str], None],
+    environ: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
     """Runs the job, and starts it again at most `restarts` times.
 
     It ends when the job is done, or with a code that a restart cannot help. SIGTERM, SIGUSR1 and
-    SIGINT go to all processes. Returns the exit code of the process that began the end, and a line.
+    SIGINT go to all processes, and SIGHUP as SIGTERM. The processes have the variables `environ`,
+    or those of this one. Returns the exit code of the process that began the end, and a line.
     """
     used = 0  # restarts
     quick = 0  # restarts since an attempt that ran long
-    with pass_on_requests() as requests:
+    with pass_on_requests(add_secret(environ, group.nodes)) as requests:
         while True:
             began = time.monotonic()
             code, words = attempt(group, arguments, requests, say)
@@ -98,13 +116,24 @@ def run_processes(
                 return code, f"{end}; asked to stop"
 
 
+def add_secret(environ: Mapping[str, str] | None, nodes: int) -> Mapping[str, str] | None:
+    """The variables with a secret of the job, unless they have one.
+
+    The launchers of several machines cannot agree on one, so there it comes from outside.
+    """
+    if environ is None or nodes > 1:
+        return environ
+    return {SECRET: secrets.token_hex(16), **environ}
+
+
 class Requests:
-    """SIGTERM, SIGUSR1 and SIGINT, passed on to the processes of the job.
+    """The signals of REQUESTS, passed on to the processes of the job.
 
     Processes that start after a signal has come get it too.
     """
 
-    def __init__(self):
+    def __init__(self, environ: Mapping[str, str] | None = None):
+        self.variables = environ
         self.processes: list[subprocess.Popen] = []
         self.asked = threading.Event()  # whether a signal came
         self.number = 0  # of the last one
@@ -112,9 +141,16 @@ class Requests:
     def start(self, line: list[str], **streams) -> None:
         """Starts a process in a session of its own.
 
-        Ctrl-C then reaches the processes once, through this one.
+        Ctrl-C then reaches the processes once, through this one. If this one is killed, they are
+        asked to stop.
         """
-        process = subprocess.Popen(line, start_new_session=True, **streams)
+        process = subprocess.Popen(
+            line,
+            start_new_session=True,
+            env=self.variables,
+            preexec_fn=make_follower(os.getpid()),
+            **streams,
+        )
         self.processes.append(process)
         if self.asked.is_set():  # perhaps before this process was in the list
             process.send_signal(self.number)
@@ -122,18 +158,39 @@ class Requests:
     def pass_on(self, number: int, _) -> None:
         """The handler. A second Ctrl-C kills."""
         is_second = self.asked.is_set() and number == signal.SIGINT
-        self.number = signal.SIGKILL if is_second else number
+        self.number = signal.SIGKILL if is_second else REQUESTS[signal.Signals(number)]
         self.asked.set()
         for process in list(self.processes):
             if process.poll() is None:
                 process.send_signal(self.number)
 
 
+def make_follower(parent: int) -> Callable[[], None] | None:
+    """What a new process does first, so that it gets SIGTERM when the process `parent` ends.
+
+    None on systems other than Linux, which have no such request.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    # Between fork and exec nothing is loaded any more, because threads may have held locks.
+    ask_kernel = ctypes.CDLL(None).prctl
+
+    def follow() -> None:
+        ask_kernel(DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # It has ended meanwhile.
+            os._exit(PeerFailed.code)
+
+    return follow
+
+
 @contextmanager
-def pass_on_requests() -> Iterator[Requests]:
+def pass_on_requests(environ: Mapping[str, str] | None = None) -> Iterator[Requests]:
     """Requests to stop go to the job in here."""
-    requests = Requests()
-    before = {number: signal.signal(number, requests.pass_on) for number in REQUESTS}
+    requests = Requests(environ)
+    numbers = list(REQUESTS)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup has it
+        numbers.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, requests.pass_on) for number in numbers}
     try:
         yield requests
     finally:
@@ -166,7 +223,7 @@ def attempt(
 
     ended, killed = wait_for_all(requests, first, say)
     for reader in readers:
-        reader.join()
+        reader.join(READ_SECONDS)
     processes.clear()
     codes = {first + k: code for k, code in ended.items()}
     return find_verdict(codes, {first + k for k in killed})
@@ -224,7 +281,14 @@ def find_verdict(ended: dict[int, int], killed: Collection[int] = ()) -> tuple[i
 
 
 def copy_lines(stream: BinaryIO, mark: str) -> None:
-    """Copies lines to standard error, each with `mark` before it."""
+    """Copies lines to standard error, each with `mark` before it.
+
+    It reads on if nobody takes them any more, as with `2>&1 | head`, or if the disk is full. The
+    process would otherwise stand still as soon as its pipe is full.
+    """
     for line in iter(stream.readline, b""):
-        sys.stderr.buffer.write(mark.encode() + line)
-        sys.stderr.buffer.flush()
+        try:
+            sys.stderr.buffer.write(mark.encode() + line)
+            sys.stderr.buffer.flush()
+        except OSError:
+            mute("stderr")

@@ -4,6 +4,7 @@ import os
 import sys
 from typing import NamedTuple
 
+from gpt_jax.cluster.rendezvous import SECRET
 from gpt_jax.errors import RESTART_SECONDS, RESTARTABLE, SIGNALLED, UsageError
 
 SLURM_SAVE_SECONDS = 300  # a job is told to save so long before its time is up
@@ -86,10 +87,18 @@ def make_slurm_parameters(shape: SlurmShape, extra: dict[str, str]) -> dict:
         "time": shape.minutes,
         "srun_args": ["--kill-on-bad-exit=0"],
         "stderr_to_stdout": True,
-        "setup": ["trap '' TERM  # the tasks get it too, save, and end; srun has to wait for them"],
+        "setup": [
+            "trap '' TERM  # the tasks get it too, save, and end; srun has to wait for them",
+            make_secret(),
+        ],
         "teardown": afterwards(shape.restarts).splitlines(),
         "additional_parameters": own | extra,
     }
+
+
+def make_secret() -> str:
+    """A shell line before srun, which gives all tasks of this start one secret."""
+    return f"export {SECRET}=$(od -An -N16 -tx8 /dev/urandom | tr -d ' ')"
 
 
 def afterwards(restarts: int | str) -> str:

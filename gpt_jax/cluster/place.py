@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gpt_jax.cluster.rendezvous import Place
+from gpt_jax.cluster.rendezvous import SECRET, Place
 from gpt_jax.errors import UsageError
 
 SLURM_NEEDS = (
@@ -36,10 +36,11 @@ def place_of(flags: JobFlags, environ: Mapping[str, str]) -> Place | None:
     """The place that the flags give, or SLURM with --distributed.
 
     None for a single process, and for one whose place JAX finds (a TPU pod). Raises UsageError
-    inside a SLURM job that was not started by srun.
+    inside a SLURM job that was not started by srun, and for a number of SLURM that is no number.
     """
+    secret = environ.get(SECRET, "")
     if flags.num_processes > 1 and flags.coordinator:
-        return Place(flags.coordinator, flags.num_processes, flags.process_id)
+        return Place(flags.coordinator, flags.num_processes, flags.process_id, secret)
     if not flags.distributed or "SLURM_JOB_ID" not in environ:
         return None
     lacking = [name for name in SLURM_NEEDS if name not in environ]
@@ -51,12 +52,22 @@ def place_of(flags: JobFlags, environ: Mapping[str, str]) -> Place | None:
 
     # Ports from 20000 to 29999 lie below those that Linux gives out, and above those of most
     # services. All tasks get the same one, also after a requeue, and another job another one.
-    port = 20000 + int(environ["SLURM_JOB_ID"]) % 10000
+    job = read_number(environ, "SLURM_JOB_ID")
     return Place(
-        f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
-        int(environ["SLURM_STEP_NUM_TASKS"]),
-        int(environ["SLURM_PROCID"]),
+        f"{first_host(environ['SLURM_STEP_NODELIST'])}:{20000 + job % 10000}",
+        read_number(environ, "SLURM_STEP_NUM_TASKS"),
+        read_number(environ, "SLURM_PROCID"),
+        # Two jobs whose numbers share the port do not take each other's tasks for their own.
+        f"{secret} slurm {job}",
     )
+
+
+def read_number(environ: Mapping[str, str], name: str, default: int = 0) -> int:
+    """A whole number of SLURM's environment. Raises UsageError for another text."""
+    text = environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UsageError(f"{name}={text}: expected a whole number, as srun sets it")
+    return int(text)
 
 
 def first_host(nodes: str) -> str:
@@ -81,10 +92,10 @@ def own_devices(flags: JobFlags, environ: Mapping[str, str]) -> list[int] | None
     if not flags.distributed or "SLURM_LOCALID" not in environ:
         return None
 
-    task = int(environ["SLURM_LOCALID"])
+    task = read_number(environ, "SLURM_LOCALID")
     tasks = tasks_here(environ)
     seen = count_visible_gpus(environ)
-    on_node = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+    on_node = read_number(environ, "SLURM_GPUS_ON_NODE")
     if tasks == 1 or seen == 1 or 0 < seen < on_node:
         return None
     count = seen or on_node or tasks
@@ -103,9 +114,18 @@ def count_visible_gpus(environ: Mapping[str, str]) -> int:
 
 
 def tasks_here(environ: Mapping[str, str]) -> int:
-    """Tasks on this node, from SLURM's notation for all nodes: "8(x2),4" is 8, 8, 4."""
+    """Tasks on this node, from SLURM's notation for all nodes: "8(x2),4" is 8, 8, 4.
+
+    Raises UsageError if this node is not among them.
+    """
     tasks_by_node: list[int] = []
     text = environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
     for tasks, nodes in TASKS_AND_NODES.findall(text):
         tasks_by_node += [int(tasks)] * int(nodes or 1)
-    return tasks_by_node[int(environ.get("SLURM_NODEID", 0))]
+    node = read_number(environ, "SLURM_NODEID")
+    if node >= len(tasks_by_node):
+        raise UsageError(
+            f"SLURM_STEP_TASKS_PER_NODE={text}: says nothing of node {node} (SLURM_NODEID); "
+            "start it by `srun gpt-jax train --distributed …`"
+        )
+    return tasks_by_node[node]

@@ -5,22 +5,36 @@ missing, nor hear that somebody has failed on the way. So every process first sa
 process 0, which answers "wait", "go" or "end" with a reason.
 
 Every question is a short connection with a line of JSON each way. Thousands of processes then need
-no open sockets.
+no open sockets. Lines carry the seal of the job's secret, see messages.py.
 """
 
-import json
 import os
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from gpt_jax.errors import Exit, PeerFailed, UsageError, exit_of
+from gpt_jax.cluster.messages import (
+    LINE_SECONDS,
+    MOST_HOST,
+    Callers,
+    is_answer,
+    is_hello,
+    is_sealed,
+    parse,
+    read_line,
+    seal,
+    shorten,
+    write_line,
+)
+from gpt_jax.errors import Exit, PeerFailed, UsageError, exit_of, plain
 
+# The environment variable that holds the secret of a job. Launchers make one for each job.
+SECRET = "GPT_JAX_JOB"
 ASK_SECONDS = 0.5  # between two questions of a waiting process
 LINGER_SECONDS = 10.0  # process 0 goes on answering so long once it knows how the meeting ends
-LINE_SECONDS = 5.0  # for one line to arrive
-LINE_BYTES = 8192
+# A process that has not asked for so long may be replaced by another one with its number.
+GONE_SECONDS = 4.0
 MOST_NAMED = 8  # processes in one line
 
 
@@ -30,6 +44,7 @@ class Place(NamedTuple):
     address: str
     processes: int
     process: int
+    secret: str = ""
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -51,13 +66,13 @@ def meet(place: Place, seconds: float, failed: Exit | None = None) -> None:
     Raises PeerFailed if the others or process 0 do not come within `seconds`, and UsageError if
     they do not fit together. What another process failed of is raised with its code and text.
     """
-    if place.processes == 1:  # a job of one, as SLURM starts it for one task
+    if place.processes == 1:
         return
     host, port = split_address(place.address)
     hello: dict[str, Any] = {
         "process": place.process,
         "processes": place.processes,
-        "host": socket.gethostname(),
+        "host": socket.gethostname()[:MOST_HOST],
         "pid": os.getpid(),
     }
     if failed:
@@ -76,92 +91,172 @@ def meet(place: Place, seconds: float, failed: Exit | None = None) -> None:
 def ask(place: Place, host: str, port: int, hello: dict, seconds: float) -> None:
     """The part of every process but 0: asks until process 0 says go or end."""
     end = time.monotonic() + seconds
-    answer: dict[str, Any] = {}
+    missing = ""  # what process 0 said last, while it waits for others
     problem = "no answer"
-    silent_since = None  # when somebody who is no process 0 of a job took the line first
+    silent_since = None  # since when somebody there has not answered
 
     while time.monotonic() < end:
         now = time.monotonic()
         try:
             with socket.create_connection((host, port), timeout=min(LINE_SECONDS, seconds)) as line:
-                write_line(line, hello)
-                answer = read_line(line, is_answer) or {}
+                write_line(line, seal(hello, place.secret))
+                answer = parse(read_line(line), is_answer) or {}
         except OSError as error:
             problem = str(error)
         else:
-            if answer.get("say") == "end":
-                raise exit_of(answer["code"], answer["text"])
-            if answer.get("say") == "go":
+            is_genuine = bool(answer) and is_sealed(answer, place.secret)
+            say = answer.get("say") if is_genuine else None
+            if say == "end":
+                raise exit_of(answer["code"], plain(answer["text"]))
+            if say == "go":
                 return
-            # Without an answer JAX has the port. It is that of this job, whose "go" was lost, or
-            # that of the job before, which will soon be gone.
-            if not answer:
+            if say == "wait":
+                missing = plain(answer["text"])
+                silent_since = None
+            else:
+                problem = describe_stranger(answer, place)
                 silent_since = silent_since or now
-                if now - silent_since > LINGER_SECONDS:
+                # JAX has the port now. It is that of this job, whose "go" was lost, because this
+                # process has spoken with process 0 before. A process that never has must not go
+                # on: it would take the place of one that is in the job.
+                if missing and now - silent_since > LINGER_SECONDS:
                     return
         time.sleep(ASK_SECONDS)
 
     limit = f"within --join_seconds={seconds:g}"
-    if not answer:
+    if not missing:
         raise PeerFailed(
             f"--coordinator={place.address}: process {place.process} on {hello['host']} did not "
             f"reach process 0 there {limit} ({problem}); it has not started, its log may have the "
             "reason, or the address is wrong"
         )
-    raise PeerFailed(f"{answer['text']}, {limit}; the logs of those missing may have the reason")
+    raise PeerFailed(f"{missing}, {limit}; the logs of those missing may have the reason")
+
+
+def describe_stranger(answer: dict, place: Place) -> str:
+    """Why what somebody at process 0's address said is no answer to this process."""
+    if answer:
+        return f"what listens there belongs to another job: {SECRET} differs"
+    return (
+        f"what listens there is no meeting: a job has begun there without this process, perhaps "
+        f"with another process {place.process}, or another program has the port"
+    )
 
 
 def receive(place: Place, port: int, hello: dict, seconds: float) -> None:
     """The part of process 0: answers until all others have been told the same."""
-    came = {0: hello}
-    told: set[int] = set()
-    verdict = None
-    if "failed" in hello:
-        failed = hello["failed"]
-        verdict = make_end(failed["code"], f"process 0 on {hello['host']} failed: {failed['text']}")
-
+    meeting = Meeting(place, hello)
     end = time.monotonic() + seconds
-    with listen(place.address, port) as server:
-        while len(told) < place.processes - 1 and time.monotonic() < end:
-            server.settimeout(max(0.001, end - time.monotonic()))
-            try:
-                line, _ = server.accept()
-                with line:
-                    line.settimeout(LINE_SECONDS)
-                    other = read_line(line, is_hello)
-                    if other is None:  # a stranger, a port scanner say
-                        continue
-                    if verdict is None:
-                        verdict = judge(came, other, place.processes)
-                        if verdict is not None:
-                            end = time.monotonic() + LINGER_SECONDS
-                    if verdict is None:
-                        write_line(line, {"say": "wait", "text": describe_missing(came, place)})
-                    else:
-                        write_line(line, verdict)
-                        told.add(other["process"])
-            except OSError:  # this one comes again, or counts as missing
-                continue
+    with listen(place.address, port) as server, Callers(server) as callers:
+        while not meeting.is_over() and time.monotonic() < end:
+            for caller, text in callers.listen(end - time.monotonic()):
+                was_open = meeting.verdict is None
+                # A line that is no hello is that of a stranger, a port scanner say.
+                other = parse(text, is_hello)
+                if other is None:
+                    continue
+                answer = meeting.answer(other, time.monotonic())
+                if callers.reply(caller, answer) and answer == meeting.sealed_verdict:
+                    meeting.told.add(other["process"])
+                if was_open and meeting.verdict is not None:
+                    end = time.monotonic() + LINGER_SECONDS
+    meeting.conclude(seconds)
 
-    if verdict is None:
-        raise PeerFailed(
-            f"{describe_missing(came, place)}, within --join_seconds={seconds:g}; "
-            "the logs of those missing may have the reason"
+
+class Meeting:
+    """What process 0 knows of the others, and what it answers them.
+
+    `verdict` is how the meeting ends, once that is known.
+    """
+
+    def __init__(self, place: Place, hello: dict):
+        self.place = place
+        self.came = {0: hello}
+        self.heard: dict[int, float] = {}  # process -> when it last asked
+        self.told: set[int] = set()  # processes that know the verdict
+        self.refused: dict[str, str] = {}  # who -> why
+        self.doubled = False  # whether two processes said that they are the same
+        self.verdict: dict[str, Any] | None = None
+        if "failed" in hello:
+            failed = hello["failed"]
+            text = f"process 0 on {hello['host']} failed: {failed['text']}"
+            self.verdict = make_end(failed["code"], text)
+
+    @property
+    def sealed_verdict(self) -> dict[str, Any] | None:
+        return None if self.verdict is None else seal(self.verdict, self.place.secret)
+
+    def is_over(self) -> bool:
+        """Whether every other process knows how it ends."""
+        return len(self.told) == self.place.processes - 1
+
+    def answer(self, other: dict, now: float) -> dict[str, Any]:
+        """What a process is told that has said hello. A newcomer may be refused by itself."""
+        who = f"process {other['process']} on {plain(other['host'])}"
+        if not is_sealed(other, self.place.secret):
+            self._note_refusal(who, f"its {SECRET} differs")
+            return {"say": "refused"}
+
+        before = self.came.get(other["process"])
+        if before is not None and name_process(before) != name_process(other):
+            is_there = now - self.heard[other["process"]] < GONE_SECONDS
+            if is_there or other["process"] in self.told:
+                return seal(self._refuse_double(before, other), self.place.secret)
+            self.came[other["process"]] = (
+                other  # The one before has gone, and this one is its heir.
+            )
+
+        self.heard[other["process"]] = now
+        if self.verdict is None:
+            self.verdict = judge(self.came, other, self.place.processes)
+        if self.verdict is None:
+            text = describe_missing(self.came, self.place)
+            return seal({"say": "wait", "text": text}, self.place.secret)
+        return seal(self.verdict, self.place.secret)
+
+    def _refuse_double(self, before: dict, other: dict) -> dict[str, Any]:
+        process = other["process"]
+        host = plain(other["host"])
+        self.doubled = True
+        self._note_refusal(f"process {process} on {host}", "another one has come before")
+        return make_end(
+            UsageError.code,
+            f"--process_id={process}: two processes say so, one on {plain(before['host'])} that "
+            f"came first and one on {host} that is refused; give each its own",
         )
-    if verdict["say"] == "end":
-        raise exit_of(verdict["code"], verdict["text"])
-    gone = set(range(1, place.processes)) - told
-    if gone:
-        raise PeerFailed(
-            f"{list_processes(gone)} came and went again before the job began; "
-            "the log there has the reason"
-        )
+
+    def _note_refusal(self, who: str, why: str) -> None:
+        if len(self.refused) < MOST_NAMED:
+            self.refused[who] = why
+
+    def conclude(self, seconds: float) -> None:
+        """Returns if the job may begin. Raises what the meeting has ended with."""
+        refused = "".join(f"; {who} was refused: {why}" for who, why in self.refused.items())
+        if self.verdict is None:
+            # A number that two processes have is one that another process lacks.
+            kind = UsageError if self.doubled else PeerFailed
+            raise kind(
+                f"{describe_missing(self.came, self.place)}, within --join_seconds={seconds:g}"
+                f"{shorten(refused)}; the logs of those missing may have the reason"
+            )
+        if self.verdict["say"] == "end":
+            raise exit_of(self.verdict["code"], plain(self.verdict["text"]))
+        gone = set(range(1, self.place.processes)) - self.told
+        if gone:
+            raise PeerFailed(
+                f"{list_processes(gone)} came and went again before the job began; "
+                "the log there has the reason"
+            )
+
+
+def name_process(hello: dict) -> tuple[str, int]:
+    """What tells two processes apart."""
+    return hello["host"], hello["pid"]
 
 
 def judge(came: dict[int, dict], other: dict, processes: int) -> dict[str, Any] | None:
     """Notes in `came` who came. Returns how the meeting ends, once that is known."""
-    process = other["process"]
-    who = f"process {process} on {other['host']}"
+    who = f"process {other['process']} on {other['host']}"
     if "failed" in other:
         return make_end(other["failed"]["code"], f"{who} failed: {other['failed']['text']}")
     if other["processes"] != processes:
@@ -170,20 +265,13 @@ def judge(came: dict[int, dict], other: dict, processes: int) -> dict[str, Any] 
             f"--num_processes: {who} says {other['processes']}, process 0 says {processes}; "
             "start all with the same number",
         )
-
-    before = came.setdefault(process, other)
-    if (before["host"], before["pid"]) != (other["host"], other["pid"]):
-        return make_end(
-            UsageError.code,
-            f"--process_id={process}: two processes say so, one on {before['host']} and one on "
-            f"{other['host']}; give each its own",
-        )
+    came.setdefault(other["process"], other)
     return {"say": "go"} if len(came) == processes else None
 
 
 def make_end(code: int, text: str) -> dict[str, Any]:
     """The answer that ends the job for all."""
-    return {"say": "end", "code": code, "text": text}
+    return {"say": "end", "code": code, "text": plain(text)}
 
 
 def describe_missing(came: dict, place: Place) -> str:
@@ -223,58 +311,3 @@ def listen(address: str, port: int) -> socket.socket:
             f"--coordinator={address}: process 0 cannot listen on port {port}: {reason}; "
             "is another process 0 there? else choose another port"
         ) from None
-
-
-def shorten(text: str) -> str:
-    """A text that fits into a line whatever is in it."""
-    most = LINE_BYTES // 16  # JSON takes up to 12 bytes for a character
-    return text if len(text) <= most else text[:most] + " …"
-
-
-def write_line(line: socket.socket, message: dict) -> None:
-    line.sendall(json.dumps(message).encode() + b"\n")
-
-
-def has(message: object, **kinds: type) -> bool:
-    """Whether this is a dict with these keys, of just these types."""
-    if not isinstance(message, dict):
-        return False
-    return all(type(message.get(key)) is kind for key, kind in kinds.items())
-
-
-def is_hello(message: object) -> bool:
-    """Whether a process of a job says so, one that is not process 0."""
-    if not isinstance(message, dict) or not has(
-        message, process=int, processes=int, host=str, pid=int
-    ):
-        return False
-    if "failed" in message and not has(message["failed"], code=int, text=str):
-        return False
-    return 0 < message["process"] < message["processes"]
-
-
-def is_answer(message: object) -> bool:
-    """Whether process 0 of a job says so."""
-    if not isinstance(message, dict):
-        return False
-    needed = {"go": {}, "wait": dict(text=str), "end": dict(text=str, code=int)}
-    say = message.get("say")
-    return isinstance(say, str) and say in needed and has(message, **needed[say])
-
-
-def read_line(line: socket.socket, is_wanted: Callable[[object], bool]) -> dict | None:
-    """The other side's message; None if it is not wanted. Raises OSError when nothing comes."""
-    received = b""
-    while not received.endswith(b"\n") and len(received) < LINE_BYTES:
-        part = line.recv(LINE_BYTES)
-        if not part:
-            break
-        received += part
-    if not received:
-        raise ConnectionError("closed without an answer")
-
-    try:
-        message = json.loads(received)
-    except ValueError:
-        return None
-    return message if is_wanted(message) else None

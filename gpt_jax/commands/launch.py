@@ -1,6 +1,7 @@
 """`gpt-jax launch local|slurm|kubernetes … train …`: starts a job of several processes."""
 
 import argparse
+import os
 import posixpath
 import re
 import shutil
@@ -140,7 +141,6 @@ def make_local_flags() -> Flags:
         help="address on node 0, needed with --nodes; default '%(default)s': "
         "a free port of this machine",
     )
-
     return flags
 
 
@@ -162,7 +162,7 @@ def local(arguments: list[str]) -> None:
     group = LocalGroup(
         args.processes, args.devices_per_process, args.coordinator, args.nodes, args.node
     )
-    code, line = run_processes(group, rest, args.restarts, complain)
+    code, line = run_processes(group, rest, args.restarts, complain, os.environ)
     if code:
         raise Ended(code, line)
 

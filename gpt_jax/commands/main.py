@@ -4,9 +4,13 @@ Only the command that is called is imported.
 """
 
 import importlib
+import os
 import sys
 import traceback
 
+from gpt_jax.commands.environment import find_fault
+from gpt_jax.commands.stopping import ignore_requests
+from gpt_jax.commands.uncaught import shorten_library_errors
 from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError, complain, mute
 
 COMMANDS = {
@@ -42,12 +46,12 @@ def run(arguments: list[str]) -> None:
 
 
 def _processes() -> int:
-    """The processes of this job. Without a process group it is 1, and JAX is not asked."""
+    """The processes of this job. Without JAX it is 1, and no device is opened for the answer."""
     if "jax" not in sys.modules:
         return 1
-    import jax
+    from gpt_jax.cluster import group_size
 
-    return jax.process_count() if jax.distributed.is_initialized() else 1
+    return group_size()
 
 
 def _lost_peer(error: Exception) -> bool:
@@ -67,21 +71,29 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # The caller has closed it (`>&-`).
             mute(name)
+    shorten_library_errors()
 
-    code = 0
-    reason = ""
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
-    except BrokenPipeError:
-        # The reader of `generate | head` has gone. `train` carries on without one, see `make_say`.
-        mute("stdout")
+        code, reason = run_to_end(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
+        ignore_requests()
         code = 130
         reason = "interrupted; checkpoints and what is finished are untouched"
         complain(reason)
-    except Exception as error:
-        code, reason = explain(error)
+    ignore_requests()
     finish(code, reason)
+
+
+def run_to_end(arguments: list[str]) -> tuple[int, str]:
+    """Runs one command. Returns the exit code and the reason for other processes."""
+    try:
+        run(arguments)
+    except BrokenPipeError:
+        # The reader of `generate | head` has gone. `train` carries on without one, see `make_say`.
+        mute("stdout")
+    except Exception as error:
+        return explain(error)
+    return 0, ""
 
 
 def explain(error: Exception) -> tuple[int, str]:
@@ -94,6 +106,9 @@ def explain(error: Exception) -> tuple[int, str]:
         reason = f"out of memory ({error}); make the model, the batch or the rows smaller"
     elif _lost_peer(error):
         code, reason = _blame_peer(error)
+    elif (fault := find_fault(error, os.environ)) is not None:
+        code = UsageError.code
+        reason = fault
     else:
         traceback.print_exception(error)
         what = f"{type(error).__name__}: {first_line(error)}"

@@ -4,7 +4,6 @@ import argparse
 import glob
 import os
 import re
-import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from gpt_jax.commands.display import Display
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
+from gpt_jax.commands.stopping import interrupt_once
 from gpt_jax.errors import DataError, Stopped, UsageError, escape
 
 NAMED_PATH = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)  # NAME=PATH
@@ -204,9 +204,11 @@ def run(args: argparse.Namespace) -> None:
         if len(paths) > 1 and any(text.startswith(f"{name}=") for text in args.input):
             display.say(f"source {name} is given {len(paths)} times and joins {', '.join(paths)}")
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # A scheduler's stop is like Ctrl-C.
+    interrupt_once()
     try:
         prepare_corpus(inputs, folder, settings, engine, display.say, display.show)
+        display.close()
+        emit("\n".join(map(escape, summarize_corpus(folder))))
     except KeyboardInterrupt:
         raise Stopped(
             f"--output={args.output}: interrupted; what is finished stays: "
@@ -214,7 +216,6 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     finally:
         display.close()
-    emit("\n".join(map(escape, summarize_corpus(folder))))
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from gpt_jax.cluster import JobFlags, join_job, split_address
+from gpt_jax.cluster import JobFlags, join_job, split_address, tell_problems
 from gpt_jax.commands import compile_cache, environment
+from gpt_jax.commands.stopping import ignore_requests
 from gpt_jax.errors import Stopped, UsageError
 
 # Each fake device has threads of its own.
@@ -122,6 +123,8 @@ def start_runtime(args: argparse.Namespace) -> None:
     keep_memory()
     environment.prepare()
     environment.keep_threads(args.cpu_devices)
+    with tell_problems(job_flags(args), os.environ):
+        environment.check_xla_flags()
     import jax
 
     if args.cpu_devices:
@@ -149,6 +152,7 @@ def leaving(line: str) -> Callable:
     """
 
     def leave(_, frame: FrameType | None) -> None:
+        ignore_requests()
         os.write(2, f"gpt-jax: {line}\n".encode())
         # jaxlib turns a normal exit during its import into an ImportError, which would look like a
         # bug. In a job of several processes a normal exit would wait for the others.

@@ -26,6 +26,7 @@ from gpt_jax.commands.runtime import (
     leaving,
     start_runtime,
 )
+from gpt_jax.commands.stopping import ignore_requests
 from gpt_jax.errors import UsageError, mute
 
 
@@ -70,7 +71,10 @@ def main(arguments: list[str]) -> None:
         "command": shlex.join(["gpt-jax", "train", *arguments]),
         "preset": describe_overrides(args.config, rest),
     }
-    run_training(parts, workdir, profile, say, origin)
+    try:
+        run_training(parts, workdir, profile, say, origin)
+    finally:
+        ignore_requests()  # There is nothing more to save, so they would only change the code.
 
 
 def make_flags() -> Flags:

@@ -12,6 +12,7 @@ from .flops import (
     mfu_metrics as mfu_metrics,
 )
 from .miscompiles import check_miscompiles as check_miscompiles
+from .xla_flags import add_xla_flags as add_xla_flags
 from .xla_options import (
     check_xla_options as check_xla_options,
     choose_xla_options as choose_xla_options,

@@ -5,14 +5,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gpt_jax.cluster import agree_on
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import Busy
 
 
 @contextmanager
 def only_run(workdir: Path, say):
     """Holds the workdir for this run alone.
 
-    Raises UsageError on all processes if another run has it.
+    Raises Busy on all processes if another run has it. Launchers start again after that, because a
+    run that has been told to stop, or has lost its launcher, keeps the workdir until it has saved.
     """
     with ExitStack() as closing:
 
@@ -21,7 +22,7 @@ def only_run(workdir: Path, say):
                 lock = closing.enter_context(open(workdir / ".lock", "a"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UsageError(
+                raise Busy(
                     f"--workdir={workdir}: another run is training into it; wait for it, stop it, "
                     "or choose another --workdir"
                 ) from None

@@ -52,8 +52,8 @@ def run_training(
 
     Returns the numbers on process 0. `profile` is the (first, last) step of a trace in
     `workdir`/profile. `origin` has facts for the report, see `Progress`. Raises Stopped, once
-    everything is saved, after a SIGTERM, a SIGUSR1 or Ctrl-C. Raises Diverged, DataError,
-    SaveFailed, NoCheckpoint and UsageError.
+    everything is saved, after a SIGTERM, a SIGUSR1 or Ctrl-C. Raises Busy if another run has the
+    workdir. Raises Diverged, DataError, SaveFailed, NoCheckpoint and UsageError.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def begin(
 ) -> Session:
     """Opens the workdir, the checkpoints, the stream and the writers, and makes the first state.
 
-    `closing` closes all of them. Raises UsageError if another run has the workdir, or if the
+    `closing` closes all of them. Raises Busy if another run has the workdir, and UsageError if the
     checkpoint there is of another run.
     """
     config = parts.config
@@ -99,7 +99,7 @@ def begin(
     closing.enter_context(only_run(workdir, say))
     stop = StopRequest()
     closing.callback(stop.close)
-    checkpoints = open_checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint, say)
+    checkpoints = open_checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint, say, beat)
     # A save in flight would wait for a peer that has left.
     closing.push(lambda kind, error, trace: None if is_peer_gone(error) else checkpoints.close())
     start = checkpoints.latest or 0
@@ -110,6 +110,7 @@ def begin(
     closing.callback(stream.close)
     heldout = heldout_batches(parts)
     state, changed, lineage = start_state(parts, checkpoints, say)
+    beat()
     if jax.process_index() == 0:
         save_file(workdir / "config.json", configs.to_json(config).encode())
 

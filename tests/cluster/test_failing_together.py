@@ -11,7 +11,7 @@ import socket
 import pytest
 import runs
 
-from gpt_jax.cluster import rendezvous
+from gpt_jax.cluster import messages, rendezvous
 from gpt_jax.cluster.job import Membership
 from gpt_jax.cluster.launch_local import find_free_port
 from gpt_jax.errors import EXIT_CODES, EXIT_KINDS, PeerFailed, UsageError, exit_of
@@ -292,8 +292,8 @@ def test_a_job_of_one_has_met():
 
 
 def test_long_texts_fit_into_a_line():
-    text = json.dumps(rendezvous.shorten("🎉" * 9999))
-    assert 1000 < len(text) < rendezvous.LINE_BYTES - 1000  # with room for the other fields
+    text = json.dumps(messages.shorten("🎉" * 9999))
+    assert 1000 < len(text) < messages.LINE_BYTES - 1000  # with room for the other fields
 
 
 def test_a_worker_that_never_comes_is_named():
@@ -314,20 +314,22 @@ def test_a_coordinator_that_cannot_be_reached_is_named():
     assert "--join_seconds=1.5" in str(error) and "refused" in str(error)
 
 
-@pytest.mark.parametrize(
-    "places, words",
-    [
-        ([(0, 2), (1, 3)], "--num_processes: process 1"),
-        ([(0, 3), (1, 3), (1, 3)], "--process_id=1: two processes say so"),
-    ],
-)
-def test_processes_that_do_not_fit_together(monkeypatch, places, words):
+def test_processes_that_do_not_fit_together(monkeypatch):
+    monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 2.0)
+    for error in attend(find_free_port(), [(0, 2), (1, 3)]):
+        assert isinstance(error, UsageError)
+        assert str(error).startswith("--num_processes: process 1")
+
+
+def test_a_process_that_came_twice_is_why_another_is_missing(monkeypatch):
     pids = iter(range(100, 200))
     # Each thread stands for a process: `meet` asks once.
     monkeypatch.setattr(os, "getpid", lambda: next(pids))
-    monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 2.0)
-    for error in attend(find_free_port(), places):
-        assert isinstance(error, UsageError) and str(error).startswith(words)
+    found = attend(find_free_port(), [(0, 3), (1, 3), (1, 3)], seconds=3)
+    refused = [error for error in found if str(error).startswith("--process_id=1: two processes")]
+    assert len(refused) == 1 and isinstance(refused[0], UsageError)
+    assert isinstance(found[0], UsageError) and "missing: process 2" in str(found[0])
+    assert f"process 1 on {HOST} was refused: another one has come before" in str(found[0])
 
 
 def test_one_that_failed_tells_all(monkeypatch):
@@ -369,7 +371,7 @@ def test_strangers_are_no_process():
         b"",
         b"[1]\n",
         b"{}\n",
-        *(json.dumps(word).encode() + b"\n" for word in near),
+        *(json.dumps(messages.seal(word, "")).encode() + b"\n" for word in near),
     ):
         while job.is_alive():
             try:
@@ -388,7 +390,7 @@ def test_strangers_are_no_process():
     [{"say": "end"}, {"say": "end", "text": "x", "code": "2"}, {"say": ["go"]}, {"text": "hi"}, []],
 )
 def test_what_is_no_answer_of_process_0_is_none(said):
-    assert not rendezvous.is_answer(said)
+    assert not messages.is_answer(said)
 
 
 def test_an_end_is_made_again_of_its_code():

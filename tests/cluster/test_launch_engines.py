@@ -34,7 +34,7 @@ LAUNCH = runs.ROOT / "launch"
 def test_every_launcher_restarts_on_the_same_codes():
     codes = errors.RESTARTABLE + errors.SIGNALLED
     first, most = errors.RESTART_SECONDS
-    assert set(errors.RESTARTABLE) == {10, 40, 41, 50} <= set(errors.EXIT_CODES)
+    assert set(errors.RESTARTABLE) == {10, 40, 41, 42, 50} <= set(errors.EXIT_CODES)
     assert launch_slurm.afterwards("$restarts") in (LAUNCH / "slurm.sbatch").read_text()
     assert (
         f'restartable=" {" ".join(map(str, codes))} " first={first} most={most}'
@@ -149,9 +149,65 @@ def test_gpu_pods_find_pod_0():
         f"--coordinator=llama-{job['name']}-0-0.llama:8476",
         *TRAIN,
     ]
-    assert [item["name"] for item in box["env"]] == ["RESTART_ATTEMPT", "NODE", "NCCL_DEBUG"]
+    names = [item["name"] for item in box["env"]]
+    assert names == ["RESTART_ATTEMPT", "NODE", "GPT_JAX_JOB", "NCCL_DEBUG"]
     assert box["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert {"name": "volume-0", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
+
+
+# Texts that YAML 1.1 or YAML 1.2 takes for something else where they have no quotes.
+NO_WORDS = (
+    *("y", "n", "Y", "No", "on", "off", "true", "null", "~", "", " ", "a: b", "- a", "# a", "[1]"),
+    *(
+        "1e3",
+        "0o17",
+        "017",
+        "0x1F",
+        "0b1",
+        "1_000",
+        "1:30",
+        "1.",
+        ".5",
+        "+1",
+        ".inf",
+        ".NaN",
+        "=",
+        "<<",
+    ),
+    *("2001-01-01", "a\nb", "a\nb\n", " a\nb\n", "\ta\n", "\n", "é", "\x85", "\u2028", '"', "\\"),
+    *("x" * 300 + " " + "y" * 300, "a\n" + "b " * 200 + "\n"),
+)
+
+
+def test_every_text_of_a_manifest_is_text_to_every_reader():
+    """kubectl reads by other rules than PyYAML writes, and they differ in words without quotes."""
+    env = [{"name": f"N{k}", "value": text} for k, text in enumerate(NO_WORDS)]
+    made = {"y": env, "count": 3, "whole": True, "least": 0, "below": -1}
+    text = launch_kubernetes.dump_yaml(made)
+    assert yaml.safe_load(text) == made  # by the rules of YAML 1.1
+
+    # By those of YAML 1.2, and of 1.1 too, these are numbers and truth values; all else is quoted.
+    scalars = [token for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
+    plain = [token.value for token in scalars if token.plain]
+    assert plain == ["3", "true", "0", "-1"]
+    assert {token.style for token in scalars if not token.plain} == {'"', "|"}
+
+
+def test_variables_of_a_pod_are_text(capsys):
+    given = ["DEBUG=y", "QUIET=n", "RATE=1e3", "MODE=0o17", "Y=1"]
+    runs.call(
+        "launch",
+        "kubernetes",
+        "--image=i",
+        "--gpus_per_node=1",
+        *(f"--env={text}" for text in given),
+        "--",
+        "evaluate",
+    )
+    out = capsys.readouterr().out
+    for text in given:
+        name, _, value = text.partition("=")
+        assert f'"name": "{name}"\n' in out and f'"value": "{value}"\n' in out
 
 
 @pytest.mark.parametrize("gpus, tpu", [(1, None), (0, "v6e:4x4")])
@@ -423,12 +479,76 @@ def test_first_host_of_slurms_lists(nodes, first):
 
 
 def test_place_under_slurm():
-    assert place.place_of(ALONE, SLURM) == ("n1:21234", 16, 9)
+    assert place.place_of(ALONE, SLURM)[:3] == ("n1:21234", 16, 9)
     assert place.place_of(ALONE, {}) is None
     with pytest.raises(
         errors.UsageError, match=r"not under srun .SLURM_STEP_NODELIST, .*; start it by `srun"
     ):
         place.place_of(ALONE, {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+
+
+def test_jobs_of_slurm_do_not_share_a_secret():
+    """Not even those whose numbers share a port, and not without a secret of the launcher."""
+    secrets = {
+        place.place_of(ALONE, SLURM | more).secret
+        for more in ({}, {"SLURM_JOB_ID": "41234"}, {"GPT_JAX_JOB": "x"}, {"GPT_JAX_JOB": "y"})
+    }
+    assert len(secrets) == 4
+    given = JobFlags("h:1", 2, 1)
+    assert place.place_of(given, {"GPT_JAX_JOB": "x"}) == ("h:1", 2, 1, "x")
+
+
+def test_every_scheduler_gives_its_job_a_secret(tmp_path):
+    line = launch_slurm.make_secret()
+    assert f"\n{line}\n" in (LAUNCH / "slurm.sbatch").read_text()
+    made = [
+        subprocess.run(
+            ["bash", "-c", f"{line}; printenv GPT_JAX_JOB"], capture_output=True, text=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert all(re.fullmatch("[0-9a-f]{32}\n", text) for text in made) and made[0] != made[1]
+
+    options = launch_kubernetes.KubernetesOptions("i", "n", 2, 8, None, 1, 0, 0)
+    env = parts(launch_kubernetes.make_jobset(options, ["train"]))[3]["env"]
+    (secret,) = [item for item in env if item["name"] == "GPT_JAX_JOB"]
+    # Kubernetes puts this label on all pods of a Job, with the number of that Job.
+    where = secret["valueFrom"]["fieldRef"]["fieldPath"]
+    assert where == "metadata.labels['batch.kubernetes.io/controller-uid']"
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"SLURM_NODEID": "2"}, "SLURM_STEP_TASKS_PER_NODE=8(x2): says nothing of node 2"),
+        ({"SLURM_LOCALID": "a"}, "SLURM_LOCALID=a: expected a whole number"),
+        ({"SLURM_JOB_ID": "31234_1"}, "SLURM_JOB_ID=31234_1: expected a whole number"),
+    ],
+)
+def test_an_environment_that_srun_does_not_make_is_refused(wrong, words):
+    with pytest.raises(errors.UsageError) as refused:
+        place.own_devices(ALONE, SLURM | wrong)
+        place.place_of(ALONE, SLURM | wrong)
+    assert str(refused.value).startswith(words)
+
+
+ONE = SLURM | {
+    "SLURM_STEP_NODELIST": "n1",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+}
+
+
+def test_a_job_of_one_task_trains(tmp_path):
+    given = runs.arguments(tmp_path, tmp_path / "job", "--config.train.steps=2")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ONE.items():
+            patch.setenv(name, value)
+        process = runs.Process(tmp_path / "logs", [*given, "--distributed", "--join_seconds=20"])
+    process.end(0)
+    assert list(runs.curve(tmp_path / "job")) == [1, 2]
 
 
 EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURM_GPUS_ON_NODE": "8"}

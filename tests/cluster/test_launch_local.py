@@ -96,8 +96,9 @@ def test_who_stays_is_killed(monkeypatch, capfd):
     assert code == 40 and "process 1 ended first: exit code 40" in line
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", launch_local.REQUESTS)
 def test_requests_reach_all_and_end_the_restarts(monkeypatch, tmp_path, number):
+    """A terminal that closes sends SIGHUP, and the processes get the request that they know."""
     obedient = (
         "import signal, sys, time, pathlib; signal.signal({0}, lambda *_: sys.exit(10)); "
         "pathlib.Path({1!r}).touch(); time.sleep(600)"
@@ -109,14 +110,89 @@ def test_requests_reach_all_and_end_the_restarts(monkeypatch, tmp_path, number):
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
+    wanted = launch_local.REQUESTS[number]
     threading.Thread(target=ask).start()
     with runs.own_signals():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         code, line = launch(
             monkeypatch,
-            [[obedient.format(int(number), str(mark)) for mark in marks]] * 2,
+            [[obedient.format(int(wanted), str(mark)) for mark in marks]] * 2,
             restarts=5,
         )
     assert code == 10 and "asked to stop" in line
+
+
+def test_a_closed_terminal_is_ignored_under_nohup():
+    with runs.own_signals():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with launch_local.pass_on_requests():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+
+
+LAUNCHER = """
+import pathlib, sys
+from gpt_jax.cluster import launch_local
+child = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); "
+child += "time.sleep(600)"
+lines = [[sys.executable, "-c", child, name] for name in sys.argv[1:]]
+launch_local.command_lines = lambda *_: lines
+launch_local.run_processes(launch_local.LocalGroup(2, 1), [], 0, print)
+"""
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs, and is not only a name that its parent has not taken yet."""
+    try:
+        status = open(f"/proc/{process}/stat").read()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a request of Linux")
+def test_a_killed_launcher_leaves_no_process_behind(tmp_path):
+    marks = [tmp_path / name for name in "ab"]
+    launcher = runs.Process(tmp_path / "logs", marks, ("-c", LAUNCHER))
+    launcher.until(lambda: all(mark.exists() and mark.read_text() for mark in marks), "children")
+    children = [int(mark.read_text()) for mark in marks]
+    assert all(map(is_alive, children))
+
+    launcher.kill()
+    end = time.monotonic() + 20
+    while any(map(is_alive, children)):
+        assert time.monotonic() < end, "the children live on"
+        time.sleep(0.02)
+
+
+def test_a_process_whose_output_nobody_takes_runs_on(monkeypatch):
+    """As with `2>&1 | head -1`: the output is more than a pipe holds."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        talk = "for _ in range(9): print('x' * 99999, flush=True)"
+        assert launch(monkeypatch, [["", talk]]) == (0, "done")
+        assert sys.stderr is not closed  # Python would complain at the end.
+
+
+def test_what_a_dead_process_has_left_behind_does_not_hold_the_launcher(monkeypatch):
+    """A worker of the process has its pipe."""
+    monkeypatch.setattr(launch_local, "READ_SECONDS", 0.5)
+    worker = "import time; time.sleep(20)"
+    began = time.monotonic()
+    leave = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {worker!r}])"
+    assert launch(monkeypatch, [["", leave]])[0] == 0
+    assert time.monotonic() - began < 15
+
+
+def test_the_processes_of_a_machine_share_a_secret():
+    own = launch_local.add_secret({"A": "b"}, 1)
+    assert own["A"] == "b" and len(own["GPT_JAX_JOB"]) == 32
+    assert own != launch_local.add_secret({"A": "b"}, 1)
+    # What is given stays, and the launchers of several machines have nothing in common but that.
+    assert launch_local.add_secret({"GPT_JAX_JOB": "x"}, 1) == {"GPT_JAX_JOB": "x"}
+    assert launch_local.add_secret({"A": "b"}, 2) == {"A": "b"}
 
 
 @pytest.mark.parametrize("which", [0, 1])

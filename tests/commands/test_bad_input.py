@@ -594,7 +594,7 @@ def test_workdir_in_use(folder, trained):
     with open(trained / ".lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         refused(
-            2,
+            42,
             [f"--workdir={trained}", "another run is training into it"],
             *runs.arguments(folder, trained),
         )

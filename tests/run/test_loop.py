@@ -576,4 +576,5 @@ def test_the_watchdog_sees_an_evaluation_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "watchdog", counting)
     parts = runs.build(runs.load(tmp_path, "--config.train.steps=2", "--config.eval.every_steps=1"))
     runs.run(parts, tmp_path / "run")
-    assert len(beats) == 2 * (2 + len(heldout_batches(parts)["text"]))
+    # One is for the state that the run starts from, which may be long in coming.
+    assert len(beats) == 1 + 2 * (2 + len(heldout_batches(parts)["text"]))

@@ -89,7 +89,8 @@ def build(config: configs.Config, data: int = 1, fsdp: int = 1, tensor: int = 1)
 @contextmanager
 def own_signals():
     """Gives this process its signal handlers back after a run has changed them."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:

@@ -91,8 +91,9 @@ def _follow_parent() -> None:
 
 def _serve(function: Callable, pipe: Connection, threads: int) -> None:
     """The life of a worker: an item comes in, ticks and a result go out, until the pipe closes."""
-    # Ctrl-C reaches the whole group of processes, and the parent decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole group of processes, and a scheduler's signal may. The parent decides.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     _limit_threads(threads)
 

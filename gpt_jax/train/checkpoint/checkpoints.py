@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -44,6 +45,7 @@ from gpt_jax.train.checkpoint.manifest import (
     unfinished_in,
     write_manifest,
 )
+from gpt_jax.train.checkpoint.verify import idle
 
 # An old step is renamed before it is deleted, so that a kill never leaves half a checkpoint.
 DELETED = ".deleted"
@@ -297,12 +299,14 @@ class Checkpoints:
         )
 
 
-def open_checkpoints(directory, policy: config.Checkpoint, report=print) -> Checkpoints:
+def open_checkpoints(
+    directory, policy: config.Checkpoint, report=print, beat: Callable[[], None] = idle
+) -> Checkpoints:
     """The checkpoints of a run that is about to train into `directory`, `<workdir>/checkpoints`.
 
     It removes what a killed process left half-written and looks for the newest valid step. Process
-    0 reports each removal and each damaged step in a line. Every process calls it. Raises
-    NoCheckpoint if there are checkpoints and none is valid.
+    0 reports each removal and each damaged step in a line. Every process calls it. `beat` is
+    called while files are read. Raises NoCheckpoint if there are checkpoints and none is valid.
     """
     directory = Path(directory).absolute()
     logging.getLogger("absl").addFilter(_not_orbax)
@@ -311,7 +315,7 @@ def open_checkpoints(directory, policy: config.Checkpoint, report=print) -> Chec
         directory,
         policy,
         report if jax.process_index() == 0 else _silent,
-        latest_valid(directory, report),
+        latest_valid(directory, report, beat),
     )
 
 

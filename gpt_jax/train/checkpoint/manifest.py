@@ -8,16 +8,26 @@ A file `<step>.saving` next to a step says that its save has begun and not ended
 unfinished save, whose process was killed, from a checkpoint that has lost its manifest.
 """
 
-import concurrent.futures
 import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import jax
 
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.files import replace_file
+from gpt_jax.train.checkpoint.verify import (
+    Files,
+    compare_files,
+    hash_files,
+    idle,
+    own_share,
+)
 
 MANIFEST = "manifest.json"
 META = "meta.json"
@@ -28,7 +38,6 @@ READABLE = (2, FORMAT)
 CHECKPOINT_FOLDER = "checkpoints"  # inside a workdir
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for a step that it is still writing
 SAVING = ".saving"
-THREADS = 4  # hashlib lets go of the interpreter lock, so files are hashed in parallel
 
 
 def cause_of(error: BaseException) -> str:
@@ -58,17 +67,6 @@ def list_files(folder: Path) -> dict[str, int]:
     }
 
 
-def hash_files(folder: Path, names) -> list[str]:
-    """sha256 of each named file, in hexadecimal."""
-
-    def digest(name):
-        with open(folder / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(digest, names))
-
-
 def render_manifest(files: dict[str, list]) -> str:
     """The manifest's text: `{name: [bytes, sha256]}` and the sha256 of that.
 
@@ -88,19 +86,38 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str:
-    """The damage of the step in `folder` as "file: reason", or "" if every byte is as saved."""
+    """The damage of the step in `folder` as "file: reason", or "" if every byte is as saved.
+
+    This process reads all of it.
+    """
+    damage, files = look(folder)
+    return damage or compare_files(folder, files)
+
+
+def find_damage_together(folder: Path, beat: Callable[[], None]) -> str:
+    """As `find_damage`, by all processes of the job. `beat` is called as long as it goes on."""
+    damage = agree_on(lambda: look(folder)[0])
+    if damage:
+        return damage
+    # Another process may see another folder there. It takes part all the same, and says so.
+    known, files = look(folder)
+    return compare_files(folder, {} if known else files, beat, own_share(), known)
+
+
+def look(folder: Path) -> tuple[str, Files]:
+    """(the damage that shows without reading the files, the manifest's table of them)."""
     try:
-        return _compare(folder)
+        return _look(folder)
     except OSError as error:
-        # A file that the disk no longer gives back is damage, too.
-        return f"{error.filename or folder}: {error.strerror or error}"
+        # A folder that the disk no longer gives back is damage, too.
+        return f"{error.filename or folder}: {error.strerror or error}", {}
 
 
-def _compare(folder: Path) -> str:
-    """As `find_damage`. Raises OSError if a file cannot be read."""
+def _look(folder: Path) -> tuple[str, Files]:
+    """As `look`. Raises OSError if a file cannot be read."""
     sizes = list_files(folder)
     if not (folder / MANIFEST).exists():
-        return f"{MANIFEST}: missing" if sizes else f"{folder.name}: empty directory"
+        return f"{MANIFEST}: missing" if sizes else f"{folder.name}: empty directory", {}
 
     raw = (folder / MANIFEST).read_bytes()
     try:
@@ -109,7 +126,7 @@ def _compare(folder: Path) -> str:
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        return f"{MANIFEST}: content changed"
+        return f"{MANIFEST}: content changed", {}
 
     bad = {name: "missing" for name in files if name not in sizes}
     bad |= {name: "not part of the checkpoint as saved" for name in sizes if name not in files}
@@ -118,14 +135,8 @@ def _compare(folder: Path) -> str:
         for name, (size, _) in files.items()
         if name in sizes and sizes[name] != size
     }
-    if not bad:
-        bad = {
-            name: "content changed (sha256 differs)"
-            for name, found in zip(files, hash_files(folder, files), strict=False)
-            if files[name][1] != found
-        }
     more = f" (and {len(bad) - 1} more files)" if len(bad) > 1 else ""
-    return next((f"{name}: {reason}{more}" for name, reason in bad.items()), "")
+    return next((f"{name}: {reason}{more}" for name, reason in bad.items()), ""), files
 
 
 def steps_in(directory: Path) -> list[int]:
@@ -161,36 +172,49 @@ def unfinished_in(directory: Path) -> list[int]:
     )
 
 
-def latest_valid(directory, report=print) -> int | None:
+def latest_valid(
+    directory, report: Callable[[str], None] = print, beat: Callable[[], None] = idle
+) -> int | None:
     """The newest step in `directory` whose every byte is as saved.
 
-    The result is None if nothing was ever saved there. Process 0 looks, and all processes get its
-    answer. Process 0 reports each checkpoint that it passes over in a line with step, file and
-    reason. Nothing is deleted. Raises NoCheckpoint if there are checkpoints and none is valid.
+    The result is None if nothing was ever saved there. All processes call it, and get the same
+    answer. Process 0 reports each checkpoint that is passed over in a line with step, file and
+    reason. Nothing is deleted. `beat` is called while files are read. Raises NoCheckpoint if there
+    are checkpoints and none is valid.
     """
     directory = Path(directory).absolute()
-    return agree_on(lambda: _newest(directory, report))
-
-
-def _newest(directory: Path, report) -> int | None:
-    """The work of `latest_valid` on process 0."""
-    unfinished = unfinished_in(directory)
     damaged = []
-    for step in sorted({*steps_in(directory), *unfinished}, reverse=True):
-        if step in unfinished:
-            report(f"checkpoint step {step} in {directory} is not finished and is passed over")
-            continue
-        damage = find_damage(directory / str(step))
+    newest = None
+    while True:
+        newest = agree_on(partial(_next_older, directory, newest, report))
+        if newest is None:
+            break
+        damage = find_damage_together(directory / str(newest), beat)
         if not damage:
-            return step
-        damaged.append(f"step {step}: {damage}")
-        report(f"checkpoint step {step} in {directory} is damaged and is passed over: {damage}")
+            return newest
+        damaged.append(f"step {newest}: {damage}")
+        if jax.process_index() == 0:
+            report(
+                f"checkpoint step {newest} in {directory} is damaged and is passed over: {damage}"
+            )
 
     if damaged:
         raise NoCheckpoint(
             f"{directory}: no valid checkpoint; found {'; '.join(damaged)}. "
             "Restore one from a copy, or start again with another workdir"
         )
+    return None
+
+
+def _next_older(directory: Path, newer: int | None, report: Callable[[str], None]) -> int | None:
+    """The newest finished step below `newer`, which may be None for any. It reports the others."""
+    unfinished = unfinished_in(directory)
+    for step in sorted({*steps_in(directory), *unfinished}, reverse=True):
+        if newer is not None and step >= newer:
+            continue
+        if step not in unfinished:
+            return step
+        report(f"checkpoint step {step} in {directory} is not finished and is passed over")
     return None
 
 
@@ -202,31 +226,44 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
     do. Raises NoCheckpoint if that step, or every step, is damaged.
     """
 
-    def find():
+    def locate():
         directory, wanted_step = _locate(Path(path).absolute(), step)
-        if not wanted_step:
-            newest = _newest(directory, report)
-            if newest is None:
-                raise UsageError(
-                    f"checkpoint {str(path)!r}: nothing finished there yet; {_nearby(directory)}"
-                )
-            return [str(directory), newest]
-
-        steps = steps_in(directory)
-        listing = f"steps in {directory}: {', '.join(map(str, steps)) or 'none'}"
-        if wanted_step not in steps:
-            raise UsageError(f"checkpoint {str(path)!r}: no step {wanted_step}; {listing}")
-        damage = "not finished"
-        if wanted_step not in unfinished_in(directory):
-            damage = find_damage(directory / str(wanted_step))
-        if damage:
-            raise NoCheckpoint(
-                f"checkpoint step {wanted_step} in {directory} is damaged: {damage}; {listing}"
-            )
         return [str(directory), wanted_step]
 
-    directory, found_step = agree_on(find)
-    return Path(directory), found_step
+    name, wanted_step = agree_on(locate)
+    directory = Path(name)
+    if wanted_step:
+        _check_step(directory, wanted_step, path)
+        return directory, wanted_step
+
+    newest = latest_valid(directory, report)
+    if newest is None:
+        raise UsageError(
+            f"checkpoint {str(path)!r}: nothing finished there yet; {_nearby(directory)}"
+        )
+    return directory, newest
+
+
+def _check_step(directory: Path, step: int, path) -> None:
+    """Raises UsageError if there is no such step, and NoCheckpoint if it is damaged.
+
+    `path` is what the user typed. All processes call it.
+    """
+
+    def list_steps() -> str:
+        steps = steps_in(directory)
+        return f"steps in {directory}: {', '.join(map(str, steps)) or 'none'}"
+
+    def find() -> str:
+        if step not in steps_in(directory):
+            raise UsageError(f"checkpoint {str(path)!r}: no step {step}; {list_steps()}")
+        return "not finished" if step in unfinished_in(directory) else ""
+
+    damage = agree_on(find) or find_damage_together(directory / str(step), idle)
+    if damage:
+        raise NoCheckpoint(
+            f"checkpoint step {step} in {directory} is damaged: {damage}; {list_steps()}"
+        )
 
 
 def peek_meta(path, step: int = 0) -> dict:
