@@ -1,6 +1,7 @@
 """Files that are whole or absent, and digests of their content."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -64,6 +65,33 @@ def replace_file(path: Path, content: bytes) -> Digest:
         digest = write_file(temporary, content)
     sync_folder(path.parent)
     return digest
+
+
+class LinkedLock(OSError):
+    """A symbolic link lies where a lock belongs."""
+
+
+@contextlib.contextmanager
+def opening_lock(path: Path) -> Iterator[int]:
+    """Yields a descriptor of `path` for `fcntl.flock`. The file is made if it is missing.
+
+    The content of the file stays. Raises LinkedLock for a symbolic link, because it could lead to a
+    file that is no lock. Raises OSError.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            what = f"{path} is a symbolic link and no lock, so remove it"
+            raise LinkedLock(error.errno, what) from None
+        raise
+
+    try:
+        yield handle
+    finally:
+        # This gives the lock back, and so does the end of the process, however it ends.
+        os.close(handle)
 
 
 def digest_file(path: Path) -> Digest:

@@ -6,25 +6,28 @@ from pathlib import Path
 
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import UsageError
+from gpt_jax.files import LinkedLock, opening_lock
 
 
 @contextmanager
 def only_run(workdir: Path, say):
     """Holds the workdir for this run alone.
 
-    Raises UsageError on all processes if another run has it.
+    Raises UsageError on all processes if another run has it, or if its lock is a link.
     """
     with ExitStack() as closing:
 
         def take_lock():
             try:
-                lock = closing.enter_context(open(workdir / ".lock", "a"))
+                lock = closing.enter_context(opening_lock(workdir / ".lock"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(
                     f"--workdir={workdir}: another run is training into it; wait for it, stop it, "
                     "or choose another --workdir"
                 ) from None
+            except LinkedLock as error:
+                raise UsageError(f"--workdir={workdir}: {error.strerror}") from None
             except OSError as error:
                 # Some file systems have no locks.
                 say(

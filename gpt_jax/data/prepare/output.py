@@ -14,7 +14,7 @@ from gpt_jax.data.prepare import assemble, identity
 from gpt_jax.data.prepare.units import WORK
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import UsageError
-from gpt_jax.files import replace_file
+from gpt_jax.files import opening_lock, replace_file
 
 Say = Callable[[str], None]
 
@@ -34,15 +34,15 @@ def explain_errors(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def hold_lock(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder. Raises UsageError if another call holds it."""
-    with open(folder / WORK / "lock", "w") as file:
+    with opening_lock(folder / WORK / "lock") as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
                 f"--output={folder}: another gpt-jax prepare is at work there; wait for it, or "
                 "choose another folder"
             ) from None
-        yield  # the end of the process gives the lock back, however it ends
+        yield
 
 
 def answer_finished(folder: Path, about: dict, state: dict, say: Say) -> dict:

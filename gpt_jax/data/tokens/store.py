@@ -24,7 +24,7 @@ from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards
 from gpt_jax.data.tokens.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.errors import UsageError
-from gpt_jax.files import write_file
+from gpt_jax.files import opening_lock, write_file
 
 FORMAT = 3
 BATCH_CHARACTERS = 1 << 23  # encoded at once, and held in memory meanwhile
@@ -191,13 +191,12 @@ def _open_side(folder: Path, side: str, meta: dict, origins: tuple[Origin, ...])
 @contextlib.contextmanager
 def _lock(path: Path, report: Report) -> Iterator[None]:
     """Holds the lock of a cache. Waits, and reports it, while another process holds it."""
-    with open(path, "w") as file:
+    with opening_lock(path) as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             report(f"data: waiting for another process that builds {path.with_suffix('').name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        # Closing the file gives the lock back, and so does the end of the process, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -223,6 +222,8 @@ def load_or_build(
                 shutil.rmtree(folder)
 
         building = folder.with_suffix(".building")
+        if building.is_symlink():  # rmtree refuses a link, and what it leads to is not ours
+            building.unlink()
         shutil.rmtree(building, ignore_errors=True)  # what a killed build left
         building.mkdir()
         try:
