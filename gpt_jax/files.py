@@ -94,6 +94,12 @@ def opening_lock(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
+def free_name(path: Path) -> Path:
+    """The first of `path`, `path.1`, `path.2`, … that does not exist."""
+    names = (path if n == 0 else path.with_name(f"{path.name}.{n}") for n in range(1_000_000))
+    return next(name for name in names if not name.exists())
+
+
 def digest_file(path: Path) -> Digest:
     """Size and SHA-256 of a file's present content. Raises OSError."""
     with open(path, "rb") as file:

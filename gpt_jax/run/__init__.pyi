@@ -9,3 +9,4 @@ from .parts import (
     make_steps as make_steps,
 )
 from .restore import load_model as load_model
+from .resume import META_SCHEMA as META_SCHEMA

@@ -27,6 +27,7 @@ from gpt_jax.metrics import (
     library_versions,
     read_jsonl,
     save_file,
+    saving,
     summarize,
     write_report,
 )
@@ -34,7 +35,7 @@ from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
 from gpt_jax.run.lock import only_run
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.progress import Progress
-from gpt_jax.run.resume import start_state, state_items
+from gpt_jax.run.resume import META_SCHEMA, start_state, state_items
 from gpt_jax.train import CHECKPOINT_FOLDER, Checkpoints, TrainState, open_checkpoints
 
 # The samples at the end of a run, prompts in turn.
@@ -99,7 +100,7 @@ def begin(
     closing.enter_context(only_run(workdir, say))
     stop = StopRequest()
     closing.callback(stop.close)
-    checkpoints = open_checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint, say)
+    checkpoints = open_checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint, say, META_SCHEMA)
     # A save in flight would wait for a peer that has left.
     closing.push(lambda kind, error, trace: None if is_peer_gone(error) else checkpoints.close())
     start = checkpoints.latest or 0
@@ -121,7 +122,9 @@ def begin(
     closing.callback(progress.writers.close)
     if start < train.steps and jax.process_index() == 0:
         # A stopped session leaves a report. `conclude` would think that the run had finished.
-        (workdir / "report.html").unlink(missing_ok=True)
+        report = workdir / "report.html"
+        with saving(report):
+            report.unlink(missing_ok=True)
     say(progress.peak.line)
     for line in stream.summary:
         say(line)

@@ -92,7 +92,9 @@ class Progress:
         self._has_announced = False
         self._trained = 0, 0.0  # tokens and seconds of the steps of this session
 
-        self.history = read_history(read_jsonl(workdir / "metrics.jsonl") if resumed else [])
+        # The writer below says what is damaged there.
+        rows = read_jsonl(workdir / "metrics.jsonl", report=_say_nothing) if resumed else []
+        self.history = read_history(rows)
         self.writers = self._make_writers(start if resumed else None, origin)
         # What comes before the loop is not the loop's time.
         self.began = time.perf_counter()
@@ -104,7 +106,7 @@ class Progress:
             return Writers()
         log = self.config.log
         steps = self.config.train.steps
-        jsonl = JsonlWriter(self.workdir / "metrics.jsonl", resumed_at)
+        jsonl = JsonlWriter(self.workdir / "metrics.jsonl", resumed_at, self.say)
         if self.start < steps:
             facts = {**describe_session(self.parts), **origin}
             jsonl.write(self.start, make_session_row(self.history, facts))
@@ -209,6 +211,10 @@ class Progress:
             f"the {name} at step {step} is {value}; {before}. Lower config.optim.learning_rate, "
             "or set config.optim.clip"
         )
+
+
+def _say_nothing(line: str) -> None:
+    """Drops a line that somebody else says."""
 
 
 def describe_session(parts: Parts) -> dict[str, str | float]:

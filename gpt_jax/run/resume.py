@@ -8,6 +8,13 @@ from gpt_jax.errors import UsageError
 from gpt_jax.run.parts import Parts
 from gpt_jax.train import TrainState, read_meta, restore_checkpoint
 
+# What `loop.save` writes into meta.json.
+META_SCHEMA = {
+    "config": "object",
+    "tokenizer": "text",
+    "data": {"next": "count", "content": "text"},
+}
+
 
 def read_saved_config(meta: dict) -> configs.Config:
     """The Config that a checkpoint was written with, by this or an earlier version."""
@@ -55,7 +62,7 @@ def start_state(parts: Parts, checkpoints, say) -> tuple[TrainState, list[str]]:
     step = checkpoints.latest
     if step is None:
         return parts.init(), []
-    meta = read_meta(checkpoints.directory, step)
+    meta = read_meta(checkpoints.directory, step, META_SCHEMA)
     changed = check_resume(parts, meta, checkpoints.directory, say)
     loaded = restore_checkpoint(checkpoints.directory, step, state_items(parts.abstract))
     say(f"resumed from step {step} of {checkpoints.directory}")

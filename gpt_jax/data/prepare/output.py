@@ -15,6 +15,7 @@ from gpt_jax.data.prepare.units import WORK
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import UsageError
 from gpt_jax.files import opening_lock, replace_file
+from gpt_jax.schema import Each, Misfit, Schema, read_json
 
 Say = Callable[[str], None]
 
@@ -68,12 +69,23 @@ def answer_finished(folder: Path, about: dict, state: dict, say: Say) -> dict:
     return manifest
 
 
+def _read_own(path: Path, folder: Path, schema: Schema):
+    """What an earlier call has written there. Raises UsageError for anything else."""
+    try:
+        return read_json(path.read_bytes(), schema)
+    except Misfit as error:
+        raise UsageError(
+            f"--output={folder}: {path.name} there is damaged ({error}); choose another folder, or "
+            "remove this one"
+        ) from None
+
+
 def _refuse_changed_input(folder: Path, state: dict) -> None:
     """Raises UsageError if the input is no longer what the folder was made from."""
     inputs = folder / corpus.INPUTS
     if not inputs.exists():  # it is no part of a corpus, so a copy need not have it
         return
-    saved = json.loads(inputs.read_bytes())
+    saved = _read_own(inputs, folder, Each(("count", "text")))
     before = {identity.locate(path): value for path, value in saved.items()}
     changed = [path for path in {**before, **state} if before.get(path) != state.get(path)]
     if changed:
@@ -114,7 +126,8 @@ def begin(folder: Path, about: dict, say: Say) -> None:
     settings = work / "settings.json"
     # Before the first unit is done, a call with other settings would lose nothing.
     if settings.exists() and any(work.glob("*-*.json")):
-        identity.refuse_other(folder, json.loads(settings.read_bytes()), about)
+        then = _read_own(settings, folder, "object")
+        identity.refuse_other(folder, then, about)
         say(f"{folder}: goes on from where an earlier call ended")
     else:
         replace_file(settings, json.dumps(about).encode())

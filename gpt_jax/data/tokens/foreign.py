@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt_jax.data.read.decoding import plain
 from gpt_jax.errors import UsageError
 
 HEADER_INTS = 256
@@ -171,8 +172,11 @@ def _open_megatron(path: Path, eot: int | None) -> Foreign:
 def _open_npy(path: Path, eot: int | None) -> Foreign:
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UsageError(f"{path}: not a readable .npy file: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:
+        # numpy reads the header as Python, and raises whatever its parser does.
+        raise UsageError(f"{path}: not a readable .npy file: {plain(error)}") from None
 
     tokens = mapped.view(np.ndarray)
     if tokens.ndim != 1 or tokens.dtype.str not in ("<u2", "<u4", "<i4"):

@@ -15,10 +15,13 @@ from gpt_jax.data.read import remote
 from gpt_jax.data.read.sources import HUB, Source
 from gpt_jax.errors import UsageError
 from gpt_jax.files import digest_file
+from gpt_jax.schema import Each, read_json
 
 # A file that is younger than this is hashed again the next time, because a change may hide in the
 # grain of the clock.
 SETTLED_NS = 2_000_000_000
+# {path: [size, time, inode, SHA-256]}
+STAMPS_SCHEMA = Each(("count", "number", "count", "text"))
 
 
 def hash_sources(sources: tuple[Source, ...], root: Path, workers: int) -> list[str]:
@@ -33,7 +36,7 @@ def hash_sources(sources: tuple[Source, ...], root: Path, workers: int) -> list[
     stamps = root / f"{name}.stamps"
     known = {}
     with contextlib.suppress(OSError, ValueError):  # a lost or torn list costs one more hashing
-        known = json.loads(stamps.read_bytes())
+        known = read_json(stamps.read_bytes(), STAMPS_SCHEMA)
 
     now = time.time_ns()
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

@@ -28,17 +28,18 @@ from orbax.checkpoint.experimental import v1 as ocp
 from gpt_jax import config
 from gpt_jax.cluster import agree_on, is_peer_gone
 from gpt_jax.errors import Exit, PeerFailed, SaveFailed
-from gpt_jax.files import replace_file
+from gpt_jax.files import free_name, replace_file
+from gpt_jax.schema import Each, Schema, read_json
 from gpt_jax.train.checkpoint.arrays import nest
 from gpt_jax.train.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     META,
+    NOTHING_MORE,
     SAVING,
     TEMPORARY,
     cause_of,
     find_damage,
-    free_name,
     latest_valid,
     steps_in,
     unfinished_in,
@@ -95,11 +96,19 @@ class Checkpoints:
     valid at the start, or None for a fresh run.
     """
 
-    def __init__(self, directory: Path, policy: config.Checkpoint, report, latest: int | None):
+    def __init__(
+        self,
+        directory: Path,
+        policy: config.Checkpoint,
+        report,
+        latest: int | None,
+        meta_schema: Schema = NOTHING_MORE,
+    ):
         self.directory = directory
         self.policy = policy
         self.latest = latest
         self._report = report
+        self._meta_schema = meta_schema
         # With one worker a save is written before it is sealed.
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple | None = None  # (step, written, sealed) of the save in flight
@@ -218,7 +227,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
 
             if folder.exists():
-                damage = "" if step in self._complete else find_damage(folder)
+                damage = "" if step in self._complete else find_damage(folder, self._meta_schema)
                 if not damage:
                     return False
                 aside = free_name(folder.with_name(folder.name + DAMAGED))
@@ -297,12 +306,14 @@ class Checkpoints:
         )
 
 
-def open_checkpoints(directory, policy: config.Checkpoint, report=print) -> Checkpoints:
+def open_checkpoints(
+    directory, policy: config.Checkpoint, report=print, meta_schema: Schema = NOTHING_MORE
+) -> Checkpoints:
     """The checkpoints of a run that is about to train into `directory`, `<workdir>/checkpoints`.
 
     It removes what a killed process left half-written and looks for the newest valid step. Process
     0 reports each removal and each damaged step in a line. Every process calls it. Raises
-    NoCheckpoint if there are checkpoints and none is valid.
+    NoCheckpoint if there are checkpoints and none is valid. `meta_schema` is that of `find_damage`.
     """
     directory = Path(directory).absolute()
     logging.getLogger("absl").addFilter(_not_orbax)
@@ -311,7 +322,8 @@ def open_checkpoints(directory, policy: config.Checkpoint, report=print) -> Chec
         directory,
         policy,
         report if jax.process_index() == 0 else _silent,
-        latest_valid(directory, report),
+        latest_valid(directory, report, meta_schema),
+        meta_schema,
     )
 
 
@@ -346,8 +358,8 @@ def _sweep(directory: Path, report) -> None:
 def _metric(directory: Path, step: int, policy: config.Checkpoint) -> float | None:
     """The saved value of `best_metric`, or None if the checkpoint has none or no readable meta."""
     try:
-        meta = json.loads((directory / str(step) / META).read_bytes())
-        return meta["metrics"].get(policy.best_metric)
-    except (OSError, ValueError, KeyError):
+        raw = (directory / str(step) / META).read_bytes()
+        return read_json(raw, {"metrics": Each("number")})["metrics"].get(policy.best_metric)
+    except (OSError, ValueError):
         # A damaged step cannot be among the best. Whoever restores it is told why.
         return None

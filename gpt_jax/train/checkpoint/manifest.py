@@ -14,10 +14,12 @@ import json
 import os
 import re
 from pathlib import Path
+from types import MappingProxyType
 
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.files import replace_file
+from gpt_jax.schema import Each, Schema, read_json, require
 
 MANIFEST = "manifest.json"
 META = "meta.json"
@@ -28,6 +30,11 @@ READABLE = (2, FORMAT)
 CHECKPOINT_FOLDER = "checkpoints"  # inside a workdir
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for a step that it is still writing
 SAVING = ".saving"
+MANIFEST_SCHEMA = {"sha256": "text", "files": Each(("count", "text"))}
+# What `save` adds to the meta of its caller.
+META_SCHEMA = {"step": "count", "metrics": Each("number"), "format": "count"}
+# A caller that adds nothing of its own to meta.json.
+NOTHING_MORE: Schema = MappingProxyType({})
 THREADS = 4  # hashlib lets go of the interpreter lock, so files are hashed in parallel
 
 
@@ -40,12 +47,6 @@ def cause_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return text.splitlines()[0][:300]
-
-
-def free_name(path: Path) -> Path:
-    """The first of `path`, `path.1`, `path.2`, … that does not exist."""
-    names = (path if n == 0 else path.with_name(f"{path.name}.{n}") for n in range(1_000_000))
-    return next(name for name in names if not name.exists())
 
 
 def list_files(folder: Path) -> dict[str, int]:
@@ -87,13 +88,33 @@ def write_manifest(folder: Path) -> None:
     replace_file(folder / MANIFEST, text.encode())
 
 
-def find_damage(folder: Path) -> str:
-    """The damage of the step in `folder` as "file: reason", or "" if every byte is as saved."""
+def find_damage(folder: Path, meta_schema: Schema = NOTHING_MORE) -> str:
+    """The damage of the step in `folder` as "file: reason", or "" if every byte is as saved.
+
+    `meta_schema` is that of the values which the caller of `save` adds to meta.json. A meta that
+    lacks them is damage, even if its digest is right.
+    """
     try:
-        return _compare(folder)
+        damage = _compare(folder)
+        if not damage:
+            _parse_meta((folder / META).read_bytes(), meta_schema)
+        return damage
     except OSError as error:
         # A file that the disk no longer gives back is damage, too.
         return f"{error.filename or folder}: {error.strerror or error}"
+    except ValueError as error:
+        return f"{META}: {error}"
+
+
+def _parse_meta(raw: bytes, meta_schema: Schema) -> dict:
+    """The values of a meta.json. Raises Misfit.
+
+    Of a format that this program does not read, only the number of the format is looked at.
+    """
+    meta = read_json(raw, {"format": "count"})
+    if meta["format"] in READABLE:
+        require(meta, META_SCHEMA | dict(meta_schema))
+    return meta
 
 
 def _compare(folder: Path) -> str:
@@ -104,9 +125,9 @@ def _compare(folder: Path) -> str:
 
     raw = (folder / MANIFEST).read_bytes()
     try:
-        files = json.loads(raw)["files"]
+        files = read_json(raw, MANIFEST_SCHEMA)["files"]
         intact = render_manifest(files).encode() == raw
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         intact = False
     if not intact:
         return f"{MANIFEST}: content changed"
@@ -161,18 +182,19 @@ def unfinished_in(directory: Path) -> list[int]:
     )
 
 
-def latest_valid(directory, report=print) -> int | None:
+def latest_valid(directory, report=print, meta_schema: Schema = NOTHING_MORE) -> int | None:
     """The newest step in `directory` whose every byte is as saved.
 
     The result is None if nothing was ever saved there. Process 0 looks, and all processes get its
     answer. Process 0 reports each checkpoint that it passes over in a line with step, file and
     reason. Nothing is deleted. Raises NoCheckpoint if there are checkpoints and none is valid.
+    `meta_schema` is that of `find_damage`.
     """
     directory = Path(directory).absolute()
-    return agree_on(lambda: _newest(directory, report))
+    return agree_on(lambda: _newest(directory, report, meta_schema))
 
 
-def _newest(directory: Path, report) -> int | None:
+def _newest(directory: Path, report, meta_schema: Schema) -> int | None:
     """The work of `latest_valid` on process 0."""
     unfinished = unfinished_in(directory)
     damaged = []
@@ -180,7 +202,7 @@ def _newest(directory: Path, report) -> int | None:
         if step in unfinished:
             report(f"checkpoint step {step} in {directory} is not finished and is passed over")
             continue
-        damage = find_damage(directory / str(step))
+        damage = find_damage(directory / str(step), meta_schema)
         if not damage:
             return step
         damaged.append(f"step {step}: {damage}")
@@ -194,18 +216,21 @@ def _newest(directory: Path, report) -> int | None:
     return None
 
 
-def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
+def resolve_checkpoint(
+    path, step: int = 0, report=print, meta_schema: Schema = NOTHING_MORE
+) -> tuple[Path, int]:
     """(checkpoints directory, step) of a whole checkpoint, from a path that a user typed.
 
     The path is a workdir, its checkpoints folder or one step's folder. `step` 0 takes the newest
     valid step. Raises UsageError if the path or the step does not exist, with a list of those that
-    do. Raises NoCheckpoint if that step, or every step, is damaged.
+    do. Raises NoCheckpoint if that step, or every step, is damaged. `meta_schema` is that of
+    `find_damage`.
     """
 
     def find():
         directory, wanted_step = _locate(Path(path).absolute(), step)
         if not wanted_step:
-            newest = _newest(directory, report)
+            newest = _newest(directory, report, meta_schema)
             if newest is None:
                 raise UsageError(
                     f"checkpoint {str(path)!r}: nothing finished there yet; {_nearby(directory)}"
@@ -218,7 +243,7 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
             raise UsageError(f"checkpoint {str(path)!r}: no step {wanted_step}; {listing}")
         damage = "not finished"
         if wanted_step not in unfinished_in(directory):
-            damage = find_damage(directory / str(wanted_step))
+            damage = find_damage(directory / str(wanted_step), meta_schema)
         if damage:
             raise NoCheckpoint(
                 f"checkpoint step {wanted_step} in {directory} is damaged: {damage}; {listing}"
@@ -272,14 +297,15 @@ def _nearby(path: Path) -> str:
     return f"no checkpoints under {base} either"
 
 
-def read_meta(directory, step: int) -> dict:
+def read_meta(directory, step: int, meta_schema: Schema = NOTHING_MORE) -> dict:
     """The meta of a saved step: the values given to `save`, with `step`, `metrics` and `format`.
 
-    Raises NoCheckpoint if it cannot be read. Raises UsageError if its format is another program's.
+    `meta_schema` is that of `find_damage`. Raises NoCheckpoint if the meta cannot be read, or if it
+    lacks a value. Raises UsageError if its format is another program's.
     """
     path = Path(directory).absolute() / str(step) / META
     try:
-        meta = json.loads(path.read_bytes())
+        meta = _parse_meta(path.read_bytes(), meta_schema)
     except (OSError, ValueError) as error:
         raise NoCheckpoint(f"{path}: cannot be read: {cause_of(error)}") from error
 
