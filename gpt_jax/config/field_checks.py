@@ -145,6 +145,12 @@ def _check_evaluators(checks: Checks) -> None:
         "eval.evaluators",
         f"has no heldout, and config.checkpoint.keep_best = {keep_best} goes by its loss",
     )
+    checks.need(
+        checks.config.eval.every_steps > 0 or not keep_best,
+        "checkpoint.keep_best",
+        "compares evaluations, and config.eval.every_steps = 0 leaves only the last one; "
+        "set config.eval.every_steps",
+    )
 
 
 def _check_schedule(checks: Checks) -> None:

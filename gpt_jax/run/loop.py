@@ -160,7 +160,7 @@ def follow_step(progress: Progress, checkpoints, state: TrainState, step: int, s
         raise stopped(progress, checkpoints, step)
     if is_due(config.eval.sample_every_steps, step) and step < last:
         write_samples(progress, state, step, 1)
-    if checkpoints.should_save(step) or step == last:
+    if checkpoints.should_save(step, metrics_at(progress, step)) or step == last:
         save(progress, checkpoints, state, step)
 
 
@@ -208,6 +208,12 @@ def one_step(progress: Progress, state: TrainState, step: int, columns, profile)
     return state
 
 
+def metrics_at(progress: Progress, step: int) -> dict[str, float]:
+    """What an evaluation has measured after `step`; {} if the last one was at another step."""
+    evaluated_at, metrics = progress.evaluated
+    return metrics if evaluated_at == step else {}
+
+
 def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
     """Starts an asynchronous checkpoint with all that evaluation, generation and resuming need."""
     progress.settle()
@@ -217,9 +223,7 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
             "tokenizer": progress.parts.data.tokenizer.to_json(),
             "data": {"next": step, "content": progress.parts.data.content},
         }
-        evaluated_at, metrics = progress.evaluated
-        if evaluated_at != step:
-            metrics = {}
+        metrics = metrics_at(progress, step)
         checkpoints.save(step, meta=meta, metrics=metrics, **state_items(state))
     progress.saved = step
     progress.restart_rate(step)

@@ -123,16 +123,27 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
         say(line)
 
     data = load_dataset(config.data, say)
-    if config.eval.compare_xz and not data.heldout:
-        raise UsageError(
-            "config.eval.compare_xz = True: needs held-out text, and the data holds none out; set "
-            "it to false, or prepare with --eval_fraction"
-        )
+    check_heldout(config, data)
 
     vocab = data.tokenizer.vocab
     shape = configs.check(configs.resolve(config, vocab), jax.device_count(), vocab)
     mesh = sharding.make_mesh(shape, across=configs.cross_slice(config.mesh))
     return build_on(config, mesh, data)
+
+
+def check_heldout(config: configs.Config, data: Dataset) -> None:
+    """Raises UsageError for a field that goes by held-out text if the data has none."""
+    if data.heldout:
+        return
+    for field, value, off in (
+        ("eval.compare_xz", config.eval.compare_xz, "false"),
+        ("checkpoint.keep_best", config.checkpoint.keep_best, "0"),
+    ):
+        if value:
+            raise UsageError(
+                f"config.{field} = {value}: needs held-out text, and the data holds none out; set "
+                f"it to {off}, or prepare with --eval_fraction"
+            )
 
 
 # Keys that may differ between the processes of a job.

@@ -25,6 +25,7 @@ from gpt_jax.model.count import count_params
 from gpt_jax.run import evaluation, loop
 from gpt_jax.run.evaluation import heldout_batches
 from gpt_jax.run.progress import Progress
+from gpt_jax.train import read_meta
 from gpt_jax.train.checkpoint.manifest import CHECKPOINT_FOLDER, steps_in
 from gpt_jax.train.optim.schedule import make_schedule
 
@@ -299,6 +300,26 @@ def test_the_best_checkpoint_stays(tmp_path, monkeypatch, every):
         tmp_path / "run",
     )
     assert steps_in(tmp_path / "run" / CHECKPOINT_FOLDER) == [8, 12]
+
+
+def test_the_best_is_saved_where_saves_and_evaluations_never_meet(tmp_path, monkeypatch):
+    """Saves come at 5, 10, 15 and 17, evaluations at 3, 6, 9, 12, 15 and 17."""
+    values = {3: 3.0, 6: 1.0, 9: 2.0, 12: 1.5, 15: 9.0, 17: 8.0}
+    left = iter(values.values())
+    monkeypatch.setattr(evaluators, "compute_heldout_metrics", lambda sums: {"loss": next(left)})
+    config = runs.load(
+        tmp_path,
+        "--config.train.steps=17",
+        "--config.eval.every_steps=3",
+        "--config.checkpoint.every_steps=5",
+        "--config.checkpoint.keep_last=1",
+        "--config.checkpoint.keep_best=2",
+    )
+    runs.run(runs.build(config), tmp_path / "run")
+    folder = tmp_path / "run" / CHECKPOINT_FOLDER
+    assert steps_in(folder) == [6, 12, 17]
+    kept = {step: read_meta(folder, step)["metrics"].get("eval/loss") for step in (6, 12, 17)}
+    assert kept == {step: values[step] for step in (6, 12, 17)}
 
 
 def test_what_a_run_says(tmp_path):

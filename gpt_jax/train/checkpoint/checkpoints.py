@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -68,16 +69,19 @@ def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -
 def to_keep(metrics: dict[int, float | None], policy: config.Checkpoint) -> set[int]:
     """The steps that stay, of complete checkpoints `{step: value of policy.best_metric, or None}`.
 
-    They are the last `keep_last`, the multiples of `keep_every_steps`, and the `keep_best` with the
-    smallest values. Of equal values the newer stays.
+    They are the last `keep_last`, the multiples of `keep_every_steps`, and those of `find_best`.
     """
     last = sorted(metrics)[-policy.keep_last :]
     every = [
         step for step in metrics if policy.keep_every_steps and step % policy.keep_every_steps == 0
     ]
+    return {*last, *every, *find_best(metrics, policy)}
+
+
+def find_best(metrics: dict[int, float | None], policy: config.Checkpoint) -> list[int]:
+    """The `keep_best` steps with the smallest values, the best first. Of equal ones the newer."""
     scored = [step for step, value in metrics.items() if value is not None and math.isfinite(value)]
-    best = sorted(scored, key=lambda step: (metrics[step], -step))[: policy.keep_best]
-    return {*last, *every, *best}
+    return sorted(scored, key=lambda step: (metrics[step], -step))[: policy.keep_best]
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -112,6 +116,7 @@ class Checkpoints:
         # With one worker a save is written before it is sealed.
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple | None = None  # (step, written, sealed) of the save in flight
+        self._started: dict[int, float | None] = {}  # that save's value of `best_metric`
 
         self._saved_step = latest or 0
         self._saved_at = time.monotonic()
@@ -124,8 +129,12 @@ class Checkpoints:
             if latest is not None and step <= latest and (directory / str(step) / MANIFEST).exists()
         }
 
-    def should_save(self, step: int) -> bool:
+    def should_save(self, step: int, metrics: Mapping[str, float] = NOTHING_MORE) -> bool:
         """Whether the policy wants a checkpoint after `step`. All processes get the same answer.
+
+        `metrics` are those of an evaluation after this very step. If they are among the best, the
+        step is saved whatever the periods are. Otherwise `keep_best` would keep nothing where saves
+        and evaluations never fall on one step.
 
         It asks process 0's clock only if `every_minutes` is set, and then not at every step.
         """
@@ -133,6 +142,10 @@ class Checkpoints:
             return False
         if self.policy.every_steps and step % self.policy.every_steps == 0:
             return True
+        if self.policy.keep_best and self.policy.best_metric in metrics:
+            value = metrics[self.policy.best_metric]
+            if agree_on(lambda: self._is_among_best(step, value)):
+                return True
         if not self.policy.every_minutes or step < self._next_look:
             return False
 
@@ -142,6 +155,10 @@ class Checkpoints:
 
         is_due, self._next_look = agree_on(look)
         return is_due
+
+    def _is_among_best(self, step: int, value: float) -> bool:
+        """Whether a save of `step` would be one of the `keep_best`. Process 0 knows all saves."""
+        return step in find_best({**self._complete, **self._started, step: value}, self.policy)
 
     def save(
         self,
@@ -179,6 +196,7 @@ class Checkpoints:
             raise self._failed(step, error) from error
         written = self._pool.submit(response.result)
         value = (metrics or {}).get(self.policy.best_metric)
+        self._started = {step: value}
         self._pending = step, written, self._pool.submit(self._seal, step, written, text, value)
         return True
 
