@@ -322,6 +322,43 @@ def test_the_best_is_saved_where_saves_and_evaluations_never_meet(tmp_path, monk
     assert kept == {step: values[step] for step in (6, 12, 17)}
 
 
+def test_batches_without_a_target_are_no_divergence(tmp_path):
+    """Most documents are one character, and only a few rows hold one that is longer."""
+    rng = random.Random(0)
+    lines = [rng.choice("abcdefgh") for _ in range(3000)]
+    lines[::500] = ["abc"] * 6
+    text = tmp_path / "lines.txt"
+    text.write_text("\n".join(lines) + "\n")
+    (tmp_path / "held.txt").write_text("a\n" * 2000 + "abc\n")
+    parts = runs.build(
+        runs.load(
+            tmp_path,
+            f"--config.data.path={text}",
+            "--config.data.tokenizer=char",
+            "--config.data.documents=line",
+            "--config.data.document_mask=true",
+            "--config.data.packing=chunk",
+            f"--config.data.eval_path={tmp_path / 'held.txt'}",
+            "--config.eval.batches=1",
+            "--config.train.batch_size=1",
+            "--config.train.steps=8",
+            "--config.log.every_steps=1",
+        )
+    )
+    said = []
+    runs.run(parts, tmp_path / "run", said.append)
+    told = [line for line in said if "without a single target" in line]
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    empty = [row["step"] for row in rows if row.get("train/grad_norm") == 0]
+    assert 0 < len(empty) < 8 and len(told) == len(empty)
+    assert any("no target in 1 held-out batch of source text" in line for line in said)
+    assert not any("eval/loss" in row for row in rows)
+    for row in rows:
+        if "train/grad_norm" in row:
+            assert ("train/loss" in row) == (row["step"] not in empty)
+            assert "nonfinite" not in row
+
+
 def test_what_a_run_says(tmp_path):
     """It says what was chosen and proved before the first step.
 

@@ -276,6 +276,7 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
 
     def make_rows(part):
         label = "the training text" if is_alone else f"source {part.name}"
+        _check_targets(part.train, knobs, label)
         source_seed = _source_seed(seed, part.name, is_alone)
         return PACKINGS[knobs.packing](part.train, seq_len, source_seed, label)
 
@@ -284,6 +285,15 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
     mix = make_mixture(parts, rows, knobs, seq_len, seed)
     names = tuple(part.name for part in parts)
     return Examples(names, rows, None if is_alone else mix, data.tokenizer, knobs, seed)
+
+
+def _check_targets(tokens: Tokens, knobs: config.Data, name: str) -> None:
+    """Raises UsageError for a text that has no target in any row."""
+    if knobs.document_mask and np.diff(tokens.offsets).max() < 2:
+        raise UsageError(
+            f"config.data.document_mask = True: {name} has no document of two tokens, so there is "
+            "nothing to predict; give other text, or set it to false"
+        )
 
 
 def check_sizes(examples: Examples, batch_size: int) -> None:
@@ -375,8 +385,9 @@ def make_eval_batches(
     """All held-out text in order, or its first `limit` batches if `limit` is not 0.
 
     Every process gets as many batches, with the columns of training. Raises UsageError, which
-    calls the text `name`, if the text has fewer than two tokens.
+    calls the text `name`, if the text has fewer than two tokens, or no target.
     """
+    _check_targets(tokens, knobs, name)
     source = InOrder(tokens, seq_len, name)
 
     def make(indices: np.ndarray) -> Columns:
