@@ -85,7 +85,7 @@ def _refuse_changed_input(folder: Path, state: dict) -> None:
     inputs = folder / corpus.INPUTS
     if not inputs.exists():  # it is no part of a corpus, so a copy need not have it
         return
-    saved = _read_own(inputs, folder, Each(("count", "text")))
+    saved = _read_own(inputs, folder, Each(("text", "text")))
     before = {identity.locate(path): value for path, value in saved.items()}
     changed = [path for path in {**before, **state} if before.get(path) != state.get(path)]
     if changed:
