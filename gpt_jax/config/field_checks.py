@@ -184,6 +184,14 @@ def _check_router(checks: Checks) -> None:
         return
 
     checks.need(
+        model.dispatch != "capacity" or not checks.config.data.document_mask,
+        "model.dispatch",
+        "lets a document push another one of its row out of an expert, and "
+        "config.data.document_mask = True keeps documents apart; use dropless, or set "
+        "config.data.document_mask to false",
+    )
+
+    checks.need(
         model.experts_per_token <= model.experts,
         "model.experts_per_token",
         f"is more than config.model.experts = {model.experts}",

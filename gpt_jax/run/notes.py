@@ -66,6 +66,17 @@ def describe_habits(config: configs.Config, mesh) -> str:
     return configs.describe_habits(habits, has_experts, has_exchange)
 
 
+def describe_dispatch(config: configs.Config) -> list[str]:
+    """A line about experts that take only a part of a row; [] for any other model."""
+    model = config.model
+    if model.dispatch != "capacity" or not configs.has_experts(model):
+        return []
+    return [
+        f"experts: each takes at most {model.capacity_factor:g} equal shares of a row, so what a "
+        "token gets depends on the tokens before it in the row; text is generated dropless"
+    ]
+
+
 def describe_size(config: configs.Config) -> list[str]:
     """A line about the parameters, and one about the tokens."""
     train = config.train

@@ -22,6 +22,7 @@ from gpt_jax.hardware import (
 from gpt_jax.model import (
     Transformer,
     abstract_params,
+    check_leaks,
     choose_kernel,
     describe_parameter,
     init_params,
@@ -29,6 +30,7 @@ from gpt_jax.model import (
     measure_conformance,
 )
 from gpt_jax.run.notes import (
+    describe_dispatch,
     describe_habits,
     describe_mesh,
     describe_optimizer,
@@ -275,13 +277,16 @@ def compiler_options(config: configs.Config, mesh) -> dict:
 def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
     """Does what `build` does, for a given mesh and loaded data."""
     config, reason, examples = agree_on_job(config, mesh, data)
+    leaks = (check_leaks(config.model),) if config.data.document_mask else ()
     with jax.set_mesh(mesh):
         check_xla_options(compiler_options(config, mesh), mesh)
         steps = make_steps(config, mesh)
         notes = (
             describe_mesh(config, mesh),
             describe_kernel(config, mesh, reason),
+            *leaks,
             describe_habits(config, mesh),
+            *describe_dispatch(config),
             *describe_options(config, mesh),
             *describe_size(config),
             *describe_optimizer(config, steps.abstract.params),

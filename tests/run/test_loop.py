@@ -392,6 +392,7 @@ def test_what_a_run_says(tmp_path):
     text = "\n".join(lines)
     assert (
         "no segment leak" in text
+        and "documents of a row: the whole model keeps them apart" in text
         and "xz -9: " in text
         and "GFLOP/s" in text
         and str(run / "report.html") in text
