@@ -1,8 +1,8 @@
+from .attention.conformance import measure_conformance as measure_conformance
 from .attention.kernels import (
     KERNELS as KERNELS,
     choose_kernel as choose_kernel,
     make_problem as make_problem,
-    measure_conformance as measure_conformance,
 )
 from .count import count_params as count_params
 from .experts.local_experts import choose_block_rows as choose_block_rows

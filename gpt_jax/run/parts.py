@@ -306,11 +306,14 @@ def describe_kernel(config: configs.Config, mesh, reason: str) -> str:
         return line
 
     segments = config.data.document_mask
-    error = measure_conformance(
+    errors = measure_conformance(
         kernel, config.model, config.compute.dtype, segments, sharding.row_parts(mesh)
     )
-    line += f"; differs from reference by {error:.1e} on these devices"
-    return f"{line}, no segment leak" if segments else line
+    line += (
+        f"; differs from reference by {errors.values:.1e} on these devices, in gradients by "
+        f"{errors.gradients:.1e}"
+    )
+    return f"{line}; attention has no segment leak" if segments else line
 
 
 def describe_options(config: configs.Config, mesh) -> list[str]:
