@@ -237,7 +237,7 @@ class Transformer(nn.Module):
 
         x = sharding.constrain(x, "batch", self.compute.stream, None)
         (x, _, half, report), caches = self._run_layers(x, context, cache)
-        if model.backout:
+        if half is not None:
             x = add_scaled(x, -self.backout(), half)
         if model.final_norm:
             x = self.final_norm(x)

@@ -44,7 +44,8 @@ def find_limit(dtype: str, platform: str) -> float:
     """The largest error that a kernel may have with inputs of `dtype` on `platform`."""
     if dtype != "float32":
         return LIMITS["bfloat16"]
-    precision = jax.config.jax_default_matmul_precision
+    # Options are attributes that no checker sees.
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return LIMITS[PRECISIONS.get(precision or "", PRODUCTS.get(platform, "bfloat16"))]
 
 
