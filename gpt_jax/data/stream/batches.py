@@ -22,6 +22,7 @@ from gpt_jax.data.stream.rows import (
     Span,
     Window,
     check_ids,
+    check_targets,
     make_columns,
 )
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
@@ -276,7 +277,7 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
 
     def make_rows(part):
         label = "the training text" if is_alone else f"source {part.name}"
-        _check_targets(part.train, knobs, label)
+        check_targets(part.train, knobs.document_mask, label)
         source_seed = _source_seed(seed, part.name, is_alone)
         return PACKINGS[knobs.packing](part.train, seq_len, source_seed, label)
 
@@ -285,15 +286,6 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
     mix = make_mixture(parts, rows, knobs, seq_len, seed)
     names = tuple(part.name for part in parts)
     return Examples(names, rows, None if is_alone else mix, data.tokenizer, knobs, seed)
-
-
-def _check_targets(tokens: Tokens, knobs: config.Data, name: str) -> None:
-    """Raises UsageError for a text that has no target in any row."""
-    if knobs.document_mask and np.diff(tokens.offsets).max() < 2:
-        raise UsageError(
-            f"config.data.document_mask = True: {name} has no document of two tokens, so there is "
-            "nothing to predict; give other text, or set it to false"
-        )
 
 
 def check_sizes(examples: Examples, batch_size: int) -> None:
@@ -387,7 +379,7 @@ def make_eval_batches(
     Every process gets as many batches, with the columns of training. Raises UsageError, which
     calls the text `name`, if the text has fewer than two tokens, or no target.
     """
-    _check_targets(tokens, knobs, name)
+    check_targets(tokens, knobs.document_mask, name)
     source = InOrder(tokens, seq_len, name)
 
     def make(indices: np.ndarray) -> Columns:

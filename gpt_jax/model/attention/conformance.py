@@ -95,16 +95,20 @@ def measure_conformance(
         find_largest([_relative_difference(ours[1], wanted[1]) for ours, wanted in pairs]),
     )
     limit = find_limit(dtype, next(iter(pairs[0][0][0].devices())).platform)
+    _check_errors(name, errors, limit)
+    if segments:
+        _check_leaks(name, partial(run, name, windows[0]), q, k, v, pull)
+    return errors
+
+
+def _check_errors(name: str, errors: Errors, limit: float) -> None:
+    """Raises UsageError if an error is larger than `limit`, or is no number."""
     for what, error in (("", errors.values), ("in its gradients ", errors.gradients)):
         if not error <= limit:
             raise UsageError(
                 f"config.compute.kernel = {name!r}: differs from reference {what}by {error:.1e} on "
                 f"this machine (limit {limit:.0e}); choose another kernel"
             )
-
-    if segments:
-        _check_leaks(name, partial(run, name, windows[0]), q, k, v, pull)
-    return errors
 
 
 def _check_leaks(name: str, run: Callable, q, k, v, pull) -> None:
