@@ -69,6 +69,39 @@ def replace_file(path: Path, content: bytes) -> Digest:
     return digest
 
 
+class LinkedLock(OSError):
+    """A symbolic link lies where a lock belongs."""
+
+
+@contextlib.contextmanager
+def opening_lock(path: Path) -> Iterator[int]:
+    """Yields a descriptor of `path` for `fcntl.flock`. The file is made if it is missing.
+
+    The content of the file stays. Raises LinkedLock for a symbolic link, because it could lead to a
+    file that is no lock. Raises OSError.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            what = f"{path} is a symbolic link and no lock, so remove it"
+            raise LinkedLock(error.errno, what) from None
+        raise
+
+    try:
+        yield handle
+    finally:
+        # This gives the lock back, and so does the end of the process, however it ends.
+        os.close(handle)
+
+
+def free_name(path: Path) -> Path:
+    """The first of `path`, `path.1`, `path.2`, … that does not exist."""
+    names = (path if n == 0 else path.with_name(f"{path.name}.{n}") for n in range(1_000_000))
+    return next(name for name in names if not name.exists())
+
+
 def digest_file(path: Path) -> Digest:
     """Size and SHA-256 of a file's present content. Raises OSError."""
     with open(path, "rb") as file:

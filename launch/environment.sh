@@ -29,7 +29,8 @@ make_environment() {
         echo "gpt-jax: $venv is not installed, and $root cannot be written; clone the repository to a folder of yours" >&2
         exit 2
     fi
-    exec 9>"$root/.venv.lock" # Of two launches at once, one installs and the other waits.
+    # Of two launches at once, one installs and the other waits. ">>" empties nothing, should a link lie there.
+    exec 9>>"$root/.venv.lock"
     flock 9
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "gpt-jax: installing into $venv (once, about a minute)" >&2

@@ -1,6 +1,5 @@
 """`gpt-jax inspect`: what a step of a run learns from, and where the weights come from."""
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from gpt_jax.commands.config_file import local_workdir
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit, write_json
 from gpt_jax.errors import UsageError, complain, escape
+from gpt_jax.schema import read_json
 
 MOST_STEPS = 10**12  # Numbers of examples are 64-bit.
 
@@ -87,9 +87,10 @@ def describe_lineage(workdir: Path) -> list[str]:
 
     It is read from the newest checkpoint. Raises UsageError if there is none.
     """
+    from gpt_jax.run import META_SCHEMA
     from gpt_jax.train import peek_meta
 
-    meta = peek_meta(workdir)
+    meta = peek_meta(workdir, 0, META_SCHEMA)
     config = configs.read_saved(meta["config"])
     tokens = meta["step"] * config.train.batch_size * config.train.seq_len
     own = {"from": str(workdir), "step": meta["step"], "tokens": tokens, "data": config.data.where}
@@ -103,7 +104,7 @@ def read_config(workdir: Path) -> configs.Config:
     """The resolved config that a run has left in its workdir. Raises UsageError."""
     path = workdir / "config.json"
     try:
-        return configs.read_saved(json.loads(path.read_text()))
+        return configs.read_saved(read_json(path.read_text(), "object"))
     except OSError as error:
         raise UsageError(
             f"--workdir={workdir}: no run has begun there ({path.name}: {error.strerror})"
@@ -174,12 +175,13 @@ def with_specials(tokenizer, ids) -> str:
 
 def check_text(workdir: Path, data) -> None:
     """Raises UsageError if text or tokenizer have changed since the run's newest checkpoint."""
+    from gpt_jax.run import META_SCHEMA
     from gpt_jax.train import CHECKPOINT_FOLDER, read_meta, resolve_checkpoint
 
     if not (workdir / CHECKPOINT_FOLDER).is_dir():
         return
-    directory, step = resolve_checkpoint(str(workdir), 0, lambda line: None)
-    meta = read_meta(directory, step)
+    directory, step = resolve_checkpoint(str(workdir), 0, lambda line: None, META_SCHEMA)
+    meta = read_meta(directory, step, META_SCHEMA)
     if (meta["data"]["content"], meta["tokenizer"]) != (data.content, data.tokenizer.to_json()):
         raise UsageError(
             f"--workdir={workdir}: the text or its tokenizer has changed since the run, so its "

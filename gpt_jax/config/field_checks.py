@@ -145,6 +145,12 @@ def _check_evaluators(checks: Checks) -> None:
         "eval.evaluators",
         f"has no heldout, and config.checkpoint.keep_best = {keep_best} goes by its loss",
     )
+    checks.need(
+        checks.config.eval.every_steps > 0 or not keep_best,
+        "checkpoint.keep_best",
+        "compares evaluations, and config.eval.every_steps = 0 leaves only the last one; "
+        "set config.eval.every_steps",
+    )
 
 
 def _check_schedule(checks: Checks) -> None:
@@ -176,6 +182,14 @@ def _check_router(checks: Checks) -> None:
     model = checks.config.model
     if not has_experts(model):
         return
+
+    checks.need(
+        model.dispatch != "capacity" or not checks.config.data.document_mask,
+        "model.dispatch",
+        "lets a document push another one of its row out of an expert, and "
+        "config.data.document_mask = True keeps documents apart; use dropless, or set "
+        "config.data.document_mask to false",
+    )
 
     checks.need(
         model.experts_per_token <= model.experts,

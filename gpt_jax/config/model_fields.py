@@ -150,7 +150,8 @@ class Compute:
 
     dtype: str = knob(
         "float32",
-        "The dtype of matmuls. Parameters, sums and logits stay float32.",
+        "The dtype of matmuls, and of their gradients until devices have summed them. Parameters, "
+        "losses, logits and the optimiser stay float32.",
         choices=DTYPES,
     )
     kernel: str = knob(

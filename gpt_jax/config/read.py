@@ -53,9 +53,13 @@ def translate(values: Mapping[str, Any]) -> dict:
     for old, new in RENAMED.items():
         old_section, old_name = old.split(".")
         new_section, new_name = new.split(".")
-        if old_name in sections.get(old_section, {}):
-            value = sections[old_section].pop(old_name)
-            sections.setdefault(new_section, {})[new_name] = value
+        old_values = sections.get(old_section)
+        # What is no section stays, and `from_dict` refuses it.
+        if not isinstance(old_values, dict) or old_name not in old_values:
+            continue
+        new_values = sections.setdefault(new_section, {})
+        if isinstance(new_values, dict):
+            new_values[new_name] = old_values.pop(old_name)
     return sections
 
 

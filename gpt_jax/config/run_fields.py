@@ -198,7 +198,10 @@ class Checkpoint:
         0, "Checkpoints at multiples of this are kept for ever. 0 is off.", low=0
     )
     keep_best: int = knob(
-        0, "The number of best checkpoints that are kept, by `best_metric`. 0 is off.", low=0
+        0,
+        "The number of best checkpoints that are kept, by `best_metric`. An evaluation that is "
+        "among the best saves one. 0 is off.",
+        low=0,
     )
     best_metric: str = knob(
         "eval/loss",

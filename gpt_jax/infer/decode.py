@@ -162,6 +162,21 @@ def _prompt_kernel(model: config.Model, compute: config.Compute, length: int) ->
     return choose_kernel("auto", problem)[0]
 
 
+def _drop_capacity(model: config.Model, report: Callable[[str], None]) -> config.Model:
+    """The model with experts that take every token, whatever they did in training.
+
+    A capacity goes by the length of the row, which here is a bucket for a prompt and one token
+    after that. So a text would depend on the other prompts, and on whether its keys are cached.
+    """
+    if model.dispatch != "capacity" or not config.has_experts(model):
+        return model
+    report(
+        "config.model.dispatch = 'capacity' is for rows of training; text is generated dropless, "
+        "so every expert takes all of its tokens"
+    )
+    return dataclasses.replace(model, dispatch="dropless")
+
+
 def _stream_rows(model, compute, params, tokenizer, prompts, rows, sampling) -> Iterator[Piece]:
     """Yields the pieces of one batch of rows (prompt, sample)."""
     context = model.max_seq
@@ -211,13 +226,15 @@ def stream_text(
 ) -> Iterator[Piece]:
     """Yields text while it is drawn: `num_samples` rows for each prompt, `max_rows` at a time.
 
-    `model` must be resolved. `params` may live on the current mesh, whatever its shape. `report`
-    gets one line for each prompt that was cut, or that reaches the end of the context early.
+    `model` must be resolved. Its experts take all of their tokens, see `_drop_capacity`. `params`
+    may live on the current mesh, whatever its shape. `report` gets one line for each prompt that
+    was cut, or that reaches the end of the context early.
 
     Raises UsageError if a prompt does not fit, or if the tokenizer cannot encode it. This happens
     before the function returns.
     """
     model, compute = config.for_inference(model, compute)
+    model = _drop_capacity(model, report)
     fitted = [
         fit_prompt(i + 1, text, tokenizer, model.max_seq, sampling, report)
         for i, text in enumerate(prompts)

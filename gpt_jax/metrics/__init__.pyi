@@ -31,4 +31,5 @@ from .writers import (
     Writers as Writers,
     read_jsonl as read_jsonl,
     save_file as save_file,
+    saving as saving,
 )

@@ -4,14 +4,15 @@ Both can be made at any moment of a run: whatever is missing is left out. All is
 workdir's metrics.jsonl and config.json, or passed in. The page links to nothing.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gpt_jax.errors import complain
 from gpt_jax.metrics.page import make_html
 from gpt_jax.metrics.plot import draw_loss
 from gpt_jax.metrics.summary import Summary
 from gpt_jax.metrics.writers import read_jsonl, save_file
+from gpt_jax.schema import read_json
 
 
 def write_loss_png(workdir: str | Path) -> Path:
@@ -19,6 +20,15 @@ def write_loss_png(workdir: str | Path) -> Path:
     path = Path(workdir) / "loss.png"
     save_file(path, draw_loss(read_jsonl(path.with_name("metrics.jsonl"))))
     return path
+
+
+def _read_config(path: Path) -> dict:
+    """The config in a workdir; {}, and a line that says so, if it cannot be read."""
+    try:
+        return read_json(path.read_bytes(), "object")
+    except (OSError, ValueError) as error:
+        complain(f"{path}: cannot be read ({error}), so the report is without it")
+        return {}
 
 
 def write_report(
@@ -39,7 +49,7 @@ def write_report(
     png = write_loss_png(folder).read_bytes()
 
     config_file = folder / "config.json"
-    config = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {}
+    config = _read_config(config_file) if config_file.exists() else {}
     rows = read_jsonl(folder / "metrics.jsonl")
     page = make_html(title, summary, png, rows, samples, config, versions or {})
     path = folder / "report.html"

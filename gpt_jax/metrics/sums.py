@@ -65,7 +65,8 @@ def own_metrics(means: dict[str, Any]) -> dict[str, float]:
 class RunningSums:
     """Sums of the steps since the last line of the log, in float64 on the host.
 
-    `add` takes the fetched sums of one step. `take` returns the means and begins anew.
+    `add` takes the fetched sums of one step. `take` returns the means and begins anew. A name
+    whose weight is 0 in all of these steps has no mean, and is left out.
     """
 
     def __init__(self):
@@ -79,7 +80,8 @@ class RunningSums:
         self._sums = add_sums(self._sums, wide)
 
     def take(self) -> dict[str, Any]:
-        means = divide_sums(self._sums)
+        weighted = {name: pair for name, pair in self._sums.items() if pair[1]}
+        means = divide_sums(weighted)
         self._sums = {}
         return means
 

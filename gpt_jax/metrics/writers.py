@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from gpt_jax.errors import SaveFailed, UsageError
-from gpt_jax.files import replace_file
+from gpt_jax.errors import SaveFailed, complain
+from gpt_jax.files import free_name, replace_file
+from gpt_jax.schema import Misfit, read_json, require
 
 
 @contextlib.contextmanager
@@ -33,31 +34,72 @@ def save_file(path: Path, data: bytes) -> None:
         replace_file(path, data)
 
 
-def _read_lines(path: Path) -> list[tuple[dict, bytes]]:
-    """(row, its line) of every whole line."""
+# What a line of metrics.jsonl holds: its fields by name, and its values by how their names begin.
+LINE_SCHEMA = {
+    "step": "count",
+    "session/number?": "finite number",
+    "session/learning_rate?": "finite number",
+}
+PREFIXES = {
+    "train/": "number or null",
+    "eval/": "number or null",
+    "throughput/": "number or null",
+    "moe/": "number or null",
+    "time/": "finite number",
+    "sample/": "text",
+    "session/": "text or number",
+}
+
+
+def _parse_line(line: bytes) -> dict:
+    """The row of a line. Raises Misfit."""
+    row = read_json(line, LINE_SCHEMA)
+    for key in row:
+        for prefix, schema in PREFIXES.items():
+            if key.startswith(prefix):
+                require({key: row[key]}, {key: schema})
+    return row
+
+
+def _read_lines(path: Path, report: Callable[[str], None]) -> list[tuple[dict, bytes]]:
+    """(row, its line) of every whole and sound line, see `read_jsonl`."""
     if not path.exists():
         return []
-    *whole, _torn = path.read_bytes().split(b"\n")
-    pairs = []
     try:
-        for line in whole:
-            row = json.loads(line)
-            pairs.append((row | {"step": int(row["step"])}, line + b"\n"))
-    except (ValueError, TypeError, KeyError):
-        raise UsageError(
-            f"{path} line {len(pairs) + 1}: not a JSON object with a step; "
-            "remove the line or move the file away"
-        ) from None
+        *whole, _torn = path.read_bytes().split(b"\n")
+    except OSError as error:
+        report(f"{path}: cannot be read ({error.strerror}), so earlier metrics are left out")
+        return []
+
+    pairs = []
+    problems = []
+    for number, line in enumerate(whole, 1):
+        try:
+            pairs.append((_parse_line(line), line + b"\n"))
+        except Misfit as error:
+            problems.append(f"line {number} ({error})")
+    if problems:
+        more = f" and {len(problems) - 1} more" if problems[1:] else ""
+        report(f"{path}: damaged, so {problems[0]}{more} is left out")
     return pairs
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
+def read_jsonl(path: str | Path, report: Callable[[str], None] = complain) -> list[dict]:
     """The rows of metrics.jsonl; [] without a file.
 
-    A last line without its newline was cut by a kill, and is left out. Raises UsageError if any
-    other line is no JSON object with a `step`.
+    A last line without its newline was cut by a kill, and is left out. A line that no run has
+    written, or a file that cannot be read, is left out too, and `report` gets a line about it. So a
+    log never keeps a run from going on.
     """
-    return [row for row, _ in _read_lines(Path(path))]
+    return [row for row, _ in _read_lines(Path(path), report)]
+
+
+def _clear_place(path: Path, report: Callable[[str], None]) -> None:
+    """Moves a folder aside that lies where a file belongs. Raises SaveFailed."""
+    if path.is_dir():
+        with saving(path):
+            aside = path.rename(free_name(path))
+        report(f"{path}: is a folder, where a file belongs; it is now {aside}")
 
 
 def to_json_line(step: int, values: Mapping[str, float | str]) -> bytes:
@@ -85,14 +127,22 @@ class JsonlWriter:
     """metrics.jsonl: one JSON object a line.
 
     `resumed_at` drops the lines of later steps, so that the curve has no overlap. None means that
-    nothing was restored, and starts an empty file. Raises SaveFailed when the disk is full.
+    nothing was restored, and starts an empty file. `report` gets a line about what is damaged
+    there, see `read_jsonl`. Raises SaveFailed when the disk is full.
     """
 
-    def __init__(self, path: str | Path, resumed_at: int | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        resumed_at: int | None = None,
+        report: Callable[[str], None] = complain,
+    ):
         self.path = Path(path)
+        _clear_place(self.path, report)
         lines = []
         if resumed_at is not None:
-            lines = [line for row, line in _read_lines(self.path) if row["step"] <= resumed_at]
+            pairs = _read_lines(self.path, report)
+            lines = [line for row, line in pairs if row["step"] <= resumed_at]
         save_file(self.path, b"".join(lines))
         self._file = open(self.path, "ab")  # noqa: SIM115 (`close` closes it)
 

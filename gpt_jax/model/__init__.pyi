@@ -1,13 +1,14 @@
+from .attention.conformance import measure_conformance as measure_conformance
 from .attention.kernels import (
     KERNELS as KERNELS,
     choose_kernel as choose_kernel,
     make_problem as make_problem,
-    measure_conformance as measure_conformance,
 )
 from .count import count_params as count_params
 from .experts.local_experts import choose_block_rows as choose_block_rows
 from .kv_cache import make_cache as make_cache
 from .layers.mlp import FFNS as FFNS
+from .leaks import check_leaks as check_leaks
 from .parameters import (
     MULTIPLIED as MULTIPLIED,
     describe_parameter as describe_parameter,

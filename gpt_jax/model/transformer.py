@@ -27,7 +27,14 @@ from gpt_jax.model.experts.balance import add_layer, empty_report
 from gpt_jax.model.experts.moe import Moe
 from gpt_jax.model.kv_cache import append_token
 from gpt_jax.model.layers.embed import Embed, Head, PositionTable
-from gpt_jax.model.layers.extras import Factor, ResidualScalars, Smear, dropout, softcap
+from gpt_jax.model.layers.extras import (
+    Factor,
+    ResidualScalars,
+    Smear,
+    add_scaled,
+    dropout,
+    softcap,
+)
 from gpt_jax.model.layers.linear import matmul
 from gpt_jax.model.layers.mlp import Mlp
 from gpt_jax.model.layers.norms import Norm
@@ -230,8 +237,8 @@ class Transformer(nn.Module):
 
         x = sharding.constrain(x, "batch", self.compute.stream, None)
         (x, _, half, report), caches = self._run_layers(x, context, cache)
-        if model.backout:
-            x = x - self.backout().astype(x.dtype) * half
+        if half is not None:
+            x = add_scaled(x, -self.backout(), half)
         if model.final_norm:
             x = self.final_norm(x)
 

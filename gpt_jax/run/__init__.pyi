@@ -1,5 +1,6 @@
 from .branch import open_branch as open_branch
 from .loop import run_training as run_training
+from .meta import META_SCHEMA as META_SCHEMA
 from .notes import (
     format_count as format_count,
     token_flops as token_flops,

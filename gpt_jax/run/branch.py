@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import UsageError
+from gpt_jax.run.meta import META_SCHEMA
 from gpt_jax.train import CHECKPOINT_FOLDER, resolve_checkpoint
 
 UNFINISHED = ".branching"  # the name of a copy that is not whole yet
@@ -27,7 +28,7 @@ def open_branch(workdir: Path, branch: Path, step: int, say) -> None:
         say(f"{branch} is a branch already, and goes on")
         return
 
-    directory, found = resolve_checkpoint(workdir, step, say)
+    directory, found = resolve_checkpoint(workdir, step, say, META_SCHEMA)
 
     def copy():
         target.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from gpt_jax import sharding
 from gpt_jax.data import EvalBatches, make_eval_batches
 from gpt_jax.evals import Evaluation, draw_samples, run_evaluators, sum_heldout
+from gpt_jax.run.notes import format_count
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.progress import Progress
 from gpt_jax.train import TrainState
@@ -55,7 +56,14 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
         sums = {}
         for name, batches in progress.heldout.items():
             alive = watched(batches, progress.beat, stop)
-            sums[name] = sum_heldout(eval_step, params, alive, parts.mesh, config.eval.batch_size)
+            own = sum_heldout(eval_step, params, alive, parts.mesh, config.eval.batch_size)
+            if own["loss"][1]:
+                sums[name] = own
+            else:
+                progress.say(
+                    f"step {step}: no target in {format_count(len(batches), 'held-out batch')} of "
+                    f"source {name}, so it is left out; raise config.eval.batches"
+                )
         return sums
 
     shares = progress.shares(step)

@@ -5,27 +5,31 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gpt_jax.cluster import agree_on
-from gpt_jax.errors import Busy
+from gpt_jax.errors import Busy, UsageError
+from gpt_jax.files import LinkedLock, opening_lock
 
 
 @contextmanager
 def only_run(workdir: Path, say):
     """Holds the workdir for this run alone.
 
-    Raises Busy on all processes if another run has it. Launchers start again after that, because a
-    run that has been told to stop, or has lost its launcher, keeps the workdir until it has saved.
+    Raises Busy on all processes if another run has it, and UsageError if its lock is a link.
+    Launchers start again after Busy, because a run that has been told to stop, or has lost its
+    launcher, keeps the workdir until it has saved.
     """
     with ExitStack() as closing:
 
         def take_lock():
             try:
-                lock = closing.enter_context(open(workdir / ".lock", "a"))
+                lock = closing.enter_context(opening_lock(workdir / ".lock"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Busy(
                     f"--workdir={workdir}: another run is training into it; wait for it, stop it, "
                     "or choose another --workdir"
                 ) from None
+            except LinkedLock as error:
+                raise UsageError(f"--workdir={workdir}: {error.strerror}") from None
             except OSError as error:
                 # Some file systems have no locks.
                 say(

@@ -27,11 +27,13 @@ from gpt_jax.metrics import (
     library_versions,
     read_jsonl,
     save_file,
+    saving,
     summarize,
     write_report,
 )
 from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
 from gpt_jax.run.lock import only_run
+from gpt_jax.run.meta import META_SCHEMA
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.progress import Progress
 from gpt_jax.run.resume import start_state, state_items
@@ -99,7 +101,9 @@ def begin(
     closing.enter_context(only_run(workdir, say))
     stop = StopRequest()
     closing.callback(stop.close)
-    checkpoints = open_checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint, say, beat)
+    checkpoints = open_checkpoints(
+        workdir / CHECKPOINT_FOLDER, config.checkpoint, say, beat, META_SCHEMA
+    )
     # A save in flight would wait for a peer that has left.
     closing.push(lambda kind, error, trace: None if is_peer_gone(error) else checkpoints.close())
     start = checkpoints.latest or 0
@@ -122,7 +126,9 @@ def begin(
     closing.callback(progress.writers.close)
     if start < train.steps and jax.process_index() == 0:
         # A stopped session leaves a report. `conclude` would think that the run had finished.
-        (workdir / "report.html").unlink(missing_ok=True)
+        report = workdir / "report.html"
+        with saving(report):
+            report.unlink(missing_ok=True)
     say(progress.peak.line)
     for line in stream.summary:
         say(line)
@@ -158,7 +164,7 @@ def follow_step(progress: Progress, checkpoints, state: TrainState, step: int, s
         raise stopped(progress, checkpoints, step)
     if is_due(config.eval.sample_every_steps, step) and step < last:
         write_samples(progress, state, step, 1)
-    if checkpoints.should_save(step) or step == last:
+    if checkpoints.should_save(step, metrics_at(progress, step)) or step == last:
         save(progress, checkpoints, state, step)
 
 
@@ -206,6 +212,12 @@ def one_step(progress: Progress, state: TrainState, step: int, columns, profile)
     return state
 
 
+def metrics_at(progress: Progress, step: int) -> dict[str, float]:
+    """What an evaluation has measured after `step`; {} if the last one was at another step."""
+    evaluated_at, metrics = progress.evaluated
+    return metrics if evaluated_at == step else {}
+
+
 def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
     """Starts an asynchronous checkpoint with all that evaluation, generation and resuming need."""
     progress.settle()
@@ -216,9 +228,7 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
             "data": {"next": step, "content": progress.parts.data.content},
             "lineage": progress.lineage,
         }
-        evaluated_at, metrics = progress.evaluated
-        if evaluated_at != step:
-            metrics = {}
+        metrics = metrics_at(progress, step)
         checkpoints.save(step, meta=meta, metrics=metrics, **state_items(state))
     progress.saved = step
     progress.restart_rate(step)

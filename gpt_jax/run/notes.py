@@ -66,6 +66,17 @@ def describe_habits(config: configs.Config, mesh) -> str:
     return configs.describe_habits(habits, has_experts, has_exchange)
 
 
+def describe_dispatch(config: configs.Config) -> list[str]:
+    """A line about experts that take only a part of a row; [] for any other model."""
+    model = config.model
+    if model.dispatch != "capacity" or not configs.has_experts(model):
+        return []
+    return [
+        f"experts: each takes at most {model.capacity_factor:g} equal shares of a row, so what a "
+        "token gets depends on the tokens before it in the row; text is generated dropless"
+    ]
+
+
 def describe_size(config: configs.Config) -> list[str]:
     """A line about the parameters, and one about the tokens."""
     train = config.train
@@ -74,11 +85,21 @@ def describe_size(config: configs.Config) -> list[str]:
     all_tokens = step_tokens * train.steps
     return [
         f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, "
-        f"{counts['embedding']:,} looked up); {config.compute.dtype} compute, float32 parameters "
-        f"and sums, remat {config.compute.remat}",
+        f"{counts['embedding']:,} looked up); {describe_dtypes(config.compute)}, "
+        f"remat {config.compute.remat}",
         f"tokens: {step_tokens:,} a step in {format_count(train.accumulate, 'microbatch')}, "
         f"{all_tokens:,} in all, {all_tokens / counts['total']:.3g} per parameter",
     ]
+
+
+def describe_dtypes(compute: configs.Compute) -> str:
+    """What is computed and kept in which dtype."""
+    if compute.dtype == "float32":
+        return "float32 compute, parameters and sums"
+    return (
+        f"{compute.dtype} compute, float32 parameters, losses and optimiser; devices sum the "
+        f"gradients of matmuls in {compute.dtype}"
+    )
 
 
 def describe_optimizer(config: configs.Config, params_like) -> list[str]:

@@ -22,6 +22,7 @@ from gpt_jax.hardware import (
 from gpt_jax.model import (
     Transformer,
     abstract_params,
+    check_leaks,
     choose_kernel,
     describe_parameter,
     init_params,
@@ -29,6 +30,7 @@ from gpt_jax.model import (
     measure_conformance,
 )
 from gpt_jax.run.notes import (
+    describe_dispatch,
     describe_habits,
     describe_mesh,
     describe_optimizer,
@@ -125,16 +127,27 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
         say(line)
 
     data = load_dataset(config.data, say, read_start_tokenizer(config))
-    if config.eval.compare_xz and not data.heldout:
-        raise UsageError(
-            "config.eval.compare_xz = True: needs held-out text, and the data holds none out; set "
-            "it to false, or prepare with --eval_fraction"
-        )
+    check_heldout(config, data)
 
     vocab = data.tokenizer.vocab
     shape = configs.check(configs.resolve(config, vocab), jax.device_count(), vocab)
     mesh = sharding.make_mesh(shape, across=configs.cross_slice(config.mesh))
     return build_on(config, mesh, data)
+
+
+def check_heldout(config: configs.Config, data: Dataset) -> None:
+    """Raises UsageError for a field that goes by held-out text if the data has none."""
+    if data.heldout:
+        return
+    for field, value, off in (
+        ("eval.compare_xz", config.eval.compare_xz, "false"),
+        ("checkpoint.keep_best", config.checkpoint.keep_best, "0"),
+    ):
+        if value:
+            raise UsageError(
+                f"config.{field} = {value}: needs held-out text, and the data holds none out; set "
+                f"it to {off}, or prepare with --eval_fraction"
+            )
 
 
 # Keys that may differ between the processes of a job.
@@ -270,13 +283,16 @@ def compiler_options(config: configs.Config, mesh) -> dict:
 def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
     """Does what `build` does, for a given mesh and loaded data."""
     config, reason, examples = agree_on_job(config, mesh, data)
+    leaks = (check_leaks(config.model),) if config.data.document_mask else ()
     with jax.set_mesh(mesh):
         check_xla_options(compiler_options(config, mesh), mesh)
         steps = make_steps(config, mesh)
         notes = (
             describe_mesh(config, mesh),
             describe_kernel(config, mesh, reason),
+            *leaks,
             describe_habits(config, mesh),
+            *describe_dispatch(config),
             *describe_options(config, mesh),
             *describe_size(config),
             *describe_optimizer(config, steps.abstract.params),
@@ -296,11 +312,14 @@ def describe_kernel(config: configs.Config, mesh, reason: str) -> str:
         return line
 
     segments = config.data.document_mask
-    error = measure_conformance(
+    errors = measure_conformance(
         kernel, config.model, config.compute.dtype, segments, sharding.row_parts(mesh)
     )
-    line += f"; differs from reference by {error:.1e} on these devices"
-    return f"{line}, no segment leak" if segments else line
+    line += (
+        f"; differs from reference by {errors.values:.1e} on these devices, in gradients by "
+        f"{errors.gradients:.1e}"
+    )
+    return f"{line}; attention has no segment leak" if segments else line
 
 
 def describe_options(config: configs.Config, mesh) -> list[str]:

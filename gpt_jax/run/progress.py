@@ -93,9 +93,12 @@ class Progress:
         self.batch_tokens = parts.config.train.batch_size * parts.config.train.seq_len
         self._rates: tuple[int, Any] = -1, None
         self._has_announced = False
+        self.untaught = 0  # batches without a target since the last line of the log
         self._trained = 0, 0.0  # tokens and seconds of the steps of this session
 
-        self.history = read_history(read_jsonl(workdir / "metrics.jsonl") if resumed else [])
+        # The writer below says what is damaged there.
+        rows = read_jsonl(workdir / "metrics.jsonl", report=_say_nothing) if resumed else []
+        self.history = read_history(rows)
         self.writers = self._make_writers(start if resumed else None, origin)
         # What comes before the loop is not the loop's time.
         self.began = time.perf_counter()
@@ -107,7 +110,7 @@ class Progress:
             return Writers()
         log = self.config.log
         steps = self.config.train.steps
-        jsonl = JsonlWriter(self.workdir / "metrics.jsonl", resumed_at)
+        jsonl = JsonlWriter(self.workdir / "metrics.jsonl", resumed_at, self.say)
         if self.start < steps:
             facts = {**describe_session(self.parts), **origin}
             jsonl.write(self.start, make_session_row(self.history, facts))
@@ -158,8 +161,13 @@ class Progress:
             return
         step, sums = late
         own = divide_sums(sums)
+        if not sums["objective"][1]:
+            # 0 / 0 is no divergence. The gradient is 0, see `train.step.divide_gradient`.
+            self.untaught += 1
+            del own["objective"]
         for name in ("objective", "grad_norm", "param_norm"):
-            self.check_finite(name, own[name], step)
+            if name in own:
+                self.check_finite(name, own[name], step)
 
         self.sums.add(sums)
         if step % self.config.log.every_steps and step != self.end:
@@ -169,7 +177,9 @@ class Progress:
         values = {
             f"train/{name}": means[name]
             for name in ("loss", "bits_per_byte", "accuracy", "grad_norm")
+            if name in means
         }
+        self.tell_untaught(step)
         values |= {f"train/{name}": value for name, value in own_metrics(means).items()}
         values |= expert_metrics(means)
         values["train/param_norm"] = own["param_norm"]
@@ -192,6 +202,15 @@ class Progress:
                 values |= self.times()
             self.writers.write(step, values)
 
+    def tell_untaught(self, step: int) -> None:
+        """Says how many batches since the last line had no target."""
+        if self.untaught:
+            self.say(
+                f"step {step}: {format_count(self.untaught, 'batch')} since the last line without "
+                "a single target, so the gradient was 0; longer documents or longer rows have more"
+            )
+            self.untaught = 0
+
     def settle(self) -> None:
         """Waits for the last dispatched step and records it.
 
@@ -212,6 +231,10 @@ class Progress:
             f"the {name} at step {step} is {value}; {before}. Lower config.optim.learning_rate, "
             "or set config.optim.clip"
         )
+
+
+def _say_nothing(line: str) -> None:
+    """Drops a line that somebody else says."""
 
 
 def describe_session(parts: Parts) -> dict[str, str | float]:

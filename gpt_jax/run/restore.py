@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 
 from gpt_jax import config as configs, sharding
-from gpt_jax.data import Tokenizer, tokenizer_from_json
+from gpt_jax.data import Tokenizer
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
 from gpt_jax.model import abstract_params
+from gpt_jax.run.meta import META_SCHEMA, read_tokenizer
 from gpt_jax.run.notes import describe_habits, format_count
 from gpt_jax.run.parts import choose_run_kernel
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
@@ -64,7 +65,7 @@ def load_model(
     # Several processes would have to agree on another attempt in the middle of a collective read.
     attempts = 1 if step or jax.process_count() > 1 else ATTEMPTS
     for _ in range(attempts - 1):
-        directory, newest = resolve_checkpoint(path, step, say)
+        directory, newest = resolve_checkpoint(path, step, say, META_SCHEMA)
         try:
             return _load(directory, newest, say, devices)
         except (NoCheckpoint, UsageError):
@@ -74,13 +75,14 @@ def load_model(
             f"step {newest} of {directory} was deleted by its run meanwhile; "
             "taking the newest again"
         )
-    return _load(*resolve_checkpoint(path, step, say), say, devices)
+    return _load(*resolve_checkpoint(path, step, say, META_SCHEMA), say, devices)
 
 
 def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) -> Loaded:
     """Reads one step. Raises UsageError and NoCheckpoint."""
-    meta = read_meta(directory, step)
+    meta = read_meta(directory, step, META_SCHEMA)
     config = configs.read_saved(meta["config"])
+    tokenizer = read_tokenizer(meta, directory, step)
     model, compute = configs.for_inference(config.model, config.compute)
     count = devices or jax.device_count()
     mesh = pick_mesh(model, count) if count > 1 else sharding.make_mesh({}, jax.local_devices()[:1])
@@ -104,7 +106,7 @@ def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) 
     )
     return Loaded(
         settled,
-        tokenizer_from_json(meta["tokenizer"]),
+        tokenizer,
         params,
         mesh,
         directory,

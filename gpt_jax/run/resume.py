@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.data import make_examples
 from gpt_jax.errors import UsageError
+from gpt_jax.run.meta import META_SCHEMA
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.source import check_source, find_source
 from gpt_jax.run.warm_start import start_from
@@ -64,6 +65,7 @@ def check_phases(parts: Parts, old: configs.Config, step: int) -> str:
     train = parts.config.train
     before = replace(data, phases=old.data.phases)
     old_mix = make_examples(parts.data, before, train.seq_len, parts.config.seed).mix
+    assert old_mix is not None, "the sources are the same, so there is a mixture"
     first = parts.examples.mix.find_difference(old_mix)
     if first is None or first >= step * train.batch_size:
         return ""
@@ -96,7 +98,7 @@ def start_state(parts: Parts, checkpoints, say) -> Start:
     step = checkpoints.latest
     if step is None:
         return start_new(parts, say)
-    meta = read_meta(checkpoints.directory, step)
+    meta = read_meta(checkpoints.directory, step, META_SCHEMA)
     changed = check_resume(parts, meta, checkpoints.directory, say)
     loaded = restore_checkpoint(checkpoints.directory, step, state_items(parts.abstract))
     say(f"resumed from step {step} of {checkpoints.directory}")

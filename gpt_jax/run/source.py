@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.data import Tokenizer, tokenizer_from_json
+from gpt_jax.data import Tokenizer
 from gpt_jax.errors import UsageError
+from gpt_jax.run.meta import META_SCHEMA, read_tokenizer
 from gpt_jax.train import peek_meta, read_meta, resolve_checkpoint
 
 # Fields of config.model that another run may set otherwise. Each changes what the model does with
@@ -44,7 +45,7 @@ class Source(NamedTuple):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return tokenizer_from_json(self.meta["tokenizer"])
+        return read_tokenizer(self.meta, self.directory, self.step)
 
     @property
     def lineage(self) -> list[dict[str, Any]]:
@@ -72,8 +73,8 @@ def read_start_tokenizer(config: configs.Config) -> Tokenizer | None:
     """
     if not config.init.from_ or config.data.tokenizer:
         return None
-    meta = peek_meta(*split_step(config.init.from_))
-    return tokenizer_from_json(meta["tokenizer"])
+    path, step = split_step(config.init.from_)
+    return read_tokenizer(peek_meta(path, step, META_SCHEMA), Path(path), step)
 
 
 def find_source(init: configs.Init, say) -> Source:
@@ -82,10 +83,10 @@ def find_source(init: configs.Init, say) -> Source:
     Raises UsageError for a path or a step that does not exist, and NoCheckpoint for damage.
     """
     try:
-        directory, number = resolve_checkpoint(*split_step(init.from_), say)
+        directory, number = resolve_checkpoint(*split_step(init.from_), say, META_SCHEMA)
     except UsageError as error:
         raise UsageError(f"config.init.from = {init.from_!r}: {error}") from None
-    meta = read_meta(directory, number)
+    meta = read_meta(directory, number, META_SCHEMA)
     return Source(directory, number, meta, configs.read_saved(meta["config"]))
 
 

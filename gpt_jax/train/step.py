@@ -49,7 +49,7 @@ def gradients(network: Network, params, frozen, batch: dict, key, train: config.
 
     The gradient is that of `params`, and `frozen` has none. The batch is cut into
     `train.accumulate` microbatches. Their sums are added and divided once, so that the result is
-    that of the whole batch whatever the masks are.
+    that of the whole batch whatever the masks are. Without a target it is 0.
     """
 
     objective = OBJECTIVES[train.objective]
@@ -80,9 +80,21 @@ def gradients(network: Network, params, frozen, batch: dict, key, train: config.
         )
         (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(train.accumulate), micro))
 
-    # 1e-9 keeps a batch without targets from dividing by 0.
-    weight = jnp.maximum(sums["objective"][1], 1e-9)
-    return jax.tree.map(lambda g: g / weight, grads), sums
+    return divide_gradient(grads, sums["objective"][1]), sums
+
+
+def divide_gradient(grads, weight):
+    """The gradient of the mean, from that of the sum over targets of this weight.
+
+    A batch without targets teaches nothing, so its gradient is 0. That holds also if the objective
+    has terms that need no target, such as the balance of experts.
+    """
+
+    def divide(g):
+        # 1e-9 keeps the branch that is not taken finite.
+        return jnp.where(weight > 0, g / jnp.maximum(weight, 1e-9), 0)
+
+    return jax.tree.map(divide, grads)
 
 
 def train_step(

@@ -21,7 +21,7 @@ from gpt_jax.commands.config_file import load_config
 from gpt_jax.data.tokenizers.spec import resolve_tokenizer
 from gpt_jax.data.tokens.cache import prepare
 from gpt_jax.train import CHECKPOINT_FOLDER
-from gpt_jax.train.checkpoint import checkpoints
+from gpt_jax.train.checkpoint import checkpoints, manifest
 
 
 @pytest.fixture(scope="module")
@@ -664,6 +664,47 @@ def test_damaged_newest_is_named_and_passed_over(copy, capsys):
         and "sha256" in output
     )
     assert f"step 1 of {copy}" in output
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"config": 3}, ["config: expected an object, got 3"]),
+        ({"data": {"next": 2}}, ["data.content: missing"]),
+        ({"tokenizer": "{}"}, ["its tokenizer cannot be used", "kind: missing"]),
+    ],
+)
+def test_a_checkpoint_of_another_shape(copy, changes, words):
+    """Its digests are right: whoever can write there can seal what they like."""
+    for step in ("1", "2"):
+        folder = copy / CHECKPOINT_FOLDER / step
+        meta = json.loads((folder / "meta.json").read_bytes())
+        (folder / "meta.json").write_text(json.dumps(meta | changes))
+        manifest.write_manifest(folder)
+    refused(51, words, "generate", f"--checkpoint={copy}", "--prompt=a")
+
+
+def test_a_log_keeps_no_run_from_going_on(folder, copy, capsys):
+    lines = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(lines + '{"step": 1, "train/loss": "low"}\n')
+    (copy / "config.json").unlink()
+    more = runs.arguments(folder, copy, "--config.train.steps=3")
+    runs.call(*more)
+    assert "left out" in capsys.readouterr().out
+    steps = [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 3
+
+    (copy / "metrics.jsonl").unlink()
+    (copy / "metrics.jsonl").mkdir()
+    runs.call(*runs.arguments(folder, copy, "--config.train.steps=4"))
+    assert "is a folder, where a file belongs" in capsys.readouterr().out
+
+
+def test_a_config_of_a_workdir_that_is_none(copy):
+    for text in ("[" * 200_000, "[1]", '{"data": 3}', "\xff"):
+        (copy / "config.json").write_bytes(text.encode("latin-1"))
+        ending, _ = runs.refusal("inspect", f"--workdir={copy}", "--batch=1")
+        assert ending == 2
 
 
 # ---- prompts ----

@@ -522,6 +522,16 @@ MOE = dict(pattern=(("attention", "moe"),))
         ),
         (
             {},
+            dict(model=dict(dispatch="capacity") | MOE, data=dict(document_mask=True)),
+            ("config.model.dispatch = 'capacity'", "config.data.document_mask", "use dropless"),
+        ),
+        (
+            {},
+            dict(checkpoint=dict(keep_best=2), eval=dict(every_steps=0)),
+            ("config.checkpoint.keep_best = 2", "config.eval.every_steps = 0"),
+        ),
+        (
+            {},
             dict(compute=dict(pipeline_rounds=2)),
             ("config.compute.pipeline_rounds = 2", "without config.mesh.pipeline"),
         ),

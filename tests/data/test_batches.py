@@ -479,6 +479,23 @@ def test_too_little_text(packing):
         )
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_text_without_a_target_is_refused(packing):
+    """Documents of one token that are kept apart have none. One longer document is enough."""
+    data = config.Data(packing=packing, document_mask=True)
+    words = r"config\.data\.document_mask = True: {} has no document of two tokens"
+    ids = np.arange(64, dtype=np.uint16)
+    empty = in_memory("train", ids, np.arange(65), 64)
+    with pytest.raises(UsageError, match=words.format("the training text")):
+        make_stream(alone(empty), data, 8, 1, 0, slice(0, 1))
+    with pytest.raises(UsageError, match=words.format("the held-out text")):
+        pipeline.make_eval_batches(empty, BYTES, data, 8, 1, slice(0, 1))
+
+    longer = in_memory("train", ids, [*range(63), 64], 64)
+    make_stream(alone(longer), data, 8, 1, 0, slice(0, 1)).close()
+    assert len(pipeline.make_eval_batches(longer, BYTES, data, 8, 1, slice(0, 1))) == 8
+
+
 @pytest.mark.parametrize(
     "dtype, wrong", [(np.uint16, 300), (np.uint32, 2**31 + 5), (np.uint32, 2**32 - 1)]
 )

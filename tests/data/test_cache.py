@@ -209,6 +209,13 @@ def test_hashes_are_taken_over_only_for_settled_files(folder):
         (lambda f: os.truncate(f / "train.tokens", 10), "train.tokens has 10 bytes"),
         (lambda f: (f / "meta.json").unlink(), "cannot be read"),
         (lambda f: (f / "meta.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "meta.json").write_text("[" * 200_000), "nested too deeply"),
+        (lambda f: (f / "meta.json").write_text('{"format": 3}'), "dtype: missing"),
+        (lambda f: (f / "origins.json").write_text("[[1, 0, true]]"), "expected a text, got 1"),
+        (
+            lambda f: (f / "tokenizer.json").write_text('{"kind": "z", "name": "", "content": ""}'),
+            "kind: expected",
+        ),
         (lambda f: os.truncate(f / "eval.offsets", 8), "eval.offsets has 8 bytes"),
         (
             lambda f: (f / "tokenizer.json").write_text(make_char_tokenizer("ab").to_json()),

@@ -109,6 +109,30 @@ DAMAGE = {
         ("corpus.json", "damaged"),
         None,
     ),
+    "nested manifest": (
+        lambda f: (f / "corpus.json").write_text("[" * 200_000),
+        20,
+        ("corpus.json", "damaged"),
+        None,
+    ),
+    "manifest of another type of ids": (
+        lambda f: reseal(f / "corpus.json", dtype="zz"),
+        20,
+        ("corpus.json", "dtype: expected one of uint16, uint32"),
+        None,
+    ),
+    "manifest with other files": (
+        lambda f: reseal(f / "corpus.json", files={"a": 3}),
+        20,
+        ("corpus.json", "files.a: expected a list"),
+        None,
+    ),
+    "manifest without what was left out": (
+        lambda f: reseal(f / "corpus.json", counts={}),
+        20,
+        ("corpus.json", "counts.documents: missing"),
+        None,
+    ),
     "another format": (lambda f: reseal(f / "corpus.json", format=99), 2, ("format 99",), None),
     "another tokenizer": (
         lambda f: (f / "tokenizer.json").write_text(make_char_tokenizer("ab").to_json()),

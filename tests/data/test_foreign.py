@@ -232,13 +232,19 @@ def test_files_of_no_use(tmp_path, name):
         (np.zeros((2, 2), np.uint16), r"holds uint16 \[2, 2\]"),
         (np.zeros(3, np.float32), "holds float32"),
         (np.zeros(0, np.uint16), "holds no tokens"),
-        (None, "not a readable .npy"),
+        (b"no array", "not a readable .npy"),
+        (
+            b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<u2', 'shape': (3,(".ljust(118),
+            "not a readable",
+        ),
+        (b"\x93NUMPY\x01\x00v\x00" + b"[" * 118, "not a readable .npy"),
     ],
 )
 def test_arrays_of_no_use(tmp_path, content, message):
-    (tmp_path / "a.npy").write_bytes(b"no array") if content is None else np.save(
-        tmp_path / "a.npy", content
-    )
+    if isinstance(content, bytes):
+        (tmp_path / "a.npy").write_bytes(content)
+    else:
+        np.save(tmp_path / "a.npy", content)
     with pytest.raises(UsageError, match=message):
         open_foreign(tmp_path / "a.npy")
 

@@ -244,6 +244,18 @@ def test_a_row_does_not_depend_on_its_batch():
     )
 
 
+def test_a_capacity_in_training_changes_no_text():
+    """With it, a row would depend on its bucket, and one token on its cache."""
+    experts = dict(pattern=(("attention", "moe"),), experts=4, expert_mlp=16, capacity_factor=0.25)
+    model = make_model(position="rotary", dispatch="capacity", **experts)
+    said = []
+    texts = run(model, PROMPTS, GREEDY, report=said.append)
+    assert texts == run(replace(model, dispatch="dropless"), PROMPTS, GREEDY)
+    assert len(said) == 1 and "config.model.dispatch = 'capacity'" in said[0]
+    alone = [run(model, [prompt], GREEDY, report=said.append)[0] for prompt in PROMPTS]
+    assert [done.tokens for done in alone] == [done.tokens for done in texts]
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
 def test_a_mesh_changes_nothing(mesh, shape):
     model = make_model(

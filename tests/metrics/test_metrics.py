@@ -62,6 +62,15 @@ def test_running_sums_are_the_mean_of_all_tokens_since_the_last_line():
     assert running.take() == {}
 
 
+def test_running_sums_leave_out_what_has_no_weight():
+    running = metrics.RunningSums()
+    running.add({"loss": (0.0, 0.0), "norm": (2.0, 1.0)})
+    assert running.take() == {"norm": 2.0}
+    running.add({"loss": (0.0, 0.0)})
+    running.add({"loss": (6.0, 2.0)})
+    assert running.take() == {"loss": 3.0}
+
+
 def test_running_sums_hold_what_float32_would_lose():
     running = metrics.RunningSums()
     for total in (2.0**24, 1.0, 1.0):

@@ -166,7 +166,7 @@ def test_sessions_are_told_apart(tmp_path):
 
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     for row in rows:
-        writer.write(row["step"], row)
+        writer.write(row["step"], {key: value for key, value in row.items() if key != "step"})
     writer.close()
     path = report.write_report(tmp_path, title="t", summary=summary)
     text = Page(path.read_text("utf-8")).text

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2 as proto
 
-from gpt_jax.errors import SaveFailed, UsageError
+from gpt_jax.errors import SaveFailed
 from gpt_jax.metrics import writers
 
 
@@ -71,11 +71,48 @@ def test_a_run_without_a_checkpoint_starts_an_empty_file(tmp_path):
     assert [row["step"] for row in writers.read_jsonl(tmp_path / "m")] == [0]
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 1}', '{"step": null}', ""])
-def test_a_broken_line_is_named(tmp_path, line):
-    (tmp_path / "m").write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
-    with pytest.raises(UsageError, match="m line 2"):
-        writers.read_jsonl(tmp_path / "m")
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("nonsense", "not JSON"),
+        ("", "not JSON"),
+        ("[" * 200_000, "nested too deeply"),
+        ("[1]", "expected an object, got a list"),
+        ('{"loss": 1}', "step: missing"),
+        ('{"step": null}', "step: expected a count, got null"),
+        ('{"step": Infinity}', "step: expected a count, got Infinity"),
+        ('{"step": -1}', "step: expected a count"),
+        ('{"step": true}', "step: expected a count"),
+        ('{"step": 1' + "0" * 400 + "}", "step: expected a count"),
+        ('{"step": 1, "train/loss": "low"}', "'train/loss': expected a number or null"),
+        ('{"step": 1, "time/wall_seconds": null}', "'time/wall_seconds': expected a finite number"),
+        ('{"step": 1, "sample/0": 3}', "'sample/0': expected a text"),
+        ('{"step": 1, "session/number": "one"}', "'session/number': expected a finite number"),
+    ],
+)
+def test_a_damaged_line_is_left_out_and_named(tmp_path, line, reason):
+    """It keeps no run from going on, and the file that goes on is without it."""
+    path = tmp_path / "m"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\nnonsense\n')
+    said = []
+    assert writers.read_jsonl(path, said.append) == [{"step": 1}, {"step": 2}]
+    assert len(said) == 1 and f"{path}: damaged, so line 2 (" in said[0]
+    assert reason in said[0] and "and 1 more is left out" in said[0]
+
+    writers.JsonlWriter(path, 2, said.append).close()
+    assert said[1] == said[0]
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_folder_in_the_place_of_the_log_is_moved_aside(tmp_path):
+    path = tmp_path / "m"
+    path.mkdir()
+    (path / "mine").touch()
+    said = []
+    assert writers.read_jsonl(path, said.append) == []
+    writers.JsonlWriter(path, 3, said.append).close()
+    assert path.read_bytes() == b"" and (tmp_path / "m.1/mine").exists()
+    assert "earlier metrics are left out" in said[0] and f"it is now {tmp_path / 'm.1'}" in said[1]
 
 
 def test_missing_and_torn_files_read_as_what_is_whole(tmp_path):

@@ -25,6 +25,7 @@ from gpt_jax.model.count import count_params
 from gpt_jax.run import evaluation, loop
 from gpt_jax.run.evaluation import heldout_batches
 from gpt_jax.run.progress import Progress
+from gpt_jax.train import read_meta
 from gpt_jax.train.checkpoint.manifest import CHECKPOINT_FOLDER, steps_in
 from gpt_jax.train.optim.schedule import make_schedule
 
@@ -301,6 +302,63 @@ def test_the_best_checkpoint_stays(tmp_path, monkeypatch, every):
     assert steps_in(tmp_path / "run" / CHECKPOINT_FOLDER) == [8, 12]
 
 
+def test_the_best_is_saved_where_saves_and_evaluations_never_meet(tmp_path, monkeypatch):
+    """Saves come at 5, 10, 15 and 17, evaluations at 3, 6, 9, 12, 15 and 17."""
+    values = {3: 3.0, 6: 1.0, 9: 2.0, 12: 1.5, 15: 9.0, 17: 8.0}
+    left = iter(values.values())
+    monkeypatch.setattr(evaluators, "compute_heldout_metrics", lambda sums: {"loss": next(left)})
+    config = runs.load(
+        tmp_path,
+        "--config.train.steps=17",
+        "--config.eval.every_steps=3",
+        "--config.checkpoint.every_steps=5",
+        "--config.checkpoint.keep_last=1",
+        "--config.checkpoint.keep_best=2",
+    )
+    runs.run(runs.build(config), tmp_path / "run")
+    folder = tmp_path / "run" / CHECKPOINT_FOLDER
+    assert steps_in(folder) == [6, 12, 17]
+    kept = {step: read_meta(folder, step)["metrics"].get("eval/loss") for step in (6, 12, 17)}
+    assert kept == {step: values[step] for step in (6, 12, 17)}
+
+
+def test_batches_without_a_target_are_no_divergence(tmp_path):
+    """Most documents are one character, and only a few rows hold one that is longer."""
+    rng = random.Random(0)
+    lines = [rng.choice("abcdefgh") for _ in range(3000)]
+    lines[::500] = ["abc"] * 6
+    text = tmp_path / "lines.txt"
+    text.write_text("\n".join(lines) + "\n")
+    (tmp_path / "held.txt").write_text("a\n" * 2000 + "abc\n")
+    parts = runs.build(
+        runs.load(
+            tmp_path,
+            f"--config.data.path={text}",
+            "--config.data.tokenizer=char",
+            "--config.data.documents=line",
+            "--config.data.document_mask=true",
+            "--config.data.packing=chunk",
+            f"--config.data.eval_path={tmp_path / 'held.txt'}",
+            "--config.eval.batches=1",
+            "--config.train.batch_size=1",
+            "--config.train.steps=8",
+            "--config.log.every_steps=1",
+        )
+    )
+    said = []
+    runs.run(parts, tmp_path / "run", said.append)
+    told = [line for line in said if "without a single target" in line]
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    empty = [row["step"] for row in rows if row.get("train/grad_norm") == 0]
+    assert 0 < len(empty) < 8 and len(told) == len(empty)
+    assert any("no target in 1 held-out batch of source text" in line for line in said)
+    assert not any("eval/loss" in row for row in rows)
+    for row in rows:
+        if "train/grad_norm" in row:
+            assert ("train/loss" in row) == (row["step"] not in empty)
+            assert "nonfinite" not in row
+
+
 def test_what_a_run_says(tmp_path):
     """It says what was chosen and proved before the first step.
 
@@ -334,6 +392,7 @@ def test_what_a_run_says(tmp_path):
     text = "\n".join(lines)
     assert (
         "no segment leak" in text
+        and "documents of a row: the whole model keeps them apart" in text
         and "xz -9: " in text
         and "GFLOP/s" in text
         and str(run / "report.html") in text

@@ -280,6 +280,7 @@ def test_one_flipped_bit_in_any_file_is_found_and_named(tmp_path):
 
 def test_every_bit_of_the_manifest_counts(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / manifest.META).write_text('{"step": 1, "metrics": {}, "format": 3}')
     manifest.write_manifest(tmp_path)
     whole = (tmp_path / manifest.MANIFEST).read_bytes()
     assert manifest.find_damage(tmp_path) == ""
@@ -292,6 +293,13 @@ def test_every_bit_of_the_manifest_counts(tmp_path):
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def reseal(folder, change):
+    """Writes another meta, and the manifest that fits it."""
+    meta = json.loads((folder / manifest.META).read_bytes())
+    (folder / manifest.META).write_text(change(meta))
+    manifest.write_manifest(folder)
 
 
 DAMAGE = {
@@ -317,6 +325,26 @@ DAMAGE = {
         lambda f: (f / manifest.MANIFEST).write_text("[1]"),
         r"manifest\.json: content changed",
     ),
+    "nested manifest": (
+        lambda f: (f / manifest.MANIFEST).write_text("[" * 200_000),
+        r"manifest\.json: content changed",
+    ),
+    "manifest of another shape": (
+        lambda f: (f / manifest.MANIFEST).write_text(manifest.render_manifest({"a": 3})),
+        r"manifest\.json: content changed",
+    ),
+    "sealed meta, nested": (
+        lambda f: reseal(f, lambda meta: '{"format":' * 200_000),
+        r"meta\.json: nested too deeply",
+    ),
+    "sealed meta, no format": (
+        lambda f: reseal(f, lambda meta: json.dumps({"step": 20})),
+        r"meta\.json: format: missing",
+    ),
+    "sealed meta, metrics as texts": (
+        lambda f: reseal(f, lambda meta: json.dumps(meta | {"metrics": {"eval/loss": "low"}})),
+        r"meta\.json: metrics\.'eval/loss': expected a number",
+    ),
     "empty": (lambda f: (shutil.rmtree(f), f.mkdir()), r"20: empty directory"),
     "directory for a file": (
         lambda f: ((f / manifest.META).unlink(), (f / manifest.META).mkdir()),
@@ -340,6 +368,26 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, kind):
     saver.close()
     assert (tmp_path / "20.damaged").is_dir() and "20.damaged" in lines[-1]
     assert checkpoints.latest_valid(tmp_path) == 20 and same(restored(tmp_path, 20), small(20))
+
+
+def test_a_sealed_meta_without_what_the_caller_needs_is_damage(tmp_path):
+    wanted = {"note": "text"}
+    save_all(tmp_path, [10, 20])
+    reseal(tmp_path / "20", lambda meta: json.dumps(meta | {"note": 3}))
+    assert checkpoints.latest_valid(tmp_path) == 20
+    lines = []
+    assert checkpoints.latest_valid(tmp_path, lines.append, wanted) == 10
+    assert "meta.json: note: expected a text, got 3" in lines[0]
+    assert resolve_checkpoint(tmp_path, 0, lines.append, wanted) == (tmp_path, 10)
+    assert checkpoints.open_checkpoints(tmp_path, POLICY, lines.append, wanted).latest == 10
+    with pytest.raises(NoCheckpoint, match="note: expected a text"):
+        read_meta(tmp_path, 20, wanted)
+
+    # Another version's meta may look as it likes, and is told by its number.
+    reseal(tmp_path / "20", lambda meta: json.dumps({"format": manifest.FORMAT + 1}))
+    assert checkpoints.latest_valid(tmp_path, lines.append, wanted) == 20
+    with pytest.raises(UsageError, match="update the program"):
+        read_meta(tmp_path, 20, wanted)
 
 
 def test_nothing_valid_lists_what_was_found(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 
 from gpt_jax import config
 from gpt_jax.errors import UsageError
+from gpt_jax.model import abstract_params
 from gpt_jax.model.parameters import describe_parameter
 from gpt_jax.sharding.mesh import make_mesh
 from gpt_jax.train.optim import groups as optim_groups, muon, optimizer
@@ -470,6 +471,34 @@ def test_default_muon_takes_the_matrices_inside_layers_only():
         ("default", "muon"),
         ("default_adamw", "adamw"),
     ]
+
+
+def test_default_muon_leaves_the_tables_of_a_real_model_to_adamw():
+    """It goes by the role of a parameter, because value embeddings lie inside layers."""
+    model = config.resolve(
+        config.Config(
+            model=config.Model(
+                layers=4,
+                embed=32,
+                heads=4,
+                vocab=64,
+                value_embed=True,
+                smear=True,
+                backout=True,
+                tied=False,
+                pattern=(("attention", "gelu"), ("attention", "moe")),
+            )
+        )
+    ).model
+    params = abstract_params(model)
+    index = optim_groups.assign(optim(optimizer="muon"), params, describe_parameter)
+    taken = {path for path, i in index.items() if i == 0}
+    left = {path for path, i in index.items() if i == 1}
+    tables = {path for path in index if path.endswith("/table")}
+    assert len(tables) == 3 and tables | {"head/kernel"} <= left
+    wanted = {"q", "k", "v", "out", "value_gate", "up", "down", "gate", "router"}
+    assert {path.rsplit("/", 3)[-2] for path in taken} == wanted
+    assert {describe_parameter(path).role for path in taken} == set(optim_groups.MUON_ROLES)
 
 
 def test_groups_train_as_if_alone():

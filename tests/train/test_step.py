@@ -195,6 +195,25 @@ def test_a_batch_without_weight_gives_zeros(changes):
     assert all(float(sums[name][1]) == 0 for name in ("objective", "loss", "accuracy"))
 
 
+def test_a_batch_without_weight_learns_nothing_from_terms_without_targets(monkeypatch):
+    """The balance of experts is such a term: it has a gradient, and no weight of its own."""
+
+    def balanced(network, params, frozen, batch, key, train):
+        sums = next_token(network, params, frozen, batch, key, train)
+        total, weight = sums["objective"]
+        return sums | {"objective": (total + (params["head"] ** 2).sum(), weight)}
+
+    monkeypatch.setitem(OBJECTIVES, "next_token", balanced)
+    empty = make_batch() | {"weight": np.zeros((B, T), np.float32)}
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(run(PLAIN, empty)[0]))
+
+    grads, sums = run(PLAIN)
+    plain = jax.grad(lambda params: (params["head"] ** 2).sum())(make_params())
+    monkeypatch.undo()
+    weight = float(sums["objective"][1])
+    close(grads["head"], run(PLAIN)[0]["head"] + plain["head"] / weight)
+
+
 def test_microbatches_draw_their_own_randomness():
     batch = {
         name: np.repeat(column[-1:], B, 0) for name, column in make_batch().items()

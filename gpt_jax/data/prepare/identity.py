@@ -24,6 +24,7 @@ from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import UsageError
 from gpt_jax.files import digest_file
+from gpt_jax.schema import read_json
 
 Say = Callable[[str], None]
 
@@ -147,7 +148,7 @@ def read_settings(folder: Path) -> dict:
     if corpus.is_corpus(folder):
         return corpus.read_manifest(folder)["settings"]
     try:
-        return json.loads((folder / WORK / "settings.json").read_bytes())
+        return read_json((folder / WORK / "settings.json").read_bytes(), "object")
     except (OSError, ValueError):
         # What is wrong with a folder is said where it is written to.
         return {}

@@ -14,7 +14,8 @@ from gpt_jax.data.prepare import assemble, identity
 from gpt_jax.data.prepare.units import WORK
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import UsageError
-from gpt_jax.files import replace_file
+from gpt_jax.files import opening_lock, replace_file
+from gpt_jax.schema import Each, Misfit, Schema, read_json
 
 Say = Callable[[str], None]
 
@@ -43,15 +44,15 @@ def explain_errors(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def hold_lock(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder. Raises UsageError if another call holds it."""
-    with open(folder / WORK / "lock", "w") as file:
+    with opening_lock(folder / WORK / "lock") as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
                 f"--output={folder}: another gpt-jax prepare is at work there; wait for it, or "
                 "choose another folder"
             ) from None
-        yield  # the end of the process gives the lock back, however it ends
+        yield
 
 
 def answer_finished(folder: Path, about: dict, state: dict, say: Say) -> dict:
@@ -77,12 +78,23 @@ def answer_finished(folder: Path, about: dict, state: dict, say: Say) -> dict:
     return manifest
 
 
+def _read_own(path: Path, folder: Path, schema: Schema):
+    """What an earlier call has written there. Raises UsageError for anything else."""
+    try:
+        return read_json(path.read_bytes(), schema)
+    except Misfit as error:
+        raise UsageError(
+            f"--output={folder}: {path.name} there is damaged ({error}); choose another folder, or "
+            "remove this one"
+        ) from None
+
+
 def _refuse_changed_input(folder: Path, state: dict) -> None:
     """Raises UsageError if the input is no longer what the folder was made from."""
     inputs = folder / corpus.INPUTS
     if not inputs.exists():  # it is no part of a corpus, so a copy need not have it
         return
-    saved = json.loads(inputs.read_bytes())
+    saved = _read_own(inputs, folder, Each(("text", "text")))
     before = {identity.locate(path): value for path, value in saved.items()}
     changed = [path for path in {**before, **state} if path not in before or path not in state]
     changed += [
@@ -130,7 +142,7 @@ def begin(folder: Path, about: dict, say: Say) -> None:
     program = identity.identify_program()
     # Before the first unit is done, a call with other settings would lose nothing.
     if settings.exists() and any(work.glob("*-*.json")):
-        saved = json.loads(settings.read_bytes())
+        saved = _read_own(settings, folder, "object")
         begun_by = saved.pop("program", None)
         identity.refuse_other(folder, saved, about)
         identity.refuse_other_program(folder, begun_by, program)

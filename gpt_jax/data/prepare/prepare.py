@@ -344,7 +344,10 @@ def _make_tokenizer(
             return _sample(call.job, todo, keep=keys is not None)
 
         replace_file(path, make_tokenizer(spec, texts, characters).to_json().encode())
-    return tokenizer_from_json(path.read_text(encoding="utf-8"))
+    try:
+        return tokenizer_from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, UsageError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove it") from None
 
 
 def _sample(job: PrepareJob, todo: Sequence[Unit], keep: bool) -> Iterator[str]:

@@ -30,6 +30,7 @@ from gpt_jax.data.tokens.marks import find_end_name, list_end_names
 from gpt_jax.data.tokens.shards import SIDES
 from gpt_jax.errors import DataError, UsageError
 from gpt_jax.files import Digest, replace_file
+from gpt_jax.schema import Each, read_json
 
 WORK = "work"  # the folder of what is unfinished
 # Encoded at once. The library needs some 40 bytes a character while it encodes.
@@ -178,10 +179,21 @@ def locate_marker(job: PrepareJob, phase: str, unit: Unit) -> Path:
     return job.folder / WORK / f"{phase}-{unit.name}.json"
 
 
+# What every phase writes. A phase may add more.
+MARKER_SCHEMA = {
+    "key": "text",
+    "files": Each(("count", "text")),
+    "rows": ["count"],
+    "several": ["flag"],
+    "tally": "object",
+    "filtered": Each("count"),
+}
+
+
 def read_marker(job: PrepareJob, phase: str, unit: Unit) -> dict | None:
     """What a phase has made of a unit; None if it is not done or a file is missing."""
     try:
-        marker = json.loads(locate_marker(job, phase, unit).read_bytes())
+        marker = read_json(locate_marker(job, phase, unit).read_bytes(), MARKER_SCHEMA)
         marker["tally"].pop("bytes", None)  # an older version wrote it
         if marker["key"] != unit.key:
             return None
@@ -189,7 +201,7 @@ def read_marker(job: PrepareJob, phase: str, unit: Unit) -> dict | None:
             if os.path.getsize(job.folder / name) != size:
                 return None
         return marker
-    except (OSError, ValueError, KeyError):  # a file is missing, or the marker is torn
+    except (OSError, ValueError):  # a file is missing, or the marker is torn
         return None
 
 
@@ -216,7 +228,10 @@ def write_marker(
 @functools.lru_cache(1)
 def _load_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
     """The tokenizer of a job, loaded once a process because a large vocabulary takes a second."""
-    tokenizer = tokenizer_from_json(path.read_text(encoding="utf-8"))
+    try:
+        tokenizer = tokenizer_from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, UsageError) as error:
+        raise DataError(f"{path}: damaged ({error}); run the command again") from None
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{path}: is not the tokenizer of this job; run the command again")
     return tokenizer

@@ -18,6 +18,7 @@ from gpt_jax.data.stream.rows import (
     Span,
     Window,
     check_ids,
+    check_targets,
     make_columns,
 )
 from gpt_jax.data.stream.streams import Batches, EvalBatches, Stream, open_guard
@@ -187,6 +188,7 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
 
     def make_rows(part):
         label = "the training text" if is_alone else f"source {part.name}"
+        check_targets(part.train, knobs.document_mask, label)
         source_seed = _source_seed(seed, part.name, is_alone)
         return PACKINGS[knobs.packing](part.train, seq_len, source_seed, label)
 
@@ -288,8 +290,9 @@ def make_eval_batches(
     """All held-out text in order, or its first `limit` batches if `limit` is not 0.
 
     Every process gets as many batches, with the columns of training. Raises UsageError, which
-    calls the text `name`, if the text has fewer than two tokens.
+    calls the text `name`, if the text has fewer than two tokens, or no target.
     """
+    check_targets(tokens, knobs.document_mask, name)
     source = InOrder(tokens, seq_len, name)
 
     def make(indices: np.ndarray) -> Columns:

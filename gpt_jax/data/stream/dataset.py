@@ -107,6 +107,11 @@ def _part(field: str, path: str, opened: corpus.PreparedCorpus, name: str, repor
     sides = opened.sources[name]
     if sides["train"] is None:
         raise UsageError(f"{field} = {path}: its source {name} has no tokens to train on")
+    if opened.manifest["sources"][name]["train"].get("learned", 1) == 0:
+        raise UsageError(
+            f"{field} = {path}: its source {name} has no token that is learned (--task), so there "
+            "is nothing to predict; prepare rows with answers"
+        )
 
     train = cache.describe_size(sides["train"])
     heldout = cache.describe_size(sides["eval"])

@@ -280,6 +280,15 @@ class InOrder:
         return contiguous(self.tokens, indices * (self.length - 1), self.length)
 
 
+def check_targets(tokens: Tokens, document_mask: bool, name: str) -> None:
+    """Raises UsageError for a text, called `name`, that has no target in any row."""
+    if document_mask and np.diff(tokens.offsets).max() < 2:
+        raise UsageError(
+            f"config.data.document_mask = True: {name} has no document of two tokens, so there is "
+            "nothing to predict; give other text, or set it to false"
+        )
+
+
 def check_ids(buffer: Buffer, tokens: Tokens, vocab: int) -> None:
     """Raises DataError if the tokenizer lacks an id of `buffer`."""
     # A flipped bit can make an id negative. As uint32 a negative id is a large one.

@@ -14,12 +14,12 @@ library, because its normaliser and its lattice of float32 scores have no exact 
 import base64
 import binascii
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from gpt_jax import schema
 from gpt_jax.data.read.sources import COMPRESSIONS
 from gpt_jax.data.tokenizers.bpe import PATTERNS, make_bpe_json, make_json_tokenizer
 from gpt_jax.data.tokenizers.json_fields import describe_hidden
@@ -164,13 +164,12 @@ def read_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
     merges.txt). Raises UsageError if they hold anything else.
     """
     try:
-        ids = json.loads(vocab_path.read_text(encoding="utf-8"))
-        vocab = {str(token): int(i) for token, i in ids.items()}
+        vocab = schema.read_json(vocab_path.read_text(encoding="utf-8"), schema.Each("count"))
         lines = merges_path.read_text(encoding="utf-8").split("\n")
         if lines[0].startswith("#version"):
             lines = lines[1:]
         merges = [(a, b) for a, b in (line.split(" ") for line in lines if line)]
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UsageError(
             f"tokenizer {vocab_path.parent.name}: {vocab_path.name} and {merges_path.name} are not "
             f"a map of tokens to ids and a list of merges: {error}"

@@ -14,7 +14,6 @@ PATTERN is a row of bpe.PATTERNS, gpt2 if left out. Any of them may be followed 
 number. Each adds the special tokens of a row of vocabulary.SPECIALS, as in `bpe:4096+chat+fim`.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from gpt_jax.data.tokenizers.vocabulary import (
     with_specials,
 )
 from gpt_jax.errors import UsageError
+from gpt_jax.schema import Each, read_json
 
 SMALLEST_BPE = 257  # 256 bytes and end of text
 LARGEST_BPE = 10_000_000  # a typing error rather than a vocabulary
@@ -39,6 +39,13 @@ SPEC_KINDS = {
     "char": make_char_tokenizer,
     "json": make_json_tokenizer,
     "sentencepiece": make_sentencepiece_tokenizer,
+}
+# What `Tokenizer.to_json` writes.
+SAVED_SCHEMA = {
+    "kind": set(SPEC_KINDS),
+    "name": "text",
+    "content": "text",
+    "extra?": Each("count"),
 }
 
 
@@ -129,7 +136,10 @@ def make_tokenizer(
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
-    """The tokenizer whose `to_json` is `text`."""
-    saved = json.loads(text)
+    """The tokenizer whose `to_json` is `text`.
+
+    Raises Misfit if no `to_json` has written it, and UsageError if it is no sound tokenizer.
+    """
+    saved = read_json(text, SAVED_SCHEMA)
     tokenizer = SPEC_KINDS[saved["kind"]](saved["content"], saved["name"])
     return with_extra(tokenizer, saved.get("extra", {}))

@@ -28,12 +28,39 @@ from gpt_jax.data.tokens import shards
 from gpt_jax.data.tokens.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.errors import DataError, UsageError
 from gpt_jax.files import digest_file, is_inside
+from gpt_jax.schema import Each, Misfit, read_json, require
 
 # Format 2 has `.learn` files. A version that does not know them must not train on the corpus. A
 # corpus without such files is still written in format 1.
 FORMATS = (1, 2)
 MANIFEST = "corpus.json"
 INPUTS = "inputs.json"
+
+SIDE_SCHEMA = {
+    "documents": "count",
+    "tokens": "count",
+    "bytes": "count",
+    "lost?": "count",  # an older version did not count them
+    "learned?": "count",
+    "shards": [("text", "count")],
+}
+# What became of the documents, see inspect.describe_left_out.
+COUNTS_SCHEMA = {
+    **dict.fromkeys(("documents", "empty", "skipped", "replaced", "exact", "near"), "count"),
+    "places": ["text"],
+    "encodings": Each("count"),
+    "filtered": Each("count"),
+    "dedup": "text",
+}
+MANIFEST_SCHEMA = {
+    "content": "text",
+    "settings": {"eval_fraction": "number"},
+    "tokenizer": {"fingerprint": "text"},
+    "dtype": set(shards.ID_TYPES),
+    "sources": Each(dict.fromkeys(SIDES, SIDE_SCHEMA)),
+    "counts": COUNTS_SCHEMA,
+    "files": Each(("count", "text")),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +106,10 @@ def parse_manifest(raw: bytes, path: str) -> dict:
     """
     number = None
     try:
-        manifest = json.loads(raw)
-        whole = manifest["digest"] == _digest(manifest)
+        manifest = read_json(raw, {"digest": "text", "format": "count"})
         number = manifest["format"]
-    except (ValueError, KeyError, TypeError):
+        whole = manifest["digest"] == _digest(manifest)
+    except (ValueError, RecursionError):  # writing may go less deep than reading
         whole = False
     if not whole:
         raise DataError(
@@ -95,12 +122,12 @@ def parse_manifest(raw: bytes, path: str) -> dict:
             "prepare it again"
         )
     try:
-        names = _file_names(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        require(manifest, MANIFEST_SCHEMA)
+    except Misfit as error:
         raise DataError(
-            f"{path}: its entries are not those of a corpus; prepare it again"
+            f"{path}: its entries are not those of a corpus ({error}); prepare it again"
         ) from None
-    for name in names:
+    for name in _file_names(manifest):
         if not is_inside(name):
             raise DataError(
                 f"{path}: names the file {name!r}, which is not inside the corpus; gpt-jax prepare "
@@ -117,7 +144,7 @@ def _file_names(manifest: dict) -> list[str]:
     """
     names = [*manifest["files"], *manifest["sources"]]
     for source in manifest["sources"].values():
-        names += [name for side in SIDES for name, _ in source[side].get("shards", ())]
+        names += [name for side in SIDES for name, _ in source[side]["shards"]]
     return names
 
 
@@ -184,7 +211,7 @@ def _open_tokenizer(folder: Path, manifest: dict) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
         tokenizer = tokenizer_from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, UsageError) as error:
+    except (ValueError, UsageError) as error:
         raise DataError(f"{path}: damaged ({error}); {_remedy(folder)}") from None
 
     wanted = manifest["tokenizer"]["fingerprint"]
@@ -201,9 +228,9 @@ def _open_source(
 ) -> dict[str, Tokens | None]:
     path = folder / "origins.json"
     try:
-        rows = json.loads(path.read_bytes())
+        rows = read_json(path.read_bytes(), shards.ORIGINS_SCHEMA)
         origins = tuple(Origin(*row) for row in rows)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: damaged ({error}); {_remedy(folder.parent)}") from None
     return {side: _open_side(folder, side, source[side], dtype, origins, files) for side in SIDES}
 

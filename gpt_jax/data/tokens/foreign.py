@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt_jax.data.read.decoding import plain
 from gpt_jax.errors import UsageError
 from gpt_jax.files import describe_error
 
@@ -230,8 +231,11 @@ def _open_megatron(path: Path, hints: Hints) -> Foreign:
 def _open_npy(path: Path, hints: Hints) -> Foreign:
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UsageError(f"{path}: not a readable .npy file: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:
+        # numpy reads the header as Python, and raises whatever its parser does.
+        raise UsageError(f"{path}: not a readable .npy file: {plain(error)}") from None
 
     tokens = mapped.view(np.ndarray)
     if tokens.ndim != 1 or tokens.dtype.str not in ("<u2", "<u4", "<i4"):

@@ -30,6 +30,7 @@ from gpt_jax.files import Digest, describe_error, is_shortage, sync_file, write_
 DOCUMENT = np.dtype([("hash", "<u8"), ("bytes", "<u8"), ("row", "<u4"), ("piece", "<u4")])
 SIDES = ("train", "eval")
 SUFFIXES = (".tokens", ".learn", ".offsets", ".docs")
+ID_TYPES = ("uint16", "uint32")  # of NAME.tokens
 LEARN = np.dtype(np.uint8)  # of NAME.learn
 
 
@@ -56,6 +57,10 @@ class Origin(NamedTuple):
     def document(self, row: int) -> str:
         """What document `row` of this part is called: file, or file:line."""
         return f"{self.name}:{self.first + row + 1}" if self.several else self.name
+
+
+# What origins.json lists.
+ORIGINS_SCHEMA = [("text", "count", "flag")]
 
 
 @dataclass(frozen=True, eq=False)

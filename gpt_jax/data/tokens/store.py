@@ -26,10 +26,19 @@ from gpt_jax.data.tokens.marks import describe_marks, find_end_name, list_end_na
 from gpt_jax.data.tokens.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.errors import UsageError
 from gpt_jax.files import hold_lock, write_file
+from gpt_jax.schema import read_json, require
 
 FORMAT = 3
 BATCH_CHARACTERS = 1 << 23  # encoded at once, and held in memory meanwhile
 REPORT_SECONDS = 10  # between two lines of progress
+
+COUNTS = dict.fromkeys(("documents", "tokens", "bytes", "lost"), "count")
+META_SCHEMA = {
+    "format": "count",
+    "dtype": set(shards.ID_TYPES),
+    "tokenizer": "text",
+    **dict.fromkeys(SIDES, COUNTS),
+}
 
 Report = Callable[[str], None]
 
@@ -164,17 +173,18 @@ def load_cache(folder: Path) -> tuple[dict[str, Tokens | None], Tokenizer]:
     Raises Unusable when anything does not fit.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
+        meta = read_json((folder / "meta.json").read_bytes(), {"format": "count"})
         if meta["format"] != FORMAT:
             raise Unusable(f"has format {meta['format']}, not {FORMAT}")
+        require(meta, META_SCHEMA)
         tokenizer = tokenizer_from_json((folder / "tokenizer.json").read_text())
         if tokenizer.fingerprint != meta["tokenizer"]:
             raise Unusable("holds another tokenizer than its meta says")
-        rows = json.loads((folder / "origins.json").read_bytes())
+        rows = read_json((folder / "origins.json").read_bytes(), shards.ORIGINS_SCHEMA)
         origins = tuple(Origin(*row) for row in rows)
         sides = {side: _open_side(folder, side, meta, origins) for side in SIDES}
         return sides, tokenizer
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, UsageError) as error:
+    except (OSError, ValueError, UsageError) as error:
         raise Unusable(f"cannot be read ({error})") from None
 
 
@@ -229,6 +239,8 @@ def load_or_build(
                 shutil.rmtree(folder)
 
         building = folder.with_suffix(".building")
+        if building.is_symlink():  # rmtree refuses a link, and what it leads to is not ours
+            building.unlink()
         shutil.rmtree(building, ignore_errors=True)  # what a killed build left
         building.mkdir()
         try:

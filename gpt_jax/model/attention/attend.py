@@ -31,6 +31,14 @@ def attend(q, k, v, mask, cap: float = 0.0, keep=None):
     return jnp.moveaxis(out.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H)
 
 
+def scale_queries(q):
+    """Queries [..., H] times H^-0.5, rounded once to their dtype.
+
+    In bfloat16 the factor itself would be off by up to 0.2 %, unless H is a power of 4.
+    """
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+
+
 def heads_first(q, k):
     """Scaled queries [B, K, G T, H] and keys [B, K, S, H].
 
@@ -40,7 +48,7 @@ def heads_first(q, k):
     """
     B, T, N, H = q.shape
     K = k.shape[2]
-    q = q * jnp.asarray(H**-0.5, q.dtype)
+    q = scale_queries(q)
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, N // K * T, H)
     return q, jnp.swapaxes(k, 1, 2)
 

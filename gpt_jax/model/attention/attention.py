@@ -54,12 +54,12 @@ class QkNorm(nn.Module):
     def __call__(self, x):
         normalise, _, _ = NORMS["plain_rmsnorm"]
         _, has_scale, _ = NORMS[self.model.norm]
-        x = normalise(x.astype(jnp.float32), self.model.norm_epsilon).astype(x.dtype)
+        y = normalise(x.astype(jnp.float32), self.model.norm_epsilon)
         if has_scale:
             ones = sharding.stored_init(nn.initializers.ones, ("scale",))
-            scale = self.param("scale", ones, (x.shape[-1],))
-            x = (x * scale).astype(x.dtype)
-        return x * jnp.asarray(self.model.qk_scale, x.dtype)
+            y = y * self.param("scale", ones, (x.shape[-1],))
+        # A scale of 1.2 would be 1.2031 in bfloat16, so the result is rounded and not the scale.
+        return (y * self.model.qk_scale).astype(x.dtype)
 
 
 class Attention(nn.Module):

@@ -6,6 +6,7 @@ Shapes: B batch, T query, S cache slots, K kv heads, N heads, H head_dim.
 import jax
 import jax.numpy as jnp
 
+from gpt_jax.model.attention.attend import scale_queries
 from gpt_jax.model.layers.extras import softcap
 
 
@@ -54,7 +55,7 @@ def decode_token(q, k, v, cached_k, cached_v, lengths, cap):
     """
     B, _, N, H = q.shape
     slots, K = cached_k.shape[1:3]
-    q = q.reshape(B, K, N // K, H) * jnp.asarray(H**-0.5, q.dtype)
+    q = scale_queries(q).reshape(B, K, N // K, H)
 
     def score(keys):
         return jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Attention kernels as one table, the choice among them, and the check of the chosen one.
+"""Attention kernels as one table, and the choice among them.
 
 Every kernel honours causal order, windows, segments and `ar` blocks. One that cannot do some of
 them says so before anything compiles.
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
@@ -305,87 +304,3 @@ def attention_weights(name: str, q, k, pattern: Pattern, cap: float = 0.0):
     )
     mapped = sharding.run_local(run, axes, ("batch", "heads", "seq", "keys"))
     return mapped(q, k, pattern.segment, pattern.block)
-
-
-# ---- the check of the chosen kernel ----
-
-
-def measure_conformance(
-    name: str, model: config.Model, dtype: str, segments: bool, rows: int
-) -> float:
-    """Returns the largest error of kernel `name`, relative to the largest value of `reference`.
-
-    Both run on a tiny packed batch, on the devices of the current mesh. `rows` counts its rows. It
-    must be a multiple of `sharding.count_parts("batch")`.
-
-    Raises UsageError if the error is too large. With `segments` it also raises if a change to the
-    first document of a row changes the second in the slightest.
-    """
-    length = KERNELS[name].check_length * sharding.count_parts("seq")
-    # The windows are short enough to matter.
-    windows = sorted({min(window, length // 4) for window in model.windows})
-
-    rng = np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(rng.standard_normal((rows, length, heads, model.head_dim)), dtype)
-        for heads in (model.heads, model.kv_heads, model.kv_heads)
-    )
-    segment = None
-    if segments:
-        documents = [1] * (length // 2) + [2] * (length // 2)
-        segment = jnp.asarray(np.repeat([documents], rows, 0))
-    run = _make_runner(model, segment)
-
-    errors = [
-        _relative_difference(run(name, window, q, k, v), run("reference", window, q, k, v))
-        for window in windows
-    ]
-    error = float(np.max(errors))  # numpy's maximum lets no nan pass
-    limit = 1e-4 if dtype == "float32" else 3e-2
-    if not error <= limit:
-        raise UsageError(
-            f"config.compute.kernel = {name!r}: differs from reference by {error:.1e} on this "
-            f"machine (limit {limit:.0e}); choose another kernel"
-        )
-
-    if segments:
-        is_first = jnp.arange(length)[None, :, None, None] < length // 2
-        changed = jnp.where(is_first, v + 100, v)
-        clean, dirty = (run(name, windows[0], q, k, x)[:, length // 2 :] for x in (v, changed))
-        if bool((clean != dirty).any()):
-            raise UsageError(
-                f"config.compute.kernel = {name!r}: lets a document see the one before it in a "
-                "packed row; choose another kernel"
-            )
-    return error
-
-
-def _make_runner(model: config.Model, segment) -> Callable:
-    """Makes run(kernel, window, q, k, v), for arrays in the order of the text."""
-
-    def place(x, axis):
-        return sharding.constrain(sharding.reorder(x), "batch", "seq", axis, "head_dim")
-
-    @partial(jax.jit, static_argnums=(0, 1))
-    def run(kernel, window, q, k, v):
-        # The reference wants whole rows.
-        own_rules = sharding.WHOLE_ROWS if kernel == "reference" else {}
-        with sharding.using_rules(own_rules):
-            column = None
-            if segment is not None:
-                column = sharding.constrain(sharding.reorder(segment), "batch", "seq")
-            q = place(q, "heads")
-            k = place(k, "kv_heads")
-            v = place(v, "kv_heads")
-
-            pattern = Pattern(window, column)
-            out = attention(kernel, q, k, v, pattern, model.attention_softcap)
-            out = sharding.constrain(out, "batch", None, "heads", "head_dim")
-            return sharding.reorder(out, back=True)
-
-    return run
-
-
-def _relative_difference(ours, reference) -> float:
-    difference = jnp.abs(ours - reference).astype(jnp.float32)
-    return float(jnp.max(difference) / jnp.max(jnp.abs(reference)))

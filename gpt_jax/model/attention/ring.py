@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax import sharding
+from gpt_jax.model.attention.attend import scale_queries
 from gpt_jax.model.layers.extras import softcap
 
 BLOCK = 1024  # tokens of a block, about: float32 scores take 4 MiB a head at a time
@@ -115,7 +116,7 @@ def ring_attention(q, k, v, pattern, cap: float = 0.0, axis: str = "context"):
 
     # One dim is split or joined at a time: under vmap over a pipeline's stages no reshape can do
     # more.
-    q = (q * jnp.asarray(H**-0.5, q.dtype)).reshape(B, t, K, G, H)
+    q = scale_queries(q).reshape(B, t, K, G, H)
     q = jnp.moveaxis(q.reshape(B, -1, size, K, G, H), (1, 2), (0, 4))
     k, v = (jnp.moveaxis(x.reshape(B, -1, size, K, H), (1, 2), (0, 3)) for x in (k, v))
 

@@ -9,11 +9,11 @@ H head_dim.
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax import sharding
 from gpt_jax.model.attention import ring
+from gpt_jax.model.attention.attend import scale_queries
 
 # This is MaxText's size. The library's own default of 128 takes 16 times the entries in its tables.
 BLOCK = 512
@@ -29,7 +29,6 @@ def attention(q, k, v, pattern, cap: float = 0.0, axis: str | None = None, inter
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-    H = q.shape[3]
     kernel = _make_kernel(q.shape, pattern.window, cap, axis, interpret)
 
     def gather(x):
@@ -45,10 +44,9 @@ def attention(q, k, v, pattern, cap: float = 0.0, axis: str | None = None, inter
     def run_row(q, k, v, ids):
         return kernel(q, k, v, segment_ids=ids)
 
-    scaled = q * jnp.asarray(H**-0.5, q.dtype)
     k = gather(k)
     v = gather(v)
-    q, k, v = (put_heads_first(x) for x in (scaled, k, v))
+    q, k, v = (put_heads_first(x) for x in (scale_queries(q), k, v))
     run = jax.vmap(run_row, in_axes=(0, 0, 0, None if ids is None else 0))
     return put_heads_first(run(q, k, v, ids))
 

@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -29,17 +29,18 @@ from orbax.checkpoint.experimental import v1 as ocp
 from gpt_jax import config
 from gpt_jax.cluster import agree_on, is_peer_gone
 from gpt_jax.errors import Exit, PeerFailed, SaveFailed
-from gpt_jax.files import replace_file
+from gpt_jax.files import free_name, replace_file
+from gpt_jax.schema import Each, Schema, read_json
 from gpt_jax.train.checkpoint.arrays import nest
 from gpt_jax.train.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     META,
+    NOTHING_MORE,
     SAVING,
     TEMPORARY,
     cause_of,
     find_damage,
-    free_name,
     latest_valid,
     steps_in,
     unfinished_in,
@@ -69,16 +70,19 @@ def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -
 def to_keep(metrics: dict[int, float | None], policy: config.Checkpoint) -> set[int]:
     """The steps that stay, of complete checkpoints `{step: value of policy.best_metric, or None}`.
 
-    They are the last `keep_last`, the multiples of `keep_every_steps`, and the `keep_best` with the
-    smallest values. Of equal values the newer stays.
+    They are the last `keep_last`, the multiples of `keep_every_steps`, and those of `find_best`.
     """
     last = sorted(metrics)[-policy.keep_last :]
     every = [
         step for step in metrics if policy.keep_every_steps and step % policy.keep_every_steps == 0
     ]
+    return {*last, *every, *find_best(metrics, policy)}
+
+
+def find_best(metrics: dict[int, float | None], policy: config.Checkpoint) -> list[int]:
+    """The `keep_best` steps with the smallest values, the best first. Of equal ones the newer."""
     scored = [step for step, value in metrics.items() if value is not None and math.isfinite(value)]
-    best = sorted(scored, key=lambda step: (metrics[step], -step))[: policy.keep_best]
-    return {*last, *every, *best}
+    return sorted(scored, key=lambda step: (metrics[step], -step))[: policy.keep_best]
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -97,14 +101,23 @@ class Checkpoints:
     valid at the start, or None for a fresh run.
     """
 
-    def __init__(self, directory: Path, policy: config.Checkpoint, report, latest: int | None):
+    def __init__(
+        self,
+        directory: Path,
+        policy: config.Checkpoint,
+        report,
+        latest: int | None,
+        meta_schema: Schema = NOTHING_MORE,
+    ):
         self.directory = directory
         self.policy = policy
         self.latest = latest
         self._report = report
+        self._meta_schema = meta_schema
         # With one worker a save is written before it is sealed.
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple | None = None  # (step, written, sealed) of the save in flight
+        self._started: dict[int, float | None] = {}  # that save's value of `best_metric`
 
         self._saved_step = latest or 0
         self._saved_at = time.monotonic()
@@ -117,8 +130,12 @@ class Checkpoints:
             if latest is not None and step <= latest and (directory / str(step) / MANIFEST).exists()
         }
 
-    def should_save(self, step: int) -> bool:
+    def should_save(self, step: int, metrics: Mapping[str, float] = NOTHING_MORE) -> bool:
         """Whether the policy wants a checkpoint after `step`. All processes get the same answer.
+
+        `metrics` are those of an evaluation after this very step. If they are among the best, the
+        step is saved whatever the periods are. Otherwise `keep_best` would keep nothing where saves
+        and evaluations never fall on one step.
 
         It asks process 0's clock only if `every_minutes` is set, and then not at every step.
         """
@@ -126,6 +143,10 @@ class Checkpoints:
             return False
         if self.policy.every_steps and step % self.policy.every_steps == 0:
             return True
+        if self.policy.keep_best and self.policy.best_metric in metrics:
+            value = metrics[self.policy.best_metric]
+            if agree_on(lambda: self._is_among_best(step, value)):
+                return True
         if not self.policy.every_minutes or step < self._next_look:
             return False
 
@@ -135,6 +156,10 @@ class Checkpoints:
 
         is_due, self._next_look = agree_on(look)
         return is_due
+
+    def _is_among_best(self, step: int, value: float) -> bool:
+        """Whether a save of `step` would be one of the `keep_best`. Process 0 knows all saves."""
+        return step in find_best({**self._complete, **self._started, step: value}, self.policy)
 
     def save(
         self,
@@ -172,6 +197,7 @@ class Checkpoints:
             raise self._failed(step, error) from error
         written = self._pool.submit(response.result)
         value = (metrics or {}).get(self.policy.best_metric)
+        self._started = {step: value}
         self._pending = step, written, self._pool.submit(self._seal, step, written, text, value)
         return True
 
@@ -220,7 +246,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
 
             if folder.exists():
-                damage = "" if step in self._complete else find_damage(folder)
+                damage = "" if step in self._complete else find_damage(folder, self._meta_schema)
                 if not damage:
                     return False
                 aside = free_name(folder.with_name(folder.name + DAMAGED))
@@ -300,13 +326,18 @@ class Checkpoints:
 
 
 def open_checkpoints(
-    directory, policy: config.Checkpoint, report=print, beat: Callable[[], None] = idle
+    directory,
+    policy: config.Checkpoint,
+    report=print,
+    beat: Callable[[], None] = idle,
+    meta_schema: Schema = NOTHING_MORE,
 ) -> Checkpoints:
     """The checkpoints of a run that is about to train into `directory`, `<workdir>/checkpoints`.
 
     It removes what a killed process left half-written and looks for the newest valid step. Process
     0 reports each removal and each damaged step in a line. Every process calls it. `beat` is
     called while files are read. Raises NoCheckpoint if there are checkpoints and none is valid.
+    `meta_schema` is that of `find_damage`.
     """
     directory = Path(directory).absolute()
     logging.getLogger("absl").addFilter(_not_orbax)
@@ -315,7 +346,8 @@ def open_checkpoints(
         directory,
         policy,
         report if jax.process_index() == 0 else _silent,
-        latest_valid(directory, report, beat),
+        latest_valid(directory, report, beat, meta_schema),
+        meta_schema,
     )
 
 
@@ -350,8 +382,8 @@ def _sweep(directory: Path, report) -> None:
 def _metric(directory: Path, step: int, policy: config.Checkpoint) -> float | None:
     """The saved value of `best_metric`, or None if the checkpoint has none or no readable meta."""
     try:
-        meta = json.loads((directory / str(step) / META).read_bytes())
-        return meta["metrics"].get(policy.best_metric)
-    except (OSError, ValueError, KeyError):
+        raw = (directory / str(step) / META).read_bytes()
+        return read_json(raw, {"metrics": Each("number")})["metrics"].get(policy.best_metric)
+    except (OSError, ValueError):
         # A damaged step cannot be among the best. Whoever restores it is told why.
         return None

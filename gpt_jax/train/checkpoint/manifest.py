@@ -15,12 +15,14 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.files import replace_file
+from gpt_jax.schema import Each, Schema, read_json, require
 from gpt_jax.train.checkpoint.verify import (
     Files,
     compare_files,
@@ -38,6 +40,11 @@ READABLE = (2, FORMAT)
 CHECKPOINT_FOLDER = "checkpoints"  # inside a workdir
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for a step that it is still writing
 SAVING = ".saving"
+MANIFEST_SCHEMA = {"sha256": "text", "files": Each(("count", "text"))}
+# What `save` adds to the meta of its caller.
+META_SCHEMA = {"step": "count", "metrics": Each("number"), "format": "count"}
+# A caller that adds nothing of its own to meta.json.
+NOTHING_MORE: Schema = MappingProxyType({})
 
 
 def cause_of(error: BaseException) -> str:
@@ -49,12 +56,6 @@ def cause_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return text.splitlines()[0][:300]
-
-
-def free_name(path: Path) -> Path:
-    """The first of `path`, `path.1`, `path.2`, … that does not exist."""
-    names = (path if n == 0 else path.with_name(f"{path.name}.{n}") for n in range(1_000_000))
-    return next(name for name in names if not name.exists())
 
 
 def list_files(folder: Path) -> dict[str, int]:
@@ -85,23 +86,36 @@ def write_manifest(folder: Path) -> None:
     replace_file(folder / MANIFEST, text.encode())
 
 
-def find_damage(folder: Path) -> str:
+def find_damage(folder: Path, meta_schema: Schema = NOTHING_MORE) -> str:
     """The damage of the step in `folder` as "file: reason", or "" if every byte is as saved.
 
-    This process reads all of it.
+    This process reads all of it. `meta_schema` is that of the values which the caller of `save`
+    adds to meta.json. A meta that lacks them is damage, even if its digest is right.
     """
     damage, files = look(folder)
-    return damage or compare_files(folder, files)
+    return damage or compare_files(folder, files) or check_meta(folder, meta_schema)
 
 
-def find_damage_together(folder: Path, beat: Callable[[], None]) -> str:
+def find_damage_together(folder: Path, beat: Callable[[], None], meta_schema: Schema) -> str:
     """As `find_damage`, by all processes of the job. `beat` is called as long as it goes on."""
     damage = agree_on(lambda: look(folder)[0])
     if damage:
         return damage
     # Another process may see another folder there. It takes part all the same, and says so.
     known, files = look(folder)
-    return compare_files(folder, {} if known else files, beat, own_share(), known)
+    damage = compare_files(folder, {} if known else files, beat, own_share(), known)
+    return damage or agree_on(lambda: check_meta(folder, meta_schema))
+
+
+def check_meta(folder: Path, meta_schema: Schema) -> str:
+    """What meta.json lacks, as "file: reason", or ""."""
+    try:
+        _parse_meta((folder / META).read_bytes(), meta_schema)
+        return ""
+    except OSError as error:
+        return f"{META}: {error.strerror or error}"
+    except ValueError as error:
+        return f"{META}: {error}"
 
 
 def look(folder: Path) -> tuple[str, Files]:
@@ -113,6 +127,17 @@ def look(folder: Path) -> tuple[str, Files]:
         return f"{error.filename or folder}: {error.strerror or error}", {}
 
 
+def _parse_meta(raw: bytes, meta_schema: Schema) -> dict:
+    """The values of a meta.json. Raises Misfit.
+
+    Of a format that this program does not read, only the number of the format is looked at.
+    """
+    meta = read_json(raw, {"format": "count"})
+    if meta["format"] in READABLE:
+        require(meta, META_SCHEMA | dict(meta_schema))
+    return meta
+
+
 def _look(folder: Path) -> tuple[str, Files]:
     """As `look`. Raises OSError if a file cannot be read."""
     sizes = list_files(folder)
@@ -121,9 +146,9 @@ def _look(folder: Path) -> tuple[str, Files]:
 
     raw = (folder / MANIFEST).read_bytes()
     try:
-        files = json.loads(raw)["files"]
+        files = read_json(raw, MANIFEST_SCHEMA)["files"]
         intact = render_manifest(files).encode() == raw
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         intact = False
     if not intact:
         return f"{MANIFEST}: content changed", {}
@@ -173,14 +198,17 @@ def unfinished_in(directory: Path) -> list[int]:
 
 
 def latest_valid(
-    directory, report: Callable[[str], None] = print, beat: Callable[[], None] = idle
+    directory,
+    report: Callable[[str], None] = print,
+    beat: Callable[[], None] = idle,
+    meta_schema: Schema = NOTHING_MORE,
 ) -> int | None:
     """The newest step in `directory` whose every byte is as saved.
 
     The result is None if nothing was ever saved there. All processes call it, and get the same
     answer. Process 0 reports each checkpoint that is passed over in a line with step, file and
     reason. Nothing is deleted. `beat` is called while files are read. Raises NoCheckpoint if there
-    are checkpoints and none is valid.
+    are checkpoints and none is valid. `meta_schema` is that of `find_damage`.
     """
     directory = Path(directory).absolute()
     damaged = []
@@ -189,7 +217,7 @@ def latest_valid(
         newest = agree_on(partial(_next_older, directory, newest, report))
         if newest is None:
             break
-        damage = find_damage_together(directory / str(newest), beat)
+        damage = find_damage_together(directory / str(newest), beat, meta_schema)
         if not damage:
             return newest
         damaged.append(f"step {newest}: {damage}")
@@ -218,12 +246,15 @@ def _next_older(directory: Path, newer: int | None, report: Callable[[str], None
     return None
 
 
-def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
+def resolve_checkpoint(
+    path, step: int = 0, report=print, meta_schema: Schema = NOTHING_MORE
+) -> tuple[Path, int]:
     """(checkpoints directory, step) of a whole checkpoint, from a path that a user typed.
 
     The path is a workdir, its checkpoints folder or one step's folder. `step` 0 takes the newest
     valid step. Raises UsageError if the path or the step does not exist, with a list of those that
-    do. Raises NoCheckpoint if that step, or every step, is damaged.
+    do. Raises NoCheckpoint if that step, or every step, is damaged. `meta_schema` is that of
+    `find_damage`.
     """
 
     def locate():
@@ -233,10 +264,10 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
     name, wanted_step = agree_on(locate)
     directory = Path(name)
     if wanted_step:
-        _check_step(directory, wanted_step, path)
+        _check_step(directory, wanted_step, path, meta_schema)
         return directory, wanted_step
 
-    newest = latest_valid(directory, report)
+    newest = latest_valid(directory, report, meta_schema=meta_schema)
     if newest is None:
         raise UsageError(
             f"checkpoint {str(path)!r}: nothing finished there yet; {_nearby(directory)}"
@@ -244,7 +275,7 @@ def resolve_checkpoint(path, step: int = 0, report=print) -> tuple[Path, int]:
     return directory, newest
 
 
-def _check_step(directory: Path, step: int, path) -> None:
+def _check_step(directory: Path, step: int, path, meta_schema: Schema) -> None:
     """Raises UsageError if there is no such step, and NoCheckpoint if it is damaged.
 
     `path` is what the user typed. All processes call it.
@@ -259,14 +290,15 @@ def _check_step(directory: Path, step: int, path) -> None:
             raise UsageError(f"checkpoint {str(path)!r}: no step {step}; {list_steps()}")
         return "not finished" if step in unfinished_in(directory) else ""
 
-    damage = agree_on(find) or find_damage_together(directory / str(step), idle)
+    folder = directory / str(step)
+    damage = agree_on(find) or find_damage_together(folder, idle, meta_schema)
     if damage:
         raise NoCheckpoint(
             f"checkpoint step {step} in {directory} is damaged: {damage}; {list_steps()}"
         )
 
 
-def peek_meta(path, step: int = 0) -> dict:
+def peek_meta(path, step: int = 0, meta_schema: Schema = NOTHING_MORE) -> dict:
     """The meta of a checkpoint, from a path as in `resolve_checkpoint`, without verifying files.
 
     Every process reads it for itself. Raises UsageError if the path or the step does not exist.
@@ -279,7 +311,7 @@ def peek_meta(path, step: int = 0) -> dict:
             f"checkpoint {str(path)!r}: no step {wanted_step or 'that is finished'}; "
             f"steps in {directory}: {', '.join(map(str, sealed)) or 'none'}"
         )
-    return read_meta(directory, found[-1])
+    return read_meta(directory, found[-1], meta_schema)
 
 
 def _locate(path: Path, step: int) -> tuple[Path, int]:
@@ -325,14 +357,15 @@ def _nearby(path: Path) -> str:
     return f"no checkpoints under {base} either"
 
 
-def read_meta(directory, step: int) -> dict:
+def read_meta(directory, step: int, meta_schema: Schema = NOTHING_MORE) -> dict:
     """The meta of a saved step: the values given to `save`, with `step`, `metrics` and `format`.
 
-    Raises NoCheckpoint if it cannot be read. Raises UsageError if its format is another program's.
+    `meta_schema` is that of `find_damage`. Raises NoCheckpoint if the meta cannot be read, or if it
+    lacks a value. Raises UsageError if its format is another program's.
     """
     path = Path(directory).absolute() / str(step) / META
     try:
-        meta = json.loads(path.read_bytes())
+        meta = _parse_meta(path.read_bytes(), meta_schema)
     except (OSError, ValueError) as error:
         raise NoCheckpoint(f"{path}: cannot be read: {cause_of(error)}") from error
 
