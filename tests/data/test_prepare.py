@@ -19,7 +19,7 @@ from prepared import contents, documents, prepare, refused, texts, write_jsonl
 from gpt_jax import config, files
 from gpt_jax.commands.display import Display
 from gpt_jax.commands.prepare import sort_inputs
-from gpt_jax.data.prepare import assemble, identity, survey, units
+from gpt_jax.data.prepare import assemble, encoding, identity, survey, units
 from gpt_jax.data.prepare.prepare import Progress
 from gpt_jax.data.read import documents as readers, sources
 from gpt_jax.data.read.decoding import Reading
@@ -117,7 +117,7 @@ def test_content_is_that_of_the_text_and_its_split(folder):
 
 
 def test_long_documents_are_encoded_in_parts(folder, monkeypatch):
-    monkeypatch.setattr(units, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 50)
     long = " ".join(texts(3000, 3))
     write_jsonl(folder / "in/a.jsonl", [long, "short", long[::-1]])
     out = prepare(folder / "out", f"--input={folder / 'in/a.jsonl'}", "--tokenizer=bpe:400")

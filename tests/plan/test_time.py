@@ -61,6 +61,7 @@ def test_tokens_beyond_a_capacity_are_no_work_done():
             job_of(
                 "moe:8x7b",
                 "--config.model.dispatch=capacity",
+                "--config.data.document_mask=false",
                 f"--config.model.capacity_factor={factor}",
             ),
             machine,

@@ -376,16 +376,17 @@ def test_a_sealed_meta_without_what_the_caller_needs_is_damage(tmp_path):
     reseal(tmp_path / "20", lambda meta: json.dumps(meta | {"note": 3}))
     assert checkpoints.latest_valid(tmp_path) == 20
     lines = []
-    assert checkpoints.latest_valid(tmp_path, lines.append, wanted) == 10
+    assert checkpoints.latest_valid(tmp_path, lines.append, meta_schema=wanted) == 10
     assert "meta.json: note: expected a text, got 3" in lines[0]
     assert resolve_checkpoint(tmp_path, 0, lines.append, wanted) == (tmp_path, 10)
-    assert checkpoints.open_checkpoints(tmp_path, POLICY, lines.append, wanted).latest == 10
+    opened = checkpoints.open_checkpoints(tmp_path, POLICY, lines.append, meta_schema=wanted)
+    assert opened.latest == 10
     with pytest.raises(NoCheckpoint, match="note: expected a text"):
         read_meta(tmp_path, 20, wanted)
 
     # Another version's meta may look as it likes, and is told by its number.
     reseal(tmp_path / "20", lambda meta: json.dumps({"format": manifest.FORMAT + 1}))
-    assert checkpoints.latest_valid(tmp_path, lines.append, wanted) == 20
+    assert checkpoints.latest_valid(tmp_path, lines.append, meta_schema=wanted) == 20
     with pytest.raises(UsageError, match="update the program"):
         read_meta(tmp_path, 20, wanted)
 

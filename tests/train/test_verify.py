@@ -1,6 +1,7 @@
 """The files of a checkpoint are compared by all processes, and the watchdog hears of it."""
 
 import hashlib
+import json
 import os
 import threading
 import time
@@ -18,6 +19,8 @@ def folder(tmp_path):
     (step / "params").mkdir(parents=True)
     for k in range(23):
         (step / "params" / f"{k}").write_bytes(os.urandom(k * k))
+    meta = {"step": 10, "metrics": {}, "format": manifest.FORMAT}
+    (step / manifest.META).write_text(json.dumps(meta))
     manifest.write_manifest(step)
     return step
 

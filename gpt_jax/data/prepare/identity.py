@@ -240,6 +240,8 @@ def has_changed(place: str, before: list[str], now: list[str]) -> bool:
     Copying a file or changing its owner changes its stamp alone. Its SHA-256 then decides, if it
     was noted. `now` are the bytes and the stamp.
     """
+    if len(before) < 2:  # No version has written so little.
+        return True
     size, stamp, *sha256 = before
     if [size, stamp] == now:
         return False

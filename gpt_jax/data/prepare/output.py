@@ -94,7 +94,7 @@ def _refuse_changed_input(folder: Path, state: dict) -> None:
     inputs = folder / corpus.INPUTS
     if not inputs.exists():  # it is no part of a corpus, so a copy need not have it
         return
-    saved = _read_own(inputs, folder, Each(("text", "text")))
+    saved = _read_own(inputs, folder, Each(["text"]))
     before = {identity.locate(path): value for path, value in saved.items()}
     changed = [path for path in {**before, **state} if path not in before or path not in state]
     changed += [

@@ -5,13 +5,11 @@ names and renamed, and its marker (json) is written last. So a kill at any momen
 or not done, and two processes that do the same unit harm nothing.
 """
 
-import functools
 import json
 import os
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt_jax.data.prepare import filters
+from gpt_jax.data.prepare.encoding import Part, Text, encode, load_tokenizer, split_into_parts
 from gpt_jax.data.read import documents as readers
 from gpt_jax.data.read.decoding import Piece, Reading
 from gpt_jax.data.read.documents import Document, Tally
-from gpt_jax.data.tasks.example import Example, Span
-from gpt_jax.data.tokenizers.spec import tokenizer_from_json
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards
 from gpt_jax.data.tokens.marks import find_end_name, list_end_names
@@ -33,8 +30,6 @@ from gpt_jax.files import Digest, replace_file
 from gpt_jax.schema import Each, read_json
 
 WORK = "work"  # the folder of what is unfinished
-# Encoded at once. The library needs some 40 bytes a character while it encodes.
-BATCH_CHARACTERS = 1 << 20
 
 Tick = Callable[[int, int], None]
 
@@ -83,21 +78,6 @@ class PrepareJob(NamedTuple):
 
 
 # ---- reading ----
-
-
-class Text(NamedTuple):
-    """A document after the filters."""
-
-    piece: int
-    document: Document
-    text: str
-    hash: int
-    number: int  # of the document among all those of the unit that have text
-
-    @property
-    def example(self) -> Example:
-        """What is learned of it. A text of several spans is as it was read, see `_filter`."""
-        return self.document.example if self.document.spans else Example((Span(self.text),))
 
 
 @dataclass
@@ -222,93 +202,6 @@ def write_marker(
     return json.loads(raw)  # as `read_marker` gives it
 
 
-# ---- encoding ----
-
-
-@functools.lru_cache(1)
-def _load_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
-    """The tokenizer of a job, loaded once a process because a large vocabulary takes a second."""
-    try:
-        tokenizer = tokenizer_from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, UsageError) as error:
-        raise DataError(f"{path}: damaged ({error}); run the command again") from None
-    if tokenizer.fingerprint != fingerprint:
-        raise DataError(f"{path}: is not the tokenizer of this job; run the command again")
-    return tokenizer
-
-
-class Part(NamedTuple):
-    """A part of a text that is encoded by itself."""
-
-    of: Text
-    text: str
-    learn: bool
-    last: bool = False  # of its text
-
-
-def _split_into_parts(texts: Iterable[Text], tokenizer: Tokenizer) -> Iterator[Part]:
-    """The parts of all texts. One part of a long text is held at a time, and the next one."""
-    for text in texts:
-        parts = _cut(text, tokenizer)
-        part = next(parts)
-        for following in parts:
-            yield part
-            part = following
-        yield part._replace(last=True)
-
-
-def _cut(text: Text, tokenizer: Tokenizer) -> Iterator[Part]:
-    """The parts of a text. No part holds characters of two spans."""
-    for span in text.example.spans:
-        for part in tokenizer.parts(span.text):
-            yield Part(text, part, span.learn)
-
-
-def _batch(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    batch = []
-    size = 0
-    for part in parts:
-        batch.append(part)
-        size += len(part.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch
-
-
-def _encode_batch(tokenizer: Tokenizer, batch: list[Part]) -> list[np.ndarray]:
-    """The ids of each part. Raises UsageError that names the document."""
-    try:
-        return tokenizer.encode_batch([part.text for part in batch])
-    except UsageError:
-        for part in batch:
-            try:
-                tokenizer.encode(part.text)
-            except UsageError as error:
-                raise UsageError(f"{part.of.document.name}: {error}") from None
-        raise
-
-
-def _encode(
-    parts: Iterable[Part], tokenizer: Tokenizer
-) -> Iterator[tuple[list[Part], list[np.ndarray]]]:
-    """Batches with their ids.
-
-    One batch is encoded while the one before is written and the one after is read.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for batch in _batch(parts):
-            following = batch, thread.submit(_encode_batch, tokenizer, batch)
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-        if waiting:
-            yield waiting[0], waiting[1].result()
-
-
 # ---- tokenizing ----
 
 
@@ -341,7 +234,7 @@ def tokenize(job: PrepareJob, unit: Unit, tick: Tick, *, fingerprint: str, keep:
     The marker also has `sides`: {side: documents, tokens, bytes, lost}, and `marks`. Memory: the
     largest document, and 32 bytes for each.
     """
-    tokenizer = _load_tokenizer(job.folder / WORK / "tokenizer.json", fingerprint)
+    tokenizer = load_tokenizer(job.folder / WORK / "tokenizer.json", fingerprint)
     kept = np.fromfile(job.folder / keep_file(unit), bool) if keep else None
     dtype = shards.choose_id_type(tokenizer.vocab)
     counts = Counts()
@@ -351,8 +244,8 @@ def tokenize(job: PrepareJob, unit: Unit, tick: Tick, *, fingerprint: str, keep:
     writers = {side: shards.Writer(temporary[side], dtype, tokenizer.eot) for side in SIDES}
     try:
         texts = _watch(read(job, unit, counts, kept), tokenizer, counts)
-        parts = _split_into_parts(texts, tokenizer)
-        for batch, ids in _encode(parts, tokenizer):
+        parts = split_into_parts(texts, tokenizer)
+        for batch, ids in encode(parts, tokenizer):
             tick(*_write(writers, tokenizer, batch, ids, job.settings.eval_fraction))
         files = {}
         for side, out in writers.items():
