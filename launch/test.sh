@@ -18,9 +18,9 @@ case ${1:-} in
     ;;
 --deep)
     shift
-    "$root/.venv/bin/python" -m pytest -n 2 -m deep "$@"
+    "$root/.venv/bin/python" -m pytest -n 2 --dist worksteal -m deep "$@"
     export DEFAULT_COMPILER=1 # see tests/conftest.py
     tier=(tests/train/test_step.py tests/model/test_parameters.py tests/model/test_model.py::test_logits_equal_numpy)
     ;;
 esac
-exec "$root/.venv/bin/python" -m pytest -n 2 "${tier[@]}" "$@"
+exec "$root/.venv/bin/python" -m pytest -n 2 --dist worksteal "${tier[@]}" "$@"

@@ -166,6 +166,9 @@ class Eval:
     batches: int = knob(0, "Held-out batches of an evaluation. 0 means all of them.", low=0)
     batch_size: int = knob(0, "Rows of a held-out batch. 0 means train.batch_size.", low=0)
     sample_every_steps: int = knob(0, "Updates between samples. 0 means at the end alone.", low=0)
+    samples: int = knob(
+        3, "Samples at the end of a run, prompts in turn. 0 means none, also during it.", low=0
+    )
     sample_prompts: tuple[str, ...] = knob(
         (),
         "Prompts of the samples. A plain text is one prompt, commas included; several are written "

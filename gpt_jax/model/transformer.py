@@ -373,4 +373,9 @@ def abstract_params(model: config.Model) -> dict:
 
     Under a mesh they have shardings too.
     """
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return _traced_init.eval_shape(model, jax.random.key(0))
+
+
+# Several parts of a program ask for the shapes. A jitted function keeps its trace for each model
+# and mesh.
+_traced_init = jax.jit(init_params, static_argnums=0)

@@ -39,9 +39,6 @@ from gpt_jax.run.progress import Progress
 from gpt_jax.run.resume import start_state, state_items
 from gpt_jax.train import CHECKPOINT_FOLDER, Checkpoints, TrainState, open_checkpoints
 
-# The samples at the end of a run, prompts in turn.
-LAST_SAMPLES = 3
-
 
 def run_training(
     parts: Parts,
@@ -162,7 +159,8 @@ def follow_step(progress: Progress, checkpoints, state: TrainState, step: int, s
     if is_stopping:
         save(progress, checkpoints, state, step)
         raise stopped(progress, checkpoints, step)
-    if is_due(config.eval.sample_every_steps, step) and step < last:
+    has_samples = config.eval.samples > 0
+    if has_samples and is_due(config.eval.sample_every_steps, step) and step < last:
         write_samples(progress, state, step, 1)
     if checkpoints.should_save(step, metrics_at(progress, step)) or step == last:
         save(progress, checkpoints, state, step)
@@ -255,11 +253,11 @@ def finish(progress: Progress, step: int, **facts) -> Summary | None:
     return summary
 
 
-def find_leftovers(workdir: Path, step: int) -> list[bool]:
-    """Whether a finished run has its last evaluation, its last samples, and its report."""
+def find_leftovers(workdir: Path, step: int, samples: int) -> list[bool]:
+    """Whether a finished run has its last evaluation, its last `samples`, and its report."""
     rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["step"] == step]
     keys = {key for row in rows for key in row}
-    is_sampled = f"sample/{LAST_SAMPLES - 1}" in keys
+    is_sampled = not samples or f"sample/{samples - 1}" in keys
     is_measured = any(key.startswith("eval/") for key in keys)
     return [is_measured, is_sampled, (workdir / "report.html").exists()]
 
@@ -274,7 +272,8 @@ def conclude(
     config = progress.config
     workdir = progress.workdir
     steps = max(config.train.steps, progress.start)
-    is_measured, is_sampled, has_report = agree_on(lambda: find_leftovers(workdir, steps))
+    samples = config.eval.samples
+    is_measured, is_sampled, has_report = agree_on(lambda: find_leftovers(workdir, steps, samples))
     if progress.start >= steps and is_sampled and has_report:
         say(
             f"finished before, at step {steps}: see {workdir / 'report.html'}; for more steps "
@@ -285,7 +284,7 @@ def conclude(
     if not is_measured and not evaluate(progress, state, steps, stop):
         raise stopped(progress, checkpoints, steps)
     if not is_sampled:
-        write_samples(progress, state, steps, LAST_SAMPLES)
+        write_samples(progress, state, steps, samples)
     with progress.clock.phase("checkpoint", blocked=True):
         checkpoints.wait()
 

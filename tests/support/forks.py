@@ -42,6 +42,8 @@ READ_AT_START = (
     "HF_",
     "MPL",
 )
+# PYTHONPATH is looked at by itself. `breakpoint()` reads the other when it is called.
+NOT_READ_AT_START = ("PYTHONPATH", "PYTHONBREAKPOINT")
 # What a run imports after its start.
 IMPORTED_LATE = (
     "jax.experimental.multihost_utils",
@@ -116,8 +118,9 @@ class Server:
         """Names of the variables that only a new interpreter would read."""
         names = {name for name in environ.keys() | self.environ.keys() if is_read_at_start(name)}
         found = sorted(name for name in names if environ.get(name) != self.environ.get(name))
+        # Without a PYTHONPATH a process takes the installed package, which is the one in ROOT.
         first = environ.get("PYTHONPATH", "").split(os.pathsep)[0]
-        return found if first == str(ROOT) else [*found, "PYTHONPATH"]
+        return found if first in ("", str(ROOT)) else [*found, "PYTHONPATH"]
 
     def fork(self, request: dict, streams: list[int]) -> int:
         """The number of a new process, which is a child of this one."""
@@ -149,7 +152,7 @@ class Server:
 
 
 def is_read_at_start(name: str) -> bool:
-    return name.startswith(READ_AT_START) and name != "PYTHONPATH"
+    return name.startswith(READ_AT_START) and name not in NOT_READ_AT_START
 
 
 def adopt(wanted: bool) -> None:
@@ -228,7 +231,7 @@ def become(request: dict, streams: list[int], paths: list[str], imported: dict, 
 
     way, _, *words = request["words"]
     first = request["cwd"] if way == "-m" else ""
-    more = os.environ["PYTHONPATH"].split(os.pathsep)
+    more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [first, *more, *paths]
     sys.orig_argv = [sys.executable, *request["words"]]
     sys.argv = ["-m" if way == "-m" else "-c", *words]
