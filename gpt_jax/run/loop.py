@@ -253,12 +253,15 @@ def finish(progress: Progress, step: int, **facts) -> Summary | None:
     return summary
 
 
-def find_leftovers(workdir: Path, step: int, samples: int) -> list[bool]:
-    """Whether a finished run has its last evaluation, its last `samples`, and its report."""
+def find_leftovers(workdir: Path, step: int, is_heldout: bool, samples: int) -> list[bool]:
+    """Whether a finished run has its last evaluation, its last samples, and its report.
+
+    An evaluation is expected if text is held out, and so many `samples`.
+    """
     rows = [row for row in read_jsonl(workdir / "metrics.jsonl") if row["step"] == step]
     keys = {key for row in rows for key in row}
     is_sampled = not samples or f"sample/{samples - 1}" in keys
-    is_measured = any(key.startswith("eval/") for key in keys)
+    is_measured = not is_heldout or any(key.startswith("eval/") for key in keys)
     return [is_measured, is_sampled, (workdir / "report.html").exists()]
 
 
@@ -273,8 +276,11 @@ def conclude(
     workdir = progress.workdir
     steps = max(config.train.steps, progress.start)
     samples = config.eval.samples
-    is_measured, is_sampled, has_report = agree_on(lambda: find_leftovers(workdir, steps, samples))
-    if progress.start >= steps and is_sampled and has_report:
+    is_heldout = bool(progress.heldout) and "heldout" in config.eval.evaluators
+    is_measured, is_sampled, has_report = agree_on(
+        lambda: find_leftovers(workdir, steps, is_heldout, samples)
+    )
+    if progress.start >= steps and is_measured and is_sampled and has_report:
         say(
             f"finished before, at step {steps}: see {workdir / 'report.html'}; for more steps "
             "raise config.train.steps"

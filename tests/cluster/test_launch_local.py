@@ -271,15 +271,15 @@ def test_a_killed_process_and_the_job_starts_again_and_resumes(tmp_path):
     given = runs.arguments(
         tmp_path,
         tmp_path / "job",
-        "--config.train.steps=150",
-        "--config.checkpoint.every_steps=20",
+        "--config.train.steps=60",
+        "--config.checkpoint.every_steps=10",
         "--config.eval.every_steps=0",
         "--processes=2",
     )
     job = runs.Process(
         tmp_path / "logs", ["launch", "local", "--restarts=1", *given, "--devices_per_process=1"]
     )
-    job.until(runs.logged(tmp_path / "job", 60), "step 60")
+    job.until(runs.logged(tmp_path / "job", 20), "step 20")
     found = subprocess.run(
         ["ps", "-ww", "--ppid", str(job.popen.pid), "-o", "pid=,args="],
         capture_output=True,
@@ -290,7 +290,7 @@ def test_a_killed_process_and_the_job_starts_again_and_resumes(tmp_path):
     job.end(0)
 
     assert "resumed from step" in job.out and list(runs.curve(tmp_path / "job")) == list(
-        range(1, 151)
+        range(1, 61)
     )
     assert (
         "gpt-jax: launch: process 1 was killed by SIGKILL: exit code 40 "

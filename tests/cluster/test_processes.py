@@ -61,7 +61,7 @@ def test_losses_do_not_depend_on_the_processes(tmp_path, processes, devices, mes
     job = runs.job(
         tmp_path / "logs",
         processes,
-        runs.arguments(tmp_path, tmp_path / "job", *axes, *model),
+        runs.arguments(tmp_path, tmp_path / "job", *axes, *model, "--config.eval.samples=3"),
         devices,
         # One of the cases has interpreters of its own, and so a hash seed for each.
         start=subprocess.Popen if mesh == "data=2" else forks.Popen,
@@ -84,7 +84,8 @@ def test_losses_do_not_depend_on_the_processes(tmp_path, processes, devices, mes
     assert (tmp_path / "job/report.html").exists()  # made after sampling, on all processes
 
 
-@pytest.mark.parametrize("kills", [[12], pytest.param([12, 28], marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("kills", [[12], [12, 28]])
 def test_killed_and_resumed_on_two_and_on_one(tmp_path, kills):
     overrides = ("--config.train.steps=60", "--config.mesh.data=1", "--config.mesh.fsdp=2", *BUSY)
     whole, broken, moved = tmp_path / "whole", tmp_path / "broken", tmp_path / "moved"

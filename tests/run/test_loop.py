@@ -369,6 +369,7 @@ def test_what_a_run_says(tmp_path):
         runs.load(
             tmp_path,
             "--config.train.steps=6",
+            "--config.eval.samples=3",
             "--config.eval.sample_every_steps=2",
             "--config.eval.compare_xz=true",
             "--config.data.packing=chunk",
@@ -461,7 +462,7 @@ def test_rates_are_those_of_whole_steps(tmp_path):
     """A step that is fetched late belongs to the time when it ran, also before an evaluation."""
     parts = runs.build(runs.load(tmp_path, "--config.train.steps=40"))
     lines = []
-    progress = Progress(parts, tmp_path, 0, False, print, {}, dict, lines.append, {})
+    progress = Progress(parts, tmp_path, 0, False, print, {}, dict, lines.append, {}, [])
     names = ("objective", "loss", "bits_per_byte", "accuracy", "grad_norm", "param_norm")
     sums = {name: (np.float32(1), np.float32(1)) for name in names}
     progress.mark = 0, 100.0
@@ -509,7 +510,8 @@ def test_samples_come_from_the_averages(tmp_path, monkeypatch):
         "draw_samples",
         lambda model, compute, params, *rest: seen.append(params) or ["text"] * rest[3],
     )
-    parts = runs.build(runs.load(tmp_path, "--config.train.steps=4", "--config.train.ema=0.9"))
+    flags = ("--config.train.steps=4", "--config.train.ema=0.9", "--config.eval.samples=3")
+    parts = runs.build(runs.load(tmp_path, *flags))
     runs.run(parts, tmp_path / "run")
     assert not runs.differing(
         runs.by_path(seen[-1]), runs.by_path(runs.restored(parts, tmp_path / "run").ema)

@@ -108,9 +108,8 @@ def no_stragglers():
 @pytest.mark.parametrize(
     "before, after",
     [
-        (1, 1),
         (2, 1),
-        *[pytest.param(*counts, marks=pytest.mark.deep) for counts in ((1, 3), (4, 2))],
+        *[pytest.param(*counts, marks=pytest.mark.deep) for counts in ((1, 1), (1, 3), (4, 2))],
     ],
 )
 def test_killed_and_gone_on_with_by_another_number_of_processes(
