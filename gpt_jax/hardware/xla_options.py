@@ -35,6 +35,8 @@ GPU = {
     "xla_gpu_enable_triton_gemm": False,
 }
 DEFAULTS = {"tpu": TPU, "gpu": GPU}  # Options by `device.platform`; a CPU has none.
+# Options of a generation, by `device.device_kind`.
+GENERATIONS: dict[str, dict[str, object]] = {}
 # Words by which XLA's errors about options are known.
 FAULT_WORDS = ("No such compile option", "While setting option", "nknown option")
 
@@ -58,12 +60,13 @@ def parse_options(texts: Sequence[str]) -> dict:
     return options
 
 
-def choose_xla_options(platform: str, texts: Sequence[str] = ()) -> dict:
-    """Returns what a program for `platform` is compiled with.
+def choose_xla_options(platform: str, kind: str = "", texts: Sequence[str] = ()) -> dict:
+    """Returns what a program for devices of this platform and kind is compiled with.
 
-    These are DEFAULTS, changed by `texts`, which come from the config's field FIELD.
+    These are DEFAULTS and GENERATIONS, changed by `texts`, which come from the config's field
+    FIELD.
     """
-    options = DEFAULTS.get(platform, {}) | parse_options(texts)
+    options = DEFAULTS.get(platform, {}) | GENERATIONS.get(kind, {}) | parse_options(texts)
     return {name: value for name, value in options.items() if value is not None}
 
 

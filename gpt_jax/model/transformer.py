@@ -23,6 +23,7 @@ from gpt_jax.config import LayerSpec, layer_specs, layout
 from gpt_jax.errors import UsageError
 from gpt_jax.model import stages
 from gpt_jax.model.attention.attention import MAPS, Attention, Context
+from gpt_jax.model.attention.kernels import is_kernel_result
 from gpt_jax.model.experts.balance import add_layer, empty_report
 from gpt_jax.model.experts.moe import Moe
 from gpt_jax.model.kv_cache import append_token
@@ -41,10 +42,15 @@ from gpt_jax.model.layers.norms import Norm
 from gpt_jax.model.layers.positions import rotary_frequencies, sinusoids
 
 MIXERS = {"attention": Attention}
+
+POLICIES = jax.checkpoint_policies
 REMATS = {
     "block": None,  # recompute the block from its input
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul results
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    # Keep the results of matmuls and of attention kernels.
+    "dots": POLICIES.save_from_both_policies(
+        POLICIES.dots_with_no_batch_dims_saveable, is_kernel_result
+    ),
+    "offload": POLICIES.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 # How a model runs when nobody says otherwise: plainly, and in float32.

@@ -109,7 +109,7 @@ def estimate_memory(job: PlanJob, shape: dict[str, int], kernel: str, platform: 
         average=device_bytes(job, shape, "ema", zero),
         gradients=parameters * sums,
         batch=_batch_bytes(config, shape, here),
-        activations=_activation_bytes(job, layers, shape, here),
+        activations=_activation_bytes(job, layers, shape, here, kernel),
         working=_working_bytes(job, layers, shape, here, kernel, platform),
         logits=_logits_bytes(config, shape, here),
         gathered=_gathered_bytes(job, shape, platform),
@@ -129,11 +129,15 @@ def _logits_bytes(config: configs.Config, shape: dict[str, int], here: Microbatc
 
 
 def _activation_bytes(
-    job: PlanJob, layers: list[tuple[Widths, int]], shape: dict[str, int], here: Microbatch
+    job: PlanJob,
+    layers: list[tuple[Widths, int]],
+    shape: dict[str, int],
+    here: Microbatch,
+    kernel: str,
 ) -> float:
     """Returns what the forward pass leaves behind for the backward one."""
     model = job.config.model
-    a_token = sum(kept_bytes(job, widths, shape) * count for widths, count in layers)
+    a_token = sum(kept_bytes(job, widths, shape, kernel) * count for widths, count in layers)
     total = here.tick_tokens * here.ticks * a_token * here.tick_layers / len(job.layers)
 
     stream = stream_bytes(job, shape)
@@ -144,7 +148,7 @@ def _activation_bytes(
     return total + here.tokens * stream * streams
 
 
-def kept_bytes(job: PlanJob, widths: Widths, shape: dict[str, int]) -> float:
+def kept_bytes(job: PlanJob, widths: Widths, shape: dict[str, int], kernel: str) -> float:
     """Returns the bytes that the forward pass leaves behind for a token in one layer.
 
     `widths` are those of the buffers (see widen_for_buffers).
@@ -157,11 +161,15 @@ def kept_bytes(job: PlanJob, widths: Widths, shape: dict[str, int]) -> float:
         return stream
 
     inside = (widths.q + 2 * widths.kv + widths.inner) / tensor * entry
-    # Results of matmuls that are read again: q, k, v, attention's output, and of dense layers the
-    # inner channels.
+    # Results of matmuls that are read again: q, k, v, the projection of attention's output, and of
+    # dense layers the inner channels. Kernels that are not run again leave their output, and a
+    # float32 for each head.
     if job.config.compute.remat == "dots":
         attention = (widths.q + 2 * widths.kv) / tensor * entry
-        return 2 * stream + (attention if widths.sent else inside)
+        result = 0.0
+        if KERNELS[kernel].keeps_result:
+            result = (widths.q * entry + model.heads * FULL_BYTES) / tensor
+        return 2 * stream + result + (attention if widths.sent else inside)
 
     # What goes into the matmuls, and the float32 of the norms themselves.
     norms = 2 * (stream + stream / entry * FULL_BYTES)

@@ -277,7 +277,8 @@ def make_steps(config: configs.Config, mesh) -> Steps:
 
 def compiler_options(config: configs.Config, mesh) -> dict:
     """What the steps are compiled with on these devices."""
-    return choose_xla_options(mesh.devices.flat[0].platform, config.compute.compiler_options)
+    device = mesh.devices.flat[0]
+    return choose_xla_options(device.platform, device.device_kind, config.compute.compiler_options)
 
 
 def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:

@@ -33,8 +33,12 @@ def test_options_are_parsed():
 
 def test_a_config_adds_replaces_and_leaves_out(monkeypatch):
     monkeypatch.setattr(xla_options, "DEFAULTS", {"gpu": {"a": True, "b": 1}})
-    assert xla_options.choose_xla_options("gpu", ("b=2", "a=", "c=3")) == {"b": 2, "c": 3}
-    assert xla_options.choose_xla_options("cpu") == {}
+    monkeypatch.setattr(xla_options, "GENERATIONS", {"new": {"b": 4, "d": 5}})
+    choose = xla_options.choose_xla_options
+    assert choose("gpu", "", ("b=2", "a=", "c=3")) == {"b": 2, "c": 3}
+    assert choose("gpu", "new") == {"a": True, "b": 4, "d": 5}
+    assert choose("gpu", "new", ("b=2", "d=")) == {"a": True, "b": 2}
+    assert choose("cpu") == {}
 
     values = configs.to_dict(configs.Config())
     configs.override(values, "compute.compiler_options", "a=1,b=x")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax.model.layers.extras import softcap
+from gpt_jax.model.layers.linear import widen
 
 
 def attend(q, k, v, mask, cap: float = 0.0, keep=None):
@@ -58,7 +59,10 @@ def weigh(q, k, mask, cap: float):
     B, K, S = k.shape[:3]
     T = mask.shape[1]
 
-    scores = softcap(jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32), cap)
+    def multiply(q, k, dtype):
+        return jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=dtype)
+
+    scores = softcap(widen(multiply, q, k), cap)
     scores = scores.reshape(B, K, -1, T, S)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1)

@@ -178,8 +178,13 @@ class Attention(nn.Module):
         rate = self.model.attention_dropout
         if rate == 0.0 or not self.has_rng("dropout"):
             return None
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (B, self.model.heads, T, T))
-        return sharding.constrain(keep / (1 - rate), "batch", "heads", "seq", "keys")
+        keep = jax.random.bernoulli(
+            self.make_rng("dropout"),
+            1 - rate,
+            (B, self.model.heads, T, T),
+            out_sharding=sharding.out_spec("batch", "heads", "seq", "keys"),
+        )
+        return keep / (1 - rate)
 
     def _decode(self, q, k, v, cache, lengths):
         """Lets one new token a row attend over the cache and itself -> [B, 1, N, H]."""

@@ -77,6 +77,21 @@ def _splash(q, k, v, pattern, cap, keep, interpret=False):
     return splash.attention(q, k, v, pattern, cap, interpret=interpret)
 
 
+# What the forward pass of cuDNN's kernel is called. It gives the output and the sums of its
+# softmax, and the backward pass needs both.
+CUDNN_FORWARD = "dot_product_attention_fwd"
+is_named_result = jax.checkpoint_policies.save_only_these_names(splash.RESULT)
+
+
+def is_kernel_result(primitive, *arrays, **params) -> bool:
+    """A policy of `jax.checkpoint` that keeps what an attention kernel gives.
+
+    Without it the backward pass would run the kernel a second time.
+    """
+    is_cudnn = primitive.name.startswith(CUDNN_FORWARD)
+    return is_cudnn or is_named_result(primitive, *arrays, **params)
+
+
 # ---- what each kernel cannot do ----
 
 
@@ -148,8 +163,8 @@ class Kernel(NamedTuple):
 
     The rest is for the plan and for the check at the start of a run. `makes_maps` tells whether
     whole maps of queries and keys exist in memory. `skips_future` tells whether what causal order
-    rules out is left out of the FLOPs. `efficiency` is the assumed part of the peak. `has_cycles`
-    tells whether the TPU compiler writes the kernel's cycles. `check_length` is the length of the
+    rules out is left out of the FLOPs. `efficiency` is the assumed part of the peak. `keeps_result`
+    tells whether `is_kernel_result` knows the kernel. `has_cycles` tells whether the TPU compiler writes the kernel's cycles. `check_length` is the length of the
     check's rows, for a device along the axis context.
     """
 
@@ -161,6 +176,7 @@ class Kernel(NamedTuple):
     makes_maps: bool = False
     skips_future: bool = True
     efficiency: float = 0.2
+    keeps_result: bool = False
     has_cycles: bool = True
     # A kernel that skips blocks gets several of them.
     check_length: int = 256
@@ -184,6 +200,7 @@ KERNELS = {
         _cudnn_cannot,
         "gpu",
         efficiency=0.55,
+        keeps_result=True,
         has_cycles=False,
         check_length=32,
     ),
@@ -193,6 +210,7 @@ KERNELS = {
         "tpu",
         partial(splash.attention, axis="context"),
         efficiency=0.45,
+        keeps_result=True,
         has_cycles=False,
     ),
 }

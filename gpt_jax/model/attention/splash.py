@@ -17,6 +17,7 @@ from gpt_jax.model.attention.attend import scale_queries
 
 # This is MaxText's size. The library's own default of 128 takes 16 times the entries in its tables.
 BLOCK = 512
+RESULT = "splash_result"  # the name of output and softmax sums for `jax.checkpoint`
 
 
 def attention(q, k, v, pattern, cap: float = 0.0, axis: str | None = None, interpret: bool = False):
@@ -84,6 +85,7 @@ def _make_kernel(q_shape, window: int, cap: float, axis: str | None, interpret: 
             block_kv_dq=size,
         ),
         attn_logits_soft_cap=cap or None,
+        residual_checkpoint_name=RESULT,
         interpret=interpret,
     )
     if not axis:

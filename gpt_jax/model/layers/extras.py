@@ -19,7 +19,10 @@ def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
     """
     if rate == 0.0 or not module.has_rng("dropout"):
         return x
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    # Each device draws for its own rows. The mask is in the order of the text, so that it does not
+    # depend on how a row is cut.
+    layout = sharding.out_spec("batch", None, None)
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape, out_sharding=layout)
     keep = sharding.reorder(keep)
     # In bfloat16 1 - 0.1 would be 0.8984, and everything that is kept 0.18 % too large.
     scaled = x.astype(jnp.float32) / (1 - rate)
