@@ -164,8 +164,9 @@ class Kernel(NamedTuple):
     The rest is for the plan and for the check at the start of a run. `makes_maps` tells whether
     whole maps of queries and keys exist in memory. `skips_future` tells whether what causal order
     rules out is left out of the FLOPs. `efficiency` is the assumed part of the peak. `keeps_result`
-    tells whether `is_kernel_result` knows the kernel. `has_cycles` tells whether the TPU compiler writes the kernel's cycles. `check_length` is the length of the
-    check's rows, for a device along the axis context.
+    tells whether `is_kernel_result` knows the kernel. `has_cycles` tells whether the TPU compiler
+    writes the kernel's cycles. `check_length` is the length of the check's rows, for a device along
+    the axis context.
     """
 
     run: Callable
