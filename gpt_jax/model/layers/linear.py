@@ -5,6 +5,7 @@ multiplied in the compute dtype.
 """
 
 from functools import partial
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -41,12 +42,13 @@ def matmul(
     return sharding.reshape(y, (*x.shape[:-1], kernel.shape[-1]), "batch", seq, out_axis)
 
 
-def _matmul(x, kernel, result_dtype, layout):
+def _matmul(x, kernel, result_dtype, layout) -> jax.Array:
     def multiply(x, kernel, dtype):
         return jnp.matmul(x, kernel, preferred_element_type=dtype, out_sharding=layout)
 
-    is_wider = result_dtype not in (None, x.dtype)
-    return widen(multiply, x, kernel) if is_wider else multiply(x, kernel, None)
+    if result_dtype in (None, x.dtype):
+        return multiply(x, kernel, None)
+    return cast(jax.Array, widen(multiply, x, kernel))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
