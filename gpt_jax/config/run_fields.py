@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gpt_jax.config.knobs import OBJECTIVES, OPTIMIZERS, SCHEDULES, knob
+from gpt_jax.config.knobs import DTYPES, OBJECTIVES, OPTIMIZERS, SCHEDULES, knob
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,11 @@ class Optim:
     )
     b2: float = knob(0.95, "The decay of the second moment.", low=0.0, high=0.99999)
     eps: float = knob(1e-8, "The number added to the root of the second moment.", low=0.0)
+    moment_dtype: str = knob(
+        "float32",
+        "The dtype of the first moment of adamw and lion. bfloat16 saves two bytes a parameter.",
+        choices=DTYPES,
+    )
     weight_decay: float = knob(0.1, "Decoupled weight decay, times the rate.", low=0.0)
     decay: str = knob(
         "matrices",

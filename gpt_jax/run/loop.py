@@ -31,6 +31,7 @@ from gpt_jax.metrics import (
     summarize,
     write_report,
 )
+from gpt_jax.run.collector import collecting_by_step
 from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
 from gpt_jax.run.lock import only_run
 from gpt_jax.run.meta import META_SCHEMA
@@ -62,6 +63,7 @@ def run_training(
     steps = parts.config.train.steps
     hang_minutes = parts.config.train.hang_minutes
     with jax.set_mesh(parts.mesh), watchdog(hang_minutes) as beat, ExitStack() as closing:
+        collect = closing.enter_context(collecting_by_step())
         session = begin(parts, workdir, profile, say, origin, beat, closing)
         progress, checkpoints, stream, stop, state = session
         for step in range(progress.start + 1, steps + 1):
@@ -71,6 +73,7 @@ def run_training(
             beat()
             checkpoints.check()
             follow_step(progress, checkpoints, state, step, stop)
+            collect(step)
             beat()
         return conclude(progress, checkpoints, state, stop, say)
 

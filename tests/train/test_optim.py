@@ -658,3 +658,34 @@ def test_sharded_is_unsharded(eight_devices, name):
 
 if __name__ == "__main__":
     on_eight_devices()
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_moments_in_bfloat16(name):
+    """The first moment takes half of its bytes, and the updates stay those of float32 nearly."""
+    grads = gradients(MODEL)
+    params = draw(0, MODEL)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        tx = make_optimizer(optim(optimizer=name, moment_dtype=dtype), params)
+        found[dtype] = run(tx, params, grads)
+
+    def list_dtypes(state):
+        return sorted({leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim})
+
+    assert list_dtypes(found["float32"][1]) == ["float32"]
+    wanted = {"adamw": ["bfloat16", "float32"], "lion": ["bfloat16"]}
+    assert list_dtypes(found["bfloat16"][1]) == wanted[name]
+
+    changes = {
+        dtype: np.concatenate(
+            [
+                np.ravel(new - old)
+                for new, old in zip(*map(jax.tree.leaves, (end, params)), strict=True)
+            ]
+        )
+        for dtype, (end, _) in found.items()
+    }
+    apart = np.abs(changes["bfloat16"] - changes["float32"])
+    assert apart.max() > 0
+    assert apart.mean() < 0.02 * np.abs(changes["float32"]).mean()

@@ -55,7 +55,7 @@ def _decay(
 
 
 def _adamw(optim, group, describe, dtype):
-    adam = optax.scale_by_adam(group.b1, group.b2, group.eps)
+    adam = optax.scale_by_adam(group.b1, group.b2, group.eps, mu_dtype=optim.moment_dtype)
     return optax.chain(adam, _decay(optim, group, describe))
 
 
@@ -81,7 +81,8 @@ def _adafactor(optim, group, describe, dtype):
 
 
 def _lion(optim, group, describe, dtype):
-    return optax.chain(optax.scale_by_lion(group.b1, group.b2), _decay(optim, group, describe))
+    lion = optax.scale_by_lion(group.b1, group.b2, mu_dtype=optim.moment_dtype)
+    return optax.chain(lion, _decay(optim, group, describe))
 
 
 def _sgd(optim, group, describe, dtype):
@@ -96,8 +97,8 @@ def _muon(optim, group, describe, dtype):
 # Each row makes a group's step before the learning rate:
 # (optim, group, describe, dtype) -> transformation. The knobs that they read:
 #
-# - adamw has b1, b2, and eps, which is outside the root.
-# - lion has b1 and b2.
+# - adamw has b1, b2, moment_dtype, and eps, which is outside the root.
+# - lion has b1, b2 and moment_dtype.
 # - sgd has b1, which is torch's momentum without dampening.
 # - muon has those of `muon.make_muon`.
 # - adafactor has none. It has no momentum, and its second moment is 1 - step^-0.8. Its rate is
