@@ -15,6 +15,7 @@ KERNELS = ("auto", "reference", "blocked", "ring", "xla", "cudnn", "splash")
 REMATS = ("none", "block", "dots", "offload")
 INITS = ("gpt2", "xavier", "modern")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
+MUON_SCALES = ("shape", "adam")
 SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")
 ENDLESS = ("constant", "inverse_sqrt")  # schedules without a last step
 PACKINGS = ("window", "chunk", "document", "first_fit", "best_fit")

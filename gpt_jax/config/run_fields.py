@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gpt_jax.config.knobs import DTYPES, OBJECTIVES, OPTIMIZERS, SCHEDULES, knob
+from gpt_jax.config.knobs import DTYPES, MUON_SCALES, OBJECTIVES, OPTIMIZERS, SCHEDULES, knob
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,12 @@ class Optim:
     muon_decay_to_zero: bool = knob(
         False, "Whether Muon's weight decay falls to zero, as a cosine, at decay_steps."
     )
+    muon_scale: str = knob(
+        "shape",
+        "What Muon multiplies its update by: max(1, out / in) ** 0.5 (shape), or "
+        "0.2 * max(in, out) ** 0.5 (adam), which gives it the size of AdamW's (Moonlight).",
+        choices=MUON_SCALES,
+    )
     muon_normalize: bool = knob(
         False, "Whether Muon divides rows by their second moment (NorMuon), with b2."
     )
@@ -153,6 +159,9 @@ class Train:
         0, "Tokens of a row whose logits exist at a time. 0 means all of them.", low=0
     )
     ema: float = knob(0.0, "The decay of averaged weights. 0 is off.", low=0.0, high=0.999999)
+    ema_warmup: bool = knob(
+        False, "Whether that decay begins as (1 + step) / (10 + step), while this is smaller."
+    )
     hang_minutes: float = knob(
         30.0, "The run ends with exit code 41 when no step ends for so long. 0 is off.", low=0.0
     )

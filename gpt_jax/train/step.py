@@ -8,7 +8,7 @@ import optax
 
 from gpt_jax import config, sharding
 from gpt_jax.train.objectives import OBJECTIVES, Network
-from gpt_jax.train.optim.optimizer import ema_init, ema_update, gradient_norm
+from gpt_jax.train.optim.optimizer import ema_decay, ema_init, ema_update, gradient_norm
 
 
 class TrainState(NamedTuple):
@@ -117,7 +117,9 @@ def train_step(
 
     updates, opt = tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = ema_update(state.ema, params, train.ema) if train.ema else {}
+    ema = {}
+    if train.ema:
+        ema = ema_update(state.ema, params, ema_decay(train, state.step))
 
     sums["grad_norm"] = (gradient_norm(grads, network.describe), jnp.ones(()))
     sums["param_norm"] = (optax.tree.norm(params), jnp.ones(()))

@@ -689,3 +689,21 @@ def test_moments_in_bfloat16(name):
     apart = np.abs(changes["bfloat16"] - changes["float32"])
     assert apart.max() > 0
     assert apart.mean() < 0.02 * np.abs(changes["float32"]).mean()
+
+
+def test_the_decay_of_averages_warms_up():
+    steady = config.Train(ema=0.9)
+    warming = config.Train(ema=0.9, ema_warmup=True)
+    assert optimizer.ema_decay(steady, jnp.int32(0)) == 0.9
+    found = [float(optimizer.ema_decay(warming, jnp.int32(step))) for step in (0, 5, 80, 81, 1000)]
+    np.testing.assert_allclose(found, [0.1, 6 / 15, 0.9, 0.9, 0.9], rtol=1e-6)
+
+
+@pytest.mark.parametrize("inputs, outputs", [(64, 16), (16, 64), (32, 32)])
+def test_muons_scale_of_adam(inputs, outputs):
+    """The root mean square of an orthogonal update becomes 0.2, whatever its shape is."""
+    wide = np.linalg.qr(np.random.default_rng(0).standard_normal((max(inputs, outputs),) * 2))[0]
+    update = {"kernel": jnp.asarray(wide[:inputs, :outputs], jnp.float32)}
+    tx = muon.scale_by_shape("adam")
+    scaled, _ = tx.update(update, tx.init(update))
+    assert float(jnp.sqrt(jnp.mean(jnp.square(scaled["kernel"])))) == pytest.approx(0.2, rel=1e-5)

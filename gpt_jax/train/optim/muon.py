@@ -157,14 +157,24 @@ def normalize_rows(b2: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_shape() -> optax.GradientTransformation:
-    """Keller Jordan's factor max(1, out / in)^0.5 for kernels `[in, out]`.
+def _shape_factor(inputs: int, outputs: int) -> float:
+    """Keller Jordan's. It keeps the change of an output's size the same for all shapes."""
+    return max(1.0, outputs / inputs) ** 0.5
 
-    It keeps the change of an output's size the same for all shapes.
-    """
+
+def _adam_factor(inputs: int, outputs: int) -> float:
+    """Moonlight's (arXiv 2502.16982). Updates get the root mean square of AdamW's, about 0.2."""
+    return 0.2 * max(inputs, outputs) ** 0.5
+
+
+SCALES = {"shape": _shape_factor, "adam": _adam_factor}
+
+
+def scale_by_shape(kind: str = "shape") -> optax.GradientTransformation:
+    """Multiplies kernels `[in, out]` by a factor of their shape, a row of SCALES."""
 
     def scale(u):
-        return u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5
+        return u * SCALES[kind](*u.shape[-2:])
 
     return optax.stateless(lambda updates, params: jax.tree.map(scale, updates))
 
@@ -217,7 +227,7 @@ def make_muon(
             dtype=dtype,
         ),
         normalize_rows(group.b2) if optim.muon_normalize else optax.identity(),
-        scale_by_shape(),
+        scale_by_shape(optim.muon_scale),
         add_decay(
             group.weight_decay,
             cautious=optim.muon_cautious,

@@ -230,6 +230,16 @@ def ema_init(params):
     return jax.tree.map(jnp.copy, params)
 
 
-def ema_update(ema, params, decay: float):
+def ema_decay(train: config.Train, step: jax.Array) -> jax.Array | float:
+    """The decay of averaged weights after `step` updates.
+
+    With a warmup the average forgets the first weights as TensorFlow's `num_updates` does it.
+    """
+    if not train.ema_warmup:
+        return train.ema
+    return jnp.minimum(train.ema, (1.0 + step) / (10.0 + step))
+
+
+def ema_update(ema, params, decay: jax.Array | float):
     """`decay * ema + (1 - decay) * params`, leaf by leaf, float32."""
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
