@@ -130,11 +130,9 @@ def hold_lock(path: Path, wait: Callable[[], None] | None = _pass) -> Iterator[N
     """Holds the lock of a file, which is made if need be and keeps its content.
 
     If another process holds it, `wait` is called before waiting. Without `wait` that raises
-    BlockingIOError. Raises OSError for a file that cannot be opened, and for a link.
+    BlockingIOError. Raises OSError for a file that cannot be opened, and LinkedLock for a link.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    handle = os.open(path, flags, 0o666)
-    try:
+    with opening_lock(path) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -143,9 +141,6 @@ def hold_lock(path: Path, wait: Callable[[], None] | None = _pass) -> Iterator[N
             wait()
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        # Closing the file gives the lock back, and so does the end of the process, however it ends.
-        os.close(handle)
 
 
 # More open files than any corpus needs at a time.

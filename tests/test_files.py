@@ -8,7 +8,7 @@ import pytest
 from gpt_jax.data.prepare import output
 from gpt_jax.data.tokens import store
 from gpt_jax.errors import UsageError
-from gpt_jax.files import LinkedLock, opening_lock
+from gpt_jax.files import LinkedLock, hold_lock, opening_lock
 from gpt_jax.run.lock import only_run
 
 
@@ -17,7 +17,7 @@ def hold_run(folder):
 
 
 def hold_cache(folder):
-    return store._lock(folder / "key.lock", print)
+    return hold_lock(folder / "key.lock", None)
 
 
 @contextlib.contextmanager

@@ -73,9 +73,13 @@ def start_jax(place: Place | None, devices: list[int] | None, flags: JobFlags) -
     """Starts JAX's part of a job. Raises UsageError if there is no place and JAX finds none."""
     import jax
 
+    address = place.address if place else None
+    if place and place.processes == 1:
+        # A process that meets only itself need not find its machine's name in the network.
+        address = f"127.0.0.1:{place.address.rpartition(':')[2]}"
     try:
         jax.distributed.initialize(
-            coordinator_address=place.address if place else None,
+            coordinator_address=address,
             num_processes=place.processes if place else None,
             process_id=place.process if place else None,
             local_device_ids=devices,

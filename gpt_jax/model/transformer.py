@@ -379,7 +379,8 @@ def abstract_params(model: config.Model) -> dict:
 
     Under a mesh they have shardings too.
     """
-    return _traced_init.eval_shape(model, jax.random.key(0))
+    # No key is made, because the devices of the mesh may not be here.
+    return _traced_init.eval_shape(model, jax.eval_shape(jax.random.key, 0))
 
 
 # Several parts of a program ask for the shapes. A jitted function keeps its trace for each model

@@ -69,7 +69,7 @@ def test_arguments_pass_through(house):
     assert ended.stdout == "gpt-jax|launch|slurm|--restarts=3|train|"
 
     ended = launch(house, "test.sh", "-k", "x y")
-    assert (ended.returncode, ended.stdout) == (0, "python|-m|pytest|-n|2|-k|x y|")
+    assert (ended.returncode, ended.stdout) == (0, "python|-m|pytest|-n|2|--dist|worksteal|-k|x y|")
 
 
 @pytest.mark.parametrize("python", ["no_such_python", "old"])

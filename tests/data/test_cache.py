@@ -380,7 +380,7 @@ def test_a_lock_that_is_a_link_empties_nothing(folder):
     lock.unlink()
     lock.symlink_to(folder / "precious")
     shutil.rmtree(got.folder)
-    with pytest.raises(UsageError, match=r"config.data.cache = .*symbolic links"):
+    with pytest.raises(UsageError, match=r"config.data.cache = .*symbolic link"):
         prepare(data, quiet)
     assert (folder / "precious").read_text() == "content"
 
