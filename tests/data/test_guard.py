@@ -1,5 +1,6 @@
 """Shards and indexes that are replaced before a run and during it."""
 
+import json
 import os
 import time
 
@@ -159,9 +160,31 @@ def test_what_is_whole_is_remembered_until_it_changes(made, monkeypatch):
     assert sorted(hashed) == sorted([*shards, shards[0]])
 
     [memory] = (made.parent / "cache").glob("*.verified")
-    memory.write_text("[1, 2")
-    start(made).close()
-    assert len(hashed) == 2 * len(shards) + 1
+    for damaged in ("[1, 2", json.dumps({str(made / "text" / shards[0]): [1]}), '{"a": 1}'):
+        hashed.clear()
+        memory.write_text(damaged)
+        start(made).close()
+        assert len(hashed) == len(shards), damaged
+
+
+def test_a_memory_with_short_rows_is_no_trouble(made):
+    """The file that a row is about cannot be read, so nothing puts another row in its place."""
+    train = corpus.open_corpus(made).sources["text"]["train"]
+    files = share_files([train], 0, 1)
+    root = made.parent / "cache"
+    Guard(files, root).close()
+    [memory] = root.glob("*.verified")
+    memory.write_text(json.dumps({str(files[0].path): [1]}))
+    files[0].path.unlink()
+    Guard(files, root).close()
+
+
+def test_a_folder_whose_name_is_no_text(made):
+    odd = made.rename(made.parent / os.fsdecode(b"caf\xe9"))
+    stream = start(odd)
+    next(stream)
+    stream.close()
+    assert list((odd.parent / "cache").glob("*.verified"))
 
 
 def test_processes_share_the_files(made):

@@ -12,7 +12,13 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gpt_jax.data.tokens.hashes import SETTLED_NS, list_facts, read_stamps, save_stamps
+from gpt_jax.data.tokens.hashes import (
+    SETTLED_NS,
+    digest_paths,
+    list_facts,
+    read_stamps,
+    save_stamps,
+)
 from gpt_jax.data.tokens.shards import TokenFile, Tokens
 from gpt_jax.errors import DataError
 
@@ -40,9 +46,7 @@ class Guard:
 
     def __init__(self, files: Sequence[TokenFile], root: Path):
         self.files = files
-        names = "\0".join(str(file.path) for file in files)
-        digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-        self.memory = root / f"{digest}.verified"
+        self.memory = root / f"{digest_paths(str(file.path) for file in files)}.verified"
         # Facts and SHA-256 of files that were found whole.
         self.whole = read_stamps(self.memory)
         self.failure: DataError | None = None

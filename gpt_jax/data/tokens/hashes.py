@@ -10,14 +10,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gpt_jax.data.read import remote
 from gpt_jax.data.read.sources import HUB, Source
 from gpt_jax.errors import UsageError
-from gpt_jax.files import digest_file, replacing
+from gpt_jax.files import describe_error, digest_file, replacing
+from gpt_jax.schema import read_json
 
 # A file that is younger than this is hashed again the next time, because a change may hide in the
 # grain of the clock.
@@ -34,9 +35,13 @@ def hash_remote(url: str) -> str:
 
 def locate_stamps(sources: tuple[Source, ...], root: Path) -> Path:
     """Where the hashes of a set of files are remembered."""
-    paths = "\0".join(_spell_path(source.path) for source in sources)
-    name = hashlib.sha256(paths.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return root / f"{name}.stamps"
+    return root / f"{digest_paths(_spell_path(source.path) for source in sources)}.stamps"
+
+
+def digest_paths(paths: Iterable[str]) -> str:
+    """16 hex digits of paths, which may hold bytes that are no UTF-8."""
+    names = "\0".join(paths).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(names).hexdigest()[:16]
 
 
 def hash_sources(
@@ -99,7 +104,7 @@ def _hash(path: str, known: list | None, now: int, read_remote: Callable[[str], 
             return known
         return [*stamp, digest_file(Path(path)).sha256]
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"{path}: cannot be read: {describe_error(error)}") from None
 
 
 def list_facts(path: Path | str) -> list[int]:
@@ -109,12 +114,20 @@ def list_facts(path: Path | str) -> list[int]:
 
 
 def read_stamps(stamps: Path) -> dict[str, list]:
-    """What `save_stamps` wrote. A lost or torn list costs one more hashing, so it is empty then."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        entries = json.loads(stamps.read_bytes())
-        if isinstance(entries, dict) and all(isinstance(row, list) for row in entries.values()):
-            return entries
-    return {}
+    """What `save_stamps` wrote, without rows of another shape.
+
+    A lost or torn list costs one more hashing, so it is empty then.
+    """
+    try:
+        entries = read_json(stamps.read_bytes(), "object")
+    except (OSError, ValueError):
+        return {}
+    return {path: row for path, row in entries.items() if _is_stamp(row)}
+
+
+def _is_stamp(row) -> bool:
+    """Whether a row has the five entries that `_hash` gives, with a number in the third place."""
+    return isinstance(row, list) and len(row) == 5 and isinstance(row[2], int)
 
 
 def save_stamps(stamps: Path, entries: dict[str, list]) -> None:
