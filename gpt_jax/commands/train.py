@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
         branch = make_workdir(args.branch, "--branch")
         open_branch(workdir, branch, args.from_step or 0, say)
         workdir = branch
-    parts = build(config, say)
+    parts = build(config, say, workdir)
     say_start(parts.mesh)
     origin = {
         "command": shlex.join(["gpt-jax", "train", *arguments]),

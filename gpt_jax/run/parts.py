@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -115,8 +116,14 @@ def settle(config: configs.Config, tokenizer, mesh) -> tuple[configs.Config, str
     return settled, reason
 
 
-def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
+def build(
+    config: configs.Config,
+    say: Callable[[str], None] = print,
+    workdir: Path | None = None,
+) -> Parts:
     """Everything a run needs, checked before anything long compiles.
+
+    A run that may resume gives its `workdir`, see `read_start_tokenizer`.
 
     Raises UsageError for what cannot be run, and Miscompiled where the compiler is known to give
     wrong results.
@@ -126,7 +133,7 @@ def build(config: configs.Config, say: Callable[[str], None] = print) -> Parts:
     for line in check_miscompiles(jax.local_devices()[0], config.compute.ignore_miscompiles):
         say(line)
 
-    data = load_dataset(config.data, say, read_start_tokenizer(config))
+    data = load_dataset(config.data, say, read_start_tokenizer(config, workdir))
     check_heldout(config, data)
 
     vocab = data.tokenizer.vocab

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -18,14 +19,19 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def build(config: configs.Config | Mapping[str, Any], say: Callable[[str], None] = tell) -> Parts:
+def build(
+    config: configs.Config | Mapping[str, Any],
+    say: Callable[[str], None] = tell,
+    workdir: Path | None = None,
+) -> Parts:
     """The parts of a run: mesh, data, and the compiled steps.
 
     `config` is a Config, or nested mappings that hold what differs from the defaults; the
-    ConfigDict of a file in configs/ is one. Raises UsageError if it cannot be run.
+    ConfigDict of a file in configs/ is one. A run that may resume gives its `workdir`. Raises
+    UsageError if it cannot be run.
     """
     is_made = isinstance(config, configs.Config)
-    return build_parts(config if is_made else configs.from_dict(config), say)
+    return build_parts(config if is_made else configs.from_dict(config), say, workdir)
 
 
 def load(path: str, step: int = 0, devices: int = 0, say: Callable[[str], None] = tell) -> Loaded:

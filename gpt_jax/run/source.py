@@ -1,13 +1,15 @@
 """The checkpoint of another run that a new run starts from, and what both must have in common."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.data import Tokenizer
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.run.meta import META_SCHEMA, read_tokenizer
-from gpt_jax.train import peek_meta, read_meta, resolve_checkpoint
+from gpt_jax.train import CHECKPOINT_FOLDER, peek_meta, read_meta, resolve_checkpoint
 
 # Fields of config.model that another run may set otherwise. Each changes what the model does with
 # its weights, and training adapts the weights to that. All others decide what the weights are.
@@ -61,20 +63,46 @@ class Source(NamedTuple):
 
 
 def split_step(text: str) -> tuple[str, int]:
-    """ "runs/a@300" -> ("runs/a", 300). Without a step it is 0, which is the newest."""
+    """ "runs/a@300" -> ("runs/a", 300). Without a step it is 0, which is the newest.
+
+    A text that is a path as a whole has no step.
+    """
     path, at, step = text.rpartition("@")
-    return (path, int(step)) if at and step.isdecimal() else (text, 0)
+    has_step = at and step.isdecimal() and not Path(text).exists()
+    return (path, int(step)) if has_step else (text, 0)
 
 
-def read_start_tokenizer(config: configs.Config) -> Tokenizer | None:
-    """The tokenizer of the checkpoint that a run starts from, if the config names none itself.
+def read_start_tokenizer(config: configs.Config, workdir: Path | None = None) -> Tokenizer | None:
+    """The tokenizer of a run that starts from a checkpoint, if the config names none itself.
 
-    The files of the checkpoint are not verified. Raises UsageError for a path that does not exist.
+    It is that of the run's newest checkpoint in `workdir`. A run that has none yet gets that of the
+    checkpoint it starts from. Later that one is not needed, because it may be gone by then.
+
+    The files of the checkpoints are not verified. Raises UsageError for a path that does not exist.
     """
     if not config.init.from_ or config.data.tokenizer:
         return None
-    path, step = split_step(config.init.from_)
-    return read_tokenizer(peek_meta(path, step, META_SCHEMA), Path(path), step)
+    if workdir is not None and (workdir / CHECKPOINT_FOLDER).is_dir():
+        # What is wrong with the run's own checkpoints is said where the run is resumed.
+        with suppress(UsageError, NoCheckpoint):
+            return _peek_tokenizer(workdir, 0)
+    with naming_field(config.init):
+        return _peek_tokenizer(*split_step(config.init.from_))
+
+
+def _peek_tokenizer(path: str | Path, step: int) -> Tokenizer:
+    meta = peek_meta(path, step, META_SCHEMA)
+    return read_tokenizer(meta, Path(path), meta["step"])
+
+
+@contextmanager
+def naming_field(init: configs.Init) -> Iterator[None]:
+    """Puts the field in front of every refusal inside."""
+    try:
+        yield
+    except UsageError as error:
+        first, *rest = error.args
+        raise UsageError(f"config.init.from = {init.from_!r}: {first}", *rest) from None
 
 
 def find_source(init: configs.Init, say) -> Source:
@@ -82,12 +110,10 @@ def find_source(init: configs.Init, say) -> Source:
 
     Raises UsageError for a path or a step that does not exist, and NoCheckpoint for damage.
     """
-    try:
+    with naming_field(init):
         directory, number = resolve_checkpoint(*split_step(init.from_), say, META_SCHEMA)
-    except UsageError as error:
-        raise UsageError(f"config.init.from = {init.from_!r}: {error}") from None
-    meta = read_meta(directory, number, META_SCHEMA)
-    return Source(directory, number, meta, configs.read_saved(meta["config"]))
+        meta = read_meta(directory, number, META_SCHEMA)
+        return Source(directory, number, meta, configs.read_saved(meta["config"]))
 
 
 def check_source(source: Source, config: configs.Config, tokenizer: Tokenizer) -> list[str]:

@@ -10,7 +10,7 @@ import runs
 
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.run import parts as run_parts
-from gpt_jax.run.source import find_source
+from gpt_jax.run.source import find_source, split_step
 from gpt_jax.train import read_meta, resolve_checkpoint
 
 LONG = ("--config.train.seq_len=64", "--config.model.max_seq=64")
@@ -148,6 +148,22 @@ def test_the_tokenizer_is_the_checkpoints(folder, tmp_path):
         *second, "--config.data.tokenizer=bytes", f"--workdir={tmp_path / 'third'}"
     )
     assert code == 2 and "ids are those of the tokenizer char" in message
+
+    # The first run is not needed any more.
+    shutil.rmtree(first)
+    runs.call(*second, "--config.train.steps=3")
+    assert read_meta(*resolve_checkpoint(tmp_path / "second"))["step"] == 3
+    code, message = runs.refusal(*second, f"--workdir={tmp_path / 'third'}")
+    assert code == 2 and message.startswith(f"config.init.from = '{first}': checkpoint")
+
+
+def test_a_step_is_split_from_a_path(tmp_path):
+    assert split_step("runs/a@300") == ("runs/a", 300)
+    assert split_step("runs/a@b") == ("runs/a@b", 0)
+    whole = tmp_path / "a@300"
+    whole.mkdir()
+    assert split_step(str(whole)) == (str(whole), 0)
+    assert split_step(f"{whole}@5") == (str(whole), 5)
 
 
 @pytest.mark.parametrize(
