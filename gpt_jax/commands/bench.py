@@ -53,8 +53,9 @@ def timed(make: Callable[[int], object], count: int, seconds: float) -> tuple[in
 def measure(config, count: int, seconds: float) -> list[str]:
     """Lines: the stream from end to end, then its stages one after the other in this thread."""
     from gpt_jax.data import load_dataset, make_examples, make_stream
+    from gpt_jax.run import read_start_tokenizer
 
-    data = load_dataset(config.data)
+    data = load_dataset(config.data, tokenizer=read_start_tokenizer(config))
     train = config.train
     size = train.batch_size
 

@@ -121,8 +121,12 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int) -> I
     Raises UsageError or DataError for a text that cannot be used.
     """
     from gpt_jax.data import load_dataset, make_examples
+    from gpt_jax.run import read_start_tokenizer
 
-    data = load_dataset(config.data, lambda line: print(escape(line), file=sys.stderr))
+    def say(line: str) -> None:
+        print(escape(line), file=sys.stderr)
+
+    data = load_dataset(config.data, say, read_start_tokenizer(config, workdir))
     check_text(workdir, data)
     examples = make_examples(data, config.data, config.train.seq_len, config.seed)
 

@@ -125,7 +125,7 @@ def test_a_vocabulary_grows(folder, first, tmp_path):
         assert "embed/table grew from 264 to 288 rows" in lines[-1]
 
 
-def test_the_tokenizer_is_the_checkpoints(folder, tmp_path):
+def test_the_tokenizer_is_the_checkpoints(folder, tmp_path, capsys):
     """A tokenizer that was made from other text goes on, where none is named."""
     for name, text in (("one", "abcabc" * 400), ("two", "cabbac" * 400)):
         (tmp_path / f"{name}.txt").write_text(text)
@@ -153,6 +153,8 @@ def test_the_tokenizer_is_the_checkpoints(folder, tmp_path):
     shutil.rmtree(first)
     runs.call(*second, "--config.train.steps=3")
     assert read_meta(*resolve_checkpoint(tmp_path / "second"))["step"] == 3
+    runs.call("inspect", f"--workdir={tmp_path / 'second'}", "--batch=1", "--rows=1")
+    assert "source" in capsys.readouterr().out
     code, message = runs.refusal(*second, f"--workdir={tmp_path / 'third'}")
     assert code == 2 and message.startswith(f"config.init.from = '{first}': checkpoint")
 
