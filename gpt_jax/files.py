@@ -170,7 +170,7 @@ def is_shortage(error: OSError) -> bool:
 
 def describe_error(error: OSError) -> str:
     """What the system says, and the way out where too many files are open."""
-    reason = error.strerror or " ".join(str(error).split())
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     if not is_shortage(error):
         return reason
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

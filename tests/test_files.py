@@ -8,7 +8,7 @@ import pytest
 from gpt_jax.data.prepare import output
 from gpt_jax.data.tokens import store
 from gpt_jax.errors import UsageError
-from gpt_jax.files import LinkedLock, hold_lock, opening_lock
+from gpt_jax.files import LinkedLock, describe_error, hold_lock, opening_lock
 from gpt_jax.run.lock import only_run
 
 
@@ -69,3 +69,10 @@ def test_a_cache_is_not_built_into_the_target_of_a_link(tmp_path):
     with pytest.raises(UsageError, match="enough"):
         store.load_or_build(tmp_path / "key", build, print)
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["mine"]
+
+
+def test_every_error_has_words():
+    """Libraries raise OSErrors without a number, over several lines, or without any words."""
+    assert describe_error(OSError(28, "No space left on device")) == "No space left on device"
+    assert describe_error(OSError("torn\n  stream")) == "torn stream"
+    assert describe_error(OSError()) == "OSError"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from gpt_jax.errors import SaveFailed, complain
-from gpt_jax.files import free_name, replace_file
+from gpt_jax.files import describe_error, free_name, replace_file
 from gpt_jax.schema import Misfit, read_json, require
 
 
@@ -23,7 +23,7 @@ def saving(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SaveFailed(
-            f"{path}: cannot be written: {error.strerror}; saved checkpoints are intact"
+            f"{path}: cannot be written: {describe_error(error)}; saved checkpoints are intact"
         ) from error
 
 
@@ -68,7 +68,7 @@ def _read_lines(path: Path, report: Callable[[str], None]) -> list[tuple[dict, b
     try:
         *whole, _torn = path.read_bytes().split(b"\n")
     except OSError as error:
-        report(f"{path}: cannot be read ({error.strerror}), so earlier metrics are left out")
+        report(f"{path}: cannot be read ({describe_error(error)}), so earlier metrics are left out")
         return []
 
     pairs = []

@@ -1,12 +1,11 @@
 """One run at a time in a workdir."""
 
-import fcntl
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import Busy, UsageError
-from gpt_jax.files import LinkedLock, opening_lock
+from gpt_jax.files import LinkedLock, describe_error, hold_lock
 
 
 @contextmanager
@@ -21,8 +20,7 @@ def only_run(workdir: Path, say):
 
         def take_lock():
             try:
-                lock = closing.enter_context(opening_lock(workdir / ".lock"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                closing.enter_context(hold_lock(workdir / ".lock", wait=None))
             except BlockingIOError:
                 raise Busy(
                     f"--workdir={workdir}: another run is training into it; wait for it, stop it, "
@@ -33,8 +31,8 @@ def only_run(workdir: Path, say):
             except OSError as error:
                 # Some file systems have no locks.
                 say(
-                    f"{workdir} cannot be locked ({error.strerror}): a second run in it would not "
-                    "be noticed"
+                    f"{workdir} cannot be locked ({describe_error(error)}): a second run in it "
+                    "would not be noticed"
                 )
 
         agree_on(take_lock)

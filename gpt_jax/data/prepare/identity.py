@@ -23,7 +23,7 @@ from gpt_jax.data.tokenizers.spec import Spec
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import UsageError
-from gpt_jax.files import digest_file
+from gpt_jax.files import describe_error, digest_file
 from gpt_jax.schema import read_json
 
 Say = Callable[[str], None]
@@ -209,7 +209,7 @@ def stamp(path: Path | str) -> tuple[int, str]:
     try:
         stat = os.stat(path)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {describe_error(error)}") from None
     return stat.st_size, f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
 
 
@@ -231,7 +231,7 @@ def _hash(path: Path) -> str:
     try:
         return digest_file(path).sha256
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {describe_error(error)}") from None
 
 
 def has_changed(place: str, before: list[str], now: list[str]) -> bool:

@@ -4,17 +4,17 @@ It may be new, finished, or left by a call that was ended. One call at a time wo
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gpt_jax import files
 from gpt_jax.data.prepare import assemble, identity
 from gpt_jax.data.prepare.units import WORK
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import UsageError
-from gpt_jax.files import opening_lock, replace_file
+from gpt_jax.files import describe_error, replace_file
 from gpt_jax.schema import Each, Misfit, Schema, read_json
 
 Say = Callable[[str], None]
@@ -30,7 +30,7 @@ def explain_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(
-            f"--output={folder}: {error.strerror or error}; make room or choose a folder that can "
+            f"--output={folder}: {describe_error(error)}; make room or choose a folder that can "
             "be written; what is finished stays: the same command goes on from there"
         ) from None
     except MemoryError:
@@ -44,9 +44,9 @@ def explain_errors(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def hold_lock(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder. Raises UsageError if another call holds it."""
-    with opening_lock(folder / WORK / "lock") as lock:
+    with contextlib.ExitStack() as holding:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            holding.enter_context(files.hold_lock(folder / WORK / "lock", wait=None))
         except BlockingIOError:
             raise UsageError(
                 f"--output={folder}: another gpt-jax prepare is at work there; wait for it, or "

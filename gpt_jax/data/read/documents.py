@@ -122,8 +122,7 @@ def _damage(source: Source) -> Iterator[None]:
         # gzip and pyarrow report damage as an OSError without a number.
         if error.errno is None and (packing or kind in BY_ARROW):
             raise Damaged(f"{torn}: {plain(error)}") from None
-        reason = describe_error(error) if error.strerror else plain(error)
-        raise UsageError(f"{source.path}: cannot be read: {reason}") from None
+        raise UsageError(f"{source.path}: cannot be read: {describe_error(error)}") from None
 
 
 # ---- pieces ----

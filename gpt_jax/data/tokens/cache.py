@@ -19,7 +19,7 @@ from gpt_jax.data.tokens.copies import Copies
 from gpt_jax.data.tokens.hashes import hash_sources, locate_stamps
 from gpt_jax.data.tokens.shards import Tokens
 from gpt_jax.errors import DataError, UsageError
-from gpt_jax.files import digest_json, hold_lock
+from gpt_jax.files import describe_error, digest_json, hold_lock
 
 Report = Callable[[str], None]
 
@@ -135,7 +135,7 @@ def _load_or_build(
             sides, using = store.load_or_build(folder, build, report)
     except OSError as error:
         raise UsageError(
-            f"config.data.cache = {data.cache!r}: {error.strerror or error}; choose a folder that "
+            f"config.data.cache = {data.cache!r}: {describe_error(error)}; choose a folder that "
             "can be written and has room"
         ) from None
     except MemoryError:

@@ -27,7 +27,7 @@ from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import shards
 from gpt_jax.data.tokens.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.errors import DataError, UsageError
-from gpt_jax.files import digest_file, is_inside
+from gpt_jax.files import describe_error, digest_file, is_inside
 from gpt_jax.schema import Each, Misfit, read_json, require
 
 # Format 2 has `.learn` files. A version that does not know them must not train on the corpus. A
@@ -164,7 +164,7 @@ def read_manifest(folder: Path) -> dict:
             f"{folder}: no {MANIFEST} there, so no output of gpt-jax prepare{unfinished}"
         ) from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {describe_error(error)}") from None
 
 
 def _remedy(folder: Path) -> str:
@@ -178,7 +178,7 @@ def check_sizes(folder: Path, manifest: dict) -> None:
         try:
             size = os.path.getsize(path)
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}; {_remedy(folder)}") from None
+            raise DataError(f"{path}: {describe_error(error)}; {_remedy(folder)}") from None
         if size != wanted:
             raise DataError(
                 f"{path}: has {size} bytes, {MANIFEST} says {wanted}; run gpt-jax prepare "
@@ -287,7 +287,7 @@ def _find_damage(path: Path, size: int, sha256: str) -> str | None:
     try:
         digest = digest_file(path)
     except OSError as error:
-        return error.strerror or str(error)
+        return describe_error(error)
     if digest.size != size:
         return f"has {digest.size} bytes instead of {size}"
     return None if digest.sha256 == sha256 else "its checksum is wrong"

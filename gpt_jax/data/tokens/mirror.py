@@ -12,7 +12,15 @@ from gpt_jax.data.read import remote
 from gpt_jax.data.read.sources import HUB
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import DataError, UsageError
-from gpt_jax.files import Digest, digest_file, hold_lock, replacing, sync_file, write_file
+from gpt_jax.files import (
+    Digest,
+    describe_error,
+    digest_file,
+    hold_lock,
+    replacing,
+    sync_file,
+    write_file,
+)
 
 COPIES = 8  # files copied at once
 
@@ -68,7 +76,7 @@ def mirror(url: str, cache: Path, say: Callable[[str], None]) -> Path:
                 _copy_corpus(url, folder, raw, manifest["files"], say)
     except OSError as error:
         raise UsageError(
-            f"config.data.cache = {cache}: no copy of {url} there: {error.strerror or error}; "
+            f"config.data.cache = {cache}: no copy of {url} there: {describe_error(error)}; "
             "choose a folder that can be written and has room"
         ) from None
     return folder

@@ -85,7 +85,9 @@ class TokenFile:
         except OSError as error:
             if is_shortage(error):
                 raise UsageError(f"{self.path}: {describe_error(error)}") from None
-            raise DataError(f"{self.path}: cannot be read any more: {error.strerror}") from None
+            raise DataError(
+                f"{self.path}: cannot be read any more: {describe_error(error)}"
+            ) from None
 
         if count != out.nbytes:
             least = self.header + self.size * self.dtype.itemsize
@@ -312,7 +314,9 @@ class Records:
         try:
             records = np.fromfile(self.path, DOCUMENT, count, offset=start * DOCUMENT.itemsize)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read any more: {error.strerror}") from None
+            raise DataError(
+                f"{self.path}: cannot be read any more: {describe_error(error)}"
+            ) from None
         if len(records) != count:
             raise DataError(
                 f"{self.path}: changed since it was opened: it ends before document "

@@ -29,7 +29,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from gpt_jax import config
 from gpt_jax.cluster import agree_on, is_peer_gone
 from gpt_jax.errors import Exit, PeerFailed, SaveFailed
-from gpt_jax.files import free_name, replace_file
+from gpt_jax.files import describe_error, free_name, replace_file
 from gpt_jax.schema import Each, Schema, read_json
 from gpt_jax.train.checkpoint.arrays import nest
 from gpt_jax.train.checkpoint.manifest import (
@@ -375,7 +375,7 @@ def _sweep(directory: Path, report) -> None:
             mark.unlink()
     except OSError as error:
         raise SaveFailed(
-            f"{error.filename or directory}: cannot be removed: {error.strerror}"
+            f"{error.filename or directory}: cannot be removed: {describe_error(error)}"
         ) from error
 
 

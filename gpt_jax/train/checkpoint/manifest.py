@@ -21,7 +21,7 @@ import jax
 
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import NoCheckpoint, UsageError
-from gpt_jax.files import replace_file
+from gpt_jax.files import describe_error, replace_file
 from gpt_jax.schema import Each, Schema, read_json, require
 from gpt_jax.train.checkpoint.verify import (
     Files,
@@ -54,7 +54,7 @@ def cause_of(error: BaseException) -> str:
     if number:
         return os.strerror(int(number[1]))
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return describe_error(error)
     return text.splitlines()[0][:300]
 
 
@@ -113,7 +113,7 @@ def check_meta(folder: Path, meta_schema: Schema) -> str:
         _parse_meta((folder / META).read_bytes(), meta_schema)
         return ""
     except OSError as error:
-        return f"{META}: {error.strerror or error}"
+        return f"{META}: {describe_error(error)}"
     except ValueError as error:
         return f"{META}: {error}"
 
@@ -124,7 +124,7 @@ def look(folder: Path) -> tuple[str, Files]:
         return _look(folder)
     except OSError as error:
         # A folder that the disk no longer gives back is damage, too.
-        return f"{error.filename or folder}: {error.strerror or error}", {}
+        return f"{error.filename or folder}: {describe_error(error)}", {}
 
 
 def _parse_meta(raw: bytes, meta_schema: Schema) -> dict:

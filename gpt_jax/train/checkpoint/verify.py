@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 
 from gpt_jax.cluster import exchange
+from gpt_jax.files import describe_error
 
 # hashlib lets go of the interpreter lock, so files are hashed in parallel.
 THREADS = min(16, max(4, os.cpu_count() or 1))
@@ -102,7 +103,7 @@ class Hashing:
             error = digest.exception()
             if isinstance(error, OSError):
                 # A file that the disk no longer gives back is damage, too.
-                bad.append(f"{name}: {error.strerror or error}")
+                bad.append(f"{name}: {describe_error(error)}")
             elif digest.result() != files[name][1]:
                 bad.append(f"{name}: content changed (sha256 differs)")
         return bad
