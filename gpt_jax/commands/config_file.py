@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import config
 from gpt_jax.commands.output import emit
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import UsageError, plain
 
 
 def local_workdir(text: str) -> Path:
@@ -110,12 +110,10 @@ def read_config_file(spec: str) -> dict[str, Any]:
     except UsageError:
         raise
     except ValueError as error:  # A config refuses its argument with one.
-        raise UsageError(f"--config={spec}: {error}") from None
+        raise UsageError(f"--config={spec}: {plain(error)}") from None
     except (Exception, SystemExit) as error:  # A file that is no config may do anything.
-        line = " ".join(str(error).split())
-        raise UsageError(
-            f"--config={spec}: cannot be read as a config: {type(error).__name__}: {line}"
-        ) from None
+        why = f"{type(error).__name__}: {plain(error)}"
+        raise UsageError(f"--config={spec}: cannot be read as a config: {why}") from None
     finally:
         sys.path.pop(0)
 

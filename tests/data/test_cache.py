@@ -351,6 +351,21 @@ def test_refusals_of_a_text_of_a_store_name_its_url(tmp_path, bucket):
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
+def test_refusals_keep_their_lines_when_a_url_is_named(tmp_path, bucket):
+    url, _ = bucket
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(UsageError) as refusal, copies.Copies(root) as mine, mine.name_urls():
+        path = mine.fetch(f"{url}/a.txt").path
+        raise UsageError(f"{path}: one", f"{path}: two")
+    assert refusal.value.args == (f"{url}/a.txt: one", f"{url}/a.txt: two")
+
+
+def test_errors_of_a_store_are_one_line():
+    with pytest.raises(UsageError) as refusal, remote.reaching("gs://a"):
+        raise RuntimeError("first\n  second")
+    assert str(refusal.value) == "gs://a: cannot be reached: RuntimeError: first second"
+
+
 def test_processes_read_a_text_of_a_store_once(tmp_path, bucket, opened, monkeypatch):
     """Threads stand for processes here: a lock of a file is between its openings."""
     monkeypatch.setattr(remote, "SETTLED_SECONDS", 0)

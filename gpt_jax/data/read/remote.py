@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import fsspec
 from fsspec.core import url_to_fs
 
-from gpt_jax.errors import UsageError, install_command
+from gpt_jax.errors import UsageError, install_command, plain
 
 # The package that fsspec needs for a protocol.
 PACKAGES = {
@@ -54,17 +54,18 @@ def reaching(url: str) -> Iterator[None]:
     except UsageError:
         raise
     except ImportError as error:
-        way = f"needs a package: {error}"
+        way = f"needs a package: {plain(error)}"
         if protocol in PACKAGES:
             package = PACKAGES[protocol]
             way = f"needs the package {package}; {install_command(package)}"
         raise UsageError(f"{url}: {protocol}:// {way}") from None
     except ValueError as error:
         raise UsageError(
-            f"{url}: {error}; known are gs://, s3://, https:// and what else fsspec opens"
+            f"{url}: {plain(error)}; known are gs://, s3://, https:// and what else fsspec opens"
         ) from None
     except Exception as error:
-        raise UsageError(f"{url}: cannot be reached: {type(error).__name__}: {error}") from None
+        why = f"{type(error).__name__}: {plain(error)}"
+        raise UsageError(f"{url}: cannot be reached: {why}") from None
 
 
 class _File(io.RawIOBase):
@@ -82,7 +83,7 @@ class _File(io.RawIOBase):
         try:
             yield
         except Exception as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            why = f"{type(error).__name__}: {plain(error)}"
             if isinstance(error, TimeoutError):
                 why = "timed out"
             raise UsageError(f"{self.url}: cannot be read: {why}; run the command again") from None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from gpt_jax.data.read import remote
 from gpt_jax.data.read.sources import Source, suffixes
-from gpt_jax.errors import DataError, UsageError
+from gpt_jax.errors import DataError, UsageError, escape
 from gpt_jax.files import hold_lock
 
 
@@ -92,10 +92,10 @@ class Copies:
         try:
             yield
         except (UsageError, DataError) as error:
-            text = str(error)
+            lines = list(error.args)
             for url, copy in self.by_url.items():
-                text = text.replace(str(copy.path), url)
-            raise type(error)(text) from None
+                lines = [line.replace(escape(copy.path), url) for line in lines]
+            raise type(error)(*lines) from None
 
 
 def _locate_lock(folder: Path) -> Path:
