@@ -142,15 +142,15 @@ def main() -> None:
     curves = [curve for curve, _ in stages]
     measured = [bits for _, bits in stages]
     (HERE / "pictures/stages.png").write_bytes(draw(curves, measured))
-    found = {
+    record = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "seconds": round(time.monotonic() - began),
         "heldout_bits_per_byte": {
             name: bits for (name, *_), bits in zip(STAGES, measured, strict=True)
         },
     }
-    (HERE / "stages.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    (HERE / "stages.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -109,6 +109,23 @@ def digest_file(path: Path) -> Digest:
         return Digest(os.fstat(file.fileno()).st_size, sha256)
 
 
+CHUNK_BYTES = 1 << 22
+
+
+def hash_file(path: Path, tell: Callable[[int], None]) -> str:
+    """The SHA-256 of a file in hexadecimal.
+
+    `tell` gets the number of bytes after each chunk, and may raise to end the hashing. Raises
+    OSError.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            tell(len(chunk))
+    return digest.hexdigest()
+
+
 def digest_json(*values) -> str:
     """20 hex digits of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:20]

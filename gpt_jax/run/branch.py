@@ -28,19 +28,19 @@ def open_branch(workdir: Path, branch: Path, step: int, say) -> None:
         say(f"{branch} is a branch already, and goes on")
         return
 
-    directory, found = resolve_checkpoint(workdir, step, say, META_SCHEMA)
+    directory, number = resolve_checkpoint(workdir, step, say, META_SCHEMA)
 
     def copy():
         target.mkdir(parents=True, exist_ok=True)
         unfinished = target / UNFINISHED
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(directory / str(found), unfinished, copy_function=link_or_copy)
+        shutil.copytree(directory / str(number), unfinished, copy_function=link_or_copy)
         if (workdir / METRICS).is_file():
             shutil.copyfile(workdir / METRICS, branch / METRICS)
-        unfinished.rename(target / str(found))
+        unfinished.rename(target / str(number))
 
     agree_on(copy)
-    say(f"{branch} goes on from step {found} of {workdir}")
+    say(f"{branch} goes on from step {number} of {workdir}")
 
 
 def link_or_copy(source: str, destination: str) -> None:

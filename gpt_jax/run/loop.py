@@ -17,9 +17,7 @@ from gpt_jax import config as configs, sharding
 from gpt_jax.cluster import StopRequest, agree_on, is_peer_gone, watchdog
 from gpt_jax.data import Stream, make_stream
 from gpt_jax.errors import Stopped, UsageError
-from gpt_jax.evals import (
-    measure_xz_bits_per_byte,
-)
+from gpt_jax.evals import measure_xz_bits_per_byte
 from gpt_jax.metrics import (
     Summary,
     find_samples,

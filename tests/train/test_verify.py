@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from gpt_jax import files
 from gpt_jax.cluster import signals, watchdog
 from gpt_jax.train.checkpoint import manifest, verify
 
@@ -42,11 +43,11 @@ def test_each_file_is_hashed_by_one_process_and_the_bytes_are_shared_evenly(fold
 
 
 def test_the_digest_is_that_of_the_whole_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1000)
     content = os.urandom(12345)
     (tmp_path / "a").write_bytes(content)
     heard = []
-    assert verify.hash_file(tmp_path / "a", heard.append) == hashlib.sha256(content).hexdigest()
+    assert files.hash_file(tmp_path / "a", heard.append) == hashlib.sha256(content).hexdigest()
     assert sum(heard) == 12345 and len(heard) == 13
 
 

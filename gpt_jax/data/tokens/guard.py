@@ -6,7 +6,6 @@ little is hashed at once. Each process of a job looks at its share of the shards
 """
 
 import contextlib
-import hashlib
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -21,10 +20,10 @@ from gpt_jax.data.tokens.hashes import (
 )
 from gpt_jax.data.tokens.shards import TokenFile, Tokens
 from gpt_jax.errors import DataError
+from gpt_jax.files import hash_file
 
 AT_ONCE = 64e6  # bytes that are hashed before the first batch, which takes 0.05 s
 WATCH_SECONDS = 30.0  # between two looks at the times of all shards
-BLOCK = 1 << 22
 
 
 class Closed(Exception):
@@ -124,14 +123,13 @@ class Guard:
 
     def _hash(self, file: TokenFile) -> None:
         """Notes whether a file is whole. Raises OSError, and Closed."""
+
+        def check_open(size: int) -> None:
+            if self.closed.is_set():
+                raise Closed
+
         facts = list_facts(file.path)
-        digest = hashlib.sha256()
-        with open(file.path, "rb", buffering=0) as opened:
-            while block := opened.read(BLOCK):
-                digest.update(block)
-                if self.closed.is_set():
-                    raise Closed
-        if digest.hexdigest() == file.sha256:
+        if hash_file(file.path, check_open) == file.sha256:
             self.whole[str(file.path)] = [*facts, file.sha256]
             return
         self.failure = DataError(

@@ -22,6 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
@@ -51,6 +52,8 @@ from gpt_jax.train.checkpoint.verify import idle
 # An old step is renamed before it is deleted, so that a kill never leaves half a checkpoint.
 DELETED = ".deleted"
 DAMAGED = ".damaged"
+# What no evaluation gives.
+NO_METRICS: Mapping[str, float] = MappingProxyType({})
 
 
 def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -> tuple[bool, int]:
@@ -130,7 +133,7 @@ class Checkpoints:
             if latest is not None and step <= latest and (directory / str(step) / MANIFEST).exists()
         }
 
-    def should_save(self, step: int, metrics: Mapping[str, float] = NOTHING_MORE) -> bool:
+    def should_save(self, step: int, metrics: Mapping[str, float] = NO_METRICS) -> bool:
         """Whether the policy wants a checkpoint after `step`. All processes get the same answer.
 
         `metrics` are those of an evaluation after this very step. If they are among the best, the

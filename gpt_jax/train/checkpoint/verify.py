@@ -6,7 +6,6 @@ far the others are. The watchdog is told after a round in which somebody has rea
 """
 
 import concurrent.futures
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import NamedTuple
 import jax
 
 from gpt_jax.cluster import exchange
-from gpt_jax.files import describe_error
+from gpt_jax.files import describe_error, hash_file
 
 # hashlib lets go of the interpreter lock, so files are hashed in parallel.
 THREADS = min(16, max(4, os.cpu_count() or 1))
 ROUND_SECONDS = 5.0
-CHUNK_BYTES = 2**22
 # Characters of a damage that travel to the other processes.
 MOST_TEXT = 200
 
@@ -55,16 +53,6 @@ def deal(files: Files, count: int) -> list[list[str]]:
         parts[lightest].append(name)
         loads[lightest] += files[name][0]
     return parts
-
-
-def hash_file(path: Path, tell: Callable[[int], None]) -> str:
-    """sha256 of a file in hexadecimal. `tell` hears of each chunk's bytes. Raises OSError."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            tell(len(chunk))
-    return digest.hexdigest()
 
 
 class Hashing:
