@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import json
 import os
 import shutil
 import signal
@@ -203,6 +204,13 @@ def test_hashes_are_taken_over_only_for_settled_files(folder):
     assert hash_sources(found, folder / "cache", 1)[0] != fresh[0]
 
 
+def note_digests(folder, digests):
+    """Puts other digests into the meta of a cache."""
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["digests"]
+    (folder / "meta.json").write_text(json.dumps(meta | {"digests": digests}))
+
+
 @pytest.mark.parametrize(
     "damage, reason",
     [
@@ -211,6 +219,8 @@ def test_hashes_are_taken_over_only_for_settled_files(folder):
         (lambda f: (f / "meta.json").write_text("{"), "cannot be read"),
         (lambda f: (f / "meta.json").write_text("[" * 200_000), "nested too deeply"),
         (lambda f: (f / "meta.json").write_text('{"format": 3}'), "dtype: missing"),
+        (lambda f: note_digests(f, []), "digests: expected an object"),
+        (lambda f: note_digests(f, {"train": {".tokens": [1]}}), "a list of 2 entries"),
         (lambda f: (f / "origins.json").write_text("[[1, 0, true]]"), "expected a text, got 1"),
         (
             lambda f: (f / "tokenizer.json").write_text('{"kind": "z", "name": "", "content": ""}'),

@@ -26,7 +26,7 @@ from gpt_jax.data.tokens.marks import describe_marks, find_end_name, list_end_na
 from gpt_jax.data.tokens.shards import SIDES, Origin, TokenFile, Tokens
 from gpt_jax.errors import UsageError
 from gpt_jax.files import hold_lock, write_file
-from gpt_jax.schema import read_json, require
+from gpt_jax.schema import Each, read_json, require
 
 FORMAT = 3
 BATCH_CHARACTERS = 1 << 23  # encoded at once, and held in memory meanwhile
@@ -38,6 +38,8 @@ META_SCHEMA = {
     "dtype": set(shards.ID_TYPES),
     "tokenizer": "text",
     **dict.fromkeys(SIDES, COUNTS),
+    # Size and SHA-256 of each file of a side, by its suffix. Earlier versions noted none.
+    "digests?": Each(Each(("count", "text"))),
 }
 
 Report = Callable[[str], None]
@@ -190,7 +192,6 @@ def load_cache(folder: Path) -> tuple[dict[str, Tokens | None], Tokenizer]:
 
 def _open_side(folder: Path, side: str, meta: dict, origins: tuple[Origin, ...]) -> Tokens | None:
     counts = meta[side]
-    # An earlier version noted no digests.
     digests = {suffix: row[1] for suffix, row in meta.get("digests", {}).get(side, {}).items()}
     file = TokenFile(
         folder / f"{side}.tokens",
