@@ -19,7 +19,7 @@ from prepared import contents, documents, prepare, refused, texts, write_jsonl
 from gpt_jax import config, files
 from gpt_jax.commands.display import Display
 from gpt_jax.commands.prepare import sort_inputs
-from gpt_jax.data.prepare import assemble, encoding, identity, survey, units
+from gpt_jax.data.prepare import assemble, encoding, identity, output, survey, units
 from gpt_jax.data.prepare.prepare import Progress
 from gpt_jax.data.read import documents as readers, sources
 from gpt_jax.data.read.decoding import Reading
@@ -970,3 +970,14 @@ def test_files_that_are_given_twice_are_named(tmp_path, capsys, monkeypatch):
 
     assert said in capsys.readouterr().err
     assert corpus.read_manifest(tmp_path / "out")["sources"].keys() == {"wiki", "text"}
+
+
+@pytest.mark.parametrize("saved", [{"revisions": 5}, {"program": [1]}])
+def test_settings_of_another_shape_are_damage(tmp_path, saved):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "settings.json").write_text(json.dumps(saved))
+    (work / "unit-00000.json").write_text("{}")
+    assert identity.read_settings(tmp_path) == {}
+    with pytest.raises(UsageError, match=r"settings\.json there is damaged"):
+        output.begin(tmp_path, saved, print)

@@ -24,7 +24,7 @@ from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import UsageError
 from gpt_jax.files import describe_error, digest_file
-from gpt_jax.schema import read_json
+from gpt_jax.schema import Each, read_json
 
 Say = Callable[[str], None]
 
@@ -50,6 +50,10 @@ WORDS = {
     "code": "the source code of --filters",
     "revisions": "the revision of --input",
 }
+
+
+# What settings.json holds that is looked into. All else is compared as it is.
+SETTINGS_SCHEMA = {"program?": Each("text"), "revisions?": Each("text")}
 
 
 # ---- settings ----
@@ -148,7 +152,7 @@ def read_settings(folder: Path) -> dict:
     if corpus.is_corpus(folder):
         return corpus.read_manifest(folder)["settings"]
     try:
-        return read_json((folder / WORK / "settings.json").read_bytes(), "object")
+        return read_json((folder / WORK / "settings.json").read_bytes(), SETTINGS_SCHEMA)
     except (OSError, ValueError):
         # What is wrong with a folder is said where it is written to.
         return {}

@@ -142,7 +142,7 @@ def begin(folder: Path, about: dict, say: Say) -> None:
     program = identity.identify_program()
     # Before the first unit is done, a call with other settings would lose nothing.
     if settings.exists() and any(work.glob("*-*.json")):
-        saved = _read_own(settings, folder, "object")
+        saved = _read_own(settings, folder, identity.SETTINGS_SCHEMA)
         begun_by = saved.pop("program", None)
         identity.refuse_other(folder, saved, about)
         identity.refuse_other_program(folder, begun_by, program)
