@@ -12,7 +12,7 @@ from gpt_jax.data import Tokenizer
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
 from gpt_jax.model import abstract_params
-from gpt_jax.run.meta import META_SCHEMA, read_tokenizer
+from gpt_jax.run.meta import META_SCHEMA, read_config, read_tokenizer
 from gpt_jax.run.notes import describe_habits, format_count
 from gpt_jax.run.parts import choose_run_kernel
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
@@ -81,7 +81,7 @@ def load_model(
 def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) -> Loaded:
     """Reads one step. Raises UsageError and NoCheckpoint."""
     meta = read_meta(directory, step, META_SCHEMA)
-    config = configs.read_saved(meta["config"])
+    config = read_config(meta, directory, step)
     tokenizer = read_tokenizer(meta, directory, step)
     model, compute = configs.for_inference(config.model, config.compute)
     count = devices or jax.device_count()

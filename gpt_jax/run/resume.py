@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.data import make_examples
 from gpt_jax.errors import UsageError
-from gpt_jax.run.meta import META_SCHEMA
+from gpt_jax.run.meta import META_SCHEMA, read_config
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.source import check_source, find_source
 from gpt_jax.run.warm_start import start_from
@@ -21,7 +21,7 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     or if tokenizer or text are others.
     """
     folder = directory.parent
-    old_config = configs.read_saved(meta["config"])
+    old_config = read_config(meta, directory, meta["step"])
     changes = configs.changes(old_config, parts.config)
     refusal = check_phases(parts, old_config, meta["step"])
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import NoCheckpoint, UsageError
-from gpt_jax.run.meta import META_SCHEMA, read_tokenizer
+from gpt_jax.run.meta import META_SCHEMA, read_config, read_tokenizer
 from gpt_jax.train import CHECKPOINT_FOLDER, peek_meta, read_meta, resolve_checkpoint
 
 # Fields of config.model that another run may set otherwise. Each changes what the model does with
@@ -113,7 +113,7 @@ def find_source(init: configs.Init, say) -> Source:
     with naming_field(init):
         directory, number = resolve_checkpoint(*split_step(init.from_), say, META_SCHEMA)
         meta = read_meta(directory, number, META_SCHEMA)
-        return Source(directory, number, meta, configs.read_saved(meta["config"]))
+        return Source(directory, number, meta, read_config(meta, directory, number))
 
 
 def check_source(source: Source, config: configs.Config, tokenizer: Tokenizer) -> list[str]:

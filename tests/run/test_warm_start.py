@@ -10,6 +10,7 @@ import runs
 
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.run import parts as run_parts
+from gpt_jax.run.meta import read_config
 from gpt_jax.run.source import find_source, split_step
 from gpt_jax.train import read_meta, resolve_checkpoint
 
@@ -225,3 +226,14 @@ def test_a_damaged_source_is_refused(folder, first, tmp_path):
     config = runs.load(folder, ROTARY, f"--config.init.from={tmp_path}/first@10")
     with pytest.raises(NoCheckpoint, match=r"step 10 .* is damaged: meta\.json"):
         find_source(config.init, lambda line: None)
+
+
+def test_a_config_of_another_version_is_named_with_its_checkpoint(first):
+    directory, step = resolve_checkpoint(first)
+    meta = read_meta(directory, step)
+    meta["config"]["model"] |= {"depth": 3, "width": 4}
+    with pytest.raises(UsageError) as refused:
+        read_config(meta, directory, step)
+    one, two = str(refused.value).splitlines()
+    assert one.startswith(f"checkpoint step 10 in {directory}: its config cannot be used: ")
+    assert "config.model.depth = 3" in one and "config.model.width = 4" in two
