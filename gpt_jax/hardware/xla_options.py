@@ -35,8 +35,12 @@ GPU = {
     "xla_gpu_enable_triton_gemm": False,
 }
 DEFAULTS = {"tpu": TPU, "gpu": GPU}  # Options by `device.platform`; a CPU has none.
+# More memory beside the matrix units lets a fusion hold larger tiles. By the compiler's cycles
+# (libtpu 0.0.42), a step of two layers of llama:8b on 256 chips of v6e takes 0.297 in place of
+# 0.387 s. Compiling took 793 in place of 213 s, on a busy machine.
+V6E: dict[str, object] = {"xla_tpu_scoped_vmem_limit_kib": 98304}
 # Options of a generation, by `device.device_kind`.
-GENERATIONS: dict[str, dict[str, object]] = {}
+GENERATIONS = {"TPU v6 lite": V6E, "TPU v6e": V6E}
 # Words by which XLA's errors about options are known.
 FAULT_WORDS = ("No such compile option", "While setting option", "nknown option")
 
