@@ -1,11 +1,11 @@
 """One model in three runs: pretrained, annealed on another mixture, and given a longer context.
 
-    python benchmarks/stages.py            # a few minutes on two CPU cores
+    python benchmarks/stages.py            # about five minutes on two CPU cores
 
 Each run starts from the weights of the one before (`config.init.from`), with its own schedule:
 
 1. pretraining on Python's standard library, rows of 128 bytes, a constant rate after the warmup;
-2. annealing on a mixture of that code and this repository's pages, the rate falling to zero;
+2. annealing on a mixture of that code and this repository's pages, the rate falling to a tenth;
 3. rows of 512 bytes with a larger base of the rotary positions, a few steps at a low rate.
 
 After each run its checkpoint is measured on code and pages that no run has seen. It writes
@@ -39,7 +39,7 @@ STAGES = (
     (
         "annealed on another mixture",
         ("--config.train.steps=200", "--config.train.seq_len=128", "--config.train.batch_size=16"),
-        ("--config.optim.schedule=linear", "--config.optim.final_fraction=0"),
+        ("--config.optim.schedule=linear", "--config.optim.learning_rate=1e-3"),
         ("code", "pages"),
     ),
     (
