@@ -91,6 +91,7 @@ def make_flags() -> Flags:
     )
 
     add_text_flags(flags.add_argument_group("the text"))
+    add_choice_flags(flags.add_argument_group("what is kept"))
     add_token_flags(flags.add_argument_group("the tokens"))
     add_work_flags(flags.add_argument_group("the work (decides nothing about the output)"))
     return flags
@@ -130,6 +131,10 @@ def add_text_flags(group) -> None:
         help="the text between the documents of a text file, such as <|endoftext|>; it is taken "
         "out, with the end of line after it",
     )
+
+
+def add_choice_flags(group) -> None:
+    """Adds the flags that say which documents are kept, and which are held out."""
     group.add_argument(
         "--filters",
         nargs="+",

@@ -253,6 +253,17 @@ def _place_border(joined: Joined, fraction: float) -> tuple[Joined, int]:
     return joined, min(max(1, first_held), joined.documents - 1)
 
 
+def _list_sides(
+    paths: Sequence[str], data: config.Data, field: str
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The files to train on, and those that are held out, if files are."""
+    folder = _list_folder(paths[0]) if len(paths) == 1 else []
+    files = tuple(folder[:1]) or _list_files(paths, field)
+    if data.eval_path:
+        return files, _list_files(data.eval_path, "config.data.eval_path")
+    return files, tuple(folder[1:])
+
+
 def adopt(
     paths: Sequence[str],
     data: config.Data,
@@ -277,12 +288,7 @@ def adopt(
             "and vocab.bpe"
         )
 
-    folder = _list_folder(paths[0]) if len(paths) == 1 else []
-    files = tuple(folder[:1]) or _list_files(paths, field)
-    held_files = tuple(folder[1:])
-    if data.eval_path:
-        held_files = _list_files(data.eval_path, "config.data.eval_path")
-
+    files, held_files = _list_sides(paths, data, field)
     joined = _join(files, tokenizer, data.token_type)
     held = None
     border = joined.documents

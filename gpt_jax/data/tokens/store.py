@@ -148,17 +148,20 @@ def write_cache(
     del marks[""]
     for line in describe_marks(marks, "--config.data.separator"):
         report(f"data: {line}")
+    counts = {side: out.counts() for side, out in sides.items()}
     origins = [[name, 0, many] for name, many in zip(sources, several, strict=True)]
+    _write_cards(
+        folder, tokenizer, origins, {"dtype": dtype.name, **counts, "digests": digests}, about
+    )
+
+
+def _write_cards(
+    folder: Path, tokenizer: Tokenizer, origins: list, shard_facts: dict, about: dict
+) -> None:
+    """Writes what says what the shards are. The meta is last, so that it marks a whole cache."""
     write_file(folder / "origins.json", json.dumps(origins).encode())
     write_file(folder / "tokenizer.json", tokenizer.to_json().encode())
-    meta = {
-        "format": FORMAT,
-        "dtype": dtype.name,
-        "tokenizer": tokenizer.fingerprint,
-        **{side: out.counts() for side, out in sides.items()},
-        "digests": digests,
-        **about,
-    }
+    meta = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, **shard_facts, **about}
     write_file(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
 
