@@ -1,5 +1,6 @@
 """The numbers of a finished run, and the lines that tell them."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -121,11 +122,11 @@ def find_sources(rows: Sequence[Mapping]) -> dict[str, dict[str, float]]:
 
 def library_versions() -> dict[str, str]:
     """Name -> version of the installed libraries that shape a run's numbers."""
-    installed = {
-        package.metadata["Name"].lower(): package.version
-        for package in importlib.metadata.distributions()
-    }
-    return {name: installed[name] for name in LIBRARIES if name in installed}
+    versions = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def compare_with_xz(ours: float | None, xz: float | None) -> str:

@@ -268,6 +268,14 @@ def test_conformance_passes_a_good_kernel(name, segments, mesh):
         assert max(measure_conformance(name, MODEL, "float32", segments, rows=4)) < 1e-5
 
 
+def test_a_process_measures_a_case_once(monkeypatch):
+    """But a row of KERNELS that is another now is another case."""
+    first = measure_conformance("blocked", MODEL, "float32", True, rows=2)
+    assert measure_conformance("blocked", MODEL, "float32", True, rows=2) is first
+    monkeypatch.setitem(KERNELS, "blocked", KERNELS["reference"])
+    assert measure_conformance("blocked", MODEL, "float32", True, rows=2).values == 0
+
+
 @pytest.mark.parametrize("name", ["reference", "blocked", "xla"])
 def test_conformance_in_bfloat16(name):
     errors = measure_conformance(name, MODEL, "bfloat16", True, rows=2)

@@ -168,6 +168,19 @@ def test_donating_after_save_does_not_reach_the_checkpoint(tmp_path, monkeypatch
     assert all(np.all(np.asarray(x) == -1) for x in out.values())
 
 
+def test_a_small_array_on_many_devices_compiles_nothing(tmp_path, mesh, caplog):
+    everywhere = jax.sharding.NamedSharding(mesh(8), jax.P())
+    params, train = small(1)
+    params["rows"] = jnp.arange(64.0)  # 8 on each device
+    saver = checkpoints.open_checkpoints(tmp_path, POLICY, report=lambda line: None)
+    with jax.log_compiles():
+        saver.save(1, *jax.device_put((params, train), everywhere), {}, {})
+        saver.close()
+    assert "Compiling" not in caplog.text
+    back = restore_checkpoint(tmp_path, 1, {"params": abstract(params)})
+    assert same(back["params"], params)
+
+
 def test_meta_is_taken_when_save_is_called(tmp_path):
     saver, meta = checkpoints.open_checkpoints(tmp_path, POLICY), {"index": 1}
     saver.save(1, *small(1), meta)

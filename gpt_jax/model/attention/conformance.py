@@ -7,7 +7,7 @@ Shapes: B batch, T tokens of a row, N heads, K kv heads, H head_dim.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 
 from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
-from gpt_jax.model.attention.kernels import KERNELS, attention
+from gpt_jax.model.attention.kernels import KERNELS, Kernel, attention
 from gpt_jax.model.attention.mask import Pattern
 
 # How a platform multiplies float32 by default, and under a jax_default_matmul_precision.
@@ -33,6 +33,23 @@ PRECISIONS = {
 LIMITS = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 3e-2}
 
 
+class Case(NamedTuple):
+    """What is checked, and what its outcome depends on."""
+
+    name: str
+    kernel: Kernel
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int, ...]
+    softcap: float
+    dtype: str
+    segments: bool
+    rows: int
+    mesh: object
+    precision: str | None
+
+
 class Errors(NamedTuple):
     """The largest differences from the reference, relative to its largest values."""
 
@@ -44,9 +61,12 @@ def find_limit(dtype: str, platform: str) -> float:
     """The largest error that a kernel may have with inputs of `dtype` on `platform`."""
     if dtype != "float32":
         return LIMITS["bfloat16"]
+    return LIMITS[PRECISIONS.get(_find_precision() or "", PRODUCTS.get(platform, "bfloat16"))]
+
+
+def _find_precision() -> str | None:
     # Options are attributes that no checker sees.
-    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return LIMITS[PRECISIONS.get(precision or "", PRODUCTS.get(platform, "bfloat16"))]
+    return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def find_largest(values: list[float]) -> float:
@@ -60,44 +80,63 @@ def measure_conformance(
     """Returns the largest errors of kernel `name`, relative to the largest of `reference`.
 
     Both run on a tiny packed batch, on the devices of the current mesh. `rows` counts its rows. It
-    must be a multiple of `sharding.count_parts("batch")`.
+    must be a multiple of `sharding.count_parts("batch")`. A process measures a case once, however
+    many runs it makes.
 
     Raises UsageError if an error is too large. With `segments` it also raises if a change to the
     first document of a row changes the second in the slightest, or if the first document gets a
     gradient from the second.
     """
     length = KERNELS[name].check_length * sharding.count_parts("seq")
-    # The windows are short enough to matter.
-    windows = sorted({min(window, length // 4) for window in model.windows})
+    case = Case(
+        name=name,
+        kernel=KERNELS[name],
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        # The windows are short enough to matter.
+        windows=tuple(sorted({min(window, length // 4) for window in model.windows})),
+        softcap=model.attention_softcap,
+        dtype=dtype,
+        segments=segments,
+        rows=rows,
+        mesh=jax.sharding.get_mesh(),
+        precision=_find_precision(),
+    )
+    return _measure(case, length)
 
+
+@lru_cache(maxsize=64)
+def _measure(case: Case, length: int) -> Errors:
     rng = np.random.default_rng(0)
 
     def draw(heads):
-        return jnp.asarray(rng.standard_normal((rows, length, heads, model.head_dim)), dtype)
+        shape = (case.rows, length, heads, case.head_dim)
+        return jnp.asarray(rng.standard_normal(shape), case.dtype)
 
-    q = draw(model.heads)
-    k = draw(model.kv_heads)
-    v = draw(model.kv_heads)
-    pull = draw(model.heads)  # the gradient of the result
+    q = draw(case.heads)
+    k = draw(case.kv_heads)
+    v = draw(case.kv_heads)
+    pull = draw(case.heads)  # the gradient of the result
 
     segment = None
-    if segments:
+    if case.segments:
         documents = [1] * (length // 2) + [2] * (length // 2)
-        segment = jnp.asarray(np.repeat([documents], rows, 0))
-    run = _make_runner(model, segment)
+        segment = jnp.asarray(np.repeat([documents], case.rows, 0))
+    run = _make_runner(case.softcap, segment)
 
     pairs = [
-        (run(name, window, q, k, v, pull), run("reference", window, q, k, v, pull))
-        for window in windows
+        (run(case.name, window, q, k, v, pull), run("reference", window, q, k, v, pull))
+        for window in case.windows
     ]
     errors = Errors(
         find_largest([_relative_difference(ours[0], wanted[0]) for ours, wanted in pairs]),
         find_largest([_relative_difference(ours[1], wanted[1]) for ours, wanted in pairs]),
     )
-    limit = find_limit(dtype, next(iter(pairs[0][0][0].devices())).platform)
-    _check_errors(name, errors, limit)
-    if segments:
-        _check_leaks(name, partial(run, name, windows[0]), q, k, v, pull)
+    limit = find_limit(case.dtype, next(iter(pairs[0][0][0].devices())).platform)
+    _check_errors(case.name, errors, limit)
+    if case.segments:
+        _check_leaks(case.name, partial(run, case.name, case.windows[0]), q, k, v, pull)
     return errors
 
 
@@ -128,7 +167,7 @@ def _check_leaks(name: str, run: Callable, q, k, v, pull) -> None:
         )
 
 
-def _make_runner(model: config.Model, segment) -> Callable:
+def _make_runner(softcap: float, segment) -> Callable:
     """Makes run(kernel, window, q, k, v, pull) -> (out, (d_q, d_k, d_v)).
 
     All arrays are in the order of the text. `pull` is the gradient of `out`.
@@ -145,7 +184,7 @@ def _make_runner(model: config.Model, segment) -> Callable:
         k = place(k, "kv_heads")
         v = place(v, "kv_heads")
 
-        out = attention(kernel, q, k, v, Pattern(window, column), model.attention_softcap)
+        out = attention(kernel, q, k, v, Pattern(window, column), softcap)
         out = sharding.constrain(out, "batch", None, "heads", "head_dim")
         return sharding.reorder(out, back=True)
 
@@ -167,10 +206,14 @@ def _make_runner(model: config.Model, segment) -> Callable:
 
 def _relative_difference(ours, reference) -> float:
     """The largest difference between two trees of arrays, each array by its own largest value."""
+    return find_largest(jax.tree.leaves(_compare(ours, reference)))
 
+
+@jax.jit
+def _compare(ours, reference):
     def compare(ours, reference):
         ours = ours.astype(jnp.float32)
         reference = reference.astype(jnp.float32)
-        return float(jnp.max(jnp.abs(ours - reference)) / jnp.max(jnp.abs(reference)))
+        return jnp.max(jnp.abs(ours - reference)) / jnp.max(jnp.abs(reference))
 
-    return find_largest(jax.tree.leaves(jax.tree.map(compare, ours, reference)))
+    return jax.tree.map(compare, ours, reference)

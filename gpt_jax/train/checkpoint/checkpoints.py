@@ -55,6 +55,10 @@ DAMAGED = ".damaged"
 # What no evaluation gives.
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
 
+# Of an array that lies on several devices whole, each writes a part of at least this size. Orbax
+# compiles a program for each part, 64 of them for a tiny model on 8 devices.
+LEAST_PART_BYTES = 2**20
+
 
 def look_at_clock(step: int, since: int, seconds: float, every_minutes: float) -> tuple[bool, int]:
     """(whether to save, next step at which to ask), `seconds` after step `since`.
@@ -86,6 +90,12 @@ def find_best(metrics: dict[int, float | None], policy: config.Checkpoint) -> li
     """The `keep_best` steps with the smallest values, the best first. Of equal ones the newer."""
     scored = [step for step, value in metrics.items() if value is not None and math.isfinite(value)]
     return sorted(scored, key=lambda step: (metrics[step], -step))[: policy.keep_best]
+
+
+def _saving_options() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = LEAST_PART_BYTES
+    return context
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
@@ -195,7 +205,8 @@ class Checkpoints:
             return False
 
         try:
-            response = ocp.save_checkpointables_async(str(self.directory / str(step)), trees)
+            with _saving_options():
+                response = ocp.save_checkpointables_async(str(self.directory / str(step)), trees)
         except Exception as error:
             raise self._failed(step, error) from error
         written = self._pool.submit(response.result)
