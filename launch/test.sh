@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The tests, in the environment of local.sh with the test extra. Other arguments go to pytest.
-#   ./launch/test.sh            # all tests but drills that take minutes
+#   ./launch/test.sh            # all tests but those of the deep tier
 #   ./launch/test.sh --quick    # the tests that show most faults in little time
-#   ./launch/test.sh --deep     # those drills; then some numerical tests again, with XLA's compiler as users have it
+#   ./launch/test.sh --deep     # more settings of them and drills of minutes; then some
+#                               # numerical tests again, with XLA's compiler as users have it
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/environment.sh"

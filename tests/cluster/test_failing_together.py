@@ -105,7 +105,7 @@ main.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.deep)])
 def test_a_failure_behind_the_save_of_a_stop_is_the_others_reason_too(tmp_path, victim):
     """The other process has saved, is done, and waits for this one."""
     python = [("-m", "gpt_jax")] * 2
@@ -138,7 +138,9 @@ main.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.deep)]
+)
 def test_a_stop_before_the_loop_leaves_at_once(tmp_path, number):
     """It comes while the text is read, for example."""
     script = EARLY.format(room="run", module="parts", name="build", number=int(number))
@@ -153,7 +155,9 @@ def test_a_stop_before_the_loop_leaves_at_once(tmp_path, number):
     assert "Traceback" not in process.err and not (tmp_path / "job/config.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.deep)]
+)
 def test_a_stop_of_one_before_the_loop_stops_both_behind_its_first_steps(tmp_path, number):
     """This holds for a new run, and for the same run when it resumes."""
     python = [

@@ -51,8 +51,8 @@ MOE = "--config.model.pattern=(('attention', 'moe'),)"
     [
         (2, 1, "data=2", []),
         (4, 1, "fsdp=2 tensor=2", []),
-        (2, 2, "pipeline=2 context=2", []),
         (2, 4, "dcn_data=2 expert=2 tensor=2", [MOE]),
+        pytest.param(2, 2, "pipeline=2 context=2", [], marks=pytest.mark.deep),
         pytest.param(4, 2, "pipeline=2 expert=2 tensor=2", [MOE], marks=pytest.mark.deep),
     ],
 )
@@ -117,7 +117,9 @@ def test_killed_and_resumed_on_two_and_on_one(tmp_path, kills):
     assert_close(found, wanted, 1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.deep)]
+)
 def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, number):
     given = runs.arguments(
         tmp_path,
@@ -137,7 +139,9 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, number):
     assert runs.final_state(parts, tmp_path / "job")[0] == steps[0]
 
 
-@pytest.mark.parametrize("victim, every", [(1, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize(
+    "victim, every", [(1, 0), (0, 0), pytest.param(1, 1, marks=pytest.mark.deep)]
+)
 def test_when_one_is_killed_the_other_leaves_and_says_why(tmp_path, victim, every):
     """The kill comes between saves, or during one of them.
 
