@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -180,14 +181,21 @@ def allow_open_files() -> int:
     return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], OPEN_FILES)
 
 
-def is_shortage(error: OSError) -> bool:
+def is_shortage(error: Exception) -> bool:
     """Whether a file cannot be opened because too many are open."""
-    return error.errno in (errno.EMFILE, errno.ENFILE)
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
-def describe_error(error: OSError) -> str:
-    """What the system says, and the way out where too many files are open."""
-    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+def is_there(text: str) -> bool:
+    """Whether a path exists, ~ expanded, or a glob matches something."""
+    path = os.path.expanduser(text)
+    return os.path.lexists(path) or bool(glob.has_magic(path) and glob.glob(path, recursive=True))
+
+
+def describe_error(error: Exception) -> str:
+    """What the system says in one line, and the way out where too many files are open."""
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())
+    reason = said or type(error).__name__
     if not is_shortage(error):
         return reason
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

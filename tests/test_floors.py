@@ -24,6 +24,7 @@ SINGLE_FILES = {"errors", "files", "schema"}  # rooms of one file, which is its 
 # A room imports no neighbour on its floor, except these.
 NEIGHBOURS = {
     ("config", "errors"),
+    ("config", "files"),
     ("sharding", "hardware"),
     ("evals", "infer"),
     ("plan", "run"),

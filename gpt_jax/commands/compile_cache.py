@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gpt_jax.errors import UsageError, complain
+from gpt_jax.files import describe_error
 
 FOLDER = "~/.cache/gpt_jax/compiled"
 OFF = "none"
@@ -41,7 +42,7 @@ def keep_compiled(folder: str | None, environ: Mapping[str, str] = os.environ) -
         make_folder(path)
         drop_oldest(path, MOST_BYTES)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        reason = getattr(error, "strerror", None) or error
+        reason = describe_error(error)
         if folder is not None:
             raise UsageError(
                 f"--compilation_cache={folder}: cannot be used ({reason}); "

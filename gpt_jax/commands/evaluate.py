@@ -1,9 +1,7 @@
 """`gpt-jax evaluate`: how well a checkpoint predicts text."""
 
 import argparse
-import glob
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +12,7 @@ from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.config import EVALUATORS
 from gpt_jax.errors import UsageError, escape
+from gpt_jax.files import is_there
 
 # The columns of the table, and how a number is written in each.
 COLUMNS = (
@@ -113,7 +112,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--text={repeated[0]}: is given twice")
     if "all" in args.text:
         raise UsageError("--text=all: is the name of the sum; write ./all")
-    missing = [text for text in args.text if not is_there(text)]
+    missing = [text for text in args.text if not may_be_there(text)]
     if missing:
         raise UsageError(f"--text = {missing[0]!r}: no such file or directory")
     if args.evaluators and args.text:
@@ -123,14 +122,12 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--evaluators={unknown[0]}: knows {', '.join(EVALUATORS)}")
 
 
-def is_there(text: str) -> bool:
+def may_be_there(text: str) -> bool:
     """Whether a path of --text can exist. It is asked before the weights are read.
 
     Object stores, hubs and the word stdlib are looked up later.
     """
-    path = os.path.expanduser(text)
-    is_local = "://" not in text and text != "stdlib"
-    return not is_local or os.path.lexists(path) or bool(glob.glob(path, recursive=True))
+    return "://" in text or text == "stdlib" or is_there(text)
 
 
 def without_nan(rows: Rows) -> dict[str, dict[str, float | None]]:

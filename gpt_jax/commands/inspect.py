@@ -11,6 +11,7 @@ from gpt_jax.commands.config_file import local_workdir
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit, write_json
 from gpt_jax.errors import UsageError, complain, escape
+from gpt_jax.files import describe_error
 from gpt_jax.schema import read_json
 
 MOST_STEPS = 10**12  # Numbers of examples are 64-bit.
@@ -107,7 +108,7 @@ def read_config(workdir: Path) -> configs.Config:
         return configs.read_saved(read_json(path.read_text(), "object"))
     except OSError as error:
         raise UsageError(
-            f"--workdir={workdir}: no run has begun there ({path.name}: {error.strerror})"
+            f"--workdir={workdir}: no run has begun there ({path.name}: {describe_error(error)})"
         ) from None
     except ValueError as error:
         raise UsageError(

@@ -17,6 +17,7 @@ from gpt_jax.commands.output import emit
 from gpt_jax.commands.runtime import MOST_CPU_DEVICES, check_runtime
 from gpt_jax.data import EMPTY_PATHS
 from gpt_jax.errors import Exit, UsageError, complain, install_command
+from gpt_jax.files import describe_error
 
 # Flags that say a process's place in the job. The launcher gives them.
 PLACES = ("--coordinator", "--num_processes", "--process_id", "--local_device", "--distributed")
@@ -292,7 +293,7 @@ def make_logs(text: str) -> Path:
         tempfile.TemporaryFile(dir=text or ".").close()
     except OSError as error:
         raise UsageError(
-            f"--logs={text}: cannot be written ({error.strerror}); choose another folder"
+            f"--logs={text}: cannot be written ({describe_error(error)}); choose another folder"
         ) from None
     return Path(text).resolve()
 

@@ -12,6 +12,7 @@ from gpt_jax.commands.environment import find_fault
 from gpt_jax.commands.stopping import ignore_requests
 from gpt_jax.commands.uncaught import shorten_library_errors
 from gpt_jax.errors import EXIT_CODES, Exit, PeerFailed, UsageError, complain, mute
+from gpt_jax.files import describe_error
 
 COMMANDS = {
     "prepare": "raw text to token shards: read, filter, leave out copies, tokenize",
@@ -151,7 +152,8 @@ def finish(code: int, reason: str = "") -> None:
         except OSError as error:
             mute(name)
             if name == "stdout" and not isinstance(error, BrokenPipeError):
-                line = f"standard output cannot be written ({error.strerror}); send it elsewhere"
+                why = describe_error(error)
+                line = f"standard output cannot be written ({why}); send it elsewhere"
                 complain(line)
                 code = code or UsageError.code
                 reason = reason or line

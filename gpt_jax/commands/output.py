@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from gpt_jax.errors import UsageError, complain, escape, mute
+from gpt_jax.files import describe_error
 
 
 @contextlib.contextmanager
@@ -24,7 +25,7 @@ def output() -> Iterator[TextIO]:
     except OSError as error:
         mute("stdout")  # Otherwise Python tries again at the end.
         raise UsageError(
-            f"standard output cannot be written ({error.strerror}); send it elsewhere"
+            f"standard output cannot be written ({describe_error(error)}); send it elsewhere"
         ) from None
 
 
@@ -67,7 +68,7 @@ def make_say(stream: TextIO) -> Callable[[str], None]:
             mute("stdout")  # Otherwise Python complains about it at the end.
             if not isinstance(error, BrokenPipeError):
                 complain(
-                    f"standard output cannot be written ({error.strerror}): "
+                    f"standard output cannot be written ({describe_error(error)}): "
                     "nothing more is said there"
                 )
 

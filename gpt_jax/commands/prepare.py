@@ -1,7 +1,6 @@
 """`gpt-jax prepare`: raw text to a folder of token shards, and a look into such a folder."""
 
 import argparse
-import glob
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
 from gpt_jax.commands.stopping import interrupt_once
 from gpt_jax.errors import DataError, Stopped, UsageError, escape
+from gpt_jax.files import is_there
 
 NAMED_PATH = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)  # NAME=PATH
 MISNAMED_PATH = re.compile(r"([^/=?*]*)=")  # an attempt at it
@@ -270,11 +270,6 @@ def count_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def is_there(text: str) -> bool:
-    """Whether `text` is a path or a glob of files that exist."""
-    return os.path.exists(text) or bool(glob.glob(text))
 
 
 def sort_inputs(texts: list[str]) -> dict[str, tuple[str, ...]]:

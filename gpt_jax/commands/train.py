@@ -28,6 +28,7 @@ from gpt_jax.commands.runtime import (
 )
 from gpt_jax.commands.stopping import ignore_requests
 from gpt_jax.errors import UsageError, mute
+from gpt_jax.files import describe_error
 
 
 def main(arguments: list[str]) -> None:
@@ -188,5 +189,5 @@ def make_workdir(text: str, flag: str = "--workdir") -> Path:
         # The file has a name of its own, because all processes of a job do this at once.
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UsageError(f"{flag}={text}: cannot be written: {error.strerror}") from None
+        raise UsageError(f"{flag}={text}: cannot be written: {describe_error(error)}") from None
     return path

@@ -3,10 +3,8 @@
 import ast
 import dataclasses
 import difflib
-import glob
 import json
 import math
-import os
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +13,7 @@ from typing import Any
 from gpt_jax.config.fields import RESUMABLE, Config
 from gpt_jax.config.knobs import fields_of, is_section, key_of
 from gpt_jax.errors import UsageError
+from gpt_jax.files import is_there
 
 # Where a key of an older config is today. A config file or a flag that uses one is refused with
 # the new name; the config inside a checkpoint is translated.
@@ -284,20 +283,14 @@ def _split_paths(text: str, path: str) -> tuple[str, ...]:
     Raises UsageError, which names the field `path`, if both can be meant.
     """
     parts = _split_names(text, path)
-    if not (parts[1:] and _is_there(text)):
+    if not (parts[1:] and is_there(text)):
         return parts
-    if all(_is_there(part) for part in parts):
+    if all(is_there(part) for part in parts):
         raise UsageError(
             f"{path} = {text!r}: is one path and also {len(parts)}, all of which are there; write "
             f'"({text!r},)" for the one, or "{parts!r}" for the others'
         )
     return (text,)
-
-
-def _is_there(text: str) -> bool:
-    """Whether a path exists, or a glob matches something."""
-    path = os.path.expanduser(text)
-    return os.path.exists(path) or bool(glob.has_magic(path) and glob.glob(path, recursive=True))
 
 
 def _keep_whole(text: str, path: str) -> tuple[str, ...]:

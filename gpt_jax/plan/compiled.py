@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.errors import UsageError
+from gpt_jax.files import describe_error
 from gpt_jax.hardware import find_option_fault
 from gpt_jax.plan.estimate import choose_plan_kernel, find_problems
 from gpt_jax.plan.job import resolve_vocab
@@ -71,8 +72,9 @@ def list_devices(topology: Topology) -> list:
     try:
         return topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
     except Exception as error:
-        line = str(error).splitlines()[0]
-        raise UsageError(f"--topology={topology}: libtpu does not know it: {line}") from None
+        raise UsageError(
+            f"--topology={topology}: libtpu does not know it: {describe_error(error)}"
+        ) from None
 
 
 def make_abstract_batch(config: configs.Config, mesh) -> dict:

@@ -27,7 +27,7 @@ def only_run(workdir: Path, say):
                     "or choose another --workdir"
                 ) from None
             except LinkedLock as error:
-                raise UsageError(f"--workdir={workdir}: {error.strerror}") from None
+                raise UsageError(f"--workdir={workdir}: {describe_error(error)}") from None
             except OSError as error:
                 # Some file systems have no locks.
                 say(

@@ -27,6 +27,7 @@ from gpt_jax.data.tokenizers.promises import check_promises
 from gpt_jax.data.tokenizers.spelling import make_byte_alphabet
 from gpt_jax.data.tokenizers.vocabulary import EOT, EOT_NAMES, FIM_TOKENS, Tokenizer
 from gpt_jax.errors import UsageError, install_command
+from gpt_jax.files import describe_error
 
 # The character that spells each byte.
 LETTERS = {byte: letter for letter, byte in make_byte_alphabet().items()}
@@ -348,8 +349,8 @@ def read_tokenizer(spec: str, field: str = "config.data.tokenizer") -> Tokenizer
             return _read_folder(path)
         return _read_file(path)
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
         raise UsageError(
             f"{field} = {spec!r}: expected bytes, char, bpe:N or the path of a tokenizer.json, "
-            f".model, .tiktoken or a folder of encoder.json and vocab.bpe: {why}"
+            ".model, .tiktoken or a folder of encoder.json and vocab.bpe: "
+            f"{describe_error(error)}"
         ) from None
