@@ -1,46 +1,91 @@
 """A branch of a run: a workdir of its own that goes on from one of the run's checkpoints."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import UsageError
+from gpt_jax.files import describe_error, write_file
 from gpt_jax.run.meta import META_SCHEMA
+from gpt_jax.schema import Misfit, Schema, read_json
 from gpt_jax.train import CHECKPOINT_FOLDER, resolve_checkpoint
 
 UNFINISHED = ".branching"  # the name of a copy that is not whole yet
+ORIGIN = "branch.json"  # which run and step the branch was taken from
+ORIGIN_SCHEMA: Schema = {"run": "text", "step": "count"}
 METRICS = "metrics.jsonl"
 
 
 def open_branch(workdir: Path, branch: Path, step: int, say) -> None:
     """Gives `branch` the checkpoint of `step` and the curve of the run in `workdir`.
 
-    The run itself is only read. Files are shared by hard links where the file system can, because
-    nobody writes into a checkpoint that is complete. A branch that has a checkpoint stays as it is.
-    Process 0 does the work. Raises UsageError if the run has no such step, or if the branch is the
-    run itself. Raises NoCheckpoint if the step is damaged.
+    A step of 0 is the newest. The run itself is only read. Files are shared by hard links where the
+    file system can, because nobody writes into a checkpoint that is complete. A branch that was
+    taken from there before stays as it is. Process 0 does the work.
+
+    Raises UsageError if the run has no such step, if the branch is the run itself or holds another
+    run, or if it cannot be copied. Raises NoCheckpoint if the step is damaged.
     """
     if branch.resolve() == workdir.resolve():
         raise UsageError(f"--branch={branch}: is the run itself; give another folder")
-    target = branch / CHECKPOINT_FOLDER
-    if agree_on(lambda: any(path.name.isdecimal() for path in target.glob("*"))):
+    if agree_on(lambda: is_branch_of(branch, workdir, step)):
         say(f"{branch} is a branch already, and goes on")
         return
 
     directory, number = resolve_checkpoint(workdir, step, say, META_SCHEMA)
 
     def copy():
-        target.mkdir(parents=True, exist_ok=True)
-        unfinished = target / UNFINISHED
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(directory / str(number), unfinished, copy_function=link_or_copy)
-        if (workdir / METRICS).is_file():
-            shutil.copyfile(workdir / METRICS, branch / METRICS)
-        unfinished.rename(target / str(number))
+        try:
+            copy_run(directory / str(number), workdir, branch)
+        except OSError as error:
+            raise UsageError(
+                f"--branch={branch}: step {number} of {workdir} cannot be copied "
+                f"({describe_error(error)}); give the command again"
+            ) from None
 
     agree_on(copy)
     say(f"{branch} goes on from step {number} of {workdir}")
+
+
+def is_branch_of(branch: Path, workdir: Path, step: int) -> bool:
+    """Whether `branch` was taken from this step of this run. False for a folder without a run.
+
+    Raises UsageError if it holds another run.
+    """
+    if not any(path.name.isdecimal() for path in (branch / CHECKPOINT_FOLDER).glob("*")):
+        return False
+    try:
+        origin = read_json((branch / ORIGIN).read_bytes(), ORIGIN_SCHEMA)
+    except (OSError, Misfit):
+        origin = None
+    if origin is None:
+        raise UsageError(
+            f"--branch={branch}: holds a run that is no branch; give another folder, or go on with "
+            "it by --workdir"
+        )
+    if origin["run"] != str(workdir.resolve()) or step not in (0, origin["step"]):
+        raise UsageError(
+            f"--branch={branch}: was taken from step {origin['step']} of {origin['run']}; give "
+            "another folder, or go on with it by --workdir"
+        )
+    return True
+
+
+def copy_run(checkpoint: Path, workdir: Path, branch: Path) -> None:
+    """Gives `branch` a checkpoint of the run in `workdir`, named by its step, and the curve."""
+    target = branch / CHECKPOINT_FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    unfinished = target / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(checkpoint, unfinished, copy_function=link_or_copy)
+    if (workdir / METRICS).is_file():
+        shutil.copyfile(workdir / METRICS, branch / METRICS)
+
+    origin = {"run": str(workdir.resolve()), "step": int(checkpoint.name)}
+    write_file(branch / ORIGIN, json.dumps(origin).encode())
+    unfinished.rename(target / checkpoint.name)
 
 
 def link_or_copy(source: str, destination: str) -> None:

@@ -1,5 +1,7 @@
 """A branch goes on from an older checkpoint, and the run stays as it was."""
 
+import shutil
+
 import runs
 
 FLAGS = ("--config.optim.decay_steps=6", "--config.checkpoint.keep_last=9")
@@ -43,7 +45,15 @@ def test_what_is_no_branch(tmp_path):
     old = tmp_path / "old"
     command = runs.arguments(tmp_path, old, "--config.train.steps=2")
     runs.call(*command)
+    runs.call(*command, f"--branch={tmp_path / 'taken'}")
+    shutil.copytree(tmp_path / "taken", tmp_path / "foreign")
+    (tmp_path / "foreign/branch.json").unlink()
     for words, flags in (
+        ("holds a run that is no branch", [f"--branch={tmp_path / 'foreign'}"]),
+        (
+            f"was taken from step 2 of {old}; give another",
+            ["--from_step=1", f"--branch={tmp_path / 'taken'}"],
+        ),
         ("is the run itself", [f"--branch={old}"]),
         ("no step 7", ["--from_step=7", f"--branch={tmp_path / 'b'}"]),
         ("--from_step=2: expected", ["--from_step=2"]),
