@@ -155,7 +155,12 @@ def run(args: argparse.Namespace, prompts: list[str], sampling) -> None:
     is_first = jax.process_index() == 0
     say = make_say(sys.stderr)
     loaded = load_model(
-        args.checkpoint, args.step, say, args.devices, ignore_miscompiles=args.ignore_miscompiles
+        args.checkpoint,
+        args.step,
+        say,
+        args.devices,
+        ignore_miscompiles=args.ignore_miscompiles,
+        is_decoding=True,
     )
 
     began = time.perf_counter()

@@ -31,6 +31,7 @@ from gpt_jax.config.knobs import (
     knob,
 )
 from gpt_jax.config.layers import LayerSpec, Layout, has_experts, layer_specs, layout
+from gpt_jax.config.mesh_checks import widest_tensor
 from gpt_jax.config.meshes import (
     AXES,
     BATCH_AXES,
@@ -117,5 +118,6 @@ __all__ = [
     "slices_problem",
     "to_dict",
     "to_json",
+    "widest_tensor",
     "wsd_start",
 ]

@@ -6,6 +6,7 @@ from gpt_jax.config.field_checks import Checks
 from gpt_jax.config.fields import Config
 from gpt_jax.config.layers import has_experts, layer_specs, layout
 from gpt_jax.config.meshes import BATCH_AXES, FSDP_AXES
+from gpt_jax.config.model_fields import Model
 from gpt_jax.config.resolve import round_up
 
 
@@ -21,6 +22,14 @@ def mesh_faults(config: Config, shape: dict[str, int]) -> list[str]:
     _check_experts(checks, shape)
     _check_stages(checks, shape)
     return checks.lines
+
+
+def widest_tensor(model: Model, devices: int) -> int:
+    """The largest part of `devices` that can be the mesh's axis tensor for a resolved model."""
+    widths = [model.heads, model.kv_heads, model.mlp, model.vocab]
+    if has_experts(model):
+        widths.append(model.expert_mlp)
+    return math.gcd(devices, *widths)
 
 
 def _check_weights(checks: Checks, shape: dict) -> None:

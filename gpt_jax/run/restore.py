@@ -30,16 +30,22 @@ class Loaded(NamedTuple):
     content: str  # digest of the text that it was trained on
 
 
-def pick_mesh(model: configs.Model, devices: int) -> jax.sharding.Mesh:
-    """A mesh of so many devices along fsdp, which needs least memory.
+def pick_mesh(model: configs.Model, devices: int, is_decoding: bool) -> jax.sharding.Mesh:
+    """A mesh of so many devices, over which the weights are split.
 
-    They lie along data instead if a width of the model does not divide by their number.
+    Whole rows are split along fsdp, and weights are gathered for them. One token a row is too
+    little work for that. So where tokens are drawn, as many devices as the widths allow lie along
+    tensor, and weights stay where they are.
+
+    What is left lies along data if a width of the model does not divide by it.
     """
+    tensor = configs.widest_tensor(model, devices) if is_decoding else 1
+    rest = devices // tensor
     widths = [model.embed]
     if model.value_embed:
         widths.append(model.kv_heads * model.head_dim)
-    axis = "data" if any(width % devices for width in widths) else "fsdp"
-    return sharding.make_mesh({axis: devices}, jax.devices()[:devices])
+    axis = "data" if any(width % rest for width in widths) else "fsdp"
+    return sharding.make_mesh({axis: rest, "tensor": tensor}, jax.devices()[:devices])
 
 
 # A run may delete the newest checkpoint while it is read. Then the next newest one is tried.
@@ -52,10 +58,12 @@ def load_model(
     say: Callable[[str], None],
     devices: int = 0,
     ignore_miscompiles: bool = False,
+    is_decoding: bool = False,
 ) -> Loaded:
     """The newest valid checkpoint at `path`, or its `step`, on devices of this job.
 
-    `devices` is their number, where 0 means all. Averaged weights are taken if the run kept them.
+    `devices` is their number, where 0 means all. `is_decoding` lays the weights out for drawing
+    tokens, see `pick_mesh`. Averaged weights are taken if the run kept them.
     Raises UsageError for a path or step that does not exist, and NoCheckpoint for damage. Raises
     Miscompiled if the compiler is known to give wrong results, unless `ignore_miscompiles`.
     """
@@ -67,7 +75,7 @@ def load_model(
     for _ in range(attempts - 1):
         directory, newest = resolve_checkpoint(path, step, say, META_SCHEMA)
         try:
-            return _load(directory, newest, say, devices)
+            return _load(directory, newest, say, devices, is_decoding)
         except (NoCheckpoint, UsageError):
             if (directory / str(newest) / MANIFEST).exists():
                 raise
@@ -75,17 +83,20 @@ def load_model(
             f"step {newest} of {directory} was deleted by its run meanwhile; "
             "taking the newest again"
         )
-    return _load(*resolve_checkpoint(path, step, say, META_SCHEMA), say, devices)
+    return _load(*resolve_checkpoint(path, step, say, META_SCHEMA), say, devices, is_decoding)
 
 
-def _load(directory: Path, step: int, say: Callable[[str], None], devices: int) -> Loaded:
+def _load(
+    directory: Path, step: int, say: Callable[[str], None], devices: int, is_decoding: bool
+) -> Loaded:
     """Reads one step. Raises UsageError and NoCheckpoint."""
     meta = read_meta(directory, step, META_SCHEMA)
     config = read_config(meta, directory, step)
     tokenizer = read_tokenizer(meta, directory, step)
     model, compute = configs.for_inference(config.model, config.compute)
     count = devices or jax.device_count()
-    mesh = pick_mesh(model, count) if count > 1 else sharding.make_mesh({}, jax.local_devices()[:1])
+    alone = sharding.make_mesh({}, jax.local_devices()[:1])
+    mesh = pick_mesh(model, count, is_decoding) if count > 1 else alone
 
     # The kernel of the run was chosen for that machine and for dropout, so another is chosen here.
     asked = replace(compute, kernel="auto")

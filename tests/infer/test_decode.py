@@ -3,6 +3,8 @@
 A row is the same in any batch, and stops cut to the letter.
 """
 
+import math
+import re
 from dataclasses import replace
 from functools import cache, partial
 
@@ -278,6 +280,32 @@ def test_a_mesh_changes_nothing(mesh, shape):
         assert (
             decode._next._cache_size() == before + 1
         )  # the state keeps its layout from step to step
+
+
+@pytest.mark.parametrize("shape, gathers", [((1, 1, 4), False), ((1, 4, 1), True)])
+def test_tensor_leaves_weights_where_they_are(mesh, monkeypatch, shape, gathers):
+    """A token moves its activations alone. Along fsdp every token would gather all weights."""
+    model = make_model(position="rotary", kv_heads=4, tied=False, embed=64, mlp=128)
+    texts = []
+    plain = decode._next
+
+    def compile_too(*args, **static):
+        texts.append(plain.lower(*args, **static).compile().as_text())
+        return plain(*args, **static)
+
+    monkeypatch.setattr(decode, "_next", compile_too)
+    devices = mesh(*shape)
+    with jax.set_mesh(devices):
+        like = make_concrete(abstract_params(model), devices)
+        placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), make_params(model), like)
+        sampling = replace(GREEDY, max_new_tokens=2)
+        generate(model, COMPUTE, placed, LETTERS, PROMPTS[:1], sampling, silent)
+
+    (text,) = texts
+    shapes = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)
+    largest = max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
+    smallest_weight = model.embed * model.embed // 4  # of one device
+    assert (largest >= smallest_weight) == gathers
 
 
 def test_one_compilation_for_a_bucket(monkeypatch):
