@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.data import make_examples
 from gpt_jax.errors import UsageError
-from gpt_jax.run.meta import META_SCHEMA, read_config
+from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.source import check_source, find_source
 from gpt_jax.run.warm_start import start_from
@@ -23,7 +23,8 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     folder = directory.parent
     old_config = read_config(meta, directory, meta["step"])
     changes = configs.changes(old_config, parts.config)
-    refusal = check_phases(parts, old_config, meta["step"])
+    past = read_past_sizes(meta, old_config, directory)
+    refusal = check_phases(parts, old_config, past.examples(meta["step"]))
 
     allowed = []
     blocked = []
@@ -57,8 +58,8 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     return allowed
 
 
-def check_phases(parts: Parts, old: configs.Config, step: int) -> str:
-    """Why the phases of the mixture cannot change at `step`, or "" if they can."""
+def check_phases(parts: Parts, old: configs.Config, examples: int) -> str:
+    """Why the phases of the mixture cannot change after so many examples, or "" if they can."""
     data = parts.config.data
     if data.phases == old.data.phases or parts.examples.mix is None:
         return ""
@@ -67,12 +68,12 @@ def check_phases(parts: Parts, old: configs.Config, step: int) -> str:
     old_mix = make_examples(parts.data, before, train.seq_len, parts.config.seed).mix
     assert old_mix is not None, "the sources are the same, so there is a mixture"
     first = parts.examples.mix.find_difference(old_mix)
-    if first is None or first >= step * train.batch_size:
+    if first is None or first >= examples:
         return ""
     return (
         f"config.data.phases = {data.phases!r}: differs from the run's {old.data.phases!r} at "
         f"token {first * train.seq_len:,}, and the run is at token "
-        f"{step * train.batch_size * train.seq_len:,} already; change later phases alone"
+        f"{examples * train.seq_len:,} already; change later phases alone"
     )
 
 
@@ -91,6 +92,7 @@ class Start(NamedTuple):
     state: TrainState
     changed: list[str]  # in the config, since the checkpoint
     lineage: list[dict[str, Any]]  # the other runs whose weights these are, see warm_start.Source
+    sizes: configs.BatchSizes  # the rows of each update, from the first one of the run
 
 
 def start_state(parts: Parts, checkpoints, say) -> Start:
@@ -103,16 +105,20 @@ def start_state(parts: Parts, checkpoints, say) -> Start:
     loaded = restore_checkpoint(checkpoints.directory, step, state_items(parts.abstract))
     say(f"resumed from step {step} of {checkpoints.directory}")
     state = loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))
-    return Start(state, changed, meta.get("lineage", []))
+    config = read_config(meta, checkpoints.directory, step)
+    past = read_past_sizes(meta, config, checkpoints.directory)
+    sizes = configs.make_batch_sizes(parts.config.train, past, step)
+    return Start(state, changed, meta.get("lineage", []), sizes)
 
 
 def start_new(parts: Parts, say) -> Start:
     """The state of a new run: fresh, or the weights of the checkpoint that the config names."""
+    sizes = configs.make_batch_sizes(parts.config.train)
     if not parts.config.init.from_:
-        return Start(parts.init(), [], [])
+        return Start(parts.init(), [], [], sizes)
     source = find_source(parts.config.init, say)
     changed = check_source(source, parts.config, parts.data.tokenizer)
-    return Start(start_from(parts, source, say), changed, source.lineage)
+    return Start(start_from(parts, source, say), changed, source.lineage, sizes)
 
 
 def state_items(state: TrainState) -> dict[str, Any]:
