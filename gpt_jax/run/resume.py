@@ -24,7 +24,9 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     old_config = read_config(meta, directory, meta["step"])
     changes = configs.changes(old_config, parts.config)
     past = read_past_sizes(meta, old_config, directory)
-    refusal = check_phases(parts, old_config, past.examples(meta["step"]))
+    examples = past.examples(meta["step"])
+    refusal = check_phases(parts, old_config, examples)
+    refusal = refusal or check_batch_size(parts.config.train, old_config.train, examples)
 
     allowed = []
     blocked = []
@@ -44,6 +46,8 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     if refusal:
         raise UsageError(refusal)
     say_rate(old_config, parts.config, meta["step"], say)
+    for line in describe_sizes(old_config, parts.config, past, meta["step"]):
+        say(line)
 
     if meta["tokenizer"] != parts.data.tokenizer.to_json():
         raise UsageError(
@@ -75,6 +79,47 @@ def check_phases(parts: Parts, old: configs.Config, examples: int) -> str:
         f"token {first * train.seq_len:,}, and the run is at token "
         f"{examples * train.seq_len:,} already; change later phases alone"
     )
+
+
+def check_batch_size(train: configs.Train, old: configs.Train, examples: int) -> str:
+    """Why a changed batch size would do nothing after so many examples, or "" if it does."""
+    entry = configs.find_ramp_entry(train, examples)
+    if entry is None or train.batch_size == old.batch_size or train.batch_ramp != old.batch_ramp:
+        return ""
+    return (
+        f"config.train.batch_size = {train.batch_size}: does nothing at token "
+        f"{examples * train.seq_len:,}, where config.train.batch_ramp[{entry}] = "
+        f"{train.batch_ramp[entry]} counts; change that entry, and leave this as it was "
+        f"({old.batch_size})"
+    )
+
+
+def describe_sizes(
+    old: configs.Config, new: configs.Config, past: configs.BatchSizes, step: int
+) -> list[str]:
+    """Lines about what other batch sizes from `step` on mean for the run; [] for the same ones."""
+    before = configs.make_batch_sizes(old.train, past, step)
+    after = configs.make_batch_sizes(new.train, past, step)
+    lines = []
+    if after.size(step) != before.size(step):
+        example = past.examples(step)
+        seq_len = new.train.seq_len
+        steps = new.train.steps
+        lines.append(
+            f"step {step + 1:,} goes on at example {example:,}, with {after.size(step):,} rows and "
+            f"{after.size(step) * seq_len:,} tokens a step, after {before.size(step):,} rows and "
+            f"{before.size(step) * seq_len:,} tokens; no example is repeated or left out. The "
+            f"learning-rate schedule goes by steps: at step {steps:,} the run has read "
+            f"{after.examples(steps) * seq_len:,} tokens, in place of "
+            f"{before.examples(steps) * seq_len:,}"
+        )
+    if new.eval.batches and new.eval.batch_size != old.eval.batch_size:
+        lines.append(
+            f"an evaluation reads config.eval.batches = {new.eval.batches} of "
+            f"{new.eval.batch_size} rows, after {old.eval.batch_size}, so it measures other text; "
+            f"config.eval.batch_size={old.eval.batch_size} keeps its curve comparable"
+        )
+    return lines
 
 
 def say_rate(old: configs.Config, new: configs.Config, step: int, say) -> None:
