@@ -263,7 +263,7 @@ def load_own_text(loaded, say: Say) -> tuple[dict, dict[str, float]]:
     if len(data.heldout) == 1:
         return data.heldout, {}
     examples = make_examples(data, config.data, config.train.seq_len, config.seed)
-    return data.heldout, examples.shares(loaded.step * config.train.batch_size)
+    return data.heldout, examples.shares(loaded.examples)
 
 
 def as_row(sums) -> dict[str, float]:

@@ -88,12 +88,12 @@ def describe_lineage(workdir: Path) -> list[str]:
 
     It is read from the newest checkpoint. Raises UsageError if there is none.
     """
-    from gpt_jax.run import META_SCHEMA
+    from gpt_jax.run import META_SCHEMA, count_tokens
     from gpt_jax.train import peek_meta
 
     meta = peek_meta(workdir, 0, META_SCHEMA)
     config = configs.read_saved(meta["config"])
-    tokens = meta["step"] * config.train.batch_size * config.train.seq_len
+    tokens = count_tokens(meta, config, workdir)
     own = {"from": str(workdir), "step": meta["step"], "tokens": tokens, "data": config.data.where}
     return [
         f"{one['from']}: step {one['step']:,}, {one['tokens']:,} tokens of {one['data']}"
@@ -128,14 +128,25 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int) -> I
         print(escape(line), file=sys.stderr)
 
     data = load_dataset(config.data, say, read_start_tokenizer(config, workdir))
-    check_text(workdir, data)
+    meta = read_newest_meta(workdir)
+    check_text(workdir, data, meta)
     examples = make_examples(data, config.data, config.train.seq_len, config.seed)
 
-    size = config.train.batch_size
-    first = (step - 1) * size
-    count = min(limit or size, size)
-    for number in range(first, first + count):
-        yield describe_example(config, data, examples, number)
+    sizes = find_sizes(config, workdir, meta)
+    first = sizes.examples(step - 1)
+    size = sizes.size(step - 1)
+    for row in range(min(limit or size, size)):
+        yield {"row": row, **describe_example(config, data, examples, first + row)}
+
+
+def find_sizes(config: configs.Config, workdir: Path, meta: dict | None) -> configs.BatchSizes:
+    """The batch sizes of a run: those behind its newest checkpoint, then those of its config."""
+    from gpt_jax.run import read_past_sizes
+
+    if meta is None:
+        return configs.make_batch_sizes(config.train)
+    past = read_past_sizes(meta, configs.read_saved(meta["config"]), workdir)
+    return configs.make_batch_sizes(config.train, past, meta["step"])
 
 
 def describe_example(config: configs.Config, data, examples, number: int) -> dict:
@@ -148,7 +159,6 @@ def describe_example(config: configs.Config, data, examples, number: int) -> dic
     ids = buffer.ids[0][buffer.inside[0]]
     tokens = data.parts[source].train
     return {
-        "row": number % config.train.batch_size,
         "example": number,
         "source": data.parts[source].name,
         "documents": [describe_span(span, tokens, data.tokenizer) for span in spans],
@@ -178,15 +188,21 @@ def with_specials(tokenizer, ids) -> str:
     return raw.removeprefix(tokenizer.prefix).decode("utf-8", "replace")
 
 
-def check_text(workdir: Path, data) -> None:
-    """Raises UsageError if text or tokenizer have changed since the run's newest checkpoint."""
+def read_newest_meta(workdir: Path) -> dict | None:
+    """The meta.json of the run's newest checkpoint, or None if it has no checkpoint yet."""
     from gpt_jax.run import META_SCHEMA
     from gpt_jax.train import CHECKPOINT_FOLDER, read_meta, resolve_checkpoint
 
     if not (workdir / CHECKPOINT_FOLDER).is_dir():
-        return
+        return None
     directory, step = resolve_checkpoint(str(workdir), 0, lambda line: None, META_SCHEMA)
-    meta = read_meta(directory, step, META_SCHEMA)
+    return read_meta(directory, step, META_SCHEMA)
+
+
+def check_text(workdir: Path, data, meta: dict | None) -> None:
+    """Raises UsageError if text or tokenizer have changed since the checkpoint of `meta`."""
+    if meta is None:
+        return
     if (meta["data"]["content"], meta["tokenizer"]) != (data.content, data.tokenizer.to_json()):
         raise UsageError(
             f"--workdir={workdir}: the text or its tokenizer has changed since the run, so its "

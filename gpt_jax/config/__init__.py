@@ -5,6 +5,14 @@ A config file returns a `ConfigDict` that holds only what it changes. `from_dict
 compares values that must agree with each other, before anything compiles.
 """
 
+from gpt_jax.config.batch_sizes import (
+    BatchSizes,
+    at_batch_size,
+    find_ramp_entry,
+    list_levels,
+    make_batch_sizes,
+    read_batch_sizes,
+)
 from gpt_jax.config.checks import check, problems, shape_on
 from gpt_jax.config.data_fields import Data
 from gpt_jax.config.describe import describe_config, make_page, make_schema
@@ -76,6 +84,7 @@ __all__ = [
     "ROUTERS",
     "SCHEDULES",
     "SPLITS",
+    "BatchSizes",
     "Checkpoint",
     "Compute",
     "Config",
@@ -91,6 +100,7 @@ __all__ = [
     "Model",
     "Optim",
     "Train",
+    "at_batch_size",
     "changes",
     "check",
     "cross_slice",
@@ -98,6 +108,7 @@ __all__ = [
     "describe_habits",
     "faults",
     "find_habits",
+    "find_ramp_entry",
     "flatten",
     "for_inference",
     "from_dict",
@@ -106,12 +117,15 @@ __all__ = [
     "layer_specs",
     "layout",
     "least_devices",
+    "list_levels",
+    "make_batch_sizes",
     "make_page",
     "make_schema",
     "mesh_shape",
     "override",
     "parse",
     "problems",
+    "read_batch_sizes",
     "read_saved",
     "resolve",
     "shape_on",

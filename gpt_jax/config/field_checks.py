@@ -1,9 +1,13 @@
 """What must agree across fields on every mesh."""
 
+from typing import Any
+
 from gpt_jax.config.fields import Config
 from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS
 from gpt_jax.config.layers import has_experts
 from gpt_jax.config.resolve import wsd_start
+
+LAST_TOKEN = 10**18  # the last token at which a batch size may begin
 
 
 class Checks:
@@ -14,13 +18,13 @@ class Checks:
         self.lines: list[str] = []
 
     def need(self, is_right: bool, path: str, way_out: str) -> None:
-        """Adds a line about the field at `path` if `is_right` is false."""
+        """Adds a line about the field or entry at `path` if `is_right` is false."""
         if is_right:
             return
 
-        value = self.config
-        for name in path.split("."):
-            value = getattr(value, name)
+        value: Any = self.config
+        for name in path.replace("[", ".").replace("]", "").split("."):
+            value = value[int(name)] if name.isdecimal() else getattr(value, name)
         self.lines.append(f"config.{path} = {value!r}: {way_out}")
 
 
@@ -37,6 +41,7 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
         _check_text(checks, tokenizer_vocab)
         _check_evaluators(checks)
         _check_schedule(checks)
+        _check_ramp(checks)
         _check_router(checks)
     return checks.lines
 
@@ -175,6 +180,54 @@ def _check_schedule(checks: Checks) -> None:
         f"decay would start at step {decay_start}, before "
         f"config.optim.warmup_steps = {optim.warmup_steps} are over; lower one of them",
     )
+
+
+def _check_ramp(checks: Checks) -> None:
+    """The later batch sizes: each is possible, and each is there for at least one update."""
+    train = checks.config.train
+    microbatches = {train.batch_size: train.accumulate}
+    last = 0
+    before = len(checks.lines)
+    for i, (token, size, accumulate) in enumerate(train.batch_ramp):
+        path = f"train.batch_ramp[{i}]"
+        checks.need(
+            last < token <= LAST_TOKEN,
+            path,
+            f"begins at token {token:,}; expected {last + 1:,} to {LAST_TOKEN:,}, because sizes "
+            "are given in rising order of their tokens",
+        )
+        checks.need(
+            size > 0 and accumulate > 0,
+            path,
+            "expected (token, batch_size, accumulate) with at least 1 row and 1 microbatch",
+        )
+        known = microbatches.setdefault(size, accumulate)
+        checks.need(
+            known == accumulate,
+            path,
+            f"has {accumulate} microbatches, and the same batch size has {known} before; one "
+            "batch size has one number of microbatches",
+        )
+        last = token
+    if len(checks.lines) == before:
+        _check_ramp_steps(checks)
+
+
+def _check_ramp_steps(checks: Checks) -> None:
+    """Each size is there for at least one update before the next one begins."""
+    train = checks.config.train
+    size = train.batch_size
+    example = 0
+    for i, (token, next_size, _) in enumerate(train.batch_ramp):
+        missing = -(-token // train.seq_len) - example
+        checks.need(
+            missing > 0,
+            f"train.batch_ramp[{i}]",
+            f"begins at token {token:,}, and the size before it begins at token "
+            f"{example * train.seq_len:,} and so has no update; start this one later",
+        )
+        example += -(-missing // size) * size
+        size = next_size
 
 
 def _check_router(checks: Checks) -> None:

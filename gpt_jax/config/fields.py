@@ -34,6 +34,7 @@ class Config:
 #
 # The text says what the change does to the course of training. It is empty if it does nothing.
 RATE = "the rate follows the new schedule from here on"
+SIZES = "the order of the examples stays, and the learning-rate schedule counts steps as before"
 RESUMABLE = {
     "log": "",
     "eval": "",
@@ -48,6 +49,8 @@ RESUMABLE = {
     "compute.compiler_options": "",
     "compute.ignore_miscompiles": "",
     "train.steps": "",
+    "train.batch_size": SIZES,
+    "train.batch_ramp": SIZES,
     "train.hang_minutes": "",
     "train.accumulate": "",
     "train.loss_chunk": "",

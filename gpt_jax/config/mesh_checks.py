@@ -2,12 +2,14 @@
 
 import math
 
+from gpt_jax.config.batch_sizes import list_levels
 from gpt_jax.config.field_checks import Checks
 from gpt_jax.config.fields import Config
 from gpt_jax.config.layers import has_experts, layer_specs, layout
 from gpt_jax.config.meshes import BATCH_AXES, FSDP_AXES
 from gpt_jax.config.model_fields import Model
 from gpt_jax.config.resolve import round_up
+from gpt_jax.config.run_fields import Train
 
 
 def mesh_faults(config: Config, shape: dict[str, int]) -> list[str]:
@@ -90,27 +92,40 @@ def _check_unroll(checks: Checks, split: int, stages: int) -> None:
     )
 
 
+def _name_levels(checks: Checks) -> list[tuple[str, str, Train]]:
+    """(field of the batch size, name of its microbatches, `train` at it) of each batch size.
+
+    A size without rows or microbatches is left out, because the checks of the fields refuse it.
+    """
+    first, *later = list_levels(checks.config.train)
+    named = [("train.batch_size", "config.train.accumulate", first)]
+    for i, train in enumerate(later):
+        if train.batch_size > 0 and train.accumulate > 0:
+            named.append((f"train.batch_ramp[{i}]", "the entry's accumulate", train))
+    return named
+
+
 def _check_batch(checks: Checks, shape: dict) -> None:
     """Rows over the axes of the batch."""
-    train = checks.config.train
     parts = math.prod(shape[axis] for axis in BATCH_AXES)
 
-    checks.need(
-        train.batch_size % train.accumulate == 0,
-        "train.batch_size",
-        f"must be divisible by config.train.accumulate = {train.accumulate}",
-    )
-    micro = train.batch_size // train.accumulate
-    way_out = f"try {round_up(train.batch_size, parts * train.accumulate)}"
-    if train.batch_size % parts == 0:
-        fewer = math.gcd(train.batch_size // parts, train.accumulate)
-        way_out += f", or config.train.accumulate={fewer}"
-    checks.need(
-        micro % parts == 0,
-        "train.batch_size",
-        f"gives {micro} rows a microbatch, which must be divisible by pipeline x data x fsdp x "
-        f"expert = {parts} of the mesh; {way_out}",
-    )
+    for path, accumulate, train in _name_levels(checks):
+        checks.need(
+            train.batch_size % train.accumulate == 0,
+            path,
+            f"must be divisible by {accumulate} = {train.accumulate}",
+        )
+        micro = train.batch_size // train.accumulate
+        way_out = f"try {round_up(train.batch_size, parts * train.accumulate)}"
+        if train.batch_size % parts == 0:
+            fewer = math.gcd(train.batch_size // parts, train.accumulate)
+            way_out += f", or {accumulate}={fewer}"
+        checks.need(
+            micro % parts == 0,
+            path,
+            f"gives {micro} rows a microbatch, which must be divisible by pipeline x data x fsdp "
+            f"x expert = {parts} of the mesh; {way_out}",
+        )
     checks.need(
         checks.config.eval.batch_size % parts == 0,
         "eval.batch_size",
@@ -246,10 +261,8 @@ def _check_stage_rows(checks: Checks, stages: int, rows: int) -> None:
         "compute.pipeline_microbatches",
         f"is less than config.mesh.pipeline = {stages}; set that or more, or 0 for as many",
     )
-    sizes = {
-        "train.batch_size": config.train.batch_size // config.train.accumulate,
-        "eval.batch_size": config.eval.batch_size,
-    }
+    sizes = {path: train.batch_size // train.accumulate for path, _, train in _name_levels(checks)}
+    sizes["eval.batch_size"] = config.eval.batch_size
     for path, size in sizes.items():
         checks.need(
             size % together == 0,

@@ -148,6 +148,11 @@ class Train:
 
     steps: int = knob(1000, "The number of updates.", low=0)
     batch_size: int = knob(8, "Rows of an update, over all processes and microbatches.", low=1)
+    batch_ramp: tuple[tuple[int, int, int], ...] = knob(
+        (),
+        "Later batch sizes: (token, batch_size, accumulate). A size counts from the first update "
+        "at or after its token. The learning-rate schedule goes by steps all the same.",
+    )
     seq_len: int = knob(256, "Tokens of a row.", low=2, high=2**30)
     accumulate: int = knob(1, "Microbatches of an update.", low=1)
     objective: str = knob("next_token", "What is minimised.", choices=OBJECTIVES)

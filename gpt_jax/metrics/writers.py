@@ -255,7 +255,7 @@ class BarWriter:
 
     With `progress` off a terminal gets plain lines too. Evaluations and texts are printed in full,
     above the bar. The plain line's ETA counts from the first write, so that compilation is not
-    extrapolated.
+    extrapolated. `work(step)` is what the first steps are of the whole, where steps are not equal.
     """
 
     def __init__(
@@ -266,8 +266,10 @@ class BarWriter:
         stream: TextIO | None = None,
         every_seconds: float = 10.0,
         now: Callable[[], float] = time.monotonic,
+        work: Callable[[int], int] = int,
     ):
         self._total = total
+        self._work = work
         self._stream = stream or sys.stderr
         self._every = every_seconds
         self._now = now
@@ -309,8 +311,8 @@ class BarWriter:
         moment = self._now()
         self._printed = moment
         self._first = self._first or (step, moment)
-        done = step - self._first[0]
-        left = self._total - step
+        done = self._work(step) - self._work(self._first[0])
+        left = self._work(self._total) - self._work(step)
 
         eta = ""
         if done > 0 and left > 0:

@@ -25,25 +25,26 @@ def estimate_horizon(
     job: PlanJob,
     topology: Topology,
     step: float,
+    tokens: int,
     by: str,
     data_tokens: float,
     write_bandwidth: float,
 ) -> Horizon:
     """Returns what the run comes to.
 
-    `step` are the seconds of a step, and `by` says who measured them. `write_bandwidth` are the
+    `step` are the seconds of a step, and `by` says who measured them. `tokens` are those of the
+    whole run, whose smaller batches take their part of a step's time. `write_bandwidth` are the
     bytes a second that one host writes to storage.
     """
     train = job.config.train
     tokens_per_step = train.batch_size * train.seq_len
-    tokens = tokens_per_step * train.steps
     stored = sum(size * array.itemsize for array, size in job.state.items())
     return Horizon(
         tokens_per_step=tokens_per_step,
         tokens=tokens,
         tokens_per_parameter=tokens / job.parameters,
         epochs=tokens / data_tokens if data_tokens else None,
-        days=step * train.steps / DAY,
+        days=step * (tokens / tokens_per_step) / DAY,
         by=by,
         checkpoint_bytes=stored,
         checkpoint_seconds=stored / (topology.hosts * write_bandwidth),

@@ -9,6 +9,7 @@ from gpt_jax.plan.advice import Advice, explain_nothing_fits, give_advice
 from gpt_jax.plan.command_line import CommandLine, choose_overrides, format_command
 from gpt_jax.plan.horizon import Horizon, estimate_horizon
 from gpt_jax.plan.job import PlanJob, make_job
+from gpt_jax.plan.ramp import describe_ramp, pick_largest, refuse_search
 from gpt_jax.plan.search import Candidate, list_overrides, search_meshes
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.trial import Trial, try_candidates, try_config
@@ -61,7 +62,9 @@ def make_plan(request: Request, compile_step: Callable[[list[str]], dict] | None
     Raises UsageError if the config cannot be planned at all, and if a search finds nothing.
     """
     topology = request.topology
-    job = make_job(request.config)
+    if request.search:
+        refuse_search(request.config.train)
+    job = pick_largest(make_job(request.config), topology)
     candidates = _search(request, job)
     trials = _try(request, job, candidates, compile_step)
     best = min(trials, key=lambda trial: (not trial.fits, trial.step))
@@ -83,7 +86,7 @@ def make_plan(request: Request, compile_step: Callable[[list[str]], dict] | None
         topology=topology,
         base=job.config,
         job=job._replace(config=best.config),
-        notes=request.notes,
+        notes=[*request.notes, *describe_ramp(request.config.train, job.config.train)],
         ranking=candidates[: request.search],
         count=len(candidates),
         trials=trials,
@@ -126,10 +129,12 @@ def _try(
 
 
 def _look_ahead(request: Request, job: PlanJob, best: Trial) -> Horizon:
+    train = request.config.train
     return estimate_horizon(
         job._replace(config=best.config),
         request.topology,
         best.step,
+        configs.make_batch_sizes(train).examples(train.steps) * train.seq_len,
         by="compiler" if best.schedule else "arithmetic",
         data_tokens=request.data_tokens,
         write_bandwidth=request.write_bandwidth,

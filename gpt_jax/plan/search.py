@@ -213,6 +213,8 @@ def list_overrides(old: configs.Config, new: configs.Config) -> list[str]:
     overrides = []
     for key, _, value, _ in configs.changes(old, new):
         text = str(value).lower() if isinstance(value, bool) else value
+        if isinstance(value, list):
+            text = tuple(value)
         overrides.append(f"--config.{key}={text}")
     return overrides
 

@@ -1,6 +1,10 @@
 from .branch import open_branch as open_branch
 from .loop import run_training as run_training
-from .meta import META_SCHEMA as META_SCHEMA
+from .meta import (
+    META_SCHEMA as META_SCHEMA,
+    count_tokens as count_tokens,
+    read_past_sizes as read_past_sizes,
+)
 from .notes import (
     format_count as format_count,
     token_flops as token_flops,

@@ -7,6 +7,7 @@ loop is a file beside this one, on the same parts.
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from gpt_jax.run.collector import collecting_by_step
 from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
 from gpt_jax.run.lock import only_run
 from gpt_jax.run.meta import META_SCHEMA
+from gpt_jax.run.notes import describe_batches
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.progress import Progress
 from gpt_jax.run.resume import start_state, state_items
@@ -107,19 +109,29 @@ def begin(
     start = checkpoints.latest or 0
     check_profile(profile, start)
 
-    rows = sharding.process_rows(parts.mesh, train.batch_size)
-    stream = make_stream(parts.examples, train.batch_size, rows, start, train.steps)
-    closing.callback(stream.close)
     heldout = heldout_batches(parts)
-    state, changed, lineage = start_state(parts, checkpoints, say)
+    state, changed, lineage, sizes = start_state(parts, checkpoints, say)
     beat()
+    rows_of = partial(sharding.process_rows, parts.mesh)
+    stream = make_stream(parts.examples, sizes, rows_of, start, train.steps)
+    closing.callback(stream.close)
     if jax.process_index() == 0:
         save_file(workdir / "config.json", configs.to_json(config).encode())
 
     is_resumed = checkpoints.latest is not None
     origin = {**origin, "changed": ", ".join(changed)}
     progress = Progress(
-        parts, workdir, start, is_resumed, beat, heldout, stream.shares, say, origin, lineage
+        parts,
+        workdir,
+        start,
+        is_resumed,
+        beat,
+        heldout,
+        stream.shares,
+        say,
+        origin,
+        lineage,
+        sizes,
     )
     closing.callback(progress.writers.close)
     if start < train.steps and jax.process_index() == 0:
@@ -128,7 +140,7 @@ def begin(
         with saving(report):
             report.unlink(missing_ok=True)
     say(progress.peak.line)
-    for line in stream.summary:
+    for line in (*describe_batches(config, sizes, start), *stream.summary):
         say(line)
     return Session(progress, checkpoints, stream, stop, state)
 
@@ -186,15 +198,19 @@ def is_due(every: int, step: int) -> bool:
 def one_step(progress: Progress, state: TrainState, step: int, columns, profile) -> TrainState:
     """Dispatches update `step` and handles the sums of the one before."""
     parts = progress.parts
+    size = progress.sizes.size(step - 1)
     is_first = step == progress.start + 1
+    is_compiled = is_first or size != progress.sizes.size(step - 2)
+    if is_compiled:
+        progress.settle()  # Compiling is no part of the rate of the steps before.
     if profile and step == profile[0]:
         jax.profiler.start_trace(str(progress.workdir / "profile"))
     with progress.clock.phase("data"):
-        batch = sharding.to_devices(parts.mesh, columns, progress.config.train.batch_size)
+        batch = sharding.to_devices(parts.mesh, columns, size)
     began = time.perf_counter()
-    with progress.clock.phase("compile" if is_first else "step"):
+    with progress.clock.phase("compile" if is_compiled else "step"):
         state, sums = parts.train_step(state, batch, parts.frozen)
-        if is_first:
+        if is_compiled:
             jax.block_until_ready(sums)
             progress.restart_rate(step)
     dispatched = time.perf_counter()
@@ -224,7 +240,11 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
         meta = {
             "config": configs.to_dict(progress.config),
             "tokenizer": progress.parts.data.tokenizer.to_json(),
-            "data": {"next": step, "content": progress.parts.data.content},
+            "data": {
+                "next": step,
+                "content": progress.parts.data.content,
+                "batch_sizes": progress.sizes.pairs(step),
+            },
             "lineage": progress.lineage,
         }
         metrics = metrics_at(progress, step)

@@ -7,11 +7,11 @@ from gpt_jax.data import Tokenizer, tokenizer_from_json
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.schema import Misfit
 
-# What `loop.save` writes. Checkpoints of earlier versions have no lineage.
+# What `loop.save` writes. Checkpoints of earlier versions have no lineage and no batch sizes.
 META_SCHEMA = {
     "config": "object",
     "tokenizer": "text",
-    "data": {"next": "count", "content": "text"},
+    "data": {"next": "count", "content": "text", "batch_sizes?": [("count", "count")]},
     "lineage?": [
         {"from": "text", "step": "count", "tokens": "count", "data": "text", "content": "text"}
     ],
@@ -27,6 +27,28 @@ def read_config(meta: dict, directory: Path, step: int) -> configs.Config:
         raise UsageError(
             f"checkpoint step {step} in {directory}: its config cannot be used: {first}", *rest
         ) from None
+
+
+def read_past_sizes(meta: dict, config: configs.Config, directory: Path) -> configs.BatchSizes:
+    """The batch sizes of the updates that a checkpoint has behind it. `config` is its own.
+
+    A checkpoint without them is of a version where a run had one batch size. Raises NoCheckpoint
+    if they make no run.
+    """
+    step = meta["step"]
+    pairs = meta["data"].get("batch_sizes") or [(0, config.train.batch_size)]
+    try:
+        return configs.read_batch_sizes(pairs)
+    except ValueError as error:
+        raise NoCheckpoint(
+            f"checkpoint step {step} in {directory}: its position cannot be used: {error}"
+        ) from None
+
+
+def count_tokens(meta: dict, config: configs.Config, directory: Path) -> int:
+    """The tokens that the updates behind a checkpoint have read. `config` is its own."""
+    examples = read_past_sizes(meta, config, directory).examples(meta["step"])
+    return examples * config.train.seq_len
 
 
 def read_tokenizer(meta: dict, directory: Path, step: int) -> Tokenizer:

@@ -78,18 +78,55 @@ def describe_dispatch(config: configs.Config) -> list[str]:
 
 
 def describe_size(config: configs.Config) -> list[str]:
-    """A line about the parameters, and one about the tokens."""
-    train = config.train
+    """A line about the parameters."""
     counts = count_params(config.model)
-    step_tokens = train.batch_size * train.seq_len
-    all_tokens = step_tokens * train.steps
     return [
         f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, "
         f"{counts['embedding']:,} looked up); {describe_dtypes(config.compute)}, "
-        f"remat {config.compute.remat}",
-        f"tokens: {step_tokens:,} a step in {format_count(train.accumulate, 'microbatch')}, "
-        f"{all_tokens:,} in all, {all_tokens / counts['total']:.3g} per parameter",
+        f"remat {config.compute.remat}"
     ]
+
+
+def describe_batches(config: configs.Config, sizes: configs.BatchSizes, done: int) -> list[str]:
+    """A line about the tokens of a run that has `done` updates behind it.
+
+    If batch sizes follow, each has a line of its own, and so has one that the run never reaches.
+    """
+    train = config.train
+    tokens = sizes.examples(train.steps) * train.seq_len
+    parameters = count_params(config.model)["total"]
+    total = f"{tokens:,} in all, {tokens / parameters:.3g} per parameter"
+    begins = [done, *(level.step for level in sizes.levels if level.step > done)]
+    ends = [*begins[1:], max(train.steps, begins[-1])]
+    if len(begins) == 1 or done >= train.steps:
+        return [f"tokens: {_describe_update(train, sizes.size(done))}, {total}"]
+
+    lines = [
+        f"tokens: {total}; the learning-rate schedule, evaluations and checkpoints go by steps, "
+        "and each batch size is a program that is compiled where it begins:"
+    ]
+    for begin, end in zip(begins, ends, strict=True):
+        size = sizes.size(begin)
+        if begin >= train.steps:
+            token = sizes.examples(begin) * train.seq_len
+            lines.append(
+                f"  {format_count(size, 'row')} from token {token:,} on: never reached, because "
+                f"the run ends at token {tokens:,}"
+            )
+        else:
+            last = min(end, train.steps)
+            update = _describe_update(train, size)
+            lines.append(
+                f"  steps {begin + 1:,} to {last:,}: {format_count(size, 'row')}, {update}"
+            )
+    return lines
+
+
+def _describe_update(train: configs.Train, size: int) -> str:
+    """The tokens of an update of `size` rows."""
+    microbatches = configs.at_batch_size(train, size).accumulate
+    tokens = size * train.seq_len
+    return f"{tokens:,} a step in {format_count(microbatches, 'microbatch')}"
 
 
 def describe_dtypes(compute: configs.Compute) -> str:

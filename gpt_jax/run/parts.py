@@ -187,6 +187,8 @@ def agree_on_job(
         train = settled.train
         examples = make_examples(data, settled.data, train.seq_len, settled.seed)
         check_sizes(examples, train.batch_size)
+        for i, (_, size, _) in enumerate(train.batch_ramp):
+            check_sizes(examples, size, f"batch_size of config.train.batch_ramp[{i}]")
         if examples.mix:
             counts = [examples.mix.counts.tolist(), examples.mix.begins.tolist()]
     except UsageError as error:
@@ -268,7 +270,9 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         def update(state, batch, frozen=None):
             # Initialisation has the seed's own key.
             key = jax.random.fold_in(jax.random.key(seed), 1)
-            return train_step(state, frozen or {}, batch, key, network=network, tx=tx, train=train)
+            # Each batch size is a program of its own, with its own microbatches.
+            here = configs.at_batch_size(train, len(batch["tokens"]))
+            return train_step(state, frozen or {}, batch, key, network=network, tx=tx, train=here)
 
         def measure(params, batch, frozen=None):
             return eval_step(params, frozen or {}, batch, network=network, train=train)

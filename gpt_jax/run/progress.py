@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt_jax import config as configs
 from gpt_jax.cluster import code_version
 from gpt_jax.data import EvalBatches
 from gpt_jax.errors import Diverged
@@ -56,6 +57,7 @@ class Progress:
     - `origin` tells where the session comes from, for the report: `command`, and what differs from
       the `preset`. `changed` tells what differs from the checkpoint's config.
     - `lineage` names the other runs whose weights these are, oldest first.
+    - `sizes` says how many rows each update has.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Progress:
         say: Callable[[str], None],
         origin: Mapping[str, str],
         lineage: list[dict[str, Any]],
+        sizes: configs.BatchSizes,
     ):
         self.parts = parts
         self.config = parts.config
@@ -81,6 +84,7 @@ class Progress:
         self.shares = shares
         self.say = say
         self.lineage = lineage
+        self.sizes = sizes
         self.saved = start if resumed else None
         self.evaluated: tuple[int, dict[str, float]] = (start, {})
 
@@ -90,7 +94,6 @@ class Progress:
         with jax.set_mesh(parts.mesh):
             self.counts = count_params(parts.config.model)
         self.flops = token_flops(parts.config, self.counts["matmul"])
-        self.batch_tokens = parts.config.train.batch_size * parts.config.train.seq_len
         self._rates: tuple[int, Any] = -1, None
         self._has_announced = False
         self.untaught = 0  # batches without a target since the last line of the log
@@ -118,12 +121,17 @@ class Progress:
         writers: list = [jsonl]
         if log.tensorboard:
             writers.append(TensorBoardWriter(self.workdir / "tensorboard", resumed_at))
-        return Writers([*writers, BarWriter(steps, self.start, log.progress)])
+        bar = BarWriter(steps, self.start, log.progress, work=self.tokens)
+        return Writers([*writers, bar])
 
     def times(self) -> dict[str, float]:
         """Parts of this session's time, and the wall time of all sessions."""
         wall = self.history.wall_seconds + time.perf_counter() - self.began
         return self.clock.metrics() | {WALL_SECONDS: wall}
+
+    def tokens(self, step: int) -> int:
+        """The tokens that the first `step` updates read."""
+        return self.sizes.examples(step) * self.config.train.seq_len
 
     def restart_rate(self, step: int) -> None:
         """Counts the throughput from here. Evaluation, saving and sampling are not part of it."""
@@ -147,7 +155,7 @@ class Progress:
         tokens, seconds = self._trained
         rate = tokens / seconds
         steps = self.config.train.steps
-        left = (steps - step) * self.batch_tokens / rate
+        left = (self.tokens(steps) - self.tokens(step)) / rate
         end = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + left))
         self.say(f"{rate:,.0f} tokens/s so far: step {steps:,} is to be expected at {end}")
 
@@ -184,11 +192,11 @@ class Progress:
         values |= expert_metrics(means)
         values["train/param_norm"] = own["param_norm"]
         values["train/learning_rate"] = self.learning_rate(step)
-        values["throughput/tokens_seen"] = step * self.batch_tokens
+        values["throughput/tokens_seen"] = self.tokens(step)
 
         before, since = self.mark
         if step > before:
-            tokens = (step - before) * self.batch_tokens
+            tokens = self.tokens(step) - self.tokens(before)
             seconds = max(moment - since, 1e-9)
             self.mark = step, moment
             self._trained = self._trained[0] + tokens, self._trained[1] + seconds

@@ -12,7 +12,7 @@ from gpt_jax.data import Tokenizer
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
 from gpt_jax.model import abstract_params
-from gpt_jax.run.meta import META_SCHEMA, read_config, read_tokenizer
+from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes, read_tokenizer
 from gpt_jax.run.notes import describe_habits, format_count
 from gpt_jax.run.parts import choose_run_kernel
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
@@ -28,6 +28,7 @@ class Loaded(NamedTuple):
     directory: Path
     step: int
     content: str  # digest of the text that it was trained on
+    examples: int  # training rows that the updates behind it have read
 
 
 def pick_mesh(model: configs.Model, devices: int, is_decoding: bool) -> jax.sharding.Mesh:
@@ -123,4 +124,5 @@ def _load(
         directory,
         step,
         meta["data"]["content"],
+        read_past_sizes(meta, config, directory).examples(step),
     )

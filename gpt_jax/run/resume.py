@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.data import make_examples
 from gpt_jax.errors import UsageError
-from gpt_jax.run.meta import META_SCHEMA, read_config
+from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.source import check_source, find_source
 from gpt_jax.run.warm_start import start_from
@@ -23,7 +23,10 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     folder = directory.parent
     old_config = read_config(meta, directory, meta["step"])
     changes = configs.changes(old_config, parts.config)
-    refusal = check_phases(parts, old_config, meta["step"])
+    past = read_past_sizes(meta, old_config, directory)
+    examples = past.examples(meta["step"])
+    refusal = check_phases(parts, old_config, examples)
+    refusal = refusal or check_batch_size(parts.config.train, old_config.train, examples)
 
     allowed = []
     blocked = []
@@ -43,6 +46,8 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     if refusal:
         raise UsageError(refusal)
     say_rate(old_config, parts.config, meta["step"], say)
+    for line in describe_sizes(old_config, parts.config, past, meta["step"]):
+        say(line)
 
     if meta["tokenizer"] != parts.data.tokenizer.to_json():
         raise UsageError(
@@ -57,8 +62,8 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     return allowed
 
 
-def check_phases(parts: Parts, old: configs.Config, step: int) -> str:
-    """Why the phases of the mixture cannot change at `step`, or "" if they can."""
+def check_phases(parts: Parts, old: configs.Config, examples: int) -> str:
+    """Why the phases of the mixture cannot change after so many examples, or "" if they can."""
     data = parts.config.data
     if data.phases == old.data.phases or parts.examples.mix is None:
         return ""
@@ -67,13 +72,54 @@ def check_phases(parts: Parts, old: configs.Config, step: int) -> str:
     old_mix = make_examples(parts.data, before, train.seq_len, parts.config.seed).mix
     assert old_mix is not None, "the sources are the same, so there is a mixture"
     first = parts.examples.mix.find_difference(old_mix)
-    if first is None or first >= step * train.batch_size:
+    if first is None or first >= examples:
         return ""
     return (
         f"config.data.phases = {data.phases!r}: differs from the run's {old.data.phases!r} at "
         f"token {first * train.seq_len:,}, and the run is at token "
-        f"{step * train.batch_size * train.seq_len:,} already; change later phases alone"
+        f"{examples * train.seq_len:,} already; change later phases alone"
     )
+
+
+def check_batch_size(train: configs.Train, old: configs.Train, examples: int) -> str:
+    """Why a changed batch size would do nothing after so many examples, or "" if it does."""
+    entry = configs.find_ramp_entry(train, examples)
+    if entry is None or train.batch_size == old.batch_size or train.batch_ramp != old.batch_ramp:
+        return ""
+    return (
+        f"config.train.batch_size = {train.batch_size}: does nothing at token "
+        f"{examples * train.seq_len:,}, where config.train.batch_ramp[{entry}] = "
+        f"{train.batch_ramp[entry]} counts; change that entry, and leave this as it was "
+        f"({old.batch_size})"
+    )
+
+
+def describe_sizes(
+    old: configs.Config, new: configs.Config, past: configs.BatchSizes, step: int
+) -> list[str]:
+    """Lines about what other batch sizes from `step` on mean for the run; [] for the same ones."""
+    before = configs.make_batch_sizes(old.train, past, step)
+    after = configs.make_batch_sizes(new.train, past, step)
+    lines = []
+    if after.size(step) != before.size(step):
+        example = past.examples(step)
+        seq_len = new.train.seq_len
+        steps = new.train.steps
+        lines.append(
+            f"step {step + 1:,} goes on at example {example:,}, with {after.size(step):,} rows and "
+            f"{after.size(step) * seq_len:,} tokens a step, after {before.size(step):,} rows and "
+            f"{before.size(step) * seq_len:,} tokens; no example is repeated or left out. The "
+            f"learning-rate schedule goes by steps: at step {steps:,} the run has read "
+            f"{after.examples(steps) * seq_len:,} tokens, in place of "
+            f"{before.examples(steps) * seq_len:,}"
+        )
+    if new.eval.batches and new.eval.batch_size != old.eval.batch_size:
+        lines.append(
+            f"an evaluation reads config.eval.batches = {new.eval.batches} of "
+            f"{new.eval.batch_size} rows, after {old.eval.batch_size}, so it measures other text; "
+            f"config.eval.batch_size={old.eval.batch_size} keeps its curve comparable"
+        )
+    return lines
 
 
 def say_rate(old: configs.Config, new: configs.Config, step: int, say) -> None:
@@ -91,6 +137,7 @@ class Start(NamedTuple):
     state: TrainState
     changed: list[str]  # in the config, since the checkpoint
     lineage: list[dict[str, Any]]  # the other runs whose weights these are, see warm_start.Source
+    sizes: configs.BatchSizes  # the rows of each update, from the first one of the run
 
 
 def start_state(parts: Parts, checkpoints, say) -> Start:
@@ -103,16 +150,20 @@ def start_state(parts: Parts, checkpoints, say) -> Start:
     loaded = restore_checkpoint(checkpoints.directory, step, state_items(parts.abstract))
     say(f"resumed from step {step} of {checkpoints.directory}")
     state = loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))
-    return Start(state, changed, meta.get("lineage", []))
+    config = read_config(meta, checkpoints.directory, step)
+    past = read_past_sizes(meta, config, checkpoints.directory)
+    sizes = configs.make_batch_sizes(parts.config.train, past, step)
+    return Start(state, changed, meta.get("lineage", []), sizes)
 
 
 def start_new(parts: Parts, say) -> Start:
     """The state of a new run: fresh, or the weights of the checkpoint that the config names."""
+    sizes = configs.make_batch_sizes(parts.config.train)
     if not parts.config.init.from_:
-        return Start(parts.init(), [], [])
+        return Start(parts.init(), [], [], sizes)
     source = find_source(parts.config.init, say)
     changed = check_source(source, parts.config, parts.data.tokenizer)
-    return Start(start_from(parts, source, say), changed, source.lineage)
+    return Start(start_from(parts, source, say), changed, source.lineage, sizes)
 
 
 def state_items(state: TrainState) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import NoCheckpoint, UsageError
-from gpt_jax.run.meta import META_SCHEMA, read_config, read_tokenizer
+from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
 from gpt_jax.train import CHECKPOINT_FOLDER, peek_meta, read_meta, resolve_checkpoint
 
 # Fields of config.model that another run may set otherwise. Each changes what the model does with
@@ -55,7 +55,7 @@ class Source(NamedTuple):
         own = {
             "from": str(self.directory.parent),
             "step": self.step,
-            "tokens": self.step * self.config.train.batch_size * self.config.train.seq_len,
+            "tokens": count_tokens(self.meta, self.config, self.directory),
             "data": self.config.data.where,
             "content": self.meta["data"]["content"],
         }

@@ -623,7 +623,7 @@ def test_no_change():
         (dict(model=dict(layers=9)), False),
         (dict(model=dict(windows=(4, 0))), False),
         (dict(seed=1), False),
-        (dict(train=dict(batch_size=9)), False),
+        (dict(train=dict(batch_size=9)), True),
         (dict(train=dict(seq_len=9)), False),
         (dict(data=dict(path=("x",))), True),
         (dict(data=dict(tokenizer="char")), False),

@@ -163,6 +163,19 @@ def test_save_file_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch):
 # --- people ---
 
 
+def test_the_eta_goes_by_work_where_steps_are_not_equal():
+    moments = iter([0.0, 24.0, 24.0])  # the second line asks twice
+    out = io.StringIO()
+    bar = writers.BarWriter(
+        total=10, stream=out, every_seconds=1, now=lambda: next(moments), work=lambda step: step**2
+    )
+    bar.write(1, {"train/loss": 3.0})
+    bar.write(5, {"train/loss": 3.0})
+    bar.close()
+    # 24 of 99 parts took 24 s.
+    assert out.getvalue().splitlines()[1].endswith("ETA 1:15")
+
+
 def test_plain_lines_come_every_so_often_and_at_the_end():
     seconds = [100.0]
     out = io.StringIO()

@@ -21,7 +21,7 @@ from gpt_jax.data.stream.rows import (
     check_targets,
     make_columns,
 )
-from gpt_jax.data.stream.streams import Batches, EvalBatches, Stream, open_guard
+from gpt_jax.data.stream.streams import Batches, EvalBatches, RowsOf, Stream, open_guard
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens.shards import Tokens
 from gpt_jax.errors import UsageError
@@ -199,8 +199,10 @@ def make_examples(data: Dataset, knobs: config.Data, seq_len: int, seed: int) ->
     return Examples(names, rows, None if is_alone else mix, data.tokenizer, knobs, seed)
 
 
-def check_sizes(examples: Examples, batch_size: int) -> None:
-    """Raises UsageError if the text makes less than a batch."""
+def check_sizes(
+    examples: Examples, batch_size: int, field: str = "config.train.batch_size"
+) -> None:
+    """Raises UsageError, which names the field, if the text makes less than a batch."""
     most = examples.mix.weights.max(axis=0) if examples.mix else np.ones(1)
     for name, rows, share in zip(examples.names, examples.rows, most, strict=True):
         needed = max(1, int(batch_size * share))
@@ -211,7 +213,7 @@ def check_sizes(examples: Examples, batch_size: int) -> None:
         if examples.mix:
             what = f"{needed} of them from source {name}, which"
         raise UsageError(
-            f"config.train.batch_size = {batch_size}: {what} of {rows.tokens.size} tokens has "
+            f"{field} = {batch_size}: {what} of {rows.tokens.size} tokens has "
             f"{rows.count} rows of config.train.seq_len = {rows.length - 1}, less than a batch; "
             "give more text, shorter rows or a smaller batch"
         )
@@ -227,26 +229,26 @@ def _describe_rows(rows: Window, packing: str) -> str:
     return line
 
 
-def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
-    """A line for each source, and one for each phase that `steps` batches never reach.
+def describe(examples: Examples, count: int) -> list[str]:
+    """A line for each source, and one for each phase that the first `count` examples never reach.
 
     The line of a source tells its rows. With several sources it also tells how many epochs of the
-    source `steps` batches make.
+    source so many examples make.
     """
     lines = []
-    drawn_rows = examples.drawn(batch_size * steps)
+    drawn_rows = examples.drawn(count)
     for name, rows, drawn in zip(examples.names, examples.rows, drawn_rows, strict=True):
         line = _describe_rows(rows, examples.knobs.packing)
         if examples.mix:
-            part = drawn / max(1, batch_size * steps)
+            part = drawn / max(1, count)
             epochs = drawn / rows.count
             digits = ".2f" if epochs >= 0.1 else ".2g"
             line = f"source {name}: {epochs:{digits}} epochs, {part:.2%} of the rows; {line}"
         lines.append(line)
 
-    tokens = batch_size * steps * (examples.rows[0].length - 1)
+    tokens = count * (examples.rows[0].length - 1)
     for i, (token, _) in enumerate(examples.knobs.phases):
-        if steps and token > tokens - examples.rows[0].length + 1:
+        if count and token > tokens - examples.rows[0].length + 1:
             lines.append(
                 f"config.data.phases[{i}] begins at token {token:,}, and the run ends before it, "
                 f"at token {tokens:,}: it is never reached"
@@ -255,26 +257,47 @@ def describe(examples: Examples, batch_size: int, steps: int) -> list[str]:
 
 
 def make_stream(
-    examples: Examples, batch_size: int, rows: slice, start: int = 0, steps: int = 0
+    examples: Examples,
+    batch_size: int | config.BatchSizes,
+    rows: slice | RowsOf,
+    start: int = 0,
+    steps: int = 0,
 ) -> Stream:
     """Training batches without end.
 
-    `batch_size` rows make a global batch, of which this process gets `rows`. Row i of batch n is
-    example n * batch_size + i, whatever the slices are. `steps` is for the summary only. Raises
-    UsageError if the text is shorter than a batch, and DataError for a shard with a wrong checksum.
+    `batch_size` rows make a global batch, of which this process gets `rows`. Where the size changes
+    on the way, `batch_size` has all sizes, and `rows(size)` are this process's rows. Row i of batch
+    n is example `sizes.examples(n) + i`, whatever the slices are. `steps` is for the summary only.
+    Raises UsageError if the text is shorter than a batch, and DataError for a shard with a wrong
+    checksum.
     """
-    check_sizes(examples, batch_size)
+    sizes = _make_sizes(batch_size)
+    rows_of = _make_rows_of(rows)
+    check_sizes(examples, max(level.size for level in sizes.levels))
     knobs = examples.knobs
-    sides = [rows_of.tokens for rows_of in examples.rows]
+    sides = [source.tokens for source in examples.rows]
+    first_size = sizes.size(start)
     return Stream(
-        Batches(examples.columns, batch_size, rows, ENDLESS),
+        Batches(examples.columns, sizes, rows_of, ENDLESS),
         knobs.prefetch,
         knobs.threads,
         start,
-        describe(examples, batch_size, steps),
-        lambda step: examples.shares(step * batch_size),
-        open_guard(sides, knobs, batch_size, rows),
+        describe(examples, sizes.examples(steps)),
+        lambda step: examples.shares(sizes.examples(step)),
+        open_guard(sides, knobs, first_size, rows_of(first_size)),
     )
+
+
+def _make_sizes(batch_size: int | config.BatchSizes) -> config.BatchSizes:
+    """All batches have one size if `batch_size` is a number."""
+    if isinstance(batch_size, config.BatchSizes):
+        return batch_size
+    return config.read_batch_sizes([(0, batch_size)])
+
+
+def _make_rows_of(rows: slice | RowsOf) -> RowsOf:
+    """Rows that are a slice are the same in all batches."""
+    return (lambda size: rows) if isinstance(rows, slice) else rows
 
 
 def make_eval_batches(
@@ -304,4 +327,5 @@ def make_eval_batches(
     if limit:
         count = min(limit, count)
     guard = functools.partial(open_guard, [tokens], knobs, batch_size, rows)
-    return EvalBatches(Batches(make, batch_size, rows, count), knobs, guard)
+    batches = Batches(make, _make_sizes(batch_size), _make_rows_of(rows), count)
+    return EvalBatches(batches, knobs, guard)

@@ -15,27 +15,34 @@ from gpt_jax.data.stream.rows import Columns
 from gpt_jax.data.tokens.guard import Guard, share_files
 from gpt_jax.data.tokens.shards import Tokens
 
+# The rows of this process in a global batch of so many rows.
+RowsOf = Callable[[int], slice]
+
 
 class Batches:
     """Random access to batches.
 
-    `self[n]` is rows `n * batch_size + rows` as columns [len(rows), T].
+    `self[n]` is this process's rows of batch n as columns [rows, T]. `sizes` says with which
+    example the batch begins, and how many rows it has.
     """
 
-    def __init__(self, make, batch_size: int, rows: slice, count: int):
+    def __init__(self, make, sizes: config.BatchSizes, rows_of: RowsOf, count: int):
         self._make = make
-        self._batch_size = batch_size
+        self._sizes = sizes
         self._count = count
-        self._rows = np.arange(batch_size, dtype=np.int64)[rows]
+        self._rows = {
+            size: np.arange(size, dtype=np.int64)[rows_of(size)] for _, size in sizes.pairs(count)
+        }
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Columns:
-        return self._make(index * self._batch_size + self._rows)
+        return self._make(self._sizes.examples(index) + self._rows[self._sizes.size(index)])
 
     def __repr__(self) -> str:
-        return f"Batches(batch_size={self._batch_size}, rows={len(self._rows)})"
+        rows = {size: len(rows) for size, rows in self._rows.items()}
+        return f"Batches(rows of each batch size: {rows})"
 
 
 class Stream:
