@@ -7,9 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from gpt_jax.commands.config_file import load_config
-from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.flags import Flags, check_number
 from gpt_jax.commands.output import emit
-from gpt_jax.errors import UsageError
 
 FAR_EXAMPLE = 10**9
 
@@ -30,8 +29,8 @@ def main(arguments: list[str]) -> None:
     )
     flags.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
     args, rest = flags.parse_known_args(arguments)
-    if args.batches < 0 or not 0.01 <= args.seconds < 1e6:
-        raise UsageError("--batches: expected 0 or more; --seconds: at least 0.01 and below 1e6")
+    check_number("--batches", args.batches, 0)
+    check_number("--seconds", args.seconds, 0.01, 1e6)
 
     config = load_config(args.config, rest)
     emit("\n".join(measure(config, args.batches, args.seconds)))

@@ -157,9 +157,12 @@ def split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--config."):
-            raise UsageError(
-                f"unknown argument {flag!r}; overrides look like --config.optim.learning_rate=3e-4"
-            )
+            way_out = "overrides look like --config.optim.learning_rate=3e-4"
+            if flag.startswith(("--processes", "--nodes", "--devices_per_process")):
+                way_out = (
+                    "several processes are started by gpt-jax launch local --processes=2 train …"
+                )
+            raise UsageError(f"unknown argument {flag!r}; {way_out}")
 
         key, equals, text = flag.removeprefix("--config.").partition("=")
         if not equals:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.flags import Flags, check_number
 from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.config import EVALUATORS
@@ -105,8 +105,8 @@ def make_flags() -> Flags:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for numbers out of range, and for texts that cannot be told apart."""
-    if args.batch_size < 0 or args.batches < 0:
-        raise UsageError("--batch_size and --batches: expected 0 or more")
+    check_number("--batch_size", args.batch_size, 0)
+    check_number("--batches", args.batches, 0)
     repeated = sorted({text for text in args.text if args.text.count(text) > 1})
     if repeated:
         raise UsageError(f"--text={repeated[0]}: is given twice")
@@ -119,7 +119,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--evaluators: measure the run's own held-out text; leave out --text")
     unknown = [name for name in args.evaluators if name not in EVALUATORS]
     if unknown:
-        raise UsageError(f"--evaluators={unknown[0]}: knows {', '.join(EVALUATORS)}")
+        raise UsageError(f"--evaluators={unknown[0]}: choose among {', '.join(EVALUATORS)}")
 
 
 def may_be_there(text: str) -> bool:

@@ -1,18 +1,33 @@
 """The parser of every command's flags."""
 
 import argparse
+import math
 from typing import NoReturn
 
 from gpt_jax.errors import UsageError
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a default to a flag's help, if there is one."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, "", [], False):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Flags(argparse.ArgumentParser):
     """argparse whose errors are UsageErrors: one line and exit code 2."""
 
     def __init__(self, **kwargs):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
-        )
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def check_number(flag: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises UsageError for a flag's value that is not in `low` to `high`, or is no number."""
+    if not low <= value <= high:
+        bounds = f"{low} or more" if high == math.inf else f"{low} to {high:,}"
+        raise UsageError(f"{flag}={value}: expected {bounds}")

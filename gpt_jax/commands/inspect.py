@@ -8,7 +8,7 @@ import numpy as np
 
 from gpt_jax import config as configs
 from gpt_jax.commands.config_file import local_workdir
-from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.flags import Flags, check_number
 from gpt_jax.commands.output import emit, write_json
 from gpt_jax.errors import UsageError, complain, escape
 from gpt_jax.files import describe_error
@@ -28,8 +28,9 @@ def main(arguments: list[str]) -> None:
         return
     if args.batch is None:
         raise UsageError("--batch=N or --lineage: say what to inspect")
-    if not 1 <= args.batch <= MOST_STEPS or args.rows < 0 or args.chars < 0:
-        raise UsageError(f"--batch: expected 1 to {MOST_STEPS}; --rows and --chars: 0 or more")
+    check_number("--batch", args.batch, 1, MOST_STEPS)
+    check_number("--rows", args.rows, 0)
+    check_number("--chars", args.chars, 0)
     workdir = local_workdir(args.workdir)
     config = read_config(workdir)
     if args.batch > config.train.steps:
@@ -109,6 +110,11 @@ def read_config(workdir: Path) -> configs.Config:
     except OSError as error:
         raise UsageError(
             f"--workdir={workdir}: no run has begun there ({path.name}: {describe_error(error)})"
+        ) from None
+    except UsageError as error:
+        first, *rest = error.args
+        raise UsageError(
+            f"{path}: {first}", *rest, f"{path}: start the run again, and it is written anew"
         ) from None
     except ValueError as error:
         raise UsageError(

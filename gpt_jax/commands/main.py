@@ -30,7 +30,9 @@ def usage() -> str:
     """What `gpt-jax --help` prints."""
     rows = [f"  {name:<10} {line}" for name, line in COMMANDS.items()]
     codes = [f"  {code:>3} {meaning}" for code, meaning in EXIT_CODES.items()]
-    usage_line = "usage: gpt-jax <command> [flags]      gpt-jax <command> --help"
+    usage_line = (
+        "usage: gpt-jax <command> [flags]      gpt-jax <command> --help      gpt-jax --version"
+    )
     return "\n".join([usage_line, "", "commands", *rows, "", "exit codes", *codes])
 
 
@@ -38,6 +40,12 @@ def run(arguments: list[str]) -> None:
     """Runs one command. Raises Exit for every planned end but success."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
+        return
+
+    if arguments[0] == "--version":
+        from gpt_jax.cluster import code_version
+
+        print(f"gpt_jax {code_version()}")
         return
 
     name = arguments[0]

@@ -111,7 +111,10 @@ def check_runtime(args: argparse.Namespace) -> None:
             f"--coordinator={args.coordinator}: needs --num_processes=N, the processes of the job"
         )
     if not 0 <= args.process_id < args.num_processes:
-        raise UsageError(f"--process_id={args.process_id}: expected 0 to {args.num_processes - 1}")
+        raise UsageError(
+            f"--process_id={args.process_id}: expected 0 to {args.num_processes - 1}, because "
+            f"--num_processes={args.num_processes}"
+        )
 
 
 def start_runtime(args: argparse.Namespace) -> None:

@@ -144,7 +144,9 @@ def _check_evaluators(checks: Checks) -> None:
     """The names of what an evaluation measures."""
     asked = checks.config.eval.evaluators
     keep_best = checks.config.checkpoint.keep_best
-    checks.need(set(asked) <= set(EVALUATORS), "eval.evaluators", f"knows {', '.join(EVALUATORS)}")
+    checks.need(
+        set(asked) <= set(EVALUATORS), "eval.evaluators", f"choose among {', '.join(EVALUATORS)}"
+    )
     checks.need(
         "heldout" in asked or not keep_best,
         "eval.evaluators",

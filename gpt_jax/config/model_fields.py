@@ -21,14 +21,16 @@ from gpt_jax.config.knobs import (
 class Model:
     """The transformer, as data. These fields decide what the weights mean."""
 
-    layers: int = knob(4, "The number of layers.", low=1)
-    embed: int = knob(128, "The width of the residual stream.", low=1)
-    heads: int = knob(4, "The number of query heads.", low=1)
+    layers: int = knob(4, "The number of layers.", low=1, high=10_000)
+    embed: int = knob(128, "The width of the residual stream.", low=1, high=2**18)
+    heads: int = knob(4, "The number of query heads.", low=1, high=2**14)
     kv_heads: int = knob(
         0, "The number of key and value heads. 0 means as many as `heads`; 1 is multi-query.", low=0
     )
-    head_dim: int = knob(0, "The width of a head. 0 means embed / heads.", low=0)
-    mlp: int = knob(0, "The hidden width of the feed-forward. 0 means 4 * embed.", low=0)
+    head_dim: int = knob(0, "The width of a head. 0 means embed / heads.", low=0, high=2**14)
+    mlp: int = knob(
+        0, "The hidden width of the feed-forward. 0 means 4 * embed.", low=0, high=2**20
+    )
     vocab: int = knob(
         0,
         "Rows of the embedding. 0 means the tokenizer's size, rounded up to `vocab_multiple`.",
@@ -114,11 +116,11 @@ class Model:
     backout: bool = knob(
         False, "Whether a learned share of the stream halfway up is taken off at the end."
     )
-    experts: int = knob(8, "The number of experts of a feed-forward `moe`.", low=1)
+    experts: int = knob(8, "The number of experts of a feed-forward `moe`.", low=1, high=2**14)
     experts_per_token: int = knob(
         2, "The number of experts that a token goes to, highest scores first.", low=1
     )
-    expert_mlp: int = knob(0, "The hidden width of one expert. 0 means `mlp`.", low=0)
+    expert_mlp: int = knob(0, "The hidden width of one expert. 0 means `mlp`.", low=0, high=2**20)
     expert_ffn: str = knob("swiglu", "The feed-forward that an expert is.", choices=DENSE_FFNS)
     shared_experts: int = knob(
         0, "The number of further experts that every token goes through.", low=0

@@ -31,6 +31,9 @@ RENAMED = {
     "train.compiler_options": "compute.compiler_options",
 }
 
+# The largest whole number of a field that has no smaller limit. Devices count in 32 bits.
+MOST = 2**31 - 1
+
 
 def _way_out(path: str, name: str, known) -> str:
     """What to write in place of the unknown key `name` of the section `path`."""
@@ -118,6 +121,8 @@ def _check_limits(spec: dataclasses.Field, value, path: str) -> None:
 
     low = spec.metadata.get("low")
     high = spec.metadata.get("high")
+    if low is not None and high is None and type(value) is int:
+        high = MOST
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise UsageError(f"{path} = {value!r}: expected {bounds}")

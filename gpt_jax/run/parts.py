@@ -38,7 +38,7 @@ from gpt_jax.run.notes import (
     describe_size,
     describe_unsharded,
 )
-from gpt_jax.run.source import read_start_tokenizer
+from gpt_jax.run.source import check_start, read_start_tokenizer
 from gpt_jax.train import (
     Network,
     TrainState,
@@ -129,7 +129,9 @@ def build(
     wrong results.
     """
     # Loading the data may take a while, so what can be refused without it is refused first.
-    configs.check(configs.resolve(config), jax.device_count())
+    resolved = configs.resolve(config)
+    configs.check(resolved, jax.device_count())
+    check_start(resolved, workdir)
     for line in check_miscompiles(jax.local_devices()[0], config.compute.ignore_miscompiles):
         say(line)
 

@@ -116,13 +116,30 @@ def find_source(init: configs.Init, say) -> Source:
         return Source(directory, number, meta, read_config(meta, directory, number))
 
 
-def check_source(source: Source, config: configs.Config, tokenizer: Tokenizer) -> list[str]:
-    """A line for each field of the model that differs, for a resolved config.
+def check_start(config: configs.Config, workdir: Path | None) -> None:
+    """Refuses early what `find_source` and `check_source` would refuse behind the text.
 
-    Raises UsageError if the weights would mean something else in this run, or if the checkpoint
-    lacks what is asked of it.
+    `config` is resolved. Files are not verified. A run that has a checkpoint of its own does not
+    need the other. Raises UsageError for a path or a step that does not exist, and for weights
+    that mean something else.
     """
-    old = configs.flatten(source.config)
+    if not config.init.from_:
+        return
+    if workdir and any(path.name.isdecimal() for path in (workdir / CHECKPOINT_FOLDER).glob("*")):
+        return
+    # A damaged checkpoint is told, or passed over, where it is read.
+    with naming_field(config.init), suppress(NoCheckpoint):
+        path, step = split_step(config.init.from_)
+        meta = peek_meta(path, step, META_SCHEMA)
+        compare_models(read_config(meta, Path(path), meta["step"]), config)
+
+
+def compare_models(source: configs.Config, config: configs.Config) -> list[str]:
+    """A line for each field of the model that differs from the source's, for resolved configs.
+
+    Raises UsageError if the weights would mean something else in this run.
+    """
+    old = configs.flatten(source)
     new = configs.flatten(config)
     differences = {
         name: f"config.model.{name} ({old[key]!r} there, {new[key]!r} here)"
@@ -130,12 +147,22 @@ def check_source(source: Source, config: configs.Config, tokenizer: Tokenizer) -
         if key.startswith("model.") and old[key] != new[key]
         for name in [key.removeprefix("model.")]
     }
-    where = f"config.init.from = {config.init.from_!r}"
     blocked = [text for name, text in differences.items() if name not in FREE]
     if blocked:
         raise UsageError(
-            f"{where}: its weights mean something else under {', '.join(blocked)}; use its values"
+            f"its weights mean something else under {', '.join(blocked)}; use its values"
         )
+    return list(differences.values())
+
+
+def check_source(source: Source, config: configs.Config, tokenizer: Tokenizer) -> list[str]:
+    """A line for each field of the model that differs, for a resolved config.
+
+    Raises UsageError if the weights would mean something else in this run, or if the checkpoint
+    lacks what is asked of it.
+    """
+    with naming_field(config.init):
+        differences = compare_models(source.config, config)
     if config.init.averaged and not source.config.train.ema:
         raise UsageError(
             f"config.init.averaged = True: {source.directory} keeps no averaged weights; leave it "
@@ -143,8 +170,9 @@ def check_source(source: Source, config: configs.Config, tokenizer: Tokenizer) -
         )
     if not tokenizer.extends(source.tokenizer):
         raise UsageError(
-            f"{where}: its ids are those of the tokenizer {source.tokenizer.name} "
-            f"({source.tokenizer.fingerprint}), and this run's is {tokenizer.name} "
-            f"({tokenizer.fingerprint}); leave config.data.tokenizer empty to use the checkpoint's"
+            f"config.init.from = {config.init.from_!r}: its ids are those of the tokenizer "
+            f"{source.tokenizer.name} ({source.tokenizer.fingerprint}), and this run's is "
+            f"{tokenizer.name} ({tokenizer.fingerprint}); leave config.data.tokenizer empty to "
+            "use the checkpoint's"
         )
-    return list(differences.values())
+    return differences

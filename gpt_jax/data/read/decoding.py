@@ -49,7 +49,9 @@ class Reading:
     def __post_init__(self):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise UsageError(f"{name} = {getattr(self, name)!r}: is one of {', '.join(known)}")
+                raise UsageError(
+                    f"{name} = {getattr(self, name)!r}: choose one of {', '.join(known)}"
+                )
 
         if not self.encodings:
             raise UsageError("encodings is empty: name at least one, such as utf-8")

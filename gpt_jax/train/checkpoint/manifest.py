@@ -333,20 +333,20 @@ def _locate(path: Path, step: int) -> tuple[Path, int]:
 
 
 def _nearby(path: Path) -> str:
-    """What could have been meant: runs with checkpoints below the nearest folder that exists."""
+    """What could have been meant: runs with checkpoints near the nearest folder that exists.
+
+    Only the working folder is searched above it. What lies elsewhere is somebody else's, and a
+    search of the root would read the whole disk.
+    """
     base = next(parent for parent in (path, *path.parents) if parent.is_dir())
-    for root in [base, *base.parents][:4]:
-        # The root is left out, because its search would read the whole disk.
+    here = Path.cwd()
+    above = [folder for folder in base.parents if folder == here or here in folder.parents]
+    for root in [base, *above]:
         if root == root.parent:
             break
 
-        folders = sorted(
-            {
-                *root.glob(f"{CHECKPOINT_FOLDER}"),
-                *root.glob(f"*/{CHECKPOINT_FOLDER}"),
-                *root.glob(f"*/*/{CHECKPOINT_FOLDER}"),
-            }
-        )
+        patterns = [f"{depth}{CHECKPOINT_FOLDER}" for depth in ("", "*/", "*/*/")]
+        folders = sorted({folder for pattern in patterns for folder in root.glob(pattern)})
         runs = [
             f"{folder.parent} (steps {', '.join(map(str, steps_in(folder)))})"
             for folder in folders
@@ -354,7 +354,7 @@ def _nearby(path: Path) -> str:
         ]
         if runs:
             return f"found {'; '.join(runs[:10])}"
-    return f"no checkpoints under {base} either"
+    return f"no checkpoints under {base} either; give a workdir"
 
 
 def read_meta(directory, step: int, meta_schema: Schema = NOTHING_MORE) -> dict:
