@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from gpt_jax.cluster import make_follower
 from gpt_jax.errors import UsageError, install_command
 
 # What the compilers read from the environment when they are loaded. The last variable lets several
@@ -71,8 +72,14 @@ def compile_outside(args, overrides: list[str]) -> dict:
         if args.keep_hlo:
             command.append(f"--keep_hlo={args.keep_hlo}")
         environment = os.environ | ENVIRONMENT
+        # A request to stop may come before `run` knows the process that it would have to end.
         process = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace"
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            preexec_fn=make_follower(os.getpid()),
         )
         if answer.exists():
             return json.loads(answer.read_text())

@@ -161,7 +161,10 @@ class Train:
         0.0, "The part of the target that is spread over the vocabulary.", low=0.0, high=0.99
     )
     loss_chunk: int = knob(
-        0, "Tokens of a row whose logits exist at a time. 0 means all of them.", low=0
+        0,
+        "Tokens of a row whose logits exist at a time. Their gradient is made with them, so that "
+        "none are made twice. 0 means all of them.",
+        low=0,
     )
     ema: float = knob(0.0, "The decay of averaged weights. 0 is off.", low=0.0, high=0.999999)
     ema_warmup: bool = knob(

@@ -63,8 +63,8 @@ def compute_seconds(
     train = job.config.train
     tokens = train.batch_size * train.seq_len / topology.devices
 
-    # Chunks make their logits twice.
-    head = 6 * model.vocab * model.embed * (4 / 3 if train.loss_chunk else 1.0)
+    # Chunks of the loss make their gradient with their logits, so they compute nothing again.
+    head = 6 * model.vocab * model.embed
     wasted = _count_wasted(job, shape, here, topology.chip.platform)
     matrices = job.matmul_params - model.vocab * model.embed + wasted
     layers = 6 * matrices * _count_repeats(job) * _count_idle(job, here)

@@ -5,10 +5,13 @@ from .layout import (
     gather_fsdp as gather_fsdp,
     is_gathered as is_gathered,
     lay_out_like as lay_out_like,
+    make_zero_gradient as make_zero_gradient,
     off_stages as off_stages,
     over_stages as over_stages,
     reshape as reshape,
+    scale_gradient as scale_gradient,
     stored_init as stored_init,
+    sum_gradient_once as sum_gradient_once,
     use_weight as use_weight,
 )
 from .manual import run_local as run_local

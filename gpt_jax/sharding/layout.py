@@ -48,7 +48,7 @@ def use_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Ar
         return constrain(weight, *axes)
 
     dim, names = where
-    rows = frozenset(name for part in used_spec("batch", "seq") for name in _names(part))
+    rows = _find_row_axes()
     spec = jax.typeof(weight).sharding.spec
     in_spec = P(*spec, reduced=rows - frozenset(names))
     whole = [None if i == dim else part for i, part in enumerate(spec)]
@@ -59,6 +59,21 @@ def use_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Ar
         out_specs=P(*whole, reduced=rows),
     )
     return gather_shard(jax.reshard(weight, in_spec))
+
+
+def _find_row_axes() -> frozenset[str]:
+    """The mesh axes that cut rows and tokens, over which gradients of weights are summed."""
+    return frozenset(name for part in used_spec("batch", "seq") for name in _names(part))
+
+
+def sum_gradient_once(weight: jax.Array) -> jax.Array:
+    """A used weight whose gradient stays each device's own part of a sum until it leaves here.
+
+    A loop that adds up gradients of the weight then sums over devices once, and not at every turn.
+    """
+    if _mesh() is None or is_gathered(weight):
+        return weight
+    return jax.reshard(weight, P(*jax.typeof(weight).sharding.spec, reduced=_find_row_axes()))
 
 
 def gather(shard: jax.Array, names: tuple[str, ...], dim: int, **to) -> jax.Array:
@@ -90,6 +105,25 @@ def find_gathered_axes(
 def is_gathered(weight: jax.Array) -> bool:
     """Whether `use_weight` has gathered `weight`."""
     return _mesh() is not None and bool(jax.typeof(weight).sharding.spec.reduced)
+
+
+def make_zero_gradient(weight: jax.Array) -> jax.Array:
+    """Float32 zeros to which gradients of `weight` can be added.
+
+    Those of a gathered weight stay each device's own part of a sum, as `use_weight` tells.
+    """
+    layout = None
+    if _mesh() is not None:
+        spec = jax.typeof(weight).sharding.spec
+        layout = P(*spec.partitions, unreduced=spec.reduced)
+    return jnp.zeros(weight.shape, jnp.float32, out_sharding=layout)
+
+
+def scale_gradient(gradient: jax.Array, factor: jax.Array) -> jax.Array:
+    """`gradient`, also one that is each device's own part of a sum, times a scalar."""
+    if _mesh() is not None:
+        factor = jax.reshard(factor, P(reduced=jax.typeof(gradient).sharding.spec.unreduced))
+    return (gradient.astype(jnp.float32) * factor).astype(gradient.dtype)
 
 
 def stored_init(init: Callable, axes: tuple[str | None, ...]) -> Callable:

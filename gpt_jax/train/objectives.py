@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax import config, sharding
+from gpt_jax.train.chunks import add_chunks
 
 
 class Network(NamedTuple):
@@ -95,49 +96,38 @@ def sum_cross_entropy(logits: jax.Array, columns: dict, train: config.Train) -> 
     }
 
 
-def sum_logits(token_sums: Callable, columns: dict, chunk: int, *readouts: Readout) -> dict:
+def sum_logits(
+    token_sums: Callable, columns: dict, chunk: int, *readouts: Readout, learned: str = "objective"
+) -> dict:
     """Sums of `token_sums(*logits, columns)`, with logits [B, T, V] of each readout in turn.
 
     With `chunk` only that many tokens of each row have logits at a time, and `token_sums` sees the
-    same tokens of each column [B, T]. The backward pass then computes them again.
+    same tokens of each column [B, T]. Then the sum `learned` alone has a gradient, and that is made
+    in the forward pass, see `chunks.add_chunks`.
     """
-    length = columns["weight"].shape[1]
-    if not chunk or chunk >= length:
-        logits = (
-            network.logits(network.head(params, hidden.dtype), hidden)
-            for network, params, hidden in readouts
-        )
+    networks = [readout.network for readout in readouts]
+    heads = [network.head(params, hidden.dtype) for network, params, hidden in readouts]
+    hiddens = [readout.hidden for readout in readouts]
+
+    def sum_chunk(heads, hiddens, columns):
+        triples = zip(networks, heads, hiddens, strict=True)
+        logits = (network.logits(head, hidden) for network, head, hidden in triples)
         return token_sums(*logits, columns)
 
-    def chunks(x):
+    length = columns["weight"].shape[1]
+    if not chunk or chunk >= length:
+        return sum_chunk(heads, hiddens, columns)
+
+    def cut(x):
         # The tokens of a chunk are not neighbours, so that each device splits its own tokens.
         # Sums do not depend on that.
         shape = (x.shape[0], chunk, x.shape[1] // chunk, *x.shape[2:])
         x = sharding.reshape(x, shape, "batch", "seq", None, *[None] * (x.ndim - 2))
         return jnp.moveaxis(x, 2, 0)
 
-    @jax.checkpoint
-    def chunk_sums(heads, hiddens, columns):
-        logits = (
-            readout.network.logits(head.astype(hidden.dtype), hidden)
-            for readout, head, hidden in zip(readouts, heads, hiddens, strict=True)
-        )
-        return token_sums(*logits, columns)
-
-    # A head is gathered once and not for each chunk. It is float32, so that the gradients of the
-    # chunks are summed in float32.
-    heads = [
-        network.head(params, hidden.dtype).astype(jnp.float32)
-        for network, params, hidden in readouts
-    ]
-
-    def add_chunk(_, chunk):
-        return None, chunk_sums(heads, *chunk)
-
-    columns = {name: chunks(column) for name, column in columns.items()}
-    hiddens = [chunks(readout.hidden) for readout in readouts]
-    _, parts = jax.lax.scan(add_chunk, None, (hiddens, columns))
-    return jax.tree.map(lambda x: x.sum(0), parts)
+    heads = [sharding.sum_gradient_once(head) for head in heads]
+    hiddens, columns = jax.tree.map(cut, (hiddens, columns))
+    return add_chunks(sum_chunk, learned, heads, hiddens, columns)
 
 
 def add_report(sums: dict, report: dict) -> dict:

@@ -53,6 +53,17 @@ def test_float32_takes_longer(name, slower):
     assert passes[1] == pytest.approx(2 * passes[0])
 
 
+def test_chunks_of_the_loss_compute_nothing_again():
+    machine = parse_topology("v5e:4x4")
+    shape = ONE | {"fsdp": machine.devices}
+    times = []
+    for chunk in (1024, 0):
+        job = changed(llama(), mesh=dict(data=1, fsdp=16), train=dict(loss_chunk=chunk))
+        here = split_microbatch(job, shape)
+        times.append(roofline.compute_seconds(job, machine, "splash", shape, here))
+    assert times[0] == times[1]
+
+
 def test_tokens_beyond_a_capacity_are_no_work_done():
     """A factor of 0.1 multiplies a tenth of the choices, and counts a tenth of them."""
     machine = parse_topology("v5p:4x4x4")

@@ -37,7 +37,8 @@ def stay_near(network, params, frozen, batch, key, train):
     hidden, _ = network.features(params, batch, None)
     reference, _ = network.features(frozen, batch, None)
     readouts = Readout(network, params, hidden), Readout(network, frozen, reference)
-    near = sum_logits(sum_distance, {"weight": batch["weight"]}, train.loss_chunk, *readouts)
+    weights = {"weight": batch["weight"]}
+    near = sum_logits(sum_distance, weights, train.loss_chunk, *readouts, learned="distance")
     total, weight = sums["objective"]
     return sums | near | {"objective": (total + near["distance"][0], weight)}
 

@@ -27,13 +27,13 @@ CASES = [  # model, mesh, knobs, optimiser
     ("gpt2", dict(context=2, tensor=2, fsdp=2), RING | SEQ | dict(accumulate=2, loss_chunk=4)),
     ("gpt2", dict(pipeline=2, fsdp=2, tensor=2), SEQ | dict(pipeline_microbatches=4)),
     ("gpt2", dict(pipeline=2, context=2, data=2), RING | dict(pipeline_rounds=2)),
-    ("gpt2", dict(data=2, fsdp=4), dict(zero=1)),
+    ("gpt2", dict(data=2, fsdp=4), dict(zero=1, loss_chunk=4)),
     ("gpt2", dict(fsdp=4, tensor=2), {}, "adafactor"),
     ("gpt2", dict(pipeline=2, fsdp=2, context=2), RING | dict(zero=1), "muon"),
     ("modern", dict(data=2, fsdp=2, tensor=2), SEQ),
     ("modern", dict(expert=2, fsdp=2, data=2), {}, "muon"),
     ("dropout", dict(data=2, fsdp=2, tensor=2), {}),
-    ("moe", dict(expert=2, fsdp=2, tensor=2), dict(accumulate=2)),
+    ("moe", dict(expert=2, fsdp=2, tensor=2), dict(accumulate=2, loss_chunk=8)),
     ("moe", dict(expert=2, context=2, data=2), RING),
     ("moe", dict(pipeline=2, expert=2, fsdp=2), dict(remat="block")),
     ("bias", dict(fsdp=4, tensor=2), dict(accumulate=4)),
@@ -44,7 +44,7 @@ MORE_CASES = [
     ("gpt2", dict(tensor=8), {}),
     ("gpt2", dict(fsdp=2, tensor=4), SEQ | dict(loss_chunk=4)),
     ("gpt2", dict(context=4, data=2), RING),
-    ("gpt2", dict(pipeline=4, data=2), {}),
+    ("gpt2", dict(pipeline=4, data=2), dict(loss_chunk=4)),
     ("gpt2", dict(fsdp=4, tensor=2), dict(remat="block"), "muon"),
     ("gpt2", dict(pipeline=2, fsdp=2, tensor=2), {}, "adafactor"),
     ("modern", dict(fsdp=8), {}),
@@ -135,14 +135,9 @@ def test_the_matrix_is_wide():
     assert {axis for case in CASES for axis in case[1]} == set(config.AXES)
 
 
-def test_gradients_are_scattered_and_the_head_is_gathered_once():
-    """What the compiled gradients of a loss in four chunks send.
-
-    Matrices are gathered, and their gradients are scattered over fsdp and summed over data in
-    parts. The vocabulary does not travel for each chunk.
-    """
-    shape = dict(data=2, fsdp=4)
-    mesh, settings = make_mesh(shape), make_config("gpt2", loss_chunk=4)
+def read_gradient(shape, **knobs):
+    """(config, compiled program) of the gradient of gpt2 on a mesh."""
+    mesh, settings = make_mesh(shape), make_config("gpt2", **knobs)
     network = make_network(settings.model, settings.compute)
     with jax.set_mesh(mesh):
         columns = rows.to_devices(mesh, make_columns("gpt2"), ROWS)
@@ -155,6 +150,17 @@ def test_gradients_are_scattered_and_the_head_is_gathered_once():
         program = read_program(
             compiled.lower(params, columns).compile().as_text(), dict(mesh.shape)
         )
+    return settings, program
+
+
+def test_gradients_are_scattered_and_the_head_is_gathered_once():
+    """What the compiled gradients of a loss in four chunks send.
+
+    Matrices are gathered, and their gradients are scattered over fsdp and summed over data in
+    parts. The vocabulary does not travel for each chunk.
+    """
+    shape = dict(data=2, fsdp=4)
+    settings, program = read_gradient(shape, loss_chunk=4)
     smallest, vocabulary = (
         3 / 4 * 4 * settings.model.embed * size
         for size in (settings.model.embed, settings.model.vocab)
@@ -165,3 +171,14 @@ def test_gradients_are_scattered_and_the_head_is_gathered_once():
     assert [row.calls for row in sent if row.kind == "all-gather" and row.bytes == vocabulary] == [
         1
     ]
+
+
+def test_the_heads_gradient_is_summed_over_devices_once():
+    """Also where nothing is gathered: chunks send what all logits at once send."""
+
+    def count_bytes(**knobs):
+        _, program = read_gradient(dict(data=8), **knobs)
+        return sum(row.bytes * row.calls for row in program.collectives)
+
+    # Sums of the loss are a few numbers.
+    assert count_bytes(loss_chunk=4) == pytest.approx(count_bytes(), rel=1e-3)
