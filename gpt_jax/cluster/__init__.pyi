@@ -29,7 +29,6 @@ from .launch_kubernetes import (
 from .launch_local import (
     MOST_PROCESSES as MOST_PROCESSES,
     LocalGroup as LocalGroup,
-    make_follower as make_follower,
     run_processes as run_processes,
 )
 from .launch_slurm import (

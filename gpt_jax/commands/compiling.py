@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from gpt_jax.cluster import make_follower
 from gpt_jax.errors import UsageError, install_command
 
 # What the compilers read from the environment when they are loaded. The last variable lets several
@@ -71,22 +72,43 @@ def compile_outside(args, overrides: list[str]) -> dict:
         ]
         if args.keep_hlo:
             command.append(f"--keep_hlo={args.keep_hlo}")
-        environment = os.environ | ENVIRONMENT
-        # A request to stop may come before `run` knows the process that it would have to end.
-        process = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            preexec_fn=make_follower(os.getpid()),
-        )
+        returncode, errors = run_child(command, os.environ | ENVIRONMENT)
         if answer.exists():
             return json.loads(answer.read_text())
 
-    lines = [line for line in process.stderr.splitlines() if line.strip()]
-    if process.returncode == UsageError.code:
+    lines = [line for line in errors.splitlines() if line.strip()]
+    if returncode == UsageError.code:
         raise UsageError(lines[-1].removeprefix("gpt-jax: "))
     tail = " | ".join(lines[-3:])[-500:]
-    refusal = f"the compiler's process ended with code {process.returncode}: {tail}"
+    refusal = f"the compiler's process ended with code {returncode}: {tail}"
     return {"seconds": 0, "peak": 0, "refusal": refusal}
+
+
+def run_child(command: list[str], environ: Mapping[str, str]) -> tuple[int, str]:
+    """(exit code, standard error) of a child process. It does not outlive a request to stop.
+
+    A request that came inside Popen would find nothing to end yet, so it waits until Popen returns.
+    """
+    requests = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
+    try:
+        child = subprocess.Popen(
+            command,
+            env=environ,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    with child:
+        try:
+            for number in requests:
+                signal.raise_signal(number)
+            _, errors = child.communicate()
+        except BaseException:  # The handler of a request raises SystemExit.
+            child.kill()
+            raise
+    return child.returncode, errors

@@ -73,9 +73,7 @@ def mesh_shape(
         sizes = _chosen_sizes(within, across)
         text = ", ".join(f"{name} = {size}" for name, size in sizes.items())
         way_out = _way_out(mesh, sizes, devices, bool(free), runs)
-        raise UsageError(
-            f"{text}: gives a mesh of {fixed} devices, and there are {devices}; {way_out}"
-        )
+        raise UsageError(f"{text}: a mesh of {fixed} does not match {devices} devices; {way_out}")
 
     rest = devices // fixed
     return {axis: (rest if size == -1 else size) * across[axis] for axis, size in within.items()}

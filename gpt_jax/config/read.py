@@ -121,11 +121,11 @@ def _check_limits(spec: dataclasses.Field, value, path: str) -> None:
 
     low = spec.metadata.get("low")
     high = spec.metadata.get("high")
-    if low is not None and high is None and type(value) is int:
-        high = MOST
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise UsageError(f"{path} = {value!r}: expected {bounds}")
+    if type(value) is int and value > MOST and high is None:
+        raise UsageError(f"{path} = {value!r}: expected at most {MOST}")
 
 
 def from_dict(values: Mapping[str, Any], kind: Any = Config, path: str = "config") -> Any:

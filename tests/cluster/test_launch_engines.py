@@ -700,10 +700,13 @@ def test_bad_slurm_flags(given, words):
         (["train", "--workdir=/w", "--config=c.py"], "--config=c.py: no such file"),
         ([*LLAMA_RUN, "--coordinator=a:1"], "--coordinator: the launcher gives it"),
         ([*LLAMA_RUN, "--config.trian.steps=1"], "config.trian = '1': unknown key"),
-        ([*LLAMA_RUN, "--config.mesh.fsdp=3"], "config.mesh.fsdp = 3: 3 does not match 16 devices"),
+        (
+            [*LLAMA_RUN, "--config.mesh.fsdp=3"],
+            "config.mesh.fsdp = 3: a mesh of 3 does not match 16 devices",
+        ),
         (
             [*LLAMA_RUN, "--cpu_devices=8", "--config.mesh.data=3"],
-            "config.mesh.data = 3: 3 does not match 16 devices",
+            "config.mesh.data = 3: a mesh of 3 does not match 16 devices",
         ),
     ],
 )

@@ -101,7 +101,10 @@ CONFIGS = {
         ["--config.model.windows=(1,'a')"],
         ["config.model.windows[1] = 'a'", "expected int"],
     ),
-    "below the range": (["--config.model.layers=0"], ["config.model.layers = 0", "at least 1"]),
+    "below the range": (
+        ["--config.model.layers=0"],
+        ["config.model.layers = 0", "from 1 to 10000"],
+    ),
     "above the range": (
         ["--config.model.dropout=1.5"],
         ["config.model.dropout = 1.5", "from 0.0 to 0.99"],
@@ -222,8 +225,8 @@ CONFIGS = {
         ["config.data.tokenizer", "10,000,000"],
     ),
     "batch too large": (
-        ["--config.train.batch_size=8000000000"],
-        ["config.train.batch_size = 8000000000", "more text"],
+        ["--config.train.batch_size=2000000000"],
+        ["config.train.batch_size = 2000000000", "more text"],
     ),
     "text for a tuple": (
         ["--config.model.pattern=foo"],

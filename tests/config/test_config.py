@@ -111,7 +111,10 @@ def test_what_bends_ints_to_floats_lists_to_tuples_one_path_to_many():
 @pytest.mark.parametrize(
     "values, words",
     [
-        (dict(model=dict(layers=0)), ("config.model.layers = 0", "at least 1")),
+        (dict(model=dict(layers=0)), ("config.model.layers = 0", "from 1 to 10000")),
+        # Larger numbers would end in tracebacks of libraries that count in 32 bits.
+        (dict(train=dict(steps=10**30)), ("config.train.steps = 1000", "at most 2147483647")),
+        (dict(model=dict(embed=10**30)), ("config.model.embed = 1000", "from 1 to 262144")),
         (dict(model=dict(dropout=1.0)), ("config.model.dropout = 1.0", "from 0.0 to 0.99")),
         (dict(optim=dict(b2=1.0)), ("config.optim.b2",)),
         (dict(optim=dict(learning_rate=-1.0)), ("config.optim.learning_rate = -1.0", "at least 0")),

@@ -576,9 +576,9 @@ def test_mixed_encodings(tmp_path):
         ({"encodings": ("utf-9",)}, "encodings = 'utf-9': no text encoding"),
         ({"encodings": ("base64",)}, "no text encoding"),
         ({"encodings": ()}, "encodings is empty"),
-        ({"errors": "ignore"}, "errors = 'ignore': is one of strict, replace"),
+        ({"errors": "ignore"}, "errors = 'ignore': choose one of strict, replace"),
         ({"on_error": "x"}, "on_error = 'x'"),
-        ({"documents": "page"}, "documents = 'page': is one of file, line"),
+        ({"documents": "page"}, "documents = 'page': choose one of file, line"),
     ],
 )
 def test_readings_that_mean_nothing(how, message):

@@ -265,7 +265,9 @@ def test_refused(tmp_path):
     given = (f"--output={tmp_path / 'out'}", f"--input={path}", "--task=supervised")
     words = ("rows.jsonl:1", "--filters changes its text", "--task")
     refused(2, words, *given, "--filters", "replace:/X/Y/")
-    refused(2, ("--task='chat': is one of plain, spans, supervised",), *given[:2], "--task=chat")
+    refused(
+        2, ("--task='chat': choose one of plain, spans, supervised",), *given[:2], "--task=chat"
+    )
     table = tmp_path / "rows.csv"
     table.write_text("prompt,response\na,B\n")
     words = ("rows.csv: --task=supervised reads objects", ".jsonl")

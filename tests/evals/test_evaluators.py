@@ -96,7 +96,11 @@ def test_names_that_cannot_be(tmp_path):
     code, line = runs.refusal(
         *runs.arguments(tmp_path, tmp_path / "run", "--config.eval.evaluators=('heldout','chess')")
     )
-    assert code == 2 and "config.eval.evaluators" in line and "knows heldout, samples, xz" in line
+    assert (
+        code == 2
+        and "config.eval.evaluators" in line
+        and "choose among heldout, samples, xz" in line
+    )
     code, line = runs.refusal(
         *runs.arguments(
             tmp_path,
@@ -108,6 +112,6 @@ def test_names_that_cannot_be(tmp_path):
     assert code == 2 and "keep_best = 1" in line
     given = "evaluate", f"--checkpoint={tmp_path / 'none'}", "--evaluators"
     code, line = runs.refusal(*given, "chess")
-    assert code == 2 and line == "--evaluators=chess: knows heldout, samples, xz"
+    assert code == 2 and line == "--evaluators=chess: choose among heldout, samples, xz"
     code, line = runs.refusal(*given, "xz", "--text=README.md")
     assert code == 2 and "leave out --text" in line
