@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -495,6 +496,11 @@ def test_help_of_a_command(capsys, command):
         ["--cpu_devices", "--coordinator"] if command in ("train", "evaluate", "generate") else []
     )
     assert [flag for flag in [*wanted, *runtime] if flag not in text] == []
+
+
+def test_version(capsys):
+    runs.call("--version")
+    assert re.fullmatch(r"gpt_jax \d+\.\d+\.\d+ .*source \w+\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("given", [[], ["--help"], ["help"]])

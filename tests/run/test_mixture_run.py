@@ -270,7 +270,15 @@ def test_inspect_refuses_what_is_not_there(folder, whole, tmp_path):
     assert (
         "no run has begun there" in runs.refusal("inspect", f"--workdir={tmp_path}", "--batch=1")[1]
     )
-    assert runs.refusal("inspect", f"--workdir={whole}", "--batch=0")[0] == 2
+    code, line = runs.refusal("inspect", f"--workdir={whole}", "--batch=0")
+    assert code == 2 and line == "--batch=0: expected 1 to 1,000,000,000,000"
+    assert (
+        "--rows=-1: expected 0 or more"
+        in runs.refusal("inspect", f"--workdir={whole}", "--batch=1", "--rows=-1")[1]
+    )
+    (tmp_path / "config.json").write_text('{"model": {"layers": "x"}}')
+    line = runs.refusal("inspect", f"--workdir={tmp_path}", "--batch=1")[1]
+    assert f"{tmp_path}/config.json: config.model.layers = 'x': expected int" in line
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,20 @@ def test_a_step_is_split_from_a_path(tmp_path):
 @pytest.mark.parametrize(
     "overrides, words",
     [
+        (("--config.init.from=/none",), "config.init.from = '/none': checkpoint '/none': does not"),
+        (("--config.model.layers=3",), "its weights mean something else under config.model.layers"),
+    ],
+)
+def test_a_checkpoint_is_looked_at_before_the_text(folder, first, overrides, words):
+    flags = (f"--config.init.from={first}", "--config.data.path=no-such-text", *overrides)
+    with pytest.raises(UsageError) as refused:
+        run_parts.build(runs.load(folder, ROTARY, *flags))
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
         (("--config.model.heads=2",), "config.model.heads (4 there, 2 here)"),
         (("--config.model.layers=3",), "config.model.layers"),
         (("--config.model.vocab=257",), "only the vocabulary and learned positions may grow"),

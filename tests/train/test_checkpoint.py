@@ -762,7 +762,7 @@ def test_killed_in_the_first_save_starts_afresh(tmp_path):
 # What a user types
 
 
-def test_resolving_what_a_user_typed(tmp_path):
+def test_resolving_what_a_user_typed(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "a"
     save_all(run / "checkpoints", [10, 20])
     at = run / "checkpoints"
@@ -779,6 +779,10 @@ def test_resolving_what_a_user_typed(tmp_path):
         with pytest.raises(UsageError) as error:
             resolve_checkpoint(bad, step)
         assert all(word in str(error.value) for word in [repr(str(bad)), *words]), str(error.value)
+    # A folder above the working folder is somebody else's.
+    monkeypatch.chdir(tmp_path / "runs" / "a")
+    with pytest.raises(UsageError, match=r"no checkpoints under .* either; give a workdir"):
+        resolve_checkpoint(tmp_path / "runs" / "b")
     cut(at / "20" / manifest.META)
     lines = []
     assert resolve_checkpoint(run, report=lines.append) == (at, 10) and "step 20" in lines[0]

@@ -335,14 +335,12 @@ def _locate(path: Path, step: int) -> tuple[Path, int]:
 def _nearby(path: Path) -> str:
     """What could have been meant: runs with checkpoints near the nearest folder that exists.
 
-    Only the working folder is searched above it. What lies elsewhere is somebody else's, and a
-    search of the root would read the whole disk.
+    Folders above the working folder are not searched. What lies there is often somebody else's,
+    and a search of the root would read the whole disk.
     """
     base = next(parent for parent in (path, *path.parents) if parent.is_dir())
-    here = Path.cwd()
-    above = [folder for folder in base.parents if folder == here or here in folder.parents]
-    for root in [base, *above]:
-        if root == root.parent:
+    for root in [base, *base.parents][:4]:
+        if root in Path.cwd().parents:
             break
 
         patterns = [f"{depth}{CHECKPOINT_FOLDER}" for depth in ("", "*/", "*/*/")]
