@@ -51,7 +51,7 @@ MOE = "--config.model.pattern=(('attention', 'moe'),)"
     [
         (2, 1, "data=2", []),
         (4, 1, "fsdp=2 tensor=2", []),
-        (2, 4, "dcn_data=2 expert=2 tensor=2", [MOE]),
+        pytest.param(2, 4, "dcn_data=2 expert=2 tensor=2", [MOE], marks=pytest.mark.deep),
         pytest.param(2, 2, "pipeline=2 context=2", [], marks=pytest.mark.deep),
         pytest.param(4, 2, "pipeline=2 expert=2 tensor=2", [MOE], marks=pytest.mark.deep),
     ],

@@ -145,6 +145,7 @@ def test_killed_and_resumed_to_the_bit(ramp, whole, tmp_path, batches, stop):
     assert step == 9 and not runs.differing(arrays, runs.final_state(ramp, tmp_path)[1])
 
 
+@pytest.mark.deep
 def test_meshes_and_microbatches_change_no_loss(folder, whole, tmp_path):
     other = "--config.train.batch_ramp=((600,16,1),(2000,24,3),(9000,32,1))"
     run(build(folder, other, "--config.train.steps=5", data=2, fsdp=2), tmp_path)
