@@ -91,6 +91,7 @@ def run_child(command: list[str], environ: Mapping[str, str]) -> tuple[int, str]
     """
     requests = []
     before = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
+    child = None
     try:
         child = subprocess.Popen(
             command,
@@ -100,15 +101,14 @@ def run_child(command: list[str], environ: Mapping[str, str]) -> tuple[int, str]
             text=True,
             errors="replace",
         )
-    finally:
         signal.signal(signal.SIGTERM, before)
-
-    with child:
-        try:
-            for number in requests:
-                signal.raise_signal(number)
-            _, errors = child.communicate()
-        except BaseException:  # The handler of a request raises SystemExit.
+        for number in requests:
+            signal.raise_signal(number)
+        _, errors = child.communicate()
+    except BaseException:  # The handler of a request raises SystemExit.
+        signal.signal(signal.SIGTERM, before)
+        if child is not None:
             child.kill()
-            raise
+            child.wait()
+        raise
     return child.returncode, errors

@@ -11,7 +11,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds a default to a flag's help, if there is one."""
 
     def _get_help_string(self, action):
-        if action.default in (None, "", [], False):
+        if action.default is None or action.default is False or action.default in ("", []):
             return action.help
         return super()._get_help_string(action)
 

@@ -128,9 +128,7 @@ def make_local_flags() -> Flags:
         metavar="M",
         help="fake CPU devices of each; 0: accelerator k of this machine for process k",
     )
-    flags.add_argument(
-        "--restarts", type=int, default=0, metavar="K", help="how often to start again"
-    )
+    flags.add_argument("--restarts", type=int, default=0, metavar="K", help="how often it restarts")
     flags.add_argument(
         "--nodes", type=int, default=1, help="machines that each run this with as many processes"
     )

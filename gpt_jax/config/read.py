@@ -124,7 +124,8 @@ def _check_limits(spec: dataclasses.Field, value, path: str) -> None:
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise UsageError(f"{path} = {value!r}: expected {bounds}")
-    if type(value) is int and value > MOST and high is None:
+    numbers = value if isinstance(value, tuple) else (value,)
+    if high is None and any(type(number) is int and number > MOST for number in numbers):
         raise UsageError(f"{path} = {value!r}: expected at most {MOST}")
 
 

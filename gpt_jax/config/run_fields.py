@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from gpt_jax.config.knobs import DTYPES, MUON_SCALES, OBJECTIVES, OPTIMIZERS, SCHEDULES, knob
 
+# People write a huge number of steps for never. No device counts it.
+NEVER = 10**15
+
 
 @dataclass(frozen=True)
 class Init:
@@ -179,15 +182,21 @@ class Train:
 class Eval:
     """Evaluation and samples during training."""
 
-    every_steps: int = knob(250, "Updates between evaluations. 0 means at the end alone.", low=0)
+    every_steps: int = knob(
+        250, "Updates between evaluations. 0 means at the end alone.", low=0, high=NEVER
+    )
     evaluators: tuple[str, ...] = knob(
         ("heldout",),
         "What an evaluation measures, in this order: heldout (loss by source), samples (a text), "
         "xz (what xz -9 makes of the held-out text).",
     )
-    batches: int = knob(0, "Held-out batches of an evaluation. 0 means all of them.", low=0)
+    batches: int = knob(
+        0, "Held-out batches of an evaluation. 0 means all of them.", low=0, high=NEVER
+    )
     batch_size: int = knob(0, "Rows of a held-out batch. 0 means train.batch_size.", low=0)
-    sample_every_steps: int = knob(0, "Updates between samples. 0 means at the end alone.", low=0)
+    sample_every_steps: int = knob(
+        0, "Updates between samples. 0 means at the end alone.", low=0, high=NEVER
+    )
     samples: int = knob(
         3, "Samples at the end of a run, prompts in turn. 0 means none, also during it.", low=0
     )
@@ -215,18 +224,22 @@ class Checkpoint:
     """When checkpoints are saved, and which of them are kept."""
 
     every_steps: int = knob(
-        1000, "Updates between checkpoints. 0 means at the end and on request alone.", low=0
+        1000,
+        "Updates between checkpoints. 0 means at the end and on request alone.",
+        low=0,
+        high=NEVER,
     )
     every_minutes: float = knob(0.0, "Minutes between checkpoints. 0 is off.", low=0.0)
-    keep_last: int = knob(2, "The number of newest checkpoints that are kept.", low=1)
+    keep_last: int = knob(2, "The number of newest checkpoints that are kept.", low=1, high=NEVER)
     keep_every_steps: int = knob(
-        0, "Checkpoints at multiples of this are kept for ever. 0 is off.", low=0
+        0, "Checkpoints at multiples of this are kept for ever. 0 is off.", low=0, high=NEVER
     )
     keep_best: int = knob(
         0,
         "The number of best checkpoints that are kept, by `best_metric`. An evaluation that is "
         "among the best saves one. 0 is off.",
         low=0,
+        high=NEVER,
     )
     best_metric: str = knob(
         "eval/loss",
@@ -239,6 +252,6 @@ class Checkpoint:
 class Log:
     """What is reported."""
 
-    every_steps: int = knob(10, "Updates between lines of metrics.", low=1)
+    every_steps: int = knob(10, "Updates between lines of metrics.", low=1, high=NEVER)
     tensorboard: bool = knob(True, "Whether TensorBoard files are written.")
     progress: bool = knob(True, "Whether a terminal shows a progress bar.")

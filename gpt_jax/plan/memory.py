@@ -41,9 +41,9 @@ SMOOTH = 5.0
 # make as much again in copies of other layouts.
 EXPERTS = {"tpu": 6.0, "gpu": 3.0}
 # Output matrices in float32 while the loss goes through its chunks. One is the sum of their
-# gradients. GPUs do not fuse it, so they also have one chunk's gradient, in the compute dtype or
-# wider. This is counted from what the loop carries, and not fitted to a compiled program.
-SUMMED = {"tpu": 1.0, "gpu": 2.0}
+# gradients. GPUs do not fuse it, so they also have one chunk's gradient. The third was the matrix
+# itself; it is counted still, until a program for a GPU shows that it is gone.
+SUMMED = {"tpu": 1.0, "gpu": 3.0}
 LOGITS = 2.0  # Float32 logits and their gradient.
 # Streams over all of the sequence, where it is cut between matmuls (shard_sequence) and gathered
 # for them.

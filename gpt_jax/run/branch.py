@@ -8,6 +8,7 @@ from pathlib import Path
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import UsageError
 from gpt_jax.files import describe_error, write_file
+from gpt_jax.run.lock import only_run
 from gpt_jax.run.meta import META_SCHEMA
 from gpt_jax.schema import Misfit, Schema, read_json
 from gpt_jax.train import CHECKPOINT_FOLDER, resolve_checkpoint
@@ -39,52 +40,61 @@ def open_branch(workdir: Path, branch: Path, step: int, say) -> None:
     def copy():
         try:
             copy_run(directory / str(number), workdir, branch)
+        except shutil.Error as error:  # It lists all files that failed.
+            raise refuse(error.args[0][0][2]) from None
         except OSError as error:
-            raise UsageError(
-                f"--branch={branch}: step {number} of {workdir} cannot be copied "
-                f"({describe_error(error)}); give the command again"
-            ) from None
+            raise refuse(describe_error(error)) from None
 
-    agree_on(copy)
+    def refuse(why: str) -> UsageError:
+        return UsageError(
+            f"--branch={branch}: step {number} of {workdir} cannot be copied ({why}); free space "
+            "there, or name another folder"
+        )
+
+    with only_run(branch, say):
+        agree_on(copy)
     say(f"{branch} goes on from step {number} of {workdir}")
 
 
 def is_branch_of(branch: Path, workdir: Path, step: int) -> bool:
-    """Whether `branch` was taken from this step of this run. False for a folder without a run.
+    """Whether `branch` was taken from this step of this run, and is whole.
 
-    Raises UsageError if it holds another run.
+    Raises UsageError if it holds another run, also one that has saved nothing yet.
     """
-    if not any(path.name.isdecimal() for path in (branch / CHECKPOINT_FOLDER).glob("*")):
-        return False
+    is_whole = any(path.name.isdecimal() for path in (branch / CHECKPOINT_FOLDER).glob("*"))
     try:
         origin = read_json((branch / ORIGIN).read_bytes(), ORIGIN_SCHEMA)
     except (OSError, Misfit):
-        origin = None
-    if origin is None:
-        raise UsageError(
-            f"--branch={branch}: holds a run that is no branch; give another folder, or go on with "
-            "it by --workdir"
-        )
+        if is_whole or any((branch / name).exists() for name in ("config.json", METRICS)):
+            raise UsageError(
+                f"--branch={branch}: holds a run, and no {ORIGIN} that says of which it is a "
+                "branch; give another folder, or go on with it by --workdir"
+            ) from None
+        return False
+
     if origin["run"] != str(workdir.resolve()) or step not in (0, origin["step"]):
         raise UsageError(
             f"--branch={branch}: was taken from step {origin['step']} of {origin['run']}; give "
             "another folder, or go on with it by --workdir"
         )
-    return True
+    return is_whole
 
 
 def copy_run(checkpoint: Path, workdir: Path, branch: Path) -> None:
-    """Gives `branch` a checkpoint of the run in `workdir`, named by its step, and the curve."""
+    """Gives `branch` a checkpoint of the run in `workdir`, named by its step, and the curve.
+
+    The checkpoint comes last, so that a branch that has one is whole.
+    """
     target = branch / CHECKPOINT_FOLDER
     target.mkdir(parents=True, exist_ok=True)
-    unfinished = target / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(checkpoint, unfinished, copy_function=link_or_copy)
+    origin = {"run": str(workdir.resolve()), "step": int(checkpoint.name)}
+    write_file(branch / ORIGIN, json.dumps(origin).encode())
     if (workdir / METRICS).is_file():
         shutil.copyfile(workdir / METRICS, branch / METRICS)
 
-    origin = {"run": str(workdir.resolve()), "step": int(checkpoint.name)}
-    write_file(branch / ORIGIN, json.dumps(origin).encode())
+    unfinished = target / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(checkpoint, unfinished, copy_function=link_or_copy)
     unfinished.rename(target / checkpoint.name)
 
 

@@ -41,7 +41,7 @@ def load(path: str, step: int = 0, devices: int = 0, say: Callable[[str], None] 
     `mesh`, so use them inside `jax.set_mesh(loaded.mesh)`. Raises UsageError if there is no such
     checkpoint, and NoCheckpoint if it is damaged.
     """
-    return load_model(path, step, say, devices)
+    return load_model(path, step, say, devices, is_decoding=True)
 
 
 def generate(

@@ -3,7 +3,7 @@ from .layout import (
     find_gathered_axes as find_gathered_axes,
     gather as gather,
     gather_fsdp as gather_fsdp,
-    is_gathered as is_gathered,
+    has_partial_gradient as has_partial_gradient,
     lay_out_like as lay_out_like,
     make_zero_gradient as make_zero_gradient,
     off_stages as off_stages,

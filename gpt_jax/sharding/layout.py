@@ -71,9 +71,10 @@ def sum_gradient_once(weight: jax.Array) -> jax.Array:
 
     A loop that adds up gradients of the weight then sums over devices once, and not at every turn.
     """
-    if _mesh() is None or is_gathered(weight):
+    axes = frozenset(name for name in _find_row_axes() if axis_size(name) > 1)
+    if not axes or has_partial_gradient(weight):
         return weight
-    return jax.reshard(weight, P(*jax.typeof(weight).sharding.spec, reduced=_find_row_axes()))
+    return jax.reshard(weight, P(*jax.typeof(weight).sharding.spec, reduced=axes))
 
 
 def gather(shard: jax.Array, names: tuple[str, ...], dim: int, **to) -> jax.Array:
@@ -102,8 +103,8 @@ def find_gathered_axes(
     return None
 
 
-def is_gathered(weight: jax.Array) -> bool:
-    """Whether `use_weight` has gathered `weight`."""
+def has_partial_gradient(weight: jax.Array) -> bool:
+    """Whether the gradient of a used weight stays each device's own part of a sum."""
     return _mesh() is not None and bool(jax.typeof(weight).sharding.spec.reduced)
 
 

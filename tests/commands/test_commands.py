@@ -456,6 +456,9 @@ def test_help_of_a_command(capsys, command):
         runs.call(command, "--help")
     text = capsys.readouterr().out
     assert end.value.code == 0 and f"usage: gpt-jax {command}" in text
+    assert "(default: None)" not in text and "(default: )" not in text
+    if command == "generate":
+        assert "0: off (default: 0)" in " ".join(text.split())
     wanted = {
         "train": ["--config", "--workdir", "--print_config", "--profile"],
         "evaluate": ["--checkpoint", "--step", "--text", "--json"],

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
 import sys
 
 import forks
 import pytest
 import runs
+
+from gpt_jax.commands import compiling
 
 LAST = """
 import atexit, os, signal, sys, time
@@ -87,3 +90,27 @@ finally:
 def test_a_second_request_before_the_first_step_changes_nothing():
     ended = forks.run([sys.executable, "-c", LEAVE_TWICE])
     assert (ended.returncode, ended.stderr) == (10, "gpt-jax: stopped\n")
+
+
+def test_a_request_while_a_child_starts_ends_the_child(monkeypatch):
+    """It comes when the child is there, and `Popen` has not returned yet."""
+    children = []
+    plain = subprocess.Popen
+
+    def start(command, **given):
+        children.append(plain(command, **given))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return children[0]
+
+    def leave(*_):
+        sys.exit(10)
+
+    monkeypatch.setattr(compiling.subprocess, "Popen", start)
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with pytest.raises(SystemExit):
+            compiling.run_child(["sleep", "600"], os.environ)
+        assert signal.getsignal(signal.SIGTERM) is leave
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert children[0].poll() == -signal.SIGKILL

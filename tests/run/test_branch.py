@@ -1,8 +1,12 @@
 """A branch goes on from an older checkpoint, and the run stays as it was."""
 
+import errno
+import os
 import shutil
 
 import runs
+
+from gpt_jax.run import branch
 
 FLAGS = ("--config.optim.decay_steps=6", "--config.checkpoint.keep_last=9")
 
@@ -13,18 +17,18 @@ def read_files(folder):
 
 def test_a_branch_leaves_the_run_alone(tmp_path, capsys):
     old = tmp_path / "old"
-    branch = tmp_path / "branch"
+    new = tmp_path / "branch"
     every = "--config.checkpoint.every_steps=2"
     runs.call(*runs.arguments(tmp_path, old, *FLAGS, every, "--config.train.steps=6"))
     before = read_files(old)
     capsys.readouterr()
 
     again = runs.arguments(tmp_path, old, *FLAGS, every, "--config.train.steps=6")
-    runs.call(*again, "--from_step=2", f"--branch={branch}")
-    assert f"{branch} goes on from step 2 of {old}" in capsys.readouterr().out
+    runs.call(*again, "--from_step=2", f"--branch={new}")
+    assert f"{new} goes on from step 2 of {old}" in capsys.readouterr().out
     assert read_files(old) == before
     # Nothing was changed, so the branch repeats the run, and its curve is whole.
-    assert runs.curve(branch) == runs.curve(old)
+    assert runs.curve(new) == runs.curve(old)
 
     other = (*again, "--from_step=4", f"--branch={tmp_path / 'other'}")
     runs.call(*other, "--config.optim.weight_decay=0.5", "--config.optim.learning_rate=1e-3")
@@ -48,8 +52,11 @@ def test_what_is_no_branch(tmp_path):
     runs.call(*command, f"--branch={tmp_path / 'taken'}")
     shutil.copytree(tmp_path / "taken", tmp_path / "foreign")
     (tmp_path / "foreign/branch.json").unlink()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/metrics.jsonl").write_text("{}")  # a run that has saved nothing yet
     for words, flags in (
-        ("holds a run that is no branch", [f"--branch={tmp_path / 'foreign'}"]),
+        ("holds a run, and no branch.json", [f"--branch={tmp_path / 'foreign'}"]),
+        ("holds a run, and no branch.json", [f"--branch={tmp_path / 'begun'}"]),
         (
             f"was taken from step 2 of {old}; give another",
             ["--from_step=1", f"--branch={tmp_path / 'taken'}"],
@@ -61,3 +68,22 @@ def test_what_is_no_branch(tmp_path):
     ):
         code, message = runs.refusal(*command, *flags)
         assert code == 2 and words in message
+
+
+def test_a_copy_that_fails_leaves_no_branch(tmp_path, monkeypatch):
+    old = tmp_path / "old"
+    command = runs.arguments(tmp_path, old, "--config.train.steps=2")
+    runs.call(*command)
+
+    def fail(source, destination):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(branch, "link_or_copy", fail)
+    flags = [f"--branch={tmp_path / 'branch'}"]
+    code, message = runs.refusal(*command, *flags)
+    assert code == 2 and "cannot be copied ([Errno 28] No space left on device); free" in message
+    assert len(message) < 500
+
+    monkeypatch.undo()
+    runs.call(*command, *flags)
+    assert runs.curve(tmp_path / "branch") == runs.curve(old)

@@ -23,6 +23,7 @@ from gpt_jax import config
 from gpt_jax.errors import NoCheckpoint, SaveFailed, UsageError
 from gpt_jax.train import read_meta, resolve_checkpoint, restore_checkpoint
 from gpt_jax.train.checkpoint import checkpoints, manifest
+from gpt_jax.train.checkpoint.policy import to_keep
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = config.Checkpoint(every_steps=10, keep_last=3)
@@ -466,7 +467,7 @@ def test_what_is_kept_equals_a_brute_force_list():
                 or (ranked and better < policy.keep_best)
             ):
                 expected.add(s)
-        assert checkpoints.to_keep(values, policy) == expected
+        assert to_keep(values, policy) == expected
 
 
 def test_policies_on_disk_across_a_restart(tmp_path):
@@ -666,6 +667,7 @@ jax.config.update("jax_num_cpu_devices", {devices})
 import numpy as np, jax.numpy as jnp
 from gpt_jax import config
 from gpt_jax.train.checkpoint import checkpoints, manifest
+from gpt_jax.train.checkpoint.policy import to_keep
 from test_checkpoint import *
 directory = {directory!r}
 """

@@ -34,10 +34,15 @@ LIMITS = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 3e-2}
 
 
 class Case(NamedTuple):
-    """What is checked, and what its outcome depends on."""
+    """What is checked, and what its outcome depends on.
+
+    `mesh`, `precision` and the rows of KERNELS are here so that others make another case.
+    """
 
     name: str
     kernel: Kernel
+    reference: Kernel
+    length: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -46,7 +51,7 @@ class Case(NamedTuple):
     dtype: str
     segments: bool
     rows: int
-    mesh: object
+    mesh: jax.sharding.Mesh
     precision: str | None
 
 
@@ -91,6 +96,8 @@ def measure_conformance(
     case = Case(
         name=name,
         kernel=KERNELS[name],
+        reference=KERNELS["reference"],
+        length=length,
         heads=model.heads,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
@@ -103,15 +110,15 @@ def measure_conformance(
         mesh=jax.sharding.get_mesh(),
         precision=_find_precision(),
     )
-    return _measure(case, length)
+    return _measure(case)
 
 
 @lru_cache(maxsize=64)
-def _measure(case: Case, length: int) -> Errors:
+def _measure(case: Case) -> Errors:
     rng = np.random.default_rng(0)
 
     def draw(heads):
-        shape = (case.rows, length, heads, case.head_dim)
+        shape = (case.rows, case.length, heads, case.head_dim)
         return jnp.asarray(rng.standard_normal(shape), case.dtype)
 
     q = draw(case.heads)
@@ -121,7 +128,7 @@ def _measure(case: Case, length: int) -> Errors:
 
     segment = None
     if case.segments:
-        documents = [1] * (length // 2) + [2] * (length // 2)
+        documents = [1] * (case.length // 2) + [2] * (case.length // 2)
         segment = jnp.asarray(np.repeat([documents], case.rows, 0))
     run = _make_runner(case.softcap, segment)
 

@@ -28,7 +28,7 @@ def matmul(
     `out_axis` is the logical axis of F. `seq` is the logical axis of the result's T. Without a
     `result_dtype` the result has the dtype of the inputs.
     """
-    if sharding.count_parts(seq) > 1 or sharding.is_gathered(kernel):
+    if sharding.count_parts(seq) > 1 or sharding.has_partial_gradient(kernel):
         layout = sharding.out_spec("batch", seq, out_axis)
         whole = sharding.out_spec("batch", "seq", out_axis)
         if layout == whole:

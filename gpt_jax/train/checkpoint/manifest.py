@@ -338,9 +338,10 @@ def _nearby(path: Path) -> str:
     Folders above the working folder are not searched. What lies there is often somebody else's,
     and a search of the root would read the whole disk.
     """
+    path = path.resolve()
     base = next(parent for parent in (path, *path.parents) if parent.is_dir())
     for root in [base, *base.parents][:4]:
-        if root in Path.cwd().parents:
+        if root == root.parent or root in Path.cwd().parents:
             break
 
         patterns = [f"{depth}{CHECKPOINT_FOLDER}" for depth in ("", "*/", "*/*/")]
