@@ -336,3 +336,13 @@ def test_gathered_weights_keep_their_layout_on_gpus(platform, dim, kept, mesh, m
         both = jax.jit(jax.value_and_grad(lambda w: (gather(w) ** 2).sum()))
         assert str(jax.make_jaxpr(both)(placed)).count("layout_constraint") == 2 * kept
         np.testing.assert_array_equal(jax.jit(gather)(placed), weight)
+
+
+@pytest.mark.parametrize(
+    "shape, is_partial", [((1, 1, 1), False), ((1, 1, 2), False), ((2,), True)]
+)
+def test_a_gradient_is_partial_where_rows_are_cut(mesh, shape, is_partial):
+    """Elsewhere the weight is multiplied in the form that is fast on a CPU."""
+    with jax.set_mesh(mesh(*shape)):
+        weight = layout.sum_gradient_once(jnp.ones((8, 4)))
+        assert layout.has_partial_gradient(weight) == is_partial
