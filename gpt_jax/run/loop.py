@@ -97,7 +97,6 @@ def begin(
     checkpoint there is of another run.
     """
     config = parts.config
-    train = config.train
     closing.enter_context(only_run(workdir, say))
     stop = StopRequest()
     closing.callback(stop.close)
@@ -113,10 +112,8 @@ def begin(
     state, changed, lineage, sizes = start_state(parts, checkpoints, say)
     beat()
     rows_of = partial(sharding.process_rows, parts.mesh)
-    stream = make_ramp_stream(parts.examples, sizes, rows_of, start, train.steps)
+    stream = make_ramp_stream(parts.examples, sizes, rows_of, start, config.train.steps)
     closing.callback(stream.close)
-    if jax.process_index() == 0:
-        save_file(workdir / "config.json", configs.to_json(config).encode())
 
     is_resumed = checkpoints.latest is not None
     origin = {**origin, "changed": ", ".join(changed)}
@@ -134,17 +131,21 @@ def begin(
         sizes,
     )
     closing.callback(progress.writers.close)
-    if start < train.steps:
-        remove_report(workdir)
+    if jax.process_index() == 0:
+        prepare_workdir(workdir, config, start)
     say(progress.peak.line)
     for line in (*describe_batches(config, sizes, start), *stream.summary):
         say(line)
     return Session(progress, checkpoints, stream, stop, state)
 
 
-def remove_report(workdir: Path) -> None:
-    """Removes the report of a stopped session. `conclude` would think that the run had finished."""
-    if jax.process_index() == 0:
+def prepare_workdir(workdir: Path, config: configs.Config, start: int) -> None:
+    """Writes config.json, and removes the report of a session that stopped at `start`.
+
+    With that report `conclude` would think that the run had finished.
+    """
+    save_file(workdir / "config.json", configs.to_json(config).encode())
+    if start < config.train.steps:
         report = workdir / "report.html"
         with saving(report):
             report.unlink(missing_ok=True)

@@ -53,7 +53,12 @@ def check_resume(
     say_rate(old_config, parts.config, meta["step"], say)
     for line in describe_sizes(old_config, parts.config, past, meta["step"]):
         say(line)
+    check_text(parts, meta, folder)
+    return allowed
 
+
+def check_text(parts: Parts, meta: dict, folder: Path) -> None:
+    """Raises UsageError if tokenizer or text are not those of the run in `folder`."""
     if meta["tokenizer"] != parts.data.tokenizer.to_json():
         raise UsageError(
             f"{folder} holds a run with another tokenizer: the text it is made from has changed; "
@@ -64,7 +69,6 @@ def check_resume(
             f"{folder} holds a run on another text than {parts.config.data.where} now; give the "
             "same text or another --workdir"
         )
-    return allowed
 
 
 def check_phases(parts: Parts, old: configs.Config, examples: int) -> str:

@@ -281,7 +281,7 @@ def test_a_ramp_that_is_past_its_first_size_moves_to_a_larger_mesh(folder, tmp_p
         tmp_path,
     )
     steps = "--config.train.steps=4"
-    with pytest.raises(UsageError, match=r"does nothing .* batch_ramp=\"\(\(9000,16,1\),\)\""):
+    with pytest.raises(UsageError, match=r"does nothing .*\.batch_ramp=\"\(\(9000,16,1\),\)\""):
         run(build(folder, ramp, steps, "--config.train.batch_size=4", data=4), tmp_path)
 
     left = "--config.train.batch_ramp=((9000,16,1),)"
