@@ -55,7 +55,8 @@ def main() -> None:
 
     knobs = configs.Data(path=(str(PAGES),), tokenizer="bytes", eval_fraction=0.0)
     examples = make_examples(load_dataset(knobs, print), knobs, LENGTH, seed=0)
-    batches = Batches(examples.columns, ROWS, slice(0, ROWS), ENDLESS)
+    sizes = configs.read_batch_sizes([(0, ROWS)])
+    batches = Batches(examples.columns, sizes, lambda size: slice(0, ROWS), ENDLESS)
 
     results = {0: [], 2: []}
     for _ in range(rounds):

@@ -42,6 +42,11 @@ class BatchSizes:
         level = self.level(step)
         return level.example + (step - level.step) * level.size
 
+    def sizes_from(self, step: int) -> set[int]:
+        """The rows of all updates that come after `step` updates."""
+        first = self.levels.index(self.level(step))
+        return {level.size for level in self.levels[first:]}
+
     def pairs(self, end: int) -> list[tuple[int, int]]:
         """(updates before it, rows) of each level that begins before `end`, as a checkpoint has."""
         return [(level.step, level.size) for level in self.levels if level.step < end]
@@ -114,9 +119,11 @@ def list_levels(train: Train) -> list[Train]:
 def at_batch_size(train: Train, size: int) -> Train:
     """`train` without a ramp, with the batch size `size` and the microbatches that go with it.
 
-    A size that the config does not name has the microbatches of `train.accumulate`.
+    Raises ValueError for a size that the config does not name, because nobody chose its
+    microbatches.
     """
     microbatches = {rows: accumulate for _, rows, accumulate in train.batch_ramp}
     microbatches[train.batch_size] = train.accumulate
-    accumulate = microbatches.get(size, train.accumulate)
-    return replace(train, batch_size=size, accumulate=accumulate, batch_ramp=())
+    if size not in microbatches:
+        raise ValueError(f"a batch of {size} rows, and the config has {sorted(microbatches)}")
+    return replace(train, batch_size=size, accumulate=microbatches[size], batch_ramp=())

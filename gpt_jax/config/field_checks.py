@@ -7,7 +7,12 @@ from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS
 from gpt_jax.config.layers import has_experts
 from gpt_jax.config.resolve import wsd_start
 
-LAST_TOKEN = 10**18  # the last token at which a batch size may begin
+# The last token at which a batch size may begin. Examples are counted in int64, whose end is near
+# 9 x 10**18, and an update that begins at this token still has to fit.
+LAST_TOKEN = 10**18
+
+# The most rows of a batch in a ramp. Other numbers of a config have 32 bits too.
+MOST_ROWS = 2**31 - 1
 
 
 class Checks:
@@ -202,6 +207,11 @@ def _check_ramp(checks: Checks) -> None:
             size > 0 and accumulate > 0,
             path,
             "expected (token, batch_size, accumulate) with at least 1 row and 1 microbatch",
+        )
+        checks.need(
+            max(size, accumulate) <= MOST_ROWS,
+            path,
+            f"expected at most {MOST_ROWS:,} rows and microbatches",
         )
         known = microbatches.setdefault(size, accumulate)
         checks.need(

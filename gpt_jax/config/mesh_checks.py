@@ -1,6 +1,7 @@
 """What must agree between the fields of a config and the sizes of a mesh's axes."""
 
 import math
+from typing import NamedTuple
 
 from gpt_jax.config.batch_sizes import list_levels
 from gpt_jax.config.field_checks import Checks
@@ -92,24 +93,41 @@ def _check_unroll(checks: Checks, split: int, stages: int) -> None:
     )
 
 
-def _name_levels(checks: Checks) -> list[tuple[str, str, Train]]:
-    """(field of the batch size, name of its microbatches, `train` at it) of each batch size.
+class _Level(NamedTuple):
+    """A batch size of the config, and how a fault of it is told."""
+
+    path: str  # the field of the batch size
+    accumulate: str  # the name of its microbatches
+    train: Train  # at this batch size
+    if_past: str  # the end of the line about a size that does not fit the mesh
+
+
+def _name_levels(checks: Checks) -> list[_Level]:
+    """All batch sizes of the config.
 
     A size without rows or microbatches is left out, because the checks of the fields refuse it.
     """
     first, *later = list_levels(checks.config.train)
-    named = [("train.batch_size", "config.train.accumulate", first)]
+    levels = [_Level("train.batch_size", "config.train.accumulate", first, "")]
     for i, train in enumerate(later):
         if train.batch_size > 0 and train.accumulate > 0:
-            named.append((f"train.batch_ramp[{i}]", "the entry's accumulate", train))
-    return named
+            path = f"train.batch_ramp[{i}]"
+            levels.append(_Level(path, "the entry's accumulate", train, ""))
+
+    # The checks of the fields do not know how far a run is that resumes on another mesh.
+    if_past = (
+        "; if the run is past this size, leave out the entries of config.train.batch_ramp that "
+        "have begun, and set config.train.batch_size and config.train.accumulate to the last of "
+        "them"
+    )
+    return [*(level._replace(if_past=if_past) for level in levels[:-1]), levels[-1]]
 
 
 def _check_batch(checks: Checks, shape: dict) -> None:
     """Rows over the axes of the batch."""
     parts = math.prod(shape[axis] for axis in BATCH_AXES)
 
-    for path, accumulate, train in _name_levels(checks):
+    for path, accumulate, train, if_past in _name_levels(checks):
         checks.need(
             train.batch_size % train.accumulate == 0,
             path,
@@ -124,7 +142,7 @@ def _check_batch(checks: Checks, shape: dict) -> None:
             micro % parts == 0,
             path,
             f"gives {micro} rows a microbatch, which must be divisible by pipeline x data x fsdp "
-            f"x expert = {parts} of the mesh; {way_out}",
+            f"x expert = {parts} of the mesh; {way_out}{if_past}",
         )
     checks.need(
         checks.config.eval.batch_size % parts == 0,
@@ -261,13 +279,17 @@ def _check_stage_rows(checks: Checks, stages: int, rows: int) -> None:
         "compute.pipeline_microbatches",
         f"is less than config.mesh.pipeline = {stages}; set that or more, or 0 for as many",
     )
-    sizes = {path: train.batch_size // train.accumulate for path, _, train in _name_levels(checks)}
-    sizes["eval.batch_size"] = config.eval.batch_size
-    for path, size in sizes.items():
+    sizes = [
+        (level.path, level.train.batch_size // level.train.accumulate, level.if_past)
+        for level in _name_levels(checks)
+    ]
+    sizes.append(("eval.batch_size", config.eval.batch_size, ""))
+    for path, size, if_past in sizes:
         checks.need(
             size % together == 0,
             path,
             f"gives {size} rows at a time, which must be divisible by "
             f"pipeline_microbatches x data x fsdp x expert = {count} x {rows} for the pipeline; "
-            f"set config.compute.pipeline_microbatches or try {round_up(size, together)} rows",
+            f"set config.compute.pipeline_microbatches or try {round_up(size, together)} rows"
+            f"{if_past}",
         )

@@ -11,6 +11,7 @@ from .stream.batches import (
     check_sizes as check_sizes,
     make_eval_batches as make_eval_batches,
     make_examples as make_examples,
+    make_ramp_stream as make_ramp_stream,
     make_stream as make_stream,
 )
 from .stream.dataset import (

@@ -256,6 +256,8 @@ class BarWriter:
     With `progress` off a terminal gets plain lines too. Evaluations and texts are printed in full,
     above the bar. The plain line's ETA counts from the first write, so that compilation is not
     extrapolated. `work(step)` is what the first steps are of the whole, where steps are not equal.
+    The plain line goes by it. The remaining time of the bar is tqdm's, which takes all steps as
+    equal.
     """
 
     def __init__(

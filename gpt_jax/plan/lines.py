@@ -1,5 +1,7 @@
 """A plan as lines for people."""
 
+import shlex
+
 from gpt_jax import config as configs
 from gpt_jax.hardware import GIB
 from gpt_jax.plan.command_line import describe_replaced
@@ -192,7 +194,7 @@ def format_horizon(horizon: Horizon) -> list[str]:
 
 def format_offer(base: configs.Config, offer: Candidate, topology: Topology) -> str:
     """Returns a line about a change to `base` that would fit."""
-    overrides = " ".join(list_overrides(base, offer.config))
+    overrides = shlex.join(list_overrides(base, offer.config))
     step = format_seconds(offer.estimate.step)
     verdict = format_verdict(offer.estimate.memory.peak, topology)
     return f"would fit, by arithmetic: {overrides} ({step} a step, {verdict})"

@@ -9,7 +9,7 @@ from gpt_jax.plan.advice import Advice, explain_nothing_fits, give_advice
 from gpt_jax.plan.command_line import CommandLine, choose_overrides, format_command
 from gpt_jax.plan.horizon import Horizon, estimate_horizon
 from gpt_jax.plan.job import PlanJob, make_job
-from gpt_jax.plan.ramp import describe_ramp, pick_largest, refuse_search
+from gpt_jax.plan.ramp import describe_ramp, pick_largest, put_ramp_back, refuse_search
 from gpt_jax.plan.search import Candidate, list_overrides, search_meshes
 from gpt_jax.plan.topology import Topology
 from gpt_jax.plan.trial import Trial, try_candidates, try_config
@@ -64,7 +64,8 @@ def make_plan(request: Request, compile_step: Callable[[list[str]], dict] | None
     topology = request.topology
     if request.search:
         refuse_search(request.config.train)
-    job = pick_largest(make_job(request.config), topology)
+    asked = make_job(request.config)
+    job = pick_largest(asked, topology)
     candidates = _search(request, job)
     trials = _try(request, job, candidates, compile_step)
     best = min(trials, key=lambda trial: (not trial.fits, trial.step))
@@ -76,6 +77,7 @@ def make_plan(request: Request, compile_step: Callable[[list[str]], dict] | None
     advice = None
     if problems and not best.is_fault:
         advice = give_advice(job, topology, _list_refused(trials))
+        advice = put_ramp_back(advice, asked, topology)
 
     command = ""
     replaced: list[str] = []
@@ -84,7 +86,7 @@ def make_plan(request: Request, compile_step: Callable[[list[str]], dict] | None
         command = format_command(request.line.spec, overrides)
     return Plan(
         topology=topology,
-        base=job.config,
+        base=asked.config,
         job=job._replace(config=best.config),
         notes=[*request.notes, *describe_ramp(request.config.train, job.config.train)],
         ranking=candidates[: request.search],

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 from gpt_jax import config as configs
 from gpt_jax.errors import UsageError
+from gpt_jax.plan.advice import Advice
 from gpt_jax.plan.estimate import estimate_job, find_problems
 from gpt_jax.plan.job import PlanJob
+from gpt_jax.plan.search import MARGIN, Candidate
 from gpt_jax.plan.topology import Topology
 from gpt_jax.run import format_count
 
@@ -39,6 +41,64 @@ def describe_ramp(asked: configs.Train, planned: configs.Train) -> list[str]:
         f"of the one that needs most memory, {planned.batch_size:,} rows in "
         f"{format_count(planned.accumulate, 'microbatch')}. Its accumulate stands in the ramp"
     ]
+
+
+def put_ramp_back(advice: Advice, asked: PlanJob, topology: Topology) -> Advice:
+    """Returns the advice for one batch size as advice for the ramp of `asked`.
+
+    An offer stays if all batch sizes fit with it.
+    """
+    if not asked.config.train.batch_ramp or not advice.offers:
+        return advice
+
+    offers = [
+        offer._replace(config=_put_back(asked.config.train, offer.config))
+        for offer in advice.offers
+    ]
+    offers = [offer for offer in offers if _fits_at_all_sizes(offer, asked, topology)]
+    reason = ""
+    if not offers:
+        reason = (
+            "what helps the batch size that needs most memory does not help all those of "
+            "config.train.batch_ramp; plan each alone, with --config.train.batch_ramp=()"
+        )
+    return Advice(offers, reason)
+
+
+def _put_back(asked: configs.Train, offer: configs.Config) -> configs.Config:
+    """Returns `offer`, which has one batch size, with all those of `asked`.
+
+    The others get as many microbatches as keep them at the rows that a microbatch has in `offer`.
+    """
+    most = offer.train.batch_size // offer.train.accumulate
+
+    def split(size: int, accumulate: int) -> int:
+        if size == offer.train.batch_size:
+            return offer.train.accumulate
+        while size % accumulate or size // accumulate > most:
+            accumulate += 1
+        return accumulate
+
+    train = replace(
+        offer.train,
+        batch_size=asked.batch_size,
+        accumulate=split(asked.batch_size, asked.accumulate),
+        batch_ramp=tuple(
+            (token, size, split(size, accumulate)) for token, size, accumulate in asked.batch_ramp
+        ),
+    )
+    return replace(offer, train=train)
+
+
+def _fits_at_all_sizes(offer: Candidate, asked: PlanJob, topology: Topology) -> bool:
+    """Returns whether each batch size of an offer divides over its mesh and fits the memory."""
+    _, problems = find_problems(offer.config, topology.devices)
+    if problems:
+        return False
+    largest = pick_largest(asked._replace(config=offer.config), topology)
+    peak = estimate_job(largest, topology).memory.peak
+    # The offer's own peak may be all that fits after a refusal of the compiler.
+    return peak <= max(offer.estimate.memory.peak, MARGIN * topology.chip.memory)
 
 
 def refuse_search(train: configs.Train) -> None:

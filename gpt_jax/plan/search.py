@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.plan.estimate import Estimate, estimate_job
@@ -208,13 +208,16 @@ def rank_candidate(candidate: Candidate) -> tuple[float, int, float]:
     return float(f"{estimate.step:.3g}"), axes, estimate.memory.peak
 
 
+def _freeze_lists(value: Any) -> Any:
+    """Returns the value with tuples for its lists, as the fields of a config have them."""
+    return tuple(map(_freeze_lists, value)) if isinstance(value, list) else value
+
+
 def list_overrides(old: configs.Config, new: configs.Config) -> list[str]:
     """Returns what to add to a command line to come from one config to the other."""
     overrides = []
     for key, _, value, _ in configs.changes(old, new):
-        text = str(value).lower() if isinstance(value, bool) else value
-        if isinstance(value, list):
-            text = tuple(value)
+        text = str(value).lower() if isinstance(value, bool) else _freeze_lists(value)
         overrides.append(f"--config.{key}={text}")
     return overrides
 

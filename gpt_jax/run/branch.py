@@ -11,7 +11,7 @@ from gpt_jax.files import describe_error, write_file
 from gpt_jax.run.lock import only_run
 from gpt_jax.run.meta import META_SCHEMA
 from gpt_jax.schema import Misfit, Schema, read_json
-from gpt_jax.train import CHECKPOINT_FOLDER, resolve_checkpoint
+from gpt_jax.train import CHECKPOINT_FOLDER, resolve_checkpoint, steps_in
 
 UNFINISHED = ".branching"  # the name of a copy that is not whole yet
 ORIGIN = "branch.json"  # which run and step the branch was taken from
@@ -61,7 +61,7 @@ def is_branch_of(branch: Path, workdir: Path, step: int) -> bool:
 
     Raises UsageError if it holds another run, also one that has saved nothing yet.
     """
-    is_whole = any(path.name.isdecimal() for path in (branch / CHECKPOINT_FOLDER).glob("*"))
+    is_whole = bool(steps_in(branch / CHECKPOINT_FOLDER))
     try:
         origin = read_json((branch / ORIGIN).read_bytes(), ORIGIN_SCHEMA)
     except (OSError, Misfit):

@@ -16,7 +16,7 @@ import jax
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.cluster import StopRequest, agree_on, is_peer_gone, watchdog
-from gpt_jax.data import Stream, make_stream
+from gpt_jax.data import Stream, make_ramp_stream
 from gpt_jax.errors import Stopped, UsageError
 from gpt_jax.evals import measure_xz_bits_per_byte
 from gpt_jax.metrics import (
@@ -97,7 +97,6 @@ def begin(
     checkpoint there is of another run.
     """
     config = parts.config
-    train = config.train
     closing.enter_context(only_run(workdir, say))
     stop = StopRequest()
     closing.callback(stop.close)
@@ -113,10 +112,8 @@ def begin(
     state, changed, lineage, sizes = start_state(parts, checkpoints, say)
     beat()
     rows_of = partial(sharding.process_rows, parts.mesh)
-    stream = make_stream(parts.examples, sizes, rows_of, start, train.steps)
+    stream = make_ramp_stream(parts.examples, sizes, rows_of, start, config.train.steps)
     closing.callback(stream.close)
-    if jax.process_index() == 0:
-        save_file(workdir / "config.json", configs.to_json(config).encode())
 
     is_resumed = checkpoints.latest is not None
     origin = {**origin, "changed": ", ".join(changed)}
@@ -134,15 +131,24 @@ def begin(
         sizes,
     )
     closing.callback(progress.writers.close)
-    if start < train.steps and jax.process_index() == 0:
-        # A stopped session leaves a report. `conclude` would think that the run had finished.
-        report = workdir / "report.html"
-        with saving(report):
-            report.unlink(missing_ok=True)
+    if jax.process_index() == 0:
+        prepare_workdir(workdir, config, start)
     say(progress.peak.line)
     for line in (*describe_batches(config, sizes, start), *stream.summary):
         say(line)
     return Session(progress, checkpoints, stream, stop, state)
+
+
+def prepare_workdir(workdir: Path, config: configs.Config, start: int) -> None:
+    """Writes config.json, and removes the report of a session that stopped at `start`.
+
+    With that report `conclude` would think that the run had finished.
+    """
+    save_file(workdir / "config.json", configs.to_json(config).encode())
+    if start < config.train.steps:
+        report = workdir / "report.html"
+        with saving(report):
+            report.unlink(missing_ok=True)
 
 
 def check_profile(profile: tuple[int, int] | None, start: int) -> None:
@@ -199,9 +205,10 @@ def one_step(progress: Progress, state: TrainState, step: int, columns, profile)
     """Dispatches update `step` and handles the sums of the one before."""
     parts = progress.parts
     size = progress.sizes.size(step - 1)
-    is_first = step == progress.start + 1
-    is_compiled = is_first or size != progress.sizes.size(step - 2)
+    # Each batch size is a program, which stays when the size comes back.
+    is_compiled = size not in progress.compiled
     if is_compiled:
+        progress.compiled.add(size)
         progress.settle()  # Compiling is no part of the rate of the steps before.
     if profile and step == profile[0]:
         jax.profiler.start_trace(str(progress.workdir / "profile"))

@@ -36,7 +36,9 @@ def read_past_sizes(meta: dict, config: configs.Config, directory: Path) -> conf
     if they make no run.
     """
     step = meta["step"]
-    pairs = meta["data"].get("batch_sizes") or [(0, config.train.batch_size)]
+    pairs = meta["data"].get("batch_sizes")
+    if pairs is None:
+        pairs = [(0, config.train.batch_size)]
     try:
         return configs.read_batch_sizes(pairs)
     except ValueError as error:

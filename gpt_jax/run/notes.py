@@ -99,7 +99,9 @@ def describe_batches(config: configs.Config, sizes: configs.BatchSizes, done: in
     begins = [done, *(level.step for level in sizes.levels if level.step > done)]
     ends = [*begins[1:], max(train.steps, begins[-1])]
     if len(begins) == 1 or done >= train.steps:
-        return [f"tokens: {_describe_update(train, sizes.size(done))}, {total}"]
+        size = sizes.size(done)
+        microbatches = _count_microbatches(train, size)
+        return [f"tokens: {size * train.seq_len:,} a step in {microbatches}, {total}"]
 
     lines = [
         f"tokens: {total}; the learning-rate schedule, evaluations and checkpoints go by steps, "
@@ -115,18 +117,16 @@ def describe_batches(config: configs.Config, sizes: configs.BatchSizes, done: in
             )
         else:
             last = min(end, train.steps)
-            update = _describe_update(train, size)
             lines.append(
-                f"  steps {begin + 1:,} to {last:,}: {format_count(size, 'row')}, {update}"
+                f"  steps {begin + 1:,} to {last:,}: {format_count(size, 'row')}, "
+                f"{size * train.seq_len:,} tokens a step in {_count_microbatches(train, size)}"
             )
     return lines
 
 
-def _describe_update(train: configs.Train, size: int) -> str:
-    """The tokens of an update of `size` rows."""
-    microbatches = configs.at_batch_size(train, size).accumulate
-    tokens = size * train.seq_len
-    return f"{tokens:,} a step in {format_count(microbatches, 'microbatch')}"
+def _count_microbatches(train: configs.Train, size: int) -> str:
+    """The microbatches of an update of `size` rows."""
+    return format_count(configs.at_batch_size(train, size).accumulate, "microbatch")
 
 
 def describe_dtypes(compute: configs.Compute) -> str:

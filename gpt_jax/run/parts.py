@@ -172,6 +172,13 @@ LOCAL = (
 )
 
 
+def check_batches(examples: Examples, train: configs.Train) -> None:
+    """Raises UsageError, which names the field, if the text is less than a batch of any size."""
+    check_sizes(examples, train.batch_size)
+    for i, (_, size, _) in enumerate(train.batch_ramp):
+        check_sizes(examples, size, f"batch_size of config.train.batch_ramp[{i}]")
+
+
 def agree_on_job(
     config: configs.Config, mesh, data: Dataset
 ) -> tuple[configs.Config, str, Examples]:
@@ -188,9 +195,7 @@ def agree_on_job(
         settled, reason = settle(config, data.tokenizer, mesh)
         train = settled.train
         examples = make_examples(data, settled.data, train.seq_len, settled.seed)
-        check_sizes(examples, train.batch_size)
-        for i, (_, size, _) in enumerate(train.batch_ramp):
-            check_sizes(examples, size, f"batch_size of config.train.batch_ramp[{i}]")
+        check_batches(examples, train)
         if examples.mix:
             counts = [examples.mix.counts.tolist(), examples.mix.begins.tolist()]
     except UsageError as error:

@@ -58,6 +58,7 @@ class Progress:
       the `preset`. `changed` tells what differs from the checkpoint's config.
     - `lineage` names the other runs whose weights these are, oldest first.
     - `sizes` says how many rows each update has.
+    - `compiled` are the batch sizes that this session has had so far, each with its program.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Progress:
         self.say = say
         self.lineage = lineage
         self.sizes = sizes
+        self.compiled: set[int] = set()
         self.saved = start if resumed else None
         self.evaluated: tuple[int, dict[str, float]] = (start, {})
 

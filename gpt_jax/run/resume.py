@@ -14,16 +14,21 @@ from gpt_jax.run.warm_start import start_from
 from gpt_jax.train import TrainState, make_schedule, read_meta, restore_checkpoint
 
 
-def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
+def check_resume(
+    parts: Parts,
+    meta: dict,
+    old_config: configs.Config,
+    past: configs.BatchSizes,
+    folder: Path,
+    say,
+) -> list[str]:
     """Says and returns what has changed in the config since a checkpoint.
 
+    `old_config` and `past` are the checkpoint's config and batch sizes. `folder` is the workdir.
     Raises UsageError if a change alters what the saved arrays mean or what was trained on already,
     or if tokenizer or text are others.
     """
-    folder = directory.parent
-    old_config = read_config(meta, directory, meta["step"])
     changes = configs.changes(old_config, parts.config)
-    past = read_past_sizes(meta, old_config, directory)
     examples = past.examples(meta["step"])
     refusal = check_phases(parts, old_config, examples)
     refusal = refusal or check_batch_size(parts.config.train, old_config.train, examples)
@@ -48,7 +53,12 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
     say_rate(old_config, parts.config, meta["step"], say)
     for line in describe_sizes(old_config, parts.config, past, meta["step"]):
         say(line)
+    check_text(parts, meta, folder)
+    return allowed
 
+
+def check_text(parts: Parts, meta: dict, folder: Path) -> None:
+    """Raises UsageError if tokenizer or text are not those of the run in `folder`."""
     if meta["tokenizer"] != parts.data.tokenizer.to_json():
         raise UsageError(
             f"{folder} holds a run with another tokenizer: the text it is made from has changed; "
@@ -59,7 +69,6 @@ def check_resume(parts: Parts, meta: dict, directory: Path, say) -> list[str]:
             f"{folder} holds a run on another text than {parts.config.data.where} now; give the "
             "same text or another --workdir"
         )
-    return allowed
 
 
 def check_phases(parts: Parts, old: configs.Config, examples: int) -> str:
@@ -84,34 +93,47 @@ def check_phases(parts: Parts, old: configs.Config, examples: int) -> str:
 def check_batch_size(train: configs.Train, old: configs.Train, examples: int) -> str:
     """Why a changed batch size would do nothing after so many examples, or "" if it does."""
     entry = configs.find_ramp_entry(train, examples)
-    if entry is None or train.batch_size == old.batch_size or train.batch_ramp != old.batch_ramp:
+    if entry is None or train.batch_size == old.batch_size:
         return ""
+    later = train.batch_ramp[entry + 1 :]
     return (
         f"config.train.batch_size = {train.batch_size}: does nothing at token "
         f"{examples * train.seq_len:,}, where config.train.batch_ramp[{entry}] = "
         f"{train.batch_ramp[entry]} counts; change that entry, and leave this as it was "
-        f"({old.batch_size})"
+        f"({old.batch_size}), or leave out the entries that are past with "
+        f"--config.train.batch_ramp={_format_ramp(later)}, and this counts from here on"
     )
+
+
+def _format_ramp(ramp: tuple[tuple[int, int, int], ...]) -> str:
+    """A ramp as one word of a shell's command line, in quotes."""
+    return f'"{ramp}"'.replace(" ", "")
 
 
 def describe_sizes(
     old: configs.Config, new: configs.Config, past: configs.BatchSizes, step: int
 ) -> list[str]:
     """Lines about what other batch sizes from `step` on mean for the run; [] for the same ones."""
-    before = configs.make_batch_sizes(old.train, past, step)
-    after = configs.make_batch_sizes(new.train, past, step)
+    steps = new.train.steps
+    seq_len = new.train.seq_len
+    planned = configs.make_batch_sizes(old.train, past, step)
+    sizes = configs.make_batch_sizes(new.train, past, step)
+    is_changed = sizes.pairs(steps) != planned.pairs(steps)
+
     lines = []
-    if after.size(step) != before.size(step):
-        example = past.examples(step)
-        seq_len = new.train.seq_len
-        steps = new.train.steps
+    before = past.size(max(0, step - 1))
+    after = sizes.size(step)
+    if is_changed and after != before:
         lines.append(
-            f"step {step + 1:,} goes on at example {example:,}, with {after.size(step):,} rows and "
-            f"{after.size(step) * seq_len:,} tokens a step, after {before.size(step):,} rows and "
-            f"{before.size(step) * seq_len:,} tokens; no example is repeated or left out. The "
-            f"learning-rate schedule goes by steps: at step {steps:,} the run has read "
-            f"{after.examples(steps) * seq_len:,} tokens, in place of "
-            f"{before.examples(steps) * seq_len:,}"
+            f"step {step + 1:,} goes on at example {past.examples(step):,}, with {after:,} rows "
+            f"and {after * seq_len:,} tokens a step, after {before:,} rows and "
+            f"{before * seq_len:,} tokens; no example is repeated or left out"
+        )
+    if is_changed:
+        lines.append(
+            f"the learning-rate schedule goes by steps: at step {steps:,} the run has read "
+            f"{sizes.examples(steps) * seq_len:,} tokens, and with the batch sizes of before "
+            f"{planned.examples(steps) * seq_len:,}"
         )
     if new.eval.batches and new.eval.batch_size != old.eval.batch_size:
         lines.append(
@@ -145,13 +167,15 @@ def start_state(parts: Parts, checkpoints, say) -> Start:
     step = checkpoints.latest
     if step is None:
         return start_new(parts, say)
-    meta = read_meta(checkpoints.directory, step, META_SCHEMA)
-    changed = check_resume(parts, meta, checkpoints.directory, say)
-    loaded = restore_checkpoint(checkpoints.directory, step, state_items(parts.abstract))
-    say(f"resumed from step {step} of {checkpoints.directory}")
+    directory = checkpoints.directory
+    meta = read_meta(directory, step, META_SCHEMA)
+    config = read_config(meta, directory, step)
+    past = read_past_sizes(meta, config, directory)
+
+    changed = check_resume(parts, meta, config, past, directory.parent, say)
+    loaded = restore_checkpoint(directory, step, state_items(parts.abstract))
+    say(f"resumed from step {step} of {directory}")
     state = loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))
-    config = read_config(meta, checkpoints.directory, step)
-    past = read_past_sizes(meta, config, checkpoints.directory)
     sizes = configs.make_batch_sizes(parts.config.train, past, step)
     return Start(state, changed, meta.get("lineage", []), sizes)
 

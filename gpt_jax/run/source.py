@@ -9,7 +9,7 @@ from gpt_jax import config as configs
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
-from gpt_jax.train import CHECKPOINT_FOLDER, peek_meta, read_meta, resolve_checkpoint
+from gpt_jax.train import CHECKPOINT_FOLDER, peek_meta, read_meta, resolve_checkpoint, steps_in
 
 # Fields of config.model that another run may set otherwise. Each changes what the model does with
 # its weights, and training adapts the weights to that. All others decide what the weights are.
@@ -125,7 +125,7 @@ def check_start(config: configs.Config, workdir: Path | None) -> None:
     """
     if not config.init.from_:
         return
-    if workdir and any(path.name.isdecimal() for path in (workdir / CHECKPOINT_FOLDER).glob("*")):
+    if workdir and steps_in(workdir / CHECKPOINT_FOLDER):
         return
     # A damaged checkpoint is told, or passed over, where it is read.
     with naming_field(config.init), suppress(NoCheckpoint):

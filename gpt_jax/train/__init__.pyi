@@ -9,6 +9,7 @@ from .checkpoint.manifest import (
     peek_meta as peek_meta,
     read_meta as read_meta,
     resolve_checkpoint as resolve_checkpoint,
+    steps_in as steps_in,
 )
 from .objectives import (
     OBJECTIVES as OBJECTIVES,

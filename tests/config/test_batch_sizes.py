@@ -59,6 +59,12 @@ def test_far_steps_cost_nothing():
     assert sizes.examples(10**15) == 102 + 2 * (10**15 - 19) and sizes.size(10**15) == 2
 
 
+@pytest.mark.parametrize("step", range(25))
+def test_the_sizes_of_the_rest(step):
+    sizes = config.make_batch_sizes(TRAIN)
+    assert sizes.sizes_from(step) == set(rows_of(sizes)[step:])
+
+
 @pytest.mark.parametrize("stop", range(25))
 def test_a_run_that_goes_on_has_the_sizes_of_one_that_never_stopped(stop):
     whole = config.make_batch_sizes(TRAIN)
@@ -97,7 +103,8 @@ def test_a_size_has_its_own_microbatches():
     train = config.Train(batch_size=8, accumulate=2, batch_ramp=((4096, 32, 4), (9999, 64, 1)))
     levels = [(one.batch_size, one.accumulate) for one in config.list_levels(train)]
     assert levels == [(8, 2), (32, 4), (64, 1)]
-    assert config.at_batch_size(train, 12).accumulate == 2
+    with pytest.raises(ValueError, match=r"12 rows, and the config has \[8, 32, 64\]"):
+        config.at_batch_size(train, 12)
     assert all(one.batch_ramp == () for one in config.list_levels(train))
 
 
@@ -109,6 +116,7 @@ def test_a_size_has_its_own_microbatches():
         (((10**19, 16, 1),), ("batch_ramp[0]", "expected 1 to")),
         (((900, 0, 1),), ("batch_ramp[0] = (900, 0, 1)", "at least 1 row")),
         (((900, 16, 0),), ("batch_ramp[0] = (900, 16, 0)", "at least 1 row")),
+        (((900, 10**30, 1),), ("batch_ramp[0]", "at most 2,147,483,647 rows")),
         (((900, 8, 2),), ("batch_ramp[0]", "has 2 microbatches, and the same batch size has 1")),
         (((900, 16, 3),), ("batch_ramp[0]", "divisible by the entry's accumulate = 3")),
         (((5000, 16, 1), (5001, 32, 1)), ("batch_ramp[1]", "has no update; start this one later")),
@@ -129,7 +137,23 @@ def test_every_size_divides_over_the_mesh():
         config.check(config.resolve(config.from_dict(values), 256), 8)
     (line,) = str(refused.value).splitlines()
     assert "config.train.batch_ramp[0] = (4096, 12, 1): gives 12 rows a microbatch" in line
-    assert "expert = 8 of the mesh; try 16" in line
+    assert "expert = 8 of the mesh; try 16; if the run is past this size, leave out the" in line
+
+
+def test_sizes_that_are_past_have_a_way_to_a_larger_mesh():
+    train = dict(batch_size=8, batch_ramp=((600, 32, 1),))
+    values = dict(train=train, eval=dict(batch_size=32), mesh=dict(data=32))
+    with pytest.raises(UsageError) as refused:
+        config.check(config.resolve(config.from_dict(values), 256), 32)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith("config.train.batch_size = 8: gives 8 rows")
+    assert line.endswith(
+        "; if the run is past this size, leave out the entries of config.train.batch_ramp that "
+        "have begun, and set config.train.batch_size and config.train.accumulate to the last of "
+        "them"
+    )
+    values["train"] = dict(batch_size=32)
+    config.check(config.resolve(config.from_dict(values), 256), 32)
 
 
 def test_every_size_fills_the_stages_of_a_pipeline():

@@ -45,7 +45,7 @@ def test_a_ramp_reads_each_example_once_on_any_number_of_processes(sources, pack
     examples = pipeline.make_examples(data, knobs, ROW, 7)
 
     def stream(part, parts, start=0):
-        return pipeline.make_stream(examples, SIZES, share(part, parts), start, STEPS)
+        return pipeline.make_ramp_stream(examples, SIZES, share(part, parts), start, STEPS)
 
     whole = take(stream(0, 1), STEPS)
     assert {len(batch["tokens"]) for batch in whole} == {4, 8, 12}
@@ -69,7 +69,7 @@ def test_epochs_and_phases_are_counted_in_examples():
     data = mixed()
     knobs = config.Data(packing="chunk", block=10, phases=((ROW * 20, (0.0, 1.0, 3.0)),))
     examples = pipeline.make_examples(data, knobs, ROW, 0)
-    stream = pipeline.make_stream(examples, SIZES, share(0, 1), 0, STEPS)
+    stream = pipeline.make_ramp_stream(examples, SIZES, share(0, 1), 0, STEPS)
     stream.close()
     count = SIZES.examples(STEPS)
     drawn = np.bincount(examples.assign(np.arange(count))[0], minlength=3)
@@ -82,3 +82,16 @@ def test_epochs_and_phases_are_counted_in_examples():
 
     short = pipeline.describe(examples, 20)
     assert "it is never reached" in short[-1] and len(stream.summary) == 3
+
+
+def test_rows_of_past_sizes_are_not_asked_for():
+    examples = pipeline.make_examples(alone(make_tokens([40, 90] * 20)), config.Data(), ROW, 7)
+
+    def rows_of(size):
+        assert size != 12, "this size is past"
+        return slice(0, size)
+
+    start = next(n for n in range(99) if SIZES.examples(n) * ROW >= 900)
+    assert (
+        len(take(pipeline.make_ramp_stream(examples, SIZES, rows_of, start), 1)[0]["tokens"]) == 4
+    )

@@ -7,6 +7,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.plan.command_line import CommandLine
 from gpt_jax.plan.lines import write_lines
 from gpt_jax.plan.plan import Request, make_plan
+from gpt_jax.plan.search import list_overrides
 from gpt_jax.plan.topology import parse_topology
 
 TINY = "configs/tiny.py"
@@ -48,3 +49,20 @@ def test_every_size_is_checked():
     assert bad.problems[0].startswith("config.train.batch_ramp[1] = (2000, 12, 1): gives 12 rows")
     with pytest.raises(UsageError, match=r"batch_ramp = .*: --search takes one batch size"):
         plan(*SIZES, search=1)
+
+
+def test_what_would_fit_is_a_ramp():
+    """The offer changes the microbatches of the sizes that do not fit, and they fit with it."""
+    asked = ["--config.train.batch_size=512", "--config.train.batch_ramp=((600_000_000,4096,1),)"]
+
+    def plan_big(flags):
+        config = config_file.load_config("configs/modern.py:d12", flags)
+        return make_plan(Request(config, MACHINE, [], CommandLine("", flags, config)))
+
+    first = plan_big(asked)
+    assert first.problems and first.advice and first.advice.offers
+    for offer in first.advice.offers:
+        flags = list_overrides(first.base, offer.config)
+        assert not plan_big([*asked, *flags]).problems, flags
+    line = next(line for line in write_lines(first) if "would fit" in line)
+    assert "'--config.train.batch_ramp=((600000000, 4096, 16),)'" in line, line

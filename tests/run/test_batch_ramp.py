@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import runs
 
 from gpt_jax import config as configs
-from gpt_jax.errors import NoCheckpoint
+from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.run import loop
 from gpt_jax.run.branch import open_branch
 from gpt_jax.run.meta import META_SCHEMA, read_past_sizes
@@ -75,7 +76,7 @@ class Killed(Exception):
 def batches(monkeypatch):
     """The tokens of every batch that runs of this process take, and when one is killed."""
     taken = Taken()
-    make = loop.make_stream
+    make = loop.make_ramp_stream
 
     class Watched:
         def __init__(self, stream):
@@ -92,7 +93,7 @@ def batches(monkeypatch):
         def __getattr__(self, name):
             return getattr(self.stream, name)
 
-    monkeypatch.setattr(loop, "make_stream", lambda *given: Watched(make(*given)))
+    monkeypatch.setattr(loop, "make_ramp_stream", lambda *given: Watched(make(*given)))
     return taken
 
 
@@ -112,9 +113,9 @@ def test_each_size_is_told_at_the_start(whole):
     told = next(i for i, line in enumerate(lines) if line.startswith("tokens: "))
     assert "4,608 in all" in lines[told] and "schedule" in lines[told] and "by steps" in lines[told]
     assert [line.strip() for line in lines[told + 1 : told + 5]] == [
-        "steps 1 to 3: 8 rows, 256 a step in 1 microbatch",
-        "steps 4 to 6: 16 rows, 512 a step in 2 microbatches",
-        "steps 7 to 9: 24 rows, 768 a step in 1 microbatch",
+        "steps 1 to 3: 8 rows, 256 tokens a step in 1 microbatch",
+        "steps 4 to 6: 16 rows, 512 tokens a step in 2 microbatches",
+        "steps 7 to 9: 24 rows, 768 tokens a step in 1 microbatch",
         "32 rows from token 9,216 on: never reached, because the run ends at token 4,608",
     ]
 
@@ -160,13 +161,13 @@ def test_a_resume_with_another_batch_size_is_a_ramp(folder, plain, whole, tmp_pa
     shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
     sizes = "--config.train.batch_size=16", "--config.train.accumulate=2"
     lines = run(build(folder, *sizes, "--config.train.steps=6"), tmp_path)
-    assert any(
-        line.startswith(
-            "step 4 goes on at example 24, with 16 rows and 512 tokens a step, after 8 rows and "
-            "256 tokens; no example is repeated or left out. The learning-rate schedule goes by "
-            "steps: at step 6 the run has read 2,304 tokens, in place of 1,536"
-        )
-        for line in lines
+    told = lines.index(
+        "step 4 goes on at example 24, with 16 rows and 512 tokens a step, after 8 rows and 256 "
+        "tokens; no example is repeated or left out"
+    )
+    assert lines[told + 1] == (
+        "the learning-rate schedule goes by steps: at step 6 the run has read 2,304 tokens, and "
+        "with the batch sizes of before 1,536"
     )
     wanted = runs.curve(whole[0])
     assert runs.curve(tmp_path) == {step: wanted[step] for step in range(1, 7)}
@@ -222,6 +223,7 @@ def test_what_does_nothing_or_cannot_be_is_refused(folder, whole):
                 "config.train.batch_size = 40: does nothing at token 4,608",
                 "config.train.batch_ramp[1] = (2000, 24, 1)",
                 "leave this as it was (8)",
+                '--config.train.batch_ramp="((9000,32,1),)"',
             ],
         ),
         (
@@ -256,6 +258,74 @@ def test_a_checkpoint_of_before_has_one_batch_size(folder, whole):
     del meta["data"]["batch_sizes"]
     assert not find_misfit(meta, META_SCHEMA)
     assert read_past_sizes(meta, load(folder), whole[0]).examples(9) == 72
-    meta["data"]["batch_sizes"] = [[1, 8]]
-    with pytest.raises(NoCheckpoint, match=r"checkpoint step 9 in .*: its position cannot be used"):
-        read_past_sizes(meta, load(folder), whole[0])
+    for pairs in ([[1, 8]], []):
+        meta["data"]["batch_sizes"] = pairs
+        with pytest.raises(
+            NoCheckpoint, match=r"checkpoint step 9 in .*: its position cannot be used"
+        ):
+            read_past_sizes(meta, load(folder), whole[0])
+
+
+def test_a_larger_batch_on_more_devices(folder, tmp_path):
+    """Batches of before would not divide over the mesh, and are not asked for."""
+    run(build(folder, "--config.train.batch_size=2", "--config.train.steps=2", data=2), tmp_path)
+    run(build(folder, "--config.train.batch_size=4", "--config.train.steps=4", data=4), tmp_path)
+    assert runs.curve(tmp_path, "throughput/tokens_seen") == {1: 64, 2: 128, 3: 256, 4: 384}
+
+
+def test_a_ramp_that_is_past_its_first_size_moves_to_a_larger_mesh(folder, tmp_path):
+    """The sizes are 2, 2 and 8. The refusal names a way out that is one."""
+    ramp = "--config.train.batch_ramp=((100,8,1),(9000,16,1))"
+    run(
+        build(folder, ramp, "--config.train.batch_size=2", "--config.train.steps=3", data=2),
+        tmp_path,
+    )
+    steps = "--config.train.steps=4"
+    with pytest.raises(UsageError, match=r"does nothing .*\.batch_ramp=\"\(\(9000,16,1\),\)\""):
+        run(build(folder, ramp, steps, "--config.train.batch_size=4", data=4), tmp_path)
+
+    left = "--config.train.batch_ramp=((9000,16,1),)"
+    lines = run(build(folder, left, steps, "--config.train.batch_size=8", data=4), tmp_path)
+    assert not any("goes on at example" in line or "schedule goes by" in line for line in lines)
+    assert runs.curve(tmp_path, "throughput/tokens_seen") == {1: 64, 2: 128, 3: 384, 4: 640}
+
+
+def test_a_size_that_never_counts_is_refused_though_the_ramp_changes():
+    old = configs.Train(seq_len=32, batch_size=8, batch_ramp=((600, 16, 1),))
+    new = replace(old, batch_size=40, batch_ramp=((600, 16, 1), (9000, 64, 1)))
+    assert "batch_size = 40: does nothing" in runs.resume.check_batch_size(new, old, 100)
+    assert not runs.resume.check_batch_size(new, old, 10)
+    assert not runs.resume.check_batch_size(replace(new, batch_ramp=()), old, 100)
+
+
+def test_the_sizes_of_a_resume_are_those_that_the_run_had():
+    """Three steps had 8 rows, and the fourth was to have 16."""
+    old = configs.Config(train=configs.Train(seq_len=32, steps=9, batch_ramp=((600, 16, 1),)))
+    old = replace(old, train=replace(old.train, batch_size=8))
+    past = configs.make_batch_sizes(old.train)
+
+    def describe(ramp, steps=9):
+        new = replace(old, train=replace(old.train, batch_ramp=ramp, steps=steps))
+        return runs.resume.describe_sizes(old, new, past, 3)
+
+    step, total = describe(((600, 12, 1),))
+    assert "with 12 rows and 384 tokens a step, after 8 rows and 256 tokens" in step
+    assert total.endswith("has read 3,072 tokens, and with the batch sizes of before 3,840")
+    # The size stays, or changes as it was to. The rest of the run is another one all the same.
+    (total,) = describe(())
+    assert total.endswith("has read 2,304 tokens, and with the batch sizes of before 3,840")
+    step, total = describe(((600, 16, 1), (2000, 24, 1)))
+    assert "with 16 rows" in step and "after 8 rows" in step
+    assert total.endswith("has read 4,608 tokens, and with the batch sizes of before 3,840")
+    # An entry that the run never reaches changes nothing.
+    assert describe(((600, 16, 1), (2000, 24, 1)), steps=6) == []
+    assert describe(((600, 16, 1),), steps=20) == []
+
+
+def test_a_size_that_comes_back_is_not_compiled_again(folder, tmp_path):
+    """The sizes are 8, 16, 8 and 8. Steps that compile have no rate."""
+    ramp = "--config.train.batch_ramp=((200,16,1),(700,8,1))"
+    run(
+        build(folder, ramp, "--config.train.steps=4", "--config.checkpoint.every_steps=9"), tmp_path
+    )
+    assert set(runs.curve(tmp_path, "throughput/tokens_per_second")) == {3, 4}

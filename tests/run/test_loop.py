@@ -544,7 +544,7 @@ import sys, time
 from gpt_jax.run import evaluation, loop
 from gpt_jax.run.evaluation import heldout_batches
 from gpt_jax.commands.main import main
-make = loop.make_stream
+make = loop.make_ramp_stream
 class Stuck:
     def __init__(self, stream):
         self.stream, self.left, self.summary, self.shares = stream, 3, stream.summary, stream.shares
@@ -554,7 +554,7 @@ class Stuck:
         return next(self.stream)
     def close(self):
         self.stream.close()
-loop.make_stream = lambda *a, **k: Stuck(make(*a, **k))
+loop.make_ramp_stream = lambda *a, **k: Stuck(make(*a, **k))
 main(sys.argv[1:])
 """
 

@@ -257,28 +257,37 @@ def describe(examples: Examples, count: int) -> list[str]:
 
 
 def make_stream(
-    examples: Examples,
-    batch_size: int | config.BatchSizes,
-    rows: slice | RowsOf,
-    start: int = 0,
-    steps: int = 0,
+    examples: Examples, batch_size: int, rows: slice, start: int = 0, steps: int = 0
 ) -> Stream:
     """Training batches without end.
 
-    `batch_size` rows make a global batch, of which this process gets `rows`. Where the size changes
-    on the way, `batch_size` has all sizes, and `rows(size)` are this process's rows. Row i of batch
-    n is example `sizes.examples(n) + i`, whatever the slices are. `steps` is for the summary only.
-    Raises UsageError if the text is shorter than a batch, and DataError for a shard with a wrong
-    checksum.
+    `batch_size` rows make a global batch, of which this process gets `rows`. Row i of batch n is
+    example `n * batch_size + i`, whatever the slices are. `steps` is for the summary only. Raises
+    UsageError if the text is shorter than a batch, and DataError for a shard with a wrong checksum.
     """
-    sizes = _make_sizes(batch_size)
-    rows_of = _make_rows_of(rows)
-    check_sizes(examples, max(level.size for level in sizes.levels))
+    check_sizes(examples, batch_size)
+    sizes = config.read_batch_sizes([(0, batch_size)])
+    return make_ramp_stream(examples, sizes, lambda size: rows, start, steps)
+
+
+def make_ramp_stream(
+    examples: Examples,
+    sizes: config.BatchSizes,
+    rows_of: RowsOf,
+    start: int = 0,
+    steps: int = 0,
+) -> Stream:
+    """Training batches without end, whose size changes on the way.
+
+    This process gets the rows `rows_of(size)` of a global batch. Row i of batch n is example
+    `sizes.examples(n) + i`, whatever the slices are. `steps` is for the summary only. Raises
+    DataError for a shard with a wrong checksum. The caller checks the sizes, see `check_sizes`.
+    """
     knobs = examples.knobs
     sides = [source.tokens for source in examples.rows]
     first_size = sizes.size(start)
     return Stream(
-        Batches(examples.columns, sizes, rows_of, ENDLESS),
+        Batches(examples.columns, sizes, rows_of, ENDLESS, start),
         knobs.prefetch,
         knobs.threads,
         start,
@@ -286,18 +295,6 @@ def make_stream(
         lambda step: examples.shares(sizes.examples(step)),
         open_guard(sides, knobs, first_size, rows_of(first_size)),
     )
-
-
-def _make_sizes(batch_size: int | config.BatchSizes) -> config.BatchSizes:
-    """All batches have one size if `batch_size` is a number."""
-    if isinstance(batch_size, config.BatchSizes):
-        return batch_size
-    return config.read_batch_sizes([(0, batch_size)])
-
-
-def _make_rows_of(rows: slice | RowsOf) -> RowsOf:
-    """Rows that are a slice are the same in all batches."""
-    return (lambda size: rows) if isinstance(rows, slice) else rows
 
 
 def make_eval_batches(
@@ -327,5 +324,6 @@ def make_eval_batches(
     if limit:
         count = min(limit, count)
     guard = functools.partial(open_guard, [tokens], knobs, batch_size, rows)
-    batches = Batches(make, _make_sizes(batch_size), _make_rows_of(rows), count)
+    sizes = config.read_batch_sizes([(0, batch_size)])
+    batches = Batches(make, sizes, lambda size: rows, count)
     return EvalBatches(batches, knobs, guard)

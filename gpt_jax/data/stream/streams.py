@@ -23,15 +23,16 @@ class Batches:
     """Random access to batches.
 
     `self[n]` is this process's rows of batch n as columns [rows, T]. `sizes` says with which
-    example the batch begins, and how many rows it has.
+    example the batch begins, and how many rows it has. Batches before `start` may have a size
+    that is not for this mesh, so they cannot be asked for.
     """
 
-    def __init__(self, make, sizes: config.BatchSizes, rows_of: RowsOf, count: int):
+    def __init__(self, make, sizes: config.BatchSizes, rows_of: RowsOf, count: int, start: int = 0):
         self._make = make
         self._sizes = sizes
         self._count = count
         self._rows = {
-            size: np.arange(size, dtype=np.int64)[rows_of(size)] for _, size in sizes.pairs(count)
+            size: np.arange(size, dtype=np.int64)[rows_of(size)] for size in sizes.sizes_from(start)
         }
 
     def __len__(self) -> int:
