@@ -71,8 +71,8 @@ def sum_gradient_once(weight: jax.Array) -> jax.Array:
 
     A loop that adds up gradients of the weight then sums over devices once, and not at every turn.
     """
-    axes = frozenset(name for name in _find_row_axes() if axis_size(name) > 1)
-    if not axes or has_partial_gradient(weight):
+    axes = _find_row_axes()
+    if all(axis_size(name) == 1 for name in axes) or has_partial_gradient(weight):
         return weight
     return jax.reshard(weight, P(*jax.typeof(weight).sharding.spec, reduced=axes))
 

@@ -131,7 +131,7 @@ def test_mesh_equals_one_device(case):
 
 
 def test_the_matrix_is_wide():
-    assert len({tuple(sorted(case[1].items())) for case in CASES}) >= 20
+    assert len({tuple(sorted(case[1].items())) for case in CASES + MORE_CASES}) >= 20
     assert {axis for case in CASES for axis in case[1]} == set(config.AXES)
 
 
