@@ -3,16 +3,13 @@
 from typing import Any
 
 from gpt_jax.config.fields import Config
-from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS
+from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS, MOST
 from gpt_jax.config.layers import has_experts
 from gpt_jax.config.resolve import wsd_start
 
 # The last token at which a batch size may begin. Examples are counted in int64, whose end is near
 # 9 x 10**18, and an update that begins at this token still has to fit.
 LAST_TOKEN = 10**18
-
-# The most rows of a batch in a ramp. Other numbers of a config have 32 bits too.
-MOST_ROWS = 2**31 - 1
 
 
 class Checks:
@@ -209,9 +206,9 @@ def _check_ramp(checks: Checks) -> None:
             "expected (token, batch_size, accumulate) with at least 1 row and 1 microbatch",
         )
         checks.need(
-            max(size, accumulate) <= MOST_ROWS,
+            max(size, accumulate) <= MOST,
             path,
-            f"expected at most {MOST_ROWS:,} rows and microbatches",
+            f"expected at most {MOST:,} rows and microbatches",
         )
         known = microbatches.setdefault(size, accumulate)
         checks.need(

@@ -26,12 +26,16 @@ OBJECTIVES = ("next_token",)
 EVALUATORS = ("heldout", "samples", "xz")
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 
+# The largest whole number of a field without a smaller limit. Devices count in 32 bits.
+MOST = 2**31 - 1
+
 
 def knob(default, text: str, *, low=None, high=None, choices=None, entries="names") -> Any:
     """A dataclass field with its help and its limits.
 
     `text` is printed as it stands by `--describe_config` and in docs/configs.md. A value must lie
-    in `low <= value <= high`, or be one of `choices`. `entries` is for a tuple of texts: a row of
+    in `low <= value <= high`, or be one of `choices`. Whole numbers without a `high` end at MOST.
+    `entries` is for a tuple of texts: a row of
     read.ENTRIES, which says what a comma in command-line text means.
     """
     metadata = {"help": text, "low": low, "high": high, "choices": choices, "entries": entries}

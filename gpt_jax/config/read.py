@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpt_jax.config.fields import RESUMABLE, Config
-from gpt_jax.config.knobs import fields_of, is_section, key_of
+from gpt_jax.config.knobs import MOST, fields_of, is_section, key_of
 from gpt_jax.errors import UsageError
 from gpt_jax.files import is_there
 
@@ -30,9 +30,6 @@ RENAMED = {
     "model.pipeline_microbatches": "compute.pipeline_microbatches",
     "train.compiler_options": "compute.compiler_options",
 }
-
-# The largest whole number of a field that has no smaller limit. Devices count in 32 bits.
-MOST = 2**31 - 1
 
 
 def _way_out(path: str, name: str, known) -> str:

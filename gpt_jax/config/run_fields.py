@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gpt_jax.config.knobs import DTYPES, MUON_SCALES, OBJECTIVES, OPTIMIZERS, SCHEDULES, knob
+from gpt_jax.config.knobs import DTYPES, MOST, MUON_SCALES, OBJECTIVES, OPTIMIZERS, SCHEDULES, knob
 
 # People write a huge number of steps for never. No device counts it.
 NEVER = 10**15
@@ -212,7 +212,7 @@ class Eval:
         0,
         "The most likely tokens that a sample draws from. 0 means all.",
         low=0,
-        high=2**31 - 1,
+        high=MOST,
     )
     compare_xz: bool = knob(
         False, "Whether the end of the run also tells what xz -9 makes of the held-out text."
