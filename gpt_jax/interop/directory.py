@@ -2,17 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from gpt_jax import config as configs
+from gpt_jax.data import Spec, Tokenizer, resolve_tokenizer
 from gpt_jax.errors import UsageError
 from gpt_jax.files import describe_error
 from gpt_jax.interop.architecture import read_model
 from gpt_jax.interop.families import Family, find_family
+from gpt_jax.interop.origin import Origin
 from gpt_jax.interop.tensors import list_tensors
 from gpt_jax.interop.weights import Weights, check_tensors, make_plan
 
 CONFIG = "config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # Files that are carried byte for byte.
 CARRIED = (
     "tokenizer.json",
@@ -26,16 +28,6 @@ CARRIED = (
     "chat_template.json",
     "generation_config.json",
 )
-
-
-class Foreign(NamedTuple):
-    """A foreign model that was opened. Its weights are read when they are asked for."""
-
-    directory: Path
-    family: Family
-    values: dict[str, Any]  # its config.json
-    model: configs.Model
-    weights: Weights
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -57,10 +49,11 @@ def read_values(directory: Path) -> dict[str, Any]:
     return values
 
 
-def open_foreign(directory: Path, ignored: tuple[str, ...] = ()) -> Foreign:
+def open_foreign(directory: Path, ignored: tuple[str, ...] = (), tokenizer: str = "") -> Origin:
     """The model of a directory, checked whole before a tensor is read.
 
-    Raises UsageError with a line for each key or tensor that does not fit.
+    `tokenizer` is the spec of one that takes the place of the directory's. Raises UsageError with
+    a line for each key or tensor that does not fit, and for a tokenizer that cannot be read.
     """
     values = read_values(directory)
     model = read_model(values, ignored)
@@ -68,7 +61,35 @@ def open_foreign(directory: Path, ignored: tuple[str, ...] = ()) -> Foreign:
     plan = make_plan(family, model)
     tensors = _name_fully(list_tensors(directory), family)
     check_tensors(plan, family, tensors, str(directory))
-    return Foreign(directory, family, values, model, Weights(plan, tensors))
+    weights = Weights(plan, tensors)
+    return Origin(
+        name=str(directory),
+        model=model,
+        shapes=plan.shapes,
+        read=weights.read,
+        tokenizer=find_tokenizer(directory, tokenizer),
+        carried={
+            name: (directory / name).read_bytes()
+            for name in CARRIED
+            if (directory / name).is_file()
+        },
+        family=family.name,
+    )
+
+
+def find_tokenizer(directory: Path, spec: str) -> Tokenizer | None:
+    """The tokenizer of a spec, or of the directory's files. None if it has none.
+
+    Raises UsageError for a spec of a tokenizer that is made from text, and for files that are no
+    tokenizer.
+    """
+    if not spec and not any((directory / name).is_file() for name in TOKENIZERS):
+        return None
+    field = "--tokenizer" if spec else "tokenizer"
+    found = resolve_tokenizer(spec or str(directory), field)
+    if isinstance(found, Spec):
+        raise UsageError(f"--tokenizer={spec}: is made from text; name bytes or a file")
+    return found
 
 
 def _name_fully(tensors, family: Family):

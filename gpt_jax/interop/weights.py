@@ -1,6 +1,6 @@
 """Our parameters out of foreign tensors, and the other way, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -10,7 +10,7 @@ from gpt_jax import config as configs, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.interop.families import Family
 from gpt_jax.interop.rows import LAYOUTS, Row
-from gpt_jax.model import abstract_params
+from gpt_jax.model import abstract_params, describe_parameter
 
 Slices = tuple[slice, ...]
 
@@ -161,26 +161,39 @@ class Weights:
         return values
 
 
-def load_params(weights: Weights, abstract: Any) -> Any:
+def load_params(read: Callable[[str, Slices], np.ndarray], abstract: Any) -> Any:
     """The parameters on the devices of a mesh, each device's shard read by itself.
 
-    `abstract` is the tree of jax.ShapeDtypeStruct with concrete shardings.
+    `read(path, index)` makes a part of a parameter. `abstract` is the tree of
+    jax.ShapeDtypeStruct with concrete shardings.
     """
 
     def make(keys, leaf):
         path = sharding.join_path(keys)
         return jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, lambda index: weights.read(path, cast(Slices, index))
+            leaf.shape, leaf.sharding, lambda index: read(path, cast(Slices, index))
         )
 
     return jax.tree_util.tree_map_with_path(make, abstract)
 
 
-def split_params(plan: Plan, read) -> Iterator[tuple[str, np.ndarray]]:
-    """The foreign tensors (name, values) of a model, one at a time.
+def join_piece(plan: Plan, piece: Piece, read: Callable[[str, Slices], np.ndarray]) -> np.ndarray:
+    """A foreign tensor, made of the parts of our parameters that `read` gives."""
+    parts = []
+    for slot in piece.slots:
+        depth = len(slot.index)
+        shape = plan.shapes[slot.path]
+        index = (*(slice(i, i + 1) for i in slot.index), *map(slice, shape[depth:]))
+        parts.append(read(slot.path, index).reshape(shape[depth:]))
+    return LAYOUTS[piece.layout].join(parts, plan.model)
 
-    `read(path, index)` gives the part of a parameter at the index of a layer and an expert.
-    """
-    for piece in plan.pieces:
-        parts: Sequence[np.ndarray] = [read(slot.path, slot.index) for slot in piece.slots]
-        yield piece.name, LAYOUTS[piece.layout].join(parts, plan.model)
+
+def find_depths(model: configs.Model) -> dict[str, int]:
+    """How many dims of each parameter count layers and experts, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
+    depths = {}
+    for keys, _ in leaves:
+        parameter = describe_parameter(sharding.join_path(keys))
+        has_experts = parameter.axes[:1] == ("experts",)
+        depths[parameter.path] = int(parameter.stacked) + int(has_experts)
+    return depths

@@ -1,4 +1,9 @@
 from .branch import open_branch as open_branch
+from .convert import (
+    average as average,
+    open_model as open_model,
+    write_native as write_native,
+)
 from .loop import run_training as run_training
 from .meta import (
     META_SCHEMA as META_SCHEMA,
