@@ -1,4 +1,10 @@
-from .directory import is_foreign as is_foreign, open_foreign as open_foreign
+from .architecture import read_model as read_model
+from .directory import (
+    find_tokenizer as find_tokenizer,
+    is_foreign as is_foreign,
+    open_foreign as open_foreign,
+    read_values as read_values,
+)
 from .export import export as export
 from .origin import Origin as Origin
 from .weights import (

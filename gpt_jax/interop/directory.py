@@ -77,7 +77,7 @@ def open_foreign(directory: Path, ignored: tuple[str, ...] = (), tokenizer: str 
     )
 
 
-def find_tokenizer(directory: Path, spec: str) -> Tokenizer | None:
+def find_tokenizer(directory: Path, spec: str = "") -> Tokenizer | None:
     """The tokenizer of a spec, or of the directory's files. None if it has none.
 
     Raises UsageError for a spec of a tokenizer that is made from text, and for files that are no

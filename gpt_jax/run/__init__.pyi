@@ -20,4 +20,4 @@ from .parts import (
     make_steps as make_steps,
 )
 from .restore import load_model as load_model
-from .source import read_start_tokenizer as read_start_tokenizer
+from .source import read_start_tokenizer as read_start_tokenizer, take_model as take_model

@@ -1,11 +1,13 @@
 """Models go from a directory of Hugging Face to a checkpoint and back, to the bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 import gpt_jax
@@ -20,6 +22,7 @@ from gpt_jax.interop.origin import Origin
 from gpt_jax.interop.weights import list_shapes, load_params
 from gpt_jax.model import abstract_params
 from gpt_jax.run.convert import open_model, write_native
+from gpt_jax.run.resume import start_new
 from gpt_jax.train.checkpoint import slices
 
 LLAMA = dict(
@@ -230,3 +233,95 @@ def test_the_command(tmp_path, capsys):
     assert code == 0 and Path(tmp_path / "n/checkpoints/0").is_dir()
     code, reason = run_to_end([*given, "--weights", "1", "2"])
     assert code == 2 and "2 shares for 1 models" in str(reason)
+
+
+# ---- used where they lie -------------------------------------------------------------------------
+
+
+def write_foreign(path: Path, fields=LLAMA) -> Origin:
+    """A directory with the byte tokenizer's ids in a tokenizer.json."""
+    origin = make_origin(fields, tokenizer=make_tokenizer(path))
+    export(origin, path / "hf")
+    return origin
+
+
+def make_tokenizer(path: Path) -> str:
+    """A byte-level tokenizer.json of 257 tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
+    )
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(["<|endoftext|>"])
+    library.save(str(path / "tokenizer.json"))
+    return str(path / "tokenizer.json")
+
+
+def test_a_directory_is_loaded_without_conversion(tmp_path):
+    origin = write_foreign(tmp_path)
+    lines = []
+    loaded = gpt_jax.load(str(tmp_path / "hf"), devices=2, say=lines.append)
+    ours = {
+        sharding.join_path(keys): np.asarray(leaf)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(loaded.params)
+    }
+    assert_same(ours, read_all(origin))
+    assert "a llama, on 2 cpu devices" in lines[-1]
+    assert loaded.tokenizer.fingerprint == origin.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2, "data": 1}])
+def test_a_run_starts_from_a_directory(tmp_path, mesh):
+    """Its model is that of the directory, and its first loss that of the weights there."""
+    origin = write_foreign(tmp_path)
+    overrides = {
+        "init": {"from": str(tmp_path / "hf"), "model": "checkpoint"},
+        "model": {"dropout": 0.1},
+        "mesh": mesh or {"data": 1},
+        "data": {"path": str(Path(__file__))},
+        "train": {"steps": 2, "seq_len": 16, "batch_size": 4},
+    }
+    parts = gpt_jax.build(overrides, say=lambda line: None)
+    assert parts.config.model.dropout == 0.1
+    assert replace(parts.config.model, dropout=0.0) == origin.model
+
+    start = start_new(parts, print)
+    state = {
+        sharding.join_path(keys): np.asarray(leaf)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(start.state.params)
+    }
+    assert_same(state, read_all(origin))
+    assert start.lineage == [
+        {"from": str(tmp_path / "hf"), "step": 0, "tokens": 0, "data": "a llama", "content": ""}
+    ]
+
+
+REFUSED = {
+    "moments": (
+        {"init": {"optimizer": True}},
+        "config.init.optimizer = True: .* has no moments; leave it out",
+    ),
+    "averaged": ({"init": {"averaged": True}}, "keeps no averaged weights; leave it out"),
+    "another model": (
+        {"model": {"embed": 32}},
+        r"config.model.embed \(16 there, 32 here\)",
+    ),
+    "no path": ({"init": {"from": ""}}, "config.init.model = 'checkpoint': needs config.init.from"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_start_that_cannot_be_is_refused(tmp_path, name):
+    write_foreign(tmp_path)
+    more, text = REFUSED[name]
+    values = {
+        "init": {"from": str(tmp_path / "hf"), "model": "checkpoint"} | more.get("init", {}),
+        "model": more.get("model", {}),
+        "data": {"path": str(Path(__file__))},
+        "train": {"steps": 2, "seq_len": 16, "batch_size": 4},
+    }
+    with pytest.raises(UsageError, match=text):
+        start_new(gpt_jax.build(values, say=lambda line: None), print)
