@@ -97,19 +97,20 @@ def count_seconds() -> float:
 
 def run_seed(seed: int) -> dict:
     """The result of a seed. An exception is one too."""
+    import comparisons
     import compositions
 
     start = count_seconds()
     drawn = compositions.draw(seed)
     row = {"seed": seed, "knobs": list_knobs(drawn), "refused": drawn.refused}
     try:
-        apart = compositions.compare(drawn)
+        apart = comparisons.compare(drawn)
     except Exception as error:
         traceback.print_exc()
         text = " ".join(str(error).split())
         row["faults"] = [f"{type(error).__name__}: {text[:300]}"]
     else:
-        row["faults"] = compositions.find_faults(apart)
+        row["faults"] = comparisons.find_faults(apart)
         row["worst"] = {
             "metrics": name_worst(apart.metrics),
             "gradients": name_worst(apart.gradients),

@@ -1,0 +1,11 @@
+"""What holds for every test of a run."""
+
+import pytest
+import runs
+
+
+@pytest.fixture(autouse=True)
+def no_stragglers():
+    """Ends the processes that a test has left."""
+    yield
+    runs.kill_all()
