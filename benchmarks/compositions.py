@@ -4,10 +4,10 @@
     python benchmarks/compositions.py --one 123                  # one of them, in this process
 
 A seed draws model, masks, optimiser, mesh, kernel, remat and accumulation
-(`tests/support/compositions.py`, which also says what is compared). Seeds run in child processes,
-because XLA ends a process whose devices wait for each other for 40 s. Each result is a line of the
-file `--results`. A seed that is there already is not run again, so that the command can be stopped
-and repeated.
+(`tests/support/compositions.py`). `tests/support/comparisons.py` says what is compared. Seeds run in
+child processes, because XLA ends a process whose devices wait for each other for 40 s. Each result
+is a line of the file `--results`. A seed that is there already is not run again, so that the command
+can be stopped and repeated.
 
 It prints each failure with the line that repeats it, and tables by knob of all results in the file.
 With `--record` it writes `compositions.json` beside this file.

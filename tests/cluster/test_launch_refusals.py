@@ -1,4 +1,4 @@
-"""What `gpt-jax launch kubernetes` and `gpt-jax launch slurm` refuse before anything is sent."""
+"""Launchers of Kubernetes and SLURM refuse before anything is sent."""
 
 import pytest
 import runs

@@ -1,4 +1,4 @@
-"""SLURM: the place that a task finds in its environment, and what submitit is given.
+"""Places of tasks under SLURM, and what submitit is given.
 
 launch/slurm_test.sh is the test with a real SLURM.
 """

@@ -1,4 +1,4 @@
-"""What all launchers share: the codes to restart at, the secret of a job, and the flags of a place.
+"""What all launchers share: codes to restart at, a secret, and the flags of a place.
 
 The container file and the shell scripts are here too. No image was built.
 """

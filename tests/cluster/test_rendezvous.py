@@ -1,4 +1,7 @@
-"""Processes of a job meet: who is missing, doubled or strange is named, and ends reach all."""
+"""Processes of a job meet.
+
+Who is missing, doubled or strange is named. An end reaches all.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What all commands share: the config, help, the runtime, and standard output."""
+"""What all commands share: the config, help, the runtime and standard output."""
 
 import json
 import os

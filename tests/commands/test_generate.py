@@ -1,4 +1,4 @@
-"""`gpt-jax generate` writes the text that was asked for, and nothing else."""
+"""`gpt-jax generate` writes the text that was asked for, and nothing more."""
 
 import io
 import json

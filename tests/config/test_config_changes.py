@@ -1,4 +1,4 @@
-"""What changed between two configs, and configs of earlier versions."""
+"""Changes between two configs, and configs of earlier versions."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Overrides on the command line are read by the type of their field."""
+"""Overrides of the command line are read by the type of their field."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Rows, columns and files that cannot be read are named, or counted."""
+"""Rows, columns and files that cannot be read are named or counted."""
 
 import pyarrow
 import pyarrow.ipc

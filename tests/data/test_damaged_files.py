@@ -1,4 +1,4 @@
-"""Damaged files are named in one line, whatever a library makes of them."""
+"""Damaged files are named in one line, whatever a library says of them."""
 
 import bz2
 import gzip

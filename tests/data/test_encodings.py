@@ -1,4 +1,4 @@
-"""Text that is not UTF-8: decoded as asked, or refused."""
+"""Text that is not UTF-8 is decoded as asked, or refused."""
 
 import pyarrow
 import pyarrow.ipc

@@ -1,4 +1,4 @@
-"""Documents of other machines: object stores, on fsspec's stand-ins, and data sets of hf://."""
+"""Documents of object stores, on fsspec's stand-ins, and of data sets of hf://."""
 
 import hashlib
 import json

@@ -25,9 +25,7 @@ from generations import (
 )
 
 from gpt_jax import config
-from gpt_jax.data.tokenizers.vocabulary import (
-    make_byte_tokenizer,
-)
+from gpt_jax.data.tokenizers.vocabulary import make_byte_tokenizer
 from gpt_jax.errors import UsageError
 from gpt_jax.infer import decode
 from gpt_jax.infer.decode import generate, stream_text

@@ -1,4 +1,4 @@
-"""Generated text: characters stay whole, and stops cut to the letter."""
+"""Generated text has whole characters, and stops cut it to the letter."""
 
 import numpy as np
 import pytest

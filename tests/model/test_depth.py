@@ -1,4 +1,4 @@
-"""Layers by depth: the layout that compiles the fewest, the scan, and what remat keeps."""
+"""Layers over depth: the layout that compiles the fewest, the scan, and what remat keeps."""
 
 from functools import cache
 

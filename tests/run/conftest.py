@@ -1,4 +1,4 @@
-"""What holds for every test of a run."""
+"""No test of a run leaves a process behind."""
 
 import pytest
 import runs

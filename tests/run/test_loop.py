@@ -1,4 +1,4 @@
-"""Whole runs: meshes change no number, and what a run says and leaves is true."""
+"""Whole runs: no mesh changes a number, and what a run says and leaves is true."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Killed, stopped and damaged runs go on to the same numbers, and the best checkpoint stays."""
+"""Killed, stopped and damaged runs go on to the same numbers. The best checkpoint stays."""
 
 import json
 import random

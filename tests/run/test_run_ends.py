@@ -1,4 +1,4 @@
-"""What ends a run, and what must not: a divergence, a request, a run that hangs, a lost reader."""
+"""What ends a run: a divergence, a request, a watchdog. What must not: a reader that leaves."""
 
 import contextlib
 import os

@@ -31,6 +31,7 @@ CASES = {
 
 
 def make_model(**knobs):
+    """A small model of experts with a few fields changed."""
     return config.resolve(config.Config(model=config.Model(**BASE | knobs))).model
 
 
@@ -49,6 +50,7 @@ def make_params(model, skew=0.0):
 
 
 def make_inputs(rows=B):
+    """(x [rows, T, D], segment [rows, T] with padding, probe [rows, T, D])."""
     rng = np.random.default_rng(1)
     x, probe = (rng.standard_normal((B, T, D)).astype(np.float32) for _ in range(2))
     x[..., 0] = 1.0
@@ -78,9 +80,11 @@ def compiled(model):
 
 
 def run(model, *args):
+    """What `compiled` gives, in numpy."""
     return jax.tree.map(np.asarray, compiled(model)(*args))
 
 
 def close(ours, theirs, rel=1e-5):
+    """Raises AssertionError if a leaf differs by more than `rel` of its largest entry."""
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=rel * max(np.abs(b).max(), 1e-2))

@@ -22,6 +22,7 @@ COMPUTE = config.Compute(kernel="reference")
 
 
 def make_model(**changes) -> config.Model:
+    """The tiny model with a few fields changed."""
     model = config.from_dict({**BASE, **changes}, config.Model)
     return config.resolve(config.Config(model=model)).model
 
@@ -44,18 +45,21 @@ def make_params(model: config.Model):
 
 
 def silent(line: str) -> None:
+    """Takes the lines of a call that must report nothing."""
     raise AssertionError(f"nothing to report, got {line!r}")
 
 
 def run(
     model, prompts, sampling, tokenizer=LETTERS, report=silent, max_rows=32
 ) -> list[Completion]:
+    """Completions of `prompts` by the model of noise."""
     return generate(
         model, COMPUTE, make_params(model), tokenizer, prompts, sampling, report, max_rows
     )
 
 
 def knobs_of(rows, **values):
+    """Settings of sampling for `rows` rows. What is not given changes no draw."""
     made = (
         dict(
             seed=0,

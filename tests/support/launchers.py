@@ -1,4 +1,4 @@
-"""The folder of the launchers, a run for them, and parts of what they make."""
+"""What the tests of launchers share: a run for them, and parts of a JobSet."""
 
 import runs
 

@@ -1,4 +1,4 @@
-"""Command lines and streams of a run on the mixture of tests/run/mixture."""
+"""Command lines and streams of runs on the mixture of tests/run/mixture."""
 
 import json
 
@@ -26,6 +26,7 @@ RUN = (
 
 
 def arguments(folder, workdir, *overrides):
+    """The command line of `train` on the three sources of `folder`."""
     both, chat = folder / "both", folder / "chat"
     sources = f"(('wiki','{both}',0.5),('books','{both}',0.3),('chat','{chat}',0.2))"
     return [

@@ -35,18 +35,22 @@ MODERN = dict(
 
 
 def make_optimizer(knobs, params, **others):
+    """The optimiser of `knobs` for parameters of the model."""
     return optimizer.make_optimizer(knobs, params, describe_parameter, **others)
 
 
 def assign(knobs, params):
+    """The group of each parameter."""
     return optim_groups.assign(knobs, params, describe_parameter)
 
 
 def describe_groups(knobs, params, **others):
+    """The lines that a run says about its groups."""
     return optim_groups.describe_groups(knobs, params, describe_parameter, **others)
 
 
 def nest(flat):
+    """A tree of the leaves of {path: leaf}."""
     tree = {}
     for path, leaf in flat.items():
         *sections, name = path.split("/")
@@ -58,6 +62,7 @@ def nest(flat):
 
 
 def flat(tree):
+    """{path: leaf} of a tree."""
     return {
         "/".join(k.key for k in keys): leaf
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -65,6 +70,7 @@ def flat(tree):
 
 
 def draw(seed, shapes, scale=1.0):
+    """A tree of normal draws in float32."""
     random = np.random.default_rng(seed)
     return nest(
         {
@@ -75,12 +81,14 @@ def draw(seed, shapes, scale=1.0):
 
 
 def optim(**knobs):
+    """Settings of a short schedule with decay, a few fields changed."""
     return config.Optim(
         **{"learning_rate": 0.02, "warmup_steps": 2, "decay_steps": 8, "weight_decay": 0.1, **knobs}
     )
 
 
 def gradients(shapes, steps=5):
+    """A tree of gradients for each step."""
     # The first gradients are small, and the last ones are clipped.
     return [draw(100 + step, shapes, scale=0.01 * 4**step) for step in range(steps)]
 
@@ -100,6 +108,7 @@ def run(tx, params, grads):
 
 
 def assert_close(tree, expected, rtol=1e-5, atol=1e-6):
+    """Raises AssertionError with the path of a leaf that differs."""
     found = flat(tree)
     expected = flat(expected)
     assert found.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Small checkpoints, saved and compared, and processes of their own that do so."""
+"""Small checkpoints, saved and compared here or in processes of their own."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Configs with a few fields changed, and calls that refuse them."""
+"""Configs with a few fields changed, and calls that must be refused."""
 
 import pytest
 

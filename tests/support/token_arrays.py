@@ -1,4 +1,4 @@
-"""Tokens and datasets in memory, and a row of them by a slow loop."""
+"""Tokens and datasets in memory, and one row made by a slow loop."""
 
 from typing import NamedTuple
 

@@ -88,10 +88,12 @@ VARIANTS = {
 
 
 def make_compute(**changes) -> config.Compute:
+    """Computes with the plain kernel."""
     return config.Compute(kernel="reference", **changes)
 
 
 def make_model(name="gpt2", **changes) -> config.Model:
+    """A variant with a few fields changed."""
     model = config.Model(**(BASE | VARIANTS[name] | changes))
     run = config.Config(model=model, train=config.Train(seq_len=model.max_seq))
     return config.resolve(run).model
@@ -130,16 +132,19 @@ def make_batch():
 
 
 def apply(model, params, batch, compute=REFERENCE, **more):
+    """The logits of a batch."""
     return Transformer(model, compute).apply({"params": params}, batch, **more)
 
 
 @cache
 def logits_of(name):
+    """The logits [T + 4, T, V] of a variant for `make_batch`."""
     model = make_model(name)
     return np.asarray(jax.jit(lambda p, b: apply(model, p, b))(random_params(model), make_batch()))
 
 
 def close(ours, theirs, rel=2e-5):
+    """Raises AssertionError if an entry differs by more than `rel` of the largest."""
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=rel * np.abs(theirs).max())
 
 

@@ -1,4 +1,4 @@
-"""A save that fails or is killed leaves the checkpoints before it as they were."""
+"""A save that fails or is killed leaves the checkpoints before it untouched."""
 
 import errno
 import os

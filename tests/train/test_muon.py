@@ -1,4 +1,4 @@
-"""Muon against plain numpy, and its scales and decay."""
+"""Muon against plain numpy, with its scales and its decay."""
 
 import jax
 import jax.numpy as jnp

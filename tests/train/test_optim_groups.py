@@ -1,4 +1,4 @@
-"""Groups of parameters: each parameter is in one, and trains there as if alone."""
+"""Groups of parameters. Each parameter is in one, and trains there as if alone."""
 
 import jax
 import numpy as np

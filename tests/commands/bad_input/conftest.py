@@ -1,4 +1,4 @@
-"""A workdir with checkpoints for the refusals, and copies of it."""
+"""A workdir with checkpoints that tests of refusals read, or copy and damage."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""`gpt-jax prepare` called again: after a full disk, beside another call, and when all is done."""
+"""`gpt-jax prepare` is called again.
+
+A disk was full, another call works beside it, or all was done before.
+"""
 
 import errno
 import json

@@ -1,4 +1,7 @@
-"""Input, filters or the program change between two calls of `gpt-jax prepare`, or during one."""
+"""Input, filters or the program change.
+
+They do so between two calls of `gpt-jax prepare`, or during one.
+"""
 
 import errno
 import importlib

@@ -1,4 +1,4 @@
-"""What `gpt-jax prepare` writes, which is the same however it is made."""
+"""What `gpt-jax prepare` writes. It is the same however it is made."""
 
 import gzip
 import json

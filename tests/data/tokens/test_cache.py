@@ -1,4 +1,4 @@
-"""Token files that are used again or rebuilt, and no half of a file."""
+"""Token files are used again or rebuilt, and never half of one."""
 
 import errno
 import json

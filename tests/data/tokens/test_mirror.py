@@ -1,4 +1,4 @@
-"""A prepared folder on a store is copied once, and what went wrong is named."""
+"""A prepared folder on a store is copied once. What goes wrong is named."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What of a text is held out, and that the tokenizer does not see it."""
+"""What is held out of a text. The tokenizer does not see it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,7 @@
-"""Texts on a store: read once, known again by their content, and named by their URL."""
+"""Texts on a store are read once, and known again by their content.
+
+Refusals name their URL.
+"""
 
 import gzip
 import os

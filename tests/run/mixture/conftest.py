@@ -1,4 +1,4 @@
-"""A mixture of prepared folders, and a run on it."""
+"""Prepared folders of a mixture, and a run on them."""
 
 import pytest
 import runs

@@ -1,4 +1,4 @@
-"""Mixtures that cannot run, or that the processes of a job see differently, are refused."""
+"""Mixtures that cannot run are refused, and so are those that processes count differently."""
 
 from dataclasses import replace
 
