@@ -40,12 +40,12 @@ def make_optimizer(knobs, params, **others):
 
 
 def assign(knobs, params):
-    """The group of each parameter."""
+    """{path: index of its group}."""
     return optim_groups.assign(knobs, params, describe_parameter)
 
 
 def describe_groups(knobs, params, **others):
-    """The lines that a run says about its groups."""
+    """A row for every group that has parameters."""
     return optim_groups.describe_groups(knobs, params, describe_parameter, **others)
 
 
