@@ -30,8 +30,8 @@ class Scaled(NamedTuple):
 def quantize(x: jax.Array, dtype) -> Scaled:
     """Rounds x to the float8 `dtype`, scaled so that its largest entry just fits.
 
-    Zeros stay zeros. If an entry is NaN or infinite, the scale is NaN, and so is every product with
-    this tensor.
+    Zeros stay zeros, and so do tensors whose largest entry is below 6e-34. If an entry is NaN or
+    infinite, the scale is NaN, and so is every product with this tensor.
     """
     scale = find_scale(x, float(jnp.finfo(dtype).max))
     # The inverse of a power of two is exact in every dtype, so entries are rounded once.
@@ -45,12 +45,12 @@ def find_scale(x: jax.Array, limit: float) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
     largest = jax.lax.bitcast_convert_type(bits.max(), jnp.float32)
 
-    # The ratio is mantissa * 2^exponent, where the mantissa lies in [0.5, 1) or is 0.
-    mantissa, exponent = jnp.frexp(largest / limit)
-    exponent = exponent - (mantissa == 0.5)
-    # Float32 has no inverse of a smaller power. Zeros get the scale 1.
-    scale = jnp.ldexp(jnp.float32(1), jnp.maximum(exponent, -126))
-    scale = jnp.where(largest == 0, 1.0, scale)
+    # The ratio is mantissa * 2^exponent, where the mantissa lies in [0.5, 1).
+    ratio = largest / limit
+    mantissa, exponent = jnp.frexp(ratio)
+    scale = jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))
+    # Float32 has no inverse of a power below its smallest normal number. Zeros come here too.
+    scale = jnp.where(ratio < jnp.finfo(jnp.float32).tiny, 1.0, scale)
     return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 
@@ -116,14 +116,18 @@ def _dot(a: Scaled, b: Scaled, contracted: tuple, dtype, layout: P | None) -> ja
 
     XLA's compiler for GPUs makes one call of cuBLASLt of this. Its gemm_rewriter.cc takes a dot
     whose operands are float8, and a product of the result with one scalar. Flax relies on the same
-    form (`use_direct_quant` of fp8_ops.py). All platforms sum in float32 before the result is
-    rounded to `dtype`. A power of two then scales without rounding, so nothing is lost by rounding
-    first. A result in float32 would be twice as large in memory and on the wire.
+    form (Fp8DirectDotGeneralOp).
+
+    Sums are float32 before the result is rounded to `dtype`. Scaling by a power of two rounds
+    nothing, so the order does not matter. A float32 result would be twice as large in memory and on
+    the wire.
     """
     y = jax.lax.dot_general(
         a.values,
         b.values,
         (contracted, ((), ())),
+        # At any lower precision cuBLASLt's fast accumulation keeps fewer bits than float32 has.
+        precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
         out_sharding=layout,
     )
