@@ -126,7 +126,7 @@ def _dot(a: Scaled, b: Scaled, contracted: tuple, dtype, layout: P | None) -> ja
         a.values,
         b.values,
         (contracted, ((), ())),
-        # At any lower precision cuBLASLt's fast accumulation keeps fewer bits than float32 has.
+        # At the default precision XLA lets cuBLASLt accumulate fast, in fewer bits than float32.
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
         out_sharding=layout,
