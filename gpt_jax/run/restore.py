@@ -100,6 +100,8 @@ def _load(
     meta = read_meta(directory, step, META_SCHEMA)
     config = read_config(meta, directory, step)
     tokenizer = read_tokenizer(meta, directory, step)
+    for line in configs.describe_inference(config.compute):
+        say(line)
     settled, mesh, kernel = _settle(config, devices, is_decoding)
 
     item = "ema" if config.train.ema else "params"
