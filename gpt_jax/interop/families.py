@@ -34,8 +34,8 @@ class Family(NamedTuple):
 
     `architecture` is its class in transformers. `fixed` are fields of ours that all its models
     have. `base` is the prefix that files of the model without its head leave out. Tensors whose
-    names end with one of `leftovers` hold nothing that was learned. A family that is not `is_written`
-    can only be read.
+    names end with one of `leftovers` hold nothing that was learned. A family can only be read if it
+    is not `is_written`.
     """
 
     name: str
