@@ -183,7 +183,7 @@ BAD = {
     ),
     "unknown family": (
         lambda origin, path: write_directory(origin, path, family="bert"),
-        "'bert' is not known; known: gpt2, llama",
+        "'bert' is not known; known: gpt2, ",
     ),
 }
 
