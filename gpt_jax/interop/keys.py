@@ -244,6 +244,22 @@ ONE_WINDOW = Key(
     _write_one_window,
 )
 
+
+def _read_switched_window(values):
+    """Qwen3-MoE: one window for all layers, if a switch is on."""
+    size = values.get("sliding_window") if values.get("use_sliding_window") else None
+    return {"windows": (size or 0,)}
+
+
+def _write_switched_window(model):
+    keys = _write_one_window(model)
+    return {**keys, "use_sliding_window": keys["sliding_window"] is not None}
+
+
+SWITCHED_WINDOW = Key(
+    ("sliding_window", "use_sliding_window"), _read_switched_window, _write_switched_window
+)
+
 # ---- rotary positions ----
 
 
