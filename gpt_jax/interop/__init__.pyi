@@ -1,11 +1,10 @@
-from .architecture import read_model as read_model
-from .directory import (
+from .export import export as export
+from .foreign import (
     find_tokenizer as find_tokenizer,
     is_foreign as is_foreign,
     open_foreign as open_foreign,
-    read_values as read_values,
+    read_foreign_model as read_foreign_model,
 )
-from .export import export as export
 from .origin import Origin as Origin
 from .weights import (
     find_depths as find_depths,

@@ -73,6 +73,7 @@ def write_config(model: configs.Model, name: str = "") -> dict[str, Any]:
     Raises UsageError, with the fields that a family cannot say, if none does.
     """
     families = [find_family(name)] if name else list(FAMILIES.values())
+    families = [family for family in families if family.is_written]
     lines = []
     for family in families:
         try:

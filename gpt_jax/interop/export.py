@@ -14,8 +14,8 @@ import numpy as np
 from gpt_jax.errors import SaveFailed, UsageError
 from gpt_jax.files import describe_error
 from gpt_jax.interop.architecture import write_config
-from gpt_jax.interop.directory import CONFIG
 from gpt_jax.interop.families import find_family
+from gpt_jax.interop.foreign import CONFIG
 from gpt_jax.interop.origin import Origin
 from gpt_jax.interop.tensors import FILE, INDEX
 from gpt_jax.interop.weights import Piece, find_shape, join_piece, make_plan

@@ -39,7 +39,8 @@ class Family(NamedTuple):
     `architecture` is its class in transformers. `fixed` are fields of ours that all its models
     have. `defaults` are what transformers takes for keys that are not in a config, where we have
     no other default. `base` is the prefix that files of the model without its head leave out.
-    Tensors whose names end with one of `leftovers` hold nothing that was learned.
+    Tensors whose names end with one of `leftovers` hold nothing that was learned. A family that is
+    not `is_written` can only be read.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family(NamedTuple):
     keys: tuple[Key, ...]
     rows: tuple[Row, ...]
     base: str = "model."
+    is_written: bool = True
     leftovers: tuple[str, ...] = ("rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = MappingProxyType({})
 
@@ -267,6 +269,20 @@ GPT2_ROWS = (
     row("lm_head.weight", "head/kernel", "transposed"),
 )
 
+
+def _transpose(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows of GPT-2 for files whose matrices are (out, in), as nanoGPT has them."""
+    layouts = {"columns": "grouped", "same": "transposed"}
+
+    def is_matrix(row):
+        is_weight = row.theirs.startswith(GPT2_LAYER) and row.theirs.endswith("weight")
+        return is_weight and ".ln_" not in row.theirs
+
+    return tuple(
+        one._replace(layout=layouts[one.layout]) if is_matrix(one) else one for one in rows
+    )
+
+
 NEOX_LAYER = "gpt_neox.layers.{layer}."
 NEOX_ROWS = (
     row("gpt_neox.embed_in.weight", "embed/table"),
@@ -339,6 +355,23 @@ FAMILIES = {
             GPT2_ROWS,
             base="transformer.",
             leftovers=(".attn.bias", ".attn.masked_bias"),
+        ),
+        Family(
+            "nanogpt",
+            "",
+            {"norm": "layernorm", "position": "learned", "tied": True},
+            (
+                field("n_embd", "embed"),
+                field("n_layer", "layers"),
+                field("n_head", "heads"),
+                field("block_size", "max_seq"),
+                field("vocab_size", "vocab"),
+                field("bias", "bias", True),
+                Key(("dropout",), lambda values: {}, lambda model: {}),
+            ),
+            _transpose(GPT2_ROWS),
+            base="transformer.",
+            is_written=False,
         ),
         Family("llama", "LlamaForCausalLM", RMS, (*LIKE_LLAMA, UNTIED, LLAMA_BIASES), LLAMA_ROWS),
         Family(

@@ -40,7 +40,7 @@ def open_model(
     Raises UsageError for what cannot be used, and NoCheckpoint for damage.
     """
     if is_foreign(path):
-        return open_foreign(Path(path), ignored, tokenizer)
+        return open_foreign(path, ignored, tokenizer)
     return open_native(path, step, say)
 
 

@@ -125,7 +125,7 @@ def _load(
 
 def _load_foreign(path: str, say: Callable[[str], None], devices: int, is_decoding: bool) -> Loaded:
     """Reads a directory of another project, each device its own parts. Raises UsageError."""
-    origin = open_foreign(Path(path))
+    origin = open_foreign(path)
     line = check_vocabulary(origin.model, origin.tokenizer)
     if line:
         say(line)

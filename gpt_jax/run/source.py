@@ -14,8 +14,7 @@ from gpt_jax.interop import (
     is_foreign,
     load_params,
     open_foreign,
-    read_model,
-    read_values,
+    read_foreign_model,
 )
 from gpt_jax.run.convert import make_config
 from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
@@ -92,7 +91,7 @@ def make_source(directory: Path, step: int, meta: dict) -> Source:
 
 def make_foreign_source(path: str) -> Source:
     """The source that is a directory of another project. Raises UsageError if it cannot be used."""
-    origin = open_foreign(Path(path))
+    origin = open_foreign(path)
     own = {"from": path, "step": 0, "tokens": 0, "data": f"a {origin.family}", "content": ""}
     return Source(
         path,
@@ -168,7 +167,7 @@ def find_source(init: configs.Init, say) -> Source:
 def peek_config(path: str | Path, step: int) -> configs.Config:
     """The config of the weights at a path, whose files are not verified."""
     if is_foreign(path):
-        return make_config(read_model(read_values(Path(path))))
+        return make_config(read_foreign_model(path))
     meta = peek_meta(path, step, META_SCHEMA)
     return read_config(meta, Path(path), meta["step"])
 

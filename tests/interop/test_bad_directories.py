@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from gpt_jax.errors import UsageError
 from gpt_jax.interop.architecture import read_model
-from gpt_jax.interop.directory import open_foreign
 from gpt_jax.interop.families import FAMILIES
+from gpt_jax.interop.foreign import open_foreign
 
 GOLDENS = Path(__file__).parent / "goldens"
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"

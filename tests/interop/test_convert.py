@@ -273,16 +273,17 @@ def test_a_directory_is_loaded_without_conversion(tmp_path):
     assert loaded.tokenizer.fingerprint == origin.tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2, "data": 1}])
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2, "data": 2}])
 def test_a_run_starts_from_a_directory(tmp_path, mesh):
     """Its model is that of the directory, and its first loss that of the weights there."""
     origin = write_foreign(tmp_path)
     overrides = {
         "init": {"from": str(tmp_path / "hf"), "model": "checkpoint"},
         "model": {"dropout": 0.1},
-        "mesh": mesh or {"data": 1},
+        "mesh": mesh,
         "data": {"path": str(Path(__file__))},
-        "train": {"steps": 2, "seq_len": 16, "batch_size": 4},
+        "train": {"steps": 2, "seq_len": 16, "batch_size": 8},
+        "eval": {"batch_size": 8},
     }
     parts = gpt_jax.build(overrides, say=lambda line: None)
     assert parts.config.model.dropout == 0.1
@@ -321,7 +322,8 @@ def test_a_start_that_cannot_be_is_refused(tmp_path, name):
         "init": {"from": str(tmp_path / "hf"), "model": "checkpoint"} | more.get("init", {}),
         "model": more.get("model", {}),
         "data": {"path": str(Path(__file__))},
-        "train": {"steps": 2, "seq_len": 16, "batch_size": 4},
+        "train": {"steps": 2, "seq_len": 16, "batch_size": 8},
+        "eval": {"batch_size": 8},
     }
     with pytest.raises(UsageError, match=text):
         start_new(gpt_jax.build(values, say=lambda line: None), print)

@@ -11,9 +11,9 @@ import pytest
 
 from gpt_jax.errors import UsageError
 from gpt_jax.interop.architecture import read_model
-from gpt_jax.interop.directory import open_foreign
 from gpt_jax.interop.export import export
 from gpt_jax.interop.families import FAMILIES
+from gpt_jax.interop.foreign import open_foreign
 from gpt_jax.model.transformer import REFERENCE, Transformer, abstract_params
 from gpt_jax.sharding.mesh import join_path
 
