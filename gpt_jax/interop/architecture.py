@@ -43,6 +43,7 @@ def read_model(values: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> conf
         for name, value in values.items()
         if name not in known and value is not None
     ]
+    values = {**family.defaults, **values}
     found = dict(family.fixed)
     for key in family.keys:
         try:

@@ -6,6 +6,7 @@ stand in rows.py.
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gpt_jax import config
@@ -16,15 +17,18 @@ from gpt_jax.interop.keys import (
     ONE_WINDOW,
     PLAIN,
     ROPE,
+    SWITCHED_WINDOW,
     SWITCHED_WINDOWS,
     TWO_ROPES,
     Key,
     activation,
     choice,
+    count_layers,
     field,
     must,
     shorten,
     take,
+    take_switch,
 )
 from gpt_jax.interop.rows import Row, row
 
@@ -33,9 +37,10 @@ class Family(NamedTuple):
     """A family of models.
 
     `architecture` is its class in transformers. `fixed` are fields of ours that all its models
-    have. `base` is the prefix that files of the model without its head leave out. Tensors whose
-    names end with one of `leftovers` hold nothing that was learned. A family can only be read if it
-    is not `is_written`.
+    have. `defaults` are what transformers takes for keys that are not in a config, where we have
+    no other default. `base` is the prefix that files of the model without its head leave out.
+    Tensors whose names end with one of `leftovers` hold nothing that was learned. A family that is
+    not `is_written` can only be read.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Family(NamedTuple):
     base: str = "model."
     is_written: bool = True
     leftovers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    defaults: Mapping[str, Any] = MappingProxyType({})
 
 
 # ---- keys that several families share ----
@@ -64,11 +70,12 @@ TIED = field("tie_word_embeddings", "tied", True)
 SWIGLU = (field("intermediate_size", "mlp"), activation("hidden_act", GATED, "silu"))
 LIKE_LLAMA = (*SIZES, *HEADS, *SWIGLU, EPSILON, ROPE)
 RMS = {"norm": "rmsnorm", "bias": False}
+QWEN_WINDOW = {"sliding_window": 4096, "use_sliding_window": False}
 
 
 def _read_biases(values):
-    attention = values.get("attention_bias") or False
-    mlp = values.get("mlp_bias") or False
+    attention = take_switch(values, "attention_bias")
+    mlp = take_switch(values, "mlp_bias")
     if attention and mlp:
         return {"bias": True}
     return {"biased": "attention" if attention else "mlp" if mlp else "none"}
@@ -132,6 +139,7 @@ GEMMA = (
     must("use_bidirectional_attention", False, None),
     must("cache_implementation", None, "hybrid"),
 )
+GEMMA_DEFAULTS = {"num_key_value_heads": 4, "sliding_window": 4096}
 GEMMA_FIXED = {"norm": "unit_rmsnorm", "norm_position": "sandwich", "bias": False}
 
 # ---- keys of mixtures of experts ----
@@ -139,9 +147,11 @@ GEMMA_FIXED = {"norm": "unit_rmsnorm", "norm_position": "sandwich", "bias": Fals
 
 def _read_qwen_layers(values):
     """The layers of Qwen3-MoE that are mixtures of experts, and their sizes."""
-    layers = take(values, "num_hidden_layers")
+    layers = count_layers(values)
     dense = values.get("mlp_only_layers") or []
     step = take(values, "decoder_sparse_step", 1)
+    if step < 1:
+        raise UsageError(f"config.json: decoder_sparse_step = {step!r} is not 1 or more")
     experts = values.get("num_experts") or take(values, "num_local_experts")
 
     def kind(i):
@@ -364,13 +374,21 @@ FAMILIES = {
             is_written=False,
         ),
         Family("llama", "LlamaForCausalLM", RMS, (*LIKE_LLAMA, UNTIED, LLAMA_BIASES), LLAMA_ROWS),
-        Family("mistral", "MistralForCausalLM", RMS, (*LIKE_LLAMA, UNTIED, ONE_WINDOW), LLAMA_ROWS),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            RMS,
+            (*LIKE_LLAMA, UNTIED, ONE_WINDOW),
+            LLAMA_ROWS,
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        ),
         Family(
             "qwen2",
             "Qwen2ForCausalLM",
             RMS | {"biased": "qkv"},
             (*LIKE_LLAMA, UNTIED, SWITCHED_WINDOWS),
             LLAMA_ROWS,
+            defaults=QWEN_WINDOW | {"num_key_value_heads": 32},
         ),
         Family(
             "qwen3",
@@ -378,6 +396,7 @@ FAMILIES = {
             RMS | {"qk_norm": True},
             (*LIKE_LLAMA, UNTIED, SWITCHED_WINDOWS, ATTENTION_BIAS),
             LLAMA_ROWS,
+            defaults=QWEN_WINDOW | {"num_key_value_heads": 32, "head_dim": 128},
         ),
         Family(
             "gemma2",
@@ -385,6 +404,8 @@ FAMILIES = {
             GEMMA_FIXED,
             (*GEMMA, ROPE),
             (*TABLES, *ATTENTION, *MLP, *SANDWICH_NORMS),
+            defaults=GEMMA_DEFAULTS
+            | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         ),
         Family(
             "gemma3_text",
@@ -392,6 +413,7 @@ FAMILIES = {
             GEMMA_FIXED | {"qk_norm": True},
             (*GEMMA, TWO_ROPES),
             (*TABLES, *ATTENTION, *MLP, *SANDWICH_NORMS),
+            defaults=GEMMA_DEFAULTS,
         ),
         Family(
             "mixtral",
@@ -410,6 +432,7 @@ FAMILIES = {
                 field("num_experts_per_tok", "experts_per_token", 2),
             ),
             (*TABLES, *ATTENTION, *PRE_NORMS, *MIXTRAL_EXPERTS),
+            defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
         ),
         Family(
             "qwen3_moe",
@@ -421,7 +444,7 @@ FAMILIES = {
                 EPSILON,
                 ROPE,
                 UNTIED,
-                SWITCHED_WINDOWS,
+                SWITCHED_WINDOW,
                 ATTENTION_BIAS,
                 field("intermediate_size", "mlp"),
                 field("moe_intermediate_size", "expert_mlp"),
@@ -431,6 +454,7 @@ FAMILIES = {
                 QWEN_LAYERS,
             ),
             (*LLAMA_ROWS, *QWEN_EXPERTS),
+            defaults=QWEN_WINDOW | {"num_key_value_heads": 4},
         ),
         Family(
             "olmo2",
@@ -438,6 +462,7 @@ FAMILIES = {
             RMS | {"norm_position": "branch", "qk_norm": True, "qk_norm_over": "all"},
             (*LIKE_LLAMA, UNTIED, ATTENTION_BIAS),
             (*TABLES, *ATTENTION, *MLP, *BRANCH_NORMS),
+            defaults={"rms_norm_eps": 1e-5},
         ),
         Family(
             "gpt_neox",
@@ -456,6 +481,7 @@ FAMILIES = {
             NEOX_ROWS,
             base="gpt_neox.",
             leftovers=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
+            defaults={"rotary_pct": 0.25},
         ),
         Family(
             "phi3",
@@ -469,6 +495,7 @@ FAMILIES = {
                 Key(("original_max_position_embeddings",), lambda values: {}, lambda model: {}),
             ),
             PHI3_ROWS,
+            defaults={"rms_norm_eps": 1e-5},
         ),
     )
 }
@@ -476,7 +503,7 @@ FAMILIES = {
 
 def find_family(model_type: Any) -> Family:
     """The row of a `model_type`. Raises UsageError, with the known ones, for any other."""
-    family = FAMILIES.get(model_type)
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise UsageError(
             f"config.json: model_type = {model_type!r} is not known; known: {', '.join(FAMILIES)}"

@@ -86,7 +86,7 @@ def read_foreign_model(path: str | Path, ignored: tuple[str, ...] = ()) -> confi
 
 
 def _open(path: Path) -> tuple[dict, Mapping]:
-    read = next(read for fits, read in READERS if fits(path))
+    read = next((read for fits, read in READERS if fits(path)), open_directory)
     return read(path)
 
 

@@ -69,6 +69,9 @@ MEANINGLESS = frozenset(
 )
 
 
+MOST_LAYERS = config.Model.__dataclass_fields__["layers"].metadata["high"]
+
+
 class Missing(UsageError):
     """A key that the family needs is not in the config."""
 
@@ -89,6 +92,24 @@ def take(values: Mapping[str, Any], name: str, default: Any = Missing) -> Any:
     if default is Missing:
         raise UsageError(f"config.json: {name} is missing, and the model cannot be made without it")
     return default
+
+
+def take_switch(values: Mapping[str, Any], name: str) -> bool:
+    """A value that is true or false, or false where there is none. Raises UsageError for others."""
+    value = values.get(name) or False
+    if not isinstance(value, bool):
+        raise UsageError(f"config.json: {name} = {value!r} is neither true nor false")
+    return value
+
+
+def count_layers(values: Mapping[str, Any]) -> int:
+    """The number of layers. It is checked before something is made of that length."""
+    layers = take(values, "num_hidden_layers")
+    if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
+        raise UsageError(
+            f"config.json: num_hidden_layers = {layers!r}; expected 1 to {MOST_LAYERS:,}"
+        )
+    return layers
 
 
 def field(name: str, ours: str, default: Any = Missing) -> Key:
@@ -155,7 +176,7 @@ def activation(name: str, rows: Mapping[str, str], default: Any = Missing) -> Ke
 
 def _read_layer_windows(values):
     """Windows by layer, from `layer_types` or the older keys of Qwen and Gemma."""
-    layers = take(values, "num_hidden_layers")
+    layers = count_layers(values)
     size = values.get("sliding_window") or 0
     kinds = values.get("layer_types")
     if kinds is None:
@@ -182,9 +203,7 @@ def _guess_layer_types(values, layers):
         every = every or {"gemma2": 2}.get(family, 6)
         return [full if (i + 1) % every == 0 else local for i in range(layers)]
     if family.startswith("qwen"):
-        first = (
-            values.get("max_window_layers", layers) if values.get("use_sliding_window") else layers
-        )
+        first = values.get("max_window_layers", 28)
         return [local if i >= first else full for i in range(layers)]
     return [local] * layers
 
@@ -211,7 +230,6 @@ LAYER_WINDOWS = Key(
     (
         "layer_types",
         "sliding_window",
-        "use_sliding_window",
         "sliding_window_pattern",
         "_sliding_window_pattern",
     ),
@@ -220,13 +238,21 @@ LAYER_WINDOWS = Key(
 )
 
 
-def _write_switched_windows(model):
-    """Qwen ignores its windows unless a switch is on."""
-    keys = _write_layer_windows(model)
+def _read_switched_windows(values):
+    """Qwen: without its switch no layer has a window, whatever the other keys say."""
+    is_on = take_switch(values, "use_sliding_window")
+    return _read_layer_windows(values if is_on else {**values, "sliding_window": None})
+
+
+def _add_switch(keys):
     return {**keys, "use_sliding_window": keys["sliding_window"] is not None}
 
 
-SWITCHED_WINDOWS = LAYER_WINDOWS._replace(write=_write_switched_windows)
+SWITCHED_WINDOWS = Key(
+    (*LAYER_WINDOWS.names, "use_sliding_window"),
+    _read_switched_windows,
+    lambda model: _add_switch(_write_layer_windows(model)),
+)
 
 
 def _write_one_window(model):
@@ -242,6 +268,19 @@ ONE_WINDOW = Key(
     ("sliding_window",),
     lambda values: {"windows": (values.get("sliding_window") or 0,)},
     _write_one_window,
+)
+
+
+def _read_switched_window(values):
+    """Qwen3-MoE: one window for all layers, if a switch is on."""
+    is_on = take_switch(values, "use_sliding_window")
+    return {"windows": (values.get("sliding_window") or 0 if is_on else 0,)}
+
+
+SWITCHED_WINDOW = Key(
+    ("sliding_window", "use_sliding_window"),
+    _read_switched_window,
+    lambda model: _add_switch(_write_one_window(model)),
 )
 
 # ---- rotary positions ----
@@ -281,9 +320,17 @@ def _write_scaling(model: config.Model) -> dict[str, Any] | None:
     }
 
 
+def _refuse_two_scalings(values):
+    if values.get("rope_parameters") and values.get("rope_scaling"):
+        raise UsageError(
+            "config.json: has rope_parameters and rope_scaling; leave out the one that is not meant"
+        )
+
+
 def _read_rope(values):
     """Rotary positions, from `rope_parameters` (transformers 5) or the two keys before it."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    _refuse_two_scalings(values)
     base = rope.get("rope_theta") or values.get("rope_theta") or values.get("rotary_emb_base")
     part = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor")
     part = part or values.get("rotary_pct") or 1.0
@@ -320,12 +367,15 @@ ROPE = Key(
 def _read_two_ropes(values):
     """Gemma 3: layers with a window rotate by a base of their own."""
     by_kind = values.get("rope_parameters")
+    _refuse_two_scalings(values)
     if by_kind:
         full = take(by_kind, "full_attention")
         local = take(by_kind, "sliding_attention")
     else:
         full = {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {})}
         local = {"rope_theta": values.get("rope_local_base_freq")}
+    if _read_scaling(local, "sliding_attention of rope_parameters"):
+        raise UsageError("config.json: layers with a window have scaled frequencies; ours have not")
     fields = {
         "position": "rotary",
         "rope_base": float(full.get("rope_theta") or 1_000_000),

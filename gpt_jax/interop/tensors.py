@@ -92,7 +92,11 @@ def _read_index(path: Path) -> Mapping[str, str]:
     if not is_right:
         raise UsageError(f"{path}: is no index of tensors (an object weight_map of file names)")
 
-    strange = [name for name in places.values() if os.path.basename(name) != name]
+    strange = [
+        name
+        for name in places.values()
+        if os.path.basename(name) != name or name in ("", os.curdir, os.pardir)
+    ]
     if strange:
         raise UsageError(f"{path}: {strange[0]!r} is no file name; it may not leave the directory")
     return places
