@@ -73,7 +73,7 @@ def write_directory(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         _write_shards(unfinished, _cut(entries, shard_bytes), code, read, tell)
-        config = values | {"dtype": dtype, "torch_dtype": dtype}
+        config = values | {"dtype": dtype, "torch_dtype": dtype} | _name_specials(origin)
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for name, content in list_files(origin).items():
             (unfinished / name).write_bytes(content)
@@ -81,6 +81,12 @@ def write_directory(
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise SaveFailed(f"{directory}: writing failed: {describe_error(error)}") from error
+
+
+def _name_specials(origin: Origin) -> dict[str, int | None]:
+    """The ids of special tokens. Without them transformers would take those of its first model."""
+    eot = None if origin.tokenizer is None else origin.tokenizer.eot
+    return {"bos_token_id": None, "eos_token_id": eot, "pad_token_id": None}
 
 
 def list_files(origin: Origin) -> dict[str, bytes]:

@@ -104,8 +104,14 @@ def _read_scale(values):
 
 
 def _write_scale(model):
-    scale = model.attention_scale or model.head_dim**-0.5
-    return {"head_dim": model.head_dim, "query_pre_attn_scalar": round(scale**-2, 6)}
+    """Their number is a whole one, so that not every scale can be said."""
+    scalar = round(model.attention_scale**-2) if model.attention_scale else model.head_dim
+    if model.attention_scale and not math.isclose(scalar**-0.5, model.attention_scale):
+        raise UsageError(
+            f"config.model.attention_scale = {model.attention_scale}: query_pre_attn_scalar is a "
+            "whole number, and the scale is 1 / sqrt of it"
+        )
+    return {"head_dim": model.head_dim, "query_pre_attn_scalar": scalar}
 
 
 GEMMA_SCALE = Key(("query_pre_attn_scalar", "head_dim"), _read_scale, _write_scale)

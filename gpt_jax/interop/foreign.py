@@ -41,7 +41,7 @@ def read_values(directory: Path) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"{path}: {describe_error(error)}; a model's directory has one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is no JSON ({error})") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: is no JSON object")

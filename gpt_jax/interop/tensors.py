@@ -87,7 +87,7 @@ def _read_index(path: Path) -> Mapping[str, str]:
     try:
         places = json.loads(path.read_bytes())["weight_map"]
         is_right = isinstance(places, dict) and all(isinstance(v, str) for v in places.values())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         is_right = False
     if not is_right:
         raise UsageError(f"{path}: is no index of tensors (an object weight_map of file names)")

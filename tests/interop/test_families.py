@@ -4,6 +4,7 @@ The goldens are made by tests/support/make_goldens.py. Shapes: B batch, T sequen
 """
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import pytest
 
 from gpt_jax import config
 from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
+from gpt_jax.errors import UsageError
 from gpt_jax.infer.decode import generate
 from gpt_jax.infer.settings import Sampling
+from gpt_jax.interop.architecture import write_config
 from gpt_jax.interop.families import FAMILIES, find_family
 from gpt_jax.interop.foreign import open_foreign
 from gpt_jax.interop.origin import Origin
@@ -149,6 +152,22 @@ def test_bfloat16_has_the_same_top_token(name):
     is_clear = best - second > 2 * 2**-7 * np.abs(logits).max()
     assert is_clear.mean() > 0.5 and (rough != logits).any()
     assert (rough.argmax(-1) == logits.argmax(-1))[is_clear].mean() >= 0.99
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_is_written_as_it_was_read(name):
+    """Each key that we write and that their file has too has the same value, and the same type."""
+    theirs = json.loads((GOLDENS / name / "config.json").read_text())
+    ours = write_config(open_golden(name).model, theirs["model_type"])
+    shared = ours.keys() & {key for key, value in theirs.items() if value is not None}
+    assert len(shared) >= 10
+    assert {key: repr(ours[key]) for key in shared} == {key: repr(theirs[key]) for key in shared}
+
+
+def test_a_scale_that_is_no_whole_number_there_is_refused():
+    model = replace(open_golden("gemma3").model, attention_scale=0.3)
+    with pytest.raises(UsageError, match=r"attention_scale = 0\.3: .* whole number"):
+        write_config(model, "gemma3_text")
 
 
 def test_every_family_has_a_golden():
