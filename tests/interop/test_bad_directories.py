@@ -439,3 +439,22 @@ def test_windows_without_a_list_of_layers_mean_the_same(name, pattern):
     kinds = values.pop("layer_types")
     values.pop("_sliding_window_pattern", None)
     assert read_model(values | pattern) == read_model(values | {"layer_types": kinds})
+
+
+ABSENT = [
+    ("mistral", "sliding_window", "windows", (4096,)),
+    ("mixtral_shards", "rms_norm_eps", "norm_epsilon", 1e-5),
+    ("qwen2_windows_tied", "use_sliding_window", "windows", (0,)),
+    ("qwen3", "head_dim", "head_dim", 128),
+    ("gemma2", "attn_logit_softcapping", "attention_softcap", 50.0),
+    ("qwen3_moe", "norm_topk_prob", "router_normalize", False),
+    ("gpt_neox", "rope_parameters", "rope_fraction", 0.25),
+]
+
+
+@pytest.mark.parametrize("name, key, field, meant", ABSENT)
+def test_an_absent_key_means_what_transformers_takes(name, key, field, meant):
+    """Files may leave out what is the default of their family (test_live_families.py has all)."""
+    values = read_config(name)
+    del values[key]
+    assert getattr(read_model(values), field) == meant
