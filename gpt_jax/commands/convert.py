@@ -95,7 +95,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Opens, averages, and writes."""
-    from gpt_jax.interop import export, is_foreign
+    from gpt_jax.interop import is_foreign, write_directory
     from gpt_jax.run import average, open_model, write_native
 
     say = make_say(sys.stderr)
@@ -111,7 +111,7 @@ def convert(args: argparse.Namespace) -> None:
     wanted = args.format or ("native" if is_foreign(args.source[0]) else "hf")
     target = Path(args.to)
     if wanted == "hf":
-        export(origin, target, args.family, args.dtype)
+        write_directory(origin, target, args.family, args.dtype)
     else:
         write_native(origin, target, say)
     emit(f"{origin.name} is now {target} ({wanted})")

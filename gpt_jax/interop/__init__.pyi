@@ -1,4 +1,4 @@
-from .export import export as export
+from .export import write_directory as write_directory
 from .foreign import (
     find_tokenizer as find_tokenizer,
     is_foreign as is_foreign,

@@ -38,7 +38,7 @@ class Entry(NamedTuple):
     size: int  # bytes
 
 
-def export(
+def write_directory(
     origin: Origin,
     directory: Path,
     family: str = "",

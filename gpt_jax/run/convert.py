@@ -10,7 +10,7 @@ from gpt_jax import config as configs
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import UsageError
 from gpt_jax.interop import Origin, find_depths, is_foreign, list_shapes, open_foreign
-from gpt_jax.run.meta import META_SCHEMA, read_config, read_tokenizer
+from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
 from gpt_jax.train import (
     CHECKPOINT_FOLDER,
     MANIFEST,
@@ -63,6 +63,11 @@ def open_native(path: str, step: int, say: Callable[[str], None]) -> Origin:
         read=read,
         tokenizer=read_tokenizer(meta, directory, number),
         carried={file.name: file.read_bytes() for file in sorted(files.glob("*"))},
+        facts={
+            "step": number,
+            "tokens seen": count_tokens(meta, config, directory),
+            "weights": "averaged" if config.train.ema else "last",
+        },
     )
 
 

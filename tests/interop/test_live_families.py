@@ -11,7 +11,7 @@ import pytest
 
 from gpt_jax.errors import UsageError
 from gpt_jax.interop.architecture import read_model
-from gpt_jax.interop.export import export
+from gpt_jax.interop.export import write_directory
 from gpt_jax.interop.families import FAMILIES
 from gpt_jax.interop.foreign import open_foreign
 from gpt_jax.model.transformer import REFERENCE, Transformer, abstract_params
@@ -62,7 +62,7 @@ def test_our_directories_open_in_transformers(tmp_path, name):
     model = make_goldens.make_live(name, SEEDS[0])
     model.save_pretrained(tmp_path / "theirs")
     origin = open_foreign(tmp_path / "theirs")
-    export(origin, tmp_path / "ours")
+    write_directory(origin, tmp_path / "ours")
 
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", attn_implementation="eager", output_loading_info=True
