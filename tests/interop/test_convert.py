@@ -305,6 +305,7 @@ def test_a_run_exports_its_last_checkpoint(tmp_path):
 
 
 def test_a_run_that_no_family_has_is_not_started(tmp_path):
-    values = {"model": NO_FAMILY | {"vocab": 0}, "checkpoint": {"export": "hf"}}
+    model = NO_FAMILY | {"vocab": 0, "max_seq": 256}
+    values = {"model": model, "checkpoint": {"export": "hf"}, "train": {"batch_size": 8}}
     with pytest.raises(UsageError, match="no family of models"):
         gpt_jax.build(values, say=lambda line: None)
