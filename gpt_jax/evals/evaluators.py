@@ -16,7 +16,9 @@ from gpt_jax.evals.heldout import (
     compute_heldout_metrics,
     measure_xz_bits_per_byte,
 )
+from gpt_jax.evals.questions import measure_questions
 from gpt_jax.evals.samples import draw_samples
+from gpt_jax.evals.subject import Subject
 from gpt_jax.metrics import Sums
 
 
@@ -65,10 +67,20 @@ def write_sample(evaluation: Evaluation) -> dict[str, str]:
     return {"sample/0": texts[0]}
 
 
+def answer_questions(evaluation: Evaluation) -> dict[str, float]:
+    """`eval/<file>/acc` and the like, see `measure_questions`."""
+    subject = Subject(
+        evaluation.model, evaluation.compute, evaluation.params, evaluation.data.tokenizer
+    )
+    # Contexts that were cut are counted in the metrics.
+    return measure_questions(subject, evaluation.knobs.questions, lambda line: None)
+
+
 EVALUATORS: dict[str, Callable[[Evaluation], Mapping[str, float | str]]] = {
     "heldout": measure_heldout,
     "samples": write_sample,
     "xz": measure_xz,
+    "questions": answer_questions,
 }
 
 
