@@ -50,9 +50,9 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     """Makes requests of texts (context, continuation).
 
     White space at the end of a context moves to its continuation, because a token of most
-    vocabularies begins with its space. The whole text is encoded, and cut after as many ids as the
-    context alone has. An empty context becomes the start token, unless the continuation begins
-    with it.
+    vocabularies begins with its space. The context has its own ids. The continuation has those of
+    the whole text after as many. An empty context becomes the start token, unless the continuation
+    begins with it.
 
     Raises UsageError as the tokenizer does, and for an empty context without a start token.
     """
@@ -63,7 +63,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     requests = []
     for whole, head in zip(wholes, heads, strict=True):
         if len(head):
-            requests.append(Request(whole[: len(head)], whole[len(head) :]))
+            requests.append(Request(head, whole[len(head) :]))
             continue
         start = start_token(tokenizer)
         begins_with_it = len(whole) and whole[0] == start

@@ -277,7 +277,7 @@ def test_texts_become_pairs():
 
 
 def test_the_whole_text_is_encoded_and_cut(monkeypatch):
-    """A vocabulary that joins letters across the cut: ids are those of the whole text."""
+    """A vocabulary that joins letters across the cut: the rest has the ids of the whole text."""
     pieces = ("a", "b", "ab", "c")
 
     def encode(texts):
@@ -288,7 +288,7 @@ def test_the_whole_text_is_encoded_and_cut(monkeypatch):
         make_byte_tokenizer(), pieces=tuple(piece.encode() for piece in pieces), encoder=encode
     )
     [request] = encode_pairs(tokenizer, [("a", "bc")])
-    assert (list(request.context), list(request.continuation)) == ([2], [3])
+    assert (list(request.context), list(request.continuation)) == ([0], [3])
     # A continuation that begins with the start token is not given another one.
     tokenizer = replace(tokenizer, eot=0)
     [request] = encode_pairs(tokenizer, [("", "acb")])

@@ -42,7 +42,8 @@ def make_chain(text: str, table: np.ndarray) -> np.ndarray:
     """
     ids = [IDS - 1, *text.encode()]
     assert len(set(ids)) == len(ids)
-    changed = table * 0.01
+    changed = table.copy()
+    changed[ids[:-1]] *= 0.01
     changed[ids[:-1], ids[1:]] += 0.99
     return changed
 
