@@ -103,7 +103,7 @@ def fit_request(name: str, request: Request, context: int, vocab: int) -> Fitted
     if count > context:
         raise UsageError(
             f"{name}: its continuation has {count} tokens and the model's context holds "
-            f"{context}; shorten it, or score it in windows"
+            f"{context}; shorten it"
         )
 
     ids = np.concatenate([np.asarray(part, np.int64) for part in request])

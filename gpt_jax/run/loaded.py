@@ -30,12 +30,7 @@ def tell(line: str) -> None:
 
 
 class Loaded(NamedTuple):
-    """A trained model. Its attention kernel was chosen for this machine. `params` lie on `mesh`.
-
-    >>> loaded = gpt_jax.load("runs/mine")                            # doctest: +SKIP
-    >>> loaded.score("The capital of France is", [" Paris", " Rome"])  # doctest: +SKIP
-    [-2.1, -4.7]
-    """
+    """A trained model. Its attention kernel was chosen for this machine. `params` lie on `mesh`."""
 
     config: configs.Config
     tokenizer: Tokenizer

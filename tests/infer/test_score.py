@@ -182,12 +182,23 @@ def test_logits_are_those_of_a_plain_pass():
         compute_logits(model, COMPUTE, params, np.array([40]), silent)
 
 
-def test_one_compilation_for_a_bucket():
-    """Requests of 48 lengths have the buckets 16, 32 and 48; other continuations are no others."""
+def test_one_compilation_for_a_bucket(monkeypatch):
+    """Requests of 48 lengths have the buckets 16, 32 and 48, each with batches that are not full."""
+    monkeypatch.setattr(score, "TOKENS", 160)
     model = make_model(mlp=24)
+    shapes = []
+    plain = score._run
+
+    def run_and_look(params, batch, *rest):
+        shapes.append(batch.tokens.shape)
+        return plain(params, batch, *rest)
+
+    monkeypatch.setattr(score, "_run", run_and_look)
     before = score._score._cache_size()
     run(model, draw_requests(model, [(n, 1) for n in range(1, 49)]))
+    assert set(shapes) == {(2, 48), (4, 32), (8, 16)} and len(shapes) > 6
     assert score._score._cache_size() == before + 3
+    # Other continuations are no other programs.
     run(model, draw_requests(model, [(1 + n // 2, n - n // 2) for n in range(1, 49)]))
     assert score._score._cache_size() == before + 3
 
