@@ -19,6 +19,7 @@ from gpt_jax.evals.heldout import (
 from gpt_jax.evals.questions import measure_questions
 from gpt_jax.evals.samples import draw_samples
 from gpt_jax.evals.subject import Subject
+from gpt_jax.infer import carry_on
 from gpt_jax.metrics import Sums
 
 
@@ -35,6 +36,8 @@ class Evaluation(NamedTuple):
     # {source: Sums of the objective over its held-out batches}. Each call goes over them anew.
     sum_heldout: Callable[[], dict[str, Sums]]
     shares: Mapping[str, float]  # {source: its part of the rows}
+    # An evaluator that takes long calls this now and then. It may raise, to end the evaluation.
+    tick: Callable[[], None] = carry_on
 
 
 def measure_heldout(evaluation: Evaluation) -> dict[str, float]:
@@ -73,7 +76,9 @@ def answer_questions(evaluation: Evaluation) -> dict[str, float]:
         evaluation.model, evaluation.compute, evaluation.params, evaluation.data.tokenizer
     )
     # Contexts that were cut are counted in the metrics.
-    return measure_questions(subject, evaluation.knobs.questions, lambda line: None)
+    return measure_questions(
+        subject, evaluation.knobs.questions, lambda line: None, evaluation.tick
+    )
 
 
 EVALUATORS: dict[str, Callable[[Evaluation], Mapping[str, float | str]]] = {

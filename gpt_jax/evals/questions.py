@@ -16,7 +16,7 @@ import numpy as np
 from gpt_jax.errors import UsageError
 from gpt_jax.evals.subject import Subject
 from gpt_jax.files import describe_error
-from gpt_jax.infer import Score, encode_pairs, fit_request, score_requests
+from gpt_jax.infer import Score, carry_on, encode_pairs, fit_request, score_requests
 
 Pair = tuple[str, str]  # a context and its continuation
 Row = dict[str, Any]
@@ -173,7 +173,10 @@ def name_files(paths: Iterable[str]) -> dict[str, str]:
 
 
 def measure_questions(
-    subject: Subject, paths: Iterable[str], report: Callable[[str], None]
+    subject: Subject,
+    paths: Iterable[str],
+    report: Callable[[str], None],
+    tick: Callable[[], None] = carry_on,
 ) -> dict[str, float]:
     """`eval/<file>/<metric>` of each file: a rate, its standard error, and two counts.
 
@@ -182,8 +185,8 @@ def measure_questions(
     a byte, and less that without the question. `questions` counts the rows, and `cut` the contexts
     that did not fit.
 
-    All processes of a job must call this together. Raises UsageError as `read_questions` does, and
-    if an answer cannot be scored.
+    `tick` is called before each batch. All processes of a job must call this together. Raises
+    UsageError as `read_questions` does, and if an answer cannot be scored.
     """
     model, compute, params, tokenizer = subject
     metrics: dict[str, float] = {}
@@ -191,7 +194,7 @@ def measure_questions(
         kind, rows = read_questions(path)
         asked = [kind.ask(row) for row in rows]
         requests = _encode(tokenizer, asked, path)
-        scores = score_requests(model, compute, params, requests, report)
+        scores = score_requests(model, compute, params, requests, report, tick)
 
         remaining = iter(scores)
         own = [[next(remaining) for _ in pairs] for pairs in asked]

@@ -11,6 +11,7 @@ from .requests import (
 )
 from .score import (
     Score as Score,
+    carry_on as carry_on,
     compute_logits as compute_logits,
     score_requests as score_requests,
 )

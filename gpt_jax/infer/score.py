@@ -220,18 +220,24 @@ def _count_multiple(compute: config.Compute) -> int:
     return parts * (compute.pipeline_microbatches or 1)
 
 
+def carry_on() -> None:
+    """What happens between batches where nobody watches."""
+
+
 def score_requests(
     model: config.Model,
     compute: config.Compute,
     params,
     requests: Sequence[Request],
     report: Callable[[str], None],
+    tick: Callable[[], None] = carry_on,
 ) -> list[Score]:
     """Scores the continuation of each request, in the order of the requests.
 
     `model` must be resolved. Its experts take all of their tokens. `params` may live on the
     current mesh, whatever its shape; all processes of a job must call this together. `report` gets
-    one line if contexts were cut, because the model reads at most its context.
+    one line if contexts were cut, because the model reads at most its context. `tick` is called
+    before each batch, and may raise to end the work.
 
     Raises UsageError if a request cannot be scored, see `fit_request`.
     """
@@ -250,6 +256,7 @@ def score_requests(
     scores: dict[int, Score] = {}
     waiting = None
     for batch in make_batches(fitted, model, _count_multiple(compute)):
+        tick()
         result = _run(params, batch, model, compute)
         # This batch is under way before the host waits for the one before it.
         if waiting:

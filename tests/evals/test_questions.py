@@ -2,7 +2,10 @@
 
 import json
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -11,6 +14,8 @@ import subjects
 from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
 from gpt_jax.errors import UsageError
 from gpt_jax.evals import check_questions, measure_questions
+from gpt_jax.infer import score
+from gpt_jax.run import evaluation
 
 TABLE = subjects.draw_table()
 CHOICES = [
@@ -93,6 +98,42 @@ def test_contexts_that_are_cut_are_counted(tmp_path):
     subject = subjects.make_subject(TABLE)
     found = measure_questions(subject, [write(tmp_path / "q.jsonl", rows)], said.append)
     assert found["eval/q/cut"] == 1 and len(said) == 1 and "1 of 2 requests" in said[0]
+
+
+def test_a_run_is_told_at_each_batch(tmp_path, monkeypatch):
+    """The watchdog hears of each batch, and a request to stop ends the evaluation there."""
+    monkeypatch.setattr(score, "TOKENS", 16)
+    rows = [{"context": "a", "answer": "b"}] * 5
+    path = write(tmp_path / "q.jsonl", rows)
+    ticks = []
+    subject = subjects.make_subject(TABLE)
+    measure_questions(subject, [path], print, lambda: ticks.append(1))
+    assert len(ticks) == 5
+
+    lines = [{"context": "abc", "answer": "d"}]
+    path = write(tmp_path / "asked.jsonl", lines)
+    sizes = "--config.train.steps=1", "--config.eval.batches=1", "--config.data.tokenizer=bytes"
+    asked = runs.load(
+        tmp_path,
+        *sizes,
+        "--config.eval.evaluators=('questions',)",
+        f"--config.eval.questions=('{path}',)",
+    )
+    parts = runs.build(asked)
+    told = []
+    progress = SimpleNamespace(
+        settle=lambda: None,
+        parts=parts,
+        config=parts.config,
+        heldout={},
+        beat=lambda: told.append(1),
+        shares=lambda step: {},
+        clock=SimpleNamespace(phase=lambda name: nullcontext()),
+    )
+    with jax.set_mesh(parts.mesh):
+        state = parts.init()
+        assert not evaluation.evaluate(progress, state, 1, lambda: True)
+    assert told == [1]
 
 
 @pytest.mark.parametrize(
