@@ -47,7 +47,7 @@ def test_choices_are_compared_in_four_ways(tmp_path):
             # Their first bytes differ, or the unconditional scores of two would be the same.
             "choices": [
                 first + "".join(map(chr, rng.integers(161, 233, size)))
-                for first, size in zip("xyz", (2, 5, 9), strict=True)
+                for first, size in zip(("      x", "y", "z"), (2, 5, 9), strict=True)
             ],
             "gold": int(rng.integers(3)),
         }
