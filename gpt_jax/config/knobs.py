@@ -24,6 +24,7 @@ SPLITS = ("tail", "document")
 TOKEN_TYPES = ("auto", "uint16", "uint32")
 OBJECTIVES = ("next_token",)
 EVALUATORS = ("heldout", "samples", "xz", "questions")
+MATMULS = ("compute", "fp8")
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 
 # The largest whole number of a field without a smaller limit. Devices count in 32 bits.

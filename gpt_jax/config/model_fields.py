@@ -9,6 +9,7 @@ from gpt_jax.config.knobs import (
     DTYPES,
     INITS,
     KERNELS,
+    MATMULS,
     NORMS,
     POSITIONS,
     REMATS,
@@ -155,6 +156,13 @@ class Compute:
         "The dtype of matmuls, and of their gradients until devices have summed them. Parameters, "
         "losses, logits and the optimiser stay float32.",
         choices=DTYPES,
+    )
+    matmul_dtype: str = knob(
+        "compute",
+        "The dtype that linear maps of attention and feed-forwards multiply in. compute means that "
+        "of `dtype`; fp8 scales each tensor by its largest entry. Embeddings, head, routers and "
+        "experts keep `dtype`.",
+        choices=MATMULS,
     )
     kernel: str = knob(
         "auto",

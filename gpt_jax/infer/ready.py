@@ -12,10 +12,12 @@ from gpt_jax.model import KERNELS, MULTIPLIED, choose_kernel, describe_parameter
 def make_ready(
     model: config.Model, compute: config.Compute, params, report: Callable[[str], None]
 ) -> tuple[config.Model, config.Compute, dict]:
-    """The model without dropout and capacities, and its matmul weights in the compute dtype.
+    """The model without dropout, capacities and fp8, and its matmul weights in the compute dtype.
 
-    `model` must be resolved. `report` gets a line if a capacity was dropped.
+    `model` must be resolved. `report` gets a line if capacities or fp8 were dropped.
     """
+    for line in config.describe_inference(compute):
+        report(line)
     model, compute = config.for_inference(model, compute)
     return drop_capacity(model, report), compute, cast_multiplied(params, compute.dtype)
 
