@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gpt_jax.errors import UsageError, install_command, plain
+from gpt_jax.evals.harness_model import HarnessMethods
 from gpt_jax.evals.subject import Subject
 
 # Draws for the standard error of a metric that has no formula for it, such as a perplexity. The
@@ -40,7 +41,7 @@ def run_tasks(
             simple_evaluate,
         )
 
-        from gpt_jax.evals.harness_model import HarnessModel
+        harness_model = make_harness_model(subject, report)
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--lm_eval: needs the package {error.name}; {install_command('lm_eval')}"
@@ -49,7 +50,7 @@ def run_tasks(
     manager, names = find_tasks(settings)
     try:
         return simple_evaluate(
-            HarnessModel(subject, report),
+            harness_model,
             tasks=names,
             task_manager=manager,
             num_fewshot=settings.num_fewshot,
@@ -62,6 +63,16 @@ def run_tasks(
             f"--lm_eval={','.join(settings.names)}: the data of a task cannot be read: "
             f"{plain(error)}"
         ) from None
+
+
+def make_harness_model(subject: Subject, report: Callable[[str], None]) -> Any:
+    """A model for the harness. Raises ModuleNotFoundError without its package."""
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports] an extra
+
+    class HarnessModel(HarnessMethods, TemplateLM):
+        """The harness takes its own models alone."""
+
+    return HarnessModel(subject, report)
 
 
 def find_tasks(settings: TaskSettings) -> tuple[Any, list[str]]:

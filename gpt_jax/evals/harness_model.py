@@ -1,8 +1,7 @@
-"""The model as lm-evaluation-harness asks it. Importing this needs the package lm_eval."""
+"""The methods that lm-evaluation-harness asks of a model. They work without its package."""
 
 from collections.abc import Callable
-
-from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports] an extra
+from typing import Any
 
 from gpt_jax.evals.subject import Subject
 from gpt_jax.evals.until import count_default_tokens, generate_until
@@ -15,12 +14,16 @@ from gpt_jax.infer import (
 )
 
 
-class HarnessModel(TemplateLM):
-    """A Subject with the methods of a model of the harness.
+class HarnessMethods:
+    """A Subject with the methods of a model of the harness, but without its base class.
+
+    The base class has the `cache_hook`, which keeps answers where the harness is asked to.
 
     Each process of a job says that it is the only one. Rows are split over the mesh below, so all
     processes ask the same and get the same.
     """
+
+    cache_hook: Any
 
     def __init__(self, subject: Subject, report: Callable[[str], None]):
         super().__init__()
@@ -46,6 +49,10 @@ class HarnessModel(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         return start_token(self._subject.tokenizer)
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs):
         """The ids of a text. Special tokens are never added, as in training."""

@@ -1,6 +1,7 @@
-"""The model as lm-evaluation-harness asks it. Without that package these tests are skipped.
+"""The model as lm-evaluation-harness asks it, by each of its rules.
 
-Its rules are tested without it in tests/infer/test_score.py and tests/evals/test_until.py.
+What compares with the harness itself is skipped without its package. The rules of texts and
+requests are also tested in tests/infer/test_score.py and tests/evals/test_until.py.
 """
 
 import json
@@ -18,6 +19,8 @@ import subjects
 from gpt_jax.data.tokenizers.bpe import train_bpe
 from gpt_jax.errors import UsageError
 from gpt_jax.evals import TaskSettings, list_measured, run_tasks
+from gpt_jax.evals.harness import make_harness_model
+from gpt_jax.evals.harness_model import HarnessMethods
 from gpt_jax.infer import encode_pairs, make_rolling_requests, score
 
 TABLE = subjects.make_chain("abcdefghij", subjects.draw_table())
@@ -93,12 +96,15 @@ def offline(monkeypatch, tmp_path):
 
 
 def make_model(table=TABLE, tokenizer=None, report=None):
-    from gpt_jax.evals.harness_model import HarnessModel
+    """The model that the harness gets. Without its package it has no base class."""
 
     def refuse(line):
         raise AssertionError(line)
 
-    return HarnessModel(subjects.make_subject(table, tokenizer), report or refuse)
+    make = make_harness_model if HAS_HARNESS else HarnessMethods
+    model = make(subjects.make_subject(table, tokenizer), report or refuse)
+    model.cache_hook = Hook()
+    return model
 
 
 def ask(*args):
@@ -115,7 +121,6 @@ class Hook:
         self.kept.append(what)
 
 
-@needs_harness
 def test_rule_1_long_contexts_are_cut_on_the_left_and_counted():
     said = []
     long, tail = "0123456789" * 9, "abc"
@@ -156,6 +161,8 @@ def test_rule_3_windows_are_those_of_the_harness():
         ours = [(list(a), list(b)) for a, b in make_rolling_requests(ids, 999, 64)]
         assert ours == theirs
 
+
+def test_rule_3_each_token_of_a_text_is_scored_once():
     texts = [document["text"] for document in DOCUMENTS["rolling"]]
     found = make_model().loglikelihood_rolling([ask(text) for text in texts])
     expected = [subjects.read_off(TABLE, "", text) for text in texts]
@@ -183,6 +190,8 @@ def test_rule_4_generation_settings_mean_what_they_mean_there():
             theirs["until"]
         )
 
+
+def test_rule_4_texts_end_before_a_stop_string():
     model = make_model()
     asked = [
         ask("xa", {"until": ["h"], "max_gen_toks": 9}),
@@ -191,11 +200,9 @@ def test_rule_4_generation_settings_mean_what_they_mean_there():
     assert model.generate_until(asked) == ["bcdefg", "ab"]
 
 
-@needs_harness
 def test_rule_5_answers_are_cached():
     model = make_model()
-    hook = Hook()
-    model.set_cache_hook(hook)
+    hook = model.cache_hook
     settings = {"until": ["d"], "max_gen_toks": 4}
     [answer] = model.loglikelihood([ask("a", "b")])
     [total] = model.loglikelihood_rolling([ask("abc")])
@@ -209,7 +216,6 @@ def test_rule_5_answers_are_cached():
     assert len(hook.kept) == 3
 
 
-@needs_harness
 def test_rule_6_a_bucket_compiles_once():
     model = make_model(subjects.draw_table(5))
     before = score._score._cache_size()
@@ -217,7 +223,6 @@ def test_rule_6_a_bucket_compiles_once():
     assert score._score._cache_size() <= before + 3  # 16, 32 and 64
 
 
-@needs_harness
 def test_rule_7_every_process_is_the_only_one(monkeypatch, mesh):
     """The evaluator shares nothing out. Rows lie over the mesh, and the answers stay the same."""
     monkeypatch.setattr(jax, "process_index", lambda: 1)
