@@ -40,7 +40,7 @@ from gpt_jax.run.notes import (
     describe_size,
     describe_unsharded,
 )
-from gpt_jax.run.source import check_start, read_start_tokenizer
+from gpt_jax.run.source import check_start, read_start_tokenizer, take_model
 from gpt_jax.train import (
     Network,
     TrainState,
@@ -131,6 +131,7 @@ def build(
     Raises UsageError for what cannot be run, and Miscompiled where the compiler is known to give
     wrong results.
     """
+    config = take_model(config, workdir)
     # Loading the data may take a while, so what can be refused without it is refused first.
     resolved = configs.resolve(config)
     configs.check(resolved, jax.device_count())
