@@ -353,4 +353,5 @@ def describe_kernel(config: configs.Config, mesh, reason: str) -> str:
 def describe_options(config: configs.Config, mesh) -> list[str]:
     """A line about the options that the steps are compiled with, if they have any."""
     options = compiler_options(config, mesh)
-    return [describe_xla_options(mesh.devices.flat[0].platform, options)] if options else []
+    device = mesh.devices.flat[0]
+    return [describe_xla_options(device.platform, device.device_kind, options)] if options else []
