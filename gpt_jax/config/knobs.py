@@ -27,7 +27,7 @@ WEIGHTS = ("tokens", "documents")
 SPLITS = ("tail", "document")
 TOKEN_TYPES = ("auto", "uint16", "uint32")
 OBJECTIVES = ("next_token",)
-EVALUATORS = ("heldout", "samples", "xz")
+EVALUATORS = ("heldout", "samples", "xz", "questions")
 MATMULS = ("compute", "fp8")
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 

@@ -195,7 +195,12 @@ class Eval:
     evaluators: tuple[str, ...] = knob(
         ("heldout",),
         "What an evaluation measures, in this order: heldout (loss by source), samples (a text), "
-        "xz (what xz -9 makes of the held-out text).",
+        "xz (what xz -9 makes of the held-out text), questions (the answers to eval.questions).",
+    )
+    questions: tuple[str, ...] = knob(
+        (),
+        "Local .jsonl files of questions for the evaluator questions. A row has context, choices "
+        "and gold, or context and answer.",
     )
     batches: int = knob(
         0, "Held-out batches of an evaluation. 0 means all of them.", low=0, high=NEVER
