@@ -215,10 +215,15 @@ class Transformer(nn.Module):
         return self.logits(self.output(hidden.dtype), hidden)
 
     def output(self, dtype) -> jax.Array:
-        """Returns the output matrix [D, V] in `dtype`, laid out for use."""
+        """Returns the output matrix [D, V] rounded to `dtype`, laid out for use.
+
+        Its own dtype is the one in which devices sum its gradient, see `sharding.use_weight`.
+        """
+        gradient_dtype = self.compute.gradient_dtype
         if self.model.tied:
-            return sharding.use_weight(self.embed.table, ("vocab", "embed"), dtype).T
-        return self.head(dtype)
+            axes = ("vocab", "embed")
+            return sharding.use_weight(self.embed.table, axes, dtype, gradient_dtype).T
+        return self.head(dtype, gradient_dtype)
 
     def logits(self, head: jax.Array, hidden: jax.Array) -> jax.Array:
         """Multiplies hidden [B, T, D] with `output`'s matrix -> logits [B, T, V], float32."""

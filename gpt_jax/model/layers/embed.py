@@ -92,13 +92,13 @@ class PositionTable(nn.Module):
 
 
 class Head(nn.Module):
-    """The untied output matrix [D, V]."""
+    """The untied output matrix [D, V], for use in `dtype`. Its own dtype is that of its gradient."""
 
     model: config.Model
 
     @nn.compact
-    def __call__(self, dtype):
+    def __call__(self, dtype, gradient_dtype):
         axes = ("embed", "vocab")
         init = sharding.stored_init(make_init("head", self.model), axes)
         kernel = self.param("kernel", init, (self.model.embed, self.model.vocab))
-        return sharding.use_weight(kernel, axes, dtype)
+        return sharding.use_weight(kernel, axes, dtype, gradient_dtype)
