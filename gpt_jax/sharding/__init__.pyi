@@ -17,7 +17,10 @@ from .layout import (
     use_vector as use_vector,
     use_weight as use_weight,
 )
-from .manual import run_local as run_local
+from .manual import (
+    run_local as run_local,
+    sum_over_copies as sum_over_copies,
+)
 from .mesh import (
     describe_places as describe_places,
     find_unsharded as find_unsharded,

@@ -57,7 +57,10 @@ def _list_summed_axes(equation) -> set[str]:
         axes = equation.params.get("axes", equation.params.get("axis_name"))
         return {axes} if isinstance(axes, str) else set(axes)
     if name == "reshard":
-        before, after = equation.invars[0].aval.sharding.spec, equation.outvars[0].aval.sharding.spec
+        before, after = (
+            equation.invars[0].aval.sharding.spec,
+            equation.outvars[0].aval.sharding.spec,
+        )
         return set(before.unreduced) - set(after.unreduced)
     if name == "dot_general":
         (left, _), _ = equation.params["dimension_numbers"]
