@@ -27,7 +27,7 @@ from gpt_jax.model.attention.kernels import is_kernel_result
 from gpt_jax.model.experts.balance import add_layer, empty_report
 from gpt_jax.model.experts.moe import Moe
 from gpt_jax.model.kv_cache import append_token
-from gpt_jax.model.layers.embed import Embed, Head, PositionTable
+from gpt_jax.model.layers.embed import Embed, Head, PositionTable, transpose_table
 from gpt_jax.model.layers.extras import (
     Factor,
     ResidualScalars,
@@ -222,7 +222,8 @@ class Transformer(nn.Module):
         gradient_dtype = self.compute.gradient_dtype
         if self.model.tied:
             axes = ("vocab", "embed")
-            return sharding.use_weight(self.embed.table, axes, dtype, gradient_dtype).T
+            table = sharding.use_weight(self.embed.table, axes, dtype, gradient_dtype)
+            return table.T if table.dtype == dtype else transpose_table(table)
         return self.head(dtype, gradient_dtype)
 
     def logits(self, head: jax.Array, hidden: jax.Array) -> jax.Array:

@@ -19,9 +19,9 @@ from gpt_jax import sharding
 def add_chunks(sum_chunk: Callable, learned: str, heads: list, hiddens: list, columns: dict):
     """Adds `sum_chunk(heads, hiddens, columns) -> Sums` over chunks.
 
-    `heads` are used by every chunk, each with its own of `hiddens`, in whose dtype its entries are.
-    Its own dtype may be wider: that of its gradient. Each array of `hiddens` and `columns` has the chunks as its
-    first dim, and `sum_chunk` gets one entry of it.
+    `heads` are used by every chunk, each with its own of `hiddens`. A head has entries of the dtype
+    of that, and may be typed wider: its gradient then is. Each array of `hiddens` and `columns` has
+    the chunks as its first dim, and `sum_chunk` gets one entry of it.
 
     The sum `learned` has a gradient by heads and hiddens. It is made here if somebody
     differentiates. A head's gradient is added up in float32. Raises TypeError where another sum is

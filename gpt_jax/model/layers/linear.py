@@ -148,8 +148,8 @@ _multiply_narrow.defvjp(_multiply_narrow_forward, _multiply_narrow_backward)
 class Weights(nn.Module):
     """The kernel [in, features] and the bias [features] of a linear map, laid out for use.
 
-    Both are rounded to the compute dtype, and typed as their gradients are summed. The bias is None for a map without one. `axes` are the kernel's
-    logical axes.
+    Both are rounded to the compute dtype. Their own dtype is the one in which devices sum their
+    gradients. The bias is None for a map without one. `axes` are the kernel's logical axes.
     """
 
     features: int
