@@ -42,7 +42,7 @@ RESUMABLE = {
     "mesh": "",
     "compute.kernel": "",
     "compute.remat": "",
-    "compute.reduce_dtype": "sums over devices are rounded otherwise from here on",
+    "compute.reduce_dtype": "sums over devices are rounded in another way from here on",
     "compute.unroll": "",
     "compute.shard_sequence": "",
     "compute.pipeline_rounds": "",
