@@ -130,9 +130,9 @@ def spread_to_places(order, starts, sizes, width: int):
 # ---- the feed-forward of experts ----
 
 
-def multiply_by_expert(rows, kernel):
+def multiply_by_expert(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies rows [E, n, in] with each expert's kernel [E, in, out] -> [E, n, out]."""
-    return _multiply_by_expert(kernel.dtype, rows, kernel)
+    return cast(jax.Array, _multiply_by_expert(kernel.dtype, rows, kernel))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
