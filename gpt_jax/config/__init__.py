@@ -26,6 +26,7 @@ from gpt_jax.config.knobs import (
     FFNS,
     INITS,
     KERNELS,
+    MATMULS,
     MIXERS,
     NORMS,
     OBJECTIVES,
@@ -61,7 +62,7 @@ from gpt_jax.config.read import (
     to_dict,
     to_json,
 )
-from gpt_jax.config.resolve import for_inference, resolve, wsd_start
+from gpt_jax.config.resolve import describe_inference, for_inference, resolve, wsd_start
 from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Mesh, Optim, Train
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "FSDP_AXES",
     "INITS",
     "KERNELS",
+    "MATMULS",
     "MIXERS",
     "NORMS",
     "OBJECTIVES",
@@ -108,6 +110,7 @@ __all__ = [
     "cross_slice",
     "describe_config",
     "describe_habits",
+    "describe_inference",
     "faults",
     "find_habits",
     "find_ramp_entry",

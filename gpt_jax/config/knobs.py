@@ -24,6 +24,7 @@ SPLITS = ("tail", "document")
 TOKEN_TYPES = ("auto", "uint16", "uint32")
 OBJECTIVES = ("next_token",)
 EVALUATORS = ("heldout", "samples", "xz")
+MATMULS = ("compute", "fp8")
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 REDUCE_DTYPES = ("compute", "float32")
 

@@ -317,6 +317,12 @@ def _check_copies(checks: Checks, shape: dict) -> None:
     )
 
     copies = math.prod(shape[axis] for axis in COPY_AXES)
+    checks.need(
+        copies == 1 or config.compute.matmul_dtype != "fp8",
+        "compute.matmul_dtype",
+        f"takes scales over the whole mesh, and with config.train.reduce_once {copies} copies of "
+        "the weights work apart; set compute, or config.train.reduce_once=false",
+    )
     for name in ("dropout", "attention_dropout"):
         checks.need(
             copies == 1 or not getattr(config.model, name),

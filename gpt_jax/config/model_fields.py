@@ -9,6 +9,7 @@ from gpt_jax.config.knobs import (
     DTYPES,
     INITS,
     KERNELS,
+    MATMULS,
     NORMS,
     POSITIONS,
     REDUCE_DTYPES,
@@ -161,6 +162,13 @@ class Compute:
         "The dtype in which devices sum the gradients of matmul weights and biases: that of "
         "config.compute.dtype, or float32. After bfloat16 matmuls float32 sends twice the bytes.",
         choices=REDUCE_DTYPES,
+    )
+    matmul_dtype: str = knob(
+        "compute",
+        "The dtype that linear maps of attention and feed-forwards multiply in. compute means that "
+        "of `dtype`; fp8 scales each tensor by its largest entry. Embeddings, head, routers and "
+        "experts keep `dtype`.",
+        choices=MATMULS,
     )
     kernel: str = knob(
         "auto",

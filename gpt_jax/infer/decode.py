@@ -233,6 +233,8 @@ def stream_text(
     Raises UsageError if a prompt does not fit, or if the tokenizer cannot encode it. This happens
     before the function returns.
     """
+    for line in config.describe_inference(compute):
+        report(line)
     model, compute = config.for_inference(model, compute)
     model = _drop_capacity(model, report)
     fitted = [

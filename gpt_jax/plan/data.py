@@ -29,7 +29,11 @@ def make_data(plan: Plan) -> dict:
         "step_flops": {"full_map": full, "causal": causal},
         "arithmetic": _estimate_data(plan, best.estimate),
         "run": plan.horizon._asdict(),
-        "notes": [*plan.notes, *list_uncounted(config), *describe_replaced(plan.replaced)],
+        "notes": [
+            *plan.notes,
+            *list_uncounted(config, plan.topology),
+            *describe_replaced(plan.replaced),
+        ],
     }
 
     if best.compiled:

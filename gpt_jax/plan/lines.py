@@ -38,7 +38,7 @@ def write_lines(plan: Plan) -> list[str]:
     lines += format_arithmetic(plan.job, plan.topology, estimate)
     if plan.best.compiled:
         lines += format_compiled(plan.best, plan.topology)
-    lines += list_uncounted(plan.job.config)
+    lines += list_uncounted(plan.job.config, plan.topology)
     lines += format_horizon(plan.horizon)
 
     lines += describe_replaced(plan.replaced)

@@ -8,6 +8,7 @@ from gpt_jax.plan.job import PlanJob
 from gpt_jax.plan.memory import estimate_memory
 from gpt_jax.plan.search import REMATS
 from gpt_jax.plan.topology import Topology
+from gpt_jax.run import describe_fp8
 
 
 def step_flops(job: PlanJob) -> tuple[int, int]:
@@ -27,11 +28,19 @@ def remat_bytes(job: PlanJob, topology: Topology, estimate: Estimate) -> dict[st
     return activations
 
 
-def list_uncounted(config: configs.Config) -> list[str]:
+def list_uncounted(config: configs.Config, topology: Topology) -> list[str]:
     """Returns what neither the arithmetic nor the compiler counts of this config."""
-    if config.compute.remat != "offload":
-        return []
-    return [
-        "config.compute.remat = 'offload': its copies to the host's memory and back "
-        "are not in the step's time"
-    ]
+    lines = describe_fp8(config, topology.chip.platform, topology.chip.kind)
+    if lines:
+        rate = "the peak of fp8" if topology.fp8_peak else f"the peak of {config.compute.dtype}"
+        lines.append(
+            f"config.compute.matmul_dtype = 'fp8': its matmuls are counted at {rate}, and the "
+            "passes that scale and round their operands are not in the arithmetic; memory is "
+            f"that of {config.compute.dtype}"
+        )
+    if config.compute.remat == "offload":
+        lines.append(
+            "config.compute.remat = 'offload': its copies to the host's memory and back "
+            "are not in the step's time"
+        )
+    return lines

@@ -6,6 +6,7 @@ from .meta import (
     read_past_sizes as read_past_sizes,
 )
 from .notes import (
+    describe_fp8 as describe_fp8,
     format_count as format_count,
     token_flops as token_flops,
 )

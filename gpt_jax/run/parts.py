@@ -32,6 +32,7 @@ from gpt_jax.model import (
 )
 from gpt_jax.run.notes import (
     describe_dispatch,
+    describe_fp8,
     describe_habits,
     describe_mesh,
     describe_optimizer,
@@ -303,6 +304,7 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
     """Does what `build` does, for a given mesh and loaded data."""
     config, reason, examples = agree_on_job(config, mesh, data)
     leaks = (check_leaks(config.model),) if config.data.document_mask else ()
+    device = mesh.devices.flat[0]
     with jax.set_mesh(mesh):
         check_xla_options(compiler_options(config, mesh), mesh)
         steps = make_steps(config, mesh)
@@ -312,6 +314,7 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
             *leaks,
             describe_habits(config, mesh),
             *describe_dispatch(config),
+            *describe_fp8(config, device.platform, device.device_kind),
             *describe_options(config, mesh),
             *describe_size(config),
             *describe_optimizer(config, steps.abstract.params),

@@ -94,6 +94,8 @@ def _load(
     meta = read_meta(directory, step, META_SCHEMA)
     config = read_config(meta, directory, step)
     tokenizer = read_tokenizer(meta, directory, step)
+    for line in configs.describe_inference(config.compute):
+        say(line)
     model, compute = configs.for_inference(config.model, config.compute)
     count = devices or jax.device_count()
     alone = sharding.make_mesh({}, jax.local_devices()[:1])

@@ -10,6 +10,7 @@ from .layout import (
     off_stages as off_stages,
     over_stages as over_stages,
     reshape as reshape,
+    scale as scale,
     scale_gradient as scale_gradient,
     send_narrow as send_narrow,
     stored_init as stored_init,

@@ -77,9 +77,15 @@ def test_losses_do_not_depend_on_the_processes(tmp_path, processes, devices, mes
     _, wanted = alone(tmp_path, *model)
     found = runs.curve(tmp_path / "job")
     assert list(found) == list(range(1, 21))
-    assert_close(found, wanted, 1e-5)
+    assert_close({step: found[step] for step in (1, 2, 3)}, wanted, 1e-5)
+
+    # A router's choice is a step: one rounding may send one token to another expert later on.
+    relative = 1e-3 if model == [MOE] else 1e-5
+    assert_close(found, wanted, relative)
     assert_close(
-        runs.curve(tmp_path / "job", "eval/loss"), runs.curve(tmp_path / "alone", "eval/loss"), 1e-5
+        runs.curve(tmp_path / "job", "eval/loss"),
+        runs.curve(tmp_path / "alone", "eval/loss"),
+        relative,
     )
     assert (tmp_path / "job/report.html").exists()  # made after sampling, on all processes
 

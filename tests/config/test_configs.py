@@ -21,7 +21,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.evals import evaluators
 from gpt_jax.model import count, parametrization, transformer
 from gpt_jax.model.attention import kernels
-from gpt_jax.model.layers import mlp, norms
+from gpt_jax.model.layers import linear, mlp, norms
 from gpt_jax.model.parameters import describe_parameter
 from gpt_jax.train import objectives
 from gpt_jax.train.optim import groups, optimizer, schedule
@@ -289,6 +289,7 @@ def test_gpt2_names_the_way_to_tensor_parallel():
         (config.DENSE_FFNS, mlp.FFNS),
         (config.INITS, parametrization.INITS),
         (config.KERNELS, {"auto"} | set(kernels.KERNELS)),
+        (config.MATMULS, linear.MULTIPLIERS),
         (config.REMATS, {"none"} | set(transformer.REMATS)),
         (config.MIXERS, transformer.MIXERS),
         (config.EVALUATORS, evaluators.EVALUATORS),

@@ -128,7 +128,9 @@ CUT = [  # model, mesh, knobs
     ("bias", dict(expert=2, fsdp=4), {}),  # It has a capacity.
     ("moe", dict(pipeline=2, expert=2, fsdp=2), dict(remat="block")),
     ("gpt2", dict(data=2, fsdp=4), dict(zero=1)),
+    ("gpt2", dict(data=2, fsdp=4), dict(matmul_dtype="fp8")),
 ]
+NARROWS = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
 
 
 def make_gradient(name, mesh, **knobs):
@@ -151,7 +153,10 @@ def make_gradient(name, mesh, **knobs):
 def test_devices_sum_gradients_of_weights_in_the_dtype_that_was_asked_for(
     name, shape, knobs, reduce_dtype
 ):
-    """Weights travel, and matmuls multiply, in bfloat16 in any case. Streams over tensor, too."""
+    """In any case weights travel in bfloat16 and matmuls multiply it, or numbers of 8 bits.
+
+    Streams are summed over tensor in bfloat16, too.
+    """
     mesh = make_mesh(shape)
     dtypes = dict(dtype="bfloat16", reduce_dtype=reduce_dtype)
     with jax.set_mesh(mesh):
@@ -165,7 +170,7 @@ def test_devices_sum_gradients_of_weights_in_the_dtype_that_was_asked_for(
     experts = make_config(name).model.experts
     for operands in list_matmuls(equations):
         is_router = any(experts in shape for _, shape in operands) and name != "gpt2"
-        assert is_router or {dtype for dtype, _ in operands} == {"bfloat16"}
+        assert is_router or {dtype for dtype, _ in operands} <= NARROWS
     gathers = [x for x in equations if x.primitive.name.startswith("all_gather")]
     wide = [x for x in gathers if x.invars[0].aval.dtype == jnp.float32]
     assert all(_is_table_or_router(x.invars[0].aval.shape, name) for x in wide), wide

@@ -7,7 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from compositions import Run, compare, draw, find_faults, make_plain, measure
+from comparisons import Run, compare, find_faults, measure
+from compositions import draw, make_plain
 
 from gpt_jax import config
 

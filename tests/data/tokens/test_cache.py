@@ -1,7 +1,6 @@
-"""Token files: the split, files that are used again or rebuilt, and no half of a file."""
+"""Token files are used again or rebuilt, and never half of one."""
 
 import errno
-import gzip
 import json
 import os
 import shutil
@@ -9,143 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import forks
-import fsspec
 import numpy as np
 import pytest
+from cached_texts import WORDS, data_for, ids, prepare, quiet, texts
 from streams import make_stream
 
 from gpt_jax import config
-from gpt_jax.data.read import remote
 from gpt_jax.data.stream import dataset
 from gpt_jax.data.tokenizers.bpe import train_bpe
-from gpt_jax.data.tokenizers.spec import resolve_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
-from gpt_jax.data.tokens import cache, copies, hashes, split, store
+from gpt_jax.data.tokens import cache, hashes, split, store
 from gpt_jax.data.tokens.hashes import hash_sources
 from gpt_jax.errors import DataError, UsageError
-from gpt_jax.files import hold_lock
-
-WORDS = "the cat sat on the mat and 我是猫 looked at 👍 it all day long\n"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for i in range(12):
-        (tmp_path / "text" / f"{i:02d}.txt").parent.mkdir(exist_ok=True)
-        (tmp_path / "text" / f"{i:02d}.txt").write_text(f"{i} " + WORDS * (i + 1))
-    return tmp_path
-
-
-def data_for(folder, **changes):
-    return config.Data(
-        **{"path": (str(folder / "text"),), "cache": str(folder / "cache"), "workers": 2, **changes}
-    )
-
-
-def ids(tokens):
-    return tokens.ids(0, tokens.size)
-
-
-def prepare(data, report):
-    """The tokens of `data`, with the tokenizer that it names."""
-    return cache.prepare(data, resolve_tokenizer(data.tokenizer), report)
-
-
-def heldout_text(data):
-    got = prepare(data, quiet)
-    return got.tokenizer.decode_bytes(ids(got.eval))
-
-
-def quiet(_):
-    pass
-
-
-def texts(tokens, tokenizer):
-    return [
-        tokenizer.decode(tokens.ids(a, b))
-        for a, b in zip(tokens.offsets, tokens.offsets[1:], strict=False)
-    ]
-
-
-def test_one_document_is_cut_as_nanogpt_cuts(tmp_path):
-    text = WORDS * 37
-    (tmp_path / "a.txt").write_text(text)
-    data = config.Data(
-        path=(str(tmp_path / "a.txt"),), tokenizer="char", cache=str(tmp_path / "cache")
-    )
-    got = prepare(data, quiet)
-    code = {c: i for i, c in enumerate(sorted(set(text)))}
-    cut = int(len(text) * 0.9)
-    assert ids(got.train).tolist() == [code[c] for c in text[:cut]]
-    assert ids(got.eval).tolist() == [code[c] for c in text[cut:]]
-    assert got.tokenizer.vocab == len(code) and got.tokenizer.eot is None
-    assert (got.train.bytes, got.eval.bytes) == (len(text[:cut].encode()), len(text[cut:].encode()))
-    assert heldout_text(data) == text[cut:].encode()
-
-
-@pytest.mark.parametrize("how", ["tail", "document"])
-@pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe:270"])
-def test_many_documents_stay_whole(folder, how, tokenizer):
-    data = data_for(folder, split=how, tokenizer=tokenizer, eval_fraction=0.3)
-    got = prepare(data, quiet)
-    train, held = texts(got.train, got.tokenizer), texts(got.eval, got.tokenizer)
-    files = [path.read_text() for path in sorted((folder / "text").iterdir())]
-    assert [t for t in files if t in train] == train and [t for t in files if t in held] == held
-    assert sorted(train + held) == sorted(files) and train and held
-    assert "".join(held).encode() == heldout_text(data)
-    assert tuple(map(got.eval.document_name, range(got.eval.documents))) == tuple(
-        f"text/{files.index(t):02d}.txt" for t in held
-    )
-    assert got.eval.bytes == len("".join(held).encode()) and got.train.documents == len(train)
-    ends = ids(got.train)[got.train.offsets[1:] - 1]
-    assert got.tokenizer.eot is None or (ends == got.tokenizer.eot).all()
-    if how == "tail":
-        sizes = np.array([len(t) for t in files])
-        assert len(held) == sum(np.cumsum(sizes) - sizes >= int(sizes.sum() * 0.7))
-
-
-def test_tail_of_equal_documents_and_of_one_that_is_too_long(tmp_path):
-    for i in range(10):
-        (tmp_path / f"{i}.txt").write_text("0123456789")
-    data = config.Data(path=(str(tmp_path),), eval_fraction=0.2)
-    assert heldout_text(data) == b"0123456789" * 2  # the first of them begins exactly at the cut
-    (tmp_path / "9.txt").write_text("long" * 1000)
-    assert heldout_text(data) == b"long" * 1000
-    (tmp_path / "9.txt").write_text("x")
-    (tmp_path / "0.txt").write_text("long" * 1000)
-    assert heldout_text(data).startswith(b"0123456789")  # never the first
-
-
-def test_split_by_document_moves_no_text_when_files_are_added(folder):
-    data = data_for(folder, split="document", eval_fraction=0.4)
-    before = heldout_text(data)
-    (folder / "text" / "00.txt").rename(folder / "text" / "renamed.txt")
-    (folder / "text" / "new.md").write_text("another text altogether")
-    assert set(before.splitlines()) <= set(heldout_text(data).splitlines())
-
-
-def test_held_out_text_of_its_own(folder):
-    (folder / "held.txt").write_text("held out")
-    got = prepare(data_for(folder, eval_path=(str(folder / "held.txt"),)), quiet)
-    assert got.train.documents == 12 and texts(got.eval, got.tokenizer) == ["held out"]
-    assert prepare(data_for(folder, eval_fraction=0.0), quiet).eval is None
-    (folder / "held.txt").write_text("")
-    with pytest.raises(UsageError, match=r"held.txt: no text in this file"):
-        prepare(data_for(folder, eval_path=(str(folder / "held.txt"),)), quiet)
-
-
-def test_bpe_sees_the_training_side_only(folder):
-    (folder / "held.txt").write_text("zqzqzqzq " * 100)
-    got = prepare(
-        data_for(folder, tokenizer="bpe:280", eval_path=(str(folder / "held.txt"),)), quiet
-    )
-    alone = train_bpe((path.read_text() for path in sorted((folder / "text").iterdir())), 280)
-    assert got.tokenizer.fingerprint == alone.fingerprint
-    assert texts(got.eval, got.tokenizer) == ["zqzqzqzq " * 100]
 
 
 def test_found_again_and_rebuilt_when_the_source_or_settings_change(folder, monkeypatch):
@@ -279,122 +155,6 @@ def start(folder, how):
         cwd=forks.ROOT,
         env=os.environ | {"PYTHONPATH": str(forks.ROOT)},
     )
-
-
-@pytest.fixture
-def opened(monkeypatch):
-    """The URLs that were opened to be read, one for each time."""
-    urls = []
-    open_remote = remote.open_remote
-    monkeypatch.setattr(remote, "open_remote", lambda url: urls.append(url) or open_remote(url))
-    return urls
-
-
-@pytest.fixture
-def bucket(tmp_path):
-    """The URL of a folder of a store with two texts, and the folder of the store."""
-    memory = fsspec.filesystem("memory")
-    folder = f"/{tmp_path.name}"
-    memory.pipe(f"{folder}/a.txt", (WORDS * 9).encode())
-    memory.pipe(f"{folder}/b.txt.gz", gzip.compress(b"packed " * 99))
-    yield f"memory:/{folder}", folder
-    memory.rm(folder, recursive=True)
-
-
-def test_a_text_of_a_store_is_read_once(tmp_path, bucket, opened, monkeypatch):
-    monkeypatch.setattr(remote, "SETTLED_SECONDS", 0)
-    url, folder = bucket
-    data = config.Data(path=(url,), cache=str(tmp_path / "cache"), tokenizer="bpe:280")
-    first = prepare(data, quiet)
-    assert sorted(opened) == [f"{url}/a.txt", f"{url}/b.txt.gz"]
-    wanted = [WORDS * 9, "packed " * 99]
-    assert texts(first.train, first.tokenizer) + texts(first.eval, first.tokenizer) == wanted
-    assert {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()}.isdisjoint(
-        {"copies"}
-    )
-
-    # Neither is it read again at a later start.
-    again = prepare(data, quiet)
-    assert again.content == first.content and len(opened) == 2
-    # Another tokenizer needs the text, and not its hash.
-    prepare(replace(data, tokenizer="bytes"), quiet)
-    assert len(opened) == 4
-
-    # A changed text is another one, also with its size as before.
-    fsspec.filesystem("memory").pipe(f"{folder}/a.txt", (WORDS * 9).replace("cat", "dog").encode())
-    changed = prepare(data, quiet)
-    assert changed.content != first.content and len(opened) == 6
-    assert "dog" in texts(changed.train, changed.tokenizer)[0]
-
-
-def test_a_young_text_of_a_store_is_read_at_every_start(tmp_path, bucket, opened):
-    """The store has no tag of its content, so a change may hide in the grain of its clock."""
-    url, _ = bucket
-    data = config.Data(path=(f"{url}/a.txt",), cache=str(tmp_path / "cache"))
-    first = prepare(data, quiet)
-    assert prepare(data, quiet).content == first.content and len(opened) == 2
-    assert remote.find_version(f"{url}/a.txt").sure is False
-
-
-def test_a_tag_of_the_content_makes_a_version_sure(bucket, monkeypatch):
-    url, _ = bucket
-    info = fsspec.filesystem("memory").info
-    monkeypatch.setattr(
-        type(fsspec.filesystem("memory")),
-        "info",
-        lambda self, path: info(path) | {"ETag": '"0123"'},
-    )
-    version = remote.find_version(f"{url}/a.txt")
-    assert (
-        version.sure
-        and version.stamp.endswith('"0123"')
-        and version.size == len(WORDS.encode()) * 9
-    )
-
-
-def test_refusals_of_a_text_of_a_store_name_its_url(tmp_path, bucket):
-    url, folder = bucket
-    fsspec.filesystem("memory").pipe(f"{folder}/bad.txt", b"a\xff")
-    with pytest.raises(UsageError) as refusal:
-        prepare(config.Data(path=(url,), cache=str(tmp_path / "cache")), quiet)
-    assert str(refusal.value).startswith(f"{url}/bad.txt:")
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-
-
-def test_refusals_keep_their_lines_when_a_url_is_named(tmp_path, bucket):
-    url, _ = bucket
-    root = tmp_path / os.fsdecode(b"caf\xe9")
-    with pytest.raises(UsageError) as refusal, copies.Copies(root) as mine, mine.name_urls():
-        path = mine.fetch(f"{url}/a.txt").path
-        raise UsageError(f"{path}: one", f"{path}: two")
-    assert refusal.value.args == (f"{url}/a.txt: one", f"{url}/a.txt: two")
-
-
-def test_errors_of_a_store_are_one_line():
-    with pytest.raises(UsageError) as refusal, remote.reaching("gs://a"):
-        raise RuntimeError("first\n  second")
-    assert str(refusal.value) == "gs://a: cannot be reached: RuntimeError: first second"
-
-
-def test_processes_read_a_text_of_a_store_once(tmp_path, bucket, opened, monkeypatch):
-    """Threads stand for processes here: a lock of a file is between its openings."""
-    monkeypatch.setattr(remote, "SETTLED_SECONDS", 0)
-    url, _ = bucket
-    data = config.Data(path=(url,), cache=str(tmp_path / "cache"))
-    with ThreadPoolExecutor(4) as pool:
-        contents = list(pool.map(lambda _: prepare(data, quiet).content, range(4)))
-    assert len(set(contents)) == 1 and len(opened) <= 4  # to hash, and of one process to build
-
-
-def test_copies_of_a_killed_process_are_removed(tmp_path, bucket):
-    url, _ = bucket
-    for name in ("dead", "alive"):
-        (tmp_path / f"copies-{name}").mkdir()
-    with hold_lock(tmp_path / "copies-alive.lock"), copies.Copies(tmp_path) as mine:
-        mine.fetch(f"{url}/a.txt")
-        left = sorted(path.name for path in tmp_path.glob("copies-*") if path.is_dir())
-        assert len(left) == 2 and "copies-alive" in left
-    assert [path.name for path in tmp_path.glob("copies-*") if path.is_dir()] == ["copies-alive"]
 
 
 def test_a_lock_that_is_a_link_empties_nothing(folder):
