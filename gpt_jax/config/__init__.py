@@ -39,7 +39,7 @@ from gpt_jax.config.knobs import (
     SPLITS,
     knob,
 )
-from gpt_jax.config.layers import LayerSpec, Layout, has_experts, layer_specs, layout
+from gpt_jax.config.layers import LayerSpec, Layout, has_bias, has_experts, layer_specs, layout
 from gpt_jax.config.mesh_checks import widest_tensor
 from gpt_jax.config.meshes import (
     AXES,
@@ -117,6 +117,7 @@ __all__ = [
     "flatten",
     "for_inference",
     "from_dict",
+    "has_bias",
     "has_experts",
     "knob",
     "layer_specs",

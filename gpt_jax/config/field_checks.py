@@ -39,6 +39,7 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
     _check_heads(checks)
     _check_layers(checks)
     if config.model.pattern and config.model.windows:
+        _check_parts(checks)
         _check_gates(checks)
         _check_text(checks, tokenizer_vocab)
         _check_evaluators(checks)
@@ -71,6 +72,11 @@ def _check_heads(checks: Checks) -> None:
         is_even or model.position != "rotary",
         "model.rope_fraction",
         f"rotates an odd number of the {model.head_dim} channels of a head; choose an even part",
+    )
+    checks.need(
+        model.rope_local_base == 0 or model.rope_local_base >= 1,
+        "model.rope_local_base",
+        "is a base below 1; choose one of at least 1, or 0 for that of the other layers",
     )
     checks.need(
         model.rope_scale_low < model.rope_scale_high,
@@ -107,6 +113,21 @@ def _check_layers(checks: Checks) -> None:
             "model.pattern",
             f"unknown feed-forward {ffn!r}; choose from {', '.join(FFNS)}",
         )
+
+
+def _check_parts(checks: Checks) -> None:
+    """Fields that only go with some values of others."""
+    model = checks.config.model
+    checks.need(
+        not (model.bias and model.biased != "none"),
+        "model.biased",
+        "says where biases are although `bias` is false; set config.model.bias=False",
+    )
+    checks.need(
+        not model.parallel or model.norm_position == "pre",
+        "model.parallel",
+        f"needs config.model.norm_position = 'pre', not {model.norm_position!r}",
+    )
 
 
 def _check_gates(checks: Checks) -> None:

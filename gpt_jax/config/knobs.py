@@ -3,7 +3,11 @@
 from dataclasses import Field, field, fields, is_dataclass
 from typing import Any, TypeGuard
 
-NORMS = ("layernorm", "rmsnorm", "plain_rmsnorm")
+NORMS = ("layernorm", "rmsnorm", "plain_rmsnorm", "unit_rmsnorm")
+NORM_POSITIONS = ("pre", "post", "sandwich", "branch")
+ROPE_SCALINGS = ("llama3", "linear")
+QK_NORMS = ("head", "all")
+BIASED = ("none", "qkv", "attention", "mlp")
 POSITIONS = ("learned", "rotary", "sinusoidal", "none")
 MIXERS = ("attention",)
 DENSE_FFNS = ("relu", "gelu", "gelu_tanh", "relu2", "swiglu", "geglu")

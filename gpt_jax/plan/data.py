@@ -1,5 +1,6 @@
 """A plan as plain data, for JSON; everything in bytes and seconds."""
 
+from gpt_jax.hardware import choose_xla_options
 from gpt_jax.plan.command_line import describe_replaced
 from gpt_jax.plan.estimate import Estimate
 from gpt_jax.plan.plan import Plan
@@ -11,6 +12,7 @@ from gpt_jax.plan.wording import format_verdict
 def make_data(plan: Plan) -> dict:
     """Returns the report of a plan."""
     config = plan.job.config
+    chip = plan.topology.chip
     best = plan.best
     full, causal = step_flops(plan.job)
 
@@ -25,6 +27,9 @@ def make_data(plan: Plan) -> dict:
         "remat": config.compute.remat,
         "accumulate": config.train.accumulate,
         "kernel": best.estimate.kernel,
+        "compiler_options": choose_xla_options(
+            chip.platform, chip.kind, config.compute.compiler_options
+        ),
         "parameters": plan.job.parameters,
         "step_flops": {"full_map": full, "causal": causal},
         "arithmetic": _estimate_data(plan, best.estimate),

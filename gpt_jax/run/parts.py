@@ -39,7 +39,7 @@ from gpt_jax.run.notes import (
     describe_size,
     describe_unsharded,
 )
-from gpt_jax.run.source import check_start, read_start_tokenizer
+from gpt_jax.run.source import check_start, read_start_tokenizer, take_model
 from gpt_jax.train import (
     Network,
     TrainState,
@@ -129,6 +129,7 @@ def build(
     Raises UsageError for what cannot be run, and Miscompiled where the compiler is known to give
     wrong results.
     """
+    config = take_model(config, workdir)
     # Loading the data may take a while, so what can be refused without it is refused first.
     resolved = configs.resolve(config)
     configs.check(resolved, jax.device_count())
@@ -347,4 +348,5 @@ def describe_kernel(config: configs.Config, mesh, reason: str) -> str:
 def describe_options(config: configs.Config, mesh) -> list[str]:
     """A line about the options that the steps are compiled with, if they have any."""
     options = compiler_options(config, mesh)
-    return [describe_xla_options(mesh.devices.flat[0].platform, options)] if options else []
+    device = mesh.devices.flat[0]
+    return [describe_xla_options(device.platform, device.device_kind, options)] if options else []

@@ -26,12 +26,14 @@ from variants import (
 )
 
 from gpt_jax import config
-from gpt_jax.config.layers import layer_specs
+from gpt_jax.config.knobs import BIASED, NORM_POSITIONS, QK_NORMS, ROPE_SCALINGS
+from gpt_jax.config.layers import BIASED_PARTS, layer_specs
 from gpt_jax.errors import UsageError
+from gpt_jax.model.block import NORM_PLACES
 from gpt_jax.model.count import count_params
 from gpt_jax.model.layers.mlp import FFNS
 from gpt_jax.model.layers.norms import NORMS
-from gpt_jax.model.layers.positions import rotary_frequencies
+from gpt_jax.model.layers.positions import SCALINGS, rotary_frequencies
 from gpt_jax.model.transformer import Transformer, abstract_params
 
 
@@ -86,7 +88,11 @@ def test_variants_cover_every_row():
     assert {m.position for m in models} == set(config.POSITIONS)
     # Experts are tested in test_moe.py.
     assert {ffn for m in models for _, ffn in m.pattern} == set(config.DENSE_FFNS) == set(FFNS)
-    assert {m.norm_position for m in models} == {"pre", "post"}
+    assert {m.norm_position for m in models} == set(NORM_POSITIONS) == set(NORM_PLACES)
+    assert {m.rope_scaling for m in models} == set(ROPE_SCALINGS) == set(SCALINGS)
+    assert {m.qk_norm_over for m in models if m.qk_norm} == set(QK_NORMS)
+    assert {m.biased for m in models} == set(BIASED) == set(BIASED_PARTS)
+    assert {m.parallel for m in models} == {True, False}
     assert (
         {m.tied for m in models}
         == {m.qk_norm_after_rope for m in models if m.qk_norm}
@@ -116,10 +122,15 @@ def test_ar_column_equals_explicit_mask():
 
 
 def test_rotary_frequencies_equal_the_loop_over_wavelengths():
-    for name in ("llama3", "neox", "gemma2"):
-        np.testing.assert_allclose(
-            rotary_frequencies(make_model(name)), np_frequencies(make_model(name)), rtol=1e-6
-        )
+    for name in ("llama3", "neox", "gemma2", "gemma3"):
+        model = make_model(name)
+        np.testing.assert_allclose(rotary_frequencies(model), np_frequencies(model), rtol=1e-6)
+
+    gemma = make_model("gemma3")
+    local = rotary_frequencies(gemma, is_local=True)
+    np.testing.assert_allclose(local, np_frequencies(gemma, is_local=True), rtol=1e-6)
+    assert (local != rotary_frequencies(gemma)).all()
+
     scaled, plain = (
         rotary_frequencies(make_model("llama3", rope_scale_factor=f)) for f in (8.0, 1.0)
     )

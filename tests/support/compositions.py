@@ -128,6 +128,27 @@ def _draw_model(c: _Chooser) -> config.Model:
     )
 
 
+def _draw_more_of_model(c: _Chooser, model: config.Model) -> config.Model:
+    """Fields of other projects' families, of which some do not go with others.
+
+    They are drawn last, so that a seed has the rest that it had without them.
+    """
+    place = c.of(model.norm_position, model.norm_position, "sandwich", "branch")
+    parallel = c.sometimes(0.3, True, False)
+    biased = c.of("none", *knobs.BIASED)
+    return replace(
+        model,
+        norm_position=place,
+        parallel=parallel and place == "pre",
+        biased="none" if model.bias else biased,
+        embed_scale=c.of(1.0, 1.0, 4.0),
+        rope_local_base=c.of(0.0, 0.0, 30.0),
+        rope_scaling=c.of(*knobs.ROPE_SCALINGS),
+        qk_norm_over=c.of("head", *knobs.QK_NORMS),
+        attention_scale=c.of(0.0, 0.0, 0.3),
+    )
+
+
 def _draw_optim(c: _Chooser) -> config.Optim:
     name = c.of("adamw", *knobs.OPTIMIZERS)
     embedding = config.Group(match="embed|head", optimizer=c.of("adamw", "sgd", "lion"), rate=0.5)
@@ -173,6 +194,7 @@ def _draw_meaning(c: _Chooser) -> tuple[config.Config, Masks]:
         c.of("all", "some", "few"),
         c.sometimes(0.2, True, False),
     )
+    settings = replace(settings, model=_draw_more_of_model(c, settings.model))
     return config.resolve(settings), masks
 
 

@@ -84,6 +84,44 @@ VARIANTS = {
         qk_norm=True,
         layers=4,
     ),
+    "gemma3": dict(
+        norm="unit_rmsnorm",
+        norm_position="sandwich",
+        position="rotary",
+        rope_base=1000.0,
+        rope_local_base=20.0,
+        rope_scaling="linear",
+        rope_scale_factor=3.0,
+        kv_heads=2,
+        head_dim=6,
+        pattern=(("attention", "geglu"),),
+        windows=(3, 0),
+        attention_scale=0.3,
+        embed_scale=4.0,
+        qk_norm=True,
+        bias=False,
+    ),
+    "olmo2": dict(
+        norm="rmsnorm",
+        norm_position="branch",
+        position="rotary",
+        kv_heads=2,
+        pattern=(("attention", "swiglu"),),
+        qk_norm=True,
+        qk_norm_over="all",
+        tied=False,
+        bias=False,
+    ),
+    "parallel_neox": dict(
+        position="rotary", rope_fraction=0.5, parallel=True, pattern=(("attention", "gelu"),)
+    ),
+    "qwen2": dict(
+        norm="rmsnorm", position="rotary", kv_heads=2, bias=False, biased="qkv", windows=(0, 4)
+    ),
+    "biased_attention": dict(norm="rmsnorm", position="rotary", bias=False, biased="attention"),
+    "biased_mlp": dict(
+        norm="unit_rmsnorm", bias=False, biased="mlp", qk_norm=True, qk_norm_over="all"
+    ),
 }
 
 
