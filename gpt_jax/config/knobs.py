@@ -30,6 +30,7 @@ OBJECTIVES = ("next_token",)
 EVALUATORS = ("heldout", "samples", "xz", "questions")
 MATMULS = ("compute", "fp8")
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
+REDUCE_DTYPES = ("compute", "float32")
 
 # The largest whole number of a field without a smaller limit. Devices count in 32 bits.
 MOST = 2**31 - 1

@@ -165,6 +165,11 @@ class Train:
     )
     seq_len: int = knob(256, "Tokens of a row.", low=2, high=2**30)
     accumulate: int = knob(1, "Microbatches of an update.", low=1)
+    reduce_once: bool = knob(
+        False,
+        "Whether devices sum their gradients once an update, and not at every microbatch. Each "
+        "must have all weights whole, or cut over the mesh axis tensor alone.",
+    )
     objective: str = knob("next_token", "What is minimised.", choices=OBJECTIVES)
     z_loss: float = knob(0.0, "The weight of log(Z)^2 in the loss.", low=0.0)
     label_smoothing: float = knob(
