@@ -253,6 +253,12 @@ class Checkpoint:
         "The metric that says which checkpoint is best; lower is better.",
         choices=("eval/loss", "eval/bits_per_byte", "eval/perplexity"),
     )
+    export: str = knob(
+        "none",
+        "In which form the last checkpoint is also written, into the workdir: as a directory of "
+        "Hugging Face (hf), or in no other.",
+        choices=("none", "hf"),
+    )
 
 
 @dataclass(frozen=True)

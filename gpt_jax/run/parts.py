@@ -30,6 +30,7 @@ from gpt_jax.model import (
     make_problem,
     measure_conformance,
 )
+from gpt_jax.run.convert import check_export
 from gpt_jax.run.notes import (
     describe_dispatch,
     describe_fp8,
@@ -134,6 +135,7 @@ def build(
     resolved = configs.resolve(config)
     configs.check(resolved, jax.device_count())
     check_start(resolved, workdir)
+    check_export(resolved)
     for line in check_miscompiles(jax.local_devices()[0], config.compute.ignore_miscompiles):
         say(line)
 

@@ -1,14 +1,16 @@
 """Models go from a directory of Hugging Face to a checkpoint and back, to the bit."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import runs
 import tokenizers
-from drawn_models import EXPERTS, LLAMA, assert_same, make_origin, read_all
+from drawn_models import EXPERTS, LLAMA, NO_FAMILY, assert_same, make_origin, read_all
 from safetensors.numpy import load_file
 
 import gpt_jax
@@ -285,3 +287,25 @@ def test_a_start_that_cannot_be_is_refused(tmp_path, name):
     }
     with pytest.raises(UsageError, match=text):
         start_new(gpt_jax.build(values, say=lambda line: None), print)
+
+
+def test_a_run_exports_its_last_checkpoint(tmp_path):
+    """The directory has the weights of the checkpoint, and a second start makes it again."""
+    fields = {f"--config.model.{name}={value}" for name, value in LLAMA.items()}
+    given = [*fields, "--config.checkpoint.export=hf", "--config.train.steps=2"]
+    parts = runs.build(runs.load(tmp_path, *given))
+    runs.run(parts, tmp_path / "run")
+
+    native = read_all(open_model(str(tmp_path / "run"), 2, print))
+    assert_same(read_all(open_model(str(tmp_path / "run/hf/2"), 0, print, "bytes")), native)
+
+    shutil.rmtree(tmp_path / "run/hf")
+    runs.run(parts, tmp_path / "run")
+    assert (tmp_path / "run/hf/2/config.json").exists()
+
+
+def test_a_run_that_no_family_has_is_not_started(tmp_path):
+    model = NO_FAMILY | {"vocab": 0, "max_seq": 256}
+    values = {"model": model, "checkpoint": {"export": "hf"}, "train": {"batch_size": 8}}
+    with pytest.raises(UsageError, match="no family of models"):
+        gpt_jax.build(values, say=lambda line: None)
