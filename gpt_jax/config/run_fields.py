@@ -165,6 +165,11 @@ class Train:
     )
     seq_len: int = knob(256, "Tokens of a row.", low=2, high=2**30)
     accumulate: int = knob(1, "Microbatches of an update.", low=1)
+    reduce_once: bool = knob(
+        False,
+        "Whether devices sum their gradients once an update, and not at every microbatch. Each "
+        "must have all weights whole, or cut over the mesh axis tensor alone.",
+    )
     objective: str = knob("next_token", "What is minimised.", choices=OBJECTIVES)
     z_loss: float = knob(0.0, "The weight of log(Z)^2 in the loss.", low=0.0)
     label_smoothing: float = knob(
@@ -195,7 +200,12 @@ class Eval:
     evaluators: tuple[str, ...] = knob(
         ("heldout",),
         "What an evaluation measures, in this order: heldout (loss by source), samples (a text), "
-        "xz (what xz -9 makes of the held-out text).",
+        "xz (what xz -9 makes of the held-out text), questions (the answers to eval.questions).",
+    )
+    questions: tuple[str, ...] = knob(
+        (),
+        "Local .jsonl files of questions for the evaluator questions. A row has context, choices "
+        "and gold, or context and answer.",
     )
     batches: int = knob(
         0, "Held-out batches of an evaluation. 0 means all of them.", low=0, high=NEVER
