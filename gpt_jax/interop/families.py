@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from gpt_jax import config
 from gpt_jax.errors import UsageError
+from gpt_jax.interop.expert_keys import MIXTRAL_WIDTH, QWEN_LAYERS
 from gpt_jax.interop.keys import (
     GATED,
     LAYER_WINDOWS,
@@ -23,14 +24,27 @@ from gpt_jax.interop.keys import (
     Key,
     activation,
     choice,
-    count_layers,
     field,
     must,
-    shorten,
     take,
     take_switch,
 )
-from gpt_jax.interop.rows import Row, row
+from gpt_jax.interop.names import (
+    ATTENTION,
+    BRANCH_NORMS,
+    GPT2_ROWS,
+    LLAMA_ROWS,
+    MIXTRAL_EXPERTS,
+    MLP,
+    NEOX_ROWS,
+    PHI3_ROWS,
+    PRE_NORMS,
+    QWEN_EXPERTS,
+    SANDWICH_NORMS,
+    TABLES,
+    transpose_rows,
+)
+from gpt_jax.interop.rows import Row
 
 
 class Family(NamedTuple):
@@ -148,166 +162,6 @@ GEMMA = (
 GEMMA_DEFAULTS = {"num_key_value_heads": 4, "sliding_window": 4096}
 GEMMA_FIXED = {"norm": "unit_rmsnorm", "norm_position": "sandwich", "bias": False}
 
-# ---- keys of mixtures of experts ----
-
-
-def _read_qwen_layers(values):
-    """The layers of Qwen3-MoE that are mixtures of experts, and their sizes."""
-    layers = count_layers(values)
-    dense = values.get("mlp_only_layers") or []
-    step = take(values, "decoder_sparse_step", 1)
-    if step < 1:
-        raise UsageError(f"config.json: decoder_sparse_step = {step!r} is not 1 or more")
-    experts = values.get("num_experts") or take(values, "num_local_experts")
-
-    def kind(i):
-        return "swiglu" if i in dense or (i + 1) % step else "moe"
-
-    pattern = tuple(("attention", kind(i)) for i in range(layers))
-    return {"pattern": shorten(pattern), "experts": experts}
-
-
-def _write_qwen_layers(model):
-    kinds = [spec.ffn for spec in config.layer_specs(model)]
-    return {
-        "mlp_only_layers": [i for i, kind in enumerate(kinds) if kind != "moe"],
-        "decoder_sparse_step": 1,
-        "num_experts": model.experts,
-    }
-
-
-QWEN_LAYERS = Key(
-    ("mlp_only_layers", "decoder_sparse_step", "num_experts", "num_local_experts"),
-    _read_qwen_layers,
-    _write_qwen_layers,
-)
-
-
-def _read_mixtral_width(values):
-    width = take(values, "intermediate_size")
-    return {"mlp": width, "expert_mlp": width, "pattern": (("attention", "moe"),)}
-
-
-MIXTRAL_WIDTH = Key(
-    ("intermediate_size",),
-    _read_mixtral_width,
-    lambda model: {"intermediate_size": model.expert_mlp},
-)
-
-# ---- tensors ----
-
-TABLES = (
-    row("model.embed_tokens.weight", "embed/table"),
-    row("model.norm.weight", "final_norm/scale"),
-    row("lm_head.weight", "head/kernel", "transposed"),
-)
-LAYER = "model.layers.{layer}."
-ATTENTION = (
-    *(
-        row(f"{LAYER}self_attn.{n}_proj.weight", f"attention/{n}/kernel", "transposed")
-        for n in "qkv"
-    ),
-    *(row(f"{LAYER}self_attn.{n}_proj.bias", f"attention/{n}/bias") for n in "qkv"),
-    row(f"{LAYER}self_attn.o_proj.weight", "attention/out/kernel", "transposed"),
-    row(f"{LAYER}self_attn.o_proj.bias", "attention/out/bias"),
-    row(f"{LAYER}self_attn.q_norm.weight", "attention/q_norm/scale"),
-    row(f"{LAYER}self_attn.k_norm.weight", "attention/k_norm/scale"),
-)
-MLP = (
-    *(row(f"{LAYER}mlp.{n}_proj.weight", f"mlp/{n}/kernel", "transposed") for n in ("gate", "up")),
-    *(row(f"{LAYER}mlp.{n}_proj.bias", f"mlp/{n}/bias") for n in ("gate", "up")),
-    row(f"{LAYER}mlp.down_proj.weight", "mlp/down/kernel", "transposed"),
-    row(f"{LAYER}mlp.down_proj.bias", "mlp/down/bias"),
-)
-PRE_NORMS = (
-    row(f"{LAYER}input_layernorm.weight", "mixer_norm/scale"),
-    row(f"{LAYER}post_attention_layernorm.weight", "mlp_norm/scale"),
-)
-SANDWICH_NORMS = (
-    row(f"{LAYER}input_layernorm.weight", "mixer_norm/scale"),
-    row(f"{LAYER}post_attention_layernorm.weight", "mixer_out_norm/scale"),
-    row(f"{LAYER}pre_feedforward_layernorm.weight", "mlp_norm/scale"),
-    row(f"{LAYER}post_feedforward_layernorm.weight", "mlp_out_norm/scale"),
-)
-BRANCH_NORMS = (SANDWICH_NORMS[1], SANDWICH_NORMS[3])
-LLAMA_ROWS = (*TABLES, *ATTENTION, *MLP, *PRE_NORMS)
-
-
-def _experts(router: str, expert: str, names: Mapping[str, str]) -> tuple[Row, ...]:
-    """Rows of a mixture of experts: its router, and the three matrices of each expert."""
-    kernels = (
-        row(f"{LAYER}{expert}.{theirs}.weight", f"mlp/experts/{ours}/kernel", "transposed")
-        for ours, theirs in names.items()
-    )
-    return (row(f"{LAYER}{router}.weight", "mlp/router/kernel", "transposed"), *kernels)
-
-
-MIXTRAL_EXPERTS = _experts(
-    "block_sparse_moe.gate",
-    "block_sparse_moe.experts.{expert}",
-    {"gate": "w1", "up": "w3", "down": "w2"},
-)
-QWEN_EXPERTS = _experts(
-    "mlp.gate",
-    "mlp.experts.{expert}",
-    {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
-)
-
-GPT2_LAYER = "transformer.h.{layer}."
-GPT2_QKV = "attention/q/{0} attention/k/{0} attention/v/{0}"
-GPT2_ROWS = (
-    row("transformer.wte.weight", "embed/table"),
-    row("transformer.wpe.weight", "position/table"),
-    row(f"{GPT2_LAYER}attn.c_attn.weight", GPT2_QKV.format("kernel"), "columns"),
-    row(f"{GPT2_LAYER}attn.c_attn.bias", GPT2_QKV.format("bias"), "columns"),
-    row(f"{GPT2_LAYER}attn.c_proj.weight", "attention/out/kernel"),
-    row(f"{GPT2_LAYER}attn.c_proj.bias", "attention/out/bias"),
-    row(f"{GPT2_LAYER}mlp.c_fc.weight", "mlp/up/kernel"),
-    row(f"{GPT2_LAYER}mlp.c_fc.bias", "mlp/up/bias"),
-    row(f"{GPT2_LAYER}mlp.c_proj.weight", "mlp/down/kernel"),
-    row(f"{GPT2_LAYER}mlp.c_proj.bias", "mlp/down/bias"),
-    row(f"{GPT2_LAYER}ln_1.weight", "mixer_norm/scale"),
-    row(f"{GPT2_LAYER}ln_1.bias", "mixer_norm/bias"),
-    row(f"{GPT2_LAYER}ln_2.weight", "mlp_norm/scale"),
-    row(f"{GPT2_LAYER}ln_2.bias", "mlp_norm/bias"),
-    row("transformer.ln_f.weight", "final_norm/scale"),
-    row("transformer.ln_f.bias", "final_norm/bias"),
-    row("lm_head.weight", "head/kernel", "transposed"),
-)
-
-
-def _transpose(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The rows of GPT-2 for files whose matrices are (out, in), as nanoGPT has them."""
-    layouts = {"columns": "grouped", "same": "transposed"}
-
-    def is_matrix(row):
-        is_weight = row.theirs.startswith(GPT2_LAYER) and row.theirs.endswith("weight")
-        return is_weight and ".ln_" not in row.theirs
-
-    return tuple(
-        one._replace(layout=layouts[one.layout]) if is_matrix(one) else one for one in rows
-    )
-
-
-NEOX_LAYER = "gpt_neox.layers.{layer}."
-NEOX_ROWS = (
-    row("gpt_neox.embed_in.weight", "embed/table"),
-    row(f"{NEOX_LAYER}attention.query_key_value.weight", GPT2_QKV.format("kernel"), "heads"),
-    row(f"{NEOX_LAYER}attention.query_key_value.bias", GPT2_QKV.format("bias"), "heads"),
-    row(f"{NEOX_LAYER}attention.dense.weight", "attention/out/kernel", "transposed"),
-    row(f"{NEOX_LAYER}attention.dense.bias", "attention/out/bias"),
-    row(f"{NEOX_LAYER}mlp.dense_h_to_4h.weight", "mlp/up/kernel", "transposed"),
-    row(f"{NEOX_LAYER}mlp.dense_h_to_4h.bias", "mlp/up/bias"),
-    row(f"{NEOX_LAYER}mlp.dense_4h_to_h.weight", "mlp/down/kernel", "transposed"),
-    row(f"{NEOX_LAYER}mlp.dense_4h_to_h.bias", "mlp/down/bias"),
-    row(f"{NEOX_LAYER}input_layernorm.weight", "mixer_norm/scale"),
-    row(f"{NEOX_LAYER}input_layernorm.bias", "mixer_norm/bias"),
-    row(f"{NEOX_LAYER}post_attention_layernorm.weight", "mlp_norm/scale"),
-    row(f"{NEOX_LAYER}post_attention_layernorm.bias", "mlp_norm/bias"),
-    row("gpt_neox.final_layer_norm.weight", "final_norm/scale"),
-    row("gpt_neox.final_layer_norm.bias", "final_norm/bias"),
-    row("embed_out.weight", "head/kernel", "transposed"),
-)
 NEOX_ROPE = ROPE._replace(
     write=lambda model: {
         "rotary_emb_base": model.rope_base,
@@ -318,15 +172,6 @@ NEOX_ROPE = ROPE._replace(
             else {"rope_scaling": ROPE.write(model)["rope_scaling"]}
         ),
     }
-)
-
-PHI3_ROWS = (
-    *TABLES,
-    row(f"{LAYER}self_attn.qkv_proj.weight", GPT2_QKV.format("kernel"), "grouped"),
-    row(f"{LAYER}self_attn.o_proj.weight", "attention/out/kernel", "transposed"),
-    row(f"{LAYER}mlp.gate_up_proj.weight", "mlp/gate/kernel mlp/up/kernel", "halves"),
-    row(f"{LAYER}mlp.down_proj.weight", "mlp/down/kernel", "transposed"),
-    *PRE_NORMS,
 )
 
 
@@ -375,7 +220,7 @@ FAMILIES = {
                 field("bias", "bias", True),
                 Key(("dropout",), lambda values: {}, lambda model: {}),
             ),
-            _transpose(GPT2_ROWS),
+            transpose_rows(GPT2_ROWS),
             base="transformer.",
             is_written=False,
         ),
