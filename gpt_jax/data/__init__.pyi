@@ -24,6 +24,7 @@ from .stream.streams import (
     EvalBatches as EvalBatches,
     Stream as Stream,
 )
+from .tokenizers.bpe import find_begin as find_begin
 from .tokenizers.spec import (
     Spec as Spec,
     resolve_tokenizer as resolve_tokenizer,
@@ -32,6 +33,7 @@ from .tokenizers.spec import (
 from .tokenizers.vocabulary import (
     StreamDecoder as StreamDecoder,
     Tokenizer as Tokenizer,
+    with_begin as with_begin,
 )
 from .tokens.corpus import verify_corpus as verify_corpus
 from .tokens.inspect import (

@@ -6,7 +6,7 @@ from typing import Any
 
 from gpt_jax.errors import UsageError
 from gpt_jax.evals.subject import Subject
-from gpt_jax.infer import Sampling, generate
+from gpt_jax.infer import Sampling, encode_text, generate
 
 # The names that tasks have for the most new tokens. The first of them counts.
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -65,7 +65,7 @@ def generate_until(
     `read_sampling` does.
     """
     context = subject.model.max_seq
-    prompts = subject.tokenizer.encode_batch([prompt for prompt, _ in asked])
+    prompts = [encode_text(subject.tokenizer, prompt) for prompt, _ in asked]
     groups: dict[str, list[int]] = {}
     for number, (_, settings) in enumerate(asked):
         key = json.dumps(settings, sort_keys=True, default=str)

@@ -2,6 +2,7 @@ from .decode import (
     generate as generate,
     stream_text as stream_text,
 )
+from .prompts import encode_text as encode_text
 from .requests import (
     Request as Request,
     encode_pairs as encode_pairs,

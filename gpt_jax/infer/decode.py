@@ -141,8 +141,9 @@ def _stream_rows(model, compute, params, tokenizer, prompts, rows, sampling) -> 
         "vocab": tokenizer.vocab,
     }
 
-    # An empty prompt is the end-of-text token alone.
-    starts = [prompts[prompt].tolist() == [tokenizer.eot] for prompt, _ in rows]
+    # An empty prompt is one of these alone.
+    empty = ([tokenizer.eot], [tokenizer.begin])
+    starts = [prompts[prompt].tolist() in empty for prompt, _ in rows]
     live = {b: Row(tokenizer, sampling.stop, limit, starts[b]) for b, limit in enumerate(limits)}
     state, next_tokens = _start(params, tokens, lengths, seen, knobs, length=length, **static)
     for steps_left in range(max(limits) - 1, -1, -1):

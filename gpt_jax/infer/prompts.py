@@ -23,6 +23,14 @@ def bucket(size: int, smallest: int = 1) -> int:
     return max(smallest, 1 << (size - 1).bit_length())
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of a text as a model reads it: after the tokenizer's `begin`, if it has one."""
+    ids = tokenizer.encode(text)
+    if tokenizer.begin is None:
+        return ids
+    return np.concatenate([[tokenizer.begin], ids]).astype(np.int32)
+
+
 def fit_prompt(
     number: int,
     prompt: str | np.ndarray,
@@ -33,7 +41,7 @@ def fit_prompt(
 ) -> np.ndarray:
     """Encodes a prompt: at least one id, with room for a new token in the context.
 
-    A prompt of ids is taken as it is.
+    A prompt of ids is taken as it is. A text comes after the tokenizer's `begin`, if it has one.
 
     An empty prompt starts from the end-of-text token. With `sampling.truncate` a prompt that fills
     the context keeps its last tokens. This leaves room for `max_new_tokens`, but the prompt keeps
@@ -42,7 +50,7 @@ def fit_prompt(
     Raises UsageError if the prompt fills the context without `truncate`. Raises UsageError if it
     is empty and the tokenizer has no end-of-text token.
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    ids = encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
     if not len(ids):
         if tokenizer.eot is None:
             raise UsageError(

@@ -34,10 +34,14 @@ class Fitted(NamedTuple):
 
 
 def start_token(tokenizer: Tokenizer) -> int:
-    """The id that stands before a text without a context: end of text, as in training.
+    """The id that stands before a text without a context.
+
+    It is the tokenizer's `begin`, or else end of text, as in training.
 
     Raises UsageError if the tokenizer has none.
     """
+    if tokenizer.begin is not None:
+        return tokenizer.begin
     if tokenizer.eot is None:
         raise UsageError(
             f"an empty context: the {tokenizer.name} tokenizer has no end-of-text token to start "
@@ -51,8 +55,8 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
 
     White space at the end of a context moves to its continuation, because a token of most
     vocabularies begins with its space. The context has its own ids. The continuation has those of
-    the whole text after as many. An empty context becomes the start token, unless the continuation
-    begins with it.
+    the whole text after as many. The tokenizer's `begin`, if it has one, comes before the context.
+    An empty context becomes the start token, unless the continuation begins with it.
 
     Raises UsageError as the tokenizer does, and for an empty context without a start token.
     """
@@ -63,7 +67,9 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     requests = []
     for whole, head in zip(wholes, heads, strict=True):
         if len(head):
-            requests.append(Request(head, whole[len(head) :]))
+            before = [] if tokenizer.begin is None else [tokenizer.begin]
+            context = np.concatenate([before, head]).astype(np.int64)
+            requests.append(Request(context, whole[len(head) :]))
             continue
         start = start_token(tokenizer)
         begins_with_it = len(whole) and whole[0] == start

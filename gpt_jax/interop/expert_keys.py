@@ -2,7 +2,7 @@
 
 from gpt_jax import config
 from gpt_jax.errors import UsageError
-from gpt_jax.interop.keys import Key, shorten, take
+from gpt_jax.interop.keys import Key, count_layers, shorten, take
 
 
 def _read_qwen_layers(values):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax import config as configs
-from gpt_jax.data import Spec, Tokenizer, resolve_tokenizer
+from gpt_jax.data import Spec, Tokenizer, find_begin, resolve_tokenizer, with_begin
 from gpt_jax.errors import UsageError
 from gpt_jax.files import describe_error
 from gpt_jax.interop.architecture import read_model
@@ -128,7 +128,7 @@ def find_tokenizer(directory: Path, spec: str = "") -> Tokenizer | None:
     found = resolve_tokenizer(spec or str(directory), field)
     if isinstance(found, Spec):
         raise UsageError(f"--tokenizer={spec}: is made from text; name bytes or a file")
-    return found
+    return with_begin(found, find_begin(found)) if found.kind == "json" else found
 
 
 def _name_fully(tensors, family: Family):

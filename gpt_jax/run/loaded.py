@@ -16,6 +16,7 @@ from gpt_jax.infer import (
     Sampling,
     compute_logits,
     encode_pairs,
+    encode_text,
     generate,
     score_requests,
     start_token,
@@ -49,7 +50,7 @@ class Loaded(NamedTuple):
         context, or if an id is no row of the embedding.
         """
         if isinstance(text, str):
-            ids = self.tokenizer.encode(text)
+            ids = encode_text(self.tokenizer, text)
             if not len(ids):
                 ids = np.array([start_token(self.tokenizer)])
         else:

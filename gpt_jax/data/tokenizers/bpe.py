@@ -345,3 +345,21 @@ def make_json_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer
         tokenizer = replace(tokenizer, encoder=_make_encoder(library))
     notes = json_fields.list_notes(spec, spelt.union(ordinary))
     return check_promises(replace(tokenizer, notes=notes))
+
+
+def find_begin(tokenizer: Tokenizer) -> int | None:
+    """The special token that a tokenizer.json puts before a text for a finished model, or None.
+
+    Raises UsageError if it puts more than that there, or anything behind the text.
+    """
+    library = tokenizers.Tokenizer.from_str(tokenizer.content)
+    plain = library.encode("a", add_special_tokens=False).ids
+    full = library.encode("a", add_special_tokens=True).ids
+    if full == plain:
+        return None
+    if full[1:] != plain or full[0] not in tokenizer.specials.values():
+        raise UsageError(
+            f"tokenizer {tokenizer.name}: its post_processor adds more than one token before a "
+            "text; leave out of the file what the model does not need"
+        )
+    return full[0]

@@ -97,7 +97,7 @@ def make_llama2c_tokenizer(content: str, name: str) -> Tokenizer:
     }
     tokenizer = make_json_tokenizer(json.dumps(spec), name)
     # Texts of such a model are parted by `<s>`; `</s>` never occurs.
-    return replace(tokenizer, kind="llama2c", content=content, eot=BEGIN)
+    return replace(tokenizer, kind="llama2c", content=content, eot=BEGIN, begin=BEGIN)
 
 
 def read_llama2c(path: Path) -> Tokenizer:

@@ -27,6 +27,7 @@ from gpt_jax.data.tokenizers.vocabulary import (
     Tokenizer,
     make_byte_tokenizer,
     make_char_tokenizer,
+    with_begin,
     with_extra,
     with_specials,
 )
@@ -48,6 +49,7 @@ SAVED_SCHEMA = {
     "name": "text",
     "content": "text",
     "extra?": Each("count"),
+    "begin?": "count",
 }
 
 
@@ -144,4 +146,5 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     """
     saved = read_json(text, SAVED_SCHEMA)
     tokenizer = SPEC_KINDS[saved["kind"]](saved["content"], saved["name"])
-    return with_extra(tokenizer, saved.get("extra", {}))
+    tokenizer = with_extra(tokenizer, saved.get("extra", {}))
+    return with_begin(tokenizer, saved["begin"]) if "begin" in saved else tokenizer

@@ -64,6 +64,9 @@ class Tokenizer:
     lossless: bool = True
     # The id for characters that have no id of their own. None: every character has ids.
     unknown: int | None = None
+    # The id that a model of others expects before each text. Models that are trained here see texts
+    # parted by `eot` alone, and have none.
+    begin: int | None = None
     # What a person must know of how the file is read, a line each.
     notes: tuple[str, ...] = ()
 
@@ -157,6 +160,8 @@ class Tokenizer:
         saved: dict = {"kind": self.kind, "name": self.name, "content": self.content}
         if self.extra:
             saved["extra"] = dict(self.extra)
+        if self.begin is not None:
+            saved["begin"] = self.begin
         return json.dumps(saved, ensure_ascii=True)
 
 
@@ -228,6 +233,13 @@ def with_extra(tokenizer: Tokenizer, extra: Mapping[str, int]) -> Tokenizer:
         specials={**tokenizer.specials, **extra},
         extra={**tokenizer.extra, **extra},
     )
+
+
+def with_begin(tokenizer: Tokenizer, begin: int | None) -> Tokenizer:
+    """`tokenizer` with the id that stands before each text. Raises UsageError if it has no such."""
+    if begin is not None and begin >= tokenizer.vocab:
+        raise UsageError(f"tokenizer {tokenizer.name}: has no token {begin} to begin a text with")
+    return replace(tokenizer, begin=begin)
 
 
 def quote_around(text: str, place: int) -> str:
