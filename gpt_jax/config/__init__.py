@@ -60,7 +60,8 @@ from gpt_jax.config.read import (
     to_dict,
     to_json,
 )
-from gpt_jax.config.resolve import for_inference, resolve, wsd_start
+from gpt_jax.config.remat import REMAT_NAMES, list_marked
+from gpt_jax.config.resolve import for_inference, resolve, set_remat, wsd_start
 from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Mesh, Optim, Train
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "PACKINGS",
     "POSITIONS",
     "REMATS",
+    "REMAT_NAMES",
     "RESUMABLE",
     "ROUTERS",
     "SCHEDULES",
@@ -118,6 +120,7 @@ __all__ = [
     "layout",
     "least_devices",
     "list_levels",
+    "list_marked",
     "make_batch_sizes",
     "make_page",
     "make_schema",
@@ -128,6 +131,7 @@ __all__ = [
     "read_batch_sizes",
     "read_saved",
     "resolve",
+    "set_remat",
     "shape_on",
     "slices_problem",
     "to_dict",

@@ -12,7 +12,7 @@ ROUTERS = ("softmax", "sigmoid")
 BALANCES = ("none", "aux", "bias")
 DISPATCHES = ("dropless", "capacity")
 KERNELS = ("auto", "reference", "blocked", "ring", "xla", "cudnn", "splash")
-REMATS = ("none", "block", "dots", "offload")
+REMATS = ("none", "block", "dots", "offload", "names")
 INITS = ("gpt2", "xavier", "modern")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
 MUON_SCALES = ("shape", "adam")
@@ -24,6 +24,7 @@ SPLITS = ("tail", "document")
 TOKEN_TYPES = ("auto", "uint16", "uint32")
 OBJECTIVES = ("next_token",)
 EVALUATORS = ("heldout", "samples", "xz")
+MEMORIES = ("device", "host")
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 
 # The largest whole number of a field without a smaller limit. Devices count in 32 bits.

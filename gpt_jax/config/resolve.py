@@ -52,4 +52,9 @@ def wsd_start(optim: Optim) -> int:
 def for_inference(model: Model, compute: Compute) -> tuple[Model, Compute]:
     """Leaves out what only training does: dropout, and computing activations again."""
     model = dataclasses.replace(model, dropout=0.0, attention_dropout=0.0)
-    return model, dataclasses.replace(compute, remat="none")
+    return model, set_remat(compute, "none")
+
+
+def set_remat(compute: Compute, remat: str) -> Compute:
+    """`compute` with another remat policy. The names of the old one are for that one alone."""
+    return dataclasses.replace(compute, remat=remat, remat_save=(), remat_offload=())

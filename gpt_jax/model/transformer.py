@@ -17,13 +17,13 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config, sharding
 from gpt_jax.config import LayerSpec, layer_specs, layout
 from gpt_jax.errors import UsageError
 from gpt_jax.model import stages
 from gpt_jax.model.attention.attention import MAPS, Attention, Context
-from gpt_jax.model.attention.kernels import is_kernel_result
 from gpt_jax.model.experts.balance import add_layer, empty_report
 from gpt_jax.model.experts.moe import Moe
 from gpt_jax.model.kv_cache import append_token
@@ -40,18 +40,9 @@ from gpt_jax.model.layers.linear import matmul
 from gpt_jax.model.layers.mlp import Mlp
 from gpt_jax.model.layers.norms import Norm
 from gpt_jax.model.layers.positions import rotary_frequencies, sinusoids
+from gpt_jax.model.remat import REMATS
 
 MIXERS = {"attention": Attention}
-
-POLICIES = jax.checkpoint_policies
-REMATS = {
-    "block": None,  # recompute the block from its input
-    # Keep the results of matmuls and of attention kernels.
-    "dots": POLICIES.save_from_both_policies(
-        POLICIES.dots_with_no_batch_dims_saveable, is_kernel_result
-    ),
-    "offload": POLICIES.offload_dot_with_no_batch_dims("device", "pinned_host"),
-}
 
 # How a model runs when nobody says otherwise: plainly, and in float32.
 REFERENCE = config.Compute(kernel="reference")
@@ -69,6 +60,7 @@ class Block(nn.Module):
         model = self.model
         spec = self.spec
         is_pre = model.norm_position == "pre"
+        x = checkpoint_name(x, "layer_in")
         mixer_norm = Norm(model, name="mixer_norm")
         mlp_norm = Norm(model, name="mlp_norm")
 
@@ -136,7 +128,8 @@ class Period(nn.Module):
         policy = self.compute.remat
         if policy == "none":
             return Block
-        return nn.remat(Block, prevent_cse=not self.looped, policy=REMATS[policy])
+        rule = REMATS[policy](self.compute)
+        return nn.remat(Block, prevent_cse=not self.looped, policy=rule)
 
 
 class Transformer(nn.Module):

@@ -22,6 +22,7 @@ from .objectives import (
 )
 from .optim.groups import describe_groups as describe_groups
 from .optim.optimizer import (
+    keep_on_host as keep_on_host,
     make_optimizer as make_optimizer,
     make_zero1 as make_zero1,
     rewind as rewind,
