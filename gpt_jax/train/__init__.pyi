@@ -22,12 +22,12 @@ from .objectives import (
 )
 from .optim.groups import describe_groups as describe_groups
 from .optim.optimizer import (
-    keep_on_host as keep_on_host,
     make_optimizer as make_optimizer,
     make_zero1 as make_zero1,
     rewind as rewind,
 )
 from .optim.schedule import make_schedule as make_schedule
+from .optim.streaming import keep_on_host as keep_on_host
 from .step import (
     TrainState as TrainState,
     eval_step as eval_step,

@@ -209,19 +209,6 @@ def make_zero1(
     return optax.GradientTransformation(lambda params: tx.init(split(params)), update)
 
 
-def keep_on_host(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` with its moments in the memory of the host, except while it updates. Run it under jit.
-
-    Counters stay on the devices.
-    """
-
-    def update(updates, state, params=None):
-        updates, state = tx.update(updates, sharding.to_device(state), params)
-        return updates, sharding.to_host(state)
-
-    return optax.GradientTransformation(lambda params: sharding.to_host(tx.init(params)), update)
-
-
 # States whose count is the place in a schedule. Other counts belong to moments, such as Adam's.
 SCHEDULED = (optax.ScaleByScheduleState, muon.MuonState, muon.DecayState)
 
