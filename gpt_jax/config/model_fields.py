@@ -170,7 +170,8 @@ class Compute:
     remat_save: tuple[str, ...] = knob(
         (),
         "Values of each layer that remat `names` keeps on the device: q, k, v, attention, "
-        "attention_out, mlp_in, mlp_hidden, mlp_out, experts_in, experts_out (docs/parallelism.md).",
+        "attention_out, mlp_in, mlp_hidden, mlp_out, experts_in or experts_out "
+        "(docs/parallelism.md).",
     )
     remat_offload: tuple[str, ...] = knob(
         (),

@@ -17,10 +17,15 @@ def step_flops(job: PlanJob) -> tuple[int, int]:
 
 
 def remat_bytes(job: PlanJob, topology: Topology, estimate: Estimate) -> dict[str, float]:
-    """Returns the bytes of activations on a device under each policy that a search tries."""
+    """Returns the bytes of activations on a device under each policy that a search tries.
+
+    Names that the config keeps are one more.
+    """
     activations = {}
+    if job.config.compute.remat == "names":
+        activations["names"] = estimate.memory.activations
     for remat in REMATS:
-        compute = replace(job.config.compute, remat=remat)
+        compute = configs.set_remat(job.config.compute, remat)
         changed = job._replace(config=replace(job.config, compute=compute))
         memory = estimate_memory(changed, estimate.shape, estimate.kernel, topology.chip.platform)
         activations[remat] = memory.activations
@@ -29,9 +34,15 @@ def remat_bytes(job: PlanJob, topology: Topology, estimate: Estimate) -> dict[st
 
 def list_uncounted(config: configs.Config) -> list[str]:
     """Returns what neither the arithmetic nor the compiler counts of this config."""
-    if config.compute.remat != "offload":
-        return []
+    cases = {
+        "config.compute.remat = 'offload'": config.compute.remat == "offload",
+        f"config.compute.remat_offload = {config.compute.remat_offload!r}": bool(
+            config.compute.remat_offload
+        ),
+        "config.optim.state_memory = 'host'": config.optim.state_memory == "host",
+    }
     return [
-        "config.compute.remat = 'offload': its copies to the host's memory and back "
-        "are not in the step's time"
+        f"{case}: its copies to the host's memory and back are not in the step's time"
+        for case, is_so in cases.items()
+        if is_so
     ]

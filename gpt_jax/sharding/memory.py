@@ -37,9 +37,7 @@ def describe_on_host(abstract):
     def place(x):
         if not _is_moved(x):
             return x
-        return jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=x.sharding.with_memory_kind(HOST)
-        )
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(HOST))
 
     return jax.tree.map(place, abstract)
 
