@@ -60,7 +60,7 @@ from gpt_jax.config.read import (
     to_dict,
     to_json,
 )
-from gpt_jax.config.remat import REMAT_NAMES, list_marked
+from gpt_jax.config.remat import REMAT_NAMES, describe_remat, list_marked
 from gpt_jax.config.resolve import for_inference, resolve, set_remat, wsd_start
 from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Mesh, Optim, Train
 
@@ -108,6 +108,7 @@ __all__ = [
     "cross_slice",
     "describe_config",
     "describe_habits",
+    "describe_remat",
     "faults",
     "find_habits",
     "find_ramp_entry",

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from gpt_jax.config.layers import layer_specs
-from gpt_jax.config.model_fields import Model
+from gpt_jax.config.model_fields import Compute, Model
 
 
 class Named(NamedTuple):
@@ -41,3 +41,15 @@ def list_marked(model: Model) -> list[str]:
         if not is_sparse or model.shared_experts:
             kinds.add("dense")
     return [name for name, row in REMAT_NAMES.items() if row.layers in kinds]
+
+
+def describe_remat(compute: Compute) -> str:
+    """The remat policy in words, such as `names (q, k; on the host layer_in)`."""
+    if compute.remat != "names":
+        return compute.remat
+    parts = []
+    if compute.remat_save:
+        parts.append(", ".join(compute.remat_save))
+    if compute.remat_offload:
+        parts.append(f"on the host {', '.join(compute.remat_offload)}")
+    return f"names ({'; '.join(parts)})"

@@ -93,7 +93,7 @@ def format_head(job: PlanJob, topology: Topology, estimate: Estimate) -> list[st
         f"{topology}: {topology.devices} {chip.kind} devices on {topology.hosts} hosts, "
         f"{topology.peak / 1e12:,.1f} TFLOP/s dense bf16 and {chip.memory / GIB:.1f} GiB each",
         f"mesh: {format_mesh(estimate.shape)}; zero {config.mesh.zero}, "
-        f"remat {config.compute.remat}, {microbatches}, "
+        f"remat {configs.describe_remat(config.compute)}, {microbatches}, "
         f"attention kernel {estimate.kernel} ({estimate.reason})",
         f"model: {job.parameters:,} parameters, {job.matmul_params:,} multiplied; "
         f"{job.full_flops / 1e9:,.3g} GFLOP a token and {full / 1e15:,.3g} PFLOP a step "

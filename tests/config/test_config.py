@@ -538,6 +538,51 @@ MOE = dict(pattern=(("attention", "moe"),))
             dict(compute=dict(pipeline_rounds=2)),
             ("config.compute.pipeline_rounds = 2", "without config.mesh.pipeline"),
         ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_save=("attention", "scores"))),
+            ("config.compute.remat_save = ", "'scores' is not known", "attention_out", "mlp_in"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_save=("q", "v"), remat_offload=("k", "q"))),
+            ("config.compute.remat_offload = ('k', 'q')", "'q' is in both lists"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_offload=("experts_in",))),
+            ("config.compute.remat_offload = ", "in no layer", "mlp_hidden"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_save=("mlp_in",)), model=MOE),
+            ("config.compute.remat_save = ", "in no layer", "experts_out"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_save=("layer_in",))),
+            ("config.compute.remat_save = ", "'layer_in' is kept in any case"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_save=("mlp_out",))),
+            ("config.compute.remat_save = ", "config.model.norm_position = 'pre'"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names")),
+            ("config.compute.remat = 'names'", "config.compute.remat_save", "use block"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="dots", remat_save=("q",))),
+            ("config.compute.remat_save = ('q',)", "config.compute.remat = 'dots'"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat_offload=("q",))),
+            ("config.compute.remat_offload = ('q',)", "config.compute.remat = 'none'"),
+        ),
     ],
 )
 def test_check_refuses_what_does_not_divide_over_the_mesh(mesh, sections, words):
@@ -621,6 +666,9 @@ def test_no_change():
         (dict(checkpoint=dict(keep_last=9)), True),
         (dict(train=dict(steps=5)), True),
         (dict(compute=dict(remat="block")), True),
+        (dict(compute=dict(remat_save=("q",))), True),
+        (dict(compute=dict(remat_offload=("q",))), True),
+        (dict(optim=dict(state_memory="host")), True),
         (dict(train=dict(accumulate=2)), True),
         (dict(optim=dict(learning_rate=1.0)), True),
         (dict(model=dict(layers=9)), False),

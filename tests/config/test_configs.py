@@ -19,7 +19,7 @@ from gpt_jax.data.stream import rows
 from gpt_jax.data.tokens import split
 from gpt_jax.errors import UsageError
 from gpt_jax.evals import evaluators
-from gpt_jax.model import count, parametrization, transformer
+from gpt_jax.model import count, parametrization, remat, transformer
 from gpt_jax.model.attention import kernels
 from gpt_jax.model.layers import mlp, norms
 from gpt_jax.model.parameters import describe_parameter
@@ -289,7 +289,7 @@ def test_gpt2_names_the_way_to_tensor_parallel():
         (config.DENSE_FFNS, mlp.FFNS),
         (config.INITS, parametrization.INITS),
         (config.KERNELS, {"auto"} | set(kernels.KERNELS)),
-        (config.REMATS, {"none"} | set(transformer.REMATS)),
+        (config.REMATS, {"none"} | set(remat.REMATS)),
         (config.MIXERS, transformer.MIXERS),
         (config.EVALUATORS, evaluators.EVALUATORS),
         (config.OBJECTIVES, objectives.OBJECTIVES),
