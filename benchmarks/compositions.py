@@ -4,10 +4,10 @@
     python benchmarks/compositions.py --one 123                  # one of them, in this process
 
 A seed draws model, masks, optimiser, mesh, kernel, remat and accumulation
-(`tests/support/compositions.py`, which also says what is compared). Seeds run in child processes,
-because XLA ends a process whose devices wait for each other for 40 s. Each result is a line of the
-file `--results`. A seed that is there already is not run again, so that the command can be stopped
-and repeated.
+(`tests/support/compositions.py`). `tests/support/comparisons.py` says what is compared. Seeds run in
+child processes, because XLA ends a process whose devices wait for each other for 40 s. Each result
+is a line of the file `--results`. A seed that is there already is not run again, so that the command
+can be stopped and repeated.
 
 It prints each failure with the line that repeats it, and tables by knob of all results in the file.
 With `--record` it writes `compositions.json` beside this file.
@@ -97,19 +97,20 @@ def count_seconds() -> float:
 
 def run_seed(seed: int) -> dict:
     """The result of a seed. An exception is one too."""
+    import comparisons
     import compositions
 
     start = count_seconds()
     drawn = compositions.draw(seed)
     row = {"seed": seed, "knobs": list_knobs(drawn), "refused": drawn.refused}
     try:
-        apart = compositions.compare(drawn)
+        apart = comparisons.compare(drawn)
     except Exception as error:
         traceback.print_exc()
         text = " ".join(str(error).split())
         row["faults"] = [f"{type(error).__name__}: {text[:300]}"]
     else:
-        row["faults"] = compositions.find_faults(apart)
+        row["faults"] = comparisons.find_faults(apart)
         row["worst"] = {
             "metrics": name_worst(apart.metrics),
             "gradients": name_worst(apart.gradients),

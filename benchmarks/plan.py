@@ -6,6 +6,7 @@ search likes best, compiled.
     python benchmarks/plan.py --only=llama:8b   rows whose name has that in it
     python benchmarks/plan.py --refresh         the arithmetic of its rows anew; nothing compiles
     python benchmarks/plan.py --table           the table in Markdown, from the file
+    python benchmarks/plan.py --published       rows beside what MaxText publishes, in Markdown
 
 It needs the extras plan and plan-gpu (pip install 'gpt_jax[plan,plan-gpu]') and no accelerator. A
 row is one command, which the file names: gpt-jax plan --config=configs/<model>
@@ -42,6 +43,18 @@ CHANGES = {"gpt2:1558m": ("--config.model.vocab=50304", "--config.train.batch_si
 HEAD = (
     "| model | machine | best mesh | peak GiB (arithmetic) | step (arithmetic) | "
     "MFU, causal (arithmetic) | compiled in |"
+)
+# Percent MFU that MaxText's README and recipes publish, measured. The attention map counts in full.
+# (MaxText's model and machine, MFU, our row)
+PUBLISHED = (
+    ("Llama 3.1 8B, v6e-256", 45.5, "llama:8b on v6e-256"),
+    ("Llama 3.1 70B, v6e-256", 50.3, "llama:70b on v6e-256"),
+    ("Mixtral 8x7B, v6e-256, rows of 4,096", 35.2, "moe:8x7b on v6e-256"),
+    ("Llama 2 70B, 512 chips of v5p", 65.4, "llama:70b on v5p-1024"),
+    ("Mixtral 8x7B, v5p", 52.6, "moe:8x7b on v5p-128"),
+    ("Llama 3.1 70B, TPU7x", 52.3, "llama:70b on TPU7x-128"),
+    ("Llama 3.1 405B, v5p", 68.5, ""),
+    ("Llama 3.1 405B, TPU7x", 54.7, ""),
 )
 # Fields of the arithmetic that a row keeps.
 ARITHMETIC = ("step_seconds", "mfu_full", "mfu_causal", "bound_by", "memory")
@@ -135,6 +148,22 @@ def format_row(row: dict) -> str:
     )
 
 
+def format_published(rows: dict) -> list[str]:
+    """Returns the lines of a table of MaxText's MFU and ours, both of the full attention map."""
+    lines = [
+        "| MaxText's run | measured there | our row | by arithmetic | by cycles |",
+        "|---" * 5 + "|",
+    ]
+    for run, published, key in PUBLISHED:
+        ours = "none | |"
+        if key in rows:
+            arithmetic = rows[key]["arithmetic"]["mfu_full"]
+            cycles = rows[key]["schedule"]["mfu_full"]
+            ours = f"{key} | {arithmetic:.1%} | {cycles:.1%}"
+        lines.append(f"| {run} | {published}% | {ours} |")
+    return lines
+
+
 def format_mesh(row: dict) -> str:
     """Returns the axes of the row's mesh, its remat policy and its accumulation."""
     axes = [f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1]
@@ -161,7 +190,7 @@ def main() -> None:
     )
     flags.add_argument("--only", default="")
     modes = flags.add_mutually_exclusive_group()
-    for name in ("--anew", "--refresh", "--table"):
+    for name in ("--anew", "--refresh", "--table", "--published"):
         modes.add_argument(name, action="store_true")
     args = flags.parse_args()
 
@@ -170,6 +199,9 @@ def main() -> None:
     if not wanted:
         first = next(iter(names))
         raise SystemExit(f"--only={args.only}: no row has that in its name; rows are, say, {first}")
+    if args.published:
+        print("\n".join(format_published(read_rows())))
+        return
     if args.table:
         rows = read_rows()
         print(HEAD)

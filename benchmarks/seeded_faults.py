@@ -46,7 +46,7 @@ FAULTS = {
         "gpt_jax/data/stream/order.py",
         "keys = random_bits(seed, np.asarray(epoch)[None, :],",
         "keys = random_bits(seed, 0 * np.asarray(epoch)[None, :],",
-        "tests/data/test_batches.py -k permutation_is_a_bijection",
+        "tests/data/test_order.py -k permutation_is_a_bijection",
     ),
     "packing mask: documents of a row see each other": Fault(
         "gpt_jax/model/attention/mask.py",
@@ -70,7 +70,7 @@ FAULTS = {
         "gpt_jax/run/resume.py",
         'ema=loaded.get("ema", {}))',
         'ema=loaded["params"] if "ema" in loaded else {})',
-        "tests/run/test_loop.py::test_resumed_with_averaged_weights_to_the_bit",
+        "tests/run/test_run_checkpoints.py::test_resumed_with_averaged_weights_to_the_bit",
     ),
     "decode cache: a token is not counted": Fault(
         "gpt_jax/infer/decode.py",

@@ -14,7 +14,8 @@ case ${1:-} in
 --quick)
     shift
     tier=(tests/test_floors.py tests/test_docs.py tests/config tests/hardware tests/metrics tests/sharding
-        tests/data/test_batches.py tests/data/test_mixture.py tests/data/test_packing.py tests/data/test_transforms.py
+        tests/data/test_batches.py tests/data/test_order.py tests/data/test_rows.py tests/data/test_mixture.py
+        tests/data/test_packing.py tests/data/test_transforms.py
         tests/model/test_parameters.py tests/plan/test_memory.py tests/train/test_schedule.py tests/train/test_step.py)
     ;;
 --deep)

@@ -14,7 +14,7 @@ FLOORS = (
     {"errors", "files", "schema", "config"},
     {"sharding", "hardware", "cluster", "metrics"},
     {"data", "model", "train"},
-    {"infer", "evals"},
+    {"infer", "evals", "interop"},
     {"run", "plan"},
     {"commands", "__main__"},
 )

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model from a config, or resume it where its workdir stands",
     "evaluate": "loss, perplexity, bits per byte and accuracy of a checkpoint on text",
     "generate": "continue prompts from a checkpoint",
+    "convert": "models of Hugging Face to checkpoints, and checkpoints to them",
     "plan": "whether a config fits on a machine that is not here, and how fast it could be",
     "inspect": "the documents and the text of every row of a step of a run",
     "bench": "how fast the input pipeline of a config is by itself",

@@ -156,7 +156,9 @@ def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int,
     """
     config = load_config(args.config, rest)
     if args.print_config:
-        resolved = configs.resolve(config)
+        from gpt_jax.run import take_model
+
+        resolved = configs.resolve(take_model(config, Path(args.workdir) if args.workdir else None))
         configs.check(resolved, configs.least_devices(config.mesh))
         emit(configs.to_json(resolved))
         return config, None, None

@@ -26,6 +26,7 @@ from gpt_jax.config.knobs import (
     FFNS,
     INITS,
     KERNELS,
+    MATMULS,
     MIXERS,
     NORMS,
     OBJECTIVES,
@@ -38,7 +39,7 @@ from gpt_jax.config.knobs import (
     SPLITS,
     knob,
 )
-from gpt_jax.config.layers import LayerSpec, Layout, has_experts, layer_specs, layout
+from gpt_jax.config.layers import LayerSpec, Layout, has_bias, has_experts, layer_specs, layout
 from gpt_jax.config.mesh_checks import widest_tensor
 from gpt_jax.config.meshes import (
     AXES,
@@ -60,8 +61,14 @@ from gpt_jax.config.read import (
     to_dict,
     to_json,
 )
-from gpt_jax.config.remat import REMAT_NAMES, describe_remat, list_marked
-from gpt_jax.config.resolve import for_inference, resolve, set_remat, wsd_start
+from gpt_jax.config.remat import REMAT_NAMES, describe_remat, list_marked, list_unread
+from gpt_jax.config.resolve import (
+    describe_inference,
+    for_inference,
+    resolve,
+    set_remat,
+    wsd_start,
+)
 from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Mesh, Optim, Train
 
 __all__ = [
@@ -74,6 +81,7 @@ __all__ = [
     "FSDP_AXES",
     "INITS",
     "KERNELS",
+    "MATMULS",
     "MIXERS",
     "NORMS",
     "OBJECTIVES",
@@ -108,6 +116,7 @@ __all__ = [
     "cross_slice",
     "describe_config",
     "describe_habits",
+    "describe_inference",
     "describe_remat",
     "faults",
     "find_habits",
@@ -115,6 +124,7 @@ __all__ = [
     "flatten",
     "for_inference",
     "from_dict",
+    "has_bias",
     "has_experts",
     "knob",
     "layer_specs",
@@ -122,6 +132,7 @@ __all__ = [
     "least_devices",
     "list_levels",
     "list_marked",
+    "list_unread",
     "make_batch_sizes",
     "make_page",
     "make_schema",

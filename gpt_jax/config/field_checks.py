@@ -5,7 +5,7 @@ from typing import Any
 from gpt_jax.config.fields import Config
 from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS, MOST
 from gpt_jax.config.layers import has_experts
-from gpt_jax.config.remat import REMAT_NAMES, list_marked
+from gpt_jax.config.remat import REMAT_NAMES, list_marked, list_unread
 from gpt_jax.config.resolve import wsd_start
 
 # The last token at which a batch size may begin. Examples are counted in int64, whose end is near
@@ -40,6 +40,7 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
     _check_heads(checks)
     _check_layers(checks)
     if config.model.pattern and config.model.windows:
+        _check_parts(checks)
         _check_gates(checks)
         _check_text(checks, tokenizer_vocab)
         _check_evaluators(checks)
@@ -73,6 +74,11 @@ def _check_heads(checks: Checks) -> None:
         is_even or model.position != "rotary",
         "model.rope_fraction",
         f"rotates an odd number of the {model.head_dim} channels of a head; choose an even part",
+    )
+    checks.need(
+        model.rope_local_base == 0 or model.rope_local_base >= 1,
+        "model.rope_local_base",
+        "is a base below 1; choose one of at least 1, or 0 for that of the other layers",
     )
     checks.need(
         model.rope_scale_low < model.rope_scale_high,
@@ -109,6 +115,21 @@ def _check_layers(checks: Checks) -> None:
             "model.pattern",
             f"unknown feed-forward {ffn!r}; choose from {', '.join(FFNS)}",
         )
+
+
+def _check_parts(checks: Checks) -> None:
+    """Fields that only go with some values of others."""
+    model = checks.config.model
+    checks.need(
+        not (model.bias and model.biased != "none"),
+        "model.biased",
+        "says where biases are although `bias` is false; set config.model.bias=False",
+    )
+    checks.need(
+        not model.parallel or model.norm_position == "pre",
+        "model.parallel",
+        f"needs config.model.norm_position = 'pre', not {model.norm_position!r}",
+    )
 
 
 def _check_gates(checks: Checks) -> None:
@@ -308,8 +329,9 @@ def _find_name_fault(config: Config, field: str, name: str) -> str:
         return "is in both lists of names; leave it in one"
     if name == "layer_in" and field == "remat_save":
         return "is kept in any case; leave it out, or move it to config.compute.remat_offload"
-    if name == "mlp_out" and config.model.norm_position == "pre":
+    if name in list_unread(config.model):
         return (
-            "is not read by the backward pass with config.model.norm_position = 'pre'; leave it out"
+            "is not read by the backward pass with config.model.norm_position = 'pre' and "
+            f"config.model.parallel = {config.model.parallel}; leave it out"
         )
     return ""

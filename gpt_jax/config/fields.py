@@ -29,8 +29,8 @@ class Config:
 
 
 # Sections and fields that may change when a run resumes, because they alter neither the layout of
-# the parameters nor their meaning. compute.dtype is missing because it changes the precision of
-# every matmul, and the losses would no longer be those of one run.
+# the parameters nor their meaning. compute.dtype and compute.matmul_dtype are missing because they
+# change the precision of matmuls, and the losses would no longer be those of one run.
 #
 # The text says what the change does to the course of training. It is empty if it does nothing.
 RATE = "the rate follows the new schedule from here on"

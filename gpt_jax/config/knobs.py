@@ -3,7 +3,11 @@
 from dataclasses import Field, field, fields, is_dataclass
 from typing import Any, TypeGuard
 
-NORMS = ("layernorm", "rmsnorm", "plain_rmsnorm")
+NORMS = ("layernorm", "rmsnorm", "plain_rmsnorm", "unit_rmsnorm")
+NORM_POSITIONS = ("pre", "post", "sandwich", "branch")
+ROPE_SCALINGS = ("llama3", "linear")
+QK_NORMS = ("head", "all")
+BIASED = ("none", "qkv", "attention", "mlp")
 POSITIONS = ("learned", "rotary", "sinusoidal", "none")
 MIXERS = ("attention",)
 DENSE_FFNS = ("relu", "gelu", "gelu_tanh", "relu2", "swiglu", "geglu")
@@ -25,6 +29,7 @@ TOKEN_TYPES = ("auto", "uint16", "uint32")
 OBJECTIVES = ("next_token",)
 EVALUATORS = ("heldout", "samples", "xz")
 MEMORIES = ("device", "host")
+MATMULS = ("compute", "fp8")
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 
 # The largest whole number of a field without a smaller limit. Devices count in 32 bits.

@@ -38,6 +38,22 @@ def layer_specs(model: Model) -> tuple[LayerSpec, ...]:
     return tuple(specs)
 
 
+# The matmuls that have a bias where the model's `bias` is false, by its field `biased`.
+BIASED_PARTS = {
+    "none": (),
+    "qkv": ("qkv",),
+    "attention": ("qkv", "attention_out"),
+    "mlp": ("mlp",),
+}
+
+
+def has_bias(model: Model, part: str) -> bool:
+    """Whether the matmuls `qkv`, `attention_out` or `mlp` of a layer have biases."""
+    if model.bias:
+        return model.qkv_bias or part != "qkv"
+    return part in BIASED_PARTS[model.biased]
+
+
 def has_experts(model: Model) -> bool:
     """Whether a layer of the model is a mixture of experts."""
     return any(ffn == "moe" for _, ffn in model.pattern[: model.layers])

@@ -4,14 +4,19 @@ from dataclasses import dataclass
 
 from gpt_jax.config.knobs import (
     BALANCES,
+    BIASED,
     DENSE_FFNS,
     DISPATCHES,
     DTYPES,
     INITS,
     KERNELS,
+    MATMULS,
+    NORM_POSITIONS,
     NORMS,
     POSITIONS,
+    QK_NORMS,
     REMATS,
+    ROPE_SCALINGS,
     ROUTERS,
     knob,
 )
@@ -53,16 +58,34 @@ class Model:
     norm_epsilon: float = knob(1e-5, "The number added to the variance before its root.", low=0.0)
     norm_position: str = knob(
         "pre",
-        "Where a block is normalised: pre, its input; post, the sum after its residual.",
-        choices=("pre", "post"),
+        "Where a block is normalised: pre, the input of its branches; post, the sum after each "
+        "residual; sandwich, input and output of its branches; branch, their output alone.",
+        choices=NORM_POSITIONS,
     )
+    parallel: bool = knob(
+        False,
+        "Whether mixer and feed-forward read the same stream and are added to it together.",
+    )
+    embed_scale: float = knob(1.0, "A factor on the embedded tokens.", low=0.0)
     embed_norm: bool = knob(False, "Whether the stream is normalised right after the embedding.")
     final_norm: bool = knob(True, "Whether the stream is normalised before the head.")
     position: str = knob("learned", "How the model learns of positions.", choices=POSITIONS)
     rope_base: float = knob(10_000.0, "The base of the rotary frequencies.", low=1.0)
     rope_fraction: float = knob(1.0, "The part of a head that rotates.", low=0.0, high=1.0)
+    rope_local_base: float = knob(
+        0.0,
+        "The base of layers with a window, whose frequencies are not scaled. 0 means that they "
+        "rotate like the others.",
+        low=0.0,
+    )
+    rope_scaling: str = knob(
+        "llama3",
+        "Which frequencies are divided by rope_scale_factor: those of long wavelengths (llama3) "
+        "or all (linear).",
+        choices=ROPE_SCALINGS,
+    )
     rope_scale_factor: float = knob(
-        1.0, "Llama 3 divides the frequencies of long wavelengths by this. 1 is off.", low=1.0
+        1.0, "Frequencies are divided by this for a longer context. 1 is off.", low=1.0
     )
     rope_scale_low: float = knob(
         1.0, "Wavelengths above rope_scale_original_seq / this are divided by the factor.", low=0.0
@@ -78,11 +101,17 @@ class Model:
         "Keys that a query sees, itself included, tiled over the layers. 0 means all keys.",
     )
     last_window_full: bool = knob(False, "Whether the last layer sees all keys in any case.")
-    qk_norm: bool = knob(False, "Whether queries and keys are normalised over the head.")
+    qk_norm: bool = knob(False, "Whether queries and keys are normalised.")
+    qk_norm_over: str = knob(
+        "head",
+        "What they are normalised over: each head, or all heads together (OLMo 2).",
+        choices=QK_NORMS,
+    )
     qk_norm_after_rope: bool = knob(
         False, "Whether they are normalised after rotating (nanochat) or before it (Qwen3)."
     )
     qk_scale: float = knob(1.0, "A factor on both q and k after their norm.", low=0.0)
+    attention_scale: float = knob(0.0, "The factor on scores. 0 means 1 / sqrt(head_dim).", low=0.0)
     attention_softcap: float = knob(
         0.0, "Scores become c * tanh(score / c) for this c. 0 is off.", low=0.0
     )
@@ -92,6 +121,12 @@ class Model:
     tied: bool = knob(True, "Whether the head is the transposed embedding.")
     bias: bool = knob(True, "Whether matmuls and LayerNorms have biases.")
     qkv_bias: bool = knob(True, "Whether q, k and v have biases. It needs `bias`.")
+    biased: str = knob(
+        "none",
+        "The matmuls that have biases although `bias` is false: those of q, k and v, all of "
+        "attention, or those of the feed-forward.",
+        choices=BIASED,
+    )
     dropout: float = knob(
         0.0, "The rate of dropout on the embedding and on residual branches.", low=0.0, high=0.99
     )
@@ -155,6 +190,13 @@ class Compute:
         "The dtype of matmuls, and of their gradients until devices have summed them. Parameters, "
         "losses, logits and the optimiser stay float32.",
         choices=DTYPES,
+    )
+    matmul_dtype: str = knob(
+        "compute",
+        "The dtype that linear maps of attention and feed-forwards multiply in. compute means that "
+        "of `dtype`; fp8 scales each tensor by its largest entry. Embeddings, head, routers and "
+        "experts keep `dtype`.",
+        choices=MATMULS,
     )
     kernel: str = knob(
         "auto",

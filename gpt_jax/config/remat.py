@@ -43,6 +43,16 @@ def list_marked(model: Model) -> list[str]:
     return [name for name, row in REMAT_NAMES.items() if row.layers in kinds]
 
 
+def list_unread(model: Model) -> list[str]:
+    """The names that the model's backward pass does not read.
+
+    The residual's sum reads neither of its terms, so a branch's output is read by a norm alone.
+    """
+    if model.norm_position != "pre":
+        return []
+    return ["attention_out", "mlp_out"] if model.parallel else ["mlp_out"]
+
+
 def describe_remat(compute: Compute) -> str:
     """The remat policy in words, such as `names (q, k; on the host layer_in)`."""
     if compute.remat != "names":

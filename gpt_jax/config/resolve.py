@@ -50,9 +50,23 @@ def wsd_start(optim: Optim) -> int:
 
 
 def for_inference(model: Model, compute: Compute) -> tuple[Model, Compute]:
-    """Leaves out what only training does: dropout, and computing activations again."""
+    """Leaves out what only training does: dropout, computing activations again, and fp8.
+
+    A scale of fp8 is that of all rows and tokens together. So a text would depend on the other
+    prompts, and on whether its keys are cached.
+    """
     model = dataclasses.replace(model, dropout=0.0, attention_dropout=0.0)
-    return model, set_remat(compute, "none")
+    return model, dataclasses.replace(set_remat(compute, "none"), matmul_dtype="compute")
+
+
+def describe_inference(compute: Compute) -> list[str]:
+    """A line about matmuls that `for_inference` does in another dtype than training; [] if none."""
+    if compute.matmul_dtype == "compute":
+        return []
+    return [
+        f"config.compute.matmul_dtype = {compute.matmul_dtype!r} is for training, because its "
+        f"scales are those of all rows together; here matmuls are in {compute.dtype}"
+    ]
 
 
 def set_remat(compute: Compute, remat: str) -> Compute:

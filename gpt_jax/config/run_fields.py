@@ -24,7 +24,14 @@ class Init:
     from_: str = knob(
         "",
         "A checkpoint whose weights a new run starts from: a workdir or a folder of checkpoints, "
-        "with @STEP for another step than the newest. Empty means random weights.",
+        "with @STEP for another step than the newest, or a directory of Hugging Face. Empty means "
+        "random weights.",
+    )
+    model: str = knob(
+        "config",
+        "Where the fields of config.model come from that the config leaves at their defaults: from "
+        "itself, or from the checkpoint.",
+        choices=("config", "checkpoint"),
     )
     averaged: bool = knob(
         False, "Whether the checkpoint's averaged weights are taken in place of the last ones."

@@ -5,6 +5,7 @@ from .chips import (
     Chip as Chip,
     find_peak as find_peak,
     peak_flops as peak_flops,
+    peak_fp8_flops as peak_fp8_flops,
 )
 from .flops import (
     flops_per_token as flops_per_token,

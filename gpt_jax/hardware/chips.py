@@ -13,34 +13,37 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 peak in FLOP/s of one JAX device. A row applies if its pattern matches the whole
-# `device_kind`, and the first such row wins.
+# Dense peaks in FLOP/s of one JAX device: bfloat16, and fp8 where the device multiplies
+# float8_e4m3fn and float8_e5m2 by itself. Elsewhere XLA converts them first, which gains nothing. A
+# row applies if its pattern matches the whole `device_kind`, and the first such row wins.
 #
 # TPU: Google Cloud's "system architecture" page of each generation gives the bf16 peak of a chip.
 # The kinds are those of jax/_src/pallas/mosaic/tpu_info.py. One chip is one device on v4 and v5p
-# (megacore), and two devices on TPU7x, whose chip has 2,307e12.
+# (megacore), and two devices on TPU7x, whose chip has 2,307e12, and 4,614e12 in fp8. The pages of
+# v5p and v6e print their bf16 peak for fp8 too, so these have no row for it.
 #
 # NVIDIA: data sheets of A100, H100, H200, GH200, HGX B200 and GB200 NVL72. From H100 on they print
 # the figure with 2:4 sparsity, which is halved here: SXM 1,979e12, PCIe 1,513e12, NVL 1,671e12,
-# B200 4.5e15, GB200 5e15. AMD: the MI300X data sheet, peak bfloat16 without sparsity.
+# B200 4.5e15, GB200 5e15. They print twice as much for fp8. AMD: the MI300X data sheet, peak
+# bfloat16 without sparsity. Its fp8 is that of other formats (fnuz).
 #
 # A MIG slice carries the card's name plus " MIG …". It has no row, because it is a fraction of the
 # card that we do not know.
 PEAKS = (
-    (r"TPU v4", 275e12),
-    (r"TPU v5 lite|TPU v5e", 197e12),
-    (r"TPU v5|TPU v5p", 459e12),
-    (r"TPU v6 lite|TPU v6e", 918e12),
-    (r"TPU7x", 2307e12 / 2),
-    (r"NVIDIA A100(-SXM4-\d+GB|-PCI[Ee]-\d+GB| \d+GB PCIe)?", 312e12),
-    (r"NVIDIA H100 PCIe", 756.5e12),
-    (r"NVIDIA H[12]00 NVL", 835.5e12),
-    (r"NVIDIA H100( \d+GB HBM[23]e?)?", 989e12),
-    (r"NVIDIA H200( \d+GB HBM3e?)?", 989e12),
-    (r"NVIDIA GH200 (120|144|480)GB", 989e12),
-    (r"NVIDIA B200( \d+GB HBM3e)?", 2250e12),
-    (r"NVIDIA GB200( \d+GB HBM3e)?", 2500e12),
-    (r"AMD Instinct MI300X( OAM)?", 1307.4e12),
+    (r"TPU v4", 275e12, None),
+    (r"TPU v5 lite|TPU v5e", 197e12, None),
+    (r"TPU v5|TPU v5p", 459e12, None),
+    (r"TPU v6 lite|TPU v6e", 918e12, None),
+    (r"TPU7x", 2307e12 / 2, 4614e12 / 2),
+    (r"NVIDIA A100(-SXM4-\d+GB|-PCI[Ee]-\d+GB| \d+GB PCIe)?", 312e12, None),
+    (r"NVIDIA H100 PCIe", 756.5e12, 1513e12),
+    (r"NVIDIA H[12]00 NVL", 835.5e12, 1671e12),
+    (r"NVIDIA H100( \d+GB HBM[23]e?)?", 989e12, 1979e12),
+    (r"NVIDIA H200( \d+GB HBM3e?)?", 989e12, 1979e12),
+    (r"NVIDIA GH200 (120|144|480)GB", 989e12, 1979e12),
+    (r"NVIDIA B200( \d+GB HBM3e)?", 2250e12, 4500e12),
+    (r"NVIDIA GB200( \d+GB HBM3e)?", 2500e12, 5000e12),
+    (r"AMD Instinct MI300X( OAM)?", 1307.4e12, None),
 )
 
 
@@ -105,13 +108,27 @@ CHIPS = {
 }
 
 
+def _find_peaks(device_kind: str) -> tuple[float | None, float | None]:
+    """Returns the row of PEAKS for a kind: bf16 and fp8. Both are None without a row."""
+    rows = (peaks for pattern, *peaks in PEAKS if re.fullmatch(pattern, device_kind))
+    wide, narrow = next(rows, (None, None))
+    return wide, narrow
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Returns the dense bf16 FLOP/s of one JAX device, or None for a kind without a row.
 
     CPUs have no row.
     """
-    matches = (peak for pattern, peak in PEAKS if re.fullmatch(pattern, device_kind))
-    return next(matches, None)
+    return _find_peaks(device_kind)[0]
+
+
+def peak_fp8_flops(device_kind: str) -> float | None:
+    """Returns the dense fp8 FLOP/s of one JAX device, or None where XLA has to emulate fp8.
+
+    It is None for a kind without a row, too.
+    """
+    return _find_peaks(device_kind)[1]
 
 
 def measure_cpu_peak(

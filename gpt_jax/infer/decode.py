@@ -192,7 +192,9 @@ def _stream_rows(model, compute, params, tokenizer, prompts, rows, sampling) -> 
         "vocab": tokenizer.vocab,
     }
 
-    live = {b: Row(tokenizer, sampling.stop, limit) for b, limit in enumerate(limits)}
+    # An empty prompt is the end-of-text token alone.
+    starts = [prompts[prompt].tolist() == [tokenizer.eot] for prompt, _ in rows]
+    live = {b: Row(tokenizer, sampling.stop, limit, starts[b]) for b, limit in enumerate(limits)}
     state, next_tokens = _start(params, tokens, lengths, seen, knobs, length=length, **static)
     for steps_left in range(max(limits) - 1, -1, -1):
         ready = next_tokens
@@ -233,6 +235,8 @@ def stream_text(
     Raises UsageError if a prompt does not fit, or if the tokenizer cannot encode it. This happens
     before the function returns.
     """
+    for line in config.describe_inference(compute):
+        report(line)
     model, compute = config.for_inference(model, compute)
     model = _drop_capacity(model, report)
     fitted = [

@@ -40,11 +40,13 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 class Row:
     """One row's text: it takes tokens, and gives the characters that may be shown.
 
-    `finish` is None until the row ends.
+    `finish` is None until the row ends. `starts` tells that no text comes before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], limit: int):
-        self._decoder = StreamDecoder(tokenizer)
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], limit: int, starts: bool = False
+    ):
+        self._decoder = StreamDecoder(tokenizer, starts)
         self._eot = tokenizer.eot
         self._stops = stops
         self._limit = limit

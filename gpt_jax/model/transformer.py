@@ -17,15 +17,14 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config, sharding
 from gpt_jax.config import LayerSpec, layer_specs, layout
 from gpt_jax.errors import UsageError
 from gpt_jax.model import stages
-from gpt_jax.model.attention.attention import MAPS, Attention, Context
+from gpt_jax.model.attention.attention import MAPS, Context
+from gpt_jax.model.block import Block
 from gpt_jax.model.experts.balance import add_layer, empty_report
-from gpt_jax.model.experts.moe import Moe
 from gpt_jax.model.kv_cache import append_token
 from gpt_jax.model.layers.embed import Embed, Head, PositionTable
 from gpt_jax.model.layers.extras import (
@@ -37,53 +36,12 @@ from gpt_jax.model.layers.extras import (
     softcap,
 )
 from gpt_jax.model.layers.linear import matmul
-from gpt_jax.model.layers.mlp import Mlp
 from gpt_jax.model.layers.norms import Norm
 from gpt_jax.model.layers.positions import rotary_frequencies, sinusoids
 from gpt_jax.model.remat import REMATS
 
-MIXERS = {"attention": Attention}
-
 # How a model runs when nobody says otherwise: plainly, and in float32.
 REFERENCE = config.Compute(kernel="reference")
-
-
-class Block(nn.Module):
-    """One layer: a mixer and a feed-forward, each with its norm and residual."""
-
-    model: config.Model
-    compute: config.Compute
-    spec: LayerSpec
-
-    @nn.compact
-    def __call__(self, x, x0, scalars, cache, context: Context):
-        model = self.model
-        spec = self.spec
-        is_pre = model.norm_position == "pre"
-        x = checkpoint_name(x, "layer_in")
-        mixer_norm = Norm(model, name="mixer_norm")
-        mlp_norm = Norm(model, name="mlp_norm")
-
-        if scalars is not None:
-            x = (scalars[0] * x + scalars[1] * x0).astype(x.dtype)
-
-        mixer = MIXERS[spec.mixer](
-            model, self.compute, spec.window, spec.value_embed, name=spec.mixer
-        )
-        y, cache = mixer(mixer_norm(x) if is_pre else x, context, cache)
-        x = x + y if is_pre else mixer_norm(x + y)
-
-        inner = mlp_norm(x) if is_pre else x
-        if spec.ffn == "moe":
-            y, stats = Moe(model, self.compute, name="mlp")(inner, context.segment)
-        else:
-            y = Mlp(spec.ffn, model, self.compute, name="mlp")(inner)
-            stats = {}
-        x = x + dropout(self, y, model.dropout)
-        x = x if is_pre else mlp_norm(x)
-
-        self.sow("intermediates", "residual", x)
-        return x, cache, stats
 
 
 class Period(nn.Module):
@@ -254,17 +212,26 @@ class Transformer(nn.Module):
         if "ar" in batch:
             block = sharding.apply_in_text_order(sum_up, batch["ar"], "batch", "seq")
 
-        angles = None
+        angles = local = None
         if self.model.position == "rotary":
-            radians = position[..., None].astype(jnp.float32) * rotary_frequencies(self.model)
-            angles = (jnp.cos(radians), jnp.sin(radians))
+            angles = self._make_angles(position, is_local=False)
+            if self.model.rope_local_base:
+                local = self._make_angles(position, is_local=True)
 
-        return Context(batch["tokens"], batch.get("segment"), block, angles, lengths)
+        return Context(batch["tokens"], batch.get("segment"), block, angles, lengths, local)
+
+    def _make_angles(self, position, is_local):
+        """Computes cos and sin [B or 1, T, R / 2] of rotary positions [B or 1, T]."""
+        frequencies = rotary_frequencies(self.model, is_local)
+        radians = position[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(radians), jnp.sin(radians)
 
     def _embed(self, tokens, position, is_shared):
         """Embeds tokens [B, T] -> [B, T, D]. `is_shared`: all rows have the same positions."""
         model = self.model
         x = self.embed(tokens)
+        if model.embed_scale != 1:
+            x = x * model.embed_scale
         if model.position == "learned":
             x = x + self.position(position, is_shared)
         elif model.position == "sinusoidal":
@@ -324,13 +291,13 @@ class Transformer(nn.Module):
         period = Period(self.model, self.compute, self.plan.period, looped=True, parent=None)
 
         # Angles that all rows share have no dim of rows, and cannot be split into microbatches.
-        angles = context.angles
-        is_shared = angles is not None and angles[0].shape[0] == 1
-        columns = context._replace(angles=None) if is_shared else context
+        angles = dict(angles=context.angles, local_angles=context.local_angles)
+        is_shared = context.angles is not None and context.angles[0].shape[0] == 1
+        columns = context._replace(angles=None, local_angles=None) if is_shared else context
 
         def layer(carry, weights, columns):
             params, first, scalars = weights
-            context = columns._replace(angles=angles) if is_shared else columns
+            context = columns._replace(**angles) if is_shared else columns
             return period.apply({"params": params}, carry, first, scalars, None, context)[0]
 
         stacked = (self.variables["params"]["blocks"], firsts, scalars)

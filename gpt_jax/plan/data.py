@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+from gpt_jax.hardware import choose_xla_options
 from gpt_jax.plan.command_line import describe_replaced
 from gpt_jax.plan.estimate import Estimate
 from gpt_jax.plan.plan import Plan
@@ -13,6 +14,7 @@ from gpt_jax.plan.wording import format_verdict
 def make_data(plan: Plan) -> dict:
     """Returns the report of a plan."""
     config = plan.job.config
+    chip = plan.topology.chip
     best = plan.best
     full, causal = step_flops(plan.job)
 
@@ -27,11 +29,18 @@ def make_data(plan: Plan) -> dict:
         "remat": config.compute.remat,
         "accumulate": config.train.accumulate,
         "kernel": best.estimate.kernel,
+        "compiler_options": choose_xla_options(
+            chip.platform, chip.kind, config.compute.compiler_options
+        ),
         "parameters": plan.job.parameters,
         "step_flops": {"full_map": full, "causal": causal},
         "arithmetic": _estimate_data(plan, best.estimate),
         "run": plan.horizon._asdict(),
-        "notes": [*plan.notes, *list_uncounted(config), *describe_replaced(plan.replaced)],
+        "notes": [
+            *plan.notes,
+            *list_uncounted(config, plan.topology),
+            *describe_replaced(plan.replaced),
+        ],
     }
 
     if best.compiled:

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import asdict
 
 from gpt_jax import config as configs
-from gpt_jax.hardware import GIB
+from gpt_jax.hardware import GIB, choose_xla_options, describe_xla_options
 from gpt_jax.plan.command_line import describe_replaced
 from gpt_jax.plan.estimate import Estimate
 from gpt_jax.plan.horizon import Horizon
@@ -40,7 +40,7 @@ def write_lines(plan: Plan) -> list[str]:
     lines += format_arithmetic(plan.job, plan.topology, estimate)
     if plan.best.compiled:
         lines += format_compiled(plan.best, plan.topology)
-    lines += list_uncounted(plan.job.config)
+    lines += list_uncounted(plan.job.config, plan.topology)
     lines += format_horizon(plan.horizon)
 
     lines += describe_replaced(plan.replaced)
@@ -84,9 +84,10 @@ def format_trial(trial: Trial) -> str:
 
 
 def format_head(job: PlanJob, topology: Topology, estimate: Estimate) -> list[str]:
-    """Returns lines about the machine, the mesh and the model."""
+    """Returns lines about the machine, the mesh, the model and the compiler's options."""
     config = job.config
     chip = topology.chip
+    options = choose_xla_options(chip.platform, chip.kind, config.compute.compiler_options)
     full, causal = step_flops(job)
     microbatches = format_count(config.train.accumulate, "microbatch")
     return [
@@ -98,6 +99,7 @@ def format_head(job: PlanJob, topology: Topology, estimate: Estimate) -> list[st
         f"model: {job.parameters:,} parameters, {job.matmul_params:,} multiplied; "
         f"{job.full_flops / 1e9:,.3g} GFLOP a token and {full / 1e15:,.3g} PFLOP a step "
         f"(full map; causal {job.causal_flops / 1e9:,.3g} and {causal / 1e15:,.3g})",
+        describe_xla_options(chip.platform, chip.kind, options),
     ]
 
 

@@ -110,6 +110,6 @@ def _list_matmuls(model: configs.Model, widths: Widths, platform: str) -> list[t
 
 def _is_needed(config: configs.Config, name: str) -> bool:
     """Returns whether the backward pass reads a result that is not there."""
-    if name == "mlp_out" and config.model.norm_position == "pre":
-        return False  # Nothing but the residual's sum reads it.
+    if name in configs.list_unread(config.model):
+        return False
     return is_recomputed(config.compute, name)

@@ -42,6 +42,32 @@ def matmul_seconds(job: PlanJob, topology: Topology, flops: float) -> float:
     return flops / multiply_peak(job, topology) / EFFICIENCY[topology.chip.platform]
 
 
+def count_fp8_params(job: PlanJob) -> int:
+    """Returns the entries of matrices that a token is multiplied with in fp8."""
+    if job.config.compute.matmul_dtype != "fp8":
+        return 0
+
+    model = job.config.model
+    channels = 0
+    for widths, count in group_layers(job.layers):
+        dense = widths.inner + widths.hidden
+        if widths.sent:  # Experts are not in fp8, and shared ones are.
+            dense = dense * model.shared_experts // (widths.sent + model.shared_experts)
+        channels += (2 * widths.q + 2 * widths.kv + dense) * count
+    return channels * model.embed
+
+
+def _fp8_gain(job: PlanJob, topology: Topology, flops: float) -> float:
+    """Returns the seconds that so many FLOPs take less in fp8: none where it is emulated.
+
+    Matmuls in fp8 are assumed to reach the same part of their peak.
+    """
+    if topology.fp8_peak is None:
+        return 0.0
+    wide = matmul_seconds(job, topology, flops)
+    return wide * (1 - multiply_peak(job, topology) / topology.fp8_peak)
+
+
 def attention_flops(job: PlanJob, kernel: str) -> float:
     """Returns the FLOPs of a token's attention, forward and backward, as `kernel` computes it."""
     flops = job.causal_flops if KERNELS[kernel].skips_future else job.full_flops
@@ -79,9 +105,12 @@ def compute_seconds(
     head = 6 * model.vocab * model.embed
     wasted = _count_wasted(job, shape, here, topology.chip.platform)
     matrices = job.matmul_params - model.vocab * model.embed + wasted
-    layers = 6 * matrices * _count_repeats(job, topology.chip.platform) * _count_idle(job, here)
+    times = _count_repeats(job, topology.chip.platform) * _count_idle(job, here)
+    layers = 6 * matrices * times
 
     matmuls = matmul_seconds(job, topology, tokens * (layers + head))
+    scaled = 6 * count_fp8_params(job) * times
+    matmuls -= _fp8_gain(job, topology, tokens * scaled)
     return matmuls + attention_seconds(job, topology, kernel, here)
 
 

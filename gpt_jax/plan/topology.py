@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gpt_jax.errors import UsageError
-from gpt_jax.hardware import CHIPS, Chip, peak_flops
+from gpt_jax.hardware import CHIPS, Chip, peak_flops, peak_fp8_flops
 
 EXAMPLES = {0: "8", 2: "4x4", 3: "4x4x4"}  # Shapes by dims of the torus.
 # The largest pods, from Google Cloud's pages of each generation.
@@ -52,6 +52,11 @@ class Topology:
         peak = peak_flops(self.chip.kind)
         assert peak, f"{self.chip.kind} has no row in gpt_jax/hardware/chips.py PEAKS"
         return peak
+
+    @property
+    def fp8_peak(self) -> float | None:
+        """Dense fp8 FLOP/s of one device; None where XLA emulates fp8."""
+        return peak_fp8_flops(self.chip.kind)
 
     @property
     def wraps(self) -> tuple[bool, ...]:

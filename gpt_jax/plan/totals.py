@@ -8,6 +8,7 @@ from gpt_jax.plan.job import PlanJob
 from gpt_jax.plan.memory import estimate_memory
 from gpt_jax.plan.search import REMATS
 from gpt_jax.plan.topology import Topology
+from gpt_jax.run import describe_fp8
 
 
 def step_flops(job: PlanJob) -> tuple[int, int]:
@@ -32,17 +33,24 @@ def remat_bytes(job: PlanJob, topology: Topology, estimate: Estimate) -> dict[st
     return activations
 
 
-def list_uncounted(config: configs.Config) -> list[str]:
+def list_uncounted(config: configs.Config, topology: Topology) -> list[str]:
     """Returns what neither the arithmetic nor the compiler counts of this config."""
-    cases = {
-        "config.compute.remat = 'offload'": config.compute.remat == "offload",
-        f"config.compute.remat_offload = {config.compute.remat_offload!r}": bool(
-            config.compute.remat_offload
-        ),
-        "config.optim.state_memory = 'host'": config.optim.state_memory == "host",
+    lines = describe_fp8(config, topology.chip.platform, topology.chip.kind)
+    if lines:
+        rate = "the peak of fp8" if topology.fp8_peak else f"the peak of {config.compute.dtype}"
+        lines.append(
+            f"config.compute.matmul_dtype = 'fp8': its matmuls are counted at {rate}, and the "
+            "passes that scale and round their operands are not in the arithmetic; memory is "
+            f"that of {config.compute.dtype}"
+        )
+    fields = {
+        "compute.remat = 'offload'": config.compute.remat == "offload",
+        f"compute.remat_offload = {config.compute.remat_offload!r}": config.compute.remat_offload,
+        "optim.state_memory = 'host'": config.optim.state_memory == "host",
     }
-    return [
-        f"{case}: its copies to the host's memory and back are not in the step's time"
-        for case, is_so in cases.items()
-        if is_so
+    lines += [
+        f"config.{field}: its copies to the host's memory and back are not in the step's time"
+        for field, is_used in fields.items()
+        if is_used
     ]
+    return lines

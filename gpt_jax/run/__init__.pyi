@@ -1,4 +1,9 @@
 from .branch import open_branch as open_branch
+from .convert import (
+    average as average,
+    open_model as open_model,
+    write_native as write_native,
+)
 from .loop import run_training as run_training
 from .meta import (
     META_SCHEMA as META_SCHEMA,
@@ -6,6 +11,7 @@ from .meta import (
     read_past_sizes as read_past_sizes,
 )
 from .notes import (
+    describe_fp8 as describe_fp8,
     format_count as format_count,
     token_flops as token_flops,
 )
@@ -15,4 +21,4 @@ from .parts import (
     make_steps as make_steps,
 )
 from .restore import load_model as load_model
-from .source import read_start_tokenizer as read_start_tokenizer
+from .source import read_start_tokenizer as read_start_tokenizer, take_model as take_model

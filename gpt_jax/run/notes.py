@@ -6,8 +6,8 @@ import jax
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.config import layer_specs
-from gpt_jax.hardware import flops_per_token
-from gpt_jax.model import count_params, describe_parameter
+from gpt_jax.hardware import flops_per_token, peak_flops, peak_fp8_flops
+from gpt_jax.model import MULTIPLIERS, count_params, describe_parameter
 from gpt_jax.train import TrainState, describe_groups
 
 
@@ -60,10 +60,39 @@ def describe_habits(config: configs.Config, mesh) -> str:
     """One line: how the platform of `mesh` computes what others compute in another way."""
     device = mesh.devices.flat[0]
     habits = configs.find_habits(device.platform, device.device_kind)
+    joins = habits.join_projections and MULTIPLIERS[config.compute.matmul_dtype].joins
+    habits = habits._replace(join_projections=joins)
     model = config.model
     has_experts = model.dispatch == "dropless" and configs.has_experts(model)
     has_exchange = has_experts and mesh.shape["expert"] > 1
     return configs.describe_habits(habits, has_experts, has_exchange)
+
+
+def describe_fp8(config: configs.Config, platform: str, kind: str) -> list[str]:
+    """Lines about matmuls in fp8 on a `kind` of device; [] for a config without them."""
+    compute = config.compute
+    if compute.matmul_dtype != "fp8":
+        return []
+
+    kept = "experts and " if configs.has_experts(config.model) else ""
+    lines = [
+        "fp8 matmuls: linear maps of attention and feed-forwards, one scale for each tensor of a "
+        f"microbatch; {kept}all other matmuls are in {compute.dtype}, as are the weights that "
+        "fsdp gathers and the texts that are generated; MFU is relative to the bf16 peak"
+    ]
+    if peak_fp8_flops(kind) is not None:
+        return lines
+    if platform == "cpu" or peak_flops(kind) is not None:
+        lines.append(
+            f"fp8 matmuls: {kind} has none, so XLA emulates them: the results are those of fp8, "
+            "and the speed is not"
+        )
+    else:
+        lines.append(
+            f"fp8 matmuls: nobody knows whether {kind!r} has them or XLA emulates them, which is "
+            "slow; add a row to gpt_jax/hardware/chips.py PEAKS"
+        )
+    return lines
 
 
 def describe_dispatch(config: configs.Config) -> list[str]:

@@ -32,13 +32,14 @@ from gpt_jax.model import (
 )
 from gpt_jax.run.notes import (
     describe_dispatch,
+    describe_fp8,
     describe_habits,
     describe_mesh,
     describe_optimizer,
     describe_size,
     describe_unsharded,
 )
-from gpt_jax.run.source import check_start, read_start_tokenizer
+from gpt_jax.run.source import check_start, read_start_tokenizer, take_model
 from gpt_jax.train import (
     Network,
     TrainState,
@@ -129,6 +130,7 @@ def build(
     Raises UsageError for what cannot be run, and Miscompiled where the compiler is known to give
     wrong results.
     """
+    config = take_model(config, workdir)
     # Loading the data may take a while, so what can be refused without it is refused first.
     resolved = configs.resolve(config)
     configs.check(resolved, jax.device_count())
@@ -311,6 +313,7 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
     """Does what `build` does, for a given mesh and loaded data."""
     config, reason, examples = agree_on_job(config, mesh, data)
     leaks = (check_leaks(config.model),) if config.data.document_mask else ()
+    device = mesh.devices.flat[0]
     with jax.set_mesh(mesh):
         check_xla_options(compiler_options(config, mesh), mesh)
         steps = make_steps(config, mesh)
@@ -320,6 +323,7 @@ def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
             *leaks,
             describe_habits(config, mesh),
             *describe_dispatch(config),
+            *describe_fp8(config, device.platform, device.device_kind),
             *describe_options(config, mesh),
             *describe_size(config),
             *describe_optimizer(config, steps.abstract.params),
@@ -352,4 +356,5 @@ def describe_kernel(config: configs.Config, mesh, reason: str) -> str:
 def describe_options(config: configs.Config, mesh) -> list[str]:
     """A line about the options that the steps are compiled with, if they have any."""
     options = compiler_options(config, mesh)
-    return [describe_xla_options(mesh.devices.flat[0].platform, options)] if options else []
+    device = mesh.devices.flat[0]
+    return [describe_xla_options(device.platform, device.device_kind, options)] if options else []

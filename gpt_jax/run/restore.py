@@ -11,7 +11,9 @@ from gpt_jax import config as configs, sharding
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
+from gpt_jax.interop import is_foreign, load_params, open_foreign
 from gpt_jax.model import abstract_params
+from gpt_jax.run.convert import check_vocabulary, make_config
 from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes, read_tokenizer
 from gpt_jax.run.notes import describe_habits, format_count
 from gpt_jax.run.parts import choose_run_kernel
@@ -63,6 +65,8 @@ def load_model(
 ) -> Loaded:
     """The newest valid checkpoint at `path`, or its `step`, on devices of this job.
 
+    A directory of Hugging Face is read without conversion.
+
     `devices` is their number, where 0 means all. `is_decoding` lays the weights out for drawing
     tokens, see `pick_mesh`. Averaged weights are taken if the run kept them.
     Raises UsageError for a path or step that does not exist, and NoCheckpoint for damage. Raises
@@ -70,6 +74,8 @@ def load_model(
     """
     for line in check_miscompiles(jax.local_devices()[0], ignore_miscompiles):
         say(line)
+    if is_foreign(path):
+        return _load_foreign(path, say, devices, is_decoding)
 
     # Several processes would have to agree on another attempt in the middle of a collective read.
     attempts = 1 if step or jax.process_count() > 1 else ATTEMPTS
@@ -94,28 +100,17 @@ def _load(
     meta = read_meta(directory, step, META_SCHEMA)
     config = read_config(meta, directory, step)
     tokenizer = read_tokenizer(meta, directory, step)
-    model, compute = configs.for_inference(config.model, config.compute)
-    count = devices or jax.device_count()
-    alone = sharding.make_mesh({}, jax.local_devices()[:1])
-    mesh = pick_mesh(model, count, is_decoding) if count > 1 else alone
-
-    # The kernel of the run was chosen for that machine and for dropout, so another is chosen here.
-    asked = replace(compute, kernel="auto")
-    name, reason = choose_run_kernel(model, asked, config.train.seq_len, mesh)
-    compute = replace(compute, kernel=name)
+    for line in configs.describe_inference(config.compute):
+        say(line)
+    settled, mesh, kernel = _settle(config, devices, is_decoding)
 
     item = "ema" if config.train.ema else "params"
     with jax.set_mesh(mesh):
-        abstract = sharding.make_concrete(abstract_params(model), mesh)
+        abstract = sharding.make_concrete(abstract_params(settled.model), mesh)
         params = restore_checkpoint(directory, step, {item: abstract})[item]
 
-    settled = replace(config, model=model, compute=compute)
-    weights = "averaged weights, " if config.train.ema else ""
-    devices_text = format_count(mesh.size, f"{mesh.devices.flat[0].device_kind} device")
-    say(
-        f"step {step} of {directory}, {weights}on {devices_text}; attention kernel: "
-        f"{name} ({reason}); {describe_habits(settled, mesh)}"
-    )
+    weights = ", averaged weights" if config.train.ema else ""
+    _tell(f"step {step} of {directory}{weights}", settled, mesh, kernel, say)
     return Loaded(
         settled,
         tokenizer,
@@ -126,3 +121,41 @@ def _load(
         meta["data"]["content"],
         read_past_sizes(meta, config, directory).examples(step),
     )
+
+
+def _load_foreign(path: str, say: Callable[[str], None], devices: int, is_decoding: bool) -> Loaded:
+    """Reads a directory of another project, each device its own parts. Raises UsageError."""
+    origin = open_foreign(path)
+    line = check_vocabulary(origin.model, origin.tokenizer)
+    if line:
+        say(line)
+    settled, mesh, kernel = _settle(make_config(origin.model), devices, is_decoding)
+
+    with jax.set_mesh(mesh):
+        abstract = sharding.make_concrete(abstract_params(settled.model), mesh)
+        params = load_params(origin.read, abstract)
+    _tell(f"{origin.name}, a {origin.family}", settled, mesh, kernel, say)
+    assert origin.tokenizer is not None
+    return Loaded(settled, origin.tokenizer, params, mesh, Path(path), 0, "", 0)
+
+
+def _settle(
+    config: configs.Config, devices: int, is_decoding: bool
+) -> tuple[configs.Config, jax.sharding.Mesh, str]:
+    """The config for inference on so many devices, their mesh, and a line about the kernel."""
+    model, compute = configs.for_inference(config.model, config.compute)
+    count = devices or jax.device_count()
+    alone = sharding.make_mesh({}, jax.local_devices()[:1])
+    mesh = pick_mesh(model, count, is_decoding) if count > 1 else alone
+
+    # The kernel of the run was chosen for that machine and for dropout, so another is chosen here.
+    asked = replace(compute, kernel="auto")
+    name, reason = choose_run_kernel(model, asked, config.train.seq_len, mesh)
+    settled = replace(config, model=model, compute=replace(compute, kernel=name))
+    return settled, mesh, f"{name} ({reason})"
+
+
+def _tell(what: str, settled: configs.Config, mesh, kernel: str, say) -> None:
+    """Says in a line what was loaded, on which devices."""
+    devices = format_count(mesh.size, f"{mesh.devices.flat[0].device_kind} device")
+    say(f"{what}, on {devices}; attention kernel: {kernel}; {describe_habits(settled, mesh)}")

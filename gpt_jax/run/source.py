@@ -1,15 +1,31 @@
 """The checkpoint of another run that a new run starts from, and what both must have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import NoCheckpoint, UsageError
+from gpt_jax.interop import (
+    find_tokenizer,
+    is_foreign,
+    load_params,
+    open_foreign,
+    read_foreign_model,
+)
+from gpt_jax.run.convert import make_config
 from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
-from gpt_jax.train import CHECKPOINT_FOLDER, peek_meta, read_meta, resolve_checkpoint, steps_in
+from gpt_jax.train import (
+    CHECKPOINT_FOLDER,
+    peek_meta,
+    read_meta,
+    resolve_checkpoint,
+    restore_checkpoint,
+    steps_in,
+)
 
 # Fields of config.model that another run may set otherwise. Each changes what the model does with
 # its weights, and training adapts the weights to that. All others decide what the weights are.
@@ -26,10 +42,12 @@ FREE = (
     "logit_softcap",
     "max_seq",
     "rope_base",
+    "rope_local_base",
     "rope_scale_factor",
     "rope_scale_high",
     "rope_scale_low",
     "rope_scale_original_seq",
+    "rope_scaling",
     "router_z_loss",
     "vocab",
     "vocab_multiple",
@@ -38,28 +56,51 @@ FREE = (
 
 
 class Source(NamedTuple):
-    """A checkpoint that a run starts from."""
+    """The weights that a run starts from: a checkpoint, or a directory of another project.
 
-    directory: Path  # the folder of checkpoints
-    step: int
-    meta: dict
+    `restore` reads trees as `restore_checkpoint` does. `lineage` are the places that the weights
+    come from, oldest first, this one last.
+    """
+
+    name: str  # for people
     config: configs.Config
+    tokenizer: Tokenizer | None  # None if none lies beside the weights
+    lineage: list[dict[str, Any]]
+    restore: Callable[[dict[str, Any]], dict[str, Any]]
+    has_moments: bool = True
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return read_tokenizer(self.meta, self.directory, self.step)
 
-    @property
-    def lineage(self) -> list[dict[str, Any]]:
-        """The checkpoints that the weights come from, oldest first, this one last."""
-        own = {
-            "from": str(self.directory.parent),
-            "step": self.step,
-            "tokens": count_tokens(self.meta, self.config, self.directory),
-            "data": self.config.data.where,
-            "content": self.meta["data"]["content"],
-        }
-        return [*self.meta.get("lineage", []), own]
+def make_source(directory: Path, step: int, meta: dict) -> Source:
+    """The source that is a checkpoint. Raises UsageError if its config cannot be used."""
+    config = read_config(meta, directory, step)
+    own = {
+        "from": str(directory.parent),
+        "step": step,
+        "tokens": count_tokens(meta, config, directory),
+        "data": config.data.where,
+        "content": meta["data"]["content"],
+    }
+    return Source(
+        f"step {step} of {directory}",
+        config,
+        read_tokenizer(meta, directory, step),
+        [*meta.get("lineage", []), own],
+        lambda trees: restore_checkpoint(directory, step, trees),
+    )
+
+
+def make_foreign_source(path: str) -> Source:
+    """The source that is a directory of another project. Raises UsageError if it cannot be used."""
+    origin = open_foreign(path)
+    own = {"from": path, "step": 0, "tokens": 0, "data": f"a {origin.family}", "content": ""}
+    return Source(
+        path,
+        make_config(origin.model),
+        origin.tokenizer,
+        [own],
+        lambda trees: {"params": load_params(origin.read, trees["params"])},
+        has_moments=False,
+    )
 
 
 def split_step(text: str) -> tuple[str, int]:
@@ -91,6 +132,11 @@ def read_start_tokenizer(config: configs.Config, workdir: Path | None = None) ->
 
 
 def _peek_tokenizer(path: str | Path, step: int) -> Tokenizer:
+    if is_foreign(path):
+        found = find_tokenizer(Path(path))
+        if found is None:
+            raise UsageError("no tokenizer lies beside the weights; set config.data.tokenizer")
+        return found
     meta = peek_meta(path, step, META_SCHEMA)
     return read_tokenizer(meta, Path(path), meta["step"])
 
@@ -111,9 +157,43 @@ def find_source(init: configs.Init, say) -> Source:
     Raises UsageError for a path or a step that does not exist, and NoCheckpoint for damage.
     """
     with naming_field(init):
-        directory, number = resolve_checkpoint(*split_step(init.from_), say, META_SCHEMA)
-        meta = read_meta(directory, number, META_SCHEMA)
-        return Source(directory, number, meta, read_config(meta, directory, number))
+        path, step = split_step(init.from_)
+        if is_foreign(path):
+            return make_foreign_source(path)
+        directory, number = resolve_checkpoint(path, step, say, META_SCHEMA)
+        return make_source(directory, number, read_meta(directory, number, META_SCHEMA))
+
+
+def peek_config(path: str | Path, step: int) -> configs.Config:
+    """The config of the weights at a path, whose files are not verified."""
+    if is_foreign(path):
+        return make_config(read_foreign_model(path))
+    meta = peek_meta(path, step, META_SCHEMA)
+    return read_config(meta, Path(path), meta["step"])
+
+
+def take_model(config: configs.Config, workdir: Path | None) -> configs.Config:
+    """The config with the model of the weights it starts from, if it asks for that.
+
+    The fields of the model that the config sets itself stay. A run that has a checkpoint takes the
+    model from there, because the other may be gone. Raises UsageError for a path that does not
+    exist.
+    """
+    if config.init.model != "checkpoint":
+        return config
+    if not config.init.from_:
+        raise UsageError("config.init.model = 'checkpoint': needs config.init.from")
+    if workdir and steps_in(workdir / CHECKPOINT_FOLDER):
+        model = peek_config(workdir, 0).model
+    else:
+        with naming_field(config.init):
+            model = peek_config(*split_step(config.init.from_)).model
+    own = {
+        spec.name: getattr(config.model, spec.name)
+        for spec in fields(config.model)
+        if getattr(config.model, spec.name) != spec.default
+    }
+    return replace(config, model=replace(model, **own))
 
 
 def check_start(config: configs.Config, workdir: Path | None) -> None:
@@ -129,9 +209,7 @@ def check_start(config: configs.Config, workdir: Path | None) -> None:
         return
     # A damaged checkpoint is told, or passed over, where it is read.
     with naming_field(config.init), suppress(NoCheckpoint):
-        path, step = split_step(config.init.from_)
-        meta = peek_meta(path, step, META_SCHEMA)
-        compare_models(read_config(meta, Path(path), meta["step"]), config)
+        compare_models(peek_config(*split_step(config.init.from_)), config)
 
 
 def compare_models(source: configs.Config, config: configs.Config) -> list[str]:
@@ -150,7 +228,8 @@ def compare_models(source: configs.Config, config: configs.Config) -> list[str]:
     blocked = [text for name, text in differences.items() if name not in FREE]
     if blocked:
         raise UsageError(
-            f"its weights mean something else under {', '.join(blocked)}; use its values"
+            f"its weights mean something else under {', '.join(blocked)}; use its values, "
+            "or leave them out and set config.init.model=checkpoint"
         )
     return list(differences.values())
 
@@ -165,9 +244,14 @@ def check_source(source: Source, config: configs.Config, tokenizer: Tokenizer) -
         differences = compare_models(source.config, config)
     if config.init.averaged and not source.config.train.ema:
         raise UsageError(
-            f"config.init.averaged = True: {source.directory} keeps no averaged weights; leave it "
-            "out"
+            f"config.init.averaged = True: {source.name} keeps no averaged weights; leave it out"
         )
+    if config.init.optimizer and not source.has_moments:
+        raise UsageError(
+            f"config.init.optimizer = True: {source.name} has no moments; leave it out"
+        )
+    if source.tokenizer is None:
+        return [*differences, f"its ids are taken for those of the tokenizer {tokenizer.name}"]
     if not tokenizer.extends(source.tokenizer):
         raise UsageError(
             f"config.init.from = {config.init.from_!r}: its ids are those of the tokenizer "

@@ -16,7 +16,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.model import abstract_params, describe_parameter, init_params
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.source import Source
-from gpt_jax.train import TrainState, restore_checkpoint, rewind
+from gpt_jax.train import TrainState, rewind
 
 # Logical axes whose length may grow.
 GROWING = ("vocab", "position")
@@ -48,12 +48,12 @@ def start_from(parts: Parts, source: Source, say) -> TrainState:
             )
         trees["train"] = parts.abstract._replace(params={}, ema={})
 
-    loaded = restore_checkpoint(source.directory, source.step, trees)
+    loaded = source.restore(trees)
     params = loaded[item]
     if grown:
         params = grow(parts.config.model, parts.config.seed, params, wanted)
     say(
-        f"started from step {source.step} of {source.directory}"
+        f"started from {source.name}"
         + (", averaged weights" if init.averaged else "")
         + (", with the optimiser's moments" if init.optimizer else "")
         + "".join(f"; {path} grew from {old} to {new} rows" for path, (old, new) in grown.items())

@@ -9,6 +9,7 @@ from .layout import (
     off_stages as off_stages,
     over_stages as over_stages,
     reshape as reshape,
+    scale as scale,
     scale_gradient as scale_gradient,
     stored_init as stored_init,
     sum_gradient_once as sum_gradient_once,

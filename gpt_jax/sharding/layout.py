@@ -120,11 +120,16 @@ def make_zero_gradient(weight: jax.Array) -> jax.Array:
     return jnp.zeros(weight.shape, jnp.float32, out_sharding=layout)
 
 
-def scale_gradient(gradient: jax.Array, factor: jax.Array) -> jax.Array:
-    """`gradient`, also one that is each device's own part of a sum, times a scalar."""
+def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x` times a scalar in the dtype of `x`, where `x` may be each device's own part of a sum."""
     if _mesh() is not None:
-        factor = jax.reshard(factor, P(reduced=jax.typeof(gradient).sharding.spec.unreduced))
-    return (gradient.astype(jnp.float32) * factor).astype(gradient.dtype)
+        factor = jax.reshard(factor, P(reduced=jax.typeof(x).sharding.spec.unreduced))
+    return x * factor.astype(x.dtype)
+
+
+def scale_gradient(gradient: jax.Array, factor: jax.Array) -> jax.Array:
+    """`gradient` times a scalar in float32, see `scale`."""
+    return scale(gradient.astype(jnp.float32), factor).astype(gradient.dtype)
 
 
 def stored_init(init: Callable, axes: tuple[str | None, ...]) -> Callable:

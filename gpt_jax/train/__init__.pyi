@@ -11,6 +11,11 @@ from .checkpoint.manifest import (
     resolve_checkpoint as resolve_checkpoint,
     steps_in as steps_in,
 )
+from .checkpoint.slices import (
+    Lazy as Lazy,
+    read_slice as read_slice,
+    write_slices as write_slices,
+)
 from .objectives import (
     OBJECTIVES as OBJECTIVES,
     Network as Network,

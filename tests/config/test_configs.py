@@ -15,13 +15,14 @@ import jax
 import pytest
 
 from gpt_jax import config, sharding
+from gpt_jax.config import knobs, layers
 from gpt_jax.data.stream import rows
 from gpt_jax.data.tokens import split
 from gpt_jax.errors import UsageError
 from gpt_jax.evals import evaluators
-from gpt_jax.model import count, parametrization, remat, transformer
+from gpt_jax.model import block, count, parametrization, remat, transformer
 from gpt_jax.model.attention import kernels
-from gpt_jax.model.layers import mlp, norms
+from gpt_jax.model.layers import linear, mlp, norms, positions
 from gpt_jax.model.parameters import describe_parameter
 from gpt_jax.train import objectives
 from gpt_jax.train.optim import groups, optimizer, schedule
@@ -286,11 +287,15 @@ def test_gpt2_names_the_way_to_tensor_parallel():
     "choices, table",
     [
         (config.NORMS, norms.NORMS),
+        (knobs.NORM_POSITIONS, block.NORM_PLACES),
+        (knobs.ROPE_SCALINGS, positions.SCALINGS),
+        (knobs.BIASED, layers.BIASED_PARTS),
         (config.DENSE_FFNS, mlp.FFNS),
         (config.INITS, parametrization.INITS),
         (config.KERNELS, {"auto"} | set(kernels.KERNELS)),
+        (config.MATMULS, linear.MULTIPLIERS),
         (config.REMATS, {"none"} | set(remat.REMATS)),
-        (config.MIXERS, transformer.MIXERS),
+        (config.MIXERS, block.MIXERS),
         (config.EVALUATORS, evaluators.EVALUATORS),
         (config.OBJECTIVES, objectives.OBJECTIVES),
         (config.OPTIMIZERS, optimizer.OPTIMIZERS),

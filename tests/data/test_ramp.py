@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from test_batches import EVERYTHING, alone, make_tokens, mixed
+from token_arrays import EVERYTHING, alone, make_tokens, mixed
 
 from gpt_jax import config
 from gpt_jax.data.stream import batches as pipeline

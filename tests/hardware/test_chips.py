@@ -133,3 +133,24 @@ def test_mfu_metrics_give_both_conventions():
         "throughput/mfu_full": 0.5,
         "throughput/mfu_causal": 0.25,
     }
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 1979e12),
+        ("NVIDIA H200", 1979e12),
+        ("NVIDIA H100 PCIe", 1513e12),
+        ("NVIDIA B200", 4500e12),
+        ("TPU7x", 4614e12 / 2),
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("AMD Instinct MI300X", None),
+        ("TPU v5p", None),
+        ("TPU v6 lite", None),
+        ("cpu", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
+def test_fp8_peaks(kind, peak):
+    assert chips.peak_fp8_flops(kind) == peak
+    assert peak is None or peak == pytest.approx(2 * chips.peak_flops(kind), rel=1e-3)

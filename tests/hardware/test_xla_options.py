@@ -17,10 +17,15 @@ from plans import job_of
 from gpt_jax import config as configs
 from gpt_jax.commands import environment
 from gpt_jax.errors import UsageError
-from gpt_jax.hardware import xla_options
+from gpt_jax.hardware import CHIPS, peak_flops, xla_options
 from gpt_jax.plan import compiled
 from gpt_jax.run import parts as run_parts
 from gpt_jax.sharding import mesh
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import plan as plan_benchmark  # noqa: E402
+import tpu_options  # noqa: E402
 
 
 def test_options_are_parsed():
@@ -68,6 +73,49 @@ def test_a_run_refuses_what_its_compiler_does_not_know(tmp_path, text):
     name = text.partition("=")[0]
     with pytest.raises(UsageError, match=rf"config\.compute\.compiler_options: .*{name}"):
         runs.build(runs.load(tmp_path, f"--config.compute.compiler_options={text}"))
+
+
+@pytest.mark.parametrize("kind", sorted(xla_options.GENERATIONS))
+def test_what_a_generations_options_cost_is_said_unless_one_is_left_out(kind):
+    own = xla_options.GENERATIONS[kind]
+    words = f"compiling takes about {xla_options.SLOWDOWNS[kind]:g} times as long with "
+    chosen = xla_options.choose_xla_options("tpu", kind)
+    assert words + ", ".join(own) in xla_options.describe_xla_options("tpu", kind, chosen)
+
+    without = xla_options.choose_xla_options("tpu", kind, [f"{name}=" for name in own])
+    line = xla_options.describe_xla_options("tpu", kind, without)
+    assert "times as long" not in line and next(iter(own)) not in line
+
+
+def test_the_generations_are_those_of_the_chips():
+    """A kind that no device has would never be looked up."""
+    kinds = [*xla_options.GENERATIONS]
+    assert sorted(kinds) == sorted(xla_options.SLOWDOWNS)
+    assert all(peak_flops(kind) for kind in kinds)
+
+
+@pytest.mark.parametrize("name", [*tpu_options.CHOSEN])
+def test_a_limit_is_shipped_where_the_cycles_gain_by_it(name):
+    """The sums are milliseconds of the three matmuls of benchmarks/tpu_options.json."""
+    limit = xla_options.GENERATIONS[CHIPS[name].kind][tpu_options.LIMIT]
+    assert str(limit) == tpu_options.CHOSEN[name]
+
+    rows = tpu_options.read_rows()
+    before, after = (
+        sum(one["milliseconds"] for one in rows[f"matmuls {name} {text}"]["programs"].values())
+        for text in ("default", limit)
+    )
+    assert after < 0.97 * before
+
+
+def test_the_pages_have_the_tables_that_the_benchmarks_make():
+    pages = [(ROOT / "docs" / page).read_text() for page in ("plan.md", "plan_table.md")]
+    lines = [
+        *tpu_options.format_tables(tpu_options.read_rows()),
+        *plan_benchmark.format_published(plan_benchmark.read_rows()),
+    ]
+    assert len(lines) > 30
+    assert [line for line in lines if line not in "".join(pages)] == []
 
 
 def test_a_run_says_what_it_compiles_with(tmp_path):

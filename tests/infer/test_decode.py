@@ -1,42 +1,41 @@
 """Generation: the cache equals full forward passes for every variant.
 
-A row is the same in any batch, and stops cut to the letter.
+A row is the same in any batch and on any mesh.
 """
 
 import math
 import re
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from generations import (
+    COMPUTE,
+    GREEDY,
+    LETTERS,
+    PROMPTS,
+    knobs_of,
+    make_model,
+    make_params,
+    run,
+    silent,
+)
 
 from gpt_jax import config
-from gpt_jax.data.tokenizers.vocabulary import (
-    StreamDecoder,
-    Tokenizer,
-    make_byte_tokenizer,
-    make_char_tokenizer,
-)
+from gpt_jax.data.tokenizers.vocabulary import make_byte_tokenizer
 from gpt_jax.errors import UsageError
 from gpt_jax.infer import decode
 from gpt_jax.infer.decode import generate, stream_text
 from gpt_jax.infer.prompts import digest_prompt
-from gpt_jax.infer.sampling import Knobs, _filter as sampling_filter, sample
+from gpt_jax.infer.sampling import sample
 from gpt_jax.infer.settings import Sampling
-from gpt_jax.infer.text import Completion, first_stop, held_back
 from gpt_jax.model.transformer import Transformer, abstract_params
 from gpt_jax.sharding.mesh import make_concrete
 
-LETTERS = make_char_tokenizer("abcdefghijklmnopqrstuvwxyz012345")  # 32 ids, no end of text
-PROMPTS = ["ab", "the5quick1brown2fox", "hello0w"]  # 2, 19 and 7 tokens
-GREEDY = Sampling(max_new_tokens=24, temperature=0.0)
-BASE = dict(layers=2, embed=16, heads=4, mlp=32, vocab=40, max_seq=48)
-COMPUTE = config.Compute(kernel="reference")
 SWIGLU, RELU2 = (("attention", "swiglu"),), (("attention", "relu2"),)
-
 VARIANTS = {
     "gpt2": {},
     "post_norm_relu_untied": dict(
@@ -98,64 +97,6 @@ VARIANTS = {
 }
 
 
-def make_model(**changes) -> config.Model:
-    model = config.from_dict({**BASE, **changes}, config.Model)
-    return config.resolve(config.Config(model=model)).model
-
-
-@cache
-def make_params(model: config.Model):
-    """Parameters of noise, large enough that no most likely token is an accident of rounding.
-
-    Projections that start at zero would hide the whole cache. Factors are near 1.
-    """
-    rng = np.random.default_rng(1)
-
-    def one(path, leaf):
-        factor = jax.tree_util.keystr(path, simple=True, separator="/").endswith(
-            ("/scale", "residual/x")
-        )
-        return jnp.asarray(factor + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, abstract_params(model))
-
-
-def silent(line: str) -> None:
-    raise AssertionError(f"nothing to report, got {line!r}")
-
-
-def run(
-    model, prompts, sampling, tokenizer=LETTERS, report=silent, max_rows=32
-) -> list[Completion]:
-    return generate(
-        model, COMPUTE, make_params(model), tokenizer, prompts, sampling, report, max_rows
-    )
-
-
-def knobs_of(rows, **values):
-    made = (
-        dict(
-            seed=0,
-            sample=0,
-            prompt=0,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            repetition_penalty=1.0,
-        )
-        | values
-    )
-    kinds = dict(seed=np.uint32, sample=np.int32, prompt=np.uint32, top_k=np.int32)
-
-    return Knobs(
-        **{
-            k: np.broadcast_to(np.asarray(v, kinds.get(k, np.float32)), rows)
-            for k, v in made.items()
-        }
-    )
-
-
 @partial(jax.jit, static_argnums=0)
 def forward(model, params, tokens):
     return Transformer(model).apply({"params": params}, {"tokens": tokens})
@@ -163,9 +104,6 @@ def forward(model, params, tokens):
 
 def full_logits(model, tokens):
     return forward(model, make_params(model), tokens)
-
-
-# ---- the cache ----
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -216,8 +154,6 @@ def test_kernels_cast_once_change_nothing():
 
     assert (logits(cast) == logits(params)).all()
 
-
-# ---- batches ----
 
 DRAWN = Sampling(
     max_new_tokens=12, temperature=0.9, top_k=12, top_p=0.95, repetition_penalty=1.2, seed=3
@@ -327,230 +263,6 @@ def test_one_compilation_for_a_bucket(monkeypatch):
     assert len(traced) == 3
     run(model, texts(1, 2, 3), GREEDY)  # four rows
     assert len(traced) == 5
-
-
-# ---- sampling ----
-
-
-def numpy_filter(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0, penalty=1.0, seen=()):
-    """The probabilities of one row, by the definitions of transformers' logits processors.
-
-    Those sort, unlike ours.
-    """
-    x = logits.astype(np.float64).copy()
-    for token in seen:
-        x[token] = x[token] * penalty if x[token] < 0 else x[token] / penalty
-    x /= temperature
-    if top_k:
-        x[x < np.sort(x)[-min(top_k, len(x))]] = -np.inf
-
-    def softmax(x):
-        return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
-
-    if top_p < 1:
-        order = np.argsort(
-            x
-        )  # ascending; all are dropped that together hold no more than 1 - top_p, but for the best
-        drop = np.cumsum(softmax(x)[order]) <= 1 - top_p
-        drop[-1] = False
-        x[order[drop]] = -np.inf
-    p = softmax(x)
-    x[p < min_p * p.max()] = -np.inf
-    return softmax(x)
-
-
-FILTERS = [
-    {},
-    dict(top_k=5),
-    dict(top_p=0.7),
-    dict(min_p=0.2),
-    dict(top_k=6, top_p=0.8, min_p=0.05),
-    dict(temperature=0.5, top_p=0.9),
-    dict(penalty=1.8, seen=(0, 3, 7)),
-    dict(penalty=0.6, seen=(1, 2), top_k=4),
-    dict(top_k=1),
-    dict(top_p=0.0),
-    dict(top_k=99),
-    dict(min_p=1.0),
-    dict(temperature=2.0, top_k=9, min_p=0.3),
-]
-
-
-@pytest.mark.parametrize("setting", FILTERS, ids=str)
-def test_draws_follow_the_definition(setting):
-    """Frequencies over 20,000 samples match the distribution, and no filtered token comes."""
-    logits = np.random.default_rng(2).standard_normal(12).astype(np.float32) * 2
-    rows, vocab = 20_000, 10  # ids 10 and 11 are padding
-    expected = numpy_filter(logits[:vocab], **setting)
-    penalty, seen_ids = setting.get("penalty", 1.0), setting.get("seen", ())
-    values = {k: v for k, v in setting.items() if k not in ("penalty", "seen")}
-    knobs = knobs_of(rows, sample=np.arange(rows), repetition_penalty=penalty, **values)
-    seen = np.zeros((rows, 12), bool)
-    seen[:, list(seen_ids)] = True
-    logits = np.broadcast_to(np.where(np.arange(12) < vocab, logits, 50.0), (rows, 12)).astype(
-        np.float32
-    )
-    drawn = np.asarray(
-        jax.jit(sample, static_argnums=4)(logits, np.full(rows, 5), knobs, seen, vocab)
-    )
-    counts = np.bincount(drawn, minlength=12)
-
-    assert counts[vocab:].sum() == 0
-    assert ((counts[:vocab] > 0) == (expected > 1e-4)).all()
-    np.testing.assert_allclose(counts[:vocab] / rows, expected, atol=4 * 0.5 / rows**0.5)
-
-
-def test_filters_keep_the_same_ids_as_sorting():
-    """They are the same ids over 64 rows of 300, each with settings of its own."""
-    rng = np.random.default_rng(4)
-    logits = rng.standard_normal((64, 300)).astype(np.float32) * rng.uniform(
-        0.3, 4, (64, 1)
-    ).astype(np.float32)
-    top_k = rng.choice([0, 1, 7, 40, 299, 500], 64)
-    top_p = np.where(rng.random(64) < 0.2, 1, rng.uniform(0, 1, 64))
-    scaled = logits - logits.max(-1, keepdims=True)
-    kept = np.isfinite(sampling_filter(scaled, knobs_of(64, top_k=top_k, top_p=top_p)))
-    for row, x, k, p in zip(kept, scaled, top_k, top_p, strict=True):
-        assert (row == (numpy_filter(x, top_k=k, top_p=p) > 0)).all(), (k, p)
-
-
-def test_rows_with_different_settings_and_greedy():
-    logits = np.random.default_rng(3).standard_normal((4, 9)).astype(np.float32)
-    seen = np.zeros((4, 9), bool)
-    knobs = knobs_of(4, temperature=[0.0, 1.0, 0.0, 1.0], top_k=[0, 1, 3, 0], top_p=[1, 1, 1, 0.0])
-    drawn = np.asarray(sample(logits, np.arange(4), knobs, seen, 9))
-    assert drawn.tolist() == logits.argmax(-1).tolist()
-
-    seen[0, drawn[0]] = True
-    strong = sample(
-        logits,
-        np.arange(4),
-        knobs._replace(repetition_penalty=np.full(4, 1e6, np.float32)),
-        seen,
-        9,
-    )
-    assert strong[0] != drawn[0] and (np.asarray(strong)[1:] == drawn[1:]).all()
-
-
-def test_draws_change_with_seed_sample_prompt_and_position_only():
-    logits = np.zeros((2, 1000), np.float32)
-
-    def draw(position, **k):
-        return np.asarray(
-            sample(logits, np.full(2, position), knobs_of(2, **k), np.zeros((2, 1000), bool), 1000)
-        ).tolist()
-
-    a, b = draw(3, sample=[0, 1])
-    assert a != b and draw(3, sample=[1, 0]) == [b, a]
-    assert len({a, draw(4)[0], draw(3, seed=1)[0], draw(3, prompt=1)[0]}) == 4
-
-
-def test_prompts_of_one_call_have_random_numbers_of_their_own():
-    """An untrained model with no preference would continue all of them alike."""
-    model = make_model()
-    blank = jax.tree.map(jnp.zeros_like, make_params(model))
-    given = Sampling(max_new_tokens=12, seed=3)
-    done = generate(model, COMPUTE, blank, LETTERS, ["xx", "yy", "zz", "xx"], given, silent)
-    texts = [completion.tokens for completion in done]
-    assert len(set(texts)) == 3 and texts[0] == texts[3]
-
-
-def test_extreme_temperatures_stay_finite():
-    logits = np.array([[3.0, 1.0, -2.0, 2.9]], np.float32)
-    for temperature in (1e-30, 1e-6):
-        knobs = knobs_of(1, temperature=temperature, top_p=0.9)
-        got = sample(logits, np.zeros(1, int), knobs, np.zeros((1, 4), bool), 4)
-        assert got.tolist() == [0]
-
-
-# ---- text ----
-
-
-def scripted(monkeypatch, tokenizer, scripts):
-    """A model whose rows say exactly these token ids."""
-    table = np.zeros((len(scripts), 40), np.int32)
-    for row, ids in zip(table, scripts, strict=True):
-        row[: len(ids)] = ids
-    monkeypatch.setattr(decode, "_start", lambda *args, **static: (1, table[:, 0]))
-    monkeypatch.setattr(
-        decode, "_next", lambda params, state, knobs, **static: (state + 1, table[:, state])
-    )
-    return make_model(vocab=tokenizer.vocab)
-
-
-def test_characters_are_never_cut(monkeypatch):
-    tokenizer = make_byte_tokenizer()
-    text = "é我是🎉!"
-    model = scripted(
-        monkeypatch, tokenizer, [[*text.encode(), 256, 65, 65], [*"ab我".encode()[:4], 256, 66]]
-    )
-    sampling = Sampling(max_new_tokens=30, temperature=0.0)
-    pieces = list(stream_text(model, COMPUTE, {}, tokenizer, ["x", "y"], sampling, silent))
-    assert [p.text for p in pieces if p.row == 0] == [*text, ""]
-    assert [p.text for p in pieces if p.row == 1] == ["a", "b", "�"]
-
-    first, second = (p.completion for p in pieces if p.completion)
-    assert sorted([first, second]) == [
-        Completion(0, 0, tuple(text.encode()), text, "eot"),
-        Completion(1, 0, tuple("ab我".encode()[:4]), "ab�", "eot"),
-    ]
-
-
-@pytest.mark.parametrize(
-    "stops, text, finish",
-    [
-        (("ello",), "h", "stop"),
-        (("lo0",), "hel", "stop"),
-        (("lz",), "hello0world", "eot"),
-        (("d5",), "hello0world", "eot"),  # held back at the end, then shown
-        (("world", "o0w"), "hell", "stop"),
-        (("o", "hello"), "", "stop"),
-        (("h",), "", "stop"),
-        ((), "hello0world", "eot"),
-    ],
-)
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_stop_strings_cut_exactly(monkeypatch, stops, text, finish, size):
-    """Tokens of 1, 2 or 5 letters give the same text.
-
-    The stream never shows what a stop string takes back.
-    """
-    said = "hello0world"
-    words = [said[i : i + size] for i in range(0, len(said), size)]
-    pieces = (*tuple(w.encode() for w in words), b"")
-
-    def encode(texts):
-        return [np.zeros(1, np.int32) for _ in texts]
-
-    tokenizer = Tokenizer(
-        "words", "words", "", pieces, len(words), encode, lambda text: iter((text,))
-    )
-    model = scripted(monkeypatch, tokenizer, [[*range(len(words) + 1), 0, 0]])
-    sampling = Sampling(max_new_tokens=30, temperature=0.0, stop=stops)
-    shown = list(stream_text(model, COMPUTE, {}, tokenizer, ["x"], sampling, silent))
-    done = shown[-1].completion
-    assert [p.completion for p in shown[:-1]] == [None] * (len(shown) - 1)
-    assert "".join(p.text for p in shown) == done.text == text and done.finish == finish
-    assert all(p.text for p in shown[:-1])
-
-
-def test_stops_of_a_text():
-    assert first_stop("abcd", ("bc", "abcd")) == 1 and first_stop("abcd", ("d", "cd")) == 2
-    assert first_stop("abcd", ("x",)) is None and first_stop("abcd", ()) is None
-    assert held_back("ab<", ("<end>",)) == 1 and held_back("ab<en", ("<end>", "n!")) == 3
-    assert held_back("ab", ("c",)) == 0
-
-
-def test_streamed_text_is_the_decoded_tokens():
-    model = make_model(vocab=264)
-    done = run(model, ["hé", "我是"], Sampling(max_new_tokens=20, seed=1), make_byte_tokenizer())
-    for completion in done:
-        decoder = StreamDecoder(make_byte_tokenizer())
-        assert completion.text == "".join(map(decoder.feed, completion.tokens)) + decoder.flush()
-        assert len(completion.text) > 5
-
-
-# ---- prompts ----
 
 
 def test_a_prompt_that_fills_the_context():

@@ -1,8 +1,9 @@
-"""What a plan takes from the compiler's account of a program."""
+"""What a plan takes from the compiler's account of a program, and what it says of its options."""
 
 from types import SimpleNamespace
 
 import pytest
+from plans import read_plan, run_plan
 
 from gpt_jax.plan.compiled import _measure
 from gpt_jax.plan.program.program import read_program
@@ -26,3 +27,19 @@ def test_memory_of_the_host_is_not_the_devices(peak, argument, temporary, wanted
     )
     program = read_program("HloModule empty\n\nENTRY main {\n  ROOT x = f32[] constant(0)\n}\n", {})
     assert _measure(account, 1.0, program).peak == wanted
+
+
+def test_a_plan_names_the_compilers_options_and_what_they_cost(capsys):
+    limit = "xla_tpu_scoped_vmem_limit_kib"
+    run_plan("tiny", "v6e:2x2", "--config.mesh.data=4")
+    line = next(line for line in capsys.readouterr().out.splitlines() if limit in line)
+    assert line.startswith("compiler options (tpu): ") and "times as long" in line
+
+    run_plan("tiny", "v6e:2x2", "--config.mesh.data=4", "--json")
+    options = read_plan(capsys)["compiler_options"]
+    assert all(f"{name}={value}" in line for name, value in options.items())
+
+    run_plan(
+        "tiny", "v6e:2x2", "--config.mesh.data=4", f"--config.compute.compiler_options={limit}="
+    )
+    assert "times as long" not in capsys.readouterr().out

@@ -199,6 +199,83 @@ def test_a_program_as_libtpu_writes_it():
     assert program.cycles == 7 * 100 + 11
 
 
+SPARSE_TEXT = """HloModule jit_step, is_scheduled=true
+
+%add.1 (x: bf16[], y: bf16[]) -> bf16[] {
+  %x = bf16[]{:T(256)S(7)} parameter(0)
+  %y = bf16[]{:T(256)S(7)} parameter(1)
+  ROOT %add.62 = bf16[]{:T(256)S(7)} add(%x, %y), backend_config={"estimated_cycles":"1185"}
+}, execution_thread="sparsecore"
+
+%called_computation (p0: bf16[256,8192], p1: token[]) -> bf16[2048,8192] {
+  %p1 = token[] parameter(1)
+  %p0 = bf16[256,8192]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.24 = bf16[2048,8192]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=16, \
+replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0'}, dimensions={0}, \
+backend_config={"device_type":"DEVICE_TYPE_SPARSECORE"}
+}, execution_thread="sparsecore"
+
+%called_computation.4 (q0: bf16[2048,8192], q1: token[]) -> bf16[256,8192] {
+  %q1 = token[] parameter(1)
+  %q0 = bf16[2048,8192]{1,0:T(8,128)(2,1)} parameter(0)
+  %fusion.3 = bf16[2048,8192]{1,0:T(8,128)(2,1)} fusion(%q0), kind=kLoop, calls=%fused.3, \
+backend_config={"estimated_cycles":"5000"}
+  ROOT %reduce-scatter.10 = bf16[256,8192]{1,0:T(8,128)(2,1)} reduce-scatter(%fusion.3), \
+channel_id=9, replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0'}, \
+dimensions={0}, to_apply=%add.1, backend_config={"device_type":"DEVICE_TYPE_SPARSECORE"}
+}, execution_thread="sparsecore"
+
+%body.1 (t: (s32[], bf16[256,8192])) -> (s32[], bf16[256,8192]) {
+  %t = (s32[], bf16[256,8192]{1,0:T(8,128)(2,1)}) parameter(0)
+  %w = bf16[256,8192]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=1
+  %prepare = s32[]{:S(2)} custom-call(), custom_call_target="PrepareAsyncCallStart"
+  %ready = token[] custom-call(%prepare), custom_call_target="PrepareAsyncCallDone"
+  %gather = ((bf16[256,8192]{1,0:T(8,128)(2,1)}, token[]), bf16[2048,8192]{1,0:T(8,128)(2,1)}) \
+call-start(%w, %ready), async_execution_thread="sparsecore", to_apply=%called_computation
+  %gathered = bf16[2048,8192]{1,0:T(8,128)(2,1)} call-done(%gather)
+  %fusion.55 = bf16[2048,8192]{1,0:T(8,128)(2,1)} fusion(%gathered), kind=kOutput, \
+calls=%fused.55, backend_config={"estimated_cycles":"367190"}
+  %scatter = ((bf16[2048,8192]{1,0:T(8,128)(2,1)}, token[]), bf16[256,8192]{1,0:T(8,128)(2,1)}) \
+call-start(%fusion.55, %ready), async_execution_thread="sparsecore", to_apply=%called_computation.4
+  %scattered = bf16[256,8192]{1,0:T(8,128)(2,1)} call-done(%scatter)
+  ROOT %tuple.1 = (s32[], bf16[256,8192]{1,0:T(8,128)(2,1)}) tuple(%i, %scattered)
+}
+
+ENTRY %main.1 (a: bf16[256,8192]) -> bf16[256,8192] {
+  %a = bf16[256,8192]{1,0:T(8,128)(2,1)} parameter(0)
+  %while.1 = (s32[], bf16[256,8192]{1,0}) while(%a), condition=%condition.1, body=%body.1, \
+backend_config={"known_trip_count":{"n":"4"}}
+  ROOT %out = bf16[256,8192]{1,0:T(8,128)(2,1)} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+def test_collectives_of_the_sparse_core_run_beside_the_matmuls():
+    """A loop of 4 turns starts a gather and a sum there, as libtpu writes it for v6e.
+
+    The cycles are those of the tensor core alone.
+    """
+    program = read_program(SPARSE_TEXT, {"data": 2, "fsdp": 8})
+    rows = [
+        (row.kind, row.axes, row.bytes, row.calls, row.asynchronous) for row in program.collectives
+    ]
+    sent = 2048 * 8192 * 2 * 7 // 8
+    assert sorted(rows) == [
+        ("all-gather", ("fsdp",), sent, 4, True),
+        ("reduce-scatter", ("fsdp",), sent, 4, True),
+    ]
+    assert program.cycles == 4 * 367190
+
+
+def test_collectives_of_a_computation_that_runs_asynchronously():
+    """GPUs and TPUs write it as a start that `calls` or that applies the computation."""
+    applied = SPARSE_TEXT.replace(" call-start(", " async-start(")
+    called = applied.replace("to_apply=%called", "calls=%called")
+    wanted = read_program(SPARSE_TEXT, {"data": 2, "fsdp": 8})
+    assert read_program(applied, {"data": 2, "fsdp": 8}) == wanted
+    assert read_program(called, {"data": 2, "fsdp": 8}) == wanted
+
+
 DOT = """  %l = bf16[3,8,16]{2,1,0} parameter(1)
   %r = bf16[3,16,32]{2,1,0} parameter(2)
   %dot.1 = f32[3,8,32]{2,1,0} dot(%l, %r), lhs_batch_dims={0}, rhs_batch_dims={0}, \

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import jax
 import pytest
-from plans import ONE, changed, job_of, llama
+from plans import ONE, changed, job_of, llama, read_plan, run_plan
 
 from gpt_jax import config as configs
 from gpt_jax.plan import compiled, roofline
@@ -133,3 +133,42 @@ def test_the_whole_step_as_arithmetic_and_compiler_have_it():
 
     collectives = read_program(program.as_text(), dict(mesh.shape)).collectives
     assert ("all-gather", ("fsdp",)) in {(row.kind, row.axes) for row in collectives}
+
+
+@pytest.mark.parametrize("name", ["llama:8b", "moe:8x7b"])
+def test_fp8_counts_the_linear_maps_of_blocks_at_its_own_peak(name):
+    """Half of their time on an H200. A v5p emulates fp8 and gains nothing."""
+    plain = job_of(name, "--config.mesh.fsdp=8", "--config.compute.dtype=bfloat16")
+    narrow = changed(plain, compute=dict(matmul_dtype="fp8"))
+    model = plain.config.model
+    attention = 2 * model.embed * (model.heads + model.kv_heads) * model.head_dim
+    dense = 3 * model.embed * model.mlp if name == "llama:8b" else 0
+    matrices = model.layers * (attention + dense)
+    assert roofline.count_fp8_params(narrow) == matrices
+    assert roofline.count_fp8_params(plain) == 0
+
+    shape = ONE | {"fsdp": 8}
+    here = split_microbatch(plain, shape)
+    repeats = 4 / 3 if plain.config.compute.remat == "block" else 1
+    tokens = plain.config.train.batch_size * plain.config.train.seq_len / 8
+    for machine, peak, fp8 in (("h200:8", 989e12, 1979e12), ("v5p:2x2x2", 459e12, None)):
+        topology = parse_topology(machine)
+        wide, less = (
+            roofline.compute_seconds(job, topology, "reference", shape, here)
+            for job in (plain, narrow)
+        )
+        part = roofline.EFFICIENCY[topology.chip.platform]
+        saved = 1 / peak - 1 / fp8 if fp8 else 0
+        assert wide - less == pytest.approx(
+            tokens * 6 * matrices * repeats * saved / part, rel=1e-6
+        )
+
+
+def test_a_plan_says_how_it_counts_fp8(capsys):
+    lines = {}
+    for machine in ("h200:8", "v5p:2x2x2"):
+        run_plan("llama:1b", machine, "--config.compute.matmul_dtype=fp8", "--json")
+        lines[machine] = [note for note in read_plan(capsys)["notes"] if "fp8" in note]
+    assert len(lines["h200:8"]) == 2 and "at the peak of fp8" in lines["h200:8"][-1]
+    assert len(lines["v5p:2x2x2"]) == 3 and "emulates" in lines["v5p:2x2x2"][1]
+    assert "at the peak of bfloat16" in lines["v5p:2x2x2"][-1]

@@ -7,9 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from compositions import Run, compare, draw, find_faults, make_plain, measure
+from comparisons import Run, compare, find_faults, measure
+from compositions import draw, make_plain
 
 from gpt_jax import config
+from gpt_jax.config import knobs
 
 # Four ways each of five models: cheap ones that have every axis, remat and ZeRO between them.
 # In 132 jaxlib 0.10.2 ended the process, when JAX had split the ring of the columns off that of the
@@ -40,6 +42,14 @@ def test_draws_are_wide():
     assert sum(len(one.shape) >= 3 for one in drawn) >= 20
     assert kernels == {"reference", "blocked", "ring", "xla"}
     assert layers == set(config.FFNS)
+    models = [one.settings.model for one in drawn]
+    assert {model.norm for model in models} == set(knobs.NORMS)
+    assert {model.norm_position for model in models} == set(knobs.NORM_POSITIONS)
+    assert {model.biased for model in models} == set(knobs.BIASED)
+    assert {model.qk_norm_over for model in models if model.qk_norm} == set(knobs.QK_NORMS)
+    assert {model.parallel for model in models} == {False, True}
+    has_local = {model.rope_local_base > 0 for model in models if any(model.windows)}
+    assert has_local == {False, True}
     assert {one.settings.optim.optimizer for one in drawn} == set(config.OPTIMIZERS)
     assert all(line.startswith("config.") for one in drawn for line in one.refused)
 

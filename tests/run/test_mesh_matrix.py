@@ -37,6 +37,8 @@ CASES = [  # model, mesh, knobs, optimiser
     ("moe", dict(expert=2, context=2, data=2), RING),
     ("moe", dict(pipeline=2, expert=2, fsdp=2), dict(remat="block")),
     ("bias", dict(fsdp=4, tensor=2), dict(accumulate=4)),
+    ("gemma3", dict(data=2, fsdp=2, tensor=2), {}),
+    ("olmo2", dict(context=2, tensor=2, data=2), RING),
 ]
 MORE_CASES = [
     ("gpt2", dict(data=8), dict(accumulate=2)),
@@ -54,6 +56,10 @@ MORE_CASES = [
     ("moe", dict(expert=8), {}),
     ("moe", dict(expert=4, tensor=2), SEQ, "muon"),
     ("bias", dict(expert=4, data=2), {}),
+    ("gemma3", dict(pipeline=2, fsdp=2, data=2), {}),
+    ("gemma3", dict(context=2, tensor=2, fsdp=2), SEQ | RING),
+    ("olmo2", dict(pipeline=2, tensor=2, data=2), SEQ),
+    ("olmo2", dict(fsdp=2, tensor=4), dict(loss_chunk=4), "muon"),
 ]
 
 # Of gradients, parts of a leaf's largest entry, by model, whether a kernel is named and whether the

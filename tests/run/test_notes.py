@@ -6,7 +6,8 @@ import jax
 import pytest
 import runs
 
-from gpt_jax.run.notes import describe_dtypes
+from gpt_jax import config as configs
+from gpt_jax.run.notes import describe_dtypes, describe_fp8
 
 
 @pytest.mark.parametrize("dtype, short", [("float32", "f32"), ("bfloat16", "bf16")])
@@ -26,3 +27,33 @@ def test_gradients_are_summed_in_the_dtype_that_the_line_names(tmp_path, dtype, 
         assert line == "float32 compute, parameters and sums"
     else:
         assert line.endswith("devices sum the gradients of matmuls in bfloat16")
+
+
+@pytest.mark.parametrize(
+    "platform, kind, said",
+    [
+        ("gpu", "NVIDIA H200", ""),
+        ("tpu", "TPU7x", ""),
+        ("tpu", "TPU v6 lite", "TPU v6 lite has none, so XLA emulates them"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "has none, so XLA emulates them"),
+        ("cpu", "cpu", "cpu has none, so XLA emulates them"),
+        ("gpu", "NVIDIA Q1", "nobody knows whether 'NVIDIA Q1' has them"),
+    ],
+)
+def test_fp8_says_what_it_is_for_and_where_it_is_emulated(platform, kind, said):
+    model = configs.Model(pattern=(("attention", "moe"),))
+    compute = configs.Compute(dtype="bfloat16", matmul_dtype="fp8")
+    about, *rest = describe_fp8(configs.Config(model=model, compute=compute), platform, kind)
+    assert "experts and all other matmuls are in bfloat16" in about
+    assert "MFU is relative to the bf16 peak" in about
+    assert [said in line for line in rest] == ([True] if said else [])
+    assert describe_fp8(configs.Config(model=model), platform, kind) == []
+
+
+def test_a_run_in_fp8_prints_it_and_joins_no_projections(tmp_path):
+    notes = runs.build(runs.load(tmp_path, "--config.compute.matmul_dtype=fp8")).notes
+    assert sum(line.startswith("fp8 matmuls: ") for line in notes) == 2
+    assert any("habits of cpu: projections one by one" in line for line in notes)
+    plain = runs.build(runs.load(tmp_path)).notes
+    assert not any("fp8" in line for line in plain)
+    assert any("habits of cpu: projections joined" in line for line in plain)

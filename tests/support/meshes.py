@@ -67,8 +67,40 @@ MODELS = {
         router="sigmoid",
         dispatch="capacity",
     ),
+    "gemma3": dict(
+        layers=4,
+        kv_heads=4,
+        norm="unit_rmsnorm",
+        norm_position="sandwich",
+        position="rotary",
+        rope_local_base=20.0,
+        rope_scaling="linear",
+        rope_scale_factor=3.0,
+        windows=(5, 0),
+        pattern=(("attention", "geglu"),),
+        attention_scale=0.3,
+        embed_scale=5.0,
+        qk_norm=True,
+        bias=False,
+        biased="qkv",
+    ),  # on packed rows
+    "olmo2": dict(
+        layers=4,
+        kv_heads=4,
+        norm="rmsnorm",
+        norm_position="branch",
+        position="rotary",
+        rope_local_base=20.0,
+        windows=(0, 7),
+        pattern=(("attention", "swiglu"),),
+        qk_norm=True,
+        qk_norm_over="all",
+        tied=False,
+        bias=False,
+        biased="mlp",
+    ),
 }
-PACKED = ("gpt2", "moe")
+PACKED = ("gpt2", "moe", "gemma3")
 OPTIMIZERS = {
     "adamw": config.Optim(
         schedule="constant", clip=0.0, weight_decay=1e-4, learning_rate=1e-3, b1=0.5, eps=1e-6

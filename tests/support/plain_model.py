@@ -25,7 +25,13 @@ def np_norm(model, p, x):
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon)
     else:
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon)
-    return x * p.get("scale", 1.0) + p.get("bias", 0.0)
+    return x * np_scale(model, p) + p.get("bias", 0.0)
+
+
+def np_scale(model, p):
+    if "scale" not in p:
+        return 1.0
+    return 1 + p["scale"] if model.norm == "unit_rmsnorm" else p["scale"]
 
 
 def np_dense(p, x):
@@ -36,33 +42,37 @@ def np_cap(x, cap):
     return cap * np.tanh(x / cap) if cap else x
 
 
-def np_frequencies(model):
+def np_frequencies(model, is_local=False):
     """Rotary frequencies by wavelength, as in the reference code of Llama 3."""
+    base = model.rope_local_base if is_local else model.rope_base
+    factor = 1 if is_local else model.rope_scale_factor
     rotating = int(model.head_dim * model.rope_fraction)
     frequencies = []
 
     for i in range(rotating // 2):
-        frequency = 1 / model.rope_base ** (2 * i / rotating)
-        if model.rope_scale_factor > 1:
+        frequency = 1 / base ** (2 * i / rotating)
+        if model.rope_scaling == "linear":
+            frequency /= factor
+        elif factor > 1:
             original = model.rope_scale_original_seq
             wavelength = 2 * math.pi / frequency
             if wavelength > original / model.rope_scale_low:
-                frequency /= model.rope_scale_factor
+                frequency /= factor
             elif wavelength > original / model.rope_scale_high:
                 smooth = (original / wavelength - model.rope_scale_low) / (
                     model.rope_scale_high - model.rope_scale_low
                 )
-                frequency = (1 - smooth) * frequency / model.rope_scale_factor + smooth * frequency
+                frequency = (1 - smooth) * frequency / factor + smooth * frequency
         frequencies.append(frequency)
     return np.array(frequencies)
 
 
-def np_rotate(model, x, position):
+def np_rotate(model, x, position, is_local):
     """Rotates x [T, H].
 
     Channels i and i + R / 2 are one complex number, which is turned by position * frequency.
     """
-    frequencies = np_frequencies(model)
+    frequencies = np_frequencies(model, is_local)
     half = len(frequencies)
     turned = (x[:, :half] + 1j * x[:, half : 2 * half]) * np.exp(
         1j * position[:, None] * frequencies
@@ -76,21 +86,19 @@ def np_sinusoids(model, position):
     return np.concatenate([np.sin(angles), np.cos(angles)], -1)[:, : model.embed]
 
 
-def np_qk(model, p, x, position):
+def np_qk(model, p, x, position, is_local):
     """Queries or keys [T, H] after position and norm, in the order of the config."""
 
     def normed(x):
-        return (
-            x
-            / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon)
-            * p.get("scale", 1.0)
-            * model.qk_scale
-        )
+        if model.qk_norm_over == "all":
+            return x
+        root = np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon)
+        return x / root * np_scale(model, p) * model.qk_scale
 
     if model.qk_norm and not model.qk_norm_after_rope:
         x = normed(x)
     if model.position == "rotary":
-        x = np_rotate(model, x, position)
+        x = np_rotate(model, x, position, is_local)
     if model.qk_norm and model.qk_norm_after_rope:
         x = normed(x)
     return x
@@ -102,7 +110,11 @@ def np_attention(model, p, x, window, tokens, position, allowed):
     if "value_embed" in p:
         strength = 3 / (1 + np.exp(-(x[:, : model.value_embed_gate] @ p["value_gate"]["kernel"])))
         v = v + np.repeat(strength, model.head_dim, axis=1) * p["value_embed"]["table"][tokens]
+    if model.qk_norm and model.qk_norm_over == "all":
+        q, k = (np_norm(model, p[f"{name}_norm"], y) for name, y in (("q", q), ("k", k)))
     H = model.head_dim
+    scale = model.attention_scale or 1 / math.sqrt(H)
+    is_local = window > 0 and model.rope_local_base > 0
     outs = []
 
     def looks(t, s):
@@ -115,11 +127,9 @@ def np_attention(model, p, x, window, tokens, position, allowed):
         def cut(y, i):
             return y[:, i * H : (i + 1) * H]
 
-        query = np_qk(model, p.get("q_norm", {}), cut(q, n), position)
-        key = np_qk(model, p.get("k_norm", {}), cut(k, kv), position)
-        scores = np.where(
-            mask, np_cap(query @ key.T / math.sqrt(H), model.attention_softcap), -1e30
-        )
+        query = np_qk(model, p.get("q_norm", {}), cut(q, n), position, is_local)
+        key = np_qk(model, p.get("k_norm", {}), cut(k, kv), position, is_local)
+        scores = np.where(mask, np_cap(query @ key.T * scale, model.attention_softcap), -1e30)
         probs = np.exp(scores - scores.max(-1, keepdims=True))
         outs.append(probs / probs.sum(-1, keepdims=True) @ cut(v, kv))
     return np_dense(p["out"], np.concatenate(outs, -1))
@@ -143,7 +153,7 @@ def np_layer(params, i):
 
 def np_row(model, params, tokens, position, allowed):
     """Logits [T, V] of one row."""
-    x = params["embed"]["table"][tokens]
+    x = params["embed"]["table"][tokens] * model.embed_scale
     if model.position == "learned":
         x = x + params["position"]["table"][position]
     if model.position == "sinusoidal":
@@ -170,12 +180,22 @@ def np_row(model, params, tokens, position, allowed):
             ),
             ("mlp_norm", lambda y: np_mlp(model.pattern[i % len(model.pattern)][1], p["mlp"], y)),
         )
+        before = x
         for name, part in parts:
 
             def norm(y):
                 return np_norm(model, p.get(name, {}), y)
 
-            x = x + part(norm(x)) if model.norm_position == "pre" else norm(x + part(x))
+            def out_norm(y):
+                return np_norm(model, p[name.replace("_norm", "_out_norm")], y)
+
+            read = before if model.parallel and name == "mlp_norm" else x
+            x = {
+                "pre": lambda: x + part(norm(read)),
+                "post": lambda: norm(x + part(x)),
+                "sandwich": lambda: x + out_norm(part(norm(x))),
+                "branch": lambda: x + out_norm(part(x)),
+            }[model.norm_position]()
         if i == model.layers // 2:
             half = x
     x = x - params["backout"]["scale"] * half if model.backout else x

@@ -62,6 +62,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+def flip(path: Path, place: int = 7) -> None:
+    """Flips a bit of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 4
+    path.write_bytes(raw)
+
+
 def documents(folder: Path) -> dict[str, dict[str, list[str]]]:
     """{source: {side: texts}}, decoded from the tokens."""
     opened = corpus.open_corpus(folder)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from gpt_jax.train.checkpoint import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs/tiny.py")
+HOST = socket.gethostname()
 STARTED: list["Process"] = []
 SECONDS = 240  # after which a process counts as stuck; idle machines need a tenth
 

@@ -23,6 +23,7 @@ from gpt_jax import schema
 from gpt_jax.data.read.sources import COMPRESSIONS
 from gpt_jax.data.tokenizers.bpe import PATTERNS, make_bpe_json, make_json_tokenizer
 from gpt_jax.data.tokenizers.json_fields import describe_hidden
+from gpt_jax.data.tokenizers.llama2c import read_llama2c
 from gpt_jax.data.tokenizers.promises import check_promises
 from gpt_jax.data.tokenizers.spelling import make_byte_alphabet
 from gpt_jax.data.tokenizers.vocabulary import EOT, EOT_NAMES, FIM_TOKENS, Tokenizer
@@ -296,6 +297,7 @@ def read_json(path: Path) -> Tokenizer:
 READERS: dict[str, Callable[[Path], Tokenizer]] = {
     ".json": read_json,
     ".model": read_sentencepiece,
+    ".bin": read_llama2c,
 }
 # What a folder may hold, the most complete first.
 FOLDERS: tuple[tuple[Callable[..., Tokenizer], tuple[str, ...]], ...] = (

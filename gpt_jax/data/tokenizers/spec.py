@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from gpt_jax.data.tokenizers.bpe import PATTERNS, make_json_tokenizer, train_bpe
 from gpt_jax.data.tokenizers.files import make_sentencepiece_tokenizer, read_tokenizer
+from gpt_jax.data.tokenizers.llama2c import make_llama2c_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import (
     EOT,
     SPECIALS,
@@ -39,6 +40,7 @@ SPEC_KINDS = {
     "char": make_char_tokenizer,
     "json": make_json_tokenizer,
     "sentencepiece": make_sentencepiece_tokenizer,
+    "llama2c": make_llama2c_tokenizer,
 }
 # What `Tokenizer.to_json` writes.
 SAVED_SCHEMA = {

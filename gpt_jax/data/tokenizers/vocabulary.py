@@ -163,20 +163,26 @@ class Tokenizer:
 class StreamDecoder:
     """Text of ids that arrive one by one, never cutting a UTF-8 character.
 
-    The text continues another one, so a tokenizer's `prefix` stays in it.
+    The text continues another one, so a tokenizer's `prefix` stays in it. Where it `starts` a text,
+    the prefix is taken away.
 
     >>> decoder = StreamDecoder(make_byte_tokenizer())
     >>> [decoder.feed(i) for i in "é".encode()] + [decoder.flush()]
     ['', 'é', '']
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, starts: bool = False):
         self._tokenizer = tokenizer
+        self._prefix = tokenizer.prefix if starts else b""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
         """The characters that `token` completes, possibly none."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        raw = self._tokenizer.decode_bytes([token])
+        if raw:
+            raw = raw.removeprefix(self._prefix)
+            self._prefix = b""
+        return self._decoder.decode(raw)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character, else nothing."""

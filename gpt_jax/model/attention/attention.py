@@ -4,6 +4,7 @@ Shapes: B batch, T query, S cache slots, D embed, N heads, K kv heads, H head_di
 channels.
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from gpt_jax.model.attention.cache import decode_token, fill
 from gpt_jax.model.layers.embed import Embed
 from gpt_jax.model.layers.extras import dropout
 from gpt_jax.model.layers.linear import Weights, project
-from gpt_jax.model.layers.norms import NORMS
+from gpt_jax.model.layers.norms import NORMS, rmsnorm, scale_param
 from gpt_jax.model.layers.positions import rotate
 
 # The logical axes of queries, and of keys and values.
@@ -30,7 +31,8 @@ MAPS = "attention_maps"
 class Context(NamedTuple):
     """What every layer of one forward pass shares.
 
-    `angles` are cos and sin [B or 1, T, R / 2] of rotary positions, or None.
+    `angles` are cos and sin [B or 1, T, R / 2] of rotary positions, or None. `local_angles` are
+    those of layers with a window, where these rotate by another base, and else None.
 
     `lengths` [B] belongs to a pass with a cache. When a prompt starts the cache, it counts the
     valid tokens of the prompt. In a decoding step it counts the tokens already in the cache.
@@ -41,10 +43,11 @@ class Context(NamedTuple):
     block: jax.Array | None = None
     angles: tuple[jax.Array, jax.Array] | None = None
     lengths: jax.Array | None = None
+    local_angles: tuple[jax.Array, jax.Array] | None = None
 
 
 class QkNorm(nn.Module):
-    """RMS norm over head_dim of [B, T, N, H] (Henry et al. 2020).
+    """RMS norm of queries or keys [B, T, N, H] over the head (Henry et al. 2020) or all heads.
 
     It has a learned scale where the model's norm has one.
     """
@@ -53,12 +56,12 @@ class QkNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        normalise, _, _ = NORMS["plain_rmsnorm"]
-        _, has_scale, _ = NORMS[self.model.norm]
-        y = normalise(x.astype(jnp.float32), self.model.norm_epsilon)
-        if has_scale:
-            ones = sharding.stored_init(nn.initializers.ones, ("scale",))
-            y = y * self.param("scale", ones, (x.shape[-1],))
+        kind = NORMS[self.model.norm]
+        dims = {"head": (-1,), "all": (-2, -1)}[self.model.qk_norm_over]
+        y = rmsnorm(x.astype(jnp.float32), self.model.norm_epsilon, dims)
+        if kind.has_scale:
+            shape = [x.shape[dim] for dim in dims]
+            y = y * scale_param(self, kind, math.prod(shape)).reshape(shape)
         # A scale of 1.2 would be 1.2031 in bfloat16, so the result is rounded and not the scale.
         return (y * self.model.qk_scale).astype(x.dtype)
 
@@ -88,7 +91,9 @@ class Attention(nn.Module):
         q, k, v = self._project_in(x)
         if self.value_embed:
             v = v + self._embed_values(x, context.tokens)
-        q, k = self._norm_and_rotate(q, k, context.angles)
+        is_local = self.window > 0 and context.local_angles is not None
+        q, k = self._norm_and_rotate(q, k, context.local_angles if is_local else context.angles)
+        q = self._scale(q)
 
         if cache is not None and T == 1:
             y = self._decode(q, k, v, cache, context.lengths)
@@ -109,7 +114,8 @@ class Attention(nn.Module):
                 cache = tuple(self._fill(values, context.lengths, slots) for values in (k, v))
 
         y = sharding.reshape(y, (B, T, model.heads * model.head_dim), "batch", "seq", "heads")
-        out = self._linear(model.embed, ("heads", "embed"), "attention_out", model.bias, "out")
+        has_bias = config.has_bias(model, "attention_out")
+        out = self._linear(model.embed, ("heads", "embed"), "attention_out", has_bias, "out")
         y = checkpoint_name(project(y, out)[0], "attention_out")
         return dropout(self, y, model.dropout), cache
 
@@ -119,7 +125,7 @@ class Attention(nn.Module):
     def _project_in(self, x):
         """Computes q [B, T, N, H], k and v [B, T, K, H] from x [B, T, D]."""
         model = self.model
-        bias = model.bias and model.qkv_bias
+        bias = config.has_bias(model, "qkv")
         heads = {
             "q": ("heads", model.heads),
             "k": ("kv_heads", model.kv_heads),
@@ -152,6 +158,13 @@ class Attention(nn.Module):
             q = norms[0](q)
             k = norms[1](k)
         return q, k
+
+    def _scale(self, q):
+        """Brings the scale of the scores into q. The kernels multiply by 1 / sqrt(head_dim)."""
+        factor = self.model.attention_scale * math.sqrt(self.model.head_dim)
+        if factor in (0, 1):
+            return q
+        return (q.astype(jnp.float32) * factor).astype(q.dtype)
 
     def _embed_values(self, x, tokens):
         """Embeds the tokens a second time, as a part of the values [B, T, K, H].

@@ -4,8 +4,9 @@ Shapes: B batch, T sequence, D embed, F features. Parameters are stored in float
 multiplied in the compute dtype.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax import config, sharding
+from gpt_jax.model.layers import fp8
 from gpt_jax.model.parametrization import make_init
+
+# The roles of the weights that `compute.matmul_dtype` is for. A gate is as narrow as its few
+# channels, so that nothing is gained there.
+BLOCK_ROLES = ("qkv", "attention_out", "mlp_in", "mlp_out")
 
 
 def matmul(
@@ -22,23 +28,24 @@ def matmul(
     out_axis: str | None,
     result_dtype=None,
     seq: str = "seq",
+    multiplier: str = "compute",
 ) -> jax.Array:
     """Multiplies x [B, T, D] with kernel [D, F] -> [B, T, F].
 
     `out_axis` is the logical axis of F. `seq` is the logical axis of the result's T. Without a
-    `result_dtype` the result has the dtype of the inputs.
+    `result_dtype` the result has the dtype of the inputs. `multiplier` is a row of MULTIPLIERS.
     """
+    multiply = MULTIPLIERS[multiplier].multiply
     if sharding.count_parts(seq) > 1 or sharding.has_partial_gradient(kernel):
         layout = sharding.out_spec("batch", seq, out_axis)
         whole = sharding.out_spec("batch", "seq", out_axis)
-        if layout == whole:
-            return _matmul(x, kernel, result_dtype, layout)
-        return _scattered(x, kernel, result_dtype, layout, whole)
+        return multiply(x, kernel, result_dtype, layout, whole)
 
     # No mesh axis cuts T, so the activations can be flattened to two dims. XLA's CPU backend runs
     # the backward pass of the three-dim form at half the speed, and no other backend minds.
     rows = x.reshape(-1, x.shape[-1])
-    y = _matmul(rows, kernel, result_dtype, sharding.out_spec("batch", out_axis))
+    layout = sharding.out_spec("batch", out_axis)
+    y = multiply(rows, kernel, result_dtype, layout, layout)
     return sharding.reshape(y, (*x.shape[:-1], kernel.shape[-1]), "batch", seq, out_axis)
 
 
@@ -99,6 +106,30 @@ def _scattered_backward(result_dtype, layout, whole, saved, g):
 _scattered.defvjp(_scattered_forward, _scattered_backward)
 
 
+def _multiply(x, kernel, result_dtype, layout, whole) -> jax.Array:
+    """Multiplies in the dtype of x and kernel."""
+    if layout == whole:
+        return _matmul(x, kernel, result_dtype, layout)
+    return _scattered(x, kernel, result_dtype, layout, whole)
+
+
+class Multiplier(NamedTuple):
+    """A way to multiply x [.., D] with kernel [D, F], forward and backward.
+
+    `multiply(x, kernel, result_dtype, layout, whole)` gives the result in `layout`. Its backward
+    pass first gathers the result's gradient to `whole`. `joins` tells whether several kernels can
+    be joined into one without changing the results.
+    """
+
+    multiply: Callable
+    joins: bool
+
+
+# The values of `compute.matmul_dtype`. In fp8 joined kernels would share a scale, and results would
+# depend on the platform and the mesh.
+MULTIPLIERS = {"compute": Multiplier(_multiply, True), "fp8": Multiplier(fp8.multiply, False)}
+
+
 class Weights(nn.Module):
     """The kernel [in, features] and the bias [features] of a linear map, laid out for use.
 
@@ -139,13 +170,15 @@ def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
     if compute.shard_sequence and not leads_back:
         x = sharding.constrain(x, "batch", "seq", None)
 
+    multiplier = compute.matmul_dtype if maps[0].role in BLOCK_ROLES else "compute"
     weights = [linear(x.shape[-1]) for linear in maps]
-    if len(maps) > 1 and sharding.axis_size("tensor") == 1 and sharding.habits().join_projections:
+    can_join = len(maps) > 1 and sharding.axis_size("tensor") == 1 and MULTIPLIERS[multiplier].joins
+    if can_join and sharding.habits().join_projections:
         parts = _multiply_joined(x, [kernel for kernel, _ in weights])
     else:
         seq = compute.stream if leads_back else "seq"
         parts = [
-            matmul(x, kernel, linear.axes[1], seq=seq)
+            matmul(x, kernel, linear.axes[1], seq=seq, multiplier=multiplier)
             for linear, (kernel, _) in zip(maps, weights, strict=True)
         ]
 

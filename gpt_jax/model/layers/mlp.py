@@ -46,9 +46,10 @@ class Mlp(nn.Module):
     def __call__(self, x):
         model = self.model
         activation, is_gated = FFNS[self.ffn]
+        has_bias = config.has_bias(model, "mlp")
 
         def linear(features, axes, role, name):
-            return Weights(features, axes, role, model, self.compute, model.bias, name=name)
+            return Weights(features, axes, role, model, self.compute, has_bias, name=name)
 
         names = ("up", "gate") if is_gated else ("up",)
         maps = [linear(model.mlp, ("embed", "mlp"), "mlp_in", name) for name in names]

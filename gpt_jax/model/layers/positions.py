@@ -10,23 +10,35 @@ import numpy as np
 from gpt_jax import config
 
 
-def rotary_frequencies(model: config.Model) -> np.ndarray:
+def rotary_frequencies(model: config.Model, is_local: bool = False) -> np.ndarray:
     """Computes the radians per position [R / 2] of rotary positions (Su et al. 2021).
 
-    R = rope_fraction * head_dim channels rotate. Where `rope_scale_factor` is above 1, the long
-    wavelengths are scaled as in Llama 3.
+    R = rope_fraction * head_dim channels rotate. Where `rope_scale_factor` is above 1, the
+    frequencies are scaled by the row `rope_scaling`. `is_local` gives those of layers with a
+    window, in a model whose `rope_local_base` is set.
     """
     rotating = int(model.head_dim * model.rope_fraction)
-    frequencies = model.rope_base ** -(np.arange(0, rotating, 2, dtype=np.float64) / rotating)
-
-    if model.rope_scale_factor > 1:
-        # A channel that turns often over the original context keeps its frequency.
-        turns = model.rope_scale_original_seq * frequencies / (2 * np.pi)
-        smooth = (turns - model.rope_scale_low) / (model.rope_scale_high - model.rope_scale_low)
-        smooth = np.clip(smooth, 0, 1)
-        frequencies = frequencies * (smooth + (1 - smooth) / model.rope_scale_factor)
-
+    base = model.rope_local_base if is_local else model.rope_base
+    frequencies = base ** -(np.arange(0, rotating, 2, dtype=np.float64) / rotating)
+    if model.rope_scale_factor > 1 and not is_local:
+        frequencies = SCALINGS[model.rope_scaling](model, frequencies)
     return frequencies.astype(np.float32)
+
+
+def _scale_long_wavelengths(model: config.Model, frequencies):
+    """As in Llama 3: a channel that turns often over the original context keeps its frequency."""
+    turns = model.rope_scale_original_seq * frequencies / (2 * np.pi)
+    smooth = (turns - model.rope_scale_low) / (model.rope_scale_high - model.rope_scale_low)
+    smooth = np.clip(smooth, 0, 1)
+    return frequencies * (smooth + (1 - smooth) / model.rope_scale_factor)
+
+
+def _scale_all(model: config.Model, frequencies):
+    """Position interpolation (Chen et al. 2023)."""
+    return frequencies / model.rope_scale_factor
+
+
+SCALINGS = {"llama3": _scale_long_wavelengths, "linear": _scale_all}
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -23,6 +23,10 @@ from gpt_jax.plan.program.text import (
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
+# The SparseCore of a TPU runs what it is given beside the matmuls.
+_OTHER_THREAD = re.compile(r'async_execution_thread="(?!main")')
+# Opcodes whose `to_apply` runs once. Any other is what a reduction does to each pair of entries.
+_CALLS = ("call", "call-start", "async-start")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class _Place(NamedTuple):
     """How a computation is reached."""
 
     times: int  # How often it runs.
-    counted: bool  # An instruction around it carries its cycles.
+    counted: bool  # Its cycles are not added: its caller carries them, or another core runs it.
     background: bool  # A collective that starts in it runs in the background.
     turn: bool  # It is a turn of a loop whose length the data decides.
 
@@ -153,17 +157,17 @@ def _list_inner(
     line: Instruction, place: _Place, computations: Computations
 ) -> list[tuple[str, _Place]]:
     """Returns the computations that the line calls, and how each is reached."""
+    is_counted = bool(_CYCLES.search(line.rest) or _OTHER_THREAD.search(line.rest))
     inner = []
     for role, names in list_called(line).items():
-        # Any other `to_apply` is what a reduction does to each pair of entries.
-        if role == "to_apply" and line.opcode not in ("call", "async-start"):
+        if role == "to_apply" and line.opcode not in _CALLS:
             continue
         is_loop = line.opcode == "while" and role in ("body", "condition")
         trips = count_trips(line, computations) if is_loop else 1
         inner_place = _Place(
             times=place.times * (trips or 1),
-            counted=place.counted or bool(_CYCLES.search(line.rest)),
-            background=place.background or line.opcode == "async-start",
+            counted=place.counted or is_counted,
+            background=place.background or line.opcode.endswith("-start"),
             turn=place.turn or not trips,
         )
         inner += [(name, inner_place) for name in names]

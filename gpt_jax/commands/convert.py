@@ -1,0 +1,117 @@
+"""`gpt-jax convert`: models of other projects to checkpoints of ours, and back."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from gpt_jax.commands.flags import Flags, check_number
+from gpt_jax.commands.output import emit, make_say
+from gpt_jax.errors import UsageError
+
+FORMATS = ("hf", "native")
+DTYPES = ("float32", "bfloat16", "float16")
+GIGABYTE = 1e9
+
+
+def main(arguments: list[str]) -> None:
+    """Raises UsageError for a model or a place that cannot be used.
+
+    Raises NoCheckpoint for a damaged checkpoint, and SaveFailed if the disk does not take it.
+    """
+    args = make_flags().parse_args(arguments)
+    check_flags(args)
+    import jax
+
+    # Nothing here needs an accelerator, and a run may be using it.
+    jax.config.update("jax_platforms", "cpu")
+    convert(args)
+
+
+def make_flags() -> Flags:
+    flags = Flags(
+        prog="gpt-jax convert",
+        description="Converts a model: a directory of Hugging Face to a checkpoint, or a "
+        "checkpoint to a directory of Hugging Face. It holds one tensor at a time.",
+    )
+    flags.add_argument(
+        "--from",
+        dest="source",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="a directory with config.json and safetensors files, or a workdir, its checkpoints, "
+        "or one step. Several are averaged",
+    )
+    flags.add_argument("--to", required=True, metavar="DIR", help="a new directory")
+    flags.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="what is written; without it a checkpoint becomes hf, and all else native",
+    )
+    flags.add_argument(
+        "--family", default="", help="the family that is written; without it the first that fits"
+    )
+    flags.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="the dtype of tensors of format hf"
+    )
+    flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
+    flags.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="W",
+        help="the shares of several --from in their mean, in the same order; without it equal ones",
+    )
+    flags.add_argument(
+        "--tokenizer",
+        default="",
+        metavar="SPEC",
+        help="the tokenizer of a directory that has none: bytes, or a path",
+    )
+    flags.add_argument(
+        "--ignore_keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys of config.json that are known not to change the model",
+    )
+
+    return flags
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags that do not go together."""
+    check_number("--step", args.step, 0)
+    if args.weights and len(args.weights) != len(args.source):
+        raise UsageError(
+            f"--weights: {len(args.weights)} shares for {len(args.source)} models; give one each"
+        )
+    for share in args.weights:
+        check_number("--weights", share, 0)
+    if args.weights and sum(args.weights) == 0:
+        raise UsageError("--weights: all shares are 0; give one above")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Opens, averages, and writes."""
+    from gpt_jax.interop import is_foreign, write_directory
+    from gpt_jax.run import average, open_model, write_native
+
+    say = make_say(sys.stderr)
+    origins = [
+        open_model(path, args.step, say, args.tokenizer, tuple(args.ignore_keys))
+        for path in args.source
+    ]
+    shares = args.weights or [1.0] * len(origins)
+    origin = origins[0]
+    if len(origins) > 1:
+        origin = average(origins, [share / sum(shares) for share in shares])
+
+    wanted = args.format or ("native" if is_foreign(args.source[0]) else "hf")
+    target = Path(args.to)
+    if wanted == "hf":
+        write_directory(origin, target, args.family, args.dtype)
+    else:
+        write_native(origin, target, say)
+    emit(f"{origin.name} is now {target} ({wanted})")

@@ -1,0 +1,13 @@
+from .export import write_directory as write_directory
+from .foreign import (
+    find_tokenizer as find_tokenizer,
+    is_foreign as is_foreign,
+    open_foreign as open_foreign,
+    read_foreign_model as read_foreign_model,
+)
+from .origin import Origin as Origin
+from .weights import (
+    find_depths as find_depths,
+    list_shapes as list_shapes,
+    load_params as load_params,
+)

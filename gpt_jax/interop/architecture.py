@@ -1,0 +1,152 @@
+"""The model that a foreign `config.json` describes, and the `config.json` of one of ours."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from gpt_jax import config as configs
+from gpt_jax.errors import UsageError
+from gpt_jax.interop.families import FAMILIES, Family, find_family
+from gpt_jax.interop.keys import MEANINGLESS
+
+# Fields that say how a model is trained, and not what its weights mean.
+TRAINING = frozenset(
+    [
+        "attention_dropout",
+        "balance",
+        "balance_rate",
+        "balance_weight",
+        "capacity_factor",
+        "dispatch",
+        "dropout",
+        "init",
+        "router_z_loss",
+        "vocab_multiple",
+        "value_embed_gate",
+        "smear_gate",
+    ]
+)
+
+
+def read_model(values: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> configs.Model:
+    """The resolved model of a `config.json`.
+
+    Raises UsageError with a line for each key that is missing, unknown, or of a value that we do
+    not have. Keys in `ignored` may have any value.
+    """
+    family = find_family(values.get("model_type"))
+    known = MEANINGLESS | {name for key in family.keys for name in key.names} | set(ignored)
+
+    lines = [
+        f"config.json: {name} = {value!r} is not understood and may change the model; "
+        f"if it does not, --ignore_keys={name}"
+        for name, value in values.items()
+        if name not in known and value is not None
+    ]
+    values = {**family.defaults, **values}
+    found = dict(family.fixed)
+    for key in family.keys:
+        try:
+            found |= key.read(values)
+        except UsageError as error:
+            lines += error.args
+        except (TypeError, ValueError, AttributeError):
+            lines.append(f"config.json: {' or '.join(key.names)}: a value of another type")
+    if lines:
+        raise UsageError(*lines)
+    return resolve_model(found)
+
+
+def resolve_model(found: Mapping[str, Any]) -> configs.Model:
+    """The Model of these fields, its zeros filled in. Raises UsageError for what does not fit."""
+    wanted = {"model": dict(found), "train": {"seq_len": 2}}
+    run = configs.resolve(configs.from_dict(wanted))
+    lines = configs.faults(run)
+    if lines:
+        raise UsageError(*lines)
+    return run.model
+
+
+def write_config(model: configs.Model, name: str = "") -> dict[str, Any]:
+    """The `config.json` of a resolved model, in the family `name` or in the first that fits.
+
+    Raises UsageError, with the fields that a family cannot say, if none does.
+    """
+    families = [find_family(name)] if name else list(FAMILIES.values())
+    families = [family for family in families if family.is_written]
+    lines = []
+    for family in families:
+        try:
+            return _write_as(family, model)
+        except UsageError as error:
+            lines.append(f"{family.name}: {'; '.join(error.args)}")
+    raise UsageError("no family of models fits this one", *lines)
+
+
+def _write_as(family: Family, model: configs.Model) -> dict[str, Any]:
+    values: dict[str, Any] = {"model_type": family.name, "architectures": [family.architecture]}
+    for key in family.keys:
+        values |= key.write(model)
+
+    wanted, found = find_meaning(model), find_meaning(read_model(values))
+    differ = [
+        f"config.model.{name} = {value!r}" for name, value in wanted.items() if found[name] != value
+    ]
+    if differ:
+        raise UsageError(f"has no {', '.join(differ)}")
+    return values
+
+
+def find_meaning(model: configs.Model) -> dict[str, Any]:
+    """The fields that decide what the weights of a resolved model mean, with one spelling each.
+
+    Fields without an effect have their default, and layers are listed one by one.
+    """
+    without_effect = {name for applies, names in WITHOUT_EFFECT if applies(model) for name in names}
+    values = {
+        spec.name: spec.default if spec.name in without_effect else getattr(model, spec.name)
+        for spec in fields(model)
+        if spec.name not in TRAINING
+    }
+    layers = configs.layer_specs(model)
+    return values | {
+        "pattern": tuple((spec.mixer, spec.ffn) for spec in layers),
+        "windows": tuple(spec.window for spec in layers),
+    }
+
+
+def _has_no_dense_layer(model: configs.Model) -> bool:
+    return all(spec.ffn == "moe" for spec in configs.layer_specs(model))
+
+
+# When fields of a model have no effect.
+WITHOUT_EFFECT = (
+    (lambda model: True, ("last_window_full",)),
+    (lambda model: not model.bias, ("qkv_bias",)),
+    (lambda model: not model.qk_norm, ("qk_norm_over", "qk_norm_after_rope", "qk_scale")),
+    (_has_no_dense_layer, ("mlp",)),
+    (
+        lambda model: model.position != "rotary",
+        ("rope_base", "rope_local_base", "rope_fraction", "rope_scale_factor"),
+    ),
+    (
+        lambda model: model.position != "rotary" or model.rope_scale_factor == 1,
+        ("rope_scaling", "rope_scale_low", "rope_scale_high", "rope_scale_original_seq"),
+    ),
+    (
+        lambda model: model.rope_scaling == "linear",
+        ("rope_scale_low", "rope_scale_high", "rope_scale_original_seq"),
+    ),
+    (
+        lambda model: not configs.has_experts(model),
+        (
+            "experts",
+            "experts_per_token",
+            "expert_mlp",
+            "expert_ffn",
+            "shared_experts",
+            "router",
+            "router_normalize",
+        ),
+    ),
+)

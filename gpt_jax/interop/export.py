@@ -1,0 +1,157 @@
+"""Writes a model as a directory of Hugging Face: config, tensors in shards, tokenizer."""
+
+import base64
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from gpt_jax.errors import SaveFailed, UsageError
+from gpt_jax.files import describe_error
+from gpt_jax.interop.architecture import write_config
+from gpt_jax.interop.families import find_family
+from gpt_jax.interop.foreign import CONFIG
+from gpt_jax.interop.origin import Origin
+from gpt_jax.interop.tensors import FILE, INDEX
+from gpt_jax.interop.weights import Piece, find_shape, join_piece, make_plan
+
+SHARD_BYTES = 5 * 10**9
+# name of a dtype for users -> (its name in a file, numpy's)
+EXPORTED = {
+    "float32": ("F32", np.dtype(np.float32)),
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    "float16": ("F16", np.dtype(np.float16)),
+}
+UNFINISHED = ".unfinished"
+
+
+class Entry(NamedTuple):
+    """A tensor of the directory to be."""
+
+    piece: Piece
+    shape: tuple[int, ...]
+    size: int  # bytes
+
+
+def write_directory(
+    origin: Origin,
+    directory: Path,
+    family: str = "",
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    tell: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Writes `directory`, which must not exist. It appears whole or not at all.
+
+    Its tensors are read, joined and written one at a time. `family` empty takes that of the origin,
+    or the first that fits. `tell` gets the bytes that were written. Raises UsageError if no family
+    has such a model, and SaveFailed if the disk does not take it.
+    """
+    values = write_config(origin.model, family or origin.family)
+    plan = make_plan(find_family(values["model_type"]), origin.model)
+    code, kind = EXPORTED[dtype]
+    entries = []
+    for piece in plan.pieces:
+        shape = find_shape(plan, piece)
+        entries.append(Entry(piece, shape, int(np.prod(shape)) * kind.itemsize))
+
+    def read(entry: Entry) -> np.ndarray:
+        values = join_piece(plan, entry.piece, origin.read)
+        if dtype == "float16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+            raise UsageError(f"--dtype=float16: {entry.piece.name} has entries beyond its range")
+        return np.ascontiguousarray(values.astype(kind))
+
+    unfinished = directory.with_name(directory.name + UNFINISHED)
+    if directory.exists():
+        raise UsageError(f"{directory}: is there already; name a new directory")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _write_shards(unfinished, _cut(entries, shard_bytes), code, read, tell)
+        config = values | {"dtype": dtype, "torch_dtype": dtype} | _name_specials(origin)
+        (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for name, content in list_files(origin).items():
+            (unfinished / name).write_bytes(content)
+        unfinished.rename(directory)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise SaveFailed(f"{directory}: writing failed: {describe_error(error)}") from error
+
+
+def _name_specials(origin: Origin) -> dict[str, int | None]:
+    """The ids of special tokens. Without them transformers would take those of its first model."""
+    eot = None if origin.tokenizer is None else origin.tokenizer.eot
+    return {"bos_token_id": None, "eos_token_id": eot, "pad_token_id": None}
+
+
+def list_files(origin: Origin) -> dict[str, bytes]:
+    """The files beside the weights: those that came with the model, or its own tokenizer's."""
+    if origin.carried or origin.tokenizer is None:
+        return dict(origin.carried)
+    tokenizer = origin.tokenizer
+    if tokenizer.kind == "json":
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        names = {number: name for name, number in tokenizer.specials.items()}
+        if tokenizer.eot in names:
+            settings["eos_token"] = names[tokenizer.eot]
+        return {
+            "tokenizer.json": tokenizer.content.encode(),
+            "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+        }
+    if tokenizer.kind == "sentencepiece":
+        return {"tokenizer.model": base64.b64decode(tokenizer.content)}
+    return {}
+
+
+def _cut(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
+    """Runs of tensors of at most so many bytes, or of one tensor."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    return shards
+
+
+def _write_shards(folder: Path, shards: list[list[Entry]], code: str, read, tell) -> None:
+    """Writes the tensors, and an index if there are several files."""
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        name = FILE
+        if len(shards) > 1:
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(folder / name, shard, code, map(read, shard), tell)
+        places |= {entry.piece.name: name for entry in shard}
+
+    if len(shards) > 1:
+        total = sum(entry.size for shard in shards for entry in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(
+    path: Path, entries: Sequence[Entry], code: str, arrays: Iterator[np.ndarray], tell
+) -> None:
+    """Writes a file of tensors, one at a time. The library would want all of them at once.
+
+    The header is padded to 8 bytes, so that tensors are aligned.
+    """
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        offsets = [end, end + entry.size]
+        header[entry.piece.name] = {"dtype": code, "shape": entry.shape, "data_offsets": offsets}
+        end += entry.size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for array in arrays:
+            file.write(array.reshape(-1).view(np.uint8).data)
+            tell(array.nbytes)

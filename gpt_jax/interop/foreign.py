@@ -1,0 +1,140 @@
+"""Opens a model of another project: its config, its tensors, and the files that go with them."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt_jax import config as configs
+from gpt_jax.data import Spec, Tokenizer, resolve_tokenizer
+from gpt_jax.errors import UsageError
+from gpt_jax.files import describe_error
+from gpt_jax.interop.architecture import read_model
+from gpt_jax.interop.families import Family, find_family
+from gpt_jax.interop.llama2c import open_llama2c
+from gpt_jax.interop.nanogpt import open_nanogpt
+from gpt_jax.interop.origin import Origin
+from gpt_jax.interop.tensors import Tensor, list_tensors
+from gpt_jax.interop.weights import Weights, check_tensors, make_plan
+
+CONFIG = "config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# Files that are carried byte for byte.
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def read_values(directory: Path) -> dict[str, Any]:
+    """The `config.json` of a directory. Raises UsageError."""
+    path = directory / CONFIG
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path}: {describe_error(error)}; a model's directory has one") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: is no JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: is no JSON object")
+    return values
+
+
+def open_directory(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The `config.json` of a directory, and its tensors by name. Raises UsageError."""
+    values = read_values(path)
+    find_family(values.get("model_type"))
+    return values, list_tensors(path)
+
+
+def _is_directory(path: Path) -> bool:
+    return (path / CONFIG).is_file() and not (path / "checkpoints").exists()
+
+
+def _has_suffix(suffix: str) -> Callable[[Path], bool]:
+    return lambda path: path.suffix == suffix and path.is_file()
+
+
+# What can be opened: whether a path is that, and the function that gives the values of a
+# `config.json` and the tensors by name.
+READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path], tuple[dict, Mapping]]], ...] = (
+    (_is_directory, open_directory),
+    (_has_suffix(".bin"), open_llama2c),
+    (_has_suffix(".pt"), open_nanogpt),
+)
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether a path is a model of another project."""
+    return any(fits(Path(path)) for fits, _ in READERS)
+
+
+def read_foreign_model(path: str | Path, ignored: tuple[str, ...] = ()) -> configs.Model:
+    """The model at a path for which `is_foreign` is true. Raises UsageError."""
+    path = Path(path)
+    if _is_directory(path):
+        return read_model(read_values(path), ignored)
+    return read_model(_open(path)[0], ignored)
+
+
+def _open(path: Path) -> tuple[dict, Mapping]:
+    read = next((read for fits, read in READERS if fits(path)), open_directory)
+    return read(path)
+
+
+def open_foreign(path: str | Path, ignored: tuple[str, ...] = (), tokenizer: str = "") -> Origin:
+    """The model at a path for which `is_foreign` is true, checked before a tensor is read.
+
+    `tokenizer` is the spec of one that takes the place of what lies beside the weights. Raises
+    UsageError with a line for each key or tensor that does not fit, and for a tokenizer that cannot
+    be read.
+    """
+    path = Path(path)
+    values, found = _open(path)
+    model = read_model(values, ignored)
+    family = find_family(values["model_type"])
+    plan = make_plan(family, model)
+    tensors = _name_fully(found, family)
+    check_tensors(plan, family, tensors, str(path))
+    weights = Weights(plan, tensors)
+    return Origin(
+        name=str(path),
+        model=model,
+        shapes=plan.shapes,
+        read=weights.read,
+        tokenizer=find_tokenizer(path, tokenizer),
+        carried={name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()},
+        family=family.name if family.is_written else "",
+    )
+
+
+def find_tokenizer(directory: Path, spec: str = "") -> Tokenizer | None:
+    """The tokenizer of a spec, or of the files in a directory. None if it has none.
+
+    Raises UsageError for a spec of a tokenizer that is made from text, and for files that are no
+    tokenizer.
+    """
+    if not spec and not any((directory / name).is_file() for name in TOKENIZERS):
+        return None
+    field = "--tokenizer" if spec else "tokenizer"
+    found = resolve_tokenizer(spec or str(directory), field)
+    if isinstance(found, Spec):
+        raise UsageError(f"--tokenizer={spec}: is made from text; name bytes or a file")
+    return found
+
+
+def _name_fully(tensors, family: Family):
+    """The tensors with the prefix that a file of the model without its head leaves out."""
+    prefix = family.base
+    if any(name.startswith(prefix) for name in tensors):
+        return tensors
+    heads = tuple(row.theirs for row in family.rows if row.ours == ("head/kernel",))
+    return {name if name in heads else prefix + name: tensor for name, tensor in tensors.items()}

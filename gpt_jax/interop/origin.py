@@ -1,0 +1,26 @@
+"""A model whose parameters are read slice by slice, wherever it comes from."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt_jax import config as configs
+from gpt_jax.data import Tokenizer
+from gpt_jax.interop.weights import Slices
+
+
+class Origin(NamedTuple):
+    """A model that was opened, and nothing of its weights read yet.
+
+    `read(path, index)` makes the part `index` of the parameter at `path`, in float32. `carried` are
+    files that go with the model byte for byte, by name. `tokenizer` is None where there is none.
+    """
+
+    name: str  # where it was found, for people
+    model: configs.Model
+    shapes: Mapping[str, tuple[int, ...]]  # of the parameters, by path
+    read: Callable[[str, Slices], np.ndarray]
+    tokenizer: Tokenizer | None
+    carried: Mapping[str, bytes]
+    family: str = ""  # that of the directory it was read from

@@ -1,0 +1,146 @@
+"""Between checkpoints of ours and the models of other projects, a slice at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from gpt_jax import config as configs
+from gpt_jax.data import Tokenizer
+from gpt_jax.errors import UsageError
+from gpt_jax.interop import Origin, find_depths, is_foreign, list_shapes, open_foreign
+from gpt_jax.run.meta import META_SCHEMA, read_config, read_tokenizer
+from gpt_jax.train import (
+    CHECKPOINT_FOLDER,
+    MANIFEST,
+    Lazy,
+    peek_meta,
+    read_slice,
+    resolve_checkpoint,
+    steps_in,
+    write_slices,
+)
+
+CARRIED_FOLDER = "carried"  # inside the folder of a step
+# A converted model has had no update here.
+FIRST_STEP = 0
+SEQ_LEN = 1024  # of the config beside converted weights, where the context is as long
+
+
+def open_model(
+    path: str,
+    step: int,
+    say: Callable[[str], None],
+    tokenizer: str = "",
+    ignored: tuple[str, ...] = (),
+) -> Origin:
+    """The model at a path: a foreign directory, or a checkpoint of ours.
+
+    Raises UsageError for what cannot be used, and NoCheckpoint for damage.
+    """
+    if is_foreign(path):
+        return open_foreign(path, ignored, tokenizer)
+    return open_native(path, step, say)
+
+
+def open_native(path: str, step: int, say: Callable[[str], None]) -> Origin:
+    """The weights of a checkpoint of ours, the averaged ones if the run kept them."""
+    directory, number = resolve_checkpoint(path, step, say, META_SCHEMA)
+    meta = peek_meta(directory, number, META_SCHEMA)
+    config = read_config(meta, directory, number)
+    folder = directory / str(number)
+    item = "ema" if config.train.ema else "params"
+
+    def read(name: str, index) -> np.ndarray:
+        return read_slice(folder, item, name, index)
+
+    files = folder / CARRIED_FOLDER
+    return Origin(
+        name=f"step {number} of {directory}",
+        model=config.model,
+        shapes=list_shapes(config.model),
+        read=read,
+        tokenizer=read_tokenizer(meta, directory, number),
+        carried={file.name: file.read_bytes() for file in sorted(files.glob("*"))},
+    )
+
+
+def average(origins: Sequence[Origin], weights: Sequence[float]) -> Origin:
+    """A model whose parameters are the weighted mean of several. `weights` sum to 1.
+
+    Raises UsageError if the models are not of one shape.
+    """
+    first = origins[0]
+    for other in origins[1:]:
+        if other.model != first.model:
+            raise UsageError(f"{other.name} and {first.name} are other models; average of one kind")
+
+    def read(path, index):
+        total = np.zeros((), np.float64)
+        for origin, weight in zip(origins, weights, strict=True):
+            total = total + weight * origin.read(path, index).astype(np.float64)
+        return total.astype(np.float32)
+
+    names = ", ".join(origin.name for origin in origins)
+    return first._replace(name=f"the mean of {names}", read=read)
+
+
+def check_vocabulary(model: configs.Model, tokenizer: Tokenizer | None) -> str:
+    """A line about rows of the embedding that no token has, or "".
+
+    Raises UsageError if there is no tokenizer, or one with more tokens than the embedding has rows.
+    """
+    if tokenizer is None:
+        raise UsageError("no tokenizer lies beside the weights; name one with --tokenizer=SPEC")
+    if tokenizer.vocab > model.vocab:
+        raise UsageError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab} tokens, and the embedding "
+            f"{model.vocab} rows; name the model's own with --tokenizer=SPEC"
+        )
+    if tokenizer.vocab == model.vocab:
+        return ""
+    return (
+        f"the embedding has {model.vocab} rows for {tokenizer.vocab} tokens: rows "
+        f"{tokenizer.vocab} to {model.vocab - 1} are padding"
+    )
+
+
+def make_config(model: configs.Model) -> configs.Config:
+    """The config that is written beside converted weights."""
+    seq_len = min(model.max_seq, SEQ_LEN)
+    config = configs.Config(model=model, train=configs.Train(seq_len=seq_len))
+    return replace(configs.resolve(config), model=model)
+
+
+def write_native(origin: Origin, workdir: Path, say: Callable[[str], None]) -> None:
+    """Writes a checkpoint of ours into a new workdir.
+
+    Raises UsageError if the workdir has checkpoints, and for a tokenizer that does not fit.
+    Raises SaveFailed if the disk does not take it.
+    """
+    directory = workdir.absolute() / CHECKPOINT_FOLDER
+    if any((directory / str(step) / MANIFEST).exists() for step in steps_in(directory)):
+        raise UsageError(f"{workdir}: has checkpoints already; name a new directory")
+    line = check_vocabulary(origin.model, origin.tokenizer)
+    if line:
+        say(line)
+
+    depths = find_depths(origin.model)
+
+    def lazy(path: str) -> Lazy:
+        return Lazy(origin.shapes[path], depths[path], lambda index: origin.read(path, index))
+
+    assert origin.tokenizer is not None
+    meta = {
+        "config": configs.to_dict(make_config(origin.model)),
+        "tokenizer": origin.tokenizer.to_json(),
+        "data": {"next": 0, "content": ""},
+    }
+    write_slices(
+        directory,
+        FIRST_STEP,
+        {path: lazy(path) for path in origin.shapes},
+        meta,
+        {f"{CARRIED_FOLDER}/{name}": content for name, content in origin.carried.items()},
+    )
