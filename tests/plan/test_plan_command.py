@@ -279,7 +279,8 @@ def test_what_is_on_the_host_is_shown(capsys):
     """A search sets remat itself, so names are not in its command."""
     words = ["remat=names", "remat_save=q", "remat_offload=layer_in"]
     overrides = ["--config.mesh.data=4", *(f"--config.compute.{word}" for word in words)]
-    run_plan("tiny", "v5e:2x2", *overrides, "--config.optim.state_memory=host")
+    overrides.append("--config.optim.state_memory=host")
+    run_plan("tiny", "v5e:2x2", *overrides)
     shown = capsys.readouterr().out
     assert "remat names (q; on the host layer_in)" in shown
     assert "on the host, for each device: optimizer" in shown
