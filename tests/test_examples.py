@@ -52,6 +52,19 @@ def test_look_inside(workdir):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_choose(workdir):
+    """Both roads to a score agree: the sum of a text's surprise, and its continuation's score."""
+    example = load_example("choose")
+    rows = example.choose(str(workdir), "The run ", ["is", "then is"])
+    assert [choice for *_, choice in rows] == ["is", "then is"]  # the shorter one is likelier
+    surprise = example.find_surprise(str(workdir), "The run then is")
+    assert "".join(token for _, token in surprise) == "he run then is"
+    # The space at the end of the context counts to its continuation.
+    expected = sum(score for score, _ in surprise[-len(" then is") :])
+    assert rows[1][0] == pytest.approx(expected, abs=1e-3)
+    assert rows[1][1] == pytest.approx(expected / len("then is"), abs=1e-3)
+
+
 def test_own_dataset():
     """Batches can be made again, the answers are right, and the loss falls."""
     example = load_example("own_dataset")

@@ -7,6 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from gpt_jax.commands.evaluate_tasks import (
+    add_task_flags,
+    asks_tasks,
+    check_task_flags,
+    measure_tasks,
+    without_nan,
+)
 from gpt_jax.commands.flags import Flags, check_number
 from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
@@ -36,16 +43,21 @@ def main(arguments: list[str]) -> None:
     Raises NoCheckpoint for a damaged checkpoint.
     """
     args = make_flags().parse_args(arguments)
+    check_task_flags(args)
     check_flags(args)
     start_runtime(args)
     end_on_request()
     import jax
 
+    if asks_tasks(args):
+        measure_tasks(args, make_say(sys.stderr))
+        return
     rows, more, step, directory = measure(args, make_say(sys.stderr))
     if jax.process_index() != 0:
         return
     if args.json:
-        values = {"checkpoint": str(directory), "step": step, "sources": without_nan(rows)}
+        sources = {source: without_nan(row) for source, row in rows.items()}
+        values = {"checkpoint": str(directory), "step": step, "sources": sources}
         values |= {"evaluators": more} if more else {}
         emit(write_json(values, 2))
     else:
@@ -99,6 +111,7 @@ def make_flags() -> Flags:
         help="go on although this machine's compiler is known to give wrong results",
     )
 
+    add_task_flags(flags)
     add_runtime_flags(flags)
     return flags
 
@@ -128,14 +141,6 @@ def may_be_there(text: str) -> bool:
     Object stores, hubs and the word stdlib are looked up later.
     """
     return "://" in text or text == "stdlib" or is_there(text)
-
-
-def without_nan(rows: Rows) -> dict[str, dict[str, float | None]]:
-    """The rows for JSON, which has neither NaN nor infinity: those become None."""
-    return {
-        source: {name: value if math.isfinite(value) else None for name, value in row.items()}
-        for source, row in rows.items()
-    }
 
 
 def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, More, int, Path]:
@@ -209,6 +214,11 @@ def ask(names: list[str], loaded, sums_of: dict, shares: dict[str, float]) -> Mo
     from gpt_jax.evals import Evaluation, run_evaluators
 
     config = loaded.config
+    if "questions" in names and not config.eval.questions:
+        raise UsageError(
+            "--evaluators=questions: the run has no config.eval.questions; name files with "
+            "--questions"
+        )
     # It was read before, so nothing new can be said of it.
     data = load_dataset(config.data, lambda line: None, loaded.tokenizer)
     knobs = replace(config.eval, evaluators=tuple(names))

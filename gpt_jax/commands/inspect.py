@@ -9,6 +9,7 @@ import numpy as np
 from gpt_jax import config as configs
 from gpt_jax.commands.config_file import local_workdir
 from gpt_jax.commands.flags import Flags, check_number
+from gpt_jax.commands.inspect_weights import add_weight_flags, inspect_weights
 from gpt_jax.commands.output import emit, write_json
 from gpt_jax.errors import UsageError, complain, escape
 from gpt_jax.files import describe_error
@@ -23,6 +24,11 @@ def main(arguments: list[str]) -> None:
     Raises DataError for damaged shards.
     """
     args = make_flags().parse_args(arguments)
+    if bool(args.workdir) == bool(args.checkpoint):
+        raise UsageError("--workdir=DIR or --checkpoint=DIR: say what to inspect")
+    if args.checkpoint:
+        inspect_weights(args)
+        return
     if args.lineage:
         emit("\n".join(describe_lineage(local_workdir(args.workdir))))
         return
@@ -58,10 +64,11 @@ def main(arguments: list[str]) -> None:
 def make_flags() -> Flags:
     flags = Flags(
         prog="gpt-jax inspect",
-        description="Every row of a step of a run: its source, its documents, where in them the "
-        "row begins, and its text. The rows are made again from the config and the seed alone.",
+        description="With --workdir: every row of a step of a run: its source, its documents, "
+        "where in them the row begins, and its text. The rows are made again from the config and "
+        "the seed alone. With --checkpoint: the weights.",
     )
-    flags.add_argument("--workdir", required=True, help="the workdir of a run")
+    flags.add_argument("--workdir", help="the workdir of a run")
     flags.add_argument("--batch", type=int, metavar="N", help="the step, from 1")
     flags.add_argument(
         "--lineage",
@@ -81,6 +88,7 @@ def make_flags() -> Flags:
         help="a JSON object a row, with the ids, instead of text for people",
     )
 
+    add_weight_flags(flags)
     return flags
 
 

@@ -44,6 +44,7 @@ from gpt_jax.config.mesh_checks import widest_tensor
 from gpt_jax.config.meshes import (
     AXES,
     BATCH_AXES,
+    COPY_AXES,
     FSDP_AXES,
     cross_slice,
     least_devices,
@@ -74,6 +75,7 @@ from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Mesh, 
 __all__ = [
     "AXES",
     "BATCH_AXES",
+    "COPY_AXES",
     "DENSE_FFNS",
     "ENDLESS",
     "EVALUATORS",

@@ -172,6 +172,17 @@ def _check_evaluators(checks: Checks) -> None:
     checks.need(
         set(asked) <= set(EVALUATORS), "eval.evaluators", f"choose among {', '.join(EVALUATORS)}"
     )
+    questions = checks.config.eval.questions
+    checks.need(
+        "questions" not in asked or bool(questions),
+        "eval.evaluators",
+        "has questions, and config.eval.questions names no file; set that too",
+    )
+    checks.need(
+        "questions" in asked or not questions,
+        "eval.questions",
+        "is asked by no evaluator; add 'questions' to config.eval.evaluators",
+    )
     checks.need(
         "heldout" in asked or not keep_best,
         "eval.evaluators",

@@ -27,10 +27,11 @@ WEIGHTS = ("tokens", "documents")
 SPLITS = ("tail", "document")
 TOKEN_TYPES = ("auto", "uint16", "uint32")
 OBJECTIVES = ("next_token",)
-EVALUATORS = ("heldout", "samples", "xz")
+EVALUATORS = ("heldout", "samples", "xz", "questions")
 MEMORIES = ("device", "host")
 MATMULS = ("compute", "fp8")
 DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
+REDUCE_DTYPES = ("compute", "float32")
 
 # The largest whole number of a field without a smaller limit. Devices count in 32 bits.
 MOST = 2**31 - 1

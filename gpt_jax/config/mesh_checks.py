@@ -7,7 +7,7 @@ from gpt_jax.config.batch_sizes import list_levels
 from gpt_jax.config.field_checks import Checks
 from gpt_jax.config.fields import Config
 from gpt_jax.config.layers import has_experts, layer_specs, layout
-from gpt_jax.config.meshes import BATCH_AXES, FSDP_AXES
+from gpt_jax.config.meshes import BATCH_AXES, COPY_AXES, FSDP_AXES
 from gpt_jax.config.model_fields import Model
 from gpt_jax.config.resolve import round_up
 from gpt_jax.config.run_fields import Train
@@ -24,6 +24,7 @@ def mesh_faults(config: Config, shape: dict[str, int]) -> list[str]:
     _check_sequence(checks, shape)
     _check_experts(checks, shape)
     _check_stages(checks, shape)
+    _check_copies(checks, shape)
     return checks.lines
 
 
@@ -292,4 +293,40 @@ def _check_stage_rows(checks: Checks, stages: int, rows: int) -> None:
             f"pipeline_microbatches x data x fsdp x expert = {count} x {rows} for the pipeline; "
             f"set config.compute.pipeline_microbatches or try {round_up(size, together)} rows"
             f"{if_past}",
+        )
+
+
+def _check_copies(checks: Checks, shape: dict) -> None:
+    """Devices that sum their gradients once an update have all weights whole."""
+    config = checks.config
+    if not config.train.reduce_once:
+        return
+
+    allowed = (*COPY_AXES, "tensor")
+    others = [axis for axis, size in shape.items() if size > 1 and axis not in allowed]
+    way_out = "set false, or those axes to 1"
+    if not others and config.mesh.zero != 1 and shape["fsdp"] > 1:
+        others = ["fsdp"]
+        way_out = "set config.mesh.zero=1, or false"
+    named = " and ".join(f"config.mesh.{axis} = {shape[axis]}" for axis in others)
+    checks.need(
+        not others,
+        "train.reduce_once",
+        f"needs all weights on every device, cut over tensor alone, and the mesh has {named}; "
+        f"{way_out}",
+    )
+
+    copies = math.prod(shape[axis] for axis in COPY_AXES)
+    checks.need(
+        copies == 1 or config.compute.matmul_dtype != "fp8",
+        "compute.matmul_dtype",
+        f"takes scales over the whole mesh, and with config.train.reduce_once {copies} copies of "
+        "the weights work apart; set compute, or config.train.reduce_once=false",
+    )
+    for name in ("dropout", "attention_dropout"):
+        checks.need(
+            copies == 1 or not getattr(config.model, name),
+            f"model.{name}",
+            f"with config.train.reduce_once would be the same on {copies} copies of the weights; "
+            "set 0, or config.train.reduce_once=false",
         )

@@ -12,6 +12,8 @@ from gpt_jax.errors import UsageError
 AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 # Axes that split the rows of a batch.
 BATCH_AXES = ("pipeline", "data", "fsdp", "expert")
+# Axes of rows whose devices can have all weights whole: those of fsdp have them with mesh.zero = 1.
+COPY_AXES = ("data", "fsdp")
 # Axes that split the embed axis of weights.
 FSDP_AXES = ("fsdp", "expert", "context")
 

@@ -15,6 +15,7 @@ from gpt_jax.config.knobs import (
     NORMS,
     POSITIONS,
     QK_NORMS,
+    REDUCE_DTYPES,
     REMATS,
     ROPE_SCALINGS,
     ROUTERS,
@@ -187,9 +188,14 @@ class Compute:
 
     dtype: str = knob(
         "float32",
-        "The dtype of matmuls, and of their gradients until devices have summed them. Parameters, "
-        "losses, logits and the optimiser stay float32.",
+        "The dtype of matmuls. Parameters, losses, logits and the optimiser stay float32.",
         choices=DTYPES,
+    )
+    reduce_dtype: str = knob(
+        "compute",
+        "The dtype in which devices sum the gradients of matmul weights and biases: that of "
+        "config.compute.dtype, or float32. After bfloat16 matmuls float32 sends twice the bytes.",
+        choices=REDUCE_DTYPES,
     )
     matmul_dtype: str = knob(
         "compute",
@@ -245,6 +251,11 @@ class Compute:
         "Whether a run goes on although this machine's compiler is known to give wrong results "
         "(docs/miscompiles.md).",
     )
+
+    @property
+    def gradient_dtype(self) -> str:
+        """The dtype of a weight's gradient from its matmul on until devices have summed it."""
+        return self.dtype if self.reduce_dtype == "compute" else self.reduce_dtype
 
     @property
     def stream(self) -> str:

@@ -180,6 +180,11 @@ class Train:
     )
     seq_len: int = knob(256, "Tokens of a row.", low=2, high=2**30)
     accumulate: int = knob(1, "Microbatches of an update.", low=1)
+    reduce_once: bool = knob(
+        False,
+        "Whether devices sum their gradients once an update, and not at every microbatch. Each "
+        "must have all weights whole, or cut over the mesh axis tensor alone.",
+    )
     objective: str = knob("next_token", "What is minimised.", choices=OBJECTIVES)
     z_loss: float = knob(0.0, "The weight of log(Z)^2 in the loss.", low=0.0)
     label_smoothing: float = knob(
@@ -210,7 +215,12 @@ class Eval:
     evaluators: tuple[str, ...] = knob(
         ("heldout",),
         "What an evaluation measures, in this order: heldout (loss by source), samples (a text), "
-        "xz (what xz -9 makes of the held-out text).",
+        "xz (what xz -9 makes of the held-out text), questions (the answers to eval.questions).",
+    )
+    questions: tuple[str, ...] = knob(
+        (),
+        "Local .jsonl files of questions for the evaluator questions. A row has context, choices "
+        "and gold, or context and answer.",
     )
     batches: int = knob(
         0, "Held-out batches of an evaluation. 0 means all of them.", low=0, high=NEVER
@@ -267,6 +277,12 @@ class Checkpoint:
         "eval/loss",
         "The metric that says which checkpoint is best; lower is better.",
         choices=("eval/loss", "eval/bits_per_byte", "eval/perplexity"),
+    )
+    export: str = knob(
+        "none",
+        "In which form the last checkpoint is also written, into the workdir: as a directory of "
+        "Hugging Face (hf), or in no other.",
+        choices=("none", "hf"),
     )
 
 

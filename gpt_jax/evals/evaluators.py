@@ -16,7 +16,10 @@ from gpt_jax.evals.heldout import (
     compute_heldout_metrics,
     measure_xz_bits_per_byte,
 )
+from gpt_jax.evals.questions import measure_questions
 from gpt_jax.evals.samples import draw_samples
+from gpt_jax.evals.subject import Subject
+from gpt_jax.infer import carry_on
 from gpt_jax.metrics import Sums
 
 
@@ -33,6 +36,8 @@ class Evaluation(NamedTuple):
     # {source: Sums of the objective over its held-out batches}. Each call goes over them anew.
     sum_heldout: Callable[[], dict[str, Sums]]
     shares: Mapping[str, float]  # {source: its part of the rows}
+    # An evaluator that takes long calls this now and then. It may raise, to end the evaluation.
+    tick: Callable[[], None] = carry_on
 
 
 def measure_heldout(evaluation: Evaluation) -> dict[str, float]:
@@ -65,10 +70,22 @@ def write_sample(evaluation: Evaluation) -> dict[str, str]:
     return {"sample/0": texts[0]}
 
 
+def answer_questions(evaluation: Evaluation) -> dict[str, float]:
+    """`eval/<file>/acc` and the like, see `measure_questions`."""
+    subject = Subject(
+        evaluation.model, evaluation.compute, evaluation.params, evaluation.data.tokenizer
+    )
+    # Contexts that were cut are counted in the metrics.
+    return measure_questions(
+        subject, evaluation.knobs.questions, lambda line: None, evaluation.tick
+    )
+
+
 EVALUATORS: dict[str, Callable[[Evaluation], Mapping[str, float | str]]] = {
     "heldout": measure_heldout,
     "samples": write_sample,
     "xz": measure_xz,
+    "questions": answer_questions,
 }
 
 

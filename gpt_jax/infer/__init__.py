@@ -1,6 +1,7 @@
-"""Text from a model: decoding with a KV cache, and sampling.
+"""Text from a model, and how likely a model holds a text.
 
-`sampling` draws a token from logits. `decode` turns prompts into text, many rows at a time.
+`decode` turns prompts into text, many rows at a time, with a KV cache; `sampling` draws a token
+from logits. `score` sums log-probabilities of given continuations.
 """
 
 import lazy_loader

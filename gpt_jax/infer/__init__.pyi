@@ -2,4 +2,17 @@ from .decode import (
     generate as generate,
     stream_text as stream_text,
 )
+from .requests import (
+    Request as Request,
+    encode_pairs as encode_pairs,
+    fit_request as fit_request,
+    make_rolling_requests as make_rolling_requests,
+    start_token as start_token,
+)
+from .score import (
+    Score as Score,
+    carry_on as carry_on,
+    compute_logits as compute_logits,
+    score_requests as score_requests,
+)
 from .settings import Sampling as Sampling

@@ -8,7 +8,6 @@ being computed.
 Shapes: B rows, T prompt tokens, D embed, V rows of the embedding.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,18 +19,11 @@ import numpy as np
 from gpt_jax import config, sharding
 from gpt_jax.data import Tokenizer
 from gpt_jax.infer.prompts import SMALLEST_BUCKET, bucket, fit_prompt, make_arrays
+from gpt_jax.infer.ready import make_ready, with_kernel
 from gpt_jax.infer.sampling import sample
 from gpt_jax.infer.settings import Sampling
 from gpt_jax.infer.text import Completion, Row, complete
-from gpt_jax.model import (
-    KERNELS,
-    MULTIPLIED,
-    Transformer,
-    choose_kernel,
-    describe_parameter,
-    make_cache,
-    make_problem,
-)
+from gpt_jax.model import Transformer, make_cache
 
 
 class Piece(NamedTuple):
@@ -135,48 +127,6 @@ def _next(params, state: State, knobs, *, model: config.Model, compute: config.C
 # ---- the loop ----
 
 
-def _cast_multiplied(params, dtype: str):
-    """Casts matmul weights once to the dtype in which they are multiplied.
-
-    The numbers do not change. A step reads half the bytes.
-    """
-    if dtype == "float32":
-        return params
-
-    def cast(keys, x):
-        role = describe_parameter(sharding.join_path(keys)).role
-        return x.astype(dtype) if role in MULTIPLIED else x
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def _prompt_kernel(model: config.Model, compute: config.Compute, length: int) -> str:
-    """Chooses the attention kernel for prompts of `length`.
-
-    This is the kernel of the config where it can do that length, and else the choice of `auto`.
-    Training may have another length: splash wants multiples of 128.
-    """
-    problem = make_problem(model, compute.dtype, length, jax.default_backend())
-    if compute.kernel != "auto" and not KERNELS[compute.kernel].cannot(problem):
-        return compute.kernel
-    return choose_kernel("auto", problem)[0]
-
-
-def _drop_capacity(model: config.Model, report: Callable[[str], None]) -> config.Model:
-    """The model with experts that take every token, whatever they did in training.
-
-    A capacity goes by the length of the row, which here is a bucket for a prompt and one token
-    after that. So a text would depend on the other prompts, and on whether its keys are cached.
-    """
-    if model.dispatch != "capacity" or not config.has_experts(model):
-        return model
-    report(
-        "config.model.dispatch = 'capacity' is for rows of training; text is generated dropless, "
-        "so every expert takes all of its tokens"
-    )
-    return dataclasses.replace(model, dispatch="dropless")
-
-
 def _stream_rows(model, compute, params, tokenizer, prompts, rows, sampling) -> Iterator[Piece]:
     """Yields the pieces of one batch of rows (prompt, sample)."""
     context = model.max_seq
@@ -185,10 +135,9 @@ def _stream_rows(model, compute, params, tokenizer, prompts, rows, sampling) -> 
     limits = [min(sampling.max_new_tokens, context - size) for size in sizes]
     longest = max(size + limit for size, limit in zip(sizes, limits, strict=True))
     length = min(bucket(longest, SMALLEST_BUCKET), context)
-    kernel = _prompt_kernel(model, compute, tokens.shape[1])
     static = {
         "model": model,
-        "compute": dataclasses.replace(compute, kernel=kernel),
+        "compute": with_kernel(model, compute, tokens.shape[1]),
         "vocab": tokenizer.vocab,
     }
 
@@ -221,34 +170,30 @@ def stream_text(
     compute: config.Compute,
     params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | np.ndarray],
     sampling: Sampling,
     report: Callable[[str], None],
     max_rows: int = 32,
 ) -> Iterator[Piece]:
     """Yields text while it is drawn: `num_samples` rows for each prompt, `max_rows` at a time.
 
-    `model` must be resolved. Its experts take all of their tokens, see `_drop_capacity`. `params`
-    may live on the current mesh, whatever its shape. `report` gets one line for each prompt that
-    was cut, or that reaches the end of the context early.
+    `model` must be resolved. Its experts take all of their tokens, see `ready.drop_capacity`.
+    `params` may live on the current mesh, whatever its shape. A prompt is a text, or its ids [T].
+    `report` gets one line for each prompt that was cut, or that reaches the end of the context
+    early.
 
     Raises UsageError if a prompt does not fit, or if the tokenizer cannot encode it. This happens
     before the function returns.
     """
-    for line in config.describe_inference(compute):
-        report(line)
-    model, compute = config.for_inference(model, compute)
-    model = _drop_capacity(model, report)
+    # A token goes through all layers on every stage of a pipeline.
+    if sharding.axis_size("pipeline") > 1:
+        params = params | {"blocks": sharding.off_stages(params["blocks"])}
+    model, compute, params = make_ready(model, compute, params, report)
     fitted = [
         fit_prompt(i + 1, text, tokenizer, model.max_seq, sampling, report)
         for i, text in enumerate(prompts)
     ]
     rows = [(p, s) for p in range(len(fitted)) for s in range(sampling.num_samples)]
-
-    # A token goes through all layers on every stage of a pipeline.
-    if sharding.axis_size("pipeline") > 1:
-        params = params | {"blocks": sharding.off_stages(params["blocks"])}
-    params = _cast_multiplied(params, compute.dtype)
 
     groups = (rows[i : i + max_rows] for i in range(0, len(rows), max_rows))
     return (
@@ -263,7 +208,7 @@ def generate(
     compute: config.Compute,
     params,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | np.ndarray],
     sampling: Sampling,
     report: Callable[[str], None],
     max_rows: int = 32,

@@ -24,9 +24,16 @@ def bucket(size: int, smallest: int = 1) -> int:
 
 
 def fit_prompt(
-    number: int, text: str, tokenizer: Tokenizer, context: int, sampling: Sampling, report
+    number: int,
+    prompt: str | np.ndarray,
+    tokenizer: Tokenizer,
+    context: int,
+    sampling: Sampling,
+    report,
 ) -> np.ndarray:
     """Encodes a prompt: at least one id, with room for a new token in the context.
+
+    A prompt of ids is taken as it is.
 
     An empty prompt starts from the end-of-text token. With `sampling.truncate` a prompt that fills
     the context keeps its last tokens. This leaves room for `max_new_tokens`, but the prompt keeps
@@ -35,7 +42,7 @@ def fit_prompt(
     Raises UsageError if the prompt fills the context without `truncate`. Raises UsageError if it
     is empty and the tokenizer has no end-of-text token.
     """
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     if not len(ids):
         if tokenizer.eot is None:
             raise UsageError(

@@ -1,6 +1,7 @@
 """A model whose parameters are read slice by slice, wherever it comes from."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,3 +25,4 @@ class Origin(NamedTuple):
     tokenizer: Tokenizer | None
     carried: Mapping[str, bytes]
     family: str = ""  # that of the directory it was read from
+    facts: Mapping[str, str | int] = MappingProxyType({})  # more of it for people

@@ -26,7 +26,7 @@ from gpt_jax.model.attention.attention import MAPS, Context
 from gpt_jax.model.block import Block
 from gpt_jax.model.experts.balance import add_layer, empty_report
 from gpt_jax.model.kv_cache import append_token
-from gpt_jax.model.layers.embed import Embed, Head, PositionTable
+from gpt_jax.model.layers.embed import Embed, Head, PositionTable, transpose_table
 from gpt_jax.model.layers.extras import (
     Factor,
     ResidualScalars,
@@ -166,10 +166,16 @@ class Transformer(nn.Module):
         return self.logits(self.output(hidden.dtype), hidden)
 
     def output(self, dtype) -> jax.Array:
-        """Returns the output matrix [D, V] in `dtype`, laid out for use."""
+        """Returns the output matrix [D, V] rounded to `dtype`, laid out for use.
+
+        Its own dtype is the one in which devices sum its gradient, see `sharding.use_weight`.
+        """
+        gradient_dtype = self.compute.gradient_dtype
         if self.model.tied:
-            return sharding.use_weight(self.embed.table, ("vocab", "embed"), dtype).T
-        return self.head(dtype)
+            axes = ("vocab", "embed")
+            table = sharding.use_weight(self.embed.table, axes, dtype, gradient_dtype)
+            return table.T if table.dtype == dtype else transpose_table(table)
+        return self.head(dtype, gradient_dtype)
 
     def logits(self, head: jax.Array, hidden: jax.Array) -> jax.Array:
         """Multiplies hidden [B, T, D] with `output`'s matrix -> logits [B, T, V], float32."""

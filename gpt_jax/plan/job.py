@@ -74,6 +74,11 @@ def compute_bytes(job: PlanJob) -> int:
     return HALF_BYTES if job.config.compute.dtype == "bfloat16" else FULL_BYTES
 
 
+def gradient_bytes(job: PlanJob) -> int:
+    """Returns the bytes of one entry of a weight's gradient, until devices have summed it."""
+    return HALF_BYTES if job.config.compute.gradient_dtype == "bfloat16" else FULL_BYTES
+
+
 def resolve_vocab(config: configs.Config) -> configs.Config:
     """Returns the resolved config, whose vocabulary comes from the config or from the tokenizer.
 

@@ -18,6 +18,7 @@ from gpt_jax.plan.job import (
     Widths,
     compute_bytes,
     device_bytes,
+    gradient_bytes,
     group_layers,
 )
 from gpt_jax.plan.microbatch import Microbatch, split_microbatch, stream_bytes
@@ -114,7 +115,9 @@ def estimate_memory(job: PlanJob, shape: dict[str, int], kernel: str, platform: 
     ]
 
     parameters = device_bytes(job, shape, "params", zero)
-    sums = 2 if config.train.accumulate > 1 else 1  # Microbatches add to a sum of their own.
+    # Microbatches add to a sum of their own. With `reduce_once` it is each device's part of the
+    # sum, and as large, because the weights are whole there too.
+    sums = 2 if config.train.accumulate > 1 else 1
     return Memory(
         parameters=parameters,
         optimizer=device_bytes(job, shape, "opt", zero),
@@ -279,6 +282,8 @@ def _gathered_bytes(job: PlanJob, shape: dict[str, int], platform: str) -> float
     table = config.model.vocab * config.model.embed / shape["tensor"]
 
     total = table * FULL_BYTES
+    # A layer's gradient is whole until it is scattered, and may be wider than its weights are.
+    total += (layer + experts) / entry * (gradient_bytes(job) - entry)
     if zero == 3:  # One layer is used while the next one is gathered.
         total = (2 * (layer + experts) + table * entry) + total
     if 0 < train.loss_chunk < train.seq_len:

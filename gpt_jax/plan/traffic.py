@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.plan.experts import count_exchange_places
-from gpt_jax.plan.job import FULL_BYTES, PlanJob, compute_bytes, device_bytes, group_layers
+from gpt_jax.plan.job import (
+    FULL_BYTES,
+    PlanJob,
+    compute_bytes,
+    device_bytes,
+    gradient_bytes,
+    group_layers,
+)
 from gpt_jax.plan.microbatch import Microbatch, split_microbatch, stream_bytes
 from gpt_jax.plan.remat import is_recomputed
 
@@ -39,10 +46,10 @@ class Flow(NamedTuple):
 
 
 class Use(NamedTuple):
-    """How the weights of a role are used in a microbatch."""
+    """How the weights of a role are used in an update."""
 
     role: str
-    times: float  # How often their gradients are summed.
+    sums: float  # How often their gradients are summed.
     gathers: float  # How often they are gathered.
     gather_bytes: int  # Bytes of an entry that is gathered.
     sum_bytes: int  # Bytes of an entry of the gradients.
@@ -100,26 +107,37 @@ def _list_uses(job: PlanJob, shape: dict[str, int], here: Microbatch, platform: 
     """
     config = job.config
     entry = compute_bytes(job)
+    gradient = gradient_bytes(job)
     passes = 1 if config.compute.remat == "none" else 2
     table_entry = entry if platform == "tpu" and shape["tensor"] == 1 else FULL_BYTES
+    count = config.train.accumulate
 
-    uses = [
-        Use(role, here.ticks, passes * here.ticks, gather_bytes=entry, sum_bytes=entry)
-        for role in ("layer", "expert")
-    ]
-    uses.append(Use("head", 1, 1, gather_bytes=entry, sum_bytes=entry))
-    uses.append(Use("embed", 1, 1, gather_bytes=table_entry, sum_bytes=FULL_BYTES))
+    layer = Use("layer", here.ticks * count, passes * here.ticks * count, entry, gradient)
+    head = Use("head", count, count, entry, gradient)
+    table = Use("embed", count, count, table_entry, FULL_BYTES)
+    uses = [layer, layer._replace(role="expert"), head, table]
     if config.model.tied:  # The table is the head, too.
-        uses.append(Use("embed", 1, 1, gather_bytes=entry, sum_bytes=entry))
-    return uses
+        uses.append(head._replace(role="embed"))
+    if not config.train.reduce_once or count == 1:
+        return uses
+
+    # Each device adds up its own gradients of all microbatches and of all uses, in float32.
+    seen = set()
+    added = []
+    for use in uses:
+        added.append(use._replace(sums=int(use.role not in seen), sum_bytes=FULL_BYTES))
+        seen.add(use.role)
+    return added
 
 
 def _list_weight_flows(
     job: PlanJob, shape: dict[str, int], here: Microbatch, platform: str
 ) -> list[Flow]:
-    """Weights are gathered where they are used, and gradients summed, in every microbatch."""
+    """Weights are gathered where they are used, and gradients summed, in every microbatch.
+
+    With `reduce_once` gradients are summed once.
+    """
     zero = job.config.mesh.zero
-    count = job.config.train.accumulate
     flows = []
     for use in _list_uses(job, shape, here, platform):
         axes = GATHER_AXES[use.role]
@@ -132,15 +150,15 @@ def _list_weight_flows(
             if size == 1:
                 continue
             if zero == 3:
-                gathered = share(size) * rest * use.gather_bytes * use.gathers * count
+                gathered = share(size) * rest * use.gather_bytes * use.gathers
                 flows.append(Flow(axis, "weights gathered", gathered, hidden=True))
-            summed = share(size) * rest * use.sum_bytes * use.times * count
+            summed = share(size) * rest * use.sum_bytes * use.sums
             flows.append(_make_sum(axis, summed, platform, is_scattered))
             rest /= size
 
         for axis in COPY_AXES[use.role]:
             if shape[axis] > 1:
-                summed = share(shape[axis]) * rest * use.sum_bytes * use.times * count
+                summed = share(shape[axis]) * rest * use.sum_bytes * use.sums
                 flows.append(_make_sum(axis, summed, platform, is_scattered=False))
     return flows
 

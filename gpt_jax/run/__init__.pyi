@@ -1,4 +1,5 @@
 from .branch import open_branch as open_branch
+from .compare import measure as measure, subtract as subtract
 from .convert import (
     average as average,
     open_model as open_model,

@@ -9,8 +9,16 @@ import numpy as np
 from gpt_jax import config as configs
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import UsageError
-from gpt_jax.interop import Origin, find_depths, is_foreign, list_shapes, open_foreign
-from gpt_jax.run.meta import META_SCHEMA, read_config, read_tokenizer
+from gpt_jax.interop import (
+    Origin,
+    find_depths,
+    is_foreign,
+    list_shapes,
+    open_foreign,
+    write_config,
+    write_directory,
+)
+from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
 from gpt_jax.train import (
     CHECKPOINT_FOLDER,
     MANIFEST,
@@ -23,6 +31,7 @@ from gpt_jax.train import (
 )
 
 CARRIED_FOLDER = "carried"  # inside the folder of a step
+EXPORT_FOLDER = "hf"  # inside a workdir
 # A converted model has had no update here.
 FIRST_STEP = 0
 SEQ_LEN = 1024  # of the config beside converted weights, where the context is as long
@@ -63,7 +72,42 @@ def open_native(path: str, step: int, say: Callable[[str], None]) -> Origin:
         read=read,
         tokenizer=read_tokenizer(meta, directory, number),
         carried={file.name: file.read_bytes() for file in sorted(files.glob("*"))},
+        facts={
+            "step": number,
+            "tokens seen": count_tokens(meta, config, directory),
+            "weights": "averaged" if config.train.ema else "last",
+        },
     )
+
+
+def check_export(config: configs.Config) -> None:
+    """Raises UsageError if a run is to be exported whose model no family has.
+
+    `config` is resolved, up to the size of a vocabulary that is not known yet.
+    """
+    if config.checkpoint.export == "none":
+        return
+    model = replace(config.model, vocab=config.model.vocab or 1)
+    try:
+        write_config(model)
+    except UsageError as error:
+        first, *rest = error.args
+        raise UsageError(f"config.checkpoint.export = 'hf': {first}", *rest) from None
+
+
+def export_step(
+    config: configs.Config, workdir: Path, step: int, say: Callable[[str], None]
+) -> None:
+    """Writes a checkpoint of a run in the form that its config asks for, unless it is there.
+
+    It is read from the disk, so no device holds the weights a second time.
+    """
+    target = workdir / EXPORT_FOLDER / str(step)
+    if config.checkpoint.export == "none" or target.exists():
+        return
+    target.parent.mkdir(exist_ok=True)
+    write_directory(open_native(str(workdir), step, say), target)
+    say(f"step {step} as a directory of Hugging Face: {target}")
 
 
 def average(origins: Sequence[Origin], weights: Sequence[float]) -> Origin:

@@ -66,9 +66,12 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
                 )
         return sums
 
+    def tick():
+        watch(progress.beat, stop)
+
     shares = progress.shares(step)
     about = config.model, config.compute, config.eval, config.seed
-    evaluation = Evaluation(*about, params, parts.data, step, sum_sources, shares)
+    evaluation = Evaluation(*about, params, parts.data, step, sum_sources, shares, tick)
     try:
         with progress.clock.phase("eval"):
             numbers, texts = run_evaluators(evaluation)
@@ -90,15 +93,17 @@ class CutShort(Exception):
     """Somebody has asked to stop."""
 
 
-def watched(batches, beat: Callable[[], None], stop: Callable[[], bool]):
-    """Passes `batches` on. At each of them the watchdog hears that the run is alive.
+def watch(beat: Callable[[], None], stop: Callable[[], bool]) -> None:
+    """Tells the watchdog that the run is alive. Raises CutShort if somebody has asked to stop."""
+    beat()
+    if stop():
+        raise CutShort
 
-    Raises CutShort if somebody has asked to stop.
-    """
+
+def watched(batches, beat: Callable[[], None], stop: Callable[[], bool]):
+    """Passes `batches` on, and calls `watch` at each of them."""
     for batch in batches:
-        beat()
-        if stop():
-            raise CutShort
+        watch(beat, stop)
         yield batch
 
 

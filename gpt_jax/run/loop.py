@@ -31,6 +31,7 @@ from gpt_jax.metrics import (
     write_report,
 )
 from gpt_jax.run.collector import collecting_by_step
+from gpt_jax.run.convert import export_step
 from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
 from gpt_jax.run.lock import only_run
 from gpt_jax.run.meta import META_SCHEMA
@@ -309,6 +310,7 @@ def conclude(
         lambda: find_leftovers(workdir, steps, is_heldout, samples)
     )
     if progress.start >= steps and is_measured and is_sampled and has_report:
+        agree_on(lambda: export_step(config, workdir, steps, say))
         say(
             f"finished before, at step {steps}: see {workdir / 'report.html'}; for more steps "
             "raise config.train.steps"
@@ -321,6 +323,7 @@ def conclude(
         write_samples(progress, state, steps, samples)
     with progress.clock.phase("checkpoint", blocked=True):
         checkpoints.wait()
+        agree_on(lambda: export_step(config, workdir, steps, say))
 
     facts = {}
     if config.eval.compare_xz and jax.process_index() == 0:

@@ -111,7 +111,7 @@ def describe_size(config: configs.Config) -> list[str]:
     counts = count_params(config.model)
     return [
         f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, "
-        f"{counts['embedding']:,} looked up); {describe_dtypes(config.compute)}, "
+        f"{counts['embedding']:,} looked up); {describe_dtypes(config)}, "
         f"remat {configs.describe_remat(config.compute)}"
     ]
 
@@ -158,13 +158,22 @@ def _count_microbatches(train: configs.Train, size: int) -> str:
     return format_count(configs.at_batch_size(train, size).accumulate, "microbatch")
 
 
-def describe_dtypes(compute: configs.Compute) -> str:
+def describe_dtypes(config: configs.Config) -> str:
     """What is computed and kept in which dtype."""
+    compute = config.compute
     if compute.dtype == "float32":
         return "float32 compute, parameters and sums"
+
+    dtype = compute.gradient_dtype
+    counts = [level.accumulate for level in configs.list_levels(config.train)]
+    # A device adds up its own gradients of several microbatches in float32.
+    if config.train.reduce_once and min(counts) > 1:
+        dtype = "float32"
+    elif config.train.reduce_once and max(counts) > 1 and dtype != "float32":
+        dtype += ", and in float32 where an update has several microbatches"
     return (
         f"{compute.dtype} compute, float32 parameters, losses and optimiser; devices sum the "
-        f"gradients of matmuls in {compute.dtype}"
+        f"gradients of matmuls in {dtype}"
     )
 
 

@@ -13,7 +13,8 @@ from gpt_jax import config as configs, sharding
 from gpt_jax.cluster import code_identity, describe_process_code, find_disagreements
 from gpt_jax.data import Dataset, Examples, check_sizes, load_dataset, make_examples
 from gpt_jax.errors import UsageError
-from gpt_jax.evals import choose_prompts
+from gpt_jax.evals import check_questions, choose_prompts
+from gpt_jax.files import digest_file
 from gpt_jax.hardware import (
     check_miscompiles,
     check_xla_options,
@@ -30,6 +31,7 @@ from gpt_jax.model import (
     make_problem,
     measure_conformance,
 )
+from gpt_jax.run.convert import check_export
 from gpt_jax.run.notes import (
     describe_dispatch,
     describe_fp8,
@@ -105,11 +107,12 @@ def settle(config: configs.Config, tokenizer, mesh) -> tuple[configs.Config, str
 
     What follows from other fields is filled in, the attention kernel is a concrete one, and samples
     have prompts. Nothing replaces the result later: it is what the run writes down. Raises
-    UsageError if no kernel fits, or if the tokenizer cannot take a prompt.
+    UsageError if no kernel fits, or if the tokenizer cannot take a prompt or a question.
     """
     config = configs.resolve(config, tokenizer.vocab)
     kernel, reason = choose_run_kernel(config.model, config.compute, config.train.seq_len, mesh)
     prompts = choose_prompts(config.model, tokenizer, config.eval)
+    check_questions(config.model, tokenizer, config.eval.questions)
     settled = replace(
         config,
         compute=replace(config.compute, kernel=kernel),
@@ -135,6 +138,7 @@ def build(
     resolved = configs.resolve(config)
     configs.check(resolved, jax.device_count())
     check_start(resolved, workdir)
+    check_export(resolved)
     for line in check_miscompiles(jax.local_devices()[0], config.compute.ignore_miscompiles):
         say(line)
 
@@ -194,6 +198,7 @@ def agree_on_job(
     """
     wrong = None
     counts = None
+    questions = None
     try:
         settled, reason = settle(config, data.tokenizer, mesh)
         train = settled.train
@@ -201,6 +206,7 @@ def agree_on_job(
         check_batches(examples, train)
         if examples.mix:
             counts = [examples.mix.counts.tolist(), examples.mix.begins.tolist()]
+        questions = [digest_file(Path(path)).sha256 for path in settled.eval.questions]
     except UsageError as error:
         # The error is raised after the comparison below, because the other processes wait in it.
         wrong = error
@@ -213,6 +219,7 @@ def agree_on_job(
         "the text": data.content,
         "the tokenizer": data.tokenizer.fingerprint,
         "the mixture's counts": counts,
+        "the questions": questions,
         "the code": code_identity(),
     }
     different = find_disagreements(facts)

@@ -1,22 +1,13 @@
 """What `import gpt_jax` offers: a run and a trained model in a few lines of Python."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import jax
+from typing import Any
 
 from gpt_jax import config as configs
-from gpt_jax.errors import UsageError
-from gpt_jax.infer import Sampling, generate as generate_completions
+from gpt_jax.run.loaded import Loaded, tell
 from gpt_jax.run.parts import Parts, build as build_parts
-from gpt_jax.run.restore import Loaded, load_model
-
-
-def tell(line: str) -> None:
-    """Prints a message on standard error."""
-    print(line, file=sys.stderr)
+from gpt_jax.run.restore import load_model
 
 
 def build(
@@ -50,26 +41,5 @@ def generate(
     say: Callable[[str], None] = tell,
     **sampling: Any,
 ) -> list[str]:
-    """Continuations of `prompts`, `num_samples` for each, in the order of the prompts.
-
-    A text alone is one prompt. `sampling` are the fields of infer.Sampling, such as temperature,
-    top_p and seed. Raises UsageError if one of them is unknown, of another type or out of range, or
-    if a prompt does not fit.
-    """
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise UsageError(f"prompts: {prompt!r} is no text; give a text or a list of texts")
-    settings = cast(Sampling, configs.from_dict(sampling, Sampling, "sampling"))
-    with jax.set_mesh(loaded.mesh):
-        completions = generate_completions(
-            loaded.config.model,
-            loaded.config.compute,
-            loaded.params,
-            loaded.tokenizer,
-            list(prompts),
-            settings,
-            say,
-        )
-    return [completion.text for completion in completions]
+    """Continuations of `prompts`, see `Loaded.generate`."""
+    return loaded.generate(prompts, say, **sampling)

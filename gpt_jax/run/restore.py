@@ -3,34 +3,20 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 
 from gpt_jax import config as configs, sharding
-from gpt_jax.data import Tokenizer
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
 from gpt_jax.interop import is_foreign, load_params, open_foreign
 from gpt_jax.model import abstract_params
 from gpt_jax.run.convert import check_vocabulary, make_config
+from gpt_jax.run.loaded import Loaded
 from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes, read_tokenizer
 from gpt_jax.run.notes import describe_habits, format_count
 from gpt_jax.run.parts import choose_run_kernel
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
-
-
-class Loaded(NamedTuple):
-    """A trained model. Its attention kernel was chosen for this machine. `params` lie on `mesh`."""
-
-    config: configs.Config
-    tokenizer: Tokenizer
-    params: Any
-    mesh: jax.sharding.Mesh
-    directory: Path
-    step: int
-    content: str  # digest of the text that it was trained on
-    examples: int  # training rows that the updates behind it have read
 
 
 def pick_mesh(model: configs.Model, devices: int, is_decoding: bool) -> jax.sharding.Mesh:

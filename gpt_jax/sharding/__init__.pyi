@@ -3,6 +3,7 @@ from .layout import (
     find_gathered_axes as find_gathered_axes,
     gather as gather,
     gather_fsdp as gather_fsdp,
+    gradient_spec as gradient_spec,
     has_partial_gradient as has_partial_gradient,
     lay_out_like as lay_out_like,
     make_zero_gradient as make_zero_gradient,
@@ -11,11 +12,16 @@ from .layout import (
     reshape as reshape,
     scale as scale,
     scale_gradient as scale_gradient,
+    send_narrow as send_narrow,
     stored_init as stored_init,
     sum_gradient_once as sum_gradient_once,
+    use_vector as use_vector,
     use_weight as use_weight,
 )
-from .manual import run_local as run_local
+from .manual import (
+    run_local as run_local,
+    sum_over_copies as sum_over_copies,
+)
 from .memory import (
     HOST as HOST,
     describe_on_host as describe_on_host,

@@ -8,6 +8,7 @@ that is before `jax.set_mesh`, every function here is the identity.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +34,23 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if _mesh() is None else jax.reshard(x, used_spec(*axes))
 
 
-def use_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
-    """A stored weight in the compute dtype, gathered over fsdp.
+def use_weight(
+    weight: jax.Array, axes: tuple[str | None, ...], dtype, gradient_dtype=None
+) -> jax.Array:
+    """A stored weight, rounded to the compute dtype and gathered over fsdp.
 
-    The cast comes first, because it halves the bytes on the wire. A gathered weight is typed as
-    `reduced` over the axes of rows and tokens. Its gradient therefore stays each device's own part
-    of a sum until one scatter brings it to where the weight is stored. A plain reshard would sum
-    whole gradients on every device. Under the vmap of a pipeline's stages JAX 0.10 refuses that
-    type, so there a plain reshard is used.
+    The rounding comes first, because it halves the bytes on the wire. The result has the dtype
+    `gradient_dtype`, in which its gradient is summed over devices. Without one that is `dtype`. A
+    matmul casts a wider weight back, which changes no value.
+
+    A gathered weight is typed as `reduced` over the axes of rows and tokens. Its gradient therefore
+    stays each device's own part of a sum until one scatter brings it to where the weight is stored.
+    A plain reshard would sum whole gradients on every device. Under the vmap of a pipeline's stages
+    JAX 0.10 refuses that type, so there a plain reshard is used.
     """
-    weight = weight.astype(dtype)
     where = find_gathered_axes(weight, axes)
     if where is None or _CHANGED.get():
-        return constrain(weight, *axes)
+        return send_narrow(lambda weight: constrain(weight, *axes), weight, dtype, gradient_dtype)
 
     dim, names = where
     rows = _find_row_axes()
@@ -58,7 +63,50 @@ def use_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Ar
         in_specs=in_spec,
         out_specs=P(*whole, reduced=rows),
     )
-    return gather_shard(jax.reshard(weight, in_spec))
+    return send_narrow(
+        lambda weight: gather_shard(jax.reshard(weight, in_spec)), weight, dtype, gradient_dtype
+    )
+
+
+def use_vector(
+    vector: jax.Array, axes: tuple[str | None, ...], dtype, gradient_dtype=None
+) -> jax.Array:
+    """A stored vector that is added to activations, rounded and typed as by `use_weight`."""
+    return send_narrow(lambda vector: constrain(vector, *axes), vector, dtype, gradient_dtype)
+
+
+def send_narrow(move: Callable, weight: jax.Array, dtype, gradient_dtype=None) -> jax.Array:
+    """`move(weight)`, sent in `dtype`, whose gradient comes back in `gradient_dtype`.
+
+    `move` is linear and sends an array between devices. The result has the dtype `gradient_dtype`,
+    or `dtype` without one. Its entries are rounded to `dtype`, and its gradient is not.
+    """
+    if gradient_dtype is None or jnp.dtype(gradient_dtype) == jnp.dtype(dtype):
+        return move(weight.astype(dtype))
+    wide = weight.astype(gradient_dtype)
+    return _send_narrow(move, jnp.dtype(dtype), jax.typeof(wide), wide)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _send_narrow(move, dtype, kind, weight):
+    """`move(weight)` in `dtype`, cast to the dtype of the weight, which is of type `kind`."""
+    # The compiler drops both casts where a matmul casts the result to `dtype` again.
+    return move(weight.astype(dtype)).astype(weight.dtype)
+
+
+def _send_narrow_forward(move, dtype, kind, weight):
+    return _send_narrow(move, dtype, kind, weight), None
+
+
+def _send_narrow_backward(move, dtype, kind, _, g):
+    # `move` is linear, so that its transpose is the same at zeros. The compiler drops those.
+    spec = None if _mesh() is None else kind.sharding.spec
+    zeros = jnp.zeros(kind.shape, kind.dtype, out_sharding=spec)
+    _, transpose = jax.vjp(move, zeros)
+    return transpose(g)
+
+
+_send_narrow.defvjp(_send_narrow_forward, _send_narrow_backward)
 
 
 def _find_row_axes() -> frozenset[str]:
@@ -108,16 +156,20 @@ def has_partial_gradient(weight: jax.Array) -> bool:
     return _mesh() is not None and bool(jax.typeof(weight).sharding.spec.reduced)
 
 
-def make_zero_gradient(weight: jax.Array) -> jax.Array:
-    """Float32 zeros to which gradients of `weight` can be added.
+def gradient_spec(weight: jax.Array) -> P | None:
+    """How a gradient of a used weight lies on the mesh, None without one.
 
-    Those of a gathered weight stay each device's own part of a sum, as `use_weight` tells.
+    That of a gathered weight stays each device's own part of a sum, as `use_weight` tells.
     """
-    layout = None
-    if _mesh() is not None:
-        spec = jax.typeof(weight).sharding.spec
-        layout = P(*spec.partitions, unreduced=spec.reduced)
-    return jnp.zeros(weight.shape, jnp.float32, out_sharding=layout)
+    if _mesh() is None:
+        return None
+    spec = jax.typeof(weight).sharding.spec
+    return P(*spec.partitions, unreduced=spec.reduced)
+
+
+def make_zero_gradient(weight: jax.Array) -> jax.Array:
+    """Float32 zeros to which gradients of `weight` can be added, laid out by `gradient_spec`."""
+    return jnp.zeros(weight.shape, jnp.float32, out_sharding=gradient_spec(weight))
 
 
 def scale(x: jax.Array, factor: jax.Array) -> jax.Array:

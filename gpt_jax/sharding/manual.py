@@ -1,12 +1,43 @@
-"""Functions that run on each device's own shard."""
+"""Functions that run on each device's own shard, or on the rows of each copy of the weights."""
 
 from collections.abc import Callable
 
 import jax
 from jax.sharding import PartitionSpec as P
 
+from gpt_jax.config import BATCH_AXES, COPY_AXES
 from gpt_jax.sharding.layout import constrain
-from gpt_jax.sharding.rules import _CHANGED, STAGE, _mesh, used_spec
+from gpt_jax.sharding.rules import _CHANGED, STAGE, _mesh, axis_size, used_spec
+
+
+def sum_over_copies(fn: Callable) -> Callable:
+    """`fn(params, frozen, columns, key) -> sums`, run on each copy's rows and summed over copies.
+
+    The copies lie over COPY_AXES, and each has the weights whole. `columns` are [count, B, …], with
+    B cut over the mesh. Nothing is sent between copies until `fn` has ended. A random number that
+    `fn` draws is the same on every copy.
+    """
+    axes = tuple(axis for axis in COPY_AXES if axis_size(axis) > 1)
+    if not axes:
+        return fn
+    others = tuple(axis for axis in BATCH_AXES if axis not in axes)
+
+    def run_on_copy(*args):
+        return jax.tree.map(lambda x: jax.lax.psum(x, axes), fn(*args))
+
+    def run(params, frozen, columns, key):
+        # The other axes of rows have one device each, so that nothing moves here.
+        columns = jax.tree.map(lambda x: jax.reshard(x, P(None, (*axes, *others))), columns)
+        mapped = jax.shard_map(
+            run_on_copy,
+            axis_names=set(axes),
+            in_specs=(P(), P(), P(None, axes), P()),
+            out_specs=P(),
+            check_vma=False,
+        )
+        return mapped(params, frozen, columns, key)
+
+    return run
 
 
 def run_local(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:

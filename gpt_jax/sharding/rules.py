@@ -69,15 +69,23 @@ def using_rules(changes: dict):
 
 
 def make_spec(table: Mapping, axes: tuple[str | None, ...]) -> P:
-    """The PartitionSpec of logical `axes`.
+    """The PartitionSpec of logical `axes`, without the mesh axes that are manual where it is asked.
 
     Raises ValueError if two of them use one mesh axis, and KeyError for an unknown name.
     """
-    parts = [table[axis] if axis is not None else None for axis in axes]
+    parts = [_drop_manual(table[axis]) if axis is not None else None for axis in axes]
     used = [name for part in parts for name in _names(part)]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {axes} would use a mesh axis twice: {parts}")
     return P(*parts)
+
+
+def _drop_manual(part):
+    """The mesh axes of one dim that JAX still lays out: none that a shard_map has cut already."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    names = _names(part)
+    left = tuple(name for name in names if name not in manual)
+    return part if left == names else left or None
 
 
 def used_spec(*axes: str | None) -> P:
@@ -105,9 +113,12 @@ def axis_size(axis: str) -> int:
 
 
 def count_parts(axis: str) -> int:
-    """Pieces into which the USED rules cut logical `axis` (1 without a mesh)."""
+    """Pieces into which the USED rules cut logical `axis` (1 without a mesh).
+
+    Mesh axes that are manual where it is asked do not count.
+    """
     rules = {**USED, **_CHANGED.get()}
-    return math.prod(map(axis_size, _names(rules[axis])))
+    return math.prod(map(axis_size, _names(_drop_manual(rules[axis]))))
 
 
 def batch_spec() -> P:

@@ -6,6 +6,8 @@ from .checkpoint.checkpoints import (
 from .checkpoint.manifest import (
     CHECKPOINT_FOLDER as CHECKPOINT_FOLDER,
     MANIFEST as MANIFEST,
+    find_damage as find_damage,
+    find_steps as find_steps,
     peek_meta as peek_meta,
     read_meta as read_meta,
     resolve_checkpoint as resolve_checkpoint,
@@ -13,6 +15,7 @@ from .checkpoint.manifest import (
 )
 from .checkpoint.slices import (
     Lazy as Lazy,
+    list_slices as list_slices,
     read_slice as read_slice,
     write_slices as write_slices,
 )

@@ -19,8 +19,9 @@ from gpt_jax import sharding
 def add_chunks(sum_chunk: Callable, learned: str, heads: list, hiddens: list, columns: dict):
     """Adds `sum_chunk(heads, hiddens, columns) -> Sums` over chunks.
 
-    `heads` are used by every chunk. Each array of `hiddens` and `columns` has the chunks as its
-    first dim, and `sum_chunk` gets one entry of it.
+    `heads` are used by every chunk, each with its own of `hiddens`. A head has entries of the dtype
+    of that, and may be typed wider: its gradient then is. Each array of `hiddens` and `columns` has
+    the chunks as its first dim, and `sum_chunk` gets one entry of it.
 
     The sum `learned` has a gradient by heads and hiddens. It is made here if somebody
     differentiates. A head's gradient is added up in float32. Raises TypeError where another sum is
@@ -40,6 +41,8 @@ def _forward(sum_chunk, learned, heads, hiddens, columns):
         raise TypeError("a loss in chunks has no gradient by the columns of its batch")
     has_gradient = [[x.perturbed for x in inputs] for inputs in (heads, hiddens)]
     heads, hiddens, columns = jax.tree.map(lambda x: x.value, (heads, hiddens, columns))
+    # The loop keeps heads as narrow as their entries are, and widens them where they are used.
+    narrow = [head.astype(hidden.dtype) for head, hidden in zip(heads, hiddens, strict=True)]
 
     def add_chunk(totals, chunk):
         hiddens, columns = chunk
@@ -50,7 +53,8 @@ def _forward(sum_chunk, learned, heads, hiddens, columns):
                 raise TypeError(f"a loss in chunks has no sum {learned!r}: name one in `learned`")
             return sums[learned][0], sums
 
-        value, transpose, sums = jax.vjp(measure, heads, hiddens, has_aux=True)
+        wide = [x.astype(head.dtype) for x, head in zip(narrow, heads, strict=True)]
+        value, transpose, sums = jax.vjp(measure, wide, hiddens, has_aux=True)
         # A frozen model has no gradient, so that the compiler drops the matmuls that made it.
         by_heads, by_hiddens = map(_select, transpose(jnp.ones_like(value)), has_gradient)
         totals = jax.tree.map(lambda total, g: total + g.astype(total.dtype), totals, by_heads)

@@ -1,5 +1,7 @@
 """The train step and the eval step, as free functions of (state, batch)."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,37 +52,48 @@ def gradients(network: Network, params, frozen, batch: dict, key, train: config.
     The gradient is that of `params`, and `frozen` has none. The batch is cut into
     `train.accumulate` microbatches. Their sums are added and divided once, so that the result is
     that of the whole batch whatever the masks are. Without a target it is 0.
-    """
 
+    Devices sum the gradient of each microbatch. With `train.reduce_once` they sum that of the whole
+    batch.
+    """
     objective = OBJECTIVES[train.objective]
 
-    def total(params, batch, key):
+    def total(params, frozen, batch, key):
         sums = objective(network, params, frozen, batch, key, train)
         return sums["objective"][0], sums
 
     grad = jax.grad(total, has_aux=True)
     if train.accumulate == 1:
-        grads, sums = grad(params, batch, key)
+        grads, sums = grad(params, frozen, batch, key)
     else:
-
-        def add(carry, x):
-            index, micro = x
-            grads = grad(params, micro, jax.random.fold_in(key, index))
-            # Without the barrier libtpu 0.0.42 moves sums over devices behind this loop, and it
-            # fails at that where the sums are sharded.
-            return jax.tree.map(jnp.add, carry, jax.lax.optimization_barrier(grads)), None
-
-        micro = _microbatches(batch, train.accumulate)
-        # The carry starts from zeros, because starting from the first microbatch would compile
-        # the model a second time.
-        _, sums = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro), key)
-        zeros = (
-            jax.tree.map(jnp.zeros_like, params),
-            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums),
-        )
-        (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(train.accumulate), micro))
+        add_up = partial(_add_microbatches, grad)
+        if train.reduce_once:
+            add_up = sharding.sum_over_copies(add_up)
+        grads, sums = add_up(params, frozen, _microbatches(batch, train.accumulate), key)
 
     return divide_gradient(grads, sums["objective"][1]), sums
+
+
+def _add_microbatches(grad: Callable, params, frozen, micro: dict, key):
+    """Adds up what `grad` gives for each microbatch of the columns [count, B, …]."""
+
+    def add(carry, x):
+        index, columns = x
+        grads = grad(params, frozen, columns, jax.random.fold_in(key, index))
+        # Without the barrier libtpu 0.0.42 moves sums over devices behind this loop, and it
+        # fails at that where the sums are sharded.
+        return jax.tree.map(jnp.add, carry, jax.lax.optimization_barrier(grads)), None
+
+    # The carry starts from zeros, because starting from the first microbatch would compile the
+    # model a second time.
+    first = jax.tree.map(lambda x: x[0], micro)
+    _, sums = jax.eval_shape(grad, params, frozen, first, key)
+    zeros = (
+        jax.tree.map(jnp.zeros_like, params),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums),
+    )
+    count = jax.tree.leaves(micro)[0].shape[0]
+    return jax.lax.scan(add, zeros, (jnp.arange(count), micro))[0]
 
 
 def divide_gradient(grads, weight):

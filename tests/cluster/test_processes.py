@@ -259,6 +259,14 @@ def test_saved_on_eight_devices_measured_and_sampled_on_two_processes(tmp_path, 
         job[0].out.encode() == capfdbinary.readouterr().out and len(job[0].out) and job[1].out == ""
     )
 
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"context": "ab", "choices": ["c", "de"], "gold": 0, "unconditional": "a"}\n')
+    given = ["evaluate", f"--checkpoint={tmp_path / 'run'}", "--questions", str(asked), "--json"]
+    job = runs.job(tmp_path / "logs", 2, given)
+    finish(job, [0, 0])
+    runs.call(*given)
+    assert job[0].out.encode() == capfdbinary.readouterr().out and job[1].out == ""
+
     (tmp_path / "long.txt").write_text("to be or not to be, " * 100_000)  # minutes
     job = runs.job(
         tmp_path / "logs",

@@ -234,6 +234,26 @@ MOE = dict(pattern=(("attention", "moe"),))
             ("config.train.batch_size = 8", "8 x 2"),
         ),
         (dict(pipeline=2), dict(model=dict(dropout=0.1)), ("config.model.dropout = 0.1", "set 0")),
+        (
+            dict(fsdp=2),
+            dict(train=dict(reduce_once=True)),
+            ("config.train.reduce_once = True", "config.mesh.fsdp = 2", "config.mesh.zero=1"),
+        ),
+        (
+            dict(pipeline=2, context=2),
+            dict(train=dict(reduce_once=True)),
+            ("config.mesh.pipeline = 2 and config.mesh.context = 2; set false",),
+        ),
+        (
+            dict(data=2, tensor=4),
+            dict(train=dict(reduce_once=True), model=dict(dropout=0.1)),
+            ("config.model.dropout = 0.1", "2 copies", "config.train.reduce_once=false"),
+        ),
+        (
+            dict(data=8),
+            dict(train=dict(reduce_once=True), compute=dict(dtype="bfloat16", matmul_dtype="fp8")),
+            ("config.compute.matmul_dtype = 'fp8'", "8 copies", "config.train.reduce_once=false"),
+        ),
         ({}, dict(eval=dict(batch_size=3)), ("config.eval.batch_size = 3", "8")),
         (
             {},

@@ -30,6 +30,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.infer import decode
 from gpt_jax.infer.decode import generate, stream_text
 from gpt_jax.infer.prompts import digest_prompt
+from gpt_jax.infer.ready import cast_multiplied
 from gpt_jax.infer.sampling import sample
 from gpt_jax.infer.settings import Sampling
 from gpt_jax.model.transformer import Transformer, abstract_params
@@ -143,7 +144,7 @@ def test_the_whole_context_can_be_filled():
 def test_kernels_cast_once_change_nothing():
     model = make_model(tied=False)
     params, tokens = make_params(model), np.arange(12)[None]
-    cast = decode._cast_multiplied(params, "bfloat16")
+    cast = cast_multiplied(params, "bfloat16")
     assert (
         cast["head"]["kernel"].dtype == jnp.bfloat16 and cast["embed"]["table"].dtype == jnp.float32
     )

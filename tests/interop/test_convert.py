@@ -1,73 +1,30 @@
 """Models go from a directory of Hugging Face to a checkpoint and back, to the bit."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import runs
 import tokenizers
+from drawn_models import EXPERTS, LLAMA, NO_FAMILY, assert_same, make_origin, read_all
 from safetensors.numpy import load_file
 
 import gpt_jax
 from gpt_jax import sharding
 from gpt_jax.commands import convert as command
 from gpt_jax.commands.main import run_to_end
-from gpt_jax.data import resolve_tokenizer
 from gpt_jax.errors import SaveFailed, UsageError
-from gpt_jax.interop.architecture import resolve_model
 from gpt_jax.interop.export import write_directory
 from gpt_jax.interop.origin import Origin
-from gpt_jax.interop.weights import list_shapes, load_params
+from gpt_jax.interop.weights import load_params
 from gpt_jax.model import abstract_params
 from gpt_jax.run.convert import open_model, write_native
 from gpt_jax.run.resume import start_new
 from gpt_jax.train.checkpoint import slices
-
-LLAMA = dict(
-    layers=3,
-    embed=16,
-    heads=4,
-    kv_heads=2,
-    mlp=24,
-    vocab=260,
-    max_seq=32,
-    norm="rmsnorm",
-    position="rotary",
-    pattern=(("attention", "swiglu"),),
-    bias=False,
-    tied=False,
-)
-NO_FAMILY = LLAMA | dict(residual_scalars=True)
-EXPERTS = LLAMA | dict(pattern=(("attention", "moe"),), experts=4, expert_mlp=12, mlp=12)
-
-
-def draw(seed: int, path: str, shape) -> np.ndarray:
-    rng = np.random.default_rng([seed, *path.encode()])
-    return rng.standard_normal(shape, np.float32) * 0.1
-
-
-def make_origin(fields=LLAMA, seed=0, tokenizer="bytes") -> Origin:
-    """A model whose parameters are drawn by path."""
-    model = resolve_model(fields)
-    shapes = list_shapes(model)
-    found = resolve_tokenizer(tokenizer)
-    return Origin(
-        "drawn", model, shapes, lambda path, index: draw(seed, path, shapes[path])[index], found, {}
-    )
-
-
-def read_all(origin: Origin) -> dict[str, np.ndarray]:
-    return {
-        path: origin.read(path, tuple(map(slice, shape))) for path, shape in origin.shapes.items()
-    }
-
-
-def assert_same(ours: dict, theirs: dict) -> None:
-    assert ours.keys() == theirs.keys()
-    for path, values in ours.items():
-        np.testing.assert_array_equal(values, theirs[path], err_msg=path)
 
 
 @pytest.mark.parametrize("fields", [LLAMA, EXPERTS], ids=["llama", "mixtral"])
@@ -330,3 +287,25 @@ def test_a_start_that_cannot_be_is_refused(tmp_path, name):
     }
     with pytest.raises(UsageError, match=text):
         start_new(gpt_jax.build(values, say=lambda line: None), print)
+
+
+def test_a_run_exports_its_last_checkpoint(tmp_path):
+    """The directory has the weights of the checkpoint, and a second start makes it again."""
+    fields = {f"--config.model.{name}={value}" for name, value in LLAMA.items()}
+    given = [*fields, "--config.checkpoint.export=hf", "--config.train.steps=2"]
+    parts = runs.build(runs.load(tmp_path, *given))
+    runs.run(parts, tmp_path / "run")
+
+    native = read_all(open_model(str(tmp_path / "run"), 2, print))
+    assert_same(read_all(open_model(str(tmp_path / "run/hf/2"), 0, print, "bytes")), native)
+
+    shutil.rmtree(tmp_path / "run/hf")
+    runs.run(parts, tmp_path / "run")
+    assert (tmp_path / "run/hf/2/config.json").exists()
+
+
+def test_a_run_that_no_family_has_is_not_started(tmp_path):
+    model = NO_FAMILY | {"vocab": 0, "max_seq": 256}
+    values = {"model": model, "checkpoint": {"export": "hf"}, "train": {"batch_size": 8}}
+    with pytest.raises(UsageError, match="no family of models"):
+        gpt_jax.build(values, say=lambda line: None)

@@ -3,15 +3,14 @@
 The goldens are made by tests/support/make_goldens.py. Shapes: B batch, T sequence, V vocab.
 """
 
-import json
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from goldens import GOLDENS, NAMES, read_config
 
 from gpt_jax import config
 from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
@@ -27,8 +26,6 @@ from gpt_jax.interop.weights import join_piece, make_plan
 from gpt_jax.model.transformer import Transformer, abstract_params
 from gpt_jax.sharding.mesh import join_path
 
-GOLDENS = Path(__file__).parent / "goldens"
-NAMES = sorted(path.name for path in GOLDENS.iterdir())
 REFERENCE = config.Compute(kernel="reference")
 ROUGH = config.Compute(kernel="reference", dtype="bfloat16")
 # A character for each id of the goldens.
@@ -157,7 +154,7 @@ def test_bfloat16_has_the_same_top_token(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_is_written_as_it_was_read(name):
     """Each key that we write and that their file has too has the same value, and the same type."""
-    theirs = json.loads((GOLDENS / name / "config.json").read_text())
+    theirs = read_config(name)
     ours = write_config(open_golden(name).model, theirs["model_type"])
     shared = ours.keys() & {key for key, value in theirs.items() if value is not None}
     assert len(shared) >= 10
@@ -171,7 +168,5 @@ def test_a_scale_that_is_no_whole_number_there_is_refused():
 
 
 def test_every_family_has_a_golden():
-    kinds = {
-        json.loads((GOLDENS / name / "config.json").read_text())["model_type"] for name in NAMES
-    }
+    kinds = {read_config(name)["model_type"] for name in NAMES}
     assert kinds == {name for name, family in FAMILIES.items() if family.is_written}

@@ -179,3 +179,16 @@ def test_temporaries_of_the_largest_layer_count(name, axes, monkeypatch):
     ]
     assert working[0] - working[1] == pytest.approx(rows)
     assert rows > 0
+
+
+def test_a_layers_gradient_in_float32_is_twice_its_weights():
+    """It is whole before it is scattered: 2 bytes more for each entry of a layer."""
+    job = changed(llama(), train=dict(batch_size=64, accumulate=1))
+    wide = changed(job, compute=dict(reduce_dtype="float32"))
+    shape = ONE | {"fsdp": 64}
+    more = (
+        estimate_memory(wide, shape, "splash", "tpu").gathered
+        - estimate_memory(job, shape, "splash", "tpu").gathered
+    )
+    entries = (8_030_261_248 - 2 * 128_256 * 4096 - 4096) / 32
+    assert more == pytest.approx(2 * entries, rel=1e-3)

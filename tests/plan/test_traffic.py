@@ -43,6 +43,38 @@ def test_weights_over_fsdp():
     assert scattered == pytest.approx(63 / 64 * (2 * (LAYERS + TABLE) + 4 * TABLE), rel=1e-4)
 
 
+def test_gradients_that_are_summed_in_float32():
+    """They have twice the bytes, and weights are gathered in bfloat16 as before."""
+    train = dict(batch_size=128, accumulate=1)
+    job = changed(llama(), train=train, compute=dict(reduce_dtype="float32"))
+    shape = ONE | {"data": 2, "fsdp": 64}
+    whole = 4 * (LAYERS + 2 * TABLE)
+    assert sum_flows(job, shape, "gpu", "gradients scattered") == pytest.approx(
+        63 / 64 * whole, rel=1e-4
+    )
+    assert sum_flows(job, shape, "gpu", "gradients summed") == pytest.approx(whole / 64, rel=1e-4)
+    gathered = sum_flows(job, shape, "gpu", "weights gathered")
+    narrow = sum_flows(changed(llama(), train=train), shape, "gpu", "weights gathered")
+    assert gathered == narrow
+
+
+@pytest.mark.parametrize("name, tables", [("llama:8b", 2), ("gpt2:1558m", 1)])
+def test_gradients_that_are_summed_once(name, tables):
+    """All are float32, and a tied table's is one. Without accumulation nothing changes."""
+    shape = ONE | {"data": 8}
+
+    def count(**train):
+        job = changed(job_of(name), train=dict(batch_size=64) | train)
+        return sum_flows(job, shape, "gpu", "gradients summed")
+
+    entries = device_bytes(job_of(name), ONE, "params", bytes_each=1)
+    assert (tables == 1) == job_of(name).config.model.tied
+    for accumulate in (2, 8):
+        assert count(accumulate=accumulate, reduce_once=True) == 2 * 7 / 8 * 4 * entries
+    assert count(accumulate=8) == pytest.approx(8 * count(accumulate=1))
+    assert count(accumulate=1, reduce_once=True) == count(accumulate=1)
+
+
 @pytest.mark.parametrize(
     "data, what, times", [(1, "gradients summed", 2), (2, "gradients scattered", 1)]
 )

@@ -9,10 +9,26 @@ import runs
 from gpt_jax import config as configs
 from gpt_jax.run.notes import describe_dtypes, describe_fp8
 
+NAMES = {"f32": "float32", "bf16": "bfloat16"}
 
-@pytest.mark.parametrize("dtype, short", [("float32", "f32"), ("bfloat16", "bf16")])
-def test_gradients_are_summed_in_the_dtype_that_the_line_names(tmp_path, dtype, short):
-    config = runs.load(tmp_path, f"--config.compute.dtype={dtype}", "--config.train.loss_chunk=0")
+
+@pytest.mark.parametrize(
+    "dtype, reduce_dtype, short",
+    [
+        ("float32", "compute", "f32"),
+        ("bfloat16", "compute", "bf16"),
+        ("bfloat16", "float32", "f32"),
+    ],
+)
+def test_gradients_are_summed_in_the_dtype_that_the_line_names(
+    tmp_path, dtype, reduce_dtype, short
+):
+    config = runs.load(
+        tmp_path,
+        f"--config.compute.dtype={dtype}",
+        f"--config.compute.reduce_dtype={reduce_dtype}",
+        "--config.train.loss_chunk=0",
+    )
     parts = runs.build(config, fsdp=2)
     size = config.train.batch_size
     columns = next(iter(runs.make_stream(parts.examples, size, slice(0, size))))
@@ -22,11 +38,30 @@ def test_gradients_are_summed_in_the_dtype_that_the_line_names(tmp_path, dtype, 
     summed = set(re.findall(r":(\w+)\[[^]]*\][^=]*= \w*reduce_scatter", text))
     assert summed - {"f32"} == {short} - {"f32"}  # embeddings are looked up in float32
 
-    line = describe_dtypes(config.compute)
-    if short == "f32":
+    line = describe_dtypes(config)
+    if dtype == "float32":
         assert line == "float32 compute, parameters and sums"
     else:
-        assert line.endswith("devices sum the gradients of matmuls in bfloat16")
+        assert line.endswith(f"devices sum the gradients of matmuls in {NAMES[short]}")
+
+
+@pytest.mark.parametrize(
+    "train, end",
+    [
+        (dict(accumulate=2), "in bfloat16"),
+        (dict(reduce_once=True), "in bfloat16"),
+        (dict(reduce_once=True, accumulate=2), "in float32"),
+        (
+            dict(reduce_once=True, batch_ramp=((100, 16, 2),)),
+            "in bfloat16, and in float32 where an update has several microbatches",
+        ),
+    ],
+)
+def test_gradients_that_are_summed_once_are_summed_in_float32(train, end):
+    """Each device adds up its own ones of all microbatches before, in float32."""
+    compute = configs.Compute(dtype="bfloat16")
+    line = describe_dtypes(configs.Config(compute=compute, train=configs.Train(**train)))
+    assert line.endswith(f"devices sum the gradients of matmuls {end}")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from gpt_jax.model.experts.local_experts import (
     compute_hidden,
     feed_forward,
     first_kernels,
+    multiply_by_expert,
     pick,
     sort_choices,
     spread_to_places,
@@ -209,11 +210,10 @@ def limited(x, choice, weight, kernels: Kernels, activation: Callable, devices: 
 
     shape = rows.shape
     rows = checkpoint_name(rows.reshape(shape[0], -1, D), "experts_in")
-    multiply = partial(jnp.einsum, "end,edf->enf")
     hidden = compute_hidden(
-        activation, *(multiply(rows, kernel) for kernel in first_kernels(kernels))
+        activation, *(multiply_by_expert(rows, kernel) for kernel in first_kernels(kernels))
     )
-    out = multiply(hidden, kernels.down).reshape(shape)
+    out = multiply_by_expert(hidden, kernels.down).reshape(shape)
 
     if devices > 1:
         out = jax.lax.all_to_all(out, AXIS, 1, 0, tiled=True)

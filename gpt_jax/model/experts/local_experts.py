@@ -21,7 +21,10 @@ from gpt_jax import config
 
 
 class Kernels(NamedTuple):
-    """This device's experts: down [E / p, F, D], up and gate [E / p, D, F]."""
+    """This device's experts: down [E / p, F, D], up and gate [E / p, D, F].
+
+    Their gradients have their dtype. They are multiplied in the dtype of what goes through them.
+    """
 
     down: jax.Array
     up: jax.Array
@@ -128,6 +131,30 @@ def spread_to_places(order, starts, sizes, width: int):
 # ---- the feed-forward of experts ----
 
 
+def multiply_by_expert(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiplies rows [E, n, in] with each expert's kernel [E, in, out] -> [E, n, out]."""
+    return cast(jax.Array, _multiply_by_expert(kernel.dtype, rows, kernel))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply_by_expert(gradient_dtype, rows, kernel):
+    return jnp.einsum("end,edf->enf", rows, kernel.astype(rows.dtype))
+
+
+def _multiply_by_expert_forward(gradient_dtype, rows, kernel):
+    saved = (rows, kernel.astype(rows.dtype))
+    return _multiply_by_expert(gradient_dtype, rows, kernel), saved
+
+
+def _multiply_by_expert_backward(gradient_dtype, saved, g):
+    rows, kernel = saved
+    to_rows = jnp.einsum("enf,edf->end", g, kernel)
+    return to_rows, jnp.einsum("end,enf->edf", rows, g, preferred_element_type=gradient_dtype)
+
+
+_multiply_by_expert.defvjp(_multiply_by_expert_forward, _multiply_by_expert_backward)
+
+
 def feed_forward(
     x, experts, fan: int, kernels: Kernels, activation: Callable, habits: config.Habits, likely: int
 ) -> Placed:
@@ -175,31 +202,36 @@ def by_sorting(
     return Placed(ragged_dot(hidden, kernels.down, sizes), there, back)
 
 
-@jax.custom_vjp
 def ragged_dot(rows, kernel, sizes):
     """Does what `jax.lax.ragged_dot` does, with megablox's tgmm for the kernels' gradient.
 
     libtpu 0.0.42 has good kernels for the result and the rows' gradient. For the kernels' gradient
     it multiplies all rows for every expert.
     """
-    return jax.lax.ragged_dot(rows, kernel, sizes)
+    return _ragged_dot(kernel.dtype, rows, kernel, sizes)
 
 
-def _ragged_dot_forward(rows, kernel, sizes):
-    return ragged_dot(rows, kernel, sizes), (rows, kernel, sizes)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ragged_dot(gradient_dtype, rows, kernel, sizes):
+    return jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes)
 
 
-def _ragged_dot_backward(saved, g):
+def _ragged_dot_forward(gradient_dtype, rows, kernel, sizes):
+    saved = (rows, kernel.astype(rows.dtype), sizes)
+    return _ragged_dot(gradient_dtype, rows, kernel, sizes), saved
+
+
+def _ragged_dot_backward(gradient_dtype, saved, g):
     rows, kernel, sizes = saved
 
     def multiply(rows):
         return jax.lax.ragged_dot(rows, kernel, sizes)
 
     (to_rows,) = jax.linear_transpose(multiply, rows)(g)
-    return to_rows, kernel_gradient(rows, g, sizes, kernel.dtype), None
+    return to_rows, kernel_gradient(rows, g, sizes, gradient_dtype), None
 
 
-ragged_dot.defvjp(_ragged_dot_forward, _ragged_dot_backward)
+_ragged_dot.defvjp(_ragged_dot_forward, _ragged_dot_backward)
 
 
 def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
@@ -257,7 +289,6 @@ def choose_block_rows(choices: int, experts: int, sum_rows: int) -> int:
     return 2 ** max(3, min(best, rows.bit_length() - 1))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def through_blocks(activation, size: int, rows, kernels: Kernels, blocks):
     """Sends rows [places, D] through experts, `size` at a time.
 
@@ -270,6 +301,12 @@ def through_blocks(activation, size: int, rows, kernels: Kernels, blocks):
     are summed in float32 in place, by nothing but the matmul that adds to them. An index there
     would cost copies of all of them for each block.
     """
+    return _through_blocks(activation, size, kernels.up.dtype, rows, kernels, blocks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _through_blocks(activation, size, gradient_dtype, rows, kernels, blocks):
+    kernels = _cast(kernels, rows.dtype)
     ends = jnp.cumsum(blocks)
 
     def run_expert(e, out):
@@ -285,12 +322,12 @@ def through_blocks(activation, size: int, rows, kernels: Kernels, blocks):
     return jax.lax.fori_loop(0, blocks.size, run_expert, jnp.zeros_like(rows))
 
 
-def _through_blocks_forward(activation, size, rows, kernels, blocks):
-    out = through_blocks(activation, size, rows, kernels, blocks)
-    return out, (rows, kernels, blocks)
+def _through_blocks_forward(activation, size, gradient_dtype, rows, kernels, blocks):
+    out = _through_blocks(activation, size, gradient_dtype, rows, kernels, blocks)
+    return out, (rows, _cast(kernels, rows.dtype), blocks)
 
 
-def _through_blocks_backward(activation, size, saved, g):
+def _through_blocks_backward(activation, size, gradient_dtype, saved, g):
     rows, kernels, blocks = saved
     ends = jnp.cumsum(blocks)
 
@@ -312,7 +349,8 @@ def _through_blocks_backward(activation, size, saved, g):
         to_rows, sums = jax.lax.fori_loop(ends[e] - blocks[e], ends[e], run_block, (to_rows, sums))
         return to_rows, jax.tree.map(put, grads, sums)
 
-    zeros = (jnp.zeros_like(rows), jax.tree.map(jnp.zeros_like, kernels))
+    no_gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, gradient_dtype), kernels)
+    zeros = (jnp.zeros_like(rows), no_gradients)
     to_rows, grads = jax.lax.fori_loop(0, blocks.size, run_expert, zeros)
     return to_rows, grads, None
 
@@ -332,7 +370,11 @@ def _pull_block(activation, own: Kernels, row, g):
     return cast(jax.Array, sum(terms)), (to_down, *to_first)
 
 
-through_blocks.defvjp(_through_blocks_forward, _through_blocks_backward)
+_through_blocks.defvjp(_through_blocks_forward, _through_blocks_backward)
+
+
+def _cast(kernels: Kernels, dtype) -> Kernels:
+    return jax.tree.map(lambda kernel: kernel.astype(dtype), kernels)
 
 
 def _take_expert(kernels: Kernels, expert) -> Kernels:

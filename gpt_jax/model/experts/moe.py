@@ -12,6 +12,7 @@ Shapes: B batch, T sequence, D embed, F mlp, E experts, k choices.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -200,15 +201,18 @@ def dispatch(
 
     `choice` [B, T, k] are experts 0 … E - 1, and E stands for none. An expert takes `room` choices
     from a row, and all where `room` is None. The result is laid out as the stream.
+
+    The kernels enter in the dtype in which devices sum their gradients.
     """
     tensor = sharding.axis_size("tensor")
     scatters = sharding.count_parts(compute.stream) > sharding.count_parts("seq")
-    cast = [kernel.astype(x.dtype) for kernel in kernels if kernel is not None]
+    wide = jnp.dtype(compute.gradient_dtype)
+    cast = [kernel.astype(wide) for kernel in kernels if kernel is not None]
     split = _find_split(cast[0])
     compute_choices = _make_compute_choices(model, room)
 
     def run(x, choice, weight, *kernels):
-        y = compute_choices(x, choice, weight, _gather_kernels(kernels, split))
+        y = compute_choices(x, choice, weight, _gather_kernels(kernels, split, x.dtype))
         if scatters:
             return jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True)
         return jax.lax.psum(y, "tensor") if tensor > 1 else y
@@ -264,15 +268,18 @@ def _find_split(kernel) -> tuple[str, ...]:
     return tuple(axis for axis in stored if sharding.axis_size(axis) > 1 and stored in laid_out)
 
 
-def _gather_kernels(kernels, split: tuple[str, ...]) -> local_experts.Kernels:
-    """Gathers the embed dims of this device's experts.
+def _gather_kernels(kernels, split: tuple[str, ...], dtype) -> local_experts.Kernels:
+    """Gathers the embed dims of this device's experts, sent in `dtype`.
 
     This happens inside the device's function and not before it. Gradients are therefore scattered,
     and not summed whole on every device.
     """
     if not split:
         return local_experts.Kernels(*kernels)
+
+    def gather(kernel, dim):
+        move = partial(sharding.gather, names=split, dim=dim)
+        return sharding.send_narrow(move, kernel, dtype, kernel.dtype)
+
     down, *first = kernels
-    return local_experts.Kernels(
-        sharding.gather(down, split, 2), *(sharding.gather(kernel, split, 1) for kernel in first)
-    )
+    return local_experts.Kernels(gather(down, 2), *(gather(kernel, 1) for kernel in first))

@@ -92,13 +92,38 @@ class PositionTable(nn.Module):
 
 
 class Head(nn.Module):
-    """The untied output matrix [D, V]."""
+    """The untied output matrix [D, V], rounded to `dtype`.
+
+    Its own dtype is the one in which devices sum its gradient.
+    """
 
     model: config.Model
 
     @nn.compact
-    def __call__(self, dtype):
+    def __call__(self, dtype, gradient_dtype):
         axes = ("embed", "vocab")
         init = sharding.stored_init(make_init("head", self.model), axes)
         kernel = self.param("kernel", init, (self.model.embed, self.model.vocab))
-        return sharding.use_weight(kernel, axes, dtype)
+        return sharding.use_weight(kernel, axes, dtype, gradient_dtype)
+
+
+@jax.custom_vjp
+def transpose_table(table):
+    """Turns a table [V, D] into an output matrix [D, V].
+
+    In the backward pass a barrier keeps the transpose apart from the matmul before it. XLA's CPU
+    backend of jaxlib 0.10 joins them, and has no kernel for the result where that is a float32
+    product of bfloat16.
+    """
+    return table.T
+
+
+def _transpose_table_forward(table):
+    return transpose_table(table), None
+
+
+def _transpose_table_backward(_, g):
+    return (jax.lax.optimization_barrier(g).T,)
+
+
+transpose_table.defvjp(_transpose_table_forward, _transpose_table_backward)

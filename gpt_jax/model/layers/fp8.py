@@ -57,7 +57,8 @@ def find_scale(x: jax.Array, limit: float) -> jax.Array:
 class Form(NamedTuple):
     """Dtypes and layouts of a product. Layouts are None without a mesh."""
 
-    dtype: jnp.dtype  # Of x and the kernel, and of their gradients.
+    dtype: jnp.dtype  # Of x and its gradient.
+    kernel_dtype: jnp.dtype  # Of the kernel's gradient.
     result_dtype: jnp.dtype
     layout: P | None  # Of the result.
     whole: P | None  # Of the result's gradient where the backward pass multiplies it.
@@ -75,7 +76,7 @@ def multiply(
     """
     own = None if layout is None else jax.typeof(x).sharding.spec
     kept = None if layout is None else jax.typeof(kernel).sharding.spec
-    form = Form(x.dtype, jnp.dtype(result_dtype or x.dtype), layout, whole, own, kept)
+    form = Form(x.dtype, kernel.dtype, jnp.dtype(result_dtype or x.dtype), layout, whole, own, kept)
     return _multiply(x, kernel, form)
 
 
@@ -89,7 +90,7 @@ def _multiply_forward(x, kernel, form: Form):
         # The type `reduced` says how the gradient is summed, and maxima refuse it.
         kernel = jax.reshard(kernel, P(*form.kernel_layout.partitions))
     a = quantize(x, OPERAND)
-    b = quantize(kernel, OPERAND)
+    b = quantize(kernel.astype(x.dtype), OPERAND)
     y = _dot(a, b, ((x.ndim - 1,), (0,)), form.result_dtype, form.layout)
     return y, (a, b)
 
@@ -105,7 +106,7 @@ def _multiply_backward(form: Form, saved, g):
     layout = form.kernel_layout
     if layout is not None:
         layout = P(*layout.partitions, unreduced=layout.reduced)
-    return to_x, _dot(a, c, (rows, rows), form.dtype, layout)
+    return to_x, _dot(a, c, (rows, rows), form.kernel_dtype, layout)
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
@@ -119,8 +120,8 @@ def _dot(a: Scaled, b: Scaled, contracted: tuple, dtype, layout: P | None) -> ja
     form (Fp8DirectDotGeneralOp).
 
     Sums are float32 before the result is rounded to `dtype`. Scaling by a power of two rounds
-    nothing, so the order does not matter. A float32 result would be twice as large in memory and on
-    the wire.
+    nothing, so the order does not matter. A float32 result is twice as large in memory and on the
+    wire, so only `compute.reduce_dtype` asks for it.
     """
     y = jax.lax.dot_general(
         a.values,

@@ -106,8 +106,52 @@ def _scattered_backward(result_dtype, layout, whole, saved, g):
 _scattered.defvjp(_scattered_forward, _scattered_backward)
 
 
+def _multiply_wide(x, kernel, result_dtype, layout, whole):
+    """Multiplies x with a kernel that is typed wider than x, and has entries of x's dtype.
+
+    All matmuls have operands of x's dtype. The kernel's gradient leaves its matmul in the kernel's
+    dtype, so that devices sum it there. `layout` and `whole` are those of `_scattered`.
+    """
+    return _multiply_narrow(result_dtype, layout, whole, kernel.dtype, x, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _multiply_narrow(result_dtype, layout, whole, wide, x, kernel):
+    kernel = kernel.astype(x.dtype)
+    return jnp.matmul(x, kernel, preferred_element_type=result_dtype, out_sharding=layout)
+
+
+def _multiply_narrow_forward(result_dtype, layout, whole, wide, x, kernel):
+    y = _multiply_narrow(result_dtype, layout, whole, wide, x, kernel)
+    return y, (x, kernel.astype(x.dtype))
+
+
+def _multiply_narrow_backward(result_dtype, layout, whole, wide, saved, g):
+    x, kernel = saved
+    g = g.astype(x.dtype)
+    if layout != whole:
+        g = jax.reshard(g, whole)
+
+    _, transpose = jax.vjp(lambda x: jnp.matmul(x, kernel, out_sharding=whole), x)
+    (to_x,) = transpose(g)
+    lead = tuple(range(x.ndim - 1))
+    to_kernel = jax.lax.dot_general(
+        x,
+        g,
+        ((lead, lead), ((), ())),
+        preferred_element_type=wide,
+        out_sharding=sharding.gradient_spec(kernel),
+    )
+    return to_x, to_kernel
+
+
+_multiply_narrow.defvjp(_multiply_narrow_forward, _multiply_narrow_backward)
+
+
 def _multiply(x, kernel, result_dtype, layout, whole) -> jax.Array:
-    """Multiplies in the dtype of x and kernel."""
+    """Multiplies in the dtype of x. A kernel of another dtype has its gradient in that."""
+    if kernel.dtype != x.dtype:
+        return _multiply_wide(x, kernel, result_dtype, layout, whole)
     if layout == whole:
         return _matmul(x, kernel, result_dtype, layout)
     return _scattered(x, kernel, result_dtype, layout, whole)
@@ -117,7 +161,8 @@ class Multiplier(NamedTuple):
     """A way to multiply x [.., D] with kernel [D, F], forward and backward.
 
     `multiply(x, kernel, result_dtype, layout, whole)` gives the result in `layout`. Its backward
-    pass first gathers the result's gradient to `whole`. `joins` tells whether several kernels can
+    pass first gathers the result's gradient to `whole`. The kernel may be typed wider than x, and
+    its gradient then is. `joins` tells whether several kernels can
     be joined into one without changing the results.
     """
 
@@ -133,8 +178,8 @@ MULTIPLIERS = {"compute": Multiplier(_multiply, True), "fp8": Multiplier(fp8.mul
 class Weights(nn.Module):
     """The kernel [in, features] and the bias [features] of a linear map, laid out for use.
 
-    Both are in the compute dtype. The bias is None for a map without one. `axes` are the kernel's
-    logical axes.
+    Both are rounded to the compute dtype. Their own dtype is the one in which devices sum their
+    gradients. The bias is None for a map without one. `axes` are the kernel's logical axes.
     """
 
     features: int
@@ -146,16 +191,16 @@ class Weights(nn.Module):
 
     @nn.compact
     def __call__(self, width: int):
-        dtype = jnp.dtype(self.compute.dtype)
+        dtypes = self.compute.dtype, self.compute.gradient_dtype
         init = sharding.stored_init(make_init(self.role, self.model), self.axes)
         kernel = self.param("kernel", init, (width, self.features))
-        kernel = sharding.use_weight(kernel, self.axes, dtype)
+        kernel = sharding.use_weight(kernel, self.axes, *dtypes)
         if not self.bias:
             return kernel, None
 
         zeros = sharding.stored_init(nn.initializers.zeros, self.axes[1:])
         bias = self.param("bias", zeros, (self.features,))
-        return kernel, sharding.constrain(bias.astype(dtype), *self.axes[1:])
+        return kernel, sharding.use_vector(bias, self.axes[1:], *dtypes)
 
 
 def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
@@ -182,7 +227,10 @@ def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
             for linear, (kernel, _) in zip(maps, weights, strict=True)
         ]
 
-    return [y if bias is None else y + bias for y, (_, bias) in zip(parts, weights, strict=True)]
+    return [
+        y if bias is None else (y + bias).astype(y.dtype)
+        for y, (_, bias) in zip(parts, weights, strict=True)
+    ]
 
 
 def _multiply_joined(x: jax.Array, kernels: list[jax.Array]) -> list[jax.Array]:

@@ -275,6 +275,15 @@ def resolve_checkpoint(
     return directory, newest
 
 
+def find_steps(path: str | Path) -> tuple[Path, list[int]]:
+    """The checkpoints directory of a path that a user typed, and its steps, whole or not.
+
+    Of a path that is one step's folder it is that step. Raises UsageError if nothing is there.
+    """
+    directory, step = _locate(Path(path).absolute(), 0)
+    return directory, [step] if step else steps_in(directory)
+
+
 def _check_step(directory: Path, step: int, path, meta_schema: Schema) -> None:
     """Raises UsageError if there is no such step, and NoCheckpoint if it is damaged.
 

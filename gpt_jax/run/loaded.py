@@ -1,0 +1,133 @@
+"""A trained model on its devices, and what it can be asked from Python."""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from gpt_jax import config as configs
+from gpt_jax.data import Tokenizer
+from gpt_jax.errors import UsageError
+from gpt_jax.infer import (
+    Request,
+    Sampling,
+    compute_logits,
+    encode_pairs,
+    generate,
+    score_requests,
+    start_token,
+)
+
+Say = Callable[[str], None]
+
+
+def tell(line: str) -> None:
+    """Prints a message on standard error."""
+    print(line, file=sys.stderr)
+
+
+class Loaded(NamedTuple):
+    """A trained model. Its attention kernel was chosen for this machine. `params` lie on `mesh`."""
+
+    config: configs.Config
+    tokenizer: Tokenizer
+    params: Any
+    mesh: jax.sharding.Mesh
+    directory: Path
+    step: int
+    content: str  # digest of the text that it was trained on
+    examples: int  # training rows that the updates behind it have read
+
+    def logits(self, text: str | Sequence[int] | np.ndarray, say: Say = tell) -> np.ndarray:
+        """The logits after each token of a text, or of its ids: float32 [T, V].
+
+        V counts the rows of the embedding, which may be more than the tokenizer's ids. An empty
+        text stands for the end-of-text token. Raises UsageError if the text does not fit the
+        context, or if an id is no row of the embedding.
+        """
+        if isinstance(text, str):
+            ids = self.tokenizer.encode(text)
+            if not len(ids):
+                ids = np.array([start_token(self.tokenizer)])
+        else:
+            ids = np.asarray(text, np.int64)
+        model, compute = self.config.model, self.config.compute
+        with jax.set_mesh(self.mesh):
+            return compute_logits(model, compute, self.params, ids, say)
+
+    def score(self, context: Any, continuation: Any, say: Say = tell) -> Any:
+        """The log-probability of a continuation after its context, in nats: a float.
+
+        Each is a text, or both are ids. A list of several gives a list of floats: one context may
+        have several continuations, or each continuation has its own context. White space at the
+        end of a context counts to the continuation, and an empty context stands for the
+        end-of-text token. A context that does not fit loses its first tokens, and `say` tells it.
+
+        Raises UsageError if the lists differ in length, or if a continuation cannot be scored.
+        """
+        contexts = [context] if is_one(context) else list(context)
+        continuations = [continuation] if is_one(continuation) else list(continuation)
+        if is_one(context):
+            contexts = contexts * len(continuations)
+        if len(contexts) != len(continuations):
+            raise UsageError(
+                f"score: {len(contexts)} contexts and {len(continuations)} continuations; give "
+                "one context, or as many as continuations"
+            )
+
+        requests = make_requests(self.tokenizer, zip(contexts, continuations, strict=True))
+        model, compute = self.config.model, self.config.compute
+        with jax.set_mesh(self.mesh):
+            scores = score_requests(model, compute, self.params, requests, say)
+        totals = [score.total for score in scores]
+        return totals[0] if is_one(continuation) and is_one(context) else totals
+
+    def generate(self, prompts: str | Sequence[str], say: Say = tell, **sampling: Any) -> list[str]:
+        """Continuations of `prompts`, `num_samples` for each, in the order of the prompts.
+
+        A text alone is one prompt. `sampling` are the fields of infer.Sampling, such as
+        temperature, top_p and seed. Raises UsageError if one of them is unknown, of another type
+        or out of range, or if a prompt does not fit.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise UsageError(f"prompts: {prompt!r} is no text; give a text or a list of texts")
+        settings = cast(Sampling, configs.from_dict(sampling, Sampling, "sampling"))
+        model, compute = self.config.model, self.config.compute
+        with jax.set_mesh(self.mesh):
+            completions = generate(
+                model, compute, self.params, self.tokenizer, list(prompts), settings, say
+            )
+        return [completion.text for completion in completions]
+
+
+def is_one(text: Any) -> bool:
+    """Whether this is one text, or the ids of one, and not a list of several."""
+    if isinstance(text, str):
+        return True
+    return len(text) > 0 and all(isinstance(entry, int | np.integer) for entry in text)
+
+
+def make_requests(tokenizer: Tokenizer, pairs: Iterable[tuple[Any, Any]]) -> list[Request]:
+    """Requests of pairs of texts, or of pairs of ids, in their order.
+
+    Raises UsageError for a pair of a text and ids.
+    """
+    requests = [Request(*pair) for pair in pairs]
+    is_text = [tuple(isinstance(part, str) for part in pair) for pair in requests]
+    for number, kinds in enumerate(is_text, 1):
+        if len(set(kinds)) > 1:
+            raise UsageError(
+                f"pair {number}: one part is a text and the other is ids; give both alike"
+            )
+
+    texts = [number for number, kinds in enumerate(is_text) if kinds[0]]
+    pairs_of_texts = [cast(tuple[str, str], tuple(requests[number])) for number in texts]
+    for number, request in zip(texts, encode_pairs(tokenizer, pairs_of_texts), strict=True):
+        requests[number] = request
+    return requests
