@@ -56,7 +56,7 @@ RESUMABLE = {
     "train.batch_ramp": SIZES,
     "train.hang_minutes": "",
     "train.accumulate": "",
-    "train.reduce_once": "",
+    "train.reduce_once": "sums over devices are rounded in another way from here on",
     "train.loss_chunk": "",
     "data.path": "",
     "data.eval_path": "",
