@@ -76,7 +76,6 @@ def make_flags() -> Flags:
         metavar="KEY",
         help="keys of config.json that are known not to change the model",
     )
-
     return flags
 
 

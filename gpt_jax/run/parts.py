@@ -1,6 +1,6 @@
 """What a run consists of: `build(config)` makes its parts, and run/loop.py runs them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -222,22 +222,26 @@ def agree_on_job(
         "the questions": questions,
         "the code": code_identity(),
     }
-    different = find_disagreements(facts)
+    refuse_differences(find_disagreements(facts), wrong)
+    if wrong:
+        raise wrong
+    return settled, reason, examples
+
+
+def refuse_differences(different: Sequence[str], cause: UsageError | None) -> None:
+    """Raises UsageError if something differs between the processes of the job."""
     # Other differences may follow from different code.
     if "the code" in different:
         raise UsageError(
             "the code (source digest and jax version): not the same on all processes of this job; "
             "install the same gpt_jax and jax on every host; this is "
             f"{describe_process_code(jax.process_index())}"
-        ) from wrong
+        ) from cause
     if different:
         raise UsageError(
             f"{', '.join(different)}: not the same on all processes of this job; start them with "
             "the same flags and the same text"
-        ) from wrong
-    if wrong:
-        raise wrong
-    return settled, reason, examples
+        ) from cause
 
 
 class Steps(NamedTuple):
@@ -264,19 +268,7 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         model = config.model
         network = make_network(model, config.compute)
         like = abstract_params(model)
-        tx = make_optimizer(
-            config.optim,
-            like,
-            network.describe,
-            jnp.dtype(config.compute.dtype),
-            model.balance_rate,
-        )
-
-        if config.mesh.zero == 1:
-            tx = make_zero1(tx, partial(sharding.lay_out_like, like=like), sharding.gather_fsdp)
-        is_on_host = config.optim.state_memory == "host"
-        if is_on_host:
-            tx = keep_on_host(tx)
+        tx = make_run_optimizer(config, network, like)
 
         def start(params):
             if config.mesh.zero == 1:
@@ -298,7 +290,7 @@ def make_steps(config: configs.Config, mesh) -> Steps:
             return eval_step(params, frozen or {}, batch, network=network, train=train)
 
         abstract = sharding.make_concrete(jax.eval_shape(make_state), mesh)
-        if is_on_host:
+        if config.optim.state_memory == "host":
             abstract = abstract._replace(opt=sharding.describe_on_host(abstract.opt))
 
         return Steps(
@@ -308,6 +300,19 @@ def make_steps(config: configs.Config, mesh) -> Steps:
             jax.jit(update, donate_argnums=0, compiler_options=options),
             jax.jit(measure, compiler_options=options),
         )
+
+
+def make_run_optimizer(config: configs.Config, network: Network, like):
+    """The optimiser of a run, laid out as its mesh and its memory want it.
+
+    `like` is the tree of the parameters' shapes and layouts.
+    """
+    dtype = jnp.dtype(config.compute.dtype)
+    tx = make_optimizer(config.optim, like, network.describe, dtype, config.model.balance_rate)
+
+    if config.mesh.zero == 1:
+        tx = make_zero1(tx, partial(sharding.lay_out_like, like=like), sharding.gather_fsdp)
+    return keep_on_host(tx) if config.optim.state_memory == "host" else tx
 
 
 def compiler_options(config: configs.Config, mesh) -> dict:
