@@ -39,8 +39,8 @@ def make_flags() -> Flags:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="a directory with config.json and safetensors files, or a workdir, its checkpoints, "
-        "or one step. Several are averaged",
+        help="a directory with config.json and safetensors files, a .bin of llama2.c, a .pt of "
+        "nanoGPT, or a workdir, its checkpoints, or one step. Several are averaged",
     )
     flags.add_argument("--to", required=True, metavar="DIR", help="a new directory")
     flags.add_argument(
@@ -82,6 +82,12 @@ def make_flags() -> Flags:
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for flags that do not go together."""
     check_number("--step", args.step, 0)
+    if not args.to or "" in args.source:
+        raise UsageError("--from and --to: an empty path names nothing")
+    target = Path(args.to).resolve()
+    for source in map(Path, args.source):
+        if source.resolve() in (target, *target.parents):
+            raise UsageError(f"--to={args.to}: lies in {source}; name a directory outside of it")
     if args.weights and len(args.weights) != len(args.source):
         raise UsageError(
             f"--weights: {len(args.weights)} shares for {len(args.source)} models; give one each"
@@ -94,7 +100,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Opens, averages, and writes."""
-    from gpt_jax.interop import is_foreign, write_directory
+    from gpt_jax.interop import is_foreign, list_files, write_directory
     from gpt_jax.run import average, open_model, write_native
 
     say = make_say(sys.stderr)
@@ -113,6 +119,10 @@ def convert(args: argparse.Namespace) -> None:
             raise UsageError(f"--{flag}={getattr(args, flag)}: is for --format=hf; leave it out")
     target = Path(args.to)
     if wanted == "hf":
+        if origin.tokenizer and not list_files(origin):
+            say(
+                f"the tokenizer {origin.tokenizer.name} has no file there; name it where it is read"
+            )
         write_directory(origin, target, args.family, args.dtype)
     else:
         write_native(origin, target, say)

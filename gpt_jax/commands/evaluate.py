@@ -76,7 +76,10 @@ def make_flags() -> Flags:
         "their sum, token by token.",
     )
     flags.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a workdir, its checkpoints, or one step"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a workdir, its checkpoints, one step, or a directory of Hugging Face",
     )
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
     flags.add_argument(

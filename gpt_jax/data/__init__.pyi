@@ -33,7 +33,7 @@ from .tokenizers.spec import (
 from .tokenizers.vocabulary import (
     StreamDecoder as StreamDecoder,
     Tokenizer as Tokenizer,
-    with_begin as with_begin,
+    with_frame as with_frame,
 )
 from .tokens.corpus import verify_corpus as verify_corpus
 from .tokens.inspect import (

@@ -47,7 +47,7 @@ class Row:
         self, tokenizer: Tokenizer, stops: Sequence[str], limit: int, starts: bool = False
     ):
         self._decoder = StreamDecoder(tokenizer, starts)
-        self._eot = tokenizer.eot
+        self._ends = {tokenizer.eot, *tokenizer.ends}
         self._stops = stops
         self._limit = limit
         self._waiting = ""  # characters that may be the beginning of a stop string
@@ -58,7 +58,7 @@ class Row:
 
     def push(self, token: int) -> str:
         """Takes one token, and returns the characters that it makes certain."""
-        if token == self._eot:
+        if token in self._ends:
             shown = self._end("eot")
         else:
             self.tokens.append(token)

@@ -1,5 +1,5 @@
 from .architecture import find_meaning as find_meaning, write_config as write_config
-from .export import write_directory as write_directory
+from .export import list_files as list_files, write_directory as write_directory
 from .foreign import (
     find_tokenizer as find_tokenizer,
     is_foreign as is_foreign,

@@ -72,6 +72,8 @@ def write_config(model: configs.Model, name: str = "") -> dict[str, Any]:
 
     Raises UsageError, with the fields that a family cannot say, if none does.
     """
+    if name and not find_family(name).is_written:
+        raise UsageError(f"models of the family {name} can only be read; name another")
     families = [find_family(name)] if name else list(FAMILIES.values())
     families = [family for family in families if family.is_written]
     lines = []

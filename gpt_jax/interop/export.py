@@ -11,10 +11,11 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from gpt_jax import config as configs
 from gpt_jax.errors import SaveFailed, UsageError
 from gpt_jax.files import describe_error, sync_file, sync_folder, write_file
 from gpt_jax.interop.architecture import write_config
-from gpt_jax.interop.families import find_family
+from gpt_jax.interop.families import FAMILIES, find_family
 from gpt_jax.interop.foreign import CONFIG
 from gpt_jax.interop.origin import Origin
 from gpt_jax.interop.tensors import FILE, INDEX
@@ -51,10 +52,8 @@ def write_directory(
     or the first that fits. Raises UsageError if no family has such a model, and SaveFailed if the
     disk does not take it.
     """
-    read_from = find_family(origin.family) if origin.family else None
-    if not family and read_from is not None and read_from.is_written:
-        family = read_from.name
-    values = write_config(origin.model, family)
+    source = read_source(origin)
+    values = write_config(origin.model, family or find_own_family(origin.model, source))
     plan = make_plan(find_family(values["model_type"]), origin.model)
     code, kind = EXPORTED[dtype]
     entries = []
@@ -75,7 +74,7 @@ def write_directory(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         _write_shards(unfinished, _cut(entries, shard_bytes), code, read)
-        config = values | {"dtype": dtype, "torch_dtype": dtype} | _name_specials(origin)
+        config = values | {"dtype": dtype, "torch_dtype": dtype} | _name_specials(origin, source)
         write_file(unfinished / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         for name, content in list_files(origin).items():
             write_file(unfinished / name, content)
@@ -89,16 +88,35 @@ def write_directory(
         raise SaveFailed(f"{directory}: writing failed: {describe_error(error)}") from error
 
 
-def _name_specials(origin: Origin) -> dict[str, int | None]:
+def read_source(origin: Origin) -> dict:
+    """The `config.json` that the model came with, or {}."""
+    return json.loads(origin.carried.get(CONFIG, b"{}"))
+
+
+def find_own_family(model: configs.Model, source: dict) -> str:
+    """The family that a model came from, if it is still one of it. Otherwise ""."""
+    name = str(source.get("model_type", ""))
+    if name not in FAMILIES or not FAMILIES[name].is_written:
+        return ""
+    try:
+        write_config(model, name)
+    except UsageError:
+        return ""
+    return name
+
+
+def _name_specials(origin: Origin, source: dict) -> dict:
     """The ids of special tokens. Without them transformers would take those of its first model."""
     eot = None if origin.tokenizer is None else origin.tokenizer.eot
-    return {"bos_token_id": None, "eos_token_id": eot, "pad_token_id": None}
+    own = {"bos_token_id": None, "eos_token_id": eot, "pad_token_id": None}
+    return {name: source.get(name, value) for name, value in own.items()}
 
 
 def list_files(origin: Origin) -> dict[str, bytes]:
     """The files beside the weights: those that came with the model, or its own tokenizer's."""
-    if origin.carried or origin.tokenizer is None:
-        return dict(origin.carried)
+    carried = {name: content for name, content in origin.carried.items() if name != CONFIG}
+    if carried or origin.tokenizer is None:
+        return carried
     tokenizer = origin.tokenizer
     if tokenizer.kind == "json":
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"}

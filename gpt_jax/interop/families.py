@@ -17,15 +17,14 @@ from gpt_jax.interop.keys import (
     LAYER_WINDOWS,
     ONE_WINDOW,
     PLAIN,
-    ROPE,
     SWITCHED_WINDOW,
     SWITCHED_WINDOWS,
-    TWO_ROPES,
     Key,
     activation,
     choice,
     field,
     must,
+    size,
     take,
     take_switch,
 )
@@ -44,6 +43,7 @@ from gpt_jax.interop.names import (
     TABLES,
     transpose_rows,
 )
+from gpt_jax.interop.rope_keys import ROPE, TWO_ROPES
 from gpt_jax.interop.rows import Row
 
 
@@ -71,11 +71,11 @@ class Family(NamedTuple):
 # ---- keys that several families share ----
 
 SIZES = (
-    field("hidden_size", "embed"),
-    field("num_hidden_layers", "layers"),
-    field("num_attention_heads", "heads"),
-    field("vocab_size", "vocab"),
-    field("max_position_embeddings", "max_seq"),
+    size("hidden_size", "embed"),
+    size("num_hidden_layers", "layers"),
+    size("num_attention_heads", "heads"),
+    size("vocab_size", "vocab"),
+    size("max_position_embeddings", "max_seq"),
 )
 HEADS = (field("num_key_value_heads", "kv_heads", 0), field("head_dim", "head_dim", 0))
 EPSILON = field("rms_norm_eps", "norm_epsilon", 1e-6)
@@ -154,7 +154,6 @@ GEMMA = (
     TIED,
     ATTENTION_BIAS,
     LAYER_WINDOWS,
-    _cap("attn_logit_softcapping", "attention_softcap"),
     _cap("final_logit_softcapping", "logit_softcap"),
     must("use_bidirectional_attention", False, None),
     must("cache_implementation", None, "hybrid"),
@@ -191,11 +190,11 @@ FAMILIES = {
             "GPT2LMHeadModel",
             {"norm": "layernorm", "position": "learned", "bias": True},
             (
-                field("n_embd", "embed"),
-                field("n_layer", "layers"),
-                field("n_head", "heads"),
-                field("n_positions", "max_seq"),
-                field("vocab_size", "vocab"),
+                size("n_embd", "embed"),
+                size("n_layer", "layers"),
+                size("n_head", "heads"),
+                size("n_positions", "max_seq"),
+                size("vocab_size", "vocab"),
                 GPT2_INNER,
                 field("layer_norm_epsilon", "norm_epsilon", 1e-5),
                 activation("activation_function", PLAIN, "gelu_new"),
@@ -212,11 +211,11 @@ FAMILIES = {
             "",
             {"norm": "layernorm", "position": "learned", "tied": True},
             (
-                field("n_embd", "embed"),
-                field("n_layer", "layers"),
-                field("n_head", "heads"),
-                field("block_size", "max_seq"),
-                field("vocab_size", "vocab"),
+                size("n_embd", "embed"),
+                size("n_layer", "layers"),
+                size("n_head", "heads"),
+                size("block_size", "max_seq"),
+                size("vocab_size", "vocab"),
                 field("bias", "bias", True),
                 Key(("dropout",), lambda values: {}, lambda model: {}),
             ),
@@ -253,7 +252,7 @@ FAMILIES = {
             "gemma2",
             "Gemma2ForCausalLM",
             GEMMA_FIXED,
-            (*GEMMA, ROPE),
+            (*GEMMA, ROPE, _cap("attn_logit_softcapping", "attention_softcap")),
             (*TABLES, *ATTENTION, *MLP, *SANDWICH_NORMS),
             defaults=GEMMA_DEFAULTS
             | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -262,7 +261,8 @@ FAMILIES = {
             "gemma3_text",
             "Gemma3ForCausalLM",
             GEMMA_FIXED | {"qk_norm": True},
-            (*GEMMA, TWO_ROPES),
+            # transformers keeps a cap of its scores in the config, and does not use it.
+            (*GEMMA, TWO_ROPES, must("attn_logit_softcapping", None)),
             (*TABLES, *ATTENTION, *MLP, *SANDWICH_NORMS),
             defaults=GEMMA_DEFAULTS,
         ),

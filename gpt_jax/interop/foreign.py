@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.data import Spec, Tokenizer, find_begin, resolve_tokenizer, with_begin
+from gpt_jax.data import Spec, Tokenizer, find_begin, resolve_tokenizer, with_frame
 from gpt_jax.errors import UsageError
 from gpt_jax.files import describe_error
 from gpt_jax.interop.architecture import read_model
@@ -20,6 +20,7 @@ from gpt_jax.interop.tensors import Tensor, list_tensors
 from gpt_jax.interop.weights import Weights, check_tensors, make_plan
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # Files that are carried byte for byte.
 CARRIED = (
@@ -32,7 +33,9 @@ CARRIED = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    GENERATION,
+    # It is not written again. Its family and its special tokens are.
+    CONFIG,
 )
 
 
@@ -137,7 +140,25 @@ def find_tokenizer(directory: Path, spec: str = "") -> Tokenizer | None:
     found = resolve_tokenizer(spec or str(directory), field)
     if isinstance(found, Spec):
         raise UsageError(f"--tokenizer={spec}: is made from text; name bytes or a file")
-    return with_begin(found, find_begin(found)) if found.kind == "json" else found
+    begin = find_begin(found) if found.kind == "json" else found.begin
+    return with_frame(found, begin, find_ends(directory, found))
+
+
+def find_ends(directory: Path, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text, of `generation_config.json` or else of `config.json`.
+
+    An id that the tokenizer does not have ends nothing, and is left out.
+    """
+    for name in (GENERATION, CONFIG):
+        try:
+            found = json.loads((directory / name).read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        ids = found if isinstance(found, list) else [found]
+        known = [i for i in ids if type(i) is int and 0 <= i < tokenizer.vocab]
+        if known:
+            return known
+    return []
 
 
 def _drop_second_head(tensors, family: Family, model: configs.Model):

@@ -78,8 +78,8 @@ UNSUPPORTED = {
     ),
     "too few kinds": ("gemma3", dict(layer_types=["full_attention"]), "1 entries for 3 layers"),
     "heads": ("llama3", dict(num_key_value_heads=3), "config.model.kv_heads = 3: must divide"),
-    "no layers": ("llama3", dict(num_hidden_layers=0), "config.model.layers = 0"),
-    "below zero": ("llama3", dict(hidden_size=-16), "config.model.embed = -16"),
+    "no layers": ("llama3", dict(num_hidden_layers=0), "num_hidden_layers = 0 is no whole number"),
+    "below zero": ("llama3", dict(hidden_size=-16), "hidden_size = -16 is no whole number"),
     "no size": ("llama3", dict(vocab_size=None), "vocab_size is missing"),
     "every 0th layer": ("qwen3_moe", dict(decoder_sparse_step=0), "decoder_sparse_step = 0"),
     "a word for a switch": (

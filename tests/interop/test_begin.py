@@ -8,11 +8,12 @@ import tokenizers
 from drawn_models import LLAMA, make_origin
 
 import gpt_jax
-from gpt_jax.data import find_begin, resolve_tokenizer, tokenizer_from_json
+from gpt_jax.data import find_begin, resolve_tokenizer, tokenizer_from_json, with_frame
 from gpt_jax.errors import UsageError
 from gpt_jax.infer import encode_pairs, encode_text, start_token
-from gpt_jax.interop import find_tokenizer, write_directory
-from gpt_jax.run.convert import write_native
+from gpt_jax.infer.text import Row
+from gpt_jax.interop import find_tokenizer, open_foreign, write_directory
+from gpt_jax.run.convert import open_model, write_native
 
 
 def save_tokenizer(folder: Path, template: str) -> str:
@@ -71,3 +72,42 @@ def test_a_prompt_is_read_after_it(tmp_path):
         assert len(loaded.logits("ab")) == 3
         whole = loaded.logits([256, 97])
         assert loaded.logits("")[0].tolist() == whole[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "files, ends",
+    [
+        ({"generation_config.json": {"eos_token_id": [97, 257]}, "config.json": {}}, (97,)),
+        ({"config.json": {"eos_token_id": 98}}, (98,)),
+        ({"config.json": {"eos_token_id": 257}}, ()),
+        ({"config.json": {"eos_token_id": [10**6]}}, ()),
+        ({}, ()),
+    ],
+)
+def test_the_ids_that_end_a_text(tmp_path, files, ends):
+    save_tokenizer(tmp_path, "")
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    tokenizer = find_tokenizer(tmp_path)
+    assert tokenizer.ends == ends
+    assert tokenizer_from_json(tokenizer.to_json()).ends == ends
+
+
+def test_a_text_ends_at_each_of_them(tmp_path):
+    tokenizer = with_frame(resolve_tokenizer("bytes"), None, [98])
+    row = Row(tokenizer, (), 5)
+    assert [row.push(token) for token in (97, 98)] == ["a", ""] and row.finish == "eot"
+
+
+def test_special_ids_and_the_family_are_kept(tmp_path):
+    """Through a checkpoint, although a family before it would fit as well."""
+    origin = make_origin(tokenizer=save_tokenizer(tmp_path, ""))
+    write_directory(origin, tmp_path / "a", family="mistral")
+    values = json.loads((tmp_path / "a/config.json").read_text())
+    values |= {"eos_token_id": [257, 97], "bos_token_id": 256, "pad_token_id": 5}
+    (tmp_path / "a/config.json").write_text(json.dumps(values))
+
+    write_native(open_foreign(tmp_path / "a"), tmp_path / "native", print)
+    write_directory(open_model(str(tmp_path / "native"), 0, print), tmp_path / "b")
+    again = json.loads((tmp_path / "b/config.json").read_text())
+    assert again == values and again["model_type"] == "mistral"

@@ -355,24 +355,6 @@ def test_models_that_mean_something_else_are_not_averaged(tmp_path):
     average([first, make_origin(LLAMA | dict(dropout=0.1))], [0.5, 0.5])
 
 
-IGNORED = {
-    "tokenizer": (["--tokenizer=bytes"], "is a checkpoint of ours; leave it out"),
-    "ignore_keys": (["--ignore_keys", "a"], "is a checkpoint of ours; leave it out"),
-    "dtype": (["--format=native", "--dtype=bfloat16"], "is for --format=hf; leave it out"),
-    "family": (["--format=native", "--family=gpt2"], "is for --format=hf; leave it out"),
-    "shares": (["--weights", "inf"], "--weights=inf: expected 0 to"),
-}
-
-
-@pytest.mark.parametrize("name", IGNORED)
-def test_a_flag_without_effect_is_refused(tmp_path, name):
-    write_native(make_origin(), tmp_path / "native", print)
-    given, text = IGNORED[name]
-    base = ["convert", "--from", str(tmp_path / "native"), f"--to={tmp_path / 'new'}"]
-    code, reason = run_to_end([*base, *given])
-    assert code == 2 and text in reason and not (tmp_path / "new").exists()
-
-
 def test_a_directory_has_no_steps(tmp_path):
     write_directory(make_origin(), tmp_path / "hf")
     with pytest.raises(UsageError, match="has no steps; leave it out"):

@@ -27,8 +27,8 @@ from gpt_jax.data.tokenizers.vocabulary import (
     Tokenizer,
     make_byte_tokenizer,
     make_char_tokenizer,
-    with_begin,
     with_extra,
+    with_frame,
     with_specials,
 )
 from gpt_jax.errors import UsageError
@@ -50,6 +50,7 @@ SAVED_SCHEMA = {
     "content": "text",
     "extra?": Each("count"),
     "begin?": "count",
+    "ends?": ["count"],
 }
 
 
@@ -147,4 +148,5 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     saved = read_json(text, SAVED_SCHEMA)
     tokenizer = SPEC_KINDS[saved["kind"]](saved["content"], saved["name"])
     tokenizer = with_extra(tokenizer, saved.get("extra", {}))
-    return with_begin(tokenizer, saved["begin"]) if "begin" in saved else tokenizer
+    begin = saved.get("begin", tokenizer.begin)
+    return with_frame(tokenizer, begin, saved.get("ends", ()))

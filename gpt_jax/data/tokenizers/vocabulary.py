@@ -67,6 +67,8 @@ class Tokenizer:
     # The id that a model of others expects before each text. Models that are trained here see texts
     # parted by `eot` alone, and have none.
     begin: int | None = None
+    # Further ids that end a text of such a model, as the end of a turn does.
+    ends: tuple[int, ...] = ()
     # What a person must know of how the file is read, a line each.
     notes: tuple[str, ...] = ()
 
@@ -162,6 +164,8 @@ class Tokenizer:
             saved["extra"] = dict(self.extra)
         if self.begin is not None:
             saved["begin"] = self.begin
+        if self.ends:
+            saved["ends"] = list(self.ends)
         return json.dumps(saved, ensure_ascii=True)
 
 
@@ -235,11 +239,16 @@ def with_extra(tokenizer: Tokenizer, extra: Mapping[str, int]) -> Tokenizer:
     )
 
 
-def with_begin(tokenizer: Tokenizer, begin: int | None) -> Tokenizer:
-    """`tokenizer` with the id that stands before each text. Raises UsageError if it has no such."""
-    if begin is not None and begin >= tokenizer.vocab:
-        raise UsageError(f"tokenizer {tokenizer.name}: has no token {begin} to begin a text with")
-    return replace(tokenizer, begin=begin)
+def with_frame(tokenizer: Tokenizer, begin: int | None, ends: Sequence[int]) -> Tokenizer:
+    """`tokenizer` with the id before each text, and the ids that end one beside `eot`.
+
+    Raises UsageError for an id that it does not have.
+    """
+    for i in [*ends, *([] if begin is None else [begin])]:
+        if not 0 <= i < tokenizer.vocab:
+            raise UsageError(f"tokenizer {tokenizer.name}: has no token {i} to frame a text with")
+    others = sorted(set(ends) - {tokenizer.eot})
+    return replace(tokenizer, begin=begin, ends=tuple(others))
 
 
 def quote_around(text: str, place: int) -> str:
