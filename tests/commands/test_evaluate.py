@@ -11,8 +11,9 @@ import pytest
 import runs
 
 from gpt_jax import evals
+from gpt_jax.commands import evaluate_tasks
 from gpt_jax.data.tokens.cache import load_text
-from gpt_jax.errors import NoCheckpoint
+from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.model.transformer import Transformer
 from gpt_jax.run import restore as load
 from gpt_jax.run.restore import restore_checkpoint
@@ -182,9 +183,10 @@ def test_results_outlive_a_file_that_cannot_be_written(trained, tmp_path, capsys
         assert "\n" not in line and expected in capsys.readouterr().out
 
     out = tmp_path / "results.json"
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr("sys.stdout", full)
-        code, line = runs.refusal(*given, f"--lm_eval_out={out}")
-        monkeypatch.undo()
-    assert code == 2 and "standard output cannot be written" in line
+
+    def fail(text):
+        raise UsageError("standard output is full")
+
+    monkeypatch.setattr(evaluate_tasks, "emit", fail)
+    assert runs.refusal(*given, f"--lm_eval_out={out}") == (2, "standard output is full")
     assert json.loads(out.read_text()) == results
