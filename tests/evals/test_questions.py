@@ -236,6 +236,7 @@ def test_a_run_asks_and_the_command_asks_again(tmp_path, capsys):
     lines = [
         {"context": "abc def", "choices": [" cab", " fig"], "gold": 1},
         {"context": "abc", "choices": [" d", " e"], "gold": 0, "unconditional": "a"},
+        {"context": "abc", "choices": [" d", "a" * 999], "gold": 0},
     ]
     lines = [{"unconditional": " "} | line for line in lines]
     path = write(tmp_path / "asked.jsonl", lines)
@@ -243,12 +244,17 @@ def test_a_run_asks_and_the_command_asks_again(tmp_path, capsys):
     evaluators = "--config.eval.evaluators=('heldout','questions')"
     asked = runs.load(tmp_path, *sizes, evaluators, f"--config.eval.questions=('{path}',)")
     runs.run(runs.build(asked), tmp_path / "run")
+    left_out = f"1 of 3 questions of {path} do not fit the context of 32 and are left out\n"
+    assert left_out in capsys.readouterr().out
+    assert runs.curve(tmp_path / "run", "eval/asked/left_out") == {2: 1}
     acc = runs.curve(tmp_path / "run", "eval/asked/acc_norm_byte")[2]
     assert runs.curve(tmp_path / "run", "eval/asked/questions") == {2: 2}
 
     capsys.readouterr()
     runs.call("evaluate", f"--checkpoint={tmp_path / 'run'}", "--questions", path, "--json")
-    found = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert err.count(left_out) == 1
+    found = json.loads(out)
     assert found["step"] == 2 and found["questions"]["eval/asked/acc_norm_byte"] == acc
     runs.call("evaluate", f"--checkpoint={tmp_path / 'run'}", "--questions", path)
     assert f"eval/asked/acc_norm_byte: {acc:g}\n" in capsys.readouterr().out
