@@ -88,7 +88,7 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--weights: {len(args.weights)} shares for {len(args.source)} models; give one each"
         )
     for share in args.weights:
-        check_number("--weights", share, 0)
+        check_number("--weights", share, 0, 1e9)
     if args.weights and sum(args.weights) == 0:
         raise UsageError("--weights: all shares are 0; give one above")
 
@@ -109,6 +109,9 @@ def convert(args: argparse.Namespace) -> None:
         origin = average(origins, [share / sum(shares) for share in shares])
 
     wanted = args.format or ("native" if is_foreign(args.source[0]) else "hf")
+    for flag, default in (("family", ""), ("dtype", "float32")):
+        if wanted == "native" and getattr(args, flag) != default:
+            raise UsageError(f"--{flag}={getattr(args, flag)}: is for --format=hf; leave it out")
     target = Path(args.to)
     if wanted == "hf":
         write_directory(origin, target, args.family, args.dtype)

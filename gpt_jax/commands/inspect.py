@@ -29,6 +29,9 @@ def main(arguments: list[str]) -> None:
     if args.checkpoint:
         inspect_weights(args)
         return
+    for flag in ("diff", "verify", "step", "diff_step"):
+        if getattr(args, flag):
+            raise UsageError(f"--{flag}: goes with --checkpoint, not with --workdir")
     if args.lineage:
         emit("\n".join(describe_lineage(local_workdir(args.workdir))))
         return

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from gpt_jax.commands.evaluate_tasks import without_nan
 from gpt_jax.commands.flags import check_number
 from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.errors import NoCheckpoint, UsageError
@@ -36,6 +37,10 @@ def inspect_weights(args: argparse.Namespace) -> None:
     """Raises UsageError for a path that cannot be used, and NoCheckpoint for damage."""
     check_number("--step", args.step, 0)
     check_number("--diff_step", args.diff_step, 0)
+    if args.verify and (args.diff or args.step or args.json):
+        raise UsageError("--verify: looks at every step, and goes with --checkpoint alone")
+    if args.diff_step and not args.diff:
+        raise UsageError(f"--diff_step={args.diff_step}: needs --diff")
     import jax
 
     # Nothing here needs an accelerator, and a run may be using it.
@@ -50,9 +55,12 @@ def inspect_weights(args: argparse.Namespace) -> None:
 
 def verify(path: str) -> None:
     """A line for each step. Raises NoCheckpoint if one of them is damaged."""
+    from gpt_jax.interop import is_foreign
     from gpt_jax.run import META_SCHEMA
     from gpt_jax.train import find_damage, find_steps
 
+    if is_foreign(path):
+        raise UsageError(f"--verify: {path} is no checkpoint of ours, and has no digests")
     directory, steps = find_steps(path)
     if not steps:
         raise UsageError(f"--checkpoint={path}: no step is there")
@@ -80,7 +88,7 @@ def show_weights(args: argparse.Namespace) -> None:
         **origin.facts,
     }
     if args.json:
-        emit(write_json({**facts, "tensors": [row._asdict() for row in rows]}, 2))
+        emit(write_json({**facts, "tensors": [without_nan(row._asdict()) for row in rows]}, 2))
         return
     for name, value in facts.items():
         emit(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
@@ -95,9 +103,9 @@ def show_difference(args: argparse.Namespace) -> None:
     first = open_model(args.checkpoint, args.step, say)
     second = open_model(args.diff, args.diff_step, say)
     rows = list(subtract(first, second))
-    different = [row for row in rows if row.largest]
+    different = [row for row in rows if not row.is_equal]
     if args.json:
-        emit(write_json([row._asdict() for row in rows], 2))
+        emit(write_json([without_nan(row._asdict()) for row in rows], 2))
         return
     print_table(different, APART)
     emit(f"{len(different)} of {len(rows)} parameters differ")

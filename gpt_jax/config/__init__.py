@@ -62,7 +62,14 @@ from gpt_jax.config.read import (
     to_dict,
     to_json,
 )
-from gpt_jax.config.resolve import describe_inference, for_inference, resolve, wsd_start
+from gpt_jax.config.remat import REMAT_NAMES, describe_remat, list_marked, list_unread
+from gpt_jax.config.resolve import (
+    describe_inference,
+    for_inference,
+    resolve,
+    set_remat,
+    wsd_start,
+)
 from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Mesh, Optim, Train
 
 __all__ = [
@@ -84,6 +91,7 @@ __all__ = [
     "PACKINGS",
     "POSITIONS",
     "REMATS",
+    "REMAT_NAMES",
     "RESUMABLE",
     "ROUTERS",
     "SCHEDULES",
@@ -111,6 +119,7 @@ __all__ = [
     "describe_config",
     "describe_habits",
     "describe_inference",
+    "describe_remat",
     "faults",
     "find_habits",
     "find_ramp_entry",
@@ -124,6 +133,8 @@ __all__ = [
     "layout",
     "least_devices",
     "list_levels",
+    "list_marked",
+    "list_unread",
     "make_batch_sizes",
     "make_page",
     "make_schema",
@@ -134,6 +145,7 @@ __all__ = [
     "read_batch_sizes",
     "read_saved",
     "resolve",
+    "set_remat",
     "shape_on",
     "slices_problem",
     "to_dict",

@@ -5,6 +5,7 @@ from typing import Any
 from gpt_jax.config.fields import Config
 from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS, MOST
 from gpt_jax.config.layers import has_experts
+from gpt_jax.config.remat import REMAT_NAMES, list_marked, list_unread
 from gpt_jax.config.resolve import wsd_start
 
 # The last token at which a batch size may begin. Examples are counted in int64, whose end is near
@@ -46,6 +47,7 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
         _check_schedule(checks)
         _check_ramp(checks)
         _check_router(checks)
+        _check_remat(checks)
     return checks.lines
 
 
@@ -295,3 +297,52 @@ def _check_router(checks: Checks) -> None:
         "model.capacity_factor",
         "leaves an expert no token; expected more than 0, such as 1.25",
     )
+
+
+# The lists of names that go with remat `names`.
+NAME_LISTS = ("remat_save", "remat_offload")
+
+
+def _check_remat(checks: Checks) -> None:
+    """The names of values that the remat policy keeps."""
+    compute = checks.config.compute
+    if compute.remat != "names":
+        for field in NAME_LISTS:
+            checks.need(
+                not getattr(compute, field),
+                f"compute.{field}",
+                f"does nothing with config.compute.remat = {compute.remat!r}; set that to names, "
+                "or leave this out",
+            )
+        return
+
+    checks.need(
+        bool(compute.remat_save or compute.remat_offload),
+        "compute.remat",
+        "keeps nothing without names; set config.compute.remat_save or "
+        "config.compute.remat_offload, or use block",
+    )
+    for field in NAME_LISTS:
+        for name in getattr(compute, field):
+            reason = _find_name_fault(checks.config, field, name)
+            checks.need(not reason, f"compute.{field}", f"{name!r} {reason}")
+
+
+def _find_name_fault(config: Config, field: str, name: str) -> str:
+    """Why a name cannot be in this list, with the way out, or "" if it can."""
+    compute = config.compute
+    if name not in REMAT_NAMES:
+        return f"is not known; choose from {', '.join(REMAT_NAMES)}"
+    marked = list_marked(config.model)
+    if name not in marked:
+        return f"is in no layer of config.model.pattern; choose from {', '.join(marked)}"
+    if name in compute.remat_save and name in compute.remat_offload:
+        return "is in both lists of names; leave it in one"
+    if name == "layer_in" and field == "remat_save":
+        return "is kept in any case; leave it out, or move it to config.compute.remat_offload"
+    if name in list_unread(config.model):
+        return (
+            "is not read by the backward pass with config.model.norm_position = 'pre' and "
+            f"config.model.parallel = {config.model.parallel}; leave it out"
+        )
+    return ""

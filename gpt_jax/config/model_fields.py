@@ -209,7 +209,23 @@ class Compute:
         "The attention kernel. A named kernel runs or raises; auto takes the fastest that can.",
         choices=KERNELS,
     )
-    remat: str = knob("none", "What the backward pass recomputes.", choices=REMATS)
+    remat: str = knob(
+        "none",
+        "What the backward pass recomputes. `names` keeps what `remat_save` and `remat_offload` "
+        "name, and recomputes all else of a layer.",
+        choices=REMATS,
+    )
+    remat_save: tuple[str, ...] = knob(
+        (),
+        "Values of each layer that remat `names` keeps on the device: q, k, v, attention, "
+        "attention_out, mlp_in, mlp_hidden, mlp_out, experts_in or experts_out "
+        "(docs/parallelism.md).",
+    )
+    remat_offload: tuple[str, ...] = knob(
+        (),
+        "Values of each layer that remat `names` keeps in the memory of the host: layer_in, or a "
+        "name that `remat_save` takes.",
+    )
     unroll: int = knob(
         1,
         "Periods of the layer pattern in one iteration of the scan. 0 means all, which compiles "

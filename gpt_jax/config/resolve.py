@@ -56,7 +56,7 @@ def for_inference(model: Model, compute: Compute) -> tuple[Model, Compute]:
     prompts, and on whether its keys are cached.
     """
     model = dataclasses.replace(model, dropout=0.0, attention_dropout=0.0)
-    return model, dataclasses.replace(compute, remat="none", matmul_dtype="compute")
+    return model, dataclasses.replace(set_remat(compute, "none"), matmul_dtype="compute")
 
 
 def describe_inference(compute: Compute) -> list[str]:
@@ -67,3 +67,8 @@ def describe_inference(compute: Compute) -> list[str]:
         f"config.compute.matmul_dtype = {compute.matmul_dtype!r} is for training, because its "
         f"scales are those of all rows together; here matmuls are in {compute.dtype}"
     ]
+
+
+def set_remat(compute: Compute, remat: str) -> Compute:
+    """`compute` with another remat policy. The names of the old one are for that one alone."""
+    return dataclasses.replace(compute, remat=remat, remat_save=(), remat_offload=())

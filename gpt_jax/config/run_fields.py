@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from gpt_jax.config.knobs import DTYPES, MOST, MUON_SCALES, OBJECTIVES, OPTIMIZERS, SCHEDULES, knob
+from gpt_jax.config.knobs import (
+    DTYPES,
+    MEMORIES,
+    MOST,
+    MUON_SCALES,
+    OBJECTIVES,
+    OPTIMIZERS,
+    SCHEDULES,
+    knob,
+)
 
 # People write a huge number of steps for never. No device counts it.
 NEVER = 10**15
@@ -107,6 +116,12 @@ class Optim:
         "float32",
         "The dtype of the first moment of adamw and lion. bfloat16 saves two bytes a parameter.",
         choices=DTYPES,
+    )
+    state_memory: str = knob(
+        "device",
+        "Where moments lie between updates: in the memory of the devices, or in that of their "
+        "hosts, from which each update fetches them.",
+        choices=MEMORIES,
     )
     weight_decay: float = knob(0.1, "Decoupled weight decay, times the rate.", low=0.0)
     decay: str = knob(

@@ -1,8 +1,8 @@
 """Models of other projects: their directories are opened, checked, read and written.
 
 `families.py` has a table of keys and one of tensors for each family. `architecture.py` turns a
-`config.json` into our Model and back. `tensors.py` reads safetensors files, `weights.py` makes
-parameters of them, and `directory.py` opens a whole directory.
+`config.json` into our Model and back. `foreign.py` opens whatever is there, and `export.py` writes
+a directory. `weights.py` makes parameters of tensors, wherever these come from.
 """
 
 import lazy_loader

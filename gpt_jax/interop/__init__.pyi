@@ -1,4 +1,4 @@
-from .architecture import write_config as write_config
+from .architecture import find_meaning as find_meaning, write_config as write_config
 from .export import write_directory as write_directory
 from .foreign import (
     find_tokenizer as find_tokenizer,

@@ -4,7 +4,7 @@ import base64
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from gpt_jax.errors import SaveFailed, UsageError
-from gpt_jax.files import describe_error
+from gpt_jax.files import describe_error, sync_file, sync_folder, write_file
 from gpt_jax.interop.architecture import write_config
 from gpt_jax.interop.families import find_family
 from gpt_jax.interop.foreign import CONFIG
@@ -44,15 +44,17 @@ def write_directory(
     family: str = "",
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
-    tell: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Writes `directory`, which must not exist. It appears whole or not at all.
 
     Its tensors are read, joined and written one at a time. `family` empty takes that of the origin,
-    or the first that fits. `tell` gets the bytes that were written. Raises UsageError if no family
-    has such a model, and SaveFailed if the disk does not take it.
+    or the first that fits. Raises UsageError if no family has such a model, and SaveFailed if the
+    disk does not take it.
     """
-    values = write_config(origin.model, family or origin.family)
+    read_from = find_family(origin.family) if origin.family else None
+    if not family and read_from is not None and read_from.is_written:
+        family = read_from.name
+    values = write_config(origin.model, family)
     plan = make_plan(find_family(values["model_type"]), origin.model)
     code, kind = EXPORTED[dtype]
     entries = []
@@ -72,14 +74,18 @@ def write_directory(
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _write_shards(unfinished, _cut(entries, shard_bytes), code, read, tell)
+        _write_shards(unfinished, _cut(entries, shard_bytes), code, read)
         config = values | {"dtype": dtype, "torch_dtype": dtype} | _name_specials(origin)
-        (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_file(unfinished / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         for name, content in list_files(origin).items():
-            (unfinished / name).write_bytes(content)
+            write_file(unfinished / name, content)
+        sync_folder(unfinished)
         unfinished.rename(directory)
-    except OSError as error:
+        sync_folder(directory.parent)
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise SaveFailed(f"{directory}: writing failed: {describe_error(error)}") from error
 
 
@@ -118,14 +124,14 @@ def _cut(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
     return shards
 
 
-def _write_shards(folder: Path, shards: list[list[Entry]], code: str, read, tell) -> None:
+def _write_shards(folder: Path, shards: list[list[Entry]], code: str, read) -> None:
     """Writes the tensors, and an index if there are several files."""
     places = {}
     for number, shard in enumerate(shards, 1):
         name = FILE
         if len(shards) > 1:
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_tensors(folder / name, shard, code, map(read, shard), tell)
+        write_tensors(folder / name, shard, code, map(read, shard))
         places |= {entry.piece.name: name for entry in shard}
 
     if len(shards) > 1:
@@ -135,7 +141,7 @@ def _write_shards(folder: Path, shards: list[list[Entry]], code: str, read, tell
 
 
 def write_tensors(
-    path: Path, entries: Sequence[Entry], code: str, arrays: Iterator[np.ndarray], tell
+    path: Path, entries: Sequence[Entry], code: str, arrays: Iterator[np.ndarray]
 ) -> None:
     """Writes a file of tensors, one at a time. The library would want all of them at once.
 
@@ -154,4 +160,4 @@ def write_tensors(
         file.write(struct.pack("<Q", len(text)) + text)
         for array in arrays:
             file.write(array.reshape(-1).view(np.uint8).data)
-            tell(array.nbytes)
+        sync_file(file)

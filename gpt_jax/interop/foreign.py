@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpt_jax import config as configs
 from gpt_jax.data import Spec, Tokenizer, find_begin, resolve_tokenizer, with_begin
 from gpt_jax.errors import UsageError
@@ -56,7 +58,14 @@ def open_directory(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _is_directory(path: Path) -> bool:
-    return (path / CONFIG).is_file() and not (path / "checkpoints").exists()
+    """Whether it has a `config.json` that is not the one of a run of ours."""
+    if not (path / CONFIG).is_file() or (path / "checkpoints").exists():
+        return False
+    try:
+        values = json.loads((path / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not (isinstance(values, dict) and {"model", "train", "data"} <= values.keys())
 
 
 def _has_suffix(suffix: str) -> Callable[[Path], bool]:
@@ -102,7 +111,7 @@ def open_foreign(path: str | Path, ignored: tuple[str, ...] = (), tokenizer: str
     model = read_model(values, ignored)
     family = find_family(values["model_type"])
     plan = make_plan(family, model)
-    tensors = _name_fully(found, family)
+    tensors = _drop_second_head(_name_fully(found, family), family, model)
     check_tensors(plan, family, tensors, str(path))
     weights = Weights(plan, tensors)
     return Origin(
@@ -112,7 +121,7 @@ def open_foreign(path: str | Path, ignored: tuple[str, ...] = (), tokenizer: str
         read=weights.read,
         tokenizer=find_tokenizer(path, tokenizer),
         carried={name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()},
-        family=family.name if family.is_written else "",
+        family=family.name,
     )
 
 
@@ -129,6 +138,24 @@ def find_tokenizer(directory: Path, spec: str = "") -> Tokenizer | None:
     if isinstance(found, Spec):
         raise UsageError(f"--tokenizer={spec}: is made from text; name bytes or a file")
     return with_begin(found, find_begin(found)) if found.kind == "json" else found
+
+
+def _drop_second_head(tensors, family: Family, model: configs.Model):
+    """The tensors without a head that is the embedding once more.
+
+    Raises UsageError if the config calls it the embedding, and the file has other values.
+    """
+    head, table = (
+        next(row.theirs for row in family.rows if row.ours == ours)
+        for ours in (("head/kernel",), ("embed/table",))
+    )
+    if not model.tied or head not in tensors or table not in tensors:
+        return tensors
+    if not np.array_equal(tensors[head].read(), tensors[table].read()):
+        raise UsageError(
+            f"config.json: tie_word_embeddings is true, and {head} is not {table}; set it to false"
+        )
+    return {name: tensor for name, tensor in tensors.items() if name != head}
 
 
 def _name_fully(tensors, family: Family):

@@ -72,8 +72,8 @@ MEANINGLESS = frozenset(
 MOST_LAYERS = config.Model.__dataclass_fields__["layers"].metadata["high"]
 
 
-class Missing(UsageError):
-    """A key that the family needs is not in the config."""
+class Missing:
+    """In the place of a default: the config must have the key."""
 
 
 class Key(NamedTuple):
@@ -133,11 +133,6 @@ def must(name: str, *allowed: Any) -> Key:
         return {}
 
     return Key((name,), read, lambda model: {})
-
-
-def written(**values: Any) -> Key:
-    """Keys that are written as they stand, and read as nothing."""
-    return Key(tuple(values), lambda found: {}, lambda model: values)
 
 
 def choice(name: str, rows: Mapping[Any, dict[str, Any]], default: Any = Missing) -> Key:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt_jax.errors import UsageError
+from gpt_jax.files import describe_error
+from gpt_jax.interop.keys import MOST_LAYERS
 from gpt_jax.interop.tensors import Tensor
 
 MAGIC = 0x616B3432  # "ak42"
@@ -69,8 +71,11 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header:
     """The header of a file. Raises UsageError for a version that is not read, and other files."""
-    with path.open("rb") as file:
-        raw = file.read(HEADER_BYTES)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise UsageError(f"{path}: {describe_error(error)}") from None
     if len(raw) < 28:
         raise UsageError(f"{path}: is no file of llama2.c: it has {len(raw)} bytes")
 
@@ -94,7 +99,8 @@ def open_llama2c(path: Path) -> tuple[dict[str, Any], dict[str, Tensor | Interle
     """
     header = read_header(path)
     sizes = header.sizes
-    if min(sizes.values()) <= 0 or sizes["dim"] % sizes["heads"]:
+    is_sane = min(sizes.values()) > 0 and sizes["layers"] <= MOST_LAYERS
+    if not is_sane or sizes["dim"] % sizes["heads"]:
         raise UsageError(f"{path}: is no file of llama2.c: its header says {sizes}")
 
     tensors: dict[str, Tensor | Interleaved] = {}

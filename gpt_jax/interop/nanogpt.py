@@ -29,6 +29,4 @@ def open_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, TorchTensor]]:
             name = name.removeprefix(prefix)
         if isinstance(tensor, TorchTensor) and not name.endswith(LEFT_OUT):
             tensors[name] = tensor
-    # The head is the embedding, and the file has it twice.
-    tensors.pop("lm_head.weight", None)
     return {"model_type": "nanogpt", **settings}, tensors

@@ -53,10 +53,9 @@ class TorchTensor(NamedTuple):
         dtype = self.storage.dtype
         try:
             with zipfile.ZipFile(self.storage.file) as archive:
-                raw = archive.read(self.storage.entry)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+                values = np.frombuffer(archive.read(self.storage.entry), dtype)
+        except Exception as error:  # a damaged zip may end in any error
             raise UsageError(f"{self.storage.file}: {self.storage.entry}: {error}") from None
-        values = np.frombuffer(raw, dtype)
         if len(values) < self.storage.count:
             raise UsageError(f"{self.storage.file}: {self.storage.entry} is cut short")
         strides = [stride * dtype.itemsize for stride in self.strides]

@@ -170,9 +170,15 @@ def load_params(read: Callable[[str, Slices], np.ndarray], abstract: Any) -> Any
 
     def make(keys, leaf):
         path = sharding.join_path(keys)
-        return jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, lambda index: read(path, cast(Slices, index))
-        )
+        # Devices that keep the same part share one copy of it on the host.
+        parts: dict[str, np.ndarray] = {}
+
+        def read_part(index):
+            if str(index) not in parts:
+                parts[str(index)] = read(path, cast(Slices, index))
+            return parts[str(index)]
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read_part)
 
     return jax.tree_util.tree_map_with_path(make, abstract)
 

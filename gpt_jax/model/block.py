@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import flax.linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config
 from gpt_jax.config import LayerSpec
@@ -47,6 +48,7 @@ class Block(nn.Module):
         model = self.model
         spec = self.spec
         places = NORM_PLACES[model.norm_position]
+        x = checkpoint_name(x, "layer_in")
 
         def norm(x, is_wanted, name):
             return Norm(model, name=name)(x) if is_wanted else x

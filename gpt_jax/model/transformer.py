@@ -23,7 +23,6 @@ from gpt_jax.config import LayerSpec, layer_specs, layout
 from gpt_jax.errors import UsageError
 from gpt_jax.model import stages
 from gpt_jax.model.attention.attention import MAPS, Context
-from gpt_jax.model.attention.kernels import is_kernel_result
 from gpt_jax.model.block import Block
 from gpt_jax.model.experts.balance import add_layer, empty_report
 from gpt_jax.model.kv_cache import append_token
@@ -39,16 +38,7 @@ from gpt_jax.model.layers.extras import (
 from gpt_jax.model.layers.linear import matmul
 from gpt_jax.model.layers.norms import Norm
 from gpt_jax.model.layers.positions import rotary_frequencies, sinusoids
-
-POLICIES = jax.checkpoint_policies
-REMATS = {
-    "block": None,  # recompute the block from its input
-    # Keep the results of matmuls and of attention kernels.
-    "dots": POLICIES.save_from_both_policies(
-        POLICIES.dots_with_no_batch_dims_saveable, is_kernel_result
-    ),
-    "offload": POLICIES.offload_dot_with_no_batch_dims("device", "pinned_host"),
-}
+from gpt_jax.model.remat import REMATS
 
 # How a model runs when nobody says otherwise: plainly, and in float32.
 REFERENCE = config.Compute(kernel="reference")
@@ -96,7 +86,8 @@ class Period(nn.Module):
         policy = self.compute.remat
         if policy == "none":
             return Block
-        return nn.remat(Block, prevent_cse=not self.looped, policy=REMATS[policy])
+        rule = REMATS[policy](self.compute)
+        return nn.remat(Block, prevent_cse=not self.looped, policy=rule)
 
 
 class Transformer(nn.Module):

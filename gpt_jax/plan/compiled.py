@@ -40,6 +40,8 @@ class Compiled:
     output: int = 0
     temporary: int = 0
     alias: int = 0
+    host_argument: int = 0  # In the memory of the host, as is the next one.
+    host_temporary: int = 0
     # What has to fit: arguments, outputs that are not arguments' buffers, and the temporaries as
     # one block with its gaps. The compiler's own peak leaves the gaps out.
     peak: int = 0
@@ -154,7 +156,7 @@ def _measure(used, seconds: float, program: Program) -> Compiled:
         - used.alias_size_in_bytes
         + used.temp_size_in_bytes
     )
-    is_offloaded = used.host_temp_size_in_bytes > 0
+    is_offloaded = used.host_temp_size_in_bytes + used.host_argument_size_in_bytes > 0
     peak = together if is_offloaded else max(together, getattr(used, "peak_memory_in_bytes", 0))
     return Compiled(
         seconds,
@@ -162,6 +164,8 @@ def _measure(used, seconds: float, program: Program) -> Compiled:
         output=used.output_size_in_bytes,
         temporary=used.temp_size_in_bytes,
         alias=used.alias_size_in_bytes,
+        host_argument=used.host_argument_size_in_bytes,
+        host_temporary=used.host_temp_size_in_bytes,
         peak=peak,
         program=program,
     )

@@ -1,5 +1,7 @@
 """A plan as plain data, for JSON; everything in bytes and seconds."""
 
+from dataclasses import asdict
+
 from gpt_jax.hardware import choose_xla_options
 from gpt_jax.plan.command_line import describe_replaced
 from gpt_jax.plan.estimate import Estimate
@@ -73,6 +75,7 @@ def _estimate_data(plan: Plan, estimate: Estimate) -> dict:
     peak = estimate.memory.peak
     return {
         "memory": estimate.memory.list_parts() | {"peak": peak, "limit": plan.topology.chip.memory},
+        "host_memory": asdict(estimate.memory.host),
         "activations_by_remat": remat_bytes(plan.job, plan.topology, estimate),
         "step_seconds": estimate.step,
         "bound_by": estimate.bound,

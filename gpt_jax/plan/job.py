@@ -30,7 +30,7 @@ FULL_BYTES = 4  # Of an entry in float32.
 class Array(NamedTuple):
     """Arrays of the state that are cut alike."""
 
-    part: str  # It is "params", "opt", "ema" or "rest".
+    part: str  # It is "params", "opt", "host" (moments there), "ema" or "rest".
     role: str  # It is "layer", "expert", "embed" or "head".
     axes: tuple[str, ...]  # Mesh axes that cut it under ZeRO-3.
     stacked: bool  # Its first dim is layers, which the stages of a pipeline share.
@@ -156,6 +156,8 @@ def _describe_array(path: str, leaf) -> Array:
             axes += entry
 
     part = path.split("/")[0]
+    if sharding.is_on_host(leaf):
+        part = "host"
     role = "layer"
     stacked = False
     try:
@@ -166,7 +168,7 @@ def _describe_array(path: str, leaf) -> Array:
         pass  # A counter, for instance, belongs to no parameter.
 
     return Array(
-        part=part if part in ("params", "opt", "ema") else "rest",
+        part=part if part in ("params", "opt", "host", "ema") else "rest",
         role=role,
         axes=tuple(sorted(axes)),
         stacked=stacked,

@@ -1,6 +1,7 @@
 """A plan as lines for people."""
 
 import shlex
+from dataclasses import asdict
 
 from gpt_jax import config as configs
 from gpt_jax.hardware import GIB, choose_xla_options, describe_xla_options
@@ -9,6 +10,7 @@ from gpt_jax.plan.estimate import Estimate
 from gpt_jax.plan.horizon import Horizon
 from gpt_jax.plan.job import PlanJob
 from gpt_jax.plan.links import Link
+from gpt_jax.plan.memory import HostMemory
 from gpt_jax.plan.plan import Plan
 from gpt_jax.plan.program.collectives import Collective
 from gpt_jax.plan.schedule import Schedule
@@ -92,7 +94,7 @@ def format_head(job: PlanJob, topology: Topology, estimate: Estimate) -> list[st
         f"{topology}: {topology.devices} {chip.kind} devices on {topology.hosts} hosts, "
         f"{topology.peak / 1e12:,.1f} TFLOP/s dense bf16 and {chip.memory / GIB:.1f} GiB each",
         f"mesh: {format_mesh(estimate.shape)}; zero {config.mesh.zero}, "
-        f"remat {config.compute.remat}, {microbatches}, "
+        f"remat {configs.describe_remat(config.compute)}, {microbatches}, "
         f"attention kernel {estimate.kernel} ({estimate.reason})",
         f"model: {job.parameters:,} parameters, {job.matmul_params:,} multiplied; "
         f"{job.full_flops / 1e9:,.3g} GFLOP a token and {full / 1e15:,.3g} PFLOP a step "
@@ -113,6 +115,7 @@ def format_arithmetic(job: PlanJob, topology: Topology, estimate: Estimate) -> l
         "(working and logits never coexist; only the larger is counted)",
         *(f"  {name:<12} {format_size(value):>12}" for name, value in parts.items() if value),
         f"  activations by remat: {policies}",
+        *format_host(estimate.memory.host),
         f"  {format_verdict(estimate.memory.peak, topology)}",
         "sent by a device in a step",
         *(flows or ["  nothing"]),
@@ -124,6 +127,12 @@ def format_arithmetic(job: PlanJob, topology: Topology, estimate: Estimate) -> l
         f"bound by {estimate.bound}; estimated MFU {estimate.mfu_full:.1%} (full map), "
         f"{estimate.mfu_causal:.1%} (causal)",
     ]
+
+
+def format_host(host: HostMemory) -> list[str]:
+    """Returns a line about what a device has in the memory of its host, if it has anything."""
+    parts = [f"{name} {format_size(value)}" for name, value in asdict(host).items() if value]
+    return [f"  on the host, for each device: {', '.join(parts)}"] if parts else []
 
 
 def _format_flow(flow: Flow, link: Link) -> str:
@@ -148,6 +157,7 @@ def format_compiled(trial: Trial, topology: Topology) -> list[str]:
         f"compiled in {compiled['seconds']:.0f} s: argument {format_size(compiled['argument'])}, "
         f"output {format_size(compiled['output'])} (alias {format_size(compiled['alias'])}), "
         f"temporary {format_size(compiled['temporary'])}; arithmetic said {arithmetic:+.0%}",
+        *_format_compiled_host(compiled),
         f"  {format_verdict(compiled['peak'], topology)}",
         "collectives of the program, sent by a device in a step",
         *map(_format_collective, rows[:MOST_COLLECTIVES]),
@@ -157,6 +167,15 @@ def format_compiled(trial: Trial, topology: Topology) -> list[str]:
         total = format_size(sum(row.bytes * row.calls for row in others))
         lines.append(f"  and {len(others)} more kinds, {total}")
     return [*lines, *_format_schedule(trial.schedule)]
+
+
+def _format_compiled_host(compiled: dict) -> list[str]:
+    if not compiled["host_argument"] + compiled["host_temporary"]:
+        return []
+    return [
+        f"  on the host: argument {format_size(compiled['host_argument'])}, "
+        f"temporary {format_size(compiled['host_temporary'])}"
+    ]
 
 
 def _format_collective(row: Collective) -> str:

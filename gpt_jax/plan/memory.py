@@ -22,6 +22,7 @@ from gpt_jax.plan.job import (
     group_layers,
 )
 from gpt_jax.plan.microbatch import Microbatch, split_microbatch, stream_bytes
+from gpt_jax.plan.remat import host_bytes, saved_bytes
 
 # Columns of a batch, of four bytes an entry each, and the two that a document mask adds.
 COLUMNS = 4
@@ -56,8 +57,16 @@ GAPS = {"tpu": 0.08, "gpu": 0.0}
 
 
 @dataclass(frozen=True)
+class HostMemory:
+    """Bytes in the memory of the host that belong to one device."""
+
+    optimizer: float
+    activations: float
+
+
+@dataclass(frozen=True)
 class Memory:
-    """Bytes on one device."""
+    """Bytes on one device, and what it has on its host."""
 
     parameters: float
     optimizer: float
@@ -69,6 +78,7 @@ class Memory:
     logits: float
     gathered: float  # Weights that are whole for a moment.
     gaps: float  # A part of all temporaries, and no bytes.
+    host: HostMemory
 
     @property
     def state(self) -> float:
@@ -84,8 +94,9 @@ class Memory:
         return self.state + self.batch + self.temporary * (1 + self.gaps)
 
     def list_parts(self) -> dict[str, float]:
-        """Returns bytes by the name of the part, gaps in bytes too."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        """Returns the device's bytes by the name of the part, gaps in bytes too."""
+        names = [field.name for field in fields(self) if field.name != "host"]
+        parts = {name: getattr(self, name) for name in names}
         return parts | {"gaps": self.gaps * self.temporary}
 
 
@@ -118,6 +129,10 @@ def estimate_memory(job: PlanJob, shape: dict[str, int], kernel: str, platform: 
         logits=_logits_bytes(config, shape, here),
         gathered=_gathered_bytes(job, shape, platform),
         gaps=GAPS[platform],
+        host=HostMemory(
+            optimizer=device_bytes(job, shape, "host", zero),
+            activations=_host_activation_bytes(job, layers, shape, here, kernel),
+        ),
     )
 
 
@@ -152,6 +167,18 @@ def _activation_bytes(
     return total + here.tokens * stream * streams
 
 
+def _host_activation_bytes(
+    job: PlanJob,
+    layers: list[tuple[Widths, int]],
+    shape: dict[str, int],
+    here: Microbatch,
+    kernel: str,
+) -> float:
+    """Returns what the forward pass leaves on the host for the backward one."""
+    a_token = sum(host_bytes(job, widths, shape, kernel) * count for widths, count in layers)
+    return here.tick_tokens * here.ticks * a_token * here.tick_layers / len(job.layers)
+
+
 def kept_bytes(job: PlanJob, widths: Widths, shape: dict[str, int], kernel: str) -> float:
     """Returns the bytes that the forward pass leaves behind for a token in one layer.
 
@@ -163,6 +190,8 @@ def kept_bytes(job: PlanJob, widths: Widths, shape: dict[str, int], kernel: str)
     stream = stream_bytes(job, shape)
     if job.config.compute.remat in ("block", "offload"):
         return stream
+    if job.config.compute.remat == "names":
+        return saved_bytes(job, widths, shape, kernel)
 
     inside = (widths.q + 2 * widths.kv + widths.inner) / tensor * entry
     # Results of matmuls that are read again: q, k, v, the projection of attention's output, and of

@@ -4,6 +4,7 @@ Matmuls count the FLOPs that are really done. These include what remat does agai
 of a pipeline. Passes over memory are what is read and written between matmuls.
 """
 
+from gpt_jax import config as configs
 from gpt_jax.model import KERNELS
 from gpt_jax.plan.experts import (
     count_padding,
@@ -14,6 +15,7 @@ from gpt_jax.plan.experts import (
 )
 from gpt_jax.plan.job import FULL_BYTES, PlanJob, compute_bytes, device_bytes, group_layers
 from gpt_jax.plan.microbatch import Microbatch
+from gpt_jax.plan.remat import is_recomputed, repeated_part
 from gpt_jax.plan.topology import Topology
 
 # Parts of the peak that matmuls are assumed to reach. A compiled 8,192-cubed one has 0.7 to 0.9 on
@@ -75,10 +77,20 @@ def attention_flops(job: PlanJob, kernel: str) -> float:
 def attention_seconds(job: PlanJob, topology: Topology, kernel: str, here: Microbatch) -> float:
     """Returns the seconds of attention's scores and sums on one device in a step."""
     tokens = job.config.train.batch_size * job.config.train.seq_len / topology.devices
-    # Every policy but `none` computes attention again, which adds a forward pass to three.
-    repeats = 1.0 if job.config.compute.remat == "none" else 4 / 3
+    repeats = 4 / 3 if _repeats_attention(job.config.compute, kernel) else 1.0
     flops = attention_flops(job, kernel) * repeats * _count_idle(job, here)
     return tokens * flops / multiply_peak(job, topology) / KERNELS[kernel].efficiency
+
+
+def _repeats_attention(compute: configs.Compute, kernel: str) -> bool:
+    """Returns whether the kernel runs forward again, which adds a forward pass to three.
+
+    Every policy but `none` is counted so, and `names` only if it does not keep what the backward
+    pass of the kernel reads.
+    """
+    if compute.remat == "names" and KERNELS[kernel].keeps_result:
+        return is_recomputed(compute, "attention")
+    return compute.remat != "none"
 
 
 def compute_seconds(
@@ -93,19 +105,22 @@ def compute_seconds(
     head = 6 * model.vocab * model.embed
     wasted = _count_wasted(job, shape, here, topology.chip.platform)
     matrices = job.matmul_params - model.vocab * model.embed + wasted
-    layers = 6 * matrices * _count_repeats(job) * _count_idle(job, here)
+    times = _count_repeats(job, topology.chip.platform) * _count_idle(job, here)
+    layers = 6 * matrices * times
 
     matmuls = matmul_seconds(job, topology, tokens * (layers + head))
-    scaled = 6 * count_fp8_params(job) * _count_repeats(job) * _count_idle(job, here)
+    scaled = 6 * count_fp8_params(job) * times
     matmuls -= _fp8_gain(job, topology, tokens * scaled)
     return matmuls + attention_seconds(job, topology, kernel, here)
 
 
-def _count_repeats(job: PlanJob) -> float:
+def _count_repeats(job: PlanJob, platform: str) -> float:
     """Returns the FLOPs done over the FLOPs counted, of the matmuls of layers.
 
     Recomputing adds a forward pass to three. `dots` does not keep the matmuls of experts.
     """
+    if job.config.compute.remat == "names":
+        return 1 + repeated_part(job, platform) / 3
     is_sparse = any(widths.sent for widths in job.layers)
     repeats = {
         "none": 1.0,
@@ -182,7 +197,7 @@ def _block_sum_bytes(job: PlanJob, shape: dict[str, int], here: Microbatch, plat
 
 
 def update_seconds(job: PlanJob, topology: Topology, shape: dict[str, int]) -> float:
-    """Returns the seconds of the optimiser's update."""
-    state = sum(device_bytes(job, shape, part) for part in ("params", "opt", "ema"))
+    """Returns the seconds of the optimiser's update, without the links to the host."""
+    state = sum(device_bytes(job, shape, part) for part in ("params", "opt", "host", "ema"))
     gradients = device_bytes(job, shape, "params")
     return (UPDATE_TOUCHES * state + gradients) / topology.chip.bandwidth

@@ -103,8 +103,7 @@ def generate_variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[li
     for remat in REMATS:
         for rounds, microbatches in shapes:
             compute = replace(
-                config.compute,
-                remat=remat,
+                configs.set_remat(config.compute, remat),
                 shard_sequence=mesh.tensor > 1,
                 pipeline_rounds=rounds,
                 pipeline_microbatches=microbatches,

@@ -18,10 +18,15 @@ def step_flops(job: PlanJob) -> tuple[int, int]:
 
 
 def remat_bytes(job: PlanJob, topology: Topology, estimate: Estimate) -> dict[str, float]:
-    """Returns the bytes of activations on a device under each policy that a search tries."""
+    """Returns the bytes of activations on a device under each policy that a search tries.
+
+    Names that the config keeps are one more.
+    """
     activations = {}
+    if job.config.compute.remat == "names":
+        activations["names"] = estimate.memory.activations
     for remat in REMATS:
-        compute = replace(job.config.compute, remat=remat)
+        compute = configs.set_remat(job.config.compute, remat)
         changed = job._replace(config=replace(job.config, compute=compute))
         memory = estimate_memory(changed, estimate.shape, estimate.kernel, topology.chip.platform)
         activations[remat] = memory.activations
@@ -38,9 +43,14 @@ def list_uncounted(config: configs.Config, topology: Topology) -> list[str]:
             "passes that scale and round their operands are not in the arithmetic; memory is "
             f"that of {config.compute.dtype}"
         )
-    if config.compute.remat == "offload":
-        lines.append(
-            "config.compute.remat = 'offload': its copies to the host's memory and back "
-            "are not in the step's time"
-        )
+    fields = {
+        "compute.remat = 'offload'": config.compute.remat == "offload",
+        f"compute.remat_offload = {config.compute.remat_offload!r}": config.compute.remat_offload,
+        "optim.state_memory = 'host'": config.optim.state_memory == "host",
+    }
+    lines += [
+        f"config.{field}: its copies to the host's memory and back are not in the step's time"
+        for field, is_used in fields.items()
+        if is_used
+    ]
     return lines

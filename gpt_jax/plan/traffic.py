@@ -17,6 +17,7 @@ from gpt_jax.plan.job import (
     group_layers,
 )
 from gpt_jax.plan.microbatch import Microbatch, split_microbatch, stream_bytes
+from gpt_jax.plan.remat import is_recomputed
 
 # Mesh axes that cut the weights of a role, and along which every use of them gathers.
 GATHER_AXES: dict[str, tuple[str, ...]] = {
@@ -192,7 +193,6 @@ def _list_layer_flows(
     model = config.model
     entry = compute_bytes(job)
     count = config.train.accumulate
-    is_recomputed = job.config.compute.remat in ("block", "offload")
     tensor, context, expert = (shape[axis] for axis in ("tensor", "context", "expert"))
     # Tokens that go through each layer.
     passed = here.tick_tokens * here.ticks * here.tick_layers / len(job.layers)
@@ -202,18 +202,21 @@ def _list_layer_flows(
         through = passed * times
         if tensor > 1:
             # There are two sums forward and two backward, and attention's again when recomputed.
-            sums = (4 + is_recomputed) * 2 * share(tensor) * model.embed * entry * through
+            repeated = is_recomputed(config.compute, "attention_out")
+            sums = (4 + repeated) * 2 * share(tensor) * model.embed * entry * through
             flows.append(Flow("tensor", "streams summed", sums * count, hidden=False))
 
         if context > 1:
             # Keys and values go round, and backward their float32 gradients too.
             keys = 2 * widths.kv / tensor * through * (context - 1)
-            sent = keys * ((2 + is_recomputed) * entry + FULL_BYTES) * count
+            repeated = is_recomputed(config.compute, "attention")
+            sent = keys * ((2 + repeated) * entry + FULL_BYTES) * count
             flows.append(Flow("context", "keys and values", sent, hidden=False))
 
         if expert > 1 and widths.sent:
             # Tokens go there and back, forward and backward. Empty places may travel too.
-            trips = 4 + 2 * is_recomputed
+            trips = 4 + is_recomputed(config.compute, "experts_in")
+            trips += is_recomputed(config.compute, "experts_out")
             is_full = padded or model.dispatch == "capacity"
             places = count_exchange_places(model, shape) if is_full else 1
             moved = trips * share(expert) * widths.sent * model.embed * entry * through * places

@@ -24,13 +24,18 @@ class Difference(NamedTuple):
     """A parameter of one model minus that of another.
 
     `relative` is the norm of the difference in parts of the first one's norm. `largest` is that of
-    absolute values.
+    absolute values. Where an entry is no number, both are NaN.
     """
 
     path: str
     shape: tuple[int, ...]
     largest: float
     relative: float
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether no entry differs."""
+        return self.largest == 0
 
 
 def _read_slices(origin: Origin, path: str, depth: int) -> Iterator[np.ndarray]:
@@ -45,7 +50,7 @@ def measure(origin: Origin) -> Iterator[Measured]:
         squares = largest = 0.0
         for values in _read_slices(origin, path, depths[path]):
             squares += float((values**2).sum())
-            largest = max(largest, float(np.abs(values).max(initial=0)))
+            largest = float(np.maximum(largest, np.abs(values).max(initial=0)))
         shape = origin.shapes[path]
         yield Measured(path, shape, 4 * int(np.prod(shape)), squares**0.5, largest)
 
@@ -77,7 +82,7 @@ def subtract(first: Origin, second: Origin) -> Iterator[Difference]:
             apart = mine - theirs
             squares += float((apart**2).sum())
             norm += float((mine**2).sum())
-            largest = max(largest, float(np.abs(apart).max(initial=0)))
+            largest = float(np.maximum(largest, np.abs(apart).max(initial=0)))
         relative = (squares / norm) ** 0.5 if norm else float(squares > 0)
         yield Difference(path, first.shapes[path], largest, relative)
 

@@ -12,6 +12,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.interop import (
     Origin,
     find_depths,
+    find_meaning,
     is_foreign,
     list_shapes,
     open_foreign,
@@ -23,7 +24,7 @@ from gpt_jax.train import (
     CHECKPOINT_FOLDER,
     MANIFEST,
     Lazy,
-    peek_meta,
+    read_meta,
     read_slice,
     resolve_checkpoint,
     steps_in,
@@ -49,14 +50,23 @@ def open_model(
     Raises UsageError for what cannot be used, and NoCheckpoint for damage.
     """
     if is_foreign(path):
+        if step:
+            raise UsageError(f"--step={step}: {path} has no steps; leave it out")
         return open_foreign(path, ignored, tokenizer)
+    for flag, value in (("tokenizer", tokenizer), ("ignore_keys", " ".join(ignored))):
+        if value:
+            raise UsageError(f"--{flag}={value}: {path} is a checkpoint of ours; leave it out")
     return open_native(path, step, say)
 
 
 def open_native(path: str, step: int, say: Callable[[str], None]) -> Origin:
     """The weights of a checkpoint of ours, the averaged ones if the run kept them."""
-    directory, number = resolve_checkpoint(path, step, say, META_SCHEMA)
-    meta = peek_meta(directory, number, META_SCHEMA)
+    return open_step(*resolve_checkpoint(path, step, say, META_SCHEMA))
+
+
+def open_step(directory: Path, number: int) -> Origin:
+    """The weights of a step, whose files are not verified. It needs no other process."""
+    meta = read_meta(directory, number, META_SCHEMA)
     config = read_config(meta, directory, number)
     folder = directory / str(number)
     item = "ema" if config.train.ema else "params"
@@ -96,17 +106,18 @@ def check_export(config: configs.Config) -> None:
 
 
 def export_step(
-    config: configs.Config, workdir: Path, step: int, say: Callable[[str], None]
+    config: configs.Config, directory: Path, step: int, say: Callable[[str], None]
 ) -> None:
     """Writes a checkpoint of a run in the form that its config asks for, unless it is there.
 
-    It is read from the disk, so no device holds the weights a second time.
+    It is read from the disk, so no device holds the weights a second time. One process does it.
+    `directory` is that of the checkpoints.
     """
-    target = workdir / EXPORT_FOLDER / str(step)
+    target = directory.parent / EXPORT_FOLDER / str(step)
     if config.checkpoint.export == "none" or target.exists():
         return
     target.parent.mkdir(exist_ok=True)
-    write_directory(open_native(str(workdir), step, say), target)
+    write_directory(open_step(directory, step), target)
     say(f"step {step} as a directory of Hugging Face: {target}")
 
 
@@ -117,8 +128,11 @@ def average(origins: Sequence[Origin], weights: Sequence[float]) -> Origin:
     """
     first = origins[0]
     for other in origins[1:]:
-        if other.model != first.model:
+        if find_meaning(other.model) != find_meaning(first.model):
             raise UsageError(f"{other.name} and {first.name} are other models; average of one kind")
+        tokenizers = [one.tokenizer.fingerprint for one in (first, other) if one.tokenizer]
+        if len(set(tokenizers)) > 1:
+            raise UsageError(f"{other.name} and {first.name} have other tokenizers")
 
     def read(path, index):
         total = np.zeros((), np.float64)
@@ -130,17 +144,20 @@ def average(origins: Sequence[Origin], weights: Sequence[float]) -> Origin:
     return first._replace(name=f"the mean of {names}", read=read)
 
 
-def check_vocabulary(model: configs.Model, tokenizer: Tokenizer | None) -> str:
+def check_vocabulary(
+    model: configs.Model, tokenizer: Tokenizer | None, flags: str = "--tokenizer=SPEC"
+) -> str:
     """A line about rows of the embedding that no token has, or "".
 
-    Raises UsageError if there is no tokenizer, or one with more tokens than the embedding has rows.
+    `flags` are where a user names a tokenizer. Raises UsageError if there is none, or one with more
+    tokens than the embedding has rows.
     """
     if tokenizer is None:
-        raise UsageError("no tokenizer lies beside the weights; name one with --tokenizer=SPEC")
+        raise UsageError(f"no tokenizer lies beside the weights; name one with {flags}")
     if tokenizer.vocab > model.vocab:
         raise UsageError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab} tokens, and the embedding "
-            f"{model.vocab} rows; name the model's own with --tokenizer=SPEC"
+            f"{model.vocab} rows; name the model's own with {flags}"
         )
     if tokenizer.vocab == model.vocab:
         return ""

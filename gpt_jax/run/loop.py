@@ -76,7 +76,11 @@ def run_training(
             follow_step(progress, checkpoints, state, step, stop)
             collect(step)
             beat()
-        return conclude(progress, checkpoints, state, stop, say)
+        summary = conclude(progress, checkpoints, state, stop, say)
+    # Nothing beats while a large model is written, so no watchdog stands beside it.
+    last = max(steps, progress.start)
+    agree_on(lambda: export_step(parts.config, checkpoints.directory, last, say))
+    return summary
 
 
 class Session(NamedTuple):
@@ -310,7 +314,6 @@ def conclude(
         lambda: find_leftovers(workdir, steps, is_heldout, samples)
     )
     if progress.start >= steps and is_measured and is_sampled and has_report:
-        agree_on(lambda: export_step(config, workdir, steps, say))
         say(
             f"finished before, at step {steps}: see {workdir / 'report.html'}; for more steps "
             "raise config.train.steps"
@@ -323,7 +326,6 @@ def conclude(
         write_samples(progress, state, steps, samples)
     with progress.clock.phase("checkpoint", blocked=True):
         checkpoints.wait()
-        agree_on(lambda: export_step(config, workdir, steps, say))
 
     facts = {}
     if config.eval.compare_xz and jax.process_index() == 0:

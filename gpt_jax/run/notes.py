@@ -112,7 +112,7 @@ def describe_size(config: configs.Config) -> list[str]:
     return [
         f"parameters: {counts['total']:,} ({counts['matmul']:,} multiplied, "
         f"{counts['embedding']:,} looked up); {describe_dtypes(config)}, "
-        f"remat {config.compute.remat}"
+        f"remat {configs.describe_remat(config.compute)}"
     ]
 
 
@@ -178,13 +178,16 @@ def describe_dtypes(config: configs.Config) -> str:
 
 
 def describe_optimizer(config: configs.Config, params_like) -> list[str]:
-    """A line for each group of parameters."""
+    """A line for each group of parameters, and one about moments on the host."""
     balance_rate = config.model.balance_rate
-    return [
+    lines = [
         f"optimiser: {row.optimizer} for {row.group}: {format_count(row.tensors, 'tensor')}, "
         f"{row.parameters:,} parameters, peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
         for row in describe_groups(config.optim, params_like, describe_parameter, balance_rate)
     ]
+    if config.optim.state_memory == "host":
+        lines.append(f"optimiser: moments lie in the host's memory ({sharding.HOST})")
+    return lines
 
 
 def format_count(number: int, what: str) -> str:

@@ -47,6 +47,7 @@ from gpt_jax.train import (
     TrainState,
     eval_step,
     init_state,
+    keep_on_host,
     make_optimizer,
     make_zero1,
     train_step,
@@ -277,6 +278,9 @@ def make_steps(config: configs.Config, mesh) -> Steps:
 
         if config.mesh.zero == 1:
             tx = make_zero1(tx, partial(sharding.lay_out_like, like=like), sharding.gather_fsdp)
+        is_on_host = config.optim.state_memory == "host"
+        if is_on_host:
+            tx = keep_on_host(tx)
 
         def start(params):
             if config.mesh.zero == 1:
@@ -297,10 +301,14 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         def measure(params, batch, frozen=None):
             return eval_step(params, frozen or {}, batch, network=network, train=train)
 
+        abstract = sharding.make_concrete(jax.eval_shape(make_state), mesh)
+        if is_on_host:
+            abstract = abstract._replace(opt=sharding.describe_on_host(abstract.opt))
+
         return Steps(
             jax.jit(make_state),
             jax.jit(start, donate_argnums=0),
-            sharding.make_concrete(jax.eval_shape(make_state), mesh),
+            abstract,
             jax.jit(update, donate_argnums=0, compiler_options=options),
             jax.jit(measure, compiler_options=options),
         )

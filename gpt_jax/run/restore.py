@@ -61,6 +61,8 @@ def load_model(
     for line in check_miscompiles(jax.local_devices()[0], ignore_miscompiles):
         say(line)
     if is_foreign(path):
+        if step:
+            raise UsageError(f"--step={step}: {path} has no steps; leave it out")
         return _load_foreign(path, say, devices, is_decoding)
 
     # Several processes would have to agree on another attempt in the middle of a collective read.
@@ -112,7 +114,11 @@ def _load(
 def _load_foreign(path: str, say: Callable[[str], None], devices: int, is_decoding: bool) -> Loaded:
     """Reads a directory of another project, each device its own parts. Raises UsageError."""
     origin = open_foreign(path)
-    line = check_vocabulary(origin.model, origin.tokenizer)
+    line = check_vocabulary(
+        origin.model,
+        origin.tokenizer,
+        f"gpt-jax convert --from {path} --to DIR --tokenizer=SPEC, and use DIR",
+    )
     if line:
         say(line)
     settled, mesh, kernel = _settle(make_config(origin.model), devices, is_decoding)

@@ -20,6 +20,7 @@ from gpt_jax.run.convert import make_config
 from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
 from gpt_jax.train import (
     CHECKPOINT_FOLDER,
+    MANIFEST,
     peek_meta,
     read_meta,
     resolve_checkpoint,
@@ -172,6 +173,12 @@ def peek_config(path: str | Path, step: int) -> configs.Config:
     return read_config(meta, Path(path), meta["step"])
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run has a step that is finished."""
+    directory = workdir / CHECKPOINT_FOLDER
+    return any((directory / str(step) / MANIFEST).exists() for step in steps_in(directory))
+
+
 def take_model(config: configs.Config, workdir: Path | None) -> configs.Config:
     """The config with the model of the weights it starts from, if it asks for that.
 
@@ -183,7 +190,7 @@ def take_model(config: configs.Config, workdir: Path | None) -> configs.Config:
         return config
     if not config.init.from_:
         raise UsageError("config.init.model = 'checkpoint': needs config.init.from")
-    if workdir and steps_in(workdir / CHECKPOINT_FOLDER):
+    if workdir and has_checkpoint(workdir):
         model = peek_config(workdir, 0).model
     else:
         with naming_field(config.init):

@@ -22,6 +22,13 @@ from .manual import (
     run_local as run_local,
     sum_over_copies as sum_over_copies,
 )
+from .memory import (
+    HOST as HOST,
+    describe_on_host as describe_on_host,
+    is_on_host as is_on_host,
+    to_device as to_device,
+    to_host as to_host,
+)
 from .mesh import (
     describe_places as describe_places,
     find_unsharded as find_unsharded,

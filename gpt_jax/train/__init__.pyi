@@ -35,6 +35,7 @@ from .optim.optimizer import (
     rewind as rewind,
 )
 from .optim.schedule import make_schedule as make_schedule
+from .optim.streaming import keep_on_host as keep_on_host
 from .step import (
     TrainState as TrainState,
     eval_step as eval_step,

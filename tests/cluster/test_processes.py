@@ -61,7 +61,14 @@ def test_losses_do_not_depend_on_the_processes(tmp_path, processes, devices, mes
     job = runs.job(
         tmp_path / "logs",
         processes,
-        runs.arguments(tmp_path, tmp_path / "job", *axes, *model, "--config.eval.samples=3"),
+        runs.arguments(
+            tmp_path,
+            tmp_path / "job",
+            *axes,
+            *model,
+            "--config.eval.samples=3",
+            f"--config.checkpoint.export={'none' if model else 'hf'}",
+        ),
         devices,
         # One of the cases has interpreters of its own, and so a hash seed for each.
         start=subprocess.Popen if mesh == "data=2" else forks.Popen,
@@ -88,6 +95,7 @@ def test_losses_do_not_depend_on_the_processes(tmp_path, processes, devices, mes
         relative,
     )
     assert (tmp_path / "job/report.html").exists()  # made after sampling, on all processes
+    assert (tmp_path / "job/hf/20/config.json").exists() == (not model)
 
 
 @pytest.mark.deep

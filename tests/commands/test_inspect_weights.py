@@ -75,7 +75,34 @@ def test_verify_finds_one_flipped_bit(two, capsys):
     assert "sha256" in capsys.readouterr().out
 
 
+def test_a_step_that_is_being_saved_is_no_damage(two, capsys):
+    (two[0] / "checkpoints/6").mkdir()
+    (two[0] / "checkpoints/6.saving").touch()
+    assert inspect(capsys, f"--checkpoint={two[0]}", "--verify") == "step 0: whole\n"
+    one = two[0] / "checkpoints/0"
+    assert inspect(capsys, f"--checkpoint={one}", "--verify") == "step 0: whole\n"
+
+
+def test_no_number_is_a_difference(tmp_path, capsys):
+    first = make_origin()
+
+    def read(path, index):
+        values = first.read(path, index)
+        return np.full_like(values, np.nan) if path == "final_norm/scale" else values
+
+    write_native(first, tmp_path / "a", print)
+    write_native(first._replace(read=read), tmp_path / "b", print)
+    text = inspect(capsys, f"--checkpoint={tmp_path / 'a'}", f"--diff={tmp_path / 'b'}")
+    assert text.splitlines()[-1].startswith("1 of ")
+    found = json.loads(inspect(capsys, f"--checkpoint={tmp_path / 'b'}", "--json"))
+    norms = {row["path"]: row["norm"] for row in found["tensors"]}
+    assert norms["final_norm/scale"] is None and norms["embed/table"] > 0
+
+
 BAD = {
+    "verify and diff": (["--checkpoint=a", "--verify", "--diff=b"], "goes with --checkpoint alone"),
+    "diff of a workdir": (["--workdir=a", "--diff=b"], "--diff: goes with --checkpoint"),
+    "a step of nothing": (["--checkpoint=a", "--diff_step=3"], "--diff_step=3: needs --diff"),
     "nothing": ([], "--workdir=DIR or --checkpoint=DIR: say what to inspect"),
     "both": (["--workdir=a", "--checkpoint=b"], "say what to inspect"),
     "absent": (["--checkpoint=absent"], "does not exist"),

@@ -275,6 +275,59 @@ MOE = dict(pattern=(("attention", "moe"),))
             dict(compute=dict(pipeline_rounds=2)),
             ("config.compute.pipeline_rounds = 2", "without config.mesh.pipeline"),
         ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_save=("attention", "scores"))),
+            ("config.compute.remat_save = ", "'scores' is not known", "attention_out", "mlp_in"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_save=("q", "v"), remat_offload=("k", "q"))),
+            ("config.compute.remat_offload = ('k', 'q')", "'q' is in both lists"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_offload=("experts_in",))),
+            ("config.compute.remat_offload = ", "in no layer", "mlp_hidden"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_save=("mlp_in",)), model=MOE),
+            ("config.compute.remat_save = ", "in no layer", "experts_out"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_save=("layer_in",))),
+            ("config.compute.remat_save = ", "'layer_in' is kept in any case"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names", remat_save=("mlp_out",))),
+            ("config.compute.remat_save = ", "config.model.norm_position = 'pre'"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="names")),
+            ("config.compute.remat = 'names'", "config.compute.remat_save", "use block"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat="dots", remat_save=("q",))),
+            ("config.compute.remat_save = ('q',)", "config.compute.remat = 'dots'"),
+        ),
+        (
+            {},
+            dict(compute=dict(remat_offload=("q",))),
+            ("config.compute.remat_offload = ('q',)", "config.compute.remat = 'none'"),
+        ),
+        (
+            {},
+            dict(
+                compute=dict(remat="names", remat_save=("attention_out",)),
+                model=dict(parallel=True),
+            ),
+            ("config.compute.remat_save = ", "config.model.parallel = True"),
+        ),
     ],
 )
 def test_check_refuses_what_does_not_divide_over_the_mesh(mesh, sections, words):

@@ -20,7 +20,7 @@ from gpt_jax.data.stream import rows
 from gpt_jax.data.tokens import split
 from gpt_jax.errors import UsageError
 from gpt_jax.evals import evaluators
-from gpt_jax.model import block, count, parametrization, transformer
+from gpt_jax.model import block, count, parametrization, remat, transformer
 from gpt_jax.model.attention import kernels
 from gpt_jax.model.layers import linear, mlp, norms, positions
 from gpt_jax.model.parameters import describe_parameter
@@ -294,7 +294,7 @@ def test_gpt2_names_the_way_to_tensor_parallel():
         (config.INITS, parametrization.INITS),
         (config.KERNELS, {"auto"} | set(kernels.KERNELS)),
         (config.MATMULS, linear.MULTIPLIERS),
-        (config.REMATS, {"none"} | set(transformer.REMATS)),
+        (config.REMATS, {"none"} | set(remat.REMATS)),
         (config.MIXERS, block.MIXERS),
         (config.EVALUATORS, evaluators.EVALUATORS),
         (config.OBJECTIVES, objectives.OBJECTIVES),

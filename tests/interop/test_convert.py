@@ -11,10 +11,10 @@ import pytest
 import runs
 import tokenizers
 from drawn_models import EXPERTS, LLAMA, NO_FAMILY, assert_same, make_origin, read_all
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import gpt_jax
-from gpt_jax import sharding
+from gpt_jax import config, sharding
 from gpt_jax.commands import convert as command
 from gpt_jax.commands.main import run_to_end
 from gpt_jax.errors import SaveFailed, UsageError
@@ -22,8 +22,9 @@ from gpt_jax.interop.export import write_directory
 from gpt_jax.interop.origin import Origin
 from gpt_jax.interop.weights import load_params
 from gpt_jax.model import abstract_params
-from gpt_jax.run.convert import open_model, write_native
+from gpt_jax.run.convert import average, make_config, open_model, write_native
 from gpt_jax.run.resume import start_new
+from gpt_jax.run.source import take_model
 from gpt_jax.train.checkpoint import slices
 
 
@@ -309,3 +310,88 @@ def test_a_run_that_no_family_has_is_not_started(tmp_path):
     values = {"model": model, "checkpoint": {"export": "hf"}, "train": {"batch_size": 8}}
     with pytest.raises(UsageError, match="no family of models"):
         gpt_jax.build(values, say=lambda line: None)
+
+
+@pytest.mark.parametrize("name", ["p%20q", "a#b", "a?b", "空 格"])
+def test_any_path_is_a_path(tmp_path, name):
+    """tensorstore reads % and # of a URL in its own way."""
+    origin = make_origin()
+    write_native(origin, tmp_path / name, print)
+    assert_same(read_all(open_model(str(tmp_path / name), 0, print)), read_all(origin))
+    loaded = gpt_jax.load(str(tmp_path / name), devices=1, say=lambda line: None)
+    np.testing.assert_array_equal(loaded.params["embed"]["table"], read_all(origin)["embed/table"])
+
+
+def test_an_export_that_ends_in_any_way_leaves_nothing(tmp_path):
+    origin = make_origin()
+
+    def read(path, index):
+        return origin.read(path, index) * (1e6 if path == "final_norm/scale" else 1)
+
+    with pytest.raises(UsageError, match="entries beyond its range"):
+        write_directory(origin._replace(read=read), tmp_path / "hf", dtype="float16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_that_is_the_table_once_more_is_dropped(tmp_path):
+    tied = make_origin(LLAMA | dict(tied=True))
+    write_directory(make_origin(), tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    values = json.loads((tmp_path / "hf/config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "hf/config.json").write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=r"lm_head.weight is not model.embed_tokens.weight"):
+        open_model(str(tmp_path / "hf"), 0, print, "bytes")
+
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    assert_same(read_all(open_model(str(tmp_path / "hf"), 0, print, "bytes")), read_all(tied))
+
+
+def test_models_that_mean_something_else_are_not_averaged(tmp_path):
+    first = make_origin()
+    for other in (make_origin(LLAMA | dict(rope_base=500.0)), make_origin(tokenizer="bytes+chat")):
+        with pytest.raises(UsageError, match=r"other (models|tokenizers)"):
+            average([first, other], [0.5, 0.5])
+    average([first, make_origin(LLAMA | dict(dropout=0.1))], [0.5, 0.5])
+
+
+IGNORED = {
+    "tokenizer": (["--tokenizer=bytes"], "is a checkpoint of ours; leave it out"),
+    "ignore_keys": (["--ignore_keys", "a"], "is a checkpoint of ours; leave it out"),
+    "dtype": (["--format=native", "--dtype=bfloat16"], "is for --format=hf; leave it out"),
+    "family": (["--format=native", "--family=gpt2"], "is for --format=hf; leave it out"),
+    "shares": (["--weights", "inf"], "--weights=inf: expected 0 to"),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_a_flag_without_effect_is_refused(tmp_path, name):
+    write_native(make_origin(), tmp_path / "native", print)
+    given, text = IGNORED[name]
+    base = ["convert", "--from", str(tmp_path / "native"), f"--to={tmp_path / 'new'}"]
+    code, reason = run_to_end([*base, *given])
+    assert code == 2 and text in reason and not (tmp_path / "new").exists()
+
+
+def test_a_directory_has_no_steps(tmp_path):
+    write_directory(make_origin(), tmp_path / "hf")
+    with pytest.raises(UsageError, match="has no steps; leave it out"):
+        open_model(str(tmp_path / "hf"), 7, print)
+    with pytest.raises(UsageError, match="gpt-jax convert --from"):
+        gpt_jax.load(str(tmp_path / "hf"), say=lambda line: None)
+
+
+def test_a_run_that_has_saved_nothing_is_no_foreign_model(tmp_path):
+    values = config.to_dict(make_config(make_origin().model))
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UsageError, match="holds no checkpoints"):
+        open_model(str(tmp_path), 0, print)
+
+
+def test_a_run_that_was_killed_in_its_first_save_starts_again(tmp_path):
+    write_foreign(tmp_path)
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints/2").mkdir(parents=True)
+    (workdir / "checkpoints/2.saving").touch()
+    init = config.Init(from_=str(tmp_path / "hf"), model="checkpoint")
+    assert take_model(config.Config(init=init), workdir).model.embed == LLAMA["embed"]

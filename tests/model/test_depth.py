@@ -55,6 +55,12 @@ DEPTHWISE = {
     "block": dict(remat="block"),
     "dots": dict(remat="dots"),
     "offload": dict(remat="offload"),
+    "names": dict(remat="names", remat_save=("attention", "attention_out", "mlp_in")),
+    "names on the host": dict(
+        remat="names",
+        remat_save=("attention_out",),
+        remat_offload=("layer_in", "q", "k", "v", "attention", "mlp_in", "mlp_hidden"),
+    ),
 }
 
 
@@ -95,8 +101,8 @@ def test_scan_equals_loop_and_remat_equals_plain(how):
 
 
 def test_remat_keeps_less():
-    plain, dots, block = (gradient_of(how)[2] for how in ("plain", "dots", "block"))
-    assert block < dots < 0.8 * plain
+    plain, dots, names, block = (gradient_of(how)[2] for how in ("plain", "dots", "names", "block"))
+    assert block < names < dots < 0.8 * plain
 
 
 def gradient_jaxpr(model, compute=REFERENCE):

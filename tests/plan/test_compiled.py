@@ -11,14 +11,20 @@ from gpt_jax.plan.program.program import read_program
 
 def make_account(**more) -> SimpleNamespace:
     sizes = dict(argument_size_in_bytes=100, output_size_in_bytes=60, alias_size_in_bytes=50)
-    return SimpleNamespace(**sizes, temp_size_in_bytes=40, host_temp_size_in_bytes=0, **more)
+    return SimpleNamespace(**sizes, temp_size_in_bytes=40, **more)
 
 
-@pytest.mark.parametrize("peak, host, wanted", [(120, 0, 150), (170, 0, 170), (170, 30, 150)])
-def test_memory_of_the_host_is_not_the_devices(peak, host, wanted):
+@pytest.mark.parametrize(
+    "peak, argument, temporary, wanted",
+    [(120, 0, 0, 150), (170, 0, 0, 170), (170, 0, 30, 150), (170, 30, 0, 150)],
+)
+def test_memory_of_the_host_is_not_the_devices(peak, argument, temporary, wanted):
     """150 is what arguments, other outputs and temporaries take together."""
-    account = make_account(peak_memory_in_bytes=peak)
-    account.host_temp_size_in_bytes = host
+    account = make_account(
+        peak_memory_in_bytes=peak,
+        host_argument_size_in_bytes=argument,
+        host_temp_size_in_bytes=temporary,
+    )
     program = read_program("HloModule empty\n\nENTRY main {\n  ROOT x = f32[] constant(0)\n}\n", {})
     assert _measure(account, 1.0, program).peak == wanted
 

@@ -26,6 +26,15 @@ def test_parameters_and_optimiser_of_llama_8b_over_64_devices():
     assert device_bytes(llama(), shape, "opt") == 2 * want + counters
 
 
+def test_moments_on_the_host_are_no_bytes_of_the_device():
+    """Adam's two moments are there, and its counters stay."""
+    job = llama("--config.optim.state_memory=host")
+    shape = ONE | {"fsdp": 64}
+    assert device_bytes(job, shape, "host") == 2 * device_bytes(job, shape, "params")
+    assert device_bytes(job, shape, "opt") == 2 * 4
+    assert device_bytes(job, shape, "host", zero=1) == device_bytes(job, shape, "host")
+
+
 def test_zero_1_keeps_parameters_whole_and_cuts_the_optimiser():
     job = llama()
     shape = ONE | {"fsdp": 8}

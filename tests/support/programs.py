@@ -3,7 +3,11 @@
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.interpreters import partial_eval
+
+from gpt_jax import config
+from gpt_jax.model.transformer import Transformer, abstract_params
 
 
 def list_equations(jaxpr) -> Iterator:
@@ -30,6 +34,32 @@ def list_matmuls(equations) -> list[tuple]:
         for equation in equations
         if equation.primitive.name in ("dot_general", "ragged_dot", "ragged_dot_general")
     ]
+
+
+def trace_layers(model: config.Model, compute: config.Compute, rows: int = 2) -> list:
+    """The equations of the gradient of a resolved model's layers, without its head."""
+    module = Transformer(model, compute)
+    batch = {"tokens": jnp.zeros((rows, model.max_seq), jnp.int32)}
+
+    def loss(params):
+        hidden, _ = module.apply({"params": params}, batch, method="features")
+        return hidden.astype(jnp.float32).sum()
+
+    return trace(jax.grad(loss), abstract_params(model))
+
+
+def count_left_bytes(equations, layers: int) -> dict[str, int]:
+    """{memory: bytes} of the arrays that a scan over `layers` layers leaves for the backward pass.
+
+    They are in the compute dtype bfloat16, or float32 sums of softmax.
+    """
+    scans = [e for e in equations if e.primitive.name == "scan"]
+    forward = next(scan for scan in scans if scan.params["length"] == layers)
+    left = {"device": 0, "host": 0}
+    for var in forward.outvars[forward.params["num_carry"] :]:
+        is_on_host = var.aval.memory_space == jax.memory.Space.Host
+        left["host" if is_on_host else "device"] += var.aval.size * var.aval.dtype.itemsize
+    return left
 
 
 REDUCTIONS = ("psum", "psum_invariant", "reduce_scatter", "unreduced_reduce_scatter")

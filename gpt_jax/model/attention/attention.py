@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config, sharding
 from gpt_jax.model.attention import kernels, mask
@@ -115,7 +116,8 @@ class Attention(nn.Module):
         y = sharding.reshape(y, (B, T, model.heads * model.head_dim), "batch", "seq", "heads")
         has_bias = config.has_bias(model, "attention_out")
         out = self._linear(model.embed, ("heads", "embed"), "attention_out", has_bias, "out")
-        return dropout(self, project(y, out)[0], model.dropout), cache
+        y = checkpoint_name(project(y, out)[0], "attention_out")
+        return dropout(self, y, model.dropout), cache
 
     def _linear(self, features: int, axes, role: str, bias: bool, name: str) -> Weights:
         return Weights(features, axes, role, self.model, self.compute, bias, name=name)
@@ -134,12 +136,12 @@ class Attention(nn.Module):
             self._linear(count * model.head_dim, ("embed", axis), "qkv", bias, name)
             for name, (axis, count) in heads.items()
         ]
-        return [
-            sharding.reshape(
-                y, (*x.shape[:2], count, model.head_dim), "batch", "seq", axis, "head_dim"
-            )
-            for y, (axis, count) in zip(project(x, *maps), heads.values(), strict=True)
-        ]
+        parts = []
+        for y, (name, (axis, count)) in zip(project(x, *maps), heads.items(), strict=True):
+            y = checkpoint_name(y, name)
+            shape = (*x.shape[:2], count, model.head_dim)
+            parts.append(sharding.reshape(y, shape, "batch", "seq", axis, "head_dim"))
+        return parts
 
     def _norm_and_rotate(self, q, k, angles):
         """Normalises q and k before or after their rotation, where the model does either."""

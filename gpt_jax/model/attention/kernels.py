@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
@@ -88,8 +89,12 @@ def is_kernel_result(primitive, *arrays, **params) -> bool:
 
     Without it the backward pass would run the kernel a second time.
     """
-    is_cudnn = primitive.name.startswith(CUDNN_FORWARD)
-    return is_cudnn or is_named_result(primitive, *arrays, **params)
+    return is_cudnn_result(primitive) or is_named_result(primitive, *arrays, **params)
+
+
+def is_cudnn_result(primitive) -> bool:
+    """Whether this is the forward pass of cuDNN's kernel, whose results have no name."""
+    return primitive.name.startswith(CUDNN_FORWARD)
 
 
 # ---- what each kernel cannot do ----
@@ -304,7 +309,9 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
         axes_of_column(pattern.block),
         None if keep is None else ("batch", "heads", "seq", "keys"),
     )
-    return sharding.run_local(run, axes, query_axes)(q, k, v, pattern.segment, pattern.block, keep)
+    y = sharding.run_local(run, axes, query_axes)(q, k, v, pattern.segment, pattern.block, keep)
+    # The others mark their result themselves, with what else their backward pass needs.
+    return y if kernel.keeps_result else checkpoint_name(y, "attention")
 
 
 def attention_weights(name: str, q, k, pattern: Pattern, cap: float = 0.0):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config
 from gpt_jax.model.experts.local_experts import (
@@ -58,7 +59,8 @@ def dropless(
     flat = choice.ravel()
     if devices == 1:
         done = feed_forward(x, flat, k, kernels, activation, habits, flat.size)
-        return combine(done.rows, weight, done.there, done.back)
+        rows = checkpoint_name(done.rows, "experts_out")
+        return combine(rows, weight, done.there, done.back)
 
     order, rank, sizes = sort_choices(flat, devices * own)
     sizes = jax.lax.all_gather(sizes, AXIS)  # [p, E]
@@ -73,7 +75,8 @@ def dropless(
     trip = choose_exchange(habits)(Route(flat, order, rank, sent, me, own, room))
     done = feed_forward(trip.go(x, k), experts, 1, kernels, activation, habits, flat.size)
     home = trip.come_back(pick(done.rows, done.back, done.there, 1))
-    return combine(home.rows, weight, home.there, home.back)
+    rows = checkpoint_name(home.rows, "experts_out")
+    return combine(rows, weight, home.there, home.back)
 
 
 class Route(NamedTuple):
@@ -206,7 +209,7 @@ def limited(x, choice, weight, kernels: Kernels, activation: Callable, devices: 
         rows = jax.lax.all_to_all(rows, AXIS, 0, 1, tiled=True)  # [E / p, p * B, C, D]
 
     shape = rows.shape
-    rows = rows.reshape(shape[0], -1, D)
+    rows = checkpoint_name(rows.reshape(shape[0], -1, D), "experts_in")
     hidden = compute_hidden(
         activation, *(multiply_by_expert(rows, kernel) for kernel in first_kernels(kernels))
     )
@@ -215,6 +218,7 @@ def limited(x, choice, weight, kernels: Kernels, activation: Callable, devices: 
     if devices > 1:
         out = jax.lax.all_to_all(out, AXIS, 1, 0, tiled=True)
     out = jnp.moveaxis(out, 0, 1).reshape(B, experts * room, D)
+    out = checkpoint_name(out, "experts_out")
     return jax.vmap(combine)(out, weight, there, back)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config
 
@@ -194,7 +195,7 @@ def by_sorting(
     there = jnp.where(jnp.arange(places) < sizes.sum(), padded, experts.size)
     back = jnp.where(experts < count, rank, places)
 
-    rows = pick(x, there, back, fan)
+    rows = checkpoint_name(pick(x, there, back, fan), "experts_in")
     hidden = compute_hidden(
         activation, *(ragged_dot(rows, kernel, sizes) for kernel in first_kernels(kernels))
     )
@@ -272,7 +273,7 @@ def by_blocks(
     there = spread_to_places(order, starts[owner] + passed, sizes[owner] - passed, size)
     place = blocks_before[experts] * size + rank - starts[experts]
     back = jnp.where(experts < count, place, there.size)
-    rows = pick(x, there, back, fan)
+    rows = checkpoint_name(pick(x, there, back, fan), "experts_in")
     return Placed(through_blocks(activation, size, rows, kernels, blocks), there, back)
 
 

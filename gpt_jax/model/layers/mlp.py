@@ -6,6 +6,7 @@ Shapes: B batch, T sequence, D embed, F mlp.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config
 from gpt_jax.model.layers.linear import Weights, project
@@ -52,7 +53,9 @@ class Mlp(nn.Module):
 
         names = ("up", "gate") if is_gated else ("up",)
         maps = [linear(model.mlp, ("embed", "mlp"), "mlp_in", name) for name in names]
-        up, *gate = project(x, *maps)
+        up, *gate = (checkpoint_name(y, "mlp_in") for y in project(x, *maps))
         hidden = activation(gate[0]) * up if is_gated else activation(up)
+        hidden = checkpoint_name(hidden, "mlp_hidden")
 
-        return project(hidden, linear(model.embed, ("mlp", "embed"), "mlp_out", "down"))[0]
+        down = linear(model.embed, ("mlp", "embed"), "mlp_out", "down")
+        return checkpoint_name(project(hidden, down)[0], "mlp_out")

@@ -278,10 +278,15 @@ def resolve_checkpoint(
 def find_steps(path: str | Path) -> tuple[Path, list[int]]:
     """The checkpoints directory of a path that a user typed, and its steps, whole or not.
 
-    Of a path that is one step's folder it is that step. Raises UsageError if nothing is there.
+    Of a path that is one step's folder it is that step. Steps that are being saved are left out.
+    Raises UsageError if nothing is there.
     """
-    directory, step = _locate(Path(path).absolute(), 0)
-    return directory, [step] if step else steps_in(directory)
+    path = Path(path).absolute()
+    directory, step = _locate(path, 0)
+    is_one = path.name == str(step)
+    unfinished = unfinished_in(directory)
+    steps = [step] if is_one else steps_in(directory)
+    return directory, [one for one in steps if one not in unfinished]
 
 
 def _check_step(directory: Path, step: int, path, meta_schema: Schema) -> None:

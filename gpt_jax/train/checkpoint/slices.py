@@ -90,8 +90,10 @@ def write_slices(
 
 def _find_spec(folder: Path, path: str) -> dict[str, Any]:
     """Where tensorstore finds an array of a checkpoint."""
-    store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": path.replace("/", ".") + "/"}
-    return {"driver": "zarr3", "kvstore": store}
+    # As a path and not as a URL, in which % and # would mean something.
+    base = {"driver": "file", "path": f"{folder}/"}
+    name = path.replace("/", ".") + "/"
+    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": name}}
 
 
 def _write_array(folder: Path, path: str, array: Lazy) -> None:
