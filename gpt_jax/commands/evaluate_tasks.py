@@ -10,10 +10,12 @@ from typing import Any
 
 from gpt_jax.commands.flags import check_number
 from gpt_jax.commands.output import emit, write_json
-from gpt_jax.errors import UsageError, escape
+from gpt_jax.errors import SaveFailed, UsageError, escape
 from gpt_jax.files import describe_error, is_there, replace_file
 
 Say = Callable[[str], None]
+# Values for JSON, lines for people, and what goes to --lm_eval_out.
+Answers = tuple[dict[str, Any], list[str], dict[str, Any]]
 # Flags that belong to --lm_eval, with the value of each when it is not given.
 TASK_FLAGS = {"include_path": None, "num_fewshot": None, "limit": None, "lm_eval_out": None}
 # Flags of held-out text.
@@ -83,10 +85,16 @@ def check_task_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--include_path = {args.include_path!r}: no such folder")
     if args.lm_eval_out and not Path(args.lm_eval_out).resolve().parent.is_dir():
         raise UsageError(f"--lm_eval_out = {args.lm_eval_out!r}: its folder does not exist")
+    # Unlike Path.is_dir, this takes a name that is too long.
+    if args.lm_eval_out and os.path.isdir(args.lm_eval_out):
+        raise UsageError(f"--lm_eval_out = {args.lm_eval_out!r}: is a folder; name a file")
 
 
 def measure_tasks(args: argparse.Namespace, say: Say) -> None:
-    """Asks a checkpoint, and prints what it knows. Process 0 alone prints and writes."""
+    """Asks a checkpoint, and prints what it knows. Process 0 alone prints and writes.
+
+    Raises SaveFailed if --lm_eval_out cannot be written; the metrics are printed nevertheless.
+    """
     import jax
 
     from gpt_jax.evals import Subject
@@ -97,30 +105,46 @@ def measure_tasks(args: argparse.Namespace, say: Say) -> None:
     subject = Subject(config.model, config.compute, loaded.params, loaded.tokenizer)
     with jax.set_mesh(loaded.mesh):
         ask = ask_questions if args.questions else ask_harness
-        values, lines = ask(args, subject, say)
+        values, lines, results = ask(args, subject, say)
 
     if jax.process_index() != 0:
         return
+    text = "\n".join(map(escape, lines))
     if args.json:
-        emit(write_json({"checkpoint": str(loaded.directory), "step": loaded.step} | values, 2))
-    else:
-        emit("\n".join(map(escape, lines)))
+        text = write_json({"checkpoint": str(loaded.directory), "step": loaded.step} | values, 2)
+    # Results may have taken hours: a failure of one place does not keep them from the other.
+    try:
+        emit(text)
+    finally:
+        if args.lm_eval_out:
+            save_results(args.lm_eval_out, results)
 
 
-def ask_questions(args: argparse.Namespace, subject, say: Say) -> tuple[dict, list[str]]:
-    """(values for JSON, lines for people) of --questions."""
+def save_results(path: str, results: dict[str, Any]) -> None:
+    """Writes results as JSON. Raises SaveFailed if the disk does not take them."""
+    text = json.dumps(results, default=str, ensure_ascii=False, indent=2)
+    try:
+        replace_file(Path(path), text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise SaveFailed(
+            f"--lm_eval_out={path}: cannot be written: {describe_error(error)}; the samples in it "
+            "are lost"
+        ) from None
+
+
+def ask_questions(args: argparse.Namespace, subject, say: Say) -> Answers:
+    """The answers to --questions."""
     from gpt_jax.evals import check_questions, measure_questions
 
-    check_questions(subject.model, subject.tokenizer, args.questions)
+    # All files are looked at before the first is asked, and each tells then what it leaves out.
+    check_questions(subject.model, subject.tokenizer, args.questions, lambda line: None)
     metrics = measure_questions(subject, args.questions, say)
     lines = [f"{name}: {round(value, 4):g}" for name, value in metrics.items()]
-    return {"questions": metrics}, lines
+    return {"questions": metrics}, lines, {}
 
 
-def ask_harness(args: argparse.Namespace, subject, say: Say) -> tuple[dict, list[str]]:
-    """(values for JSON, lines for people) of --lm_eval. All results go to --lm_eval_out."""
-    import jax
-
+def ask_harness(args: argparse.Namespace, subject, say: Say) -> Answers:
+    """The answers to --lm_eval."""
     from gpt_jax.evals import TaskSettings, list_measured, run_tasks
 
     # Forks of a process that has the threads of JAX may hang.
@@ -133,15 +157,6 @@ def ask_harness(args: argparse.Namespace, subject, say: Say) -> tuple[dict, list
         bool(args.lm_eval_out),
     )
     results = run_tasks(subject, settings, say)
-    if args.lm_eval_out and jax.process_index() == 0:
-        text = json.dumps(results, default=str, ensure_ascii=False, indent=2)
-        try:
-            replace_file(Path(args.lm_eval_out), text.encode("utf-8", "replace"))
-        except OSError as error:
-            raise UsageError(
-                f"--lm_eval_out={args.lm_eval_out}: cannot be written: {describe_error(error)}"
-            ) from None
-
     lines = [("task", "shots", "metric", "value", "stderr")]
     for row in list_measured(results):
         stderr = "-" if row.stderr is None else f"{row.stderr:.4f}"
@@ -151,7 +166,7 @@ def ask_harness(args: argparse.Namespace, subject, say: Say) -> tuple[dict, list
     for row in list_measured(results):
         value = without_nan({"value": row.value, "stderr": row.stderr})
         tasks.setdefault(row.task, {"shots": row.shots})[row.metric] = value
-    return {"lm_eval": tasks}, align(lines)
+    return {"lm_eval": tasks}, align(lines), results
 
 
 def align(lines: list[tuple[str, ...]]) -> list[str]:

@@ -75,7 +75,7 @@ def answer_questions(evaluation: Evaluation) -> dict[str, float]:
     subject = Subject(
         evaluation.model, evaluation.compute, evaluation.params, evaluation.data.tokenizer
     )
-    # Contexts that were cut are counted in the metrics.
+    # What was cut, left out or not finite is counted in the metrics.
     return measure_questions(
         subject, evaluation.knobs.questions, lambda line: None, evaluation.tick
     )

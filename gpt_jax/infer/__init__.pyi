@@ -7,7 +7,9 @@ from .requests import (
     Request as Request,
     encode_pairs as encode_pairs,
     fit_request as fit_request,
+    is_too_long as is_too_long,
     make_rolling_requests as make_rolling_requests,
+    start_request as start_request,
     start_token as start_token,
 )
 from .score import (

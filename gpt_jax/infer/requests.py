@@ -71,11 +71,21 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
             context = np.concatenate([before, head]).astype(np.int64)
             requests.append(Request(context, whole[len(head) :]))
             continue
-        start = start_token(tokenizer)
-        begins_with_it = len(whole) and whole[0] == start
-        ids = whole if begins_with_it else np.concatenate([[start], whole])
-        requests.append(Request(ids[:1], ids[1:]))
+        requests.append(start_request(tokenizer, whole))
     return requests
+
+
+def start_request(tokenizer: Tokenizer, ids: Ids) -> Request:
+    """Makes a request of ids without a context: the start token becomes it.
+
+    Ids that begin with the start token are not given another one. Raises UsageError as
+    `start_token` does.
+    """
+    start = start_token(tokenizer)
+    whole = np.asarray(ids, np.int64)
+    if not len(whole) or whole[0] != start:
+        whole = np.concatenate([[start], whole])
+    return Request(whole[:1], whole[1:])
 
 
 def make_rolling_requests(ids: Ids, start: int, context: int) -> list[Request]:
@@ -96,6 +106,11 @@ def make_rolling_requests(ids: Ids, start: int, context: int) -> list[Request]:
     return requests
 
 
+def is_too_long(request: Request, context: int) -> bool:
+    """Whether the continuation of a request does not fit the context of a model."""
+    return len(request.continuation) > context
+
+
 def fit_request(name: str, request: Request, context: int, vocab: int) -> Fitted:
     """Cuts a request on the left, so that the model reads at most `context` ids.
 
@@ -106,7 +121,7 @@ def fit_request(name: str, request: Request, context: int, vocab: int) -> Fitted
     if not len(request.context) or not count:
         part = "continuation" if len(request.context) else "context"
         raise UsageError(f"{name}: its {part} has no tokens; give at least one")
-    if count > context:
+    if is_too_long(request, context):
         raise UsageError(
             f"{name}: its continuation has {count} tokens and the model's context holds "
             f"{context}; shorten it"

@@ -19,6 +19,7 @@ from gpt_jax.infer import (
     encode_text,
     generate,
     score_requests,
+    start_request,
     start_token,
 )
 
@@ -64,14 +65,16 @@ class Loaded(NamedTuple):
 
         Each is a text, or both are ids. A list of several gives a list of floats: one context may
         have several continuations, or each continuation has its own context. White space at the
-        end of a context counts to the continuation, and an empty context stands for the
-        end-of-text token. A context that does not fit loses its first tokens, and `say` tells it.
+        end of a context counts to the continuation. An empty context, of a text or of ids, stands
+        for the start token, which of most tokenizers is end of text. A context that does not fit
+        loses its first tokens, and `say` tells it.
 
         Raises UsageError if the lists differ in length, or if a continuation cannot be scored.
         """
-        contexts = [context] if is_one(context) else list(context)
+        has_one_context = is_one(context) or is_empty_before_ids(context, continuation)
+        contexts = [context] if has_one_context else list(context)
         continuations = [continuation] if is_one(continuation) else list(continuation)
-        if is_one(context):
+        if has_one_context:
             contexts = contexts * len(continuations)
         if len(contexts) != len(continuations):
             raise UsageError(
@@ -84,7 +87,7 @@ class Loaded(NamedTuple):
         with jax.set_mesh(self.mesh):
             scores = score_requests(model, compute, self.params, requests, say)
         totals = [score.total for score in scores]
-        return totals[0] if is_one(continuation) and is_one(context) else totals
+        return totals[0] if is_one(continuation) and has_one_context else totals
 
     def generate(self, prompts: str | Sequence[str], say: Say = tell, **sampling: Any) -> list[str]:
         """Continuations of `prompts`, `num_samples` for each, in the order of the prompts.
@@ -114,10 +117,16 @@ def is_one(text: Any) -> bool:
     return len(text) > 0 and all(isinstance(entry, int | np.integer) for entry in text)
 
 
+def is_empty_before_ids(context: Any, continuation: Any) -> bool:
+    """Whether a context without entries is that of ids, and not a list of no contexts."""
+    return len(context) == 0 and any(not isinstance(part, str) for part in continuation)
+
+
 def make_requests(tokenizer: Tokenizer, pairs: Iterable[tuple[Any, Any]]) -> list[Request]:
     """Requests of pairs of texts, or of pairs of ids, in their order.
 
-    Raises UsageError for a pair of a text and ids.
+    An empty context becomes the start token. Raises UsageError for a pair of a text and ids, and
+    for an empty context if the tokenizer has no such token.
     """
     requests = [Request(*pair) for pair in pairs]
     is_text = [tuple(isinstance(part, str) for part in pair) for pair in requests]
@@ -131,4 +140,7 @@ def make_requests(tokenizer: Tokenizer, pairs: Iterable[tuple[Any, Any]]) -> lis
     pairs_of_texts = [cast(tuple[str, str], tuple(requests[number])) for number in texts]
     for number, request in zip(texts, encode_pairs(tokenizer, pairs_of_texts), strict=True):
         requests[number] = request
-    return requests
+    return [
+        request if len(request.context) else start_request(tokenizer, request.continuation)
+        for request in requests
+    ]

@@ -102,17 +102,21 @@ def choose_run_kernel(
     return choose_kernel(compute.kernel, problem)
 
 
-def settle(config: configs.Config, tokenizer, mesh) -> tuple[configs.Config, str]:
+def settle(
+    config: configs.Config, tokenizer, mesh, say: Callable[[str], None]
+) -> tuple[configs.Config, str]:
     """Decides all that text and machine decide, and returns the reason for the kernel with it.
 
     What follows from other fields is filled in, the attention kernel is a concrete one, and samples
-    have prompts. Nothing replaces the result later: it is what the run writes down. Raises
-    UsageError if no kernel fits, or if the tokenizer cannot take a prompt or a question.
+    have prompts. Nothing replaces the result later: it is what the run writes down. `say` gets a
+    line if questions are left out.
+
+    Raises UsageError if no kernel fits, or if the tokenizer cannot take a prompt or a question.
     """
     config = configs.resolve(config, tokenizer.vocab)
     kernel, reason = choose_run_kernel(config.model, config.compute, config.train.seq_len, mesh)
     prompts = choose_prompts(config.model, tokenizer, config.eval)
-    check_questions(config.model, tokenizer, config.eval.questions)
+    check_questions(config.model, tokenizer, config.eval.questions, say)
     settled = replace(
         config,
         compute=replace(config.compute, kernel=kernel),
@@ -148,7 +152,7 @@ def build(
     vocab = data.tokenizer.vocab
     shape = configs.check(configs.resolve(config, vocab), jax.device_count(), vocab)
     mesh = sharding.make_mesh(shape, across=configs.cross_slice(config.mesh))
-    return build_on(config, mesh, data)
+    return build_on(config, mesh, data, say)
 
 
 def check_heldout(config: configs.Config, data: Dataset) -> None:
@@ -187,7 +191,7 @@ def check_batches(examples: Examples, train: configs.Train) -> None:
 
 
 def agree_on_job(
-    config: configs.Config, mesh, data: Dataset
+    config: configs.Config, mesh, data: Dataset, say: Callable[[str], None] = print
 ) -> tuple[configs.Config, str, Examples]:
     """The settled config, the reason for its kernel and the examples, the same on all processes.
 
@@ -200,7 +204,7 @@ def agree_on_job(
     counts = None
     questions = None
     try:
-        settled, reason = settle(config, data.tokenizer, mesh)
+        settled, reason = settle(config, data.tokenizer, mesh, say)
         train = settled.train
         examples = make_examples(data, settled.data, train.seq_len, settled.seed)
         check_batches(examples, train)
@@ -321,9 +325,11 @@ def compiler_options(config: configs.Config, mesh) -> dict:
     return choose_xla_options(device.platform, device.device_kind, config.compute.compiler_options)
 
 
-def build_on(config: configs.Config, mesh, data: Dataset) -> Parts:
+def build_on(
+    config: configs.Config, mesh, data: Dataset, say: Callable[[str], None] = print
+) -> Parts:
     """Does what `build` does, for a given mesh and loaded data."""
-    config, reason, examples = agree_on_job(config, mesh, data)
+    config, reason, examples = agree_on_job(config, mesh, data, say)
     leaks = (check_leaks(config.model),) if config.data.document_mask else ()
     device = mesh.devices.flat[0]
     with jax.set_mesh(mesh):

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import runs
 
+from gpt_jax import evals
+from gpt_jax.commands import evaluate_tasks
 from gpt_jax.data.tokens.cache import load_text
-from gpt_jax.errors import NoCheckpoint
+from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.model.transformer import Transformer
 from gpt_jax.run import restore as load
 from gpt_jax.run.restore import restore_checkpoint
@@ -162,3 +164,29 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile(trained, tmp_path, monkeypa
     shutil.copytree(trained / "checkpoints/10", run / "checkpoints/10")
     with pytest.raises(NoCheckpoint):
         load.load_model(str(run), 10, lines.append, 1)
+
+
+def test_results_outlive_a_file_that_cannot_be_written(trained, tmp_path, capsys, monkeypatch):
+    """The metrics are printed and the exit code is 50. A closed output keeps no file from disk."""
+    results = {
+        "results": {"riddles": {"acc,none": 0.25, "acc_stderr,none": 0.125}},
+        "n-shot": {"riddles": 0},
+        "samples": {"riddles": ["é"]},
+    }
+    monkeypatch.setattr(evals, "run_tasks", lambda *given: results)
+    given = "evaluate", f"--checkpoint={trained}", "--lm_eval=riddles"
+    long = tmp_path / ("x" * 300)
+    for flag, expected in (("--json", '"acc"'), (None, "riddles  0      acc     0.2500  0.1250")):
+        capsys.readouterr()
+        code, line = runs.refusal(*given, f"--lm_eval_out={long}", *filter(None, [flag]))
+        assert code == 50 and line.startswith(f"--lm_eval_out={long}: cannot be written: ")
+        assert "\n" not in line and expected in capsys.readouterr().out
+
+    out = tmp_path / "results.json"
+
+    def fail(text):
+        raise UsageError("standard output is full")
+
+    monkeypatch.setattr(evaluate_tasks, "emit", fail)
+    assert runs.refusal(*given, f"--lm_eval_out={out}") == (2, "standard output is full")
+    assert json.loads(out.read_text()) == results

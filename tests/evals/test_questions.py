@@ -1,8 +1,10 @@
 """Questions of local files: what is counted right, and what cannot be read."""
 
+import codecs
 import json
 import math
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +15,8 @@ import subjects
 
 from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
 from gpt_jax.errors import UsageError
-from gpt_jax.evals import check_questions, measure_questions
+from gpt_jax.evals import Subject, check_questions, measure_questions
+from gpt_jax.evals.questions import COMPARISONS
 from gpt_jax.infer import score
 from gpt_jax.run import evaluation
 
@@ -74,7 +77,8 @@ def test_choices_are_compared_in_four_ways(tmp_path):
         expected = deviation / math.sqrt(len(rows))
         assert found[f"eval/mine/{name}_stderr"] == pytest.approx(expected)
     assert found["eval/mine/questions"] == len(rows) and found["eval/mine/cut"] == 0
-    assert len(found) == 10
+    assert found["eval/mine/left_out"] == found["eval/mine/not_finite"] == 0
+    assert len(found) == 12
 
 
 def test_an_answer_matches_if_each_token_is_the_likeliest(tmp_path):
@@ -150,27 +154,81 @@ def test_a_run_is_told_at_each_batch(tmp_path, monkeypatch):
         ([CHOICES[0] | {"choices": ["a"]}], "choices: expected a list of two texts"),
         ([CHOICES[0] | {"choices": ["a", " "]}], "none of them empty"),
         ([CHOICES[0] | {"unconditional": 1}], "unconditional: expected a text"),
-        ([{"context": "a", "answer": "b" * 65}], "row 1: its continuation has 65 tokens"),
     ],
 )
 def test_rows_that_cannot_be(tmp_path, rows, words):
     path = write(tmp_path / "q.jsonl", rows)
     subject = subjects.make_subject(TABLE)
     with pytest.raises(UsageError) as caught:
-        check_questions(subject.model, subject.tokenizer, [path])
+        check_questions(subject.model, subject.tokenizer, [path], print)
     assert words in str(caught.value) and str(caught.value).startswith(f"questions {path}")
 
 
 def test_files_that_cannot_be(tmp_path):
     model, *_, tokenizer = subjects.make_subject(TABLE)
     with pytest.raises(UsageError, match="cannot be read: No such file"):
-        check_questions(model, tokenizer, [str(tmp_path / "none.jsonl")])
+        check_questions(model, tokenizer, [str(tmp_path / "none.jsonl")], print)
     (tmp_path / "more").mkdir()
     paths = [write(tmp_path / place, CHOICES) for place in ("a.jsonl", "more/a.jsonl")]
     with pytest.raises(UsageError, match="both would be named a; rename one"):
-        check_questions(model, tokenizer, paths)
+        check_questions(model, tokenizer, paths, print)
     with pytest.raises(UsageError, match=r"a\.jsonl: an empty context: the char tokenizer"):
-        check_questions(model, make_char_tokenizer("Isitnoanerlgbhae So:W?!té"), paths[:1])
+        check_questions(model, make_char_tokenizer("Isitnoanerlgbhae So:W?!té"), paths[:1], print)
+    path = tmp_path / "deep.jsonl"
+    path.write_text("[" * 200_000)
+    with pytest.raises(UsageError, match=r"deep\.jsonl, line 1: is no JSON object"):
+        check_questions(model, tokenizer, [str(path)], print)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    path = write(tmp_path / "q.jsonl", CHOICES)
+    plain = measure(path)
+    Path(path).write_bytes(codecs.BOM_UTF8 + Path(path).read_bytes())
+    assert measure(path) == plain
+
+
+def test_questions_that_do_not_fit_are_left_out(tmp_path):
+    """The others are asked as in a file of their own. A file without others is refused."""
+    long = {"context": "Is", "choices": [" a", " " + "b" * 64], "gold": 0}
+    subject = subjects.make_subject(TABLE)
+    said = []
+    path = write(tmp_path / "q.jsonl", [CHOICES[0], long, *CHOICES[1:]])
+    found = measure_questions(subject, [path], said.append)
+    line = f"1 of 5 questions of {path} do not fit the context of 64 and are left out"
+    assert said == [line] and found["eval/q/left_out"] == 1
+    alone = measure(write(tmp_path / "q.jsonl", CHOICES))
+    assert found == alone | {"eval/q/left_out": 1}
+
+    path = write(tmp_path / "long.jsonl", [{"context": "a", "answer": "b" * 65}] * 2)
+    with pytest.raises(UsageError, match=r"2 of 2 questions of .*long\.jsonl do not fit .* 64, so"):
+        check_questions(subject.model, subject.tokenizer, [path], print)
+    whole = write(tmp_path / "whole.jsonl", [{"context": "a", "answer": "b" * 64}])
+    check_questions(subject.model, subject.tokenizer, [whole], said.append)
+    assert said == [line]
+
+
+@pytest.mark.parametrize("row", [CHOICES[0], {"context": "a", "answer": "z"}])
+def test_scores_that_are_not_finite_are_wrong(tmp_path, row):
+    """NaN after one byte spoils the row that has it. NaN after each byte spoils all rows."""
+    spoiled = row | {"context": row["context"] + "q"}
+    path = write(tmp_path / "q.jsonl", [row, spoiled, row])
+    model, compute, params, tokenizer = subjects.make_subject(subjects.make_chain("az", TABLE))
+    sound = measure_questions(
+        Subject(model, compute, params, tokenizer), [write(tmp_path / "one.jsonl", [row])], print
+    )
+    metrics = ["exact_match"] if "answer" in row else COMPARISONS
+    assert any(sound[f"eval/one/{metric}"] == 1 for metric in metrics)
+    for bytes_, count in ((ord("q"), 1), (slice(None), 3)):
+        table = params["embed"]["table"].at[bytes_].set(np.nan)
+        subject = Subject(model, compute, params | {"embed": {"table": table}}, tokenizer)
+        said = []
+        found = measure_questions(subject, [path], said.append)
+        words = f"{count} of 3 questions of {path} have a score that is not finite, and count as"
+        assert len(said) == 1 and said[0].startswith(words)
+        assert found["eval/q/not_finite"] == count
+        for metric in metrics:
+            rate = sound[f"eval/one/{metric}"] * (3 - count) / 3
+            assert found[f"eval/q/{metric}"] == pytest.approx(rate)
 
 
 def test_a_run_asks_and_the_command_asks_again(tmp_path, capsys):
@@ -178,6 +236,7 @@ def test_a_run_asks_and_the_command_asks_again(tmp_path, capsys):
     lines = [
         {"context": "abc def", "choices": [" cab", " fig"], "gold": 1},
         {"context": "abc", "choices": [" d", " e"], "gold": 0, "unconditional": "a"},
+        {"context": "abc", "choices": [" d", "a" * 999], "gold": 0},
     ]
     lines = [{"unconditional": " "} | line for line in lines]
     path = write(tmp_path / "asked.jsonl", lines)
@@ -185,12 +244,17 @@ def test_a_run_asks_and_the_command_asks_again(tmp_path, capsys):
     evaluators = "--config.eval.evaluators=('heldout','questions')"
     asked = runs.load(tmp_path, *sizes, evaluators, f"--config.eval.questions=('{path}',)")
     runs.run(runs.build(asked), tmp_path / "run")
+    left_out = f"1 of 3 questions of {path} do not fit the context of 32 and are left out\n"
+    assert left_out in capsys.readouterr().out
+    assert runs.curve(tmp_path / "run", "eval/asked/left_out") == {2: 1}
     acc = runs.curve(tmp_path / "run", "eval/asked/acc_norm_byte")[2]
     assert runs.curve(tmp_path / "run", "eval/asked/questions") == {2: 2}
 
     capsys.readouterr()
     runs.call("evaluate", f"--checkpoint={tmp_path / 'run'}", "--questions", path, "--json")
-    found = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert err.count(left_out) == 1
+    found = json.loads(out)
     assert found["step"] == 2 and found["questions"]["eval/asked/acc_norm_byte"] == acc
     runs.call("evaluate", f"--checkpoint={tmp_path / 'run'}", "--questions", path)
     assert f"eval/asked/acc_norm_byte: {acc:g}\n" in capsys.readouterr().out
@@ -220,6 +284,7 @@ def test_flags_that_do_not_go_together(tmp_path):
         "--num_fewshot=-1": "--num_fewshot=-1: expected 0 or more",
         "--include_path=none": "--include_path = 'none': no such folder",
         "--lm_eval_out=none/x.json": "its folder does not exist",
+        f"--lm_eval_out={tmp_path}": "is a folder; name a file",
     }.items():
         code, line = runs.refusal(*given[:2], "--lm_eval=copa", more)
         assert code == 2 and words in line

@@ -143,29 +143,34 @@ def test_a_capacity_in_training_changes_no_score():
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "shape, changes",
     [
-        dict(data=2, fsdp=2),
-        dict(fsdp=2, tensor=2),
-        dict(data=2, pipeline=2),
-        dict(data=2, context=2),
+        (dict(data=2, fsdp=2), {}),
+        (dict(fsdp=2, tensor=2), {}),
+        (dict(data=2, pipeline=2), {}),
+        (dict(data=2, context=2), {}),
+        (dict(data=2, expert=2), EXPERTS),
+        (dict(data=2, expert=2), EXPERTS | dict(dispatch="capacity")),
     ],
     ids=str,
 )
-def test_a_mesh_changes_nothing(mesh, shape):
-    model = make_model(**MODERN | dict(layers=4, windows=(0,), value_embed=False))
+def test_a_mesh_changes_nothing(mesh, shape, changes):
+    """Experts have room for a quarter of their tokens in training, and take all of them here."""
+    model = make_model(**MODERN | dict(layers=4, windows=(0,), value_embed=False) | changes)
     asked = draw_requests(model)
-    plain = run(model, asked)
+    plain = run(replace(model, dispatch="dropless"), asked)
+    said = []
     devices = mesh(**shape)
     with jax.set_mesh(devices):
         like = make_concrete(abstract_params(model), devices)
         placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), make_params(model), like)
-        found = score_requests(model, COMPUTE, placed, asked, silent)
-        logits = compute_logits(model, COMPUTE, placed, np.arange(20), silent)
+        found = score_requests(model, COMPUTE, placed, asked, said.append)
+        logits = compute_logits(model, COMPUTE, placed, np.arange(20), said.append)
+    assert len(said) == (2 if model.dispatch == "capacity" else 0)
     for one, other in zip(plain, found, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
         assert one.is_greedy == other.is_greedy
-    expected = compute_logits(model, COMPUTE, make_params(model), np.arange(20), silent)
+    expected = compute_logits(model, COMPUTE, make_params(model), np.arange(20), lambda line: None)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
 

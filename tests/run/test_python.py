@@ -68,6 +68,13 @@ def check_scores(model):
     assert model.score([ids[:5], ids[:4]], [ids[5:], ids[4:]])[1] == pytest.approx(one, abs=1e-4)
     assert model.score("text", []) == [] and model.score(["text"], [" n"]) == [other]
     assert model.score("", "t") == pytest.approx(model.score([256], ids[:1]))
+    assert model.score([], ids[:1]) == model.score(np.array([]), ids[:1]) == model.score("", "t")
+    assert model.score([], [ids[:1], ids[:2]]) == pytest.approx(
+        [model.score("", "t"), model.score("", "te")]
+    )
+    assert model.score([[], ids[:1]], [ids[:1], ids[1:2]]) == pytest.approx(
+        [model.score("", "t"), model.score("t", "e")]
+    )
     assert model.logits("").shape == (1, 257)
 
     said = []
@@ -75,6 +82,8 @@ def check_scores(model):
     for context, continuation, words in (
         (["a", "b"], ["c"], "2 contexts and 1 continuations"),
         (["a"], "c", None),
+        ([], ["c"], "0 contexts and 1 continuations"),
+        ([], "c", "0 contexts and 1 continuations"),
         ("a", [1, 2], "pair 1: one part is a text and the other is ids"),
         ("a", "", "its continuation has no tokens"),
         ([], [], None),
