@@ -23,7 +23,8 @@ from gpt_jax.run import parts as run_parts
 from gpt_jax.sharding import mesh
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+# Behind the others, because some benchmarks have the names of files in tests/support.
+sys.path.append(str(ROOT / "benchmarks"))
 import plan as plan_benchmark  # noqa: E402
 import tpu_options  # noqa: E402
 
