@@ -29,8 +29,8 @@ class Init:
     )
     model: str = knob(
         "config",
-        "Where the fields of config.model come from that the config leaves at their defaults: from "
-        "itself, or from the checkpoint.",
+        "Where the model comes from: config.model, or the checkpoint. Of the latter, fields may be "
+        "set that leave the meaning of the weights as it is, such as dropout.",
         choices=("config", "checkpoint"),
     )
     averaged: bool = knob(

@@ -17,7 +17,7 @@ from gpt_jax import config as configs, sharding
 from gpt_jax.data import Spec, resolve_tokenizer
 from gpt_jax.errors import UsageError
 from gpt_jax.model import FFNS, count_params, describe_parameter
-from gpt_jax.run import make_steps, token_flops
+from gpt_jax.run import make_steps, take_model, token_flops
 
 # Roles of arrays by the model's roles of parameters. All others are "layer".
 ROLES = {"expert": "expert", "embedding": "embed", "head": "head"}
@@ -82,8 +82,10 @@ def gradient_bytes(job: PlanJob) -> int:
 def resolve_vocab(config: configs.Config) -> configs.Config:
     """Returns the resolved config, whose vocabulary comes from the config or from the tokenizer.
 
-    A plan reads no text. Raises UsageError if the vocabulary's size depends on the text.
+    The model is that of the weights which the run starts from, if the config says so. A plan reads
+    no text. Raises UsageError if the vocabulary's size depends on the text.
     """
+    config = take_model(config, None)
     if config.model.vocab:
         return configs.resolve(config)
 

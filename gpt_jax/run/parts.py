@@ -137,7 +137,7 @@ def build(
     Raises UsageError for what cannot be run, and Miscompiled where the compiler is known to give
     wrong results.
     """
-    config = take_model(config, workdir)
+    config = take_model(config, workdir, say)
     # Loading the data may take a while, so what can be refused without it is refused first.
     resolved = configs.resolve(config)
     configs.check(resolved, jax.device_count())

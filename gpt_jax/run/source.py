@@ -179,12 +179,14 @@ def has_checkpoint(workdir: Path) -> bool:
     return any((directory / str(step) / MANIFEST).exists() for step in steps_in(directory))
 
 
-def take_model(config: configs.Config, workdir: Path | None) -> configs.Config:
+def take_model(
+    config: configs.Config, workdir: Path | None, say: Callable[[str], None] = lambda line: None
+) -> configs.Config:
     """The config with the model of the weights it starts from, if it asks for that.
 
-    The fields of the model that the config sets itself stay. A run that has a checkpoint takes the
-    model from there, because the other may be gone. Raises UsageError for a path that does not
-    exist.
+    Fields of FREE that the config sets itself stay. Others are set aside, and `say` gets a line. A
+    run that has a checkpoint takes the model from there, because the other may be gone. Raises
+    UsageError for a path that does not exist.
     """
     if config.init.model != "checkpoint":
         return config
@@ -200,7 +202,15 @@ def take_model(config: configs.Config, workdir: Path | None) -> configs.Config:
         for spec in fields(config.model)
         if getattr(config.model, spec.name) != spec.default
     }
-    return replace(config, model=replace(model, **own))
+    aside = [
+        f"{name} = {value!r}"
+        for name, value in own.items()
+        if name not in FREE and value != getattr(model, name)
+    ]
+    if aside:
+        say(f"config.init.model = 'checkpoint': set aside of config.model: {', '.join(aside)}")
+    free = {name: value for name, value in own.items() if name in FREE}
+    return replace(config, model=replace(model, **free))
 
 
 def check_start(config: configs.Config, workdir: Path | None) -> None:

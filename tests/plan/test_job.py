@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import jax
 import pytest
+from drawn_models import make_origin
 from plans import ONE, job_of, llama, spec_of
 
 from gpt_jax import config as configs
 from gpt_jax.commands.config_file import load_config
 from gpt_jax.errors import UsageError
+from gpt_jax.interop import write_directory
 from gpt_jax.plan.job import device_bytes, resolve_vocab
 from gpt_jax.run import parts
 from gpt_jax.sharding.mesh import make_mesh
@@ -111,3 +113,12 @@ def test_a_plan_reads_no_text():
     words = r"config\.data\.tokenizer = '' means that of the prepared folder or token files"
     with pytest.raises(UsageError, match=words):
         resolve_vocab(load_config(spec_of("tiny"), prepared))
+
+
+def test_the_model_is_that_of_the_weights(tmp_path):
+    """A plan of a run that starts from a directory counts the directory's model."""
+    origin = make_origin()
+    write_directory(origin, tmp_path / "hf")
+    given = [f"--config.init.from={tmp_path / 'hf'}", "--config.init.model=checkpoint"]
+    model = resolve_vocab(load_config(spec_of("tiny"), given)).model
+    assert replace(model, vocab_multiple=1) == origin.model
