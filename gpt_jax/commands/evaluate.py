@@ -113,7 +113,6 @@ def make_flags() -> Flags:
         action="store_true",
         help="go on although this machine's compiler is known to give wrong results",
     )
-
     add_task_flags(flags)
     add_runtime_flags(flags)
     return flags

@@ -107,8 +107,7 @@ def check_train(command: list[str], devices: int, processes: int = 0, slices: in
         raise UsageError("config.data.path" + EMPTY_PATHS)
 
     count = devices or processes * args.cpu_devices or configs.least_devices(config.mesh)
-    # The weights need not be on this machine. The processes of the job look at their model.
-    if config.init.model != "checkpoint":
+    if config.init.model != "checkpoint":  # whose weights need not be on this machine
         configs.check(config, count)
     if slices and (problem := configs.slices_problem(configs.cross_slice(config.mesh), slices)):
         raise UsageError(problem)

@@ -167,3 +167,8 @@ def test_resolve_leaves_what_is_said():
     )
     assert {name: getattr(filled.model, name) for name in said} == said
     assert (filled.optim.decay_steps, filled.eval.batch_size) == (9, 3)
+
+
+def test_a_platform_without_habits_is_named_and_so_are_those_that_have_them():
+    refuses(lambda: config.find_habits("metal"), "'metal'", "cpu, gpu, tpu")
+    assert config.find_habits("tpu", "TPU v5e") != config.find_habits("tpu", "TPU v4")

@@ -393,14 +393,3 @@ def test_the_batch_size_that_the_error_suggests_works(batch, accumulate, data, f
         )
     assert batch < suggested < batch + 8 * accumulate
     config.check(made(**sections(suggested)), devices=8)
-
-
-def test_a_platform_without_habits_is_named_and_so_are_those_that_have_them():
-    refuses(lambda: config.find_habits("metal"), "'metal'", "cpu, gpu, tpu")
-    assert config.find_habits("tpu", "TPU v5e") != config.find_habits("tpu", "TPU v4")
-
-
-def test_only_layers_that_exist_are_experts():
-    dense_first = (("attention", "gelu"), ("attention", "moe"))
-    assert not config.has_experts(config.Model(layers=1, pattern=dense_first))
-    assert config.has_experts(config.Model(layers=2, pattern=dense_first))

@@ -306,3 +306,9 @@ def test_gpt2_names_the_way_to_tensor_parallel():
 )
 def test_choices_are_the_rows_of_the_tables(choices, table):
     assert sorted(choices) == sorted(table)
+
+
+def test_only_layers_that_exist_are_experts():
+    dense_first = (("attention", "gelu"), ("attention", "moe"))
+    assert not config.has_experts(config.Model(layers=1, pattern=dense_first))
+    assert config.has_experts(config.Model(layers=2, pattern=dense_first))
