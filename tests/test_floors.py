@@ -288,6 +288,15 @@ def test_faces_are_used():
         assert face <= outside, (name, face - outside)
 
 
+@pytest.mark.parametrize("page", ["README.md", "AGENTS.md", "docs/architecture.md"])
+def test_drawings_show_every_room(page):
+    lines = (ROOT / page).read_text().splitlines()
+    for floor, rooms in enumerate(FLOORS):
+        drawn = next(line for line in lines if line.startswith(f"{floor} "))
+        missing = rooms - {"__main__"} - set(re.findall(r"\w+", drawn))
+        assert not missing, f"{page}, floor {floor}"
+
+
 def test_package_starts_empty():
     """Importing one room must not import the others, nor JAX."""
     names = {"os", "jaxlib.version", "lazy_loader", "gpt_jax.hardware.xla_flags.add_xla_flags"}
