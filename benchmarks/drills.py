@@ -15,9 +15,7 @@ It prints a table, and with `--record` writes `drills.json` beside this file.
 
 import argparse
 import collections
-import gzip
 import json
-import lzma
 import os
 import platform
 import random
@@ -29,6 +27,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from drill_files import FORMATS, mutate, write_texts, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 30
@@ -188,77 +188,6 @@ RUNS = {
 # ---- fuzzed files ----
 
 
-def write_texts(folder: Path, name: str) -> Path:
-    """A sound file of a format, which the fuzzing starts from."""
-    import numpy as np
-    import pyarrow
-    import pyarrow.parquet
-
-    texts = [f"text {i}, of some words" for i in range(30)]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    path = folder / f"sound.{name}"
-    table = pyarrow.table({"text": texts})
-    if name == "jsonl":
-        path.write_bytes(lines)
-    elif name == "json":
-        path.write_text(json.dumps([{"text": text} for text in texts]))
-    elif name in ("csv", "tsv"):
-        mark = "," if name == "csv" else "\t"
-        path.write_text("id" + mark + "text\n" + "".join(f'{i}{mark}"word"\n' for i in range(30)))
-    elif name == "txt":
-        path.write_text("\n".join(texts))
-    elif name == "jsonl.gz":
-        path.write_bytes(gzip.compress(lines))
-    elif name == "jsonl.xz":
-        path.write_bytes(lzma.compress(lines))
-    elif name == "parquet":
-        pyarrow.parquet.write_table(table, path)
-    elif name == "arrow":
-        with pyarrow.ipc.new_file(str(path), table.schema) as file:
-            file.write_table(table)
-    elif name == "npy":
-        np.save(path, np.arange(3000, dtype=np.uint16) % 250)
-    return path
-
-
-def write_tokenizer(folder: Path) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["some words of some text"] * 20, trainer)
-    tokenizer.save(str(folder / "sound.tokenizer.json"))
-    return folder / "sound.tokenizer.json"
-
-
-def mutate(raw: bytes, draw: random.Random) -> bytes:
-    """A few random changes: flips, cuts, copies, and words that programs trip over."""
-    out = bytearray(raw)
-    words = (b"null", b"-1", b"1e999", b"\x00", b"\xff", b'"', b"[" * 50, b"{}", b"9" * 30)
-    for _ in range(draw.randint(1, 4)):
-        at = draw.randrange(len(out) + 1)
-        span = draw.randint(1, 8)
-        way = draw.randrange(5)
-        if way == 0 and out:
-            out[min(at, len(out) - 1)] ^= 1 << draw.randrange(8)
-        elif way == 1:
-            del out[at : at + span]
-        elif way == 2:
-            out[at : at + span] = draw.choice(words)
-        elif way == 3:
-            out[at:at] = out[at : at + 40]
-        elif draw.random() < 0.3:
-            del out[at:]
-    return bytes(out)
-
-
 def read_text(path: Path, folder: Path) -> None:
     from gpt_jax import config
     from gpt_jax.data import load_dataset
@@ -275,8 +204,7 @@ def read_tokenizer(path: Path, folder: Path) -> None:
     resolve_tokenizer(str(path)).encode("some words")
 
 
-TEXTS = ("txt", "jsonl", "json", "csv", "tsv", "jsonl.gz", "jsonl.xz", "parquet", "arrow", "npy")
-READERS = dict.fromkeys(TEXTS, read_text) | {"tokenizer.json": read_tokenizer}
+READERS = dict.fromkeys(FORMATS, read_text) | {"tokenizer.json": read_tokenizer}
 
 
 def fuzz(name: str, first: int, count: int, folder: Path) -> None:

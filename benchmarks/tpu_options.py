@@ -26,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 
+from tpu_tables import format_programs, format_scans, format_steps
+
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "benchmarks/tpu_options.json"
 
@@ -277,7 +279,8 @@ def make_step_row(generation: str, name: str) -> dict:
         *(f"--option={option}" for option in options),
     ]
     answer, complaint, seconds = run_child([sys.executable, "-m", "gpt_jax", *words])
-    row: dict = {"generation": generation, "options": list(options)}
+    row: dict = {"kind": "step", "generation": generation, "name": name}
+    row["options"] = list(options)
     row["command"] = "gpt-jax " + " ".join(words)
     row["cpu_seconds"] = round(seconds)
     report = json.loads(answer) if answer.strip() else {}
@@ -311,79 +314,11 @@ def list_rows() -> dict[str, tuple]:
     for generation in WITH_SPARSE_CORE:
         for name in COLLECTIVES:
             rows[f"scan {generation} {name}"] = make_scan_row, generation, name
-    for name, (generations, _) in STEPS.items():
-        for generation in generations:
-            rows[f"step {generation} {name}"] = make_step_row, generation, name
-    return rows
-
-
-def format_programs(rows: dict, kind: str, titles: str) -> list[str]:
-    """Returns the table of limits: milliseconds and part of the peak by program."""
-    columns = titles.count("|") + 1
-    lines = [
-        f"| generation | limit (KiB) | {titles} | compiling (CPU) |",
-        "|---" * (columns + 3) + "|",
-    ]
-    for row in rows.values():
-        if row.get("kind") != kind:
-            continue
-        start = f"| {row['generation']} | {row['limit']} |"
-        if "error" in row:
-            lines.append(f"{start} {row['error'][:120]} |" + " |" * columns)
-            continue
-
-        programs = row["programs"].values()
-        cells = [f"{one['milliseconds']:.2f} ms, {one['of_peak']:.0%}" for one in programs]
-        if len(cells) > 1:
-            together = sum(one["milliseconds"] for one in programs)
-            cells.append(f"{together:.2f} ms")
-        seconds = sum(one["compile_cpu_seconds"] for one in programs)
-        lines.append(f"{start} {' | '.join(cells)} | {seconds:.0f} s |")
-    return lines
-
-
-def format_scans(rows: dict) -> list[str]:
-    """Returns the table of collectives: what runs behind the computing, and what does not."""
-    lines = [
-        "| generation | options | computing | sent behind it | sent in the open | compiling (CPU) |",
-        "|---" * 6 + "|",
-    ]
-    for row in rows.values():
-        if row.get("kind") != "scan":
-            continue
-        start = f"| {row['generation']} | {row['name']} |"
-        if "error" in row:
-            lines.append(f"{start} {row['error'][:120]} | | | |")
-            continue
-        lines.append(
-            f"{start} {row['computing_milliseconds']:.2f} ms | {row['hidden_bytes'] / 1e6:.0f} MB | "
-            f"{row['open_bytes'] / 1e6:.0f} MB | {row['compile_cpu_seconds']:.0f} s |"
-        )
-    return lines
-
-
-def format_steps(rows: dict) -> list[str]:
-    """Returns the table of whole steps."""
-    lines = [
-        "| generation | options | computing | hidden links | open links | step | command (CPU) |",
-        "|---" * 7 + "|",
-    ]
     for generation in MACHINES:
-        for name in STEPS:
-            row = rows.get(f"step {generation} {name}")
-            if row is None:
-                continue
-            if "error" in row:
-                lines.append(f"| {generation} | {name} | {row['error'][:120]} | | | | |")
-                continue
-            parts = row["schedule"]
-            cells = [
-                f"{1e3 * parts[part]:.1f} ms" for part in ("computing", "hidden", "open", "step")
-            ]
-            lines.append(
-                f"| {generation} | {name} | {' | '.join(cells)} | {row['cpu_seconds']} s |"
-            )
-    return lines
+        for name, (generations, _) in STEPS.items():
+            if generation in generations:
+                rows[f"step {generation} {name}"] = make_step_row, generation, name
+    return rows
 
 
 def format_tables(rows: dict) -> list[str]:
