@@ -18,7 +18,13 @@ from gpt_jax.config.data_fields import Data
 from gpt_jax.config.describe import describe_config, make_page, make_schema
 from gpt_jax.config.field_checks import faults
 from gpt_jax.config.fields import RESUMABLE, Config
-from gpt_jax.config.habits import Habits, describe_habits, find_habits
+from gpt_jax.config.habits import (
+    GROUPED_WIDTH,
+    Habits,
+    choose_expert_matmul,
+    describe_habits,
+    find_habits,
+)
 from gpt_jax.config.knobs import (
     DENSE_FFNS,
     ENDLESS,
@@ -81,6 +87,7 @@ __all__ = [
     "EVALUATORS",
     "FFNS",
     "FSDP_AXES",
+    "GROUPED_WIDTH",
     "INITS",
     "KERNELS",
     "MATMULS",
@@ -115,6 +122,7 @@ __all__ = [
     "at_batch_size",
     "changes",
     "check",
+    "choose_expert_matmul",
     "cross_slice",
     "describe_config",
     "describe_habits",

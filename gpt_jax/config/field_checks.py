@@ -276,6 +276,12 @@ def _check_ramp_steps(checks: Checks) -> None:
 def _check_router(checks: Checks) -> None:
     """The mixture of experts, if the pattern has one."""
     model = checks.config.model
+    is_dropless = has_experts(model) and model.dispatch == "dropless"
+    checks.need(
+        is_dropless or checks.config.compute.expert_matmul == "auto",
+        "compute.expert_matmul",
+        "is for dropless experts, and the model has none; leave this out",
+    )
     if not has_experts(model):
         return
 

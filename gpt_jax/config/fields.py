@@ -41,6 +41,7 @@ RESUMABLE = {
     "checkpoint": "",
     "mesh": "",
     "compute.kernel": "",
+    "compute.expert_matmul": "",
     "compute.remat": "",
     "compute.remat_save": "",
     "compute.remat_offload": "",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from gpt_jax.config.batch_sizes import list_levels
 from gpt_jax.config.field_checks import Checks
 from gpt_jax.config.fields import Config
+from gpt_jax.config.habits import GROUPED_WIDTH
 from gpt_jax.config.layers import has_experts, layer_specs, layout
 from gpt_jax.config.meshes import BATCH_AXES, COPY_AXES, FSDP_AXES
 from gpt_jax.config.model_fields import Model
@@ -206,6 +207,14 @@ def _check_experts(checks: Checks, shape: dict) -> None:
         f"must be divisible by config.mesh.tensor = {tensor}; "
         f"lower that to {math.gcd(model.expert_mlp, tensor)}",
     )
+    if checks.config.compute.expert_matmul == "grouped":
+        for field, width in (("embed", model.embed), ("expert_mlp", model.expert_mlp // tensor)):
+            checks.need(
+                width % GROUPED_WIDTH == 0,
+                f"model.{field}",
+                f"leaves a device {width} channels, and config.compute.expert_matmul = 'grouped' "
+                f"needs a multiple of {GROUPED_WIDTH}; change it, or use blocks",
+            )
     checks.need(
         model.dispatch != "capacity" or context == 1,
         "model.dispatch",

@@ -8,6 +8,7 @@ from gpt_jax.config.knobs import (
     DENSE_FFNS,
     DISPATCHES,
     DTYPES,
+    EXPERT_MATMULS,
     INITS,
     KERNELS,
     MATMULS,
@@ -208,6 +209,13 @@ class Compute:
         "auto",
         "The attention kernel. A named kernel runs or raises; auto takes the fastest that can.",
         choices=KERNELS,
+    )
+    expert_matmul: str = knob(
+        "auto",
+        "How dropless experts multiply: block by block (blocks), by the grouped matmul of TPUs "
+        "(sorted), or by that of some GPUs (grouped, measured on none). A named way runs or "
+        "raises; auto takes the platform's.",
+        choices=EXPERT_MATMULS,
     )
     remat: str = knob(
         "none",

@@ -88,6 +88,7 @@ def estimate_job(job: PlanJob, topology: Topology) -> Estimate:
         kernel = "reference"
         reason = "none can"
         problems = [*problems, str(error)]
+    problems = [*problems, *_check_experts(config, topology)]
 
     here = split_microbatch(job, shape)
     flows = _route_flows(job, topology, shape)
@@ -120,6 +121,17 @@ def estimate_job(job: PlanJob, topology: Topology) -> Estimate:
         fits=memory.peak <= topology.chip.memory,
         problems=tuple(problems),
     )
+
+
+def _check_experts(config: configs.Config, topology: Topology) -> list[str]:
+    """Returns why the machine does not have the matmul of experts that the config asks for."""
+    chip = topology.chip
+    habits = configs.find_habits(chip.platform, chip.kind)
+    try:
+        configs.choose_expert_matmul(config.compute.expert_matmul, habits, chip.kind)
+    except UsageError as error:
+        return [str(error)]
+    return []
 
 
 def _check_slices(config: configs.Config, topology: Topology) -> list[str]:

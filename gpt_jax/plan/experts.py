@@ -1,8 +1,7 @@
 """Buffers of mixtures of experts on one device: rows that a token fills, and rows that stay empty.
 
-Tokens travel to their experts through an exchange (model/experts/exchange.py). Where the platform
-has no grouped matmul, each expert's tokens are then gone through block by block
-(model/experts/local_experts.py).
+Tokens travel to their experts through an exchange (model/experts/exchange.py). Without a grouped
+matmul, each expert's tokens are then gone through block by block (model/experts/local_experts.py).
 """
 
 from typing import NamedTuple
@@ -23,9 +22,11 @@ class Blocks(NamedTuple):
     rows: int  # Rows of one block.
 
 
-def is_blockwise(model: configs.Model, platform: str) -> bool:
+def is_blockwise(config: configs.Config, platform: str) -> bool:
     """Returns whether experts are gone through block by block."""
-    return model.dispatch == "dropless" and not configs.find_habits(platform).sort_choices
+    asked = config.compute.expert_matmul
+    way = configs.find_habits(platform).expert_matmuls[0] if asked == "auto" else asked
+    return config.model.dispatch == "dropless" and way == "blocks"
 
 
 def find_blocks(
@@ -39,12 +40,12 @@ def find_blocks(
 
 
 def count_padding(
-    model: configs.Model, shape: dict[str, int], tokens: float, platform: str
+    config: configs.Config, shape: dict[str, int], tokens: float, platform: str
 ) -> float:
     """Returns the rows of blocks that may be empty, for each choice of a device's tokens."""
-    if not is_blockwise(model, platform):
+    if not is_blockwise(config, platform):
         return 0.0
-    blocks = find_blocks(model, shape, tokens, platform)
+    blocks = find_blocks(config.model, shape, tokens, platform)
     return blocks.experts * blocks.rows / blocks.choices
 
 
@@ -53,10 +54,10 @@ def count_turns(job: PlanJob, shape: dict[str, int], tokens: float, platform: st
 
     It is 1 where nothing goes by blocks.
     """
-    model = job.config.model
-    if not is_blockwise(model, platform) or not any(widths.sent for widths in job.layers):
+    config = job.config
+    if not is_blockwise(config, platform) or not any(widths.sent for widths in job.layers):
         return 1.0
-    blocks = find_blocks(model, shape, tokens, platform)
+    blocks = find_blocks(config.model, shape, tokens, platform)
     return blocks.choices / blocks.experts / blocks.rows + 0.5
 
 
@@ -74,22 +75,25 @@ def count_exchange_places(model: configs.Model, shape: dict[str, int]) -> float:
 
 
 def count_places(
-    model: configs.Model, shape: dict[str, int], tokens: float, platform: str
+    config: configs.Config, shape: dict[str, int], tokens: float, platform: str
 ) -> float:
     """Returns the places of a device's buffers, for each choice of its tokens."""
-    padding = count_padding(model, shape, tokens, platform)
-    return count_exchange_places(model, shape) + padding
+    padding = count_padding(config, shape, tokens, platform)
+    return count_exchange_places(config.model, shape) + padding
 
 
-def widen_for_buffers(widths: Widths, model: configs.Model, places: float, platform: str) -> Widths:
+def widen_for_buffers(
+    widths: Widths, config: configs.Config, places: float, platform: str
+) -> Widths:
     """Returns `widths` as they stand in memory; those of experts are `places` times as wide.
 
     Where experts are gone through block by block, their hidden values are those of one block.
     """
     if not widths.sent:
         return widths
-    sent = 0.0 if is_blockwise(model, platform) else places * widths.sent
-    grow = (sent + model.shared_experts) / (widths.sent + model.shared_experts)
+    shared = config.model.shared_experts
+    sent = 0.0 if is_blockwise(config, platform) else places * widths.sent
+    grow = (sent + shared) / (widths.sent + shared)
     return widths._replace(
         inner=widths.inner * grow, hidden=widths.hidden * grow, sent=widths.sent * places
     )

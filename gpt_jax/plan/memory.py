@@ -108,9 +108,9 @@ def estimate_memory(job: PlanJob, shape: dict[str, int], kernel: str, platform: 
     config = job.config
     zero = config.mesh.zero
     here = split_microbatch(job, shape)
-    places = count_places(config.model, shape, here.tick_tokens, platform)
+    places = count_places(config, shape, here.tick_tokens, platform)
     layers = [
-        (widen_for_buffers(widths, config.model, places, platform), count)
+        (widen_for_buffers(widths, config, places, platform), count)
         for widths, count in group_layers(job.layers)
     ]
 

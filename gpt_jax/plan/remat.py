@@ -78,24 +78,23 @@ def is_recomputed(compute: configs.Compute, name: str) -> bool:
 
 def repeated_part(job: PlanJob, platform: str) -> float:
     """Returns the part of the layers' forward matmuls that remat `names` computes again."""
-    model = job.config.model
     total = 0.0
     repeated = 0.0
     for widths, count in group_layers(job.layers):
-        for name, entries in _list_matmuls(model, widths, platform):
+        for name, entries in _list_matmuls(job.config, widths, platform):
             total += entries * count
             if _is_needed(job.config, name):
                 repeated += entries * count
     return repeated / total
 
 
-def _list_matmuls(model: configs.Model, widths: Widths, platform: str) -> list[tuple[str, float]]:
+def _list_matmuls(config: configs.Config, widths: Widths, platform: str) -> list[tuple[str, float]]:
     """Returns the matmuls of a layer: (name of the result, channels that come in and go out).
 
     The first matmuls of experts have no name, and go by blocks together with the last one.
     """
-    inner, hidden = _find_dense(model, widths)
-    first = "experts_out" if is_blockwise(model, platform) else ""
+    inner, hidden = _find_dense(config.model, widths)
+    first = "experts_out" if is_blockwise(config, platform) else ""
     return [
         ("q", widths.q),
         ("k", widths.kv),

@@ -145,7 +145,7 @@ def _count_wasted(job: PlanJob, shape: dict[str, int], here: Microbatch, platfor
     if model.dispatch == "capacity":
         times = max(0.0, model.capacity_factor - 1)
     else:
-        times = count_padding(model, shape, here.tick_tokens, platform) / 2
+        times = count_padding(job.config, shape, here.tick_tokens, platform) / 2
 
     entries = [
         w.sent / (w.sent + model.shared_experts) * (w.inner + w.hidden) * model.embed * count
@@ -165,7 +165,7 @@ def passes_seconds(
     model = job.config.model
     train = job.config.train
     platform = topology.chip.platform
-    places = count_places(model, shape, here.tick_tokens, platform)
+    places = count_places(job.config, shape, here.tick_tokens, platform)
     count = len(job.layers)
     groups = group_layers(job.layers)
     sent = sum(w.sent * times for w, times in groups) / count
@@ -190,7 +190,7 @@ def _block_sum_bytes(job: PlanJob, shape: dict[str, int], here: Microbatch, plat
 
     Where experts are gone through block by block, every block reads and writes the float32 sum.
     """
-    if not is_blockwise(job.config.model, platform):
+    if not is_blockwise(job.config, platform):
         return 0.0
     a_layer = 2 * expert_weight_bytes(job, shape, FULL_BYTES) / len(job.layers)
     return a_layer * count_turns(job, shape, here.tick_tokens, platform)

@@ -57,13 +57,20 @@ def describe_mesh(config: configs.Config, mesh) -> str:
 
 
 def describe_habits(config: configs.Config, mesh) -> str:
-    """One line: how the platform of `mesh` computes what others compute in another way."""
+    """One line: how the platform of `mesh` computes what others compute in another way.
+
+    Raises UsageError if the devices have no such matmul of experts as the config asks for.
+    """
     device = mesh.devices.flat[0]
     habits = configs.find_habits(device.platform, device.device_kind)
     joins = habits.join_projections and MULTIPLIERS[config.compute.matmul_dtype].joins
     habits = habits._replace(join_projections=joins)
     model = config.model
     has_experts = model.dispatch == "dropless" and configs.has_experts(model)
+    if has_experts and config.compute.expert_matmul != "auto":
+        habits = configs.choose_expert_matmul(
+            config.compute.expert_matmul, habits, device.device_kind
+        )
     has_exchange = has_experts and mesh.shape["expert"] > 1
     return configs.describe_habits(habits, has_experts, has_exchange)
 

@@ -141,9 +141,10 @@ def _settle(
     mesh = pick_mesh(model, count, is_decoding) if count > 1 else alone
 
     # The kernel of the run was chosen for that machine and for dropout, so another is chosen here.
-    asked = replace(compute, kernel="auto")
+    # This machine need not have the run's matmul of experts either.
+    asked = replace(compute, kernel="auto", expert_matmul="auto")
     name, reason = choose_run_kernel(model, asked, config.train.seq_len, mesh)
-    settled = replace(config, model=model, compute=replace(compute, kernel=name))
+    settled = replace(config, model=model, compute=replace(asked, kernel=name))
     return settled, mesh, f"{name} ({reason})"
 
 

@@ -172,3 +172,26 @@ def test_resolve_leaves_what_is_said():
 def test_a_platform_without_habits_is_named_and_so_are_those_that_have_them():
     refuses(lambda: config.find_habits("metal"), "'metal'", "cpu, gpu, tpu")
     assert config.find_habits("tpu", "TPU v5e") != config.find_habits("tpu", "TPU v4")
+
+
+@pytest.mark.parametrize(
+    "kind, has_grouped",
+    [("NVIDIA A100-SXM4-80GB", True), ("NVIDIA H100 PCIe", True), ("Tesla V100-SXM2-16GB", False)],
+)
+def test_experts_multiply_as_asked_or_not_at_all(kind, has_grouped):
+    """A line about the habits tells what can be asked for, and GPUs that cannot keep to blocks."""
+    habits = config.find_habits("gpu", kind)
+    line = config.describe_habits(habits, True, False)
+    assert line.count("experts by blocks") == 1
+    assert ("compute.expert_matmul can be grouped" in line) == has_grouped
+    assert config.choose_expert_matmul("auto", habits, kind).expert_matmuls == ("blocks",)
+
+    if has_grouped:
+        chosen = config.choose_expert_matmul("grouped", habits, kind)
+        assert "experts by Triton's grouped matmul" in config.describe_habits(chosen, True, False)
+    else:
+        refuses(
+            lambda: config.choose_expert_matmul("grouped", habits, kind),
+            f"config.compute.expert_matmul = 'grouped': {kind} does not have it",
+            "choose auto or blocks",
+        )

@@ -208,6 +208,21 @@ MOE = dict(pattern=(("attention", "moe"),))
             ("config.model.expert_mlp = 6", "config.mesh.tensor = 4"),
         ),
         (
+            dict(tensor=2),
+            dict(model=dict(expert_mlp=48) | MOE, compute=dict(expert_matmul="grouped")),
+            ("config.model.expert_mlp = 48", "24 channels", "multiple of 16", "use blocks"),
+        ),
+        (
+            {},
+            dict(compute=dict(expert_matmul="blocks")),
+            ("config.compute.expert_matmul = 'blocks'", "leave this out"),
+        ),
+        (
+            {},
+            dict(model=dict(dispatch="capacity") | MOE, compute=dict(expert_matmul="grouped")),
+            ("config.compute.expert_matmul = 'grouped'", "dropless"),
+        ),
+        (
             dict(context=2),
             dict(model=dict(dispatch="capacity") | MOE),
             ("config.model.dispatch = 'capacity'", "dropless"),

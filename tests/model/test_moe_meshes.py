@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from expert_layers import CASES, D, close, make_inputs, make_model, make_params, objective, run
+from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec as P
+from programs import trace
 
 from gpt_jax import config, sharding
-from gpt_jax.model.experts import local_experts
+from gpt_jax.errors import UsageError
+from gpt_jax.model.experts import grouped_matmuls, local_experts
 from gpt_jax.model.experts.moe import Moe
 from gpt_jax.sharding import layout, rules
 
@@ -38,9 +41,59 @@ def accelerator(monkeypatch):
     """The exchange and the grouped matmul of platforms that are no CPU."""
     monkeypatch.setattr(sharding, "habits", lambda: config.find_habits("tpu"))
     monkeypatch.setattr(
-        local_experts, "kernel_gradient", partial(local_experts.kernel_gradient, interpret=True)
+        grouped_matmuls, "kernel_gradient", partial(grouped_matmuls.kernel_gradient, interpret=True)
     )
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The exchange of GPUs, and the grouped matmul of some of them."""
+    habits = config.find_habits("gpu", "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(
+        sharding, "habits", lambda: config.choose_expert_matmul("grouped", habits, "")
+    )
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+
+
+GROUPED_CASES = [
+    ("shared", {}),
+    ("normalised", dict(expert=4)),
+    ("sigmoid-bias", dict(expert=2, fsdp=2, tensor=2)),
+]
+
+
+@pytest.mark.parametrize("name, shape", GROUPED_CASES, ids=str)
+def test_the_grouping_of_gpus_equals_blocks(name, shape, mesh, hopper, monkeypatch):
+    """Rows of no expert are NaN in its results, and so are rows that no device sent."""
+    model = make_model(**CASES[name] | dict(expert_mlp=32))
+    params = make_params(model, skew=0.5)
+    inputs = make_inputs()
+    if shape:
+        grouped = on_mesh(mesh(**shape), model, params, *inputs)
+    else:
+        grouped = run(model, params, *inputs)
+    monkeypatch.undo()
+    close(grouped, run(model, params, *inputs))
+
+
+def test_a_layer_multiplies_as_its_config_asks(monkeypatch):
+    """Blocks are what GPUs take by themselves."""
+    habits = config.find_habits("gpu", "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(sharding, "habits", lambda: habits)
+    model = make_model(expert_mlp=32)
+    params = make_params(model)
+    x, segment, _ = make_inputs()
+
+    def count_kernels(asked):
+        module = Moe(model, config.Compute(expert_matmul=asked))
+        equations = trace(lambda x: module.apply({"params": params}, x, segment)[0], x)
+        return sum(equation.primitive.name == "pallas_call" for equation in equations)
+
+    assert [count_kernels(asked) for asked in ("auto", "blocks", "grouped")] == [0, 0, 3]
+    with pytest.raises(UsageError, match="'sorted': gpu does not have it; choose auto or blocks"):
+        count_kernels("sorted")
 
 
 def test_the_ragged_exchange_equals_the_padded_one(mesh, accelerator, monkeypatch):
@@ -62,14 +115,14 @@ def test_the_grouping_of_tpus_equals_blocks(accelerator, monkeypatch):
     close(sorted_, run(model, params, *inputs))
 
 
-@pytest.mark.parametrize("way", ["blocks", "sorted"])
+@pytest.mark.parametrize("way", ["blocks", "sorted", "grouped"])
 def test_sums_of_bfloat16_are_float32(way, request):
     """Gradients are sums over 40 blocks of 8 rows and more, which a sum in bfloat16 would lose.
 
     One expert is chosen by nobody, and some choices are of no expert.
     """
-    if way == "sorted":
-        request.getfixturevalue("accelerator")
+    if way != "blocks":
+        request.getfixturevalue({"sorted": "accelerator", "grouped": "hopper"}[way])
     rng = np.random.default_rng(0)
     n = 640
     count = 4

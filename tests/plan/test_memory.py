@@ -73,9 +73,10 @@ def test_rows_and_turns_of_experts_blocks():
     2 experts of 1,024 choices each, in blocks of 512.
     """
     model = configs.Model(experts=4, experts_per_token=2)
-    assert count_padding(model, ONE, 1024, "gpu") == 4 * 512 / 2048
-    assert count_padding(model, ONE | {"expert": 2}, 1024, "gpu") == 2 * 512 / 2048
-    assert count_places(model, ONE, 1024, "gpu") == 2
+    config = configs.Config(model=model)
+    assert count_padding(config, ONE, 1024, "gpu") == 4 * 512 / 2048
+    assert count_padding(config, ONE | {"expert": 2}, 1024, "gpu") == 2 * 512 / 2048
+    assert count_places(config, ONE, 1024, "gpu") == 2
 
     small = job_of("moe:small")
     job = small._replace(config=replace(small.config, model=model))
@@ -84,8 +85,11 @@ def test_rows_and_turns_of_experts_blocks():
 
 def test_nothing_is_padded_where_nothing_goes_by_blocks():
     model = configs.Model(experts=4, experts_per_token=2)
-    assert count_padding(model, ONE, 1024, "tpu") == 0
-    assert count_padding(replace(model, dispatch="capacity"), ONE, 1024, "gpu") == 0
+    limited = configs.Config(model=replace(model, dispatch="capacity"))
+    grouped = configs.Config(model=model, compute=configs.Compute(expert_matmul="grouped"))
+    assert count_padding(configs.Config(model=model), ONE, 1024, "tpu") == 0
+    assert count_padding(limited, ONE, 1024, "gpu") == 0
+    assert count_padding(grouped, ONE, 1024, "gpu") == 0
     assert count_turns(job_of("moe:small"), ONE, 1024, "tpu") == 1
     assert count_turns(llama(), ONE, 1024, "gpu") == 1
 
@@ -162,7 +166,7 @@ def test_temporaries_of_the_largest_layer_count(name, axes, monkeypatch):
     job = job_of(name)
     shape = ONE | axes
     here = split_microbatch(job, shape)
-    places = count_places(job.config.model, shape, here.tick_tokens, "gpu")
+    places = count_places(job.config, shape, here.tick_tokens, "gpu")
     sent = max(widths.sent for widths in job.layers)
     copies = 6 if "expert" in axes else 2
     entries = here.tick_tokens * places * sent * copies * job.config.model.embed

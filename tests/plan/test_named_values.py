@@ -54,11 +54,11 @@ def test_bytes_are_those_that_the_traced_layers_leave(name, overrides, save, off
     model = job.config.model
 
     left = count_left_bytes(trace_layers(model, job.config.compute, ROWS), LAYERS)
-    places = count_places(model, ONE, ROWS * LENGTH, "tpu")
+    places = count_places(job.config, ONE, ROWS * LENGTH, "tpu")
     device = 0.0
     host = 0.0
     for widths in job.layers:
-        widths = widen_for_buffers(widths, model, places, "tpu")
+        widths = widen_for_buffers(widths, job.config, places, "tpu")
         device += ROWS * LENGTH * kept_bytes(job, widths, ONE, kernel)
         host += ROWS * LENGTH * host_bytes(job, widths, ONE, kernel)
     assert (left["device"], left["host"]) == (device, host)

@@ -372,8 +372,25 @@ custom_call_target="tpu_custom_call"
 """
 
 
-def test_flops_of_grouped_matmuls_whose_kernels_carry_no_cycles():
+GROUPED_ON_GPU = """ENTRY %main (a: s32[]) -> bf16[512,32] {
+  %sizes = s32[8]{0} parameter(0)
+  %rows = bf16[512,64]{1,0} parameter(1)
+  %kernels = bf16[8,64,32]{2,1,0} parameter(2)
+  %pallas_call.2 = f32[8,64,32]{2,1,0} custom-call(%sizes, %sizes, %rows, %pallas_call.1), \
+custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(f)/transpose(jvp(experts_sum_products))/pallas_call"}
+  %other = bf16[512,32]{1,0} custom-call(%sizes, %rows, %kernels), \
+custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/other/pallas_call"}
+  ROOT %pallas_call.1 = bf16[512,32]{1,0} custom-call(%sizes, %sizes, %sizes, %rows, %kernels), \
+custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(f)/jvp(experts_multiply)/pallas_call"}
+}
+"""
+
+
+@pytest.mark.parametrize("text", [GROUPED, GROUPED_ON_GPU], ids=["tpu", "gpu"])
+def test_flops_of_grouped_matmuls_whose_kernels_carry_no_cycles(text):
     """512 rows go through 64 x 32 each, and their outer products are summed."""
-    program = read_program(GROUPED, {"fsdp": 8})
+    program = read_program(text, {"fsdp": 8})
     assert program.grouped_flops == 2 * 2 * 512 * 64 * 32
     assert program.matmul_flops == 0

@@ -27,6 +27,18 @@ def test_heads_that_do_not_divide_are_named():
     assert words in problem
 
 
+def test_a_matmul_of_experts_that_a_machine_lacks_is_a_problem():
+    job = changed(job_of("moe:8x7b"), compute=dict(expert_matmul="grouped"))
+    problems = {
+        name: estimate_job(job, parse_topology(name)).problems for name in ("h100:8", "v5p:4x4x4")
+    }
+    assert not any("expert_matmul" in problem for problem in problems["h100:8"])
+    assert (
+        "config.compute.expert_matmul = 'grouped': TPU v5 does not have it; "
+        "choose auto or sorted" in problems["v5p:4x4x4"]
+    )
+
+
 def test_every_problem_is_named():
     job = changed(
         llama(), mesh=dict(fsdp=-1), train=dict(batch_size=100, seq_len=8200), model=dict(heads=31)

@@ -7,6 +7,7 @@ import pytest
 import runs
 
 from gpt_jax import config as configs
+from gpt_jax.errors import UsageError
 from gpt_jax.run.notes import describe_dtypes, describe_fp8
 
 NAMES = {"f32": "float32", "bf16": "bfloat16"}
@@ -83,6 +84,16 @@ def test_fp8_says_what_it_is_for_and_where_it_is_emulated(platform, kind, said):
     assert "MFU is relative to the bf16 peak" in about
     assert [said in line for line in rest] == ([True] if said else [])
     assert describe_fp8(configs.Config(model=model), platform, kind) == []
+
+
+def test_a_matmul_of_experts_that_the_machine_lacks_ends_the_run(tmp_path):
+    flags = [f"--config={runs.ROOT}/configs/moe.py:small", f"--workdir={tmp_path}"]
+    flags += ["--config.data.path=stdlib", "--config.compute.expert_matmul=grouped"]
+    code, message = runs.refusal("train", *flags)
+    assert code == UsageError.code
+    assert message == (
+        "config.compute.expert_matmul = 'grouped': cpu does not have it; choose auto or blocks"
+    )
 
 
 def test_a_run_in_fp8_prints_it_and_joins_no_projections(tmp_path):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config
+from gpt_jax.model.experts.grouped_matmuls import GROUPED_DOTS, TILE
 
 
 class Kernels(NamedTuple):
@@ -161,10 +162,12 @@ def feed_forward(
     """Sends x [n, D] through the experts of each choice.
 
     `experts` [n * fan] are 0 … E / p - 1, and E / p stands for none. `likely` is the number of
-    real choices when tokens spread evenly.
+    real choices when tokens spread evenly. The first of the habits' ways is taken.
     """
-    run = by_sorting if habits.sort_choices else by_blocks
-    return run(x, experts, fan, kernels, activation, habits, likely)
+    way = habits.expert_matmuls[0]
+    if way == "blocks":
+        return by_blocks(x, experts, fan, kernels, activation, habits.sum_rows, likely)
+    return by_sorting(x, experts, fan, kernels, activation, GROUPED_DOTS[way])
 
 
 def compute_hidden(activation: Callable, up, gate=None):
@@ -177,15 +180,13 @@ def first_kernels(kernels: Kernels) -> tuple:
     return kernels[1:] if kernels.gate is not None else (kernels.up,)
 
 
-# ---- sorted: TPUs ----
-
-TILE = 128  # rows of a matrix unit's tile
+# ---- sorted: TPUs, and GPUs if asked ----
 
 
 def by_sorting(
-    x, experts, fan: int, kernels: Kernels, activation: Callable, habits: config.Habits, likely: int
+    x, experts, fan: int, kernels: Kernels, activation: Callable, dot: Callable
 ) -> Placed:
-    """Sorts choices by expert for `jax.lax.ragged_dot`, which the TPU compiler has kernels for."""
+    """Sorts choices by expert for a grouped matmul, `dot`, that multiplies each of them once."""
     count = kernels.up.shape[0]
     order, rank, sizes = sort_choices(experts, count)
 
@@ -197,69 +198,26 @@ def by_sorting(
 
     rows = checkpoint_name(pick(x, there, back, fan), "experts_in")
     hidden = compute_hidden(
-        activation, *(ragged_dot(rows, kernel, sizes) for kernel in first_kernels(kernels))
+        activation, *(dot(rows, kernel, sizes) for kernel in first_kernels(kernels))
     )
-    return Placed(ragged_dot(hidden, kernels.down, sizes), there, back)
-
-
-def ragged_dot(rows, kernel, sizes):
-    """Does what `jax.lax.ragged_dot` does, with megablox's tgmm for the kernels' gradient.
-
-    libtpu 0.0.42 has good kernels for the result and the rows' gradient. For the kernels' gradient
-    it multiplies all rows for every expert.
-    """
-    return _ragged_dot(kernel.dtype, rows, kernel, sizes)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ragged_dot(gradient_dtype, rows, kernel, sizes):
-    return jax.lax.ragged_dot(rows, kernel.astype(rows.dtype), sizes)
-
-
-def _ragged_dot_forward(gradient_dtype, rows, kernel, sizes):
-    saved = (rows, kernel.astype(rows.dtype), sizes)
-    return _ragged_dot(gradient_dtype, rows, kernel, sizes), saved
-
-
-def _ragged_dot_backward(gradient_dtype, saved, g):
-    rows, kernel, sizes = saved
-
-    def multiply(rows):
-        return jax.lax.ragged_dot(rows, kernel, sizes)
-
-    (to_rows,) = jax.linear_transpose(multiply, rows)(g)
-    return to_rows, kernel_gradient(rows, g, sizes, gradient_dtype), None
-
-
-_ragged_dot.defvjp(_ragged_dot_forward, _ragged_dot_backward)
-
-
-def kernel_gradient(rows, g, sizes, dtype, interpret: bool = False):
-    """Sums rows[i]^T g[i] over each group: [m, in], [m, out] -> [groups, in, out].
-
-    m must be a multiple of TILE.
-    """
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-
-    tile = next(size for size in (512, 256, TILE) if rows.shape[0] % size == 0)
-    tiling = (tile, *(min(1024, x.shape[1]) for x in (rows, g)))
-    return tgmm(rows.T, g, sizes, dtype, tiling, interpret=interpret)
+    return Placed(dot(hidden, kernels.down, sizes), there, back)
 
 
 # ---- blocks: GPUs and CPUs ----
 
 
 def by_blocks(
-    x, experts, fan: int, kernels: Kernels, activation: Callable, habits: config.Habits, likely: int
+    x, experts, fan: int, kernels: Kernels, activation: Callable, sum_rows: int, likely: int
 ) -> Placed:
     """Pads each expert's choices to whole blocks, and sends one block at a time through its expert.
 
-    The idea is that of MegaBlocks (Gale et al. 2022, arXiv:2211.15841). On GPUs and CPUs XLA's
-    `ragged_dot` is no way out, because it multiplies every row with every expert.
+    The idea is that of MegaBlocks (Gale et al. 2022, arXiv:2211.15841). This is plain XLA and runs
+    everywhere. XLA's `ragged_dot` multiplies every row with every expert on GPUs and CPUs.
+    triton_matmuls.py has kernels for some GPUs that do not.
     """
     count = kernels.up.shape[0]
     order, rank, sizes = sort_choices(experts, count)
-    size = choose_block_rows(likely, count, habits.sum_rows)
+    size = choose_block_rows(likely, count, sum_rows)
     blocks = -(-sizes // size)
     most_blocks = experts.size // size + count
     blocks_before = starts_of(blocks)

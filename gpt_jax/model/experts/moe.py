@@ -209,7 +209,7 @@ def dispatch(
     wide = jnp.dtype(compute.gradient_dtype)
     cast = [kernel.astype(wide) for kernel in kernels if kernel is not None]
     split = _find_split(cast[0])
-    compute_choices = _make_compute_choices(model, room)
+    compute_choices = _make_compute_choices(model, compute, room)
 
     def run(x, choice, weight, *kernels):
         y = compute_choices(x, choice, weight, _gather_kernels(kernels, split, x.dtype))
@@ -230,11 +230,13 @@ def dispatch(
         return mapped(x, choice, weight, *cast)
 
 
-def _make_compute_choices(model: config.Model, room: int | None):
-    """Makes the function of (x, choice, weight, kernels) that runs on each device's own shard."""
+def _make_compute_choices(model: config.Model, compute: config.Compute, room: int | None):
+    """Makes the function of (x, choice, weight, kernels) that runs on each device's own shard.
+
+    Raises UsageError if the platform has no such matmul of experts as `compute` asks for.
+    """
     activation = FFNS[model.expert_ffn][0]
     devices = sharding.axis_size("expert")
-    habits = sharding.habits()
 
     if room is not None:
 
@@ -242,6 +244,9 @@ def _make_compute_choices(model: config.Model, room: int | None):
             return exchange.limited(x, choice, weight, kernels, activation, devices, room)
 
         return compute_limited
+
+    habits = sharding.habits()
+    habits = config.choose_expert_matmul(compute.expert_matmul, habits, habits.name)
 
     def compute_all(x, choice, weight, kernels):
         def flatten(array):

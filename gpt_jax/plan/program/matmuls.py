@@ -7,8 +7,10 @@ import numpy as np
 
 from gpt_jax.plan.program.text import Instruction, list_operands, read_dims
 
-# Kernels of libtpu and megablox for experts' grouped matmuls, by the names of their calls.
+# Kernels of libtpu and megablox for experts' grouped matmuls, by the names of their calls. Those of
+# GPUs have no names of their own, but those of model/experts/triton_matmuls.py in their metadata.
 _GROUPED = re.compile(r"(ragged-dot-none|tgmm)\b")
+_GROUPED_ON_GPU = re.compile(r'op_name="[^"]*\bexperts_(multiply|sum_products)\b')
 _CUBLAS = re.compile(r'custom_call_target="__cublas')
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]')
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
@@ -79,12 +81,13 @@ def _count_taps(
 
 
 def count_grouped_flops(line: Instruction, shapes: dict[str, str]) -> float:
-    """Returns the FLOPs of a grouped matmul of experts on a TPU; everything else has 0.
+    """Returns the FLOPs of a grouped matmul of experts; everything else has 0.
 
     It multiplies rows [m, k] with kernels [groups, k, n] into [m, n], or rows [m, k] with rows
     [m, n] into [groups, k, n]. The first rows are the last operand but one.
     """
-    if line.opcode != "custom-call" or not _GROUPED.match(line.name):
+    is_grouped = _GROUPED.match(line.name) or _GROUPED_ON_GPU.search(line.rest)
+    if line.opcode != "custom-call" or not is_grouped:
         return 0.0
     rows = read_dims(shapes[list_operands(line)[-2]])
     return 2.0 * math.prod(rows) * read_dims(line.result)[-1]
