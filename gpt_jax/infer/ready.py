@@ -52,13 +52,16 @@ def drop_capacity(model: config.Model, report: Callable[[str], None]) -> config.
     return dataclasses.replace(model, dispatch="dropless")
 
 
-def with_kernel(model: config.Model, compute: config.Compute, length: int) -> config.Compute:
-    """`compute` with the attention kernel for rows of `length`.
+def with_kernel(
+    model: config.Model, compute: config.Compute, length: int, common: bool = False
+) -> config.Compute:
+    """`compute` with the attention kernel for rows of `length`, with keys in common or without.
 
     This is the kernel of the config where it can do that length, and else the choice of `auto`.
     Training may have another length: splash wants multiples of 128.
     """
-    problem = make_problem(model, compute.dtype, length, jax.default_backend())
+    platform = jax.default_backend()
+    problem = make_problem(model, compute.dtype, length, platform, common=common)
     kernel = compute.kernel
     if kernel == "auto" or KERNELS[kernel].cannot(problem):
         kernel = choose_kernel("auto", problem)[0]

@@ -1,12 +1,12 @@
 """How likely a model holds given continuations.
 
-Requests are sorted by length into buckets, which are the powers of two from 16 up to the context.
-A bucket is one program. The head and its logits are run from the end of the text backwards, some
-positions at a time, as far as the longest continuation of the batch. The device sends two numbers
-for each token and never the logits.
+Requests become rows (score_rows.py), and rows are sorted by length into buckets. These are the
+powers of two from 16 up to the context. A bucket is one program. The head and its logits are run at
+the scored places alone, some of them at a time, as far as the batch needs. The device sends two
+numbers for each token and never the logits.
 
-Shapes: B rows, T tokens that are read, D embed, V rows of the embedding, S places that are scored
-from a row's end backwards, C places of a chunk.
+Shapes: B rows, T tokens that are read, D embed, V rows of the embedding, S places that are scored,
+C places of a chunk.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.infer.prompts import SMALLEST_BUCKET, bucket
 from gpt_jax.infer.ready import make_ready, with_kernel
 from gpt_jax.infer.requests import Fitted, Request, check_ids, fit_request
+from gpt_jax.infer.score_rows import CONTEXT, Row, make_rows, padded
 from gpt_jax.model import Transformer
 
 # Tokens of a batch for each part of the mesh that has rows of its own.
@@ -46,12 +47,16 @@ class Score(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of one program, padded to it. `numbers` are the places of their requests."""
+    """Rows of one program, padded to it.
 
-    numbers: list[int]
-    tokens: np.ndarray  # int32 [B, T]
-    lengths: np.ndarray  # int32 [B]
-    targets: np.ndarray  # int32 [B, S], from the last token backwards
+    `columns` are what the model reads, each [B, T]. `places` [B, S] tells after which token of its
+    row each target [B, S] comes.
+    """
+
+    rows: list[Row]
+    columns: dict[str, np.ndarray]  # int32, and bool
+    places: np.ndarray  # int32
+    targets: np.ndarray  # int32
     needed: int  # chunks
     chunk: int
 
@@ -59,27 +64,21 @@ class Batch(NamedTuple):
 # ---- the program ----
 
 
-def _read(params, tokens, lengths, network: Transformer) -> jax.Array:
+def _read(params, columns, network: Transformer) -> jax.Array:
     """The last hidden states [B, T, D] of right-padded rows."""
-    place = jnp.arange(tokens.shape[1])[None]
-    segment = (place < lengths[:, None]).astype(jnp.int32)
-    batch = {"tokens": tokens, "segment": segment}
+    batch = {name: sharding.constrain(x, "batch", None) for name, x in columns.items()}
     hidden: Any = network.apply({"params": params}, batch, method="features")
     return hidden[0]
 
 
-def _turn_round(hidden, lengths, places: int) -> jax.Array:
-    """The hidden states of each row from its last token backwards [B, S, D].
+def _pick_places(hidden, places) -> jax.Array:
+    """The hidden states [B, S, D] at places [B, S] of each row."""
 
-    Before its first token a row repeats it.
-    """
-
-    def turn(hidden, lengths):
-        index = jnp.maximum(lengths[:, None] - 1 - jnp.arange(places), 0)
-        return jnp.take_along_axis(hidden, index[..., None], axis=1)
+    def pick(hidden, places):
+        return jnp.take_along_axis(hidden, places[..., None], axis=1)
 
     axes = ("batch", None, None)
-    return sharding.run_local(turn, (axes, ("batch",)), axes)(hidden, lengths)
+    return sharding.run_local(pick, (axes, ("batch", None)), axes)(hidden, places)
 
 
 def _measure(logits, targets) -> tuple[jax.Array, jax.Array]:
@@ -108,8 +107,8 @@ def _cut(x, chunk: int):
 @sharding.using_rules(sharding.WHOLE_ROWS)
 def _score(
     params,
-    tokens,
-    lengths,
+    columns,
+    places,
     targets,
     needed,
     *,
@@ -121,11 +120,10 @@ def _score(
 
     Chunks after the first `needed` have no result.
     """
-    tokens = sharding.constrain(tokens, "batch", None)
-    lengths = sharding.constrain(lengths, "batch")
+    places = sharding.constrain(places, "batch", None)
     targets = sharding.constrain(targets, "batch", None)
     network = Transformer(model, compute)
-    hidden = _turn_round(_read(params, tokens, lengths, network), lengths, targets.shape[1])
+    hidden = _pick_places(_read(params, columns, network), places)
     head: Any = network.apply({"params": params}, hidden.dtype, method="output")
 
     def measure(hidden, targets):
@@ -141,21 +139,15 @@ def _score(
         return number + 1, jax.lax.cond(number < needed, measure, skip, *columns)
 
     _, parts = jax.lax.scan(run_chunk, 0, (_cut(hidden, chunk), _cut(targets, chunk)))
-    rows, places = targets.shape
 
     def join(x):
-        x = sharding.reshape(jnp.moveaxis(x, 0, 1), (rows, places), "batch", None)
+        x = sharding.reshape(jnp.moveaxis(x, 0, 1), targets.shape, "batch", None)
         return sharding.constrain(x, None, None)
 
     return tuple(map(join, parts))
 
 
 # ---- batches ----
-
-
-def count_read(fitted: Fitted) -> int:
-    """How many ids the model reads of a request."""
-    return len(fitted.ids) - 1
 
 
 def choose_rows(requests: int, length: int, multiple: int) -> int:
@@ -174,39 +166,49 @@ def choose_chunk(rows: int, length: int, vocab: int) -> int:
 
 
 def make_batches(fitted: Sequence[Fitted], model: config.Model, multiple: int) -> Iterator[Batch]:
-    """Batches by bucket, the longest first. Within a bucket long continuations stand together.
+    """Batches by bucket, the longest first. Within a bucket rows of many targets stand together.
 
     The order does not depend on the process. All batches of a bucket have one shape, so that it
     compiles once.
     """
-    by_length: dict[int, list[int]] = {}
-    for number, request in enumerate(fitted):
-        length = min(bucket(count_read(request), SMALLEST_BUCKET), model.max_seq)
-        by_length.setdefault(length, []).append(number)
+    rows = make_rows(fitted, model)
+    has_branches = len(rows) < len(fitted)
+
+    by_length: dict[int, list[Row]] = {}
+    for row in rows:
+        length = padded(max(len(row.tokens), len(row.targets)), model.max_seq)
+        by_length.setdefault(length, []).append(row)
 
     for length in sorted(by_length, reverse=True):
-        numbers = sorted(by_length[length], key=lambda number: -fitted[number].count)
-        rows = choose_rows(len(numbers), length, multiple)
-        chunk = choose_chunk(rows // multiple, length, model.vocab)
-        for start in range(0, len(numbers), rows):
-            yield _make_batch(fitted, numbers[start : start + rows], rows, length, chunk)
+        waiting = sorted(by_length[length], key=lambda row: -len(row.targets))
+        count = choose_rows(len(waiting), length, multiple)
+        chunk = choose_chunk(count // multiple, length, model.vocab)
+        for start in range(0, len(waiting), count):
+            part = waiting[start : start + count]
+            yield _make_batch(part, (count, length), chunk, has_branches)
 
 
-def _make_batch(fitted, numbers: list[int], rows: int, length: int, chunk: int) -> Batch:
-    """Pads the requests `numbers` to `rows` of `length`. Empty rows read one token."""
-    places = -(-length // chunk) * chunk
-    tokens = np.zeros((rows, length), np.int32)
-    lengths = np.ones(rows, np.int32)
-    targets = np.zeros((rows, places), np.int32)
-    for row, number in enumerate(numbers):
-        request = fitted[number]
-        size = count_read(request)
-        tokens[row, :size] = request.ids[:-1]
-        lengths[row] = size
-        targets[row, : request.count] = request.ids[: -request.count - 1 : -1]
+def _make_batch(rows: list[Row], shape: tuple[int, int], chunk: int, has_branches: bool) -> Batch:
+    """Pads rows to `shape` [B, T]. Empty rows read one token."""
+    names = ("tokens", "segment", "position") if has_branches else ("tokens", "segment")
+    columns = {name: np.zeros(shape, np.int32) for name in names}
+    columns["segment"][:, 0] = CONTEXT
+    room = shape[0], -(-shape[1] // chunk) * chunk
+    places = np.zeros(room, np.int32)
+    targets = np.zeros(room, np.int32)
 
-    longest = max(fitted[number].count for number in numbers)
-    return Batch(numbers, tokens, lengths, targets, -(-longest // chunk), chunk)
+    for number, row in enumerate(rows):
+        for name in names:
+            columns[name][number, : len(row.tokens)] = getattr(row, name)
+        places[number, : len(row.places)] = row.places
+        targets[number, : len(row.targets)] = row.targets
+
+    if has_branches:
+        columns["common"] = columns["segment"] == CONTEXT
+    else:
+        columns["segment"] = np.minimum(columns["segment"], CONTEXT)
+    needed = -(-max(len(row.targets) for row in rows) // chunk)
+    return Batch(rows, columns, places, targets, needed, chunk)
 
 
 # ---- what is asked ----
@@ -268,14 +270,15 @@ def score_requests(
 
 
 def _run(params, batch: Batch, model: config.Model, compute: config.Compute):
+    length = batch.columns["tokens"].shape[1]
     return _score(
         params,
-        batch.tokens,
-        batch.lengths,
+        batch.columns,
+        batch.places,
         batch.targets,
         np.int32(batch.needed),
         model=model,
-        compute=with_kernel(model, compute, batch.tokens.shape[1]),
+        compute=with_kernel(model, compute, length, "common" in batch.columns),
         chunk=batch.chunk,
     )
 
@@ -284,22 +287,24 @@ def _collect(fitted, batch: Batch, result) -> dict[int, Score]:
     """Fetches the results of a batch -> {number of the request: its score}."""
     logprobs, greedy = jax.device_get(result)
     scores = {}
-    for row, number in enumerate(batch.numbers):
-        count = fitted[number].count
-        own = logprobs[row, :count][::-1].copy()
-        total = float(own.sum(dtype=np.float64))
-        scores[number] = Score(total, own, bool(greedy[row, :count].all()), fitted[number].cut)
+    for place, row in enumerate(batch.rows):
+        start = 0
+        for number in row.numbers:
+            own = slice(start, start + fitted[number].count)
+            found = logprobs[place, own].copy()
+            total = float(found.sum(dtype=np.float64))
+            is_greedy = bool(greedy[place, own].all())
+            scores[number] = Score(total, found, is_greedy, fitted[number].cut)
+            start = own.stop
     return scores
 
 
 @partial(jax.jit, static_argnames=("model", "compute"))
 @sharding.using_rules(sharding.WHOLE_ROWS)
-def _logits(params, tokens, lengths, *, model: config.Model, compute: config.Compute):
-    """The logits of one row [T, V], on every device."""
-    tokens = sharding.constrain(tokens, "batch", None)
-    lengths = sharding.constrain(lengths, "batch")
+def _logits(params, columns, *, model: config.Model, compute: config.Compute):
+    """The logits of the first row [T, V], on every device."""
     network = Transformer(model, compute)
-    hidden = _read(params, tokens, lengths, network)
+    hidden = _read(params, columns, network)
     logits: Any = network.apply({"params": params}, hidden, method="unembed")
     return sharding.constrain(logits, None, None, None)[0]
 
@@ -323,8 +328,10 @@ def compute_logits(
     rows = _count_multiple(compute)
     tokens = np.zeros((rows, length), np.int32)
     tokens[0, : len(ids)] = ids
-    lengths = np.ones(rows, np.int32)
-    lengths[0] = len(ids)
+    segment = np.zeros((rows, length), np.int32)
+    segment[:, 0] = CONTEXT
+    segment[0, : len(ids)] = CONTEXT
+    columns = {"tokens": tokens, "segment": segment}
 
     static = {"model": model, "compute": with_kernel(model, compute, length)}
-    return np.asarray(_logits(params, tokens, lengths, **static))[: len(ids)]
+    return np.asarray(_logits(params, columns, **static))[: len(ids)]

@@ -142,6 +142,7 @@ class Transformer(nn.Module):
 
         `batch` has the column tokens [B, T], and may have others. Without `segment` a row is one
         document. Without `position` it has positions 0 … T - 1. Without `ar` it is causal.
+        `common` marks tokens that all segments of a row see; without it each sees its own alone.
 
         The report is what mixtures of experts add up over layers for each row, as described in
         `balance.empty_report`. It is {} for a model without them.
@@ -224,7 +225,9 @@ class Transformer(nn.Module):
             if self.model.rope_local_base:
                 local = self._make_angles(position, is_local=True)
 
-        return Context(batch["tokens"], batch.get("segment"), block, angles, lengths, local)
+        segment = batch.get("segment")
+        common = batch.get("common")
+        return Context(batch["tokens"], segment, block, angles, lengths, local, common)
 
     def _make_angles(self, position, is_local):
         """Computes cos and sin [B or 1, T, R / 2] of rotary positions [B or 1, T]."""

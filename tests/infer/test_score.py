@@ -195,7 +195,7 @@ def test_one_compilation_for_a_bucket(monkeypatch):
     plain = score._run
 
     def run_and_look(params, batch, *rest):
-        shapes.append(batch.tokens.shape)
+        shapes.append(batch.columns["tokens"].shape)
         return plain(params, batch, *rest)
 
     monkeypatch.setattr(score, "_run", run_and_look)
@@ -215,8 +215,8 @@ def test_no_logits_leave_the_device():
     shapes = jax.eval_shape(
         partial(score._score, model=model, compute=COMPUTE, chunk=8),
         make_params(model),
+        {"tokens": np.zeros((4, 16), np.int32)},
         np.zeros((4, 16), np.int32),
-        np.ones(4, np.int32),
         np.zeros((4, 16), np.int32),
         np.int32(2),
     )

@@ -32,7 +32,8 @@ class Context(NamedTuple):
     """What every layer of one forward pass shares.
 
     `angles` are cos and sin [B or 1, T, R / 2] of rotary positions, or None. `local_angles` are
-    those of layers with a window, where these rotate by another base, and else None.
+    those of layers with a window, where these rotate by another base, and else None. `common`
+    [B, T] marks the tokens that all segments see, or is None.
 
     `lengths` [B] belongs to a pass with a cache. When a prompt starts the cache, it counts the
     valid tokens of the prompt. In a decoding step it counts the tokens already in the cache.
@@ -44,6 +45,7 @@ class Context(NamedTuple):
     angles: tuple[jax.Array, jax.Array] | None = None
     lengths: jax.Array | None = None
     local_angles: tuple[jax.Array, jax.Array] | None = None
+    common: jax.Array | None = None
 
 
 class QkNorm(nn.Module):
@@ -99,7 +101,7 @@ class Attention(nn.Module):
             y = self._decode(q, k, v, cache, context.lengths)
             cache = (k, v)
         else:
-            pattern = mask.Pattern(self.window, context.segment, context.block)
+            pattern = mask.Pattern(self.window, context.segment, context.block, context.common)
             keep = self._draw_keep(B, T)
             if self.is_mutable_collection(MAPS) and not self.is_initializing():
                 kernel = self.compute.kernel

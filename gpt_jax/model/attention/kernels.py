@@ -111,6 +111,10 @@ class Problem(NamedTuple):
     dropout: bool
     ar: bool
     context: int = 1  # pieces into which a row is cut
+    common: bool = False  # whether all segments of a row see some of its keys
+
+
+NO_COMMON = "has no keys in common to segments"
 
 
 def _uncut(p: Problem) -> str:
@@ -124,6 +128,8 @@ def _blocked_cannot(p: Problem) -> str:
 
 
 def _ring_cannot(p: Problem) -> str:
+    if p.common:
+        return NO_COMMON
     return "has no attention dropout" if p.dropout else ""
 
 
@@ -151,6 +157,8 @@ def _splash_cannot(p: Problem) -> str:
         return f"needs a TPU, this is {p.platform}"
     if p.dropout or p.ar:
         return "has no attention dropout and no ar blocks"
+    if p.common:
+        return NO_COMMON
     multiple = 128 * p.context
     return f"needs seq_len divisible by {multiple}" if p.seq_len % multiple else ""
 
@@ -228,11 +236,17 @@ PREFERENCE = {
 
 
 def make_problem(
-    model: config.Model, dtype: str, seq_len: int, platform: str, ar: bool = False, context: int = 1
+    model: config.Model,
+    dtype: str,
+    seq_len: int,
+    platform: str,
+    ar: bool = False,
+    context: int = 1,
+    common: bool = False,
 ) -> Problem:
     """Describes the attention problem that a model poses on `platform` (cpu, gpu or tpu).
 
-    Rows are cut into `context` pieces.
+    Rows are cut into `context` pieces. `common` tells whether all segments see some of the keys.
     """
     return Problem(
         platform,
@@ -243,6 +257,7 @@ def make_problem(
         model.attention_dropout > 0,
         ar,
         context,
+        common,
     )
 
 
@@ -284,12 +299,13 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
         keep is not None,
         pattern.block is not None,
         pieces,
+        pattern.common is not None,
     )
     if reason := kernel.cannot(problem):
         raise UsageError(f"config.compute.kernel = {name!r}: {reason}; choose another kernel")
 
-    def run(q, k, v, segment, block, keep):
-        own = Pattern(pattern.window, segment, block)
+    def run(q, k, v, keep, *columns):
+        own = Pattern(pattern.window, *columns)
         if pieces > 1:
             assert kernel.cut is not None, f"{name} accepts cut rows and has no way to run them"
             return kernel.cut(q, k, v, own, cap)
@@ -298,20 +314,21 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
     query_axes = ("batch", "seq", "heads", "head_dim")
     key_axes = ("batch", "seq", "kv_heads", "head_dim")
 
-    def axes_of_column(x):
-        return None if x is None else ("batch", "seq")
-
     axes = (
         query_axes,
         key_axes,
         key_axes,
-        axes_of_column(pattern.segment),
-        axes_of_column(pattern.block),
         None if keep is None else ("batch", "heads", "seq", "keys"),
+        *axes_of_columns(pattern),
     )
-    y = sharding.run_local(run, axes, query_axes)(q, k, v, pattern.segment, pattern.block, keep)
+    y = sharding.run_local(run, axes, query_axes)(q, k, v, keep, *pattern[1:])
     # The others mark their result themselves, with what else their backward pass needs.
     return y if kernel.keeps_result else checkpoint_name(y, "attention")
+
+
+def axes_of_columns(pattern: Pattern) -> list:
+    """The logical axes of the pattern's columns, all of which may be None."""
+    return [None if column is None else ("batch", "seq") for column in pattern[1:]]
 
 
 def attention_weights(name: str, q, k, pattern: Pattern, cap: float = 0.0):
@@ -319,14 +336,13 @@ def attention_weights(name: str, q, k, pattern: Pattern, cap: float = 0.0):
     weigh = KERNELS[name].weights
     assert weigh is not None, f"{name} has no attention map"
 
-    def run(q, k, segment, block):
-        return weigh(q, k, Pattern(pattern.window, segment, block), cap)
+    def run(q, k, *columns):
+        return weigh(q, k, Pattern(pattern.window, *columns), cap)
 
-    columns = [None if x is None else ("batch", "seq") for x in (pattern.segment, pattern.block)]
     axes = (
         ("batch", "seq", "heads", "head_dim"),
         ("batch", "seq", "kv_heads", "head_dim"),
-        *columns,
+        *axes_of_columns(pattern),
     )
     mapped = sharding.run_local(run, axes, ("batch", "heads", "seq", "keys"))
-    return mapped(q, k, pattern.segment, pattern.block)
+    return mapped(q, k, *pattern[1:])

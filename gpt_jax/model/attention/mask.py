@@ -19,11 +19,15 @@ class Pattern(NamedTuple):
 
     `block` [B, T] is the running sum of the `ar` column. A query sees every key whose block is not
     later. Attention is causal where ar is 1, and goes both ways where it is 0. None means causal.
+
+    `common` [B, T] marks keys that all segments see, such as a text that several others continue.
+    None means none.
     """
 
     window: int = 0
     segment: jax.Array | None = None
     block: jax.Array | None = None
+    common: jax.Array | None = None
 
 
 def make_mask(pattern: Pattern, length: int) -> jax.Array:
@@ -38,6 +42,8 @@ def make_mask(pattern: Pattern, length: int) -> jax.Array:
     if pattern.window:
         mask = mask & (query - key < pattern.window)[None]
     if pattern.segment is not None:
-        same = pattern.segment[:, None, :] == pattern.segment[:, :, None]
-        mask = mask & same & (pattern.segment != 0)[:, None, :]
+        near = pattern.segment[:, None, :] == pattern.segment[:, :, None]
+        if pattern.common is not None:
+            near = near | pattern.common[:, None, :]
+        mask = mask & near & (pattern.segment != 0)[:, None, :]
     return mask
