@@ -133,6 +133,8 @@ def test_batches_are_those_that_inspect_shows(ramp, whole, tmp_path, monkeypatch
     assert np.array_equal(tokens, ramp.examples.columns(np.arange(88))["tokens"].ravel())
     seen = dict(enumerate(np.cumsum([a * b for a, b in ROWS]).tolist(), 1))
     assert runs.curve(tmp_path, "throughput/tokens_seen") == seen
+    # A step that compiles has no rate, also one whose batch size was there with other rows.
+    assert set(runs.curve(tmp_path, "throughput/tokens_per_second")) == {2, 3, 5, 6, 8}
 
     capsys.readouterr()
     for step, batch in enumerate(taken, 1):
