@@ -150,10 +150,11 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int) -> I
     examples = make_examples(data, config.data, config.train.seq_len, config.seed)
 
     sizes = find_sizes(config, workdir, meta)
-    first = sizes.examples(step - 1)
-    size = sizes.size(step - 1)
+    pieces = sizes.level(step - 1).pieces
+    first = sizes.examples(step - 1) * pieces
+    size = sizes.size(step - 1) * pieces
     for row in range(min(limit or size, size)):
-        yield {"row": row, **describe_example(config, data, examples, first + row)}
+        yield {"row": row, **describe_row(config, data, examples, first + row, pieces)}
 
 
 def find_sizes(config: configs.Config, workdir: Path, meta: dict | None) -> configs.BatchSizes:
@@ -166,17 +167,19 @@ def find_sizes(config: configs.Config, workdir: Path, meta: dict | None) -> conf
     return configs.make_batch_sizes(config.train, past, meta["step"])
 
 
-def describe_example(config: configs.Config, data, examples, number: int) -> dict:
-    """The documents, the ids and the text of an example."""
+def describe_row(config: configs.Config, data, examples, number: int, pieces: int) -> dict:
+    """The documents, the ids and the text of a row, of examples that are cut into `pieces`."""
     from gpt_jax.data import make_columns
 
-    source, spans = examples.spans(number)
-    buffer = examples.fill(np.array([number]))
+    source, spans = examples.spans(number, pieces)
+    buffer = examples.fill(np.array([number]), pieces)
     columns = make_columns(buffer, data.tokenizer.token_bytes, config.data.document_mask)
     ids = buffer.ids[0][buffer.inside[0]]
     tokens = data.parts[source].train
     return {
-        "example": number,
+        "example": number // pieces,
+        "piece": number % pieces,
+        "pieces": pieces,
         "source": data.parts[source].name,
         "documents": [describe_span(span, tokens, data.tokenizer) for span in spans],
         "predicted": int(columns["weight"].sum()),
@@ -234,8 +237,9 @@ def shorten(text: str, chars: int) -> str:
 
 def describe(row: dict, chars: int) -> list[str]:
     """Lines for people about one row."""
+    piece = f", piece {row['piece'] + 1:,} of {row['pieces']:,}" if row["pieces"] > 1 else ""
     lines = [
-        f"row {row['row']}: example {row['example']:,}, source {row['source']}, "
+        f"row {row['row']}: example {row['example']:,}{piece}, source {row['source']}, "
         f"{len(row['ids']):,} tokens, {row['predicted']:,} predicted"
     ]
     # fim and shuffle_documents change a row. The documents below are those before that.

@@ -1,34 +1,12 @@
 """What must agree across fields on every mesh."""
 
-from typing import Any
-
+from gpt_jax.config.check_list import Checks
 from gpt_jax.config.fields import Config
-from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS, MOST
+from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS
 from gpt_jax.config.layers import has_experts
+from gpt_jax.config.ramp_checks import check_ramps
 from gpt_jax.config.remat import REMAT_NAMES, list_marked, list_unread
 from gpt_jax.config.resolve import wsd_start
-
-# The last token at which a batch size may begin. Examples are counted in int64, whose end is near
-# 9 x 10**18, and an update that begins at this token still has to fit.
-LAST_TOKEN = 10**18
-
-
-class Checks:
-    """Collects a line about each field that does not agree with others."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        self.lines: list[str] = []
-
-    def need(self, is_right: bool, path: str, way_out: str) -> None:
-        """Adds a line about the field or entry at `path` if `is_right` is false."""
-        if is_right:
-            return
-
-        value: Any = self.config
-        for name in path.replace("[", ".").replace("]", "").split("."):
-            value = value[int(name)] if name.isdecimal() else getattr(value, name)
-        self.lines.append(f"config.{path} = {value!r}: {way_out}")
 
 
 def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
@@ -45,7 +23,7 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
         _check_text(checks, tokenizer_vocab)
         _check_evaluators(checks)
         _check_schedule(checks)
-        _check_ramp(checks)
+        check_ramps(checks)
         _check_router(checks)
         _check_remat(checks)
     return checks.lines
@@ -218,59 +196,6 @@ def _check_schedule(checks: Checks) -> None:
         f"decay would start at step {decay_start}, before "
         f"config.optim.warmup_steps = {optim.warmup_steps} are over; lower one of them",
     )
-
-
-def _check_ramp(checks: Checks) -> None:
-    """The later batch sizes: each is possible, and each is there for at least one update."""
-    train = checks.config.train
-    microbatches = {train.batch_size: train.accumulate}
-    last = 0
-    before = len(checks.lines)
-    for i, (token, size, accumulate) in enumerate(train.batch_ramp):
-        path = f"train.batch_ramp[{i}]"
-        checks.need(
-            last < token <= LAST_TOKEN,
-            path,
-            f"begins at token {token:,}; expected {last + 1:,} to {LAST_TOKEN:,}, because sizes "
-            "are given in rising order of their tokens",
-        )
-        checks.need(
-            size > 0 and accumulate > 0,
-            path,
-            "expected (token, batch_size, accumulate) with at least 1 row and 1 microbatch",
-        )
-        checks.need(
-            max(size, accumulate) <= MOST,
-            path,
-            f"expected at most {MOST:,} rows and microbatches",
-        )
-        known = microbatches.setdefault(size, accumulate)
-        checks.need(
-            known == accumulate,
-            path,
-            f"has {accumulate} microbatches, and the same batch size has {known} before; one "
-            "batch size has one number of microbatches",
-        )
-        last = token
-    if len(checks.lines) == before:
-        _check_ramp_steps(checks)
-
-
-def _check_ramp_steps(checks: Checks) -> None:
-    """Each size is there for at least one update before the next one begins."""
-    train = checks.config.train
-    size = train.batch_size
-    example = 0
-    for i, (token, next_size, _) in enumerate(train.batch_ramp):
-        missing = -(-token // train.seq_len) - example
-        checks.need(
-            missing > 0,
-            f"train.batch_ramp[{i}]",
-            f"begins at token {token:,}, and the size before it begins at token "
-            f"{example * train.seq_len:,} and so has no update; start this one later",
-        )
-        example += -(-missing // size) * size
-        size = next_size
 
 
 def _check_router(checks: Checks) -> None:

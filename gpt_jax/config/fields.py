@@ -55,6 +55,7 @@ RESUMABLE = {
     "train.steps": "",
     "train.batch_size": SIZES,
     "train.batch_ramp": SIZES,
+    "train.length_ramp": "the order of the examples stays, and rows ahead have other lengths",
     "train.hang_minutes": "",
     "train.accumulate": "",
     "train.reduce_once": "sums over devices are rounded in another way from here on",

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from gpt_jax.config.batch_sizes import list_levels
-from gpt_jax.config.field_checks import Checks
+from gpt_jax.config.check_list import Checks
 from gpt_jax.config.fields import Config
 from gpt_jax.config.habits import GROUPED_WIDTH
 from gpt_jax.config.layers import has_experts, layer_specs, layout
@@ -96,47 +96,60 @@ def _check_unroll(checks: Checks, split: int, stages: int) -> None:
 
 
 class _Level(NamedTuple):
-    """A batch size of the config, and how a fault of it is told."""
+    """A batch shape of the config, and how a fault of it is told."""
 
     path: str  # the field of the batch size
     accumulate: str  # the name of its microbatches
-    train: Train  # at this batch size
+    train: Train  # at this batch shape
+    at_length: str  # the length of its rows, if that changes inside the run
     if_past: str  # the end of the line about a size that does not fit the mesh
 
 
 def _name_levels(checks: Checks) -> list[_Level]:
-    """All batch sizes of the config.
+    """All batch shapes of the config.
 
     A size without rows or microbatches is left out, because the checks of the fields refuse it.
     """
-    first, *later = list_levels(checks.config.train)
-    levels = [_Level("train.batch_size", "config.train.accumulate", first, "")]
-    for i, train in enumerate(later):
-        if train.batch_size > 0 and train.accumulate > 0:
-            path = f"train.batch_ramp[{i}]"
-            levels.append(_Level(path, "the entry's accumulate", train, ""))
+    asked = checks.config.train
+    levels = []
+    for train in list_levels(asked):
+        size = train.batch_size // (asked.seq_len // train.seq_len)
+        if size < 1 or train.accumulate < 1:
+            continue
+        path = "train.batch_size"
+        accumulate = "config.train.accumulate"
+        if size != asked.batch_size:
+            entry = [rows for _, rows, _ in asked.batch_ramp].index(size)
+            path = f"train.batch_ramp[{entry}]"
+            accumulate = "the entry's accumulate"
+        at_length = f", where rows have {train.seq_len:,} tokens" if asked.length_ramp else ""
+        levels.append(_Level(path, accumulate, train, at_length, ""))
 
     # The checks of the fields do not know how far a run is that resumes on another mesh.
-    if_past = (
-        "; if the run is past this size, leave out the entries of config.train.batch_ramp that "
-        "have begun, and set config.train.batch_size and config.train.accumulate to the last of "
-        "them"
-    )
-    return [*(level._replace(if_past=if_past) for level in levels[:-1]), levels[-1]]
+    if_past = ""
+    if asked.batch_ramp:
+        if_past = (
+            "; if the run is past this size, leave out the entries of config.train.batch_ramp that "
+            "have begun, and set config.train.batch_size and config.train.accumulate to the last "
+            "of them"
+        )
+    return [*(level._replace(if_past=if_past) for level in levels[:-1]), *levels[-1:]]
 
 
 def _check_batch(checks: Checks, shape: dict) -> None:
     """Rows over the axes of the batch."""
     parts = math.prod(shape[axis] for axis in BATCH_AXES)
 
-    for path, accumulate, train, if_past in _name_levels(checks):
+    for path, accumulate, train, at_length, if_past in _name_levels(checks):
         checks.need(
             train.batch_size % train.accumulate == 0,
             path,
-            f"must be divisible by {accumulate} = {train.accumulate}",
+            f"must be divisible by {accumulate} = {train.accumulate}{at_length}",
         )
         micro = train.batch_size // train.accumulate
-        way_out = f"try {round_up(train.batch_size, parts * train.accumulate)}"
+        pieces = checks.config.train.seq_len // train.seq_len
+        multiple = parts * train.accumulate // math.gcd(parts * train.accumulate, pieces)
+        way_out = f"try {round_up(train.batch_size // pieces, multiple)}"
         if train.batch_size % parts == 0:
             fewer = math.gcd(train.batch_size // parts, train.accumulate)
             way_out += f", or {accumulate}={fewer}"
@@ -144,7 +157,7 @@ def _check_batch(checks: Checks, shape: dict) -> None:
             micro % parts == 0,
             path,
             f"gives {micro} rows a microbatch, which must be divisible by pipeline x data x fsdp "
-            f"x expert = {parts} of the mesh; {way_out}{if_past}",
+            f"x expert = {parts} of the mesh{at_length}; {way_out}{if_past}",
         )
     checks.need(
         checks.config.eval.batch_size % parts == 0,
@@ -184,6 +197,33 @@ def _check_sequence(checks: Checks, shape: dict) -> None:
         f"must be divisible by context x tensor = {parts} of the mesh "
         "(config.compute.shard_sequence)",
     )
+    _check_short_rows(checks, pieces, parts)
+
+
+def _check_short_rows(checks: Checks, pieces: int, parts: int) -> None:
+    """Rows of `train.length_ramp` over the axis context (`pieces`), and with tensor (`parts`)."""
+    train = checks.config.train
+    for i, (_, length) in enumerate(train.length_ramp):
+        path = f"train.length_ramp[{i}]"
+        checks.need(
+            pieces == 1 or length % (2 * pieces) == 0,
+            path,
+            f"has rows of {length} tokens, which must be divisible by 2 x config.mesh.context = "
+            f"{2 * pieces}; take another length",
+        )
+        chunk = train.loss_chunk * length // train.seq_len
+        checks.need(
+            chunk % pieces == 0,
+            path,
+            f"cuts the chunks of config.train.loss_chunk = {train.loss_chunk} to {chunk} tokens, "
+            f"which must be divisible by config.mesh.context = {pieces}; raise the chunk",
+        )
+        checks.need(
+            not checks.config.compute.shard_sequence or length % parts == 0,
+            path,
+            f"has rows of {length} tokens, which must be divisible by context x tensor = {parts} "
+            "of the mesh (config.compute.shard_sequence); take another length",
+        )
 
 
 def _check_experts(checks: Checks, shape: dict) -> None:
@@ -290,16 +330,22 @@ def _check_stage_rows(checks: Checks, stages: int, rows: int) -> None:
         f"is less than config.mesh.pipeline = {stages}; set that or more, or 0 for as many",
     )
     sizes = [
-        (level.path, level.train.batch_size // level.train.accumulate, level.if_past)
+        (
+            level.path,
+            level.train.batch_size // level.train.accumulate,
+            level.at_length,
+            level.if_past,
+        )
         for level in _name_levels(checks)
     ]
-    sizes.append(("eval.batch_size", config.eval.batch_size, ""))
-    for path, size, if_past in sizes:
+    sizes.append(("eval.batch_size", config.eval.batch_size, "", ""))
+    for path, size, at_length, if_past in sizes:
         checks.need(
             size % together == 0,
             path,
             f"gives {size} rows at a time, which must be divisible by "
-            f"pipeline_microbatches x data x fsdp x expert = {count} x {rows} for the pipeline; "
+            f"pipeline_microbatches x data x fsdp x expert = {count} x {rows} for the pipeline"
+            f"{at_length}; "
             f"set config.compute.pipeline_microbatches or try {round_up(size, together)} rows"
             f"{if_past}",
         )

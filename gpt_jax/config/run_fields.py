@@ -172,13 +172,23 @@ class Train:
     """The loop."""
 
     steps: int = knob(1000, "The number of updates.", low=0)
-    batch_size: int = knob(8, "Rows of an update, over all processes and microbatches.", low=1)
+    batch_size: int = knob(
+        8,
+        "Rows of an update, over all processes and microbatches. `length_ramp` cuts them.",
+        low=1,
+    )
     batch_ramp: tuple[tuple[int, int, int], ...] = knob(
         (),
         "Later batch sizes: (token, batch_size, accumulate). A size counts from the first update "
         "at or after its token. The learning-rate schedule goes by steps all the same.",
     )
     seq_len: int = knob(256, "Tokens of a row.", low=2, high=2**30)
+    length_ramp: tuple[tuple[int, int], ...] = knob(
+        (),
+        "Shorter rows: (token, length). From the first update at or after its token on, rows of "
+        "seq_len tokens are cut into rows of this length. It must divide seq_len, and the entry "
+        "with seq_len itself ends the cutting. An update keeps its examples and its tokens.",
+    )
     accumulate: int = knob(1, "Microbatches of an update.", low=1)
     reduce_once: bool = knob(
         False,
@@ -193,7 +203,7 @@ class Train:
     loss_chunk: int = knob(
         0,
         "Tokens of a row whose logits exist at a time. Their gradient is made with them, so that "
-        "none are made twice. 0 means all of them.",
+        "none are made twice. 0 means all of them. It is cut where `length_ramp` cuts rows.",
         low=0,
     )
     ema: float = knob(0.0, "The decay of averaged weights. 0 is off.", low=0.0, high=0.999999)

@@ -59,7 +59,7 @@ def choose_plan_kernel(
 ) -> tuple[str, str]:
     """Returns (attention kernel, why), as a run on this machine would choose.
 
-    Raises UsageError if no kernel can do it.
+    Raises UsageError if no kernel can do it, or if it cannot take a row length of the ramp.
     """
     problem = make_problem(
         config.model,
@@ -68,7 +68,7 @@ def choose_plan_kernel(
         topology.chip.platform,
         context=shape["context"],
     )
-    return choose_kernel(config.compute.kernel, problem)
+    return choose_kernel(config.compute.kernel, problem, config.train.length_ramp)
 
 
 def estimate_job(job: PlanJob, topology: Topology) -> Estimate:

@@ -34,7 +34,7 @@ from gpt_jax.run.collector import collecting_by_step
 from gpt_jax.run.convert import export_step
 from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
 from gpt_jax.run.lock import only_run
-from gpt_jax.run.meta import META_SCHEMA
+from gpt_jax.run.meta import META_SCHEMA, write_sizes
 from gpt_jax.run.notes import describe_batches
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.progress import Progress
@@ -209,16 +209,16 @@ def is_due(every: int, step: int) -> bool:
 def one_step(progress: Progress, state: TrainState, step: int, columns, profile) -> TrainState:
     """Dispatches update `step` and handles the sums of the one before."""
     parts = progress.parts
-    size = progress.sizes.size(step - 1)
-    # Each batch size is a program, which stays when the size comes back.
-    is_compiled = size not in progress.compiled
+    _, _, size, pieces = progress.sizes.level(step - 1)
+    # Each batch shape is a program, which stays when the shape comes back.
+    is_compiled = (size, pieces) not in progress.compiled
     if is_compiled:
-        progress.compiled.add(size)
+        progress.compiled.add((size, pieces))
         progress.settle()  # Compiling is no part of the rate of the steps before.
     if profile and step == profile[0]:
         jax.profiler.start_trace(str(progress.workdir / "profile"))
     with progress.clock.phase("data"):
-        batch = sharding.to_devices(parts.mesh, columns, size)
+        batch = sharding.to_devices(parts.mesh, columns, size * pieces)
     began = time.perf_counter()
     with progress.clock.phase("compile" if is_compiled else "step"):
         state, sums = parts.train_step(state, batch, parts.frozen)
@@ -255,7 +255,7 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
             "data": {
                 "next": step,
                 "content": progress.parts.data.content,
-                "batch_sizes": progress.sizes.pairs(step),
+                **write_sizes(progress.sizes, step, progress.config.train),
             },
             "lineage": progress.lineage,
         }

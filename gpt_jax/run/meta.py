@@ -7,11 +7,17 @@ from gpt_jax.data import Tokenizer, tokenizer_from_json
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.schema import Misfit
 
-# What `loop.save` writes. Checkpoints of earlier versions have no lineage and no batch sizes.
+# What `loop.save` writes. Checkpoints of earlier versions have no lineage and no batch sizes. Row
+# lengths are there if any row was cut.
 META_SCHEMA = {
     "config": "object",
     "tokenizer": "text",
-    "data": {"next": "count", "content": "text", "batch_sizes?": [("count", "count")]},
+    "data": {
+        "next": "count",
+        "content": "text",
+        "batch_sizes?": [("count", "count")],
+        "row_lengths?": [("count", "count")],
+    },
     "lineage?": [
         {"from": "text", "step": "count", "tokens": "count", "data": "text", "content": "text"}
     ],
@@ -29,18 +35,34 @@ def read_config(meta: dict, directory: Path, step: int) -> configs.Config:
         ) from None
 
 
+def write_sizes(sizes: configs.BatchSizes, step: int, train: configs.Train) -> dict[str, list]:
+    """The batch sizes and row lengths of the first `step` updates, as `read_past_sizes` reads."""
+    written: dict[str, list] = {"batch_sizes": sizes.pairs(step)}
+    cuts = sizes.cuts(step)
+    if any(pieces > 1 for _, pieces in cuts):
+        written["row_lengths"] = [(begin, train.seq_len // pieces) for begin, pieces in cuts]
+    return written
+
+
 def read_past_sizes(meta: dict, config: configs.Config, directory: Path) -> configs.BatchSizes:
     """The batch sizes of the updates that a checkpoint has behind it. `config` is its own.
 
-    A checkpoint without them is of a version where a run had one batch size. Raises NoCheckpoint
-    if they make no run.
+    A checkpoint without them is of a version where a run had one batch size. Without row lengths no
+    row was cut. Raises NoCheckpoint if they make no run.
     """
     step = meta["step"]
+    seq_len = config.train.seq_len
     pairs = meta["data"].get("batch_sizes")
     if pairs is None:
         pairs = [(0, config.train.batch_size)]
+    lengths = meta["data"].get("row_lengths", [(0, seq_len)])
     try:
-        return configs.read_batch_sizes(pairs)
+        for begin, length in lengths:
+            if length < 1 or seq_len % length:
+                raise ValueError(f"rows of {length} tokens from step {begin} on")
+        return configs.read_batch_sizes(
+            pairs, [(begin, seq_len // length) for begin, length in lengths]
+        )
     except ValueError as error:
         raise NoCheckpoint(
             f"checkpoint step {step} in {directory}: its position cannot be used: {error}"

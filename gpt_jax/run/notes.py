@@ -126,7 +126,8 @@ def describe_size(config: configs.Config) -> list[str]:
 def describe_batches(config: configs.Config, sizes: configs.BatchSizes, done: int) -> list[str]:
     """A line about the tokens of a run that has `done` updates behind it.
 
-    If batch sizes follow, each has a line of its own, and so has one that the run never reaches.
+    If batch sizes or row lengths follow, each has a line of its own, and so has one that the run
+    never reaches.
     """
     train = config.train
     tokens = sizes.examples(train.steps) * train.seq_len
@@ -134,35 +135,47 @@ def describe_batches(config: configs.Config, sizes: configs.BatchSizes, done: in
     total = f"{tokens:,} in all, {tokens / parameters:.3g} per parameter"
     begins = [done, *(level.step for level in sizes.levels if level.step > done)]
     ends = [*begins[1:], max(train.steps, begins[-1])]
+    is_cut = any(pieces > 1 for _, pieces in sizes.shapes_from(done))
     if len(begins) == 1 or done >= train.steps:
-        size = sizes.size(done)
-        microbatches = _count_microbatches(train, size)
-        return [f"tokens: {size * train.seq_len:,} a step in {microbatches}, {total}"]
+        rows, tokens_here, microbatches = _describe_update(train, sizes.level(done), is_cut)
+        cut = f", as {rows}" if is_cut else ""
+        return [f"tokens: {tokens_here} a step{cut} in {microbatches}, {total}"]
 
+    which = "batch shape" if is_cut else "batch size"
     lines = [
         f"tokens: {total}; the learning-rate schedule, evaluations and checkpoints go by steps, "
-        "and each batch size is a program that is compiled where it begins:"
+        f"and each {which} is a program that is compiled where it begins:"
     ]
     for begin, end in zip(begins, ends, strict=True):
-        size = sizes.size(begin)
+        rows, tokens_here, microbatches = _describe_update(train, sizes.level(begin), is_cut)
         if begin >= train.steps:
             token = sizes.examples(begin) * train.seq_len
             lines.append(
-                f"  {format_count(size, 'row')} from token {token:,} on: never reached, because "
+                f"  {rows} from token {token:,} on: never reached, because "
                 f"the run ends at token {tokens:,}"
             )
         else:
             last = min(end, train.steps)
             lines.append(
-                f"  steps {begin + 1:,} to {last:,}: {format_count(size, 'row')}, "
-                f"{size * train.seq_len:,} tokens a step in {_count_microbatches(train, size)}"
+                f"  steps {begin + 1:,} to {last:,}: {rows}, {tokens_here} tokens a step in "
+                f"{microbatches}"
             )
     return lines
 
 
-def _count_microbatches(train: configs.Train, size: int) -> str:
-    """The microbatches of an update of `size` rows."""
-    return format_count(configs.at_batch_size(train, size).accumulate, "microbatch")
+def _describe_update(
+    train: configs.Train, level: configs.Level, is_cut: bool
+) -> tuple[str, str, str]:
+    """(rows, tokens, microbatches) of an update.
+
+    The length of the rows is told if `is_cut`, because then it changes inside the run.
+    """
+    here = configs.at_shape(train, level.size * level.pieces, train.seq_len // level.pieces)
+    rows = format_count(here.batch_size, "row")
+    if is_cut:
+        rows += f" of {here.seq_len:,} tokens"
+    tokens = f"{level.size * train.seq_len:,}"
+    return rows, tokens, format_count(here.accumulate, "microbatch")
 
 
 def describe_dtypes(config: configs.Config) -> str:
@@ -204,14 +217,17 @@ def format_count(number: int, what: str) -> str:
     return f"{number:,} {what}"
 
 
-def token_flops(config: configs.Config, matmul_params: int) -> tuple[int, int]:
-    """Training FLOPs of a token: full attention map, causal."""
+def token_flops(config: configs.Config, matmul_params: int, length: int = 0) -> tuple[int, int]:
+    """Training FLOPs of a token: full attention map, causal.
+
+    Rows have `length` tokens, and config.train.seq_len of them if that is 0.
+    """
     model = config.model
     flops = partial(
         flops_per_token,
         matmul_params,
         [spec.window for spec in layer_specs(model)],
         model.heads * model.head_dim,
-        config.train.seq_len,
+        length or config.train.seq_len,
     )
     return flops(), flops(causal=True)

@@ -91,15 +91,20 @@ def make_network(model: configs.Model, compute: configs.Compute) -> Network:
 
 
 def choose_run_kernel(
-    model: configs.Model, compute: configs.Compute, seq_len: int, mesh
+    model: configs.Model,
+    compute: configs.Compute,
+    seq_len: int,
+    mesh,
+    length_ramp: tuple[tuple[int, int], ...] = (),
 ) -> tuple[str, str]:
     """The attention kernel of a run on this mesh, and the reason for it.
 
-    Raises UsageError if no kernel can do what the model asks, or if the requested one cannot.
+    Raises UsageError if no kernel can do what the model asks, if the requested one cannot, or if
+    it cannot take a row length of the ramp.
     """
     platform = mesh.devices.flat[0].platform
     problem = make_problem(model, compute.dtype, seq_len, platform, context=mesh.shape["context"])
-    return choose_kernel(compute.kernel, problem)
+    return choose_kernel(compute.kernel, problem, length_ramp)
 
 
 def settle(
@@ -114,7 +119,10 @@ def settle(
     Raises UsageError if no kernel fits, or if the tokenizer cannot take a prompt or a question.
     """
     config = configs.resolve(config, tokenizer.vocab)
-    kernel, reason = choose_run_kernel(config.model, config.compute, config.train.seq_len, mesh)
+    train = config.train
+    kernel, reason = choose_run_kernel(
+        config.model, config.compute, train.seq_len, mesh, train.length_ramp
+    )
     prompts = choose_prompts(config.model, tokenizer, config.eval)
     check_questions(config.model, tokenizer, config.eval.questions, say)
     settled = replace(
@@ -286,8 +294,8 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         def update(state, batch, frozen=None):
             # Initialisation has the seed's own key.
             key = jax.random.fold_in(jax.random.key(seed), 1)
-            # Each batch size is a program of its own, with its own microbatches.
-            here = configs.at_batch_size(train, len(batch["tokens"]))
+            # Each batch shape is a program of its own, with its own microbatches.
+            here = configs.at_shape(train, *batch["tokens"].shape)
             return train_step(state, frozen or {}, batch, key, network=network, tx=tx, train=here)
 
         def measure(params, batch, frozen=None):

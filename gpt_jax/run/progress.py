@@ -1,5 +1,6 @@
 """What the loop carries along beside the state: writers, clock, and the numbers of the log."""
 
+import itertools
 import math
 import socket
 import time
@@ -58,7 +59,8 @@ class Progress:
       the `preset`. `changed` tells what differs from the checkpoint's config.
     - `lineage` names the other runs whose weights these are, oldest first.
     - `sizes` says how many rows each update has.
-    - `compiled` are the batch sizes that this session has had so far, each with its program.
+    - `compiled` are the batch shapes, (examples, pieces of each), that this session has had so far,
+      each with its program.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Progress:
         self.say = say
         self.lineage = lineage
         self.sizes = sizes
-        self.compiled: set[int] = set()
+        self.compiled: set[tuple[int, int]] = set()
         self.saved = start if resumed else None
         self.evaluated: tuple[int, dict[str, float]] = (start, {})
 
@@ -95,7 +97,7 @@ class Progress:
         self.peak = find_peak(parts.mesh.devices.flatten().tolist())
         with jax.set_mesh(parts.mesh):
             self.counts = count_params(parts.config.model)
-        self.flops = token_flops(parts.config, self.counts["matmul"])
+        self.flops = self._count_flops()
         self._rates: tuple[int, Any] = -1, None
         self._has_announced = False
         self.untaught = 0  # batches without a target since the last line of the log
@@ -125,6 +127,27 @@ class Progress:
             writers.append(TensorBoardWriter(self.workdir / "tensorboard", resumed_at))
         bar = BarWriter(steps, self.start, log.progress, work=self.tokens)
         return Writers([*writers, bar])
+
+    def _count_flops(self) -> dict[int, tuple[int, int]]:
+        """{pieces of an example: FLOPs of a token, of the full attention map and of the causal}."""
+        train = self.config.train
+        lengths = {level.pieces: train.seq_len // level.pieces for level in self.sizes.levels}
+        return {
+            pieces: token_flops(self.config, self.counts["matmul"], length)
+            for pieces, length in lengths.items()
+        }
+
+    def mean_flops(self, start: int, stop: int) -> tuple[float, float]:
+        """FLOPs of a token, as in `flops`: the mean over the updates after `start` until `stop`."""
+        levels = self.sizes.levels
+        begins = [start, *(level.step for level in levels if start < level.step < stop), stop]
+        total = [0.0, 0.0]
+        for begin, end in itertools.pairwise(begins):
+            part = self.tokens(end) - self.tokens(begin)
+            for i, flops in enumerate(self.flops[self.sizes.level(begin).pieces]):
+                total[i] += part * flops
+        tokens = self.tokens(stop) - self.tokens(start)
+        return total[0] / tokens, total[1] / tokens
 
     def times(self) -> dict[str, float]:
         """Parts of this session's time, and the wall time of all sessions."""
@@ -203,7 +226,8 @@ class Progress:
             self.mark = step, moment
             self._trained = self._trained[0] + tokens, self._trained[1] + seconds
             values["throughput/tokens_per_second"] = tokens / seconds
-            values |= mfu_metrics(*self.flops, tokens / seconds, self.peak.flops)
+            flops = self.mean_flops(before, step)
+            values |= mfu_metrics(*flops, tokens / seconds, self.peak.flops)
             self.announce_end(step)
 
         with self.clock.phase("log"):

@@ -121,6 +121,8 @@ def describe_sizes(
     is_changed = sizes.pairs(steps) != planned.pairs(steps)
 
     lines = []
+    if sizes.cuts(steps) != planned.cuts(steps):
+        lines.append(_describe_cut(seq_len, past, sizes, step))
     before = past.size(max(0, step - 1))
     after = sizes.size(step)
     if is_changed and after != before:
@@ -142,6 +144,18 @@ def describe_sizes(
             f"config.eval.batch_size={old.eval.batch_size} keeps its curve comparable"
         )
     return lines
+
+
+def _describe_cut(
+    seq_len: int, past: configs.BatchSizes, sizes: configs.BatchSizes, step: int
+) -> str:
+    """A line about the rows from `step` on, which have other lengths than was planned."""
+    before = seq_len // past.level(max(0, step - 1)).pieces
+    after = seq_len // sizes.level(step).pieces
+    change = f"stays at rows of {after:,} tokens for now"
+    if after != before:
+        change = f"goes on with rows of {after:,} tokens, after {before:,}"
+    return f"step {step + 1:,} {change}; the examples of each update stay"
 
 
 def say_rate(old: configs.Config, new: configs.Config, step: int, say) -> None:

@@ -62,7 +62,7 @@ def test_far_steps_cost_nothing():
 @pytest.mark.parametrize("step", range(25))
 def test_the_sizes_of_the_rest(step):
     sizes = config.make_batch_sizes(TRAIN)
-    assert sizes.sizes_from(step) == set(rows_of(sizes)[step:])
+    assert sizes.shapes_from(step) == {(size, 1) for size in rows_of(sizes)[step:]}
 
 
 @pytest.mark.parametrize("stop", range(25))
@@ -103,8 +103,10 @@ def test_a_size_has_its_own_microbatches():
     train = config.Train(batch_size=8, accumulate=2, batch_ramp=((4096, 32, 4), (9999, 64, 1)))
     levels = [(one.batch_size, one.accumulate) for one in config.list_levels(train)]
     assert levels == [(8, 2), (32, 4), (64, 1)]
-    with pytest.raises(ValueError, match=r"12 rows, and the config has \[8, 32, 64\]"):
-        config.at_batch_size(train, 12)
+    with pytest.raises(
+        ValueError, match=r"12 rows of .*, and the config has .* \[8, 32, 64\] rows"
+    ):
+        config.at_shape(train, 12, train.seq_len)
     assert all(one.batch_ramp == () for one in config.list_levels(train))
 
 

@@ -19,6 +19,8 @@ from gpt_jax.data.stream.rows import (
     Window,
     check_ids,
     check_targets,
+    cut,
+    cut_spans,
     make_columns,
 )
 from gpt_jax.data.stream.streams import Batches, EvalBatches, RowsOf, Stream, open_guard
@@ -62,8 +64,8 @@ class Examples:
         shares = self.mix.shares(max(0, examples - 1)).tolist() if self.mix else [1.0]
         return dict(zip(self.names, shares, strict=True))
 
-    def fill(self, indices: np.ndarray) -> Buffer:
-        """Rows before the shift, with the transforms applied.
+    def _read(self, indices: np.ndarray) -> Buffer:
+        """Whole examples before the shift, as they are in the text.
 
         Raises DataError if a row holds an id that the tokenizer does not have.
         """
@@ -81,6 +83,24 @@ class Examples:
                 whole[mine] = column
 
         assert buffer is not None  # a batch has at least one row
+        return buffer
+
+    def fill(self, indices: np.ndarray, pieces: int = 1) -> Buffer:
+        """Rows before the shift, with the transforms applied.
+
+        Each example is cut into `pieces` rows of equal length, and row n is piece n % pieces of
+        example n // pieces. A transform works on the row that is left.
+
+        Raises DataError if a row holds an id that the tokenizer does not have.
+        """
+        if pieces == 1:
+            buffer = self._read(indices)
+        else:
+            numbers, place = np.divmod(indices, pieces)
+            examples, which = np.unique(numbers, return_inverse=True)
+            rows = cut(self._read(examples), pieces)
+            buffer = Buffer(*(column[which * pieces + place] for column in rows))
+
         if self.knobs.shuffle_documents:
             buffer = transforms.shuffle_documents(buffer, self.seed + 1, indices)
 
@@ -96,19 +116,23 @@ class Examples:
             )
         return buffer
 
-    def columns(self, indices: np.ndarray) -> Columns:
-        """Examples `indices`, int64 [N], as Columns [N, T]."""
+    def columns(self, indices: np.ndarray, pieces: int = 1) -> Columns:
+        """Rows `indices`, int64 [N], of examples cut into `pieces`, as Columns [N, T / pieces]."""
         return make_columns(
-            self.fill(indices), self.tokenizer.token_bytes, self.knobs.document_mask
+            self.fill(indices, pieces), self.tokenizer.token_bytes, self.knobs.document_mask
         )
 
-    def spans(self, index: int) -> tuple[int, list[Span]]:
-        """(source, documents that example `index` is made of).
+    def spans(self, index: int, pieces: int = 1) -> tuple[int, list[Span]]:
+        """(source, documents that row `index` of examples cut into `pieces` is made of).
 
         The documents are in the order before `shuffle_documents`.
         """
-        source, nth = self.assign(np.array([index]))
-        return int(source[0]), self.rows[source[0]].spans(int(nth[0]))
+        example, place = divmod(index, pieces)
+        source, nth = self.assign(np.array([example]))
+        rows = self.rows[source[0]]
+        length = (rows.length - 1) // pieces
+        spans = cut_spans(rows.spans(int(nth[0])), place * length, length + 1)
+        return int(source[0]), list(spans)
 
 
 def _row_shares(
@@ -277,15 +301,17 @@ def make_ramp_stream(
     start: int = 0,
     steps: int = 0,
 ) -> Stream:
-    """Training batches without end, whose size changes on the way.
+    """Training batches without end, whose size and row length change on the way.
 
-    This process gets the rows `rows_of(size)` of a global batch. Row i of batch n is example
-    `sizes.examples(n) + i`, whatever the slices are. `steps` is for the summary only. Raises
-    DataError for a shard with a wrong checksum. The caller checks the sizes, see `check_sizes`.
+    This process gets the rows `rows_of(count)` of a global batch of `count` rows. Batch n has the
+    examples from `sizes.examples(n)` on, whatever the slices are, each cut into rows as `sizes`
+    says. `steps` is for the summary only. Raises DataError for a shard with a wrong checksum. The
+    caller checks the sizes, see `check_sizes`.
     """
     knobs = examples.knobs
     sides = [source.tokens for source in examples.rows]
-    first_size = sizes.size(start)
+    first = sizes.level(start)
+    first_rows = first.size * first.pieces
     return Stream(
         Batches(examples.columns, sizes, rows_of, ENDLESS, start),
         knobs.prefetch,
@@ -293,7 +319,7 @@ def make_ramp_stream(
         start,
         describe(examples, sizes.examples(steps)),
         lambda step: examples.shares(sizes.examples(step)),
-        open_guard(sides, knobs, first_size, rows_of(first_size)),
+        open_guard(sides, knobs, first_rows, rows_of(first_rows)),
     )
 
 
@@ -315,7 +341,8 @@ def make_eval_batches(
     check_targets(tokens, knobs.document_mask, name)
     source = InOrder(tokens, seq_len, name)
 
-    def make(indices: np.ndarray) -> Columns:
+    def make(indices: np.ndarray, pieces: int) -> Columns:
+        assert pieces == 1, "held-out rows are never cut"
         buffer = source.fill(indices)
         check_ids(buffer, tokens, tokenizer.vocab)
         return make_columns(buffer, tokenizer.token_bytes, knobs.document_mask)

@@ -4,7 +4,7 @@ The classes in PACKINGS make training rows. `InOrder` reads held-out text once f
 Both return a Buffer of T + 1 ids. Only `make_columns` shifts `targets` by one against `tokens`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,17 @@ class Buffer(NamedTuple):
     begins: np.ndarray  # bool: a document, or a piece of one, begins here
     inside: np.ndarray  # bool: not padding
     learn: np.ndarray  # bool: to be learned; no matter in padding
+
+
+def cut(buffer: Buffer, pieces: int) -> Buffer:
+    """Rows [N, T + 1] -> [N * pieces, T / pieces + 1], the pieces of a row one after the other.
+
+    Neighbours share an id, which is a target in the first and a token in the second. So each target
+    of a row stays one target.
+    """
+    length = (buffer.ids.shape[1] - 1) // pieces
+    places = np.arange(pieces)[:, None] * length + np.arange(length + 1)
+    return Buffer(*(column[:, places].reshape(-1, length + 1) for column in buffer))
 
 
 class Span(NamedTuple):
@@ -77,6 +88,15 @@ def spans(tokens: Tokens, pieces: list[tuple[int, int]]) -> Iterator[Span]:
             start += count
             size -= count
             document += 1
+
+
+def cut_spans(spans: Iterable[Span], start: int, size: int) -> Iterator[Span]:
+    """The parts of documents that lie in the columns from `start` on, `size` of them."""
+    for column, count, document, offset in spans:
+        first = max(column, start)
+        last = min(column + count, start + size)
+        if first < last:
+            yield Span(first - start, last - first, document, offset + first - column)
 
 
 def make_columns(buffer: Buffer, token_bytes: np.ndarray, document_mask: bool) -> Columns:

@@ -18,32 +18,46 @@ from gpt_jax.data.tokens.shards import Tokens
 # The rows of this process in a global batch of so many rows.
 RowsOf = Callable[[int], slice]
 
+# (numbers of rows, pieces of an example) -> columns. Row n is piece n % pieces of example
+# n // pieces.
+MakeRows = Callable[[np.ndarray, int], Columns]
+
 
 class Batches:
     """Random access to batches.
 
     `self[n]` is this process's rows of batch n as columns [rows, T]. `sizes` says with which
-    example the batch begins, and how many rows it has. Batches before `start` may have a size
-    that is not for this mesh, so they cannot be asked for.
+    example the batch begins, how many it has, and into how many rows each is cut. Batches before
+    `start` may have a size that is not for this mesh, so they cannot be asked for.
     """
 
-    def __init__(self, make, sizes: config.BatchSizes, rows_of: RowsOf, count: int, start: int = 0):
+    def __init__(
+        self,
+        make: MakeRows,
+        sizes: config.BatchSizes,
+        rows_of: RowsOf,
+        count: int,
+        start: int = 0,
+    ):
         self._make = make
         self._sizes = sizes
         self._count = count
         self._rows = {
-            size: np.arange(size, dtype=np.int64)[rows_of(size)] for size in sizes.sizes_from(start)
+            (size, pieces): np.arange(size * pieces, dtype=np.int64)[rows_of(size * pieces)]
+            for size, pieces in sizes.shapes_from(start)
         }
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Columns:
-        return self._make(self._sizes.examples(index) + self._rows[self._sizes.size(index)])
+        _, _, size, pieces = self._sizes.level(index)
+        first = self._sizes.examples(index) * pieces
+        return self._make(first + self._rows[size, pieces], pieces)
 
     def __repr__(self) -> str:
-        rows = {size: len(rows) for size, rows in self._rows.items()}
-        return f"Batches(rows of each batch size: {rows})"
+        rows = {shape: len(rows) for shape, rows in self._rows.items()}
+        return f"Batches(rows of each batch size and cut: {rows})"
 
 
 class Stream:

@@ -261,12 +261,29 @@ def make_problem(
     )
 
 
-def choose_kernel(name: str, p: Problem) -> tuple[str, str]:
+def choose_kernel(
+    name: str, p: Problem, length_ramp: tuple[tuple[int, int], ...] = ()
+) -> tuple[str, str]:
     """Chooses a kernel for the problem -> (kernel, reason).
 
     `auto` takes the first of the platform's PREFERENCE that can solve it. Raises UsageError if a
-    named kernel cannot solve the problem, or none can.
+    named kernel cannot solve the problem, or none can. Raises it also if the kernel cannot take a
+    length of `train.length_ramp`: a slower kernel for all rows would be dear, and nobody asked.
     """
+    kernel, reason = _choose(name, p)
+    for i, entry in enumerate(length_ramp):
+        fault = KERNELS[kernel].cannot(p._replace(seq_len=entry[1]))
+        if fault:
+            raise UsageError(
+                f"config.train.length_ramp[{i}] = {entry}: {kernel}, the attention kernel of rows "
+                f"of {p.seq_len} tokens, {fault}; take another length, or name another kernel in "
+                "config.compute.kernel"
+            )
+    return kernel, reason
+
+
+def _choose(name: str, p: Problem) -> tuple[str, str]:
+    """The kernel for the problem, and the reason, whatever other rows there are."""
     if name != "auto":
         if reason := KERNELS[name].cannot(p):
             raise UsageError(
