@@ -76,6 +76,12 @@ def make_flags() -> Flags:
         metavar="KEY",
         help="keys of config.json that are known not to change the model",
     )
+    flags.add_argument(
+        "--allow_nonfinite",
+        action="store_true",
+        help="write weights that are NaN or infinite as they are, with a line; without it they are "
+        "refused",
+    )
     return flags
 
 
@@ -100,7 +106,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Opens, averages, and writes."""
-    from gpt_jax.interop import is_foreign, list_files, write_directory
+    from gpt_jax.interop import is_foreign, list_files, refuse_nonfinite, write_directory
     from gpt_jax.run import average, open_model, write_native
 
     say = make_say(sys.stderr)
@@ -118,12 +124,13 @@ def convert(args: argparse.Namespace) -> None:
         if wanted == "native" and getattr(args, flag) != default:
             raise UsageError(f"--{flag}={getattr(args, flag)}: is for --format=hf; leave it out")
     target = Path(args.to)
+    meet = say if args.allow_nonfinite else refuse_nonfinite
     if wanted == "hf":
         if origin.tokenizer and not list_files(origin):
             say(
                 f"the tokenizer {origin.tokenizer.name} has no file there; name it where it is read"
             )
-        write_directory(origin, target, args.family, args.dtype)
+        write_directory(origin, target, args.family, args.dtype, meet_nonfinite=meet)
     else:
-        write_native(origin, target, say)
+        write_native(origin, target, say, meet)
     emit(f"{origin.name} is now {target} ({wanted})")

@@ -75,9 +75,11 @@ def verify(path: str) -> None:
 
 def show_weights(args: argparse.Namespace) -> None:
     """Prints what the model is, then a line for each parameter."""
+    from gpt_jax.interop import describe_nonfinite, watch
     from gpt_jax.run import measure, open_model
 
     origin = open_model(args.checkpoint, args.step, make_say(sys.stderr))
+    origin, nonfinite = watch(origin)
     rows = list(measure(origin))
     tokenizer = origin.tokenizer.name if origin.tokenizer else None
     facts = {
@@ -88,10 +90,13 @@ def show_weights(args: argparse.Namespace) -> None:
         **origin.facts,
     }
     if args.json:
-        emit(write_json({**facts, "tensors": [without_nan(row._asdict()) for row in rows]}, 2))
+        tensors = [without_nan(row._asdict()) for row in rows]
+        emit(write_json({**facts, "nonfinite": dict(nonfinite), "tensors": tensors}, 2))
         return
     for name, value in facts.items():
         emit(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+    if nonfinite:
+        emit(describe_nonfinite(nonfinite))
     print_table(rows, MEASURED)
 
 

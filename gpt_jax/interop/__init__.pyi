@@ -1,5 +1,10 @@
 from .architecture import find_meaning as find_meaning, write_config as write_config
-from .export import list_files as list_files, write_directory as write_directory
+from .export import (
+    list_files as list_files,
+    refuse_nonfinite as refuse_nonfinite,
+    write_directory as write_directory,
+)
+from .finite import describe_nonfinite as describe_nonfinite, watch as watch
 from .foreign import (
     find_tokenizer as find_tokenizer,
     is_foreign as is_foreign,

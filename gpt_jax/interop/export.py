@@ -4,7 +4,7 @@ import base64
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from gpt_jax.errors import SaveFailed, UsageError
 from gpt_jax.files import describe_error, sync_file, sync_folder, write_file
 from gpt_jax.interop.architecture import write_config
 from gpt_jax.interop.families import FAMILIES, find_family
+from gpt_jax.interop.finite import describe_nonfinite, watch
 from gpt_jax.interop.foreign import CONFIG
 from gpt_jax.interop.origin import Origin
 from gpt_jax.interop.tensors import FILE, INDEX
@@ -29,6 +30,14 @@ EXPORTED = {
     "float16": ("F16", np.dtype(np.float16)),
 }
 UNFINISHED = ".unfinished"
+
+
+def refuse_nonfinite(line: str) -> None:
+    """Raises UsageError for weights that are NaN or infinite."""
+    raise UsageError(
+        f"{line}; such a model may give no numbers, so nothing was written; if you want it all the "
+        "same, --allow_nonfinite"
+    )
 
 
 class Entry(NamedTuple):
@@ -45,13 +54,16 @@ def write_directory(
     family: str = "",
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    meet_nonfinite: Callable[[str], None] = refuse_nonfinite,
 ) -> None:
     """Writes `directory`, which must not exist. It appears whole or not at all.
 
-    Its tensors are read, joined and written one at a time. `family` empty takes that of the origin,
-    or the first that fits. Raises UsageError if no family has such a model, and SaveFailed if the
-    disk does not take it.
+    `meet_nonfinite` gets a line if weights are NaN or infinite, before the directory appears. By
+    default that is refused. Tensors are read, joined and written one at a time. `family` empty
+    takes that of the origin, or the first that fits. Raises UsageError if no family has such a
+    model, and SaveFailed if the disk does not take it.
     """
+    origin, nonfinite = watch(origin)
     source = read_source(origin)
     values = write_config(origin.model, family or find_own_family(origin.model, source))
     plan = make_plan(find_family(values["model_type"]), origin.model)
@@ -63,7 +75,7 @@ def write_directory(
 
     def read(entry: Entry) -> np.ndarray:
         values = join_piece(plan, entry.piece, origin.read)
-        if dtype == "float16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+        if dtype == "float16" and find_largest(values) > np.finfo(np.float16).max:
             raise UsageError(f"--dtype=float16: {entry.piece.name} has entries beyond its range")
         return np.ascontiguousarray(values.astype(kind))
 
@@ -78,6 +90,8 @@ def write_directory(
         write_file(unfinished / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         for name, content in list_files(origin).items():
             write_file(unfinished / name, content)
+        if nonfinite:
+            meet_nonfinite(describe_nonfinite(nonfinite))
         sync_folder(unfinished)
         unfinished.rename(directory)
         sync_folder(directory.parent)
@@ -86,6 +100,14 @@ def write_directory(
         if not isinstance(error, OSError):
             raise
         raise SaveFailed(f"{directory}: writing failed: {describe_error(error)}") from error
+
+
+def find_largest(values: np.ndarray) -> float:
+    """The largest absolute value of the entries that are finite, or 0."""
+    is_finite = np.isfinite(values)
+    high = values.max(where=is_finite, initial=0)
+    low = values.min(where=is_finite, initial=0)
+    return max(high, -low)
 
 
 def read_source(origin: Origin) -> dict:

@@ -125,6 +125,7 @@ def open_foreign(path: str | Path, ignored: tuple[str, ...] = (), tokenizer: str
         tokenizer=find_tokenizer(path, tokenizer),
         carried={name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()},
         family=family.name,
+        name_slice=weights.find_name,
     )
 
 
@@ -172,7 +173,11 @@ def _drop_second_head(tensors, family: Family, model: configs.Model):
     )
     if not model.tied or head not in tensors or table not in tensors:
         return tensors
-    if not np.array_equal(tensors[head].read(), tensors[table].read()):
+    first = tensors[head].read()
+    second = tensors[table].read()
+    # NaN is no number that is equal to another, so the same NaN twice needs a second look.
+    is_same = np.array_equal(first, second) or np.array_equal(first, second, equal_nan=True)
+    if not is_same:
         raise UsageError(
             f"config.json: tie_word_embeddings is true, and {head} is not {table}; set it to false"
         )

@@ -11,11 +11,21 @@ from gpt_jax.data import Tokenizer
 from gpt_jax.interop.weights import Slices
 
 
+def name_entry(path: str, place: tuple[int, ...]) -> str:
+    """A parameter, or its entry of a layer and of an expert.
+
+    >>> name_entry("blocks/0/mlp/up/kernel", (3,))
+    'blocks/0/mlp/up/kernel[3]'
+    """
+    return path + "".join(f"[{i}]" for i in place)
+
+
 class Origin(NamedTuple):
     """A model that was opened, and nothing of its weights read yet.
 
     `read(path, index)` makes the part `index` of the parameter at `path`, in float32. `carried` are
     files that go with the model byte for byte, by name. `tokenizer` is None where there is none.
+    `name_slice(path, place)` is what people call the entry `place` of a parameter: layer, expert.
     """
 
     name: str  # where it was found, for people
@@ -26,3 +36,4 @@ class Origin(NamedTuple):
     carried: Mapping[str, bytes]
     family: str = ""  # that of the directory it was read from
     facts: Mapping[str, str | int] = MappingProxyType({})  # more of it for people
+    name_slice: Callable[[str, tuple[int, ...]], str] = name_entry

@@ -160,6 +160,10 @@ class Weights:
             values[at] = whole[index[depth:]]
         return values
 
+    def find_name(self, path: str, place: tuple[int, ...]) -> str:
+        """The name of the foreign tensor that holds the entry `place` of a parameter."""
+        return self._places[path][place][0].name
+
 
 def load_params(read: Callable[[str, Slices], np.ndarray], abstract: Any) -> Any:
     """The parameters on the devices of a mesh, each device's shard read by itself.

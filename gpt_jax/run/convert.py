@@ -11,11 +11,14 @@ from gpt_jax.data import Tokenizer
 from gpt_jax.errors import UsageError
 from gpt_jax.interop import (
     Origin,
+    describe_nonfinite,
     find_depths,
     find_meaning,
     is_foreign,
     list_shapes,
     open_foreign,
+    refuse_nonfinite,
+    watch,
     write_config,
     write_directory,
 )
@@ -117,7 +120,12 @@ def export_step(
     if config.checkpoint.export == "none" or target.exists():
         return
     target.parent.mkdir(exist_ok=True)
-    write_directory(open_step(directory, step), target)
+    # A run that has come to its end keeps what it has. The line says what is wrong with it.
+    write_directory(
+        open_step(directory, step),
+        target,
+        meet_nonfinite=lambda line: say(f"step {step}: {line}"),
+    )
     say(f"step {step} as a directory of Hugging Face: {target}")
 
 
@@ -174,12 +182,19 @@ def make_config(model: configs.Model) -> configs.Config:
     return replace(configs.resolve(config), model=model)
 
 
-def write_native(origin: Origin, workdir: Path, say: Callable[[str], None]) -> None:
+def write_native(
+    origin: Origin,
+    workdir: Path,
+    say: Callable[[str], None],
+    meet_nonfinite: Callable[[str], None] = refuse_nonfinite,
+) -> None:
     """Writes a checkpoint of ours into a new workdir.
 
-    Raises UsageError if the workdir has checkpoints, and for a tokenizer that does not fit.
-    Raises SaveFailed if the disk does not take it.
+    `meet_nonfinite` gets a line if weights are NaN or infinite, before the checkpoint is whole. By
+    default that is refused. Raises UsageError if the workdir has checkpoints, and for a tokenizer
+    that does not fit. Raises SaveFailed if the disk does not take it.
     """
+    origin, nonfinite = watch(origin)
     directory = workdir.absolute() / CHECKPOINT_FOLDER
     if any((directory / str(step) / MANIFEST).exists() for step in steps_in(directory)):
         raise UsageError(f"{workdir}: has checkpoints already; name a new directory")
@@ -204,4 +219,5 @@ def write_native(origin: Origin, workdir: Path, say: Callable[[str], None]) -> N
         {path: lazy(path) for path in origin.shapes},
         meta,
         {f"{CARRIED_FOLDER}/{name}": content for name, content in origin.carried.items()},
+        lambda: meet_nonfinite(describe_nonfinite(nonfinite)) if nonfinite else None,
     )

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.errors import UsageError
+from gpt_jax.interop import describe_nonfinite
 from gpt_jax.model import abstract_params, describe_parameter, init_params
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.source import Source
@@ -25,7 +26,8 @@ GROWING = ("vocab", "position")
 def start_from(parts: Parts, source: Source, say) -> TrainState:
     """The first state of a run: the source's weights, in the layout of this run's mesh.
 
-    Raises UsageError if an array there has another shape and cannot grow into this run's.
+    Raises UsageError if an array there has another shape and cannot grow into this run's, and for
+    weights that are NaN or infinite.
     """
     init = parts.config.init
     item = "ema" if init.averaged else "params"
@@ -50,6 +52,7 @@ def start_from(parts: Parts, source: Source, say) -> TrainState:
 
     loaded = source.restore(trees)
     params = loaded[item]
+    check_finite(params, source.name)
     if grown:
         params = grow(parts.config.model, parts.config.seed, params, wanted)
     say(
@@ -62,6 +65,26 @@ def start_from(parts: Parts, source: Source, say) -> TrainState:
     if init.optimizer:
         state = state._replace(opt=rewind(loaded["train"].opt))
     return state
+
+
+def check_finite(params, name: str) -> None:
+    """Raises UsageError, with all of them in a line, if weights are NaN or infinite.
+
+    A run that starts from such weights would end at its first step, after it was compiled. Devices
+    count their own shards. Every process calls it, and gets the same answer.
+    """
+
+    def count(params):
+        # float32, because a count of int32 ends at 2e9. It is exact up to 16 million.
+        return jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.float32), params)
+
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(jax.jit(count)(params)))
+    counts = {sharding.join_path(keys): int(leaf) for keys, leaf in leaves if leaf}
+    if counts:
+        raise UsageError(
+            f"config.init.from: {describe_nonfinite(counts)} of {name}; a run from there would "
+            "have no loss; name another step, or other weights"
+        )
 
 
 def map_by_path(function, *trees):

@@ -91,7 +91,7 @@ def test_no_number_is_a_difference(tmp_path, capsys):
         return np.full_like(values, np.nan) if path == "final_norm/scale" else values
 
     write_native(first, tmp_path / "a", print)
-    write_native(first._replace(read=read), tmp_path / "b", print)
+    write_native(first._replace(read=read), tmp_path / "b", print, print)
     text = inspect(capsys, f"--checkpoint={tmp_path / 'a'}", f"--diff={tmp_path / 'b'}")
     assert text.splitlines()[-1].startswith("1 of ")
     found = json.loads(inspect(capsys, f"--checkpoint={tmp_path / 'b'}", "--json"))

@@ -49,12 +49,13 @@ def write_slices(
     arrays: Mapping[str, Lazy],
     meta: dict,
     files: Mapping[str, bytes],
+    approve: Callable[[], None],
 ) -> None:
     """Writes the parameters `arrays`, by path, as a whole checkpoint of `step` without moments.
 
     `meta` is that of `Checkpoints.save`, and `files` are more files of the step. It holds one slice
-    at a time. What an earlier write left unfinished is removed. Raises SaveFailed if the disk does
-    not take it.
+    at a time. What an earlier write left unfinished is removed. `approve` is called when all arrays
+    were read. If it raises, nothing is left. Raises SaveFailed if the disk does not take it.
     """
     folder = directory / str(step)
     mark = directory / f"{step}{SAVING}"
@@ -76,6 +77,7 @@ def write_slices(
         for path, array in arrays.items():
             _write_array(folder / PARAMS, path, array)
         _correct_shapes(folder / PARAMS, arrays)
+        _approve(approve, folder, mark)
 
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -86,6 +88,16 @@ def write_slices(
         mark.unlink()
     except (OSError, ValueError) as error:
         raise SaveFailed(f"{folder}: writing failed: {cause_of(error)}") from error
+
+
+def _approve(approve: Callable[[], None], folder: Path, mark: Path) -> None:
+    """Calls `approve`. If it raises, what was written is removed."""
+    try:
+        approve()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        mark.unlink(missing_ok=True)
+        raise
 
 
 def _find_spec(folder: Path, path: str) -> dict[str, Any]:
