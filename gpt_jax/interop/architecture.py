@@ -35,16 +35,22 @@ def read_model(values: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> conf
     not have. Keys in `ignored` may have any value.
     """
     family = find_family(values.get("model_type"))
-    known = MEANINGLESS | {name for key in family.keys for name in key.names} | set(ignored)
-
     lines = [
-        f"config.json: {name} = {value!r} is not understood and may change the model; "
+        f"config.json: {name} = {values[name]!r} is not understood and may change the model; "
         f"if it does not, --ignore_keys={name}"
-        for name, value in values.items()
-        if name not in known and value is not None
+        for name in find_unknown(values, family, ignored)
     ]
+    found, faults = read_fields(values, family)
+    if lines or faults:
+        raise UsageError(*lines, *faults)
+    return resolve_model(found)
+
+
+def read_fields(values: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
+    """Our fields that the keys of a `config.json` decide, and a line for each fault of a key."""
     values = {**family.defaults, **values}
     found = dict(family.fixed)
+    lines = []
     for key in family.keys:
         try:
             found |= key.read(values)
@@ -52,9 +58,15 @@ def read_model(values: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> conf
             lines += error.args
         except (TypeError, ValueError, AttributeError):
             lines.append(f"config.json: {' or '.join(key.names)}: a value of another type")
-    if lines:
-        raise UsageError(*lines)
-    return resolve_model(found)
+    return found, lines
+
+
+def find_unknown(
+    values: Mapping[str, Any], family: Family, ignored: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The keys with a value that a family does not understand, and that are not in `ignored`."""
+    known = MEANINGLESS | {name for key in family.keys for name in key.names} | set(ignored)
+    return tuple(name for name, value in values.items() if name not in known and value is not None)
 
 
 def resolve_model(found: Mapping[str, Any]) -> configs.Model:
@@ -70,33 +82,44 @@ def resolve_model(found: Mapping[str, Any]) -> configs.Model:
 def write_config(model: configs.Model, name: str = "") -> dict[str, Any]:
     """The `config.json` of a resolved model, in the family `name` or in the first that fits.
 
-    Raises UsageError, with the fields that a family cannot say, if none does.
+    Raises UsageError if none does, with the fields that the nearest one cannot say.
     """
     if name and not find_family(name).is_written:
         raise UsageError(f"models of the family {name} can only be read; name another")
     families = [find_family(name)] if name else list(FAMILIES.values())
     families = [family for family in families if family.is_written]
-    lines = []
+    faults = {}
     for family in families:
-        try:
-            return _write_as(family, model)
-        except UsageError as error:
-            lines.append(f"{family.name}: {'; '.join(error.args)}")
-    raise UsageError("no family of models fits this one", *lines)
+        values, faults[family.name] = _write_as(family, model)
+        if not faults[family.name]:
+            return values
+    nearest = min(faults, key=lambda name: len(faults[name]))
+    first = f"no family of models fits this one; nearest is {nearest}, which cannot say:"
+    if name:
+        first = f"the family {name} does not fit this model; it cannot say:"
+    raise UsageError(first, *(f"  {line}" for line in faults[nearest]))
 
 
-def _write_as(family: Family, model: configs.Model) -> dict[str, Any]:
+def _write_as(family: Family, model: configs.Model) -> tuple[dict[str, Any], list[str]]:
+    """The `config.json` of a model in a family, and a line for each thing it cannot say."""
     values: dict[str, Any] = {"model_type": family.name, "architectures": [family.architecture]}
+    lines = []
     for key in family.keys:
-        values |= key.write(model)
+        try:
+            values |= key.write(model)
+        except UsageError as error:
+            lines += error.args
 
-    wanted, found = find_meaning(model), find_meaning(read_model(values))
-    differ = [
-        f"config.model.{name} = {value!r}" for name, value in wanted.items() if found[name] != value
+    try:
+        found = find_meaning(resolve_model(read_fields(values, family)[0]))
+    except UsageError as error:
+        return values, [*lines, *error.args]
+    lines += [
+        f"config.model.{name} = {value!r}"
+        for name, value in find_meaning(model).items()
+        if found[name] != value
     ]
-    if differ:
-        raise UsageError(f"has no {', '.join(differ)}")
-    return values
+    return values, lines
 
 
 def find_meaning(model: configs.Model) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from gpt_jax.interop.architecture import read_model
 from gpt_jax.interop.families import Family, find_family
 from gpt_jax.interop.llama2c import open_llama2c
 from gpt_jax.interop.nanogpt import open_nanogpt
+from gpt_jax.interop.nearest import describe_tensors, explain_unknown, find_misfit
 from gpt_jax.interop.origin import Origin
 from gpt_jax.interop.tensors import Tensor, list_tensors
-from gpt_jax.interop.weights import Weights, check_tensors, make_plan
+from gpt_jax.interop.weights import Weights, check_tensors, find_tensor, make_plan, name_fully
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -56,8 +58,19 @@ def read_values(directory: Path) -> dict[str, Any]:
 def open_directory(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The `config.json` of a directory, and its tensors by name. Raises UsageError."""
     values = read_values(path)
-    find_family(values.get("model_type"))
+    _check_family(path, values)
     return values, list_tensors(path)
+
+
+def _check_family(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises UsageError for an unknown `model_type`, with what the nearest family lacks."""
+    try:
+        find_family(values.get("model_type"))
+    except UsageError as error:
+        lines = []
+        with suppress(UsageError):  # Tensors that cannot be read are not the cause.
+            lines = explain_unknown(values, list_tensors(path))
+        raise UsageError(*error.args, *lines) from None
 
 
 def _is_directory(path: Path) -> bool:
@@ -93,7 +106,9 @@ def read_foreign_model(path: str | Path, ignored: tuple[str, ...] = ()) -> confi
     """The model at a path for which `is_foreign` is true. Raises UsageError."""
     path = Path(path)
     if _is_directory(path):
-        return read_model(read_values(path), ignored)
+        values = read_values(path)
+        _check_family(path, values)
+        return read_model(values, ignored)
     return read_model(_open(path)[0], ignored)
 
 
@@ -111,10 +126,15 @@ def open_foreign(path: str | Path, ignored: tuple[str, ...] = (), tokenizer: str
     """
     path = Path(path)
     values, found = _open(path)
-    model = read_model(values, ignored)
     family = find_family(values["model_type"])
+    try:
+        model = read_model(values, ignored)
+    except UsageError as error:
+        # A key that is not understood and a tensor without a place often have one cause.
+        misfit = find_misfit(family, values, found, ignored)
+        raise UsageError(*error.args, *describe_tensors(misfit)) from None
     plan = make_plan(family, model)
-    tensors = _drop_second_head(_name_fully(found, family), family, model)
+    tensors = _drop_second_head(name_fully(found, family), family, model)
     check_tensors(plan, family, tensors, str(path))
     weights = Weights(plan, tensors)
     return Origin(
@@ -167,10 +187,8 @@ def _drop_second_head(tensors, family: Family, model: configs.Model):
 
     Raises UsageError if the config calls it the embedding, and the file has other values.
     """
-    head, table = (
-        next(row.theirs for row in family.rows if row.ours == ours)
-        for ours in (("head/kernel",), ("embed/table",))
-    )
+    head = find_tensor(family, "head/kernel")
+    table = find_tensor(family, "embed/table")
     if not model.tied or head not in tensors or table not in tensors:
         return tensors
     first = tensors[head].read()
@@ -182,12 +200,3 @@ def _drop_second_head(tensors, family: Family, model: configs.Model):
             f"config.json: tie_word_embeddings is true, and {head} is not {table}; set it to false"
         )
     return {name: tensor for name, tensor in tensors.items() if name != head}
-
-
-def _name_fully(tensors, family: Family):
-    """The tensors with the prefix that a file of the model without its head leaves out."""
-    prefix = family.base
-    if any(name.startswith(prefix) for name in tensors):
-        return tensors
-    heads = tuple(row.theirs for row in family.rows if row.ours == ("head/kernel",))
-    return {name if name in heads else prefix + name: tensor for name, tensor in tensors.items()}

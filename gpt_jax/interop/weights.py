@@ -111,6 +111,25 @@ def find_shape(plan: Plan, piece: Piece) -> tuple[int, ...]:
     return LAYOUTS[piece.layout].join(parts, plan.model).shape
 
 
+def is_leftover(name: str, family: Family) -> bool:
+    """Whether a tensor holds nothing that was learned."""
+    return name.endswith(family.leftovers)
+
+
+def find_tensor(family: Family, path: str) -> str:
+    """The name of the tensor that is one whole parameter of ours."""
+    return next(row.theirs for row in family.rows if row.ours == (path,))
+
+
+def name_fully(tensors: Mapping[str, Readable], family: Family) -> Mapping[str, Readable]:
+    """The tensors with the prefix that a file of the model without its head leaves out."""
+    prefix = family.base
+    if any(name.startswith(prefix) for name in tensors):
+        return tensors
+    head = find_tensor(family, "head/kernel")
+    return {name if name == head else prefix + name: tensor for name, tensor in tensors.items()}
+
+
 def check_tensors(plan: Plan, family: Family, tensors: Mapping[str, Readable], where: str) -> None:
     """Raises UsageError, with a line for each tensor that is missing, surplus or misshapen."""
     wanted = {piece.name: find_shape(plan, piece) for piece in plan.pieces}
@@ -124,7 +143,7 @@ def check_tensors(plan: Plan, family: Family, tensors: Mapping[str, Readable], w
     lines += [
         f"{where}: {name} {list(tensor.shape)} has no place in {family.name}"
         for name, tensor in tensors.items()
-        if name not in wanted and not name.endswith(family.leftovers)
+        if name not in wanted and not is_leftover(name, family)
     ]
     if lines:
         raise UsageError(*lines)

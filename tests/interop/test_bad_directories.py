@@ -38,9 +38,10 @@ def test_a_config_that_is_no_object(copy, content):
 
 @pytest.mark.parametrize("kind", ["bert", None, 3, [], {}])
 def test_an_unknown_family_lists_the_known_ones(copy, kind):
-    [line] = refuse(change_config(copy("llama3"), model_type=kind))
+    line, nearest = refuse(change_config(copy("llama3"), model_type=kind))
     assert f"model_type = {kind!r} is not known" in line
     assert all(name in line for name in FAMILIES)
+    assert "nearest is llama, and nothing differs; " in nearest and "'llama'" in nearest
 
 
 def test_an_unknown_key_is_named_with_the_way_out(copy):

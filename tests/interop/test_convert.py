@@ -133,11 +133,13 @@ BAD = {
         lambda origin, path: write_directory(
             make_origin(LLAMA | dict(residual_scalars=True)), path
         ),
-        "no family of models fits this one",
+        "no family of models fits this one; nearest is llama, which cannot say:\n"
+        "  config.model.residual_scalars = True",
     ),
     "another family": (
         lambda origin, path: write_directory(origin, path, family="gpt2"),
-        "gpt2: no value of activation_function stands for this model",
+        "the family gpt2 does not fit this model; it cannot say:\n"
+        "  no value of activation_function stands for this model",
     ),
     "unknown family": (
         lambda origin, path: write_directory(origin, path, family="bert"),
