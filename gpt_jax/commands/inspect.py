@@ -100,17 +100,14 @@ def describe_lineage(workdir: Path) -> list[str]:
 
     It is read from the newest checkpoint. Raises UsageError if there is none.
     """
-    from gpt_jax.run import META_SCHEMA, count_tokens
+    from gpt_jax.run import META_SCHEMA, count_tokens, describe_entry
     from gpt_jax.train import peek_meta
 
     meta = peek_meta(workdir, 0, META_SCHEMA)
     config = configs.read_saved(meta["config"])
     tokens = count_tokens(meta, config, workdir)
     own = {"from": str(workdir), "step": meta["step"], "tokens": tokens, "data": config.data.where}
-    return [
-        f"{one['from']}: step {one['step']:,}, {one['tokens']:,} tokens of {one['data']}"
-        for one in [*meta.get("lineage", []), own]
-    ]
+    return [describe_entry(one) for one in [*meta.get("lineage", []), own]]
 
 
 def read_config(workdir: Path) -> configs.Config:

@@ -75,8 +75,8 @@ def verify(path: str) -> None:
 
 def show_weights(args: argparse.Namespace) -> None:
     """Prints what the model is, then a line for each parameter."""
-    from gpt_jax.interop import describe_nonfinite, watch
-    from gpt_jax.run import measure, open_model
+    from gpt_jax.interop import describe_nonfinite, is_foreign, watch
+    from gpt_jax.run import describe_entry, measure, open_model
 
     origin = open_model(args.checkpoint, args.step, make_say(sys.stderr))
     origin, nonfinite = watch(origin)
@@ -89,12 +89,20 @@ def show_weights(args: argparse.Namespace) -> None:
         "tokenizer": tokenizer,
         **origin.facts,
     }
+    # The files of a foreign model would be read as a whole for their digests.
+    past = [] if is_foreign(args.checkpoint) else origin.lineage()[:-1]
     if args.json:
         tensors = [without_nan(row._asdict()) for row in rows]
-        emit(write_json({**facts, "nonfinite": dict(nonfinite), "tensors": tensors}, 2))
+        emit(
+            write_json(
+                {**facts, "lineage": past, "nonfinite": dict(nonfinite), "tensors": tensors}, 2
+            )
+        )
         return
     for name, value in facts.items():
         emit(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+    for entry in past:
+        emit(f"came from: {describe_entry(entry)}")
     if nonfinite:
         emit(describe_nonfinite(nonfinite))
     print_table(rows, MEASURED)

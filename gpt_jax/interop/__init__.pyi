@@ -6,6 +6,7 @@ from .export import (
 )
 from .finite import describe_nonfinite as describe_nonfinite, watch as watch
 from .foreign import (
+    TOKENIZER_FILES as TOKENIZER_FILES,
     find_tokenizer as find_tokenizer,
     is_foreign as is_foreign,
     open_foreign as open_foreign,

@@ -12,12 +12,13 @@ import ml_dtypes
 import numpy as np
 
 from gpt_jax import config as configs
+from gpt_jax.data import Tokenizer
 from gpt_jax.errors import SaveFailed, UsageError
 from gpt_jax.files import describe_error, sync_file, sync_folder, write_file
 from gpt_jax.interop.architecture import write_config
 from gpt_jax.interop.families import FAMILIES, find_family
 from gpt_jax.interop.finite import describe_nonfinite, watch
-from gpt_jax.interop.foreign import CONFIG
+from gpt_jax.interop.foreign import CONFIG, TOKENIZERS
 from gpt_jax.interop.origin import Origin
 from gpt_jax.interop.tensors import FILE, INDEX
 from gpt_jax.interop.weights import Piece, find_shape, join_piece, make_plan
@@ -137,9 +138,13 @@ def _name_specials(origin: Origin, source: dict) -> dict:
 def list_files(origin: Origin) -> dict[str, bytes]:
     """The files beside the weights: those that came with the model, or its own tokenizer's."""
     carried = {name: content for name, content in origin.carried.items() if name != CONFIG}
-    if carried or origin.tokenizer is None:
+    if origin.tokenizer is None or not carried.keys().isdisjoint(TOKENIZERS):
         return carried
-    tokenizer = origin.tokenizer
+    return _write_tokenizer(origin.tokenizer) | carried
+
+
+def _write_tokenizer(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files of a tokenizer of ours, if it is of a kind that has some."""
     if tokenizer.kind == "json":
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
         names = {number: name for name, number in tokenizer.specials.items()}

@@ -24,15 +24,18 @@ from gpt_jax.interop.weights import Weights, check_tensors, find_tensor, make_pl
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-# Files that are carried byte for byte.
-CARRIED = (
-    "tokenizer.json",
+# What belongs to one tokenizer, and to no other.
+TOKENIZER_FILES = (
+    *TOKENIZERS,
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+)
+# Files that are carried byte for byte.
+CARRIED = (
+    *TOKENIZER_FILES,
     "chat_template.jinja",
     "chat_template.json",
     GENERATION,
@@ -145,8 +148,18 @@ def open_foreign(path: str | Path, ignored: tuple[str, ...] = (), tokenizer: str
         tokenizer=find_tokenizer(path, tokenizer),
         carried={name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()},
         family=family.name,
+        files=list_sources(path, found),
         name_slice=weights.find_name,
     )
+
+
+def list_sources(path: Path, tensors: Mapping) -> tuple[Path, ...]:
+    """The files that a model was read from. Of a directory those are more than its tensors'."""
+    if path.is_file():
+        return (path,)
+    weights = {tensor.path for tensor in tensors.values()}
+    beside = {path / name for name in CARRIED if (path / name).is_file()}
+    return tuple(sorted(weights | beside))
 
 
 def find_tokenizer(directory: Path, spec: str = "") -> Tokenizer | None:

@@ -1,8 +1,9 @@
 """A model whose parameters are read slice by slice, wherever it comes from."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class Origin(NamedTuple):
 
     `read(path, index)` makes the part `index` of the parameter at `path`, in float32. `carried` are
     files that go with the model byte for byte, by name. `tokenizer` is None where there is none.
+    `files` are those that it was read from, and `lineage()` are the places that it came through.
     `name_slice(path, place)` is what people call the entry `place` of a parameter: layer, expert.
     """
 
@@ -36,4 +38,6 @@ class Origin(NamedTuple):
     carried: Mapping[str, bytes]
     family: str = ""  # that of the directory it was read from
     facts: Mapping[str, str | int] = MappingProxyType({})  # more of it for people
+    files: tuple[Path, ...] = ()
+    lineage: Callable[[], list[dict[str, Any]]] = list
     name_slice: Callable[[str, tuple[int, ...]], str] = name_entry

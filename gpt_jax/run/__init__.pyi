@@ -5,6 +5,7 @@ from .convert import (
     open_model as open_model,
     write_native as write_native,
 )
+from .lineage import describe_entry as describe_entry
 from .loop import run_training as run_training
 from .meta import (
     META_SCHEMA as META_SCHEMA,

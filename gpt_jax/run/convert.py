@@ -22,6 +22,7 @@ from gpt_jax.interop import (
     write_config,
     write_directory,
 )
+from gpt_jax.run.lineage import digest_files, make_foreign_entry, make_run_entry
 from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
 from gpt_jax.train import (
     CHECKPOINT_FOLDER,
@@ -55,7 +56,12 @@ def open_model(
     if is_foreign(path):
         if step:
             raise UsageError(f"--step={step}: {path} has no steps; leave it out")
-        return open_foreign(path, ignored, tokenizer)
+        origin = open_foreign(path, ignored, tokenizer)
+
+        def make_lineage():
+            return [make_foreign_entry(origin, digest_files(origin.files))]
+
+        return origin._replace(lineage=make_lineage)
     for flag, value in (("tokenizer", tokenizer), ("ignore_keys", " ".join(ignored))):
         if value:
             raise UsageError(f"--{flag}={value}: {path} is a checkpoint of ours; leave it out")
@@ -77,20 +83,28 @@ def open_step(directory: Path, number: int) -> Origin:
     def read(name: str, index) -> np.ndarray:
         return read_slice(folder, item, name, index)
 
-    files = folder / CARRIED_FOLDER
     return Origin(
         name=f"step {number} of {directory}",
         model=config.model,
         shapes=list_shapes(config.model),
         read=read,
         tokenizer=read_tokenizer(meta, directory, number),
-        carried={file.name: file.read_bytes() for file in sorted(files.glob("*"))},
+        carried=read_carried(folder),
         facts={
             "step": number,
             "tokens seen": count_tokens(meta, config, directory),
             "weights": "averaged" if config.train.ema else "last",
         },
+        lineage=lambda: [
+            *meta.get("lineage", []),
+            make_run_entry(meta, config, directory, number),
+        ],
     )
+
+
+def read_carried(folder: Path) -> dict[str, bytes]:
+    """The files of another project that a step has kept, by name."""
+    return {file.name: file.read_bytes() for file in sorted((folder / CARRIED_FOLDER).glob("*"))}
 
 
 def check_export(config: configs.Config) -> None:
@@ -149,7 +163,11 @@ def average(origins: Sequence[Origin], weights: Sequence[float]) -> Origin:
         return total.astype(np.float32)
 
     names = ", ".join(origin.name for origin in origins)
-    return first._replace(name=f"the mean of {names}", read=read)
+    return first._replace(
+        name=f"the mean of {names}",
+        read=read,
+        lineage=lambda: [entry for origin in origins for entry in origin.lineage()],
+    )
 
 
 def check_vocabulary(
@@ -212,6 +230,7 @@ def write_native(
         "config": configs.to_dict(make_config(origin.model)),
         "tokenizer": origin.tokenizer.to_json(),
         "data": {"next": 0, "content": ""},
+        "lineage": origin.lineage(),
     }
     write_slices(
         directory,

@@ -31,7 +31,7 @@ from gpt_jax.metrics import (
     write_report,
 )
 from gpt_jax.run.collector import collecting_by_step
-from gpt_jax.run.convert import export_step
+from gpt_jax.run.convert import CARRIED_FOLDER, export_step
 from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
 from gpt_jax.run.lock import only_run
 from gpt_jax.run.meta import META_SCHEMA, write_sizes
@@ -114,7 +114,7 @@ def begin(
     check_profile(profile, start)
 
     heldout = heldout_batches(parts)
-    state, changed, lineage, sizes = start_state(parts, checkpoints, say)
+    state, changed, lineage, sizes, carried = start_state(parts, checkpoints, say)
     beat()
     rows_of = partial(sharding.process_rows, parts.mesh)
     stream = make_ramp_stream(parts.examples, sizes, rows_of, start, config.train.steps)
@@ -134,6 +134,7 @@ def begin(
         origin,
         lineage,
         sizes,
+        carried,
     )
     closing.callback(progress.writers.close)
     if jax.process_index() == 0:
@@ -260,7 +261,8 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
             "lineage": progress.lineage,
         }
         metrics = metrics_at(progress, step)
-        checkpoints.save(step, meta=meta, metrics=metrics, **state_items(state))
+        files = {f"{CARRIED_FOLDER}/{name}": raw for name, raw in progress.carried.items()}
+        checkpoints.save(step, meta=meta, metrics=metrics, files=files, **state_items(state))
     progress.saved = step
     progress.restart_rate(step)
 

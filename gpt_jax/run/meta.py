@@ -5,10 +5,10 @@ from pathlib import Path
 from gpt_jax import config as configs
 from gpt_jax.data import Tokenizer, tokenizer_from_json
 from gpt_jax.errors import NoCheckpoint, UsageError
-from gpt_jax.schema import Misfit
+from gpt_jax.schema import Each, Misfit
 
-# What `loop.save` writes. Checkpoints of earlier versions have no lineage and no batch sizes. Row
-# lengths are there if any row was cut.
+# What `loop.save` writes. Checkpoints of earlier versions have no lineage, no digests in it, and no
+# batch sizes. Row lengths are there if any row was cut.
 META_SCHEMA = {
     "config": "object",
     "tokenizer": "text",
@@ -19,7 +19,15 @@ META_SCHEMA = {
         "row_lengths?": [("count", "count")],
     },
     "lineage?": [
-        {"from": "text", "step": "count", "tokens": "count", "data": "text", "content": "text"}
+        {
+            "from": "text",
+            "step": "count",
+            "tokens": "count",
+            "data": "text",
+            "content": "text",
+            "family?": "text",
+            "digests?": Each("text"),
+        }
     ],
 }
 

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -59,6 +60,7 @@ class Progress:
       the `preset`. `changed` tells what differs from the checkpoint's config.
     - `lineage` names the other runs whose weights these are, oldest first.
     - `sizes` says how many rows each update has.
+    - `carried` are files that each checkpoint keeps beside the weights, by name.
     - `compiled` are the batch shapes, (examples, pieces of each), that this session has had so far,
       each with its program.
     """
@@ -76,6 +78,7 @@ class Progress:
         origin: Mapping[str, str],
         lineage: list[dict[str, Any]],
         sizes: configs.BatchSizes,
+        carried: Mapping[str, bytes] = MappingProxyType({}),
     ):
         self.parts = parts
         self.config = parts.config
@@ -88,6 +91,7 @@ class Progress:
         self.say = say
         self.lineage = lineage
         self.sizes = sizes
+        self.carried = carried
         self.compiled: set[tuple[int, int]] = set()
         self.saved = start if resumed else None
         self.evaluated: tuple[int, dict[str, float]] = (start, {})

@@ -1,5 +1,6 @@
 """The state that a run starts from: fresh, or that of its newest valid checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,9 +8,10 @@ from typing import Any, NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.data import make_examples
 from gpt_jax.errors import UsageError
+from gpt_jax.run.convert import read_carried
 from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes
 from gpt_jax.run.parts import Parts
-from gpt_jax.run.source import check_source, find_source
+from gpt_jax.run.source import check_source, find_source, keep_carried
 from gpt_jax.run.warm_start import start_from
 from gpt_jax.train import TrainState, make_schedule, read_meta, restore_checkpoint
 
@@ -172,8 +174,9 @@ class Start(NamedTuple):
 
     state: TrainState
     changed: list[str]  # in the config, since the checkpoint
-    lineage: list[dict[str, Any]]  # the other runs whose weights these are, see warm_start.Source
+    lineage: list[dict[str, Any]]  # the other runs whose weights these are, see source.Source
     sizes: configs.BatchSizes  # the rows of each update, from the first one of the run
+    carried: Mapping[str, bytes]  # files that are kept beside the weights, see source.Source
 
 
 def start_state(parts: Parts, checkpoints, say) -> Start:
@@ -191,17 +194,19 @@ def start_state(parts: Parts, checkpoints, say) -> Start:
     say(f"resumed from step {step} of {directory}")
     state = loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))
     sizes = configs.make_batch_sizes(parts.config.train, past, step)
-    return Start(state, changed, meta.get("lineage", []), sizes)
+    carried = read_carried(directory / str(step))
+    return Start(state, changed, meta.get("lineage", []), sizes, carried)
 
 
 def start_new(parts: Parts, say) -> Start:
     """The state of a new run: fresh, or the weights of the checkpoint that the config names."""
     sizes = configs.make_batch_sizes(parts.config.train)
     if not parts.config.init.from_:
-        return Start(parts.init(), [], [], sizes)
+        return Start(parts.init(), [], [], sizes, {})
     source = find_source(parts.config.init, say)
     changed = check_source(source, parts.config, parts.data.tokenizer)
-    return Start(start_from(parts, source, say), changed, source.lineage, sizes)
+    carried = keep_carried(source, parts.data.tokenizer, say)
+    return Start(start_from(parts, source, say), changed, source.lineage, sizes, carried)
 
 
 def state_items(state: TrainState) -> dict[str, Any]:

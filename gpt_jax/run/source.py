@@ -1,23 +1,27 @@
 """The checkpoint of another run that a new run starts from, and what both must have in common."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gpt_jax import config as configs
+from gpt_jax.cluster import agree_on
 from gpt_jax.data import Tokenizer
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.interop import (
+    TOKENIZER_FILES,
     find_tokenizer,
     is_foreign,
     load_params,
     open_foreign,
     read_foreign_model,
 )
-from gpt_jax.run.convert import make_config
-from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
+from gpt_jax.run.convert import make_config, read_carried
+from gpt_jax.run.lineage import digest_files, make_foreign_entry, make_run_entry
+from gpt_jax.run.meta import META_SCHEMA, read_config, read_tokenizer
 from gpt_jax.train import (
     CHECKPOINT_FOLDER,
     MANIFEST,
@@ -60,7 +64,7 @@ class Source(NamedTuple):
     """The weights that a run starts from: a checkpoint, or a directory of another project.
 
     `restore` reads trees as `restore_checkpoint` does. `lineage` are the places that the weights
-    come from, oldest first, this one last.
+    come from, oldest first, this one last. `carried` are files that go with the model, by name.
     """
 
     name: str  # for people
@@ -69,38 +73,36 @@ class Source(NamedTuple):
     lineage: list[dict[str, Any]]
     restore: Callable[[dict[str, Any]], dict[str, Any]]
     has_moments: bool = True
+    carried: Mapping[str, bytes] = MappingProxyType({})
 
 
 def make_source(directory: Path, step: int, meta: dict) -> Source:
     """The source that is a checkpoint. Raises UsageError if its config cannot be used."""
     config = read_config(meta, directory, step)
-    own = {
-        "from": str(directory.parent),
-        "step": step,
-        "tokens": count_tokens(meta, config, directory),
-        "data": config.data.where,
-        "content": meta["data"]["content"],
-    }
     return Source(
         f"step {step} of {directory}",
         config,
         read_tokenizer(meta, directory, step),
-        [*meta.get("lineage", []), own],
+        [*meta.get("lineage", []), make_run_entry(meta, config, directory, step)],
         lambda trees: restore_checkpoint(directory, step, trees),
+        carried=read_carried(directory / str(step)),
     )
 
 
 def make_foreign_source(path: str) -> Source:
     """The source that is a directory of another project. Raises UsageError if it cannot be used."""
     origin = open_foreign(path)
-    own = {"from": path, "step": 0, "tokens": 0, "data": f"a {origin.family}", "content": ""}
+    # Process 0 writes checkpoints, so it alone reads the files for their digests.
+    digests: dict[str, str] = {}
+    agree_on(lambda: digests.update(digest_files(origin.files)))
     return Source(
         path,
         make_config(origin.model),
         origin.tokenizer,
-        [own],
+        [make_foreign_entry(origin, digests)],
         lambda trees: {"params": load_params(origin.read, trees["params"])},
         has_moments=False,
+        carried=origin.carried,
     )
 
 
@@ -249,6 +251,21 @@ def compare_models(source: configs.Config, config: configs.Config) -> list[str]:
             "or leave them out and set config.init.model=checkpoint"
         )
     return list(differences.values())
+
+
+def keep_carried(source: Source, tokenizer: Tokenizer, say) -> dict[str, bytes]:
+    """The files of the source that a run keeps beside its weights, for an export.
+
+    Where the run's tokenizer is another one, those of the source's tokenizer are left out, and
+    `say` names them.
+    """
+    kept = dict(source.carried)
+    if source.tokenizer and source.tokenizer.fingerprint == tokenizer.fingerprint:
+        return kept
+    left_out = [name for name in kept if name in TOKENIZER_FILES]
+    if left_out:
+        say(f"of another tokenizer than {tokenizer.name}, so not kept: {', '.join(left_out)}")
+    return {name: content for name, content in kept.items() if name not in left_out}
 
 
 def check_source(source: Source, config: configs.Config, tokenizer: Tokenizer) -> list[str]:

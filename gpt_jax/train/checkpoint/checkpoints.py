@@ -29,7 +29,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from gpt_jax import config
 from gpt_jax.cluster import agree_on, is_peer_gone
 from gpt_jax.errors import Exit, PeerFailed, SaveFailed
-from gpt_jax.files import describe_error, free_name, replace_file
+from gpt_jax.files import describe_error, free_name, replace_file, write_file
 from gpt_jax.schema import Each, Schema, read_json
 from gpt_jax.train.checkpoint.arrays import nest
 from gpt_jax.train.checkpoint.manifest import (
@@ -54,6 +54,7 @@ DELETED = ".deleted"
 DAMAGED = ".damaged"
 # What no evaluation gives.
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
 # Of an array that lies on several devices whole, each writes a part of at least this size. Orbax
 # compiles a program for each part, 64 of them for a tiny model on 8 devices.
@@ -150,12 +151,14 @@ class Checkpoints:
         meta: dict,
         metrics: dict[str, float] | None = None,
         ema=None,
+        files: Mapping[str, bytes] = NO_FILES,
     ) -> bool:
         """Starts saving. The buffers of the arrays may be donated when it returns.
 
         Returns False if a whole checkpoint of this step exists. `params`, `train` and `ema`, unless
         that is None, are pytrees of jax arrays. Each of them can be restored by itself. `meta` has
-        JSON values for meta.json, where `step`, `metrics` and `format` are added. It waits for the
+        JSON values for meta.json, where `step`, `metrics` and `format` are added. `files` are more
+        files of the step, by name. It waits for the
         save before. Raises SaveFailed if that save or the start of this one fails.
         """
         self.wait()
@@ -180,7 +183,8 @@ class Checkpoints:
         written = self._pool.submit(response.result)
         value = (metrics or {}).get(self.policy.best_metric)
         self._started = {step: value}
-        self._pending = step, written, self._pool.submit(self._seal, step, written, text, value)
+        sealed = self._pool.submit(self._seal, step, written, text, value, files)
+        self._pending = step, written, sealed
         return True
 
     def wait(self) -> None:
@@ -241,8 +245,15 @@ class Checkpoints:
             raise self._failed(step, error) from error
         return True
 
-    def _seal(self, step: int, written, meta_text: str, value: float | None) -> None:
-        """Writes meta and manifest, and deletes the steps that the policy no longer wants.
+    def _seal(
+        self,
+        step: int,
+        written,
+        meta_text: str,
+        value: float | None,
+        files: Mapping[str, bytes],
+    ) -> None:
+        """Writes files, meta and manifest, and deletes the steps that the policy no longer wants.
 
         Process 0 does it in the background, after Orbax.
         """
@@ -257,6 +268,9 @@ class Checkpoints:
             return
 
         try:
+            for name, content in files.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                write_file(folder / name, content)
             replace_file(folder / META, meta_text.encode())
             write_manifest(folder)
             mark.unlink(missing_ok=True)
