@@ -22,6 +22,7 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
         _check_gates(checks)
         _check_text(checks, tokenizer_vocab)
         _check_evaluators(checks)
+        _check_export(checks)
         _check_schedule(checks)
         check_ramps(checks)
         _check_router(checks)
@@ -171,6 +172,16 @@ def _check_evaluators(checks: Checks) -> None:
         "checkpoint.keep_best",
         "compares evaluations, and config.eval.every_steps = 0 leaves only the last one; "
         "set config.eval.every_steps",
+    )
+
+
+def _check_export(checks: Checks) -> None:
+    """What is written beside checkpoints."""
+    checkpoint = checks.config.checkpoint
+    checks.need(
+        not checkpoint.export_every_steps or checkpoint.export != "none",
+        "checkpoint.export_every_steps",
+        "has no form to write, because config.checkpoint.export = 'none'; set that to hf",
     )
 
 

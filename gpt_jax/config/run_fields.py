@@ -294,6 +294,13 @@ class Checkpoint:
         "Hugging Face (hf), or in no other.",
         choices=("none", "hf"),
     )
+    export_every_steps: int = knob(
+        0,
+        "Saved checkpoints at multiples of this are written in the form of `export` too, and kept "
+        "for ever. It goes on beside the training. 0 means the last one alone.",
+        low=0,
+        high=NEVER,
+    )
 
 
 @dataclass(frozen=True)

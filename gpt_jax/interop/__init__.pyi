@@ -1,5 +1,6 @@
 from .architecture import find_meaning as find_meaning, write_config as write_config
 from .export import (
+    UNFINISHED as UNFINISHED,
     list_files as list_files,
     refuse_nonfinite as refuse_nonfinite,
     write_directory as write_directory,

@@ -123,20 +123,31 @@ def check_export(config: configs.Config) -> None:
 
 
 def export_step(
-    config: configs.Config, directory: Path, step: int, say: Callable[[str], None]
+    config: configs.Config,
+    directory: Path,
+    step: int,
+    say: Callable[[str], None],
+    look: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes a checkpoint of a run in the form that its config asks for, unless it is there.
 
     It is read from the disk, so no device holds the weights a second time. One process does it.
-    `directory` is that of the checkpoints.
+    `directory` is that of the checkpoints. `look` is called before each part is read, and may raise
+    to give up.
     """
     target = directory.parent / EXPORT_FOLDER / str(step)
     if config.checkpoint.export == "none" or target.exists():
         return
     target.parent.mkdir(exist_ok=True)
     # A run that has come to its end keeps what it has. The line says what is wrong with it.
+    origin = open_step(directory, step)
+
+    def read(path, index):
+        look()
+        return origin.read(path, index)
+
     write_directory(
-        open_step(directory, step),
+        origin._replace(read=read),
         target,
         meet_nonfinite=lambda line: say(f"step {step}: {line}"),
     )

@@ -31,8 +31,9 @@ from gpt_jax.metrics import (
     write_report,
 )
 from gpt_jax.run.collector import collecting_by_step
-from gpt_jax.run.convert import CARRIED_FOLDER, export_step
+from gpt_jax.run.convert import CARRIED_FOLDER
 from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
+from gpt_jax.run.exporter import Exporter, open_exporter
 from gpt_jax.run.lock import only_run
 from gpt_jax.run.meta import META_SCHEMA, write_sizes
 from gpt_jax.run.notes import describe_batches
@@ -61,26 +62,32 @@ def run_training(
     for note in parts.notes:
         say(note)
 
-    steps = parts.config.train.steps
     hang_minutes = parts.config.train.hang_minutes
-    with jax.set_mesh(parts.mesh), watchdog(hang_minutes) as beat, ExitStack() as closing:
-        collect = closing.enter_context(collecting_by_step())
-        session = begin(parts, workdir, profile, say, origin, beat, closing)
-        progress, checkpoints, stream, stop, state = session
-        for step in range(progress.start + 1, steps + 1):
-            with progress.clock.phase("data", blocked=True):
-                columns = next(stream)
-            state = one_step(progress, state, step, columns, profile)
-            beat()
-            checkpoints.check()
-            follow_step(progress, checkpoints, state, step, stop)
-            collect(step)
-            beat()
-        summary = conclude(progress, checkpoints, state, stop, say)
-    # Nothing beats while a large model is written, so no watchdog stands beside it.
-    last = max(steps, progress.start)
-    agree_on(lambda: export_step(parts.config, checkpoints.directory, last, say))
+    with only_run(workdir, say):
+        with jax.set_mesh(parts.mesh), watchdog(hang_minutes) as beat, ExitStack() as closing:
+            collect = closing.enter_context(collecting_by_step())
+            session = begin(parts, workdir, profile, say, origin, beat, closing)
+            summary = train(session, profile, collect, beat, say)
+        # Nothing beats while a large model is written, so no watchdog stands beside it.
+        last = max(parts.config.train.steps, session.progress.start)
+        agree_on(lambda: session.exporter.finish(last))
     return summary
+
+
+def train(session: "Session", profile, collect, beat, say) -> Summary | None:
+    """All steps that are left, and the end of the run. Returns the numbers on process 0."""
+    progress, checkpoints, exporter, stream, stop, state = session
+    for step in range(progress.start + 1, progress.config.train.steps + 1):
+        with progress.clock.phase("data", blocked=True):
+            columns = next(stream)
+        state = one_step(progress, state, step, columns, profile)
+        beat()
+        checkpoints.check()
+        exporter.check()
+        follow_step(progress, checkpoints, state, step, stop)
+        collect(step)
+        beat()
+    return conclude(progress, checkpoints, state, stop, say)
 
 
 class Session(NamedTuple):
@@ -88,6 +95,7 @@ class Session(NamedTuple):
 
     progress: Progress
     checkpoints: Checkpoints
+    exporter: Exporter
     stream: Stream
     stop: StopRequest
     state: TrainState
@@ -96,13 +104,11 @@ class Session(NamedTuple):
 def begin(
     parts: Parts, workdir: Path, profile, say, origin: Mapping[str, str], beat, closing: ExitStack
 ) -> Session:
-    """Opens the workdir, the checkpoints, the stream and the writers, and makes the first state.
+    """Opens the checkpoints, the stream and the writers, and makes the first state.
 
-    `closing` closes all of them. Raises Busy if another run has the workdir, and UsageError if the
-    checkpoint there is of another run.
+    `closing` closes all of them. Raises UsageError if the checkpoint there is of another run.
     """
     config = parts.config
-    closing.enter_context(only_run(workdir, say))
     stop = StopRequest()
     closing.callback(stop.close)
     checkpoints = open_checkpoints(
@@ -110,11 +116,14 @@ def begin(
     )
     # A save in flight would wait for a peer that has left.
     closing.push(lambda kind, error, trace: None if is_peer_gone(error) else checkpoints.close())
+    exporter = open_exporter(config, checkpoints, workdir, say, closing)
     start = checkpoints.latest or 0
     check_profile(profile, start)
 
     heldout = heldout_batches(parts)
     state, changed, lineage, sizes, carried = start_state(parts, checkpoints, say)
+    if checkpoints.latest is not None:
+        exporter.take(checkpoints.latest)  # A kill may have come before it was written.
     beat()
     rows_of = partial(sharding.process_rows, parts.mesh)
     stream = make_ramp_stream(parts.examples, sizes, rows_of, start, config.train.steps)
@@ -142,7 +151,7 @@ def begin(
     say(progress.peak.line)
     for line in (*describe_batches(config, sizes, start), *stream.summary):
         say(line)
-    return Session(progress, checkpoints, stream, stop, state)
+    return Session(progress, checkpoints, exporter, stream, stop, state)
 
 
 def prepare_workdir(workdir: Path, config: configs.Config, start: int) -> None:

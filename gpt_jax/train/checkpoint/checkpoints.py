@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
@@ -76,11 +77,18 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
+class Reader(Protocol):
+    """Somebody who reads checkpoints of a run while it is training, on process 0."""
+
+    def take(self, step: int) -> None: ...  # hears that a checkpoint is whole
+    def held(self) -> set[int]: ...  # the steps that are being read, and must stay
+
+
 class Checkpoints:
     """The checkpoints of a run that is training, made by `open_checkpoints`.
 
     Every process calls the same methods at the same steps. `latest` is the newest step that was
-    valid at the start, or None for a fresh run.
+    valid at the start, or None for a fresh run. `reader` may be set before the first save.
     """
 
     def __init__(
@@ -101,6 +109,7 @@ class Checkpoints:
         self._pending: tuple | None = None  # (step, written, sealed) of the save in flight
         self._started: dict[int, float | None] = {}  # that save's value of `best_metric`
 
+        self.reader: Reader | None = None
         self._saved_step = latest or 0
         self._saved_at = time.monotonic()
         self._next_look = 0
@@ -281,7 +290,11 @@ class Checkpoints:
             raise self._failed(step, error) from error
 
         self._complete[step] = value
-        for old in sorted(set(self._complete) - to_keep(self._complete, self.policy)):
+        held = set()
+        if self.reader is not None:
+            self.reader.take(step)
+            held = self.reader.held()
+        for old in sorted(set(self._complete) - to_keep(self._complete, self.policy) - held):
             del self._complete[old]
             self._discard(self.directory / str(old))
 
