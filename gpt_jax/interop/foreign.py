@@ -14,6 +14,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.files import describe_error
 from gpt_jax.interop.architecture import read_model
 from gpt_jax.interop.families import Family, find_family
+from gpt_jax.interop.keras_file import open_keras
 from gpt_jax.interop.llama2c import open_llama2c
 from gpt_jax.interop.nanogpt import open_nanogpt
 from gpt_jax.interop.nearest import describe_tensors, explain_unknown, find_misfit
@@ -97,6 +98,7 @@ READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path], tuple[dict, Mappin
     (_is_directory, open_directory),
     (_has_suffix(".bin"), open_llama2c),
     (_has_suffix(".pt"), open_nanogpt),
+    (_has_suffix(".h5"), open_keras),
 )
 
 

@@ -101,6 +101,25 @@ def transpose_rows(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     )
 
 
+# Names that keras_file.py gives: 0 is the kernel or the scale, and 1 is the bias.
+GUIDE_LAYER = "blocks.{layer}."
+GUIDE_PARTS = {
+    **{n: f"attention/{n}/kernel attention/{n}/bias" for n in ("q", "k", "v", "out")},
+    **{n: f"mlp/{n}/kernel mlp/{n}/bias" for n in ("up", "down")},
+    "norm1": "mixer_norm/scale mixer_norm/bias",
+    "norm2": "mlp_norm/scale mlp_norm/bias",
+}
+GUIDE_ROWS = (
+    row("tokens.0", "embed/table"),
+    row("positions.0", "position/table"),
+    *(
+        row(f"{GUIDE_LAYER}{part}.{number}", path)
+        for part, paths in GUIDE_PARTS.items()
+        for number, path in enumerate(paths.split())
+    ),
+    row("head.0", "head/kernel"),
+)
+
 NEOX_LAYER = "gpt_neox.layers.{layer}."
 NEOX_ROWS = (
     row("gpt_neox.embed_in.weight", "embed/table"),
