@@ -40,7 +40,8 @@ def make_flags() -> Flags:
         required=True,
         metavar="PATH",
         help="a directory with config.json and safetensors files, a .bin of llama2.c, a .pt of "
-        "nanoGPT, a .weights.h5 of Keras, or a workdir, its checkpoints, or one step. Several are averaged",
+        "nanoGPT, a .weights.h5 of Keras, or a workdir, its checkpoints, or one step. Several are "
+        "averaged",
     )
     flags.add_argument("--to", required=True, metavar="DIR", help="a new directory")
     flags.add_argument(

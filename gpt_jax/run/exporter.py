@@ -19,7 +19,7 @@ from gpt_jax.errors import SaveFailed
 from gpt_jax.files import describe_error
 from gpt_jax.interop import UNFINISHED
 from gpt_jax.run.convert import EXPORT_FOLDER, export_step
-from gpt_jax.train import Checkpoints
+from gpt_jax.train import MANIFEST, Checkpoints, steps_in
 
 
 class Cancelled(Exception):
@@ -49,6 +49,20 @@ class Exporter:
             # A last save may become whole behind the end of the run.
             if is_due and not self._is_over.is_set():
                 self._pending[step] = self._pool.submit(self._export, step)
+
+    def catch_up(self, latest: int) -> None:
+        """Writes what an earlier start of the run has left undone, up to step `latest`.
+
+        Directories are written in the order of their steps. So only steps behind the newest one
+        that is there can be missing, and not those that a person has deleted.
+        """
+        folder = self._directory.parent / EXPORT_FOLDER
+        steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+        newest = max(steps, default=0)
+        for step in sorted(steps_in(self._directory)):
+            is_whole = (self._directory / str(step) / MANIFEST).exists()
+            if newest < step <= latest and is_whole:
+                self.take(step)
 
     def held(self) -> set[int]:
         """The steps that wait, or that are being read. Their checkpoints must stay."""

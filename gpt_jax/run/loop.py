@@ -123,7 +123,7 @@ def begin(
     heldout = heldout_batches(parts)
     state, changed, lineage, sizes, carried = start_state(parts, checkpoints, say)
     if checkpoints.latest is not None:
-        exporter.take(checkpoints.latest)  # A kill may have come before it was written.
+        exporter.catch_up(checkpoints.latest)
     beat()
     rows_of = partial(sharding.process_rows, parts.mesh)
     stream = make_ramp_stream(parts.examples, sizes, rows_of, start, config.train.steps)
