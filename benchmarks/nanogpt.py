@@ -107,7 +107,7 @@ def make_ours(size: dict, weights: dict):
     config = configs.resolve(config, 65)
     model = config.model
     kernel, _ = run_parts.choose_run_kernel(
-        model, config.compute, size["block"], mesh.make_mesh({})
+        model, config.compute, size["block"], False, mesh.make_mesh({})
     )
     compute = replace(config.compute, kernel=kernel)
     params = our_params(weights, size["layers"])

@@ -6,8 +6,7 @@ import jax
 from jax.ad_checkpoint import Offloadable
 
 from gpt_jax import config, sharding
-from gpt_jax.model.attention import splash
-from gpt_jax.model.attention.kernels import is_cudnn_result, is_kernel_result
+from gpt_jax.model.attention.kernels import RESULTS, is_cudnn_result, is_kernel_result
 
 POLICIES = jax.checkpoint_policies
 
@@ -56,8 +55,8 @@ def _keep_names(compute: config.Compute) -> Callable:
 
 
 def _add_marks(names: tuple[str, ...]) -> list[str]:
-    """The names, and with `attention` what splash calls its result."""
-    return [*names, splash.RESULT] if "attention" in names else [*names]
+    """The names, and with `attention` what splash and flash call their results."""
+    return [*names, *RESULTS] if "attention" in names else [*names]
 
 
 # Each row makes a policy of `jax.checkpoint` for the section `compute`. None keeps nothing.

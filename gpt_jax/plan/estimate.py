@@ -67,6 +67,7 @@ def choose_plan_kernel(
         config.train.seq_len,
         topology.chip.platform,
         context=shape["context"],
+        packed=config.data.document_mask,
     )
     return choose_kernel(config.compute.kernel, problem, config.train.length_ramp)
 

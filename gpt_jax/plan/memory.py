@@ -23,6 +23,7 @@ from gpt_jax.plan.job import (
 )
 from gpt_jax.plan.microbatch import Microbatch, split_microbatch, stream_bytes
 from gpt_jax.plan.remat import host_bytes, saved_bytes
+from gpt_jax.plan.roofline import is_document_map
 
 # Columns of a batch, of four bytes an entry each, and the two that a document mask adds.
 COLUMNS = 4
@@ -249,11 +250,17 @@ def inside_bytes(job: PlanJob, widths: Widths, shape: dict[str, int]) -> float:
 
 
 def scores_bytes(job: PlanJob, shape: dict[str, int], rows: float, kernel: str) -> float:
-    """Returns the float32 attention maps of one layer; most kernels make none."""
-    if not KERNELS[kernel].makes_maps:
-        return 0.0
+    """Returns the attention maps of one layer: of documents, or in float32 of scores.
+
+    Most kernels make none.
+    """
     seq_len = job.config.train.seq_len
     heads = job.config.model.heads
+    if is_document_map(job, kernel):
+        # The map is a term of the scores in the compute dtype, and has a gradient as large.
+        return 2 * rows * seq_len * seq_len * compute_bytes(job)
+    if not KERNELS[kernel].makes_maps:
+        return 0.0
     return 2 * rows * heads / shape["tensor"] * seq_len * seq_len * FULL_BYTES
 
 

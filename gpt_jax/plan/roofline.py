@@ -68,9 +68,15 @@ def _fp8_gain(job: PlanJob, topology: Topology, flops: float) -> float:
     return wide * (1 - multiply_peak(job, topology) / topology.fp8_peak)
 
 
+def is_document_map(job: PlanJob, kernel: str) -> bool:
+    """Returns whether the kernel gets documents as a map of every query and key."""
+    return KERNELS[kernel].maps_documents and job.config.data.document_mask
+
+
 def attention_flops(job: PlanJob, kernel: str) -> float:
     """Returns the FLOPs of a token's attention, forward and backward, as `kernel` computes it."""
-    flops = job.causal_flops if KERNELS[kernel].skips_future else job.full_flops
+    skips = KERNELS[kernel].skips_future and not is_document_map(job, kernel)
+    flops = job.causal_flops if skips else job.full_flops
     return flops - 6 * job.matmul_params
 
 

@@ -94,16 +94,21 @@ def choose_run_kernel(
     model: configs.Model,
     compute: configs.Compute,
     seq_len: int,
+    packed: bool,
     mesh,
     length_ramp: tuple[tuple[int, int], ...] = (),
 ) -> tuple[str, str]:
     """The attention kernel of a run on this mesh, and the reason for it.
 
+    `packed` says whether documents of a row are kept apart.
+
     Raises UsageError if no kernel can do what the model asks, if the requested one cannot, or if
     it cannot take a row length of the ramp.
     """
     platform = mesh.devices.flat[0].platform
-    problem = make_problem(model, compute.dtype, seq_len, platform, context=mesh.shape["context"])
+    problem = make_problem(
+        model, compute.dtype, seq_len, platform, context=mesh.shape["context"], packed=packed
+    )
     return choose_kernel(compute.kernel, problem, length_ramp)
 
 
@@ -120,8 +125,9 @@ def settle(
     """
     config = configs.resolve(config, tokenizer.vocab)
     train = config.train
+    packed = config.data.document_mask
     kernel, reason = choose_run_kernel(
-        config.model, config.compute, train.seq_len, mesh, train.length_ramp
+        config.model, config.compute, train.seq_len, packed, mesh, train.length_ramp
     )
     prompts = choose_prompts(config.model, tokenizer, config.eval)
     check_questions(config.model, tokenizer, config.eval.questions, say)

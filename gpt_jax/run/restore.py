@@ -143,7 +143,8 @@ def _settle(
     # The kernel of the run was chosen for that machine and for dropout, so another is chosen here.
     # This machine need not have the run's matmul of experts either.
     asked = replace(compute, kernel="auto", expert_matmul="auto")
-    name, reason = choose_run_kernel(model, asked, config.train.seq_len, mesh)
+    packed = config.data.document_mask
+    name, reason = choose_run_kernel(model, asked, config.train.seq_len, packed, mesh)
     settled = replace(config, model=model, compute=replace(asked, kernel=name))
     return settled, mesh, f"{name} ({reason})"
 

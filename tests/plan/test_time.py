@@ -10,7 +10,7 @@ from gpt_jax import config as configs
 from gpt_jax.plan import compiled, roofline
 from gpt_jax.plan.estimate import estimate_job
 from gpt_jax.plan.experts import count_exchange_places
-from gpt_jax.plan.memory import estimate_memory
+from gpt_jax.plan.memory import estimate_memory, scores_bytes
 from gpt_jax.plan.microbatch import split_microbatch
 from gpt_jax.plan.program.program import read_program
 from gpt_jax.plan.schedule import estimate_schedule
@@ -172,3 +172,28 @@ def test_a_plan_says_how_it_counts_fp8(capsys):
     assert len(lines["h200:8"]) == 2 and "at the peak of fp8" in lines["h200:8"][-1]
     assert len(lines["v5p:2x2x2"]) == 3 and "emulates" in lines["v5p:2x2x2"][1]
     assert "at the peak of bfloat16" in lines["v5p:2x2x2"][-1]
+
+
+def test_cudnn_gets_documents_as_a_map():
+    """In packed rows it skips nothing, and two maps of a row are in memory. flash has none."""
+    packed = llama()
+    plain = changed(packed, data=dict(document_mask=False))
+    assert packed.config.data.document_mask
+    matmuls = 6 * packed.matmul_params
+    assert roofline.attention_flops(packed, "cudnn") == packed.full_flops - matmuls
+    for job, kernel in ((plain, "cudnn"), (plain, "flash"), (packed, "flash")):
+        assert roofline.attention_flops(job, kernel) == packed.causal_flops - matmuls
+
+    rows = 4
+    seq_len = packed.config.train.seq_len
+    maps = 2 * rows * seq_len * seq_len * 2  # bytes of bfloat16
+    assert scores_bytes(packed, ONE, rows, "cudnn") == maps
+    assert scores_bytes(packed, ONE, rows, "flash") == scores_bytes(plain, ONE, rows, "cudnn") == 0
+
+
+def test_packed_rows_on_gpus_choose_flash():
+    machine = parse_topology("h100:8")
+    packed = estimate_job(changed(llama(), mesh=dict(data=1, fsdp=8)), machine)
+    assert packed.kernel == "flash" and "has not been timed" in packed.reason
+    plain = changed(llama(), mesh=dict(data=1, fsdp=8), data=dict(document_mask=False))
+    assert estimate_job(plain, machine).kernel == "cudnn"

@@ -16,9 +16,19 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
-from gpt_jax.model.attention import ring, splash
+from gpt_jax.model.attention import flash, ring, splash
 from gpt_jax.model.attention.attend import attend, heads_first, weigh
 from gpt_jax.model.attention.mask import Pattern, make_mask
+from gpt_jax.model.attention.problem import (
+    Problem,
+    blocked_cannot,
+    cudnn_cannot,
+    flash_cannot,
+    ring_cannot,
+    splash_cannot,
+    uncut,
+    xla_cannot,
+)
 
 # ---- the kernels ----
 
@@ -78,10 +88,16 @@ def _splash(q, k, v, pattern, cap, keep, interpret=False):
     return splash.attention(q, k, v, pattern, cap, interpret=interpret)
 
 
+def _flash(q, k, v, pattern, cap, keep, interpret=False):
+    return flash.attention(q, k, v, pattern, cap, interpret=interpret)
+
+
 # What the forward pass of cuDNN's kernel is called. It gives the output and the sums of its
 # softmax, and the backward pass needs both.
 CUDNN_FORWARD = "dot_product_attention_fwd"
-is_named_result = jax.checkpoint_policies.save_only_these_names(splash.RESULT)
+# What kernels with a backward pass of their own call what it needs.
+RESULTS = (splash.RESULT, flash.RESULT)
+is_named_result = jax.checkpoint_policies.save_only_these_names(*RESULTS)
 
 
 def is_kernel_result(primitive, *arrays, **params) -> bool:
@@ -95,72 +111,6 @@ def is_kernel_result(primitive, *arrays, **params) -> bool:
 def is_cudnn_result(primitive) -> bool:
     """Whether this is the forward pass of cuDNN's kernel, whose results have no name."""
     return primitive.name.startswith(CUDNN_FORWARD)
-
-
-# ---- what each kernel cannot do ----
-
-
-class Problem(NamedTuple):
-    """What a kernel is asked to do. `make_problem` reads it off a config."""
-
-    platform: str
-    dtype: str
-    head_dim: int
-    seq_len: int
-    softcap: bool
-    dropout: bool
-    ar: bool
-    context: int = 1  # pieces into which a row is cut
-    common: bool = False  # whether all segments of a row see some of its keys
-
-
-NO_COMMON = "has no keys in common to segments"
-
-
-def _uncut(p: Problem) -> str:
-    if p.context > 1:
-        return f"needs whole rows, and config.mesh.context = {p.context} cuts them"
-    return ""
-
-
-def _blocked_cannot(p: Problem) -> str:
-    return "has no ar blocks" if p.ar else _uncut(p)
-
-
-def _ring_cannot(p: Problem) -> str:
-    if p.common:
-        return NO_COMMON
-    return "has no attention dropout" if p.dropout else ""
-
-
-def _xla_cannot(p: Problem) -> str:
-    if p.context > 1:
-        return _uncut(p)
-    if p.softcap:
-        return "has no soft-cap"
-    return "has no attention dropout" if p.dropout else ""
-
-
-def _cudnn_cannot(p: Problem) -> str:
-    if p.platform != "gpu":
-        return f"needs a GPU, this is {p.platform}"
-    if p.dtype == "float32":
-        return "needs config.compute.dtype = bfloat16"
-    # On GPUs before Hopper cuDNN refuses more than 128 by itself.
-    if p.head_dim % 8 or p.head_dim > 256:
-        return "needs a head_dim divisible by 8 and at most 256"
-    return _xla_cannot(p)
-
-
-def _splash_cannot(p: Problem) -> str:
-    if p.platform != "tpu":
-        return f"needs a TPU, this is {p.platform}"
-    if p.dropout or p.ar:
-        return "has no attention dropout and no ar blocks"
-    if p.common:
-        return NO_COMMON
-    multiple = 128 * p.context
-    return f"needs seq_len divisible by {multiple}" if p.seq_len % multiple else ""
 
 
 # ---- the table, and the choice ----
@@ -177,9 +127,10 @@ class Kernel(NamedTuple):
     The rest is for the plan and for the check at the start of a run. `makes_maps` tells whether
     whole maps of queries and keys exist in memory. `skips_future` tells whether what causal order
     rules out is left out of the FLOPs. `efficiency` is the assumed part of the peak. `keeps_result`
-    tells whether `is_kernel_result` knows the kernel. `has_cycles` tells whether the TPU compiler
-    writes the kernel's cycles. `check_length` is the length of the check's rows, for a device along
-    the axis context.
+    tells whether `is_kernel_result` knows the kernel. `maps_documents` tells whether documents are
+    a map of queries and keys to the kernel, so that it skips nothing in packed rows. `has_cycles`
+    tells whether the TPU compiler writes the kernel's cycles. `check_length` is the length of the
+    check's rows, for a device along the axis context. `note` follows the reason for the choice.
     """
 
     run: Callable
@@ -191,36 +142,50 @@ class Kernel(NamedTuple):
     skips_future: bool = True
     efficiency: float = 0.2
     keeps_result: bool = False
+    maps_documents: bool = False
     has_cycles: bool = True
     # A kernel that skips blocks gets several of them.
     check_length: int = 256
+    note: str = ""
 
 
 KERNELS = {
     "reference": Kernel(
-        _reference, _uncut, weights=_reference_weights, makes_maps=True, skips_future=False
+        _reference, uncut, weights=_reference_weights, makes_maps=True, skips_future=False
     ),
-    "blocked": Kernel(_blocked, _blocked_cannot),
-    "ring": Kernel(_reference, _ring_cannot, cut=ring.ring_attention),
+    "blocked": Kernel(_blocked, blocked_cannot),
+    "ring": Kernel(_reference, ring_cannot, cut=ring.ring_attention),
     "xla": Kernel(
         partial(_jax_attention, "xla"),
-        _xla_cannot,
+        xla_cannot,
         makes_maps=True,
         skips_future=False,
         check_length=32,
     ),
     "cudnn": Kernel(
         partial(_jax_attention, "cudnn"),
-        _cudnn_cannot,
+        cudnn_cannot,
         "gpu",
         efficiency=0.55,
         keeps_result=True,
+        maps_documents=True,
         has_cycles=False,
         check_length=32,
     ),
+    # FlashAttention-2 reaches 0.35 of an H100 (Shah et al. 2024, arXiv:2407.08608). The plan counts
+    # 6 matmuls of scores and sums, and this kernel does 9. Nobody has timed it.
+    "flash": Kernel(
+        _flash,
+        flash_cannot,
+        "gpu",
+        efficiency=0.35 * 6 / 9,
+        keeps_result=True,
+        has_cycles=False,
+        note="flash has not been timed on any GPU",
+    ),
     "splash": Kernel(
         _splash,
-        _splash_cannot,
+        splash_cannot,
         "tpu",
         partial(splash.attention, axis="context"),
         efficiency=0.45,
@@ -230,9 +195,12 @@ KERNELS = {
 }
 PREFERENCE = {
     "cpu": ("blocked", "reference", "ring"),
-    "gpu": ("cudnn", "xla", "reference", "ring"),
+    "gpu": ("cudnn", "flash", "xla", "reference", "ring"),
     "tpu": ("splash", "xla", "reference", "ring"),
 }
+# For packed rows. cuDNN takes documents as a map of a row's queries and keys: it computes all of
+# the map, and the map's memory grows with the square of the row.
+PACKED = {"gpu": ("flash", "cudnn", "xla", "reference", "ring")}
 
 
 def make_problem(
@@ -243,10 +211,12 @@ def make_problem(
     ar: bool = False,
     context: int = 1,
     common: bool = False,
+    packed: bool = False,
 ) -> Problem:
     """Describes the attention problem that a model poses on `platform` (cpu, gpu or tpu).
 
-    Rows are cut into `context` pieces. `common` tells whether all segments see some of the keys.
+    Rows are cut into `context` pieces. `common` tells whether all segments see some of the keys,
+    and `packed` whether documents of a row are kept apart.
     """
     return Problem(
         platform,
@@ -258,6 +228,7 @@ def make_problem(
         ar,
         context,
         common,
+        packed,
     )
 
 
@@ -266,9 +237,10 @@ def choose_kernel(
 ) -> tuple[str, str]:
     """Chooses a kernel for the problem -> (kernel, reason).
 
-    `auto` takes the first of the platform's PREFERENCE that can solve it. Raises UsageError if a
-    named kernel cannot solve the problem, or none can. Raises it also if the kernel cannot take a
-    length of `train.length_ramp`: a slower kernel for all rows would be dear, and nobody asked.
+    `auto` takes the first of the platform's PREFERENCE that can solve it, or of PACKED for packed
+    rows. Raises UsageError if a named kernel cannot solve the problem, or none can. Raises it also
+    if the kernel cannot take a length of `train.length_ramp`: a slower kernel for all rows would be
+    dear, and nobody asked.
     """
     kernel, reason = _choose(name, p)
     for i, entry in enumerate(length_ramp):
@@ -289,15 +261,26 @@ def _choose(name: str, p: Problem) -> tuple[str, str]:
             raise UsageError(
                 f"config.compute.kernel = {name!r}: {reason}; choose auto or another kernel"
             )
-        return name, "asked for"
+        return name, _add_note(name, "asked for")
+
+    order = PREFERENCE.get(p.platform, ("reference",))
+    first = f"fastest known on {p.platform}"
+    if p.packed and p.platform in PACKED:
+        order = PACKED[p.platform]
+        first = f"skips other documents of a packed row, unlike {order[1]}"
 
     passed = []
-    for candidate in PREFERENCE.get(p.platform, ("reference",)):
+    for candidate in order:
         reason = KERNELS[candidate].cannot(p)
         if not reason:
-            return candidate, "; ".join(passed) or f"fastest known on {p.platform}"
+            return candidate, _add_note(candidate, "; ".join(passed) or first)
         passed.append(f"{candidate} {reason}")
     raise UsageError(f"config.compute.kernel = 'auto': nothing can do this: {'; '.join(passed)}")
+
+
+def _add_note(name: str, reason: str) -> str:
+    note = KERNELS[name].note
+    return f"{reason}; {note}" if note else reason
 
 
 def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None):
@@ -317,6 +300,7 @@ def attention(name: str, q, k, v, pattern: Pattern, cap: float = 0.0, keep=None)
         pattern.block is not None,
         pieces,
         pattern.common is not None,
+        pattern.segment is not None,
     )
     if reason := kernel.cannot(problem):
         raise UsageError(f"config.compute.kernel = {name!r}: {reason}; choose another kernel")
