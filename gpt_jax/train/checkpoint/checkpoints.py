@@ -46,6 +46,7 @@ from gpt_jax.train.checkpoint.manifest import (
     unfinished_in,
     write_manifest,
 )
+from gpt_jax.train.checkpoint.outlet import NOWHERE, Outlet, wait_for
 from gpt_jax.train.checkpoint.policy import find_best, look_at_clock, to_keep
 from gpt_jax.train.checkpoint.verify import idle
 
@@ -89,7 +90,11 @@ class Checkpoints:
         report,
         latest: int | None,
         meta_schema: Schema = NOTHING_MORE,
+        outlet: Outlet = NOWHERE,
+        beat: Callable[[], None] = idle,
     ):
+        self._outlet = outlet
+        self._beat = beat
         self.directory = directory
         self.policy = policy
         self.latest = latest
@@ -105,7 +110,7 @@ class Checkpoints:
         self._next_look = 0
 
         # Steps newer than `latest` are damaged. They do not count as kept, and are not deleted.
-        self._complete = {
+        self._complete = outlet.metrics | {
             step: _metric(directory, step, policy)
             for step in steps_in(directory)
             if latest is not None and step <= latest and (directory / str(step) / MANIFEST).exists()
@@ -197,6 +202,7 @@ class Checkpoints:
             # This error is not agreed on, because other processes may still be inside Orbax.
             sealed.result()  # After it the remains of the save are gone.
             raise self._failed(step, error) from error
+        wait_for(sealed, self._outlet, self._beat)
         agree_on(sealed.result)
 
     def check(self) -> None:
@@ -204,6 +210,7 @@ class Checkpoints:
 
         It never blocks, and needs no other process.
         """
+        self._outlet.check()
         if self._pending is not None and self._pending[2].done():
             step, written, sealed = self._pending
             if written.exception() is not None:
@@ -266,10 +273,16 @@ class Checkpoints:
                 mark.unlink(missing_ok=True)
             raise self._failed(step, error) from error
 
+        self._outlet.send(step)
         self._complete[step] = value
         for old in sorted(set(self._complete) - to_keep(self._complete, self.policy)):
             del self._complete[old]
             self._discard(self.directory / str(old))
+            self._outlet.remove(old)
+        # Of what was sent, the disk keeps the step that the next start resumes from.
+        for old in steps_in(self.directory) if self._outlet.is_away else []:
+            if old < step:
+                self._discard(self.directory / str(old))
 
     def _discard(self, folder: Path) -> None:
         """Deletes a folder, which disappears from view at once.
@@ -313,13 +326,14 @@ def open_checkpoints(
     report=print,
     beat: Callable[[], None] = idle,
     meta_schema: Schema = NOTHING_MORE,
+    outlet: Outlet = NOWHERE,
 ) -> Checkpoints:
     """The checkpoints of a run that is about to train into `directory`, `<workdir>/checkpoints`.
 
     It removes what a killed process left half-written and looks for the newest valid step. Process
     0 reports each removal and each damaged step in a line. Every process calls it. `beat` is
     called while files are read. Raises NoCheckpoint if there are checkpoints and none is valid.
-    `meta_schema` is that of `find_damage`.
+    `meta_schema` is that of `find_damage`. Each finished step goes to `outlet` as well.
     """
     directory = Path(directory).absolute()
     logging.getLogger("absl").addFilter(_not_orbax)
@@ -330,6 +344,8 @@ def open_checkpoints(
         report if jax.process_index() == 0 else _silent,
         latest_valid(directory, report, beat, meta_schema),
         meta_schema,
+        outlet,
+        beat,
     )
 
 
