@@ -16,18 +16,17 @@ from gpt_jax.commands.output import emit
 from gpt_jax.errors import UsageError, plain
 
 
-def local_workdir(text: str) -> Path:
-    """The folder that --workdir means.
+def find_workdir(text: str) -> Path | str:
+    """The workdir that a flag means: a folder, or as a text the URL of one in an object store.
 
-    Raises UsageError for the address of an object store. A Path would take it for a folder of that
-    name, and every machine would have its own.
+    Raises UsageError for a URL that names no folder of a store.
     """
-    if "://" in text:
-        raise UsageError(
-            f"--workdir={text}: object stores are not supported; "
-            "mount a folder that all hosts share"
-        )
-    return Path(text)
+    if "://" not in text:
+        return Path(text)
+    from gpt_jax.run import check_scheme
+
+    check_scheme("--workdir", text)
+    return text
 
 
 class DescribeConfig(argparse.Action):

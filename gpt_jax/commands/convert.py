@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags, check_number
+from gpt_jax.commands.flags import Flags, add_mirror_flag, check_number
 from gpt_jax.commands.output import emit, make_say
 from gpt_jax.errors import UsageError
 
@@ -40,8 +40,8 @@ def make_flags() -> Flags:
         required=True,
         metavar="PATH",
         help="a directory with config.json and safetensors files, a .bin of llama2.c, a .pt of "
-        "nanoGPT, a .weights.h5 of Keras, or a workdir, its checkpoints, or one step. Several are "
-        "averaged",
+        "nanoGPT, a .weights.h5 of Keras, or a workdir, its checkpoints, one step, or a URL of "
+        "these. Several are averaged",
     )
     flags.add_argument("--to", required=True, metavar="DIR", help="a new directory")
     flags.add_argument(
@@ -56,6 +56,7 @@ def make_flags() -> Flags:
         "--dtype", default="float32", choices=DTYPES, help="the dtype of tensors of format hf"
     )
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
+    add_mirror_flag(flags)
     flags.add_argument(
         "--weights",
         type=float,
@@ -91,6 +92,8 @@ def check_flags(args: argparse.Namespace) -> None:
     check_number("--step", args.step, 0)
     if not args.to or "" in args.source:
         raise UsageError("--from and --to: an empty path names nothing")
+    if "://" in args.to:
+        raise UsageError(f"--to={args.to}: is a URL; name a folder, and copy it there")
     target = Path(args.to).resolve()
     for source in map(Path, args.source):
         if source.resolve() in (target, *target.parents):
@@ -112,7 +115,7 @@ def convert(args: argparse.Namespace) -> None:
 
     say = make_say(sys.stderr)
     origins = [
-        open_model(path, args.step, say, args.tokenizer, tuple(args.ignore_keys))
+        open_model(path, args.step, say, args.tokenizer, tuple(args.ignore_keys), args.mirror)
         for path in args.source
     ]
     shares = args.weights or [1.0] * len(origins)

@@ -5,16 +5,16 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from gpt_jax.commands.evaluate_tasks import (
     add_task_flags,
     asks_tasks,
     check_task_flags,
     measure_tasks,
+    name_checkpoint,
     without_nan,
 )
-from gpt_jax.commands.flags import Flags, check_number
+from gpt_jax.commands.flags import Flags, add_mirror_flag, check_number
 from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.config import EVALUATORS
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
         return
     if args.json:
         sources = {source: without_nan(row) for source, row in rows.items()}
-        values = {"checkpoint": str(directory), "step": step, "sources": sources}
+        values = {"checkpoint": directory, "step": step, "sources": sources}
         values |= {"evaluators": more} if more else {}
         emit(write_json(values, 2))
     else:
@@ -79,9 +79,10 @@ def make_flags() -> Flags:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a workdir, its checkpoints, one step, or a directory of Hugging Face",
+        help="a workdir, its checkpoints, one step, a URL of these, or a directory of Hugging Face",
     )
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
+    add_mirror_flag(flags)
     flags.add_argument(
         "--text",
         nargs="+",
@@ -145,7 +146,7 @@ def may_be_there(text: str) -> bool:
     return "://" in text or text == "stdlib" or is_there(text)
 
 
-def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, More, int, Path]:
+def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, More, int, str]:
     """Evaluates the checkpoint.
 
     Returns ({source: metrics}, what --evaluators give, step, the checkpoints' folder). With
@@ -155,7 +156,10 @@ def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, More, int, Path]:
     from gpt_jax.metrics import add_sums
     from gpt_jax.run import load_model
 
-    loaded = load_model(args.checkpoint, args.step, say, ignore_miscompiles=args.ignore_miscompiles)
+    ignored = args.ignore_miscompiles
+    loaded = load_model(
+        args.checkpoint, args.step, say, ignore_miscompiles=ignored, mirror=args.mirror
+    )
     sources, shares = load_text(args, loaded, say) if args.text else load_own_text(loaded, say)
     sums_of = sum_sources(args, loaded, sources)
 
@@ -169,7 +173,7 @@ def measure(args: argparse.Namespace, say: Say) -> tuple[Rows, More, int, Path]:
         rows["all"] = as_row(total) | rates
 
     more = ask(args.evaluators, loaded, sums_of, shares) if args.evaluators else {}
-    return rows, more, loaded.step, loaded.directory
+    return rows, more, loaded.step, name_checkpoint(args, loaded)
 
 
 def sum_sources(args: argparse.Namespace, loaded, sources: dict) -> dict:

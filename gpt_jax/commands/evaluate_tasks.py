@@ -90,6 +90,11 @@ def check_task_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--lm_eval_out = {args.lm_eval_out!r}: is a folder; name a file")
 
 
+def name_checkpoint(args: argparse.Namespace, loaded) -> str:
+    """The URL of a checkpoint, or the folder of the one that was found."""
+    return args.checkpoint if "://" in args.checkpoint else str(loaded.directory)
+
+
 def measure_tasks(args: argparse.Namespace, say: Say) -> None:
     """Asks a checkpoint, and prints what it knows. Process 0 alone prints and writes.
 
@@ -100,7 +105,10 @@ def measure_tasks(args: argparse.Namespace, say: Say) -> None:
     from gpt_jax.evals import Subject
     from gpt_jax.run import load_model
 
-    loaded = load_model(args.checkpoint, args.step, say, ignore_miscompiles=args.ignore_miscompiles)
+    ignored = args.ignore_miscompiles
+    loaded = load_model(
+        args.checkpoint, args.step, say, ignore_miscompiles=ignored, mirror=args.mirror
+    )
     config = loaded.config
     subject = Subject(config.model, config.compute, loaded.params, loaded.tokenizer)
     with jax.set_mesh(loaded.mesh):
@@ -111,7 +119,8 @@ def measure_tasks(args: argparse.Namespace, say: Say) -> None:
         return
     text = "\n".join(map(escape, lines))
     if args.json:
-        text = write_json({"checkpoint": str(loaded.directory), "step": loaded.step} | values, 2)
+        name = name_checkpoint(args, loaded)
+        text = write_json({"checkpoint": name, "step": loaded.step} | values, 2)
     # Results may have taken hours: a failure of one place does not keep them from the other.
     try:
         emit(text)

@@ -4,6 +4,7 @@ import argparse
 import math
 from typing import NoReturn
 
+from gpt_jax.config import Checkpoint
 from gpt_jax.errors import UsageError
 
 
@@ -31,3 +32,13 @@ def check_number(flag: str, value: float, low: float, high: float = math.inf) ->
     if not low <= value <= high:
         bounds = f"{low} or more" if high == math.inf else f"{low} to {high:,}"
         raise UsageError(f"{flag}={value}: expected {bounds}")
+
+
+def add_mirror_flag(flags: argparse.ArgumentParser) -> None:
+    """Adds the flag of commands that read checkpoints."""
+    flags.add_argument(
+        "--mirror",
+        default=Checkpoint().mirror,
+        metavar="DIR",
+        help="the folder of this machine for copies of checkpoints at a URL",
+    )

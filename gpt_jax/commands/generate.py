@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags
+from gpt_jax.commands.flags import Flags, add_mirror_flag
 from gpt_jax.commands.output import make_say, output
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.errors import UsageError
@@ -59,9 +59,10 @@ def make_flags() -> Flags:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a workdir, its checkpoints, one step, or a directory of Hugging Face",
+        help="a workdir, its checkpoints, one step, a URL of these, or a directory of Hugging Face",
     )
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
+    add_mirror_flag(flags)
     flags.add_argument(
         "--prompt",
         action="append",
@@ -164,6 +165,7 @@ def run(args: argparse.Namespace, prompts: list[str], sampling) -> None:
         args.devices,
         ignore_miscompiles=args.ignore_miscompiles,
         is_decoding=True,
+        mirror=args.mirror,
     )
 
     began = time.perf_counter()

@@ -1,5 +1,7 @@
 """`gpt-jax inspect`: what a step of a run learns from, and where the weights come from."""
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.commands.config_file import local_workdir
+from gpt_jax.commands.config_file import find_workdir
 from gpt_jax.commands.flags import Flags, check_number
 from gpt_jax.commands.inspect_weights import add_weight_flags, inspect_weights
 from gpt_jax.commands.output import emit, write_json
@@ -33,14 +35,14 @@ def main(arguments: list[str]) -> None:
         if getattr(args, flag):
             raise UsageError(f"--{flag}: goes with --checkpoint, not with --workdir")
     if args.lineage:
-        emit("\n".join(describe_lineage(local_workdir(args.workdir))))
+        emit("\n".join(describe_lineage(find_workdir(args.workdir), args.mirror)))
         return
     if args.batch is None:
         raise UsageError("--batch=N or --lineage: say what to inspect")
     check_number("--batch", args.batch, 1, MOST_STEPS)
     check_number("--rows", args.rows, 0)
     check_number("--chars", args.chars, 0)
-    workdir = local_workdir(args.workdir)
+    workdir = find_workdir(args.workdir)
     config = read_config(workdir)
     if args.batch > config.train.steps:
         complain(
@@ -53,7 +55,7 @@ def main(arguments: list[str]) -> None:
     # Nothing here needs an accelerator, and the run may be using it.
     jax.config.update("jax_platforms", "cpu")
     try:
-        for row in step_rows(config, workdir, args.batch, args.rows):
+        for row in step_rows(config, workdir, args.batch, args.rows, args.mirror):
             if args.json:
                 emit(write_json(row))
             else:
@@ -71,7 +73,7 @@ def make_flags() -> Flags:
         "where in them the row begins, and its text. The rows are made again from the config and "
         "the seed alone. With --checkpoint: the weights.",
     )
-    flags.add_argument("--workdir", help="the workdir of a run")
+    flags.add_argument("--workdir", help="the workdir of a run, or its URL")
     flags.add_argument("--batch", type=int, metavar="N", help="the step, from 1")
     flags.add_argument(
         "--lineage",
@@ -95,30 +97,31 @@ def make_flags() -> Flags:
     return flags
 
 
-def describe_lineage(workdir: Path) -> list[str]:
+def describe_lineage(workdir: Path | str, mirror: str) -> list[str]:
     """A line for each run that the weights went through, oldest first, and one for this run.
 
     It is read from the newest checkpoint. Raises UsageError if there is none.
     """
-    from gpt_jax.run import META_SCHEMA, count_tokens, describe_entry
-    from gpt_jax.train import peek_meta
+    from gpt_jax.run import count_tokens, describe_entry, peek_checkpoint
 
-    meta = peek_meta(workdir, 0, META_SCHEMA)
+    meta, directory = peek_checkpoint(workdir, 0, mirror)
     config = configs.read_saved(meta["config"])
-    tokens = count_tokens(meta, config, workdir)
+    tokens = count_tokens(meta, config, directory)
     own = {"from": str(workdir), "step": meta["step"], "tokens": tokens, "data": config.data.where}
     return [describe_entry(one) for one in [*meta.get("lineage", []), own]]
 
 
-def read_config(workdir: Path) -> configs.Config:
+def read_config(workdir: Path | str) -> configs.Config:
     """The resolved config that a run has left in its workdir. Raises UsageError."""
-    path = workdir / "config.json"
+    path = f"{workdir}/config.json"
     try:
-        return configs.read_saved(read_json(path.read_text(), "object"))
+        raw = read_file(workdir, "config.json")
     except OSError as error:
         raise UsageError(
-            f"--workdir={workdir}: no run has begun there ({path.name}: {describe_error(error)})"
+            f"--workdir={workdir}: no run has begun there (config.json: {describe_error(error)})"
         ) from None
+    try:
+        return configs.read_saved(read_json(raw, "object"))
     except UsageError as error:
         first, *rest = error.args
         raise UsageError(
@@ -130,19 +133,32 @@ def read_config(workdir: Path) -> configs.Config:
         ) from None
 
 
-def step_rows(config: configs.Config, workdir: Path, step: int, limit: int) -> Iterator[dict]:
+def read_file(workdir: Path | str, name: str) -> bytes:
+    """A small file of a workdir. Raises OSError if it cannot be read, and UsageError of a store."""
+    if isinstance(workdir, Path):
+        return (workdir / name).read_bytes()
+    from gpt_jax.run import read_remote_file
+
+    raw = read_remote_file(workdir, name)
+    if raw is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    return raw
+
+
+def step_rows(
+    config: configs.Config, workdir: Path | str, step: int, limit: int, mirror: str
+) -> Iterator[dict]:
     """The rows of a step, each a dict of plain values, and at most `limit` unless that is 0.
 
     Raises UsageError or DataError for a text that cannot be used.
     """
     from gpt_jax.data import load_dataset, make_examples
-    from gpt_jax.run import read_start_tokenizer
 
     def say(line: str) -> None:
         print(escape(line), file=sys.stderr)
 
-    data = load_dataset(config.data, say, read_start_tokenizer(config, workdir))
-    meta = read_newest_meta(workdir)
+    meta = read_newest_meta(workdir, mirror)
+    data = load_dataset(config.data, say, find_start_tokenizer(config, workdir, meta))
     check_text(workdir, data, meta)
     examples = make_examples(data, config.data, config.train.seq_len, config.seed)
 
@@ -154,13 +170,27 @@ def step_rows(config: configs.Config, workdir: Path, step: int, limit: int) -> I
         yield {"row": row, **describe_row(config, data, examples, first + row, pieces)}
 
 
-def find_sizes(config: configs.Config, workdir: Path, meta: dict | None) -> configs.BatchSizes:
+def find_start_tokenizer(config: configs.Config, workdir: Path | str, meta: dict | None):
+    """As `read_start_tokenizer`. `meta` is that of the newest checkpoint in the workdir."""
+    from gpt_jax.data import tokenizer_from_json
+    from gpt_jax.run import read_start_tokenizer
+
+    if isinstance(workdir, Path):
+        return read_start_tokenizer(config, workdir)
+    if meta is None or config.data.tokenizer or not config.init.from_:
+        return read_start_tokenizer(config)
+    return tokenizer_from_json(meta["tokenizer"])
+
+
+def find_sizes(
+    config: configs.Config, workdir: Path | str, meta: dict | None
+) -> configs.BatchSizes:
     """The batch sizes of a run: those behind its newest checkpoint, then those of its config."""
     from gpt_jax.run import read_past_sizes
 
     if meta is None:
         return configs.make_batch_sizes(config.train)
-    past = read_past_sizes(meta, configs.read_saved(meta["config"]), workdir)
+    past = read_past_sizes(meta, configs.read_saved(meta["config"]), Path(workdir))
     return configs.make_batch_sizes(config.train, past, meta["step"])
 
 
@@ -205,18 +235,23 @@ def with_specials(tokenizer, ids) -> str:
     return raw.removeprefix(tokenizer.prefix).decode("utf-8", "replace")
 
 
-def read_newest_meta(workdir: Path) -> dict | None:
+def read_newest_meta(workdir: Path | str, mirror: str) -> dict | None:
     """The meta.json of the run's newest checkpoint, or None if it has no checkpoint yet."""
-    from gpt_jax.run import META_SCHEMA
+    from gpt_jax.run import META_SCHEMA, NothingThere, peek_checkpoint
     from gpt_jax.train import CHECKPOINT_FOLDER, read_meta, resolve_checkpoint
 
+    if isinstance(workdir, str):
+        try:
+            return peek_checkpoint(workdir, 0, mirror)[0]
+        except NothingThere:
+            return None
     if not (workdir / CHECKPOINT_FOLDER).is_dir():
         return None
     directory, step = resolve_checkpoint(str(workdir), 0, lambda line: None, META_SCHEMA)
     return read_meta(directory, step, META_SCHEMA)
 
 
-def check_text(workdir: Path, data, meta: dict | None) -> None:
+def check_text(workdir: Path | str, data, meta: dict | None) -> None:
     """Raises UsageError if text or tokenizer have changed since the checkpoint of `meta`."""
     if meta is None:
         return

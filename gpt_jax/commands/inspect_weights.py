@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from gpt_jax.commands.evaluate_tasks import without_nan
-from gpt_jax.commands.flags import check_number
+from gpt_jax.commands.flags import add_mirror_flag, check_number
 from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.errors import NoCheckpoint, UsageError
 
@@ -17,8 +18,10 @@ def add_weight_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="show the weights of a checkpoint or of a model of Hugging Face: shapes, bytes, norms",
+        help="show the weights of a checkpoint or of a model of Hugging Face: shapes, bytes, "
+        "norms; a checkpoint may be at a URL",
     )
+    add_mirror_flag(flags)
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
     flags.add_argument(
         "--diff", metavar="DIR", help="show how far the weights of another one are from them"
@@ -56,21 +59,30 @@ def inspect_weights(args: argparse.Namespace) -> None:
 def verify(path: str) -> None:
     """A line for each step. Raises NoCheckpoint if one of them is damaged."""
     from gpt_jax.interop import is_foreign
-    from gpt_jax.run import META_SCHEMA
-    from gpt_jax.train import find_damage, find_steps
 
     if is_foreign(path):
         raise UsageError(f"--verify: {path} is no checkpoint of ours, and has no digests")
-    directory, steps = find_steps(path)
-    if not steps:
-        raise UsageError(f"--checkpoint={path}: no step is there")
     damaged = []
-    for step in steps:
-        damage = find_damage(directory / str(step), META_SCHEMA)
+    for step, damage in find_all_damage(path):
         emit(f"step {step}: {damage or 'whole'}")
         damaged += [str(step)] if damage else []
     if damaged:
-        raise NoCheckpoint(f"{directory}: damaged: step {', '.join(damaged)}")
+        raise NoCheckpoint(f"{path}: damaged: step {', '.join(damaged)}")
+
+
+def find_all_damage(path: str) -> Iterator[tuple[int, str]]:
+    """(step, its damage or "") of every step at a path or a URL. Raises UsageError for none."""
+    from gpt_jax.run import META_SCHEMA, find_remote_damage
+    from gpt_jax.train import find_damage, find_steps
+
+    if "://" in path:
+        yield from find_remote_damage(path)
+        return
+    directory, steps = find_steps(path)
+    if not steps:
+        raise UsageError(f"--checkpoint={path}: no step is there")
+    for step in steps:
+        yield step, find_damage(directory / str(step), META_SCHEMA)
 
 
 def show_weights(args: argparse.Namespace) -> None:
@@ -78,7 +90,7 @@ def show_weights(args: argparse.Namespace) -> None:
     from gpt_jax.interop import describe_nonfinite, is_foreign, watch
     from gpt_jax.run import describe_entry, measure, open_model
 
-    origin = open_model(args.checkpoint, args.step, make_say(sys.stderr))
+    origin = open_model(args.checkpoint, args.step, make_say(sys.stderr), mirror=args.mirror)
     origin, nonfinite = watch(origin)
     rows = list(measure(origin))
     tokenizer = origin.tokenizer.name if origin.tokenizer else None
@@ -113,8 +125,8 @@ def show_difference(args: argparse.Namespace) -> None:
     from gpt_jax.run import open_model, subtract
 
     say = make_say(sys.stderr)
-    first = open_model(args.checkpoint, args.step, say)
-    second = open_model(args.diff, args.diff_step, say)
+    first = open_model(args.checkpoint, args.step, say, mirror=args.mirror)
+    second = open_model(args.diff, args.diff_step, say, mirror=args.mirror)
     rows = list(subtract(first, second))
     different = [row for row in rows if not row.is_equal]
     if args.json:

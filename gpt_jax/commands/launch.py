@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.cluster import split_address
-from gpt_jax.commands.config_file import load_config, local_workdir
+from gpt_jax.cluster import parse_mounts, split_address
+from gpt_jax.commands.config_file import find_workdir, load_config
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
 from gpt_jax.commands.runtime import MOST_CPU_DEVICES, check_runtime
@@ -84,7 +84,7 @@ def check_train(command: list[str], devices: int, processes: int = 0, slices: in
 
     Other commands are not checked. The job has `devices`. If that is 0, it has what --cpu_devices
     gives to each of `processes`, and otherwise any number. `slices` of TPUs may be 0 for none.
-    Returns the workdir, or "" for other commands.
+    Returns the flag of the folder that all machines share, or "" for other commands.
     """
     if command[0] != "train":
         return ""
@@ -100,7 +100,6 @@ def check_train(command: list[str], devices: int, processes: int = 0, slices: in
     config = configs.resolve(load_config(args.config, rest))
     if not args.workdir:
         raise UsageError("--workdir is missing: where should the run's files go?")
-    local_workdir(args.workdir)
     if args.profile:
         parse_profile(args.profile, config.train.steps)
     if not (config.data.path or config.data.sources):
@@ -111,7 +110,9 @@ def check_train(command: list[str], devices: int, processes: int = 0, slices: in
         configs.check(config, count)
     if slices and (problem := configs.slices_problem(configs.cross_slice(config.mesh), slices)):
         raise UsageError(problem)
-    return args.workdir
+    if isinstance(find_workdir(args.workdir), str):
+        return f"--config.checkpoint.mirror={config.checkpoint.mirror}"
+    return f"--workdir={args.workdir}"
 
 
 # ---- local ----
@@ -364,22 +365,20 @@ def kubernetes(arguments: list[str]) -> None:
     jobset = make_jobset(options, rest)
 
     refuse_places(rest, "--cpu_devices")
-    workdir = check_train(rest, count_devices(args), slices=args.slices if args.tpu_topology else 0)
-    if workdir:
-        check_volumes(workdir, args.volume)
+    slices = args.slices if args.tpu_topology else 0
+    check_volumes(check_train(rest, count_devices(args), slices=slices), args.volume)
     emit(dump_yaml(jobset).rstrip("\n"))
 
 
-def check_volumes(workdir: str, volumes: list[str]) -> None:
-    """Raises UsageError if the workdir lies in no volume."""
-    from gpt_jax.cluster import parse_mounts
-
+def check_volumes(flag: str, volumes: list[str]) -> None:
+    """Raises UsageError if the folder of a flag, if there is one, lies in no volume."""
     # The path is one of the pod, so this machine's links do not count.
-    inside = Path(posixpath.normpath(re.sub("^/+", "/", workdir)))
-    if not any(inside.is_relative_to(path) for path in parse_mounts(volumes)):
+    name, _, folder = flag.partition("=")
+    inside = Path(posixpath.normpath(re.sub("^/+", "/", folder)))
+    if flag and not any(inside.is_relative_to(path) for path in parse_mounts(volumes)):
         raise UsageError(
-            f"--workdir={workdir}: lies in no --volume, and a pod's own disk is lost with it; "
-            f"as in --volume=CLAIM:/data -- train --workdir=/data/{inside.name}"
+            f"{flag}: lies in no --volume, and a pod's own disk is lost with it; "
+            f"as in --volume=CLAIM:/data -- train {name}=/data/{inside.name}"
         )
 
 

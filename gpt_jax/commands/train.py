@@ -14,8 +14,8 @@ from gpt_jax.commands.config_file import (
     DescribeConfig,
     PrintSchema,
     describe_overrides,
+    find_workdir,
     load_config,
-    local_workdir,
 )
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit, make_say
@@ -57,25 +57,26 @@ def main(arguments: list[str]) -> None:
     start_runtime(args)
     import jax
 
-    from gpt_jax.run import build, open_branch, run_training
+    from gpt_jax.run import build, open_branch, opening_workdir, run_training
 
     if jax.process_count() == 1:
         signal.signal(signal.SIGTERM, leave)
     say = make_say(sys.stdout)
     if args.branch:
-        branch = make_workdir(args.branch, "--branch")
-        open_branch(workdir, branch, args.from_step or 0, say)
+        branch = Path(make_workdir(args.branch, "--branch"))
+        open_branch(Path(workdir), branch, args.from_step or 0, say)
         workdir = branch
-    parts = build(config, say, workdir)
-    say_start(parts.mesh)
     origin = {
         "command": shlex.join(["gpt-jax", "train", *arguments]),
         "preset": describe_overrides(args.config, rest),
     }
-    try:
-        run_training(parts, workdir, profile, say, origin)
-    finally:
-        ignore_requests()  # There is nothing more to save, so they would only change the code.
+    with opening_workdir(workdir, config.checkpoint, say) as (folder, outlet, say):
+        parts = build(config, say, folder)
+        say_start(parts.mesh)
+        try:
+            run_training(parts, folder, profile, say, origin, outlet)
+        finally:
+            ignore_requests()  # There is nothing more to save, so they would only change the code.
 
 
 def make_flags() -> Flags:
@@ -88,7 +89,11 @@ def make_flags() -> Flags:
     flags.add_argument(
         "--config", required=True, metavar="FILE[:ARG]", help="a file in configs/, and its variant"
     )
-    flags.add_argument("--workdir", help="where the run's files go, and where it resumes from")
+    flags.add_argument(
+        "--workdir",
+        help="where the run's files go, and where it resumes from: a folder, or a URL of an object "
+        "store, as in gs://BUCKET/RUN",
+    )
     flags.add_argument(
         "--print_config", action="store_true", help="print the resolved config as JSON and stop"
     )
@@ -149,8 +154,8 @@ def say_start(mesh) -> None:
         mute("stderr")
 
 
-def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int, int] | None]:
-    """Config, workdir and profiled steps of a command line.
+def read(args, rest: list[str]) -> tuple[configs.Config, Path | str | None, tuple[int, int] | None]:
+    """Config, workdir and profiled steps of a command line. A workdir at a URL is a text.
 
     With --print_config it prints the config and returns None for the workdir. Raises UsageError.
     """
@@ -158,7 +163,15 @@ def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int,
     if args.print_config:
         from gpt_jax.run import take_model
 
-        resolved = configs.resolve(take_model(config, Path(args.workdir) if args.workdir else None))
+        workdir = find_workdir(args.workdir) if args.workdir else None
+        if isinstance(workdir, str) and config.init.model == "checkpoint":
+            raise UsageError(
+                f"--workdir={workdir}: is not read for --print_config; leave it out to print with "
+                "the model of config.init.from"
+            )
+        resolved = configs.resolve(
+            take_model(config, workdir if isinstance(workdir, Path) else None)
+        )
         configs.check(resolved, configs.least_devices(config.mesh))
         emit(configs.to_json(resolved))
         return config, None, None
@@ -169,6 +182,12 @@ def read(args, rest: list[str]) -> tuple[configs.Config, Path | None, tuple[int,
         )
     if not args.workdir:
         raise UsageError("--workdir is missing: where should the run's files go?")
+    for flag, url in (("--workdir", args.workdir), ("--branch", args.branch or "")):
+        if args.branch and "://" in url:
+            raise UsageError(
+                f"{flag}={url}: a branch needs folders of a file system, for the run and for the "
+                "branch; start a new run from its weights with config.init.from"
+            )
     profile = parse_profile(args.profile, config.train.steps) if args.profile else None
     return config, make_workdir(args.workdir), profile
 
@@ -183,9 +202,17 @@ def parse_profile(text: str, steps: int) -> tuple[int, int]:
     return int(start), int(stop)
 
 
-def make_workdir(text: str, flag: str = "--workdir") -> Path:
-    """The workdir of a flag, which is made and can be written. Raises UsageError."""
-    path = local_workdir(text)
+def make_workdir(text: str, flag: str = "--workdir") -> Path | str:
+    """The workdir of a flag, which is made and can be written. Raises UsageError.
+
+    A URL stays a text, and its store is looked at when the run opens it.
+    """
+    path = find_workdir(text)
+    if isinstance(path, str):
+        from gpt_jax.run import check_url
+
+        check_url(flag, path)
+        return path
     try:
         path.mkdir(parents=True, exist_ok=True)
         # The file has a name of its own, because all processes of a job do this at once.

@@ -301,6 +301,11 @@ class Checkpoint:
         low=0,
         high=NEVER,
     )
+    mirror: str = knob(
+        "~/.cache/gpt_jax/mirror",
+        "The folder on this machine for a workdir at a URL, which a run works in, and for "
+        "checkpoints that it reads from a URL. All processes of a job have to share it.",
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from .prepare.prepare import (
 from .prepare.units import PrepareSettings as PrepareSettings
 from .prepare.workers import ENGINES as ENGINES
 from .read.decoding import Reading as Reading
+from .read.remote import is_remote as is_remote, reaching as reaching
 from .read.sources import EMPTY_PATHS as EMPTY_PATHS
 from .stream.batches import (
     Examples as Examples,

@@ -5,6 +5,13 @@ from .convert import (
     open_model as open_model,
     write_native as write_native,
 )
+from .fetch import (
+    NothingThere as NothingThere,
+    find_checkpoint as find_checkpoint,
+    find_remote_damage as find_remote_damage,
+    peek_checkpoint as peek_checkpoint,
+    read_remote_file as read_remote_file,
+)
 from .lineage import describe_entry as describe_entry
 from .loop import run_training as run_training
 from .meta import (
@@ -12,6 +19,7 @@ from .meta import (
     count_tokens as count_tokens,
     read_past_sizes as read_past_sizes,
 )
+from .mirror import opening_workdir as opening_workdir
 from .notes import (
     describe_fp8 as describe_fp8,
     format_count as format_count,
@@ -24,3 +32,4 @@ from .parts import (
 )
 from .restore import load_model as load_model
 from .source import read_start_tokenizer as read_start_tokenizer, take_model as take_model
+from .store import check_scheme as check_scheme, check_url as check_url

@@ -22,6 +22,7 @@ from gpt_jax.interop import (
     write_config,
     write_directory,
 )
+from gpt_jax.run.fetch import MIRROR, find_checkpoint
 from gpt_jax.run.lineage import digest_files, make_foreign_entry, make_run_entry
 from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
 from gpt_jax.train import (
@@ -30,7 +31,6 @@ from gpt_jax.train import (
     Lazy,
     read_meta,
     read_slice,
-    resolve_checkpoint,
     steps_in,
     write_slices,
 )
@@ -48,8 +48,9 @@ def open_model(
     say: Callable[[str], None],
     tokenizer: str = "",
     ignored: tuple[str, ...] = (),
+    mirror: str = MIRROR,
 ) -> Origin:
-    """The model at a path: a foreign directory, or a checkpoint of ours.
+    """The model at a path: a foreign directory, or a checkpoint of ours, which may be at a URL.
 
     Raises UsageError for what cannot be used, and NoCheckpoint for damage.
     """
@@ -65,12 +66,12 @@ def open_model(
     for flag, value in (("tokenizer", tokenizer), ("ignore_keys", " ".join(ignored))):
         if value:
             raise UsageError(f"--{flag}={value}: {path} is a checkpoint of ours; leave it out")
-    return open_native(path, step, say)
+    return open_native(path, step, say, mirror)
 
 
-def open_native(path: str, step: int, say: Callable[[str], None]) -> Origin:
+def open_native(path: str, step: int, say: Callable[[str], None], mirror: str = MIRROR) -> Origin:
     """The weights of a checkpoint of ours, the averaged ones if the run kept them."""
-    return open_step(*resolve_checkpoint(path, step, say, META_SCHEMA))
+    return open_step(*find_checkpoint(path, step, say, mirror))
 
 
 def open_step(directory: Path, number: int) -> Origin:

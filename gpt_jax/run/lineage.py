@@ -17,13 +17,16 @@ THREADS = 8  # that hash files. SHA-256 leaves Python's lock, and a disk serves 
 SHOWN = 16  # hex digits of a digest that people see
 
 
-def make_run_entry(meta: dict, config: configs.Config, directory: Path, step: int) -> Entry:
+def make_run_entry(
+    meta: dict, config: configs.Config, directory: Path, step: int, path: str = ""
+) -> Entry:
     """The entry of a checkpoint of ours. Its manifest stands for all its files.
 
-    Raises UsageError if the manifest cannot be read.
+    `path` names the run, if it is not the folder above `directory`. Raises UsageError if the
+    manifest cannot be read.
     """
     return {
-        "from": str(directory.parent),
+        "from": path or str(directory.parent),
         "step": step,
         "tokens": count_tokens(meta, config, directory),
         "data": config.data.where,

@@ -16,7 +16,7 @@ import jax
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.cluster import StopRequest, agree_on, is_peer_gone, watchdog
-from gpt_jax.data import Stream, make_ramp_stream
+from gpt_jax.data import Stream, is_remote, make_ramp_stream
 from gpt_jax.errors import Stopped, UsageError
 from gpt_jax.evals import measure_xz_bits_per_byte
 from gpt_jax.metrics import (
@@ -36,11 +36,19 @@ from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
 from gpt_jax.run.exporter import Exporter, open_exporter
 from gpt_jax.run.lock import only_run
 from gpt_jax.run.meta import META_SCHEMA, write_sizes
+from gpt_jax.run.mirror import opening_workdir
 from gpt_jax.run.notes import describe_batches
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.progress import Progress
 from gpt_jax.run.resume import start_state, state_items
-from gpt_jax.train import CHECKPOINT_FOLDER, Checkpoints, TrainState, open_checkpoints
+from gpt_jax.train import (
+    CHECKPOINT_FOLDER,
+    NOWHERE,
+    Checkpoints,
+    Outlet,
+    TrainState,
+    open_checkpoints,
+)
 
 
 def run_training(
@@ -49,14 +57,22 @@ def run_training(
     profile: tuple[int, int] | None = None,
     say: Callable[[str], None] = print,
     origin: Mapping[str, str] = MappingProxyType({}),
+    outlet: Outlet = NOWHERE,
 ) -> Summary | None:
     """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Returns the numbers on process 0. `profile` is the (first, last) step of a trace in
-    `workdir`/profile. `origin` has facts for the report, see `Progress`. Raises Stopped, once
-    everything is saved, after a SIGTERM, a SIGUSR1 or Ctrl-C. Raises Busy if another run has the
-    workdir. Raises Diverged, DataError, SaveFailed, NoCheckpoint and UsageError.
+    `workdir`/profile. `origin` has facts for the report, see `Progress`. Finished checkpoints go to
+    `outlet` as well. A workdir at a URL is opened by `opening_workdir`.
+
+    Raises Stopped, once everything is saved, after a SIGTERM, a SIGUSR1 or Ctrl-C. Raises Busy if
+    another run has the workdir. Raises Diverged, DataError, SaveFailed, NoCheckpoint and
+    UsageError.
     """
+    if is_remote(workdir):
+        with opening_workdir(workdir, parts.config.checkpoint, say) as (folder, outlet, say):
+            return run_training(parts, folder, profile, say, origin, outlet)
+
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     for note in parts.notes:
@@ -66,7 +82,7 @@ def run_training(
     with only_run(workdir, say):
         with jax.set_mesh(parts.mesh), watchdog(hang_minutes) as beat, ExitStack() as closing:
             collect = closing.enter_context(collecting_by_step())
-            session = begin(parts, workdir, profile, say, origin, beat, closing)
+            session = begin(parts, workdir, profile, say, origin, beat, closing, outlet)
             summary = train(session, profile, collect, beat, say)
         # Nothing beats while a large model is written, so no watchdog stands beside it.
         last = max(parts.config.train.steps, session.progress.start)
@@ -102,7 +118,14 @@ class Session(NamedTuple):
 
 
 def begin(
-    parts: Parts, workdir: Path, profile, say, origin: Mapping[str, str], beat, closing: ExitStack
+    parts: Parts,
+    workdir: Path,
+    profile,
+    say,
+    origin: Mapping[str, str],
+    beat,
+    closing: ExitStack,
+    outlet: Outlet = NOWHERE,
 ) -> Session:
     """Opens the checkpoints, the stream and the writers, and makes the first state.
 
@@ -112,7 +135,7 @@ def begin(
     stop = StopRequest()
     closing.callback(stop.close)
     checkpoints = open_checkpoints(
-        workdir / CHECKPOINT_FOLDER, config.checkpoint, say, beat, META_SCHEMA
+        workdir / CHECKPOINT_FOLDER, config.checkpoint, say, beat, META_SCHEMA, outlet
     )
     # A save in flight would wait for a peer that has left.
     closing.push(lambda kind, error, trace: None if is_peer_gone(error) else checkpoints.close())

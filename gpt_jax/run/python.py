@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax import config as configs
+from gpt_jax.run.fetch import MIRROR
 from gpt_jax.run.loaded import Loaded, tell
 from gpt_jax.run.parts import Parts, build as build_parts
 from gpt_jax.run.restore import load_model
@@ -25,14 +26,22 @@ def build(
     return build_parts(config if is_made else configs.from_dict(config), say, workdir)
 
 
-def load(path: str, step: int = 0, devices: int = 0, say: Callable[[str], None] = tell) -> Loaded:
+def load(
+    path: str,
+    step: int = 0,
+    devices: int = 0,
+    say: Callable[[str], None] = tell,
+    mirror: str = MIRROR,
+) -> Loaded:
     """The model of a workdir or a folder of checkpoints, for evaluation and generation.
+
+    `path` may be a URL, of which a copy is made below the folder `mirror`.
 
     `step` 0 is the newest valid checkpoint, and `devices` 0 means all. The arrays `params` lie on
     `mesh`, so use them inside `jax.set_mesh(loaded.mesh)`. Raises UsageError if there is no such
     checkpoint, and NoCheckpoint if it is damaged.
     """
-    return load_model(path, step, say, devices, is_decoding=True)
+    return load_model(path, step, say, devices, is_decoding=True, mirror=mirror)
 
 
 def generate(

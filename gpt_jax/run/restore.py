@@ -7,11 +7,13 @@ from pathlib import Path
 import jax
 
 from gpt_jax import config as configs, sharding
+from gpt_jax.data import is_remote
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
 from gpt_jax.interop import is_foreign, load_params, open_foreign
 from gpt_jax.model import abstract_params
 from gpt_jax.run.convert import check_vocabulary, make_config
+from gpt_jax.run.fetch import MIRROR, find_checkpoint
 from gpt_jax.run.loaded import Loaded
 from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes, read_tokenizer
 from gpt_jax.run.notes import describe_habits, format_count
@@ -48,10 +50,12 @@ def load_model(
     devices: int = 0,
     ignore_miscompiles: bool = False,
     is_decoding: bool = False,
+    mirror: str = MIRROR,
 ) -> Loaded:
     """The newest valid checkpoint at `path`, or its `step`, on devices of this job.
 
-    A directory of Hugging Face is read without conversion.
+    A directory of Hugging Face is read without conversion. A checkpoint at a URL is copied below
+    `mirror`, see `find_checkpoint`.
 
     `devices` is their number, where 0 means all. `is_decoding` lays the weights out for drawing
     tokens, see `pick_mesh`. Averaged weights are taken if the run kept them.
@@ -64,6 +68,10 @@ def load_model(
         if step:
             raise UsageError(f"--step={step}: {path} has no steps; leave it out")
         return _load_foreign(path, say, devices, is_decoding)
+
+    if is_remote(path):
+        directory, number = find_checkpoint(path, step, say, mirror)
+        return _load(directory, number, say, devices, is_decoding)
 
     # Several processes would have to agree on another attempt in the middle of a collective read.
     attempts = 1 if step or jax.process_count() > 1 else ATTEMPTS

@@ -203,7 +203,7 @@ def start_new(parts: Parts, say) -> Start:
     sizes = configs.make_batch_sizes(parts.config.train)
     if not parts.config.init.from_:
         return Start(parts.init(), [], [], sizes, {})
-    source = find_source(parts.config.init, say)
+    source = find_source(parts.config.init, say, parts.config.checkpoint.mirror)
     changed = check_source(source, parts.config, parts.data.tokenizer)
     carried = keep_carried(source, parts.data.tokenizer, say)
     return Start(start_from(parts, source, say), changed, source.lineage, sizes, carried)

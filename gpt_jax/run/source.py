@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.cluster import agree_on
-from gpt_jax.data import Tokenizer
+from gpt_jax.data import Tokenizer, is_remote
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.interop import (
     TOKENIZER_FILES,
@@ -20,14 +20,13 @@ from gpt_jax.interop import (
     read_foreign_model,
 )
 from gpt_jax.run.convert import make_config, read_carried
+from gpt_jax.run.fetch import MIRROR, find_checkpoint, peek_checkpoint
 from gpt_jax.run.lineage import digest_files, make_foreign_entry, make_run_entry
 from gpt_jax.run.meta import META_SCHEMA, read_config, read_tokenizer
 from gpt_jax.train import (
     CHECKPOINT_FOLDER,
     MANIFEST,
-    peek_meta,
     read_meta,
-    resolve_checkpoint,
     restore_checkpoint,
     steps_in,
 )
@@ -76,14 +75,17 @@ class Source(NamedTuple):
     carried: Mapping[str, bytes] = MappingProxyType({})
 
 
-def make_source(directory: Path, step: int, meta: dict) -> Source:
-    """The source that is a checkpoint. Raises UsageError if its config cannot be used."""
+def make_source(directory: Path, step: int, meta: dict, path: str = "") -> Source:
+    """The source that is a checkpoint. Raises UsageError if its config cannot be used.
+
+    `path` names the run, if it is not the folder above `directory`.
+    """
     config = read_config(meta, directory, step)
     return Source(
         f"step {step} of {directory}",
         config,
         read_tokenizer(meta, directory, step),
-        [*meta.get("lineage", []), make_run_entry(meta, config, directory, step)],
+        [*meta.get("lineage", []), make_run_entry(meta, config, directory, step, path)],
         lambda trees: restore_checkpoint(directory, step, trees),
         carried=read_carried(directory / str(step)),
     )
@@ -131,17 +133,17 @@ def read_start_tokenizer(config: configs.Config, workdir: Path | None = None) ->
         with suppress(UsageError, NoCheckpoint):
             return _peek_tokenizer(workdir, 0)
     with naming_field(config.init):
-        return _peek_tokenizer(*split_step(config.init.from_))
+        return _peek_tokenizer(*split_step(config.init.from_), config.checkpoint.mirror)
 
 
-def _peek_tokenizer(path: str | Path, step: int) -> Tokenizer:
+def _peek_tokenizer(path: str | Path, step: int, mirror: str = MIRROR) -> Tokenizer:
     if is_foreign(path):
         found = find_tokenizer(Path(path))
         if found is None:
             raise UsageError("no tokenizer lies beside the weights; set config.data.tokenizer")
         return found
-    meta = peek_meta(path, step, META_SCHEMA)
-    return read_tokenizer(meta, Path(path), meta["step"])
+    meta, directory = peek_checkpoint(path, step, mirror)
+    return read_tokenizer(meta, directory, meta["step"])
 
 
 @contextmanager
@@ -154,25 +156,27 @@ def naming_field(init: configs.Init) -> Iterator[None]:
         raise UsageError(f"config.init.from = {init.from_!r}: {first}", *rest) from None
 
 
-def find_source(init: configs.Init, say) -> Source:
+def find_source(init: configs.Init, say, mirror: str = MIRROR) -> Source:
     """The checkpoint that `init.from` names, whose files are whole.
 
-    Raises UsageError for a path or a step that does not exist, and NoCheckpoint for damage.
+    That of a URL is copied below `mirror`. Raises UsageError for a path or a step that does not
+    exist, and NoCheckpoint for damage.
     """
     with naming_field(init):
         path, step = split_step(init.from_)
         if is_foreign(path):
             return make_foreign_source(path)
-        directory, number = resolve_checkpoint(path, step, say, META_SCHEMA)
-        return make_source(directory, number, read_meta(directory, number, META_SCHEMA))
+        directory, number = find_checkpoint(path, step, say, mirror, init.optimizer)
+        meta = read_meta(directory, number, META_SCHEMA)
+        return make_source(directory, number, meta, path if is_remote(path) else "")
 
 
-def peek_config(path: str | Path, step: int) -> configs.Config:
+def peek_config(path: str | Path, step: int, mirror: str = MIRROR) -> configs.Config:
     """The config of the weights at a path, whose files are not verified."""
     if is_foreign(path):
         return make_config(read_foreign_model(path))
-    meta = peek_meta(path, step, META_SCHEMA)
-    return read_config(meta, Path(path), meta["step"])
+    meta, directory = peek_checkpoint(path, step, mirror)
+    return read_config(meta, directory, meta["step"])
 
 
 def has_checkpoint(workdir: Path) -> bool:
@@ -198,7 +202,7 @@ def take_model(
         model = peek_config(workdir, 0).model
     else:
         with naming_field(config.init):
-            model = peek_config(*split_step(config.init.from_)).model
+            model = peek_config(*split_step(config.init.from_), config.checkpoint.mirror).model
     own = {
         spec.name: getattr(config.model, spec.name)
         for spec in fields(config.model)
@@ -228,7 +232,8 @@ def check_start(config: configs.Config, workdir: Path | None) -> None:
         return
     # A damaged checkpoint is told, or passed over, where it is read.
     with naming_field(config.init), suppress(NoCheckpoint):
-        compare_models(peek_config(*split_step(config.init.from_)), config)
+        mirror = config.checkpoint.mirror
+        compare_models(peek_config(*split_step(config.init.from_), mirror), config)
 
 
 def compare_models(source: configs.Config, config: configs.Config) -> list[str]:

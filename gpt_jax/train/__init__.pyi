@@ -6,13 +6,16 @@ from .checkpoint.checkpoints import (
 from .checkpoint.manifest import (
     CHECKPOINT_FOLDER as CHECKPOINT_FOLDER,
     MANIFEST as MANIFEST,
+    META as META,
     find_damage as find_damage,
     find_steps as find_steps,
+    parse_manifest as parse_manifest,
     peek_meta as peek_meta,
     read_meta as read_meta,
     resolve_checkpoint as resolve_checkpoint,
     steps_in as steps_in,
 )
+from .checkpoint.outlet import NOWHERE as NOWHERE, Outlet as Outlet
 from .checkpoint.slices import (
     Lazy as Lazy,
     list_slices as list_slices,

@@ -91,6 +91,14 @@ def test_bad_kubernetes_flags(given, words):
             "--workdir=runs/a: lies in no --volume",
         ),
         (
+            ["--gpus_per_node=8", "--", *LLAMA_RUN, "--workdir=gs://bucket/run"],
+            "--config.checkpoint.mirror=~/.cache/gpt_jax/mirror: lies in no --volume",
+        ),
+        (
+            ["--gpus_per_node=8", "--", *LLAMA_RUN, "--workdir=hf://bucket/run"],
+            "--workdir=hf://bucket/run: hf:// is no object store",
+        ),
+        (
             ["--gpus_per_node=8", "--volume=a:/w", "--", *LLAMA_RUN, "--workdir=/w/../x"],
             "--workdir=/w/../x: lies in no --volume",
         ),

@@ -102,9 +102,8 @@ def own_signals():
             signal.signal(number, handler)
 
 
-def run(parts: run_parts.Parts, workdir: Path, say=lambda line: None, profile=None):
+def run(parts: run_parts.Parts, workdir: Path | str, say=lambda line: None, profile=None):
     """Runs `parts` in this process."""
-    workdir.mkdir(parents=True, exist_ok=True)
     with own_signals():
         return loop.run_training(parts, workdir, profile, say)
 

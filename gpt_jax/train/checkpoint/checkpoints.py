@@ -31,7 +31,7 @@ from gpt_jax import config
 from gpt_jax.cluster import agree_on, is_peer_gone
 from gpt_jax.errors import Exit, PeerFailed, SaveFailed
 from gpt_jax.files import describe_error, free_name, replace_file, write_file
-from gpt_jax.schema import Each, Schema, read_json
+from gpt_jax.schema import Schema
 from gpt_jax.train.checkpoint.arrays import nest
 from gpt_jax.train.checkpoint.manifest import (
     FORMAT,
@@ -44,14 +44,13 @@ from gpt_jax.train.checkpoint.manifest import (
     find_damage,
     latest_valid,
     steps_in,
-    unfinished_in,
     write_manifest,
 )
+from gpt_jax.train.checkpoint.outlet import NOWHERE, Outlet, wait_for
 from gpt_jax.train.checkpoint.policy import find_best, look_at_clock, to_keep
+from gpt_jax.train.checkpoint.remains import DELETED, read_metric, sweep
 from gpt_jax.train.checkpoint.verify import idle
 
-# An old step is renamed before it is deleted, so that a kill never leaves half a checkpoint.
-DELETED = ".deleted"
 DAMAGED = ".damaged"
 # What no evaluation gives.
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
@@ -98,7 +97,11 @@ class Checkpoints:
         report,
         latest: int | None,
         meta_schema: Schema = NOTHING_MORE,
+        outlet: Outlet = NOWHERE,
+        beat: Callable[[], None] = idle,
     ):
+        self._outlet = outlet
+        self._beat = beat
         self.directory = directory
         self.policy = policy
         self.latest = latest
@@ -115,8 +118,8 @@ class Checkpoints:
         self._next_look = 0
 
         # Steps newer than `latest` are damaged. They do not count as kept, and are not deleted.
-        self._complete = {
-            step: _metric(directory, step, policy)
+        self._complete = outlet.metrics | {
+            step: read_metric(directory, step, policy)
             for step in steps_in(directory)
             if latest is not None and step <= latest and (directory / str(step) / MANIFEST).exists()
         }
@@ -167,8 +170,9 @@ class Checkpoints:
         Returns False if a whole checkpoint of this step exists. `params`, `train` and `ema`, unless
         that is None, are pytrees of jax arrays. Each of them can be restored by itself. `meta` has
         JSON values for meta.json, where `step`, `metrics` and `format` are added. `files` are more
-        files of the step, by name. It waits for the
-        save before. Raises SaveFailed if that save or the start of this one fails.
+        files of the step, by name.
+
+        It waits for the save before. Raises SaveFailed if that save or the start of this one fails.
         """
         self.wait()
         text = json.dumps({**meta, "step": step, "metrics": metrics or {}, "format": FORMAT})
@@ -210,6 +214,7 @@ class Checkpoints:
             # This error is not agreed on, because other processes may still be inside Orbax.
             sealed.result()  # After it the remains of the save are gone.
             raise self._failed(step, error) from error
+        wait_for(sealed, self._outlet, self._beat)
         agree_on(sealed.result)
 
     def check(self) -> None:
@@ -217,6 +222,7 @@ class Checkpoints:
 
         It never blocks, and needs no other process.
         """
+        self._outlet.check()
         if self._pending is not None and self._pending[2].done():
             step, written, sealed = self._pending
             if written.exception() is not None:
@@ -289,14 +295,20 @@ class Checkpoints:
                 mark.unlink(missing_ok=True)
             raise self._failed(step, error) from error
 
+        self._outlet.send(step)
         self._complete[step] = value
-        held = set()
+        held: set[int] = set()
         if self.reader is not None:
             self.reader.take(step)
             held = self.reader.held()
         for old in sorted(set(self._complete) - to_keep(self._complete, self.policy) - held):
             del self._complete[old]
             self._discard(self.directory / str(old))
+            self._outlet.remove(old)
+        # Of what was sent, the disk keeps the step that the next start resumes from.
+        for old in steps_in(self.directory) if self._outlet.is_away else []:
+            if old < step and old not in held:
+                self._discard(self.directory / str(old))
 
     def _discard(self, folder: Path) -> None:
         """Deletes a folder, which disappears from view at once.
@@ -340,59 +352,28 @@ def open_checkpoints(
     report=print,
     beat: Callable[[], None] = idle,
     meta_schema: Schema = NOTHING_MORE,
+    outlet: Outlet = NOWHERE,
 ) -> Checkpoints:
     """The checkpoints of a run that is about to train into `directory`, `<workdir>/checkpoints`.
 
     It removes what a killed process left half-written and looks for the newest valid step. Process
     0 reports each removal and each damaged step in a line. Every process calls it. `beat` is
     called while files are read. Raises NoCheckpoint if there are checkpoints and none is valid.
-    `meta_schema` is that of `find_damage`.
+    `meta_schema` is that of `find_damage`. Each finished step goes to `outlet` as well.
     """
     directory = Path(directory).absolute()
     logging.getLogger("absl").addFilter(_not_orbax)
-    agree_on(lambda: _sweep(directory, report))
+    agree_on(lambda: sweep(directory, report))
     return Checkpoints(
         directory,
         policy,
         report if jax.process_index() == 0 else _silent,
         latest_valid(directory, report, beat, meta_schema),
         meta_schema,
+        outlet,
+        beat,
     )
 
 
 def _silent(line: str) -> None:
     """Processes other than 0 say nothing."""
-
-
-def _sweep(directory: Path, report) -> None:
-    """Removes unfinished saves and half-deleted steps, on process 0.
-
-    It never touches a step that was complete once, unless the step was being deleted.
-    """
-    try:
-        doomed = [path for end in (TEMPORARY, DELETED) for path in directory.glob(f"*{end}*")]
-        for step in unfinished_in(directory):
-            if (directory / str(step)).exists():
-                doomed.append(directory / str(step))
-            report(
-                f"checkpoint step {step} in {directory} was not finished; its remains are removed"
-            )
-
-        for folder in doomed:
-            shutil.rmtree(folder)
-        for mark in directory.glob(f"*{SAVING}"):
-            mark.unlink()
-    except OSError as error:
-        raise SaveFailed(
-            f"{error.filename or directory}: cannot be removed: {describe_error(error)}"
-        ) from error
-
-
-def _metric(directory: Path, step: int, policy: config.Checkpoint) -> float | None:
-    """The saved value of `best_metric`, or None if the checkpoint has none or no readable meta."""
-    try:
-        raw = (directory / str(step) / META).read_bytes()
-        return read_json(raw, {"metrics": Each("number")})["metrics"].get(policy.best_metric)
-    except (OSError, ValueError):
-        # A damaged step cannot be among the best. Whoever restores it is told why.
-        return None

@@ -78,6 +78,15 @@ def render_manifest(files: dict[str, list]) -> str:
     return json.dumps({"sha256": own, "files": json.loads(table)}, separators=(",\n", ":")) + "\n"
 
 
+def parse_manifest(raw: bytes) -> Files | None:
+    """The table of files in the bytes of a manifest, or None if they are not as written."""
+    try:
+        files = read_json(raw, MANIFEST_SCHEMA)["files"]
+        return files if render_manifest(files).encode() == raw else None
+    except ValueError:
+        return None
+
+
 def write_manifest(folder: Path) -> None:
     """Hashes all files of the finished step in `folder` and seals it."""
     sizes = list_files(folder)
@@ -144,13 +153,8 @@ def _look(folder: Path) -> tuple[str, Files]:
     if not (folder / MANIFEST).exists():
         return f"{MANIFEST}: missing" if sizes else f"{folder.name}: empty directory", {}
 
-    raw = (folder / MANIFEST).read_bytes()
-    try:
-        files = read_json(raw, MANIFEST_SCHEMA)["files"]
-        intact = render_manifest(files).encode() == raw
-    except ValueError:
-        intact = False
-    if not intact:
+    files = parse_manifest((folder / MANIFEST).read_bytes())
+    if files is None:
         return f"{MANIFEST}: content changed", {}
 
     bad = {name: "missing" for name in files if name not in sizes}

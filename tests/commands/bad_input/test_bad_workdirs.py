@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,83 @@ def test_workdir_that_cannot_be_written(folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize("given", [["train", f"--config={runs.TINY}"], ["inspect", "--batch=1"]])
-def test_workdir_on_an_object_store(given, tmp_path, monkeypatch):
+WEIGHTS = [
+    ["evaluate", "--checkpoint=URL"],
+    ["generate", "--checkpoint=URL", "--prompt=a"],
+    ["inspect", "--checkpoint=URL"],
+    ["inspect", "--checkpoint=URL", "--verify"],
+    ["convert", "--from=URL", "--to=out"],
+]
+WORKDIRS = [
+    ["train", f"--config={runs.TINY}", "--workdir=URL"],
+    ["inspect", "--batch=1", "--workdir=URL"],
+    ["inspect", "--lineage", "--workdir=URL"],
+]
+
+
+@pytest.mark.parametrize("given", [*WEIGHTS, *WORKDIRS], ids=lambda given: given[0])
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("gs://bucket/run", ["needs the package gcsfs", "pip install"]),
+        ("s4://bucket/run", ["s4:// is no object store; known are gs://"]),
+        ("https://host/run", ["https:// is no object store"]),
+        ("gs://", ["names no folder"]),
+    ],
+)
+def test_url_that_is_no_store(given, url, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert refused(2, [], *given, "--workdir=gs://bucket/run") == (
-        "--workdir=gs://bucket/run: object stores are not supported; mount a folder that all hosts "
-        "share"
-    )
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    refused(2, [url, *words], *[text.replace("URL", url) for text in given])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (
+            ["train", f"--config={runs.TINY}", "--workdir=memory:///a", "--branch=b"],
+            ["--workdir=memory:///a: a branch needs folders"],
+        ),
+        (
+            ["train", f"--config={runs.TINY}", "--workdir=a", "--branch=memory:///b"],
+            ["--branch=memory:///b: a branch needs folders"],
+        ),
+        (["convert", "--from=a", "--to=memory:///b"], ["--to=memory:///b: is a URL"]),
+        (
+            [
+                "train",
+                f"--config={runs.TINY}",
+                "--workdir=memory:///a",
+                "--print_config",
+                "--config.init.model=checkpoint",
+                "--config.init.from=b",
+            ],
+            ["--workdir=memory:///a: is not read for --print_config"],
+        ),
+        (
+            ["train", f"--config={runs.TINY}", "--workdir=a", "--config.init.from=memory:///b@3"],
+            ["config.init.from = 'memory:///b@3'", "no checkpoints there"],
+        ),
+        (["evaluate", "--checkpoint=memory:///a"], ["no checkpoints there; give a workdir"]),
+    ],
+)
+def test_url_that_cannot_be_used_there(given, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(2, words, *given)
+
+
+def test_mirror_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    refused(
+        2,
+        [f"config.checkpoint.mirror = '{tmp_path}/file'", "cannot be written"],
+        "train",
+        f"--config={runs.TINY}",
+        "--config.data.path=stdlib",
+        "--workdir=memory:///a",
+        f"--config.checkpoint.mirror={tmp_path}/file",
+    )
 
 
 @pytest.mark.parametrize(
