@@ -30,7 +30,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from gpt_jax import config
 from gpt_jax.cluster import agree_on, is_peer_gone
 from gpt_jax.errors import Exit, PeerFailed, SaveFailed
-from gpt_jax.files import describe_error, free_name, replace_file, write_file
+from gpt_jax.files import free_name, replace_file, write_file
 from gpt_jax.schema import Schema
 from gpt_jax.train.checkpoint.arrays import nest
 from gpt_jax.train.checkpoint.manifest import (
