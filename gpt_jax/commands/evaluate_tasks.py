@@ -30,8 +30,8 @@ def add_task_flags(flags: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="FILE",
-        help="local .jsonl files of multiple choice (context, choices, gold) or of exact match "
-        "(context, answer)",
+        help="local files of questions, or folders of them: .jsonl, .csv or HellaSwag's .txt, "
+        "perhaps compressed; docs/evaluation.md lists the columns",
     )
     group.add_argument(
         "--lm_eval",

@@ -14,6 +14,7 @@ from .heldout import (
     measure_xz_bits_per_byte as measure_xz_bits_per_byte,
     sum_heldout as sum_heldout,
 )
+from .question_files import find_questions as find_questions
 from .questions import (
     check_questions as check_questions,
     measure_questions as measure_questions,
