@@ -108,7 +108,8 @@ def test_contexts_that_are_cut_are_counted(tmp_path):
 def test_a_run_is_told_at_each_batch(tmp_path, monkeypatch):
     """The watchdog hears of each batch, and a request to stop ends the evaluation there."""
     monkeypatch.setattr(score, "TOKENS", 16)
-    rows = [{"context": "a", "answer": "b"}] * 5
+    # Answers to one context would share a row.
+    rows = [{"context": context, "answer": "b"} for context in "acdef"]
     path = write(tmp_path / "q.jsonl", rows)
     ticks = []
     subject = subjects.make_subject(TABLE)
