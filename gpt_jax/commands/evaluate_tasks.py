@@ -1,23 +1,51 @@
-"""`gpt-jax evaluate` with tasks: questions of local files, and lm-evaluation-harness."""
+"""`gpt-jax evaluate` with tasks: questions of local files, CORE, and lm-evaluation-harness."""
 
 import argparse
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from gpt_jax.commands.evaluate_results import (
+    RESULT_FLAGS,
+    add_result_flags,
+    check_place,
+    check_result_flags,
+    compare_with_older,
+    comparison_to_json,
+    list_comparison,
+    read_older,
+    save,
+    write_results,
+)
 from gpt_jax.commands.flags import check_number
 from gpt_jax.commands.output import emit, write_json
-from gpt_jax.errors import SaveFailed, UsageError, escape
-from gpt_jax.files import describe_error, is_there, replace_file
+from gpt_jax.errors import UsageError, escape
+from gpt_jax.files import is_there
 
 Say = Callable[[str], None]
-# Values for JSON, lines for people, and what goes to --lm_eval_out.
-Answers = tuple[dict[str, Any], list[str], dict[str, Any]]
-# Flags that belong to --lm_eval, with the value of each when it is not given.
-TASK_FLAGS = {"include_path": None, "num_fewshot": None, "limit": None, "lm_eval_out": None}
+
+
+class Answers(NamedTuple):
+    """What was asked: values for JSON, lines for people, and what files get.
+
+    `tasks` and `core` are the results of questions and of CORE, and `harness` those of
+    lm-evaluation-harness.
+    """
+
+    values: dict[str, Any]
+    lines: list[str]
+    tasks: Sequence = ()
+    core: Any = None
+    harness: dict[str, Any] | None = None
+
+
+# The flags that ask, in the order in which an error names them.
+ASKING = ("questions", "core", "lm_eval")
+# Flags that belong to --lm_eval alone, with the value of each when it is not given.
+HARNESS_FLAGS = {"include_path": None, "num_fewshot": None, "lm_eval_out": None}
 # Flags of held-out text.
 TEXT_FLAGS = {"text": [], "evaluators": [], "batch_size": 0, "batches": 0}
 
@@ -30,8 +58,17 @@ def add_task_flags(flags: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="FILE",
-        help="local .jsonl files of multiple choice (context, choices, gold) or of exact match "
-        "(context, answer)",
+        help="local files of questions, or folders of them: .jsonl, .csv or HellaSwag's .txt, "
+        "perhaps compressed; docs/evaluation.md lists the columns",
+    )
+    group.add_argument(
+        "--core",
+        default="",
+        metavar="DIR",
+        help="a local bundle of the 22 tasks of CORE; docs/evaluation.md lists its files",
+    )
+    group.add_argument(
+        "--core_tasks", default="", metavar="TASK,TASK", help="only these tasks of the bundle"
     )
     group.add_argument(
         "--lm_eval",
@@ -41,7 +78,7 @@ def add_task_flags(flags: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--include_path", metavar="DIR", help="a folder of further tasks in YAML")
     group.add_argument(
-        "--num_fewshot", type=int, metavar="N", help="examples before each question of a task"
+        "--num_fewshot", type=int, metavar="N", help="examples before each question of --lm_eval"
     )
     group.add_argument(
         "--limit", type=int, metavar="N", help="only the first questions of each task, to try it"
@@ -49,12 +86,13 @@ def add_task_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lm_eval_out",
         metavar="FILE.json",
-        help="where all results are written, each sample included",
+        help="where all results of --lm_eval are written, each sample included",
     )
+    add_result_flags(group)
 
 
 def asks_tasks(args: argparse.Namespace) -> bool:
-    return bool(args.questions or args.lm_eval)
+    return any(getattr(args, name) for name in ASKING)
 
 
 def find_given(args: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
@@ -64,15 +102,23 @@ def find_given(args: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
 
 def check_task_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for flags that do not go together, and for numbers out of range."""
-    own = find_given(args, TASK_FLAGS)
-    if own and not args.lm_eval:
-        raise UsageError(f"{own[0]}: belongs to --lm_eval; name tasks there, or leave it out")
-    if args.questions and args.lm_eval:
-        raise UsageError("--questions: is measured without --lm_eval; call the command twice")
+    asking = [f"--{name}" for name in ASKING if getattr(args, name)]
+    if len(asking) > 1:
+        raise UsageError(f"{asking[0]}: is measured without {asking[1]}; call the command twice")
+    for defaults, owners in (
+        (HARNESS_FLAGS, ("--lm_eval",)),
+        ({"core_tasks": ""}, ("--core",)),
+        (RESULT_FLAGS, ("--questions", "--core")),
+        ({"limit": None}, ("--questions", "--core", "--lm_eval")),
+    ):
+        own = find_given(args, defaults)
+        if own and not set(asking) & set(owners):
+            raise UsageError(
+                f"{own[0]}: belongs to {' or '.join(owners)}; give that, or leave it out"
+            )
     others = find_given(args, TEXT_FLAGS)
-    if asks_tasks(args) and others:
-        asked = "--questions" if args.questions else "--lm_eval"
-        raise UsageError(f"{others[0]}: is for text; leave it out with {asked}")
+    if asking and others:
+        raise UsageError(f"{others[0]}: is for text; leave it out with {asking[0]}")
 
     if args.num_fewshot is not None:
         check_number("--num_fewshot", args.num_fewshot, 0)
@@ -81,13 +127,28 @@ def check_task_flags(args: argparse.Namespace) -> None:
     missing = [path for path in args.questions if not is_there(path)]
     if missing:
         raise UsageError(f"--questions = {missing[0]!r}: no such file")
-    if args.include_path and not Path(args.include_path).is_dir():
-        raise UsageError(f"--include_path = {args.include_path!r}: no such folder")
-    if args.lm_eval_out and not Path(args.lm_eval_out).resolve().parent.is_dir():
-        raise UsageError(f"--lm_eval_out = {args.lm_eval_out!r}: its folder does not exist")
-    # Unlike Path.is_dir, this takes a name that is too long.
-    if args.lm_eval_out and os.path.isdir(args.lm_eval_out):
-        raise UsageError(f"--lm_eval_out = {args.lm_eval_out!r}: is a folder; name a file")
+    for name in ("include_path", "core"):
+        folder = getattr(args, name)
+        if folder and not (is_there(folder) and Path(folder).is_dir()):
+            raise UsageError(f"--{name} = {folder!r}: no such folder")
+    if args.core:
+        check_core_tasks(args)
+    check_place("--lm_eval_out", args.lm_eval_out)
+    check_result_flags(args)
+
+
+def make_core_settings(args: argparse.Namespace):
+    from gpt_jax.evals import CoreSettings
+
+    names = [name for name in args.core_tasks.split(",") if name]
+    return CoreSettings(args.core, names, args.limit or 0, args.examples)
+
+
+def check_core_tasks(args: argparse.Namespace) -> None:
+    """Raises UsageError for names that are no tasks, and for a bundle without files."""
+    from gpt_jax.evals import check_core
+
+    check_core(make_core_settings(args))
 
 
 def name_checkpoint(args: argparse.Namespace, loaded) -> str:
@@ -98,58 +159,95 @@ def name_checkpoint(args: argparse.Namespace, loaded) -> str:
 def measure_tasks(args: argparse.Namespace, say: Say) -> None:
     """Asks a checkpoint, and prints what it knows. Process 0 alone prints and writes.
 
-    Raises SaveFailed if --lm_eval_out cannot be written; the metrics are printed nevertheless.
+    Raises SaveFailed if a file cannot be written; the metrics are printed nevertheless.
     """
     import jax
 
     from gpt_jax.evals import Subject
     from gpt_jax.run import load_model
 
+    older = read_older(args) if args.compare else None
     ignored = args.ignore_miscompiles
     loaded = load_model(
         args.checkpoint, args.step, say, ignore_miscompiles=ignored, mirror=args.mirror
     )
     config = loaded.config
     subject = Subject(config.model, config.compute, loaded.params, loaded.tokenizer)
+    asking = next(name for name in ASKING if getattr(args, name))
     with jax.set_mesh(loaded.mesh):
-        ask = ask_questions if args.questions else ask_harness
-        values, lines, results = ask(args, subject, say)
+        answers = ASKERS[asking](args, subject, say)
 
     if jax.process_index() != 0:
         return
+    about = {"checkpoint": name_checkpoint(args, loaded), "step": loaded.step}
+    report(args, answers, about, older)
+
+
+def report(args: argparse.Namespace, answers: Answers, about: dict[str, Any], older) -> None:
+    """Prints answers, and writes the files that were asked for."""
+    from gpt_jax.evals import Page
+
+    lines = list(answers.lines)
+    values = about | answers.values
+    comparison = None
+    if older:
+        comparison = compare_with_older(older, answers.tasks, bool(args.core))
+        lines += list_comparison(comparison, align)
+        values["compared"] = comparison_to_json(comparison)
+
     text = "\n".join(map(escape, lines))
     if args.json:
-        name = name_checkpoint(args, loaded)
-        text = write_json({"checkpoint": name, "step": loaded.step} | values, 2)
+        text = write_json(values, 2)
+    subtitle = f"{about['checkpoint']}, step {about['step']}"
+    page = Page("Answers", subtitle, answers.tasks, answers.core, comparison)
     # Results may have taken hours: a failure of one place does not keep them from the other.
     try:
         emit(text)
     finally:
         if args.lm_eval_out:
-            save_results(args.lm_eval_out, results)
-
-
-def save_results(path: str, results: dict[str, Any]) -> None:
-    """Writes results as JSON. Raises SaveFailed if the disk does not take them."""
-    text = json.dumps(results, default=str, ensure_ascii=False, indent=2)
-    try:
-        replace_file(Path(path), text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise SaveFailed(
-            f"--lm_eval_out={path}: cannot be written: {describe_error(error)}; the samples in it "
-            "are lost"
-        ) from None
+            harness = json.dumps(answers.harness, default=str, ensure_ascii=False, indent=2)
+            save("--lm_eval_out", args.lm_eval_out, harness)
+        write_results(args, page, values)
 
 
 def ask_questions(args: argparse.Namespace, subject, say: Say) -> Answers:
     """The answers to --questions."""
-    from gpt_jax.evals import check_questions, measure_questions
+    from gpt_jax.evals import answer_files, check_questions, summarize_files
 
     # All files are looked at before the first is asked, and each tells then what it leaves out.
     check_questions(subject.model, subject.tokenizer, args.questions, lambda line: None)
-    metrics = measure_questions(subject, args.questions, say)
+    tasks = answer_files(
+        subject, args.questions, say, limit=args.limit or 0, examples=args.examples
+    )
+    metrics = {f"eval/{name}": value for name, value in summarize_files(tasks).items()}
     lines = [f"{name}: {round(value, 4):g}" for name, value in metrics.items()]
-    return {"questions": metrics}, lines, {}
+    return Answers({"questions": metrics}, lines, tasks)
+
+
+def ask_core(args: argparse.Namespace, subject, say: Say) -> Answers:
+    """The answers to --core."""
+    from gpt_jax.evals import check_core, find_core_mean, measure_core, summarize_task
+
+    settings = make_core_settings(args)
+    tasks = measure_core(subject, settings, say)
+    mean = find_core_mean(tasks, settings.limit)
+    rows: list[tuple[str, ...]] = [
+        ("task", "shots", "questions", "acc", "stderr", "guessing", "centred", "cut", "left out")
+    ]
+    summaries = {task.name: summarize_task(task) for task in tasks}
+    for task in tasks:
+        own = summaries[task.name]
+        rates = [own["acc"], own["acc_stderr"], task.baseline or 0.0, own["acc_centred"]]
+        counts = [str(own["cut"]), str(own["left_out"])]
+        cells = [f"{rate:.4f}" for rate in rates]
+        rows.append((task.name, str(task.shots), str(own["questions"]), *cells, *counts))
+    missing = check_core(settings)[1]
+    values = mean._asdict() | {"missing": missing, "tasks": summaries}
+    lines = align(rows)
+    if missing:
+        lines.append(f"missing: {', '.join(missing)}")
+    lines.append(f"{mean.label}: {mean.value:.4f} (standard error {mean.stderr:.4f})")
+    return Answers({"core": values}, lines, tasks, mean)
 
 
 def ask_harness(args: argparse.Namespace, subject, say: Say) -> Answers:
@@ -175,7 +273,14 @@ def ask_harness(args: argparse.Namespace, subject, say: Say) -> Answers:
     for row in list_measured(results):
         value = without_nan({"value": row.value, "stderr": row.stderr})
         tasks.setdefault(row.task, {"shots": row.shots})[row.metric] = value
-    return {"lm_eval": tasks}, align(lines), results
+    return Answers({"lm_eval": tasks}, align(lines), harness=results)
+
+
+ASKERS: dict[str, Callable[[argparse.Namespace, Any, Say], Answers]] = {
+    "questions": ask_questions,
+    "core": ask_core,
+    "lm_eval": ask_harness,
+}
 
 
 def align(lines: list[tuple[str, ...]]) -> list[str]:

@@ -229,8 +229,8 @@ class Eval:
     )
     questions: tuple[str, ...] = knob(
         (),
-        "Local .jsonl files of questions for the evaluator questions. A row has context, choices "
-        "and gold, or context and answer.",
+        "Local files of questions for the evaluator questions, or folders of them. A row has "
+        "context, choices and gold, or context and answer; docs/evaluation.md lists other forms.",
     )
     batches: int = knob(
         0, "Held-out batches of an evaluation. 0 means all of them.", low=0, high=NEVER

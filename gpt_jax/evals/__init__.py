@@ -1,7 +1,9 @@
-"""What a model is worth: held-out loss by source, samples, questions, and the harness's tasks.
+"""What a model is worth: held-out loss by source, samples, questions, CORE, the harness's tasks.
 
 `heldout` sums losses over held-out batches and divides once. `samples` lets the model write.
-`questions` scores answers of local files, and `harness` those of lm-evaluation-harness.
+`questions` scores answers of local files, `core` those of CORE's 22 tasks, and `harness` those of
+lm-evaluation-harness. `results` keeps what was answered, and `compared` puts two of them side by
+side.
 `evaluators` is the table that a run asks by name.
 """
 

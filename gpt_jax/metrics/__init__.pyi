@@ -2,6 +2,11 @@ from .clock import (
     Clock as Clock,
     OneStepLate as OneStepLate,
 )
+from .page import (
+    format_card as format_card,
+    format_table as format_table,
+    make_page as make_page,
+)
 from .report import write_report as write_report
 from .sessions import (
     WALL_SECONDS as WALL_SECONDS,

@@ -1,4 +1,4 @@
-"""`report.html`, a page that stands alone."""
+"""Pages that stand alone: `report.html`, and the frame and tables of others."""
 
 import base64
 import html
@@ -85,8 +85,6 @@ def make_html(
     """
     prompts = config.get("eval", {}).get("sample_prompts", ())
     body = [
-        f"<h1>{escape(title)}</h1>",
-        '<p class="sub">trained with gpt_jax</p>',
         format_tiles(summary),
         f"<h2>Loss</h2>{format_picture(png, 'loss over steps')}",
         format_sources(rows),
@@ -95,11 +93,17 @@ def make_html(
         format_time_split(summary),
         format_run(rows, config, versions),
     ]
+    return make_page(title, "trained with gpt_jax", "".join(body))
+
+
+def make_page(title: str, subtitle: str, body: str) -> str:
+    """A page around HTML that is escaped already. It needs nothing else."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title>"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{CSS}</style></head><body><main>{''.join(body)}</main></body></html>\n"
+        f"<style>{CSS}</style></head><body><main><h1>{escape(title)}</h1>"
+        f'<p class="sub">{escape(subtitle)}</p>{body}</main></body></html>\n'
     )
 
 

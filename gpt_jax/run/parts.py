@@ -13,7 +13,7 @@ from gpt_jax import config as configs, sharding
 from gpt_jax.cluster import code_identity, describe_process_code, find_disagreements
 from gpt_jax.data import Dataset, Examples, check_sizes, load_dataset, make_examples
 from gpt_jax.errors import UsageError
-from gpt_jax.evals import check_questions, choose_prompts
+from gpt_jax.evals import check_questions, choose_prompts, find_questions
 from gpt_jax.files import digest_file
 from gpt_jax.hardware import (
     check_miscompiles,
@@ -224,7 +224,9 @@ def agree_on_job(
         check_batches(examples, train)
         if examples.mix:
             counts = [examples.mix.counts.tolist(), examples.mix.begins.tolist()]
-        questions = [digest_file(Path(path)).sha256 for path in settled.eval.questions]
+        groups = find_questions(settled.eval.questions)
+        paths = [path for group in groups for path in group.files.values()]
+        questions = [digest_file(Path(path)).sha256 for path in paths]
     except UsageError as error:
         # The error is raised after the comparison below, because the other processes wait in it.
         wrong = error

@@ -15,8 +15,9 @@ import subjects
 
 from gpt_jax.data.tokenizers.vocabulary import make_char_tokenizer
 from gpt_jax.errors import UsageError
-from gpt_jax.evals import Subject, check_questions, measure_questions
-from gpt_jax.evals.questions import COMPARISONS
+from gpt_jax.evals import Subject, check_questions
+from gpt_jax.evals.question_kinds import COMPARISONS
+from gpt_jax.evals.questions import measure_questions
 from gpt_jax.infer import score
 from gpt_jax.run import evaluation
 
@@ -107,21 +108,23 @@ def test_contexts_that_are_cut_are_counted(tmp_path):
 def test_a_run_is_told_at_each_batch(tmp_path, monkeypatch):
     """The watchdog hears of each batch, and a request to stop ends the evaluation there."""
     monkeypatch.setattr(score, "TOKENS", 16)
-    rows = [{"context": "a", "answer": "b"}] * 5
+    # Answers to one context would share a row.
+    rows = [{"context": context, "answer": "b"} for context in "acdef"]
     path = write(tmp_path / "q.jsonl", rows)
     ticks = []
     subject = subjects.make_subject(TABLE)
     measure_questions(subject, [path], print, lambda: ticks.append(1))
     assert len(ticks) == 5
 
-    lines = [{"context": "abc", "answer": "d"}]
-    path = write(tmp_path / "asked.jsonl", lines)
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    write(folder / "letters.jsonl", [{"context": "abc", "answer": "d"}])
     sizes = "--config.train.steps=1", "--config.eval.batches=1", "--config.data.tokenizer=bytes"
     asked = runs.load(
         tmp_path,
         *sizes,
         "--config.eval.evaluators=('questions',)",
-        f"--config.eval.questions=('{path}',)",
+        f"--config.eval.questions=('{folder}',)",
     )
     parts = runs.build(asked)
     told = []
@@ -275,7 +278,7 @@ def test_flags_that_do_not_go_together(tmp_path):
         ("none.jsonl",): "--questions = 'none.jsonl': no such file",
         (path, "--batches=3"): "--batches: is for text; leave it out with --questions",
         (path, "--lm_eval=copa"): "call the command twice",
-        (path, "--limit=3"): "--limit: belongs to --lm_eval",
+        (path, "--num_fewshot=3"): "--num_fewshot: belongs to --lm_eval",
     }.items():
         code, line = runs.refusal(*given, *more)
         assert code == 2 and words in line
