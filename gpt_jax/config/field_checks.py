@@ -1,5 +1,7 @@
 """What must agree across fields on every mesh."""
 
+from pathlib import Path
+
 from gpt_jax.config.check_list import Checks
 from gpt_jax.config.fields import Config
 from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS
@@ -22,6 +24,7 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
         _check_gates(checks)
         _check_text(checks, tokenizer_vocab)
         _check_evaluators(checks)
+        _check_sets(checks)
         _check_schedule(checks)
         check_ramps(checks)
         _check_router(checks)
@@ -171,6 +174,47 @@ def _check_evaluators(checks: Checks) -> None:
         "checkpoint.keep_best",
         "compares evaluations, and config.eval.every_steps = 0 leaves only the last one; "
         "set config.eval.every_steps",
+    )
+
+
+# Names that `gpt-jax evaluate` gives to rows of its own.
+ROW_NAMES = ("all", "held-out")
+
+
+def _check_sets(checks: Checks) -> None:
+    """The names and paths of further held-out texts."""
+    config = checks.config
+    names = [name for name, _ in config.eval.sets]
+    sources = [name for name, _, _ in config.data.sources]
+    # Metrics of questions have the name of their file in the same place.
+    questions = [Path(path).stem for path in config.eval.questions]
+    for i, (name, path) in enumerate(config.eval.sets):
+        place = f"eval.sets[{i}]"
+        is_word = name.isprintable() and not any(c == "/" or c.isspace() for c in name)
+        checks.need(bool(name and path), place, "needs both a name and a path")
+        checks.need(
+            is_word, place, "its name has a space, a slash or a control character; use one word"
+        )
+        checks.need(
+            names.index(name) == i, place, "its name is that of a set before it; choose another"
+        )
+        checks.need(
+            name not in ROW_NAMES, place, "is the name of a row of gpt-jax evaluate; choose another"
+        )
+        checks.need(
+            name not in sources,
+            place,
+            "its name is that of a source of config.data.sources; choose another",
+        )
+        checks.need(
+            name not in questions,
+            place,
+            "its name is that of a file of config.eval.questions; choose another",
+        )
+    checks.need(
+        not names or "heldout" in config.eval.evaluators,
+        "eval.sets",
+        "is measured by no evaluator; add 'heldout' to config.eval.evaluators",
     )
 
 

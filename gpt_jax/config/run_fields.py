@@ -232,6 +232,11 @@ class Eval:
         "Local .jsonl files of questions for the evaluator questions. A row has context, choices "
         "and gold, or context and answer.",
     )
+    sets: tuple[tuple[str, str], ...] = knob(
+        (),
+        "Further held-out texts, (name, path) for each, that evaluations measure by themselves. "
+        "Their metrics are eval/<name>/<metric>, and no part of eval/loss.",
+    )
     batches: int = knob(
         0, "Held-out batches of an evaluation. 0 means all of them.", low=0, high=NEVER
     )

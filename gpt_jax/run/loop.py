@@ -32,7 +32,7 @@ from gpt_jax.metrics import (
 )
 from gpt_jax.run.collector import collecting_by_step
 from gpt_jax.run.convert import export_step
-from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
+from gpt_jax.run.evaluation import evaluate, heldout_batches, set_batches, write_samples
 from gpt_jax.run.lock import only_run
 from gpt_jax.run.meta import META_SCHEMA, write_sizes
 from gpt_jax.run.notes import describe_batches
@@ -114,6 +114,7 @@ def begin(
     check_profile(profile, start)
 
     heldout = heldout_batches(parts)
+    sets = set_batches(parts)
     state, changed, lineage, sizes = start_state(parts, checkpoints, say)
     beat()
     rows_of = partial(sharding.process_rows, parts.mesh)
@@ -129,6 +130,7 @@ def begin(
         is_resumed,
         beat,
         heldout,
+        sets,
         stream.shares,
         say,
         origin,
@@ -309,7 +311,8 @@ def conclude(
     workdir = progress.workdir
     steps = max(config.train.steps, progress.start)
     samples = config.eval.samples
-    is_heldout = bool(progress.heldout) and "heldout" in config.eval.evaluators
+    has_text = bool(progress.heldout or progress.sets)
+    is_heldout = has_text and "heldout" in config.eval.evaluators
     is_measured, is_sampled, has_report = agree_on(
         lambda: find_leftovers(workdir, steps, is_heldout, samples)
     )

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.cluster import code_identity, describe_process_code, find_disagreements
-from gpt_jax.data import Dataset, Examples, check_sizes, load_dataset, make_examples
+from gpt_jax.data import (
+    Dataset,
+    Examples,
+    check_sizes,
+    digest_sets,
+    load_dataset,
+    load_sets,
+    make_examples,
+)
 from gpt_jax.errors import UsageError
 from gpt_jax.evals import check_questions, choose_prompts
 from gpt_jax.files import digest_file
@@ -183,6 +191,7 @@ LOCAL = (
     "data.path",
     "data.sources.paths",
     "data.eval_path",
+    "eval.sets.paths",
     "data.cache",
     "data.workers",
     "data.prefetch",
@@ -232,6 +241,7 @@ def agree_on_job(
         "the tokenizer": data.tokenizer.fingerprint,
         "the mixture's counts": counts,
         "the questions": questions,
+        "the texts of config.eval.sets": digest_sets(data.sets) if jax.process_count() > 1 else {},
         "the code": code_identity(),
     }
     refuse_differences(find_disagreements(facts), wrong)
@@ -337,6 +347,7 @@ def build_on(
     config: configs.Config, mesh, data: Dataset, say: Callable[[str], None] = print
 ) -> Parts:
     """Does what `build` does, for a given mesh and loaded data."""
+    data = load_sets(data, config.eval.sets, config.data, say)
     config, reason, examples = agree_on_job(config, mesh, data, say)
     leaks = (check_leaks(config.model),) if config.data.document_mask else ()
     device = mesh.devices.flat[0]
