@@ -5,6 +5,12 @@ import math
 import sys
 from collections.abc import Callable
 
+from gpt_jax.commands.evaluate_steps import (
+    add_step_flags,
+    asks_steps,
+    check_step_flags,
+    measure_steps,
+)
 from gpt_jax.commands.evaluate_tasks import (
     add_task_flags,
     asks_tasks,
@@ -40,10 +46,14 @@ def main(arguments: list[str]) -> None:
     args = make_flags().parse_args(arguments)
     check_task_flags(args)
     check_flags(args)
+    check_step_flags(args)
     start_runtime(args)
     end_on_request()
     import jax
 
+    if asks_steps(args):
+        measure_steps(args, make_say(sys.stderr))
+        return
     if asks_tasks(args):
         measure_tasks(args, make_say(sys.stderr))
         return
@@ -105,6 +115,7 @@ def make_flags() -> Flags:
         action="store_true",
         help="go on although this machine's compiler is known to give wrong results",
     )
+    add_step_flags(flags)
     add_task_flags(flags)
     add_runtime_flags(flags)
     return flags
