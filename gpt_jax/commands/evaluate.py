@@ -108,6 +108,14 @@ def make_flags() -> Flags:
         "--batches", type=int, default=0, help="batches of each source; 0: all of it"
     )
     flags.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens by which rows of text move on: each token is predicted once, and sees the "
+        "row's length less N or more of its text; 0: rows that share no token; by default what "
+        "the run's config.eval.stride says",
+    )
+    flags.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"
     )
     flags.add_argument(
@@ -125,6 +133,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for numbers out of range, and for texts that cannot be told apart."""
     check_number("--batch_size", args.batch_size, 0)
     check_number("--batches", args.batches, 0)
+    if args.stride is not None:
+        check_number("--stride", args.stride, 0)
     repeated = sorted({text for text in args.text if args.text.count(text) > 1})
     if repeated:
         raise UsageError(f"--text={repeated[0]}: is given twice")

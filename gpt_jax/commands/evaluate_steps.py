@@ -27,8 +27,8 @@ COLUMNS = (
     ("accuracy", "{:.4f}", 8),
     ("tokens", "{:,.0f}", 13),
 )
-# Flags that say what is measured.
-ASKED = ("text", "evaluators", "questions", "batches")
+# Flags that say what is measured, with the value of each when it is not given.
+ASKED = {"text": [], "evaluators": [], "questions": [], "batches": 0, "stride": None}
 OUT_SCHEMA = {"checkpoint": "text", "step": "count", "asked": "object"}
 # The longest wait for a next checkpoint: a year.
 MOST_MINUTES = 525_600
@@ -213,7 +213,11 @@ class OutFile:
         self._say = say
         self._path = Path(args.out) if args.out else None
         # What tells whether two rows of one step would be the same.
-        self._asked = {name: getattr(args, name) for name in ASKED if getattr(args, name)}
+        self._asked = {
+            name: getattr(args, name)
+            for name, default in ASKED.items()
+            if getattr(args, name) != default
+        }
         self._rows: dict[tuple[str, int], Row] | None = None
 
     def find(self, directory: str, step: int) -> Row | None:

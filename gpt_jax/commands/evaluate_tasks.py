@@ -19,7 +19,7 @@ Answers = tuple[dict[str, Any], list[str], dict[str, Any]]
 # Flags that belong to --lm_eval, with the value of each when it is not given.
 TASK_FLAGS = {"include_path": None, "num_fewshot": None, "limit": None, "lm_eval_out": None}
 # Flags of held-out text.
-TEXT_FLAGS = {"text": [], "evaluators": [], "batch_size": 0, "batches": 0}
+TEXT_FLAGS = {"text": [], "evaluators": [], "batch_size": 0, "batches": 0, "stride": None}
 
 
 def add_task_flags(flags: argparse.ArgumentParser) -> None:

@@ -116,6 +116,18 @@ class TextMeter:
             self._programs[key] = step
         return self._programs[key]
 
+    def _stride(self, config) -> int:
+        """Tokens by which rows move on. Raises UsageError if --stride leaves tokens out."""
+        stride = self._args.stride
+        if stride is None:
+            return config.eval.stride
+        if stride > config.train.seq_len:
+            raise UsageError(
+                f"--stride={stride}: leaves tokens out between rows of config.train.seq_len = "
+                f"{config.train.seq_len}; choose that, or less"
+            )
+        return stride
+
     def _sum(self, loaded, texts: Mapping[str, Any], what: str) -> dict:
         """The held-out Sums of each text, from forward passes over its batches."""
         import jax
@@ -141,6 +153,7 @@ class TextMeter:
                     sharding.process_rows(loaded.mesh, batch_size),
                     args.batches,
                     f"{what} {name}",
+                    self._stride(config),
                 )
                 sums_of[name] = sum_heldout(
                     program, loaded.params, batches, loaded.mesh, batch_size

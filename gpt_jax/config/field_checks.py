@@ -140,6 +140,12 @@ def _check_text(checks: Checks, tokenizer_vocab: int) -> None:
         "needs held-out text, and config.data.eval_fraction is 0",
     )
     checks.need(
+        config.eval.stride <= train.seq_len,
+        "eval.stride",
+        f"leaves tokens out between rows of config.train.seq_len = {train.seq_len}; choose that, "
+        "or less",
+    )
+    checks.need(
         not train.loss_chunk or train.seq_len % train.loss_chunk == 0,
         "train.loss_chunk",
         f"must divide config.train.seq_len = {train.seq_len}",

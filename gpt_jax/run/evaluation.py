@@ -38,6 +38,7 @@ def make_batches(parts: Parts, texts: Mapping[str, Tokens], what: str) -> dict[s
             rows,
             config.eval.batches,
             f"{what} {name}",
+            config.eval.stride,
         )
         for name, tokens in texts.items()
     }

@@ -88,11 +88,14 @@ def test_unfinished_and_damaged_steps_are_passed_over(call, run):
     shutil.copytree(folder / "10", folder / "15")
     (folder / "15" / MANIFEST).unlink()
     (folder / "15.saving").touch()
+    # A copy that was cut off has no mark of its saving.
+    shutil.copytree(folder / "15", folder / "20")
     meta = folder / "5" / "meta.json"
     meta.write_text(meta.read_text() + " ")
     out, err = call("evaluate", f"--checkpoint={run}", "--all_steps", "--json")
     assert [row["step"] for row in json.loads(out)["steps"]] == [10]
-    assert f"checkpoint step 15 in {folder} is not finished and is passed over" in err
+    for step in (15, 20):
+        assert f"checkpoint step {step} in {folder} is not finished and is passed over" in err
     assert "checkpoint step 5" in err and "damaged" in err
 
     shutil.rmtree(folder / "10")
