@@ -33,7 +33,7 @@ class Measured(NamedTuple):
         values["sources"] = {name: without_nan(row) for name, row in self.sources.items()}
         if self.sets:
             values["sets"] = {name: without_nan(row) for name, row in self.sets.items()}
-        return values | ({"evaluators": self.more} if self.more else {})
+        return values | ({"evaluators": without_nan(self.more)} if self.more else {})
 
 
 class Texts(NamedTuple):

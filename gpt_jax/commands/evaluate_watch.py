@@ -69,6 +69,7 @@ class Watch:
         self._most_seconds = most_minutes * 60
         self._say = say
         self._seen: set[int] = set()
+        self._waiting: set[int] = set()  # those that were there at the last look, not yet given
         self._has_begun = False  # whether a run was seen at work, or a checkpoint
         self._told: set[str] = set()
         self._quiet_since = time.monotonic()
@@ -89,6 +90,9 @@ class Watch:
         now = time.monotonic()
         coming = [step for step in whole if step not in self._seen]
         self._has_begun = self._has_begun or bool(whole or is_held)
+        for step in sorted(self._waiting.difference(whole)):
+            self._say(f"step {step} was deleted by its run before its turn came")
+        self._waiting = set(coming[1:])
         if coming:
             self._seen.add(coming[0])
             self._quiet_since = now

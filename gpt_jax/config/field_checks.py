@@ -191,7 +191,8 @@ def _check_sets(checks: Checks) -> None:
     """The names and paths of further held-out texts."""
     config = checks.config
     names = [name for name, _ in config.eval.sets]
-    sources = [name for name, _, _ in config.data.sources]
+    # A set of several sources has metrics named set/source.
+    sources = [name.split("/")[0] for name, _, _ in config.data.sources]
     # Metrics of questions have the name of their file in the same place.
     questions = [Path(path).stem for path in config.eval.questions]
     for i, (name, path) in enumerate(config.eval.sets):

@@ -214,6 +214,41 @@ def test_each_checkpoint_is_measured_as_it_appears(call, trained, tmp_path, monk
     assert not script.events and "passed over" not in err
 
 
+def test_a_checkpoint_that_goes_before_its_turn_is_told(call, trained, tmp_path, monkeypatch):
+    """The run deletes the second of two while the first is measured."""
+    run = tmp_path / "run"
+    folder = shutil.copytree(trained / CHECKPOINT_FOLDER, run / CHECKPOINT_FOLDER)
+    original = evaluate_text.TextMeter.measure
+
+    def measure(meter, loaded):
+        shutil.rmtree(folder / "10", ignore_errors=True)
+        return original(meter, loaded)
+
+    monkeypatch.setattr(evaluate_text.TextMeter, "measure", measure)
+    Script(monkeypatch)
+    rows, err = watch(call, run)
+    assert [row["step"] for row in rows] == [5]
+    assert "step 10 was deleted by its run before its turn came" in err
+
+
+def test_steps_on_two_processes(trained, tmp_path):
+    """Process 0 decides, prints and writes."""
+    path = tmp_path / "curve.jsonl"
+    given = ["evaluate", f"--checkpoint={trained}", "--watch", "--json", f"--out={path}"]
+    job = runs.job(tmp_path / "logs", 2, given)
+    try:
+        for process in job:
+            process.end(0)
+    finally:
+        for process in job:
+            process.kill()
+    rows = [json.loads(line) for line in job[0].out.splitlines()]
+    assert [row["step"] for row in rows] == [5, 10] and job[1].out == ""
+    for row, line in zip(rows, path.read_text().splitlines(), strict=True):
+        assert_logged(row, trained)
+        assert json.loads(line) == row | {"asked": {}}
+
+
 def test_a_run_that_stops_may_be_started_again(call, trained, tmp_path, monkeypatch):
     """Its lock is free for less than RESTART_SECONDS then, and for more if it has ended."""
     run = tmp_path / "run"

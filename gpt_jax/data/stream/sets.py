@@ -25,7 +25,8 @@ def load_sets(
     sources there is a set `name/source`. Raises UsageError if a path cannot be used, or if a set
     has the name of a source.
     """
-    names = [part.name for part in dataset.parts]
+    # A set of several sources has metrics named set/source.
+    names = [part.name.split("/")[0] for part in dataset.parts]
     loaded: dict[str, Tokens] = {}
     for i, (name, path) in enumerate(sets):
         field = f"config.eval.sets[{i}]"
