@@ -161,6 +161,30 @@ def hold_lock(path: Path, wait: Callable[[], None] | None = _pass) -> Iterator[N
         yield
 
 
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock of a file, see `hold_lock`; None if that cannot be known.
+
+    A file that is not there is not locked. The look holds the lock itself for a moment, shared with
+    others who look, so `hold_lock` without `wait` may fail in that moment.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+
+
 # More open files than any corpus needs at a time.
 OPEN_FILES = 1 << 16
 

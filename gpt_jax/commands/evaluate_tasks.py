@@ -47,7 +47,7 @@ ASKING = ("questions", "core", "lm_eval")
 # Flags that belong to --lm_eval alone, with the value of each when it is not given.
 HARNESS_FLAGS = {"include_path": None, "num_fewshot": None, "lm_eval_out": None}
 # Flags of held-out text.
-TEXT_FLAGS = {"text": [], "evaluators": [], "batch_size": 0, "batches": 0}
+TEXT_FLAGS = {"text": [], "evaluators": [], "batch_size": 0, "batches": 0, "stride": None}
 
 
 def add_task_flags(flags: argparse.ArgumentParser) -> None:

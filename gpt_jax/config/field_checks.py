@@ -1,5 +1,7 @@
 """What must agree across fields on every mesh."""
 
+from pathlib import Path
+
 from gpt_jax.config.check_list import Checks
 from gpt_jax.config.fields import Config
 from gpt_jax.config.knobs import ENDLESS, EVALUATORS, FFNS, MIXERS
@@ -23,6 +25,7 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
         _check_text(checks, tokenizer_vocab)
         _check_evaluators(checks)
         _check_export(checks)
+        _check_sets(checks)
         _check_schedule(checks)
         check_ramps(checks)
         _check_router(checks)
@@ -138,6 +141,12 @@ def _check_text(checks: Checks, tokenizer_vocab: int) -> None:
         "needs held-out text, and config.data.eval_fraction is 0",
     )
     checks.need(
+        config.eval.stride <= train.seq_len,
+        "eval.stride",
+        f"leaves tokens out between rows of config.train.seq_len = {train.seq_len}; choose that, "
+        "or less",
+    )
+    checks.need(
         not train.loss_chunk or train.seq_len % train.loss_chunk == 0,
         "train.loss_chunk",
         f"must divide config.train.seq_len = {train.seq_len}",
@@ -182,6 +191,48 @@ def _check_export(checks: Checks) -> None:
         not checkpoint.export_every_steps or checkpoint.export != "none",
         "checkpoint.export_every_steps",
         "has no form to write, because config.checkpoint.export = 'none'; set that to hf",
+    )
+
+
+# Names that `gpt-jax evaluate` gives to rows of its own.
+ROW_NAMES = ("all", "held-out")
+
+
+def _check_sets(checks: Checks) -> None:
+    """The names and paths of further held-out texts."""
+    config = checks.config
+    names = [name for name, _ in config.eval.sets]
+    # A set of several sources has metrics named set/source.
+    sources = [name.split("/")[0] for name, _, _ in config.data.sources]
+    # Metrics of questions have the name of their file in the same place.
+    questions = [Path(path).stem for path in config.eval.questions]
+    for i, (name, path) in enumerate(config.eval.sets):
+        place = f"eval.sets[{i}]"
+        is_word = name.isprintable() and not any(c == "/" or c.isspace() for c in name)
+        checks.need(bool(name and path), place, "needs both a name and a path")
+        checks.need(
+            is_word, place, "its name has a space, a slash or a control character; use one word"
+        )
+        checks.need(
+            names.index(name) == i, place, "its name is that of a set before it; choose another"
+        )
+        checks.need(
+            name not in ROW_NAMES, place, "is the name of a row of gpt-jax evaluate; choose another"
+        )
+        checks.need(
+            name not in sources,
+            place,
+            "its name is that of a source of config.data.sources; choose another",
+        )
+        checks.need(
+            name not in questions,
+            place,
+            "its name is that of a file of config.eval.questions; choose another",
+        )
+    checks.need(
+        not names or "heldout" in config.eval.evaluators,
+        "eval.sets",
+        "is measured by no evaluator; add 'heldout' to config.eval.evaluators",
     )
 
 

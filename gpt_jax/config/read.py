@@ -174,8 +174,8 @@ def to_json(config) -> str:
 def flatten(config) -> dict[str, Any]:
     """The values of a config by their keys: `{"model.layers": 4, …}`.
 
-    Groups and other tuples stay whole. The paths of data.sources have a key of their own,
-    because they may differ between machines.
+    Groups and other tuples stay whole. The paths of data.sources and eval.sets have keys of their
+    own, because they may differ between machines.
     """
     values = {}
     for name, value in to_dict(config).items():
@@ -187,6 +187,9 @@ def flatten(config) -> dict[str, Any]:
     sources = values["data.sources"]
     values["data.sources"] = [[name, weight] for name, _, weight in sources]
     values["data.sources.paths"] = [path for _, path, _ in sources]
+    sets = values["eval.sets"]
+    values["eval.sets"] = [name for name, _ in sets]
+    values["eval.sets.paths"] = [path for _, path in sets]
     return values
 
 

@@ -232,8 +232,21 @@ class Eval:
         "Local files of questions for the evaluator questions, or folders of them. A row has "
         "context, choices and gold, or context and answer; docs/evaluation.md lists other forms.",
     )
+    sets: tuple[tuple[str, str], ...] = knob(
+        (),
+        "Further held-out texts, (name, path) for each, that evaluations measure by themselves. "
+        "Their metrics are eval/<name>/<metric>, and no part of eval/loss.",
+    )
     batches: int = knob(
         0, "Held-out batches of an evaluation. 0 means all of them.", low=0, high=NEVER
+    )
+    stride: int = knob(
+        0,
+        "Tokens by which rows of held-out text move on. Each token is predicted once, and sees "
+        "train.seq_len - stride tokens of its text or more. 0 means train.seq_len: rows that have "
+        "no token in common.",
+        low=0,
+        high=2**30,
     )
     batch_size: int = knob(0, "Rows of a held-out batch. 0 means train.batch_size.", low=0)
     sample_every_steps: int = knob(

@@ -21,6 +21,7 @@ from .stream.dataset import (
     load_heldout as load_heldout,
 )
 from .stream.rows import make_columns as make_columns
+from .stream.sets import digest_sets as digest_sets, load_sets as load_sets
 from .stream.streams import (
     EvalBatches as EvalBatches,
     Stream as Stream,
@@ -41,3 +42,4 @@ from .tokens.inspect import (
     inspect_corpus as inspect_corpus,
     summarize_corpus as summarize_corpus,
 )
+from .tokens.shards import Tokens as Tokens

@@ -28,6 +28,7 @@ from .question_files import find_questions as find_questions
 from .questions import (
     answer_files as answer_files,
     check_questions as check_questions,
+    measure_questions as measure_questions,
     summarize_files as summarize_files,
 )
 from .results import (

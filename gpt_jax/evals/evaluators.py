@@ -15,6 +15,7 @@ from gpt_jax.evals.heldout import (
     average_by_source,
     compute_heldout_metrics,
     measure_xz_bits_per_byte,
+    name_by_text,
 )
 from gpt_jax.evals.questions import measure_questions
 from gpt_jax.evals.samples import draw_samples
@@ -36,17 +37,23 @@ class Evaluation(NamedTuple):
     # {source: Sums of the objective over its held-out batches}. Each call goes over them anew.
     sum_heldout: Callable[[], dict[str, Sums]]
     shares: Mapping[str, float]  # {source: its part of the rows}
+    # The same of config.eval.sets, {set: Sums}.
+    sum_sets: Callable[[], dict[str, Sums]] = dict
     # An evaluator that takes long calls this now and then. It may raise, to end the evaluation.
     tick: Callable[[], None] = carry_on
 
 
 def measure_heldout(evaluation: Evaluation) -> dict[str, float]:
-    """`eval/loss` and the like, see `average_by_source`; {} if nothing is held out."""
-    sums = evaluation.sum_heldout()
-    if not sums:
-        return {}
-    metrics = {source: compute_heldout_metrics(own) for source, own in sums.items()}
-    return average_by_source(metrics, evaluation.shares)
+    """`eval/loss` and the like, see `average_by_source`, and `eval/<set>/loss` of further sets.
+
+    It gives {} if nothing is held out and there are no sets.
+    """
+    metrics = {
+        source: compute_heldout_metrics(own) for source, own in evaluation.sum_heldout().items()
+    }
+    averaged = average_by_source(metrics, evaluation.shares) if metrics else {}
+    by_set = {name: compute_heldout_metrics(own) for name, own in evaluation.sum_sets().items()}
+    return averaged | name_by_text(by_set)
 
 
 def measure_xz(evaluation: Evaluation) -> dict[str, float]:

@@ -58,12 +58,14 @@ def average_by_source(
     averaged = {f"eval/{name}": value for name, value in mean.items()}
     if len(shares) == 1:
         return averaged
-    by_source = {
-        f"eval/{source}/{name}": value
-        for source, row in metrics.items()
-        for name, value in row.items()
+    return averaged | name_by_text(metrics)
+
+
+def name_by_text(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """{text: {metric: value}} as `eval/<text>/<metric>`, for sources and sets alike."""
+    return {
+        f"eval/{text}/{name}": value for text, row in metrics.items() for name, value in row.items()
     }
-    return averaged | by_source
 
 
 def heldout_text(data: Dataset) -> bytes:

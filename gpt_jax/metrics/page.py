@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from gpt_jax.metrics.plot import PHASE_COLORS, draw_details
 from gpt_jax.metrics.sessions import Session, find_sessions, session_seconds
-from gpt_jax.metrics.summary import Summary, by_size, find_sources, headlines
+from gpt_jax.metrics.summary import Summary, by_size, find_texts, headlines
 from gpt_jax.metrics.writers import duration
 
 CSS = """
@@ -84,11 +84,14 @@ def make_html(
     resolved one, as nested values. All texts are escaped.
     """
     prompts = config.get("eval", {}).get("sample_prompts", ())
+    sets = [name for name, _ in config.get("eval", {}).get("sets", ())]
+    by_source, by_set = find_texts(rows, sets)
     body = [
         format_tiles(summary),
         f"<h2>Loss</h2>{format_picture(png, 'loss over steps')}",
-        format_sources(rows),
-        format_details(rows),
+        format_texts("Held-out text by source", "source", by_source),
+        format_texts("Held-out sets", "set", by_set),
+        format_details(rows, sets),
         format_samples(samples, prompts),
         format_time_split(summary),
         format_run(rows, config, versions),
@@ -136,21 +139,20 @@ def format_pairs(values: Mapping) -> str:
     return format_table((), [*values.items()])
 
 
-def format_sources(rows: Sequence[Mapping]) -> str:
-    """The last held-out numbers of each source, where a run has several."""
-    sources = find_sources(rows)
-    if not sources:
+def format_texts(title: str, what: str, texts: Mapping[str, Mapping[str, float]]) -> str:
+    """The last held-out numbers of each of several texts, which are sources or sets."""
+    if not texts:
         return ""
-    metrics = [*dict.fromkeys(metric for row in sources.values() for metric in row)]
+    metrics = [*dict.fromkeys(metric for row in texts.values() for metric in row)]
     lines = []
-    for source, row in sources.items():
-        lines.append([source, *(f"{row[name]:.4f}" if name in row else "" for name in metrics)])
-    header = ["source", *(name.replace("_", " ") for name in metrics)]
-    return f'<h2>Held-out text by source</h2><div class="card">{format_table(header, lines)}</div>'
+    for text, row in texts.items():
+        lines.append([text, *(f"{row[name]:.4f}" if name in row else "" for name in metrics)])
+    header = [what, *(name.replace("_", " ") for name in metrics)]
+    return f'<h2>{title}</h2><div class="card">{format_table(header, lines)}</div>'
 
 
-def format_details(rows: Sequence[Mapping]) -> str:
-    png = draw_details(rows)
+def format_details(rows: Sequence[Mapping], sets: Sequence[str]) -> str:
+    png = draw_details(rows, sets)
     if png is None:
         return ""
     return f"<h2>Rates, norms and loads</h2>{format_picture(png, 'rates, norms and loads')}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gpt_jax.metrics.sessions import find_marks
-from gpt_jax.metrics.summary import find_sources, series
+from gpt_jax.metrics.summary import find_texts, series
 from gpt_jax.metrics.writers import human
 
 INK = "#1f2933"
@@ -81,17 +81,20 @@ def draw_loss(rows: Sequence[Mapping]) -> bytes:
     return _to_png(figure)
 
 
-def draw_details(rows: Sequence[Mapping]) -> bytes | None:
-    """PNG with a small panel for each of rate, gradient norm, loss by source, expert load.
+def draw_details(rows: Sequence[Mapping], sets: Sequence[str] = ()) -> bytes | None:
+    """PNG with a small panel for each of rate, gradient norm, loss by source and set, expert load.
 
-    Panels without data are left out. None where no panel is left.
+    `sets` are the names of config.eval.sets. Panels without data are left out. None where no panel
+    is left.
     """
+    by_source, by_set = find_texts(rows, sets)
     panels = {
         "learning rate": {"": series(rows, "train/learning_rate")},
         "gradient norm": {"": series(rows, "train/grad_norm")},
         "held-out loss by source": {
-            source: series(rows, f"eval/{source}/loss") for source in find_sources(rows)
+            source: series(rows, f"eval/{source}/loss") for source in by_source
         },
+        "held-out loss by set": {name: series(rows, f"eval/{name}/loss") for name in by_set},
         "load of an expert (1 is an equal share)": {
             "largest": series(rows, "moe/load_max"),
             "smallest": series(rows, "moe/load_min"),

@@ -120,6 +120,18 @@ def find_sources(rows: Sequence[Mapping]) -> dict[str, dict[str, float]]:
     return sources
 
 
+def find_texts(
+    rows: Sequence[Mapping], sets: Sequence[str] = ()
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """The sources, see `find_sources`, without the held-out sets, and the sets in the same form.
+
+    `sets` are the names of config.eval.sets. A folder of several sources makes several of a name.
+    """
+    texts = find_sources(rows)
+    of_sets = {name: row for name, row in texts.items() if name.split("/")[0] in sets}
+    return {name: row for name, row in texts.items() if name not in of_sets}, of_sets
+
+
 def library_versions() -> dict[str, str]:
     """Name -> version of the installed libraries that shape a run's numbers."""
     versions = {}

@@ -6,6 +6,7 @@ Metrics are named `room/what`, one meaning each:
     train/grad_norm  train/param_norm
     eval/loss  eval/bits_per_byte  eval/accuracy  eval/perplexity
     eval/<source>/<metric>  where a run has several sources
+    eval/<set>/<metric>  of each held-out set that config.eval.sets names
     train/<name>  eval/<name>  what an objective sums besides
     sample/<n>  a text
     throughput/tokens_per_second  throughput/tokens_seen

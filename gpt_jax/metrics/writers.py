@@ -240,13 +240,18 @@ SHOWN = (
 )
 
 
-def format_shown(values: Mapping[str, float]) -> str:
-    """The values of SHOWN that are there, in its order."""
+def format_shown(values: Mapping[str, float], sets: Sequence[str] = ()) -> str:
+    """The values of SHOWN that are there, in its order, and then those of each held-out set."""
     parts = []
     for key, how in SHOWN:
         if key in values:
             is_rate = key.endswith("per_second")
             parts.append(how.format(human(values[key]) if is_rate else float(values[key])))
+    for name in sets:
+        loss = values.get(f"eval/{name}/loss")
+        if loss is not None:
+            rate = values[f"eval/{name}/bits_per_byte"]
+            parts.append(f"{name} {float(loss):.4f} ({float(rate):.4f} bits/byte)")
     return "  ".join(parts)
 
 
@@ -257,7 +262,7 @@ class BarWriter:
     above the bar. The plain line's ETA counts from the first write, so that compilation is not
     extrapolated. `work(step)` is what the first steps are of the whole, where steps are not equal.
     The plain line goes by it. The remaining time of the bar is tqdm's, which takes all steps as
-    equal.
+    equal. `sets` are the names of held-out sets, whose losses an evaluation prints too.
     """
 
     def __init__(
@@ -269,9 +274,11 @@ class BarWriter:
         every_seconds: float = 10.0,
         now: Callable[[], float] = time.monotonic,
         work: Callable[[int], int] = int,
+        sets: Sequence[str] = (),
     ):
         self._total = total
         self._work = work
+        self._sets = sets
         self._stream = stream or sys.stderr
         self._every = every_seconds
         self._now = now
@@ -295,7 +302,7 @@ class BarWriter:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        shown = format_shown(values)
+        shown = format_shown(values, self._sets)
         if any(key.startswith("eval/") for key in values):
             self._print(f"step {step}  {shown}")
         elif self._bar is not None:

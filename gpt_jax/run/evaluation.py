@@ -1,9 +1,9 @@
 """What a run measures of itself on the way: evaluators that the config asks for, and samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from gpt_jax import sharding
-from gpt_jax.data import EvalBatches, make_eval_batches
+from gpt_jax.data import EvalBatches, Tokens, make_eval_batches
 from gpt_jax.evals import Evaluation, draw_samples, run_evaluators, sum_heldout
 from gpt_jax.run.notes import format_count
 from gpt_jax.run.parts import Parts
@@ -16,6 +16,16 @@ def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
 
     Raises UsageError if a source holds out too little text.
     """
+    return make_batches(parts, parts.data.heldout, "the held-out text of source")
+
+
+def set_batches(parts: Parts) -> dict[str, EvalBatches]:
+    """The same of each set of config.eval.sets. Raises UsageError if one has too little text."""
+    return make_batches(parts, parts.data.sets, "the text of config.eval.sets")
+
+
+def make_batches(parts: Parts, texts: Mapping[str, Tokens], what: str) -> dict[str, EvalBatches]:
+    """The batches of each of `texts`. In messages a text is called `what` and its name."""
     config = parts.config
     rows = sharding.process_rows(parts.mesh, config.eval.batch_size)
     return {
@@ -27,9 +37,10 @@ def heldout_batches(parts: Parts) -> dict[str, EvalBatches]:
             config.eval.batch_size,
             rows,
             config.eval.batches,
-            f"the held-out text of source {name}",
+            f"{what} {name}",
+            config.eval.stride,
         )
-        for name, tokens in parts.data.heldout.items()
+        for name, tokens in texts.items()
     }
 
 
@@ -52,9 +63,9 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
     def eval_step(params, batch):
         return parts.eval_step(params, batch, parts.frozen)
 
-    def sum_sources():
+    def sum_texts(texts: dict[str, EvalBatches], what: str):
         sums = {}
-        for name, batches in progress.heldout.items():
+        for name, batches in texts.items():
             alive = watched(batches, progress.beat, stop)
             own = sum_heldout(eval_step, params, alive, parts.mesh, config.eval.batch_size)
             if own["loss"][1]:
@@ -62,16 +73,26 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
             else:
                 progress.say(
                     f"step {step}: no target in {format_count(len(batches), 'held-out batch')} of "
-                    f"source {name}, so it is left out; raise config.eval.batches"
+                    f"{what} {name}, so it is left out; raise config.eval.batches"
                 )
         return sums
 
     def tick():
         watch(progress.beat, stop)
 
-    shares = progress.shares(step)
-    about = config.model, config.compute, config.eval, config.seed
-    evaluation = Evaluation(*about, params, parts.data, step, sum_sources, shares, tick)
+    evaluation = Evaluation(
+        model=config.model,
+        compute=config.compute,
+        knobs=config.eval,
+        seed=config.seed,
+        params=params,
+        data=parts.data,
+        step=step,
+        sum_heldout=lambda: sum_texts(progress.heldout, "source"),
+        shares=progress.shares(step),
+        sum_sets=lambda: sum_texts(progress.sets, "set"),
+        tick=tick,
+    )
     try:
         with progress.clock.phase("eval"):
             numbers, texts = run_evaluators(evaluation)

@@ -1,11 +1,31 @@
 """One run at a time in a workdir."""
 
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import Busy, UsageError
 from gpt_jax.files import LinkedLock, describe_error, hold_lock
+
+# Who looks whether a run is at work (`files.is_locked`) holds the lock for microseconds.
+ATTEMPTS = 3
+WAIT_SECONDS = 0.05
+
+
+@contextmanager
+def take(path: Path):
+    """Holds the lock at `path`, after a few attempts. Raises BlockingIOError and OSError."""
+    with ExitStack() as closing:
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                closing.enter_context(hold_lock(path, wait=None))
+                break
+            except BlockingIOError:
+                if not left:
+                    raise
+                time.sleep(WAIT_SECONDS)
+        yield
 
 
 @contextmanager
@@ -20,7 +40,7 @@ def only_run(workdir: Path, say):
 
         def take_lock():
             try:
-                closing.enter_context(hold_lock(workdir / ".lock", wait=None))
+                closing.enter_context(take(workdir / ".lock"))
             except BlockingIOError:
                 raise Busy(
                     f"--workdir={workdir}: another run is training into it; wait for it, stop it, "

@@ -32,7 +32,7 @@ from gpt_jax.metrics import (
 )
 from gpt_jax.run.collector import collecting_by_step
 from gpt_jax.run.convert import CARRIED_FOLDER
-from gpt_jax.run.evaluation import evaluate, heldout_batches, write_samples
+from gpt_jax.run.evaluation import evaluate, heldout_batches, set_batches, write_samples
 from gpt_jax.run.exporter import Exporter, open_exporter
 from gpt_jax.run.lock import only_run
 from gpt_jax.run.meta import META_SCHEMA, write_sizes
@@ -144,6 +144,7 @@ def begin(
     check_profile(profile, start)
 
     heldout = heldout_batches(parts)
+    sets = set_batches(parts)
     state, changed, lineage, sizes, carried = start_state(parts, checkpoints, say)
     if checkpoints.latest is not None:
         exporter.catch_up(checkpoints.latest)
@@ -161,6 +162,7 @@ def begin(
         is_resumed,
         beat,
         heldout,
+        sets,
         stream.shares,
         say,
         origin,
@@ -343,7 +345,8 @@ def conclude(
     workdir = progress.workdir
     steps = max(config.train.steps, progress.start)
     samples = config.eval.samples
-    is_heldout = bool(progress.heldout) and "heldout" in config.eval.evaluators
+    has_text = bool(progress.heldout or progress.sets)
+    is_heldout = has_text and "heldout" in config.eval.evaluators
     is_measured, is_sampled, has_report = agree_on(
         lambda: find_leftovers(workdir, steps, is_heldout, samples)
     )

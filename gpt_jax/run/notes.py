@@ -7,7 +7,7 @@ import jax
 from gpt_jax import config as configs, sharding
 from gpt_jax.config import layer_specs
 from gpt_jax.hardware import flops_per_token, peak_flops, peak_fp8_flops
-from gpt_jax.model import MULTIPLIERS, count_params, describe_parameter
+from gpt_jax.model import MULTIPLIERS, count_params, describe_parameter, measure_conformance
 from gpt_jax.train import TrainState, describe_groups
 
 
@@ -27,6 +27,27 @@ def describe_unsharded(state: TrainState, mesh, zero: int) -> list[str]:
         f"on every device whole, although over 1 MiB, because {reason}: {', '.join(arrays)}"
         for reason, arrays in by_reason.items()
     ]
+
+
+def describe_kernel(config: configs.Config, mesh, reason: str) -> str:
+    """One line about the attention kernel, which is first compared with the reference on `mesh`.
+
+    Raises UsageError if the results differ.
+    """
+    kernel = config.compute.kernel
+    line = f"attention kernel: {kernel} ({reason})"
+    if kernel == "reference":
+        return line
+
+    segments = config.data.document_mask
+    errors = measure_conformance(
+        kernel, config.model, config.compute.dtype, segments, sharding.row_parts(mesh)
+    )
+    line += (
+        f"; differs from reference by {errors.values:.1e} on these devices, in gradients by "
+        f"{errors.gradients:.1e}"
+    )
+    return f"{line}; attention has no segment leak" if segments else line
 
 
 def describe_mesh(config: configs.Config, mesh) -> str:

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.cluster import code_identity, describe_process_code, find_disagreements
-from gpt_jax.data import Dataset, Examples, check_sizes, load_dataset, make_examples
+from gpt_jax.data import (
+    Dataset,
+    Examples,
+    check_sizes,
+    digest_sets,
+    load_dataset,
+    load_sets,
+    make_examples,
+)
 from gpt_jax.errors import UsageError
 from gpt_jax.evals import check_questions, choose_prompts, find_questions
 from gpt_jax.files import digest_file
@@ -29,13 +37,13 @@ from gpt_jax.model import (
     describe_parameter,
     init_params,
     make_problem,
-    measure_conformance,
 )
 from gpt_jax.run.convert import check_export
 from gpt_jax.run.notes import (
     describe_dispatch,
     describe_fp8,
     describe_habits,
+    describe_kernel,
     describe_mesh,
     describe_optimizer,
     describe_size,
@@ -189,6 +197,7 @@ LOCAL = (
     "data.path",
     "data.sources.paths",
     "data.eval_path",
+    "eval.sets.paths",
     "data.cache",
     "data.workers",
     "data.prefetch",
@@ -240,6 +249,7 @@ def agree_on_job(
         "the tokenizer": data.tokenizer.fingerprint,
         "the mixture's counts": counts,
         "the questions": questions,
+        "the texts of config.eval.sets": digest_sets(data.sets) if jax.process_count() > 1 else {},
         "the code": code_identity(),
     }
     refuse_differences(find_disagreements(facts), wrong)
@@ -345,6 +355,7 @@ def build_on(
     config: configs.Config, mesh, data: Dataset, say: Callable[[str], None] = print
 ) -> Parts:
     """Does what `build` does, for a given mesh and loaded data."""
+    data = load_sets(data, config.eval.sets, config.data, say)
     config, reason, examples = agree_on_job(config, mesh, data, say)
     leaks = (check_leaks(config.model),) if config.data.document_mask else ()
     device = mesh.devices.flat[0]
@@ -364,27 +375,6 @@ def build_on(
             *describe_unsharded(steps.abstract, mesh, config.mesh.zero),
         )
     return Parts(config, mesh, data, examples, *steps, notes)
-
-
-def describe_kernel(config: configs.Config, mesh, reason: str) -> str:
-    """One line about the attention kernel, which is first compared with the reference on `mesh`.
-
-    Raises UsageError if the results differ.
-    """
-    kernel = config.compute.kernel
-    line = f"attention kernel: {kernel} ({reason})"
-    if kernel == "reference":
-        return line
-
-    segments = config.data.document_mask
-    errors = measure_conformance(
-        kernel, config.model, config.compute.dtype, segments, sharding.row_parts(mesh)
-    )
-    line += (
-        f"; differs from reference by {errors.values:.1e} on these devices, in gradients by "
-        f"{errors.gradients:.1e}"
-    )
-    return f"{line}; attention has no segment leak" if segments else line
 
 
 def describe_options(config: configs.Config, mesh) -> list[str]:

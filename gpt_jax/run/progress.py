@@ -52,8 +52,8 @@ class Progress:
     - `start` is the step that the session starts from.
     - `end` is the step after which it ends. That is the last one of the config, or the one where a
       request stops the run.
-    - `heldout` are the held-out batches by source. `shares(step)` is each source's part of the
-      rows at a step.
+    - `heldout` are the held-out batches by source, and `sets` those by name of config.eval.sets.
+      `shares(step)` is each source's part of the rows at a step.
     - `evaluated` is the last evaluation: its step and its metrics.
     - `saved` is the step of the last checkpoint, or None.
     - `origin` tells where the session comes from, for the report: `command`, and what differs from
@@ -73,6 +73,7 @@ class Progress:
         resumed: bool,
         beat: Callable[[], None],
         heldout: dict[str, EvalBatches],
+        sets: dict[str, EvalBatches],
         shares: Callable[[int], Mapping[str, float]],
         say: Callable[[str], None],
         origin: Mapping[str, str],
@@ -87,6 +88,7 @@ class Progress:
         self.end = parts.config.train.steps
         self.beat = beat
         self.heldout = heldout
+        self.sets = sets
         self.shares = shares
         self.say = say
         self.lineage = lineage
@@ -129,7 +131,7 @@ class Progress:
         writers: list = [jsonl]
         if log.tensorboard:
             writers.append(TensorBoardWriter(self.workdir / "tensorboard", resumed_at))
-        bar = BarWriter(steps, self.start, log.progress, work=self.tokens)
+        bar = BarWriter(steps, self.start, log.progress, work=self.tokens, sets=tuple(self.sets))
         return Writers([*writers, bar])
 
     def _count_flops(self) -> dict[int, tuple[int, int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from gpt_jax import config as configs, sharding
+from gpt_jax.cluster import agree_on
 from gpt_jax.data import is_remote
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
@@ -87,6 +88,33 @@ def load_model(
             "taking the newest again"
         )
     return _load(*resolve_checkpoint(path, step, say, META_SCHEMA), say, devices, is_decoding)
+
+
+def load_step(directory: Path, step: int, say: Callable[[str], None]) -> Loaded | None:
+    """One step of a folder of checkpoints, verified, on all devices of this job.
+
+    Weights alone are read, as in `load_model`. It gives None if the run has deleted the step. On
+    several processes a step that is deleted while it is read ends in an error, because they would
+    have to agree in the middle of a collective read. Raises NoCheckpoint for damage, and UsageError
+    for a config that this version cannot use.
+    """
+    manifest = directory / str(step) / MANIFEST
+
+    def is_deleted() -> bool:
+        return agree_on(lambda: not manifest.exists())
+
+    try:
+        resolve_checkpoint(str(directory), step, say, META_SCHEMA)
+    except (NoCheckpoint, UsageError):
+        if is_deleted():
+            return None
+        raise
+    try:
+        return _load(directory, step, say, 0, False)
+    except (NoCheckpoint, UsageError):
+        if jax.process_count() == 1 and is_deleted():
+            return None
+        raise
 
 
 def _load(

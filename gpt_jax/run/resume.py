@@ -145,6 +145,12 @@ def describe_sizes(
             f"{new.eval.batch_size} rows, after {old.eval.batch_size}, so it measures other text; "
             f"config.eval.batch_size={old.eval.batch_size} keeps its curve comparable"
         )
+    before, after = (one.eval.stride or one.train.seq_len for one in (old, new))
+    if before != after:
+        lines.append(
+            f"rows of held-out text move on by {after} tokens, after {before}, so a token sees "
+            f"another context; config.eval.stride={old.eval.stride} keeps the curve comparable"
+        )
     return lines
 
 

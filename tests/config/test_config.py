@@ -129,7 +129,7 @@ def test_json_round_trip():
 
 
 def test_json_is_complete():
-    assert set(config.flatten(Config())) == {"seed", "data.sources.paths"} | {
+    assert set(config.flatten(Config())) == {"seed", "data.sources.paths", "eval.sets.paths"} | {
         f"{section.name}.{key_of(field.name)}"
         for section in dataclasses.fields(Config)
         if section.name != "seed"

@@ -250,6 +250,9 @@ def test_an_evaluation_of_other_text_is_told():
     (line,) = runs.resume.describe_sizes(old, new, past, 3)
     assert "config.eval.batch_size=8 keeps its curve comparable" in line
     assert runs.resume.describe_sizes(old, old, past, 3) == []
+    slide = configs.Config(eval=configs.Eval(batches=2, batch_size=8, stride=64))
+    (line,) = runs.resume.describe_sizes(old, slide, past, 3)
+    assert "config.eval.stride=0 keeps the curve comparable" in line
 
 
 def test_a_checkpoint_of_before_has_one_batch_size(folder, whole):

@@ -239,7 +239,7 @@ def test_checkpoints_of_before_have_whole_rows(folder, whole):
 
 def test_flops_are_those_of_the_rows_that_were_read(ramp, tmp_path):
     sizes = configs.make_batch_sizes(ramp.config.train)
-    about = {}, dict, print, {}, [], sizes
+    about = {}, {}, dict, print, {}, [], sizes
     progress = Progress(ramp, tmp_path, 0, False, print, *about)
     progress.writers.close()
     matmul = progress.counts["matmul"]

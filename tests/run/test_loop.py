@@ -210,7 +210,7 @@ def test_rates_are_those_of_whole_steps(tmp_path):
     parts = runs.build(runs.load(tmp_path, "--config.train.steps=40"))
     lines = []
     sizes = runs.configs.make_batch_sizes(parts.config.train)
-    progress = Progress(parts, tmp_path, 0, False, print, {}, dict, lines.append, {}, [], sizes)
+    progress = Progress(parts, tmp_path, 0, False, print, {}, {}, dict, lines.append, {}, [], sizes)
     names = ("objective", "loss", "bits_per_byte", "accuracy", "grad_norm", "param_norm")
     sums = {name: (np.float32(1), np.float32(1)) for name in names}
     progress.mark = 0, 100.0

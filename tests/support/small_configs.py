@@ -21,3 +21,10 @@ def refuses(call, *words):
 def made(**sections):
     """A resolved Config for a tokenizer of 256 ids, with a few fields changed."""
     return config.resolve(from_dict(sections), 256)
+
+
+def fault_lines(made_config) -> list[str]:
+    """What `check` says on eight devices, a line for each fault."""
+    with pytest.raises(UsageError) as caught:
+        config.check(made_config, devices=8)
+    return str(caught.value).split("\n")

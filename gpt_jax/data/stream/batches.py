@@ -332,14 +332,16 @@ def make_eval_batches(
     rows: slice,
     limit: int = 0,
     name: str = "the held-out text",
+    stride: int = 0,
 ) -> EvalBatches:
     """All held-out text in order, or its first `limit` batches if `limit` is not 0.
 
-    Every process gets as many batches, with the columns of training. Raises UsageError, which
-    calls the text `name`, if the text has fewer than two tokens, or no target.
+    A row begins `stride` tokens after the one before, see `InOrder`. Every process gets as many
+    batches, with the columns of training. Raises UsageError, which calls the text `name`, if the
+    text has fewer than two tokens, or no target.
     """
     check_targets(tokens, knobs.document_mask, name)
-    source = InOrder(tokens, seq_len, name)
+    source = InOrder(tokens, seq_len, name, stride)
 
     def make(indices: np.ndarray, pieces: int) -> Columns:
         assert pieces == 1, "held-out rows are never cut"

@@ -4,8 +4,8 @@ A path names a folder made by `gpt-jax prepare`, a token file of another tool, o
 tokens of the first two are used where they lie. Text files are tokenized into the cache.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,8 @@ class Dataset:
     parts: tuple[Part, ...]
     tokenizer: Tokenizer
     content: str  # digest of the text and of how it is split, as in cache.Prepared
+    # The tokens of config.eval.sets by name, see sets.load_sets.
+    sets: Mapping[str, Tokens] = field(default_factory=dict)
 
     @property
     def heldout(self) -> dict[str, Tokens]:
@@ -123,34 +125,43 @@ def _part(field: str, path: str, opened: corpus.PreparedCorpus, name: str, repor
 
 
 def load_heldout(
-    path: str, data: config.Data, tokenizer: Tokenizer, report: Callable[[str], None]
+    path: str,
+    data: config.Data,
+    tokenizer: Tokenizer,
+    report: Callable[[str], None],
+    field: str = "--text",
+    name: str = "",
 ) -> dict[str, Tokens]:
     """The tokens that `gpt-jax evaluate --text` measures on, by the name of their row.
 
     They are all of a text. Of a folder made by `gpt-jax prepare` they are what each source holds
-    out. Raises UsageError, which names --text, if the path cannot be used.
+    out. A row is called `name`, or by the path, and each of several sources `name/source`. Raises
+    UsageError, which names `field`, if the path cannot be used.
     """
+    name = name or path
     folder = _folder(path, data, report)
     if folder is None and adopt.is_foreign(path):
-        return {path: adopt.adopt_heldout(path, tokenizer, data.token_type, report)}
+        return {name: adopt.adopt_heldout(path, tokenizer, data.token_type, report, field)}
     if folder is None:
-        return {path: cache.load_text((path,), tokenizer, data, report=report)}
+        return {name: cache.load_text((path,), tokenizer, data, report, field)}
 
     opened = corpus.open_corpus(folder)
-    _require(f"--text = {path}", opened.tokenizer, tokenizer, "the tokenizer of the checkpoint")
+    _require(f"{field} = {path}", opened.tokenizer, tokenizer, "the tokenizer of the checkpoint")
     heldout = {
-        name: sides["eval"] for name, sides in opened.sources.items() if sides["eval"] is not None
+        source: sides["eval"]
+        for source, sides in opened.sources.items()
+        if sides["eval"] is not None
     }
     if not heldout:
         raise UsageError(
-            f"--text = {path}: was made by gpt-jax prepare and holds nothing out; prepare it with "
+            f"{field} = {path}: was made by gpt-jax prepare and holds nothing out; prepare it with "
             "--eval_fraction, or give the text itself"
         )
 
-    for name, tokens in heldout.items():
-        report(f"data: {escape(path)}: {name}: held out {cache.describe_size(tokens)}")
+    for source, tokens in heldout.items():
+        report(f"data: {escape(path)}: {source}: held out {cache.describe_size(tokens)}")
     is_alone = len(opened.sources) == 1
-    return {path if is_alone else f"{path}/{name}": tokens for name, tokens in heldout.items()}
+    return {name if is_alone else f"{name}/{source}": tokens for source, tokens in heldout.items()}
 
 
 def _check_named(

@@ -281,10 +281,17 @@ class InOrder:
 
     Every token is a target exactly once, except the first token of the text, because nothing
     comes before it. With `document_mask` the first token of each document is no target either.
+
+    A row begins `stride` tokens after the one before; 0 means `seq_len`. Of rows after the first
+    only the last `stride` tokens are targets, so each target sees at least `seq_len - stride`
+    tokens of its text. These are the strided windows of perplexity in Hugging Face's documentation.
+
     Raises UsageError if the text has fewer than two tokens.
     """
 
-    def __init__(self, tokens: Tokens, seq_len: int, name: str = "the held-out text"):
+    def __init__(
+        self, tokens: Tokens, seq_len: int, name: str = "the held-out text", stride: int = 0
+    ):
         if tokens.size < 2:
             raise UsageError(
                 f"{name} has {tokens.size} token and there is nothing to predict; hold out more "
@@ -293,11 +300,15 @@ class InOrder:
             )
         self.tokens = tokens
         self.length = seq_len + 1
-        self.count = -(-(tokens.size - 1) // seq_len)
+        self.stride = stride or seq_len
+        self.count = 1 + max(0, -(-(tokens.size - 1 - seq_len) // self.stride))
 
     def fill(self, indices: np.ndarray) -> Buffer:
-        """Rows `indices`. Rows from `count` on are padding."""
-        return contiguous(self.tokens, indices * (self.length - 1), self.length)
+        """Rows `indices`. Rows from `count` on have no target."""
+        buffer = contiguous(self.tokens, indices * self.stride, self.length)
+        # These are targets of rows before.
+        buffer.learn[indices > 0, 1 : self.length - self.stride] = False
+        return buffer
 
 
 def check_targets(tokens: Tokens, document_mask: bool, name: str) -> None:

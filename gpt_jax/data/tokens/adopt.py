@@ -235,9 +235,14 @@ def _adopt_whole(
     return _make_tokens(name, joined, 0, joined.documents, tokenizer, report)
 
 
-def adopt_heldout(path: str, tokenizer: Tokenizer, token_type: str, report: Report) -> Tokens:
-    """All tokens of a path of token files, as held-out text. Raises UsageError as `adopt` does."""
-    files = tuple(_list_folder(path)[1:]) or _list_files((path,), "--text")
+def adopt_heldout(
+    path: str, tokenizer: Tokenizer, token_type: str, report: Report, field: str = "--text"
+) -> Tokens:
+    """All tokens of a path of token files, as held-out text. Raises UsageError as `adopt` does.
+
+    `field` is where the path was given.
+    """
+    files = tuple(_list_folder(path)[1:]) or _list_files((path,), field)
     return _adopt_whole("eval", files, tokenizer, token_type, report)
 
 

@@ -195,17 +195,18 @@ def load_text(
     tokenizer: Tokenizer,
     data: config.Data,
     report: Report = print,
+    field: str = "--text",
 ) -> Tokens:
     """All documents of `paths` as held-out tokens, cached like any other text.
 
-    Of `data` only how text is read, the cache and the workers count. Raises UsageError, naming the
-    flag --text, when there is no text.
+    Of `data` only how text is read, the cache and the workers count. `field` is where the paths
+    were given, and messages name it. Raises UsageError when there is no text.
     """
     data = replace(data, path=tuple(paths), eval_path=())
-    held = sources.find_sources(data.path, "--text")
+    held = sources.find_sources(data.path, field)
     cached = _load_or_build(data, (), held, tokenizer, report)
     tokens = cached.sides["eval"]
     if tokens is None:
-        raise UsageError(f"--text = {', '.join(paths)}: the tokenizer makes no tokens of it")
+        raise UsageError(f"{field} = {', '.join(paths)}: the tokenizer makes no tokens of it")
     report(f"data: {describe_size(tokens)}; {cached.folder}")
     return tokens
