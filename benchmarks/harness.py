@@ -1,0 +1,172 @@
+"""Log-likelihoods on this machine's CPU: ours beside HFLM of lm-evaluation-harness.
+
+    python3 -m venv reference
+    reference/bin/pip install torch transformers "lm_eval[hf]"
+    python benchmarks/harness.py --reference=reference/bin/python
+
+A model in the shape of Llama, hardly trained, and its copy for `transformers` score the same requests. These
+are made of Python's standard library: questions of four choices after five examples, and texts
+whose last words are asked for. Both processes are asked in turn. The first pass of each has what is
+paid once, such as compiling. The ratio is HFLM's time over ours, pass by pass; above 1 we are
+faster. Tokens are those of each request's context and continuation, shared or not. With `--record`
+it writes harness.json beside this file.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SHAPE = dict(layers=8, embed=512, heads=8, kv_heads=4, mlp=1408, max_seq=1024)
+QUESTIONS = 12
+EXAMPLES = 5
+TEXTS = 60
+
+
+def read_passages() -> list[str]:
+    """Passages of 200 characters, in an order of their own."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    text = "".join((folder / name).read_text() for name in ("argparse.py", "typing.py", "ast.py"))
+    passages = [text[at : at + 200] for at in range(0, len(text) - 200, 200)]
+    random.Random(0).shuffle(passages)
+    return passages
+
+
+def make_requests(passages: list[str]) -> dict[str, list[tuple[str, str]]]:
+    """(context, continuation) by the name of the kind."""
+    draw = random.Random(1)
+    choices = []
+    for _ in range(QUESTIONS):
+        context = "\n\n".join(draw.sample(passages, EXAMPLES + 1))
+        choices += [(context, " " + draw.choice(passages)[:30]) for _ in range(4)]
+
+    last_words = []
+    for passage in passages[:TEXTS]:
+        context, _, word = passage.rstrip().rpartition(" ")
+        last_words.append((context.rstrip() or "def", " " + word))
+    return {"four choices after five examples": choices, "last words": last_words}
+
+
+def run(*words: str) -> None:
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "gpt_jax", *words]
+    subprocess.run(command, check=True, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL)
+
+
+def make_models(folder: Path) -> tuple[Path, Path]:
+    """(checkpoint, directory for transformers) of one model after a single step."""
+    run(
+        "train",
+        "--config=configs/llama.py:1b",
+        f"--workdir={folder / 'run'}",
+        *(f"--config.model.{name}={value}" for name, value in SHAPE.items()),
+        "--config.model.rope_scale_factor=1",
+        "--config.data.path=stdlib",
+        "--config.data.tokenizer=bpe:4096",
+        f"--config.data.cache={folder / 'cache'}",
+        "--config.train.steps=1",
+        "--config.train.seq_len=256",
+        "--config.train.batch_size=2",
+        "--config.train.accumulate=1",
+        "--config.train.loss_chunk=0",
+        "--config.optim.warmup_steps=0",
+        "--config.eval.batches=1",
+        "--config.eval.samples=0",
+        "--config.compute.dtype=float32",
+    )
+    run("convert", f"--from={folder / 'run'}", f"--to={folder / 'hf'}", "--format=hf")
+    return folder / "run", folder / "hf"
+
+
+class Worker:
+    """One of the two processes."""
+
+    def __init__(self, python: str, kind: str, path: Path):
+        environ = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [python, str(HERE / "harness_worker.py"), kind, str(path)],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environ,
+        )
+
+    def ask(self, file: Path) -> dict:
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps({"file": str(file)}), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+
+def compare(workers: dict[str, Worker], file: Path, rounds: int) -> dict:
+    """Asks both in turn."""
+    passes: dict[str, list[dict]] = {kind: [] for kind in workers}
+    for _ in range(rounds):
+        for kind, worker in workers.items():
+            passes[kind].append(worker.ask(file))
+
+    ours, theirs = passes["ours"], passes["hflm"]
+    pairs = list(zip(ours[0]["scores"], theirs[0]["scores"], strict=True))
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours[1:], theirs[1:], strict=True)]
+    return {
+        "first seconds": {kind: found[0]["seconds"] for kind, found in passes.items()},
+        "seconds": {
+            kind: statistics.median(one["seconds"] for one in found[1:])
+            for kind, found in passes.items()
+        },
+        "ratio": statistics.median(ratios),
+        "ratio lowest and highest": [min(ratios), max(ratios)],
+        "largest difference": max(abs(a[0] - b[0]) for a, b in pairs),
+        "greedy alike": all(a[1] == b[1] for a, b in pairs),
+    }
+
+
+def count_tokens(path: Path, requests: list[tuple[str, str]]) -> int:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    return sum(len(tokenizer.encode(a + b).ids) for a, b in requests)
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--reference", required=True, help="a Python with torch and lm_eval")
+    flags.add_argument("--rounds", type=int, default=6)
+    flags.add_argument("--record", action="store_true")
+    args = flags.parse_args()
+
+    results = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint, directory = make_models(folder)
+        workers = {
+            "ours": Worker(sys.executable, "ours", checkpoint),
+            "hflm": Worker(args.reference, "hflm", directory),
+        }
+        for kind, requests in make_requests(read_passages()).items():
+            file = folder / "requests.json"
+            file.write_text(json.dumps(requests))
+            found = compare(workers, file, args.rounds)
+            counts = {"requests": len(requests), "tokens": count_tokens(directory, requests)}
+            results[kind] = counts | found
+            print(kind, json.dumps(results[kind], indent=1), flush=True)
+        for worker in workers.values():
+            worker.process.kill()
+
+    if args.record:
+        made = {"machine": platform.machine(), "shape": SHAPE, "kinds": results}
+        (HERE / "harness.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
