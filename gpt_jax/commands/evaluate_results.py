@@ -43,10 +43,27 @@ def check_result_flags(args: argparse.Namespace) -> None:
     check_number("--examples", args.examples, 0)
     for flag in ("out", "page"):
         check_place(f"--{flag}", getattr(args, flag))
+        check_no_input(args, flag)
     if args.out and args.page and Path(args.out).resolve() == Path(args.page).resolve():
         raise UsageError(f"--page = {args.page!r}: is the file of --out; name another one")
     if args.compare:
         read_older(args)
+
+
+def check_no_input(args: argparse.Namespace, flag: str) -> None:
+    """Raises UsageError if a file that is to be written is one that the command reads."""
+    path = getattr(args, flag)
+    if not path or not is_there(path):
+        return
+    inputs = {"--questions": args.questions, "--core": [args.core], "--compare": [args.compare]}
+    for owner, names in inputs.items():
+        for name in filter(None, names):
+            # A folder is read with all that is in it.
+            if Path(path).resolve().is_relative_to(Path(name).resolve()):
+                raise UsageError(
+                    f"--{flag} = {path!r}: is read by {owner}, and would be overwritten; name "
+                    "another file"
+                )
 
 
 def check_place(flag: str, path: str | None) -> None:

@@ -33,6 +33,7 @@ ASKED = {"text": [], "evaluators": [], "questions": [], "batches": 0, "stride": 
 # Flags that ask one checkpoint alone.
 ONE_CHECKPOINT = {"core": "", "lm_eval": "", "limit": None} | RESULT_FLAGS
 OUT_SCHEMA = {"checkpoint": "text", "step": "count", "asked": "object"}
+ROW_START = b'{"checkpoint":'  # as every row begins
 # The longest wait for a next checkpoint: a year.
 MOST_MINUTES = 525_600
 
@@ -251,26 +252,17 @@ class OutFile:
 
         Raises UsageError if the file cannot be read and written, or is another one.
         """
-        rows = {}
         try:
             with open(path, "a+b") as file:
                 file.seek(0)
                 *whole, torn = file.read().split(b"\n")
+                # Nothing is taken out of a file of somebody else.
+                rows = read_rows(path, whole, torn)
                 if torn:
                     self._say(f"{path}: its last line was cut, so it is taken out")
                     file.truncate(file.tell() - len(torn))
         except OSError as error:
             raise UsageError(f"--steps_out={path}: {describe_error(error)}") from None
-
-        for number, line in enumerate(whole, 1):
-            try:
-                row = read_json(line, OUT_SCHEMA)
-            except Misfit as error:
-                raise UsageError(
-                    f"--steps_out={path}, line {number}: no row of this command ({error}); name "
-                    "another file"
-                ) from None
-            rows[row["checkpoint"], row["step"]] = row
         return rows
 
     def add(self, row: Row) -> None:
@@ -287,6 +279,28 @@ class OutFile:
                 f"--steps_out={self._path}: cannot be written: {describe_error(error)}; steps "
                 "before are in it, and the same command goes on after them"
             ) from None
+
+
+def read_rows(path: Path, whole: list[bytes], torn: bytes) -> dict[tuple[str, int], Row]:
+    """The rows of `whole` lines by folder and step.
+
+    Raises UsageError if one of them, or the last line without an end, is of no such file.
+    """
+    rows = {}
+    for number, line in enumerate(whole, 1):
+        try:
+            row = read_json(line, OUT_SCHEMA)
+        except Misfit as error:
+            raise UsageError(
+                f"--steps_out={path}, line {number}: no row of this command ({error}); name "
+                "another file"
+            ) from None
+        rows[row["checkpoint"], row["step"]] = row
+    if torn[: len(ROW_START)] != ROW_START[: len(torn)]:
+        raise UsageError(
+            f"--steps_out={path}, line {len(whole) + 1}: no row of this command; name another file"
+        )
+    return rows
 
 
 # ---- what is printed ----

@@ -115,6 +115,7 @@ def test_flags_of_results(tmp_path, bundle):
     asked = f"--core={bundle}"
     wrong = tmp_path / "wrong.json"
     wrong.write_text("{}")
+    task = next(path for path in bundle.rglob("*") if path.is_file())
     for more, words in {
         ("--out=a.json",): "--out: belongs to --questions or --core",
         ("--lm_eval=copa", "--page=a.html"): "--page: belongs to --questions or --core",
@@ -130,6 +131,8 @@ def test_flags_of_results(tmp_path, bundle):
         (asked, f"--out={tmp_path}"): "is a folder; name a file",
         (asked, f"--page={tmp_path}/none/a.html"): "its folder does not exist",
         (asked, "--out=a", "--page=./a"): "--page = './a': is the file of --out",
+        (asked, f"--out={task}"): "is read by --core, and would be overwritten",
+        (f"--questions={wrong}", f"--page={wrong}"): "is read by --questions",
         (asked, "--compare=none.json"): "--compare = 'none.json': no such file",
         (asked, f"--compare={wrong}"): f"--compare = {wrong}: holds no results of questions",
     }.items():

@@ -146,9 +146,16 @@ def test_a_file_keeps_what_was_measured(call, trained, tmp_path, monkeypatch):
 
     code, line = runs.refusal(*command, "--batches=1")
     assert code == 2 and "for other flags (none)" in line and "name another file" in line
-    path.write_text("loss 3\n")
+
+
+@pytest.mark.parametrize("text", ["loss 3\n", "a thesis", '{"my": "results"}', "{\n"])
+def test_a_file_of_somebody_else_stays_as_it_is(trained, tmp_path, text):
+    path = tmp_path / "mine.txt"
+    path.write_text(text)
+    command = "evaluate", f"--checkpoint={trained}", "--all_steps", f"--steps_out={path}"
     code, line = runs.refusal(*command)
-    assert code == 2 and f"--steps_out={path}, line 1" in line and path.read_text() == "loss 3\n"
+    assert code == 2 and f"--steps_out={path}, line 1: no row" in line, line
+    assert path.read_text() == text
 
 
 # ---- watching ----
