@@ -18,7 +18,8 @@ def main(arguments: list[str]) -> None:
     flags = Flags(
         prog="gpt-jax bench",
         description="The input pipeline of a config alone, without a model: tokens a "
-        "second, and where the time goes. Of a ramp of batch sizes it measures the first.",
+        "second, and where the time goes. Of a ramp of batch sizes it measures the first, and "
+        "it cuts no rows.",
     )
     flags.add_argument("what", choices=("data",), help="the part to measure")
     flags.add_argument(

@@ -242,9 +242,9 @@ class Eval:
     )
     stride: int = knob(
         0,
-        "Tokens by which rows of held-out text move on. Each token is predicted once, and sees "
-        "train.seq_len - stride tokens of its text or more. 0 means train.seq_len: rows that have "
-        "no token in common.",
+        "Tokens by which rows of held-out text move on. Each token is predicted once, and sees at "
+        "least train.seq_len - stride tokens before it, or all that its text has. 0 means "
+        "train.seq_len: rows that have no token in common.",
         low=0,
         high=2**30,
     )
@@ -316,8 +316,8 @@ class Checkpoint:
     )
     mirror: str = knob(
         "~/.cache/gpt_jax/mirror",
-        "The folder on this machine for a workdir at a URL, which a run works in, and for "
-        "checkpoints that it reads from a URL. All processes of a job have to share it.",
+        "The folder for copies of what lies at URLs: the workdir that a run works in, which all "
+        "processes of a job have to share, and checkpoints that are read.",
     )
 
 

@@ -65,8 +65,11 @@ class Exporter:
                 self.take(step)
 
     def held(self) -> set[int]:
-        """The steps that wait, or that are being read. Their checkpoints must stay."""
-        return {step for step, future in list(self._pending.items()) if not future.done()}
+        """The steps whose directories are not written yet. Their checkpoints must stay.
+
+        Those that `close` has given up are among them, because the next start reads them.
+        """
+        return {step for step, future in list(self._pending.items()) if not is_written(future)}
 
     def check(self) -> None:
         """Raises SaveFailed if a directory could not be written. It never blocks."""
@@ -96,6 +99,11 @@ class Exporter:
                 raise Cancelled
 
         export_step(self._config, self._directory, step, self._say, look)
+
+
+def is_written(future: Future) -> bool:
+    """Whether a directory is whole, and was neither given up nor refused by the disk."""
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def open_exporter(

@@ -86,7 +86,12 @@ def run_training(
             summary = train(session, profile, collect, beat, say)
         # Nothing beats while a large model is written, so no watchdog stands beside it.
         last = max(parts.config.train.steps, session.progress.start)
-        agree_on(lambda: session.exporter.finish(last))
+
+        def finish_exports():
+            session.exporter.finish(last)
+            session.checkpoints.release()
+
+        agree_on(finish_exports)
     return summary
 
 

@@ -253,6 +253,7 @@ class Mirror(Outlet):
                 stamp = _stamp(path)
                 if self._known.get(name) != stamp:
                     self._store.send(path, name)
+                    self._sent += 1
                     self._known[name] = stamp
             for name in sorted({*self._known} - {*names}):
                 self._store.remove(name)

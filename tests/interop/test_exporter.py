@@ -10,6 +10,7 @@ import pytest
 from drawn_models import LLAMA, assert_same, read_all
 
 import gpt_jax
+from gpt_jax import config as configs
 from gpt_jax.errors import SaveFailed, UsageError
 from gpt_jax.interop import export
 from gpt_jax.run import exporter, run_training
@@ -78,6 +79,49 @@ def test_a_checkpoint_stays_while_it_is_exported(tmp_path, monkeypatch):
     train(tmp_path, 8, keep_last=1)
     assert found[:4] == [(2, True), (4, True), (6, True), (8, True)]
     assert names(tmp_path / "hf") == ["2", "4", "6", "8"]
+
+
+def test_what_stays_for_an_export_alone_goes_with_it(tmp_path, monkeypatch):
+    """The exports of all steps wait until the last one is saved, with one checkpoint to keep."""
+    is_saved = threading.Event()
+    write = exporter.export_step
+
+    def wait(*given):
+        assert is_saved.wait(60)
+        write(*given)
+
+    class Watched(exporter.Exporter):
+        def held(self):
+            steps = super().held()
+            if 6 in steps:
+                assert steps == {2, 4, 6}
+                is_saved.set()
+            return steps
+
+    monkeypatch.setattr(exporter, "export_step", wait)
+    monkeypatch.setattr(exporter, "Exporter", Watched)
+    train(tmp_path, 6, keep_last=1)
+    assert names(tmp_path / "hf") == ["2", "4", "6"]
+    assert names(tmp_path / "checkpoints") == ["6"]
+
+
+def test_what_is_given_up_is_still_held(tmp_path, monkeypatch):
+    """A save that ends behind the exports must not delete what the next start exports."""
+    has_begun = threading.Event()
+
+    def write(config, directory, step, say, look):
+        while step == 4:
+            has_begun.set()
+            look()
+
+    monkeypatch.setattr(exporter, "export_step", write)
+    config = configs.Config(checkpoint=configs.Checkpoint(export="hf", export_every_steps=2))
+    own = exporter.Exporter(config, tmp_path, print)
+    for step in (2, 3, 4, 6):
+        own.take(step)
+    assert has_begun.wait(60) and own.held() == {4, 6}
+    own.close()
+    assert own.held() == {4, 6}
 
 
 def test_a_disk_that_is_full_ends_the_run(tmp_path, monkeypatch):

@@ -359,3 +359,17 @@ def test_a_manifest_that_leads_out_of_its_folder_is_damage(tmp_path):
     stores.write("checkpoints/10/manifest.json", text.encode())
     with pytest.raises(NoCheckpoint, match="content changed"):
         fetch.find_checkpoint(stores.URL, 0, print, str(tmp_path / "reader"))
+
+
+def test_other_files_count_as_progress(tmp_path):
+    """An export may take longer to send than a run may stand still."""
+    mirror = begun(tmp_path)
+    mirror.sync()
+    before = mirror.progress()
+    (mirror.folder / "hf/2").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (mirror.folder / "hf/2" / name).write_bytes(b"{}")
+    mirror.sync()
+    assert mirror.progress() == before + 2
+    mirror.sync()
+    assert mirror.progress() == before + 2

@@ -284,7 +284,8 @@ class InOrder:
 
     A row begins `stride` tokens after the one before; 0 means `seq_len`. Of rows after the first
     only the last `stride` tokens are targets, so each target sees at least `seq_len - stride`
-    tokens of its text. These are the strided windows of perplexity in Hugging Face's documentation.
+    tokens of its text, or all before it. These are the strided windows of perplexity in Hugging
+    Face's documentation.
 
     Raises UsageError if the text has fewer than two tokens.
     """

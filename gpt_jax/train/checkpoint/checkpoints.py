@@ -113,6 +113,7 @@ class Checkpoints:
         self._started: dict[int, float | None] = {}  # that save's value of `best_metric`
 
         self.reader: Reader | None = None
+        self._held: set[int] = set()  # the reader's steps at the last save
         self._saved_step = latest or 0
         self._saved_at = time.monotonic()
         self._next_look = 0
@@ -297,17 +298,30 @@ class Checkpoints:
 
         self._outlet.send(step)
         self._complete[step] = value
-        held: set[int] = set()
         if self.reader is not None:
             self.reader.take(step)
-            held = self.reader.held()
+            self._held = self.reader.held()
+        self._prune(step)
+
+    def release(self) -> None:
+        """Deletes what stayed for the reader alone, which has read everything.
+
+        Process 0 calls it after `close`.
+        """
+        if self._held:
+            self._held = set()
+            self._prune(max(self._complete))
+
+    def _prune(self, newest: int) -> None:
+        """Deletes the steps that the policy no longer wants, but those that are being read."""
+        held = self._held
         for old in sorted(set(self._complete) - to_keep(self._complete, self.policy) - held):
             del self._complete[old]
             self._discard(self.directory / str(old))
             self._outlet.remove(old)
         # Of what was sent, the disk keeps the step that the next start resumes from.
         for old in steps_in(self.directory) if self._outlet.is_away else []:
-            if old < step and old not in held:
+            if old < newest and old not in held:
                 self._discard(self.directory / str(old))
 
     def _discard(self, folder: Path) -> None:
