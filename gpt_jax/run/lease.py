@@ -25,6 +25,21 @@ SCHEMA = {"token": "text", "host": "text", "process": "count", "time": "number"}
 ENDED = 0.0  # the time in a lease that was given back
 
 
+def read_lease(raw: bytes | None) -> dict | None:
+    """A lease from its file. One that is not there, or cannot be read, is None."""
+    try:
+        return None if raw is None else read_json(raw, SCHEMA)
+    except Misfit:
+        return None
+
+
+def is_held(lease: dict | None) -> bool:
+    """Whether the run of a lease was at work not long ago."""
+    if lease is None or lease["time"] == ENDED:
+        return False
+    return time.time() - lease["time"] < LEASE_SECONDS
+
+
 class Lease:
     """The right to write into the folder of a store, under a token of its own."""
 
@@ -34,11 +49,7 @@ class Lease:
 
     def look(self) -> dict | None:
         """The lease that lies there. One that cannot be read counts as none."""
-        raw = self._store.read(LEASE)
-        try:
-            return None if raw is None else read_json(raw, SCHEMA)
-        except Misfit:
-            return None
+        return read_lease(self._store.read(LEASE))
 
     def _write(self, moment: float) -> None:
         lease = {
@@ -55,10 +66,9 @@ class Lease:
         `over` are tokens of runs that are known to be over. Raises Busy if another run has it.
         """
         lease = self.look()
-        if lease and lease["token"] not in over and lease["time"] != ENDED:
-            age = time.time() - lease["time"]
-            if age < LEASE_SECONDS:
-                raise self._busy(lease, f"was there {max(age, 0):.0f} s ago")
+        if lease and lease["token"] not in over and is_held(lease):
+            age = max(time.time() - lease["time"], 0)
+            raise self._busy(lease, f"was there {age:.0f} s ago")
         self._write(time.time())
         time.sleep(SETTLE_SECONDS)
         self._check(self.look())

@@ -7,6 +7,9 @@ from pathlib import Path
 from gpt_jax.cluster import agree_on
 from gpt_jax.errors import Busy, UsageError
 from gpt_jax.files import LinkedLock, describe_error, hold_lock
+from gpt_jax.run.lease import LEASE, LEASE_SECONDS, is_held, read_lease
+
+LOCK = ".lock"  # in the workdir
 
 # Who looks whether a run is at work (`files.is_locked`) holds the lock for microseconds.
 ATTEMPTS = 3
@@ -28,6 +31,18 @@ def take(path: Path):
         yield
 
 
+def refuse_lease(workdir: Path) -> None:
+    """Raises Busy if a run is at work that has this folder as a URL, such as file://."""
+    file = workdir / LEASE
+    lease = read_lease(file.read_bytes() if file.is_file() else None)
+    if lease and is_held(lease):
+        raise Busy(
+            f"--workdir={workdir}: another run is training into it by a URL (process "
+            f"{lease['process']} on {lease['host']}); wait for it, stop it, or choose another "
+            f"--workdir; the lease of a run that was killed ends after {LEASE_SECONDS:.0f} s"
+        )
+
+
 @contextmanager
 def only_run(workdir: Path, say):
     """Holds the workdir for this run alone.
@@ -40,7 +55,8 @@ def only_run(workdir: Path, say):
 
         def take_lock():
             try:
-                closing.enter_context(take(workdir / ".lock"))
+                closing.enter_context(take(workdir / LOCK))
+                refuse_lease(workdir)
             except BlockingIOError:
                 raise Busy(
                     f"--workdir={workdir}: another run is training into it; wait for it, stop it, "
