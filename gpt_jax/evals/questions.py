@@ -78,7 +78,8 @@ def ask_file(model, tokenizer, path: str, report: Say, limit: int = 0) -> Asked:
     left_out = len(rows) - len(places)
     line = f"{left_out} of {len(rows)} questions of {path} do not fit the context of "
     if not places:
-        raise UsageError(f"{line}{model.max_seq}, so none is left; give shorter answers")
+        way_out = "lower their max_new_tokens" if kind.settings else "give shorter answers"
+        raise UsageError(f"{line}{model.max_seq}, so none is left; {way_out}")
     if left_out:
         report(f"{line}{model.max_seq} and are left out")
     return Asked(kind, [rows[place - 1] for place in places], places, requests, left_out)
@@ -186,13 +187,13 @@ def _answer_file(
 def _score(
     subject: Subject, asked: Asked, report: Say, tick: Callable[[], None]
 ) -> tuple[list[list[Score]], int]:
-    """(the scores of each row, how many contexts were cut)."""
+    """(the scores of each row, how many rows had a context cut)."""
     together = [request for own in asked.requests for request in own]
     about = subject.model, subject.compute, subject.params
     scores = score_requests(*about, together, report, tick)
     remaining = iter(scores)
     by_row = [[next(remaining) for _ in own] for own in asked.requests]
-    return by_row, sum(score.cut > 0 for score in scores)
+    return by_row, sum(any(score.cut for score in own) for own in by_row)
 
 
 def summarize_files(tasks: Sequence[TaskResult]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from gpt_jax.interop import is_foreign, load_params, open_foreign
 from gpt_jax.model import abstract_params
 from gpt_jax.run.convert import check_vocabulary, make_config
 from gpt_jax.run.fetch import MIRROR, find_checkpoint
+from gpt_jax.run.finite import find_nonfinite
 from gpt_jax.run.loaded import Loaded
 from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes, read_tokenizer
 from gpt_jax.run.notes import describe_habits, format_count
@@ -134,7 +135,7 @@ def _load(
         params = restore_checkpoint(directory, step, {item: abstract})[item]
 
     weights = ", averaged weights" if config.train.ema else ""
-    _tell(f"step {step} of {directory}{weights}", settled, mesh, kernel, say)
+    _tell(f"step {step} of {directory}{weights}", settled, mesh, kernel, params, say)
     return Loaded(
         settled,
         tokenizer,
@@ -162,7 +163,7 @@ def _load_foreign(path: str, say: Callable[[str], None], devices: int, is_decodi
     with jax.set_mesh(mesh):
         abstract = sharding.make_concrete(abstract_params(settled.model), mesh)
         params = load_params(origin.read, abstract)
-    _tell(f"{origin.name}, a {origin.family}", settled, mesh, kernel, say)
+    _tell(f"{origin.name}, a {origin.family}", settled, mesh, kernel, params, say)
     assert origin.tokenizer is not None
     return Loaded(settled, origin.tokenizer, params, mesh, Path(path), 0, "", 0)
 
@@ -185,7 +186,11 @@ def _settle(
     return settled, mesh, f"{name} ({reason})"
 
 
-def _tell(what: str, settled: configs.Config, mesh, kernel: str, say) -> None:
-    """Says in a line what was loaded, on which devices."""
+def _tell(what: str, settled: configs.Config, mesh, kernel: str, params, say) -> None:
+    """Says in a line what was loaded, on which devices, and in another what is wrong with it."""
     devices = format_count(mesh.size, f"{mesh.devices.flat[0].device_kind} device")
     say(f"{what}, on {devices}; attention kernel: {kernel}; {describe_habits(settled, mesh)}")
+    with jax.set_mesh(mesh):
+        nonfinite = find_nonfinite(params)
+    if nonfinite:
+        say(f"{nonfinite} of {what}; nothing that such a model gives can be trusted")

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.errors import UsageError
-from gpt_jax.interop import describe_nonfinite
 from gpt_jax.model import abstract_params, describe_parameter, init_params
+from gpt_jax.run.finite import find_nonfinite
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.source import Source
 from gpt_jax.train import TrainState, rewind
@@ -70,20 +70,13 @@ def start_from(parts: Parts, source: Source, say) -> TrainState:
 def check_finite(params, name: str) -> None:
     """Raises UsageError, with all of them in a line, if weights are NaN or infinite.
 
-    A run that starts from such weights would end at its first step, after it was compiled. Devices
-    count their own shards. Every process calls it, and gets the same answer.
+    A run that starts from such weights would end at its first step, after it was compiled.
     """
-
-    def count(params):
-        # float32, because a count of int32 ends at 2e9. It is exact up to 16 million.
-        return jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.float32), params)
-
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(jax.jit(count)(params)))
-    counts = {sharding.join_path(keys): int(leaf) for keys, leaf in leaves if leaf}
-    if counts:
+    line = find_nonfinite(params)
+    if line:
         raise UsageError(
-            f"config.init.from: {describe_nonfinite(counts)} of {name}; a run from there would "
-            "have no loss; name another step, or other weights"
+            f"config.init.from: {line} of {name}; a run from there would have no loss; name "
+            "another step, or other weights"
         )
 
 

@@ -104,6 +104,11 @@ def test_contexts_that_are_cut_are_counted(tmp_path):
     found = measure_questions(subject, [write(tmp_path / "q.jsonl", rows)], said.append)
     assert found["eval/q/cut"] == 1 and len(said) == 1 and "1 of 2 requests" in said[0]
 
+    # Two choices of one question are one row.
+    rows = [{"context": "a" * 80, "choices": ["b", "c"], "gold": 0}]
+    found = measure_questions(subject, [write(tmp_path / "c.jsonl", rows)], said.append)
+    assert found["eval/c/cut"] == found["eval/c/questions"] == 1
+
 
 def test_a_run_is_told_at_each_batch(tmp_path, monkeypatch):
     """The watchdog hears of each batch, and a request to stop ends the evaluation there."""

@@ -15,6 +15,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.interop import describe_nonfinite, open_foreign, watch, write_directory
 from gpt_jax.interop.finite import NAMED, count_nonfinite
 from gpt_jax.run.convert import open_model, write_native
+from gpt_jax.run.restore import load_model
 from gpt_jax.run.resume import start_new
 
 NAMES = {
@@ -111,6 +112,14 @@ def test_no_run_starts_from_them(tmp_path, kind, mesh):
         start_new(parts, print)
     counts = {"blocks/0/mlp/up/kernel": 3, "final_norm/scale": 1}
     assert error.value.args[0].startswith(f"config.init.from: {describe_nonfinite(counts)} of ")
+
+
+def test_who_asks_such_a_model_is_told(tmp_path):
+    write_both(tmp_path)
+    lines = []
+    load_model(str(tmp_path / "native"), 0, lines.append)
+    counts = {"blocks/0/mlp/up/kernel": 3, "final_norm/scale": 1}
+    assert any(line.startswith(f"{describe_nonfinite(counts)} of ") for line in lines), lines
 
 
 def test_the_table_twice_may_hold_nan(tmp_path):

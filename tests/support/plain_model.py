@@ -20,11 +20,16 @@ ACTIVATIONS = {
 ACTIVATIONS["geglu"] = ACTIVATIONS["gelu_tanh"]
 
 
+RMS_NORMS = ("rmsnorm", "plain_rmsnorm", "unit_rmsnorm")
+
+
 def np_norm(model, p, x):
     if model.norm == "layernorm":
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon)
-    else:
+    elif model.norm in RMS_NORMS:
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon)
+    else:
+        raise ValueError(f"np_norm knows no {model.norm}: write it here")
     return x * np_scale(model, p) + p.get("bias", 0.0)
 
 

@@ -176,7 +176,8 @@ def decode(raw: bytes, reading: Reading, start: int = 0) -> Decoded:
     if reading.errors == "strict":
         others = "".join(f", nor {name.upper()}" for name in reading.encodings[1:])
         raise Unreadable(
-            f"{first_error}{others}; convert the file, name its encoding, or go on with {REPLACE}"
+            f"{first_error}{others}; convert the file to UTF-8; a run, and prepare, can also name "
+            f"its encoding, or go on with {REPLACE}"
         )
 
     name = reading.encodings[0]
