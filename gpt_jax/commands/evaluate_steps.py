@@ -33,6 +33,7 @@ ASKED = {"text": [], "evaluators": [], "questions": [], "batches": 0, "stride": 
 # Flags that ask one checkpoint alone.
 ONE_CHECKPOINT = {"core": "", "lm_eval": "", "limit": None} | RESULT_FLAGS
 OUT_SCHEMA = {"checkpoint": "text", "step": "count", "asked": "object"}
+FIRST_BYTES = b'{"checkpoint": "'  # of each row
 # The longest wait for a next checkpoint: a year.
 MOST_MINUTES = 525_600
 
@@ -87,10 +88,18 @@ def check_step_flags(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--checkpoint={args.checkpoint}: is a URL; {asked} needs a folder on this machine"
         )
-    if args.watch and Path(args.checkpoint).name.isdecimal():
+    if args.watch and is_one_step(args.checkpoint):
         raise UsageError(f"--checkpoint={args.checkpoint}: is one step; name the workdir to watch")
     if args.steps_out and not Path(args.steps_out).absolute().parent.is_dir():
         raise UsageError(f"--steps_out={args.steps_out!r}: its folder does not exist")
+
+
+def is_one_step(path: str) -> bool:
+    """Whether a path is a step's folder, and no workdir with a number for a name."""
+    from gpt_jax.train import CHECKPOINT_FOLDER
+
+    place = Path(path).absolute()
+    return place.name.isdecimal() and place.parent.name == CHECKPOINT_FOLDER
 
 
 def measure_steps(args: argparse.Namespace, say: Say) -> None:
@@ -126,6 +135,8 @@ def walk(args: argparse.Namespace, say: Say) -> Iterator[Row]:
 
     Raises what `measure_steps` does.
     """
+    import jax
+
     from gpt_jax.cluster import agree_on
     from gpt_jax.run import load_step
 
@@ -136,7 +147,9 @@ def walk(args: argparse.Namespace, say: Say) -> Iterator[Row]:
     for directory, step, is_known in find_steps(args, out, say):
         if is_known:
             say(f"step {step}: is in {args.steps_out} already")
-            row = out.find(directory, step) or {}
+            # Process 0 alone reads the file, and shows what is in it.
+            row = out.find(directory, step) if jax.process_index() == 0 else None
+            row = row or {}
         else:
             try:
                 loaded = load_step(Path(directory), step, say)
@@ -226,6 +239,9 @@ class OutFile:
             for name, default in ASKED.items()
             if getattr(args, name) != default
         }
+        # The rows of a batch decide which text is measured only if batches are counted.
+        if args.batches and args.batch_size:
+            self._asked["batch_size"] = args.batch_size
         self._rows: dict[tuple[str, int], Row] | None = None
 
     def find(self, directory: str, step: int) -> Row | None:
@@ -251,26 +267,35 @@ class OutFile:
 
         Raises UsageError if the file cannot be read and written, or is another one.
         """
-        rows = {}
         try:
             with open(path, "a+b") as file:
                 file.seek(0)
                 *whole, torn = file.read().split(b"\n")
+                # Another file may end without a line break, and has to stay as it is.
+                rows = self._parse(path, whole, torn)
                 if torn:
                     self._say(f"{path}: its last line was cut, so it is taken out")
                     file.truncate(file.tell() - len(torn))
         except OSError as error:
             raise UsageError(f"--steps_out={path}: {describe_error(error)}") from None
+        return rows
 
-        for number, line in enumerate(whole, 1):
+    def _parse(self, path: Path, whole: list[bytes], torn: bytes) -> dict[tuple[str, int], Row]:
+        """The rows in the lines of a file. Raises UsageError if these or its rest are others."""
+        rows = {}
+        for number, line in enumerate([*whole, torn], 1):
+            is_torn = number > len(whole)
             try:
-                row = read_json(line, OUT_SCHEMA)
+                if is_torn and not FIRST_BYTES.startswith(line[: len(FIRST_BYTES)]):
+                    raise Misfit("it does not begin as one")
+                row = {} if is_torn else read_json(line, OUT_SCHEMA)
             except Misfit as error:
                 raise UsageError(
                     f"--steps_out={path}, line {number}: no row of this command ({error}); name "
                     "another file"
                 ) from None
-            rows[row["checkpoint"], row["step"]] = row
+            if row:
+                rows[row["checkpoint"], row["step"]] = row
         return rows
 
     def add(self, row: Row) -> None:
