@@ -88,10 +88,18 @@ def check_step_flags(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--checkpoint={args.checkpoint}: is a URL; {asked} needs a folder on this machine"
         )
-    if args.watch and Path(args.checkpoint).name.isdecimal():
+    if args.watch and is_one_step(args.checkpoint):
         raise UsageError(f"--checkpoint={args.checkpoint}: is one step; name the workdir to watch")
     if args.steps_out and not Path(args.steps_out).absolute().parent.is_dir():
         raise UsageError(f"--steps_out={args.steps_out!r}: its folder does not exist")
+
+
+def is_one_step(path: str) -> bool:
+    """Whether a path is a step's folder, and no workdir with a number for a name."""
+    from gpt_jax.train import CHECKPOINT_FOLDER
+
+    place = Path(path).absolute()
+    return place.name.isdecimal() and place.parent.name == CHECKPOINT_FOLDER
 
 
 def measure_steps(args: argparse.Namespace, say: Say) -> None:
@@ -127,6 +135,8 @@ def walk(args: argparse.Namespace, say: Say) -> Iterator[Row]:
 
     Raises what `measure_steps` does.
     """
+    import jax
+
     from gpt_jax.cluster import agree_on
     from gpt_jax.run import load_step
 
@@ -137,7 +147,9 @@ def walk(args: argparse.Namespace, say: Say) -> Iterator[Row]:
     for directory, step, is_known in find_steps(args, out, say):
         if is_known:
             say(f"step {step}: is in {args.steps_out} already")
-            row = out.find(directory, step) or {}
+            # Process 0 alone reads the file, and shows what is in it.
+            row = out.find(directory, step) if jax.process_index() == 0 else None
+            row = row or {}
         else:
             try:
                 loaded = load_step(Path(directory), step, say)
@@ -227,6 +239,9 @@ class OutFile:
             for name, default in ASKED.items()
             if getattr(args, name) != default
         }
+        # The rows of a batch decide which text is measured only if batches are counted.
+        if args.batches and args.batch_size:
+            self._asked["batch_size"] = args.batch_size
         self._rows: dict[tuple[str, int], Row] | None = None
 
     def find(self, directory: str, step: int) -> Row | None:

@@ -53,7 +53,8 @@ def compare_core_means(old: Iterable[TaskResult], new: Iterable[TaskResult]) -> 
     counted = []
     for task in new:
         other = by_name.get(task.name)
-        if other is None:
+        # A file of --questions may have the name of a task, and other metrics.
+        if other is None or "acc" not in other.metrics:
             continue
         shared = pair_rights(other, task, "acc")
         if shared:

@@ -103,8 +103,22 @@ READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path], tuple[dict, Mappin
 
 
 def is_foreign(path: str | Path) -> bool:
-    """Whether a path is a model of another project."""
-    return any(fits(Path(path)) for fits, _ in READERS)
+    """Whether a path is a model of another project.
+
+    Raises UsageError for a folder with the exports of a run, which are several.
+    """
+    path = Path(path)
+    if any(fits(path) for fits, _ in READERS):
+        return True
+    steps = [int(child.name) for child in path.glob("[0-9]*") if _is_export(child)]
+    if steps:
+        newest = path / str(max(steps))
+        raise UsageError(f"{path}: holds the exports of several steps; name one, such as {newest}")
+    return False
+
+
+def _is_export(path: Path) -> bool:
+    return path.name.isdecimal() and _is_directory(path)
 
 
 def read_foreign_model(path: str | Path, ignored: tuple[str, ...] = ()) -> configs.Model:

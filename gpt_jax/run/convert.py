@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.data import Tokenizer
+from gpt_jax.data import Tokenizer, is_remote
 from gpt_jax.errors import UsageError
 from gpt_jax.interop import (
     Origin,
@@ -71,11 +71,15 @@ def open_model(
 
 def open_native(path: str, step: int, say: Callable[[str], None], mirror: str = MIRROR) -> Origin:
     """The weights of a checkpoint of ours, the averaged ones if the run kept them."""
-    return open_step(*find_checkpoint(path, step, say, mirror))
+    directory, number = find_checkpoint(path, step, say, mirror)
+    return open_step(directory, number, path if is_remote(path) else "")
 
 
-def open_step(directory: Path, number: int) -> Origin:
-    """The weights of a step, whose files are not verified. It needs no other process."""
+def open_step(directory: Path, number: int, path: str = "") -> Origin:
+    """The weights of a step, whose files are not verified. It needs no other process.
+
+    `path` names the run, if it is not the folder above `directory`.
+    """
     meta = read_meta(directory, number, META_SCHEMA)
     config = read_config(meta, directory, number)
     folder = directory / str(number)
@@ -85,7 +89,7 @@ def open_step(directory: Path, number: int) -> Origin:
         return read_slice(folder, item, name, index)
 
     return Origin(
-        name=f"step {number} of {directory}",
+        name=f"step {number} of {path or directory}",
         model=config.model,
         shapes=list_shapes(config.model),
         read=read,
@@ -98,7 +102,7 @@ def open_step(directory: Path, number: int) -> Origin:
         },
         lineage=lambda: [
             *meta.get("lineage", []),
-            make_run_entry(meta, config, directory, number),
+            make_run_entry(meta, config, directory, number, path),
         ],
     )
 
@@ -139,7 +143,6 @@ def export_step(
     target = directory.parent / EXPORT_FOLDER / str(step)
     if config.checkpoint.export == "none" or target.exists():
         return
-    target.parent.mkdir(exist_ok=True)
     # A run that has come to its end keeps what it has. The line says what is wrong with it.
     origin = open_step(directory, step)
 

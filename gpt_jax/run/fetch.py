@@ -90,8 +90,8 @@ class Place(NamedTuple):
         return sorted(step for step, files in self.steps.items() if MANIFEST in files)
 
     def at(self, step: int) -> "RemoteStep":
-        """One of the steps."""
-        return RemoteStep(self.store, f"{self.below}{step}", self.steps[step])
+        """A step, which has no files if it was not there when the store was looked at."""
+        return RemoteStep(self.store, f"{self.below}{step}", self.steps.get(step, {}))
 
 
 class RemoteStep(NamedTuple):
@@ -250,6 +250,9 @@ def find_checkpoint(
         number = agree_on(partial(_next_older, place, asked, newer))
         if number is None:
             raise NoCheckpoint(f"{place.url}: no valid checkpoint; found {'; '.join(damaged)}")
+        if number not in place.steps:
+            # It was saved after this process had looked, and before process 0 did.
+            place, _ = find_place(str(path), step, say)
         with writing(mirror, place.url), _alone(target / str(number)):
             damage = _fetch(place.at(number), target / str(number), is_wanted, say)
         reports = exchange({"damage": damage[:MOST_TEXT]})

@@ -13,19 +13,21 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt_jax import config as configs
-from gpt_jax.cluster import agree_on, exchange
+from gpt_jax.cluster import agree_on
 from gpt_jax.data import is_remote
-from gpt_jax.errors import Busy, Exit, NoCheckpoint, SaveFailed, UsageError
-from gpt_jax.files import describe_error, hold_lock, replace_file
+from gpt_jax.errors import Busy, Exit, NoCheckpoint, SaveFailed
+from gpt_jax.files import replace_file
 from gpt_jax.interop import UNFINISHED
-from gpt_jax.run.fetch import Place, fetch_step, find_folder, group_steps, writing
+from gpt_jax.run.convert import EXPORT_FOLDER
+from gpt_jax.run.fetch import Place, fetch_step, group_steps, writing
 from gpt_jax.run.lease import LEASE, RENEW_SECONDS, Lease
-from gpt_jax.run.store import Store, check_url, in_threads
+from gpt_jax.run.mirror_folder import check_shared, holding, list_locks, make_folder
+from gpt_jax.run.store import Store, in_threads
 from gpt_jax.schema import Each, read_json
 from gpt_jax.train import CHECKPOINT_FOLDER, MANIFEST, META, NOWHERE, Outlet, find_damage, steps_in
 
@@ -55,6 +57,7 @@ class Mirror(Outlet):
         self._sent = 0
         self._lost: Busy | None = None  # why the run must end
         self._is_over = threading.Event()
+        self._keeper = threading.Thread(target=self._keep_lease, daemon=True, name="lease")
 
     def name(self, line: str) -> str:
         """A line for people, with the URL in the place of the folder."""
@@ -76,7 +79,7 @@ class Mirror(Outlet):
         self._send_rest(place)
         place = place._replace(steps=group_steps(self._store.list(BELOW), BELOW))
         newest = self._bring_newest(place)
-        self._keep_only(newest)
+        self._keep_only(newest, place)
         self.metrics = {one: self._read_metric(one) for one in place.sealed if one <= newest}
 
         top = [name for name in files if "/" not in name and name[0] != "." and name != LEASE]
@@ -86,8 +89,11 @@ class Mirror(Outlet):
                 self._known[name] = _stamp(self.folder / name)
             elif (self.folder / name).exists():
                 self._known[name] = (-1, -1)
+        if is_own:
+            self._know_exports(files)
         replace_file(self.folder.parent / TOKENS, self._lease.token.encode())
-        threading.Thread(target=self._keep_lease, daemon=True, name="lease").start()
+        self._keeper.start()
+        threading.Thread(target=self._keep_sending, daemon=True, name="files").start()
         self._say(
             f"workdir {self.url}: the run works in {self.folder}; checkpoints and metrics are sent "
             "from there"
@@ -109,6 +115,15 @@ class Mirror(Outlet):
         self._clear()
         return False
 
+    def _know_exports(self, files: Mapping[str, int]) -> None:
+        """Keeps files of finished exports, which do not change, from being sent once more."""
+        for name, size in files.items():
+            path = self.folder / name
+            if name.startswith(f"{EXPORT_FOLDER}/") and path.is_file():
+                stamp = _stamp(path)
+                if stamp[0] == size:
+                    self._known[name] = stamp
+
     def give_back(self) -> None:
         """Gives the lease back after a start that failed."""
         with contextlib.suppress(Exit):
@@ -122,14 +137,15 @@ class Mirror(Outlet):
                 f"{self.folder} is made anew: another run has had {self.url} since, so what was "
                 f"not sent from there is dropped (steps {', '.join(map(str, steps))} were there)"
             )
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
 
     def _drop_unfinished(self, place: Place) -> None:
         for step in sorted({*place.steps} - {*place.sealed}):
             self._say(
                 f"checkpoint step {step} in {place.url} was not finished; its remains are removed"
             )
-            self._remove_files(place.at(step).name, list(place.steps[step]))
+            self._remove_step(place.at(step).name, list(place.steps[step]))
 
     def _send_rest(self, place: Place) -> None:
         """Sends whole steps that are newer than all in the store. An earlier run could not."""
@@ -160,10 +176,16 @@ class Mirror(Outlet):
             )
         return -1
 
-    def _keep_only(self, step: int) -> None:
+    def _keep_only(self, step: int, place: Place) -> None:
+        """Deletes all other steps of the folder, but those that wait for their export."""
+        every = self._policy.export_every_steps
         for other in steps_in(self.folder / CHECKPOINT_FOLDER):
-            if other != step:
-                shutil.rmtree(self.folder / CHECKPOINT_FOLDER / str(other))
+            folder = self.folder / CHECKPOINT_FOLDER / str(other)
+            is_whole = other in place.sealed and (folder / MANIFEST).exists()
+            is_due = every > 0 and other % every == 0
+            is_awaited = is_due and not (self.folder / EXPORT_FOLDER / str(other)).exists()
+            if other != step and not (other < step and is_whole and is_awaited):
+                shutil.rmtree(folder)
 
     def _read_metric(self, step: int) -> float | None:
         """A step's value of the best metric, if the policy asks for it."""
@@ -225,7 +247,7 @@ class Mirror(Outlet):
         name = f"{BELOW}{step}"
         try:
             files = [file[len(name) + 1 :] for file in self._store.list(name)]
-            self._remove_files(name, files)
+            self._remove_step(name, files)
         except Exit as error:
             self._say(f"{self.url}/{name} could not be deleted: {error}")
 
@@ -234,6 +256,11 @@ class Mirror(Outlet):
         if MANIFEST in files:
             self._store.remove(f"{folder}/{MANIFEST}")
         in_threads(self._store.remove, [f"{folder}/{file}" for file in files if file != MANIFEST])
+
+    def _remove_step(self, name: str, files: list[str]) -> None:
+        """Deletes a step with all of its files."""
+        self._remove_files(name, files)
+        self._store.drop_folder(name)
 
     def progress(self) -> int:
         """A number that grows while files are sent."""
@@ -259,6 +286,15 @@ class Mirror(Outlet):
                 self._store.remove(name)
                 del self._known[name]
 
+    def _keep_sending(self) -> None:
+        """Sends files beside the checkpoints until the end, in a thread.
+
+        The lease has another one, because it must be renewed while gigabytes are sent.
+        """
+        while not self._is_over.wait(RENEW_SECONDS):
+            if self._lost is None:
+                self._sync_or_say()
+
     def _keep_lease(self) -> None:
         """Renews the lease until the end, in a thread."""
         while not self._is_over.wait(RENEW_SECONDS):
@@ -269,18 +305,18 @@ class Mirror(Outlet):
                 return
             except Exit as error:
                 self._say(f"{error}; the run goes on, and renews its lease later")
-            else:
-                self._sync_or_say()
 
     def end(self, error: BaseException | None) -> None:
         """Sends what is left and gives the lease back. `error` is what ends the run, if any."""
         self._is_over.set()
+        # A renewal that is under way would take the lease once more after it was given back.
+        self._keeper.join()
         if self._lost is not None:
             return
         try:
             self.sync()
             self._lease.release()
-        except Exit as problem:
+        except (Exit, OSError) as problem:
             line = (
                 f"metrics could not be sent to {self.url}: {problem}; they are whole in "
                 f"{self.folder}, from where the same command on this machine sends them"
@@ -307,40 +343,6 @@ def _list_others(folder: Path) -> Iterator[str]:
         if where == str(folder) and CHECKPOINT_FOLDER in folders:
             folders.remove(CHECKPOINT_FOLDER)
         yield from ((inside / name).as_posix() for name in sorted(files) if name[0] != ".")
-
-
-def make_folder(url: str, mirror: str) -> Path:
-    """The mirror's folder of a workdir at `url`, whose parent is made. Raises UsageError."""
-    check_url("--workdir", url)
-    folder = find_folder(mirror, "runs", url)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"config.checkpoint.mirror = {mirror!r}: cannot be written: {describe_error(error)}"
-        ) from None
-    return folder
-
-
-def check_shared(folder: Path, url: str) -> None:
-    """Raises UsageError unless all processes of the job see one and the same folder.
-
-    Orbax writes a checkpoint of several processes into one folder.
-    """
-    mark = f".seen-{os.getpid()}"
-
-    def make() -> str:
-        (folder.parent / mark).touch()
-        return mark
-
-    name = agree_on(make)
-    seen = exchange({"seen": (folder.parent / name).exists()})
-    agree_on(lambda: (folder.parent / mark).unlink())
-    if not all(report["seen"] for report in seen):
-        raise UsageError(
-            f"--workdir={url}: the processes of this job do not share {folder.parent}; set "
-            "config.checkpoint.mirror to a folder that all machines see"
-        )
 
 
 class Workdir(NamedTuple):
@@ -371,7 +373,8 @@ def opening_workdir(
     with contextlib.ExitStack() as closing:
 
         def begin() -> None:
-            closing.enter_context(_holding(folder.parent / ".lock", url, say))
+            for lock in list_locks(folder, url):
+                closing.enter_context(holding(lock, url, say))
             try:
                 mirror.begin()
             except BaseException:
@@ -382,19 +385,3 @@ def opening_workdir(
         with writing(policy.mirror, url):
             agree_on(begin)
         yield Workdir(folder, mirror, lambda line: say(mirror.name(line)))
-
-
-@contextlib.contextmanager
-def _holding(lock: Path, url: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Keeps other runs of this machine out of the mirror. Raises Busy."""
-    with contextlib.ExitStack() as closing:
-        try:
-            closing.enter_context(hold_lock(lock, wait=None))
-        except BlockingIOError:
-            raise Busy(
-                f"--workdir={url}: another run on this machine is training into it; wait for it, "
-                "stop it, or choose another --workdir"
-            ) from None
-        except OSError as error:
-            say(f"{lock} cannot be locked: {describe_error(error)}")
-        yield

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax import config as configs
+from gpt_jax.data import is_remote
+from gpt_jax.errors import UsageError
 from gpt_jax.run.fetch import MIRROR
 from gpt_jax.run.loaded import Loaded, tell
 from gpt_jax.run.parts import Parts, build as build_parts
@@ -14,16 +16,22 @@ from gpt_jax.run.restore import load_model
 def build(
     config: configs.Config | Mapping[str, Any],
     say: Callable[[str], None] = tell,
-    workdir: Path | None = None,
+    workdir: str | Path | None = None,
 ) -> Parts:
     """The parts of a run: mesh, data, and the compiled steps.
 
     `config` is a Config, or nested mappings that hold what differs from the defaults; the
-    ConfigDict of a file in configs/ is one. A run that may resume gives its `workdir`. Raises
-    UsageError if it cannot be run.
+    ConfigDict of a file in configs/ is one. A run that may resume gives its `workdir`, if that is
+    a folder. Raises UsageError if it cannot be run.
     """
+    if is_remote(workdir or ""):
+        raise UsageError(
+            f"workdir = {str(workdir)!r}: is a URL, which is not read here; leave it out"
+        )
     is_made = isinstance(config, configs.Config)
-    return build_parts(config if is_made else configs.from_dict(config), say, workdir)
+    return build_parts(
+        config if is_made else configs.from_dict(config), say, Path(workdir) if workdir else None
+    )
 
 
 def load(

@@ -159,6 +159,16 @@ class Store:
 
         self._try(name, delete)
 
+    def drop_folder(self, name: str) -> None:
+        """Deletes a folder whose files are gone, where the store has folders."""
+
+        def delete(path: str) -> None:
+            if self._files.isdir(path):
+                self._files.rm(path, recursive=True)
+
+        if "file" in self._files.protocol:
+            self._try(name, delete)
+
     def _make_parent(self, path: str) -> None:
         # Other stores have no folders, and some would make a bucket.
         if "file" in self._files.protocol:

@@ -148,6 +148,14 @@ def test_a_file_keeps_what_was_measured(call, trained, tmp_path, monkeypatch):
     assert code == 2 and "for other flags (none)" in line and "name another file" in line
 
 
+def test_a_file_knows_how_much_text_batches_have(call, trained, tmp_path):
+    path = tmp_path / "curve.jsonl"
+    command = "evaluate", f"--checkpoint={trained}", "--all_steps", f"--steps_out={path}"
+    call(*command, "--batches=1", "--batch_size=8")
+    code, line = runs.refusal(*command, "--batches=1", "--batch_size=16")
+    assert code == 2 and "for other flags (--batches=1 --batch_size=8)" in line
+
+
 @pytest.mark.parametrize("text", ["loss 3\n", "a thesis", '{"my": "results"}', "{\n"])
 def test_a_file_of_somebody_else_stays_as_it_is(trained, tmp_path, text):
     path = tmp_path / "mine.txt"
@@ -373,6 +381,14 @@ def test_flags_of_steps_that_do_not_fit(trained, flags, words):
 def test_a_url_has_no_steps_to_walk():
     code, line = runs.refusal("evaluate", "--checkpoint=memory://here/run", "--all_steps")
     assert code == 2 and "--all_steps needs a folder on this machine" in line
+
+
+@pytest.mark.parametrize("flags", [["--all_steps"], ["--watch", "--watch_minutes=1"]])
+def test_a_workdir_may_have_the_name_of_a_step(call, trained, tmp_path, flags):
+    for name in ("0", "10"):
+        (tmp_path / name).symlink_to(trained)
+        lines = call("evaluate", f"--checkpoint={tmp_path / name}", *flags, "--batches=1")[0]
+        assert [line.split()[0] for line in lines.splitlines()] == ["step", "5", "10"]
 
 
 def test_a_watch_is_of_a_run(trained):

@@ -129,3 +129,5 @@ def test_means_of_core_are_compared_row_by_row():
     before, after = (core_mean.find_core_mean(tasks) for tasks in (old, new))
     assert after.value - before.value == pytest.approx(found.value)
     assert core_mean.compare_core_means(old[:1], new[2:]) is None
+    namesake = old[0]._replace(metrics=("exact_match",))
+    assert core_mean.compare_core_means([namesake], new[:1]) is None

@@ -105,6 +105,12 @@ def test_convert_reads_a_url(folder, remote, tmp_path):
     name = "model.safetensors"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
+    # Others know the run by its URL, and not by the copy of it on this machine.
+    given = ("--format=native", f"--to={tmp_path / 'c'}", f"--mirror={tmp_path / 'm'}")
+    runs.call("convert", "--from", remote, *given)
+    (entry,) = fetch.read_meta(tmp_path / "c/checkpoints", 0)["lineage"]
+    assert (entry["from"], entry["step"]) == (remote, 6)
+
 
 def test_python_loads_a_url(folder, remote, tmp_path):
     scores = [

@@ -9,7 +9,7 @@ import pytest
 import runs
 
 from gpt_jax import config
-from gpt_jax.run import lease, mirror, store
+from gpt_jax.run import lease, mirror, mirror_folder, store
 
 URL = "memory:///bucket/run"
 ROOT = "/bucket/run"
@@ -88,5 +88,5 @@ def arguments(folder: Path, url: str, *overrides: str) -> list[str]:
 
 def open_mirror(folder: Path, said: list[str], url: str = URL, **policy):
     """A mirror of a run that has not begun, below `folder`."""
-    place = mirror.make_folder(url, str(folder))
+    place = mirror_folder.make_folder(url, str(folder))
     return mirror.Mirror(url, place, config.Checkpoint(**policy), said.append)

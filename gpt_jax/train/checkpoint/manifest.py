@@ -287,7 +287,8 @@ def find_steps(path: str | Path) -> tuple[Path, list[int]]:
     """
     path = Path(path).absolute()
     directory, step = _locate(path, 0)
-    is_one = path.name == str(step)
+    # A workdir may have the name of a step.
+    is_one = directory == path.parent
     unfinished = unfinished_in(directory)
     steps = [step] if is_one else steps_in(directory)
     return directory, [one for one in steps if one not in unfinished]
