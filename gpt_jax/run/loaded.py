@@ -56,6 +56,8 @@ class Loaded(NamedTuple):
                 ids = np.array([start_token(self.tokenizer)])
         else:
             ids = np.asarray(text, np.int64)
+            if ids.ndim != 1:
+                raise UsageError(f"ids: have the shape {ids.shape}; give those of one text")
         model, compute = self.config.model, self.config.compute
         with jax.set_mesh(self.mesh):
             return compute_logits(model, compute, self.params, ids, say)

@@ -12,7 +12,7 @@ from goldens import DEEP, GOLDENS, read_config, refuse
 from gpt_jax.errors import UsageError
 from gpt_jax.interop.architecture import read_model
 from gpt_jax.interop.families import FAMILIES
-from gpt_jax.interop.foreign import open_foreign
+from gpt_jax.interop.foreign import is_foreign, open_foreign
 
 
 def change_config(directory: Path, **changes) -> Path:
@@ -26,6 +26,16 @@ def test_a_directory_without_a_config(copy):
     (directory / "config.json").unlink()
     [line] = refuse(directory)
     assert "config.json: " in line and "a model's directory has one" in line
+
+
+def test_a_folder_of_exports_is_several_models(copy, tmp_path):
+    folder = tmp_path / "exports"
+    folder.mkdir()
+    for step in ("20", "100"):
+        copy("llama3").rename(folder / step)
+    with pytest.raises(UsageError, match=f"several steps; name one, such as {folder}/100"):
+        is_foreign(folder)
+    assert is_foreign(folder / "20") and not is_foreign(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1]", b"null", b'"llama"', DEEP])

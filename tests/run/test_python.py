@@ -54,6 +54,8 @@ def check_scores(model):
     ids = model.tokenizer.encode("text number").tolist()
     logits = model.logits("text number")
     assert logits.shape == (11, 257) and logits.dtype == np.float32
+    with pytest.raises(UsageError, match=r"ids: have the shape \(1, 2\)"):
+        model.logits([[1, 2]])
     assert (model.logits(ids) == logits).all() and (model.logits(np.array(ids)) == logits).all()
     logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(10), ids[1:]]
     number = logprobs[-6:].sum()
