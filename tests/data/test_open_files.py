@@ -4,7 +4,7 @@ import errno
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
@@ -67,6 +67,33 @@ def test_threads_share_a_limit_that_cannot_be_raised(shards, tight, monkeypatch)
 
     monkeypatch.setattr(open_files, "allow_open_files", stays)
     assert read_all(shards, 8) == [[*range(200)] * 2] * 8
+
+
+def test_threads_that_come_one_after_another_have_what_is_left(shards, tight, monkeypatch):
+    """Each fills its share before the next one comes, and nobody gives back in between."""
+    limit = resource.getrlimit(LIMIT)[0]
+    monkeypatch.setattr(open_files, "allow_open_files", lambda: limit)
+    before = len(os.listdir("/proc/self/fd"))
+    turns = [Event() for _ in range(9)]
+    is_over = Event()
+
+    def read(number):
+        turns[number].wait()
+        out = np.zeros(1, np.uint16)
+        for shard in shards:
+            shard.read(0, out)
+        turns[number + 1].set()
+        is_over.wait()
+
+    with ThreadPoolExecutor(8) as pool:
+        done = [pool.submit(read, number) for number in range(8)]
+        turns[0].set()
+        turns[8].wait(60)
+        opened = len(os.listdir("/proc/self/fd")) - before
+        is_over.set()
+        for future in done:
+            future.result()
+    assert 8 <= opened <= limit // 4 + 8
 
 
 def test_files_of_threads_that_have_ended_are_closed(shards):

@@ -40,26 +40,37 @@ class Files:
 class OpenFiles(threading.local):
     """The files that this thread used last: OPEN_FILES, or its part of what is allowed.
 
-    All threads together may open a quarter of the limit of the process. They share it evenly.
+    All threads together may open a quarter of the limit of the process. They share it evenly. A
+    thread that comes later has what the others have left, and at least one, until they give back.
     """
 
     # Of all threads that live.
     threads: ClassVar[weakref.WeakSet[Files]] = weakref.WeakSet()
+    lock: ClassVar[threading.Lock] = threading.Lock()  # of `threads`
 
     def __init__(self):
         self.files = Files()
         self.allowed = 0  # files of all threads, known when the first one is opened
-        self.threads.add(self.files)
+        with self.lock:
+            self.threads.add(self.files)
 
     def open(self, key: object, path: Path) -> BinaryIO:
         """The open file that `key` stands for, opened at `path` the first time. Raises OSError."""
         self.allowed = self.allowed or allow_open_files() // 4
         by_key = self.files.by_key
         if key not in by_key:
+            self.files.close_down_to(self._share() - 1)
             self.files.open(key, path)
         by_key.move_to_end(key)
-        self.files.close_down_to(max(1, min(OPEN_FILES, self.allowed // len(self.threads))))
         return by_key[key]
+
+    def _share(self) -> int:
+        """How many files this thread may have open now, at least one."""
+        with self.lock:
+            counts = [len(files.by_key) for files in self.threads]
+        others = sum(counts) - len(self.files.by_key)
+        even = self.allowed // len(counts)
+        return max(1, min(OPEN_FILES, even, self.allowed - others))
 
 
 OPENED = OpenFiles()

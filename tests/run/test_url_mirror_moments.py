@@ -7,7 +7,7 @@ import time
 import pytest
 import stores
 from stores import quick  # noqa: F401 (a fixture)
-from test_mirror import begun, save
+from test_url_mirror import begun, save
 
 from gpt_jax.run import fetch, lease, mirror as mirrors
 from gpt_jax.run.store import Store
