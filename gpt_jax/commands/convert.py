@@ -57,6 +57,11 @@ def make_flags() -> Flags:
     )
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
     add_mirror_flag(flags)
+    add_reading_flags(flags)
+    return flags
+
+
+def add_reading_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--weights",
         type=float,
@@ -84,7 +89,6 @@ def make_flags() -> Flags:
         help="write weights that are NaN or infinite as they are, with a line; without it they are "
         "refused",
     )
-    return flags
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -85,6 +85,22 @@ def make_flags() -> Flags:
     )
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
     add_mirror_flag(flags)
+    add_text_flags(flags)
+    flags.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the table"
+    )
+    flags.add_argument(
+        "--ignore_miscompiles",
+        action="store_true",
+        help="go on although this machine's compiler is known to give wrong results",
+    )
+    add_step_flags(flags)
+    add_task_flags(flags)
+    add_runtime_flags(flags)
+    return flags
+
+
+def add_text_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--text",
         nargs="+",
@@ -116,18 +132,6 @@ def make_flags() -> Flags:
         "row's length less N or more of its text; 0: rows that share no token; by default what "
         "the run's config.eval.stride says",
     )
-    flags.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the table"
-    )
-    flags.add_argument(
-        "--ignore_miscompiles",
-        action="store_true",
-        help="go on although this machine's compiler is known to give wrong results",
-    )
-    add_step_flags(flags)
-    add_task_flags(flags)
-    add_runtime_flags(flags)
-    return flags
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -99,6 +99,12 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
     except CutShort:
         return False
 
+    record(progress, step, numbers, texts)
+    return True
+
+
+def record(progress: Progress, step: int, numbers: dict, texts: dict) -> None:
+    """Writes what was measured after update `step`. Raises Diverged for a loss of NaN."""
     if "eval/loss" in numbers:
         progress.check_finite("held-out loss", numbers["eval/loss"], step)
     if numbers:
@@ -107,7 +113,6 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
     for name, text in texts.items():
         progress.writers.text(step, name, text)
     progress.restart_rate(step)
-    return True
 
 
 class CutShort(Exception):

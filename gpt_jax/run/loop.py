@@ -160,21 +160,9 @@ def begin(
 
     is_resumed = checkpoints.latest is not None
     origin = {**origin, "changed": ", ".join(changed)}
-    progress = Progress(
-        parts,
-        workdir,
-        start,
-        is_resumed,
-        beat,
-        heldout,
-        sets,
-        stream.shares,
-        say,
-        origin,
-        lineage,
-        sizes,
-        carried,
-    )
+    texts = heldout, sets, stream.shares
+    about = origin, lineage, sizes, carried
+    progress = Progress(parts, workdir, start, is_resumed, beat, *texts, say, *about)
     closing.callback(progress.writers.close)
     if jax.process_index() == 0:
         prepare_workdir(workdir, config, start)
