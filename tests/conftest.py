@@ -5,10 +5,12 @@ one loads what another has compiled. Under pytest-xdist the controller makes the
 workers inherit it too.
 """
 
+import gc
 import math
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import jax
 import jaxlib
@@ -48,6 +50,20 @@ if not IS_SET:
 def pytest_unconfigure(config):
     if OWNER:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+# Linux gives a process 65,530 mappings by default (vm.max_map_count), and LLVM takes three for each
+# function that it compiles. A process without any left crashes in the middle of a test.
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Drops the compiled programs of the modules before, once they hold many mappings."""
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
