@@ -29,23 +29,27 @@ MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _shingle_hashes(text: str, size: int) -> Iterator[np.ndarray]:
-    """uint32 hashes of every run of `size` units, in blocks. There is at least one.
+    """uint32 hashes of every run of `size` units, in blocks. There is at least one block.
 
     A unit is a word, or a character of Chinese, Japanese, Thai, Khmer, Lao or Burmese. Case and
     punctuation do not count. CRCs of units are combined by arithmetic, because hashing each joined
     run took most of the time.
     """
-    words = UNITS.finditer(text.casefold())
-    units = np.fromiter((zlib.crc32(word[0].encode()) for word in words), np.uint32)
+    units = np.fromiter(map(_hash_unit, UNITS.findall(text.casefold())), np.uint32)
     if not len(units):
-        units = np.array([zlib.crc32(text.encode())], np.uint32)
+        units = np.array([_hash_unit(text)], np.uint32)
 
     size = min(size, len(units))
     for at in range(0, len(units) - size + 1, SHINGLES_AT_ONCE):
         block = units[at : at + SHINGLES_AT_ONCE + size - 1].astype(np.uint64)
-        yield np.unique(
-            _mixed(block[i : len(block) - size + 1 + i] for i in range(size)) >> np.uint64(32)
-        )
+        columns = (block[i : len(block) - size + 1 + i] for i in range(size))
+        yield _mixed(columns) >> np.uint64(32)
+
+
+# Most words of a text are among the frequent ones of its language.
+@functools.lru_cache(1 << 16)
+def _hash_unit(unit: str) -> int:
+    return zlib.crc32(unit.encode())
 
 
 def _mixed(columns: Iterable[np.ndarray]) -> np.ndarray:
@@ -80,7 +84,7 @@ def minhash(text: str, permutations: int = 64, shingle: int = 5) -> np.ndarray:
     """
     signature = _blank_minhash(permutations).copy()
     for hashes in _shingle_hashes(text, shingle):
-        signature.update_batch(hashes)
+        signature.update_batch(hashes.tolist())
     return signature.hashvalues.astype(np.uint32)
 
 
