@@ -47,6 +47,7 @@ from gpt_jax.config.knobs import (
     knob,
 )
 from gpt_jax.config.layers import LayerSpec, Layout, has_bias, has_experts, layer_specs, layout
+from gpt_jax.config.lookups import LookupSizes, choose_embed_lookup, count_lookup_bytes
 from gpt_jax.config.mesh_checks import widest_tensor
 from gpt_jax.config.meshes import (
     AXES,
@@ -117,6 +118,7 @@ __all__ = [
     "Layout",
     "Level",
     "Log",
+    "LookupSizes",
     "Mesh",
     "Model",
     "Optim",
@@ -124,7 +126,9 @@ __all__ = [
     "at_shape",
     "changes",
     "check",
+    "choose_embed_lookup",
     "choose_expert_matmul",
+    "count_lookup_bytes",
     "cross_slice",
     "describe_config",
     "describe_habits",
