@@ -239,9 +239,7 @@ class Transformer(nn.Module):
         """Embeds tokens [B, T] -> [B, T, D]. `is_shared`: all rows have the same positions."""
         model = self.model
         dtype = jnp.dtype(self.compute.dtype)
-        # Rounding comes last, so that positions and the scale are added in float32.
-        is_rounded = model.embed_scale == 1 and model.position not in ("learned", "sinusoidal")
-        x = self.embed(tokens, dtype if is_rounded else jnp.dtype(jnp.float32))
+        x = self.embed(tokens, dtype if config.is_rounded_at_once(model) else jnp.float32)
         if model.embed_scale != 1:
             x = x * model.embed_scale
         if model.position == "learned":
