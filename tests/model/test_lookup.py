@@ -75,6 +75,36 @@ def test_both_ways_give_the_rows_of_the_table_and_sum_gradients_in_float32(shape
         np.testing.assert_allclose(gradient, exact, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("shape", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)])
+def test_a_tied_heads_gradient_is_added_in_float32(shape):
+    """Devices sum the head's part in bfloat16, and the sum of both parts is not rounded to it."""
+    mesh = make_mesh(shape)
+    hidden = RNG.standard_normal((B, T, D)).astype(jnp.bfloat16)
+
+    def multiply(table, hidden):
+        head = sharding.use_weight(table, ("vocab", "embed"), jnp.bfloat16)
+        layout = sharding.out_spec("batch", "seq", "vocab")
+        return jnp.einsum("btd,vd->btv", hidden, head, out_sharding=layout).astype(jnp.float32)
+
+    def find_gradient(way, is_looked_up, is_multiplied):
+        def loss(table, tokens, gradient, hidden):
+            rows = lookup(table, tokens, jnp.bfloat16, way) * gradient
+            looked_up = rows.astype(jnp.float32).sum() if is_looked_up else 0.0
+            return looked_up + (multiply(table, hidden).sum() if is_multiplied else 0.0)
+
+        with jax.set_mesh(mesh):
+            given = lay_out(mesh, jnp.bfloat16)
+            rows = jax.device_put(hidden, given[2].sharding)
+            return np.asarray(jax.jit(jax.grad(loss))(*given, rows))
+
+    head = find_gradient("columns", False, True)
+    np.testing.assert_array_equal(head, head.astype(jnp.bfloat16).astype(np.float32))
+    for way in WAYS:
+        both = find_gradient(way, True, True)
+        np.testing.assert_array_equal(both, find_gradient(way, True, False) + head)
+        assert (both != both.astype(jnp.bfloat16).astype(np.float32)).any()
+
+
 def count_sent(mesh, way) -> dict[tuple[str, tuple[str, ...]], int]:
     """{(kind, mesh axes): bytes} of the compiled lookup and of its compiled transpose."""
     sent: dict = {}
