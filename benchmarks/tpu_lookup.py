@@ -38,7 +38,6 @@ class Case(NamedTuple):
 CASES = {
     "llama:8b on 16 v5p": Case("v5p:2x2x4", 128_256, 4096, 8192),
     "llama:8b on 16 v5e": Case("v5e:4x4", 128_256, 4096, 8192),
-    "llama:8b on 256 v5e": Case("v5e:16x16", 128_256, 4096, 8192),
     "letters on 16 v5e": Case("v5e:4x4", 256, 1024, 8192),
 }
 
