@@ -47,6 +47,13 @@ from gpt_jax.config.knobs import (
     knob,
 )
 from gpt_jax.config.layers import LayerSpec, Layout, has_bias, has_experts, layer_specs, layout
+from gpt_jax.config.lookups import (
+    LookupSizes,
+    choose_embed_lookup,
+    count_lookup_bytes,
+    find_lookup_sizes,
+    is_rounded_at_once,
+)
 from gpt_jax.config.mesh_checks import widest_tensor
 from gpt_jax.config.meshes import (
     AXES,
@@ -117,6 +124,7 @@ __all__ = [
     "Layout",
     "Level",
     "Log",
+    "LookupSizes",
     "Mesh",
     "Model",
     "Optim",
@@ -124,7 +132,9 @@ __all__ = [
     "at_shape",
     "changes",
     "check",
+    "choose_embed_lookup",
     "choose_expert_matmul",
+    "count_lookup_bytes",
     "cross_slice",
     "describe_config",
     "describe_habits",
@@ -132,12 +142,14 @@ __all__ = [
     "describe_remat",
     "faults",
     "find_habits",
+    "find_lookup_sizes",
     "find_ramp_entry",
     "flatten",
     "for_inference",
     "from_dict",
     "has_bias",
     "has_experts",
+    "is_rounded_at_once",
     "knob",
     "layer_specs",
     "layout",

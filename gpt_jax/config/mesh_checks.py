@@ -8,6 +8,7 @@ from gpt_jax.config.check_list import Checks
 from gpt_jax.config.fields import Config
 from gpt_jax.config.habits import GROUPED_WIDTH
 from gpt_jax.config.layers import has_experts, layer_specs, layout
+from gpt_jax.config.lookups import check_lookup
 from gpt_jax.config.meshes import BATCH_AXES, COPY_AXES, FSDP_AXES
 from gpt_jax.config.model_fields import Model
 from gpt_jax.config.resolve import round_up
@@ -21,6 +22,7 @@ def mesh_faults(config: Config, shape: dict[str, int]) -> list[str]:
     """
     checks = Checks(config)
     _check_weights(checks, shape)
+    check_lookup(checks, shape)
     _check_batch(checks, shape)
     _check_sequence(checks, shape)
     _check_experts(checks, shape)

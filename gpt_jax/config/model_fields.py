@@ -8,6 +8,7 @@ from gpt_jax.config.knobs import (
     DENSE_FFNS,
     DISPATCHES,
     DTYPES,
+    EMBED_LOOKUPS,
     EXPERT_MATMULS,
     INITS,
     KERNELS,
@@ -216,6 +217,13 @@ class Compute:
         "(sorted), or by that of some GPUs (grouped, measured on none). A named way runs or "
         "raises; auto takes the platform's.",
         choices=EXPERT_MATMULS,
+    )
+    embed_lookup: str = knob(
+        "auto",
+        "How tokens are embedded where a mesh cuts the embedding's columns: each device gathers "
+        "the whole table (tables), or devices look up their own columns and exchange them "
+        "(columns). auto takes the way that sends fewer bytes.",
+        choices=EMBED_LOOKUPS,
     )
     remat: str = knob(
         "none",

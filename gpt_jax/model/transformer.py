@@ -102,7 +102,7 @@ class Transformer(nn.Module):
     def setup(self):
         model = self.model
         self.plan = layout(layer_specs(model))
-        self.embed = Embed(model.vocab, model.embed, "embed", model)
+        self.embed = Embed(model.vocab, model.embed, "embed", model, self.compute.embed_lookup)
         if model.position == "learned":
             self.position = PositionTable(model)
 
@@ -238,7 +238,8 @@ class Transformer(nn.Module):
     def _embed(self, tokens, position, is_shared):
         """Embeds tokens [B, T] -> [B, T, D]. `is_shared`: all rows have the same positions."""
         model = self.model
-        x = self.embed(tokens)
+        dtype = jnp.dtype(self.compute.dtype)
+        x = self.embed(tokens, dtype if config.is_rounded_at_once(model) else jnp.float32)
         if model.embed_scale != 1:
             x = x * model.embed_scale
         if model.position == "learned":
@@ -246,7 +247,7 @@ class Transformer(nn.Module):
         elif model.position == "sinusoidal":
             x = x + sinusoids(position, model.embed)
 
-        x = dropout(self, x.astype(jnp.dtype(self.compute.dtype)), model.dropout)
+        x = dropout(self, x.astype(dtype), model.dropout)
         return self.embed_norm(x) if model.embed_norm else x
 
     def _smear(self, x, context, cache):

@@ -20,7 +20,12 @@ from gpt_jax.model import FFNS, count_params, describe_parameter
 from gpt_jax.run import make_steps, take_model, token_flops
 
 # Roles of arrays by the model's roles of parameters. All others are "layer".
-ROLES = {"expert": "expert", "embedding": "embed", "head": "head"}
+ROLES = {
+    "expert": "expert",
+    "embedding": "embed",
+    "value_embedding": "value_embed",
+    "head": "head",
+}
 # The arithmetic goes through the layers one by one, for each of hundreds of meshes.
 MOST_LAYERS = 512
 HALF_BYTES = 2  # Of an entry in bfloat16.
@@ -31,7 +36,7 @@ class Array(NamedTuple):
     """Arrays of the state that are cut alike."""
 
     part: str  # It is "params", "opt", "host" (moments there), "ema" or "rest".
-    role: str  # It is "layer", "expert", "embed" or "head".
+    role: str  # It is "layer", or a value of ROLES.
     axes: tuple[str, ...]  # Mesh axes that cut it under ZeRO-3.
     stacked: bool  # Its first dim is layers, which the stages of a pipeline share.
     itemsize: int

@@ -284,7 +284,9 @@ def _gathered_bytes(job: PlanJob, shape: dict[str, int], platform: str) -> float
     zero = config.mesh.zero
 
     whole = shape | GATHERED | {"expert": 1}
-    layer = device_bytes(job, whole, "params", 3, "layer", entry) / len(job.layers)
+    layers = device_bytes(job, whole, "params", 3, "layer", entry)
+    layers += device_bytes(job, whole, "params", 3, "value_embed", entry)
+    layer = layers / len(job.layers)
     experts = _expert_layer_bytes(job, shape)
     table = config.model.vocab * config.model.embed / shape["tensor"]
 

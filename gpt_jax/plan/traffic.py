@@ -22,6 +22,7 @@ from gpt_jax.plan.remat import is_recomputed
 # Mesh axes that cut the weights of a role, and along which every use of them gathers.
 GATHER_AXES: dict[str, tuple[str, ...]] = {
     "layer": configs.FSDP_AXES,
+    "value_embed": configs.FSDP_AXES,
     "expert": ("fsdp", "context"),
     "head": configs.FSDP_AXES,
     "embed": configs.FSDP_AXES,
@@ -30,6 +31,7 @@ GATHER_AXES: dict[str, tuple[str, ...]] = {
 # pipeline has layers of its own, so that its axis is missing there.
 COPY_AXES: dict[str, tuple[str, ...]] = {
     "layer": ("data",),
+    "value_embed": ("data",),
     "expert": ("data",),
     "head": ("data", "pipeline"),
     "embed": ("data", "pipeline"),
@@ -53,6 +55,8 @@ class Use(NamedTuple):
     gathers: float  # How often they are gathered.
     gather_bytes: int  # Bytes of an entry that is gathered.
     sum_bytes: int  # Bytes of an entry of the gradients.
+    # Whether the weights stay where they are stored, and so do sums of their gradients.
+    stays: bool = False
 
 
 def list_flows(
@@ -67,6 +71,7 @@ def list_flows(
     flows = [
         *_list_update_flows(job, shape),
         *_list_weight_flows(job, shape, here, platform),
+        *_list_lookup_flows(job, shape, here),
         *_list_layer_flows(job, shape, here, padded),
         *_list_stage_flows(job, shape, here),
         *_list_end_flows(job, shape, here),
@@ -103,7 +108,8 @@ def _list_uses(job: PlanJob, shape: dict[str, int], here: Microbatch, platform: 
     """Layers are used forward, and backward when they are recomputed, in every tick anew.
 
     The head and the table are used once, the table in float32. A TPU gathers it in the compute
-    dtype if no axis cuts its vocabulary.
+    dtype if no axis cuts its vocabulary. A table whose columns are looked up where they lie is not
+    gathered.
     """
     config = job.config
     entry = compute_bytes(job)
@@ -114,8 +120,10 @@ def _list_uses(job: PlanJob, shape: dict[str, int], here: Microbatch, platform: 
 
     layer = Use("layer", here.ticks * count, passes * here.ticks * count, entry, gradient)
     head = Use("head", count, count, entry, gradient)
-    table = Use("embed", count, count, table_entry, FULL_BYTES)
-    uses = [layer, layer._replace(role="expert"), head, table]
+    stays = is_by_columns(job, shape)
+    table = Use("embed", count, count, table_entry, FULL_BYTES, stays)
+    values = Use("value_embed", layer.sums, layer.gathers, table_entry, FULL_BYTES, stays)
+    uses = [layer, layer._replace(role="expert"), head, table, values]
     if config.model.tied:  # The table is the head, too.
         uses.append(head._replace(role="embed"))
     if not config.train.reduce_once or count == 1:
@@ -149,6 +157,9 @@ def _list_weight_flows(
             size = shape[axis]
             if size == 1:
                 continue
+            if use.stays:
+                rest /= size
+                continue
             if zero == 3:
                 gathered = share(size) * rest * use.gather_bytes * use.gathers
                 flows.append(Flow(axis, "weights gathered", gathered, hidden=True))
@@ -160,6 +171,43 @@ def _list_weight_flows(
             if shape[axis] > 1:
                 summed = share(shape[axis]) * rest * use.sum_bytes * use.sums
                 flows.append(_make_sum(axis, summed, platform, is_scattered=False))
+    return flows
+
+
+def is_by_columns(job: PlanJob, shape: dict[str, int]) -> bool:
+    """Returns whether devices look up own columns of the embedding and exchange them."""
+    sizes = configs.find_lookup_sizes(job.config, job.config.train, shape)
+    if sizes is None:
+        return False
+    return configs.choose_embed_lookup(job.config.compute.embed_lookup, sizes) == "columns"
+
+
+def _list_lookup_flows(job: PlanJob, shape: dict[str, int], here: Microbatch) -> list[Flow]:
+    """Looked-up columns travel forward and their gradients backward, after numbers of tokens.
+
+    Value embeddings are looked up in their layers, and again where those are recomputed.
+    """
+    sizes = configs.find_lookup_sizes(job.config, job.config.train, shape)
+    if sizes is None or not is_by_columns(job, shape):
+        return []
+
+    model = job.config.model
+    passes = 1 if job.config.compute.remat == "none" else 2
+    tables = sum(spec.value_embed for spec in configs.layer_specs(model))
+    passed = here.tick_tokens * here.ticks * here.tick_layers / len(job.layers) * tables
+    width = model.kv_heads * model.head_dim
+
+    there_and_back = 2 * here.tokens * model.embed * sizes.entry
+    there_and_back += (1 + passes) * passed * width * compute_bytes(job)
+    numbers = (here.tokens + passed * passes) * sizes.devices * FULL_BYTES
+    count = job.config.train.accumulate
+
+    flows = []
+    for axis in configs.FSDP_AXES:
+        if shape[axis] > 1:
+            sent = share(shape[axis]) * (there_and_back + numbers) * count
+            flows.append(Flow(axis, "embeddings exchanged", sent, hidden=False))
+            numbers /= shape[axis]
     return flows
 
 

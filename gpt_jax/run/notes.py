@@ -96,6 +96,27 @@ def describe_habits(config: configs.Config, mesh) -> str:
     return configs.describe_habits(habits, has_experts, has_exchange)
 
 
+def describe_lookup(config: configs.Config, mesh) -> list[str]:
+    """A line about how tokens are embedded; [] if every device has all columns of the table.
+
+    Batch shapes that follow each other may take different ways.
+    """
+    shape = dict(mesh.shape)
+    ways = {}
+    for train in configs.list_levels(config.train):
+        sizes = configs.find_lookup_sizes(config, train, shape)
+        if sizes is not None:
+            way = configs.choose_embed_lookup(config.compute.embed_lookup, sizes)
+            ways.setdefault(way, configs.count_lookup_bytes(sizes))
+
+    def describe_way(way, counts):
+        sent = ", ".join(f"{name} {count / 2**20:.3g} MiB" for name, count in counts.items())
+        return f"{way} (a device sends for a microbatch: {sent})"
+
+    texts = [describe_way(way, counts) for way, counts in ways.items()]
+    return [f"embedding lookup: {', later '.join(texts)}"] if texts else []
+
+
 def describe_fp8(config: configs.Config, platform: str, kind: str) -> list[str]:
     """Lines about matmuls in fp8 on a `kind` of device; [] for a config without them."""
     compute = config.compute

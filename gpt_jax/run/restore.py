@@ -178,8 +178,8 @@ def _settle(
     mesh = pick_mesh(model, count, is_decoding) if count > 1 else alone
 
     # The kernel of the run was chosen for that machine and for dropout, so another is chosen here.
-    # This machine need not have the run's matmul of experts either.
-    asked = replace(compute, kernel="auto", expert_matmul="auto")
+    # This machine need not have the run's matmul of experts either, nor cut the embedding.
+    asked = replace(compute, kernel="auto", expert_matmul="auto", embed_lookup="auto")
     packed = config.data.document_mask
     name, reason = choose_run_kernel(model, asked, config.train.seq_len, packed, mesh)
     settled = replace(config, model=model, compute=replace(asked, kernel=name))

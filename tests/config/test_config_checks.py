@@ -213,6 +213,16 @@ MOE = dict(pattern=(("attention", "moe"),))
             ("config.model.expert_mlp = 48", "24 channels", "multiple of 16", "use blocks"),
         ),
         (
+            dict(data=8),
+            dict(compute=dict(embed_lookup="columns")),
+            ("config.compute.embed_lookup = 'columns'", "use auto", "config.mesh.fsdp above 1"),
+        ),
+        (
+            dict(fsdp=8, zero=1),
+            dict(compute=dict(embed_lookup="columns")),
+            ("config.compute.embed_lookup = 'columns'", "config.mesh.zero=3"),
+        ),
+        (
             {},
             dict(compute=dict(expert_matmul="blocks")),
             ("config.compute.expert_matmul = 'blocks'", "leave this out"),

@@ -3,7 +3,7 @@
 import pytest
 from plans import ONE, changed, job_of, llama
 
-from gpt_jax.config import find_habits
+from gpt_jax.config import find_habits, find_lookup_sizes
 from gpt_jax.hardware import chips
 from gpt_jax.plan.job import device_bytes
 from gpt_jax.plan.links import Link, find_link
@@ -33,9 +33,15 @@ def test_streams_over_tensor():
     assert sent == 5 * 32 * 2 * 0.75 * 8192 * 4096 * 2
 
 
+def by_tables(**train):
+    """llama:8b in one microbatch, with whole tables gathered for the embedding."""
+    train = dict(accumulate=1) | train
+    return changed(llama(), train=train, compute=dict(embed_lookup="tables"))
+
+
 def test_weights_over_fsdp():
     """Layers are gathered twice in bfloat16, the head once, and the table once in float32."""
-    job = changed(llama(), train=dict(batch_size=64, accumulate=1))
+    job = by_tables(batch_size=64)
     shape = ONE | {"fsdp": 64}
     gathered = sum_flows(job, shape, "gpu", "weights gathered")
     assert gathered == pytest.approx(63 / 64 * 2 * (2 * LAYERS + TABLE + 2 * TABLE), rel=1e-4)
@@ -45,8 +51,8 @@ def test_weights_over_fsdp():
 
 def test_gradients_that_are_summed_in_float32():
     """They have twice the bytes, and weights are gathered in bfloat16 as before."""
-    train = dict(batch_size=128, accumulate=1)
-    job = changed(llama(), train=train, compute=dict(reduce_dtype="float32"))
+    narrow_job = by_tables(batch_size=128)
+    job = changed(narrow_job, compute=dict(reduce_dtype="float32"))
     shape = ONE | {"data": 2, "fsdp": 64}
     whole = 4 * (LAYERS + 2 * TABLE)
     assert sum_flows(job, shape, "gpu", "gradients scattered") == pytest.approx(
@@ -54,7 +60,7 @@ def test_gradients_that_are_summed_in_float32():
     )
     assert sum_flows(job, shape, "gpu", "gradients summed") == pytest.approx(whole / 64, rel=1e-4)
     gathered = sum_flows(job, shape, "gpu", "weights gathered")
-    narrow = sum_flows(changed(llama(), train=train), shape, "gpu", "weights gathered")
+    narrow = sum_flows(narrow_job, shape, "gpu", "weights gathered")
     assert gathered == narrow
 
 
@@ -83,7 +89,7 @@ def test_gradients_on_a_tpu(data, what, times):
 
     With another axis each device keeps its part, which is summed over the rest.
     """
-    job = changed(llama(), train=dict(batch_size=128, accumulate=1))
+    job = by_tables(batch_size=128)
     shape = ONE | {"data": data, "fsdp": 64}
     whole = 2 * (LAYERS + TABLE) + 4 * TABLE
     sent = sum_flows(job, shape, "tpu", what, "fsdp")
@@ -91,6 +97,42 @@ def test_gradients_on_a_tpu(data, what, times):
     if data == 2:
         rest = sum_flows(job, shape, "tpu", "gradients summed", "data")
         assert rest == pytest.approx(whole / 64, rel=1e-4)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_columns_take_the_place_of_the_table(data):
+    """`auto` exchanges llama:8b's columns: 8,192 tokens of 4,096 entries in bfloat16, twice.
+
+    The table is neither gathered nor scattered. Over data each device sums its own columns.
+    """
+    tables = by_tables(batch_size=64 * data)
+    columns = changed(tables, compute=dict(embed_lookup="auto"))
+    shape = ONE | {"data": data, "fsdp": 64}
+
+    def spare(what):
+        return sum_flows(tables, shape, "gpu", what) - sum_flows(columns, shape, "gpu", what)
+
+    assert spare("weights gathered") == pytest.approx(63 / 64 * 4 * TABLE)
+    assert spare("gradients scattered") == pytest.approx(63 / 64 * 4 * TABLE)
+    assert spare("gradients summed") == 0
+    numbers = 64 * 8192 * 4
+    assert sum_flows(columns, shape, "gpu", "embeddings exchanged", "fsdp") == pytest.approx(
+        63 / 64 * (2 * 8192 * 4096 * 2 + numbers)
+    )
+    assert sum_flows(tables, shape, "gpu", "embeddings exchanged") == 0
+
+
+def test_value_embeddings_are_exchanged_too():
+    """modern:d26 has 13 tables of values. Without remat each is looked up once, as the first is."""
+    job = changed(job_of("modern:d26"), compute=dict(remat="none", embed_lookup="columns"))
+    shape = ONE | {"fsdp": 8}
+    model = job.config.model
+    train = job.config.train
+    sizes = find_lookup_sizes(job.config, train, shape)
+    width = model.embed + 13 * model.kv_heads * model.head_dim
+    tokens = sizes.tokens * train.accumulate
+    sent = 7 / 8 * tokens * (2 * 2 * width + 14 * 8 * 4)
+    assert sum_flows(job, shape, "gpu", "embeddings exchanged") == pytest.approx(sent)
 
 
 def test_zero_1_gathers_no_experts_over_their_own_axis():

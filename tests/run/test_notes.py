@@ -1,6 +1,7 @@
 """The lines at the start of a run say what its program does."""
 
 import re
+from dataclasses import replace
 
 import jax
 import pytest
@@ -8,7 +9,8 @@ import runs
 
 from gpt_jax import config as configs
 from gpt_jax.errors import UsageError
-from gpt_jax.run.notes import describe_dtypes, describe_fp8
+from gpt_jax.run.notes import describe_dtypes, describe_fp8, describe_lookup
+from gpt_jax.sharding.mesh import make_mesh
 
 NAMES = {"f32": "float32", "bf16": "bfloat16"}
 
@@ -84,6 +86,26 @@ def test_fp8_says_what_it_is_for_and_where_it_is_emulated(platform, kind, said):
     assert "MFU is relative to the bf16 peak" in about
     assert [said in line for line in rest] == ([True] if said else [])
     assert describe_fp8(configs.Config(model=model), platform, kind) == []
+
+
+def test_a_run_says_how_it_looks_up_embeddings():
+    """On fsdp 4 it is 2,048 tokens of 256 entries, or a table of 4,096 rows, both in float32."""
+    model = configs.Model(embed=256, vocab=4096, position="rotary")
+    train = configs.Train(batch_size=8, seq_len=1024)
+    config = configs.Config(model=model, train=train)
+
+    def describe(**shape):
+        return describe_lookup(config, make_mesh(shape, jax.devices()[:4]))
+
+    sent = "(a device sends for a microbatch: tables 6 MiB, columns 3.02 MiB)"
+    assert describe(fsdp=4) == [f"embedding lookup: columns {sent}"]
+    assert describe(data=4) == []
+
+    # Later updates have eight times as many tokens.
+    config = replace(config, train=replace(train, batch_ramp=((100, 64, 1),)))
+    first, later = describe(fsdp=4)[0].split(", later ")
+    assert first == f"embedding lookup: columns {sent}"
+    assert later == "tables (a device sends for a microbatch: tables 6 MiB, columns 24.2 MiB)"
 
 
 def test_a_matmul_of_experts_that_the_machine_lacks_ends_the_run(tmp_path):

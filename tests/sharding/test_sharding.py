@@ -259,7 +259,8 @@ def test_process_rows_are_contiguous_or_refused(held, wanted, mesh, monkeypatch)
 # ---- single helpers on a mesh --------------------------------------------------------------------
 
 
-def test_lookup_over_a_sharded_vocabulary(mesh):
+@pytest.mark.parametrize("way", ["tables", "columns"])
+def test_lookup_over_a_sharded_vocabulary(mesh, way):
     """Tokens of one row come from every shard, and some come many times."""
     rng, mesh = np.random.default_rng(2), mesh(1, 2, 4)
     table, weights = (np.float32(rng.standard_normal(shape)) for shape in ((16, 4), (8, 9, 4)))
@@ -267,7 +268,7 @@ def test_lookup_over_a_sharded_vocabulary(mesh):
     tokens[:, :4] = [0, 15, 3, 3]
 
     def loss(table, tokens):
-        found = lookup(table, tokens)
+        found = lookup(table, tokens, jnp.float32, way)
         return (found * weights).sum(), found
 
     with jax.set_mesh(mesh):

@@ -176,9 +176,10 @@ class Attention(nn.Module):
         """
         model = self.model
         width = model.kv_heads * model.head_dim
-        table = Embed(model.vocab, width, "value_embed", model, name="value_embed")
+        lookup = self.compute.embed_lookup
+        table = Embed(model.vocab, width, "value_embed", model, lookup, name="value_embed")
         embedded = sharding.reshape(
-            table(tokens).astype(x.dtype),
+            table(tokens, x.dtype),
             (*tokens.shape, model.kv_heads, model.head_dim),
             "batch",
             "seq",
