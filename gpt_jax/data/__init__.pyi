@@ -26,6 +26,7 @@ from .stream.streams import (
     EvalBatches as EvalBatches,
     Stream as Stream,
 )
+from .tokenizers.begin import begins_documents as begins_documents
 from .tokenizers.bpe import find_begin as find_begin
 from .tokenizers.spec import (
     Spec as Spec,
