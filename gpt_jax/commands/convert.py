@@ -114,7 +114,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Opens, averages, and writes."""
-    from gpt_jax.interop import is_foreign, list_files, refuse_nonfinite, write_directory
+    from gpt_jax.interop import describe_left_out, is_foreign, refuse_nonfinite, write_directory
     from gpt_jax.run import average, open_model, write_native
 
     say = make_say(sys.stderr)
@@ -134,10 +134,9 @@ def convert(args: argparse.Namespace) -> None:
     target = Path(args.to)
     meet = say if args.allow_nonfinite else refuse_nonfinite
     if wanted == "hf":
-        if origin.tokenizer and not list_files(origin):
-            say(
-                f"the tokenizer {origin.tokenizer.name} has no file there; name it where it is read"
-            )
+        line = describe_left_out(origin)
+        if line:
+            say(line)
         write_directory(origin, target, args.family, args.dtype, meet_nonfinite=meet)
     else:
         write_native(origin, target, say, meet)

@@ -27,7 +27,7 @@ from .stream.streams import (
     Stream as Stream,
 )
 from .tokenizers.begin import begins_documents as begins_documents
-from .tokenizers.bpe import find_begin as find_begin
+from .tokenizers.bpe import export_json as export_json, find_begin as find_begin
 from .tokenizers.spec import (
     Spec as Spec,
     resolve_tokenizer as resolve_tokenizer,
