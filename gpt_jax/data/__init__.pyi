@@ -21,7 +21,7 @@ from .stream.dataset import (
     load_heldout as load_heldout,
 )
 from .stream.rows import make_columns as make_columns
-from .stream.sets import digest_sets as digest_sets, load_sets as load_sets
+from .stream.sets import load_sets as load_sets
 from .stream.streams import (
     EvalBatches as EvalBatches,
     Stream as Stream,

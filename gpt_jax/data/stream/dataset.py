@@ -44,6 +44,7 @@ class Dataset:
     content: str  # digest of the text and of how it is split, as in cache.Prepared
     # The tokens of config.eval.sets by name, see sets.load_sets.
     sets: Mapping[str, Tokens] = field(default_factory=dict)
+    set_digests: Mapping[str, str] = field(default_factory=dict)  # of their ids and documents
 
     @property
     def heldout(self) -> dict[str, Tokens]:
