@@ -34,6 +34,11 @@ make_environment() {
     flock 9
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "gpt-jax: installing into $venv (once, about a minute)" >&2
+        # venv refuses a link, and blames a package that is not missing.
+        if [ -L "$venv" ]; then
+            echo "gpt-jax: $venv is a link to $(readlink "$venv"), where these versions are not installed; remove the link, and start again" >&2
+            exit 2
+        fi
         "$python" -m venv "$venv" || {
             echo "gpt-jax: 'python3 -m venv' failed; on Debian or Ubuntu: apt-get install python3-venv" >&2
             exit 2

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt_jax.commands.flags import Flags, add_mirror_flag, check_number
@@ -43,7 +44,12 @@ def make_flags() -> Flags:
         "nanoGPT, a .weights.h5 of Keras, or a workdir, its checkpoints, one step, or a URL of "
         "these. Several are averaged",
     )
-    flags.add_argument("--to", required=True, metavar="DIR", help="a new directory")
+    flags.add_argument(
+        "--to",
+        required=True,
+        metavar="DIR",
+        help="a new directory, or its URL in an object store, as in gs://BUCKET/MODEL",
+    )
     flags.add_argument(
         "--format",
         choices=FORMATS,
@@ -96,8 +102,6 @@ def check_flags(args: argparse.Namespace) -> None:
     check_number("--step", args.step, 0)
     if not args.to or "" in args.source:
         raise UsageError("--from and --to: an empty path names nothing")
-    if "://" in args.to:
-        raise UsageError(f"--to={args.to}: is a URL; name a folder, and copy it there")
     target = Path(args.to).resolve()
     for source in map(Path, args.source):
         if source.resolve() in (target, *target.parents):
@@ -114,10 +118,19 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Opens, averages, and writes."""
-    from gpt_jax.interop import is_foreign, list_files, refuse_nonfinite, write_directory
-    from gpt_jax.run import average, open_model, write_native
+    from gpt_jax.run import opening_target
 
     say = make_say(sys.stderr)
+    with opening_target(args.to, args.mirror, say) as target:
+        name, wanted = write(args, target, say)
+    emit(f"{name} is now {args.to} ({wanted})")
+
+
+def write(args: argparse.Namespace, target: Path, say: Callable[[str], None]) -> tuple[str, str]:
+    """Writes the model to a folder. Gives its name, and the format."""
+    from gpt_jax.interop import describe_left_out, is_foreign, refuse_nonfinite, write_directory
+    from gpt_jax.run import average, open_model, write_native
+
     origins = [
         open_model(path, args.step, say, args.tokenizer, tuple(args.ignore_keys), args.mirror)
         for path in args.source
@@ -131,14 +144,12 @@ def convert(args: argparse.Namespace) -> None:
     for flag, default in (("family", ""), ("dtype", "float32")):
         if wanted == "native" and getattr(args, flag) != default:
             raise UsageError(f"--{flag}={getattr(args, flag)}: is for --format=hf; leave it out")
-    target = Path(args.to)
     meet = say if args.allow_nonfinite else refuse_nonfinite
     if wanted == "hf":
-        if origin.tokenizer and not list_files(origin):
-            say(
-                f"the tokenizer {origin.tokenizer.name} has no file there; name it where it is read"
-            )
+        line = describe_left_out(origin)
+        if line:
+            say(line)
         write_directory(origin, target, args.family, args.dtype, meet_nonfinite=meet)
     else:
         write_native(origin, target, say, meet)
-    emit(f"{origin.name} is now {target} ({wanted})")
+    return origin.name, wanted

@@ -141,6 +141,8 @@ def walk(args: argparse.Namespace, say: Say) -> Iterator[Row]:
     from gpt_jax.run import load_step
 
     out = OutFile(args, say)
+    # The first checkpoint may be hours away, and what is wrong with the file is known now.
+    agree_on(out.open)
     meter = make_meter(args, say)
     count = 0
     damage = ""
@@ -242,17 +244,20 @@ class OutFile:
         # The rows of a batch decide which text is measured only if batches are counted.
         if args.batches and args.batch_size:
             self._asked["batch_size"] = args.batch_size
-        self._rows: dict[tuple[str, int], Row] | None = None
+        self._rows: dict[tuple[str, int], Row] = {}
+
+    def open(self) -> None:
+        """Reads the rows that the file has. Raises UsageError if it cannot be used."""
+        if self._path is not None:
+            self._rows = self._read(self._path)
 
     def find(self, directory: str, step: int) -> Row | None:
         """The row of a checkpoint, if the file has it.
 
-        Raises UsageError if the file cannot be used, or has rows of this run for other flags.
+        Raises UsageError if the file has rows of this run for other flags.
         """
         if self._path is None or not directory:
             return None
-        if self._rows is None:
-            self._rows = self._read(self._path)
         row = self._rows.get((directory, step))
         if row is not None and row["asked"] != self._asked:
             flags = " ".join(f"--{name}={value}" for name, value in row["asked"].items())

@@ -166,6 +166,12 @@ def add_token_flags(group) -> None:
         help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer",
     )
     group.add_argument(
+        "--begin",
+        action="store_true",
+        help="begin each document with the token that the tokenizer's model expects before a text, "
+        "such as <s>; config.data.begin of a run must agree",
+    )
+    group.add_argument(
         "--tokenizer_mb", type=float, default=200.0, help="MB of text that trains a tokenizer"
     )
     group.add_argument(

@@ -75,6 +75,11 @@ class Data:
         "bytes, char, bpe:VOCAB or a path, see docs/data.md. Empty means that of a prepared "
         "folder, or else bytes.",
     )
+    begin: bool = knob(
+        False,
+        "Whether each document begins with the token that the tokenizer's model expects before a "
+        "text, such as <s>. A folder made by `gpt-jax prepare` must agree (--begin).",
+    )
     token_type: str = knob(
         "auto",
         "The type of the ids in a .bin file that says nothing of it, such as nanoGPT's. auto is "

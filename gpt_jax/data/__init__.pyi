@@ -21,12 +21,13 @@ from .stream.dataset import (
     load_heldout as load_heldout,
 )
 from .stream.rows import make_columns as make_columns
-from .stream.sets import digest_sets as digest_sets, load_sets as load_sets
+from .stream.sets import load_sets as load_sets
 from .stream.streams import (
     EvalBatches as EvalBatches,
     Stream as Stream,
 )
-from .tokenizers.bpe import find_begin as find_begin
+from .tokenizers.begin import begins_documents as begins_documents
+from .tokenizers.bpe import export_json as export_json, find_begin as find_begin
 from .tokenizers.spec import (
     Spec as Spec,
     resolve_tokenizer as resolve_tokenizer,

@@ -24,7 +24,10 @@ from .heldout import (
     measure_xz_bits_per_byte as measure_xz_bits_per_byte,
     sum_heldout as sum_heldout,
 )
-from .question_files import find_questions as find_questions
+from .question_files import (
+    check_set_names as check_set_names,
+    find_questions as find_questions,
+)
 from .questions import (
     answer_files as answer_files,
     check_questions as check_questions,

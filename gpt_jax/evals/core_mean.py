@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 from gpt_jax.evals.compared import pair_rights
 from gpt_jax.evals.core_tasks import CORE_TASKS
-from gpt_jax.evals.paired import Difference, compare_normal, find_stderr_of_sum
+from gpt_jax.evals.paired import (
+    Difference,
+    Source,
+    add_rows,
+    compare_sums,
+    find_stderr_of_sum,
+)
 from gpt_jax.evals.results import TaskResult, center, find_rate
 
 # {row: what its answer counts}, of each task
@@ -27,7 +33,7 @@ def find_core_mean(tasks: Sequence[TaskResult], limit: int = 0) -> CoreMean:
     right = [
         (task, {answer.row: float(answer.right[0]) for answer in task.answers}) for task in tasks
     ]
-    return CoreMean(name_mean(tasks, limit), value, _find_stderr(right))
+    return CoreMean(name_mean(tasks, limit), value, find_stderr_of_sum(_weigh(right)))
 
 
 def name_mean(tasks: Sequence[TaskResult], limit: int = 0) -> str:
@@ -45,10 +51,7 @@ def name_mean(tasks: Sequence[TaskResult], limit: int = 0) -> str:
 
 
 def compare_core_means(old: Iterable[TaskResult], new: Iterable[TaskResult]) -> Difference | None:
-    """How the means over the tasks and questions of both differ, or None if they share none.
-
-    The test takes the mean for normal, because it is a sum over thousands of questions.
-    """
+    """How the means over the tasks and questions of both differ, or None if they share none."""
     by_name = {task.name: task for task in old}
     counted = []
     for task in new:
@@ -61,22 +64,32 @@ def compare_core_means(old: Iterable[TaskResult], new: Iterable[TaskResult]) -> 
             counted.append((task, {row: float(b) - float(a) for row, (a, b) in shared.items()}))
     if not counted:
         return None
-    gains = [math.fsum(rows.values()) / len(rows) / (1 - _base(task)) for task, rows in counted]
-    return compare_normal(math.fsum(gains) / len(gains), _find_stderr(counted))
+    rows_of = _weigh(counted)
+    most_of: dict[str, float] = {}
+    for task, rows in counted:
+        most_of[task.source] = most_of.get(task.source, 0.0) + _find_weight(task, rows, counted)
+    return compare_sums(
+        [Source([*add_rows(parts).values()], most_of[name]) for name, parts in rows_of.items()]
+    )
 
 
 def _base(task: TaskResult) -> float:
     return task.baseline or 0.0
 
 
-def _find_stderr(counted: Counted) -> float:
-    """The standard error of the mean over tasks of centred means over rows.
+def _find_weight(task: TaskResult, rows: Mapping[int, float], counted: Counted) -> float:
+    """What a right answer of a task adds to the mean of tasks, if these rows are counted."""
+    return 1 / len(counted) / len(rows) / (1 - _base(task))
 
-    Two tasks of one file are not independent, so what a row counts in both is added first.
+
+def _weigh(counted: Counted) -> dict[str, list[dict[int, float]]]:
+    """{source: what its rows add to the mean in each of its tasks}.
+
+    Two tasks of one file are not independent, so what a row counts in both is added later.
     """
     rows_of: dict[str, list[dict[int, float]]] = {}
     for task, values in counted:
-        weight = 1 / len(counted) / len(values) / (1 - _base(task))
+        weight = _find_weight(task, values, counted)
         parts = {row: value * weight for row, value in values.items()}
         rows_of.setdefault(task.source, []).append(parts)
-    return find_stderr_of_sum(rows_of)
+    return rows_of

@@ -217,6 +217,23 @@ def find_questions(paths: Iterable[str]) -> list[Questions]:
     return groups
 
 
+def check_set_names(sets: Iterable[tuple[str, str]], paths: Iterable[str]) -> None:
+    """Raises UsageError if a set of config.eval.sets has the name of questions at `paths`.
+
+    Readers of a curve could not tell them apart. Names of questions are those of files, of folders,
+    and of the files in them.
+    """
+    groups = find_questions(paths)
+    for i, (name, _) in enumerate(sets):
+        for group in groups:
+            if name == group.name or name in group.files:
+                where = group.files.get(name, f"the folder {group.name}")
+                raise UsageError(
+                    f"config.eval.sets[{i}] = {name}: its name is that of {where} in "
+                    "config.eval.questions; choose another"
+                )
+
+
 def _list_folder(path: str) -> dict[str, str]:
     """{subject: path} of a folder, in the order of their names."""
     for folder in (Path(path), Path(path, "test")):

@@ -1,7 +1,7 @@
 from .architecture import find_meaning as find_meaning, write_config as write_config
 from .export import (
     UNFINISHED as UNFINISHED,
-    list_files as list_files,
+    describe_left_out as describe_left_out,
     refuse_nonfinite as refuse_nonfinite,
     write_directory as write_directory,
 )

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.data import Tokenizer
+from gpt_jax.data import Tokenizer, export_json
 from gpt_jax.errors import SaveFailed, UsageError
 from gpt_jax.files import describe_error, sync_file, sync_folder, write_file
 from gpt_jax.interop.architecture import write_config
@@ -143,6 +143,19 @@ def list_files(origin: Origin) -> dict[str, bytes]:
     return _write_tokenizer(origin.tokenizer) | carried
 
 
+def describe_left_out(origin: Origin) -> str:
+    """A line about what `list_files` cannot say of the tokenizer, or ""."""
+    tokenizer = origin.tokenizer
+    if tokenizer is None or not origin.carried.keys().isdisjoint(TOKENIZERS):
+        return ""
+    if not _write_tokenizer(tokenizer):
+        return f"the tokenizer {tokenizer.name} has no file there; name it where it is read"
+    if tokenizer.kind == "sentencepiece" and tokenizer.extra:
+        names = ", ".join(f"{name} = {i}" for name, i in tokenizer.extra.items())
+        return f"tokenizer.model cannot hold added tokens; add them where it is read: {names}"
+    return ""
+
+
 def _write_tokenizer(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The files of a tokenizer of ours, if it is of a kind that has some."""
     if tokenizer.kind == "json":
@@ -151,7 +164,7 @@ def _write_tokenizer(tokenizer: Tokenizer) -> dict[str, bytes]:
         if tokenizer.eot in names:
             settings["eos_token"] = names[tokenizer.eot]
         return {
-            "tokenizer.json": tokenizer.content.encode(),
+            "tokenizer.json": export_json(tokenizer).encode(),
             "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
         }
     if tokenizer.kind == "sentencepiece":

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.data import Tokenizer, is_remote
+from gpt_jax.data import Tokenizer, begins_documents, is_remote
 from gpt_jax.errors import UsageError
 from gpt_jax.interop import (
     Origin,
@@ -208,10 +208,14 @@ def check_vocabulary(
     )
 
 
-def make_config(model: configs.Model) -> configs.Config:
-    """The config that is written beside converted weights."""
-    seq_len = min(model.max_seq, SEQ_LEN)
-    config = configs.Config(model=model, train=configs.Train(seq_len=seq_len))
+def make_config(model: configs.Model, tokenizer: Tokenizer | None = None) -> configs.Config:
+    """The config that is written beside converted weights.
+
+    Documents begin as the model of `tokenizer` was trained, so held-out text is measured so.
+    """
+    train = configs.Train(seq_len=min(model.max_seq, SEQ_LEN))
+    data = configs.Data(begin=begins_documents(tokenizer))
+    config = configs.Config(model=model, data=data, train=train)
     return replace(configs.resolve(config), model=model)
 
 
@@ -242,7 +246,7 @@ def write_native(
 
     assert origin.tokenizer is not None
     meta = {
-        "config": configs.to_dict(make_config(origin.model)),
+        "config": configs.to_dict(make_config(origin.model, origin.tokenizer)),
         "tokenizer": origin.tokenizer.to_json(),
         "data": {"next": 0, "content": ""},
         "lineage": origin.lineage(),

@@ -283,6 +283,7 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
             "data": {
                 "next": step,
                 "content": progress.parts.data.content,
+                "sets": dict(progress.parts.data.set_digests),
                 **write_sizes(progress.sizes, step, progress.config.train),
             },
             "lineage": progress.lineage,

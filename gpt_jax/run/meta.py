@@ -7,14 +7,15 @@ from gpt_jax.data import Tokenizer, tokenizer_from_json
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.schema import Each, Misfit
 
-# What `loop.save` writes. Checkpoints of earlier versions have no lineage, no digests in it, and no
-# batch sizes. Row lengths are there if any row was cut.
+# What `loop.save` writes. Checkpoints of earlier versions have no lineage, no digests in it, no
+# digests of held-out sets, and no batch sizes. Row lengths are there if any row was cut.
 META_SCHEMA = {
     "config": "object",
     "tokenizer": "text",
     "data": {
         "next": "count",
         "content": "text",
+        "sets?": Each("text"),
         "batch_sizes?": [("count", "count")],
         "row_lengths?": [("count", "count")],
     },

@@ -384,4 +384,9 @@ def opening_workdir(
 
         with writing(policy.mirror, url):
             agree_on(begin)
-        yield Workdir(folder, mirror, lambda line: say(mirror.name(line)))
+        try:
+            yield Workdir(folder, mirror, lambda line: say(mirror.name(line)))
+        except Exit as error:
+            # The user knows the run by its URL, and not by the copy of it on this machine.
+            error.args = tuple(map(mirror.name, error.args))
+            raise

@@ -15,13 +15,12 @@ from gpt_jax.data import (
     Dataset,
     Examples,
     check_sizes,
-    digest_sets,
     load_dataset,
     load_sets,
     make_examples,
 )
 from gpt_jax.errors import UsageError
-from gpt_jax.evals import check_questions, choose_prompts, find_questions
+from gpt_jax.evals import check_questions, check_set_names, choose_prompts, find_questions
 from gpt_jax.files import digest_file
 from gpt_jax.hardware import (
     check_miscompiles,
@@ -140,6 +139,7 @@ def settle(
     )
     prompts = choose_prompts(config.model, tokenizer, config.eval)
     check_questions(config.model, tokenizer, config.eval.questions, say)
+    check_set_names(config.eval.sets, config.eval.questions)
     settled = replace(
         config,
         compute=replace(config.compute, kernel=kernel),
@@ -250,7 +250,7 @@ def agree_on_job(
         "the tokenizer": data.tokenizer.fingerprint,
         "the mixture's counts": counts,
         "the questions": questions,
-        "the texts of config.eval.sets": digest_sets(data.sets) if jax.process_count() > 1 else {},
+        "the texts of config.eval.sets": data.set_digests,
         "the code": code_identity(),
     }
     refuse_differences(find_disagreements(facts), wrong)

@@ -158,7 +158,9 @@ def _load_foreign(path: str, say: Callable[[str], None], devices: int, is_decodi
     )
     if line:
         say(line)
-    settled, mesh, kernel = _settle(make_config(origin.model), devices, is_decoding)
+    settled, mesh, kernel = _settle(
+        make_config(origin.model, origin.tokenizer), devices, is_decoding
+    )
 
     with jax.set_mesh(mesh):
         abstract = sharding.make_concrete(abstract_params(settled.model), mesh)

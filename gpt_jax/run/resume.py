@@ -56,7 +56,19 @@ def check_resume(
     for line in describe_sizes(old_config, parts.config, past, meta["step"]):
         say(line)
     check_text(parts, meta, folder)
+    for line in describe_sets(meta["data"].get("sets", {}), parts.data.set_digests):
+        say(line)
     return allowed
+
+
+def describe_sets(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A line for each held-out set that has another text than at the checkpoint, by its digest."""
+    return [
+        f"config.eval.sets: the text of {name} has changed since the checkpoint, so its curve goes "
+        "on with another text"
+        for name, digest in now.items()
+        if before.get(name, digest) != digest
+    ]
 
 
 def check_text(parts: Parts, meta: dict, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A mistake in the environment is one line that names the variable, and exit code 2."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -58,6 +59,27 @@ def test_libraries_say_nothing_of_devices_that_are_not_here(tmp_path, command):
     )
     (line,) = ended.stderr.splitlines()
     assert ended.returncode == 2 and "does not exist" in line
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_environment_that_is_a_link_is_named(tmp_path, there):
+    """venv refuses a link, whether it leads to a folder or to nothing, and says something else."""
+    shutil.copytree(runs.ROOT / "launch", tmp_path / "launch")
+    shutil.copy(runs.ROOT / "pyproject.toml", tmp_path)
+    if there:
+        (tmp_path / "other").mkdir()
+    (tmp_path / ".venv").symlink_to(tmp_path / "other")
+    script = 'source "$1/launch/environment.sh"; make_environment "$1" ""'
+    ended = subprocess.run(
+        ["bash", "-c", script, "bash", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable},
+    )
+    line = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 2 and "python3-venv" not in ended.stderr
+    assert f"{tmp_path}/.venv is a link to {tmp_path}/other" in line and "remove the link" in line
+    assert not any(tmp_path.glob("other/*"))
 
 
 def test_the_flags_of_the_package_itself_need_no_look(monkeypatch):

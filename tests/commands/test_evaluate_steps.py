@@ -371,6 +371,7 @@ def test_a_watch_beside_a_run(folder, tmp_path):
         (["--steps_out=x.jsonl"], "belongs to --all_steps and --watch"),
         (["--all_steps", "--steps_out=nowhere/x.jsonl"], "its folder does not exist"),
         (["--all_steps", "--steps_out=."], "--steps_out=."),
+        (["--all_steps", "--checkpoint=memory://a/run"], "--all_steps needs a folder on this"),
     ],
 )
 def test_flags_of_steps_that_do_not_fit(trained, flags, words):
@@ -378,9 +379,10 @@ def test_flags_of_steps_that_do_not_fit(trained, flags, words):
     assert code == 2 and words in line and "\n" not in line
 
 
-def test_a_url_has_no_steps_to_walk():
-    code, line = runs.refusal("evaluate", "--checkpoint=memory://here/run", "--all_steps")
-    assert code == 2 and "--all_steps needs a folder on this machine" in line
+def test_a_file_that_cannot_be_used_is_told_before_the_first_checkpoint(tmp_path):
+    given = ("--watch", "--watch_minutes=0.01", f"--steps_out={__file__}")
+    code, line = runs.refusal("evaluate", f"--checkpoint={tmp_path}", *given)
+    assert code == 2 and "line 1: no row of this command" in line
 
 
 @pytest.mark.parametrize("flags", [["--all_steps"], ["--watch", "--watch_minutes=1"]])

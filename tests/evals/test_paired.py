@@ -72,12 +72,44 @@ def test_answers_are_compared_in_pairs():
     assert turned.gained == 1 and turned.difference.low == -found.difference.high
 
 
-def test_a_normal_difference_is_that_of_scipy():
-    found = paired.compare_normal(0.03, 0.02)
-    assert found.p == pytest.approx(2 * stats.norm.sf(1.5))
-    low, high = stats.norm.interval(0.95, 0.03, 0.02)
-    assert (found.low, found.high) == pytest.approx((low, high))
-    assert paired.compare_normal(0.0, 0.0).p == 1 and paired.compare_normal(0.1, 0.0).p == 0
+@pytest.mark.parametrize("gained, lost", [(0, 0), (1, 0), (0, 1), (2, 1), (9, 4), (3, 13)])
+def test_one_file_is_compared_as_a_task_is(gained, lost):
+    """Questions that weigh the same have McNemar's p, and the interval of a task."""
+    count = 20
+    signs = [1.0] * gained + [-1.0] * lost + [0.0] * (count - gained - lost)
+    for weight in (1 / count, 1 / 3 / count):
+        found = paired.compare_sums([paired.Source([s * weight for s in signs], weight)])
+        scale = weight * count
+        assert found.value == pytest.approx((gained - lost) / count * scale)
+        assert found.p == pytest.approx(paired.find_mcnemar_p(gained, lost))
+        low, high = paired.find_interval(gained, lost, count)
+        assert (found.low, found.high) == pytest.approx((low * scale, high * scale))
+        assert found.low < found.value < found.high
+
+
+def test_signs_are_those_of_scipy():
+    """Enumerated for few changes, and a normal sum for many."""
+    rng = np.random.default_rng(3)
+    few = rng.normal(size=9)
+    test = stats.permutation_test((few,), np.sum, permutation_type="samples", n_resamples=2**9)
+    assert paired.find_flip_p([*few, 0.0]) == pytest.approx(test.pvalue)
+    many = rng.normal(size=200)
+    expected = 2 * stats.norm.sf(abs(many.sum()) / math.sqrt((many**2).sum()))
+    assert paired.find_flip_p(many) == pytest.approx(expected)
+    edge = [1.0] * 12 + [-1.0] * 4
+    assert paired.find_flip_p([*edge, 1.0]) == pytest.approx(paired.find_flip_p(edge), abs=0.06)
+
+
+def test_files_add_up():
+    """The variance of a sum over two files is that of both, and so is its middle."""
+    rng = np.random.default_rng(4)
+    sources = [paired.Source(rng.normal(size=size) / 50, 0.1) for size in (30, 70)]
+    both = paired.compare_sums(sources)
+    alone = [paired.compare_sums([source]) for source in sources]
+    assert both.value == pytest.approx(sum(one.value for one in alone))
+    assert both.low + both.high == pytest.approx(sum(one.low + one.high for one in alone))
+    reaches = [one.high - one.low for one in alone]
+    assert both.high - both.low == pytest.approx(math.hypot(*reaches))
 
 
 def test_rows_that_stand_in_two_tasks_are_added_first():
@@ -123,11 +155,17 @@ def test_means_of_core_are_compared_row_by_row():
         gains.append((after - before) / (1 - base))
     found = core_mean.compare_core_means(old, new[::-1])
     assert found.value == pytest.approx(np.mean(gains))
-    variance = ((gains[0] + gains[1]).var(ddof=1) + gains[2].var(ddof=1)) / 40 / 9
-    expected = paired.compare_normal(found.value, math.sqrt(variance))
+    bases = [1 / (1 - task.baseline) / 120 for task in old]
+    rows = paired.Source((gains[0] + gains[1]) / 120, bases[0] + bases[1])
+    expected = paired.compare_sums([rows, paired.Source(gains[2] / 120, bases[2])])
     assert found == pytest.approx(expected)
     before, after = (core_mean.find_core_mean(tasks) for tasks in (old, new))
     assert after.value - before.value == pytest.approx(found.value)
     assert core_mean.compare_core_means(old[:1], new[2:]) is None
+    same = core_mean.compare_core_means(old, old)
+    assert (same.value, same.p) == (0, 1) and same.low == pytest.approx(-same.high)
+    assert same.high > 0.01
+    one = [make_task("copa", [right], "copa") for right in (0, 1)]
+    assert core_mean.compare_core_means(one[:1], one[1:]).p == 1
     namesake = old[0]._replace(metrics=("exact_match",))
     assert core_mean.compare_core_means([namesake], new[:1]) is None

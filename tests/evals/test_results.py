@@ -9,7 +9,7 @@ import pytest
 
 from gpt_jax.errors import UsageError
 from gpt_jax.evals import Comparison, Page, compare_tasks, find_core_mean, make_results_page
-from gpt_jax.evals.paired import compare_normal
+from gpt_jax.evals.paired import Difference
 from gpt_jax.evals.results import Answer, TaskResult, read_results, show, to_json
 
 COUNTS = {"left_out": 1, "cut": 2, "not_finite": 0}
@@ -104,7 +104,7 @@ def test_a_page_stands_alone_and_escapes_its_texts():
     tasks = make_tasks()
     older = {task.name: task for task in make_tasks((False, False, False))}
     compared, _ = compare_tasks(older, tasks)
-    comparison = Comparison(NASTY, compared, [NASTY], compare_normal(0.5, 0.1))
+    comparison = Comparison(NASTY, compared, [NASTY], Difference(0.5, 0.3, 0.7, 0.01))
     core = find_core_mean(tasks[:1])
     html = make_results_page(Page(NASTY, NASTY, tasks, core, comparison))
     page = Reader(html)

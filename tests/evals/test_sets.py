@@ -157,18 +157,25 @@ def test_a_run_without_held_out_text_has_its_sets(folder, capsys, monkeypatch):
         ("(('all', 'x'),)", ("config.eval.sets[0]", "name of a row")),
         ("(('a', 'x'), ('a', 'y'))", ("config.eval.sets[1]", "set before it")),
         ("(('plain', 'x'),)", ("config.eval.sets[0]", "its name is that of a file")),
+        (
+            "(('birds', 'FOLDER/other.txt'),)",
+            ("config.eval.sets[0] = birds", "quiz.v1/birds.jsonl"),
+        ),
+        ("(('quiz.v1', 'FOLDER/other.txt'),)", ("config.eval.sets[0]", "the folder quiz.v1")),
     ],
 )
 def test_sets_that_cannot_be(folder, sets, words):
     """One line before anything is trained."""
     (folder / "empty.txt").write_text("")
-    (folder / "plain.jsonl").write_text('{"context": "a", "answer": "b"}\n')
+    (folder / "quiz.v1").mkdir(exist_ok=True)
+    for name in ("plain.jsonl", "quiz.v1/birds.jsonl"):
+        (folder / name).write_text('{"context": "a", "answer": "b"}\n')
     given = runs.arguments(
         folder,
         folder / "none",
         f"--config.eval.sets={sets.replace('FOLDER', str(folder))}",
         "--config.eval.evaluators=('heldout', 'questions')",
-        f"--config.eval.questions=('{folder / 'plain.jsonl'}',)",
+        f"--config.eval.questions=('{folder / 'plain.jsonl'}', '{folder / 'quiz.v1'}')",
     )
     code, line = runs.refusal(*given)
     assert code == 2 and "\n" not in line
@@ -209,6 +216,24 @@ def test_sets_on_two_processes(folder, measured, tmp_path):
         process.end(2)
         said = process.err.splitlines()[-1]
         assert said.startswith("gpt-jax: the texts of config.eval.sets: not the same on all")
+
+
+def test_another_text_of_a_set_is_told_at_a_resume(folder, measured, tmp_path, capsys):
+    """The checkpoint has a digest of each set, so that a jump of a curve has its reason."""
+    run, _ = measured
+    workdir = shutil.copytree(run, tmp_path / "run")
+    given = runs.arguments(folder, workdir, *SIZES, describe_sets(folder))
+    saved = (folder / "other.txt").read_text()
+    said = {}
+    try:
+        for name in ("same", "other"):
+            runs.call(*given)
+            said[name] = [line for line in capsys.readouterr().out.splitlines() if " odd " in line]
+            write_other(folder / "other.txt", 301)
+    finally:
+        (folder / "other.txt").write_text(saved)
+    about = "config.eval.sets: the text of odd has changed since the checkpoint"
+    assert [[about in line for line in lines].count(True) for lines in said.values()] == [0, 1]
 
 
 def test_a_checkpoint_whose_set_has_gone(folder, measured, tmp_path):

@@ -1,11 +1,11 @@
 """Texts for models of others come after the token that these expect."""
 
 import json
-from pathlib import Path
 
 import pytest
-import tokenizers
+import runs
 from drawn_models import LLAMA, make_origin
+from framed_tokenizers import save_tokenizer
 
 import gpt_jax
 from gpt_jax.data import find_begin, resolve_tokenizer, tokenizer_from_json, with_frame
@@ -14,25 +14,6 @@ from gpt_jax.infer import encode_pairs, encode_text, start_token
 from gpt_jax.infer.text import Row
 from gpt_jax.interop import find_tokenizer, open_foreign, write_directory
 from gpt_jax.run.convert import open_model, write_native
-
-
-def save_tokenizer(folder: Path, template: str) -> str:
-    """A byte-level tokenizer.json whose post-processor adds what `template` says."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    library = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
-    )
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    library.decoder = tokenizers.decoders.ByteLevel()
-    library.add_special_tokens(["<s>", "</s>"])
-    if template:
-        library.post_processor = tokenizers.processors.TemplateProcessing(
-            single=template, special_tokens=[("<s>", 256), ("</s>", 257)]
-        )
-    library.save(str(folder / "tokenizer.json"))
-    return str(folder / "tokenizer.json")
 
 
 def test_the_token_is_that_of_the_post_processor(tmp_path):
@@ -111,3 +92,28 @@ def test_special_ids_and_the_family_are_kept(tmp_path):
     write_directory(open_model(str(tmp_path / "native"), 0, print), tmp_path / "b")
     again = json.loads((tmp_path / "b/config.json").read_text())
     assert again == values and again["model_type"] == "mistral"
+
+
+def test_a_run_from_such_a_model_sees_it_and_keeps_it(tmp_path):
+    """A run cannot be resumed with documents that begin otherwise."""
+    tokenizer = find_tokenizer(tmp_path, save_tokenizer(tmp_path, "<s> $A"))
+    write_directory(make_origin(LLAMA)._replace(tokenizer=tokenizer), tmp_path / "hf")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{i} of all"}) + "\n" for i in range(40)))
+    flags = runs.arguments(
+        tmp_path,
+        tmp_path / "run",
+        "--config.init.model=checkpoint",
+        f"--config.init.from={tmp_path / 'hf'}",
+        "--config.data.tokenizer=",
+        "--config.train.seq_len=16",
+        "--config.train.steps=2",
+        "--config.eval.batches=1",
+        f"--config.data.path={text}",
+    )
+    runs.call(*flags, "--config.data.begin=true")
+    loaded = gpt_jax.load(str(tmp_path / "run"), devices=1, say=lambda line: None)
+    assert loaded.tokenizer.begin == 256 and loaded.config.data.begin
+
+    code, line = runs.refusal(*flags)
+    assert code == 2 and "data.begin (True there, False now)" in line

@@ -112,6 +112,12 @@ def test_convert_reads_a_url(folder, remote, tmp_path):
     assert (entry["from"], entry["step"]) == (remote, 6)
 
 
+def test_a_refusal_names_the_url_and_not_the_copy_here(folder, remote):
+    code, line = runs.refusal(*stores.arguments(folder, remote, "--config.seed=7"))
+    assert code == 2 and line.startswith(f"{remote} holds a run with another config.seed")
+    assert str(folder / "mirror") not in line
+
+
 def test_python_loads_a_url(folder, remote, tmp_path):
     scores = [
         gpt_jax.load(path, devices=1, say=lambda line: None, mirror=str(tmp_path)).score("a", "b c")

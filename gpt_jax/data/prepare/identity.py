@@ -71,11 +71,12 @@ def describe(
     """
     about = asdict(settings)
     about |= about.pop("reading") | {"input": list(sources)}
-    # As it was written before there were tasks and separators.
+    # As it was written before there were tasks, separators and tokens that begin documents.
     if about["task"] == "plain":
         del about["task"]
-    if not about["separator"]:
-        del about["separator"]
+    for key in ("separator", "begin"):
+        if not about[key]:
+            del about[key]
     if isinstance(tokenizer, Spec):
         about["tokenizer"] = tokenizer.name
     else:

@@ -19,6 +19,7 @@ from gpt_jax.data.prepare.units import WORK, PrepareJob, PrepareSettings, Unit
 from gpt_jax.data.prepare.workers import ENGINES, Work
 from gpt_jax.data.read import documents as readers
 from gpt_jax.data.read.sources import HUB, Source, find_sources
+from gpt_jax.data.tokenizers.begin import require_begin
 from gpt_jax.data.tokenizers.spec import (
     Spec,
     make_tokenizer,
@@ -111,6 +112,8 @@ def prepare_corpus(
     a worker is killed. What is finished stays.
     """
     tokenizer = resolve_tokenizer(settings.tokenizer, "--tokenizer")
+    if settings.begin:
+        tokenizer = require_begin(tokenizer, "--begin")
     if settings.reading.task != "plain" and getattr(tokenizer, "prefix", b""):
         raise UsageError(
             f"--task={settings.reading.task}: the tokenizer {tokenizer.name} puts a space in front "
@@ -226,7 +229,10 @@ def _make(call: Call) -> None:
         for i, unit in enumerate(todo)
     ]
     tokenize = functools.partial(
-        units.tokenize, fingerprint=tokenizer.fingerprint, keep=keys is not None
+        units.tokenize,
+        fingerprint=tokenizer.fingerprint,
+        keep=keys is not None,
+        begin=tokenizer.begin if settings.begin else None,
     )
     made = run_phase(call, "tokens", todo, tokenize)
     _refuse_changes(call)

@@ -39,6 +39,7 @@ class PrepareSettings:
     """What decides the content of the output, together with the input."""
 
     tokenizer: str = "bytes"  # a spec, see tokenizers/spec.py
+    begin: bool = False  # whether documents begin with the token that its model expects there
     reading: Reading = field(default_factory=Reading)
     filters: tuple[str, ...] = ()  # specs of filters, applied in order, see filters.FILTERS
     dedup: str = "none"  # none | exact | near[:SIMILARITY]
@@ -228,8 +229,12 @@ def is_held_out(text_hash: int, fraction: float) -> bool:
     return text_hash < int(fraction * 2.0**64)
 
 
-def tokenize(job: PrepareJob, unit: Unit, tick: Tick, *, fingerprint: str, keep: bool) -> dict:
+def tokenize(
+    job: PrepareJob, unit: Unit, tick: Tick, *, fingerprint: str, keep: bool, begin: int | None
+) -> dict:
     """Writes at most one shard for each side, and its index among the work. Gives the marker.
+
+    Each document begins with the id `begin`, if it is given.
 
     The marker also has `sides`: {side: documents, tokens, bytes, lost}, and `marks`. Memory: the
     largest document, and 32 bytes for each.
@@ -241,7 +246,7 @@ def tokenize(job: PrepareJob, unit: Unit, tick: Tick, *, fingerprint: str, keep:
 
     folder = job.folder / unit.source
     temporary = {side: folder / f".{side}-{unit.number:05d}-{uuid.uuid4().hex}" for side in SIDES}
-    writers = {side: shards.Writer(temporary[side], dtype, tokenizer.eot) for side in SIDES}
+    writers = {side: shards.Writer(temporary[side], dtype, tokenizer.eot, begin) for side in SIDES}
     try:
         texts = _watch(read(job, unit, counts, kept), tokenizer, counts)
         parts = split_into_parts(texts, tokenizer)

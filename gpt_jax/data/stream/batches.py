@@ -113,6 +113,7 @@ class Examples:
                 self.knobs.fim_spm,
                 [self.tokenizer.specials[name] for name in FIM_ORDER],
                 self.tokenizer.eot,
+                self.tokenizer.begin if self.knobs.begin else None,
             )
         return buffer
 

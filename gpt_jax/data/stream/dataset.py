@@ -11,6 +11,12 @@ from typing import NamedTuple
 
 from gpt_jax import config
 from gpt_jax.data.stream import mixture
+from gpt_jax.data.tokenizers.begin import (
+    begins_documents,
+    keep_frame,
+    name_begin,
+    require_begin,
+)
 from gpt_jax.data.tokenizers.spec import Spec, resolve_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import FIM_TOKENS, Tokenizer
 from gpt_jax.data.tokens import adopt, cache, corpus, mirror
@@ -38,6 +44,7 @@ class Dataset:
     content: str  # digest of the text and of how it is split, as in cache.Prepared
     # The tokens of config.eval.sets by name, see sets.load_sets.
     sets: Mapping[str, Tokens] = field(default_factory=dict)
+    set_digests: Mapping[str, str] = field(default_factory=dict)  # of their ids and documents
 
     @property
     def heldout(self) -> dict[str, Tokens]:
@@ -91,6 +98,7 @@ def _open(
         )
 
     opened = corpus.open_corpus(folder)
+    _check_begin(field, path, opened, data)
     tokenizer = opened.tokenizer
     if required is None or not tokenizer.extends(required):
         _require(f"{field} = {path}", tokenizer, required, "the tokenizer of this run")
@@ -98,7 +106,35 @@ def _open(
     check_fim(data, tokenizer.name, tokenizer.specials, f"{way_out}, or set config.data.fim=0")
     if required is None and data.tokenizer:
         _check_named(field, path, tokenizer, data.tokenizer, named)
-    return opened
+    return replace(opened, tokenizer=keep_frame(tokenizer, required, f"{field} = {path}"))
+
+
+def _check_begin(field: str, path: str, opened: corpus.PreparedCorpus, data: config.Data) -> None:
+    """Raises UsageError unless the documents of a corpus begin as config.data.begin says."""
+    if opened.begins == data.begin:
+        return
+    flag = "with --begin" if data.begin else "without --begin"
+    way = f"prepare it again {flag}"
+    if field.startswith("config."):  # No other command takes settings of the data.
+        way += f", or set config.data.begin={str(not data.begin).lower()}"
+    does = "begin" if opened.begins else "do not begin"
+    raise UsageError(
+        f"{field} = {path}: its documents {does} with the token that begins a text, and "
+        f"config.data.begin is {str(data.begin).lower()}; {way}"
+    )
+
+
+def _tell_begin(dataset: Dataset, data: config.Data, report) -> None:
+    """Says it if documents lack the token that prompts of the model begin with."""
+    tokenizer = dataset.tokenizer
+    if data.begin or not begins_documents(tokenizer):
+        return
+    firsts = {int(part.train.ids(0, 1)[0]) for part in dataset.parts}
+    if firsts != {tokenizer.begin}:  # A token file may have it.
+        report(
+            f"data: prompts of the model begin with {name_begin(tokenizer)}, and the documents do "
+            "not; config.data.begin=true puts it there"
+        )
 
 
 def _part(field: str, path: str, opened: corpus.PreparedCorpus, name: str, report) -> Part:
@@ -141,11 +177,12 @@ def load_heldout(
     name = name or path
     folder = _folder(path, data, report)
     if folder is None and adopt.is_foreign(path):
-        return {name: adopt.adopt_heldout(path, tokenizer, data.token_type, report, field)}
+        return {name: adopt.adopt_heldout(path, tokenizer, data, report, field)}
     if folder is None:
         return {name: cache.load_text((path,), tokenizer, data, report, field)}
 
     opened = corpus.open_corpus(folder)
+    _check_begin(field, path, opened, data)
     _require(f"{field} = {path}", opened.tokenizer, tokenizer, "the tokenizer of the checkpoint")
     heldout = {
         source: sides["eval"]
@@ -219,6 +256,13 @@ def load_dataset(
     `tokenizer`, which a checkpoint has, takes the place of `data.tokenizer`. Raises UsageError if
     paths or settings cannot be used. Raises DataError if shards are damaged.
     """
+    dataset = _load(data, report, tokenizer)
+    _tell_begin(dataset, data, report)
+    return dataset
+
+
+def _load(data: config.Data, report, tokenizer: Tokenizer | None) -> Dataset:
+    """The sources of `data`, see `load_dataset`."""
     wanted = tokenizer or resolve_tokenizer(data.tokenizer)
     # If no tokenizer is named, `_open` checks the one of the folder.
     if data.fim and (tokenizer or data.tokenizer):
@@ -303,6 +347,8 @@ def _mixture(
             "then name DIR in config.data.sources"
         )
 
+    if data.begin:
+        wanted = require_begin(wanted, "config.data.begin = True")
     parts = []
     contents = []
     for i, (name, path, weight) in enumerate(data.sources):

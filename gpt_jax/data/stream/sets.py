@@ -1,7 +1,7 @@
 """Further held-out texts of a run, which `config.eval.sets` names."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from gpt_jax import config
@@ -46,12 +46,8 @@ def load_sets(
             if str(error).startswith(field):
                 raise
             raise UsageError(f"{field} = {name}: {error}") from None
-    return replace(dataset, sets=loaded)
-
-
-def digest_sets(sets: Mapping[str, Tokens]) -> dict[str, str]:
-    """{set: a digest of its ids and documents}."""
-    return {name: digest_set(tokens) for name, tokens in sets.items()}
+    digests = {name: digest_set(tokens) for name, tokens in loaded.items()}
+    return replace(dataset, sets=loaded, set_digests=digests)
 
 
 def digest_set(tokens: Tokens) -> str:

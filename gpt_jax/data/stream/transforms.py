@@ -36,15 +36,23 @@ def shuffle_documents(buffer: Buffer, seed: int, index: np.ndarray) -> Buffer:
 
 
 def fill_in_the_middle(
-    buffer: Buffer, seed: int, index: np.ndarray, rate: float, spm: float, sentinels, eot
+    buffer: Buffer,
+    seed: int,
+    index: np.ndarray,
+    rate: float,
+    spm: float,
+    sentinels,
+    eot,
+    begin=None,
 ) -> Buffer:
     """Rows whose pieces are, in the part `rate`, rearranged as (prefix, suffix, middle).
 
     The part `spm` of those becomes (suffix, prefix, middle). `sentinels` are the ids of
     <|fim_prefix|>, <|fim_suffix|> and <|fim_middle|>. They replace the piece's first three tokens,
-    so that its length and its end-of-text token `eot` stay. Pieces under SHORTEST tokens do not
-    change. The method is that of Bavarian et al. 2022, "Efficient training of language models to
-    fill in the middle", on the pieces of a packed row.
+    so that its length and its end-of-text token `eot` stay. A piece that starts with the id `begin`
+    keeps it there. Pieces under SHORTEST tokens do not change. The method is that of Bavarian et
+    al. 2022, "Efficient training of language models to fill in the middle", on the pieces of a
+    packed row.
     """
     ids = buffer.ids.copy()
     pre, suf, mid = (np.array([i], ids.dtype) for i in sentinels)
@@ -53,6 +61,7 @@ def fill_in_the_middle(
         edges = [0, *(np.flatnonzero(buffer.begins[row, 1:length]) + 1).tolist(), length]
         draws = random_bits(seed, np.array([number]), np.arange(4 * len(edges)))
         for i, (start, stop) in enumerate(itertools.pairwise(edges)):
+            start += int(begin is not None and ids[row, start] == begin)
             if stop - start < SHORTEST:
                 continue
             chance, order, a, b = draws[4 * i : 4 * i + 4].tolist()

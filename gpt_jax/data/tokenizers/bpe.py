@@ -102,12 +102,31 @@ def make_bpe_json(
     """The text of a tokenizer.json: byte-level BPE of `vocab`, in which `specials` are special."""
     library = _make_library(tokenizers.models.BPE({}, []), pattern)
     spec = json.loads(library.to_str())
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    spec["added_tokens"] = [
-        {"id": vocab[name], "content": name, **flags, "special": True} for name in specials
-    ]
+    spec["added_tokens"] = _list_added({name: vocab[name] for name in specials})
     spec["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": ignore_merges}
     return json.dumps(spec, ensure_ascii=False)
+
+
+def _list_added(specials: Mapping[str, int]) -> list[dict]:
+    """The entries of `added_tokens` for special tokens."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [{"id": i, "content": name, **flags, "special": True} for name, i in specials.items()]
+
+
+def export_json(tokenizer: Tokenizer) -> str:
+    """The text of a tokenizer.json that has all tokens of `tokenizer`, also those of `extra`.
+
+    It is the file that was read if there are none of them. Raises UsageError if the library would
+    give one another id, because ids before it have no token.
+    """
+    if not tokenizer.extra:
+        return tokenizer.content
+    spec = json.loads(tokenizer.content)
+    added = sorted(_list_added(tokenizer.extra), key=lambda token: token["id"])
+    spec["added_tokens"] = [*(spec.get("added_tokens") or []), *added]
+    text = json.dumps(spec, ensure_ascii=False)
+    _check_added(_load(text), spec, tokenizer.name)
+    return text
 
 
 def train_bpe(texts: Iterable[str], vocab: int, pattern: str = "gpt2") -> Tokenizer:

@@ -281,6 +281,12 @@ def make_sentencepiece_tokenizer(content: str, name: str) -> Tokenizer:
     return check_promises(tokenizer)
 
 
+def find_sentencepiece_begin(tokenizer: Tokenizer) -> int | None:
+    """The id that a SentencePiece model has for the beginning of a text, or None."""
+    begin = _load_sentencepiece(tokenizer.content, tokenizer.name).bos_id()
+    return begin if begin >= 0 else None
+
+
 def read_sentencepiece(path: Path) -> Tokenizer:
     """A SentencePiece .model file."""
     return make_sentencepiece_tokenizer(base64.b64encode(path.read_bytes()).decode(), path.name)

@@ -15,6 +15,7 @@ import numpy as np
 from gpt_jax import config
 from gpt_jax.data.read import sources
 from gpt_jax.data.read.sources import TOKEN_FILES, Source
+from gpt_jax.data.tokenizers.begin import name_begin, require_begin
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens.cache import Prepared, describe_size
 from gpt_jax.data.tokens.foreign import find_documents, open_foreign
@@ -145,6 +146,26 @@ def _join(files: tuple[Path, ...], tokenizer: Tokenizer, token_type: str) -> Joi
     )
 
 
+def _check_begin(joined: Joined, tokenizer: Tokenizer, data: config.Data) -> None:
+    """Raises UsageError if config.data.begin asks for a token that a document does not have."""
+    if not data.begin:
+        return
+    for file, ids, begin, end in zip(
+        joined.files, joined.ids, joined.begins[:-1], joined.begins[1:], strict=True
+    ):
+        first, last = np.searchsorted(joined.offsets[:-1], (begin, end))
+        starts = joined.offsets[first:last] - begin
+        # A tool that cuts documents between files begins a file inside of one.
+        firsts = ids[starts[1:] if len(starts) > 1 else starts]
+        others = firsts[firsts != tokenizer.begin]
+        if len(others):
+            raise UsageError(
+                f"config.data.begin = True: a document of {file} begins with the id "
+                f"{others[0]} and not with {name_begin(tokenizer)}, and token files are "
+                "used as they are; leave it out, or use the text"
+            )
+
+
 class Range(NamedTuple):
     """The ids of each file that belong to some documents."""
 
@@ -229,21 +250,22 @@ def _make_tokens(
 
 
 def _adopt_whole(
-    name: str, files: tuple[Path, ...], tokenizer: Tokenizer, token_type: str, report: Report
+    name: str, files: tuple[Path, ...], tokenizer: Tokenizer, data: config.Data, report: Report
 ) -> Tokens:
-    joined = _join(files, tokenizer, token_type)
+    joined = _join(files, tokenizer, data.token_type)
+    _check_begin(joined, tokenizer, data)
     return _make_tokens(name, joined, 0, joined.documents, tokenizer, report)
 
 
 def adopt_heldout(
-    path: str, tokenizer: Tokenizer, token_type: str, report: Report, field: str = "--text"
+    path: str, tokenizer: Tokenizer, data: config.Data, report: Report, field: str = "--text"
 ) -> Tokens:
     """All tokens of a path of token files, as held-out text. Raises UsageError as `adopt` does.
 
     `field` is where the path was given.
     """
     files = tuple(_list_folder(path)[1:]) or _list_files((path,), field)
-    return _adopt_whole("eval", files, tokenizer, token_type, report)
+    return _adopt_whole("eval", files, tokenizer, data, report)
 
 
 def _place_border(joined: Joined, fraction: float) -> tuple[Joined, int]:
@@ -293,12 +315,15 @@ def adopt(
             "and vocab.bpe"
         )
 
+    if data.begin:
+        tokenizer = require_begin(tokenizer, "config.data.begin = True")
     files, held_files = _list_sides(paths, data, field)
     joined = _join(files, tokenizer, data.token_type)
+    _check_begin(joined, tokenizer, data)
     held = None
     border = joined.documents
     if held_files:
-        held = _adopt_whole("eval", held_files, tokenizer, data.token_type, report)
+        held = _adopt_whole("eval", held_files, tokenizer, data, report)
     elif data.eval_fraction:
         joined, border = _place_border(joined, data.eval_fraction)
         held = _make_tokens("eval", joined, border, joined.documents, tokenizer, report)

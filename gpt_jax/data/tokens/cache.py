@@ -12,8 +12,9 @@ from pathlib import Path
 from gpt_jax import config
 from gpt_jax.data.read import remote, sources
 from gpt_jax.data.read.sources import Source
+from gpt_jax.data.tokenizers.begin import require_begin
 from gpt_jax.data.tokenizers.spec import Spec, make_tokenizer
-from gpt_jax.data.tokenizers.vocabulary import Tokenizer
+from gpt_jax.data.tokenizers.vocabulary import Tokenizer, with_frame
 from gpt_jax.data.tokens import shards, split, store
 from gpt_jax.data.tokens.copies import Copies
 from gpt_jax.data.tokens.hashes import hash_sources, locate_stamps
@@ -106,17 +107,21 @@ def _load_or_build(
     report: Report,
 ) -> Cached:
     """Opens the cache of training sources and held-out sources, built if need be."""
+    if data.begin:
+        tokenizer = require_begin(tokenizer, "config.data.begin = True")
     root = Path(data.cache).expanduser()
     everything = (*train, *held)
     names = [source.name for source in everything]
     key = tokenizer.name if isinstance(tokenizer, Spec) else tokenizer.fingerprint
     wants_characters = isinstance(tokenizer, Spec) and tokenizer.needs_characters
+    begins = (tokenizer.begin,) if isinstance(tokenizer, Tokenizer) and data.begin else ()
 
     try:
         with Copies(root) as copies, copies.name_urls():
             hashes = _hash_once(everything, root, data.workers, copies, report)
             content = _digest_content(data, train, held, hashes)
-            folder = root / digest_json(store.FORMAT, names, content, key)
+            # Without a begin that is not there, so caches keep their names.
+            folder = root / digest_json(store.FORMAT, names, content, key, *begins)
 
             def build(building: Path) -> None:
                 local = copies.localize(everything, hashes)
@@ -129,7 +134,9 @@ def _load_or_build(
                     using = _make_tokenizer(using, corpus, report)
                 about = {"hashes": hashes}
                 texts = corpus.texts()
-                store.write_cache(building, texts, using, data.workers, report, names, about)
+                store.write_cache(
+                    building, texts, using, data.workers, report, names, about, *begins
+                )
                 _check_unchanged(everything, root, data, hashes)
 
             sides, using = store.load_or_build(folder, build, report)
@@ -143,6 +150,8 @@ def _load_or_build(
             f"{data.where}: memory ran out while it was tokenized; lower config.data.workers, or "
             "cut the longest documents"
         ) from None
+    if isinstance(tokenizer, Tokenizer):  # The cache may have been built by one without a frame.
+        using = with_frame(using, tokenizer.begin, tokenizer.ends)
     return Cached(sides, using, folder, content)
 
 

@@ -54,7 +54,7 @@ COUNTS_SCHEMA = {
 }
 MANIFEST_SCHEMA = {
     "content": "text",
-    "settings": {"eval_fraction": "number"},
+    "settings": {"eval_fraction": "number", "begin?": "flag"},
     "tokenizer": {"fingerprint": "text"},
     "dtype": set(shards.ID_TYPES),
     "sources": Each(dict.fromkeys(SIDES, SIDE_SCHEMA)),
@@ -73,6 +73,11 @@ class PreparedCorpus:
     # Digest of the texts and of how they are split, whatever the files are called and tokenized by.
     content: str
     manifest: dict
+
+    @property
+    def begins(self) -> bool:
+        """Whether each document begins with the tokenizer's `begin`."""
+        return self.manifest["settings"].get("begin", False)
 
 
 # ---- the manifest ----

@@ -202,12 +202,14 @@ class Writer:
     """Writes one shard.
 
     Call `write` for ids, `end` after the last id of each document, `close` when all are written.
+    A document begins with the id `begin` and ends with `eot`, where they are given.
     OSError, such as of a full disk, passes through. It leaves files that nothing refers to.
     """
 
-    def __init__(self, base: Path, dtype: np.dtype, eot: int | None):
+    def __init__(self, base: Path, dtype: np.dtype, eot: int | None, begin: int | None = None):
         self.base = base
         self.dtype = np.dtype(dtype)
+        self.beginning = np.array([] if begin is None else [begin], dtype).tobytes()
         self.ending = np.array([] if eot is None else [eot], dtype).tobytes()
         self.file = open(f"{base}.tokens", "wb")  # noqa: SIM115 - `close` closes it
         self.digest = hashlib.sha256()
@@ -222,9 +224,14 @@ class Writer:
         self.docs = bytearray()
 
     def write(self, ids: np.ndarray, lost: int = 0, learn: bool = True) -> None:
-        """Adds ids to the document. `lost` is what Tokens counts under that name."""
+        """Adds ids to the document. `lost` is what Tokens counts under that name.
+
+        Before the first ids comes the id that begins documents. It is learned if they are.
+        """
         self.lost += lost
         self.learned_last = learn
+        if self.beginning and self.tokens == self.offsets[-1]:
+            self._put(self.beginning)
         self._put(ids.astype(self.dtype, copy=False).tobytes())
 
     def _put(self, raw: bytes) -> None:

@@ -112,11 +112,12 @@ def write_cache(
     report: Report,
     sources: list[str],
     about: dict,
+    begin: int | None = None,
 ) -> None:
     """Fills `folder` with the tokens of `texts`: (side, number of the source, document).
 
     `sources` are the names of the sources. `about` becomes a part of the meta, which is written
-    last.
+    last. Each document begins with the id `begin`, if it is given.
     """
     dtype = shards.choose_id_type(tokenizer.vocab)
     several = [False] * len(sources)
@@ -125,7 +126,7 @@ def write_cache(
     last_report = time.monotonic()
 
     with contextlib.ExitStack() as stack:
-        sides = {side: shards.Writer(folder / side, dtype, tokenizer.eot) for side in SIDES}
+        sides = {side: shards.Writer(folder / side, dtype, tokenizer.eot, begin) for side in SIDES}
         for out in sides.values():
             stack.callback(out.file.close)
 

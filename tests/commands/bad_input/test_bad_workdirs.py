@@ -64,7 +64,8 @@ def test_url_that_is_no_store(given, url, words, tmp_path, monkeypatch):
             ["train", f"--config={runs.TINY}", "--workdir=a", "--branch=memory:///b"],
             ["--branch=memory:///b: a branch needs folders"],
         ),
-        (["convert", "--from=a", "--to=memory:///b"], ["--to=memory:///b: is a URL"]),
+        (["convert", "--from=a", "--to=ftp://b/c"], ["--to=ftp://b/c: ftp:// is no object store"]),
+        (["convert", "--from=a", "--to=memory://"], ["--to=memory://: names no folder"]),
         (
             [
                 "train",
