@@ -1,6 +1,7 @@
 """`gpt-jax prepare`: raw text to a folder of token shards, and a look into such a folder."""
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from gpt_jax.files import is_there
 NAMED_PATH = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)  # NAME=PATH
 MISNAMED_PATH = re.compile(r"([^/=?*]*)=")  # an attempt at it
 SOURCE = "text"  # the source of paths without a name
-LISTS = ("--input", "--filters", "--encodings")  # flags that take several values
+LISTS = ("--input", "--filters", "--encodings", "--task_options")  # flags that take several values
 # Flags that are numbers, with the least and the most.
 LIMITS = {
     "eval_fraction": (0.0, 0.9),
@@ -105,8 +106,17 @@ def add_text_flags(group) -> None:
     group.add_argument(
         "--task",
         default="plain",
-        help="what is learned of a JSON row. plain: the field; supervised: `response` after "
-        "`prompt`; spans: those of `spans` without learn=false",
+        help="what is learned of a row. plain: the field; supervised: `response` after `prompt`; "
+        "spans: those of `spans` without learn=false; chat: what the assistant says; classify: the "
+        "words of a label; translate: the text in the other language; see docs/tasks.md",
+    )
+    group.add_argument(
+        "--task_options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of the task, such as label=COLUMN; \\n stands for an end of line",
     )
     group.add_argument(
         "--errors", default="strict", help="undecodable bytes: strict or replace (by U+FFFD)"
@@ -254,6 +264,7 @@ def make_settings(args: argparse.Namespace):
             args.documents,
             args.task,
             args.separator,
+            parse_task_options(args.task_options),
         )
     except UsageError as error:
         # The message names a field, such as `errors = …`, and the user knows the flag.
@@ -263,6 +274,31 @@ def make_settings(args: argparse.Namespace):
     values: dict[str, Any] = {name: getattr(args, name) for name in names}
     values["filters"] = tuple(args.filters)
     return PrepareSettings(**values, reading=reading)
+
+
+def parse_task_options(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """Pairs of `NAME=VALUE` texts. Raises UsageError for a text without a name.
+
+    In values that are no JSON, `\\n` stands for an end of line and `\\t` for a tabulator, because a
+    shell has no short way to write them.
+    """
+    pairs = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--task_options {text}: expected NAME=VALUE")
+        if not value.startswith(("{", "[")) or not is_json(value):
+            value = value.replace("\\n", "\n").replace("\\t", "\t")
+        pairs.append((name, value))
+    return tuple(pairs)
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def count_cores() -> int:

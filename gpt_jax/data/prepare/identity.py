@@ -35,6 +35,7 @@ ROOMS = ("read", "tasks", "tokenizers", "tokens", "prepare")
 PACKAGES = (
     "datasets",
     "datasketch",
+    "jinja2",
     "numpy",
     "py3langid",
     "pyarrow",
@@ -74,6 +75,9 @@ def describe(
     # As it was written before there were tasks and separators.
     if about["task"] == "plain":
         del about["task"]
+    about["task_options"] = dict(about["task_options"])
+    if not about["task_options"]:
+        del about["task_options"]
     if not about["separator"]:
         del about["separator"]
     if isinstance(tokenizer, Spec):

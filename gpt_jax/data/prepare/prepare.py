@@ -9,6 +9,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,11 @@ from gpt_jax.data.prepare.units import WORK, PrepareJob, PrepareSettings, Unit
 from gpt_jax.data.prepare.workers import ENGINES, Work
 from gpt_jax.data.read import documents as readers
 from gpt_jax.data.read.sources import HUB, Source, find_sources
+from gpt_jax.data.tasks.tasks import complete_options, list_specials
 from gpt_jax.data.tokenizers.spec import (
     Spec,
     make_tokenizer,
+    parse_tokenizer_spec,
     resolve_tokenizer,
     tokenizer_from_json,
 )
@@ -116,6 +119,7 @@ def prepare_corpus(
             f"--task={settings.reading.task}: the tokenizer {tokenizer.name} puts a space in front "
             "of each text, so also in front of each span; take another --tokenizer"
         )
+    settings = complete_settings(settings, tokenizer)
     for note in getattr(tokenizer, "notes", ()):
         say(f"tokenizer {tokenizer.name}: {note}")
     survey.parse_threshold(settings.dedup)
@@ -141,6 +145,28 @@ def prepare_corpus(
                 _make(Call(job, inputs, about, tokenizer, engine, say, show))
             assemble.clean(folder, corpus.read_manifest(folder))
     return corpus.read_manifest(folder)
+
+
+def complete_settings(settings: PrepareSettings, tokenizer: Tokenizer | Spec) -> PrepareSettings:
+    """The settings, with options of the task that the tokenizer's files decide.
+
+    Raises UsageError for a tokenizer that lacks special tokens of the task.
+    """
+    reading = settings.reading
+    path = Path(parse_tokenizer_spec(settings.tokenizer, "--tokenizer").base).expanduser()
+    folder = str(path) if path.exists() else ""
+    options = complete_options(
+        reading.task, reading.task_options, folder, tokenizer.specials, "--task_options"
+    )
+    missing = [
+        name for name in list_specials(reading.task, options) if name not in tokenizer.specials
+    ]
+    if missing:
+        raise UsageError(
+            f"--task={reading.task}: writes the special token {missing[0]}, which --tokenizer="
+            f"{settings.tokenizer} lacks; give --tokenizer={settings.tokenizer or 'bytes'}+chat"
+        )
+    return replace(settings, reading=replace(reading, task_options=options))
 
 
 def _report_repeated(paths: Sequence[Path | str], say: Say) -> None:
