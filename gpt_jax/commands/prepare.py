@@ -1,7 +1,6 @@
 """`gpt-jax prepare`: raw text to a folder of token shards, and a look into such a folder."""
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from gpt_jax.commands.display import Display
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
 from gpt_jax.commands.stopping import interrupt_once
+from gpt_jax.commands.task_options import parse_task_options
 from gpt_jax.errors import DataError, Stopped, UsageError, escape
 from gpt_jax.files import is_there
 
@@ -274,31 +274,6 @@ def make_settings(args: argparse.Namespace):
     values: dict[str, Any] = {name: getattr(args, name) for name in names}
     values["filters"] = tuple(args.filters)
     return PrepareSettings(**values, reading=reading)
-
-
-def parse_task_options(texts: list[str]) -> tuple[tuple[str, str], ...]:
-    """Pairs of `NAME=VALUE` texts. Raises UsageError for a text without a name.
-
-    In values that are no JSON, `\\n` stands for an end of line and `\\t` for a tabulator, because a
-    shell has no short way to write them.
-    """
-    pairs = []
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise UsageError(f"--task_options {text}: expected NAME=VALUE")
-        if not value.startswith(("{", "[")) or not is_json(value):
-            value = value.replace("\\n", "\n").replace("\\t", "\t")
-        pairs.append((name, value))
-    return tuple(pairs)
-
-
-def is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 def count_cores() -> int:

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from prepared import documents, prepare, refused
 
-from gpt_jax.commands.prepare import parse_task_options
+from gpt_jax.commands.task_options import parse_task_options
 from gpt_jax.data.read.decoding import Reading, Unreadable, field_text
 from gpt_jax.data.tasks.example import Span
 from gpt_jax.data.tokens import corpus

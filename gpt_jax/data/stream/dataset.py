@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from gpt_jax import config
 from gpt_jax.data.stream import mixture
+from gpt_jax.data.tasks.tasks import TaskNote
 from gpt_jax.data.tokenizers.spec import Spec, resolve_tokenizer
 from gpt_jax.data.tokenizers.vocabulary import FIM_TOKENS, Tokenizer
 from gpt_jax.data.tokens import adopt, cache, corpus, mirror
@@ -27,6 +28,7 @@ class Part(NamedTuple):
     weight: float
     train: Tokens
     eval: Tokens | None  # None if nothing is held out
+    task: TaskNote | None = None  # of a folder made with --task
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +42,22 @@ class Dataset:
     sets: Mapping[str, Tokens] = field(default_factory=dict)
 
     @property
+    def tasks(self) -> tuple[TaskNote, ...]:
+        """The tasks of all sources, each once."""
+        return tuple(dict.fromkeys(part.task for part in self.parts if part.task))
+
+    @property
     def heldout(self) -> dict[str, Tokens]:
         """The held-out tokens of each source that has any."""
         return {part.name: part.eval for part in self.parts if part.eval is not None}
+
+
+def read_note(manifest: Mapping) -> TaskNote | None:
+    """The task of a corpus, or None if all of its text is learned as it stands."""
+    settings = manifest["settings"]
+    if "task" not in settings:
+        return None
+    return TaskNote(settings["task"], tuple(settings.get("task_options", {}).items()))
 
 
 def of_text(prepared: Prepared) -> Dataset:
@@ -121,7 +136,7 @@ def _part(field: str, path: str, opened: corpus.PreparedCorpus, name: str, repor
         f"data: {name}: train on {train}, held out {heldout}; tokenizer "
         f"{opened.tokenizer.name} of {opened.tokenizer.vocab:,} ids; {escape(path)}"
     )
-    return Part(name, 1.0, sides["train"], sides["eval"])
+    return Part(name, 1.0, sides["train"], sides["eval"], read_note(opened.manifest))
 
 
 def load_heldout(

@@ -16,7 +16,7 @@ class Classify:
     # The prompt. Names of columns stand in braces.
     prompt: str = "{text}\nLabel: "
 
-    # The column of the label.
+    # The column of the label. Empty: rows have none, as those that gpt-jax classify reads.
     label: str = "label"
 
     # What is written for each value of the label: pairs of a value and its words.
@@ -45,8 +45,8 @@ class Classify:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the prompt and of the label."""
-        return (*self.inputs, self.label)
+        """The columns of the prompt, and of the label if rows have one."""
+        return (*self.inputs, self.label) if self.label else self.inputs
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,5 +84,7 @@ def read_label(row: dict, options: Classify) -> str:
 
 def read_classified(row: dict, options: Classify) -> Example:
     """The prompt, and the words of the label, which are learned."""
+    if not options.label:
+        return Example((Span(make_prompt(row, options), learn=False),))
     words = dict(options.labels)[read_label(row, options)]
     return make_example([Span(make_prompt(row, options), learn=False), Span(words)])

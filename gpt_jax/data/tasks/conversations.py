@@ -79,11 +79,15 @@ def _read_instruction(row: dict) -> list[Turn]:
     addition = get({"input": ""} | row, "input", str, "input")
     turns = _read_system(row)
     for i, pair in enumerate(row.get("history") or ()):
-        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+        if not is_pair_of_texts(pair):
             raise ValueError(f"history[{i}]: expected a list of two texts")
         turns += [Turn(USER, pair[0]), Turn(ASSISTANT, pair[1])]
     asked = "\n".join(text for text in (instruction, addition) if text)
     return [*turns, Turn(USER, asked), Turn(ASSISTANT, get(row, "output", str, "output"))]
+
+
+def is_pair_of_texts(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair)
 
 
 def _read_turns(row: dict) -> list[Turn]:

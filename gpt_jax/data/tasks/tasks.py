@@ -100,6 +100,16 @@ TASKS: dict[str, Task] = {
 }
 
 
+class TaskNote(NamedTuple):
+    """The task of a corpus, as its manifest and the checkpoints trained on it have it."""
+
+    task: str
+    options: Pairs
+
+    def to_json(self) -> dict[str, Any]:
+        return {"task": self.task, "options": dict(self.options)}
+
+
 @functools.lru_cache(8)
 def read_options(task: str, given: Pairs, field: str = "text") -> Any:
     """The options of a task. `field` is that of --field. Raises ValueError, which names one."""
