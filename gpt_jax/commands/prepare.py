@@ -1,10 +1,13 @@
 """`gpt-jax prepare`: raw text to a folder of token shards, and a look into such a folder."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
-from dataclasses import fields
+import tempfile
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +176,8 @@ def add_token_flags(group) -> None:
     group.add_argument(
         "--tokenizer",
         default="bytes",
-        help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer",
+        help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer; or the workdir of a run, "
+        "whose tokenizer is taken",
     )
     group.add_argument(
         "--tokenizer_mb", type=float, default=200.0, help="MB of text that trains a tokenizer"
@@ -220,7 +224,9 @@ def run(args: argparse.Namespace) -> None:
             display.say(f"source {name} is given {len(paths)} times and joins {', '.join(paths)}")
 
     interrupt_once()
+    holding = contextlib.ExitStack()
     try:
+        settings = holding.enter_context(taking_run_tokenizer(settings))
         prepare_corpus(inputs, folder, settings, engine, display.say, display.show)
         display.close()
         emit("\n".join(map(escape, summarize_corpus(folder))))
@@ -231,6 +237,28 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     finally:
         display.close()
+        holding.close()
+
+
+@contextlib.contextmanager
+def taking_run_tokenizer(settings) -> Iterator[Any]:
+    """The settings, in which a workdir named as the tokenizer is a copy of its tokenizer.
+
+    The copy lies there as long as the context. Raises UsageError for a workdir without checkpoints.
+    """
+    from gpt_jax.data import parse_tokenizer_spec
+
+    base = parse_tokenizer_spec(settings.tokenizer, "--tokenizer").base
+    workdir = Path(base).expanduser()
+    if not base or not (workdir / "checkpoints").is_dir():
+        yield settings
+        return
+
+    from gpt_jax.run import copy_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy_tokenizer(workdir, Path(folder))
+        yield replace(settings, tokenizer=f"{folder}{settings.tokenizer.removeprefix(base)}")
 
 
 def check_flags(args: argparse.Namespace) -> None:

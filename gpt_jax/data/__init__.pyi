@@ -31,11 +31,13 @@ from .stream.streams import (
     EvalBatches as EvalBatches,
     Stream as Stream,
 )
+from .tasks.chat import TEMPLATE_FILES as TEMPLATE_FILES
 from .tasks.classify import Classify as Classify, make_prompt as make_prompt
 from .tasks.tasks import TaskNote as TaskNote, read_options as read_options
 from .tokenizers.bpe import find_begin as find_begin
 from .tokenizers.spec import (
     Spec as Spec,
+    parse_tokenizer_spec as parse_tokenizer_spec,
     resolve_tokenizer as resolve_tokenizer,
     tokenizer_from_json as tokenizer_from_json,
 )

@@ -226,6 +226,22 @@ def test_a_chat_is_fine_tuned(folder, base):
     assert np.isfinite(list(losses.values())).all()
 
 
+def test_a_corpus_takes_the_tokenizer_of_a_run(folder, tuned, call):
+    """That of a workdir, and that of another corpus, with special tokens added to it."""
+    path = write_rows(folder / "few.jsonl", [{"text": "ab"}])
+    made = []
+    for number, spec in enumerate((tuned, folder / "data", f"{tuned}+fim", "bytes+fim")):
+        given = f"--input={path}", f"--tokenizer={spec}"
+        made.append(corpus.open_corpus(prepare(folder / f"few{number}", *given)).tokenizer)
+    assert (
+        made[0].fingerprint
+        == made[1].fingerprint
+        == corpus.open_corpus(folder / "data").tokenizer.fingerprint
+    )
+    assert made[2].fingerprint == made[3].fingerprint != made[0].fingerprint
+    assert str(folder) not in (folder / "few0/corpus.json").read_text()
+
+
 def test_labels_are_asked_of_data_that_has_them(folder, base):
     path = write_rows(folder / "plain.jsonl", make_rows(60))
     data = prepare(folder / "plain", f"--input={path}", "--eval_fraction=0.3")
