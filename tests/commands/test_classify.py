@@ -102,11 +102,10 @@ def test_a_text_needs_no_flags(call, folder, tuned):
     out, _ = call("classify", f"--checkpoint={tuned}", "--text", "7 fine", "8 dull")
     found = [json.loads(line) for line in out.splitlines()]
     model = gpt_jax.load(str(tuned), devices=1)
-    assert (
-        model.classify(["7 fine", {"text": "8 dull"}])
-        == [pytest.approx((one["label"], one["probabilities"])) for one in found]
-        or [dict(one._asdict()) for one in model.classify(["7 fine", "8 dull"])] == found
-    )
+    asked = model.classify(["7 fine", {"text": "8 dull"}])
+    for one, other in zip(found, asked, strict=True):
+        assert one["label"] == other.label
+        assert one["probabilities"] == pytest.approx(other.probabilities, rel=1e-4)
     for one in found:
         assert sum(one["probabilities"].values()) == pytest.approx(1)
         assert one["label"] == max(one["probabilities"], key=one["probabilities"].get)
@@ -166,8 +165,7 @@ def test_an_interrupted_file_is_continued(call, folder, tuned, heldout, suffix, 
 
     _, err = call("classify", *given, f"--out={cut}")
     assert "7 rows are there already" in err
-    before, after = whole.read_text().splitlines(), cut.read_text().splitlines()
-    assert before[:7] == after[:7] and len(before) == len(after)
+    assert len(cut.read_text().splitlines()) == len(whole.read_text().splitlines())
     labels = [classify_file.READERS[f".{suffix}"](path, ("0", "1")) for path in (whole, cut)]
     for one, two in zip(*labels, strict=True):
         assert one[:2] == two[:2] and one[2] == pytest.approx(two[2], rel=1e-4)

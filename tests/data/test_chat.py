@@ -9,6 +9,7 @@ import pytest
 from prepared import documents, prepare, refused
 
 from gpt_jax.data.read.decoding import Reading, Unreadable, field_text
+from gpt_jax.data.read.sources import find_sources
 from gpt_jax.data.tasks import template
 from gpt_jax.data.tasks.conversations import Turn, read_turns
 from gpt_jax.data.tokens import corpus, shards
@@ -67,7 +68,7 @@ def test_an_instruction_may_have_an_input():
     assert read_turns(row) == [Turn("user", "Add.\n1 2"), Turn("assistant", "3")]
 
 
-def test_files_of_dialogues(tmp_path):
+def test_files_of_dialogues(tmp_path, tmp_path_factory):
     """Turns parted by a mark, turns a line, and YAML give the same corpus."""
     marked = tmp_path / "marked.txt"
     marked.write_text("hi __eou__ HO __eou__ and? __eou__ SO __eou__\ttopic\t1 2\nyo __eou__ YO\n")
@@ -82,9 +83,10 @@ def test_files_of_dialogues(tmp_path):
     packed.write_bytes(gzip.compress(lined.read_bytes()))
 
     found = []
+    outputs = tmp_path_factory.mktemp("outputs")
     for path in (marked, lined, listed, rows, packed):
         out = prepare(
-            tmp_path / f"out-{path.name}",
+            outputs / f"out-{path.name}",
             f"--input={path}",
             "--task=chat",
             "--tokenizer=bytes+chat",
@@ -93,16 +95,10 @@ def test_files_of_dialogues(tmp_path):
         assert len(documents(out)["text"]["train"]) == 2
     assert len(set(found)) == 1
 
-    # A folder's YAML is no text of it, as before.
-    settings = prepare(
-        tmp_path / "folder",
-        f"--input={rows.parent}/rows.jsonl",
-        "--field=messages",
-        "--on_error=skip",
-        "--task=chat",
-        "--tokenizer=bytes+chat",
-    )
-    assert documents(settings)["text"]["train"]
+    # A folder's YAML is passed over, as before.
+    assert {source.name for source in find_sources((str(tmp_path),))} == {
+        f"{tmp_path.name}/{path.name}" for path in (marked, lined, rows, packed)
+    }
     words = "listed.yml: holds dialogues, which --task=chat of prepare reads"
     refused(2, (words,), f"--input={listed}", f"--output={tmp_path / 'no'}")
 
@@ -233,6 +229,16 @@ def sandbox():
 def test_a_template_gives_the_spans_of_the_same_form(sandbox):
     options = ("template", CHATML), ("tokens", NAMES)
     assert read(as_row(TALK), *options) == read(as_row(TALK))
+
+
+def test_what_a_template_writes_after_an_answer_is_not_learned(sandbox):
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    spans = read(as_row(TALK), ("template", text), ("tokens", NAMES))
+    assert learned_text(spans) == "HO[<|im_end|>]SO[<|im_end|>]"
+    assert whole_text(spans) == whole_text(read(as_row(TALK))) + "\n"
 
 
 def test_the_template_of_a_tokenizer_folder(sandbox, tmp_path):
