@@ -1,5 +1,6 @@
 """A trained model on its devices, and what it can be asked from Python."""
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -145,18 +146,22 @@ class Loaded(NamedTuple):
             )
 
     def classify(
-        self, texts: str | Sequence[str | Mapping[str, Any]], say: Say = tell, **options: str
+        self, texts: str | Sequence[str | Mapping[str, Any]], say: Say = tell, **options: Any
     ) -> list[Classified]:
         """The likeliest label of each text, and the probability of each label among all of them.
 
-        Prompt and labels are those of its training, unless `options` has others: `prompt` and
-        `labels`, as `--task_options` takes them. Where the prompt has several columns, a text is a
-        mapping of them. A prompt that does not fit the context loses its first tokens, and `say`
-        tells it.
+        Prompt and labels are those of its training, unless `options` has others: `prompt`, and
+        `labels`, which is {value: what is written for it}. Where the prompt has several columns, a
+        text is a mapping of them. A prompt that does not fit the context loses its first tokens,
+        and `say` tells it.
 
         Raises UsageError if prompt or labels are not known, or if a text is empty.
         """
-        found = self.find_classification(options.items())
+        given = [
+            (name, value if isinstance(value, str) else json.dumps(value))
+            for name, value in options.items()
+        ]
+        found = self.find_classification(given)
         rows = [texts] if isinstance(texts, str | Mapping) else list(texts)
         prompts = [make_text_prompt(number, row, found) for number, row in enumerate(rows, 1)]
         return self.classify_prompts(prompts, found, say)

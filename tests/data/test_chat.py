@@ -336,5 +336,9 @@ def test_a_template_that_is_not_there(tmp_path):
     )
     words = "template=/nowhere/a.jinja: expected chatml, a .jinja file, or a folder"
     refused(2, (words,), *given, "--task_options", "template=/nowhere/a.jinja")
+    words = ("writes bos_token, which is '<s>' in tokenizer_config.json, and the tokenizer has no",)
+    settings = {"bos_token": "<s>", "chat_template": "{{ bos_token }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    refused(2, words, *given, "--task_options", f"template={tmp_path}")
     (tmp_path / "tokenizer_config.json").write_text("{}")
     refused(2, ("holds no chat_template",), *given, "--task_options", f"template={tmp_path}")

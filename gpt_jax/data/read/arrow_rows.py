@@ -104,7 +104,7 @@ def _check_ratio(metadata, piece: Piece, reading: Reading) -> None:
         group = metadata.row_group(number)
         for column in (group.column(i) for i in range(group.num_columns)):
             size = column.total_uncompressed_size
-            is_text = reading.task != "plain" or column.path_in_schema == reading.field
+            is_text = not reading.columns or column.path_in_schema in reading.columns
             if is_text and size > limit_rows(column.total_compressed_size):
                 raise Damaged(
                     f"{piece.source.path}: {reading.label} of row group {number} unpacks to "
@@ -131,7 +131,8 @@ def parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
             )
 
         groups = range(piece.start, len(rows) if piece.stop < 0 else piece.stop)
-        names = [reading.field] if reading.task == "plain" else None
+        # A task that names no columns looks at all of them.
+        names = list(reading.columns) or None
         batches = file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=names)
         yield from _cells(batches, reading, sum(rows[: piece.start]))
 

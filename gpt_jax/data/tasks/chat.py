@@ -133,10 +133,10 @@ def complete_chat(options: Chat, folder: str, specials: Collection[str], field: 
     `folder` is where the tokenizer lies, if it lies in files. Raises UsageError, which names
     `field`, for a template that cannot be read.
     """
-    if options.template == CHATML:
-        return options
-    place = Path(options.template or folder or "/nowhere")
-    path = find_template(place.expanduser(), is_asked=bool(options.template), field=field)
+    asked = options.template or folder
+    if options.template == CHATML or not asked:
+        return replace(options, template=CHATML)
+    path = find_template(Path(asked).expanduser(), is_asked=bool(options.template), field=field)
     if path is None:
         return replace(options, template=CHATML)
 
@@ -145,11 +145,17 @@ def complete_chat(options: Chat, folder: str, specials: Collection[str], field: 
         if options.template:
             raise UsageError(f"{field} template={options.template}: holds no chat_template")
         return replace(options, template=CHATML)
-    # Names that text never spells are of use to nobody, and an empty one would match everywhere.
-    others = {f"token {name}": name for name in specials if name}
-    known = {name: token for name, token in named.items() if token in specials}
-    others = {key: name for key, name in others.items() if name not in known.values()}
-    return replace(options, template=text, tokens=tuple({**known, **others}.items()))
+    unknown = [key for key, token in named.items() if key in text and token not in specials]
+    if unknown:
+        raise UsageError(
+            f"{field} template={path}: writes {unknown[0]}, which is {named[unknown[0]]!r} in "
+            "tokenizer_config.json, and the tokenizer has no such special token; give the one that "
+            "belongs to it, or template=chatml"
+        )
+    used = {key: token for key, token in named.items() if token in specials}
+    # An empty name would be found everywhere.
+    others = {f"token {name}": name for name in specials if name and name not in used.values()}
+    return replace(options, template=text, tokens=tuple({**used, **others}.items()))
 
 
 def find_template(place: Path, is_asked: bool, field: str) -> Path | None:

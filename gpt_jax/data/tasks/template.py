@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import functools
 import json
+import os
 import select
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def render_chats(template: str, tokens: Pairs, renders: Sequence[Render]) -> lis
         "tokens": dict(tokens),
         "renders": [render._asdict() for render in renders],
     }
-    worker = _start()
+    worker = _start(os.getpid())
     answer = _ask(worker, json.dumps(asked))
     if answer is None:
         stop()
@@ -61,8 +62,11 @@ def render_chats(template: str, tokens: Pairs, renders: Sequence[Render]) -> lis
 
 
 @functools.lru_cache(1)
-def _start() -> subprocess.Popen:
-    """The process of this process. It ends when its input does."""
+def _start(owner: int) -> subprocess.Popen:
+    """The process that renders for the process `owner`. It ends when its input does.
+
+    A fork does not share it, because the answers would be mixed up.
+    """
     path = Path(__file__).with_name("template_worker.py")
     # -P: the folder of the file holds modules whose names might hide those of others.
     command = [sys.executable, "-P", str(path), str(MEMORY), str(LARGEST_TEXT)]
@@ -73,7 +77,7 @@ def _start() -> subprocess.Popen:
 
 def stop() -> None:
     """Ends the process. The next call starts another one."""
-    worker = _start()
+    worker = _start(os.getpid())
     _start.cache_clear()
     worker.kill()
     worker.wait()

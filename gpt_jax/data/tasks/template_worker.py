@@ -9,6 +9,9 @@ import json
 import sys
 from typing import Any
 
+# What templates ask for and chats here do not have.
+NOTHING = {"tools": None, "documents": None}
+
 
 def limit_memory(size: int) -> None:
     """Bounds the address space, where the system can."""
@@ -51,7 +54,7 @@ def answer(asked: dict[str, Any], largest: int) -> dict[str, Any]:
         for render in asked["renders"]:
             parts = []
             size = 0
-            for part in template.generate(**asked["tokens"], **render):
+            for part in template.generate(**NOTHING, **asked["tokens"], **render):
                 parts.append(part)
                 size += len(part)
                 if size > largest:
