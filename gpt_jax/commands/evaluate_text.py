@@ -166,7 +166,7 @@ def ask(
     """What the evaluators `names` give for a checkpoint, with the held-out Sums of each text."""
     import jax
 
-    from gpt_jax.evals import Evaluation, run_evaluators
+    from gpt_jax.evals import Evaluation, check_labelled, run_evaluators
 
     config = loaded.config
     if "questions" in names and not config.eval.questions:
@@ -174,6 +174,7 @@ def ask(
             "--evaluators=questions: the run has no config.eval.questions; name files with "
             "--questions"
         )
+    check_labelled(names, data, "--evaluators")
     evaluation = Evaluation(
         model=config.model,
         compute=config.compute,

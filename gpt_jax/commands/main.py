@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "raw text to token shards: read, filter, leave out copies, tokenize",
     "train": "train a model from a config, or resume it where its workdir stands",
     "evaluate": "loss, perplexity, bits per byte and accuracy of a checkpoint on text",
+    "classify": "the label of texts, by a checkpoint of a classification",
     "generate": "continue prompts from a checkpoint",
     "convert": "models of Hugging Face to checkpoints, and checkpoints to them",
     "plan": "whether a config fits on a machine that is not here, and how fast it could be",

@@ -1,10 +1,13 @@
 """`gpt-jax prepare`: raw text to a folder of token shards, and a look into such a folder."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
-from dataclasses import fields
+import tempfile
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,14 @@ from gpt_jax.commands.display import Display
 from gpt_jax.commands.flags import Flags
 from gpt_jax.commands.output import emit
 from gpt_jax.commands.stopping import interrupt_once
+from gpt_jax.commands.task_options import parse_task_options
 from gpt_jax.errors import DataError, Stopped, UsageError, escape
 from gpt_jax.files import is_there
 
 NAMED_PATH = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)  # NAME=PATH
 MISNAMED_PATH = re.compile(r"([^/=?*]*)=")  # an attempt at it
 SOURCE = "text"  # the source of paths without a name
-LISTS = ("--input", "--filters", "--encodings")  # flags that take several values
+LISTS = ("--input", "--filters", "--encodings", "--task_options")  # flags that take several values
 # Flags that are numbers, with the least and the most.
 LIMITS = {
     "eval_fraction": (0.0, 0.9),
@@ -105,8 +109,17 @@ def add_text_flags(group) -> None:
     group.add_argument(
         "--task",
         default="plain",
-        help="what is learned of a JSON row. plain: the field; supervised: `response` after "
-        "`prompt`; spans: those of `spans` without learn=false",
+        help="what is learned of a row. plain: the field; supervised: `response` after `prompt`; "
+        "spans: those of `spans` without learn=false; chat: what the assistant says; classify: the "
+        "words of a label; translate: the text in the other language; see docs/tasks.md",
+    )
+    group.add_argument(
+        "--task_options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of the task, such as label=COLUMN; \\n stands for an end of line",
     )
     group.add_argument(
         "--errors", default="strict", help="undecodable bytes: strict or replace (by U+FFFD)"
@@ -163,7 +176,8 @@ def add_token_flags(group) -> None:
     group.add_argument(
         "--tokenizer",
         default="bytes",
-        help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer",
+        help="bytes, char, bpe:VOCAB, a path: as config.data.tokenizer; or the workdir of a run, "
+        "whose tokenizer is taken",
     )
     group.add_argument(
         "--begin",
@@ -216,7 +230,9 @@ def run(args: argparse.Namespace) -> None:
             display.say(f"source {name} is given {len(paths)} times and joins {', '.join(paths)}")
 
     interrupt_once()
+    holding = contextlib.ExitStack()
     try:
+        settings = holding.enter_context(taking_run_tokenizer(settings))
         prepare_corpus(inputs, folder, settings, engine, display.say, display.show)
         display.close()
         emit("\n".join(map(escape, summarize_corpus(folder))))
@@ -227,6 +243,28 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     finally:
         display.close()
+        holding.close()
+
+
+@contextlib.contextmanager
+def taking_run_tokenizer(settings) -> Iterator[Any]:
+    """The settings, in which a workdir named as the tokenizer is a copy of its tokenizer.
+
+    The copy lies there as long as the context. Raises UsageError for a workdir without checkpoints.
+    """
+    from gpt_jax.data import parse_tokenizer_spec
+
+    base = parse_tokenizer_spec(settings.tokenizer, "--tokenizer").base
+    workdir = Path(base).expanduser()
+    if not base or not (workdir / "checkpoints").is_dir():
+        yield settings
+        return
+
+    from gpt_jax.run import copy_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy_tokenizer(workdir, Path(folder))
+        yield replace(settings, tokenizer=f"{folder}{settings.tokenizer.removeprefix(base)}")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -260,6 +298,7 @@ def make_settings(args: argparse.Namespace):
             args.documents,
             args.task,
             args.separator,
+            parse_task_options(args.task_options),
         )
     except UsageError as error:
         # The message names a field, such as `errors = …`, and the user knows the flag.

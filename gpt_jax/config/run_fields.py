@@ -225,7 +225,8 @@ class Eval:
     evaluators: tuple[str, ...] = knob(
         ("heldout",),
         "What an evaluation measures, in this order: heldout (loss by source), samples (a text), "
-        "xz (what xz -9 makes of the held-out text), questions (the answers to eval.questions).",
+        "xz (what xz -9 makes of the held-out text), questions (the answers to eval.questions). "
+        "classification tells the labels of held-out rows of prepare --task=classify.",
     )
     questions: tuple[str, ...] = knob(
         (),

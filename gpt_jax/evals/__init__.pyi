@@ -1,3 +1,9 @@
+from .classification import (
+    measure_classification as measure_classification,
+    tabulate_confusion as tabulate_confusion,
+)
+from .classification_page import make_classification_page as make_classification_page
+from .classified import check_labelled as check_labelled
 from .compared import compare_tasks as compare_tasks
 from .core import (
     CoreSettings as CoreSettings,

@@ -11,6 +11,7 @@ import jax
 
 from gpt_jax import config
 from gpt_jax.data import Dataset
+from gpt_jax.evals.classified import classify_heldout, find_labelled, name_measured
 from gpt_jax.evals.heldout import (
     average_by_source,
     compute_heldout_metrics,
@@ -88,11 +89,31 @@ def answer_questions(evaluation: Evaluation) -> dict[str, float]:
     )
 
 
+def classify_rows(evaluation: Evaluation) -> dict[str, float | str]:
+    """`eval/classification/accuracy` and the like, of held-out rows of prepare --task=classify.
+
+    Each has its bounds beside it, as `_low` and `_high`. The counts by label are a text,
+    `sample/classification`. Of several sources, each has its name after `classification`.
+    """
+    subject = Subject(
+        evaluation.model, evaluation.compute, evaluation.params, evaluation.data.tokenizer
+    )
+    sources = find_labelled(evaluation.data)
+    limit = evaluation.knobs.batches * evaluation.knobs.batch_size
+    values: dict[str, float | str] = {}
+    for source in sources:
+        measured = classify_heldout(subject, source, lambda line: None, evaluation.tick, limit)
+        name = f"classification/{source.name}" if len(sources) > 1 else "classification"
+        values |= name_measured(measured, name)
+    return values
+
+
 EVALUATORS: dict[str, Callable[[Evaluation], Mapping[str, float | str]]] = {
     "heldout": measure_heldout,
     "samples": write_sample,
     "xz": measure_xz,
     "questions": answer_questions,
+    "classification": classify_rows,
 }
 
 

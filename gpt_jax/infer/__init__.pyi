@@ -1,3 +1,9 @@
+from .classify import (
+    Classified as Classified,
+    classify_prompts as classify_prompts,
+    encode_labels as encode_labels,
+    score_labels as score_labels,
+)
 from .decode import (
     generate as generate,
     stream_text as stream_text,

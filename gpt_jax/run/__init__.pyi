@@ -32,5 +32,9 @@ from .parts import (
 )
 from .restore import load_model as load_model, load_step as load_step
 from .send import opening_target as opening_target
-from .source import read_start_tokenizer as read_start_tokenizer, take_model as take_model
+from .source import (
+    copy_tokenizer as copy_tokenizer,
+    read_start_tokenizer as read_start_tokenizer,
+    take_model as take_model,
+)
 from .store import check_scheme as check_scheme, check_url as check_url

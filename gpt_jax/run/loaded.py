@@ -1,7 +1,8 @@
 """A trained model on its devices, and what it can be asked from Python."""
 
+import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -9,11 +10,13 @@ import jax
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.data import Tokenizer
+from gpt_jax.data import Classify, TaskNote, Tokenizer, make_prompt, read_options
 from gpt_jax.errors import UsageError
 from gpt_jax.infer import (
+    Classified,
     Request,
     Sampling,
+    classify_prompts,
     compute_logits,
     encode_pairs,
     encode_text,
@@ -42,6 +45,7 @@ class Loaded(NamedTuple):
     step: int
     content: str  # digest of the text that it was trained on
     examples: int  # training rows that the updates behind it have read
+    tasks: tuple[TaskNote, ...] = ()  # of the text that it was trained on
 
     def logits(self, text: str | Sequence[int] | np.ndarray, say: Say = tell) -> np.ndarray:
         """The logits after each token of a text, or of its ids: float32 [T, V].
@@ -110,6 +114,73 @@ class Loaded(NamedTuple):
                 model, compute, self.params, self.tokenizer, list(prompts), settings, say
             )
         return [completion.text for completion in completions]
+
+    def find_classification(self, given: Iterable[tuple[str, str]] = ()) -> Classify:
+        """The prompt and the labels that it was trained on, with those that are `given` instead.
+
+        Raises UsageError if it was trained on none, or on several.
+        """
+        own = [note for note in self.tasks if note.task == "classify"]
+        options = dict(own[0].options) if len(own) == 1 else {}
+        options |= dict(given)
+        if "labels" not in options:
+            known = f"on {len(own)} classifications" if own else "on no classification"
+            raise UsageError(
+                f"{self.directory}: was trained {known}, so its labels are not known; give "
+                "--task_options prompt=… labels=…, or train on a folder of gpt-jax prepare "
+                "--task=classify"
+            )
+        try:
+            return read_options("classify", tuple(options.items()))
+        except ValueError as error:
+            raise UsageError(f"--task_options {error}") from None
+
+    def classify_prompts(
+        self, prompts: Sequence[str], options: Classify, say: Say = tell
+    ) -> list[Classified]:
+        """The label of each prompt, see `classify`."""
+        model, compute = self.config.model, self.config.compute
+        with jax.set_mesh(self.mesh):
+            return classify_prompts(
+                model, compute, self.params, self.tokenizer, prompts, options, say
+            )
+
+    def classify(
+        self, texts: str | Sequence[str | Mapping[str, Any]], say: Say = tell, **options: Any
+    ) -> list[Classified]:
+        """The likeliest label of each text, and the probability of each label among all of them.
+
+        Prompt and labels are those of its training, unless `options` has others: `prompt`, and
+        `labels`, which is {value: what is written for it}. Where the prompt has several columns, a
+        text is a mapping of them. A prompt that does not fit the context loses its first tokens,
+        and `say` tells it.
+
+        Raises UsageError if prompt or labels are not known, or if a text is empty.
+        """
+        given = [
+            (name, value if isinstance(value, str) else json.dumps(value))
+            for name, value in options.items()
+        ]
+        found = self.find_classification(given)
+        rows = [texts] if isinstance(texts, str | Mapping) else list(texts)
+        prompts = [make_text_prompt(number, row, found) for number, row in enumerate(rows, 1)]
+        return self.classify_prompts(prompts, found, say)
+
+
+def make_text_prompt(number: int, row: str | Mapping[str, Any], options: Classify) -> str:
+    """The prompt of a text. Raises UsageError, which tells its number."""
+    if isinstance(row, str):
+        column, *others = options.inputs
+        if others:
+            raise UsageError(
+                f"text {number}: the prompt has the columns {', '.join(options.inputs)}; give a "
+                "mapping of them, or a file with --file"
+            )
+        row = {column: row}
+    try:
+        return make_prompt(row, options)
+    except ValueError as error:
+        raise UsageError(f"text {number}: {error}") from None
 
 
 def is_one(text: Any) -> bool:

@@ -287,6 +287,7 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
                 **write_sizes(progress.sizes, step, progress.config.train),
             },
             "lineage": progress.lineage,
+            "tasks": [note.to_json() for note in progress.parts.data.tasks],
         }
         metrics = metrics_at(progress, step)
         files = {f"{CARRIED_FOLDER}/{name}": raw for name, raw in progress.carried.items()}

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from gpt_jax import config as configs
-from gpt_jax.data import Tokenizer, tokenizer_from_json
+from gpt_jax.data import TaskNote, Tokenizer, tokenizer_from_json
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.schema import Each, Misfit
 
 # What `loop.save` writes. Checkpoints of earlier versions have no lineage, no digests in it, no
 # digests of held-out sets, and no batch sizes. Row lengths are there if any row was cut.
+# Tasks are those of the training data.
 META_SCHEMA = {
     "config": "object",
     "tokenizer": "text",
@@ -30,7 +31,15 @@ META_SCHEMA = {
             "digests?": Each("text"),
         }
     ],
+    "tasks?": [{"task": "text", "options": Each("text")}],
 }
+
+
+def read_tasks(meta: dict) -> tuple[TaskNote, ...]:
+    """The tasks that a checkpoint was trained on."""
+    return tuple(
+        TaskNote(note["task"], tuple(note["options"].items())) for note in meta.get("tasks", [])
+    )
 
 
 def read_config(meta: dict, directory: Path, step: int) -> configs.Config:

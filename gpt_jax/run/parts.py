@@ -20,7 +20,13 @@ from gpt_jax.data import (
     make_examples,
 )
 from gpt_jax.errors import UsageError
-from gpt_jax.evals import check_questions, check_set_names, choose_prompts, find_questions
+from gpt_jax.evals import (
+    check_labelled,
+    check_questions,
+    check_set_names,
+    choose_prompts,
+    find_questions,
+)
 from gpt_jax.files import digest_file
 from gpt_jax.hardware import (
     check_miscompiles,
@@ -180,6 +186,7 @@ def build(
 
 def check_heldout(config: configs.Config, data: Dataset) -> None:
     """Raises UsageError for a field that goes by held-out text if the data has none."""
+    check_labelled(config.eval.evaluators, data, "config.eval.evaluators")
     if data.heldout:
         return
     for field, value, off in (

@@ -17,7 +17,13 @@ from gpt_jax.run.convert import check_vocabulary, make_config
 from gpt_jax.run.fetch import MIRROR, find_checkpoint
 from gpt_jax.run.finite import find_nonfinite
 from gpt_jax.run.loaded import Loaded
-from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes, read_tokenizer
+from gpt_jax.run.meta import (
+    META_SCHEMA,
+    read_config,
+    read_past_sizes,
+    read_tasks,
+    read_tokenizer,
+)
 from gpt_jax.run.notes import describe_habits, format_count
 from gpt_jax.run.parts import choose_run_kernel
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
@@ -145,6 +151,7 @@ def _load(
         step,
         meta["data"]["content"],
         read_past_sizes(meta, config, directory).examples(step),
+        read_tasks(meta),
     )
 
 

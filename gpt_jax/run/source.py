@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from gpt_jax import config as configs
 from gpt_jax.cluster import agree_on
-from gpt_jax.data import Tokenizer, is_remote
+from gpt_jax.data import TEMPLATE_FILES, Tokenizer, is_remote
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.interop import (
     TOKENIZER_FILES,
@@ -144,6 +144,20 @@ def _peek_tokenizer(path: str | Path, step: int, mirror: str = MIRROR) -> Tokeni
         return found
     meta, directory = peek_checkpoint(path, step, mirror)
     return read_tokenizer(meta, directory, meta["step"])
+
+
+def copy_tokenizer(workdir: Path, folder: Path) -> None:
+    """Writes the tokenizer of a run's newest checkpoint, and its chat template if it has one.
+
+    The checkpoint's files are not verified. Raises UsageError if there is none.
+    """
+    meta, directory = peek_checkpoint(workdir, 0)
+    tokenizer = read_tokenizer(meta, directory, meta["step"])
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    carried = read_carried(directory / str(meta["step"]))
+    for name in TEMPLATE_FILES:
+        if name in carried:
+            (folder / name).write_bytes(carried[name])
 
 
 @contextmanager

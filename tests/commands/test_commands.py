@@ -62,6 +62,7 @@ def test_help_of_a_command(capsys, command):
     wanted = {
         "train": ["--config", "--workdir", "--print_config", "--profile"],
         "evaluate": ["--checkpoint", "--step", "--text", "--json"],
+        "classify": ["--checkpoint", "--text", "--file", "--out", "--label", "--page"],
         "generate": [
             "--checkpoint",
             "--prompt",
@@ -113,7 +114,9 @@ def test_help_of_a_command(capsys, command):
         "launch": ["local", "slurm", "kubernetes"],
     }[command]
     runtime = (
-        ["--cpu_devices", "--coordinator"] if command in ("train", "evaluate", "generate") else []
+        ["--cpu_devices", "--coordinator"]
+        if command in ("train", "evaluate", "classify", "generate")
+        else []
     )
     assert [flag for flag in [*wanted, *runtime] if flag not in text] == []
 

@@ -30,6 +30,7 @@ from gpt_jax.train.optim import groups, optimizer, schedule
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 VARIANTS = {
+    "finetune": ("chat", "classify", "translate"),
     "gpt2": ("124m", "350m", "774m", "1558m"),
     "guide": ("",),
     "llama": ("1b", "8b", "70b"),
@@ -43,6 +44,7 @@ VARIANTS = {
 FOLDERS = {"mixture"}  # whose argument is a folder, any
 ALL = [(name, arg) for name, args in VARIANTS.items() for arg in args]
 VOCABS = {
+    "finetune": 4096,
     "quickstart": 4096,
     "mixture": 4096,
     "moe": 4096,

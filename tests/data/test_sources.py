@@ -273,7 +273,7 @@ def test_a_data_set_as_path_is_refused_without_the_network(tmp_path, monkeypatch
 
 
 def test_every_kind_and_packing_is_read():
-    assert set(formats.FORMATS) == {*sources.SUFFIXES, sources.HUB} and set(
+    assert set(formats.FORMATS) == {*sources.SUFFIXES, *sources.NAMED_ONLY, sources.HUB} and set(
         unpacking.UNPACK
     ) == set(sources.COMPRESSIONS[1:])
 

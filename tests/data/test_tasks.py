@@ -102,7 +102,7 @@ def test_a_row_is_read_by_its_task():
     assert read(pair, "supervised") == ("abCD", "utf-8", 0, wanted)
     assert read(as_spans(pair), "spans") == ("abCD", "utf-8", 0, wanted)
     assert read({"prompt": "", "response": "CD"}, "supervised").spans == ()
-    assert set(TASKS) == {"plain", "supervised", "spans"}
+    assert set(TASKS) == {"plain", "supervised", "spans", "chat", "classify", "translate"}
 
 
 def test_half_a_character_is_mended_in_its_span():
@@ -265,13 +265,12 @@ def test_refused(tmp_path):
     given = (f"--output={tmp_path / 'out'}", f"--input={path}", "--task=supervised")
     words = ("rows.jsonl:1", "--filters changes its text", "--task")
     refused(2, words, *given, "--filters", "replace:/X/Y/")
-    refused(
-        2, ("--task='chat': choose one of plain, spans, supervised",), *given[:2], "--task=chat"
-    )
-    table = tmp_path / "rows.csv"
-    table.write_text("prompt,response\na,B\n")
-    words = ("rows.csv: --task=supervised reads objects", ".jsonl")
-    refused(2, words, f"--output={tmp_path / 'out2'}", f"--input={table}", given[2])
+    words = ("--task='sort': choose one of plain, spans, supervised",)
+    refused(2, words, *given[:2], "--task=sort")
+    text = tmp_path / "rows.txt"
+    text.write_text("a\n")
+    words = ("rows.txt: --task=supervised reads rows with columns", ".jsonl")
+    refused(2, words, f"--output={tmp_path / 'out2'}", f"--input={text}", given[2])
 
     # A filter that keeps or drops is of use as ever.
     out = prepare(

@@ -112,6 +112,7 @@ def test_names_that_cannot_be(tmp_path):
     assert code == 2 and "keep_best = 1" in line
     given = "evaluate", f"--checkpoint={tmp_path / 'none'}", "--evaluators"
     code, line = runs.refusal(*given, "chess")
-    assert code == 2 and line == "--evaluators=chess: choose among heldout, samples, xz, questions"
+    names = "heldout, samples, xz, questions, classification"
+    assert code == 2 and line == f"--evaluators=chess: choose among {names}"
     code, line = runs.refusal(*given, "xz", "--text=README.md")
     assert code == 2 and "leave out --text" in line

@@ -51,6 +51,7 @@ class Part(NamedTuple):
     of: Text
     text: str
     learn: bool
+    special: bool = False  # whether `text` is the name of a special token
     last: bool = False  # of its text
 
 
@@ -68,8 +69,8 @@ def split_into_parts(texts: Iterable[Text], tokenizer: Tokenizer) -> Iterator[Pa
 def _cut(text: Text, tokenizer: Tokenizer) -> Iterator[Part]:
     """The parts of a text. No part holds characters of two spans."""
     for span in text.example.spans:
-        for part in tokenizer.parts(span.text):
-            yield Part(text, part, span.learn)
+        for part in (span.text,) if span.special else tokenizer.parts(span.text):
+            yield Part(text, part, span.learn, span.special)
 
 
 def _batch(parts: Iterable[Part]) -> Iterator[list[Part]]:
@@ -88,15 +89,29 @@ def _batch(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 def _encode_batch(tokenizer: Tokenizer, batch: list[Part]) -> list[np.ndarray]:
     """The ids of each part. Raises UsageError that names the document."""
+    ordinary = [part for part in batch if not part.special]
     try:
-        return tokenizer.encode_batch([part.text for part in batch])
+        encoded = iter(tokenizer.encode_batch([part.text for part in ordinary]))
+        return [
+            find_special(tokenizer, part.text) if part.special else next(encoded) for part in batch
+        ]
     except UsageError:
-        for part in batch:
+        for part in ordinary:
             try:
                 tokenizer.encode(part.text)
             except UsageError as error:
                 raise UsageError(f"{part.of.document.name}: {error}") from None
         raise
+
+
+def find_special(tokenizer: Tokenizer, name: str) -> np.ndarray:
+    """int32 [1]: the id of a special token. Raises UsageError if the tokenizer has none."""
+    if name not in tokenizer.specials:
+        raise UsageError(
+            f"--task: writes the special token {name}, which the tokenizer {tokenizer.name} lacks; "
+            "add it, as in --tokenizer=bpe:4096+chat"
+        )
+    return np.array([tokenizer.specials[name]], np.int32)
 
 
 def encode(

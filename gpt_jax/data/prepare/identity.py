@@ -35,6 +35,7 @@ ROOMS = ("read", "tasks", "tokenizers", "tokens", "prepare")
 PACKAGES = (
     "datasets",
     "datasketch",
+    "jinja2",
     "numpy",
     "py3langid",
     "pyarrow",
@@ -74,7 +75,8 @@ def describe(
     # As it was written before there were tasks, separators and tokens that begin documents.
     if about["task"] == "plain":
         del about["task"]
-    for key in ("separator", "begin"):
+    about["task_options"] = dict(about["task_options"])
+    for key in ("task_options", "separator", "begin"):
         if not about[key]:
             del about[key]
     if isinstance(tokenizer, Spec):

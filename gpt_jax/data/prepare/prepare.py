@@ -8,23 +8,23 @@ characters, a scan of all units comes before.
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from gpt_jax.data.prepare import assemble, filters, identity, output, survey, units
+from gpt_jax.data.prepare.own_tokenizer import make_own_tokenizer
 from gpt_jax.data.prepare.units import WORK, PrepareJob, PrepareSettings, Unit
 from gpt_jax.data.prepare.workers import ENGINES, Work
 from gpt_jax.data.read import documents as readers
 from gpt_jax.data.read.sources import HUB, Source, find_sources
+from gpt_jax.data.tasks.tasks import complete_options, list_specials
 from gpt_jax.data.tokenizers.begin import require_begin
 from gpt_jax.data.tokenizers.spec import (
     Spec,
-    make_tokenizer,
+    parse_tokenizer_spec,
     resolve_tokenizer,
-    tokenizer_from_json,
 )
 from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import corpus
@@ -119,6 +119,7 @@ def prepare_corpus(
             f"--task={settings.reading.task}: the tokenizer {tokenizer.name} puts a space in front "
             "of each text, so also in front of each span; take another --tokenizer"
         )
+    settings = complete_settings(settings, tokenizer)
     for note in getattr(tokenizer, "notes", ()):
         say(f"tokenizer {tokenizer.name}: {note}")
     survey.parse_threshold(settings.dedup)
@@ -144,6 +145,28 @@ def prepare_corpus(
                 _make(Call(job, inputs, about, tokenizer, engine, say, show))
             assemble.clean(folder, corpus.read_manifest(folder))
     return corpus.read_manifest(folder)
+
+
+def complete_settings(settings: PrepareSettings, tokenizer: Tokenizer | Spec) -> PrepareSettings:
+    """The settings, with options of the task that the tokenizer's files decide.
+
+    Raises UsageError for a tokenizer that lacks special tokens of the task.
+    """
+    reading = settings.reading
+    path = Path(parse_tokenizer_spec(settings.tokenizer, "--tokenizer").base).expanduser()
+    folder = str(path) if path.exists() else ""
+    options = complete_options(
+        reading.task, reading.task_options, folder, tokenizer.specials, "--task_options"
+    )
+    missing = [
+        name for name in list_specials(reading.task, options) if name not in tokenizer.specials
+    ]
+    if missing:
+        raise UsageError(
+            f"--task={reading.task}: writes the special token {missing[0]}, which --tokenizer="
+            f"{settings.tokenizer} lacks; give --tokenizer={settings.tokenizer or 'bytes'}+chat"
+        )
+    return replace(settings, reading=replace(reading, task_options=options))
 
 
 def _report_repeated(paths: Sequence[Path | str], say: Say) -> None:
@@ -222,7 +245,7 @@ def _make(call: Call) -> None:
 
     tokenizer = call.tokenizer
     if isinstance(tokenizer, Spec):
-        tokenizer = _make_tokenizer(call, tokenizer, todo, scans, keys)
+        tokenizer = make_own_tokenizer(call.job, tokenizer, todo, scans, keys, call.say)
     replace_file(job.folder / WORK / "tokenizer.json", tokenizer.to_json().encode())
     todo = [
         unit._replace(key=digest_json(unit.key, tokenizer.fingerprint, keys and keys[i]))
@@ -324,55 +347,3 @@ def run_phase(call: Call, phase: str, todo: Sequence[Unit], function: Callable) 
         done += todo[missing[number]].size
         tick(0, 0)
     return [results[i] for i in range(len(todo))]
-
-
-# ---- a tokenizer that is made from the text ----
-
-
-def _make_tokenizer(
-    call: Call,
-    spec: Spec,
-    todo: Sequence[Unit],
-    scans: Sequence[dict],
-    keys: Sequence[str] | None,
-) -> Tokenizer:
-    """The tokenizer of a spec: characters of all text, or BPE of a sample of the training side.
-
-    It is kept among the work, so a later call does not make it again.
-    """
-    digest = digest_json([unit.key for unit in todo], keys)
-    path = call.job.folder / WORK / f"trained-{digest}.json"
-    if not path.exists():
-        characters = "".join(sorted(set().union(*(scan["characters"] for scan in scans))))
-        call.say(f"tokenizer: making {spec.name}")
-
-        def texts() -> Iterator[str]:
-            return _sample(call.job, todo, keep=keys is not None)
-
-        replace_file(path, make_tokenizer(spec, texts, characters).to_json().encode())
-    try:
-        return tokenizer_from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, UsageError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove it") from None
-
-
-def _sample(job: PrepareJob, todo: Sequence[Unit], keep: bool) -> Iterator[str]:
-    """At most `tokenizer_mb` of text to train on.
-
-    It comes from the beginning of every unit, in proportion to its share of the input.
-    """
-    settings = job.settings
-    total = max(sum(unit.size for unit in todo), 1)
-    for unit in todo:
-        room = int(settings.tokenizer_mb * 1e6 * unit.size / total)
-        if not room:
-            continue
-        kept = np.fromfile(job.folder / units.keep_file(unit), bool) if keep else None
-        for text in units.read(job, unit, units.Counts(), kept):
-            if units.is_held_out(text.hash, settings.eval_fraction):
-                continue
-            part = text.text.encode()[:room].decode("utf-8", "ignore")  # not half a character
-            yield part
-            room -= len(part.encode())
-            if room <= 0 or len(part) < len(text.text):
-                break

@@ -285,7 +285,7 @@ def _write(
     """Writes a batch to its sides. Gives the documents that ended in it, and their bytes."""
     documents = 0
     size = 0
-    for (text, part, learn, last), part_ids in zip(batch, ids, strict=True):
+    for (text, part, learn, _, last), part_ids in zip(batch, ids, strict=True):
         out = writers["eval" if is_held_out(text.hash, fraction) else "train"]
         out.write(part_ids, tokenizer.lost(part, part_ids), learn)
         if last:

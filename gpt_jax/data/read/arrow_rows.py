@@ -10,7 +10,9 @@ from gpt_jax.data.read.decoding import (
     Reading,
     Unreadable,
     check_column,
+    field_text,
 )
+from gpt_jax.data.read.task_rows import check_columns
 from gpt_jax.data.read.unpacking import limit_rows, opened
 from gpt_jax.errors import UsageError, plain
 
@@ -33,7 +35,10 @@ def _bytes_of(kind):
 
 
 def _check_schema(schema, piece: Piece, reading: Reading) -> None:
-    """Raises UsageError unless the column is there and holds text."""
+    """Raises UsageError unless the column is there and holds text, or those of a task are there."""
+    if reading.task != "plain":
+        check_columns(schema.names, piece, reading)
+        return
     check_column(schema.names, piece, reading)
     kind = schema.field(reading.field).type
     if _bytes_of(kind) is None:
@@ -49,6 +54,10 @@ def _cells(batches, reading: Reading, first: int = 0) -> Iterator[Raw]:
 
     row = first
     for batch in batches:
+        if reading.task != "plain":
+            yield from _rows(batch, reading, row)
+            row += len(batch)
+            continue
         column = batch.column(reading.field)
         # As bytes, so that a text that is no UTF-8 is one bad row.
         column = column.view(_bytes_of(column.type))
@@ -61,6 +70,18 @@ def _cells(batches, reading: Reading, first: int = 0) -> Iterator[Raw]:
                 if value is None:
                     value = Unreadable(f"{reading.label} is null, expected text")
                 yield Raw(value, 0, row)
+
+
+def _rows(batch, reading: Reading, row: int) -> Iterator[Raw]:
+    """What the task makes of each row of a record batch. `row` is the number of rows before it."""
+    batch.validate(full=True)
+    for at in range(0, len(batch), BATCH_ROWS):
+        for values in batch.slice(at, BATCH_ROWS).to_pylist():
+            row += 1
+            try:
+                yield Raw(field_text(values, reading), 0, row)
+            except Unreadable as why:
+                yield Raw(why, 0, row)
 
 
 @contextlib.contextmanager
@@ -83,7 +104,7 @@ def _check_ratio(metadata, piece: Piece, reading: Reading) -> None:
         group = metadata.row_group(number)
         for column in (group.column(i) for i in range(group.num_columns)):
             size = column.total_uncompressed_size
-            is_text = column.path_in_schema == reading.field
+            is_text = not reading.columns or column.path_in_schema in reading.columns
             if is_text and size > limit_rows(column.total_compressed_size):
                 raise Damaged(
                     f"{piece.source.path}: {reading.label} of row group {number} unpacks to "
@@ -110,7 +131,9 @@ def parquet(piece: Piece, reading: Reading) -> Iterator[Raw]:
             )
 
         groups = range(piece.start, len(rows) if piece.stop < 0 else piece.stop)
-        batches = file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=[reading.field])
+        # A task that names no columns looks at all of them.
+        names = list(reading.columns) or None
+        batches = file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=names)
         yield from _cells(batches, reading, sum(rows[: piece.start]))
 
 

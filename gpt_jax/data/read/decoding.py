@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from gpt_jax.data.read.sources import Source
 from gpt_jax.data.tasks.example import Span, make_example
-from gpt_jax.data.tasks.tasks import TASKS
+from gpt_jax.data.tasks.options import Pairs
+from gpt_jax.data.tasks.tasks import TASKS, name_field, read_options
 from gpt_jax.errors import UsageError, plain
 
 CHOICES = {
@@ -39,12 +40,15 @@ class Reading:
     # What one document of .txt .md .py is: file | line.
     documents: str = "file"
 
-    # A row of TASKS: what is learned of a row that is a JSON object.
+    # A row of TASKS: what is learned of a row that is a JSON object, or of a row of a table.
     task: str = "plain"
 
     # What stands between the documents of .txt .md .py, such as <|endoftext|>. It is taken out, and
     # so is the end of line after it. Empty: nothing does.
     separator: str = ""
+
+    # Options of the task, by name.
+    task_options: Pairs = ()
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -53,6 +57,10 @@ class Reading:
                     f"{name} = {getattr(self, name)!r}: choose one of {', '.join(known)}"
                 )
 
+        try:
+            read_options(self.task, self.task_options, self.field)
+        except ValueError as error:
+            raise UsageError(f"task_options {error}") from None
         if not self.encodings:
             raise UsageError("encodings is empty: name at least one, such as utf-8")
         for name in self.encodings:
@@ -88,7 +96,12 @@ class Reading:
     @property
     def label(self) -> str:
         """The field, for messages."""
-        return f"config.data.field = {self.field!r} (--field of prepare)"
+        return name_field(self.field)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a table that the task needs."""
+        return read_options(self.task, self.task_options, self.field).columns
 
 
 class Piece(NamedTuple):
@@ -222,15 +235,21 @@ def field_text(
     """
     if not isinstance(row, dict):
         raise Unreadable(f"expected a JSON object, got {type(row).__name__}")
+    options = read_options(reading.task, reading.task_options, reading.field)
     try:
-        example = TASKS[reading.task](row, reading.field, reading.label)
+        example = TASKS[reading.task].read(row, options)
     except ValueError as error:
         raise Unreadable(plain(error)) from None
     if check and not example.text.isascii():
-        mended = [(_mend(span.text, reading), span.learn) for span in example.spans]
-        replaced += sum(count for (_, count), _ in mended)
-        example = make_example(Span(text, learn) for (text, _), learn in mended)
+        mended = [_mend(span.text, reading) for span in example.spans]
+        replaced += sum(count for _, count in mended)
+        texts = (text for text, _ in mended)
+        example = make_example(map(_replace_text, example.spans, texts))
     return Decoded(example.text, encoding, replaced, () if example.is_plain else example.spans)
+
+
+def _replace_text(span: Span, text: str) -> Span:
+    return span._replace(text=text)
 
 
 def _mend(text: str, reading: Reading) -> tuple[str, int]:

@@ -9,6 +9,7 @@ rows after it can still be read.
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from gpt_jax.data.read import hub
@@ -30,7 +31,9 @@ from gpt_jax.data.read.decoding import (
     plain_text,
     separated_text,
 )
+from gpt_jax.data.read.dialogues import dialogues, yaml_dialogues
 from gpt_jax.data.read.sources import HUB, Source, format_and_packing
+from gpt_jax.data.read.task_rows import choose_task_columns
 from gpt_jax.data.read.text_rows import (
     NO_LINES,
     check_encodings,
@@ -39,6 +42,7 @@ from gpt_jax.data.read.text_rows import (
     whole_file,
 )
 from gpt_jax.data.read.unpacking import BUFFER, Unpacked, opened, read_line, read_whole
+from gpt_jax.data.tasks.tasks import TASKS
 from gpt_jax.errors import UsageError
 
 # This holds for the whole process. The default of 128 KiB is less than one long document.
@@ -131,6 +135,17 @@ def _cell(cells: list[bytes], column: int, width: int) -> bytes | Unreadable:
     return cells[column] if cells else b""
 
 
+Pick = Callable[[list[bytes]], bytes | Decoded | Unreadable]
+
+
+def _choose_columns(header: list[bytes], piece: Piece, reading: Reading) -> tuple[Pick, bool]:
+    """Returns (what makes a value of the cells of a row, whether the first row is a header)."""
+    if reading.task != "plain":
+        return choose_task_columns(header, piece, reading)
+    column, has_header = _column(header, piece, reading)
+    return partial(_cell, column=column, width=len(header)), has_header
+
+
 def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
     """A row a line. Quotes are ordinary characters, as in IANA's text/tab-separated-values.
 
@@ -150,8 +165,7 @@ def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
     if not first:
         return
 
-    width = len(cells(first))
-    column, has_header = _column(cells(first), piece, reading)
+    pick, has_header = _choose_columns(cells(first), piece, reading)
     for number, raw in enumerate(lines(piece, reading)):
         is_first = number == 0 and piece.start == 0
         if is_first and has_header:
@@ -162,7 +176,7 @@ def _tsv(piece: Piece, reading: Reading) -> Iterator[Raw]:
             yield Raw(line)
             continue
         assert isinstance(line, bytes)  # as all other rows of `lines`
-        yield Raw(_cell(cells(line), column, width))
+        yield Raw(pick(cells(line)))
 
 
 def _csv_lines(file: Unpacked, piece: Piece, row: Counter) -> Iterator[str]:
@@ -195,21 +209,19 @@ def _csv(piece: Piece, reading: Reading) -> Iterator[Raw]:
         size = Counter()
         table = csv.reader(_csv_lines(file, piece, size), strict=True)
 
-        column = None
-        width = 0
+        pick = None
         is_header = False
         while True:
             begin = table.line_num + 1
             try:
                 size.clear()
                 cells = [cell.encode("latin-1") for cell in next(table)]
-                if column is None:
-                    column, is_header = _column(cells, piece, reading)
-                    width = len(cells)
-                yield Raw(None if is_header else _cell(cells, column, width))
+                if pick is None:
+                    pick, is_header = _choose_columns(cells, piece, reading)
+                yield Raw(None if is_header else pick(cells))
                 is_header = False
             except csv.Error as error:
-                if column is None:
+                if pick is None:
                     raise UsageError(
                         f"{piece.source.path}: no header can be read: {error}"
                     ) from None
@@ -232,7 +244,7 @@ class Format(NamedTuple):
     # parquet), shards (of hf://).
     cut: str = ""
 
-    # Whether rows are objects, so that any task can read them.
+    # Whether rows are objects with columns, so that tasks can read them.
     tasks: bool = False
 
 
@@ -242,6 +254,9 @@ TEXTS = {
     "line": Format(lines, line_text, "lines"),
     "separated": Format(separated, separated_text, "separators"),
 }
+# Dialogues, for tasks that read turns.
+TURNS = Format(dialogues, tasks=True)
+YAML = Format(yaml_dialogues, tasks=True)
 BY_ARROW = (".parquet", ".arrow")
 FORMATS = {
     ".txt": TEXTS,
@@ -249,10 +264,12 @@ FORMATS = {
     ".py": TEXTS,
     ".jsonl": Format(lines, json_text, "lines", tasks=True),
     ".json": Format(_json, json_text, tasks=True),
-    ".csv": Format(_csv),
-    ".tsv": Format(_tsv, cut="lines"),
-    ".parquet": Format(parquet, cut="groups"),
-    ".arrow": Format(arrow),
+    ".csv": Format(_csv, tasks=True),
+    ".tsv": Format(_tsv, cut="lines", tasks=True),
+    ".parquet": Format(parquet, cut="groups", tasks=True),
+    ".arrow": Format(arrow, tasks=True),
+    ".yml": YAML,
+    ".yaml": YAML,
     HUB: Format(hub.rows, cut="shards", tasks=True),
 }
 
@@ -264,11 +281,16 @@ def format_of(source: Source, reading: Reading) -> Format:
     """
     row = FORMATS[format_and_packing(source)[0]]
     form = row
+    reads_turns = TASKS[reading.task].reads_turns
     if isinstance(row, dict):
-        form = row["separated" if reading.separator else reading.documents]
+        form = (
+            TURNS if reads_turns else row["separated" if reading.separator else reading.documents]
+        )
+    if form is YAML and not reads_turns:
+        raise UsageError(f"{source.path}: holds dialogues, which --task=chat of prepare reads")
     if reading.task != "plain" and not form.tasks:
         raise UsageError(
-            f"{source.path}: --task={reading.task} reads objects, which .jsonl, .json and hf:// "
-            "hold; convert the file"
+            f"{source.path}: --task={reading.task} reads rows with columns, which .jsonl, .json, "
+            ".csv, .tsv, .parquet, .arrow and hf:// hold; convert the file"
         )
     return form

@@ -23,6 +23,8 @@ class Source(NamedTuple):
 
 # The rows of formats.FORMATS.
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+# Files of dialogues. A folder's are passed over, because most files of this kind are settings.
+NAMED_ONLY = (".yml", ".yaml")
 # The rows of decoding.UNPACK, and no compression.
 COMPRESSIONS = ("", ".gz", ".xz", ".zst", ".bz2")
 READABLE = f"{' '.join(SUFFIXES)}, each also with {' '.join(COMPRESSIONS[1:])} after it"
@@ -41,7 +43,13 @@ def suffixes(path: Path | str) -> tuple[str, str] | None:
     suffix = pure.suffix.lower()
     packing = suffix if suffix in COMPRESSIONS else ""
     kind = pure.with_suffix("").suffix.lower() if packing else suffix
-    return (kind, packing) if kind in SUFFIXES else None
+    return (kind, packing) if kind in (*SUFFIXES, *NAMED_ONLY) else None
+
+
+def is_listed(path: Path | str) -> bool:
+    """Whether a file of a folder is read if the folder is named."""
+    known = suffixes(path)
+    return known is not None and known[0] not in NAMED_ONLY
 
 
 def format_and_packing(source: Source) -> tuple[str, str]:
@@ -88,7 +96,7 @@ def _list_folder(folder: Path, name: str, excluded: Iterable[str] = ()) -> list[
     return [
         _file(folder / path, f"{name}/{path.as_posix()}")
         for path in sorted(paths)
-        if suffixes(path) or (not path.suffix and _is_broken(folder / path))
+        if is_listed(path) or (not path.suffix and _is_broken(folder / path))
     ]
 
 
@@ -170,7 +178,7 @@ def _one_remote(url: str) -> list[Source]:
     else:
         paths = remote.walk(url)
     _refuse_prepared(folder, set(paths))
-    return [Source(f"{folder}/{path}", f"{name}/{path}") for path in paths if suffixes(path)]
+    return [Source(f"{folder}/{path}", f"{name}/{path}") for path in paths if is_listed(path)]
 
 
 def _expand(spec: str, key: str, hint: str) -> list[Source]:

@@ -8,7 +8,8 @@ import numpy as np
 
 from gpt_jax import config
 from gpt_jax.data.stream import mixture, transforms
-from gpt_jax.data.stream.dataset import Dataset, Part, check_fim
+from gpt_jax.data.stream.dataset import Dataset, Part
+from gpt_jax.data.stream.fitting import check_fim
 from gpt_jax.data.stream.order import random_bits
 from gpt_jax.data.stream.rows import (
     PACKINGS,

@@ -4,13 +4,15 @@ A path names a folder made by `gpt-jax prepare`, a token file of another tool, o
 tokens of the first two are used where they lie. Text files are tokenized into the cache.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt_jax import config
 from gpt_jax.data.stream import mixture
+from gpt_jax.data.stream.fitting import check_begin, check_fim, check_named, require_tokenizer
+from gpt_jax.data.tasks.tasks import TaskNote
 from gpt_jax.data.tokenizers.begin import (
     begins_documents,
     keep_frame,
@@ -18,7 +20,7 @@ from gpt_jax.data.tokenizers.begin import (
     require_begin,
 )
 from gpt_jax.data.tokenizers.spec import Spec, resolve_tokenizer
-from gpt_jax.data.tokenizers.vocabulary import FIM_TOKENS, Tokenizer
+from gpt_jax.data.tokenizers.vocabulary import Tokenizer
 from gpt_jax.data.tokens import adopt, cache, corpus, mirror
 from gpt_jax.data.tokens.cache import Prepared
 from gpt_jax.data.tokens.shards import Tokens
@@ -33,6 +35,7 @@ class Part(NamedTuple):
     weight: float
     train: Tokens
     eval: Tokens | None  # None if nothing is held out
+    task: TaskNote | None = None  # of a folder made with --task
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,24 +50,28 @@ class Dataset:
     set_digests: Mapping[str, str] = field(default_factory=dict)  # of their ids and documents
 
     @property
+    def tasks(self) -> tuple[TaskNote, ...]:
+        """The tasks of all sources, each once."""
+        return tuple(dict.fromkeys(part.task for part in self.parts if part.task))
+
+    @property
     def heldout(self) -> dict[str, Tokens]:
         """The held-out tokens of each source that has any."""
         return {part.name: part.eval for part in self.parts if part.eval is not None}
+
+
+def read_note(manifest: Mapping) -> TaskNote | None:
+    """The task of a corpus, or None if all of its text is learned as it stands."""
+    settings = manifest["settings"]
+    if "task" not in settings:
+        return None
+    return TaskNote(settings["task"], tuple(settings.get("task_options", {}).items()))
 
 
 def of_text(prepared: Prepared) -> Dataset:
     """A Dataset of one text."""
     part = Part("text", 1.0, prepared.train, prepared.eval)
     return Dataset((part,), prepared.tokenizer, prepared.content)
-
-
-def _require(field: str, actual: Tokenizer, wanted: Tokenizer | None, what: str) -> None:
-    """Raises UsageError if `field` has another tokenizer than `wanted`, which `what` describes."""
-    if wanted is not None and wanted.fingerprint != actual.fingerprint:
-        raise UsageError(
-            f"{field}: is tokenized by {actual.name} ({actual.fingerprint}), and {what} is "
-            f"{wanted.name} ({wanted.fingerprint}); prepare it again with that tokenizer"
-        )
 
 
 def _folder(path: str, data: config.Data, report) -> Path | None:
@@ -98,30 +105,15 @@ def _open(
         )
 
     opened = corpus.open_corpus(folder)
-    _check_begin(field, path, opened, data)
+    check_begin(field, path, opened, data)
     tokenizer = opened.tokenizer
     if required is None or not tokenizer.extends(required):
-        _require(f"{field} = {path}", tokenizer, required, "the tokenizer of this run")
+        require_tokenizer(f"{field} = {path}", tokenizer, required, "the tokenizer of this run")
     way_out = f"prepare {path} again with --tokenizer={tokenizer.name}+fim"
     check_fim(data, tokenizer.name, tokenizer.specials, f"{way_out}, or set config.data.fim=0")
     if required is None and data.tokenizer:
-        _check_named(field, path, tokenizer, data.tokenizer, named)
+        check_named(field, path, tokenizer, data.tokenizer, named)
     return replace(opened, tokenizer=keep_frame(tokenizer, required, f"{field} = {path}"))
-
-
-def _check_begin(field: str, path: str, opened: corpus.PreparedCorpus, data: config.Data) -> None:
-    """Raises UsageError unless the documents of a corpus begin as config.data.begin says."""
-    if opened.begins == data.begin:
-        return
-    flag = "with --begin" if data.begin else "without --begin"
-    way = f"prepare it again {flag}"
-    if field.startswith("config."):  # No other command takes settings of the data.
-        way += f", or set config.data.begin={str(not data.begin).lower()}"
-    does = "begin" if opened.begins else "do not begin"
-    raise UsageError(
-        f"{field} = {path}: its documents {does} with the token that begins a text, and "
-        f"config.data.begin is {str(data.begin).lower()}; {way}"
-    )
 
 
 def _tell_begin(dataset: Dataset, data: config.Data, report) -> None:
@@ -157,7 +149,7 @@ def _part(field: str, path: str, opened: corpus.PreparedCorpus, name: str, repor
         f"data: {name}: train on {train}, held out {heldout}; tokenizer "
         f"{opened.tokenizer.name} of {opened.tokenizer.vocab:,} ids; {escape(path)}"
     )
-    return Part(name, 1.0, sides["train"], sides["eval"])
+    return Part(name, 1.0, sides["train"], sides["eval"], read_note(opened.manifest))
 
 
 def load_heldout(
@@ -182,8 +174,9 @@ def load_heldout(
         return {name: cache.load_text((path,), tokenizer, data, report, field)}
 
     opened = corpus.open_corpus(folder)
-    _check_begin(field, path, opened, data)
-    _require(f"{field} = {path}", opened.tokenizer, tokenizer, "the tokenizer of the checkpoint")
+    check_begin(field, path, opened, data)
+    what = "the tokenizer of the checkpoint"
+    require_tokenizer(f"{field} = {path}", opened.tokenizer, tokenizer, what)
     heldout = {
         source: sides["eval"]
         for source, sides in opened.sources.items()
@@ -199,40 +192,6 @@ def load_heldout(
         report(f"data: {escape(path)}: {source}: held out {cache.describe_size(tokens)}")
     is_alone = len(opened.sources) == 1
     return {name if is_alone else f"{name}/{source}": tokens for source, tokens in heldout.items()}
-
-
-def _check_named(
-    field: str, path: str, actual: Tokenizer, spec: str, named: Tokenizer | Spec
-) -> None:
-    """Raises UsageError if the config names another tokenizer than the shards have.
-
-    A tokenizer that is made from text is known by its name alone.
-    """
-    if isinstance(named, Spec):
-        differs = actual.name != named.name
-    else:
-        differs = actual.fingerprint != named.fingerprint
-    if differs:
-        raise UsageError(
-            f"config.data.tokenizer = {spec!r}: {field} = {path} is tokenized by {actual.name} "
-            f"({actual.fingerprint}); leave config.data.tokenizer empty to use that, or prepare "
-            "the text again"
-        )
-
-
-ADD_FIM = "give config.data.tokenizer the ending +fim, as in bpe:4096+fim"
-
-
-def check_fim(data: config.Data, name: str, specials: Collection[str], way: str = ADD_FIM) -> None:
-    """Raises UsageError if config.data.fim needs special tokens that the tokenizer lacks.
-
-    `name` is the tokenizer's, and `way` tells the user what can be done.
-    """
-    missing = [token for token in FIM_TOKENS if token not in specials]
-    if data.fim and missing:
-        raise UsageError(
-            f"config.data.fim = {data.fim}: the tokenizer {name} has no {missing[0]}; {way}"
-        )
 
 
 def _check_without_sources(data: config.Data) -> None:

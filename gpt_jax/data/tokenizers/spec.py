@@ -8,7 +8,8 @@ A spec is one of these.
     bytes                        256 bytes
     char                         the characters of the text
     bpe:VOCAB[:PATTERN]          byte-level BPE trained on the text
-    a path                       a tokenizer file or a folder of them, see files.py
+    a path                       a tokenizer file or a folder of them, see files.py; or a folder
+                                 that gpt-jax prepare made, whose own tokenizer it is
 
 PATTERN is a row of bpe.PATTERNS, gpt2 if left out. Any of them may be followed by +NAME, in any
 number. Each adds the special tokens of a row of vocabulary.SPECIALS, as in `bpe:4096+chat+fim`.
@@ -16,6 +17,7 @@ number. Each adds the special tokens of a row of vocabulary.SPECIALS, as in `bpe
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from gpt_jax.data.tokenizers.bpe import PATTERNS, make_json_tokenizer, train_bpe
@@ -124,9 +126,20 @@ def resolve_tokenizer(spec: str, field: str = "config.data.tokenizer") -> Tokeni
     if parsed.base in ("", "bytes"):
         base = make_byte_tokenizer()
     else:
-        base = read_tokenizer(parsed.base, field)
+        base = read_saved(parsed.base) or read_tokenizer(parsed.base, field)
     name = base.name + spec.removeprefix(parsed.base)
     return replace(with_specials(base, parsed.specials), name=name)
+
+
+def read_saved(path: str) -> Tokenizer | None:
+    """The tokenizer that a `to_json` wrote at a path, or in that folder. None for other files."""
+    place = Path(path).expanduser()
+    try:
+        if place.is_dir():
+            place = place / "tokenizer.json"
+        return tokenizer_from_json(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # Misfit is one: another tool wrote it.
+        return None
 
 
 def make_tokenizer(

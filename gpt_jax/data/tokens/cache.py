@@ -62,9 +62,9 @@ def _digest_content(
     splitting = None if held else [data.split, data.eval_fraction]
     # The kinds of files decide how their bytes are read.
     kinds = [sources.suffixes(source.path) for source in (*train, *held)]
-    # Without the task, which is for prepared folders, and without a separator that is not there. So
-    # caches keep their names.
-    *reading, _, separator = astuple(split.make_reading(data))
+    # Without the task and its options, which are for prepared folders, and without a separator that
+    # is not there. So caches keep their names.
+    *reading, _, separator, _ = astuple(split.make_reading(data))
     reading += [separator] if separator else []
     return digest_json(len(train), kinds, hashes, reading, splitting)
 

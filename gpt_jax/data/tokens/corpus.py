@@ -54,7 +54,12 @@ COUNTS_SCHEMA = {
 }
 MANIFEST_SCHEMA = {
     "content": "text",
-    "settings": {"eval_fraction": "number", "begin?": "flag"},
+    "settings": {
+        "eval_fraction": "number",
+        "begin?": "flag",
+        "task?": "text",
+        "task_options?": Each("text"),
+    },
     "tokenizer": {"fingerprint": "text"},
     "dtype": set(shards.ID_TYPES),
     "sources": Each(dict.fromkeys(SIDES, SIDE_SCHEMA)),

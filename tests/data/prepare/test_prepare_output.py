@@ -9,7 +9,7 @@ import pytest
 from prepared import contents, documents, prepare, refused, texts, write_jsonl
 
 from gpt_jax import config
-from gpt_jax.data.prepare import encoding, units
+from gpt_jax.data.prepare import encoding, own_tokenizer, units
 from gpt_jax.data.read import documents as readers, sources
 from gpt_jax.data.read.decoding import Reading
 from gpt_jax.data.stream import dataset
@@ -126,11 +126,9 @@ def test_bpe_sees_the_training_side_of_what_stays(folder):
 
 
 def test_a_sample_for_the_tokenizer_is_spread_over_the_input(folder, monkeypatch):
-    from gpt_jax.data.prepare import prepare as module
-
     seen = []
     monkeypatch.setattr(
-        module,
+        own_tokenizer,
         "make_tokenizer",
         lambda spec, texts, characters: train_bpe(seen.extend(texts()) or list(seen), 280),
     )
