@@ -50,6 +50,7 @@ class _Place(NamedTuple):
     counted: bool  # Its cycles are not added: its caller carries them, or another core runs it.
     background: bool  # A collective that starts in it runs in the background.
     turn: bool  # It is a turn of a loop whose length the data decides.
+    fused: bool  # It is inside a fusion, where libtpu repeats a collective that is on its way.
 
 
 @dataclass
@@ -61,10 +62,12 @@ class _Tally:
     matmul_flops: float = 0.0
     turn_flops: float = 0.0
     grouped_flops: float = 0.0
-    # (channel, transfer) -> how often each of its instructions runs. Channels alone are not unique.
-    transfers: dict[tuple[str, Transfer], Counter] = field(default_factory=dict)
+    # (channel, transfer) -> how often its instructions run. Channels alone are not unique.
+    transfers: Counter = field(default_factory=Counter)
     # (channel, transfer) -> how often it is started and left to run.
     hidden: Counter = field(default_factory=Counter)
+    # (channel, transfer) -> how often it runs where no fusion is around it and nothing starts it.
+    plain: Counter = field(default_factory=Counter)
 
 
 class _Scope(NamedTuple):
@@ -93,7 +96,7 @@ def read_program(text: str, mesh_shape: dict[str, int]) -> Program:
             for inner, inner_place in _list_inner(line, place, computations):
                 visit(inner, inner_place)
 
-    visit(entry, _Place(times=1, counted=False, background=False, turn=False))
+    visit(entry, _Place(times=1, counted=False, background=False, turn=False, fused=False))
     return Program(
         collectives=_list_collectives(tally),
         cycles=tally.cycles,
@@ -143,20 +146,25 @@ def _count_transfer(
     if scope.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
 
-    instruction = f"{scope.name}/{line.name}"
     number = _CHANNEL.search(line.rest)
-    channel = number[1] if number else instruction
+    channel = number[1] if number else f"{scope.name}/{line.name}"
     key = channel, read_collective(line, kind, mesh_shape, scope.sizes)
 
-    tally.transfers.setdefault(key, Counter())[instruction] += place.times
+    tally.transfers[key] += place.times
     if place.background or scope.starts or line.opcode.endswith("-start"):
         tally.hidden[key] += place.times
+    elif not place.fused:
+        tally.plain[key] += place.times
 
 
 def _list_inner(
     line: Instruction, place: _Place, computations: Computations
 ) -> list[tuple[str, _Place]]:
     """Returns the computations that the line calls, and how each is reached."""
+    # The end of an asynchronous computation names the one that its start has run.
+    if line.opcode.endswith(("-done", "-update")):
+        return []
+
     is_counted = bool(_CYCLES.search(line.rest) or _OTHER_THREAD.search(line.rest))
     inner = []
     for role, names in list_called(line).items():
@@ -169,6 +177,7 @@ def _list_inner(
             counted=place.counted or is_counted,
             background=place.background or line.opcode.endswith("-start"),
             turn=place.turn or not trips,
+            fused=place.fused or line.opcode == "fusion",
         )
         inner += [(name, inner_place) for name in names]
     return inner
@@ -178,17 +187,20 @@ def _list_collectives(tally: _Tally) -> tuple[Collective, ...]:
     """Returns the collectives, those that send the most first.
 
     libtpu writes an asynchronous collective several times: where it starts, in the fusions that it
-    runs behind, and at its end. It counts as often as it starts.
+    runs behind, and at its end. It counts as often as it starts. Other collectives count wherever
+    they stand, because equal ones may share a channel.
     """
     calls: Counter = Counter()
     for key, runs in tally.transfers.items():
-        is_hidden = key in tally.hidden
-        calls[key[1], is_hidden] += tally.hidden[key] or max(runs.values())
+        transfer = key[1]
+        starts = tally.hidden[key]
+        calls[transfer, True] += starts
+        calls[transfer, False] += tally.plain[key] if starts else runs
 
     collectives = [
         Collective(transfer.kind, transfer.axes, transfer.bytes, count, is_hidden)
         for (transfer, is_hidden), count in calls.items()
-        if transfer.axes
+        if transfer.axes and count
     ]
     collectives.sort(key=lambda collective: -collective.bytes * collective.calls)
     return tuple(collectives)
