@@ -166,7 +166,7 @@ def format_compiled(trial: Trial, topology: Topology) -> list[str]:
     if others:
         total = format_size(sum(row.bytes * row.calls for row in others))
         lines.append(f"  and {len(others)} more kinds, {total}")
-    return [*lines, *_format_schedule(trial.schedule)]
+    return [*lines, *_format_work(compiled["program"], topology), *_format_schedule(trial.schedule)]
 
 
 def _format_compiled_host(compiled: dict) -> list[str]:
@@ -184,6 +184,18 @@ def _format_collective(row: Collective) -> str:
         f"  {row.kind:<20} {'+'.join(row.axes):<14} {format_size(row.bytes):>12} x "
         f"{row.calls:<7,} = {format_size(row.bytes * row.calls):>12}{asynchronous}"
     )
+
+
+def _format_work(program: dict, topology: Topology) -> list[str]:
+    """Returns a line about what the compiler's cycles are spent on, if it writes any."""
+    if not program["cycles"]:
+        return []
+    seconds = {kind: cycles / topology.chip.clock for kind, cycles in program["work"].items()}
+    parts = [f"{kind} {format_seconds(time)}" for kind, time in seconds.items()]
+    if seconds["matmuls"]:
+        part = program["matmul_flops"] / seconds["matmuls"] / topology.peak
+        parts[0] += f" at {part:.1%} of the peak"
+    return [f"cycles by kind: {', '.join(parts)}"]
 
 
 def _format_schedule(schedule: Schedule) -> list[str]:

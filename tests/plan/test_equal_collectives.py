@@ -58,9 +58,7 @@ def test_two_equal_collectives_are_two(fn, kind):
     assert [(row.kind, row.calls) for row in program.collectives] == [(kind, 2)]
 
 
-GATHER = (
-    "bf16[64,64]{1,0} all-gather(%p), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}"
-)
+GATHER = "bf16[64,64]{1,0} all-gather(%p), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}"
 START = 'custom-call(%g), custom_call_target="AsyncCollectiveStart"'
 # One gather starts in a fusion and goes on in another. Two more wait where they stand.
 MIXED = f"""HloModule jit_f, is_scheduled=true

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gpt_jax.plan.program.collectives import COLLECTIVES, Collective, Transfer, read_collective
+from gpt_jax.plan.program.collectives import COLLECTIVES, Collective, read_collective
 from gpt_jax.plan.program.matmuls import count_grouped_flops, count_matmul_flops
 from gpt_jax.plan.program.text import (
     Computations,
@@ -19,6 +19,7 @@ from gpt_jax.plan.program.text import (
     parse_text,
     size_type,
 )
+from gpt_jax.plan.program.work import KINDS, find_work
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -35,6 +36,7 @@ class Program:
 
     collectives: tuple[Collective, ...]
     cycles: int  # The compiler's own estimates.
+    work: dict[str, int]  # The same cycles by the kinds of work.KINDS.
     kernels: dict[str, int]  # Custom calls by target.
     matmul_flops: float  # All that is not in the two below.
     turn_flops: float  # One turn of the loops whose length the data decides.
@@ -57,7 +59,7 @@ class _Place(NamedTuple):
 class _Tally:
     """Sums while a program is read."""
 
-    cycles: int = 0
+    work: Counter = field(default_factory=lambda: Counter(dict.fromkeys(KINDS, 0)))
     kernels: Counter = field(default_factory=Counter)
     matmul_flops: float = 0.0
     turn_flops: float = 0.0
@@ -91,6 +93,7 @@ def read_program(text: str, mesh_shape: dict[str, int]) -> Program:
         lines = computations.get(name, [])
         scope = _make_scope(name, lines)
         for line in lines:
+            _count_cycles(tally, line, place, computations)
             _count_work(tally, line, scope, place)
             _count_transfer(tally, line, scope, place, mesh_shape)
             for inner, inner_place in _list_inner(line, place, computations):
@@ -99,7 +102,8 @@ def read_program(text: str, mesh_shape: dict[str, int]) -> Program:
     visit(entry, _Place(times=1, counted=False, background=False, turn=False, fused=False))
     return Program(
         collectives=_list_collectives(tally),
-        cycles=tally.cycles,
+        cycles=sum(tally.work.values()),
+        work=dict(tally.work),
         kernels=dict(tally.kernels),
         matmul_flops=tally.matmul_flops,
         turn_flops=tally.turn_flops,
@@ -117,12 +121,17 @@ def _make_scope(name: str, lines: list[Instruction]) -> _Scope:
     )
 
 
-def _count_work(tally: _Tally, line: Instruction, scope: _Scope, place: _Place) -> None:
-    """Adds the cycles, FLOPs and kernels of a line."""
+def _count_cycles(
+    tally: _Tally, line: Instruction, place: _Place, computations: Computations
+) -> None:
+    """Adds the cycles of a line to those of its kind of work."""
     cycles = _CYCLES.search(line.rest)
     if cycles and not place.counted:
-        tally.cycles += place.times * int(cycles[1])
+        tally.work[find_work(line, computations)] += place.times * int(cycles[1])
 
+
+def _count_work(tally: _Tally, line: Instruction, scope: _Scope, place: _Place) -> None:
+    """Adds the FLOPs and kernels of a line."""
     flops = place.times * count_matmul_flops(line, scope.shapes)
     if place.turn:
         tally.turn_flops += flops
