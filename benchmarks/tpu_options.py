@@ -13,20 +13,19 @@ and the seconds are CPU seconds, because those of the clock depend on what else 
   A row of either takes 5 to 60 s of CPU time, and more at limits above 65,536.
 - "scan" is four layers on 16 devices (data 2, fsdp 8) with options of collectives. A row takes
   about 20 s of CPU time.
-- "step" is a train step of two layers of llama:8b on 16 devices at a limit. A row takes 3 minutes of
-  CPU time or more.
+
+Whole steps are those of tpu_steps.py.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tpu_tables import format_programs, format_scans, format_steps
+from tpu_tables import format_programs, format_scans
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "benchmarks/tpu_options.json"
@@ -73,18 +72,6 @@ COLLECTIVES = {
     "gathers of the backward pass pipelined": PIPELINING,
 }
 WITH_SPARSE_CORE = ("v6e", "v5p")
-# name -> (generations, options)
-STEPS = {
-    "limit default": (("v5e", "v5p", "v6e", "TPU7x"), (f"{LIMIT}=",)),
-    "limit 32768": (("v5p",), (f"{LIMIT}=32768",)),
-    "limit 49152": (("v5e", "TPU7x"), (f"{LIMIT}=49152",)),
-    "limit 98304": (("v6e",), (f"{LIMIT}=98304",)),
-}
-STEP_OVERRIDES = (
-    "--config.model.layers=2",
-    "--config.train.batch_size=32",
-    "--config.train.accumulate=1",
-)
 
 
 def multiply(x, w):
@@ -237,20 +224,17 @@ def compile_scan(generation: str, name: str) -> dict:
     }
 
 
-def run_child(command: list[str]) -> tuple[str, str, float]:
-    """Returns (standard output, the last line of complaints, CPU seconds) of a command."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def run_child(command: list[str]) -> tuple[str, str]:
+    """Returns (standard output, the last line of complaints) of a command."""
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     complaints = child.stderr.strip().splitlines() or [""]
-    return child.stdout, complaints[-1][:400], seconds
+    return child.stdout, complaints[-1][:400]
 
 
 def make_program_row(kind: str, generation: str, limit: str) -> dict:
     """Measures one limit. The row has `error` if the compiler refuses it."""
     command = [sys.executable, __file__, f"--inside={kind},{generation},{limit}"]
-    answer, complaint, _ = run_child(command)
+    answer, complaint = run_child(command)
     lines = answer.strip().splitlines()
     row: dict = {"kind": kind, "generation": generation, "limit": limit}
     return row | ({"programs": json.loads(lines[-1])} if lines else {"error": complaint})
@@ -259,46 +243,11 @@ def make_program_row(kind: str, generation: str, limit: str) -> dict:
 def make_scan_row(generation: str, name: str) -> dict:
     """Compiles the scan with options. The row has `error` if the compiler refuses them."""
     command = [sys.executable, __file__, f"--inside=scan,{generation},{name}"]
-    answer, complaint, _ = run_child(command)
+    answer, complaint = run_child(command)
     lines = answer.strip().splitlines()
     row: dict = {"kind": "scan", "generation": generation, "name": name}
     row["options"] = list(COLLECTIVES[name])
     return row | (json.loads(lines[-1]) if lines else {"error": complaint})
-
-
-def make_step_row(generation: str, name: str) -> dict:
-    """Compiles the step with options. The row has `error` if the compiler refuses it."""
-    options = STEPS[name][1]
-    words = [
-        "plan",
-        "--config=configs/llama.py:8b",
-        f"--topology={MACHINES[generation][1]}",
-        "--json",
-        "--compile",
-        *STEP_OVERRIDES,
-        *(f"--option={option}" for option in options),
-    ]
-    answer, complaint, seconds = run_child([sys.executable, "-m", "gpt_jax", *words])
-    row: dict = {"kind": "step", "generation": generation, "name": name}
-    row["options"] = list(options)
-    row["command"] = "gpt-jax " + " ".join(words)
-    row["cpu_seconds"] = round(seconds)
-    report = json.loads(answer) if answer.strip() else {}
-    if not report.get("schedule"):
-        return row | {"error": complaint}
-
-    program = report["compiled"]["program"]
-    moved = {True: 0, False: 0}
-    for collective in program["collectives"]:
-        moved[collective["asynchronous"]] += collective["bytes"] * collective["calls"]
-    return row | {
-        "cycles": program["cycles"],
-        "schedule": report["schedule"],
-        "peak": report["compiled"]["peak"],
-        "fits": report["fits"],
-        "hidden_bytes": moved[True],
-        "open_bytes": moved[False],
-    }
 
 
 def list_rows() -> dict[str, tuple]:
@@ -314,10 +263,6 @@ def list_rows() -> dict[str, tuple]:
     for generation in WITH_SPARSE_CORE:
         for name in COLLECTIVES:
             rows[f"scan {generation} {name}"] = make_scan_row, generation, name
-    for generation in MACHINES:
-        for name, (generations, _) in STEPS.items():
-            if generation in generations:
-                rows[f"step {generation} {name}"] = make_step_row, generation, name
     return rows
 
 
@@ -328,9 +273,7 @@ def format_tables(rows: dict) -> list[str]:
         ordered, "matmuls", "forward | SwiGLU backward | weight gradient | together"
     )
     layer = format_programs(ordered, "layer", "SwiGLU layer, both ways")
-    tables = [*matmuls, "", *layer, "", *format_scans(ordered)]
-    has_steps = any(key.startswith("step ") for key in ordered)
-    return [*tables, "", *format_steps(ordered)] if has_steps else tables
+    return [*matmuls, "", *layer, "", *format_scans(ordered)]
 
 
 def read_rows() -> dict:

@@ -44,23 +44,3 @@ def format_scans(rows: dict) -> list[str]:
             f"{row['open_bytes'] / 1e6:.0f} MB | {row['compile_cpu_seconds']:.0f} s |"
         )
     return lines
-
-
-def format_steps(rows: dict) -> list[str]:
-    """Returns the table of whole steps."""
-    lines = [
-        "| generation | options | computing | hidden links | open links | step | command (CPU) |",
-        "|---" * 7 + "|",
-    ]
-    for row in rows.values():
-        if row.get("kind") != "step":
-            continue
-        start = f"| {row['generation']} | {row['name']} |"
-        if "error" in row:
-            lines.append(f"{start} {row['error'][:120]} | | | | |")
-            continue
-
-        parts = row["schedule"]
-        times = [f"{1e3 * parts[part]:.1f} ms" for part in ("computing", "hidden", "open", "step")]
-        lines.append(f"{start} {' | '.join(times)} | {row['cpu_seconds']} s |")
-    return lines

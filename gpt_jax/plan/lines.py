@@ -23,6 +23,7 @@ from gpt_jax.plan.wording import format_mesh, format_seconds, format_size, forma
 from gpt_jax.run import format_count
 
 MOST_COLLECTIVES = 12  # Kinds of collectives that are shown.
+REMAT_WIDTH = 26  # Characters of the longest policy that a search tries.
 
 
 def write_lines(plan: Plan) -> list[str]:
@@ -58,14 +59,14 @@ def format_ranking(ranking: list[Candidate]) -> list[str]:
     """Returns a table of candidates."""
     lines = [
         f"{'':>3} {'step':>9} {'MFU full':>8} {'causal':>7} {'peak GiB':>8}  {'mesh':<44} "
-        "remat  microbatches"
+        f"{'remat':<{REMAT_WIDTH}} microbatches"
     ]
     for place, (config, estimate) in enumerate(ranking, 1):
         mesh = format_mesh(estimate.shape, config.mesh.zero)
         lines.append(
             f"{place:>3} {format_seconds(estimate.step):>9} {estimate.mfu_full:>8.1%} "
             f"{estimate.mfu_causal:>7.1%} {estimate.memory.peak / GIB:>8.1f}  {mesh:<44} "
-            f"{config.compute.remat:<6} {config.train.accumulate}"
+            f"{configs.describe_remat(config.compute):<{REMAT_WIDTH}} {config.train.accumulate}"
         )
     return lines
 
@@ -80,7 +81,7 @@ def format_trial(trial: Trial) -> str:
             f"{format_seconds(trial.step)} a step, peak {trial.compiled['peak'] / GIB:.1f} GiB, "
             f"{trial.compiled['seconds']:.0f} s"
         )
-    return f"{mesh}, remat {trial.config.compute.remat}: {result}"
+    return f"{mesh}, remat {configs.describe_remat(trial.config.compute)}: {result}"
 
 
 def format_head(job: PlanJob, topology: Topology, estimate: Estimate) -> list[str]:
@@ -166,7 +167,7 @@ def format_compiled(trial: Trial, topology: Topology) -> list[str]:
     if others:
         total = format_size(sum(row.bytes * row.calls for row in others))
         lines.append(f"  and {len(others)} more kinds, {total}")
-    return [*lines, *_format_schedule(trial.schedule)]
+    return [*lines, *_format_work(compiled["program"], topology), *_format_schedule(trial.schedule)]
 
 
 def _format_compiled_host(compiled: dict) -> list[str]:
@@ -184,6 +185,18 @@ def _format_collective(row: Collective) -> str:
         f"  {row.kind:<20} {'+'.join(row.axes):<14} {format_size(row.bytes):>12} x "
         f"{row.calls:<7,} = {format_size(row.bytes * row.calls):>12}{asynchronous}"
     )
+
+
+def _format_work(program: dict, topology: Topology) -> list[str]:
+    """Returns a line about what the compiler's cycles are spent on, if it writes any."""
+    if not program["cycles"]:
+        return []
+    seconds = {kind: cycles / topology.chip.clock for kind, cycles in program["work"].items()}
+    parts = [f"{kind} {format_seconds(time)}" for kind, time in seconds.items()]
+    if seconds["matmuls"]:
+        part = program["matmul_flops"] / seconds["matmuls"] / topology.peak
+        parts[0] += f" at {part:.1%} of the peak"
+    return [f"cycles by kind: {', '.join(parts)}"]
 
 
 def _format_schedule(schedule: Schedule) -> list[str]:

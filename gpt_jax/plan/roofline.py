@@ -13,7 +13,14 @@ from gpt_jax.plan.experts import (
     expert_weight_bytes,
     is_blockwise,
 )
-from gpt_jax.plan.job import FULL_BYTES, PlanJob, compute_bytes, device_bytes, group_layers
+from gpt_jax.plan.job import (
+    FULL_BYTES,
+    PlanJob,
+    Widths,
+    compute_bytes,
+    device_bytes,
+    group_layers,
+)
 from gpt_jax.plan.microbatch import Microbatch
 from gpt_jax.plan.remat import is_recomputed, repeated_part
 from gpt_jax.plan.topology import Topology
@@ -47,14 +54,45 @@ def count_fp8_params(job: PlanJob) -> int:
     if job.config.compute.matmul_dtype != "fp8":
         return 0
 
-    model = job.config.model
     channels = 0
     for widths, count in group_layers(job.layers):
-        dense = widths.inner + widths.hidden
-        if widths.sent:  # Experts are not in fp8, and shared ones are.
-            dense = dense * model.shared_experts // (widths.sent + model.shared_experts)
-        channels += (2 * widths.q + 2 * widths.kv + dense) * count
-    return channels * model.embed
+        inner, hidden = _find_dense(job, widths)
+        channels += (2 * widths.q + 2 * widths.kv + inner + hidden) * count
+    return channels * job.config.model.embed
+
+
+def _find_dense(job: PlanJob, widths: Widths) -> tuple[int, int]:
+    """Returns (inner, hidden) without the experts, which are not in fp8. Shared ones are."""
+    if not widths.sent:
+        return widths.inner, widths.hidden
+    shared = job.config.model.shared_experts
+    together = widths.sent + shared
+    return widths.inner * shared // together, widths.hidden * shared // together
+
+
+def count_fp8_entries(job: PlanJob, tokens: float, tensor: int = 1) -> float:
+    """Returns the entries that one device scales and rounds to fp8 for `tokens` in all layers.
+
+    They are what goes into each linear map, its weights, and its result's gradient. Remat does the
+    first two again. The compiler may do equal ones once, such as the inputs of q, k and v.
+    """
+    matrices = count_fp8_params(job)
+    if not matrices:
+        return 0.0
+
+    embed = job.config.model.embed
+    inputs = gradients = 0
+    for widths, count in group_layers(job.layers):
+        inner, hidden = _find_dense(job, widths)
+        into_ffn = embed * inner // hidden if hidden else 0  # Of the gate and of the value.
+        out_of_ffn = embed if hidden else 0
+        whole = 3 * embed + into_ffn
+        inputs += (whole + (widths.q + hidden) / tensor) * count
+        cut = widths.q + 2 * widths.kv + inner
+        gradients += (embed + out_of_ffn + cut / tensor) * count
+
+    times = 1 if job.config.compute.remat == "none" else 2
+    return times * (tokens * inputs + matrices / tensor) + tokens * gradients
 
 
 def _fp8_gain(job: PlanJob, topology: Topology, flops: float) -> float:
@@ -166,7 +204,8 @@ def passes_seconds(
 ) -> float:
     """Returns the seconds of reading and writing arrays between matmuls.
 
-    These are norms, residuals, activations and experts' rows. Matmuls read the weights themselves.
+    These are norms, residuals, activations, experts' rows, and what is rounded to fp8. Matmuls read
+    the weights themselves.
     """
     model = job.config.model
     train = job.config.train
@@ -183,6 +222,10 @@ def passes_seconds(
     a_token = compute_bytes(job) * (TOUCHES * wide + inside)
     a_tick = here.tick_tokens * a_token + _block_sum_bytes(job, shape, here, platform)
     layers = here.ticks * here.tick_layers * a_tick
+
+    # An entry is read for the largest one, read again, and written as one byte.
+    narrowed = count_fp8_entries(job, here.tick_tokens, shape["tensor"]) / count
+    layers += here.ticks * here.tick_layers * narrowed * (2 * compute_bytes(job) + 1)
 
     if KERNELS[kernel].makes_maps:  # They are in float32.
         queries = here.tokens * count * MAP_TOUCHES * model.heads / shape["tensor"]

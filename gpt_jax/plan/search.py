@@ -15,6 +15,9 @@ from gpt_jax.plan.topology import Topology
 
 # Policies that are tried. `offload` needs the host's links, which the arithmetic leaves out.
 REMATS = ("none", "dots", "block")
+# What `names` keeps where it is tried, between `block` and `dots`. The kernel of attention then
+# does not run again, and in the second row neither do the matmuls before it.
+KEPT = (("attention",), ("q", "k", "v", "attention"))
 # The largest sizes that are tried. Beyond these the open flows always lose.
 LARGEST = {"tensor": 16, "context": 8, "pipeline": 8}
 # Beginnings of the fields that a search sets. It changes eval.batch_size only where accumulation
@@ -100,10 +103,10 @@ def generate_variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[li
     if mesh.pipeline > 1:
         shapes = [(rounds, times * mesh.pipeline) for rounds in (1, 2) for times in (1, 2, 4)]
 
-    for remat in REMATS:
+    for policy in list_policies(config.compute):
         for rounds, microbatches in shapes:
             compute = replace(
-                configs.set_remat(config.compute, remat),
+                policy,
                 shard_sequence=mesh.tensor > 1,
                 pipeline_rounds=rounds,
                 pipeline_microbatches=microbatches,
@@ -111,6 +114,15 @@ def generate_variants(config: configs.Config, mesh: configs.Mesh) -> Iterator[li
             variants = _accumulate_more(replace(config, compute=compute, mesh=mesh))
             if variants:
                 yield variants
+
+
+def list_policies(compute: configs.Compute) -> list[configs.Compute]:
+    """Returns `compute` with each remat policy that is tried."""
+    named = configs.set_remat(compute, "names")
+    return [
+        *(configs.set_remat(compute, remat) for remat in REMATS),
+        *(replace(named, remat_save=names) for names in KEPT),
+    ]
 
 
 def _accumulate_more(config: configs.Config) -> list[configs.Config]:
@@ -207,6 +219,16 @@ def rank_candidate(candidate: Candidate) -> tuple[float, int, float]:
     return float(f"{estimate.step:.3g}"), axes, estimate.memory.peak
 
 
+def _format_value(value: Any) -> str:
+    """Returns a value as an override has it; names are joined by commas, as people write them."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, tuple | list):
+        return str(value)
+    is_plain = value and all(isinstance(entry, str) and entry.isidentifier() for entry in value)
+    return ",".join(value) if is_plain else str(_freeze_lists(value))
+
+
 def _freeze_lists(value: Any) -> Any:
     """Returns the value with tuples for its lists, as the fields of a config have them."""
     return tuple(map(_freeze_lists, value)) if isinstance(value, list) else value
@@ -214,11 +236,8 @@ def _freeze_lists(value: Any) -> Any:
 
 def list_overrides(old: configs.Config, new: configs.Config) -> list[str]:
     """Returns what to add to a command line to come from one config to the other."""
-    overrides = []
-    for key, _, value, _ in configs.changes(old, new):
-        text = str(value).lower() if isinstance(value, bool) else _freeze_lists(value)
-        overrides.append(f"--config.{key}={text}")
-    return overrides
+    changes = configs.changes(old, new)
+    return [f"--config.{key}={_format_value(value)}" for key, _, value, _ in changes]
 
 
 def is_searched(override: str) -> bool:

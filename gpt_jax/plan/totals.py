@@ -39,8 +39,7 @@ def list_uncounted(config: configs.Config, topology: Topology) -> list[str]:
     if lines:
         rate = "the peak of fp8" if topology.fp8_peak else f"the peak of {config.compute.dtype}"
         lines.append(
-            f"config.compute.matmul_dtype = 'fp8': its matmuls are counted at {rate}, and the "
-            "passes that scale and round their operands are not in the arithmetic; memory is "
+            f"config.compute.matmul_dtype = 'fp8': its matmuls are counted at {rate}; memory is "
             f"that of {config.compute.dtype}"
         )
     fields = {

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 import plan as plan_benchmark  # noqa: E402
 import tpu_options  # noqa: E402
+import tpu_step_tables  # noqa: E402
+import tpu_steps  # noqa: E402
 
 
 def test_options_are_parsed():
@@ -114,6 +116,8 @@ def test_the_pages_have_the_tables_that_the_benchmarks_make():
     lines = [
         *tpu_options.format_tables(tpu_options.read_rows()),
         *plan_benchmark.format_published(plan_benchmark.read_rows()),
+        *tpu_step_tables.format_parts(tpu_steps.read_rows()),
+        *tpu_step_tables.format_steps(tpu_steps.read_rows()),
     ]
     assert len(lines) > 30
     assert [line for line in lines if line not in "".join(pages)] == []

@@ -196,3 +196,28 @@ def test_the_winning_command_is_one_for_a_shell():
     words = shlex.split(format_command(spec, changes))
     assert words[:4] == ["gpt-jax", "train", f"--config={spec}", "--workdir=runs/llama-1b"]
     assert configs.resolve(load_config(spec, words[4:])) == best
+
+
+@pytest.mark.parametrize("names", [("attention",), ("q", "k", "v", "attention")])
+def test_names_that_win_are_written_with_commas(names):
+    spec = spec_of("llama:1b")
+    base = configs.resolve(load_config(spec, []))
+    named = replace(base.compute, remat="names", remat_save=names)
+    overrides = search.list_overrides(base, replace(base, compute=named))
+    assert f"--config.compute.remat_save={','.join(names)}" in overrides
+    assert configs.resolve(load_config(spec, overrides)).compute == named
+
+
+def test_a_search_keeps_attention_where_the_memory_has_room(monkeypatch):
+    """Between `block`, which leaves memory free, and `dots`, which does not fit."""
+    machine = parse_topology("v6e:16x16")
+    job = changed(llama(), mesh=dict(fsdp=-1))
+    monkeypatch.setattr(search, "generate_meshes", lambda *_: [configs.Mesh(data=2, fsdp=128)])
+
+    best, *_ = search.search_meshes(job, machine)
+    assert best.config.compute.remat_save == ("q", "k", "v", "attention")
+    monkeypatch.setattr(search, "KEPT", ())
+    plain, *_ = search.search_meshes(job, machine)
+    assert plain.config.compute.remat == "block"
+    assert best.estimate.step < 0.95 * plain.estimate.step
+    assert plain.estimate.memory.peak < best.estimate.memory.peak < machine.chip.memory
