@@ -1,0 +1,7 @@
+from .checks import CHECKS as CHECKS, make_card as make_card
+from .page import (
+    format_page as format_page,
+    format_summary as format_summary,
+    to_data as to_data,
+)
+from .subject import open_subject as open_subject
