@@ -34,11 +34,13 @@ CHECKS = {
     ),
     "meshes": Check(
         check_meshes,
-        "Loss and gradients of one batch on each mesh are compared with one device, in parts of a "
-        "gradient's largest entry.",
+        "Loss and gradients of one batch on each mesh are compared with one device. The figure is "
+        "a part of a gradient's largest entry, and the limit is 1e-4.",
     ),
     "decodes": Check(
-        check_decoding, "Logits out of the KV cache are compared with a pass over the whole text."
+        check_decoding,
+        "Logits out of the KV cache are compared with a pass over the whole text. The "
+        "limit is 1e-4 of the largest logit.",
     ),
     "scores": Check(
         check_scores,
@@ -55,7 +57,7 @@ CHECKS = {
     "reference": Check(
         check_reference,
         "transformers opens the written directory. Its logits and gradients are compared with "
-        "ours, in parts of the largest entry.",
+        "ours, in parts of the largest entry. The limit is 1e-4.",
     ),
     "fits": Check(
         check_machines,
@@ -84,9 +86,7 @@ def make_card(subject: Subject, date: str, names: Sequence[str] = tuple(CHECKS))
         finding = make_finding(name, check, subject)
         subject.say(f"{subject.name}: {name}: {finding.verdict}: {finding.figure}")
         findings.append(finding)
-    return Card(
-        subject.name, date, subject.row, subject.config, subject.has_weights, findings
-    )
+    return Card(subject.name, date, subject.row, subject.config, subject.has_weights, findings)
 
 
 def make_finding(name: str, check: Check, subject: Subject) -> Finding:

@@ -45,8 +45,12 @@ def explain_no_family(error: UsageError) -> str:
     """One line of the refusal: the nearest family, and the fields that it cannot say."""
     first, *rest = error.args
     nearest = first.partition("nearest is ")[2].partition(",")[0]
-    fields = ", ".join(line.strip().split(" = ")[0] for line in rest)
-    return f"no foreign family holds it; the nearest is {nearest}, which cannot say {fields}"
+    section = "config.model."
+    lines = [line.strip() for line in rest]
+    fields = [
+        line.partition(" = ")[0].removeprefix(section) for line in lines if line.startswith(section)
+    ]
+    return f"no foreign family holds it; the nearest is {nearest}, which lacks {', '.join(fields)}"
 
 
 def read_params(origin: Any) -> dict[str, np.ndarray]:
@@ -129,5 +133,3 @@ def compare(ours, theirs) -> tuple[float, float]:
         size = max(float(np.abs(leaf).max()), FLOOR * largest)
         errors.append(float(np.abs(other_grads[path] - leaf).max()) / size)
     return logits_error, max(errors)
-
-

@@ -14,7 +14,7 @@ import numpy as np
 from gpt_jax import config as configs
 from gpt_jax.card.finding import CannotCheckError, Result
 from gpt_jax.card.subject import Subject, load_weights, take_ids
-from gpt_jax.errors import UsageError, install_command
+from gpt_jax.errors import install_command
 from gpt_jax.evals import Subject as Asked, TaskSettings, run_tasks
 from gpt_jax.infer import (
     Request,
@@ -124,9 +124,7 @@ def check_scores(subject: Subject) -> Result:
         sums = [add_up(*given, request, subject.say) for request in requests]
     pairs = zip(scores, sums, strict=True)
     errors = [abs(score.total - total) for score, (total, _) in pairs]
-    greedy = [
-        score.is_greedy == is_best for score, (_, is_best) in zip(scores, sums, strict=True)
-    ]
+    greedy = [score.is_greedy == is_best for score, (_, is_best) in zip(scores, sums, strict=True)]
     largest = max(errors)
     return Result(
         largest <= TOLERANCE * max(1.0, max(abs(total) for total, _ in sums)) and all(greedy),

@@ -100,7 +100,7 @@ def check_meshes(subject: Subject) -> Result:
 
     params = jax.tree.map(np.asarray, load_weights(subject))
     batch = take_batch(subject)
-    one = dict.fromkeys(configs.AXES, 1)
+    one: dict[str, int] = dict.fromkeys(configs.AXES, 1)
     alone = compute_gradients(make_plain(subject.config), one, params, batch)
 
     errors = {}

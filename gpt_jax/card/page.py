@@ -9,8 +9,6 @@ from gpt_jax.card.finding import FAIL, NOT_CHECKED
 from gpt_jax.card.shrink import RULE
 
 SHAPE_SECTIONS = ("model", "train")
-# What the summary shows for a verdict that needs no words.
-MARKS = {NOT_CHECKED: "-"}
 
 
 def to_data(card: Card) -> dict[str, Any]:
@@ -75,19 +73,24 @@ def format_shapes(shapes: Sequence[Sequence[str]]) -> list[str]:
 
 def format_summary(cards: Sequence[dict[str, Any]], folder: str = "") -> str:
     """A table with a line for each card. With `folder` its name links to the page there."""
-    names = [name for name in CHECKS]
+    names = list(CHECKS)
     lines = [
         "| row | " + " | ".join(names) + " | date |",
         "|---" * (len(names) + 2) + "|",
     ]
     for data in cards:
         verdicts = {finding["name"]: finding["verdict"] for finding in data["findings"]}
-        marks = [MARKS.get(verdict, verdict) for name in names for verdict in [verdicts.get(name, "")]]
+        marks = [mark_verdict(verdicts.get(name, "")) for name in names]
         title = data["name"]
         if folder:
             title = f"[{title}]({folder}/{name_file(title)})"
         lines.append(f"| {title} | " + " | ".join(marks) + f" | {data['date']} |")
     return "\n".join(lines)
+
+
+def mark_verdict(verdict: str) -> str:
+    """What the summary shows for a verdict."""
+    return "-" if verdict == NOT_CHECKED else verdict
 
 
 def name_file(name: str) -> str:
@@ -102,6 +105,6 @@ def escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def has_failed(data: dict[str, Any]) -> bool:
-    """Whether any check of the card fails."""
-    return any(finding["verdict"] == FAIL for finding in data["findings"])
+def list_failed(data: dict[str, Any]) -> list[str]:
+    """The checks of a card that fail."""
+    return [finding["name"] for finding in data["findings"] if finding["verdict"] == FAIL]

@@ -40,7 +40,9 @@ def compute_reference(directory: Path, ids: np.ndarray, target: Path) -> Referen
     # A model that is saved gives its tensors the names of the directory, whatever its own are.
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.copy_(
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
     model.save_pretrained(target)
     return Reference(
         type(model).__name__, transformers.__version__, logits.detach().numpy(), target

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gpt_jax import config as configs, run, sharding, train
+from gpt_jax import config as configs, plan, run, sharding, train
 from gpt_jax.card.finding import CannotCheckError
 from gpt_jax.card.shrink import LENGTH, keep_model, shrink
 from gpt_jax.data import Dataset, Tokenizer, load_dataset, make_stream, resolve_tokenizer
@@ -62,7 +62,7 @@ def open_subject(
     A checkpoint of at most MOST_PARAMETERS keeps its shape and its weights. Raises UsageError for a
     config that cannot be run at all.
     """
-    row = configs.resolve(row)
+    row = resolve_row(row)
     has_weights = bool(source) and count_params(row.model)["total"] <= MOST_PARAMETERS
     small = keep_model(row, source) if has_weights else shrink(row)
     tokenizer = run.read_start_tokenizer(small)
@@ -73,6 +73,14 @@ def open_subject(
     configs.check(config, 1, data.tokenizer.vocab)
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     return Subject(name, row, run.build_on(small, mesh, data, say), folder, has_weights, say)
+
+
+def resolve_row(row: configs.Config) -> configs.Config:
+    """The resolved row. Its vocabulary is 0 if only its text can tell the size."""
+    try:
+        return plan.resolve_vocab(row)
+    except UsageError:
+        return configs.resolve(row)
 
 
 def write_texts(

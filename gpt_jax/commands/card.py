@@ -37,7 +37,9 @@ def make_flags() -> Flags:
     flags.add_argument(
         "--checks", nargs="+", default=[], metavar="NAME", help="make these checks alone"
     )
-    flags.add_argument("--out", metavar="FILE", help="where the page goes; without it it is printed")
+    flags.add_argument(
+        "--out", metavar="FILE", help="where the page goes; without it it is printed"
+    )
     flags.add_argument("--json", action="store_true", help="write JSON instead of the page")
     add_runtime_flags(flags)
     flags.set_defaults(cpu_devices=CPU_DEVICES)
@@ -54,7 +56,7 @@ def main(arguments: list[str]) -> None:
     check_flags(args, overrides)
     start_runtime(args)
     end_on_request()
-    from gpt_jax.card import format_page, to_data
+    from gpt_jax.card import format_page, list_failed, to_data
 
     data = to_data(make_card_of(args, overrides))
     text = write_json(data, 2) if args.json else format_page(data).rstrip("\n")
@@ -63,7 +65,7 @@ def main(arguments: list[str]) -> None:
     else:
         emit(text)
 
-    failed = [row["name"] for row in data["findings"] if row["verdict"] == "FAIL"]
+    failed = list_failed(data)
     if failed:
         raise UsageError(f"{data['name']}: fails {', '.join(failed)}; the card has the figures")
 
