@@ -1,11 +1,11 @@
 """Makes the card of every shipped row, and the pages in docs/.
 
-    python benchmarks/cards.py [--only=NAME]     # makes cards, and keeps them in cards.json
+    python benchmarks/cards.py [--only NAME …]   # makes cards that are missing in cards.json
+    python benchmarks/cards.py --anew            # makes all of them
     python benchmarks/cards.py --pages           # writes docs/cards.md and docs/cards/ from there
 
-It makes all rows, one after the other, in this process. Each row is kept as soon as it is made, so
-a second process may make others with --only. `seconds` of a row are those of the wall, on the
-machine of that day. Programs are compiled without LLVM's optimiser, because they run for
+Cards are made one after the other, in this process. Each is kept as soon as it is made, so a second
+process may make others with --only. `cpu_seconds` of a card are those of the processor. Programs are compiled without LLVM's optimiser, because they run for
 milliseconds. Two checks need the extras `eval` and `reference`; without them a card says so.
 """
 
@@ -94,10 +94,11 @@ def make_cards(names: list[str]) -> None:
     os.chdir(ROOT)
     for name in names:
         args = flags.parse_args([f"--config=configs/{name}"])
-        began = time.time()
+        began = time.process_time()
         card = to_data(command.make_card_of(args, list(ROWS[name])))
-        keep_card(name, card | {"seconds": round(time.time() - began)})
-        print(f"{name}: {round(time.time() - began)} s", file=sys.stderr, flush=True)
+        seconds = round(time.process_time() - began)
+        keep_card(name, card | {"cpu_seconds": seconds})
+        print(f"{name}: {seconds} s of CPU time", file=sys.stderr, flush=True)
         jax.clear_caches()  # Programs hold mappings, of which a process has only so many.
 
 
@@ -111,8 +112,12 @@ def write_pages() -> None:
     for card in cards:
         (PAGES / name_file(card["name"])).write_text(format_page(card))
     rows = "".join(f"| {name} | {check.how} |\n" for name, check in CHECKS.items())
-    minutes = sum(card["seconds"] for card in cards) / 60
-    taken = f"\nMaking these {len(cards)} cards took {minutes:.0f} minutes of wall time in all.\n"
+    seconds = sorted(card["cpu_seconds"] for card in cards)
+    taken = (
+        f"\nMaking these {len(cards)} cards took {sum(seconds) / 60:.0f} minutes of CPU time, "
+        f"{seconds[0]} to {seconds[-1]} s each. Programs that an earlier card had compiled were "
+        "taken from the compilation cache.\n"
+    )
     table = format_summary(cards, PAGES.name)
     (ROOT / "docs/cards.md").write_text(f"{TITLE}{rows}\n{table}\n{END}{taken}")
 
@@ -122,6 +127,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--only", nargs="+", default=[""], metavar="NAME")
+    flags.add_argument("--anew", action="store_true")
     flags.add_argument("--pages", action="store_true")
     args = flags.parse_args()
     if args.pages:
@@ -130,7 +136,8 @@ def main() -> None:
     names = [name for name in ROWS if any(part in name for part in args.only)]
     if not names:
         raise SystemExit(f"--only={' '.join(args.only)}: no row has that in its name")
-    make_cards(names)
+    there = {} if args.anew else read_cards()
+    make_cards([name for name in names if name not in there])
 
 
 if __name__ == "__main__":

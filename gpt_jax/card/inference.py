@@ -14,7 +14,6 @@ import numpy as np
 from gpt_jax import config as configs
 from gpt_jax.card.finding import CannotCheckError, Result
 from gpt_jax.card.subject import Subject, load_weights, take_ids
-from gpt_jax.errors import install_command
 from gpt_jax.evals import Subject as Asked, TaskSettings, run_tasks
 from gpt_jax.infer import (
     Request,
@@ -154,7 +153,7 @@ def check_harness(subject: Subject) -> Result:
     try:
         import lm_eval  # noqa: F401  # pyright: ignore[reportMissingImports] an extra
     except ModuleNotFoundError:
-        raise CannotCheckError(f"lm_eval is not installed: {install_command('lm_eval')}") from None
+        raise CannotCheckError("lm_eval is not installed: pip install 'gpt_jax[eval]'") from None
 
     params = load_weights(subject)
     model, compute = prepare(subject)

@@ -30,8 +30,6 @@ from gpt_jax.errors import UsageError
 TINY = f"{runs.ROOT}/configs/tiny.py"
 EXTRAS = {"harness": "lm_eval", "reference": "torch"}
 FEW_MESHES = {name: meshes.MESHES[name] for name in ("fsdp 8", "pipeline 2, fsdp 4")}
-# One layer compiles in half the time, and two are needed for stages alone.
-SMALL = ["--config.model.embed=16"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, runs.own_signals():
         patch.setattr(meshes, "MESHES", FEW_MESHES)
         patch.setattr(fits, "MACHINES", ("h100:1",))
-        subject = open_subject("tiny", load_config(TINY, SMALL), folder, lambda line: None)
+        subject = open_subject("tiny", load_config(TINY, []), folder, lambda line: None)
         yield subject, make_card(subject, "2026-01-02")
 
 
