@@ -57,7 +57,7 @@ gpt-jax card --checkpoint=runs/tiny
 A config is too large for a CPU, so its card is made on a tiny shape that keeps its features. Each
 page names the rule and both shapes. `fits` is about the config's own shape. A checkpoint of at most
 four million parameters is checked with its own weights. The command ends with code 2 if a check
-fails. A check that cannot be made gives its reason, and counts as no pass.
+fails. A check that cannot be made gives its reason, and is no pass.
 
 | check | what is done |
 |---|---|
@@ -106,8 +106,9 @@ def write_pages() -> None:
     """Writes a page for each card, and the summary."""
     from gpt_jax.card import CHECKS, format_page, format_summary, name_file
 
-    cards = read_cards()
-    cards = [cards[name] for name in ROWS if name in cards]
+    made = read_cards()
+    cards = [made[name] for name in ROWS if name in made]
+    missing = [name for name in ROWS if name not in made]
     PAGES.mkdir(exist_ok=True)
     for card in cards:
         (PAGES / name_file(card["name"])).write_text(format_page(card))
@@ -118,6 +119,8 @@ def write_pages() -> None:
         f"{seconds[0]} to {seconds[-1]} s each. Programs that an earlier card had compiled were "
         "taken from the compilation cache.\n"
     )
+    if missing:
+        taken += f"\nNo card has been made of {', '.join(missing)}.\n"
     table = format_summary(cards, PAGES.name)
     (ROOT / "docs/cards.md").write_text(f"{TITLE}{rows}\n{table}\n{END}{taken}")
 

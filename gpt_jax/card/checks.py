@@ -26,8 +26,8 @@ CHECKS = {
     "trains": Check(check_training, "The loss of the last step is below that of the first."),
     "resumes": Check(
         check_resume,
-        "The run goes on from the checkpoint at half its steps, and its losses and its state are "
-        "compared with those of the run that was not cut.",
+        "A second run goes on from the checkpoint at half the steps. Its losses and its state are "
+        "compared with those of the first.",
     ),
     "reshards": Check(
         check_reshard, "The last checkpoint is read onto each mesh, and compared to the bit."

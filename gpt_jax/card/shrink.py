@@ -20,13 +20,14 @@ WARMUP_STEPS = 2
 MICROBATCHES = 2
 
 RULE = (
-    f"At most {PERIODS} periods of the layer pattern, and the layers after them.",
-    f"Heads of {HEAD_DIM} channels, in the row's ratio of heads to kv heads.",
-    "Widths and windows in the row's ratios.",
-    f"At most {EXPERTS} experts.",
-    f"Bytes as tokens, {ROWS} rows of {LENGTH} tokens, at most {MICROBATCHES} microbatches, and "
-    f"{STEPS} steps with {WARMUP_STEPS} of warmup.",
-    "Float32 matmuls, so that a difference is an error and not rounding.",
+    f"The model has at most {PERIODS} periods of the layer pattern, and the layers after them.",
+    f"Heads have {HEAD_DIM} channels, and their ratio to kv heads is the row's.",
+    "Widths and windows keep the row's ratios.",
+    f"There are at most {EXPERTS} experts.",
+    "Tokens are bytes.",
+    f"A step has {ROWS} rows of {LENGTH} tokens, in at most {MICROBATCHES} microbatches.",
+    f"The run has {STEPS} steps, {WARMUP_STEPS} of them with warmup if the row has any.",
+    "Matmuls run in float32, so that a difference is an error and not rounding.",
     "Everything else is the row's.",
 )
 
