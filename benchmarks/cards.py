@@ -64,7 +64,7 @@ fails. A check that cannot be made gives its reason, and is no pass.
 """
 END = """
 "pass" and "FAIL" are verdicts, and "-" is a check that could not be made; the row's page has the
-reason. `python benchmarks/cards.py` makes all rows again, and with `--pages` it writes these pages.
+reason. `python benchmarks/cards.py --anew` makes all rows again, and `--pages` writes these pages.
 """
 
 
