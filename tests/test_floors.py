@@ -15,7 +15,7 @@ FLOORS = (
     {"sharding", "hardware", "cluster", "metrics"},
     {"data", "model", "train"},
     {"infer", "evals", "interop"},
-    {"run", "plan"},
+    {"run", "plan", "card"},
     {"commands", "__main__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -28,6 +28,8 @@ NEIGHBOURS = {
     ("sharding", "hardware"),
     ("evals", "infer"),
     ("plan", "run"),
+    ("card", "run"),
+    ("card", "plan"),
     ("__main__", "commands"),
 }
 # What a room must not know although it lies below.
@@ -41,7 +43,7 @@ FOREIGN = {
     "flax": {"model"},
     "optax": {"train"},
     "orbax": {"train"},
-    "torch": set(),
+    "torch": {"card"},
 }
 
 

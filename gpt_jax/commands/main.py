@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "continue prompts from a checkpoint",
     "convert": "models of Hugging Face to checkpoints, and checkpoints to them",
     "plan": "whether a config fits on a machine that is not here, and how fast it could be",
+    "card": "what a config can do, checked on a CPU and written on one page",
     "inspect": "the text of every row of a step of a run; the weights of a checkpoint",
     "bench": "how fast the input pipeline of a config is by itself",
     "launch": "start a job of several processes: on this machine, under SLURM, on Kubernetes",

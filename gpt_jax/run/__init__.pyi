@@ -17,6 +17,7 @@ from .loop import run_training as run_training
 from .meta import (
     META_SCHEMA as META_SCHEMA,
     count_tokens as count_tokens,
+    read_config as read_config,
     read_past_sizes as read_past_sizes,
 )
 from .mirror import opening_workdir as opening_workdir
@@ -27,6 +28,7 @@ from .notes import (
 )
 from .parts import (
     build as build,
+    build_on as build_on,
     make_network as make_network,
     make_steps as make_steps,
 )

@@ -42,6 +42,7 @@ from .optim.streaming import keep_on_host as keep_on_host
 from .step import (
     TrainState as TrainState,
     eval_step as eval_step,
+    gradients as gradients,
     init_state as init_state,
     train_step as train_step,
 )

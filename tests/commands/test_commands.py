@@ -109,6 +109,7 @@ def test_help_of_a_command(capsys, command):
             "--tokenizer",
             "--weights",
         ],
+        "card": ["--config", "--checkpoint", "--checks", "--out", "--json", "--cpu_devices"],
         "bench": ["--config", "--batches", "--seconds"],
         "plan": ["--config", "--topology", "--slices", "--compile", "--search", "--json"],
         "launch": ["local", "slurm", "kubernetes"],
