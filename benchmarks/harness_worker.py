@@ -72,7 +72,7 @@ def load_hflm(path: str, batch_size: int = 16) -> Asked:
             task_manager=TaskManager(include_path=asked["folder"], include_defaults=False),
             limit=asked["limit"],
             log_samples=True,
-            bootstrap_iters=0,
+            bootstrap_iters=1000,
         )
 
     return Asked(lambda requests: model.loglikelihood(requests, disable_tqdm=True), run_reference)
