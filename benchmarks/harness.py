@@ -5,8 +5,8 @@
     python benchmarks/harness.py --reference=reference/bin/python
 
 A model in the shape of Llama, hardly trained, and its copy for `transformers` score the same requests. These
-are made of Python's standard library: questions of four choices after five examples, and texts
-whose last words are asked for. Both processes are asked in turn. The first pass of each has what is
+are made of Python's standard library: questions of four choices after five examples, drawn for each
+question or the same for all, and texts whose last words are asked for. Both processes are asked in turn. The first pass of each has what is
 paid once, such as compiling. The ratio is HFLM's time over ours, pass by pass; above 1 we are
 faster. Tokens are those of each request's context and continuation, shared or not. With `--record`
 it writes harness.json beside this file.
@@ -27,6 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SHAPE = dict(layers=8, embed=512, heads=8, kv_heads=4, mlp=1408, max_seq=1024)
+ONE_STEP = {"train.steps": 1, "train.batch_size": 2, "optim.warmup_steps": 0}
 QUESTIONS = 12
 EXAMPLES = 5
 TEXTS = 60
@@ -44,16 +45,27 @@ def read_passages() -> list[str]:
 def make_requests(passages: list[str]) -> dict[str, list[tuple[str, str]]]:
     """(context, continuation) by the name of the kind."""
     draw = random.Random(1)
+
+    def ask(examples):
+        context = "\n\n".join([*examples, draw.choice(passages)])
+        return [(context, " " + draw.choice(passages)[:30]) for _ in range(4)]
+
     choices = []
     for _ in range(QUESTIONS):
-        context = "\n\n".join(draw.sample(passages, EXAMPLES + 1))
-        choices += [(context, " " + draw.choice(passages)[:30]) for _ in range(4)]
+        choices += ask(draw.sample(passages, EXAMPLES))
+
+    fixed = draw.sample(passages, EXAMPLES)
+    same = [pair for _ in range(2 * QUESTIONS) for pair in ask(fixed)]
 
     last_words = []
     for passage in passages[:TEXTS]:
         context, _, word = passage.rstrip().rpartition(" ")
         last_words.append((context.rstrip() or "def", " " + word))
-    return {"four choices after five examples": choices, "last words": last_words}
+    return {
+        "four choices after five examples": choices,
+        "four choices after the same five examples": same,
+        "last words": last_words,
+    }
 
 
 def run(*words: str) -> None:
@@ -62,23 +74,21 @@ def run(*words: str) -> None:
     subprocess.run(command, check=True, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL)
 
 
-def make_models(folder: Path) -> tuple[Path, Path]:
-    """(checkpoint, directory for transformers) of one model after a single step."""
+def make_models(folder: Path, shape: dict = SHAPE, training: dict = ONE_STEP) -> tuple[Path, Path]:
+    """(checkpoint, directory for transformers) of one model, trained as `training` says."""
     run(
         "train",
         "--config=configs/llama.py:1b",
         f"--workdir={folder / 'run'}",
-        *(f"--config.model.{name}={value}" for name, value in SHAPE.items()),
+        *(f"--config.model.{name}={value}" for name, value in shape.items()),
+        *(f"--config.{name}={value}" for name, value in training.items()),
         "--config.model.rope_scale_factor=1",
         "--config.data.path=stdlib",
         "--config.data.tokenizer=bpe:4096",
         f"--config.data.cache={folder / 'cache'}",
-        "--config.train.steps=1",
         "--config.train.seq_len=256",
-        "--config.train.batch_size=2",
         "--config.train.accumulate=1",
         "--config.train.loss_chunk=0",
-        "--config.optim.warmup_steps=0",
         "--config.eval.batches=1",
         "--config.eval.samples=0",
         "--config.compute.dtype=float32",
@@ -100,9 +110,9 @@ class Worker:
             env=environ,
         )
 
-    def ask(self, file: Path) -> dict:
+    def ask(self, **question) -> dict:
         assert self.process.stdin and self.process.stdout
-        print(json.dumps({"file": str(file)}), file=self.process.stdin, flush=True)
+        print(json.dumps(question), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
 
@@ -111,7 +121,7 @@ def compare(workers: dict[str, Worker], file: Path, rounds: int) -> dict:
     passes: dict[str, list[dict]] = {kind: [] for kind in workers}
     for _ in range(rounds):
         for kind, worker in workers.items():
-            passes[kind].append(worker.ask(file))
+            passes[kind].append(worker.ask(file=str(file)))
 
     ours, theirs = passes["ours"], passes["hflm"]
     pairs = list(zip(ours[0]["scores"], theirs[0]["scores"], strict=True))
@@ -142,6 +152,7 @@ def main() -> None:
     )
     flags.add_argument("--reference", required=True, help="a Python with torch and lm_eval")
     flags.add_argument("--rounds", type=int, default=6)
+    flags.add_argument("--kind", default="", help="only the requests of this name")
     flags.add_argument("--record", action="store_true")
     args = flags.parse_args()
 
@@ -154,6 +165,8 @@ def main() -> None:
             "hflm": Worker(args.reference, "hflm", directory),
         }
         for kind, requests in make_requests(read_passages()).items():
+            if args.kind not in ("", kind):
+                continue
             file = folder / "requests.json"
             file.write_text(json.dumps(requests))
             found = compare(workers, file, args.rounds)
@@ -164,8 +177,10 @@ def main() -> None:
             worker.process.kill()
 
     if args.record:
-        made = {"machine": platform.machine(), "shape": SHAPE, "kinds": results}
-        (HERE / "harness.json").write_text(json.dumps(made, indent=1) + "\n")
+        path = HERE / "harness.json"
+        known = json.loads(path.read_text())["kinds"] if args.kind else {}
+        made = {"machine": platform.machine(), "shape": SHAPE, "kinds": known | results}
+        path.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

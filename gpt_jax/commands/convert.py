@@ -32,7 +32,7 @@ def make_flags() -> Flags:
     flags = Flags(
         prog="gpt-jax convert",
         description="Converts a model: a directory of Hugging Face to a checkpoint, or a "
-        "checkpoint to a directory of Hugging Face. It holds one tensor at a time.",
+        "checkpoint to a directory of Hugging Face. It holds two tensors at a time.",
     )
     flags.add_argument(
         "--from",

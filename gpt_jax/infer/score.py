@@ -1,9 +1,11 @@
 """How likely a model holds given continuations.
 
-Requests become rows (score_rows.py), and rows are sorted by length into buckets. These are the
-powers of two from 16 up to the context. A bucket is one program. The head and its logits are run at
-the scored places alone, some of them at a time, as far as the batch needs. The device sends two
-numbers for each token and never the logits.
+Requests become rows (score_rows.py), and rows become batches by length (score_batches.py). Each
+length is one program. The head and its logits are run at the scored places alone, some of them at a
+time, as far as the batch needs. The device sends two numbers for each token and never the logits.
+
+A text that many requests begin with is read once into a KV cache (prefixes.py). One such text has
+its keys and values on a device at a time, and all rows of a batch are behind the same one.
 
 Shapes: B rows, T tokens that are read, D embed, V rows of the embedding, S places that are scored,
 C places of a chunk.
@@ -19,18 +21,13 @@ import numpy as np
 
 from gpt_jax import config, sharding
 from gpt_jax.errors import UsageError
+from gpt_jax.infer.prefixes import make_groups
 from gpt_jax.infer.prompts import SMALLEST_BUCKET, bucket
 from gpt_jax.infer.ready import make_ready, with_kernel
 from gpt_jax.infer.requests import Fitted, Request, check_ids, fit_request
-from gpt_jax.infer.score_rows import CONTEXT, Row, make_rows, padded
-from gpt_jax.model import Transformer
-
-# Tokens of a batch for each part of the mesh that has rows of its own.
-TOKENS = 1 << 14
-# Logits that a device makes at once. In float32 they take 256 MiB.
-LOGITS = 1 << 26
-# The most places of a chunk. What a batch does not need is left out in chunks.
-CHUNK = 32
+from gpt_jax.infer.score_batches import Batch, make_batches
+from gpt_jax.infer.score_rows import CONTEXT, padded
+from gpt_jax.model import Transformer, make_cache
 
 
 class Score(NamedTuple):
@@ -46,29 +43,41 @@ class Score(NamedTuple):
     cut: int
 
 
-class Batch(NamedTuple):
-    """Rows of one program, padded to it.
+class Text(NamedTuple):
+    """A text that rows are behind: its KV cache and its tokens, for each part of the mesh."""
 
-    `columns` are what the model reads, each [B, T]. `places` [B, S] tells after which token of its
-    row each target [B, S] comes.
-    """
-
-    rows: list[Row]
-    columns: dict[str, np.ndarray]  # int32, and bool
-    places: np.ndarray  # int32
-    targets: np.ndarray  # int32
-    needed: int  # chunks
-    chunk: int
+    cache: dict
+    lengths: jax.Array  # int32 [parts]
 
 
-# ---- the program ----
+# ---- the programs ----
 
 
-def _read(params, columns, network: Transformer) -> jax.Array:
-    """The last hidden states [B, T, D] of right-padded rows."""
+def _read(params, columns, network: Transformer, text: Text | None = None) -> jax.Array:
+    """The last hidden states [B, T, D] of right-padded rows, which may be behind a text."""
     batch = {name: sharding.constrain(x, "batch", None) for name, x in columns.items()}
-    hidden: Any = network.apply({"params": params}, batch, method="features")
-    return hidden[0]
+    if text is not None:
+        hidden: Any = network.apply({"params": params}, batch, *text, method="continue_text")
+        return hidden
+    features: Any = network.apply({"params": params}, batch, method="features")
+    return features[0]
+
+
+@partial(jax.jit, static_argnames=("model", "compute", "slots"))
+@sharding.using_rules(sharding.WHOLE_ROWS)
+def _read_text(
+    params, tokens, lengths, *, model: config.Model, compute: config.Compute, slots: int
+) -> Text:
+    """Reads a text into a cache of `slots` tokens. Each part of the mesh has a row of `tokens`."""
+    tokens = sharding.constrain(tokens, "batch", None)
+    lengths = sharding.constrain(lengths, "batch")
+    is_real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    batch = {"tokens": tokens, "segment": is_real.astype(jnp.int32)}
+
+    cache = make_cache(model, compute, tokens.shape[0], slots)
+    run: Any = Transformer(model, compute).apply
+    _, cache = run({"params": params}, batch, cache, lengths, method="step")
+    return Text(cache, lengths)
 
 
 def _pick_places(hidden, places) -> jax.Array:
@@ -111,6 +120,7 @@ def _score(
     places,
     targets,
     needed,
+    text: Text | None = None,
     *,
     model: config.Model,
     compute: config.Compute,
@@ -123,7 +133,7 @@ def _score(
     places = sharding.constrain(places, "batch", None)
     targets = sharding.constrain(targets, "batch", None)
     network = Transformer(model, compute)
-    hidden = _pick_places(_read(params, columns, network), places)
+    hidden = _pick_places(_read(params, columns, network, text), places)
     head: Any = network.apply({"params": params}, hidden.dtype, method="output")
 
     def measure(hidden, targets):
@@ -145,70 +155,6 @@ def _score(
         return sharding.constrain(x, None, None)
 
     return tuple(map(join, parts))
-
-
-# ---- batches ----
-
-
-def choose_rows(requests: int, length: int, multiple: int) -> int:
-    """Rows of a bucket's batches: TOKENS for each of `multiple` parts, or fewer for few requests.
-
-    They are a multiple of `multiple`.
-    """
-    most = bucket(max(1, TOKENS // length + 1)) // 2 or 1
-    return multiple * min(max(1, most), bucket(-(-requests // multiple)))
-
-
-def choose_chunk(rows: int, length: int, vocab: int) -> int:
-    """Places of a row whose logits are made at once, a power of two."""
-    fitting = max(1, LOGITS // (rows * vocab))
-    return min(bucket(fitting + 1) // 2, CHUNK, bucket(length))
-
-
-def make_batches(fitted: Sequence[Fitted], model: config.Model, multiple: int) -> Iterator[Batch]:
-    """Batches by bucket, the longest first. Within a bucket rows of many targets stand together.
-
-    The order does not depend on the process. All batches of a bucket have one shape, so that it
-    compiles once.
-    """
-    rows = make_rows(fitted, model)
-    has_branches = len(rows) < len(fitted)
-
-    by_length: dict[int, list[Row]] = {}
-    for row in rows:
-        length = padded(max(len(row.tokens), len(row.targets)), model.max_seq)
-        by_length.setdefault(length, []).append(row)
-
-    for length in sorted(by_length, reverse=True):
-        waiting = sorted(by_length[length], key=lambda row: -len(row.targets))
-        count = choose_rows(len(waiting), length, multiple)
-        chunk = choose_chunk(count // multiple, length, model.vocab)
-        for start in range(0, len(waiting), count):
-            part = waiting[start : start + count]
-            yield _make_batch(part, (count, length), chunk, has_branches)
-
-
-def _make_batch(rows: list[Row], shape: tuple[int, int], chunk: int, has_branches: bool) -> Batch:
-    """Pads rows to `shape` [B, T]. Empty rows read one token."""
-    names = ("tokens", "segment", "position") if has_branches else ("tokens", "segment")
-    columns = {name: np.zeros(shape, np.int32) for name in names}
-    columns["segment"][:, 0] = CONTEXT
-    room = shape[0], -(-shape[1] // chunk) * chunk
-    places = np.zeros(room, np.int32)
-    targets = np.zeros(room, np.int32)
-
-    for number, row in enumerate(rows):
-        for name in names:
-            columns[name][number, : len(row.tokens)] = getattr(row, name)
-        places[number, : len(row.places)] = row.places
-        targets[number, : len(row.targets)] = row.targets
-
-    if has_branches:
-        columns["common"] = columns["segment"] == CONTEXT
-    else:
-        columns["segment"] = np.minimum(columns["segment"], CONTEXT)
-    needed = -(-max(len(row.targets) for row in rows) // chunk)
-    return Batch(rows, columns, places, targets, needed, chunk)
 
 
 # ---- what is asked ----
@@ -257,9 +203,9 @@ def score_requests(
 
     scores: dict[int, Score] = {}
     waiting = None
-    for batch in make_batches(fitted, model, _count_multiple(compute)):
+    for batch, text in _read_texts(fitted, params, model, compute):
         tick()
-        result = _run(params, batch, model, compute)
+        result = _run(params, batch, model, compute, text)
         # This batch is under way before the host waits for the one before it.
         if waiting:
             scores |= _collect(fitted, *waiting)
@@ -269,7 +215,36 @@ def score_requests(
     return [scores[number] for number in range(len(fitted))]
 
 
-def _run(params, batch: Batch, model: config.Model, compute: config.Compute):
+def _read_texts(
+    fitted: Sequence[Fitted], params, model: config.Model, compute: config.Compute
+) -> Iterator[tuple[Batch, Text | None]]:
+    """Batches with the text that each is behind. A text is read before its first batch.
+
+    All caches have as many slots as the longest text needs, so that they are no more programs. A
+    pipeline has no cache, and reads whole rows.
+    """
+    multiple = _count_multiple(compute)
+    has_prefixes = sharding.axis_size("pipeline") == 1
+    groups = make_groups(fitted, model, multiple, has_prefixes)
+    slots = padded(max((len(group.prefix) for group in groups), default=0), model.max_seq)
+
+    text = None
+    last = np.zeros(0, np.int32)
+    for batch in make_batches(groups, model, multiple):
+        if batch.prefix is not last and len(batch.prefix):
+            last = batch.prefix
+            length = padded(len(last), model.max_seq)
+            tokens = np.zeros((multiple, length), np.int32)
+            tokens[:, : len(last)] = last
+            lengths = np.full(multiple, len(last), np.int32)
+            kernel = with_kernel(model, compute, length)
+            text = _read_text(params, tokens, lengths, model=model, compute=kernel, slots=slots)
+        yield batch, text
+
+
+def _run(
+    params, batch: Batch, model: config.Model, compute: config.Compute, text: Text | None = None
+):
     length = batch.columns["tokens"].shape[1]
     return _score(
         params,
@@ -277,6 +252,7 @@ def _run(params, batch: Batch, model: config.Model, compute: config.Compute):
         batch.places,
         batch.targets,
         np.int32(batch.needed),
+        text,
         model=model,
         compute=with_kernel(model, compute, length, "common" in batch.columns),
         chunk=batch.chunk,

@@ -44,27 +44,53 @@ def can_branch(model: config.Model) -> bool:
     return not has_window and not model.smear
 
 
-def make_rows(fitted: Sequence[Fitted], model: config.Model) -> list[Row]:
-    """Rows of all requests. Requests of equal contexts share rows where that saves tokens."""
+def group_by_context(fitted: Sequence[Fitted], model: config.Model) -> list[list[int]]:
+    """The numbers of all requests. Those of equal contexts stand together if they may branch."""
     groups: dict[object, list[int]] = {}
     for number, request in enumerate(fitted):
         is_shared = can_branch(model) and not request.cut
         key = split(request)[0].tobytes() if is_shared else number
         groups.setdefault(key, []).append(number)
-
-    rows = []
-    for numbers in groups.values():
-        for part in share_rows(fitted, numbers, model.max_seq):
-            rows.append(make_row(fitted, part))
-    return rows
+    return list(groups.values())
 
 
-def share_rows(fitted: Sequence[Fitted], numbers: list[int], longest: int) -> Iterator[list[int]]:
+def make_rows(
+    fitted: Sequence[Fitted], groups: Sequence[list[int]], longest: int, before: int = 0
+) -> list[Row]:
+    """Rows of requests by their contexts. They share rows where that saves tokens.
+
+    The first `before` ids of each context are not read.
+    """
+    return [
+        make_row(fitted, part, before)
+        for numbers in groups
+        for part in share_rows(fitted, numbers, longest, before)
+    ]
+
+
+def list_lengths(
+    fitted: Sequence[Fitted], groups: Sequence[list[int]], longest: int, before: int = 0
+) -> list[int]:
+    """The padded lengths of the rows that `make_rows` makes."""
+    return [
+        padded(measure(fitted, part, before), longest)
+        for numbers in groups
+        for part in share_rows(fitted, numbers, longest, before)
+    ]
+
+
+def share_rows(
+    fitted: Sequence[Fitted], numbers: list[int], longest: int, before: int
+) -> Iterator[list[int]]:
     """Parts of `numbers` that stand in a row each. One joins a row if this saves padded tokens."""
+
+    def measure_padded(numbers):
+        return padded(measure(fitted, numbers, before), longest)
+
     part: list[int] = []
     for number in numbers:
-        together = measure(fitted, [*part, number])
-        apart = padded(measure(fitted, part), longest) + padded(measure(fitted, [number]), longest)
+        together = measure(fitted, [*part, number], before)
+        apart = measure_padded(part) + measure_padded([number])
         if part and (together > longest or padded(together, longest) >= apart):
             yield part
             part = []
@@ -77,11 +103,11 @@ def padded(size: int, longest: int) -> int:
     return min(bucket(size, SMALLEST_BUCKET), longest)
 
 
-def measure(fitted: Sequence[Fitted], numbers: list[int]) -> int:
+def measure(fitted: Sequence[Fitted], numbers: list[int], before: int = 0) -> int:
     """Places that a row of these requests needs, for what it reads and for its targets."""
     if not numbers:
         return 0
-    context = len(split(fitted[numbers[0]])[0])
+    context = len(split(fitted[numbers[0]])[0]) - before
     targets = sum(fitted[number].count for number in numbers)
     return max(context + targets - len(numbers), targets)
 
@@ -92,12 +118,15 @@ def split(request: Fitted) -> tuple[np.ndarray, np.ndarray]:
     return request.ids[:at], request.ids[at:]
 
 
-def make_row(fitted: Sequence[Fitted], numbers: list[int]) -> Row:
-    """The row of requests that have one context. The last token of each is predicted alone."""
-    context = split(fitted[numbers[0]])[0]
+def make_row(fitted: Sequence[Fitted], numbers: list[int], before: int) -> Row:
+    """The row of requests that have one context, after the first `before` ids of it.
+
+    The last token of each request is predicted alone.
+    """
+    context = split(fitted[numbers[0]])[0][before:]
     tokens = [context]
     segments = [np.full(len(context), CONTEXT)]
-    positions = [np.arange(len(context))]
+    positions = [before + np.arange(len(context))]
     places = []
     targets = []
 
@@ -107,7 +136,7 @@ def make_row(fitted: Sequence[Fitted], numbers: list[int]) -> Row:
         read = np.arange(len(continuation) - 1)
         tokens.append(continuation[:-1])
         segments.append(np.full(len(read), segment))
-        positions.append(len(context) + read)
+        positions.append(before + len(context) + read)
         places += [[len(context) - 1], size + read]
         targets.append(continuation)
         size += len(read)

@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from gpt_jax.interop.families import FAMILIES, find_family
 from gpt_jax.interop.finite import describe_nonfinite, watch
 from gpt_jax.interop.foreign import CONFIG, TOKENIZERS
 from gpt_jax.interop.origin import Origin
+from gpt_jax.interop.strips import copy_into
 from gpt_jax.interop.tensors import FILE, INDEX
 from gpt_jax.interop.weights import Piece, find_shape, join_piece, make_plan
 
@@ -60,9 +62,9 @@ def write_directory(
     """Writes `directory`, which must not exist. It appears whole or not at all.
 
     `meet_nonfinite` gets a line if weights are NaN or infinite, before the directory appears. By
-    default that is refused. Tensors are read, joined and written one at a time. `family` empty
-    takes that of the origin, or the first that fits. Raises UsageError if no family has such a
-    model, and SaveFailed if the disk does not take it.
+    default that is refused. One tensor is read and joined while the one before it is written.
+    `family` empty takes that of the origin, or the first that fits. Raises UsageError if no family
+    has such a model, and SaveFailed if the disk does not take it.
     """
     origin, nonfinite = watch(origin)
     source = read_source(origin)
@@ -78,7 +80,9 @@ def write_directory(
         values = join_piece(plan, entry.piece, origin.read)
         if dtype == "float16" and find_largest(values) > np.finfo(np.float16).max:
             raise UsageError(f"--dtype=float16: {entry.piece.name} has entries beyond its range")
-        return np.ascontiguousarray(values.astype(kind))
+        written = np.empty(values.shape, kind)
+        copy_into(written, values)
+        return written
 
     unfinished = directory.with_name(directory.name + UNFINISHED)
     if directory.exists():
@@ -189,13 +193,26 @@ def _write_shards(folder: Path, shards: list[list[Entry]], code: str, read) -> N
         name = FILE
         if len(shards) > 1:
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_tensors(folder / name, shard, code, map(read, shard))
+        write_tensors(folder / name, shard, code, read_ahead(read, shard))
         places |= {entry.piece.name: name for entry in shard}
 
     if len(shards) > 1:
         total = sum(entry.size for shard in shards for entry in shard)
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def read_ahead(read: Callable[[Entry], np.ndarray], entries: Sequence[Entry]) -> Iterator:
+    """Yields what `read` makes of each entry. A thread reads one while its forerunner is used."""
+    with ThreadPoolExecutor(1, "read") as pool:
+        waiting = None
+        for entry in entries:
+            following = pool.submit(read, entry)
+            if waiting:
+                yield waiting.result()
+            waiting = following
+        if waiting:
+            yield waiting.result()
 
 
 def write_tensors(

@@ -10,6 +10,7 @@ from gpt_jax import config as configs, sharding
 from gpt_jax.errors import UsageError
 from gpt_jax.interop.families import Family
 from gpt_jax.interop.rows import LAYOUTS, Row
+from gpt_jax.interop.strips import copy_into
 from gpt_jax.model import abstract_params, describe_parameter
 
 Slices = tuple[slice, ...]
@@ -176,7 +177,7 @@ class Weights:
             piece, part = places[tuple(dim[i] for dim, i in zip(outer, at, strict=True))]
             tensor = self._tensors[piece.name].read()
             whole = LAYOUTS[piece.layout].split(tensor, self.plan.model)[part]
-            values[at] = whole[index[depth:]]
+            copy_into(values[at], whole[index[depth:]])
         return values
 
     def find_name(self, path: str, place: tuple[int, ...]) -> str:

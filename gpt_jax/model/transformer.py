@@ -162,6 +162,15 @@ class Transformer(nn.Module):
                 return hidden, new
             return hidden, append_token(cache, new, lengths)
 
+    def continue_text(self, batch: dict, cache: dict, before: jax.Array) -> jax.Array:
+        """Computes the hidden states [B, T, D] of rows that all continue one text.
+
+        `cache` is what `step` made of the text in one row for each part of the batch, and `before`
+        counts the tokens of each of its rows. The column `position` must go on from them. Windows
+        and smear look at the places of a row, and are wrong here.
+        """
+        return self._forward(batch, cache, None, before)[0]
+
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Turns hidden [B, T, D] into logits [B, T, V], float32."""
         return self.logits(self.output(hidden.dtype), hidden)
@@ -182,7 +191,7 @@ class Transformer(nn.Module):
         """Multiplies hidden [B, T, D] with `output`'s matrix -> logits [B, T, V], float32."""
         return softcap(matmul(hidden, head, "vocab", jnp.float32), self.model.logit_softcap)
 
-    def _forward(self, batch, cache, lengths) -> tuple[jax.Array, Any, dict]:
+    def _forward(self, batch, cache, lengths, before=None) -> tuple[jax.Array, Any, dict]:
         """Computes (hidden [B, T, D], new cache or None, report)."""
         model = self.model
         tokens = batch["tokens"]
@@ -193,7 +202,7 @@ class Transformer(nn.Module):
 
         has_positions = "position" in batch
         position = batch["position"] if has_positions else sharding.make_positions(length)
-        context = self._make_context(batch, position, lengths)
+        context = self._make_context(batch, position, lengths, before)
         x = self._embed(tokens, position, not has_positions)
         extra = {}
         if model.smear:
@@ -209,7 +218,7 @@ class Transformer(nn.Module):
         x = sharding.constrain(x, "batch", "seq", None)
         return x, None if cache is None else caches | extra, report
 
-    def _make_context(self, batch, position, lengths) -> Context:
+    def _make_context(self, batch, position, lengths, before) -> Context:
         """Gathers what every layer needs of the batch."""
 
         def sum_up(ar):
@@ -227,7 +236,7 @@ class Transformer(nn.Module):
 
         segment = batch.get("segment")
         common = batch.get("common")
-        return Context(batch["tokens"], segment, block, angles, lengths, local, common)
+        return Context(batch["tokens"], segment, block, angles, lengths, local, common, before)
 
     def _make_angles(self, position, is_local):
         """Computes cos and sin [B or 1, T, R / 2] of rotary positions [B or 1, T]."""

@@ -11,9 +11,11 @@ import pytest
 from gpt_jax import config
 from gpt_jax.data.tokenizers.vocabulary import make_byte_tokenizer, make_char_tokenizer
 from gpt_jax.errors import UsageError
-from gpt_jax.infer import requests, score
+from gpt_jax.infer import requests, score, score_batches
+from gpt_jax.infer.prefixes import make_groups
 from gpt_jax.infer.requests import Request, encode_pairs, fit_request, make_rolling_requests
-from gpt_jax.infer.score import compute_logits, make_batches, score_requests
+from gpt_jax.infer.score import compute_logits, score_requests
+from gpt_jax.infer.score_batches import make_batches
 from gpt_jax.model.transformer import Transformer, abstract_params
 from gpt_jax.sharding.mesh import make_concrete
 
@@ -123,10 +125,11 @@ def test_a_batch_equals_requests_alone(monkeypatch):
     asked = draw_requests(model)
     together = run(model, asked)
     alone = [run(model, [request])[0] for request in asked]
-    monkeypatch.setattr(score, "TOKENS", 64)
-    monkeypatch.setattr(score, "LOGITS", 64)
+    monkeypatch.setattr(score_batches, "TOKENS", 64)
+    monkeypatch.setattr(score_batches, "LOGITS", 64)
     small = run(model, asked[::-1])[::-1]
-    assert len(list(make_batches([fit_request("request", r, 48, 40) for r in asked], model, 1))) > 3
+    fitted = [fit_request("request", r, 48, 40) for r in asked]
+    assert len(list(make_batches(make_groups(fitted, model, 1, True), model, 1))) > 3
     for found, *others in zip(together, alone, small, strict=True):
         for other in others:
             np.testing.assert_allclose(other.logprobs, found.logprobs, rtol=0, atol=1e-5)
@@ -189,7 +192,7 @@ def test_logits_are_those_of_a_plain_pass():
 
 def test_one_compilation_for_a_bucket(monkeypatch):
     """Requests of many lengths have the buckets 16, 32 and 48. The last batch of each has gaps."""
-    monkeypatch.setattr(score, "TOKENS", 160)
+    monkeypatch.setattr(score_batches, "TOKENS", 160)
     model = make_model(mlp=24)
     shapes = []
     plain = score._run

@@ -6,9 +6,10 @@ import test_score
 from test_score import EXPERTS, MODERN, make_model, run
 
 from gpt_jax import config
+from gpt_jax.infer.prefixes import make_groups
 from gpt_jax.infer.requests import Request, fit_request
-from gpt_jax.infer.score import make_batches
-from gpt_jax.infer.score_rows import make_rows
+from gpt_jax.infer.score_batches import make_batches
+from gpt_jax.infer.score_rows import group_by_context, make_rows
 from gpt_jax.model.attention.kernels import KERNELS, choose_kernel, make_problem
 
 # A recent recipe without what looks at places of the row.
@@ -30,8 +31,17 @@ def fit(model, requests):
     return [fit_request("request", one, model.max_seq, model.vocab) for one in requests]
 
 
+def list_rows(model, requests):
+    fitted = fit(model, requests)
+    return make_rows(fitted, group_by_context(fitted, model), model.max_seq)
+
+
 def count_rows(model, requests) -> int:
-    return len(make_rows(fit(model, requests), model))
+    return len(list_rows(model, requests))
+
+
+def first_batch(model, requests):
+    return next(make_batches(make_groups(fit(model, requests), model, 1, True), model, 1))
 
 
 def compare_with_alone(model, compute):
@@ -79,7 +89,7 @@ def test_a_row_reads_the_context_once():
     model = make_model()
     context = [7, 8, 9]
     requests = [Request(context, ids) for ids in ([1, 2, 3], [4], [5, 6])]
-    (row,) = make_rows(fit(model, requests), model)
+    (row,) = list_rows(model, requests)
     assert row.numbers == [0, 1, 2]
     assert row.tokens.tolist() == [7, 8, 9, 1, 2, 5]
     assert row.segment.tolist() == [1, 1, 1, 2, 2, 4]
@@ -103,7 +113,7 @@ def test_rows_are_shared_where_this_saves_tokens():
 
 def test_a_batch_without_shared_rows_is_plain():
     model = make_model()
-    plain = next(make_batches(fit(model, draw(model, [(20, (3,)), (21, (4,))])), model, 1))
+    plain = first_batch(model, draw(model, [(20, (3,)), (21, (4,))]))
     assert sorted(plain.columns) == ["segment", "tokens"] and plain.columns["segment"].max() == 1
-    shared = next(make_batches(fit(model, draw(model, [(20, (3, 4))])), model, 1))
+    shared = first_batch(model, draw(model, [(20, (3, 4))]))
     assert sorted(shared.columns) == ["common", "position", "segment", "tokens"]

@@ -175,7 +175,7 @@ def test_a_write_that_fails_leaves_nothing_that_looks_whole(tmp_path, monkeypatc
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(slices, "_write_array", fail)
+    monkeypatch.setattr(slices, "_make_array", fail)
     with pytest.raises(SaveFailed, match="No space left"):
         write_native(make_origin(), tmp_path, print)
     with pytest.raises(UsageError, match="nothing finished there yet"):

@@ -32,6 +32,31 @@ def attend(q, k, v, mask, cap: float = 0.0, keep=None):
     return jnp.moveaxis(out.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H)
 
 
+def attend_after_text(q, k, v, mask, text_k, text_v, before, cap: float = 0.0):
+    """`attend` of rows that all continue one text, whose keys and values they share.
+
+    text_k and text_v are [S, K, H], and the first `before` of them are real. The mask
+    [B or 1, T, T] is for the rows' own keys. The two blocks of scores share one softmax, so that no
+    row has a copy of the text.
+    """
+    B, T, N, H = q.shape
+    S, K = text_k.shape[:2]
+    q, k = heads_first(q, k)
+
+    text_scores = jnp.einsum("bkth,skh->bkts", q, text_k, preferred_element_type=jnp.float32)
+    own_scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.concatenate([text_scores, own_scores], -1)
+    scores = softcap(scores, cap).reshape(B, K, N // K, T, S + T)
+    is_text = jnp.broadcast_to(jnp.arange(S) < before, (*mask.shape[:2], S))
+    is_seen = jnp.concatenate([is_text, mask], -1)[:, None, None]
+    scores = jnp.where(is_seen, scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, -1, S + T)
+
+    out = jnp.einsum("bkts,skh->bkth", probs[..., :S], text_v)
+    out = out + jnp.einsum("bkts,bskh->bkth", probs[..., S:], v)
+    return jnp.moveaxis(out.reshape(B, K, N // K, T, H), 3, 1).reshape(B, T, N, H)
+
+
 def scale_queries(q):
     """Queries [..., H] times H^-0.5, rounded once to their dtype.
 

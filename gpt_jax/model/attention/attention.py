@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gpt_jax import config, sharding
 from gpt_jax.model.attention import kernels, mask
+from gpt_jax.model.attention.attend import attend_after_text
 from gpt_jax.model.attention.cache import decode_token, fill
 from gpt_jax.model.layers.embed import Embed
 from gpt_jax.model.layers.extras import dropout
@@ -37,6 +38,9 @@ class Context(NamedTuple):
 
     `lengths` [B] belongs to a pass with a cache. When a prompt starts the cache, it counts the
     valid tokens of the prompt. In a decoding step it counts the tokens already in the cache.
+
+    `before` [rows of the cache] belongs to rows that all continue one text, whose keys and values
+    are the cache. It counts the tokens of that text.
     """
 
     tokens: jax.Array
@@ -46,6 +50,7 @@ class Context(NamedTuple):
     lengths: jax.Array | None = None
     local_angles: tuple[jax.Array, jax.Array] | None = None
     common: jax.Array | None = None
+    before: jax.Array | None = None
 
 
 class QkNorm(nn.Module):
@@ -78,6 +83,9 @@ class Attention(nn.Module):
 
     A single token a row attends over the cache and itself. Its own k and v [B, 1, K, H] come back
     for the caller to `append`.
+
+    With Context.before, rows of any length attend over the cache and over themselves. The cache has
+    one row for each part of the batch, and None comes back for it.
     """
 
     model: config.Model
@@ -97,7 +105,10 @@ class Attention(nn.Module):
         q, k = self._norm_and_rotate(q, k, context.local_angles if is_local else context.angles)
         q = self._scale(q)
 
-        if cache is not None and T == 1:
+        if context.before is not None:
+            y = self._continue(q, k, v, cache, context)
+            cache = None
+        elif cache is not None and T == 1:
             y = self._decode(q, k, v, cache, context.lengths)
             cache = (k, v)
         else:
@@ -213,6 +224,20 @@ class Attention(nn.Module):
 
         axes = (QUERY_AXES, KEY_AXES, KEY_AXES, KEY_AXES, KEY_AXES, ("batch",))
         return sharding.run_local(run, axes, QUERY_AXES)(q, k, v, *cache, lengths)
+
+    def _continue(self, q, k, v, cache, context: Context):
+        """Lets rows attend over the text that they continue, and over themselves."""
+        pattern = mask.Pattern(0, context.segment, context.block, context.common)
+
+        def run(q, k, v, text_k, text_v, before, *columns):
+            own = mask.make_mask(mask.Pattern(0, *columns), q.shape[1])
+            cap = self.model.attention_softcap
+            return attend_after_text(q, k, v, own, text_k[0], text_v[0], before[0], cap)
+
+        columns = kernels.axes_of_columns(pattern)
+        axes = (QUERY_AXES, *[KEY_AXES] * 4, ("batch",), *columns)
+        run_here = sharding.run_local(run, axes, QUERY_AXES)
+        return run_here(q, k, v, *cache, context.before, *pattern[1:])
 
     def _fill(self, values, lengths, slots):
         """Makes the cache of a prompt's keys or values."""

@@ -6,6 +6,7 @@ on which Orbax itself stands.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,20 @@ from gpt_jax.train.checkpoint.manifest import (
 
 Slices = tuple[slice, ...]
 PARAMS = "params"
+# Blosc sorts the bits of the entries by their place first. So the low half of numbers that were
+# bfloat16 vanishes. On such weights it writes 4 times as fast as zstd, in less room.
+CODEC = {
+    "name": "blosc",
+    "configuration": {
+        "cname": "lz4",
+        "clevel": 1,
+        "shuffle": "bitshuffle",
+        "typesize": 4,
+        "blocksize": 0,
+    },
+}
+# Blosc takes less than 2 GiB at once.
+CHUNK_BYTES = 1 << 30
 
 
 class Lazy(NamedTuple):
@@ -53,9 +68,10 @@ def write_slices(
 ) -> None:
     """Writes the parameters `arrays`, by path, as a whole checkpoint of `step` without moments.
 
-    `meta` is that of `Checkpoints.save`, and `files` are more files of the step. It holds one slice
-    at a time. What an earlier write left unfinished is removed. `approve` is called when all arrays
-    were read. If it raises, nothing is left. Raises SaveFailed if the disk does not take it.
+    `meta` is that of `Checkpoints.save`, and `files` are more files of the step. Two slices are
+    held at a time: one is read while the other is written. What an earlier write left unfinished
+    is removed. `approve` is called when all arrays were read. If it raises, nothing is left.
+    Raises SaveFailed if the disk does not take it.
     """
     folder = directory / str(step)
     mark = directory / f"{step}{SAVING}"
@@ -74,8 +90,7 @@ def write_slices(
             node[last] = jnp.zeros((1,) * len(array.shape), jnp.float32)
         ocp.save_checkpointables_async(str(folder), {PARAMS: nest(tree, PARAMS)}).result()
 
-        for path, array in arrays.items():
-            _write_array(folder / PARAMS, path, array)
+        _write_arrays(folder / PARAMS, arrays)
         _correct_shapes(folder / PARAMS, arrays)
         _approve(approve, folder, mark)
 
@@ -108,22 +123,45 @@ def _find_spec(folder: Path, path: str) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": name}}
 
 
-def _write_array(folder: Path, path: str, array: Lazy) -> None:
-    """Gives an array its true shape, in chunks of one slice, and its values."""
-    chunk = [1] * array.depth + list(array.shape[array.depth :])
+def _write_arrays(folder: Path, arrays: Mapping[str, Lazy]) -> None:
+    """Writes the values of all arrays. A slice is read while the one before it is written."""
+    pending = None
+    try:
+        for path, array in arrays.items():
+            store = _make_array(folder, path, array)
+            for index in list_slices(array.shape, array.depth):
+                values = array.read(index)
+                if pending:
+                    pending.result()
+                pending = store[index].write(values)
+    finally:
+        # A write that goes on after an error would meet a folder that is being removed.
+        if pending:
+            pending.result()
+
+
+def choose_chunk(shape: tuple[int, ...], depth: int) -> list[int]:
+    """The shape of a chunk: one slice, or an equal part of a slice beyond CHUNK_BYTES."""
+    chunk = [1] * depth + list(shape[depth:])
+    for dim in range(depth, len(shape)):
+        too_many = max(1, math.ceil(4 * math.prod(chunk) / CHUNK_BYTES))
+        chunk[dim] = math.ceil(chunk[dim] / too_many)
+    return chunk
+
+
+def _make_array(folder: Path, path: str, array: Lazy) -> tensorstore.TensorStore:
+    """Gives an array its true shape and its chunks, still without values."""
+    chunk = choose_chunk(array.shape, array.depth)
     layout = {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}}}
-    codec = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
     spec = _find_spec(folder, path) | {
         "metadata": {
             "shape": list(array.shape),
             "data_type": "float32",
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, codec],
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, CODEC],
             **layout,
         },
     }
-    store = tensorstore.open(spec, create=True, delete_existing=True).result()
-    for index in list_slices(array.shape, array.depth):
-        store[index].write(array.read(index)).result()
+    return tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
 def list_slices(shape: tuple[int, ...], depth: int) -> Iterator[Slices]:
