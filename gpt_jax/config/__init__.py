@@ -33,6 +33,7 @@ from gpt_jax.config.knobs import (
     FFNS,
     INITS,
     KERNELS,
+    LORA_VARIANTS,
     MATMULS,
     MIXERS,
     NORMS,
@@ -77,7 +78,7 @@ from gpt_jax.config.resolve import (
     set_remat,
     wsd_start,
 )
-from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Mesh, Optim, Train
+from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Lora, Mesh, Optim, Train
 
 __all__ = [
     "AXES",
@@ -91,6 +92,7 @@ __all__ = [
     "GROUPED_WIDTH",
     "INITS",
     "KERNELS",
+    "LORA_VARIANTS",
     "MATMULS",
     "MIXERS",
     "NORMS",
@@ -117,6 +119,7 @@ __all__ = [
     "Layout",
     "Level",
     "Log",
+    "Lora",
     "Mesh",
     "Model",
     "Optim",

@@ -7,7 +7,7 @@ import jax
 from gpt_jax import config as configs, sharding
 from gpt_jax.config import layer_specs
 from gpt_jax.hardware import flops_per_token, peak_flops, peak_fp8_flops
-from gpt_jax.model import MULTIPLIERS, count_params, describe_parameter, measure_conformance
+from gpt_jax.model import MULTIPLIERS, count_params, measure_conformance
 from gpt_jax.train import TrainState, describe_groups
 
 
@@ -218,13 +218,13 @@ def describe_dtypes(config: configs.Config) -> str:
     )
 
 
-def describe_optimizer(config: configs.Config, params_like) -> list[str]:
+def describe_optimizer(config: configs.Config, params_like, describe) -> list[str]:
     """A line for each group of parameters, and one about moments on the host."""
     balance_rate = config.model.balance_rate
     lines = [
         f"optimiser: {row.optimizer} for {row.group}: {format_count(row.tensors, 'tensor')}, "
         f"{row.parameters:,} parameters, peak rate {row.peak_rate:.3g}, decay {row.weight_decay:g}"
-        for row in describe_groups(config.optim, params_like, describe_parameter, balance_rate)
+        for row in describe_groups(config.optim, params_like, describe, balance_rate)
     ]
     if config.optim.state_memory == "host":
         lines.append(f"optimiser: moments lie in the host's memory ({sharding.HOST})")

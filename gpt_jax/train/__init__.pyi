@@ -22,6 +22,14 @@ from .checkpoint.slices import (
     read_slice as read_slice,
     write_slices as write_slices,
 )
+from .lora import (
+    BASE as BASE,
+    Adapted as Adapted,
+    add_adapters as add_adapters,
+    find_scale as find_scale,
+    init_adapters as init_adapters,
+    merge_adapters as merge_adapters,
+)
 from .objectives import (
     OBJECTIVES as OBJECTIVES,
     Network as Network,
@@ -30,6 +38,7 @@ from .objectives import (
     next_token as next_token,
     sum_cross_entropy as sum_cross_entropy,
     sum_logits as sum_logits,
+    take_params as take_params,
 )
 from .optim.groups import describe_groups as describe_groups
 from .optim.optimizer import (
