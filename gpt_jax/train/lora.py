@@ -98,7 +98,7 @@ def find_matrices(lora: config.Lora, params_like, describe: Describe) -> list[st
             )
         chosen |= matrices
 
-    for path in chosen:
+    for path in sorted(chosen):
         sides = leaves[path].shape[-2:]
         if lora.rank > min(sides):
             raise UsageError(
