@@ -16,12 +16,16 @@ from gpt_jax import config as configs, sharding
 from gpt_jax.data import is_remote
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.files import digest_json
+from gpt_jax.interop import Origin
 from gpt_jax.model import describe_parameter
 from gpt_jax.train import (
     BASE,
+    find_matrices,
     init_adapters,
+    list_parts,
     list_slices,
     merge_adapters,
+    read_slice,
     restore_checkpoint,
     take_params,
 )
@@ -169,6 +173,39 @@ def restore_merged(
     like = abstract_adapters(lora, abstract)
     adapters = restore_checkpoint(directory, step, {item: like})[item]
     return jax.jit(lambda adapters, base: merge_adapters(lora, adapters, base))(adapters, base)
+
+
+# ---- a slice at a time ---------------------------------------------------------------------------
+
+
+def read_adapters(
+    folder: Path, item: str, lora: configs.Lora, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """The adapters of a step, on the host: {path of the matrix: {name of the part: values}}."""
+    like = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    parts = list_parts(lora)
+    return {
+        path: {part: read_slice(folder, item, f"{path}/{part}", (Ellipsis,)) for part in parts}
+        for path in find_matrices(lora, like, describe_parameter)
+    }
+
+
+def read_merged(
+    base: Origin, adapters: Mapping[str, dict[str, np.ndarray]], lora: configs.Lora
+) -> Callable[[str, Any], np.ndarray]:
+    """The function `(path, index) -> values` of weights with the adapters in them."""
+
+    def read(path, index):
+        if path not in adapters:
+            return base.read(path, index)
+        # The length of a column is that of all its entries.
+        *lead, rows, columns = index
+        weight = base.read(path, (*lead, slice(None), slice(None)))
+        adapter = {part: values[tuple(lead)] for part, values in adapters[path].items()}
+        merged = merge_adapters(lora, {path: adapter}, {path: weight})[path]
+        return np.asarray(merged)[(..., rows, columns)]
+
+    return read
 
 
 def abstract_adapters(lora: configs.Lora, abstract):

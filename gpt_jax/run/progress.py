@@ -141,9 +141,13 @@ class Progress:
         """{pieces of an example: FLOPs of a token, of the full attention map and of the causal}."""
         train = self.config.train
         lengths = {level.pieces: train.seq_len // level.pieces for level in self.sizes.levels}
+        matmul = self.counts["matmul"]
+        if self.parts.base is not None:
+            # Frozen weights have no gradient, which is a third of the work of those that have.
+            learned = sum(leaf.size for leaf in jax.tree.leaves(self.parts.abstract.params))
+            matmul = matmul * 2 // 3 + learned
         return {
-            pieces: token_flops(self.config, self.counts["matmul"], length)
-            for pieces, length in lengths.items()
+            pieces: token_flops(self.config, matmul, length) for pieces, length in lengths.items()
         }
 
     def mean_flops(self, start: int, stop: int) -> tuple[float, float]:

@@ -304,6 +304,12 @@ def check_source(source: Source, config: configs.Config, tokenizer: Tokenizer) -
         raise UsageError(
             f"config.init.optimizer = True: {source.name} has no moments; leave it out"
         )
+    if config.lora.rank and source.config.lora.rank:
+        # Merged weights are rounded otherwise on another mesh, and have no fingerprint.
+        raise UsageError(
+            f"config.init.from = {config.init.from_!r}: holds adapters itself, and others cannot "
+            "lie on them; merge it first, with gpt-jax convert --format=native"
+        )
     if source.tokenizer is None:
         return [*differences, f"its ids are taken for those of the tokenizer {tokenizer.name}"]
     if not tokenizer.extends(source.tokenizer):

@@ -26,9 +26,12 @@ from .lora import (
     BASE as BASE,
     Adapted as Adapted,
     add_adapters as add_adapters,
+    find_matrices as find_matrices,
     find_scale as find_scale,
     init_adapters as init_adapters,
+    list_parts as list_parts,
     merge_adapters as merge_adapters,
+    nest_paths as nest_paths,
 )
 from .objectives import (
     OBJECTIVES as OBJECTIVES,

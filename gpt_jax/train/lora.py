@@ -80,6 +80,11 @@ def find_scale(lora: config.Lora) -> float:
     return VARIANTS[lora.variant].scale(lora.alpha, lora.rank)
 
 
+def list_parts(lora: config.Lora) -> tuple[str, ...]:
+    """The names of the arrays that an adapter consists of."""
+    return ("a", "b", "m") if VARIANTS[lora.variant].has_lengths else ("a", "b")
+
+
 def find_matrices(lora: config.Lora, params_like, describe: Describe) -> list[str]:
     """The paths of the matrices that have an adapter, in the order of the tree.
 
