@@ -8,7 +8,7 @@ from gpt_jax.commands.flags import Flags, add_mirror_flag, check_number
 from gpt_jax.commands.output import emit, make_say
 from gpt_jax.errors import UsageError
 
-FORMATS = ("hf", "native")
+FORMATS = ("hf", "native", "peft")
 DTYPES = ("float32", "bfloat16", "float16")
 GIGABYTE = 1e9
 
@@ -47,7 +47,8 @@ def make_flags() -> Flags:
     flags.add_argument(
         "--format",
         choices=FORMATS,
-        help="what is written; without it a checkpoint becomes hf, and all else native",
+        help="what is written; without it a checkpoint becomes hf, and all else native. Adapters "
+        "are merged, but for peft, which writes them alone",
     )
     flags.add_argument(
         "--family", default="", help="the family that is written; without it the first that fits"
@@ -118,6 +119,9 @@ def convert(args: argparse.Namespace) -> None:
     from gpt_jax.run import average, open_model, write_native
 
     say = make_say(sys.stderr)
+    if args.format == "peft":
+        write_adapters(args, say)
+        return
     origins = [
         open_model(path, args.step, say, args.tokenizer, tuple(args.ignore_keys), args.mirror)
         for path in args.source
@@ -142,3 +146,22 @@ def convert(args: argparse.Namespace) -> None:
     else:
         write_native(origin, target, say, meet)
     emit(f"{origin.name} is now {target} ({wanted})")
+
+
+def write_adapters(args: argparse.Namespace, say) -> None:
+    """Writes the adapters of one checkpoint for `peft`. Raises UsageError for flags beside that."""
+    from gpt_jax.run import export_adapters
+
+    if len(args.source) > 1:
+        raise UsageError(f"--from: {len(args.source)} models, and --format=peft takes one")
+    for flag, default in (
+        ("dtype", "float32"),
+        ("tokenizer", ""),
+        ("ignore_keys", []),
+        ("allow_nonfinite", False),
+    ):
+        if getattr(args, flag) != default:
+            raise UsageError(f"--{flag}: is not for --format=peft; leave it out")
+    target = Path(args.to)
+    name = export_adapters(args.source[0], args.step, target, say, args.family, args.mirror)
+    emit(f"the adapters of {name} are now {target} (peft)")

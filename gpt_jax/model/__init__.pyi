@@ -13,6 +13,7 @@ from .leaks import check_leaks as check_leaks
 from .parameters import (
     MULTIPLIED as MULTIPLIED,
     describe_parameter as describe_parameter,
+    number_layers as number_layers,
 )
 from .taps import (
     capture as capture,

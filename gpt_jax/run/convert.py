@@ -22,6 +22,7 @@ from gpt_jax.interop import (
     watch,
     write_config,
     write_directory,
+    write_peft,
 )
 from gpt_jax.run.adapters import (
     check_fingerprint,
@@ -141,6 +142,40 @@ def open_step(directory: Path, number: int, path: str = "", item: str = "") -> O
             make_run_entry(meta, config, directory, number, path),
         ],
     )
+
+
+def export_adapters(
+    path: str,
+    step: int,
+    target: Path,
+    say: Callable[[str], None],
+    family: str = "",
+    mirror: str = MIRROR,
+) -> str:
+    """Writes the adapters of a checkpoint as a directory for `peft`. Returns what was written.
+
+    Raises UsageError for a checkpoint without adapters, and as `write_peft` does.
+    """
+    if is_foreign(path):
+        raise UsageError(f"--format=peft: {path} is no checkpoint of ours; give a workdir")
+    directory, number = find_checkpoint(path, step, say, mirror)
+    meta = read_meta(directory, number, META_SCHEMA)
+    config = read_config(meta, directory, number)
+    if not config.lora.rank:
+        raise UsageError(
+            f"--format=peft: step {number} of {directory} has no adapters; write it as hf"
+        )
+    origin = open_step(directory, number, path if is_remote(path) else "")
+    item = "ema" if config.train.ema else "params"
+    adapters = read_adapters(directory / str(number), item, config.lora, origin.shapes)
+    base = meta["base"]["from"]
+    write_peft(origin, config.lora, adapters, base, target, family)
+    if not is_foreign(base):
+        say(
+            f"its base is a checkpoint of ours, which peft cannot read; write it with gpt-jax "
+            f"convert --from={base.rpartition('@')[0]}, and name that place where it is loaded"
+        )
+    return origin.name
 
 
 def read_carried(folder: Path) -> dict[str, bytes]:

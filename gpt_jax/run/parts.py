@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.data import (
@@ -29,6 +31,7 @@ from gpt_jax.model import (
     check_leaks,
     describe_parameter,
     init_params,
+    number_layers,
 )
 from gpt_jax.run.adapters import choose_learned, make_merge
 from gpt_jax.run.agreement import agree_on_job
@@ -50,10 +53,13 @@ from gpt_jax.train import (
     TrainState,
     add_adapters,
     eval_step,
+    find_frozen,
+    hold,
     init_state,
     keep_on_host,
     make_optimizer,
     make_zero1,
+    scale_layers,
     train_step,
 )
 
@@ -173,9 +179,10 @@ def make_steps(config: configs.Config, mesh) -> Steps:
     options = compiler_options(config, mesh) or None
     with jax.set_mesh(mesh):
         model = config.model
-        network = make_run_network(config)
         whole = abstract_params(model)
         like = jax.eval_shape(partial(choose_learned, config), whole)
+        network = make_run_network(config)
+        network = hold(network, find_frozen(train, like, network.describe))
         tx = make_run_optimizer(config, network, like)
 
         def start(params):
@@ -226,11 +233,31 @@ def make_run_optimizer(config: configs.Config, network: Network, like):
     `like` is the tree of the parameters' shapes and layouts.
     """
     dtype = jnp.dtype(config.compute.dtype)
-    tx = make_optimizer(config.optim, like, network.describe, dtype, config.model.balance_rate)
+    frozen = find_frozen(config.train, like, network.describe)
+    about = dtype, config.model.balance_rate, frozen
+    tx = make_optimizer(config.optim, like, network.describe, *about)
+    if config.optim.layer_decay != 1:
+        tx = optax.chain(tx, scale_layers(find_layer_rates(config, like)))
 
     if config.mesh.zero == 1:
         tx = make_zero1(tx, partial(sharding.lay_out_like, like=like), sharding.gather_fsdp)
     return keep_on_host(tx) if config.optim.state_memory == "host" else tx
+
+
+def find_layer_rates(config: configs.Config, like) -> dict[str, Any]:
+    """The part of the learning rate that each learned parameter has, by path.
+
+    It is layer_decay to the power of the layers above it (Clark et al. 2020, arXiv:2003.10555). A
+    stack of layers has a rate for each.
+    """
+    top = config.model.layers + 1
+
+    def find_rate(path):
+        matrix = path.rpartition("/")[0] if config.lora.rank else path
+        return config.optim.layer_decay ** (top - np.asarray(number_layers(config.model, matrix)))
+
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    return {path: find_rate(path) for path in (sharding.join_path(keys) for keys, _ in leaves)}
 
 
 def compiler_options(config: configs.Config, mesh) -> dict:

@@ -22,6 +22,7 @@ from .checkpoint.slices import (
     read_slice as read_slice,
     write_slices as write_slices,
 )
+from .freeze import find_frozen as find_frozen, hold as hold
 from .lora import (
     BASE as BASE,
     Adapted as Adapted,
@@ -48,6 +49,7 @@ from .optim.optimizer import (
     make_optimizer as make_optimizer,
     make_zero1 as make_zero1,
     rewind as rewind,
+    scale_layers as scale_layers,
 )
 from .optim.schedule import make_schedule as make_schedule
 from .optim.streaming import keep_on_host as keep_on_host

@@ -121,6 +121,17 @@ def test_the_checkpoint_is_a_model(folder, learned):
     np.testing.assert_allclose(logits, wanted, **close)
 
 
+def test_peft_is_refused_where_it_cannot_be(folder, base, learned):
+    """GPT-2 joins q, k and v into one tensor. See tests/interop/test_peft.py for what can be."""
+    for source, words in (
+        (base, "has no adapters; write it as hf"),
+        (learned, "transformer.h.0.attn.c_attn.weight of this family holds 3 matrices"),
+    ):
+        flags = (f"--from={source}", f"--to={folder / 'peft'}", "--format=peft")
+        code, message = runs.refusal("convert", *flags)
+        assert code == 2 and words in message and not (folder / "peft").exists()
+
+
 def test_weights_with_adapters_are_a_beginning(folder, learned):
     """All weights can be learned from there. Other adapters need merged weights beneath them."""
     parts = runs.build(runs.load(folder, f"--config.init.from={learned}", *STEPS))
