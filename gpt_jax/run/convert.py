@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,7 @@ def open_step(directory: Path, number: int, path: str = "", item: str = "") -> O
     name = f"step {number} of {path or directory}"
     shapes = list_shapes(config.model)
 
-    def read(name: str, index) -> np.ndarray:
-        return read_slice(folder, item, name, index)
-
+    read: Callable[[str, Any], np.ndarray] = partial(read_slice, folder, item)
     if config.lora.rank:
         beneath = open_base(meta["base"], name)
         read = read_merged(beneath, read_adapters(folder, item, config.lora, shapes), config.lora)

@@ -203,7 +203,7 @@ def start_state(parts: Parts, checkpoints, say) -> Start:
     frozen = None
     if parts.base is not None:
         name = f"step {step} of {directory}"
-        frozen = {BASE: restore_base(find_source, base, name, parts.base, say)}
+        frozen = {BASE: restore_base(find_source, meta["base"], name, parts.base, say)}
     loaded = restore_checkpoint(directory, step, state_items(parts.abstract))
     say(f"resumed from step {step} of {directory}")
     state = loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))
