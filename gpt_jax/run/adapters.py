@@ -185,7 +185,7 @@ def read_adapters(
     like = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     parts = list_parts(lora)
     return {
-        path: {part: read_slice(folder, item, f"{path}/{part}", (Ellipsis,)) for part in parts}
+        path: {part: read_slice(folder, item, f"{path}/{part}", (slice(None),)) for part in parts}
         for path in find_matrices(lora, like, describe_parameter)
     }
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from gpt_jax import config as configs, sharding
 from gpt_jax.data import (
@@ -52,6 +51,7 @@ from gpt_jax.train import (
     Network,
     TrainState,
     add_adapters,
+    add_layer_rates,
     eval_step,
     find_frozen,
     hold,
@@ -59,7 +59,6 @@ from gpt_jax.train import (
     keep_on_host,
     make_optimizer,
     make_zero1,
-    scale_layers,
     train_step,
 )
 
@@ -237,7 +236,7 @@ def make_run_optimizer(config: configs.Config, network: Network, like):
     about = dtype, config.model.balance_rate, frozen
     tx = make_optimizer(config.optim, like, network.describe, *about)
     if config.optim.layer_decay != 1:
-        tx = optax.chain(tx, scale_layers(find_layer_rates(config, like)))
+        tx = add_layer_rates(tx, find_layer_rates(config, like))
 
     if config.mesh.zero == 1:
         tx = make_zero1(tx, partial(sharding.lay_out_like, like=like), sharding.gather_fsdp)

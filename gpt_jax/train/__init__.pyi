@@ -46,6 +46,7 @@ from .objectives import (
 )
 from .optim.groups import describe_groups as describe_groups
 from .optim.optimizer import (
+    add_layer_rates as add_layer_rates,
     make_optimizer as make_optimizer,
     make_zero1 as make_zero1,
     rewind as rewind,

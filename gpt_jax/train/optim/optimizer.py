@@ -148,6 +148,13 @@ def scale_layers(rates: Mapping[str, Any]) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates))
 
 
+def add_layer_rates(
+    tx: optax.GradientTransformation, rates: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    """`tx` with its updates scaled as by `scale_layers`."""
+    return optax.chain(tx, scale_layers(rates))
+
+
 def gradient_norm(grads, describe: Describe) -> jax.Array:
     """The norm over all gradients except those of the routers' biases."""
     return optax.tree.norm(
