@@ -30,7 +30,7 @@ import numpy as np
 from gpt_jax import config as configs
 from gpt_jax.commands import config_file, runtime
 from gpt_jax.model import describe_parameter
-from gpt_jax.run import parts as run_parts
+from gpt_jax.run import agreement, parts as run_parts
 from gpt_jax.sharding import mesh
 from gpt_jax.train.optim.optimizer import make_optimizer
 from gpt_jax.train.optim.schedule import make_schedule
@@ -106,7 +106,7 @@ def make_ours(size: dict, weights: dict):
     )
     config = configs.resolve(config, 65)
     model = config.model
-    kernel, _ = run_parts.choose_run_kernel(
+    kernel, _ = agreement.choose_run_kernel(
         model, config.compute, size["block"], False, mesh.make_mesh({})
     )
     compute = replace(config.compute, kernel=kernel)

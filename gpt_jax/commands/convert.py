@@ -9,7 +9,7 @@ from gpt_jax.commands.flags import Flags, add_mirror_flag, check_number
 from gpt_jax.commands.output import emit, make_say
 from gpt_jax.errors import UsageError
 
-FORMATS = ("hf", "native")
+FORMATS = ("hf", "native", "peft")
 DTYPES = ("float32", "bfloat16", "float16")
 GIGABYTE = 1e9
 
@@ -53,7 +53,8 @@ def make_flags() -> Flags:
     flags.add_argument(
         "--format",
         choices=FORMATS,
-        help="what is written; without it a checkpoint becomes hf, and all else native",
+        help="what is written; without it a checkpoint becomes hf, and all else native. Adapters "
+        "are merged, but for peft, which writes them alone",
     )
     flags.add_argument(
         "--family", default="", help="the family that is written; without it the first that fits"
@@ -131,6 +132,8 @@ def write(args: argparse.Namespace, target: Path, say: Callable[[str], None]) ->
     from gpt_jax.interop import describe_left_out, is_foreign, refuse_nonfinite, write_directory
     from gpt_jax.run import average, open_model, write_native
 
+    if args.format == "peft":
+        return write_adapter(args, target, say), "peft"
     origins = [
         open_model(path, args.step, say, args.tokenizer, tuple(args.ignore_keys), args.mirror)
         for path in args.source
@@ -153,3 +156,24 @@ def write(args: argparse.Namespace, target: Path, say: Callable[[str], None]) ->
     else:
         write_native(origin, target, say, meet)
     return origin.name, wanted
+
+
+def write_adapter(args: argparse.Namespace, target: Path, say: Callable[[str], None]) -> str:
+    """Writes the adapter of one checkpoint for `peft`. Gives its name.
+
+    Raises UsageError for flags that are of no use there.
+    """
+    from gpt_jax.run import export_adapters
+
+    if len(args.source) > 1:
+        raise UsageError(f"--from: {len(args.source)} models, and --format=peft takes one")
+    for flag, default in (
+        ("dtype", "float32"),
+        ("tokenizer", ""),
+        ("ignore_keys", []),
+        ("allow_nonfinite", False),
+    ):
+        if getattr(args, flag) != default:
+            raise UsageError(f"--{flag}: is not for --format=peft; leave it out")
+    name = export_adapters(args.source[0], args.step, target, say, args.family, args.mirror)
+    return f"the adapter of {name}"

@@ -33,6 +33,7 @@ from gpt_jax.config.knobs import (
     FFNS,
     INITS,
     KERNELS,
+    LORA_VARIANTS,
     MATMULS,
     MIXERS,
     NORMS,
@@ -84,7 +85,7 @@ from gpt_jax.config.resolve import (
     set_remat,
     wsd_start,
 )
-from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Mesh, Optim, Train
+from gpt_jax.config.run_fields import Checkpoint, Eval, Group, Init, Log, Lora, Mesh, Optim, Train
 
 __all__ = [
     "AXES",
@@ -98,6 +99,7 @@ __all__ = [
     "GROUPED_WIDTH",
     "INITS",
     "KERNELS",
+    "LORA_VARIANTS",
     "MATMULS",
     "MIXERS",
     "NORMS",
@@ -125,6 +127,7 @@ __all__ = [
     "Level",
     "Log",
     "LookupSizes",
+    "Lora",
     "Mesh",
     "Model",
     "Optim",

@@ -30,6 +30,7 @@ def faults(config: Config, tokenizer_vocab: int = 0) -> list[str]:
         check_ramps(checks)
         _check_router(checks)
         _check_remat(checks)
+        _check_lora(checks)
     return checks.lines
 
 
@@ -339,3 +340,29 @@ def _find_name_fault(config: Config, field: str, name: str) -> str:
             f"config.model.parallel = {config.model.parallel}; leave it out"
         )
     return ""
+
+
+def _check_lora(checks: Checks) -> None:
+    """Adapters, and what goes with them."""
+    config = checks.config
+    checks.need(
+        not config.lora.rank or bool(config.init.from_),
+        "lora.rank",
+        "needs weights beneath the adapters; name them with config.init.from, or set 0",
+    )
+    checks.need(
+        not config.lora.rank or config.lora.alpha > 0,
+        "lora.alpha",
+        "would silence every adapter; choose more than 0",
+    )
+    checks.need(
+        not config.lora.rank or bool(config.lora.targets),
+        "lora.targets",
+        "names nothing that could have an adapter; name a role, such as matrix",
+    )
+    checks.need(
+        not config.lora.rank or not config.init.optimizer,
+        "init.optimizer",
+        "takes over moments of weights, and config.lora.rank lets adapters alone be learned; "
+        "leave one of them out",
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gpt_jax.config.data_fields import Data
 from gpt_jax.config.knobs import knob
 from gpt_jax.config.model_fields import Compute, Model
-from gpt_jax.config.run_fields import Checkpoint, Eval, Init, Log, Mesh, Optim, Train
+from gpt_jax.config.run_fields import Checkpoint, Eval, Init, Log, Lora, Mesh, Optim, Train
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Config:
 
     seed: int = knob(0, "The seed of everything random in the run.", low=0, high=2**32 - 1)
     init: Init = Init()
+    lora: Lora = Lora()
     model: Model = Model()
     compute: Compute = Compute()
     data: Data = Data()

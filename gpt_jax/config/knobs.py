@@ -22,6 +22,7 @@ REMATS = ("none", "block", "dots", "offload", "names")
 INITS = ("gpt2", "xavier", "modern")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
 MUON_SCALES = ("shape", "adam")
+LORA_VARIANTS = ("lora", "rslora", "dora")
 SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")
 ENDLESS = ("constant", "inverse_sqrt")  # schedules without a last step
 PACKINGS = ("window", "chunk", "document", "first_fit", "best_fit")

@@ -265,6 +265,10 @@ def _check_experts(checks: Checks, shape: dict) -> None:
     )
 
 
+# Sections and names of the fields that drop something.
+DROPOUTS = (("model", "dropout"), ("model", "attention_dropout"), ("lora", "dropout"))
+
+
 def _check_stages(checks: Checks, shape: dict) -> None:
     """Layers, microbatches and dropout over pipeline stages."""
     config = checks.config
@@ -281,10 +285,10 @@ def _check_stages(checks: Checks, shape: dict) -> None:
     _check_stage_layers(checks, stages)
     rows = math.prod(shape[axis] for axis in BATCH_AXES) // stages
     _check_stage_rows(checks, stages, rows)
-    for name in ("dropout", "attention_dropout"):
+    for section, name in DROPOUTS:
         checks.need(
-            not getattr(config.model, name),
-            f"model.{name}",
+            not getattr(getattr(config, section), name),
+            f"{section}.{name}",
             f"with config.mesh.pipeline = {stages} would differ from other meshes; set 0",
         )
 
@@ -380,10 +384,10 @@ def _check_copies(checks: Checks, shape: dict) -> None:
         f"takes scales over the whole mesh, and with config.train.reduce_once {copies} copies of "
         "the weights work apart; set compute, or config.train.reduce_once=false",
     )
-    for name in ("dropout", "attention_dropout"):
+    for section, name in DROPOUTS:
         checks.need(
-            copies == 1 or not getattr(config.model, name),
-            f"model.{name}",
+            copies == 1 or not getattr(getattr(config, section), name),
+            f"{section}.{name}",
             f"with config.train.reduce_once would be the same on {copies} copies of the weights; "
             "set 0, or config.train.reduce_once=false",
         )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from gpt_jax.config.knobs import (
     DTYPES,
+    LORA_VARIANTS,
     MEMORIES,
     MOST,
     MUON_SCALES,
@@ -38,6 +39,37 @@ class Init:
     )
     optimizer: bool = knob(
         False, "Whether the optimiser's moments are taken over. Its schedule begins anew."
+    )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of low rank beside weights that stay as they are (Hu et al. 2021)."""
+
+    rank: int = knob(
+        0,
+        "The rank of the adapters. With one, config.init.from names the weights beneath them, and "
+        "the adapters alone are learned and saved. 0 is off.",
+        low=0,
+    )
+    alpha: float = knob(
+        16.0,
+        "What adapters add is multiplied by alpha / rank, or by alpha / sqrt(rank) of rslora.",
+        low=0.0,
+    )
+    targets: tuple[str, ...] = knob(
+        ("matrix",),
+        "The weights that have adapters: roles of parameters, or regular expressions that are "
+        "searched in paths such as blocks/0/attention/q/kernel.",
+    )
+    dropout: float = knob(
+        0.0, "The part of its inputs that an adapter drops in training.", low=0.0, high=0.99
+    )
+    variant: str = knob(
+        "lora",
+        "What an adapter does: lora adds a product of two matrices; rslora scales it for large "
+        "ranks; dora also learns the length of each column.",
+        choices=LORA_VARIANTS,
     )
 
 
@@ -140,6 +172,13 @@ class Optim:
         0.1, "The last rate, as a part of the peak rate.", low=0.0, high=1.0
     )
     groups: tuple[Group, ...] = knob((), "Groups of parameters with optimisers of their own.")
+    layer_decay: float = knob(
+        1.0,
+        "The rate of a layer as a part of that of the layer above it. The output has the full "
+        "rate, and the embedding the smallest. 1 is off.",
+        low=0.01,
+        high=1.0,
+    )
     muon_iterations: int = knob(5, "Newton-Schulz iterations of Muon.", low=1)
     muon_momentum_warmup: int = knob(
         0, "Steps over which Muon's momentum rises from 0.85 to b1. 0 is off.", low=0
@@ -205,6 +244,11 @@ class Train:
         "Tokens of a row whose logits exist at a time. Their gradient is made with them, so that "
         "none are made twice. 0 means all of them. It is cut where `length_ramp` cuts rows.",
         low=0,
+    )
+    freeze: tuple[str, ...] = knob(
+        (),
+        "What stays as it is: roles of parameters, such as embedding, or regular expressions that "
+        "are searched in paths such as blocks/0/attention/q/kernel.",
     )
     ema: float = knob(0.0, "The decay of averaged weights. 0 is off.", low=0.0, high=0.999999)
     ema_warmup: bool = knob(

@@ -14,6 +14,7 @@ from .foreign import (
     read_foreign_model as read_foreign_model,
 )
 from .origin import Origin as Origin
+from .peft import write_peft as write_peft
 from .weights import (
     find_depths as find_depths,
     list_shapes as list_shapes,

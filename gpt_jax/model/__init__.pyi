@@ -7,12 +7,13 @@ from .attention.kernels import (
 from .count import count_params as count_params
 from .experts.local_experts import choose_block_rows as choose_block_rows
 from .kv_cache import make_cache as make_cache
-from .layers.linear import MULTIPLIERS as MULTIPLIERS
+from .layers.linear import ADAPTERS as ADAPTERS, MULTIPLIERS as MULTIPLIERS
 from .layers.mlp import FFNS as FFNS
 from .leaks import check_leaks as check_leaks
 from .parameters import (
     MULTIPLIED as MULTIPLIED,
     describe_parameter as describe_parameter,
+    number_layers as number_layers,
 )
 from .taps import (
     capture as capture,

@@ -9,7 +9,7 @@ from gpt_jax import config
 from gpt_jax.config import LayerSpec
 from gpt_jax.model.attention.attention import Attention, Context
 from gpt_jax.model.experts.moe import Moe
-from gpt_jax.model.layers.extras import dropout
+from gpt_jax.model.layers.dropout import dropout
 from gpt_jax.model.layers.mlp import Mlp
 from gpt_jax.model.layers.norms import Norm
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gpt_jax import sharding
+from gpt_jax import config, sharding
+from gpt_jax.config import layer_specs, layout
 
 STACKED = re.compile(r"(^|/)blocks/")
 
@@ -90,6 +91,32 @@ def describe_parameter(path: str) -> Parameter:
         if re.search(rf"(^|/){pattern}$", path):
             return Parameter(path, kind.role, kind.axes, bool(STACKED.search(path)))
     raise KeyError(f"{path}: no row of KINDS in gpt_jax/model/parameters.py fits")
+
+
+# What is before the first layer, by role and by the beginning of its path.
+FIRST_ROLES = ("embedding", "value_embedding", "position", "input_gate")
+FIRST_PATHS = ("embed_norm/", "smear/")
+PERIOD = re.compile(r"(?:^|/)(blocks|tail)/(\d+)/")
+
+
+def number_layers(model: config.Model, path: str) -> int | tuple[int, ...]:
+    """Where the parameter at `path` stands: 0 at the input, layers + 1 at the output.
+
+    Layers count from 1. A parameter that has a dim of layers has a number for each of them. The
+    tied embedding is at the input.
+    """
+    parameter = describe_parameter(path)
+    place = PERIOD.search(path)
+    plan = layout(layer_specs(model))
+    period = len(plan.period)
+    if place and place[1] == "blocks":
+        return tuple(1 + int(place[2]) + period * turn for turn in range(plan.repeats))
+    if place:
+        return 1 + period * plan.repeats + int(place[2])
+    if parameter.axes == ("layers",):
+        return tuple(range(1, model.layers + 1))
+    is_first = parameter.role in FIRST_ROLES or path.startswith(FIRST_PATHS)
+    return 0 if is_first else model.layers + 1
 
 
 def list_parameters(params: Mapping[str, Any]) -> list[tuple[Parameter, Any]]:

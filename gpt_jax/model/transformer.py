@@ -26,16 +26,16 @@ from gpt_jax.model.attention.attention import MAPS, Context
 from gpt_jax.model.block import Block
 from gpt_jax.model.experts.balance import add_layer, empty_report
 from gpt_jax.model.kv_cache import append_token
+from gpt_jax.model.layers.dropout import dropout
 from gpt_jax.model.layers.embed import Embed, Head, PositionTable, transpose_table
 from gpt_jax.model.layers.extras import (
     Factor,
     ResidualScalars,
     Smear,
     add_scaled,
-    dropout,
     softcap,
 )
-from gpt_jax.model.layers.linear import matmul
+from gpt_jax.model.layers.linear import ADAPTERS, matmul
 from gpt_jax.model.layers.norms import Norm
 from gpt_jax.model.layers.positions import rotary_frequencies, sinusoids
 from gpt_jax.model.remat import REMATS
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
         unroll = self.compute.unroll or self.plan.repeats
         scanned = nn.scan(
             Period,
-            variable_axes={"params": 0, "intermediates": 0, MAPS: 0},
+            variable_axes={"params": 0, ADAPTERS: 0, "intermediates": 0, MAPS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType] the stub knows one
             length=self.plan.repeats,
@@ -315,11 +315,16 @@ class Transformer(nn.Module):
         columns = context._replace(angles=None, local_angles=None) if is_shared else context
 
         def layer(carry, weights, columns):
-            params, first, scalars = weights
+            variables, first, scalars = weights
             context = columns._replace(**angles) if is_shared else columns
-            return period.apply({"params": params}, carry, first, scalars, None, context)[0]
+            return period.apply(variables, carry, first, scalars, None, context)[0]
 
-        stacked = (self.variables["params"]["blocks"], firsts, scalars)
+        variables = {
+            name: self.variables[name]["blocks"]
+            for name in ("params", ADAPTERS)
+            if "blocks" in self.variables.get(name, {})
+        }
+        stacked = (variables, firsts, scalars)
         return stages.run(
             layer,
             stacked,

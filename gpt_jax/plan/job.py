@@ -144,6 +144,11 @@ def make_job(config: configs.Config) -> PlanJob:
 
 def _trace_state(config: configs.Config) -> dict[Array, int]:
     """Returns the entries of each kind of array. One device has no mesh axes to disagree with."""
+    if config.lora.rank:
+        raise UsageError(
+            f"config.lora.rank = {config.lora.rank}: a plan does not count the weights beneath "
+            "adapters yet; plan with config.lora.rank=0, which needs more memory"
+        )
     compute = replace(config.compute, kernel="reference")
     alone = replace(config, compute=compute, mesh=configs.Mesh(data=1))
     steps = make_steps(alone, sharding.make_mesh({}, jax.devices()[:1]))

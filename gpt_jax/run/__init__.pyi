@@ -2,6 +2,7 @@ from .branch import open_branch as open_branch
 from .compare import measure as measure, subtract as subtract
 from .convert import (
     average as average,
+    export_adapters as export_adapters,
     open_model as open_model,
     write_native as write_native,
 )

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gpt_jax import config as configs
 from gpt_jax.data import Tokenizer, begins_documents, is_remote
-from gpt_jax.errors import UsageError
+from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.interop import (
     Origin,
     describe_nonfinite,
@@ -21,6 +23,14 @@ from gpt_jax.interop import (
     watch,
     write_config,
     write_directory,
+    write_peft,
+)
+from gpt_jax.run.adapters import (
+    check_fingerprint,
+    explain_base,
+    fingerprint_slices,
+    read_adapters,
+    read_merged,
 )
 from gpt_jax.run.fetch import MIRROR, find_checkpoint
 from gpt_jax.run.lineage import digest_files, make_foreign_entry, make_run_entry
@@ -75,36 +85,96 @@ def open_native(path: str, step: int, say: Callable[[str], None], mirror: str = 
     return open_step(directory, number, path if is_remote(path) else "")
 
 
-def open_step(directory: Path, number: int, path: str = "") -> Origin:
+def open_base(base: dict[str, Any], name: str) -> Origin:
+    """The weights beneath the adapters of the checkpoint `name`, compared with their fingerprint.
+
+    Raises UsageError if they cannot be read or are others.
+    """
+    place, at, step = base["from"].rpartition("@")
+    try:
+        if at and step.isdecimal():
+            directory, number = find_checkpoint(place, int(step), lambda line: None)
+            item = "ema" if base["averaged"] else "params"
+            origin = open_step(directory, number, item=item)
+        else:
+            origin = open_foreign(base["from"])
+    except (UsageError, NoCheckpoint) as error:
+        raise explain_base(base, error, name) from None
+    own = fingerprint_slices(origin.shapes, find_depths(origin.model), origin.read)
+    check_fingerprint(base, own, name)
+    return origin
+
+
+def open_step(directory: Path, number: int, path: str = "", item: str = "") -> Origin:
     """The weights of a step, whose files are not verified. It needs no other process.
 
-    `path` names the run, if it is not the folder above `directory`.
+    `path` names the run, if it is not the folder above `directory`. `item` is `params` or `ema`,
+    and without it the averaged weights are taken where the run kept them. Adapters are merged.
     """
     meta = read_meta(directory, number, META_SCHEMA)
     config = read_config(meta, directory, number)
     folder = directory / str(number)
-    item = "ema" if config.train.ema else "params"
+    item = item or ("ema" if config.train.ema else "params")
 
-    def read(name: str, index) -> np.ndarray:
-        return read_slice(folder, item, name, index)
+    name = f"step {number} of {path or directory}"
+    shapes = list_shapes(config.model)
+
+    read: Callable[[str, Any], np.ndarray] = partial(read_slice, folder, item)
+    if config.lora.rank:
+        beneath = open_base(meta["base"], name)
+        read = read_merged(beneath, read_adapters(folder, item, config.lora, shapes), config.lora)
 
     return Origin(
-        name=f"step {number} of {path or directory}",
+        name=name,
         model=config.model,
-        shapes=list_shapes(config.model),
+        shapes=shapes,
         read=read,
         tokenizer=read_tokenizer(meta, directory, number),
         carried=read_carried(folder),
         facts={
             "step": number,
             "tokens seen": count_tokens(meta, config, directory),
-            "weights": "averaged" if config.train.ema else "last",
+            "weights": "averaged" if item == "ema" else "last",
         },
         lineage=lambda: [
             *meta.get("lineage", []),
             make_run_entry(meta, config, directory, number, path),
         ],
     )
+
+
+def export_adapters(
+    path: str,
+    step: int,
+    target: Path,
+    say: Callable[[str], None],
+    family: str = "",
+    mirror: str = MIRROR,
+) -> str:
+    """Writes the adapters of a checkpoint as a directory for `peft`. Returns what was written.
+
+    Raises UsageError for a checkpoint without adapters, and as `write_peft` does.
+    """
+    if is_foreign(path):
+        raise UsageError(f"--format=peft: {path} is no checkpoint of ours; give a workdir")
+    directory, number = find_checkpoint(path, step, say, mirror)
+    meta = read_meta(directory, number, META_SCHEMA)
+    config = read_config(meta, directory, number)
+    if not config.lora.rank:
+        raise UsageError(
+            f"--format=peft: step {number} of {directory} has no adapters; write it as hf"
+        )
+    origin = open_step(directory, number, path if is_remote(path) else "")
+    item = "ema" if config.train.ema else "params"
+    adapters = read_adapters(directory / str(number), item, config.lora, origin.shapes)
+    base = meta["base"]["from"]
+    write_peft(origin, config.lora, adapters, base, target, family)
+    if not is_foreign(base):
+        say(
+            f"its base is a checkpoint of ours, which peft cannot read; write it with gpt-jax "
+            f"convert --from={base.rpartition('@')[0]}, and name that place where it is loaded"
+        )
+    return origin.name
 
 
 def read_carried(folder: Path) -> dict[str, bytes]:

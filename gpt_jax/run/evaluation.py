@@ -49,6 +49,17 @@ def averaged_params(progress: Progress, state: TrainState):
     return state.ema if progress.config.train.ema else state.params
 
 
+# The evaluators that ask the model themselves, and not through the steps of the run.
+READERS = ("samples", "questions")
+
+
+def find_weights(progress: Progress, params):
+    """The whole weights for the evaluators, which are merged only if one of them wants them."""
+    if set(READERS).isdisjoint(progress.config.eval.evaluators):
+        return params
+    return progress.parts.merge(params, progress.parts.frozen)
+
+
 def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[], bool]) -> bool:
     """Records what `config.eval.evaluators` measure after update `step`.
 
@@ -85,7 +96,7 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
         compute=config.compute,
         knobs=config.eval,
         seed=config.seed,
-        params=params,
+        params=find_weights(progress, params),
         data=parts.data,
         step=step,
         sum_heldout=lambda: sum_texts(progress.heldout, "source"),
@@ -140,7 +151,7 @@ def write_samples(progress: Progress, state: TrainState, step: int, count: int) 
         texts = draw_samples(
             progress.config.model,
             progress.config.compute,
-            averaged_params(progress, state),
+            progress.parts.merge(averaged_params(progress, state), progress.parts.frozen),
             progress.parts.data.tokenizer,
             progress.config.eval,
             (progress.config.seed + step) % 2**32,

@@ -150,7 +150,10 @@ def begin(
 
     heldout = heldout_batches(parts)
     sets = set_batches(parts)
-    state, changed, lineage, sizes, carried = start_state(parts, checkpoints, say)
+    started = start_state(parts, checkpoints, say)
+    sizes = started.sizes
+    if started.frozen is not None:
+        parts = parts._replace(frozen=started.frozen)
     if checkpoints.latest is not None:
         exporter.catch_up(checkpoints.latest)
     beat()
@@ -159,9 +162,9 @@ def begin(
     closing.callback(stream.close)
 
     is_resumed = checkpoints.latest is not None
-    origin = {**origin, "changed": ", ".join(changed)}
+    origin = {**origin, "changed": ", ".join(started.changed)}
     texts = heldout, sets, stream.shares
-    about = origin, lineage, sizes, carried
+    about = origin, started.lineage, sizes, started.carried, started.base
     progress = Progress(parts, workdir, start, is_resumed, beat, *texts, say, *about)
     closing.callback(progress.writers.close)
     if jax.process_index() == 0:
@@ -169,7 +172,7 @@ def begin(
     say(progress.peak.line)
     for line in (*describe_batches(config, sizes, start), *stream.summary):
         say(line)
-    return Session(progress, checkpoints, exporter, stream, stop, state)
+    return Session(progress, checkpoints, exporter, stream, stop, started.state)
 
 
 def prepare_workdir(workdir: Path, config: configs.Config, start: int) -> None:
@@ -289,6 +292,8 @@ def save(progress: Progress, checkpoints, state: TrainState, step: int) -> None:
             "lineage": progress.lineage,
             "tasks": [note.to_json() for note in progress.parts.data.tasks],
         }
+        if progress.base is not None:
+            meta["base"] = progress.base
         metrics = metrics_at(progress, step)
         files = {f"{CARRIED_FOLDER}/{name}": raw for name, raw in progress.carried.items()}
         checkpoints.save(step, meta=meta, metrics=metrics, files=files, **state_items(state))

@@ -20,6 +20,8 @@ META_SCHEMA = {
         "batch_sizes?": [("count", "count")],
         "row_lengths?": [("count", "count")],
     },
+    # What lies beneath adapters. Its fields are those of `adapters.make_base_entry`.
+    "base?": {"from": "text", "averaged": "flag", "fingerprint": "text"},
     "lineage?": [
         {
             "from": "text",

@@ -1,33 +1,23 @@
 """What a run consists of: `build(config)` makes its parts, and run/loop.py runs them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt_jax import config as configs, sharding
-from gpt_jax.cluster import code_identity, describe_process_code, find_disagreements
 from gpt_jax.data import (
     Dataset,
     Examples,
-    check_sizes,
     load_dataset,
     load_sets,
-    make_examples,
 )
 from gpt_jax.errors import UsageError
-from gpt_jax.evals import (
-    check_labelled,
-    check_questions,
-    check_set_names,
-    choose_prompts,
-    find_questions,
-)
-from gpt_jax.files import digest_file
+from gpt_jax.evals import check_labelled
 from gpt_jax.hardware import (
     check_miscompiles,
     check_xla_options,
@@ -35,14 +25,16 @@ from gpt_jax.hardware import (
     describe_xla_options,
 )
 from gpt_jax.model import (
+    ADAPTERS,
     Transformer,
     abstract_params,
     check_leaks,
-    choose_kernel,
     describe_parameter,
     init_params,
-    make_problem,
+    number_layers,
 )
+from gpt_jax.run.adapters import choose_learned, make_merge
+from gpt_jax.run.agreement import agree_on_job
 from gpt_jax.run.convert import check_export
 from gpt_jax.run.notes import (
     describe_dispatch,
@@ -57,9 +49,14 @@ from gpt_jax.run.notes import (
 )
 from gpt_jax.run.source import check_start, read_start_tokenizer, take_model
 from gpt_jax.train import (
+    Adapted,
     Network,
     TrainState,
+    add_adapters,
+    add_layer_rates,
     eval_step,
+    find_frozen,
+    hold,
     init_state,
     keep_on_host,
     make_optimizer,
@@ -76,12 +73,21 @@ class Parts(NamedTuple):
     data: Dataset
     examples: Examples  # the rows of the training text, in the run's order
     init: Callable[[], TrainState]
-    start: Callable[[Any], TrainState]  # the first state, with given parameters, which it donates
+    start: Callable[[Any], TrainState]  # see Steps
     abstract: TrainState  # shapes, dtypes and shardings of the state
     train_step: Callable  # see Steps
     eval_step: Callable
+    base: Any  # see Steps, and so is `merge`
+    merge: Callable
     notes: tuple[str, ...]  # what was chosen, and why
     frozen: Any = None  # what the loop gives to the steps under that name
+
+
+def name_collections(params) -> dict[str, Any]:
+    """The collections of a module's variables: the parameters, and adapters if they have some."""
+    if isinstance(params, Adapted):
+        return {"params": params.params, ADAPTERS: params.adapters}
+    return {"params": params}
 
 
 def make_network(model: configs.Model, compute: configs.Compute) -> Network:
@@ -90,7 +96,7 @@ def make_network(model: configs.Model, compute: configs.Compute) -> Network:
 
     def features(params, batch, key):
         return module.apply(
-            {"params": params},
+            name_collections(params),
             batch,
             rngs=None if key is None else {"dropout": key},
             method="features",
@@ -98,60 +104,10 @@ def make_network(model: configs.Model, compute: configs.Compute) -> Network:
 
     return Network(
         features,
-        lambda params, dtype: module.apply({"params": params}, dtype, method="output"),
+        lambda params, dtype: module.apply(name_collections(params), dtype, method="output"),
         lambda head, hidden: module.apply({}, head, hidden, method="logits"),
         describe_parameter,
     )
-
-
-def choose_run_kernel(
-    model: configs.Model,
-    compute: configs.Compute,
-    seq_len: int,
-    packed: bool,
-    mesh,
-    length_ramp: tuple[tuple[int, int], ...] = (),
-) -> tuple[str, str]:
-    """The attention kernel of a run on this mesh, and the reason for it.
-
-    `packed` says whether documents of a row are kept apart.
-
-    Raises UsageError if no kernel can do what the model asks, if the requested one cannot, or if
-    it cannot take a row length of the ramp.
-    """
-    platform = mesh.devices.flat[0].platform
-    problem = make_problem(
-        model, compute.dtype, seq_len, platform, context=mesh.shape["context"], packed=packed
-    )
-    return choose_kernel(compute.kernel, problem, length_ramp)
-
-
-def settle(
-    config: configs.Config, tokenizer, mesh, say: Callable[[str], None]
-) -> tuple[configs.Config, str]:
-    """Decides all that text and machine decide, and returns the reason for the kernel with it.
-
-    What follows from other fields is filled in, the attention kernel is a concrete one, and samples
-    have prompts. Nothing replaces the result later: it is what the run writes down. `say` gets a
-    line if questions are left out.
-
-    Raises UsageError if no kernel fits, or if the tokenizer cannot take a prompt or a question.
-    """
-    config = configs.resolve(config, tokenizer.vocab)
-    train = config.train
-    packed = config.data.document_mask
-    kernel, reason = choose_run_kernel(
-        config.model, config.compute, train.seq_len, packed, mesh, train.length_ramp
-    )
-    prompts = choose_prompts(config.model, tokenizer, config.eval)
-    check_questions(config.model, tokenizer, config.eval.questions, say)
-    check_set_names(config.eval.sets, config.eval.questions)
-    settled = replace(
-        config,
-        compute=replace(config.compute, kernel=kernel),
-        eval=replace(config.eval, sample_prompts=prompts),
-    )
-    return settled, reason
 
 
 def build(
@@ -200,98 +156,19 @@ def check_heldout(config: configs.Config, data: Dataset) -> None:
             )
 
 
-# Keys that may differ between the processes of a job.
-LOCAL = (
-    "data.path",
-    "data.sources.paths",
-    "data.eval_path",
-    "eval.sets.paths",
-    "data.cache",
-    "data.workers",
-    "data.prefetch",
-    "data.threads",
-    "log.progress",
-)
-
-
-def check_batches(examples: Examples, train: configs.Train) -> None:
-    """Raises UsageError, which names the field, if the text is less than a batch of any size."""
-    check_sizes(examples, train.batch_size)
-    for i, (_, size, _) in enumerate(train.batch_ramp):
-        check_sizes(examples, size, f"batch_size of config.train.batch_ramp[{i}]")
-
-
-def agree_on_job(
-    config: configs.Config, mesh, data: Dataset, say: Callable[[str], None] = print
-) -> tuple[configs.Config, str, Examples]:
-    """The settled config, the reason for its kernel and the examples, the same on all processes.
-
-    Raises UsageError on all processes if they were started with different configs, texts or code.
-    Each would train what it was given, and what counts as replicated would silently differ. The
-    keys of LOCAL may differ. The text itself is compared, and so are the counts of the mixture,
-    which are made from floats. Raises UsageError also if text and settings make no rows.
-    """
-    wrong = None
-    counts = None
-    questions = None
-    try:
-        settled, reason = settle(config, data.tokenizer, mesh, say)
-        train = settled.train
-        examples = make_examples(data, settled.data, train.seq_len, settled.seed)
-        check_batches(examples, train)
-        if examples.mix:
-            counts = [examples.mix.counts.tolist(), examples.mix.begins.tolist()]
-        groups = find_questions(settled.eval.questions)
-        paths = [path for group in groups for path in group.files.values()]
-        questions = [digest_file(Path(path)).sha256 for path in paths]
-    except UsageError as error:
-        # The error is raised after the comparison below, because the other processes wait in it.
-        wrong = error
-        counts = str(error)
-
-    facts = {
-        f"config.{key}": value for key, value in configs.flatten(config).items() if key not in LOCAL
-    }
-    facts |= {
-        "the text": data.content,
-        "the tokenizer": data.tokenizer.fingerprint,
-        "the mixture's counts": counts,
-        "the questions": questions,
-        "the texts of config.eval.sets": data.set_digests,
-        "the code": code_identity(),
-    }
-    refuse_differences(find_disagreements(facts), wrong)
-    if wrong:
-        raise wrong
-    return settled, reason, examples
-
-
-def refuse_differences(different: Sequence[str], cause: UsageError | None) -> None:
-    """Raises UsageError if something differs between the processes of the job."""
-    # Other differences may follow from different code.
-    if "the code" in different:
-        raise UsageError(
-            "the code (source digest and jax version): not the same on all processes of this job; "
-            "install the same gpt_jax and jax on every host; this is "
-            f"{describe_process_code(jax.process_index())}"
-        ) from cause
-    if different:
-        raise UsageError(
-            f"{', '.join(different)}: not the same on all processes of this job; start them with "
-            "the same flags and the same text"
-        ) from cause
-
-
 class Steps(NamedTuple):
     """What is compiled for a run: functions of abstract or real arrays on one mesh."""
 
     make_state: Callable[[], TrainState]
+    # The first state, with given weights, which it donates. Under adapters it leaves them alone.
     start: Callable[[Any], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings of the state
     # (state, batch, frozen=None) -> (state, Sums), which donates the state. `frozen` is a tree of
     # parameters on the same mesh, for an objective that wants one.
     train_step: Callable
     eval_step: Callable  # (params, batch, frozen=None) -> Sums
+    base: Any  # shapes, dtypes and shardings of the weights beneath adapters; None without any
+    merge: Callable  # (learned, frozen) -> the whole parameters
 
 
 def make_steps(config: configs.Config, mesh) -> Steps:
@@ -304,14 +181,17 @@ def make_steps(config: configs.Config, mesh) -> Steps:
     options = compiler_options(config, mesh) or None
     with jax.set_mesh(mesh):
         model = config.model
-        network = make_network(model, config.compute)
-        like = abstract_params(model)
+        whole = abstract_params(model)
+        like = jax.eval_shape(partial(choose_learned, config), whole)
+        network = make_run_network(config)
+        network = hold(network, find_frozen(train, like, network.describe))
         tx = make_run_optimizer(config, network, like)
 
         def start(params):
+            learned = choose_learned(config, params)
             if config.mesh.zero == 1:
-                params = sharding.gather_fsdp(params)
-            return init_state(params, tx, train)
+                learned = sharding.gather_fsdp(learned)
+            return init_state(learned, tx, train)
 
         def make_state():
             return start(init_params(model, jax.random.key(seed)))
@@ -331,13 +211,22 @@ def make_steps(config: configs.Config, mesh) -> Steps:
         if config.optim.state_memory == "host":
             abstract = abstract._replace(opt=sharding.describe_on_host(abstract.opt))
 
+        has_adapters = config.lora.rank > 0
         return Steps(
             jax.jit(make_state),
-            jax.jit(start, donate_argnums=0),
+            jax.jit(start, donate_argnums=() if has_adapters else 0),
             abstract,
             jax.jit(update, donate_argnums=0, compiler_options=options),
             jax.jit(measure, compiler_options=options),
+            sharding.make_concrete(whole, mesh) if has_adapters else None,
+            make_merge(config.lora),
         )
+
+
+def make_run_network(config: configs.Config) -> Network:
+    """The network of a run, which has adapters if the config asks for them."""
+    network = make_network(config.model, config.compute)
+    return add_adapters(network, config.lora) if config.lora.rank else network
 
 
 def make_run_optimizer(config: configs.Config, network: Network, like):
@@ -346,11 +235,31 @@ def make_run_optimizer(config: configs.Config, network: Network, like):
     `like` is the tree of the parameters' shapes and layouts.
     """
     dtype = jnp.dtype(config.compute.dtype)
-    tx = make_optimizer(config.optim, like, network.describe, dtype, config.model.balance_rate)
+    frozen = find_frozen(config.train, like, network.describe)
+    about = dtype, config.model.balance_rate, frozen
+    tx = make_optimizer(config.optim, like, network.describe, *about)
+    if config.optim.layer_decay != 1:
+        tx = add_layer_rates(tx, find_layer_rates(config, like))
 
     if config.mesh.zero == 1:
         tx = make_zero1(tx, partial(sharding.lay_out_like, like=like), sharding.gather_fsdp)
     return keep_on_host(tx) if config.optim.state_memory == "host" else tx
+
+
+def find_layer_rates(config: configs.Config, like) -> dict[str, Any]:
+    """The part of the learning rate that each learned parameter has, by path.
+
+    It is layer_decay to the power of the layers above it (Clark et al. 2020, arXiv:2003.10555). A
+    stack of layers has a rate for each.
+    """
+    top = config.model.layers + 1
+
+    def find_rate(path):
+        matrix = path.rpartition("/")[0] if config.lora.rank else path
+        return config.optim.layer_decay ** (top - np.asarray(number_layers(config.model, matrix)))
+
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    return {path: find_rate(path) for path in (sharding.join_path(keys) for keys, _ in leaves)}
 
 
 def compiler_options(config: configs.Config, mesh) -> dict:
@@ -380,7 +289,7 @@ def build_on(
             *describe_fp8(config, device.platform, device.device_kind),
             *describe_options(config, mesh),
             *describe_size(config),
-            *describe_optimizer(config, steps.abstract.params),
+            *describe_optimizer(config, steps.abstract.params, make_run_network(config).describe),
             *describe_unsharded(steps.abstract, mesh, config.mesh.zero),
         )
     return Parts(config, mesh, data, examples, *steps, notes)

@@ -61,6 +61,7 @@ class Progress:
     - `lineage` names the other runs whose weights these are, oldest first.
     - `sizes` says how many rows each update has.
     - `carried` are files that each checkpoint keeps beside the weights, by name.
+    - `base` names what lies beneath adapters, if the run learns them.
     - `compiled` are the batch shapes, (examples, pieces of each), that this session has had so far,
       each with its program.
     """
@@ -80,6 +81,7 @@ class Progress:
         lineage: list[dict[str, Any]],
         sizes: configs.BatchSizes,
         carried: Mapping[str, bytes] = MappingProxyType({}),
+        base: dict[str, Any] | None = None,
     ):
         self.parts = parts
         self.config = parts.config
@@ -94,6 +96,7 @@ class Progress:
         self.lineage = lineage
         self.sizes = sizes
         self.carried = carried
+        self.base = base
         self.compiled: set[tuple[int, int]] = set()
         self.saved = start if resumed else None
         self.evaluated: tuple[int, dict[str, float]] = (start, {})
@@ -138,9 +141,13 @@ class Progress:
         """{pieces of an example: FLOPs of a token, of the full attention map and of the causal}."""
         train = self.config.train
         lengths = {level.pieces: train.seq_len // level.pieces for level in self.sizes.levels}
+        matmul = self.counts["matmul"]
+        if self.parts.base is not None:
+            # Frozen weights have no gradient, which is a third of the work of those that have.
+            learned = sum(leaf.size for leaf in jax.tree.leaves(self.parts.abstract.params))
+            matmul = matmul * 2 // 3 + learned
         return {
-            pieces: token_flops(self.config, self.counts["matmul"], length)
-            for pieces, length in lengths.items()
+            pieces: token_flops(self.config, matmul, length) for pieces, length in lengths.items()
         }
 
     def mean_flops(self, start: int, stop: int) -> tuple[float, float]:

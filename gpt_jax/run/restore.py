@@ -13,6 +13,8 @@ from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
 from gpt_jax.interop import is_foreign, load_params, open_foreign
 from gpt_jax.model import abstract_params
+from gpt_jax.run.adapters import restore_merged
+from gpt_jax.run.agreement import choose_run_kernel
 from gpt_jax.run.convert import check_vocabulary, make_config
 from gpt_jax.run.fetch import MIRROR, find_checkpoint
 from gpt_jax.run.finite import find_nonfinite
@@ -25,7 +27,7 @@ from gpt_jax.run.meta import (
     read_tokenizer,
 )
 from gpt_jax.run.notes import describe_habits, format_count
-from gpt_jax.run.parts import choose_run_kernel
+from gpt_jax.run.source import find_source
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
 
 
@@ -138,7 +140,12 @@ def _load(
     item = "ema" if config.train.ema else "params"
     with jax.set_mesh(mesh):
         abstract = sharding.make_concrete(abstract_params(settled.model), mesh)
-        params = restore_checkpoint(directory, step, {item: abstract})[item]
+        if config.lora.rank:
+            params = restore_merged(find_source, meta, config.lora, directory, item, abstract, say)
+            # From here on it is a model like any other.
+            settled = replace(settled, lora=configs.Lora())
+        else:
+            params = restore_checkpoint(directory, step, {item: abstract})[item]
 
     weights = ", averaged weights" if config.train.ema else ""
     _tell(f"step {step} of {directory}{weights}", settled, mesh, kernel, params, say)

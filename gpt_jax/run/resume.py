@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from gpt_jax import config as configs
 from gpt_jax.data import make_examples
 from gpt_jax.errors import UsageError
+from gpt_jax.run.adapters import make_base_entry, restore_base
 from gpt_jax.run.convert import read_carried
 from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes
 from gpt_jax.run.parts import Parts
 from gpt_jax.run.source import check_source, find_source, keep_carried
-from gpt_jax.run.warm_start import start_from
-from gpt_jax.train import TrainState, make_schedule, read_meta, restore_checkpoint
+from gpt_jax.run.warm_start import load_weights, start_from
+from gpt_jax.train import BASE, TrainState, make_schedule, read_meta, restore_checkpoint
 
 
 def check_resume(
@@ -195,6 +196,8 @@ class Start(NamedTuple):
     lineage: list[dict[str, Any]]  # the other runs whose weights these are, see source.Source
     sizes: configs.BatchSizes  # the rows of each update, from the first one of the run
     carried: Mapping[str, bytes]  # files that are kept beside the weights, see source.Source
+    base: dict[str, Any] | None = None  # what lies beneath adapters, see adapters.make_base_entry
+    frozen: Any = None  # what the steps get under that name
 
 
 def start_state(parts: Parts, checkpoints, say) -> Start:
@@ -208,12 +211,17 @@ def start_state(parts: Parts, checkpoints, say) -> Start:
     past = read_past_sizes(meta, config, directory)
 
     changed = check_resume(parts, meta, config, past, directory.parent, say)
+    base = meta.get("base")
+    frozen = None
+    if parts.base is not None:
+        name = f"step {step} of {directory}"
+        frozen = {BASE: restore_base(find_source, meta["base"], name, parts.base, say)}
     loaded = restore_checkpoint(directory, step, state_items(parts.abstract))
     say(f"resumed from step {step} of {directory}")
     state = loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))
     sizes = configs.make_batch_sizes(parts.config.train, past, step)
     carried = read_carried(directory / str(step))
-    return Start(state, changed, meta.get("lineage", []), sizes, carried)
+    return Start(state, changed, meta.get("lineage", []), sizes, carried, base, frozen)
 
 
 def start_new(parts: Parts, say) -> Start:
@@ -224,7 +232,12 @@ def start_new(parts: Parts, say) -> Start:
     source = find_source(parts.config.init, say, parts.config.checkpoint.mirror)
     changed = check_source(source, parts.config, parts.data.tokenizer)
     carried = keep_carried(source, parts.data.tokenizer, say)
-    return Start(start_from(parts, source, say), changed, source.lineage, sizes, carried)
+    about = changed, source.lineage, sizes, carried
+    if parts.base is None:
+        return Start(start_from(parts, source, say), *about)
+    weights = load_weights(parts, source, say).params
+    base = make_base_entry(parts.config.init, source.lineage, weights)
+    return Start(parts.start(weights), *about, base, {BASE: weights})
 
 
 def state_items(state: TrainState) -> dict[str, Any]:

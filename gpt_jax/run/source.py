@@ -19,6 +19,7 @@ from gpt_jax.interop import (
     open_foreign,
     read_foreign_model,
 )
+from gpt_jax.run.adapters import restore_merged
 from gpt_jax.run.convert import make_config, read_carried
 from gpt_jax.run.fetch import MIRROR, find_checkpoint, peek_checkpoint
 from gpt_jax.run.lineage import digest_files, make_foreign_entry, make_run_entry
@@ -81,14 +82,28 @@ def make_source(directory: Path, step: int, meta: dict, path: str = "") -> Sourc
     `path` names the run, if it is not the folder above `directory`.
     """
     config = read_config(meta, directory, step)
+
+    def restore(trees):
+        if not config.lora.rank:
+            return restore_checkpoint(directory, step, trees)
+        return {
+            item: restore_merged(find_source, meta, config.lora, directory, item, like, silence)
+            for item, like in trees.items()
+        }
+
     return Source(
         f"step {step} of {directory}",
         config,
         read_tokenizer(meta, directory, step),
         [*meta.get("lineage", []), make_run_entry(meta, config, directory, step, path)],
-        lambda trees: restore_checkpoint(directory, step, trees),
+        restore,
+        has_moments=not config.lora.rank,
         carried=read_carried(directory / str(step)),
     )
+
+
+def silence(line: str) -> None:
+    """Drops a line about weights that lie beneath those that somebody asked for."""
 
 
 def make_foreign_source(path: str) -> Source:
@@ -302,6 +317,12 @@ def check_source(source: Source, config: configs.Config, tokenizer: Tokenizer) -
     if config.init.optimizer and not source.has_moments:
         raise UsageError(
             f"config.init.optimizer = True: {source.name} has no moments; leave it out"
+        )
+    if config.lora.rank and source.config.lora.rank:
+        # Merged weights are rounded otherwise on another mesh, and have no fingerprint.
+        raise UsageError(
+            f"config.init.from = {config.init.from_!r}: holds adapters itself, and others cannot "
+            "lie on them; merge it first, with gpt-jax convert --format=native"
         )
     if source.tokenizer is None:
         return [*differences, f"its ids are taken for those of the tokenizer {tokenizer.name}"]

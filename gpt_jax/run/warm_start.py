@@ -6,6 +6,7 @@ longer: their first rows are the checkpoint's, and the others are fresh.
 """
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +24,32 @@ from gpt_jax.train import TrainState, rewind
 GROWING = ("vocab", "position")
 
 
+class Weights(NamedTuple):
+    """The weights that a run starts from, and the optimiser's moments if it takes them over."""
+
+    params: Any
+    opt: Any
+
+
 def start_from(parts: Parts, source: Source, say) -> TrainState:
     """The first state of a run: the source's weights, in the layout of this run's mesh.
+
+    Raises UsageError as `load_weights` does.
+    """
+    weights = load_weights(parts, source, say)
+    state = parts.start(weights.params)
+    return state if weights.opt is None else state._replace(opt=rewind(weights.opt))
+
+
+def load_weights(parts: Parts, source: Source, say) -> Weights:
+    """The source's weights, in the layout of this run's mesh.
 
     Raises UsageError if an array there has another shape and cannot grow into this run's, and for
     weights that are NaN or infinite.
     """
     init = parts.config.init
     item = "ema" if init.averaged else "params"
-    wanted = parts.abstract.params
+    wanted = parts.abstract.params if parts.base is None else parts.base
     saved = abstract_params(source.config.model)
     grown = find_grown(saved, wanted)
 
@@ -42,6 +60,12 @@ def start_from(parts: Parts, source: Source, say) -> TrainState:
 
     abstract = map_by_path(place, saved, wanted)
     trees = {item: abstract}
+    if grown and parts.base is not None:
+        raise UsageError(
+            f"config.lora.rank = {parts.config.lora.rank}: {', '.join(grown)} are longer in this "
+            "run, and what is new could not be learned; use the tokenizer of config.init.from, or "
+            "set 0"
+        )
     if init.optimizer:
         if grown:
             raise UsageError(
@@ -61,10 +85,7 @@ def start_from(parts: Parts, source: Source, say) -> TrainState:
         + (", with the optimiser's moments" if init.optimizer else "")
         + "".join(f"; {path} grew from {old} to {new} rows" for path, (old, new) in grown.items())
     )
-    state = parts.start(params)
-    if init.optimizer:
-        state = state._replace(opt=rewind(loaded["train"].opt))
-    return state
+    return Weights(params, loaded["train"].opt if init.optimizer else None)
 
 
 def check_finite(params, name: str) -> None:

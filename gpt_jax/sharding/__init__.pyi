@@ -5,6 +5,7 @@ from .layout import (
     gather_fsdp as gather_fsdp,
     gradient_spec as gradient_spec,
     has_partial_gradient as has_partial_gradient,
+    lay_out_factors as lay_out_factors,
     lay_out_like as lay_out_like,
     make_zero_gradient as make_zero_gradient,
     off_stages as off_stages,

@@ -201,6 +201,17 @@ def lay_out_like(tree, like):
     return jax.tree.map(lambda x, y: jax.reshard(x, jax.typeof(y).sharding.spec), tree, like)
 
 
+def lay_out_factors(a: jax.Array, b: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Factors a [..., in, R] and b [..., R, out] of a matrix, laid out like the matrix.
+
+    Each is cut as `weight` [..., in, out] is along the dims that it shares with it.
+    """
+    if _mesh() is None:
+        return a, b
+    *lead, rows, columns = jax.typeof(weight).sharding.spec
+    return jax.reshard(a, P(*lead, rows, None)), jax.reshard(b, P(*lead, None, columns))
+
+
 def relay(tree, change: Callable[[P], P]):
     """Every array of `tree` moved from its layout to the one that `change` returns for it."""
     if _mesh() is None:

@@ -24,6 +24,11 @@ from gpt_jax import config, sharding
 from gpt_jax.train.chunks import add_chunks
 
 
+def take_params(params, frozen):
+    """The parameters of a network whose learned ones are all it has."""
+    return params
+
+
 class Network(NamedTuple):
     """The model as pure functions.
 
@@ -33,6 +38,9 @@ class Network(NamedTuple):
     `describe(path)` tells the role of the parameter at a path, and whether it is stacked over
     layers (`optim.groups.Traits`).
 
+    `assemble(learned, frozen)` makes the `params` of the other functions, of what is learned and of
+    what is not. An objective gets its result.
+
     The report has the measurements of the layers, rows first. Its `objective` [B] is added to the
     objective. Its `tokens` [B] are the weight of its other entries.
     """
@@ -41,6 +49,7 @@ class Network(NamedTuple):
     head: Callable
     logits: Callable
     describe: Callable
+    assemble: Callable = take_params
 
 
 class Readout(NamedTuple):

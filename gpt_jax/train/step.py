@@ -59,7 +59,8 @@ def gradients(network: Network, params, frozen, batch: dict, key, train: config.
     objective = OBJECTIVES[train.objective]
 
     def total(params, frozen, batch, key):
-        sums = objective(network, params, frozen, batch, key, train)
+        whole = network.assemble(params, frozen)
+        sums = objective(network, whole, frozen, batch, key, train)
         return sums["objective"][0], sums
 
     grad = jax.grad(total, has_aux=True)
@@ -141,4 +142,5 @@ def train_step(
 
 def eval_step(params, frozen, batch: dict, *, network: Network, train: config.Train) -> dict:
     """Sums over a held-out batch, without dropout."""
-    return OBJECTIVES[train.objective](network, params, frozen, batch, None, train)
+    whole = network.assemble(params, frozen)
+    return OBJECTIVES[train.objective](network, whole, frozen, batch, None, train)

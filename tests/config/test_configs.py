@@ -24,7 +24,7 @@ from gpt_jax.model import block, count, parametrization, remat, transformer
 from gpt_jax.model.attention import kernels
 from gpt_jax.model.layers import linear, mlp, norms, positions
 from gpt_jax.model.parameters import describe_parameter
-from gpt_jax.train import objectives
+from gpt_jax.train import lora, objectives
 from gpt_jax.train.optim import groups, optimizer, schedule
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -300,6 +300,7 @@ def test_gpt2_names_the_way_to_tensor_parallel():
         (config.MIXERS, block.MIXERS),
         (config.EVALUATORS, evaluators.EVALUATORS),
         (config.OBJECTIVES, objectives.OBJECTIVES),
+        (config.LORA_VARIANTS, lora.VARIANTS),
         (config.OPTIMIZERS, optimizer.OPTIMIZERS),
         (config.SCHEDULES, schedule.SCHEDULES),
         (config.PACKINGS, rows.PACKINGS),

@@ -42,6 +42,15 @@ MODERN = dict(
 MODELS = {
     "gpt2": dict(layers=4, windows=(3,)),  # on packed rows
     "modern": MODERN,
+    "tail": dict(
+        layers=3,
+        kv_heads=4,
+        windows=(3, 3, 0),
+        norm="rmsnorm",
+        position="rotary",
+        pattern=(("attention", "swiglu"),),
+        bias=False,
+    ),
     "dropout": MODERN | dict(layers=3, dropout=0.1, attention_dropout=0.1),
     "moe": dict(
         layers=4,

@@ -16,8 +16,8 @@ from gpt_jax import config, sharding
 from gpt_jax.model.attention import kernels, mask
 from gpt_jax.model.attention.attend import attend_after_text
 from gpt_jax.model.attention.cache import decode_token, fill
+from gpt_jax.model.layers.dropout import dropout
 from gpt_jax.model.layers.embed import Embed
-from gpt_jax.model.layers.extras import dropout
 from gpt_jax.model.layers.linear import Weights, project
 from gpt_jax.model.layers.norms import NORMS, rmsnorm, scale_param
 from gpt_jax.model.layers.positions import rotate

@@ -1,4 +1,4 @@
-"""Small parts of the residual stream: dropout, soft-caps, learned scalars and smear.
+"""Small parts of the residual stream: soft-caps, learned scalars and smear.
 
 Shapes: B batch, T sequence, D embed.
 """
@@ -10,23 +10,6 @@ import jax.numpy as jnp
 from gpt_jax import config, sharding
 from gpt_jax.model.layers.linear import Weights, project
 from gpt_jax.model.parametrization import residual_ramp
-
-
-def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Drops entries of x [B, T, D] at `rate`.
-
-    Nothing is dropped unless the caller passes a "dropout" key to `apply`.
-    """
-    if rate == 0.0 or not module.has_rng("dropout"):
-        return x
-    # Each device draws for its own rows. The mask is in the order of the text, so that it does not
-    # depend on how a row is cut.
-    layout = sharding.out_spec("batch", None, None)
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape, out_sharding=layout)
-    keep = sharding.reorder(keep)
-    # In bfloat16 1 - 0.1 would be 0.8984, and everything that is kept 0.18 % too large.
-    scaled = x.astype(jnp.float32) / (1 - rate)
-    return jnp.where(sharding.lay_out_like(keep, x), scaled, 0).astype(x.dtype)
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

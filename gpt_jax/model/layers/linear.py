@@ -15,6 +15,7 @@ import numpy as np
 
 from gpt_jax import config, sharding
 from gpt_jax.model.layers import fp8
+from gpt_jax.model.layers.dropout import drop
 from gpt_jax.model.parametrization import make_init
 
 # The roles of the weights that `compute.matmul_dtype` is for. A gate is as narrow as its few
@@ -175,6 +176,12 @@ class Multiplier(NamedTuple):
 MULTIPLIERS = {"compute": Multiplier(_multiply, True), "fp8": Multiplier(fp8.multiply, False)}
 
 
+# The collection of variables that has the adapters. It has the keys of the parameters: what lies
+# there at the path of a kernel [in, features] is {"a": [in, R], "b": [R, features]}. It may also
+# have "gain" [features] and "dropout" []. R is the rank.
+ADAPTERS = "adapters"
+
+
 class Weights(nn.Module):
     """The kernel [in, features] and the bias [features] of a linear map, laid out for use.
 
@@ -202,6 +209,27 @@ class Weights(nn.Module):
         bias = self.param("bias", zeros, (self.features,))
         return kernel, sharding.use_vector(bias, self.axes[1:], *dtypes)
 
+    def adapt(self, x: jax.Array, y: jax.Array, seq: str) -> jax.Array:
+        """Adds to y, which is x times the kernel, what an adapter makes of x (Hu et al. 2021).
+
+        It is x @ a @ b, and the sum is multiplied by the adapter's gain. `seq` is the logical axis
+        of T in y. Without an adapter it returns y.
+        """
+        if not self.has_variable(ADAPTERS, "kernel"):
+            return y
+        adapter = cast(dict, self.get_variable(ADAPTERS, "kernel"))
+        if "dropout" in adapter and self.has_rng("dropout"):
+            x = drop(x, adapter["dropout"], self.make_rng("dropout"))
+
+        dtypes = self.compute.dtype, self.compute.gradient_dtype
+        a = sharding.use_weight(adapter["a"], (self.axes[0], None), *dtypes)
+        b = sharding.use_weight(adapter["b"], (None, self.axes[1]), *dtypes)
+        y = y + matmul(matmul(x, a, None), b, self.axes[1], seq=seq)
+        if "gain" not in adapter:
+            return y
+        gain = sharding.use_vector(adapter["gain"], self.axes[1:], jnp.float32)
+        return (y.astype(jnp.float32) * gain).astype(y.dtype)
+
 
 def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
     """Sends x [B, T, in] through several linear maps -> one [B, T, features] for each.
@@ -217,16 +245,17 @@ def project(x: jax.Array, *maps: Weights) -> list[jax.Array]:
 
     multiplier = compute.matmul_dtype if maps[0].role in BLOCK_ROLES else "compute"
     weights = [linear(x.shape[-1]) for linear in maps]
+    seq = compute.stream if leads_back else "seq"
     can_join = len(maps) > 1 and sharding.axis_size("tensor") == 1 and MULTIPLIERS[multiplier].joins
     if can_join and sharding.habits().join_projections:
         parts = _multiply_joined(x, [kernel for kernel, _ in weights])
     else:
-        seq = compute.stream if leads_back else "seq"
         parts = [
             matmul(x, kernel, linear.axes[1], seq=seq, multiplier=multiplier)
             for linear, (kernel, _) in zip(maps, weights, strict=True)
         ]
 
+    parts = [linear.adapt(x, y, seq) for linear, y in zip(maps, parts, strict=True)]
     return [
         y if bias is None else (y + bias).astype(y.dtype)
         for y, (_, bias) in zip(parts, weights, strict=True)

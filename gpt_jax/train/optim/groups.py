@@ -6,7 +6,7 @@ here, except by the regular expressions of the user's own groups.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -25,6 +25,9 @@ STEERED = "router_bias"
 
 # The name of their group.
 STEERED_GROUP = "router/bias"
+
+# The name of the group of what stays as it is.
+FROZEN_GROUP = "frozen"
 
 
 class Traits(Protocol):
@@ -128,8 +131,12 @@ def _check_groups(optim: config.Optim, patterns, leaves, index, describe: Descri
                     )
 
 
-def assign(optim: config.Optim, params_like, describe: Describe) -> dict[str, int]:
+def assign(
+    optim: config.Optim, params_like, describe: Describe, frozen: Collection[str] = ()
+) -> dict[str, int]:
     """Path -> index of its group, for every parameter except the routers' biases.
+
+    What is `frozen` has none either.
 
     A parameter belongs to the first of `optim.groups` whose `match` is found in its path. All
     others belong to the default, index `len(optim.groups)`. A default Muon keeps only the roles
@@ -144,7 +151,7 @@ def assign(optim: config.Optim, params_like, describe: Describe) -> dict[str, in
     leaves = {
         path: leaf
         for path, leaf in leaves_by_path(params_like).items()
-        if describe(path).role != STEERED
+        if describe(path).role != STEERED and path not in frozen
     }
 
     def index_of(path, leaf):
@@ -168,17 +175,22 @@ def describe_groups(
     params_like,
     describe: Describe,
     balance_rate: float = config.Model.balance_rate,
+    frozen: Collection[str] = (),
 ) -> list[GroupRow]:
     """One row for every group that has parameters.
 
     A stack of layers counts as one tensor. The decay is the group's knob, and `optim.decay` decides
     which of its tensors decay.
     """
-    index = assign(optim, params_like, describe)
+    index = assign(optim, params_like, describe, frozen)
     leaves = leaves_by_path(params_like)
 
     def sizes_of(i):
-        return [math.prod(leaf.shape) for path, leaf in leaves.items() if index.get(path) == i]
+        return [
+            math.prod(leaf.shape)
+            for path, leaf in leaves.items()
+            if index.get(path) == i and path not in frozen
+        ]
 
     rows = []
     for i, (label, group) in enumerate(groups_of(optim).items()):
@@ -199,4 +211,7 @@ def describe_groups(
     biases = sizes_of(None)
     if biases:
         rows.append(GroupRow(STEERED_GROUP, "sign", len(biases), sum(biases), balance_rate, 0.0))
+    if frozen:
+        sizes = [math.prod(leaves[path].shape) for path in frozen]
+        rows.append(GroupRow(FROZEN_GROUP, "nothing", len(sizes), sum(sizes), 0.0, 0.0))
     return rows

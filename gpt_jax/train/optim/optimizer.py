@@ -4,15 +4,18 @@ Parameters are a nested dict of float32 arrays. A path joins its keys with "/". 
 belongs to exactly one group, and each group has its own optimiser, rate and decay (groups.py).
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gpt_jax import config, sharding
 from gpt_jax.train.optim import muon
 from gpt_jax.train.optim.groups import (
+    FROZEN_GROUP,
     STEERED,
     STEERED_GROUP,
     Describe,
@@ -124,6 +127,34 @@ def steer(balance_rate: float) -> optax.GradientTransformation:
     )
 
 
+def stay(updates, params):
+    """Updates that change no bit. A weight of -0 would become 0 if 0 were added to it."""
+    return jax.tree.map(lambda g: jnp.full_like(g, -0.0), updates)
+
+
+def scale_layers(rates: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Multiplies the update of the parameter at each path by its rate.
+
+    A rate is a number, or an array with an entry for each layer of a stack.
+    """
+
+    def scale(keys, update):
+        rate = np.asarray(rates[sharding.join_path(keys)], np.float32)
+        if not rate.ndim:
+            return update * rate
+        factors = jnp.asarray(rate.reshape(-1, *[1] * (update.ndim - 1)))
+        return update * sharding.over_stages(factors)
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def add_layer_rates(
+    tx: optax.GradientTransformation, rates: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    """`tx` with its updates scaled as by `scale_layers`."""
+    return optax.chain(tx, scale_layers(rates))
+
+
 def gradient_norm(grads, describe: Describe) -> jax.Array:
     """The norm over all gradients except those of the routers' biases."""
     return optax.tree.norm(
@@ -151,6 +182,7 @@ def make_optimizer(
     describe: Describe,
     dtype=jnp.float32,
     balance_rate: float = config.Model.balance_rate,
+    frozen: Collection[str] = (),
 ) -> optax.GradientTransformation:
     """The whole optimiser: clipping over all gradients, then each group's own rule, decay and rate.
 
@@ -160,16 +192,20 @@ def make_optimizer(
 
     `params_like` gives paths and shapes, and `describe` tells what lies at a path. Muon
     orthogonalises matrices in `dtype`. `balance_rate` is the step of the routers' biases (`steer`).
+    The parameters at the paths `frozen` stay as they are.
     State arrays are sharded like the parameters, also under `jit(tx.init)`. Raises UsageError if
     groups or the schedule do not fit, see `groups.assign` and `make_schedule`.
     """
-    index = assign(optim, params_like, describe)
+    index = assign(optim, params_like, describe, frozen)
     groups = groups_of(optim)
     schedule = make_schedule(optim)
     names = dict(enumerate(groups)) | {None: STEERED_GROUP}
-    labels = jax.tree_util.tree_map_with_path(
-        lambda keys, _: names[index.get(sharding.join_path(keys))], params_like
-    )
+
+    def label(keys, _):
+        path = sharding.join_path(keys)
+        return FROZEN_GROUP if path in frozen else names[index.get(path)]
+
+    labels = jax.tree_util.tree_map_with_path(label, params_like)
 
     def make_group(group):
         def rate(step):
@@ -187,6 +223,8 @@ def make_optimizer(
     }
     if STEERED_GROUP in jax.tree.leaves(labels):
         used[STEERED_GROUP] = steer(balance_rate)
+    if frozen:
+        used[FROZEN_GROUP] = optax.stateless(stay)
     return optax.chain(
         clip_by_global_norm(optim.clip, describe) if optim.clip else optax.identity(),
         optax.partition(used, labels),
