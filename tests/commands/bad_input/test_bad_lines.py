@@ -7,7 +7,10 @@ import runs
 from refusals import TEXT, on_data, refused
 
 LINES = {
-    "unknown command": (["trian"], ["unknown command 'trian'", "train, evaluate, generate"]),
+    "unknown command": (
+        ["trian"],
+        ["unknown command 'trian'", "train, evaluate, classify, generate"],
+    ),
     "no config": (["train", "--workdir=x"], ["--config", "train --help"]),
     "no workdir": (["train", f"--config={runs.TINY}"], ["--workdir is missing"]),
     "bad flag": (
