@@ -85,8 +85,10 @@ def describe_habits(config: configs.Config, mesh) -> str:
     device = mesh.devices.flat[0]
     habits = configs.find_habits(device.platform, device.device_kind)
     joins = habits.join_projections and MULTIPLIERS[config.compute.matmul_dtype].joins
-    habits = habits._replace(join_projections=joins)
     model = config.model
+    rotates = habits.rotate_by_matmul and model.position == "rotary"
+    rotates = rotates and config.compute.dtype == "bfloat16"
+    habits = habits._replace(join_projections=joins, rotate_by_matmul=rotates)
     has_experts = model.dispatch == "dropless" and configs.has_experts(model)
     if has_experts and config.compute.expert_matmul != "auto":
         habits = configs.choose_expert_matmul(
