@@ -139,3 +139,17 @@ def test_a_line_names_rotary_positions_by_matmul(dtype, is_named, monkeypatch):
     assert ("rotary positions by matmul" in line) == is_named
     learned = replace(config, model=replace(model, position="learned"))
     assert "rotary" not in describe_habits(learned, make_mesh({}, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    "width, matmul_dtype, is_named",
+    [(128, "compute", True), (64, "compute", False), (128, "fp8", False)],
+)
+def test_a_line_names_projections_by_heads(width, matmul_dtype, is_named, monkeypatch):
+    row = configs.find_habits("tpu")
+    monkeypatch.setattr(configs, "find_habits", lambda *_: row)
+    config = configs.Config(
+        model=configs.Model(head_dim=width), compute=configs.Compute(matmul_dtype=matmul_dtype)
+    )
+    line = describe_habits(configs.resolve(config), make_mesh({}, jax.devices()[:1]))
+    assert ("projections by heads" in line) == is_named
