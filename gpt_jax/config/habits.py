@@ -21,6 +21,10 @@ class Habits(NamedTuple):
       up its gradients. It has no meaning except for `blocks`.
     - `ragged_exchange`: whether devices send each other only the tokens that exist
       (experts/exchange.py).
+    - `rotate_by_matmul`: whether rotary positions in bfloat16 bring channels to their partners by a
+      matmul (layers/positions.py).
+    - `split_heads`: whether matmuls to and from heads have a dim for the heads, where the heads'
+      width is a multiple of this (layers/linear.py). 0 means that they have none.
     """
 
     name: str
@@ -29,14 +33,18 @@ class Habits(NamedTuple):
     expert_matmuls: tuple[str, ...]
     sum_rows: int
     ragged_exchange: bool
+    rotate_by_matmul: bool
+    split_heads: int
 
 
 # `sum_rows`: a weight costs 24 bytes a block, and 22 FLOPs a row, forward and backward. The GPU's
 # number comes from the data sheets of H100 and H200 at 0.75 of the peak, and is not measured. The
 # CPU's number comes from 20 GB/s and 150 GFLOP/s.
-CPU = Habits("cpu", True, False, ("blocks",), 8, False)
-GPU = Habits("gpu", False, True, ("blocks",), 200, True)
-TPU = Habits("tpu", False, False, ("sorted",), 0, True)
+CPU = Habits("cpu", True, False, ("blocks",), 8, False, False, 0)
+GPU = Habits("gpu", False, True, ("blocks",), 200, True, False, 0)
+TPU = Habits("tpu", False, False, ("sorted",), 0, True, True, 128)
+# `split_heads`: a TPU fills the last dim of an array up to 128 entries, so that narrower heads with
+# a dim of their own would take more memory.
 # Triton's kernels compile for A100, H100 and B200, and are right where they are interpreted. They
 # ran on no GPU yet, so they have to be asked for.
 GROUPED_GPU = GPU._replace(expert_matmuls=("blocks", "grouped"))
@@ -107,6 +115,10 @@ def describe_habits(habits: Habits, has_experts: bool, has_exchange: bool) -> st
     parts = ["projections joined" if habits.join_projections else "projections one by one"]
     if habits.pin_layouts:
         parts.append("gathered weights in their stored layout")
+    if habits.rotate_by_matmul:
+        parts.append("rotary positions by matmul")
+    if habits.split_heads:
+        parts.append("projections by heads")
     if has_experts:
         way, *others = habits.expert_matmuls
         more = f" (compute.expert_matmul can be {', '.join(others)})" if others else ""

@@ -85,8 +85,13 @@ def describe_habits(config: configs.Config, mesh) -> str:
     device = mesh.devices.flat[0]
     habits = configs.find_habits(device.platform, device.device_kind)
     joins = habits.join_projections and MULTIPLIERS[config.compute.matmul_dtype].joins
-    habits = habits._replace(join_projections=joins)
     model = config.model
+    rotates = habits.rotate_by_matmul and model.position == "rotary"
+    rotates = rotates and config.compute.dtype == "bfloat16"
+    habits = habits._replace(join_projections=joins, rotate_by_matmul=rotates)
+    multiple = habits.split_heads
+    if config.compute.matmul_dtype == "fp8" or (multiple and model.head_dim % multiple):
+        habits = habits._replace(split_heads=0)
     has_experts = model.dispatch == "dropless" and configs.has_experts(model)
     if has_experts and config.compute.expert_matmul != "auto":
         habits = configs.choose_expert_matmul(

@@ -14,6 +14,7 @@ from .layout import (
     scale as scale,
     scale_gradient as scale_gradient,
     send_narrow as send_narrow,
+    split_dim as split_dim,
     stored_init as stored_init,
     sum_gradient_once as sum_gradient_once,
     use_vector as use_vector,

@@ -248,3 +248,16 @@ def gather_fsdp(tree):
 def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
     """`x` reshaped, with the result laid out by `axes`. Splitting a sharded dim needs that."""
     return jax.lax.reshape(x, shape, out_sharding=out_spec(*axes))
+
+
+def split_dim(x: jax.Array, dim: int, size: int) -> jax.Array:
+    """`x` with its dim `dim` split in two, of which the second has `size` entries.
+
+    The first keeps the layout on the mesh. A used weight stays one, with its type of gradient.
+    """
+    shape = (*x.shape[:dim], x.shape[dim] // size, size, *x.shape[dim + 1 :])
+    if _mesh() is None:
+        return x.reshape(shape)
+    spec = jax.typeof(x).sharding.spec
+    parts = (*spec.partitions[: dim + 1], None, *spec.partitions[dim + 1 :])
+    return jax.lax.reshape(x, shape, out_sharding=P(*parts, reduced=spec.reduced))

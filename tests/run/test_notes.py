@@ -9,7 +9,7 @@ import runs
 
 from gpt_jax import config as configs
 from gpt_jax.errors import UsageError
-from gpt_jax.run.notes import describe_dtypes, describe_fp8, describe_lookup
+from gpt_jax.run.notes import describe_dtypes, describe_fp8, describe_habits, describe_lookup
 from gpt_jax.sharding.mesh import make_mesh
 
 NAMES = {"f32": "float32", "bf16": "bfloat16"}
@@ -125,3 +125,31 @@ def test_a_run_in_fp8_prints_it_and_joins_no_projections(tmp_path):
     plain = runs.build(runs.load(tmp_path)).notes
     assert not any("fp8" in line for line in plain)
     assert any("habits of cpu: projections joined" in line for line in plain)
+
+
+@pytest.mark.parametrize("dtype, is_named", [("bfloat16", True), ("float32", False)])
+def test_a_line_names_rotary_positions_by_matmul(dtype, is_named, monkeypatch):
+    """It does on a TPU, for the dtype that rotates so."""
+    row = configs.find_habits("tpu")
+    monkeypatch.setattr(configs, "find_habits", lambda *_: row)
+    model = configs.Model(position="rotary")
+    config = configs.resolve(configs.Config(model=model, compute=configs.Compute(dtype=dtype)))
+    line = describe_habits(config, make_mesh({}, jax.devices()[:1]))
+    assert line.startswith("habits of tpu: ")
+    assert ("rotary positions by matmul" in line) == is_named
+    learned = replace(config, model=replace(model, position="learned"))
+    assert "rotary" not in describe_habits(learned, make_mesh({}, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    "width, matmul_dtype, is_named",
+    [(128, "compute", True), (64, "compute", False), (128, "fp8", False)],
+)
+def test_a_line_names_projections_by_heads(width, matmul_dtype, is_named, monkeypatch):
+    row = configs.find_habits("tpu")
+    monkeypatch.setattr(configs, "find_habits", lambda *_: row)
+    config = configs.Config(
+        model=configs.Model(head_dim=width), compute=configs.Compute(matmul_dtype=matmul_dtype)
+    )
+    line = describe_habits(configs.resolve(config), make_mesh({}, jax.devices()[:1]))
+    assert ("projections by heads" in line) == is_named

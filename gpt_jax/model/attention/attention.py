@@ -151,9 +151,10 @@ class Attention(nn.Module):
         ]
         parts = []
         for y, (name, (axis, count)) in zip(project(x, *maps), heads.items(), strict=True):
-            y = checkpoint_name(y, name)
             shape = (*x.shape[:2], count, model.head_dim)
-            parts.append(sharding.reshape(y, shape, "batch", "seq", axis, "head_dim"))
+            # The name comes after the reshape, because what is kept lies in memory as it is read.
+            y = sharding.reshape(y, shape, "batch", "seq", axis, "head_dim")
+            parts.append(checkpoint_name(y, name))
         return parts
 
     def _norm_and_rotate(self, q, k, angles):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax import config
+from gpt_jax import config, sharding
 
 
 def rotary_frequencies(model: config.Model, is_local: bool = False) -> np.ndarray:
@@ -47,6 +47,14 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     The angles are given by their cos and sin [B or 1, T, R / 2]. Channel i pairs with i + R / 2,
     which is the layout of GPT-NeoX and of Hugging Face's Llama.
     """
+    # A matmul rounds its inputs to bfloat16 on a TPU, so that other types lose digits by it.
+    if sharding.habits().rotate_by_matmul and x.dtype == jnp.bfloat16:
+        return rotate_by_matmul(x, cos, sin)
+    return rotate_by_slices(x, cos, sin)
+
+
+def rotate_by_slices(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Does what `rotate` says. Channels come to their partners by slicing and joining."""
     half = cos.shape[-1]
     signed = (-sin, sin)  # the first half of the channels subtracts, the second adds
     cos = jnp.concatenate((cos, cos), -1)[:, :, None]
@@ -58,6 +66,42 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     if rest.shape[-1] == 0:
         return turned
     return jnp.concatenate([turned, rest], axis=-1)
+
+
+@jax.custom_vjp
+def rotate_by_matmul(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Does what `rotate` says for x in bfloat16. Channels come to their partners by a matmul.
+
+    The matrix has a single 1 for each channel that rotates, so that the matmul is exact. One
+    infinite channel makes the others of its head NaN, as it makes the head's scores.
+
+    The angles get no gradient.
+    """
+    width = x.shape[-1]
+    half = cos.shape[-1]
+    beyond = ((0, 0), (0, 0), (0, width - 2 * half))  # channels that do not rotate
+    cos = jnp.pad(jnp.concatenate((cos, cos), -1), beyond, constant_values=1)[:, :, None]
+    sin = jnp.pad(jnp.concatenate((-sin, sin), -1), beyond)[:, :, None]
+
+    partners = np.zeros((1, width, width), np.float32)
+    partners[0, : 2 * half, : 2 * half] = np.roll(np.eye(2 * half), half, axis=1)
+    # The batch dim of one keeps the policies of remat from storing this matmul's result.
+    partner = jnp.einsum("zbtnh,zhr->zbtnr", x[None], jnp.asarray(partners, x.dtype))[0]
+    turned = x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin
+    return turned.astype(x.dtype)
+
+
+def _rotate_forward(x, cos, sin):
+    return rotate_by_matmul(x, cos, sin), (cos, sin)
+
+
+def _rotate_back(angles, gradient):
+    """Rotates the gradient back, which keeps this matmul's input in bfloat16 too."""
+    cos, sin = angles
+    return rotate_by_matmul(gradient, cos, -sin), None, None
+
+
+rotate_by_matmul.defvjp(_rotate_forward, _rotate_back)
 
 
 def sinusoids(position: jax.Array, width: int) -> jax.Array:
