@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 from typing import cast
 
@@ -163,7 +164,9 @@ def test_weights_with_adapters_are_a_beginning(folder, learned):
     with jax.set_mesh(parts.mesh):
         started = start_new(parts, lambda line: None)
     assert started.base["from"] == f"{folder / 'merged'}@0"
-    assert not runs.differing(runs.by_path(started.frozen["base"]), runs.by_path(merged))
+    # Slices are merged on the host, and rounded otherwise than on a device.
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, started.frozen["base"], merged)
 
 
 def open_both(path, base=""):
