@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from gpt_jax.commands.classify_file import check_file_flags, classify_file
-from gpt_jax.commands.flags import Flags, add_mirror_flag
+from gpt_jax.commands.flags import Flags, add_base_flag, add_mirror_flag
 from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.commands.task_options import parse_task_options
@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> None:
         say,
         ignore_miscompiles=args.ignore_miscompiles,
         mirror=args.mirror,
+        base=args.base,
     )
     if args.file:
         classify_file(args, loaded, given, say)
@@ -63,6 +64,7 @@ def make_flags() -> Flags:
     )
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
     add_mirror_flag(flags)
+    add_base_flag(flags)
     flags.add_argument("--text", nargs="+", action="extend", default=[], help="texts to classify")
     flags.add_argument(
         "--task_options",

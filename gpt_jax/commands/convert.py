@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags, add_mirror_flag, check_number
+from gpt_jax.commands.flags import Flags, add_base_flag, add_mirror_flag, check_number
 from gpt_jax.commands.output import emit, make_say
 from gpt_jax.errors import UsageError
 
@@ -64,6 +64,7 @@ def make_flags() -> Flags:
     )
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
     add_mirror_flag(flags)
+    add_base_flag(flags)
     add_reading_flags(flags)
     return flags
 
@@ -134,8 +135,9 @@ def write(args: argparse.Namespace, target: Path, say: Callable[[str], None]) ->
 
     if args.format == "peft":
         return write_adapter(args, target, say), "peft"
+    ignored = tuple(args.ignore_keys)
     origins = [
-        open_model(path, args.step, say, args.tokenizer, tuple(args.ignore_keys), args.mirror)
+        open_model(path, args.step, say, args.tokenizer, ignored, args.mirror, args.base)
         for path in args.source
     ]
     shares = args.weights or [1.0] * len(origins)
@@ -175,5 +177,7 @@ def write_adapter(args: argparse.Namespace, target: Path, say: Callable[[str], N
     ):
         if getattr(args, flag) != default:
             raise UsageError(f"--{flag}: is not for --format=peft; leave it out")
-    name = export_adapters(args.source[0], args.step, target, say, args.family, args.mirror)
+    name = export_adapters(
+        args.source[0], args.step, target, say, args.family, args.mirror, args.base
+    )
     return f"the adapter of {name}"

@@ -18,7 +18,7 @@ from gpt_jax.commands.evaluate_tasks import (
     measure_tasks,
 )
 from gpt_jax.commands.evaluate_text import Measured, Rows, TextMeter
-from gpt_jax.commands.flags import Flags, add_mirror_flag, check_number
+from gpt_jax.commands.flags import Flags, add_base_flag, add_mirror_flag, check_number
 from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.config import EVALUATORS
@@ -85,6 +85,7 @@ def make_flags() -> Flags:
     )
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
     add_mirror_flag(flags)
+    add_base_flag(flags)
     add_text_flags(flags)
     flags.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"
@@ -169,7 +170,12 @@ def measure(args: argparse.Namespace, say: Say) -> Measured:
 
     ignored = args.ignore_miscompiles
     loaded = load_model(
-        args.checkpoint, args.step, say, ignore_miscompiles=ignored, mirror=args.mirror
+        args.checkpoint,
+        args.step,
+        say,
+        ignore_miscompiles=ignored,
+        mirror=args.mirror,
+        base=args.base,
     )
     return TextMeter(args, say).measure(loaded)
 

@@ -154,7 +154,7 @@ def walk(args: argparse.Namespace, say: Say) -> Iterator[Row]:
             row = row or {}
         else:
             try:
-                loaded = load_step(Path(directory), step, say)
+                loaded = load_step(Path(directory), step, say, args.base)
             except NoCheckpoint as error:
                 damage = str(error)
                 say(f"{damage}; it is passed over")

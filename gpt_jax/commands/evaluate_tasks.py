@@ -169,7 +169,12 @@ def measure_tasks(args: argparse.Namespace, say: Say) -> None:
     older = read_older(args) if args.compare else None
     ignored = args.ignore_miscompiles
     loaded = load_model(
-        args.checkpoint, args.step, say, ignore_miscompiles=ignored, mirror=args.mirror
+        args.checkpoint,
+        args.step,
+        say,
+        ignore_miscompiles=ignored,
+        mirror=args.mirror,
+        base=args.base,
     )
     config = loaded.config
     subject = Subject(config.model, config.compute, loaded.params, loaded.tokenizer)

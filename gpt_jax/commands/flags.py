@@ -34,6 +34,16 @@ def check_number(flag: str, value: float, low: float, high: float = math.inf) ->
         raise UsageError(f"{flag}={value}: expected {bounds}")
 
 
+def add_base_flag(flags: argparse.ArgumentParser) -> None:
+    """Adds the flag of commands that read weights, and so those beneath adapters."""
+    flags.add_argument(
+        "--base",
+        default="",
+        metavar="DIR[@STEP]",
+        help="where the weights beneath adapters are now, if they have moved",
+    )
+
+
 def add_mirror_flag(flags: argparse.ArgumentParser) -> None:
     """Adds the flag of commands that read checkpoints."""
     flags.add_argument(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags, add_mirror_flag
+from gpt_jax.commands.flags import Flags, add_base_flag, add_mirror_flag
 from gpt_jax.commands.output import make_say, output
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.errors import UsageError
@@ -63,6 +63,7 @@ def make_flags() -> Flags:
     )
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
     add_mirror_flag(flags)
+    add_base_flag(flags)
     flags.add_argument(
         "--prompt",
         action="append",
@@ -166,6 +167,7 @@ def run(args: argparse.Namespace, prompts: list[str], sampling) -> None:
         ignore_miscompiles=args.ignore_miscompiles,
         is_decoding=True,
         mirror=args.mirror,
+        base=args.base,
     )
 
     began = time.perf_counter()

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     if args.checkpoint:
         inspect_weights(args)
         return
-    for flag in ("diff", "verify", "step", "diff_step"):
+    for flag in ("diff", "verify", "step", "diff_step", "base"):
         if getattr(args, flag):
             raise UsageError(f"--{flag}: goes with --checkpoint, not with --workdir")
     if args.lineage:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 
 from gpt_jax.commands.evaluate_tasks import without_nan
-from gpt_jax.commands.flags import add_mirror_flag, check_number
+from gpt_jax.commands.flags import add_base_flag, add_mirror_flag, check_number
 from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.errors import NoCheckpoint, UsageError
 
@@ -22,6 +22,7 @@ def add_weight_flags(flags: argparse.ArgumentParser) -> None:
         "norms; a checkpoint may be at a URL",
     )
     add_mirror_flag(flags)
+    add_base_flag(flags)
     flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
     flags.add_argument(
         "--diff", metavar="DIR", help="show how far the weights of another one are from them"
@@ -40,7 +41,7 @@ def inspect_weights(args: argparse.Namespace) -> None:
     """Raises UsageError for a path that cannot be used, and NoCheckpoint for damage."""
     check_number("--step", args.step, 0)
     check_number("--diff_step", args.diff_step, 0)
-    if args.verify and (args.diff or args.step or args.json):
+    if args.verify and (args.diff or args.step or args.json or args.base):
         raise UsageError("--verify: looks at every step, and goes with --checkpoint alone")
     if args.diff_step and not args.diff:
         raise UsageError(f"--diff_step={args.diff_step}: needs --diff")
@@ -90,7 +91,8 @@ def show_weights(args: argparse.Namespace) -> None:
     from gpt_jax.interop import describe_nonfinite, is_foreign, watch
     from gpt_jax.run import describe_entry, measure, open_model
 
-    origin = open_model(args.checkpoint, args.step, make_say(sys.stderr), mirror=args.mirror)
+    say = make_say(sys.stderr)
+    origin = open_model(args.checkpoint, args.step, say, mirror=args.mirror, base=args.base)
     origin, nonfinite = watch(origin)
     rows = list(measure(origin))
     tokenizer = origin.tokenizer.name if origin.tokenizer else None
@@ -125,7 +127,7 @@ def show_difference(args: argparse.Namespace) -> None:
     from gpt_jax.run import open_model, subtract
 
     say = make_say(sys.stderr)
-    first = open_model(args.checkpoint, args.step, say, mirror=args.mirror)
+    first = open_model(args.checkpoint, args.step, say, mirror=args.mirror, base=args.base)
     second = open_model(args.diff, args.diff_step, say, mirror=args.mirror)
     rows = list(subtract(first, second))
     different = [row for row in rows if not row.is_equal]

@@ -117,13 +117,30 @@ def fingerprint_slices(
 
 def make_base_entry(init: configs.Init, lineage: list[dict[str, Any]], params) -> dict[str, Any]:
     """What a checkpoint says of the weights beneath its adapters. `lineage` is theirs."""
-    entry = lineage[-1]
+    place = find_place(lineage[-1])
+    return {"from": place, "averaged": init.averaged, "fingerprint": fingerprint(params)}
+
+
+def find_place(entry: dict[str, Any]) -> str:
+    """The place of the weights that an entry of a lineage tells, from any folder."""
     place = entry["from"]
     if not is_remote(place):
         place = str(Path(place).absolute())
-    if "family" not in entry:
-        place = f"{place}@{entry['step']}"
-    return {"from": place, "averaged": init.averaged, "fingerprint": fingerprint(params)}
+    return place if "family" in entry else f"{place}@{entry['step']}"
+
+
+def choose_base(meta: dict, given: str, name: str) -> dict[str, Any] | None:
+    """What lies beneath the adapters of the checkpoint `name`. It is None without adapters.
+
+    `given` is where the weights are now, or "" if they have not moved. Raises UsageError if it is
+    given for a checkpoint without adapters.
+    """
+    base = meta.get("base")
+    if not given:
+        return base
+    if base is None:
+        raise UsageError(f"--base={given}: {name} has no adapters; leave it out")
+    return base | {"from": given}
 
 
 def check_fingerprint(base: dict[str, Any], own: str, name: str) -> None:
@@ -131,7 +148,8 @@ def check_fingerprint(base: dict[str, Any], own: str, name: str) -> None:
     if own != base["fingerprint"]:
         raise UsageError(
             f"{name}: its adapters were learned beside other weights ({base['fingerprint']}) than "
-            f"{base['from']} has now ({own}); bring back the weights of before"
+            f"{base['from']} has now ({own}); name the place of those of before with "
+            "--base=DIR, and with config.init.from in training"
         )
 
 
@@ -139,40 +157,42 @@ def explain_base(base: dict[str, Any], error: Exception, name: str) -> UsageErro
     """What is raised if the weights beneath the adapters of `name` cannot be read."""
     return UsageError(
         f"{name}: its adapters need the weights at {base['from']}, which cannot be read "
-        f"({error}); bring them back there, or make a link there to where they are now"
+        f"({error}); name the place where they are now with --base=DIR, and with "
+        "config.init.from in training"
     )
 
 
-def restore_base(find_source: Callable, base: dict[str, Any], name: str, abstract, say):
-    """The weights beneath the adapters of the checkpoint `name`, laid out like `abstract`.
+def restore_base(open_source: Callable, base: dict[str, Any], name: str, abstract, say):
+    """(the weights beneath the adapters of the checkpoint `name`, `base` with their whole place).
 
-    `find_source` is that of source.py. Raises UsageError if they cannot be read or are others.
+    They are laid out like `abstract`. `open_source` is that of source.py. Raises UsageError if they
+    cannot be read or are others.
     """
-    init = configs.Init(from_=base["from"], averaged=base["averaged"])
-    item = "ema" if init.averaged else "params"
+    item = "ema" if base["averaged"] else "params"
     try:
-        params = find_source(init, say).restore({item: abstract})[item]
+        source = open_source(base["from"], say)
+        params = source.restore({item: abstract})[item]
     except (UsageError, NoCheckpoint) as error:
         raise explain_base(base, error, name) from None
     check_fingerprint(base, fingerprint(params), name)
-    return params
+    return params, base | {"from": find_place(source.lineage[-1])}
 
 
 def restore_merged(
-    find_source: Callable,
-    meta: dict,
+    open_source: Callable,
+    base: dict[str, Any],
     lora: configs.Lora,
     directory: Path,
+    step: int,
     item: str,
     abstract,
     say,
 ):
     """The whole weights of a checkpoint that holds adapters alone, on the current mesh."""
-    step = meta["step"]
-    base = restore_base(find_source, meta["base"], f"step {step} of {directory}", abstract, say)
+    weights, _ = restore_base(open_source, base, f"step {step} of {directory}", abstract, say)
     like = abstract_adapters(lora, abstract)
     adapters = restore_checkpoint(directory, step, {item: like})[item]
-    return jax.jit(lambda adapters, base: merge_adapters(lora, adapters, base))(adapters, base)
+    return make_merge(lora)(adapters, {BASE: weights})
 
 
 # ---- a slice at a time ---------------------------------------------------------------------------

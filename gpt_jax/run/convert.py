@@ -27,12 +27,13 @@ from gpt_jax.interop import (
 )
 from gpt_jax.run.adapters import (
     check_fingerprint,
+    choose_base,
     explain_base,
     fingerprint_slices,
     read_adapters,
     read_merged,
 )
-from gpt_jax.run.fetch import MIRROR, find_checkpoint
+from gpt_jax.run.fetch import MIRROR, find_checkpoint, split_step
 from gpt_jax.run.lineage import digest_files, make_foreign_entry, make_run_entry
 from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
 from gpt_jax.train import (
@@ -59,14 +60,17 @@ def open_model(
     tokenizer: str = "",
     ignored: tuple[str, ...] = (),
     mirror: str = MIRROR,
+    base: str = "",
 ) -> Origin:
     """The model at a path: a foreign directory, or a checkpoint of ours, which may be at a URL.
 
+    `base` is where the weights beneath adapters are now, if they have moved.
     Raises UsageError for what cannot be used, and NoCheckpoint for damage.
     """
     if is_foreign(path):
         if step:
             raise UsageError(f"--step={step}: {path} has no steps; leave it out")
+        choose_base({}, base, path)
         origin = open_foreign(path, ignored, tokenizer)
 
         def make_lineage():
@@ -76,13 +80,15 @@ def open_model(
     for flag, value in (("tokenizer", tokenizer), ("ignore_keys", " ".join(ignored))):
         if value:
             raise UsageError(f"--{flag}={value}: {path} is a checkpoint of ours; leave it out")
-    return open_native(path, step, say, mirror)
+    return open_native(path, step, say, mirror, base)
 
 
-def open_native(path: str, step: int, say: Callable[[str], None], mirror: str = MIRROR) -> Origin:
+def open_native(
+    path: str, step: int, say: Callable[[str], None], mirror: str = MIRROR, base: str = ""
+) -> Origin:
     """The weights of a checkpoint of ours, the averaged ones if the run kept them."""
     directory, number = find_checkpoint(path, step, say, mirror)
-    return open_step(directory, number, path if is_remote(path) else "")
+    return open_step(directory, number, path if is_remote(path) else "", base=base)
 
 
 def open_base(base: dict[str, Any], name: str) -> Origin:
@@ -90,14 +96,14 @@ def open_base(base: dict[str, Any], name: str) -> Origin:
 
     Raises UsageError if they cannot be read or are others.
     """
-    place, at, step = base["from"].rpartition("@")
+    place, step = split_step(base["from"])
     try:
-        if at and step.isdecimal():
-            directory, number = find_checkpoint(place, int(step), lambda line: None)
+        if is_foreign(place):
+            origin = open_foreign(place)
+        else:
+            directory, number = find_checkpoint(place, step, lambda line: None)
             item = "ema" if base["averaged"] else "params"
             origin = open_step(directory, number, item=item)
-        else:
-            origin = open_foreign(base["from"])
     except (UsageError, NoCheckpoint) as error:
         raise explain_base(base, error, name) from None
     own = fingerprint_slices(origin.shapes, find_depths(origin.model), origin.read)
@@ -105,11 +111,14 @@ def open_base(base: dict[str, Any], name: str) -> Origin:
     return origin
 
 
-def open_step(directory: Path, number: int, path: str = "", item: str = "") -> Origin:
+def open_step(
+    directory: Path, number: int, path: str = "", item: str = "", base: str = ""
+) -> Origin:
     """The weights of a step, whose files are not verified. It needs no other process.
 
     `path` names the run, if it is not the folder above `directory`. `item` is `params` or `ema`,
     and without it the averaged weights are taken where the run kept them. Adapters are merged.
+    `base` is where the weights beneath them are now, if they have moved.
     """
     meta = read_meta(directory, number, META_SCHEMA)
     config = read_config(meta, directory, number)
@@ -120,9 +129,11 @@ def open_step(directory: Path, number: int, path: str = "", item: str = "") -> O
     shapes = list_shapes(config.model)
 
     read: Callable[[str, Any], np.ndarray] = partial(read_slice, folder, item)
-    if config.lora.rank:
-        beneath = open_base(meta["base"], name)
-        read = read_merged(beneath, read_adapters(folder, item, config.lora, shapes), config.lora)
+    beneath = choose_base(meta, base, name)
+    if beneath is not None:
+        read = read_merged(
+            open_base(beneath, name), read_adapters(folder, item, config.lora, shapes), config.lora
+        )
 
     return Origin(
         name=name,
@@ -150,10 +161,12 @@ def export_adapters(
     say: Callable[[str], None],
     family: str = "",
     mirror: str = MIRROR,
+    base: str = "",
 ) -> str:
     """Writes the adapters of a checkpoint as a directory for `peft`. Returns what was written.
 
-    Raises UsageError for a checkpoint without adapters, and as `write_peft` does.
+    `base` is where the weights beneath them are now, if they have moved. Raises UsageError for a
+    checkpoint without adapters, and as `write_peft` does.
     """
     if is_foreign(path):
         raise UsageError(f"--format=peft: {path} is no checkpoint of ours; give a workdir")
@@ -164,15 +177,16 @@ def export_adapters(
         raise UsageError(
             f"--format=peft: step {number} of {directory} has no adapters; write it as hf"
         )
-    origin = open_step(directory, number, path if is_remote(path) else "")
+    origin = open_step(directory, number, path if is_remote(path) else "", base=base)
     item = "ema" if config.train.ema else "params"
     adapters = read_adapters(directory / str(number), item, config.lora, origin.shapes)
-    base = meta["base"]["from"]
-    write_peft(origin, config.lora, adapters, base, target, family)
-    if not is_foreign(base):
+    place, at = split_step(base or meta["base"]["from"])
+    write_peft(origin, config.lora, adapters, place, target, family)
+    if not is_foreign(place):
+        which = f" --step={at}" if at else ""
         say(
             f"its base is a checkpoint of ours, which peft cannot read; write it with gpt-jax "
-            f"convert --from={base.rpartition('@')[0]}, and name that place where it is loaded"
+            f"convert --from={place}{which}, and name that place where it is loaded"
         )
     return origin.name
 

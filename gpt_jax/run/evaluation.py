@@ -49,13 +49,13 @@ def averaged_params(progress: Progress, state: TrainState):
     return state.ema if progress.config.train.ema else state.params
 
 
-# The evaluators that ask the model themselves, and not through the steps of the run.
-READERS = ("samples", "questions")
+# The evaluators that need no weights, because they use the steps of the run or its text alone.
+WITHOUT_WEIGHTS = frozenset(("heldout", "xz"))
 
 
 def find_weights(progress: Progress, params):
-    """The whole weights for the evaluators, which are merged only if one of them wants them."""
-    if set(READERS).isdisjoint(progress.config.eval.evaluators):
+    """The weights for the evaluators. Adapters are merged only if one of them asks the model."""
+    if WITHOUT_WEIGHTS.issuperset(progress.config.eval.evaluators):
         return params
     return progress.parts.merge(params, progress.parts.frozen)
 

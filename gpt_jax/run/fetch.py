@@ -50,6 +50,16 @@ Say = Callable[[str], None]
 Sizes = dict[str, int]  # bytes by name
 
 
+def split_step(text: str) -> tuple[str, int]:
+    """ "runs/a@300" -> ("runs/a", 300). Without a step it is 0, which is the newest.
+
+    A text that is a path as a whole has no step.
+    """
+    path, at, step = text.rpartition("@")
+    has_step = at and step.isdecimal() and not Path(text).exists()
+    return (path, int(step)) if has_step else (text, 0)
+
+
 def find_folder(mirror: str, kind: str, url: str) -> Path:
     """The folder below `mirror` for copies of a URL, which is not made."""
     url = url.rstrip("/")

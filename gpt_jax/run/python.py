@@ -40,16 +40,18 @@ def load(
     devices: int = 0,
     say: Callable[[str], None] = tell,
     mirror: str = MIRROR,
+    base: str = "",
 ) -> Loaded:
     """The model of a workdir or a folder of checkpoints, for evaluation and generation.
 
-    `path` may be a URL, of which a copy is made below the folder `mirror`.
+    `path` may be a URL, of which a copy is made below the folder `mirror`. `base` is where the
+    weights beneath adapters are now, if they have moved.
 
     `step` 0 is the newest valid checkpoint, and `devices` 0 means all. The arrays `params` lie on
     `mesh`, so use them inside `jax.set_mesh(loaded.mesh)`. Raises UsageError if there is no such
     checkpoint, and NoCheckpoint if it is damaged.
     """
-    return load_model(path, step, say, devices, is_decoding=True, mirror=mirror)
+    return load_model(path, step, say, devices, is_decoding=True, mirror=mirror, base=base)
 
 
 def generate(

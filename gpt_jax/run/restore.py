@@ -13,7 +13,7 @@ from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.hardware import check_miscompiles
 from gpt_jax.interop import is_foreign, load_params, open_foreign
 from gpt_jax.model import abstract_params
-from gpt_jax.run.adapters import restore_merged
+from gpt_jax.run.adapters import choose_base, restore_merged
 from gpt_jax.run.agreement import choose_run_kernel
 from gpt_jax.run.convert import check_vocabulary, make_config
 from gpt_jax.run.fetch import MIRROR, find_checkpoint
@@ -27,7 +27,7 @@ from gpt_jax.run.meta import (
     read_tokenizer,
 )
 from gpt_jax.run.notes import describe_habits, format_count
-from gpt_jax.run.source import find_source
+from gpt_jax.run.source import open_source
 from gpt_jax.train import MANIFEST, read_meta, resolve_checkpoint, restore_checkpoint
 
 
@@ -61,6 +61,7 @@ def load_model(
     ignore_miscompiles: bool = False,
     is_decoding: bool = False,
     mirror: str = MIRROR,
+    base: str = "",
 ) -> Loaded:
     """The newest valid checkpoint at `path`, or its `step`, on devices of this job.
 
@@ -68,7 +69,9 @@ def load_model(
     `mirror`, see `find_checkpoint`.
 
     `devices` is their number, where 0 means all. `is_decoding` lays the weights out for drawing
-    tokens, see `pick_mesh`. Averaged weights are taken if the run kept them.
+    tokens, see `pick_mesh`. Averaged weights are taken if the run kept them. `base` is where the
+    weights beneath adapters are now, if they have moved.
+
     Raises UsageError for a path or step that does not exist, and NoCheckpoint for damage. Raises
     Miscompiled if the compiler is known to give wrong results, unless `ignore_miscompiles`.
     """
@@ -77,18 +80,19 @@ def load_model(
     if is_foreign(path):
         if step:
             raise UsageError(f"--step={step}: {path} has no steps; leave it out")
+        choose_base({}, base, path)
         return _load_foreign(path, say, devices, is_decoding)
 
     if is_remote(path):
         directory, number = find_checkpoint(path, step, say, mirror)
-        return _load(directory, number, say, devices, is_decoding)
+        return _load(directory, number, say, devices, is_decoding, base)
 
     # Several processes would have to agree on another attempt in the middle of a collective read.
     attempts = 1 if step or jax.process_count() > 1 else ATTEMPTS
     for _ in range(attempts - 1):
         directory, newest = resolve_checkpoint(path, step, say, META_SCHEMA)
         try:
-            return _load(directory, newest, say, devices, is_decoding)
+            return _load(directory, newest, say, devices, is_decoding, base)
         except (NoCheckpoint, UsageError):
             if (directory / str(newest) / MANIFEST).exists():
                 raise
@@ -96,10 +100,13 @@ def load_model(
             f"step {newest} of {directory} was deleted by its run meanwhile; "
             "taking the newest again"
         )
-    return _load(*resolve_checkpoint(path, step, say, META_SCHEMA), say, devices, is_decoding)
+    directory, number = resolve_checkpoint(path, step, say, META_SCHEMA)
+    return _load(directory, number, say, devices, is_decoding, base)
 
 
-def load_step(directory: Path, step: int, say: Callable[[str], None]) -> Loaded | None:
+def load_step(
+    directory: Path, step: int, say: Callable[[str], None], base: str = ""
+) -> Loaded | None:
     """One step of a folder of checkpoints, verified, on all devices of this job.
 
     Weights alone are read, as in `load_model`. It gives None if the run has deleted the step. On
@@ -119,7 +126,7 @@ def load_step(directory: Path, step: int, say: Callable[[str], None]) -> Loaded 
             return None
         raise
     try:
-        return _load(directory, step, say, 0, False)
+        return _load(directory, step, say, 0, False, base)
     except (NoCheckpoint, UsageError):
         if jax.process_count() == 1 and is_deleted():
             return None
@@ -127,7 +134,12 @@ def load_step(directory: Path, step: int, say: Callable[[str], None]) -> Loaded 
 
 
 def _load(
-    directory: Path, step: int, say: Callable[[str], None], devices: int, is_decoding: bool
+    directory: Path,
+    step: int,
+    say: Callable[[str], None],
+    devices: int,
+    is_decoding: bool,
+    base: str,
 ) -> Loaded:
     """Reads one step. Raises UsageError and NoCheckpoint."""
     meta = read_meta(directory, step, META_SCHEMA)
@@ -140,8 +152,10 @@ def _load(
     item = "ema" if config.train.ema else "params"
     with jax.set_mesh(mesh):
         abstract = sharding.make_concrete(abstract_params(settled.model), mesh)
-        if config.lora.rank:
-            params = restore_merged(find_source, meta, config.lora, directory, item, abstract, say)
+        beneath = choose_base(meta, base, f"step {step} of {directory}")
+        if beneath is not None:
+            about = beneath, config.lora, directory, step
+            params = restore_merged(open_source, *about, item, abstract, say)
             # From here on it is a model like any other.
             settled = replace(settled, lora=configs.Lora())
         else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from gpt_jax.run.adapters import make_base_entry, restore_base
 from gpt_jax.run.convert import read_carried
 from gpt_jax.run.meta import META_SCHEMA, read_config, read_past_sizes
 from gpt_jax.run.parts import Parts
-from gpt_jax.run.source import check_source, find_source, keep_carried
+from gpt_jax.run.source import check_source, find_source, keep_carried, open_source
 from gpt_jax.run.warm_start import load_weights, start_from
 from gpt_jax.train import BASE, TrainState, make_schedule, read_meta, restore_checkpoint
 
@@ -39,6 +40,8 @@ def check_resume(
     allowed = []
     blocked = []
     for key, old, new, effect in changes:
+        if key == "init.from" and old_config.lora.rank:
+            effect = "the weights beneath the adapters are read there"
         line = f"config.{key} changed since the checkpoint: {old!r} -> {new!r}"
         if effect is None:
             say(f"{line} (not possible)")
@@ -211,11 +214,16 @@ def start_state(parts: Parts, checkpoints, say) -> Start:
     past = read_past_sizes(meta, config, directory)
 
     changed = check_resume(parts, meta, config, past, directory.parent, say)
-    base = meta.get("base")
+    base = None
     frozen = None
     if parts.base is not None:
         name = f"step {step} of {directory}"
-        frozen = {BASE: restore_base(find_source, meta["base"], name, parts.base, say)}
+        open_base = partial(open_source, mirror=parts.config.checkpoint.mirror)
+        beneath = meta["base"]
+        if parts.config.init.from_ != config.init.from_:
+            beneath = beneath | {"from": parts.config.init.from_}
+        weights, base = restore_base(open_base, beneath, name, parts.base, say)
+        frozen = {BASE: weights}
     loaded = restore_checkpoint(directory, step, state_items(parts.abstract))
     say(f"resumed from step {step} of {directory}")
     state = loaded["train"]._replace(params=loaded["params"], ema=loaded.get("ema", {}))

@@ -21,7 +21,7 @@ from gpt_jax.interop import (
 )
 from gpt_jax.run.adapters import restore_merged
 from gpt_jax.run.convert import make_config, read_carried
-from gpt_jax.run.fetch import MIRROR, find_checkpoint, peek_checkpoint
+from gpt_jax.run.fetch import MIRROR, find_checkpoint, peek_checkpoint, split_step
 from gpt_jax.run.lineage import digest_files, make_foreign_entry, make_run_entry
 from gpt_jax.run.meta import META_SCHEMA, read_config, read_tokenizer
 from gpt_jax.train import (
@@ -87,7 +87,9 @@ def make_source(directory: Path, step: int, meta: dict, path: str = "") -> Sourc
         if not config.lora.rank:
             return restore_checkpoint(directory, step, trees)
         return {
-            item: restore_merged(find_source, meta, config.lora, directory, item, like, silence)
+            item: restore_merged(
+                open_source, meta["base"], config.lora, directory, step, item, like, silence
+            )
             for item, like in trees.items()
         }
 
@@ -121,16 +123,6 @@ def make_foreign_source(path: str) -> Source:
         has_moments=False,
         carried=origin.carried,
     )
-
-
-def split_step(text: str) -> tuple[str, int]:
-    """ "runs/a@300" -> ("runs/a", 300). Without a step it is 0, which is the newest.
-
-    A text that is a path as a whole has no step.
-    """
-    path, at, step = text.rpartition("@")
-    has_step = at and step.isdecimal() and not Path(text).exists()
-    return (path, int(step)) if has_step else (text, 0)
 
 
 def read_start_tokenizer(config: configs.Config, workdir: Path | None = None) -> Tokenizer | None:
@@ -192,12 +184,20 @@ def find_source(init: configs.Init, say, mirror: str = MIRROR) -> Source:
     exist, and NoCheckpoint for damage.
     """
     with naming_field(init):
-        path, step = split_step(init.from_)
-        if is_foreign(path):
-            return make_foreign_source(path)
-        directory, number = find_checkpoint(path, step, say, mirror, init.optimizer)
-        meta = read_meta(directory, number, META_SCHEMA)
-        return make_source(directory, number, meta, path if is_remote(path) else "")
+        return open_source(init.from_, say, mirror, init.optimizer)
+
+
+def open_source(place: str, say, mirror: str = MIRROR, has_moments: bool = False) -> Source:
+    """The weights at a place as config.init.from writes it. It raises what `find_source` does.
+
+    Of a URL, moments are copied only with `has_moments`.
+    """
+    path, step = split_step(place)
+    if is_foreign(path):
+        return make_foreign_source(path)
+    directory, number = find_checkpoint(path, step, say, mirror, has_moments)
+    meta = read_meta(directory, number, META_SCHEMA)
+    return make_source(directory, number, meta, path if is_remote(path) else "")
 
 
 def peek_config(path: str | Path, step: int, mirror: str = MIRROR) -> configs.Config:

@@ -62,8 +62,8 @@ def load_weights(parts: Parts, source: Source, say) -> Weights:
     trees = {item: abstract}
     if grown and parts.base is not None:
         raise UsageError(
-            f"config.lora.rank = {parts.config.lora.rank}: {', '.join(grown)} are longer in this "
-            "run, and what is new could not be learned; use the tokenizer of config.init.from, or "
+            f"config.lora.rank = {parts.config.lora.rank}: {', '.join(grown)} would grow, and "
+            "the new rows could not be learned; use the tokenizer of config.init.from, or "
             "set 0"
         )
     if init.optimizer:

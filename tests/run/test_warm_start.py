@@ -10,8 +10,9 @@ import runs
 
 from gpt_jax.errors import NoCheckpoint, UsageError
 from gpt_jax.run import parts as run_parts
+from gpt_jax.run.fetch import split_step
 from gpt_jax.run.meta import read_config
-from gpt_jax.run.source import find_source, split_step
+from gpt_jax.run.source import find_source
 from gpt_jax.train import read_meta, resolve_checkpoint
 
 LONG = ("--config.train.seq_len=64", "--config.model.max_seq=64")

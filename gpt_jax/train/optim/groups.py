@@ -108,11 +108,17 @@ def _patterns(optim: config.Optim) -> list[re.Pattern]:
     return compiled
 
 
-def _check_groups(optim: config.Optim, patterns, leaves, index, describe: Describe) -> None:
-    """Raises UsageError for a group without parameters, or a Muon group with a non-matrix."""
+def _check_groups(
+    optim: config.Optim, patterns, leaves, index, describe: Describe, frozen: Collection[str]
+) -> None:
+    """Raises UsageError for a group without parameters, or a Muon group with a non-matrix.
+
+    A group may have `frozen` parameters alone.
+    """
     for i, group in enumerate(optim.groups):
         field = f"config.optim.groups[{i}].match = {group.match!r}"
-        if i not in index.values() and not group.optional:
+        has_frozen = any(map(patterns[i].search, frozen))
+        if i not in index.values() and not group.optional and not has_frozen:
             earlier = [index[path] for path in leaves if patterns[i].search(path)]
             if earlier:
                 raise UsageError(
@@ -166,7 +172,7 @@ def assign(
         return default if is_matrix else default + 1
 
     index = {path: index_of(path, leaf) for path, leaf in leaves.items()}
-    _check_groups(optim, patterns, leaves, index, describe)
+    _check_groups(optim, patterns, leaves, index, describe, frozen)
     return index
 
 
