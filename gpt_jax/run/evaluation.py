@@ -49,13 +49,14 @@ def averaged_params(progress: Progress, state: TrainState):
     return state.ema if progress.config.train.ema else state.params
 
 
-# The evaluators that ask the model themselves, and not through the steps of the run.
-READERS = ("samples", "questions")
+# The evaluators that need no weights of their own: they go through the steps of the run, or read
+# the text alone. Any other one asks the model itself.
+WITHOUT_WEIGHTS = ("heldout", "xz")
 
 
 def find_weights(progress: Progress, params):
     """The whole weights for the evaluators, which are merged only if one of them wants them."""
-    if set(READERS).isdisjoint(progress.config.eval.evaluators):
+    if set(progress.config.eval.evaluators) <= set(WITHOUT_WEIGHTS):
         return params
     return progress.parts.merge(params, progress.parts.frozen)
 
