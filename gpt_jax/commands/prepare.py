@@ -264,7 +264,11 @@ def taking_run_tokenizer(settings) -> Iterator[Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         copy_tokenizer(workdir, Path(folder))
-        yield replace(settings, tokenizer=f"{folder}{settings.tokenizer.removeprefix(base)}")
+        try:
+            yield replace(settings, tokenizer=f"{folder}{settings.tokenizer.removeprefix(base)}")
+        except UsageError as error:
+            # A user knows the workdir, and not the copy.
+            raise UsageError(str(error).replace(folder, base)) from None
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -93,6 +93,7 @@ def test_rows_that_cannot_be_learned(row, task, options, words):
         ("classify", (("labels", '{"0": 0}'),), "expected a JSON object of texts"),
         ("classify", (("labels", '{"0": "a", "0": "b", "1": "c"}'),), "'0' stands there twice"),
         ("classify", (LABELS, ("prompt", "x")), "holds no column"),
+        ("classify", (LABELS, ("prompt", "{text} {label}")), "holds the column of the label"),
         ("classify", (LABELS, ("labal", "y")), "labal: is no option of this task; choose one of"),
         ("classify", (LABELS, LABELS), "labels: is given twice"),
         ("translate", (("direction", "both"),), "direction=both: choose one of forward, backward"),
