@@ -230,10 +230,9 @@ def run(args: argparse.Namespace) -> None:
             display.say(f"source {name} is given {len(paths)} times and joins {', '.join(paths)}")
 
     interrupt_once()
-    holding = contextlib.ExitStack()
     try:
-        settings = holding.enter_context(taking_run_tokenizer(settings))
-        prepare_corpus(inputs, folder, settings, engine, display.say, display.show)
+        with taking_run_tokenizer(settings) as own:
+            prepare_corpus(inputs, folder, own, engine, display.say, display.show)
         display.close()
         emit("\n".join(map(escape, summarize_corpus(folder))))
     except KeyboardInterrupt:
@@ -243,7 +242,6 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     finally:
         display.close()
-        holding.close()
 
 
 @contextlib.contextmanager
