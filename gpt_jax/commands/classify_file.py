@@ -104,14 +104,16 @@ def begin_output(out: Path, about: dict[str, Any], header: str) -> int:
     if out.exists() and not state.exists():
         raise UsageError(f"--out={out}: is there already; remove it, or name another file")
     if out.exists():
-        if state.read_bytes() != json.dumps(about).encode():
+        done = keep_whole_lines(out) - bool(header)
+        is_same = state.read_bytes() == json.dumps(about).encode()
+        if done > 0 and not is_same:
             raise UsageError(
                 f"--out={out}: was begun with another checkpoint, file or options; give the same "
                 "ones, or remove it"
             )
-        lines = keep_whole_lines(out)
-        if lines >= bool(header):
-            return lines - bool(header)
+        # A call that failed before its first row may be mended: it left nothing to lose.
+        if done >= 0 and is_same:
+            return done
     replace_file(state, json.dumps(about).encode())
     out.write_text(header, encoding="utf-8")
     return 0
@@ -153,17 +155,18 @@ def classify_file(args: argparse.Namespace, loaded, given, say: Say) -> None:
 
     tally = Tally()
     documents = read_documents([whole_piece(source)], reading, tally)
-    try:
-        if args.out:
+    if args.out:
+        # Without --out it is standard output that fails, and `emit` tells of that.
+        try:
             write_rows(args, loaded, options, documents, say)
-        else:
-            for row in label_documents(loaded, options, documents, bool(args.label), say):
-                emit(write_json(row))
-    except OSError as error:
-        raise UsageError(
-            f"--out={args.out}: {describe_error(error)}; what is written stays: the same command "
-            "goes on from there"
-        ) from None
+        except OSError as error:
+            raise UsageError(
+                f"--out={args.out}: {describe_error(error)}; what is written stays: the same "
+                "command goes on from there"
+            ) from None
+    else:
+        for row in label_documents(loaded, options, documents, bool(args.label), say):
+            emit(write_json(row))
     for line in tally.notes(reading):
         say(line)
     if args.label:

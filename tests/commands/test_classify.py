@@ -9,7 +9,7 @@ import runs
 from prepared import documents, prepare
 
 import gpt_jax
-from gpt_jax.commands import classify_file
+from gpt_jax.commands import classify, classify_file
 from gpt_jax.data.tokens import corpus
 from gpt_jax.errors import UsageError
 from gpt_jax.metrics.writers import read_jsonl
@@ -173,6 +173,34 @@ def test_an_interrupted_file_is_continued(call, folder, tuned, heldout, suffix, 
     assert code == 2 and "is there already; remove it" in line
 
 
+def test_adapters_are_measured_as_the_command_applies_them(call, folder, base, tuned, heldout):
+    flags = list_flags(folder / "lora", base, "classify", folder / "data")
+    call(*flags, "--config.lora.rank=2", "--config.train.steps=20")
+    last = {}
+    for row in read_jsonl(folder / "lora" / "metrics.jsonl"):
+        last |= row
+    given = f"--checkpoint={folder / 'lora'}", f"--file={heldout}", f"--out={folder / 'lora.csv'}"
+    out, _ = call("classify", *given, "--label=label", "--json")
+    assert json.loads(out)["ece"] == pytest.approx(last["eval/classification/ece"], abs=1e-5)
+
+
+def test_a_mended_call_writes_the_file_that_a_failed_one_began(call, folder, tuned, heldout):
+    given = f"--checkpoint={tuned}", f"--file={heldout}", f"--out={folder / 'mended.csv'}"
+    code, line = runs.refusal("classify", *given, "--label=lable")
+    assert code == 2 and "lable" in line
+    call("classify", *given, "--label=label")
+    assert len((folder / "mended.csv").read_text().splitlines()) > 10
+
+
+def test_a_reader_that_leaves_is_no_mistake(folder, tuned, heldout, monkeypatch):
+    def leave(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(classify_file, "emit", leave)
+    with pytest.raises(BrokenPipeError):
+        classify.main([f"--checkpoint={tuned}", f"--file={heldout}"])
+
+
 def test_a_table_without_labels_is_printed(call, folder, tuned):
     path = folder / "new.csv"
     path.write_text("more,text\nx,fine warm\n\ny,dull\n")
@@ -206,6 +234,7 @@ def test_a_checkpoint_without_labels_names_the_flags(call, base):
         (("--file=/", "--out=b.txt"), "--out=b.txt: expected a name that ends in .jsonl or .csv"),
         (("--file=/", "--on_error=no"), "--on_error=no: choose one of stop, skip"),
         (("--text=a", "--task_options", "labels"), "--task_options labels: expected NAME=VALUE"),
+        (("--text=a", "--task_options", "label="), "--task_options label=: has no value"),
     ],
 )
 def test_flags_that_do_not_go_together(given, words):
@@ -239,6 +268,13 @@ def test_a_corpus_takes_the_tokenizer_of_a_run(folder, tuned, call):
     )
     assert made[2].fingerprint == made[3].fingerprint != made[0].fingerprint
     assert str(folder) not in (folder / "few0/corpus.json").read_text()
+
+
+def test_a_tokenizer_that_lacks_tokens_is_named_by_its_run(folder, tuned):
+    row = {"turns": ["hi", "hello"]}
+    given = f"--input={write_rows(folder / 'turns.jsonl', [row])}", f"--output={folder / 'no'}"
+    code, line = runs.refusal("prepare", *given, "--task=chat", f"--tokenizer={tuned}")
+    assert code == 2 and f"give --tokenizer={tuned}+chat" in line
 
 
 def test_labels_are_asked_of_data_that_has_them(folder, base):

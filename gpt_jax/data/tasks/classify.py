@@ -37,6 +37,11 @@ class Classify:
             raise ValueError(
                 f"prompt={self.prompt!r}: holds no column; write its name in braces, as in {{text}}"
             )
+        if self.label in self.inputs:
+            raise ValueError(
+                f"prompt={self.prompt!r}: holds the column of the label, {self.label!r}, which "
+                "tells the answer; leave it out"
+            )
 
     @property
     def inputs(self) -> tuple[str, ...]:

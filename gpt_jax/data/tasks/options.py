@@ -34,13 +34,14 @@ def parse_options(kind: type, given: Iterable[tuple[str, str]], **more: Any) -> 
 def parse_pairs(name: str, text: str) -> Pairs:
     """Pairs of a JSON object of texts. A list of texts pairs each with itself."""
     try:
-        value = json.loads(text)
+        # Objects stay tuples of pairs. A dict would drop a name that stands twice.
+        value = json.loads(text, object_pairs_hook=tuple)
     except ValueError as error:
         raise ValueError(f"{name}={text}: is no JSON ({error})") from None
     if isinstance(value, list):
         pairs = [(entry, entry) for entry in value]
-    elif isinstance(value, dict):
-        pairs = list(value.items())
+    elif isinstance(value, tuple):
+        pairs = list(value)
     else:
         pairs = []
     if not pairs or not all(isinstance(part, str) and part for pair in pairs for part in pair):
@@ -48,6 +49,10 @@ def parse_pairs(name: str, text: str) -> Pairs:
             f'{name}={text}: expected a JSON object of texts, such as {{"0": " no", "1": " yes"}}, '
             "or a list of them"
         )
+    names = [first for first, _ in pairs]
+    twice = [first for first in names if names.count(first) > 1]
+    if twice:
+        raise ValueError(f"{name}={text}: {twice[0]!r} stands there twice; leave one out")
     return tuple(pairs)
 
 
