@@ -1,6 +1,7 @@
 """A card: each check holds on a tiny row, and each fails when what it looks at is broken."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from gpt_jax.card import (
     training,
 )
 from gpt_jax.card.finding import FAIL, NOT_CHECKED, PASS, CannotCheckError, Result
+from gpt_jax.card.reference import Reference
 from gpt_jax.commands.config_file import load_config
 from gpt_jax.errors import UsageError
 
@@ -171,6 +173,52 @@ def test_the_extras_compare_with_others(made, monkeypatch, tmp_path):
         if find(made[1], finding.name).verdict == NOT_CHECKED:
             wanted = NOT_CHECKED
         assert finding.verdict == wanted, finding
+
+
+def answer(subject, add: float) -> dict:
+    """The samples of the harness as its log has them, with `add` on every log-probability."""
+    model, compute = inference.prepare(subject)
+    tokenizer = subject.parts.data.tokenizer
+    params = inference.load_weights(subject)
+    samples = []
+    for question in inference.QUESTIONS:
+        texts = [(question["q"], choice) for choice in question["choices"]]
+        requests = inference.encode_pairs(tokenizer, texts)
+        with jax.set_mesh(subject.parts.mesh):
+            scores = inference.score_requests(model, compute, params, requests, print)
+        resps = [[(score.total + add, score.is_greedy)] for score in scores]
+        samples.append({"arguments": texts, "resps": resps})
+    return {"samples": {inference.TASK: samples}}
+
+
+@pytest.mark.parametrize("add, verdict", [(0.0, PASS), (0.1, FAIL), (math.nan, FAIL)])
+def test_answers_of_the_harness_are_compared(made, monkeypatch, tmp_path, add, verdict):
+    """Its package need not be installed."""
+    subject = move(made[0], tmp_path)
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setattr(inference, "run_tasks", lambda *given: answer(subject, add))
+    [finding] = make_card(subject, "2026-01-02", ["harness"]).findings
+    assert finding.verdict == verdict, finding
+
+
+@pytest.mark.parametrize("change, verdict", [(1.0, PASS), (1.01, FAIL), (math.nan, FAIL)])
+def test_the_gradients_of_a_reference_are_compared(made, monkeypatch, tmp_path, change, verdict):
+    """One that computes as we do stands in for transformers. Its last gradient is changed."""
+    subject = move(made[0], tmp_path)
+
+    def compute_reference(directory, ids, target):
+        origin = interop.open_foreign(directory, tokenizer="bytes")
+        params = foreign.read_params(origin)
+        logits, grads = foreign.compute_ours(subject, origin.model, params, ids)
+        last = list(grads)[-1]
+        grads = grads | {last: grads[last] * change}
+        changed = origin._replace(read=lambda path, index: grads[path][index])
+        interop.write_directory(changed, target, meet_nonfinite=print)
+        return Reference("stand-in", "0", logits, target)
+
+    monkeypatch.setattr(foreign, "compute_reference", compute_reference)
+    [finding] = make_card(subject, "2026-01-02", ["reference"]).findings
+    assert finding.verdict == verdict, finding
 
 
 @pytest.mark.parametrize("name", EXTRAS)
