@@ -230,10 +230,9 @@ def run(args: argparse.Namespace) -> None:
             display.say(f"source {name} is given {len(paths)} times and joins {', '.join(paths)}")
 
     interrupt_once()
-    holding = contextlib.ExitStack()
     try:
-        settings = holding.enter_context(taking_run_tokenizer(settings))
-        prepare_corpus(inputs, folder, settings, engine, display.say, display.show)
+        with taking_run_tokenizer(settings) as taken:
+            prepare_corpus(inputs, folder, taken, engine, display.say, display.show)
         display.close()
         emit("\n".join(map(escape, summarize_corpus(folder))))
     except KeyboardInterrupt:
@@ -243,7 +242,6 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     finally:
         display.close()
-        holding.close()
 
 
 @contextlib.contextmanager
@@ -264,7 +262,11 @@ def taking_run_tokenizer(settings) -> Iterator[Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         copy_tokenizer(workdir, Path(folder))
-        yield replace(settings, tokenizer=f"{folder}{settings.tokenizer.removeprefix(base)}")
+        try:
+            yield replace(settings, tokenizer=f"{folder}{settings.tokenizer.removeprefix(base)}")
+        except UsageError as error:
+            # Users know the workdir, and not the copy.
+            raise type(error)(*(text.replace(folder, base) for text in error.args)) from None
 
 
 def check_flags(args: argparse.Namespace) -> None:

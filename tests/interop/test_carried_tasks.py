@@ -5,7 +5,7 @@ import json
 import pytest
 from drawn_models import LLAMA, make_origin
 from framed_tokenizers import save_tokenizer
-from prepared import prepare
+from prepared import prepare, refused
 
 from gpt_jax.data import TaskNote
 from gpt_jax.data.tokens import corpus
@@ -34,6 +34,16 @@ def test_tasks_of_an_average(tmp_path, tasks, kept):
     assert open_model(str(tmp_path / "mean"), 0, print).tasks == kept
 
 
+def test_a_refusal_names_the_workdir(tmp_path):
+    """It does not name the copy of its tokenizer."""
+    write_native(make_origin(), tmp_path / "native", print)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": []}\n')
+    given = f"--input={rows}", f"--output={tmp_path / 'out'}", "--task=chat"
+    words = f"give --tokenizer={tmp_path / 'native'}+chat"
+    refused(2, (words,), *given, f"--tokenizer={tmp_path / 'native'}")
+
+
 def test_the_chat_template_of_a_converted_model(tmp_path):
     """`prepare` takes it from the workdir, and it goes back to Hugging Face unchanged."""
     spec = save_tokenizer(tmp_path, "<s> $A")
@@ -53,6 +63,8 @@ def test_the_chat_template_of_a_converted_model(tmp_path):
     rows.write_text(json.dumps({"messages": turns}) + "\n")
     given = f"--input={rows}", "--task=chat", f"--tokenizer={tmp_path / 'native'}"
     out = prepare(tmp_path / "out", *given)
+    before = (out / "corpus.json").read_bytes()
+    assert (prepare(out, *given) / "corpus.json").read_bytes() == before
     options = corpus.read_manifest(out)["settings"]["task_options"]
     assert options["template"] == form
     assert json.loads(options["tokens"]) == {"bos_token": "<s>", "eos_token": "</s>"}
