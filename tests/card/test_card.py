@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import runs
 
@@ -191,7 +192,9 @@ def answer(subject, add: float) -> dict:
     return {"samples": {inference.TASK: samples}}
 
 
-@pytest.mark.parametrize("add, verdict", [(0.0, PASS), (0.1, FAIL), (math.nan, FAIL)])
+@pytest.mark.parametrize(
+    "add, verdict", [pytest.param(0.0, PASS, marks=pytest.mark.deep), (0.1, FAIL), (math.nan, FAIL)]
+)
 def test_answers_of_the_harness_are_compared(made, monkeypatch, tmp_path, add, verdict):
     """Its package need not be installed."""
     subject = move(made[0], tmp_path)
@@ -201,7 +204,14 @@ def test_answers_of_the_harness_are_compared(made, monkeypatch, tmp_path, add, v
     assert finding.verdict == verdict, finding
 
 
-@pytest.mark.parametrize("change, verdict", [(1.0, PASS), (1.01, FAIL), (math.nan, FAIL)])
+@pytest.mark.parametrize(
+    "change, verdict",
+    [
+        pytest.param(1.0, PASS, marks=pytest.mark.deep),
+        (1.01, FAIL),
+        pytest.param(math.nan, FAIL, marks=pytest.mark.deep),
+    ],
+)
 def test_the_gradients_of_a_reference_are_compared(made, monkeypatch, tmp_path, change, verdict):
     """One that computes as we do stands in for transformers. Its last gradient is changed."""
     subject = move(made[0], tmp_path)
@@ -246,6 +256,14 @@ def test_an_error_in_a_check_is_its_fail(made, monkeypatch, tmp_path):
     card = make_card(move(made[0], tmp_path), "2026-01-02", ["decodes", "scores"])
     assert [finding.verdict for finding in card.findings] == [PASS, FAIL]
     assert "KeyError" in card.findings[1].figure and "nothing there" in card.findings[1].figure
+
+
+def test_a_gradient_that_is_nan_differs():
+    """Also the last one, which a plain max would pass over."""
+    ours = {"a": np.ones(2), "b": np.ones(2)}
+    assert meshes.compare_gradients(ours, ours) == 0
+    assert meshes.compare_gradients(ours, ours | {"b": ours["b"] * math.nan}) == math.inf
+    assert meshes.compare_gradients(ours | {"b": ours["b"] * math.nan}, ours) == math.inf
 
 
 def test_too_few_devices(made, monkeypatch):
