@@ -5,8 +5,9 @@
     python benchmarks/cards.py --pages           # writes docs/cards.md and docs/cards/ from there
 
 Cards are made one after the other, in this process. Each is kept as soon as it is made, so a second
-process may make others with --only. `cpu_seconds` of a card are those of the processor. Programs are compiled without LLVM's optimiser, because they run for
-milliseconds. Two checks need the extras `eval` and `reference`; without them a card says so.
+process may make others with --only. `cpu_seconds` of a card are those of the processor. Programs
+are compiled without LLVM's optimiser, because they run for milliseconds. Two checks need the extras
+`eval` and `reference`; without them a card says so.
 """
 
 import argparse
@@ -73,8 +74,12 @@ def read_cards() -> dict:
 
 
 def keep_card(name: str, card: dict) -> None:
-    """Writes a card into the file as it is now; another process may have added some meanwhile."""
-    FILE.write_text(json.dumps(read_cards() | {name: card}, indent=1) + "\n")
+    """Adds a card to the file. A lock keeps two processes from losing each other's cards."""
+    from gpt_jax.files import hold_lock, replace_file
+
+    with hold_lock(FILE.with_suffix(".lock")):
+        text = json.dumps(read_cards() | {name: card}, indent=1) + "\n"
+        replace_file(FILE, text.encode())
 
 
 def make_cards(names: list[str]) -> None:

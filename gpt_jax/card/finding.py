@@ -1,5 +1,7 @@
 """What one check has found, and why another could not be made."""
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 PASS = "pass"
@@ -25,3 +27,8 @@ class Finding(NamedTuple):
 
 class CannotCheckError(Exception):
     """A check cannot be made, for a reason that the card shows. It is neither a pass nor a fail."""
+
+
+def find_worst(differences: Iterable[float]) -> float:
+    """The largest difference. NaN counts as infinite, so that it fails."""
+    return max(value if math.isfinite(value) else math.inf for value in differences)

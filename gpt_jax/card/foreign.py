@@ -13,7 +13,7 @@ import numpy as np
 from gpt_jax import config as configs, interop, run, sharding
 from gpt_jax.card.finding import CannotCheckError, Result
 from gpt_jax.card.inference import prepare
-from gpt_jax.card.meshes import FLOOR
+from gpt_jax.card.meshes import compare_gradients
 from gpt_jax.card.reference import compute_reference
 from gpt_jax.card.subject import Subject, find_step, take_ids
 from gpt_jax.errors import UsageError
@@ -127,9 +127,4 @@ def compare(ours, theirs) -> tuple[float, float]:
     logits, grads = ours
     other_logits, other_grads = theirs
     logits_error = float(np.abs(other_logits - logits).max() / np.abs(logits).max())
-    largest = max(float(np.abs(leaf).max()) for leaf in grads.values())
-    errors = []
-    for path, leaf in grads.items():
-        size = max(float(np.abs(leaf).max()), FLOOR * largest)
-        errors.append(float(np.abs(other_grads[path] - leaf).max()) / size)
-    return logits_error, max(errors)
+    return logits_error, compare_gradients(grads, other_grads)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from gpt_jax import config as configs, run, sharding
-from gpt_jax.card.finding import CannotCheckError, Result
+from gpt_jax.card.finding import CannotCheckError, Result, find_worst
 from gpt_jax.card.shrink import ROWS
 from gpt_jax.card.subject import Subject, load_weights, take_batch
 from gpt_jax.model import abstract_params, choose_kernel, make_problem
@@ -147,10 +147,14 @@ def compare(alone: tuple[float, dict], other: tuple[float, dict]) -> float:
     """The largest difference: of the loss as a part of it, and of each gradient's entries."""
     loss, grads = alone
     other_loss, other_grads = other
-    largest = max(float(np.abs(leaf).max()) for leaf in grads.values())
-    errors = [abs(other_loss - loss) / abs(loss)]
-    for path, leaf in grads.items():
+    return find_worst([abs(other_loss - loss) / abs(loss), compare_gradients(grads, other_grads)])
+
+
+def compare_gradients(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """The largest difference, as a part of the largest entry of each of `ours`."""
+    largest = find_worst(float(np.abs(leaf).max()) for leaf in ours.values())
+    errors = []
+    for path, leaf in ours.items():
         size = max(float(np.abs(leaf).max()), FLOOR * largest)
-        errors.append(float(np.abs(other_grads[path] - leaf).max()) / size)
-    # A difference that is NaN must not count as none.
-    return max(error if math.isfinite(error) else math.inf for error in errors)
+        errors.append(float(np.abs(theirs[path] - leaf).max()) / size)
+    return find_worst(errors)

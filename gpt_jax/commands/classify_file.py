@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.commands.evaluate_results import check_place, save
-from gpt_jax.commands.evaluate_tasks import align
+from gpt_jax.commands.evaluate_tasks import align, without_nan
 from gpt_jax.commands.output import emit, write_json
 from gpt_jax.errors import UsageError, escape
 from gpt_jax.files import describe_error, is_there, replace_file
@@ -42,8 +43,13 @@ def check_file_flags(args: argparse.Namespace) -> None:
 # ---- lines of the output ----
 
 
+def format_row(row: dict[str, Any]) -> str:
+    """A row as JSON, which has no NaN: a probability that is none becomes null."""
+    return write_json(row | {"probabilities": without_nan(row["probabilities"])})
+
+
 def write_json_line(row: dict[str, Any]) -> str:
-    return write_json(row) + "\n"
+    return format_row(row) + "\n"
 
 
 def write_csv_line(row: dict[str, Any]) -> str:
@@ -72,7 +78,8 @@ WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
 def read_jsonl(path: Path, names: Sequence[str]) -> Iterator[tuple[str, str, float]]:
     with open(path, encoding="utf-8") as file:
         for row in map(json.loads, file):
-            yield row["gold"], row["label"], row["probabilities"][row["label"]]
+            share = row["probabilities"][row["label"]]
+            yield row["gold"], row["label"], math.nan if share is None else share
 
 
 def read_csv(path: Path, names: Sequence[str]) -> Iterator[tuple[str, str, float]]:
@@ -159,6 +166,7 @@ def classify_file(args: argparse.Namespace, loaded, given, say: Say) -> None:
         # Without --out it is standard output that fails, and `emit` tells of that.
         try:
             write_rows(args, loaded, options, documents, say)
+<<<<<<< HEAD
         except OSError as error:
             raise UsageError(
                 f"--out={args.out}: {describe_error(error)}; what is written stays: the same "
@@ -167,6 +175,16 @@ def classify_file(args: argparse.Namespace, loaded, given, say: Say) -> None:
     else:
         for row in label_documents(loaded, options, documents, bool(args.label), say):
             emit(write_json(row))
+=======
+        else:
+            for row in label_documents(loaded, options, documents, bool(args.label), say):
+                emit(format_row(row))
+    except OSError as error:
+        raise UsageError(
+            f"--out={args.out}: {describe_error(error)}; what is written stays: the same command "
+            "goes on from there"
+        ) from None
+>>>>>>> review-data
     for line in tally.notes(reading):
         say(line)
     if args.label:

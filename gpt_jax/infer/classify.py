@@ -59,11 +59,12 @@ def classify_prompts(
 ) -> list[Classified]:
     """The label of each prompt, which is a text.
 
-    A prompt is tokenized apart from its label, as in training. Other arguments, and what it raises,
-    are those of `score_requests`.
+    A prompt is tokenized apart from its label, as in training, and comes after the tokenizer's
+    `begin`, if it has one. Other arguments, and what it raises, are those of `score_requests`.
     """
     labels = encode_labels(tokenizer, options)
-    ids = tokenizer.encode_batch(prompts)
+    before = [] if tokenizer.begin is None else [tokenizer.begin]
+    ids = [np.append(before, own).astype(np.int32) for own in tokenizer.encode_batch(prompts)]
     shares = score_labels(model, compute, params, ids, labels, report)
     return [
         Classified(

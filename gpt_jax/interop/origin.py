@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt_jax import config as configs
-from gpt_jax.data import Tokenizer
+from gpt_jax.data import TaskNote, Tokenizer
 from gpt_jax.interop.weights import Slices
 
 
@@ -27,6 +27,7 @@ class Origin(NamedTuple):
     `read(path, index)` makes the part `index` of the parameter at `path`, in float32. `carried` are
     files that go with the model byte for byte, by name. `tokenizer` is None where there is none.
     `files` are those that it was read from, and `lineage()` are the places that it came through.
+    `tasks` are those of the text that it was trained on, as a checkpoint notes them.
     `name_slice(path, place)` is what people call the entry `place` of a parameter: layer, expert.
     """
 
@@ -40,4 +41,5 @@ class Origin(NamedTuple):
     facts: Mapping[str, str | int] = MappingProxyType({})  # more of it for people
     files: tuple[Path, ...] = ()
     lineage: Callable[[], list[dict[str, Any]]] = list
+    tasks: tuple[TaskNote, ...] = ()
     name_slice: Callable[[str, tuple[int, ...]], str] = name_entry

@@ -35,7 +35,7 @@ from gpt_jax.run.adapters import (
 )
 from gpt_jax.run.fetch import MIRROR, find_checkpoint, split_step
 from gpt_jax.run.lineage import digest_files, make_foreign_entry, make_run_entry
-from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tokenizer
+from gpt_jax.run.meta import META_SCHEMA, count_tokens, read_config, read_tasks, read_tokenizer
 from gpt_jax.train import (
     CHECKPOINT_FOLDER,
     MANIFEST,
@@ -151,6 +151,7 @@ def open_step(
             *meta.get("lineage", []),
             make_run_entry(meta, config, directory, number, path),
         ],
+        tasks=read_tasks(meta),
     )
 
 
@@ -262,9 +263,11 @@ def average(origins: Sequence[Origin], weights: Sequence[float]) -> Origin:
         return total.astype(np.float32)
 
     names = ", ".join(origin.name for origin in origins)
+    tasks = [note for origin in origins for note in origin.tasks]
     return first._replace(
         name=f"the mean of {names}",
         read=read,
+        tasks=tuple(dict.fromkeys(tasks)),
         lineage=lambda: [entry for origin in origins for entry in origin.lineage()],
     )
 
@@ -335,6 +338,8 @@ def write_native(
         "data": {"next": 0, "content": ""},
         "lineage": origin.lineage(),
     }
+    if origin.tasks:
+        meta["tasks"] = [note.to_json() for note in origin.tasks]
     write_slices(
         directory,
         FIRST_STEP,

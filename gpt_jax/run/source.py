@@ -158,7 +158,8 @@ def copy_tokenizer(workdir: Path, folder: Path) -> None:
 
     The checkpoint's files are not verified. Raises UsageError if there is none.
     """
-    meta, directory = peek_checkpoint(workdir, 0)
+    directory = workdir / CHECKPOINT_FOLDER
+    meta, _ = peek_checkpoint(directory, 0)
     tokenizer = read_tokenizer(meta, directory, meta["step"])
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     carried = read_carried(directory / str(meta["step"]))

@@ -1,11 +1,13 @@
 """A card: each check holds on a tiny row, and each fails when what it looks at is broken."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import runs
 
@@ -24,6 +26,7 @@ from gpt_jax.card import (
     training,
 )
 from gpt_jax.card.finding import FAIL, NOT_CHECKED, PASS, CannotCheckError, Result
+from gpt_jax.card.reference import Reference
 from gpt_jax.commands.config_file import load_config
 from gpt_jax.errors import UsageError
 
@@ -173,6 +176,61 @@ def test_the_extras_compare_with_others(made, monkeypatch, tmp_path):
         assert finding.verdict == wanted, finding
 
 
+def answer(subject, add: float) -> dict:
+    """The samples of the harness as its log has them, with `add` on every log-probability."""
+    model, compute = inference.prepare(subject)
+    tokenizer = subject.parts.data.tokenizer
+    params = inference.load_weights(subject)
+    samples = []
+    for question in inference.QUESTIONS:
+        texts = [(question["q"], choice) for choice in question["choices"]]
+        requests = inference.encode_pairs(tokenizer, texts)
+        with jax.set_mesh(subject.parts.mesh):
+            scores = inference.score_requests(model, compute, params, requests, print)
+        resps = [[(score.total + add, score.is_greedy)] for score in scores]
+        samples.append({"arguments": texts, "resps": resps})
+    return {"samples": {inference.TASK: samples}}
+
+
+@pytest.mark.parametrize(
+    "add, verdict", [pytest.param(0.0, PASS, marks=pytest.mark.deep), (0.1, FAIL), (math.nan, FAIL)]
+)
+def test_answers_of_the_harness_are_compared(made, monkeypatch, tmp_path, add, verdict):
+    """Its package need not be installed."""
+    subject = move(made[0], tmp_path)
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setattr(inference, "run_tasks", lambda *given: answer(subject, add))
+    [finding] = make_card(subject, "2026-01-02", ["harness"]).findings
+    assert finding.verdict == verdict, finding
+
+
+@pytest.mark.parametrize(
+    "change, verdict",
+    [
+        pytest.param(1.0, PASS, marks=pytest.mark.deep),
+        (1.01, FAIL),
+        pytest.param(math.nan, FAIL, marks=pytest.mark.deep),
+    ],
+)
+def test_the_gradients_of_a_reference_are_compared(made, monkeypatch, tmp_path, change, verdict):
+    """One that computes as we do stands in for transformers. Its last gradient is changed."""
+    subject = move(made[0], tmp_path)
+
+    def compute_reference(directory, ids, target):
+        origin = interop.open_foreign(directory, tokenizer="bytes")
+        params = foreign.read_params(origin)
+        logits, grads = foreign.compute_ours(subject, origin.model, params, ids)
+        last = list(grads)[-1]
+        grads = grads | {last: grads[last] * change}
+        changed = origin._replace(read=lambda path, index: grads[path][index])
+        interop.write_directory(changed, target, meet_nonfinite=print)
+        return Reference("stand-in", "0", logits, target)
+
+    monkeypatch.setattr(foreign, "compute_reference", compute_reference)
+    [finding] = make_card(subject, "2026-01-02", ["reference"]).findings
+    assert finding.verdict == verdict, finding
+
+
 @pytest.mark.parametrize("name", EXTRAS)
 def test_an_extra_that_is_missing_is_no_pass(made, monkeypatch, tmp_path, name):
     monkeypatch.setitem(sys.modules, EXTRAS[name], None)
@@ -198,6 +256,14 @@ def test_an_error_in_a_check_is_its_fail(made, monkeypatch, tmp_path):
     card = make_card(move(made[0], tmp_path), "2026-01-02", ["decodes", "scores"])
     assert [finding.verdict for finding in card.findings] == [PASS, FAIL]
     assert "KeyError" in card.findings[1].figure and "nothing there" in card.findings[1].figure
+
+
+def test_a_gradient_that_is_nan_differs():
+    """Also the last one, which a plain max would pass over."""
+    ours = {"a": np.ones(2), "b": np.ones(2)}
+    assert meshes.compare_gradients(ours, ours) == 0
+    assert meshes.compare_gradients(ours, ours | {"b": ours["b"] * math.nan}) == math.inf
+    assert meshes.compare_gradients(ours | {"b": ours["b"] * math.nan}, ours) == math.inf
 
 
 def test_too_few_devices(made, monkeypatch):

@@ -25,7 +25,8 @@ KEPT = {
 
 def test_every_config_has_a_card():
     files = {path.name for path in (runs.ROOT / "configs").glob("*.py")}
-    assert files == {name.partition(":")[0] for name in ROWS}
+    # The model of a fine-tuning is that of its checkpoint, so the config alone has no shape.
+    assert files - {"finetune.py"} == {name.partition(":")[0] for name in ROWS}
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_the_evaluator_and_the_command_agree(call, folder, tuned, heldout):
     assert again["eval/classification/ece"] == pytest.approx(measured["ece"], abs=1e-5)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize("suffix", ["jsonl", pytest.param("csv", marks=pytest.mark.deep)])
 def test_an_interrupted_file_is_continued(call, folder, tuned, heldout, suffix, monkeypatch):
     whole, cut = folder / f"whole.{suffix}", folder / f"cut.{suffix}"
     given = f"--checkpoint={tuned}", f"--file={heldout}", "--label=label"
@@ -173,6 +174,7 @@ def test_an_interrupted_file_is_continued(call, folder, tuned, heldout, suffix, 
     assert code == 2 and "is there already; remove it" in line
 
 
+<<<<<<< HEAD
 def test_adapters_are_measured_as_the_command_applies_them(call, folder, base, tuned, heldout):
     flags = list_flags(folder / "lora", base, "classify", folder / "data")
     call(*flags, "--config.lora.rank=2", "--config.train.steps=20")
@@ -199,6 +201,20 @@ def test_a_reader_that_leaves_is_no_mistake(folder, tuned, heldout, monkeypatch)
     monkeypatch.setattr(classify_file, "emit", leave)
     with pytest.raises(BrokenPipeError):
         classify.main([f"--checkpoint={tuned}", f"--file={heldout}"])
+=======
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_scores_that_are_no_numbers_are_written(tmp_path, suffix):
+    """JSON has no NaN, and the file is measured all the same."""
+    shares = dict.fromkeys(LABELS, math.nan)
+    row = {"row": 1, "label": "0", "probabilities": shares, "gold": "1"}
+    line = classify_file.WRITERS[suffix](row)
+    assert "NaN" not in line
+    header = classify_file.write_csv_header(("0", "1"), True) if suffix == ".csv" else ""
+    path = tmp_path / f"out{suffix}"
+    path.write_text(header + line)
+    [(gold, label, share)] = classify_file.READERS[suffix](path, ("0", "1"))
+    assert (gold, label) == ("1", "0") and math.isnan(share)
+>>>>>>> review-data
 
 
 def test_a_table_without_labels_is_printed(call, folder, tuned):
@@ -242,6 +258,7 @@ def test_flags_that_do_not_go_together(given, words):
     assert code == 2 and words in line
 
 
+@pytest.mark.deep
 def test_a_chat_is_fine_tuned(folder, base):
     """The tokenizer has two ids more than that of the checkpoint, whose embedding has room."""
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -249,9 +266,23 @@ def test_a_chat_is_fine_tuned(folder, base):
     path = write_rows(folder / "talks.jsonl", rows)
     data = prepare(folder / "talks", f"--input={path}", "--task=chat", "--tokenizer=bytes+chat")
     assert corpus.read_manifest(data)["settings"]["task_options"] == {"template": "chatml"}
-    done = finetune(folder / "talked", base, "chat", data)
+    assert_tuned(finetune(folder / "talked", base, "chat", data), "chat")
+
+
+@pytest.mark.deep
+def test_a_translation_is_fine_tuned(folder, base):
+    rows = [{"source": f"{i} one", "target": f"{i} eins"} for i in range(60)]
+    path = write_rows(folder / "pairs.jsonl", rows)
+    data = prepare(folder / "pairs", f"--input={path}", "--task=translate")
+    assert_tuned(finetune(folder / "translated", base, "translate", data), "translate")
+
+
+def assert_tuned(done, task: str) -> None:
+    """The loss is finite, and the checkpoint notes the task."""
     losses = runs.curve(done, "train/loss")
-    assert np.isfinite(list(losses.values())).all()
+    assert losses and np.isfinite(list(losses.values())).all()
+    [note] = read_meta(done / CHECKPOINT_FOLDER, 2)["tasks"]
+    assert note["task"] == task
 
 
 def test_a_corpus_takes_the_tokenizer_of_a_run(folder, tuned, call):

@@ -1,6 +1,7 @@
 """Documents begin with the token that the model of others expects there, if the data say so."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,13 @@ from gpt_jax.data.stream.batches import make_examples
 from gpt_jax.data.stream.dataset import load_dataset, load_heldout
 from gpt_jax.data.stream.rows import Buffer
 from gpt_jax.data.stream.transforms import fill_in_the_middle
+from gpt_jax.data.tasks.classify import Classify
 from gpt_jax.data.tokenizers import begin as begin_tokens
+from gpt_jax.data.tokens import corpus
 from gpt_jax.data.tokens.shards import Writer
 from gpt_jax.errors import UsageError
+from gpt_jax.evals.classified import split_row
+from gpt_jax.infer import classify
 from gpt_jax.interop import find_tokenizer
 from gpt_jax.run.convert import make_config, open_model, write_native
 from gpt_jax.run.meta import META_SCHEMA
@@ -221,3 +226,42 @@ def test_a_converted_checkpoint_measures_text_after_it(text):
     assert meta["config"]["data"]["begin"] is True
     assert open_model(str(text / "native"), 0, print).tokenizer.begin == BEGIN
     assert make_config(make_origin(LLAMA).model, resolve_tokenizer("bytes")).data.begin is False
+
+
+def test_a_classified_prompt_is_read_as_it_was_learned(text, monkeypatch):
+    """A prompt has its ids and the begin of the prepared row, label and end included."""
+    (text / "rows.jsonl").write_text(json.dumps({"text": "one", "label": "b"}) + "\n")
+    task = ("--task=classify", "--task_options", "prompt={text}=", 'labels=["a", "b"]')
+    spec = f"--tokenizer={tokenizer_of(text)}"
+    out = prepare(text / "out", f"--input={text / 'rows.jsonl'}", spec, "--begin", *task)
+    opened = corpus.open_corpus(out)
+    learned = split_row(opened.sources["text"]["train"], 0)
+
+    asked = []
+
+    def score(model, compute, params, requests, report, tick):
+        asked.extend(requests)
+        return [SimpleNamespace(total=0.0) for _ in requests]
+
+    monkeypatch.setattr(classify, "score_requests", score)
+    options = Classify("{text}=", labels=(("a", "a"), ("b", "b")))
+    given = (None, None, None, opened.tokenizer, ["one="], options, print)
+    classify.classify_prompts(*given)
+    assert learned[0][0] == BEGIN
+    assert [ids.tolist() for ids in asked[1]] == [ids.tolist() for ids in learned]
+
+
+def test_a_template_that_writes_the_begin_gets_no_second_one(text):
+    """Templates of most models write it themselves."""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    (text / "talks.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    form = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    ids = []
+    for number, written in enumerate(("", "{{ bos_token }}")):
+        settings = {"chat_template": written + form, "bos_token": "<s>"}
+        (text / "tokenizer_config.json").write_text(json.dumps(settings))
+        given = f"--input={text / 'talks.jsonl'}", f"--tokenizer={tokenizer_of(text)}"
+        out = prepare(text / f"out{number}", *given, "--begin", "--task=chat")
+        ids.append(read_ids(corpus.open_corpus(out).sources["text"]["train"]))
+    assert ids[0] == ids[1]
+    assert ids[0].count(BEGIN) == 1

@@ -296,6 +296,7 @@ def write_rows(folder):
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ raise_exception('no system') }}", "no system"),
         ("{% for", "TemplateSyntaxError"),
+        ("{{ raise_exception('x' * 9999999) }}", "fails: ValueError: x{480,500}$"),
         ("{% for i in range(90000) %}{{ 'x' * 999 }}{% endfor %}", "writes more than"),
         (
             "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"

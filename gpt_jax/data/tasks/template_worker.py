@@ -11,6 +11,7 @@ from typing import Any
 
 # What templates ask for and chats here do not have.
 NOTHING = {"tools": None, "documents": None}
+LONGEST_ERROR = 500  # characters; a template writes the messages of its own errors
 
 
 def limit_memory(size: int) -> None:
@@ -66,7 +67,7 @@ def answer(asked: dict[str, Any], largest: int) -> dict[str, Any]:
     except MemoryError:
         return {"error": "it takes too much memory"}
     except Exception as error:  # A template may raise anything.
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": f"{type(error).__name__}: {error}"[:LONGEST_ERROR]}
 
 
 def main() -> None:

@@ -226,13 +226,16 @@ class Writer:
     def write(self, ids: np.ndarray, lost: int = 0, learn: bool = True) -> None:
         """Adds ids to the document. `lost` is what Tokens counts under that name.
 
-        Before the first ids comes the id that begins documents. It is learned if they are.
+        Before the first ids comes the id that begins documents, unless they begin with it, as what
+        a chat template writes may. It is learned if they are.
         """
         self.lost += lost
         self.learned_last = learn
-        if self.beginning and self.tokens == self.offsets[-1]:
+        raw = ids.astype(self.dtype, copy=False).tobytes()
+        is_first = self.tokens == self.offsets[-1]
+        if self.beginning and is_first and not raw.startswith(self.beginning):
             self._put(self.beginning)
-        self._put(ids.astype(self.dtype, copy=False).tobytes())
+        self._put(raw)
 
     def _put(self, raw: bytes) -> None:
         """Adds ids that are learned if `learned_last` says so."""
