@@ -29,7 +29,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 VOCAB = 4096  # Of the tokenizer and of the head, whose share of the time it decides.
-SHAPE = dict(layers=8, embed=512, heads=8, kv_heads=4, mlp=1408, max_seq=1024, vocab=VOCAB)
+SHAPE = dict(layers=4, embed=512, heads=8, kv_heads=4, mlp=1408, max_seq=1024, vocab=VOCAB)
 ONE_STEP = {"train.steps": 1, "train.batch_size": 2, "optim.warmup_steps": 0}
 QUESTIONS = 12
 EXAMPLES = 5
@@ -58,7 +58,7 @@ def make_requests(passages: list[str]) -> dict[str, list[tuple[str, str]]]:
         choices += ask(draw.sample(passages, EXAMPLES))
 
     fixed = draw.sample(passages, EXAMPLES)
-    same = [pair for _ in range(2 * QUESTIONS) for pair in ask(fixed)]
+    same = [pair for _ in range(QUESTIONS) for pair in ask(fixed)]
 
     last_words = []
     for passage in passages[:TEXTS]:
@@ -160,7 +160,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--reference", required=True, help="a Python with torch and lm_eval")
-    flags.add_argument("--rounds", type=int, default=6)
+    flags.add_argument("--rounds", type=int, default=3)
     flags.add_argument("--kind", default="", help="only the requests of this name")
     flags.add_argument("--record", action="store_true")
     args = flags.parse_args()
