@@ -89,7 +89,7 @@ def main() -> None:
             "machine": machine,
             "date": datetime.date.today().isoformat(),
             "load": os.getloadavg()[2],
-            "commits": {which: name_commit(tree) for which, tree in trees.items()},
+            "commit before": name_commit(trees["before"]),
             "layers": args.layers,
             "megabytes of bfloat16": size / 1e6,
             "passes": passes,
