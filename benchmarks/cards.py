@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -122,10 +123,10 @@ def make_pages() -> dict[Path, str]:
     pages = {PAGES / name_file(card["name"]): format_page(card) for card in cards}
     rows = "".join(f"| {name} | {check.how} |\n" for name, check in CHECKS.items())
     table = format_summary(cards, PAGES.name)
-    cost = describe_cost(cards)
+    cost = fill(describe_cost(cards))
     missing = [name for name in ROWS if name not in made]
     if missing:
-        cost += f"\nNo card has been made of {', '.join(missing)}.\n"
+        cost += fill(f"No card has been made of {', '.join(missing)}.")
     return pages | {SUMMARY: f"{TITLE}{rows}\n{table}\n{END}{cost}"}
 
 
@@ -133,10 +134,15 @@ def describe_cost(cards: list[dict]) -> str:
     """What these cards took, and what of them was shared."""
     seconds = sorted(card["cpu_seconds"] for card in cards)
     return (
-        f"\nMaking these {len(cards)} cards took {sum(seconds) / 60:.0f} minutes of CPU time, "
-        f"{seconds[0]} to {seconds[-1]} s each. Programs that an earlier card of the same process\n"
-        "had compiled were not compiled again.\n"
+        f"Making these {len(cards)} cards took {sum(seconds) / 60:.0f} minutes of CPU time, "
+        f"{seconds[0]} to {seconds[-1]} s each. Programs that an earlier card of the same process "
+        "had compiled were not compiled again."
     )
+
+
+def fill(paragraph: str) -> str:
+    lines = textwrap.fill(paragraph, 100, break_on_hyphens=False)
+    return f"\n{lines}\n"
 
 
 def main() -> None:
