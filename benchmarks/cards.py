@@ -49,6 +49,8 @@ ROWS = {
     "shakespeare_char.py:gpu": (CHARACTERS,),
     "tiny.py": (),
 }
+# Its model is that of a checkpoint, whose own card `gpt-jax card --checkpoint` makes.
+WITHOUT_SHAPE = {"finetune.py"}
 TITLE = """# Cards
 
 A card says what a config can do, with a figure and a date for each check. `gpt-jax card` makes one,
