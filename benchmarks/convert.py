@@ -6,10 +6,11 @@ It makes a directory of Hugging Face in the shape of Llama 2 7B, in bfloat16 and
 drawn weights. It copies that directory with `cp` as a measure of the disk. Then it converts it to a
 checkpoint, and the checkpoint back. Each conversion is a process of its own, whose largest memory
 the system reports. The speed is the bytes of bfloat16 over the time, hashing the checkpoint
-included. Writes convert.json next to this file.
+included. convert.json next to this file has the figures by the number of layers.
 """
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -98,11 +99,15 @@ def main() -> None:
 
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.date.today().isoformat(),
+        "load": os.getloadavg()[2],
         "parameters": size // 2,
         "gigabytes": size / 1e9,
         **rows,
     }
-    (HERE / "convert.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = HERE / "convert.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps(known | {f"{args.layers} layers": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

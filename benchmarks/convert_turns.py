@@ -10,6 +10,7 @@ machine that does other work. With `--record` it writes convert_turns.json besid
 """
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -48,6 +49,11 @@ def measure(tree: Path, folder: Path, arguments: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def name_commit(tree: Path) -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.check_output(command, cwd=tree, text=True).strip()
+
+
 def main() -> None:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,7 +85,15 @@ def main() -> None:
 
     if args.record:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        made = {"machine": machine, "megabytes of bfloat16": size / 1e6, "passes": passes}
+        made = {
+            "machine": machine,
+            "date": datetime.date.today().isoformat(),
+            "load": os.getloadavg()[2],
+            "commit before": name_commit(trees["before"]),
+            "layers": args.layers,
+            "megabytes of bfloat16": size / 1e6,
+            "passes": passes,
+        }
         (HERE / "convert_turns.json").write_text(json.dumps(made, indent=1) + "\n")
 
 

@@ -21,10 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness import Worker, make_models
+from harness import VOCAB, Worker, make_models
 
 HERE = Path(__file__).resolve().parent
-SHAPE = dict(layers=4, embed=128, heads=4, kv_heads=2, mlp=352, max_seq=512, vocab=4096)
+SHAPE = dict(layers=4, embed=128, heads=4, kv_heads=2, mlp=352, max_seq=512, vocab=VOCAB)
 TRAINING = {"train.steps": 60, "train.batch_size": 4, "optim.warmup_steps": 10}
 METRICS = ("acc", "acc_norm")
 

@@ -4,15 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable
 
-<<<<<<< HEAD
-from gpt_jax.commands.classify_file import check_file_flags, classify_file
-from gpt_jax.commands.flags import Flags, add_base_flag, add_mirror_flag
-from gpt_jax.commands.output import emit, make_say, write_json
-=======
 from gpt_jax.commands.classify_file import check_file_flags, classify_file, format_row
-from gpt_jax.commands.flags import Flags, add_mirror_flag
+from gpt_jax.commands.flags import Flags, add_base_flag, add_mirror_flag
 from gpt_jax.commands.output import emit, make_say
->>>>>>> review-data
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.commands.task_options import parse_task_options
 from gpt_jax.errors import UsageError

@@ -166,7 +166,6 @@ def classify_file(args: argparse.Namespace, loaded, given, say: Say) -> None:
         # Without --out it is standard output that fails, and `emit` tells of that.
         try:
             write_rows(args, loaded, options, documents, say)
-<<<<<<< HEAD
         except OSError as error:
             raise UsageError(
                 f"--out={args.out}: {describe_error(error)}; what is written stays: the same "
@@ -174,17 +173,7 @@ def classify_file(args: argparse.Namespace, loaded, given, say: Say) -> None:
             ) from None
     else:
         for row in label_documents(loaded, options, documents, bool(args.label), say):
-            emit(write_json(row))
-=======
-        else:
-            for row in label_documents(loaded, options, documents, bool(args.label), say):
-                emit(format_row(row))
-    except OSError as error:
-        raise UsageError(
-            f"--out={args.out}: {describe_error(error)}; what is written stays: the same command "
-            "goes on from there"
-        ) from None
->>>>>>> review-data
+            emit(format_row(row))
     for line in tally.notes(reading):
         say(line)
     if args.label:

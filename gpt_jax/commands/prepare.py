@@ -231,13 +231,8 @@ def run(args: argparse.Namespace) -> None:
 
     interrupt_once()
     try:
-<<<<<<< HEAD
-        with taking_run_tokenizer(settings) as own:
-            prepare_corpus(inputs, folder, own, engine, display.say, display.show)
-=======
         with taking_run_tokenizer(settings) as taken:
             prepare_corpus(inputs, folder, taken, engine, display.say, display.show)
->>>>>>> review-data
         display.close()
         emit("\n".join(map(escape, summarize_corpus(folder))))
     except KeyboardInterrupt:
@@ -270,13 +265,8 @@ def taking_run_tokenizer(settings) -> Iterator[Any]:
         try:
             yield replace(settings, tokenizer=f"{folder}{settings.tokenizer.removeprefix(base)}")
         except UsageError as error:
-<<<<<<< HEAD
-            # A user knows the workdir, and not the copy.
-            raise UsageError(str(error).replace(folder, base)) from None
-=======
             # Users know the workdir, and not the copy.
             raise type(error)(*(text.replace(folder, base) for text in error.args)) from None
->>>>>>> review-data
 
 
 def check_flags(args: argparse.Namespace) -> None:

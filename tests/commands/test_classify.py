@@ -174,7 +174,6 @@ def test_an_interrupted_file_is_continued(call, folder, tuned, heldout, suffix, 
     assert code == 2 and "is there already; remove it" in line
 
 
-<<<<<<< HEAD
 def test_adapters_are_measured_as_the_command_applies_them(call, folder, base, tuned, heldout):
     flags = list_flags(folder / "lora", base, "classify", folder / "data")
     call(*flags, "--config.lora.rank=2", "--config.train.steps=20")
@@ -201,7 +200,8 @@ def test_a_reader_that_leaves_is_no_mistake(folder, tuned, heldout, monkeypatch)
     monkeypatch.setattr(classify_file, "emit", leave)
     with pytest.raises(BrokenPipeError):
         classify.main([f"--checkpoint={tuned}", f"--file={heldout}"])
-=======
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_scores_that_are_no_numbers_are_written(tmp_path, suffix):
     """JSON has no NaN, and the file is measured all the same."""
@@ -214,7 +214,6 @@ def test_scores_that_are_no_numbers_are_written(tmp_path, suffix):
     path.write_text(header + line)
     [(gold, label, share)] = classify_file.READERS[suffix](path, ("0", "1"))
     assert (gold, label) == ("1", "0") and math.isnan(share)
->>>>>>> review-data
 
 
 def test_a_table_without_labels_is_printed(call, folder, tuned):
