@@ -11,7 +11,7 @@ import pytest
 import runs
 from prepared import contents, documents, prepare, refused, texts, write_jsonl
 
-from gpt_jax.data.prepare import prepare as preparing, units
+from gpt_jax.data.prepare import own_tokenizer, units
 from gpt_jax.data.read import hub
 from gpt_jax.data.tokenizers.bpe import train_bpe
 
@@ -87,7 +87,7 @@ def test_the_sample_for_the_tokenizer_is_bounded(folder, monkeypatch, sizes_know
         monkeypatch.setattr(hub, "sizes", lambda path: [0, 0, 0])
     seen = []
     monkeypatch.setattr(
-        preparing,
+        own_tokenizer,
         "make_tokenizer",
         lambda spec, given, characters: train_bpe(seen.extend(given()) or list(seen), 280),
     )

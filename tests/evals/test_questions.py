@@ -18,7 +18,7 @@ from gpt_jax.errors import UsageError
 from gpt_jax.evals import Subject, check_questions
 from gpt_jax.evals.question_kinds import COMPARISONS
 from gpt_jax.evals.questions import measure_questions
-from gpt_jax.infer import score
+from gpt_jax.infer import score_batches
 from gpt_jax.run import evaluation
 
 TABLE = subjects.draw_table()
@@ -112,7 +112,7 @@ def test_contexts_that_are_cut_are_counted(tmp_path):
 
 def test_a_run_is_told_at_each_batch(tmp_path, monkeypatch):
     """The watchdog hears of each batch, and a request to stop ends the evaluation there."""
-    monkeypatch.setattr(score, "TOKENS", 16)
+    monkeypatch.setattr(score_batches, "TOKENS", 16)
     # Answers to one context would share a row.
     rows = [{"context": context, "answer": "b"} for context in "acdef"]
     path = write(tmp_path / "q.jsonl", rows)

@@ -12,7 +12,8 @@ import pytest
 from gpt_jax import config
 from gpt_jax.model.attention.attend import scale_queries
 from gpt_jax.model.attention.attention import QkNorm
-from gpt_jax.model.layers.extras import add_scaled, dropout
+from gpt_jax.model.layers.dropout import dropout
+from gpt_jax.model.layers.extras import add_scaled
 
 
 def draw(*shape, seed=0):

@@ -9,7 +9,7 @@ from mixtures import arguments
 
 from gpt_jax.data.stream import dataset, mixture
 from gpt_jax.errors import UsageError
-from gpt_jax.run import parts as run_parts
+from gpt_jax.run import agreement
 from gpt_jax.sharding.mesh import make_mesh
 
 
@@ -89,8 +89,8 @@ def test_counts_of_the_mixture_are_compared_between_processes(folder, tmp_path, 
     config = runs.configs.resolve(runs.load(folder, *arguments(folder, tmp_path)[3:]))
     data, facts = dataset.load_dataset(config.data, lambda line: None), []
     mesh = make_mesh({}, jax.devices()[:1])
-    monkeypatch.setattr(run_parts, "find_disagreements", lambda found: facts.append(found) or [])
-    run_parts.agree_on_job(config, mesh, data)
+    monkeypatch.setattr(agreement, "find_disagreements", lambda found: facts.append(found) or [])
+    agreement.agree_on_job(config, mesh, data)
     counts, begins = facts[0]["the mixture's counts"]
     # Blocks of 20 rows; token 4,000 is row 125 of 32 tokens, before which 5 are left.
     assert (
@@ -100,15 +100,15 @@ def test_counts_of_the_mixture_are_compared_between_processes(folder, tmp_path, 
     )
     apportion = mixture.apportion
     monkeypatch.setattr(mixture, "apportion", lambda *given: apportion(*given)[[1, 0, 2]])
-    run_parts.agree_on_job(config, mesh, dataset.load_dataset(config.data, lambda line: None))
+    agreement.agree_on_job(config, mesh, dataset.load_dataset(config.data, lambda line: None))
     assert facts[1]["the mixture's counts"] != facts[0]["the mixture's counts"]
     with pytest.raises(UsageError, match="at least one row later"):  # told to the others first
         close = ((1, (1.0, 1.0, 1.0)), (2, (1.0, 1.0, 1.0)))
         wrong = replace(config, data=replace(config.data, phases=close))
-        run_parts.agree_on_job(wrong, mesh, data)
+        agreement.agree_on_job(wrong, mesh, data)
     assert "one row later" in facts[2]["the mixture's counts"]
     monkeypatch.setattr(
-        run_parts, "find_disagreements", lambda found: [name for name in found if "mixture" in name]
+        agreement, "find_disagreements", lambda found: [name for name in found if "mixture" in name]
     )
     with pytest.raises(UsageError, match="the mixture's counts: not the same on all processes"):
-        run_parts.agree_on_job(config, mesh, data)
+        agreement.agree_on_job(config, mesh, data)
