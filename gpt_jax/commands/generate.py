@@ -96,7 +96,6 @@ def make_flags() -> Flags:
         action="store_true",
         help="go on although this machine's compiler is known to give wrong results",
     )
-
     add_runtime_flags(flags)
     return flags
 

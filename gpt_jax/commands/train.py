@@ -97,7 +97,6 @@ def make_flags() -> Flags:
     flags.add_argument(
         "--print_config", action="store_true", help="print the resolved config as JSON and stop"
     )
-
     flags.add_argument(
         "--describe_config",
         nargs="?",

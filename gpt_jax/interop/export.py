@@ -23,7 +23,7 @@ from gpt_jax.interop.foreign import CONFIG, TOKENIZERS
 from gpt_jax.interop.origin import Origin
 from gpt_jax.interop.strips import copy_into
 from gpt_jax.interop.tensors import FILE, INDEX
-from gpt_jax.interop.weights import Piece, find_shape, join_piece, make_plan
+from gpt_jax.interop.weights import Piece, Plan, find_shape, join_piece, make_plan
 
 SHARD_BYTES = 5 * 10**9
 # name of a dtype for users -> (its name in a file, numpy's)
@@ -51,6 +51,15 @@ class Entry(NamedTuple):
     size: int  # bytes
 
 
+def _list_entries(plan: Plan, item_bytes: int) -> list[Entry]:
+    """Lists the pieces of a plan with their shapes and bytes."""
+    entries = []
+    for piece in plan.pieces:
+        shape = find_shape(plan, piece)
+        entries.append(Entry(piece, shape, int(np.prod(shape)) * item_bytes))
+    return entries
+
+
 def write_directory(
     origin: Origin,
     directory: Path,
@@ -71,10 +80,7 @@ def write_directory(
     values = write_config(origin.model, family or find_own_family(origin.model, source))
     plan = make_plan(find_family(values["model_type"]), origin.model)
     code, kind = EXPORTED[dtype]
-    entries = []
-    for piece in plan.pieces:
-        shape = find_shape(plan, piece)
-        entries.append(Entry(piece, shape, int(np.prod(shape)) * kind.itemsize))
+    entries = _list_entries(plan, kind.itemsize)
 
     def read(entry: Entry) -> np.ndarray:
         values = join_piece(plan, entry.piece, origin.read)
@@ -84,9 +90,9 @@ def write_directory(
         copy_into(written, values)
         return written
 
-    unfinished = directory.with_name(directory.name + UNFINISHED)
     if directory.exists():
         raise UsageError(f"{directory}: is there already; name a new directory")
+    unfinished = directory.with_name(directory.name + UNFINISHED)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

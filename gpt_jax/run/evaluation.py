@@ -1,6 +1,7 @@
 """What a run measures of itself on the way: evaluators that the config asks for, and samples."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from gpt_jax import sharding
 from gpt_jax.data import EvalBatches, Tokens, make_eval_batches
@@ -88,9 +89,6 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
                 )
         return sums
 
-    def tick():
-        watch(progress.beat, stop)
-
     evaluation = Evaluation(
         model=config.model,
         compute=config.compute,
@@ -102,7 +100,7 @@ def evaluate(progress: Progress, state: TrainState, step: int, stop: Callable[[]
         sum_heldout=lambda: sum_texts(progress.heldout, "source"),
         shares=progress.shares(step),
         sum_sets=lambda: sum_texts(progress.sets, "set"),
-        tick=tick,
+        tick=partial(watch, progress.beat, stop),
     )
     try:
         with progress.clock.phase("eval"):

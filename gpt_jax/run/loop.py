@@ -169,8 +169,7 @@ def begin(
     closing.callback(progress.writers.close)
     if jax.process_index() == 0:
         prepare_workdir(workdir, config, start)
-    say(progress.peak.line)
-    for line in (*describe_batches(config, sizes, start), *stream.summary):
+    for line in (progress.peak.line, *describe_batches(config, sizes, start), *stream.summary):
         say(line)
     return Session(progress, checkpoints, exporter, stream, stop, started.state)
 

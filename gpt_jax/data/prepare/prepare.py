@@ -94,6 +94,19 @@ class Call(NamedTuple):
     show: Show
 
 
+def _open_tokenizer(settings: PrepareSettings) -> Tokenizer | Spec:
+    """Opens the tokenizer of the settings. Raises UsageError if it cannot do what they ask."""
+    tokenizer = resolve_tokenizer(settings.tokenizer, "--tokenizer")
+    if settings.begin:
+        tokenizer = require_begin(tokenizer, "--begin")
+    if settings.reading.task != "plain" and getattr(tokenizer, "prefix", b""):
+        raise UsageError(
+            f"--task={settings.reading.task}: the tokenizer {tokenizer.name} puts a space in front "
+            "of each text, so also in front of each span; take another --tokenizer"
+        )
+    return tokenizer
+
+
 def prepare_corpus(
     paths: Mapping[str, tuple[str, ...]],
     folder: Path,
@@ -111,14 +124,7 @@ def prepare_corpus(
     Raises DataError when the input or the module of a filter changes meanwhile, and PeerFailed when
     a worker is killed. What is finished stays.
     """
-    tokenizer = resolve_tokenizer(settings.tokenizer, "--tokenizer")
-    if settings.begin:
-        tokenizer = require_begin(tokenizer, "--begin")
-    if settings.reading.task != "plain" and getattr(tokenizer, "prefix", b""):
-        raise UsageError(
-            f"--task={settings.reading.task}: the tokenizer {tokenizer.name} puts a space in front "
-            "of each text, so also in front of each span; take another --tokenizer"
-        )
+    tokenizer = _open_tokenizer(settings)
     settings = complete_settings(settings, tokenizer)
     for note in getattr(tokenizer, "notes", ()):
         say(f"tokenizer {tokenizer.name}: {note}")

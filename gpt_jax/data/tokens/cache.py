@@ -132,11 +132,8 @@ def _load_or_build(
                 using = tokenizer
                 if isinstance(using, Spec):
                     using = _make_tokenizer(using, corpus, report)
-                about = {"hashes": hashes}
-                texts = corpus.texts()
-                store.write_cache(
-                    building, texts, using, data.workers, report, names, about, *begins
-                )
+                about = data.workers, report, names, {"hashes": hashes}
+                store.write_cache(building, corpus.texts(), using, *about, *begins)
                 _check_unchanged(everything, root, data, hashes)
 
             sides, using = store.load_or_build(folder, build, report)
@@ -146,10 +143,8 @@ def _load_or_build(
             "can be written and has room"
         ) from None
     except MemoryError:
-        raise UsageError(
-            f"{data.where}: memory ran out while it was tokenized; lower config.data.workers, or "
-            "cut the longest documents"
-        ) from None
+        way = "lower config.data.workers, or cut the longest documents"
+        raise UsageError(f"{data.where}: memory ran out while it was tokenized; {way}") from None
     if isinstance(tokenizer, Tokenizer):  # The cache may have been built by one without a frame.
         using = with_frame(using, tokenizer.begin, tokenizer.ends)
     return Cached(sides, using, folder, content)

@@ -176,6 +176,19 @@ def clip_by_global_norm(limit: float, describe: Describe) -> optax.GradientTrans
     return optax.stateless(clip)
 
 
+def _label_leaves(params_like, index: dict, names: list, frozen: Collection[str]):
+    """Names the group of each parameter. `index` gives the group's number by path."""
+
+    def label(keys, _):
+        path = sharding.join_path(keys)
+        if path in frozen:
+            return FROZEN_GROUP
+        number = index.get(path)
+        return STEERED_GROUP if number is None else names[number]
+
+    return jax.tree_util.tree_map_with_path(label, params_like)
+
+
 def make_optimizer(
     optim: config.Optim,
     params_like,
@@ -199,13 +212,7 @@ def make_optimizer(
     index = assign(optim, params_like, describe, frozen)
     groups = groups_of(optim)
     schedule = make_schedule(optim)
-    names = dict(enumerate(groups)) | {None: STEERED_GROUP}
-
-    def label(keys, _):
-        path = sharding.join_path(keys)
-        return FROZEN_GROUP if path in frozen else names[index.get(path)]
-
-    labels = jax.tree_util.tree_map_with_path(label, params_like)
+    labels = _label_leaves(params_like, index, list(groups), frozen)
 
     def make_group(group):
         def rate(step):
