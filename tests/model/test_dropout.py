@@ -10,7 +10,7 @@ import pytest
 from plain_model import np_layer
 from variants import apply, close, make_batch, make_model, random_params
 
-from gpt_jax.model.layers.extras import dropout
+from gpt_jax.model.layers.dropout import dropout
 
 
 def test_dropout_keeps_the_mean_and_needs_a_key():
