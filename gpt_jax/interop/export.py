@@ -71,9 +71,8 @@ def write_directory(
     """Writes `directory`, which must not exist. It appears whole or not at all.
 
     `meet_nonfinite` gets a line if weights are NaN or infinite, before the directory appears. By
-    default that is refused. One tensor is read and joined while the one before it is written.
-    `family` empty takes that of the origin, or the first that fits. Raises UsageError if no family
-    has such a model, and SaveFailed if the disk does not take it.
+    default that is refused. `family` empty takes that of the origin, or the first that fits. Raises
+    UsageError if no family has such a model, and SaveFailed if the disk does not take it.
     """
     origin, nonfinite = watch(origin)
     source = read_source(origin)

@@ -107,11 +107,7 @@ class Progress:
         with jax.set_mesh(parts.mesh):
             self.counts = count_params(parts.config.model)
         self.flops = self._count_flops()
-        self._rates: tuple[int, Any] = -1, None
-        self._has_announced = False
-        self.untaught = 0  # batches without a target since the last line of the log
-        self._trained = 0, 0.0  # tokens and seconds of the steps of this session
-
+        self._start_counters()
         # The writer below says what is damaged there.
         rows = read_jsonl(workdir / "metrics.jsonl", report=_say_nothing) if resumed else []
         self.history = read_history(rows)
@@ -120,6 +116,12 @@ class Progress:
         self.began = time.perf_counter()
         self.mark = start, self.began
         self.clock = Clock()
+
+    def _start_counters(self) -> None:
+        self._rates: tuple[int, Any] = -1, None
+        self._has_announced = False
+        self.untaught = 0  # batches without a target since the last line of the log
+        self._trained = 0, 0.0  # tokens and seconds of the steps of this session
 
     def _make_writers(self, resumed_at: int | None, origin: Mapping[str, str]) -> Writers:
         if jax.process_index() != 0:
@@ -214,7 +216,6 @@ class Progress:
         for name in ("objective", "grad_norm", "param_norm"):
             if name in own:
                 self.check_finite(name, own[name], step)
-
         self.sums.add(sums)
         if step % self.config.log.every_steps and step != self.end:
             return

@@ -153,7 +153,6 @@ def backward_keys(
             scores = _hide(
                 capped, setting, _place(i, Q)[None], key, _row(query_ids), _column(key_ids)
             )
-
             weights = jnp.exp(scores - sums_ref[head, queries][None])
             d_v += _multiply(weights.astype(pull.dtype), pull)
             d_weights = _compare(v, pull)
