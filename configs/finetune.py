@@ -1,14 +1,16 @@
 """Fine-tuning of all weights of a checkpoint on short examples of a task.
 
-    gpt-jax prepare --input=talks.jsonl --task=chat --tokenizer=DIR --eval_fraction=0.05 --output=data/talks
-    gpt-jax train --config=configs/finetune.py:chat --config.init.from=DIR --config.data.path=data/talks --workdir=runs/talks
+    gpt-jax prepare --input=talks.jsonl --task=chat --tokenizer=DIR --eval_fraction=0.05 \\
+        --output=data/talks
+    gpt-jax train --config=configs/finetune.py:chat --config.init.from=DIR \\
+        --config.data.path=data/talks --workdir=runs/talks
 
 DIR is a workdir of a run, or a directory of Hugging Face, and the corpus must have its tokenizer.
 docs/tasks.md says what each task reads.
 
     task       tokens a row  peak rate  steps  what an evaluation measures
     chat       1,024         2e-5       300    loss of answers
-    classify     256         5e-5       300    loss of labels, and the classification of held-out rows
+    classify     256         5e-5       300    loss of labels, and labels of held-out rows
     translate    256         5e-5       500    loss of translations
 
 Whole examples share a row (best_fit), and neither see nor predict each other. A context of the

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from gpt_jax.commands.classify_file import check_file_flags, classify_file, format_row
-from gpt_jax.commands.flags import Flags, add_base_flag, add_mirror_flag
+from gpt_jax.commands.flags import Flags, add_checkpoint_flags
 from gpt_jax.commands.output import emit, make_say
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.commands.task_options import parse_task_options
@@ -56,15 +56,7 @@ def make_flags() -> Flags:
         "JSON object a line. Labels and prompt are those of the corpus that the checkpoint was "
         "trained on, which gpt-jax prepare --task=classify made.",
     )
-    flags.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a workdir, its checkpoints, one step, a URL of these, or a directory of Hugging Face",
-    )
-    flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
-    add_mirror_flag(flags)
-    add_base_flag(flags)
+    add_checkpoint_flags(flags)
     flags.add_argument("--text", nargs="+", action="extend", default=[], help="texts to classify")
     flags.add_argument(
         "--task_options",

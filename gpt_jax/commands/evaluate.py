@@ -18,7 +18,7 @@ from gpt_jax.commands.evaluate_tasks import (
     measure_tasks,
 )
 from gpt_jax.commands.evaluate_text import Measured, Rows, TextMeter
-from gpt_jax.commands.flags import Flags, add_base_flag, add_mirror_flag, check_number
+from gpt_jax.commands.flags import Flags, add_checkpoint_flags, check_number
 from gpt_jax.commands.output import emit, make_say, write_json
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.config import EVALUATORS
@@ -77,15 +77,7 @@ def make_flags() -> Flags:
         "of the rows in the phase of the mixture that the step is in. With several --text, all is "
         "their sum, token by token. Each set of the run's config.eval.sets has a row of its own.",
     )
-    flags.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a workdir, its checkpoints, one step, a URL of these, or a directory of Hugging Face",
-    )
-    flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
-    add_mirror_flag(flags)
-    add_base_flag(flags)
+    add_checkpoint_flags(flags)
     add_text_flags(flags)
     flags.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the table"

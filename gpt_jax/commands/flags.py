@@ -34,6 +34,19 @@ def check_number(flag: str, value: float, low: float, high: float = math.inf) ->
         raise UsageError(f"{flag}={value}: expected {bounds}")
 
 
+def add_checkpoint_flags(flags: argparse.ArgumentParser) -> None:
+    """Adds the flags of commands that ask one model: which one, and where its weights are."""
+    flags.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a workdir, its checkpoints, one step, a URL of these, or a directory of Hugging Face",
+    )
+    flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
+    add_mirror_flag(flags)
+    add_base_flag(flags)
+
+
 def add_base_flag(flags: argparse.ArgumentParser) -> None:
     """Adds the flag of commands that read weights, and so those beneath adapters."""
     flags.add_argument(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from gpt_jax.commands.flags import Flags, add_base_flag, add_mirror_flag
+from gpt_jax.commands.flags import Flags, add_checkpoint_flags
 from gpt_jax.commands.output import make_say, output
 from gpt_jax.commands.runtime import add_runtime_flags, end_on_request, start_runtime
 from gpt_jax.errors import UsageError
@@ -55,15 +55,7 @@ def make_flags() -> Flags:
         "Several are printed one after another, each ended by a newline, or as JSON lines with "
         "--json.",
     )
-    flags.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a workdir, its checkpoints, one step, a URL of these, or a directory of Hugging Face",
-    )
-    flags.add_argument("--step", type=int, default=0, help="which step; 0: the newest valid one")
-    add_mirror_flag(flags)
-    add_base_flag(flags)
+    add_checkpoint_flags(flags)
     flags.add_argument(
         "--prompt",
         action="append",

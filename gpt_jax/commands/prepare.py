@@ -291,6 +291,7 @@ def make_settings(args: argparse.Namespace):
     """The `PrepareSettings` that the flags say. Raises UsageError."""
     from gpt_jax.data import PrepareSettings, Reading
 
+    options = parse_task_options(args.task_options)
     try:
         reading = Reading(
             args.field,
@@ -300,7 +301,7 @@ def make_settings(args: argparse.Namespace):
             args.documents,
             args.task,
             args.separator,
-            parse_task_options(args.task_options),
+            options,
         )
     except UsageError as error:
         # The message names a field, such as `errors = …`, and the user knows the flag.

@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+import runs
 from prepared import documents, prepare, refused
 
 from gpt_jax.commands.task_options import parse_task_options
@@ -106,6 +107,12 @@ def test_options_that_mean_nothing(task, options, words):
     with pytest.raises(UsageError, match=words) as error:
         Reading(task=task, task_options=options)
     assert str(error.value).startswith("task_options ")
+
+
+def test_half_an_option_is_named_by_its_flag():
+    given = "--input=a.csv", "--output=b", "--task=classify", "--task_options", "labels"
+    code, line = runs.refusal("prepare", *given)
+    assert code == 2 and line.startswith("--task_options labels: expected NAME=VALUE")
 
 
 def test_options_are_typed_as_pairs():
