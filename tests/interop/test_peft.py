@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import drawn_models
 import numpy as np
 import pytest
 from small_configs import refuses
@@ -14,21 +15,7 @@ from gpt_jax.interop.peft import write_peft
 from gpt_jax.model.parameters import describe_parameter
 
 LORA = configs.Lora(rank=2, alpha=8.0, dropout=0.1, variant="dora")
-LLAMA = dict(
-    layers=3,
-    embed=16,
-    heads=4,
-    kv_heads=2,
-    mlp=24,
-    vocab=32,
-    max_seq=16,
-    norm="rmsnorm",
-    position="rotary",
-    bias=False,
-    tied=False,
-    windows=(0,),
-    pattern=(("attention", "swiglu"),),
-)
+LLAMA = drawn_models.LLAMA | dict(vocab=32, max_seq=16, windows=(0,))
 
 
 def make_origin(**fields) -> Origin:
